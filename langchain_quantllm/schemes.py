@@ -1,0 +1,323 @@
+"""Quantization schemes: small frozen values, and the table that names them.
+
+Owns what a scheme is called, its options with their checks, the packages it needs, and
+how transformers is told to load it. Imports neither torch nor transformers until a
+transformers config is asked for, and reads no checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from langchain_quantllm.errors import InvalidOptionError, nearest
+
+FLOAT_DTYPES = ("float16", "bfloat16", "float32")
+"""Names of the dtypes that weights may be held or computed in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """How the weights of a model are held in memory. Base of the schemes below."""
+
+    name: ClassVar[str]
+    packages: ClassVar[tuple[str, ...]] = ()
+    """Import names of the packages that loading needs."""
+    calibrated: ClassVar[bool] = False
+    """Whether making such a checkpoint takes calibration data, so it cannot be made while loading."""
+
+    @property
+    def weight_bits(self) -> int | None:
+        """Bits that one quantized weight takes, without its scales; None for unquantized ones."""
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the name and the options that differ from their defaults, ready for JSON."""
+        options = {
+            f.name: list(value) if isinstance(value := getattr(self, f.name), tuple) else value
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != f.default
+        }
+        return {"name": self.name, **options}
+
+    def transformers_config(self, dtype: str) -> Any | None:
+        """Build the `quantization_config` that transformers' `from_pretrained` takes.
+
+        Args:
+            dtype: Name of the dtype that the rest of the model is loaded in, such as `"bfloat16"`.
+
+        Returns:
+            The config object, or None where the weights stay unquantized.
+        """
+        return None
+
+    def _check_choice(self, option: str, allowed: tuple[Any, ...]) -> None:
+        value = getattr(self, option)
+        if value not in allowed:
+            listed = ", ".join(repr(a) for a in allowed)
+            msg = f"{option}={value!r} is not known to quantization {self.name!r}; use one of {listed}."
+            raise InvalidOptionError(msg)
+
+    def _freeze_names(self, option: str) -> None:
+        value = getattr(self, option)
+        if isinstance(value, str) or not all(isinstance(v, str) for v in value):
+            msg = f"{option}={value!r} must be a list of module names, such as ['lm_head']."
+            raise InvalidOptionError(msg)
+        object.__setattr__(self, option, tuple(value))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unquantized(Scheme):
+    """Weights as they are, in the `dtype` of the model."""
+
+    name: ClassVar[str] = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8(Scheme):
+    """LLM.int8() of bitsandbytes: 8-bit rows, outlier features in 16 bits.
+
+    Args:
+        threshold: Activations of at least this magnitude are multiplied in 16 bits. 0 turns
+            the split off. Source: https://arxiv.org/abs/2208.07339, section 3.2.
+        skip_modules: Names of modules left unquantized, beside the output head.
+        fp32_cpu_offload: Let modules that `device_map` puts on the CPU stay there in float32.
+
+    Raises:
+        InvalidOptionError: If the threshold is negative, or names are no list of strings.
+    """
+
+    name: ClassVar[str] = "int8"
+    packages: ClassVar[tuple[str, ...]] = ("bitsandbytes", "accelerate")
+    threshold: float = 6.0
+    skip_modules: tuple[str, ...] = ()
+    fp32_cpu_offload: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if not isinstance(self.threshold, int | float) or self.threshold < 0:
+            msg = f"threshold={self.threshold!r} must be a number of at least 0; bitsandbytes' own is 6.0."
+            raise InvalidOptionError(msg)
+        self._freeze_names("skip_modules")
+
+    @property
+    def weight_bits(self) -> int:
+        """Bits that one quantized weight takes."""
+        return 8
+
+    def transformers_config(self, dtype: str) -> Any:
+        """Build transformers' `BitsAndBytesConfig(load_in_8bit=True)`."""
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(
+            load_in_8bit=True,
+            llm_int8_threshold=float(self.threshold),
+            llm_int8_skip_modules=list(self.skip_modules) or None,
+            llm_int8_enable_fp32_cpu_offload=self.fp32_cpu_offload,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _BitsAndBytes4bit(Scheme):
+    packages: ClassVar[tuple[str, ...]] = ("bitsandbytes", "accelerate")
+    compute_dtype: str | None = None
+    double_quantization: bool = False
+    storage_dtype: str = "uint8"
+    skip_modules: tuple[str, ...] = ()
+    fp32_cpu_offload: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        for option in ("compute_dtype", "storage_dtype"):  # torch dtypes are welcome, their names are kept
+            value = getattr(self, option)
+            if value is not None:
+                object.__setattr__(self, option, str(value).removeprefix("torch."))
+        self._check_choice("compute_dtype", (None, *FLOAT_DTYPES))
+        self._check_choice("storage_dtype", ("uint8", *FLOAT_DTYPES))
+        self._freeze_names("skip_modules")
+
+    @property
+    def weight_bits(self) -> int:
+        """Bits that one quantized weight takes."""
+        return 4
+
+    def transformers_config(self, dtype: str) -> Any:
+        """Build transformers' `BitsAndBytesConfig(load_in_4bit=True)`."""
+        import torch
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.name,
+            bnb_4bit_compute_dtype=getattr(torch, self.compute_dtype or dtype),
+            bnb_4bit_use_double_quant=self.double_quantization,
+            bnb_4bit_quant_storage=getattr(torch, self.storage_dtype),
+            llm_int8_skip_modules=list(self.skip_modules) or None,
+            llm_int8_enable_fp32_cpu_offload=self.fp32_cpu_offload,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NF4(_BitsAndBytes4bit):
+    """4-bit NormalFloat of bitsandbytes, with one scale per 64 weights.
+
+    Args:
+        compute_dtype: Dtype of the products; None takes the dtype of the model.
+        double_quantization: Hold the scales in 8 bits too, about 0.4 bits a weight less.
+        storage_dtype: Dtype of the tensor that the packed weights lie in.
+        skip_modules: Names of modules left unquantized, beside the output head.
+        fp32_cpu_offload: Let modules that `device_map` puts on the CPU stay there in float32.
+
+    Raises:
+        InvalidOptionError: If an option has a value that is not allowed.
+
+    Source: https://arxiv.org/abs/2305.14314, section 3.
+    """
+
+    name: ClassVar[str] = "nf4"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FP4(_BitsAndBytes4bit):
+    """4-bit floating point of bitsandbytes; options as in `NF4`, somewhat less accurate."""
+
+    name: ClassVar[str] = "fp4"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTQ(Scheme):
+    """A checkpoint that was quantized with GPTQ (AutoGPTQ, GPTQModel, optimum).
+
+    Args:
+        bits: What the checkpoint must have been quantized to; None accepts what it says.
+        kernel: The kernel of gptqmodel that runs the products, by its backend name
+            (`"marlin"`, `"exllama_v2"`, `"triton"`, `"torch"`, ...); `"auto"` lets it choose.
+
+    Raises:
+        InvalidOptionError: If bits is none of 2, 3, 4 and 8.
+
+    Source: https://arxiv.org/abs/2210.17323
+    """
+
+    name: ClassVar[str] = "gptq"
+    packages: ClassVar[tuple[str, ...]] = ("gptqmodel", "optimum", "accelerate")
+    calibrated: ClassVar[bool] = True
+    bits: int | None = None
+    kernel: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        self._check_choice("bits", (None, 2, 3, 4, 8))
+
+    @property
+    def weight_bits(self) -> int | None:
+        """Bits that one quantized weight takes, where they are known."""
+        return self.bits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prequantized(Scheme):
+    """A checkpoint in another format that transformers loads from the checkpoint's own config.
+
+    Args:
+        method: transformers' `quant_method`, such as `"awq"`, `"torchao"` or `"compressed-tensors"`.
+        bits: Bits of a weight where the config says so.
+    """
+
+    name: ClassVar[str] = "prequantized"
+    calibrated: ClassVar[bool] = True
+    method: str = ""
+    bits: int | None = None
+
+    @property
+    def weight_bits(self) -> int | None:
+        """Bits that one quantized weight takes, where the config says so."""
+        return self.bits
+
+
+SCHEMES: Mapping[str, Scheme] = {
+    "none": Unquantized(),
+    "int8": Int8(),
+    "nf4": NF4(),
+    "nf4-double": NF4(double_quantization=True),
+    "fp4": FP4(),
+    "fp4-double": FP4(double_quantization=True),
+    "gptq": GPTQ(),
+}
+"""Every name that `quantization=` takes, with the scheme it stands for."""
+
+_CLASSES = {cls.name: cls for cls in (Unquantized, Int8, NF4, FP4, GPTQ, Prequantized)}
+
+
+def scheme_from(value: str | Mapping[str, Any] | Scheme | None) -> Scheme | None:
+    """Turn what a user gave as `quantization` into a scheme.
+
+    Args:
+        value: A name of `SCHEMES`, a scheme, its `to_dict()`, or None.
+
+    Returns:
+        The scheme; None if none was asked for, so that the checkpoint's own counts.
+
+    Raises:
+        InvalidOptionError: If the name, an option or its value is not known.
+    """
+    if value is None or isinstance(value, Scheme):
+        return value
+    if isinstance(value, str):
+        if value not in SCHEMES:
+            msg = f"quantization={value!r} is not a known scheme{nearest(value, SCHEMES)}"
+            raise InvalidOptionError(msg)
+        return SCHEMES[value]
+    if isinstance(value, Mapping):
+        options = dict(value)
+        name = options.pop("name", None)
+        if name not in _CLASSES:
+            msg = f"quantization={dict(value)!r} names no known scheme{nearest(str(name), _CLASSES)}"
+            raise InvalidOptionError(msg)
+        cls = _CLASSES[name]
+        known = [f.name for f in dataclasses.fields(cls)]
+        for option in options:
+            if option not in known:
+                msg = f"quantization {name!r} has no option {option!r}{nearest(option, known)}"
+                raise InvalidOptionError(msg)
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+    if type(value).__module__.startswith("transformers."):
+        msg = f"quantization={type(value).__name__}(...) is a transformers config; pass it as quantization_config=."
+        raise InvalidOptionError(msg)
+    msg = f"quantization={value!r} must be a name or a scheme{nearest(str(value), SCHEMES)}"
+    raise InvalidOptionError(msg)
+
+
+def scheme_of_config(config: Mapping[str, Any]) -> Scheme:
+    """Read the scheme out of a transformers `quantization_config` in its dict form.
+
+    Args:
+        config: `quantization_config.to_dict()`, or the same key of a checkpoint's `config.json`.
+
+    Returns:
+        The scheme that it stands for; `Prequantized` for methods without one of their own.
+    """
+    method = config.get("quant_method", "")
+    method = str(getattr(method, "value", method)).lower()
+    if not method and (config.get("load_in_8bit") or config.get("load_in_4bit")):
+        method = "bitsandbytes"
+    skipped = tuple(config.get("llm_int8_skip_modules") or ())
+    offload = bool(config.get("llm_int8_enable_fp32_cpu_offload", False))
+    if method.startswith("bitsandbytes"):
+        if config.get("load_in_8bit") or config.get("_load_in_8bit"):
+            threshold = config.get("llm_int8_threshold", 6.0)
+            return Int8(threshold=threshold, skip_modules=skipped, fp32_cpu_offload=offload)
+        cls = NF4 if config.get("bnb_4bit_quant_type", "fp4") == "nf4" else FP4
+        return cls(
+            compute_dtype=config.get("bnb_4bit_compute_dtype"),
+            double_quantization=bool(config.get("bnb_4bit_use_double_quant", False)),
+            storage_dtype=config.get("bnb_4bit_quant_storage") or "uint8",
+            skip_modules=skipped,
+            fp32_cpu_offload=offload,
+        )
+    bits = config.get("bits", config.get("w_bit"))
+    if method == "gptq":
+        return GPTQ(bits=bits, kernel=config.get("backend") or "auto")
+    return Prequantized(method=method, bits=bits if isinstance(bits, int) else None)
