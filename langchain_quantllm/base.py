@@ -1,0 +1,515 @@
+"""What every LangChain class over a quantized local model shares.
+
+Owns the fields, their checks and aliases, loading on first use, the rule for defaults, and
+the translation of this package's errors into LangChain's. Knows no prompt or message format:
+the classes above bring those.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from langchain_core.exceptions import ContextOverflowError, ModelTimeoutError
+from langchain_core.language_models.base import BaseLanguageModel, LangSmithParams
+from langchain_core.load.serializable import SerializedConstructor, SerializedNotImplemented
+from pydantic import AliasChoices, ConfigDict, Field, PrivateAttr, SecretStr, model_validator
+from typing_extensions import Self
+
+from langchain_quantllm._version import __version__
+from langchain_quantllm.engine.options import GENERATE, OWN, GenerationOptions, normalize, option_names, resolve
+from langchain_quantllm.engine.request import Engine, EngineInfo, Request, plan_requests
+from langchain_quantllm.errors import (
+    GenerationTimeoutError,
+    InvalidOptionError,
+    PromptTooLongError,
+    QuantLLMError,
+    UnsupportedError,
+    nearest,
+)
+from langchain_quantllm.loading import LoadedModel, LoadSpec, acquire
+from langchain_quantllm.schemes import SCHEMES, Scheme, Unquantized, scheme_from, scheme_of_config
+
+
+class PromptOverflowError(PromptTooLongError, ContextOverflowError):
+    """The prompt leaves no room for a new token; LangChain's `ContextOverflowError`."""
+
+
+class RequestTimeoutError(GenerationTimeoutError, ModelTimeoutError):
+    """A call did not end within its `timeout`; LangChain's `ModelTimeoutError`."""
+
+
+def as_langchain_error(error: QuantLLMError) -> QuantLLMError:
+    """Give the error that is LangChain's too where LangChain has one for the case."""
+    if isinstance(error, PromptTooLongError):
+        return PromptOverflowError(str(error))
+    if isinstance(error, GenerationTimeoutError):
+        return RequestTimeoutError(str(error))
+    return error
+
+
+_SPEC_NAMES = (
+    "dtype",
+    "device_map",
+    "max_memory",
+    "attn_implementation",
+    "revision",
+    "cache_dir",
+    "trust_remote_code",
+    "use_safetensors",
+    "local_files_only",
+)
+_LOADING = ("quantization", "quantization_config", *_SPEC_NAMES, "token", "device", "model_kwargs")
+"""Fields that say how to load, and so mean nothing beside `pipeline=`."""
+
+_OPTION_FIELDS = tuple(
+    name for name in OWN if name not in ("top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "min_length")
+)
+_MODEL_KWARGS_ALIASES = {"torch_dtype": "dtype", "use_auth_token": "token"}
+_LOAD_IN = {"load_in_8bit": "int8", "load_in_4bit": "fp4"}  # fp4 is what BitsAndBytesConfig(load_in_4bit=True) means
+
+
+class QuantizedModel(BaseLanguageModel[Any]):
+    """Fields and behaviour of a quantized local model, whichever way LangChain calls it."""
+
+    model_config = ConfigDict(
+        extra="forbid", arbitrary_types_allowed=True, protected_namespaces=(), populate_by_name=True
+    )
+
+    model_id: str = Field(default="", validation_alias=AliasChoices("model_id", "model", "model_name"))
+    """A folder, or the name of a repository on the Hugging Face Hub."""
+    quantization: Any = None
+    """A name of `SCHEMES`, a scheme such as `NF4(double_quantization=True)`, or None: the checkpoint as it is."""
+    quantization_config: Any = None
+    """A transformers quantization config, such as `BitsAndBytesConfig(load_in_8bit=True)`, in place of `quantization`."""
+    dtype: str = "auto"
+    """Dtype of what is not quantized: `"auto"` (the checkpoint's), `"float16"`, `"bfloat16"` or `"float32"`."""
+    device: int | str | None = None
+    """One device for the whole model: `"cpu"`, `"cuda:1"`, or HuggingFacePipeline's number, where -1 is the CPU."""
+    device_map: Any = None
+    """Where the parts of the model go, as transformers takes it; None is the first GPU, else the CPU."""
+    max_memory: Any = None
+    """Most memory for each device, such as `{0: "10GiB", "cpu": "30GiB"}`."""
+    attn_implementation: str | None = None
+    """`"sdpa"` (what transformers chooses), `"flash_attention_2"` where installed, `"eager"`, `"flex_attention"`."""
+    revision: str | None = None
+    """Branch, tag or commit of the repository."""
+    token: SecretStr | None = None
+    """Access token of the Hub; where not given, the Hub's own login and `HF_TOKEN` count."""
+    cache_dir: str | None = None
+    """Folder in which files of the Hub are kept."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the checkpoint."""
+    use_safetensors: bool = True
+    """Refuse weights in pickle files, which can run code while they load."""
+    local_files_only: bool | None = None
+    """True never asks the Hub, False always does; None asks it only for files that are not here."""
+    progress: bool = True
+    """Show how far loading is."""
+    model_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Further keyword arguments of transformers' `from_pretrained`."""
+    pipeline: Any = Field(default=None, repr=False)
+    """A transformers text-generation pipeline of your own, used as it is. Before loading it is None."""
+    batch_size: int = Field(default=16, ge=1)
+    """Most rows that run beside each other."""
+
+    max_new_tokens: int | None = None
+    """Most tokens of a completion; 256 where neither this nor the checkpoint says."""
+    max_length: int | None = None
+    """Most tokens of prompt and completion together."""
+    min_new_tokens: int | None = None
+    """No end of text before so many tokens."""
+    do_sample: bool | None = None
+    """Draw tokens by their probability; None samples where a temperature or another sampling option is given."""
+    temperature: float | None = None
+    """Above 1 flattens, below 1 sharpens the probabilities; 0 is greedy."""
+    top_k: int | None = None
+    """Draw from this many likeliest tokens; 0 from all."""
+    top_p: float | None = None
+    """Draw from the likeliest tokens that have this probability together."""
+    min_p: float | None = None
+    """Draw from tokens of at least this probability, as a fraction of the likeliest one's."""
+    repetition_penalty: float | None = None
+    """Above 1 makes tokens that were seen less likely."""
+    seed: int | None = None
+    """Makes sampling repeatable, whatever else runs beside it; None draws a new one for each call."""
+    n: int | None = None
+    """Completions for each prompt."""
+    stop: list[str] | None = None
+    """Strings that end the text; they are not part of it."""
+    ignore_eos: bool | None = None
+    """Never end before `max_new_tokens`; for measuring."""
+    logprobs: bool | int | None = None
+    """Report the log probability of each token, and of this many alternatives."""
+    truncation: bool | str | None = None
+    """Cut prompts that are too long: at the tokenizer's side (True), `"left"` or `"right"`; False raises."""
+    return_full_text: bool | None = None
+    """Put the prompt before the completion."""
+    add_special_tokens: bool | None = None
+    """Let the tokenizer add its begin token; one that the prompt has already is not doubled."""
+    skip_special_tokens: bool | None = None
+    """Leave special tokens out of the text (the default)."""
+    eos_token_id: int | list[int] | None = None
+    """Tokens that end the text, in place of the checkpoint's."""
+    timeout: float | None = None
+    """Seconds after which a call is given up with `ModelTimeoutError`."""
+    generation_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Other fields of transformers' GenerationConfig; they may be given to the class by name as well."""
+
+    _model: LoadedModel | None = PrivateAttr(default=None)
+
+    # Construction.
+
+    @model_validator(mode="before")
+    @classmethod
+    def _translate(cls, values: Any) -> Any:
+        """Bring every known spelling to the fields, and name the nearest for an unknown one."""
+        if not isinstance(values, dict):
+            return values
+        values = {k: v for k, v in values.items() if v is not None or k in cls.model_fields}
+        for name in ("model", "model_name"):
+            if name in values:
+                values.setdefault("model_id", values.pop(name))
+        options: dict[str, Any] = {}
+        for name in ("generation_kwargs", "pipeline_kwargs"):
+            options.update(values.pop(name, None) or {})
+        values.setdefault("batch_size", options.pop("batch_size", None) or cls.model_fields["batch_size"].default)
+        known = {*cls.model_fields, *(f.alias for f in cls.model_fields.values() if f.alias)}
+        for name in [n for n in values if n not in known or n in _OPTION_FIELDS]:
+            if name not in option_names():
+                cls._reject(name, values[name], known)
+            options[name] = values.pop(name)
+        checked = normalize(options)
+        values.update({k: list(v) if isinstance(v, tuple) else v for k, v in checked.items() if k in _OPTION_FIELDS})
+        values["generation_kwargs"] = {k: v for k, v in checked.items() if k not in _OPTION_FIELDS}
+        _lift_model_kwargs(values)
+        return values
+
+    @classmethod
+    def _reject(cls, name: str, value: Any, known: set[str]) -> None:
+        if name in ("torch_dtype",):
+            hint = "; transformers 5 calls it dtype"
+        elif name in _LOAD_IN:
+            hint = f"; write quantization={_LOAD_IN[name]!r}"
+        elif name == "backend":
+            hint = "; it belongs to from_model_id"
+        else:
+            normalize({name: value}) if name not in option_names() and _is_refused(name) else None
+            hint = nearest(name, {*known, *option_names()})
+        msg = f"{cls.__name__} has no field {name!r}{hint}"
+        raise InvalidOptionError(msg)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.quantization is not None:
+            scheme = scheme_from(self.quantization)
+            names = [name for name, known in SCHEMES.items() if known == scheme]
+            self.quantization = names[0] if names else scheme and scheme.to_dict()
+        if self.pipeline is not None:
+            self._check_pipeline()
+        elif not self.model_id:
+            msg = "give model_id=, a folder or a repository's name such as 'HuggingFaceTB/SmolLM2-135M-Instruct', or pipeline=."
+            raise InvalidOptionError(msg)
+        if self.device is not None and self.device_map is not None:
+            msg = f"device={self.device!r} and device_map={self.device_map!r} say the same thing twice; give one of them."
+            raise InvalidOptionError(msg)
+        self._spec()
+        resolve([self._field_options()], {})
+        return self
+
+    @model_validator(mode="after")
+    def _set_langchain_quantllm_version(self) -> Self:
+        self._add_version("langchain-quantllm", __version__)
+        return self
+
+    def _check_pipeline(self) -> None:
+        pipe = self.pipeline
+        if getattr(pipe, "task", None) != "text-generation" or getattr(pipe, "tokenizer", None) is None:
+            msg = (
+                f"pipeline={type(pipe).__name__} cannot be used; give transformers.pipeline('text-generation', model=..., "
+                "tokenizer=...)."
+            )
+            raise InvalidOptionError(msg)
+        # Whoever copies an instance hands every field on, the defaults too, so only other values count.
+        given = [n for n in _LOADING if getattr(self, n) != type(self).model_fields[n].get_default(call_default_factory=True)]
+        if given:
+            msg = f"{given[0]}={getattr(self, given[0])!r} has no effect on a pipeline that is already loaded; leave it out."
+            raise InvalidOptionError(msg)
+        self.model_id = self.model_id or pipe.model.name_or_path or "pipeline"
+
+    def _spec(self) -> LoadSpec:
+        return LoadSpec(
+            model_id=self.model_id,
+            scheme=scheme_from(self.quantization),
+            quantization_config=self.quantization_config,
+            token=self.token.get_secret_value() if self.token else None,
+            progress=self.progress,
+            model_kwargs=self.model_kwargs,
+            **{name: getattr(self, name) for name in _SPEC_NAMES if name != "device_map"},
+            device_map=self.device_map if self.device is None else {"": _device_name(self.device)},
+        )
+
+    # Loading.
+
+    def load(self) -> Self:
+        """Load the weights now instead of at the first use.
+
+        Returns:
+            The same instance.
+
+        Raises:
+            QuantLLMError: A subclass of it, which says what to do; see `langchain_quantllm.errors`.
+        """
+        self._loaded()
+        return self
+
+    def unload(self) -> None:
+        """Stop what runs and give the memory back; the next call loads again.
+
+        Instances that share the model lose it too and load it again when they are called. A
+        pipeline of your own stays yours: only the engine over it ends.
+        """
+        model, self._model = self._model, None
+        if model is None:
+            return
+        if model.owned:
+            self.pipeline = None
+        model.close()
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the weights are in memory."""
+        return self._model is not None and not self._model.closed
+
+    def _loaded(self) -> LoadedModel:
+        model = self._model
+        if model is None or model.closed:
+            if self.pipeline is not None and (model is None or not model.owned):
+                model = LoadedModel(self.pipeline, _scheme_of_model(self.pipeline.model), owned=False)
+            else:
+                model = acquire(self._spec())
+                self.pipeline = model.pipeline
+            self._model = model
+        return model
+
+    def _engine(self) -> Engine:
+        model = self._loaded()
+        with model.lock:
+            if model.engine is None:
+                from langchain_quantllm.engine.pipeline_engine import PipelineEngine
+
+                model.engine = PipelineEngine(model.pipeline)
+            engine: Engine = model.engine
+        return engine
+
+    @property
+    def engine_info(self) -> EngineInfo:
+        """Which engine runs the model, and why; loads the model if it is not loaded."""
+        return self._engine().info
+
+    @property
+    def scheme(self) -> Scheme:
+        """How the weights are, or will be, held in memory."""
+        if self._model is not None:
+            return self._model.scheme
+        if self.quantization_config is not None:
+            config = self.quantization_config
+            return scheme_of_config(config if isinstance(config, Mapping) else config.to_dict())
+        return scheme_from(self.quantization) or Unquantized()
+
+    # Requests.
+
+    def _field_options(self) -> dict[str, Any]:
+        return normalize({**{name: getattr(self, name) for name in _OPTION_FIELDS}, **self.generation_kwargs})
+
+    def _options(self, stop: Sequence[str] | None, call: Mapping[str, Any]) -> GenerationOptions:
+        """Resolve a call's options: the call's value, the field's, the checkpoint's, the default."""
+        given = normalize({**call, "stop": stop} if stop is not None else call)
+        return resolve([given, self._field_options()], _checkpoint_options(self._loaded().pipeline))
+
+    def _requests(self, prompt: str, options: GenerationOptions) -> list[Request]:
+        """Make the requests of one prompt: one for each of the `n` samples."""
+        if not isinstance(prompt, str) or not prompt:
+            msg = f"the prompt is {prompt!r}; give a text of at least one character."
+            raise InvalidOptionError(msg)
+        tokenizer = self._loaded().pipeline.tokenizer
+        return plan_requests(
+            self._encode(prompt, add_special_tokens=options.add_special_tokens),
+            options,
+            self._engine().limits,
+            truncation_side=tokenizer.truncation_side,
+            stop_token_ids=_special_ids(tokenizer, options.stop),
+            max_rows=self.batch_size,
+        )
+
+    def _encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        model = self._loaded()
+        with model.lock:  # a tokenizer is not safe to use from two threads while its settings change
+            ids = list(model.pipeline.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+        bos = model.pipeline.tokenizer.bos_token_id
+        if add_special_tokens and bos is not None and ids[:2] == [bos, bos]:
+            del ids[0]  # the prompt, made by a chat template perhaps, has its begin token already
+        return ids
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """Return the model's own token ids of a text, without special tokens; loads the model if needed."""
+        if self.custom_get_token_ids is not None:
+            return self.custom_get_token_ids(text)
+        return self._encode(text, add_special_tokens=False)
+
+    # LangChain's conventions.
+
+    @property
+    def _identifying_params(self) -> Mapping[str, Any]:
+        """All that changes the output, for the cache and for traces."""
+        config = self.quantization_config
+        params = {
+            "model_id": self.model_id,
+            "quantization": self.quantization,
+            "quantization_config": config if config is None or isinstance(config, dict) else config.to_dict(),
+            **{name: getattr(self, name) for name in _SPEC_NAMES if name not in ("local_files_only", "cache_dir")},
+            "model_kwargs": self.model_kwargs or None,
+            **{name: getattr(self, name) for name in _OPTION_FIELDS if name != "timeout"},
+            **self.generation_kwargs,
+        }
+        return {name: value for name, value in params.items() if value is not None}
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        """Give the standard parameters for tracing."""
+        params = LangSmithParams(ls_provider="quantllm", ls_model_name=str(kwargs.get("model") or self.model_id))
+        given = normalize(kwargs, lenient=True)
+        temperature = given.get("temperature", self.temperature)
+        if temperature is not None:
+            params["ls_temperature"] = temperature
+        max_tokens = given.get("max_new_tokens", self.max_new_tokens)
+        if max_tokens is not None:
+            params["ls_max_tokens"] = max_tokens
+        if stops := stop or self.stop:
+            params["ls_stop"] = list(stops)
+        return params
+
+    @property
+    def lc_secrets(self) -> dict[str, str]:
+        """Name the environment variable that a secret field is loaded from."""
+        return {"token": "HF_TOKEN"}
+
+    @classmethod
+    def is_lc_serializable(cls) -> bool:
+        """Say that `dumpd` and `load` work on this class."""
+        return True
+
+    def to_json(self) -> SerializedConstructor | SerializedNotImplemented:
+        """Serialize the settings; an instance over a pipeline of your own has none that would do."""
+        if self.pipeline is not None and (self._model is None or not self._model.owned):
+            return self.to_json_not_implemented()
+        serialized = super().to_json()
+        kwargs = serialized.get("kwargs")
+        if isinstance(kwargs, dict):
+            kwargs.pop("pipeline", None)
+            config = kwargs.get("quantization_config")
+            if config is not None and not isinstance(config, dict):
+                kwargs["quantization_config"] = config.to_dict()
+        return serialized
+
+    def __getstate__(self) -> dict[Any, Any]:
+        """Give the settings, without the weights.
+
+        Raises:
+            TypeError: If the instance stands over a pipeline of your own.
+        """
+        if self.pipeline is not None and (self._model is None or not self._model.owned):
+            msg = "an LLM over a pipeline= of your own cannot be pickled: its weights are not this object's to copy; use model_id=."
+            raise TypeError(msg)
+        state = super().__getstate__()
+        fields = {**state["__dict__"], "pipeline": None}
+        private = {**(state["__pydantic_private__"] or {}), "_model": None}
+        return {**state, "__dict__": fields, "__pydantic_private__": private}
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """Copy the settings; the copy finds the loaded weights through the registry."""
+        import copy
+
+        state = copy.deepcopy(self.__getstate__(), memo)
+        twin = type(self).__new__(type(self))
+        twin.__setstate__(state)
+        return twin
+
+
+def _is_refused(name: str) -> bool:
+    from langchain_quantllm.engine.options import REFUSED
+
+    return name in REFUSED
+
+
+def _lift_model_kwargs(values: dict[str, Any]) -> None:
+    """Move what `model_kwargs` says about fields of ours to these fields."""
+    rest = {}
+    for name, value in (values.get("model_kwargs") or {}).items():
+        field = _MODEL_KWARGS_ALIASES.get(name, name)
+        if name in _LOAD_IN:
+            if value:
+                values.setdefault("quantization", _LOAD_IN[name])
+        elif field in (*_SPEC_NAMES, "token", "quantization_config"):
+            if values.get(field) is not None and values[field] != value:
+                msg = f"{name} is given twice, as {values[field]!r} and in model_kwargs as {value!r}; give it once."
+                raise InvalidOptionError(msg)
+            values[field] = value
+        elif name != "low_cpu_mem_usage":  # what transformers 5 always does
+            rest[name] = value
+    values["model_kwargs"] = rest
+    for name in ("dtype", "cache_dir"):
+        if values.get(name) is not None:
+            value = values[name]
+            values[name] = os.fspath(value) if isinstance(value, os.PathLike) else str(value).removeprefix("torch.")
+        else:
+            values.pop(name, None)
+    if isinstance(values.get("model_id"), os.PathLike):
+        values["model_id"] = os.fspath(values["model_id"])
+
+
+def _device_name(device: int | str) -> str:
+    """Turn HuggingFacePipeline's device numbers into names."""
+    if isinstance(device, str):
+        return device
+    if device < 0:
+        return "cpu"
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None:
+        msg = f"device={device} asks for an accelerator and this machine has none; use device=-1 or 'cpu'."
+        raise UnsupportedError(msg)
+    count = torch.accelerator.device_count()
+    if device >= count:
+        msg = f"device={device} does not exist; this machine has {count}, numbered from 0."
+        raise UnsupportedError(msg)
+    return f"{accelerator.type}:{device}"
+
+
+def _checkpoint_options(pipeline: Any) -> dict[str, Any]:
+    """Read the options that came with the checkpoint or were given to the pipeline when it was made.
+
+    The pipeline's own defaults (sampling at 0.7) are none of them.
+    """
+    given = {**getattr(pipeline, "_generate_kwargs", {}), **getattr(pipeline, "_forward_params", {})}
+    stored = pipeline.model.generation_config.to_diff_dict()
+    ignored = {"eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id"}  # the engine reads them itself
+    return normalize({k: v for k, v in {**stored, **given}.items() if k not in ignored}, lenient=True)
+
+
+def _scheme_of_model(model: Any) -> Scheme:
+    config = getattr(model.config, "quantization_config", None)
+    if config is None:
+        return Unquantized()
+    return scheme_of_config(config if isinstance(config, Mapping) else config.to_dict())
+
+
+def _special_ids(tokenizer: Any, stop: Sequence[str]) -> tuple[int, ...]:
+    """Find the stop strings that are one special token each: these never appear as text."""
+    added: Callable[[], dict[str, int]] = tokenizer.get_added_vocab
+    vocabulary = added() if stop else {}
+    return tuple(vocabulary[s] for s in stop if s in vocabulary)
+
+
+__all__ = ["GENERATE", "PromptOverflowError", "QuantizedModel", "RequestTimeoutError", "as_langchain_error"]

@@ -1,0 +1,366 @@
+"""Generation options: every name that is known, what it allows, and which layer wins.
+
+Owns the table of options, their checks and aliases, and the one rule for defaults: the
+call's value, else the field's, else the checkpoint's generation config, else greedy with
+256 new tokens. Knows neither LangChain nor torch, and no tokenizer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from langchain_quantllm.errors import InvalidOptionError, nearest
+
+DEFAULT_MAX_NEW_TOKENS = 256
+"""Most tokens that a request makes where nothing else says how many."""
+
+
+class _Check(NamedTuple):
+    passes: Callable[[Any], bool]
+    allowed: str
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_ids(value: Any) -> bool:
+    return _is_int(value) or (isinstance(value, list | tuple) and all(_is_int(v) and v >= 0 for v in value))
+
+
+def _is_strings(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(v, str) and v for v in value)
+
+
+def _at_least(low: int) -> _Check:
+    return _Check(lambda v: _is_int(v) and v >= low, f"a whole number of at least {low}")
+
+
+_BOOL = _Check(lambda v: isinstance(v, bool), "True or False")
+_FRACTION = _Check(lambda v: _is_number(v) and 0 < v <= 1, "a number above 0 and up to 1")
+_CUTOFF = _Check(lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 to below 1")
+_POSITIVE = _Check(lambda v: _is_number(v) and v > 0, "a number above 0")
+_ANY = _Check(lambda v: True, "what transformers' GenerationConfig takes")
+
+OWN: Mapping[str, _Check] = {
+    "max_new_tokens": _at_least(1),
+    "max_length": _at_least(1),
+    "min_new_tokens": _at_least(0),
+    "min_length": _at_least(0),
+    "do_sample": _BOOL,
+    "temperature": _Check(lambda v: _is_number(v) and v >= 0, "a number of at least 0, where 0 is greedy"),
+    "top_k": _Check(lambda v: _is_int(v) and v >= 0, "a whole number of at least 0, where 0 keeps every token"),
+    "top_p": _FRACTION,
+    "min_p": _Check(lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1"),
+    "top_h": _FRACTION,
+    "typical_p": _FRACTION,
+    "epsilon_cutoff": _CUTOFF,
+    "eta_cutoff": _CUTOFF,
+    "repetition_penalty": _POSITIVE,
+    "seed": _Check(_is_int, "a whole number"),
+    "n": _at_least(1),
+    "stop": _Check(_is_strings, "a list of strings, none of them empty"),
+    "ignore_eos": _BOOL,
+    "logprobs": _Check(
+        lambda v: isinstance(v, bool) or (_is_int(v) and v >= 0), "True, or how many alternatives to list as well"
+    ),
+    "truncation": _Check(lambda v: isinstance(v, bool) or v in ("left", "right"), "True, False, 'left' or 'right'"),
+    "return_full_text": _BOOL,
+    "add_special_tokens": _BOOL,
+    "skip_special_tokens": _BOOL,
+    "timeout": _Check(lambda v: _is_number(v) and v > 0, "a number of seconds above 0"),
+    "eos_token_id": _Check(_is_ids, "a token id, or a list of them"),
+}
+"""Options that every engine carries out itself, row by row."""
+
+GENERATE: Mapping[str, _Check] = {
+    "num_beams": _at_least(1),
+    "early_stopping": _ANY,
+    "length_penalty": _Check(_is_number, "a number"),
+    "no_repeat_ngram_size": _at_least(0),
+    "encoder_no_repeat_ngram_size": _at_least(0),
+    "encoder_repetition_penalty": _POSITIVE,
+    "bad_words_ids": _ANY,
+    "sequence_bias": _ANY,
+    "suppress_tokens": _ANY,
+    "begin_suppress_tokens": _ANY,
+    "forced_bos_token_id": _ANY,
+    "forced_eos_token_id": _ANY,
+    "exponential_decay_length_penalty": _ANY,
+    "remove_invalid_values": _BOOL,
+    "renormalize_logits": _BOOL,
+    "guidance_scale": _Check(_is_number, "a number"),
+    "prompt_lookup_num_tokens": _at_least(1),
+    "max_matching_ngram_size": _at_least(1),
+    "max_time": _POSITIVE,
+    "use_cache": _BOOL,
+    "cache_implementation": _ANY,
+    "cache_config": _ANY,
+    "max_cache_len": _at_least(1),
+    "prefill_chunk_size": _at_least(1),
+    "compile_config": _ANY,
+    "disable_compile": _BOOL,
+    "pad_token_id": _ANY,
+    "bos_token_id": _ANY,
+    "decoder_start_token_id": _ANY,
+}
+"""Fields of transformers' GenerationConfig that the pipeline engine hands to `generate` as they are."""
+
+_NOT_TEXT = "an LLM returns text; call llm.pipeline yourself for other outputs"
+_REMOTE = "transformers moved this strategy out to code on the Hub, which is not run here"
+_ASSISTED = "decoding with a second model is not offered; prompt_lookup_num_tokens needs none"
+REFUSED: Mapping[str, str] = {
+    **dict.fromkeys(
+        (
+            "output_attentions",
+            "output_hidden_states",
+            "output_scores",
+            "output_logits",
+            "return_dict_in_generate",
+            "return_tensors",
+            "return_text",
+            "return_type",
+        ),
+        _NOT_TEXT + " (logprobs=True gives the probabilities)",
+    ),
+    **dict.fromkeys(
+        (
+            "penalty_alpha",
+            "dola_layers",
+            "low_memory",
+            "diversity_penalty",
+            "num_beam_groups",
+            "constraints",
+            "force_words_ids",
+            "custom_generate",
+        ),
+        _REMOTE,
+    ),
+    **dict.fromkeys(
+        (
+            "is_assistant",
+            "assistant_model",
+            "assistant_tokenizer",
+            "num_assistant_tokens",
+            "num_assistant_tokens_schedule",
+            "assistant_confidence_threshold",
+            "assistant_early_exit",
+            "assistant_lookbehind",
+            "target_lookbehind",
+            "assistant_ensemble_weight",
+            "speculation_type",
+            "use_mtp",
+        ),
+        _ASSISTED,
+    ),
+    "watermarking_config": "a watermark would come after the token is drawn; use llm.pipeline for it",
+    "token_healing": "it changes the prompt's own tokens; end the prompt at a word instead",
+    "continuous_batching_config": "the engine batches by itself",
+    "streamer": "use llm.stream(...)",
+    "logits_processor": "it would act on other callers' rows too; use llm.pipeline for it",
+    "stopping_criteria": "it would act on other callers' rows too; use stop=[...] or llm.pipeline",
+    "generation_config": "pass its fields by name: **generation_config.to_diff_dict()",
+    "prefix": "put the text into the prompt",
+    "batch_size": "it is set when the LLM is made: QuantizedHuggingFaceLLM(..., batch_size=8)",
+    "clean_up_tokenization_spaces": "the text comes as the model wrote it",
+    "documents": "put the documents into the prompt",
+    "tools": "an LLM has no tools; they belong to a chat model",
+    "continue_final_message": "an LLM takes a prompt, not messages",
+    "tokenizer_encode_kwargs": "use add_special_tokens and truncation",
+}
+"""Names that transformers or its pipeline knows and that are refused, with the reason."""
+
+_ALIASES: Mapping[str, str] = {
+    "max_tokens": "max_new_tokens",
+    "num_return_sequences": "n",
+    "stop_sequence": "stop",
+    "stop_strings": "stop",
+    "top_logprobs": "logprobs",
+}
+_SAMPLERS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_HARMLESS: Mapping[str, tuple[Any, ...]] = {  # values that ask for what happens anyway
+    "clean_up_tokenization_spaces": (False,),
+    "return_text": (True,),
+    "return_tensors": (False,),
+    "return_dict_in_generate": (False,),
+    "output_scores": (False,),
+    "output_attentions": (False,),
+    "output_hidden_states": (False,),
+    "output_logits": (False,),
+    "prefix": ("",),
+}
+
+
+def option_names() -> list[str]:
+    """List every option that may be given at a call, aliases included."""
+    return [*OWN, *GENERATE, *_ALIASES, "pipeline_kwargs", "skip_prompt", "handle_long_generation"]
+
+
+def normalize(given: Mapping[str, Any], *, lenient: bool = False) -> dict[str, Any]:
+    """Check options and translate their aliases.
+
+    Args:
+        given: Options by any known name; None means not given. `pipeline_kwargs` may hold
+            more of them, which count as if given beside it.
+        lenient: Leave out what is unknown or not allowed instead of raising. For values that
+            come out of a checkpoint, not from a user.
+
+    Returns:
+        The options under the names of `OWN` and `GENERATE`.
+
+    Raises:
+        InvalidOptionError: If a name is unknown or refused, or a value is not allowed.
+    """
+    options: dict[str, Any] = {}
+    for name, value in given.items():
+        if value is None:
+            continue
+        if name == "pipeline_kwargs":
+            options.update(normalize(value, lenient=lenient))
+            continue
+        try:
+            canonical, checked = _normalize_one(name, value)
+        except InvalidOptionError:
+            if lenient:
+                continue
+            raise
+        if canonical:
+            options[canonical] = checked
+    return options
+
+
+def _normalize_one(name: str, value: Any) -> tuple[str, Any]:
+    if name == "skip_prompt":
+        name, value = "return_full_text", not value
+    elif name == "handle_long_generation" and value == "hole":
+        name, value = "truncation", "left"
+    name = _ALIASES.get(name, name)
+    if name == "stop" and isinstance(value, str):
+        value = [value]
+    if name == "top_k" and value == -1:  # how other servers say that every token stays
+        value = 0
+    if name in _HARMLESS and value in _HARMLESS[name]:
+        return "", None
+    if name in REFUSED:
+        msg = f"{name}={value!r} is not possible here: {REFUSED[name]}."
+        raise InvalidOptionError(msg)
+    check = OWN.get(name) or GENERATE.get(name)
+    if check is None:
+        msg = f"unknown option {name!r}{nearest(name, option_names())}"
+        raise InvalidOptionError(msg)
+    if not check.passes(value):
+        msg = f"{name}={value!r} is not allowed; it must be {check.allowed}."
+        raise InvalidOptionError(msg)
+    if isinstance(value, list) and name in OWN:
+        value = tuple(value)
+    return name, value
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """What one call asks for, with every default in place. Lengths are in tokens.
+
+    `max_new_tokens` is None where only `max_length` bounds the text. `logprobs` is None where
+    none were asked for, else how many alternatives to list. `extra` holds the fields of
+    transformers' GenerationConfig that only the pipeline engine carries out.
+    """
+
+    max_new_tokens: int | None = DEFAULT_MAX_NEW_TOKENS
+    max_length: int | None = None
+    min_new_tokens: int = 0
+    min_length: int = 0
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    top_h: float = 1.0
+    typical_p: float = 1.0
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    truncation: bool | str = False
+    return_full_text: bool = False
+    add_special_tokens: bool = True
+    skip_special_tokens: bool = True
+    timeout: float | None = None
+    eos_token_id: tuple[int, ...] = ()
+    asked_new_tokens: bool = False
+    """Whether the user, and not a default, chose `max_new_tokens`."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+def resolve(layers: Sequence[Mapping[str, Any]], checkpoint: Mapping[str, Any]) -> GenerationOptions:
+    """Put layers of options over each other and fill in what none of them says.
+
+    A layer that names a temperature above 0, or another sampling option, without `do_sample`
+    asks for sampling; temperature 0 asks for none. In one layer `max_new_tokens` and
+    `max_length` may stand together; a layer that names either hides both of those below.
+
+    Args:
+        layers: Normalized options, the strongest first: the call's, then the fields'.
+        checkpoint: The checkpoint's generation config, normalized; weakest of all.
+
+    Returns:
+        The options with every default in place.
+
+    Raises:
+        InvalidOptionError: If options contradict each other.
+    """
+    merged: dict[str, Any] = {}
+    asked_new_tokens = False
+    for layer in reversed([*layers, checkpoint]):
+        values = dict(layer)
+        if "do_sample" not in values and layer is not checkpoint and (given := values.keys() & set(_SAMPLERS)):
+            if values.get("temperature") == 0:
+                values["do_sample"] = False
+            elif given:
+                values["do_sample"] = True
+        if "max_new_tokens" in values or "max_length" in values:
+            merged["max_new_tokens"] = merged["max_length"] = None
+            asked_new_tokens = "max_new_tokens" in values
+        if "min_new_tokens" in values or "min_length" in values:
+            merged["min_new_tokens"] = merged["min_length"] = 0
+        merged.update(values)
+    if merged.get("temperature") == 0:
+        merged["do_sample"], merged["temperature"] = False, 1.0
+    if isinstance(logprobs := merged.get("logprobs"), bool):
+        merged["logprobs"] = 0 if logprobs else None
+    if isinstance(eos := merged.get("eos_token_id"), int):
+        merged["eos_token_id"] = (eos,)
+    extra = {name: merged.pop(name) for name in list(merged) if name in GENERATE}
+    if extra.get("num_beams") == 1:
+        del extra["num_beams"]
+    if not {"max_new_tokens", "max_length"} & merged.keys():
+        merged["max_new_tokens"] = max(DEFAULT_MAX_NEW_TOKENS, merged.get("min_new_tokens", 0))
+    options = GenerationOptions(**merged, extra=extra, asked_new_tokens=asked_new_tokens)
+    _check_together(options)
+    return options
+
+
+def _check_together(options: GenerationOptions) -> None:
+    whole = [name for name in ("num_beams", "prompt_lookup_num_tokens") if name in options.extra]
+    if whole and options.do_sample:
+        msg = f"{whole[0]}={options.extra[whole[0]]} cannot sample with a seed of its own; add do_sample=False."
+        raise InvalidOptionError(msg)
+    if whole and options.logprobs is not None:
+        msg = f"logprobs and {whole[0]} do not go together; leave one of them out."
+        raise InvalidOptionError(msg)
+    if options.max_new_tokens is not None and options.min_new_tokens > options.max_new_tokens:
+        msg = (
+            f"min_new_tokens={options.min_new_tokens} is more than max_new_tokens={options.max_new_tokens}; "
+            "raise the one or lower the other."
+        )
+        raise InvalidOptionError(msg)

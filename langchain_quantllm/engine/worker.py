@@ -1,0 +1,125 @@
+"""The thread that runs an engine: there while there is work, gone when there is none.
+
+Owns the queue of waiting rows and the thread's life: started by the first row, ended by
+idleness, by the engine's end and by the interpreter's. Holds the engine weakly, so that
+dropping the last reference to a model frees it. Knows no model.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from langchain_quantllm.engine.request import ChunkStream
+from langchain_quantllm.engine.stopping import Row
+from langchain_quantllm.errors import GenerationError, UnsupportedError
+
+IDLE_S = 5.0
+"""How long a thread waits for more work before it ends, in seconds."""
+
+_QUIET_S, _GATHER_S = 0.004, 0.05
+# Callers of one LangChain batch come from several threads, a little apart. Work begins when no
+# more has come for the first of these times, in seconds, and at the latest after the second.
+
+_workers: weakref.WeakSet[Worker] = weakref.WeakSet()
+
+
+class Worker:
+    """A queue of rows, and one thread that hands them to `run` in batches."""
+
+    def __init__(self, run: Callable[[deque[tuple[Row, ChunkStream]]], None]) -> None:
+        """Serve a bound method of an engine, which takes from the queue what it runs at once."""
+        self._run = weakref.WeakMethod(run)
+        self._waiting: deque[tuple[Row, ChunkStream]] = deque()
+        self._streams: weakref.WeakSet[ChunkStream] = weakref.WeakSet()
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self._process_id = os.getpid()
+        _workers.add(self)
+
+    def submit(self, rows: Sequence[Row], stream: ChunkStream) -> None:
+        """Queue the rows of one submission, together.
+
+        Raises:
+            UnsupportedError: If this process was forked off the one that loaded the model.
+            GenerationError: If the engine was closed.
+        """
+        if os.getpid() != self._process_id:
+            msg = (
+                "this model was loaded before the process was forked, and its threads and device did not come along; "
+                "load it in the child process, or start children with multiprocessing's 'spawn'."
+            )
+            raise UnsupportedError(msg)
+        with self._changed:
+            if self._closed:
+                msg = "the model was unloaded while this request was on its way; call again."
+                raise GenerationError(msg)
+            self._streams.add(stream)
+            self._waiting.extend((row, stream) for row in rows)
+            self._changed.notify_all()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, name="quantllm-engine", daemon=True)
+                self._thread.start()
+
+    def close(self, reason: str) -> None:
+        """Cancel every row, fail those that wait or run, and wait until the thread is done."""
+        with self._changed:
+            self._closed = True
+            self._fail_all(reason)
+            self._changed.notify_all()
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout=30)
+
+    def _fail_all(self, reason: str, cause: Exception | None = None) -> None:
+        self._waiting.clear()
+        for stream in list(self._streams):
+            if not stream.cancelled:
+                stream.cancelled = True
+                failure = GenerationError(reason)
+                failure.__cause__ = cause
+                stream.fail(failure)
+
+    def _serve(self) -> None:
+        while self._gather():
+            run = self._run()
+            try:
+                if run is None:
+                    self._fail_all("the model was dropped while requests waited for it.")
+                else:
+                    run(self._waiting)
+            except Exception as error:  # noqa: BLE001  (a thread that dies silently leaves its callers waiting)
+                self._fail_all(f"the engine failed: {error!r}", error)
+            del run  # an idle thread keeps no model alive
+        with self._changed:
+            self._thread = None
+            if self._waiting and not self._closed:  # came between the last look and here
+                self._thread = threading.Thread(target=self._serve, name="quantllm-engine", daemon=True)
+                self._thread.start()
+
+    def _gather(self) -> bool:
+        """Wait for work, then until no more of it comes; False if there is none."""
+        with self._changed:
+            if not self._waiting and not self._closed:
+                self._changed.wait(IDLE_S)
+            began = time.monotonic()
+            seen = 0
+            while not self._closed and seen < len(self._waiting) and time.monotonic() - began < _GATHER_S:
+                seen = len(self._waiting)
+                self._changed.wait(_QUIET_S)
+            return bool(self._waiting) and not self._closed
+
+
+def _close_all(*_: Any) -> None:
+    for worker in list(_workers):
+        worker.close("the program is ending.")
+
+
+atexit.register(_close_all)

@@ -1,0 +1,472 @@
+"""`QuantizedHuggingFaceLLM`: a quantized local model as a LangChain LLM.
+
+Owns how LangChain's calls on a text model become requests to the engine and how its chunks
+become generations. Everything is one stream, folded up where a whole is wanted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.language_models.base import LanguageModelInput, LangSmithParams
+from langchain_core.language_models.llms import BaseLLM
+from langchain_core.outputs import Generation, GenerationChunk, LLMResult
+from langchain_core.runnables import RunnableConfig
+from langchain_core.runnables.config import ContextThreadPoolExecutor, get_config_list, run_in_executor
+from typing_extensions import Self
+
+from langchain_quantllm.base import QuantizedModel, as_langchain_error
+from langchain_quantllm.engine.options import GenerationOptions
+from langchain_quantllm.engine.request import Chunk, ChunkStream, Request, TokenLogprob, Usage
+from langchain_quantllm.errors import InvalidOptionError, MissingPackageError, QuantLLMError, pip_install
+
+_call_options: ContextVar[Mapping[str, Any]] = ContextVar("quantllm_call_options", default={})
+"""The options of the call in progress, for the cache key, which LangChain makes of the fields alone."""
+
+_streams: ContextVar[list[ChunkStream] | None] = ContextVar("quantllm_streams", default=None)
+"""Where the streams of a batch are noted, so that whoever breaks it off can close them."""
+
+
+class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
+    """A quantized Hugging Face model, run in this process, as a LangChain LLM.
+
+    Setup:
+        ```bash
+        pip install langchain-quantllm          # with bitsandbytes: int8, nf4, fp4
+        pip install "langchain-quantllm[gptq]"  # GPTQ checkpoints as well
+        ```
+
+    Key init args:
+        model_id: A folder, or the name of a repository on the Hub.
+        quantization: `"int8"`, `"nf4"`, `"nf4-double"`, `"fp4"`, `"gptq"`, `"none"`, or a scheme
+            such as `NF4(double_quantization=True)`. None takes the checkpoint as it is.
+        max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, stop, n:
+            Sampling, with transformers' names. Each may be given at a call as well.
+
+    Instantiate:
+        ```python
+        from langchain_quantllm import QuantizedHuggingFaceLLM
+
+        llm = QuantizedHuggingFaceLLM(model_id="elyza/ELYZA-japanese-Llama-2-7b", quantization="int8")
+        ```
+
+    Invoke:
+        ```python
+        llm.invoke("The capital of France is", max_new_tokens=8)
+        ```
+
+    Stream:
+        ```python
+        for text in llm.stream("The capital of France is"):
+            print(text, end="", flush=True)
+        ```
+
+    Batch:
+        ```python
+        llm.batch(["1, 2, 3,", "a, b, c,"])
+        ```
+
+    Async:
+        ```python
+        await llm.ainvoke("The capital of France is")
+        ```
+
+    Memory:
+        ```python
+        llm.load()
+        print(llm.memory_report())
+        ```
+
+    Response metadata:
+        `generate` gives for each completion, in `generation_info`, its `finish_reason` (`"stop"` or
+        `"length"`), `model_name`, `usage_metadata`, `seed`, `timing` in seconds, and `logprobs` if
+        asked for; `llm_output` sums the usage up.
+
+    Which value counts: the call's, else the field's, else the one in the checkpoint's generation
+    config, else greedy decoding with 256 new tokens.
+    """
+
+    # Making one.
+
+    @classmethod
+    def from_model_id(
+        cls,
+        model_id: str,
+        task: str = "text-generation",
+        backend: str = "default",
+        device: int | None = None,
+        device_map: Any = None,
+        model_kwargs: dict[str, Any] | None = None,
+        pipeline_kwargs: dict[str, Any] | None = None,
+        batch_size: int | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Make an LLM from the arguments that `HuggingFacePipeline.from_model_id` takes.
+
+        Args:
+            model_id: A folder, or the name of a repository on the Hub.
+            task: `"text-generation"`; other tasks have no decoder-only model.
+            backend: `"default"`; transformers is the only one.
+            device: Number of a GPU, or -1 for the CPU.
+            device_map: As transformers takes it, in the place of `device`.
+            model_kwargs: Arguments of `from_pretrained`, such as `quantization_config`.
+            pipeline_kwargs: Generation options, such as `max_new_tokens`.
+            batch_size: Most rows that run beside each other.
+            **kwargs: Fields of this class.
+
+        Returns:
+            An LLM that loads its weights on first use.
+
+        Raises:
+            InvalidOptionError: If the task or backend is another one.
+        """
+        if task != "text-generation":
+            msg = f"task={task!r} is not possible; this class continues texts: task='text-generation'."
+            raise InvalidOptionError(msg)
+        if backend not in ("default", "pt", "ipex"):
+            msg = f"backend={backend!r} is not possible; the models run in PyTorch: backend='default'."
+            raise InvalidOptionError(msg)
+        given = {
+            "device": device,
+            "device_map": device_map,
+            "model_kwargs": model_kwargs,
+            "pipeline_kwargs": pipeline_kwargs,
+            "batch_size": batch_size,
+        }
+        return cls(model_id=model_id, **{k: v for k, v in given.items() if v is not None}, **kwargs)
+
+    @classmethod
+    def from_huggingface_pipeline(cls, llm: Any, **kwargs: Any) -> Self:
+        """Take over a langchain-huggingface `HuggingFacePipeline` with the weights it has loaded.
+
+        Args:
+            llm: The `HuggingFacePipeline`; it stays usable.
+            **kwargs: Fields of this class, such as `max_new_tokens`.
+
+        Returns:
+            An LLM over the same pipeline, with its `pipeline_kwargs` as fields.
+        """
+        options = dict(llm.pipeline_kwargs or {})
+        return cls(
+            pipeline=llm.pipeline, model_id=llm.model_id or "", pipeline_kwargs=options, batch_size=llm.batch_size, **kwargs
+        )
+
+    def to_huggingface_pipeline(self) -> Any:
+        """Give the loaded pipeline to a langchain-huggingface `HuggingFacePipeline`.
+
+        Raises:
+            MissingPackageError: If langchain-huggingface is not installed.
+        """
+        try:
+            from langchain_huggingface import HuggingFacePipeline
+        except ImportError as error:
+            msg = f"HuggingFacePipeline needs its package: {pip_install('langchain-quantllm[huggingface]')}"
+            raise MissingPackageError(msg) from error
+        return HuggingFacePipeline(pipeline=self._loaded().pipeline, model_id=self.model_id, batch_size=self.batch_size)
+
+    # LangChain's calls.
+
+    def _generate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        with _langchain_errors():
+            options, requests = self._plan(prompts, stop, kwargs)
+            answers = _Answers(requests)
+            with self._submit(requests, options) as stream:
+                for chunk in stream:
+                    answers.add(chunk)
+            return self._result(prompts, options, answers)
+
+    async def _agenerate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        with _langchain_errors():
+            await self._aload()
+            options, requests = self._plan(prompts, stop, kwargs)
+            answers = _Answers(requests)
+            with self._submit(requests, options) as stream:
+                async for chunk in stream:
+                    answers.add(chunk)
+            return self._result(prompts, options, answers)
+
+    def _stream(
+        self,
+        prompt: str,
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[GenerationChunk]:
+        with _langchain_errors():
+            options, requests = self._plan_stream(prompt, stop, kwargs)
+            with self._submit(requests, options) as stream:
+                for given in itertools.chain(self._echo(prompt, options), map(self._as_langchain(requests), stream)):
+                    if run_manager:
+                        run_manager.on_llm_new_token(given.text, chunk=given)
+                    yield given
+
+    async def _astream(
+        self,
+        prompt: str,
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[GenerationChunk]:
+        with _langchain_errors():
+            await self._aload()
+            options, requests = self._plan_stream(prompt, stop, kwargs)
+            convert = self._as_langchain(requests)
+            with self._submit(requests, options) as stream:
+                for given in self._echo(prompt, options):
+                    yield given
+                async for chunk in stream:
+                    given = convert(chunk)
+                    if run_manager:
+                        await run_manager.on_llm_new_token(given.text, chunk=given)
+                    yield given
+
+    def generate(self, prompts: list[str], stop: list[str] | None = None, callbacks: Any = None, **kwargs: Any) -> LLMResult:
+        """Complete prompts; as `BaseLLM.generate`, with the call's options in the cache's key."""
+        with _noting(_call_options, _own_options(kwargs)):
+            return super().generate(prompts, stop=stop, callbacks=callbacks, **kwargs)
+
+    async def agenerate(
+        self, prompts: list[str], stop: list[str] | None = None, callbacks: Any = None, **kwargs: Any
+    ) -> LLMResult:
+        """Complete prompts; as `BaseLLM.agenerate`, with the call's options in the cache's key."""
+        with _noting(_call_options, _own_options(kwargs)):
+            return await super().agenerate(prompts, stop=stop, callbacks=callbacks, **kwargs)
+
+    def batch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[str]:
+        """Complete many prompts in one running batch.
+
+        Args:
+            inputs: Prompts.
+            config: As for every Runnable; `max_concurrency` bounds how many run at once.
+            return_exceptions: Give a prompt's error in its place, and the others their texts;
+                otherwise the first error is raised and the rest is cancelled.
+            **kwargs: Options of the call.
+
+        Returns:
+            The texts, and errors if asked for, in the order of the prompts.
+        """
+        if not return_exceptions or len(inputs) < 2:
+            return super().batch(inputs, config, return_exceptions=return_exceptions, **kwargs)
+        configs = get_config_list(config, len(inputs))
+        workers = configs[0].get("max_concurrency") or min(len(inputs), 2 * self.batch_size)
+
+        def complete(prompt: LanguageModelInput, config: RunnableConfig) -> Any:
+            try:
+                return self.invoke(prompt, config, **kwargs)
+            except Exception as error:  # noqa: BLE001  (this is what return_exceptions asks for)
+                return error
+
+        streams: list[ChunkStream] = []
+        with _noting(_streams, streams), ContextThreadPoolExecutor(max_workers=workers) as executor:
+            try:
+                return list(executor.map(complete, inputs, configs))
+            except BaseException:  # Ctrl-C: the threads must not run on to the end of their texts
+                executor.shutdown(wait=False, cancel_futures=True)
+                for stream in streams:
+                    stream.close()
+                raise
+
+    async def abatch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[str]:
+        """Complete many prompts in one running batch; see `batch`."""
+        if not return_exceptions or len(inputs) < 2:
+            return await super().abatch(inputs, config, return_exceptions=return_exceptions, **kwargs)
+        return await super(BaseLLM, self).abatch(inputs, config, return_exceptions=True, **kwargs)
+
+    # Requests and answers.
+
+    async def _aload(self) -> None:
+        if not self.is_loaded:
+            await run_in_executor(None, self.load)
+
+    def _plan(
+        self, prompts: Sequence[str], stop: Sequence[str] | None, call: Mapping[str, Any]
+    ) -> tuple[GenerationOptions, list[Request]]:
+        options = self._options(stop, call)
+        return options, [request for prompt in prompts for request in self._requests(prompt, options)]
+
+    def _plan_stream(
+        self, prompt: str, stop: Sequence[str] | None, call: Mapping[str, Any]
+    ) -> tuple[GenerationOptions, list[Request]]:
+        options, requests = self._plan([prompt], stop, call)
+        if options.n != 1:
+            msg = f"n={options.n} completions cannot share one stream; pass n=1, or use generate."
+            raise InvalidOptionError(msg)
+        return options, requests
+
+    def _submit(self, requests: Sequence[Request], options: GenerationOptions) -> ChunkStream:
+        stream = self._engine().submit(requests, options.timeout)
+        if (noted := _streams.get()) is not None:
+            noted.append(stream)
+        return stream
+
+    def _echo(self, prompt: str, options: GenerationOptions) -> list[GenerationChunk]:
+        return [GenerationChunk(text=prompt)] if options.return_full_text else []
+
+    def _as_langchain(self, requests: Sequence[Request]) -> Any:
+        def convert(chunk: Chunk) -> GenerationChunk:
+            info = self._info(chunk.finish_reason, chunk.usage, chunk.logprobs, requests[chunk.row].seed)
+            return GenerationChunk(text=chunk.text, generation_info=info or None)
+
+        return convert
+
+    def _result(self, prompts: Sequence[str], options: GenerationOptions, answers: _Answers) -> LLMResult:
+        generations = [
+            Generation(
+                text=(prompts[i // options.n] if options.return_full_text else "") + answer.text,
+                generation_info=self._info(answer.finish_reason, answer.usage, answer.logprobs, answer.seed),
+            )
+            for i, answer in enumerate(answers.rows)
+        ]
+        usages = [answer.usage for answer in answers.rows if answer.usage]
+        prompt_tokens = sum(usage.prompt_tokens for usage in usages[:: options.n])
+        completion_tokens = sum(usage.completion_tokens for usage in usages)
+        return LLMResult(
+            generations=[generations[i : i + options.n] for i in range(0, len(generations), options.n)],
+            llm_output={
+                "model_name": self.model_id,
+                "token_usage": {
+                    "prompt_tokens": prompt_tokens,
+                    "completion_tokens": completion_tokens,
+                    "total_tokens": prompt_tokens + completion_tokens,
+                    "cached_tokens": sum(usage.cached_tokens for usage in usages[:: options.n]),
+                },
+            },
+        )
+
+    def _info(
+        self, finish_reason: str | None, usage: Usage | None, logprobs: Sequence[TokenLogprob], seed: int
+    ) -> dict[str, Any]:
+        info: dict[str, Any] = {}
+        if logprobs:
+            info["logprobs"] = {"content": [self._logprob_info(logprob) for logprob in logprobs]}
+        if finish_reason is not None and usage is not None:
+            decoding_s = usage.total_s - usage.first_token_s
+            info |= {
+                "finish_reason": finish_reason,
+                "model_name": self.model_id,
+                "seed": seed,
+                "usage_metadata": {
+                    "input_tokens": usage.prompt_tokens,
+                    "output_tokens": usage.completion_tokens,
+                    "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+                    "input_token_details": {"cache_read": usage.cached_tokens},
+                },
+                "timing": {
+                    "queued_s": usage.queued_s,
+                    "first_token_s": usage.first_token_s,
+                    "total_s": usage.total_s,
+                    "rate_tok_s": (usage.completion_tokens - 1) / decoding_s if decoding_s > 0 else None,
+                },
+            }
+        return info
+
+    def _logprob_info(self, logprob: TokenLogprob) -> dict[str, Any]:
+        tokenizer = self._loaded().pipeline.tokenizer
+
+        def entry(token_id: int, value: float) -> dict[str, Any]:
+            return {"token": tokenizer.decode([token_id]), "token_id": token_id, "logprob": value}
+
+        top = [entry(token_id, value) for token_id, value in logprob.top]
+        return {**entry(logprob.token_id, logprob.logprob), "top_logprobs": top}
+
+    # LangChain's conventions.
+
+    @property
+    def _llm_type(self) -> str:
+        return "quantized_huggingface"
+
+    def asdict(self) -> dict[str, Any]:
+        """Give all that changes the output, the options of the call in progress included."""
+        return {**super().asdict(), **_call_options.get()}
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        """Give the standard parameters for tracing."""
+        params = super()._get_ls_params(stop=stop, **kwargs)
+        params["ls_model_type"] = "llm"
+        return params
+
+    @classmethod
+    def get_lc_namespace(cls) -> list[str]:
+        """Say where `load` finds the class."""
+        return ["langchain_quantllm", "llms"]
+
+
+@dataclass
+class _Answer:
+    seed: int
+    text: str = ""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str | None = None
+    usage: Usage | None = None
+
+
+class _Answers:
+    """The rows of a submission, folded up from their chunks."""
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self.rows = [_Answer(seed=request.seed) for request in requests]
+
+    def add(self, chunk: Chunk) -> None:
+        answer = self.rows[chunk.row]
+        answer.text += chunk.text
+        answer.logprobs += chunk.logprobs
+        answer.finish_reason, answer.usage = chunk.finish_reason, chunk.usage
+
+
+@contextlib.contextmanager
+def _langchain_errors() -> Iterator[None]:
+    """Raise this package's errors as LangChain's too where it has such."""
+    try:
+        yield
+    except QuantLLMError as error:
+        translated = as_langchain_error(error)
+        if translated is error:
+            raise
+        raise translated from error
+
+
+@contextlib.contextmanager
+def _noting(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def _own_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what LangChain itself passes along with a call's options."""
+    langchain = ("tags", "metadata", "run_name", "run_id")
+    return {k: v for k, v in kwargs.items() if k not in langchain}

@@ -1,0 +1,37 @@
+"""Memory of a model: estimated before loading, measured while it lives, and reported.
+
+Owns every number of bytes in the package. Knows nothing of LangChain, pipelines or loading.
+"""
+
+from langchain_quantllm.memory.budget import check_fits
+from langchain_quantllm.memory.estimate import MemoryEstimate, estimate_memory
+from langchain_quantllm.memory.notes import memory_notes
+from langchain_quantllm.memory.report import MemoryReport
+from langchain_quantllm.memory.snapshot import (
+    AcceleratorReading,
+    CpuReading,
+    MemorySnapshot,
+    available_memory,
+    take_snapshot,
+)
+from langchain_quantllm.memory.table import format_bytes
+from langchain_quantllm.memory.tracking import TrackedMemory, track_memory
+from langchain_quantllm.memory.weights import WeightBytes, weights_by_kind
+
+__all__ = [
+    "AcceleratorReading",
+    "CpuReading",
+    "MemoryEstimate",
+    "MemoryReport",
+    "MemorySnapshot",
+    "TrackedMemory",
+    "WeightBytes",
+    "available_memory",
+    "check_fits",
+    "estimate_memory",
+    "format_bytes",
+    "memory_notes",
+    "take_snapshot",
+    "track_memory",
+    "weights_by_kind",
+]

@@ -1,0 +1,302 @@
+"""What a model will take, computed from its config alone.
+
+Owns reading the config, building the model on the meta device and the size of its KV cache. Reads no
+weights; the bytes of the formats are in `layout`.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from langchain_quantllm.errors import (
+    CheckpointError,
+    InvalidOptionError,
+    ModelNotFoundError,
+    UnsupportedError,
+    nearest,
+)
+from langchain_quantllm.memory.layout import weight_bytes
+from langchain_quantllm.memory.weights import WeightBytes
+from langchain_quantllm.schemes import (
+    FLOAT_DTYPES,
+    GPTQ,
+    SCHEMES,
+    Scheme,
+    Unquantized,
+    scheme_from,
+    scheme_of_config,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """What a model takes under one scheme, before it is loaded.
+
+    Args:
+        model_id: Hub id or folder; the model type where a config was given.
+        scheme: How the weights are held.
+        dtype: Name of the dtype of the rest of the model and of the KV cache.
+        parameters: Number of parameters, tied ones once, as in the unquantized model.
+        weights: Bytes by kind.
+        bytes_16bit: Bytes of the same model unquantized in 16 bits.
+        kv_cache_bytes_per_token: Bytes that one token of one sequence adds to the KV cache; None where the
+            model's forward does not run on the meta device. Layers with a state of fixed size add nothing.
+        sliding_bytes_per_token: The part of it in layers that keep the last `sliding_window_tokens` only.
+        sliding_window_tokens: Tokens that those layers keep; None without such layers.
+        context_tokens: Longest sequence that the config allows; None if it says nothing.
+        bytes_by_scheme: Total bytes under each scheme of `SCHEMES` that needs no calibration; empty for a
+            checkpoint that is already quantized.
+    """
+
+    model_id: str
+    scheme: Scheme
+    dtype: str
+    parameters: int
+    weights: WeightBytes
+    bytes_16bit: int
+    kv_cache_bytes_per_token: int | None
+    sliding_bytes_per_token: int = 0
+    sliding_window_tokens: int | None = None
+    context_tokens: int | None = None
+    bytes_by_scheme: Mapping[str, int] = field(default_factory=dict, repr=False, hash=False)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of weights, quantization state and buffers."""
+        return self.weights.total_bytes
+
+    @property
+    def saving(self) -> float:
+        """Share of the 16-bit bytes that the scheme saves, 0.6 for 60%; negative if it takes more."""
+        return 1 - self.total_bytes / self.bytes_16bit
+
+    def kv_cache_bytes(self, tokens: int, batch: int = 1) -> int:
+        """Compute the bytes of the KV cache of `batch` sequences of `tokens` tokens each.
+
+        Raises:
+            InvalidOptionError: If a number is negative.
+            UnsupportedError: If the size of the cache is not known for this model.
+        """
+        if tokens < 0 or batch < 0:
+            msg = f"tokens={tokens} and batch={batch} must not be negative."
+            raise InvalidOptionError(msg)
+        if self.kv_cache_bytes_per_token is None:
+            msg = f"The KV cache of {self.model_id!r} cannot be computed from its config; load it and measure."
+            raise UnsupportedError(msg)
+        kept = tokens if self.sliding_window_tokens is None else min(tokens, self.sliding_window_tokens)
+        full_bytes_per_token = self.kv_cache_bytes_per_token - self.sliding_bytes_per_token
+        return batch * (full_bytes_per_token * tokens + self.sliding_bytes_per_token * kept)
+
+    def total_with_cache_bytes(self, tokens: int, batch: int = 1) -> int:
+        """Compute the bytes of the weights and of a KV cache of `batch` sequences of `tokens` tokens each."""
+        return self.total_bytes + self.kv_cache_bytes(tokens, batch)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give everything, ready for JSON."""
+        return {
+            "model_id": self.model_id,
+            "scheme": self.scheme.to_dict(),
+            "dtype": self.dtype,
+            "parameters": self.parameters,
+            "weights": self.weights.to_dict(),
+            "bytes_16bit": self.bytes_16bit,
+            "saving": self.saving,
+            "kv_cache_bytes_per_token": self.kv_cache_bytes_per_token,
+            "sliding_bytes_per_token": self.sliding_bytes_per_token,
+            "sliding_window_tokens": self.sliding_window_tokens,
+            "context_tokens": self.context_tokens,
+            "bytes_by_scheme": dict(self.bytes_by_scheme),
+        }
+
+
+def estimate_memory(
+    model_id: str | PreTrainedConfig,
+    scheme: str | Mapping[str, Any] | Scheme | None = None,
+    *,
+    dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | None = None,
+    trust_remote_code: bool = False,
+    local_files_only: bool = False,
+) -> MemoryEstimate:
+    """Compute what a model will take, from its config, without reading any weights.
+
+    Args:
+        model_id: Hub id, folder, or a transformers config. An AutoGPTQ folder that has only a
+            `quantize_config.json` must come as a config with `quantization_config` set.
+        scheme: Name of a scheme or a scheme. None takes the checkpoint's own `quantization_config`, or else
+            leaves the weights unquantized. `"gptq"` for an unquantized checkpoint says what quantizing it
+            would give, in groups of 128.
+        dtype: Dtype to load in; None or `"auto"` takes the config's, or float32 where it names none.
+        revision: Branch, tag or commit on the Hub.
+        token: Hub token.
+        cache_dir: Folder of downloaded files.
+        trust_remote_code: Let code of the checkpoint run.
+        local_files_only: Do not ask the Hub.
+
+    Returns:
+        The bytes by kind, and what each token adds to the KV cache.
+
+    Raises:
+        ModelNotFoundError: If there is no config under the id.
+        InvalidOptionError: If the scheme or the dtype is unknown.
+        CheckpointError: If the checkpoint is already quantized in another scheme than the one asked for.
+        UnsupportedError: If the model type is no language model, cannot be built on the meta device, or its
+            format has no known formula.
+    """
+    asked = scheme_from(scheme)
+    if isinstance(model_id, str):
+        config = _read_config(
+            model_id,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            trust_remote_code=trust_remote_code,
+            local_files_only=local_files_only,
+        )
+        name = model_id
+    else:
+        config = copy.deepcopy(model_id)
+        name = config.name_or_path or config.model_type
+    options = _pop_quantization(config)
+    used = _choose_scheme(asked, options, name)
+    torch_dtype = _choose_dtype(dtype, config)
+    context_tokens = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    model = _build_on_meta(config, torch_dtype, trust_remote_code, name)
+    others = [] if options else [s for s in SCHEMES.values() if not s.calibrated]
+    unquantized = weight_bytes(model, Unquantized(), torch_dtype)
+    parameters = sum(p.numel() for p in model.parameters())
+    return MemoryEstimate(
+        model_id=name,
+        scheme=used,
+        dtype=str(torch_dtype).removeprefix("torch."),
+        parameters=parameters,
+        weights=weight_bytes(model, used, torch_dtype, options),
+        bytes_16bit=2 * parameters + unquantized.buffers_bytes,
+        context_tokens=context_tokens,
+        bytes_by_scheme={
+            label: weight_bytes(model, other, torch_dtype).total_bytes
+            for label, other in SCHEMES.items()
+            if other in others
+        },
+        **_cache_bytes(model),
+    )
+
+
+def _read_config(model_id: str, **options: Any) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model_id, **options)
+    except OSError as error:
+        msg = f"No config can be read for model {model_id!r}: {_first_line(error)}"
+        raise ModelNotFoundError(msg) from error
+    except ValueError as error:
+        msg = f"The config of model {model_id!r} cannot be used: {_first_line(error)}"
+        raise UnsupportedError(msg) from error
+
+
+def _pop_quantization(config: PreTrainedConfig) -> dict[str, Any]:
+    """Take the quantization out of a config, so that its model can be built plain; empty if there is none."""
+    found = config.__dict__.pop("quantization_config", None)
+    if found is None:
+        return {}
+    return dict(found if isinstance(found, Mapping) else found.to_dict())
+
+
+def _choose_scheme(asked: Scheme | None, options: Mapping[str, Any], name: str) -> Scheme:
+    if not options:
+        return asked or Unquantized()
+    own = scheme_of_config(options)
+    if asked is not None and asked.name != own.name:
+        msg = (
+            f"Model {name!r} is already quantized with {own.name!r}, so quantization={asked.name!r} cannot be applied;"
+            " leave the quantization out, or take the unquantized checkpoint."
+        )
+        raise CheckpointError(msg)
+    if isinstance(asked, GPTQ) and asked.bits not in (None, own.weight_bits):
+        msg = f"Model {name!r} was quantized to {own.weight_bits} bits, not to bits={asked.bits}; leave the bits out."
+        raise CheckpointError(msg)
+    return own
+
+
+def _choose_dtype(dtype: str | torch.dtype | None, config: PreTrainedConfig) -> torch.dtype:
+    import torch
+
+    if dtype in (None, "auto"):
+        dtype = config.dtype or config.get_text_config(decoder=True).dtype or torch.float32
+    named = str(dtype).removeprefix("torch.")
+    if named not in FLOAT_DTYPES:
+        msg = f"dtype={named!r} is no dtype that weights can be loaded in{nearest(named, FLOAT_DTYPES)}"
+        raise InvalidOptionError(msg)
+    found: torch.dtype = getattr(torch, named)
+    return found
+
+
+def _build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool, name: str) -> PreTrainedModel:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            # eager attention: a config that asks for a kernel that is not installed can still be estimated
+            return auto_class.from_config(
+                config, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation="eager"
+            )
+    except (ValueError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+        msg = (
+            f"Model {name!r} (type {config.model_type!r}) cannot be built on the meta device as a language model, so"
+            f" its memory cannot be estimated: {_first_line(error)}"
+        )
+        raise UnsupportedError(msg) from error
+
+
+def _cache_bytes(model: PreTrainedModel) -> dict[str, Any]:
+    """Run one token through the model on the meta device, and read what it leaves in the KV cache.
+
+    This follows whatever the model caches (grouped heads, compressed latents, sliding windows, shared layers)
+    in the transformers version at hand, which no formula over the config does.
+    """
+    import torch
+
+    input_ids = torch.zeros((1, 1), dtype=torch.long, device="meta")
+    decoder = {"decoder_input_ids": input_ids} if model.config.is_encoder_decoder else {}
+    try:
+        with torch.no_grad():
+            output = model(input_ids=input_ids, use_cache=True, **decoder)
+    except (ValueError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+        logger.info("The KV cache of a %s cannot be computed on the meta device: %s", type(model).__name__, error)
+        return {"kv_cache_bytes_per_token": None}
+    cache = output.get("past_key_values", output.get("cache_params"))
+    layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", None)
+    if layers is None:
+        return {"kv_cache_bytes_per_token": None}
+    total_bytes, sliding_bytes, window_tokens = 0, 0, None
+    for layer in layers:
+        tensors = (getattr(layer, "keys", None), getattr(layer, "values", None))
+        size_bytes = sum(t.nbytes for t in tensors if t is not None)
+        total_bytes += size_bytes
+        if size_bytes and getattr(layer, "is_sliding", False):
+            sliding_bytes += size_bytes
+            window_tokens = max(window_tokens or 0, layer.sliding_window)
+    return {
+        "kv_cache_bytes_per_token": total_bytes,
+        "sliding_bytes_per_token": sliding_bytes,
+        "sliding_window_tokens": window_tokens,
+    }
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,51 @@
+"""What measured memory does not say, in sentences for a report.
+
+Owns the pitfalls of each backend's numbers; a note is given only where it applies.
+"""
+
+from __future__ import annotations
+
+from langchain_quantllm.memory.snapshot import AcceleratorReading, MemorySnapshot
+from langchain_quantllm.memory.weights import WeightBytes
+
+
+def memory_notes(snapshot: MemorySnapshot, weights: WeightBytes | None = None) -> tuple[str, ...]:
+    """Say which pitfalls apply to the numbers of a snapshot.
+
+    Args:
+        snapshot: Readings of the devices in question.
+        weights: Weights of the model, if the numbers are those of a model.
+
+    Returns:
+        Sentences; none where nothing applies.
+    """
+    accelerators = [r for r in snapshot.readings if isinstance(r, AcceleratorReading)]
+    notes = []
+    if accelerators:
+        notes.append(
+            "Allocated and reserved memory are those of this process's PyTorch allocator; the use of the whole device"
+            " also counts other processes, the driver's context and libraries."
+        )
+    if any(r.peak_allocated_bytes is not None for r in accelerators):
+        notes.append("Peaks of PyTorch's allocator are process-wide: tensors of other threads are in them.")
+    without_peak = [r.device for r in accelerators if r.peak_allocated_bytes is None]
+    if without_peak:
+        notes.append(f"{', '.join(without_peak)} has no peak counter; its peak is the higher of before and after.")
+    unseen = [r.device for r in accelerators if r.device.startswith("cuda") and r.process_bytes is None]
+    if unseen:
+        notes.append(
+            f"NVML shows no memory of this process on {', '.join(unseen)} (no driver library, a container, or MIG), so"
+            " the CUDA context cannot be told apart."
+        )
+    if not accelerators:
+        notes.append(
+            "Resident memory is that of the whole process with its libraries, and takes freed memory back late; the"
+            " weights by kind are exact."
+        )
+        notes.append(
+            "Resident peaks are sampled inside a block; the system's own peak counts from the start of the process and"
+            " cannot be reset."
+        )
+    if weights is not None and weights.offloaded_bytes:
+        notes.append("Some weights are offloaded and lie outside the model; they are not in its total.")
+    return tuple(notes)

@@ -1,0 +1,110 @@
+"""The memory report of one model: the stages of its life, its weights by kind, and what it saves.
+
+Owns how measurements are put together and shown; takes none itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from langchain_quantllm.memory.snapshot import MemorySnapshot
+from langchain_quantllm.memory.table import UNITS_NOTE, Table, format_bytes, stage_table
+from langchain_quantllm.memory.weights import WeightBytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryReport:
+    """Memory before, while and after a model was loaded, and while it generated.
+
+    Args:
+        model_id: Hub id or folder of the model.
+        scheme_name: Name of the scheme that holds its weights.
+        devices: Devices that its weights lie on, such as `("cuda:0",)`.
+        weights: Bytes of its weights, by kind, measured.
+        before: Readings before loading; None for a model that was handed in loaded.
+        after_loading: Readings after loading.
+        peak_loading: Most bytes in use while loading, by device, as `track_memory` gives them.
+        after_generating: Readings after the last generation.
+        peak_generating: Most bytes in use while generating, by device.
+        bytes_16bit: Bytes of the same model in 16 bits, as `MemoryEstimate.bytes_16bit` gives them.
+        kv_cache_bytes: Bytes of the KV cache at its largest.
+        notes: What the numbers do not say; `memory_notes` writes them.
+    """
+
+    model_id: str
+    scheme_name: str
+    devices: tuple[str, ...]
+    weights: WeightBytes
+    before: MemorySnapshot | None = None
+    after_loading: MemorySnapshot | None = None
+    peak_loading: Mapping[str, int] | None = field(default=None, hash=False)
+    after_generating: MemorySnapshot | None = None
+    peak_generating: Mapping[str, int] | None = field(default=None, hash=False)
+    bytes_16bit: int | None = None
+    kv_cache_bytes: int | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def saving(self) -> float | None:
+        """Share of the 16-bit bytes that the weights save, 0.6 for 60%; None where those are not known."""
+        return 1 - self.weights.total_bytes / self.bytes_16bit if self.bytes_16bit else None
+
+    def summary(self) -> str:
+        """Say it in one line: `cpu: 163 MB weights (int8), 40% less than 16 bits`."""
+        line = f"{', '.join(self.devices)}: {format_bytes(self.weights.total_bytes)} weights ({self.scheme_name})"
+        if self.saving is None or self.scheme_name == "none":
+            return line
+        return f"{line}, {abs(self.saving):.0%} {'less' if self.saving >= 0 else 'more'} than 16 bits"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give everything, ready for JSON; sizes in bytes."""
+        stages = {
+            "before": self.before,
+            "after_loading": self.after_loading,
+            "after_generating": self.after_generating,
+        }
+        peaks = {"peak_loading": self.peak_loading, "peak_generating": self.peak_generating}
+        return {
+            "model_id": self.model_id,
+            "scheme_name": self.scheme_name,
+            "devices": list(self.devices),
+            "weights": self.weights.to_dict(),
+            "bytes_16bit": self.bytes_16bit,
+            "saving": self.saving,
+            "kv_cache_bytes": self.kv_cache_bytes,
+            **{name: stage and stage.to_dict() for name, stage in stages.items()},
+            **{name: None if peak is None else dict(peak) for name, peak in peaks.items()},
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        """Lay it out as a plain text table."""
+        return self._table().to_text()
+
+    def _repr_html_(self) -> str:
+        return self._table().to_html()
+
+    def _table(self) -> Table:
+        stages = {
+            "before": self.before,
+            "peak, loading": self.peak_loading,
+            "loaded": self.after_loading,
+            "peak, generating": self.peak_generating,
+            "generated": self.after_generating,
+        }
+        kinds = {
+            "quantized": self.weights.quantized_bytes,
+            "unquantized": self.weights.unquantized_bytes,
+            "buffers": self.weights.buffers_bytes,
+            "offloaded": self.weights.offloaded_bytes,
+        }
+        parts = ", ".join(f"{format_bytes(size)} {kind}" for kind, size in kinds.items() if size)
+        lines = [f"Weights: {format_bytes(self.weights.total_bytes)} = {parts}."]
+        if self.bytes_16bit is not None and self.saving is not None:
+            lines.append(f"In 16 bits: {format_bytes(self.bytes_16bit)}; saved: {self.saving:.0%}.")
+        if self.kv_cache_bytes is not None:
+            lines.append(f"KV cache at its largest: {format_bytes(self.kv_cache_bytes)}.")
+        title = f"Memory of {self.model_id} ({self.scheme_name})"
+        return stage_table(title, stages, [*lines, *self.notes, UNITS_NOTE])

@@ -1,0 +1,290 @@
+"""Memory in use at one moment, device by device, and what is still free.
+
+Owns the readings of PyTorch's allocators, of the drivers and of the operating system. Knows no model.
+The pitfalls of each number stand with its field; `notes` turns those that apply into sentences.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AcceleratorReading:
+    """Memory of one accelerator at one moment; None marks what this backend does not say.
+
+    Args:
+        device: Name as torch knows it, such as `"cuda:0"`.
+        name: Name of the hardware.
+        allocated_bytes: Tensors of this process, as its PyTorch allocator counts them.
+        reserved_bytes: What that allocator holds of the driver, cached free blocks included.
+        peak_allocated_bytes: Most allocated since the counter was last reset by anybody in this process.
+        driver_used_bytes: In use on the whole device: other processes and the CUDA context included.
+        driver_total_bytes: Size of the device's memory.
+        process_bytes: What NVML says that this process uses, the CUDA context included; None where NVML sees
+            no processes, as in most containers.
+    """
+
+    device: str
+    name: str
+    allocated_bytes: int
+    reserved_bytes: int
+    peak_allocated_bytes: int | None
+    driver_used_bytes: int | None
+    driver_total_bytes: int | None
+    process_bytes: int | None = None
+
+    @property
+    def used_bytes(self) -> int:
+        """What this process's tensors take."""
+        return self.allocated_bytes
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Most that this process's tensors took since the counter was reset."""
+        return self.peak_allocated_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class CpuReading:
+    """Main memory at one moment.
+
+    Args:
+        device: Always `"cpu"`.
+        name: Name of the processor.
+        resident_bytes: Resident memory of this whole process, interpreter and libraries included.
+        peak_resident_bytes: Most resident since the process started; the system offers no reset.
+        available_bytes: What new allocations may take without swapping, a container's limit respected.
+        total_bytes: Size of the main memory.
+    """
+
+    device: str = "cpu"
+    name: str
+    resident_bytes: int
+    peak_resident_bytes: int
+    available_bytes: int
+    total_bytes: int
+
+    @property
+    def used_bytes(self) -> int:
+        """What this process takes."""
+        return self.resident_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most that this process took since it started."""
+        return self.peak_resident_bytes
+
+
+Reading = AcceleratorReading | CpuReading
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorySnapshot:
+    """The readings of several devices at one moment."""
+
+    readings: tuple[Reading, ...]
+
+    def reading(self, device: str) -> Reading | None:
+        """Give the reading of a device, or None if it was not read."""
+        return next((r for r in self.readings if r.device == device), None)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Give the readings by device, ready for JSON."""
+        return {r.device: asdict(r) for r in self.readings}
+
+
+def take_snapshot(devices: Iterable[str | torch.device] | None = None) -> MemorySnapshot:
+    """Read the memory in use now.
+
+    Args:
+        devices: Accelerators to read beside the CPU. None reads the current one and those that this process
+            already holds memory on: reading any other would put a CUDA context of some hundred MB there.
+
+    Raises:
+        InvalidOptionError: If a device name is not understood.
+        UnsupportedError: If a device is not there.
+    """
+    names = _default_accelerators() if devices is None else [device_name(d) for d in devices]
+    accelerators = [_read_accelerator(n) for n in dict.fromkeys(names) if n != "cpu"]
+    return MemorySnapshot(readings=(*accelerators, _read_cpu()))
+
+
+def available_memory(device: str | torch.device) -> int:
+    """Give the bytes that new tensors may take on a device.
+
+    Args:
+        device: `"cpu"`, `"cuda:0"`, `"xpu:0"` or `"mps"`.
+
+    Returns:
+        On an accelerator, what its driver has free and what this process's allocator has cached but not in use;
+        that part may be fragmented. On the CPU, what the system calls available, or what is left of the
+        container's limit if that is less.
+
+    Raises:
+        InvalidOptionError: If the device name is not understood.
+        UnsupportedError: If the device is not there, or does not tell.
+    """
+    name = device_name(device)
+    if name == "cpu":
+        return _read_cpu().available_bytes
+    reading = _read_accelerator(name)
+    if reading.driver_total_bytes is None or reading.driver_used_bytes is None:
+        msg = f"Device {name!r} does not tell how much memory it has free; pass max_memory for it."
+        raise UnsupportedError(msg)
+    cached_bytes = reading.reserved_bytes - reading.allocated_bytes
+    return max(0, reading.driver_total_bytes - reading.driver_used_bytes + cached_bytes)
+
+
+def device_name(device: str | torch.device) -> str:
+    """Give the one name of a device that readings use: `"cpu"`, `"mps"`, or a type with its number.
+
+    Raises:
+        InvalidOptionError: If the name is not understood.
+        UnsupportedError: If the device is not there.
+    """
+    import torch
+
+    try:
+        parsed = torch.device(device)
+    except RuntimeError as error:
+        msg = f"device={str(device)!r} is no device; use 'cpu', 'cuda:0', 'xpu:0' or 'mps'."
+        raise InvalidOptionError(msg) from error
+    if parsed.type == "cpu":
+        return "cpu"
+    if parsed.type not in ("cuda", "xpu", "mps"):
+        msg = f"device={str(device)!r} has no memory that can be measured; use 'cpu', 'cuda:0', 'xpu:0' or 'mps'."
+        raise InvalidOptionError(msg)
+    backend = getattr(torch, parsed.type)
+    count = backend.device_count() if backend.is_available() else 0
+    if (parsed.index or 0) >= count:
+        msg = f"Device {str(device)!r} is not there: torch sees {count} of type {parsed.type!r} on this machine."
+        raise UnsupportedError(msg)
+    if parsed.type == "mps":
+        return "mps"
+    return f"{parsed.type}:{backend.current_device() if parsed.index is None else parsed.index}"
+
+
+def _default_accelerators() -> list[str]:
+    import torch
+
+    for kind in ("cuda", "xpu", "mps"):
+        backend = getattr(torch, kind)
+        if backend.is_available():
+            if kind == "mps":
+                return ["mps"]
+            current = backend.current_device()
+            held = [i for i in range(backend.device_count()) if i == current or backend.memory_reserved(i)]
+            return [f"{kind}:{i}" for i in held]
+    return []
+
+
+def _read_accelerator(name: str) -> AcceleratorReading:
+    import torch
+
+    if name == "mps":
+        reserved_bytes = torch.mps.driver_allocated_memory()
+        return AcceleratorReading(
+            device=name,
+            name="Apple GPU",
+            allocated_bytes=torch.mps.current_allocated_memory(),
+            reserved_bytes=reserved_bytes,
+            peak_allocated_bytes=None,
+            driver_used_bytes=reserved_bytes,  # Metal tells of this process only
+            driver_total_bytes=torch.mps.recommended_max_memory(),
+        )
+    kind, index = name.split(":")
+    backend = getattr(torch, kind)  # torch.cuda and torch.xpu have the same functions
+    properties = backend.get_device_properties(int(index))
+    free_bytes, total_bytes = backend.mem_get_info(int(index))
+    return AcceleratorReading(
+        device=name,
+        name=properties.name,
+        allocated_bytes=backend.memory_allocated(int(index)),
+        reserved_bytes=backend.memory_reserved(int(index)),
+        peak_allocated_bytes=backend.max_memory_allocated(int(index)),
+        driver_used_bytes=total_bytes - free_bytes,
+        driver_total_bytes=total_bytes,
+        process_bytes=_nvml_process_bytes(str(getattr(properties, "uuid", ""))) if kind == "cuda" else None,
+    )
+
+
+def _nvml_process_bytes(uuid: str) -> int | None:
+    """Ask NVML for the bytes of this process on the device with this UUID; its numbering differs from torch's."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+    return next((p.usedGpuMemory for p in processes if p.pid == os.getpid()), None)
+
+
+def resident_bytes() -> int:
+    """Give the resident memory of this process."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def _read_cpu() -> CpuReading:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    left_bytes = _container_left_bytes()
+    return CpuReading(
+        name=platform.processor() or platform.machine() or "CPU",
+        resident_bytes=resident_bytes(),
+        peak_resident_bytes=_peak_resident_bytes(),
+        available_bytes=memory.available if left_bytes is None else min(memory.available, left_bytes),
+        total_bytes=memory.total,
+    )
+
+
+def _peak_resident_bytes() -> int:
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere
+
+
+def _container_left_bytes(folder: Path = _CGROUP) -> int | None:
+    """Give what a container's memory limit leaves; None without one. File pages that can be dropped count as free.
+
+    Source: memory.max, memory.current and memory.stat of https://docs.kernel.org/admin-guide/cgroup-v2.html.
+    """
+    try:
+        limit = (folder / "memory.max").read_text().strip()
+        current_bytes = int((folder / "memory.current").read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except OSError:
+        return None
+    if limit == "max":
+        return None
+    return max(0, int(limit) - current_bytes + int(stat.get("inactive_file", 0)))
