@@ -12,8 +12,16 @@ from langchain_quantllm.schemes import FP4, GPTQ, NF4, SCHEMES, Int8, Scheme, Un
 
 if TYPE_CHECKING:
     from langchain_quantllm.llms import QuantizedHuggingFaceLLM
+    from langchain_quantllm.memory import MemoryEstimate, MemoryReport, estimate_memory, take_snapshot, track_memory
 
-_LAZY = {"QuantizedHuggingFaceLLM": "langchain_quantllm.llms"}
+_LAZY = {
+    "MemoryEstimate": "langchain_quantllm.memory",
+    "MemoryReport": "langchain_quantllm.memory",
+    "QuantizedHuggingFaceLLM": "langchain_quantllm.llms",
+    "estimate_memory": "langchain_quantllm.memory",
+    "take_snapshot": "langchain_quantllm.memory",
+    "track_memory": "langchain_quantllm.memory",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -31,8 +39,13 @@ __all__ = [
     "NF4",
     "SCHEMES",
     "Int8",
+    "MemoryEstimate",
+    "MemoryReport",
     "QuantizedHuggingFaceLLM",
     "Scheme",
     "Unquantized",
     "__version__",
+    "estimate_memory",
+    "take_snapshot",
+    "track_memory",
 ]

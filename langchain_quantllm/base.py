@@ -18,7 +18,8 @@ from pydantic import AliasChoices, ConfigDict, Field, PrivateAttr, SecretStr, mo
 from typing_extensions import Self
 
 from langchain_quantllm._version import __version__
-from langchain_quantllm.engine.options import GENERATE, OWN, GenerationOptions, normalize, option_names, resolve
+from langchain_quantllm.checkpoint import LoadSpec
+from langchain_quantllm.engine.options import OWN, REFUSED, GenerationOptions, normalize, option_names, resolve
 from langchain_quantllm.engine.request import Engine, EngineInfo, Request, plan_requests
 from langchain_quantllm.errors import (
     GenerationTimeoutError,
@@ -28,7 +29,8 @@ from langchain_quantllm.errors import (
     UnsupportedError,
     nearest,
 )
-from langchain_quantllm.loading import LoadedModel, LoadSpec, acquire
+from langchain_quantllm.loading import LoadedModel, acquire
+from langchain_quantllm.memory import MemoryReport
 from langchain_quantllm.schemes import SCHEMES, Scheme, Unquantized, scheme_from, scheme_of_config
 
 
@@ -82,7 +84,8 @@ class QuantizedModel(BaseLanguageModel[Any]):
     quantization: Any = None
     """A name of `SCHEMES`, a scheme such as `NF4(double_quantization=True)`, or None: the checkpoint as it is."""
     quantization_config: Any = None
-    """A transformers quantization config, such as `BitsAndBytesConfig(load_in_8bit=True)`, in place of `quantization`."""
+    """A transformers quantization config, such as `BitsAndBytesConfig(load_in_8bit=True)`, in place of "
+    "`quantization`."""
     dtype: str = "auto"
     """Dtype of what is not quantized: `"auto"` (the checkpoint's), `"float16"`, `"bfloat16"` or `"float32"`."""
     device: int | str | None = None
@@ -195,7 +198,8 @@ class QuantizedModel(BaseLanguageModel[Any]):
         elif name == "backend":
             hint = "; it belongs to from_model_id"
         else:
-            normalize({name: value}) if name not in option_names() and _is_refused(name) else None
+            if name in REFUSED:
+                normalize({name: value})  # raises with the reason
             hint = nearest(name, {*known, *option_names()})
         msg = f"{cls.__name__} has no field {name!r}{hint}"
         raise InvalidOptionError(msg)
@@ -209,10 +213,15 @@ class QuantizedModel(BaseLanguageModel[Any]):
         if self.pipeline is not None:
             self._check_pipeline()
         elif not self.model_id:
-            msg = "give model_id=, a folder or a repository's name such as 'HuggingFaceTB/SmolLM2-135M-Instruct', or pipeline=."
+            msg = (
+                "give model_id=, a folder or a repository's name such as 'HuggingFaceTB/SmolLM2-135M-Instruct', or "
+                "pipeline=."
+            )
             raise InvalidOptionError(msg)
         if self.device is not None and self.device_map is not None:
-            msg = f"device={self.device!r} and device_map={self.device_map!r} say the same thing twice; give one of them."
+            msg = (
+                f"device={self.device!r} and device_map={self.device_map!r} say the same thing twice; give one of them."
+            )
             raise InvalidOptionError(msg)
         self._spec()
         resolve([self._field_options()], {})
@@ -227,14 +236,20 @@ class QuantizedModel(BaseLanguageModel[Any]):
         pipe = self.pipeline
         if getattr(pipe, "task", None) != "text-generation" or getattr(pipe, "tokenizer", None) is None:
             msg = (
-                f"pipeline={type(pipe).__name__} cannot be used; give transformers.pipeline('text-generation', model=..., "
+                f"pipeline={type(pipe).__name__} cannot be used; give transformers.pipeline('text-generation', "
+                "model=..., "
                 "tokenizer=...)."
             )
             raise InvalidOptionError(msg)
         # Whoever copies an instance hands every field on, the defaults too, so only other values count.
-        given = [n for n in _LOADING if getattr(self, n) != type(self).model_fields[n].get_default(call_default_factory=True)]
+        given = [
+            n for n in _LOADING if getattr(self, n) != type(self).model_fields[n].get_default(call_default_factory=True)
+        ]
         if given:
-            msg = f"{given[0]}={getattr(self, given[0])!r} has no effect on a pipeline that is already loaded; leave it out."
+            msg = (
+                f"{given[0]}={getattr(self, given[0])!r} has no effect on a pipeline that is already loaded; leave it "
+                "out."
+            )
             raise InvalidOptionError(msg)
         self.model_id = self.model_id or pipe.model.name_or_path or "pipeline"
 
@@ -308,6 +323,14 @@ class QuantizedModel(BaseLanguageModel[Any]):
         """Which engine runs the model, and why; loads the model if it is not loaded."""
         return self._engine().info
 
+    def memory_report(self) -> MemoryReport:
+        """Report the memory before and after loading, and while generating; loads the model if it is not loaded.
+
+        Returns:
+            A report that prints as a table, shows as one in Jupyter, and gives a dict by `to_dict()`.
+        """
+        return self._loaded().memory_report(self.model_id)
+
     @property
     def scheme(self) -> Scheme:
         """How the weights are, or will be, held in memory."""
@@ -346,7 +369,9 @@ class QuantizedModel(BaseLanguageModel[Any]):
     def _encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         model = self._loaded()
         with model.lock:  # a tokenizer is not safe to use from two threads while its settings change
-            ids = list(model.pipeline.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+            ids = list(
+                model.pipeline.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+            )
         bos = model.pipeline.tokenizer.bos_token_id
         if add_special_tokens and bos is not None and ids[:2] == [bos, bos]:
             del ids[0]  # the prompt, made by a chat template perhaps, has its begin token already
@@ -387,6 +412,8 @@ class QuantizedModel(BaseLanguageModel[Any]):
             params["ls_max_tokens"] = max_tokens
         if stops := stop or self.stop:
             params["ls_stop"] = list(stops)
+        if self._model is not None:  # a line in the metadata of every run
+            params["memory"] = self._model.summary  # type: ignore[typeddict-unknown-key]
         return params
 
     @property
@@ -419,7 +446,10 @@ class QuantizedModel(BaseLanguageModel[Any]):
             TypeError: If the instance stands over a pipeline of your own.
         """
         if self.pipeline is not None and (self._model is None or not self._model.owned):
-            msg = "an LLM over a pipeline= of your own cannot be pickled: its weights are not this object's to copy; use model_id=."
+            msg = (
+                "an LLM over a pipeline= of your own cannot be pickled: its weights are not this object's to copy; "
+                "use model_id=."
+            )
             raise TypeError(msg)
         state = super().__getstate__()
         fields = {**state["__dict__"], "pipeline": None}
@@ -434,12 +464,6 @@ class QuantizedModel(BaseLanguageModel[Any]):
         twin = type(self).__new__(type(self))
         twin.__setstate__(state)
         return twin
-
-
-def _is_refused(name: str) -> bool:
-    from langchain_quantllm.engine.options import REFUSED
-
-    return name in REFUSED
 
 
 def _lift_model_kwargs(values: dict[str, Any]) -> None:
@@ -510,6 +534,3 @@ def _special_ids(tokenizer: Any, stop: Sequence[str]) -> tuple[int, ...]:
     added: Callable[[], dict[str, int]] = tokenizer.get_added_vocab
     vocabulary = added() if stop else {}
     return tuple(vocabulary[s] for s in stop if s in vocabulary)
-
-
-__all__ = ["GENERATE", "PromptOverflowError", "QuantizedModel", "RequestTimeoutError", "as_langchain_error"]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-from langchain_core.language_models.base import LanguageModelInput, LangSmithParams
+from langchain_core.language_models.base import LangSmithParams, LanguageModelInput
 from langchain_core.language_models.llms import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from langchain_core.runnables import RunnableConfig
@@ -26,7 +26,7 @@ from langchain_quantllm.engine.options import GenerationOptions
 from langchain_quantllm.engine.request import Chunk, ChunkStream, Request, TokenLogprob, Usage
 from langchain_quantllm.errors import InvalidOptionError, MissingPackageError, QuantLLMError, pip_install
 
-_call_options: ContextVar[Mapping[str, Any]] = ContextVar("quantllm_call_options", default={})
+_call_options: ContextVar[Mapping[str, Any] | None] = ContextVar("quantllm_call_options", default=None)
 """The options of the call in progress, for the cache key, which LangChain makes of the fields alone."""
 
 _streams: ContextVar[list[ChunkStream] | None] = ContextVar("quantllm_streams", default=None)
@@ -152,10 +152,8 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         Returns:
             An LLM over the same pipeline, with its `pipeline_kwargs` as fields.
         """
-        options = dict(llm.pipeline_kwargs or {})
-        return cls(
-            pipeline=llm.pipeline, model_id=llm.model_id or "", pipeline_kwargs=options, batch_size=llm.batch_size, **kwargs
-        )
+        given = {"generation_kwargs": dict(llm.pipeline_kwargs or {}), "batch_size": llm.batch_size, **kwargs}
+        return cls(pipeline=llm.pipeline, model_id=llm.model_id or "", **given)
 
     def to_huggingface_pipeline(self) -> Any:
         """Give the loaded pipeline to a langchain-huggingface `HuggingFacePipeline`.
@@ -238,7 +236,9 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
                         await run_manager.on_llm_new_token(given.text, chunk=given)
                     yield given
 
-    def generate(self, prompts: list[str], stop: list[str] | None = None, callbacks: Any = None, **kwargs: Any) -> LLMResult:
+    def generate(
+        self, prompts: list[str], stop: list[str] | None = None, callbacks: Any = None, **kwargs: Any
+    ) -> LLMResult:
         """Complete prompts; as `BaseLLM.generate`, with the call's options in the cache's key."""
         with _noting(_call_options, _own_options(kwargs)):
             return super().generate(prompts, stop=stop, callbacks=callbacks, **kwargs)
@@ -278,7 +278,7 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         def complete(prompt: LanguageModelInput, config: RunnableConfig) -> Any:
             try:
                 return self.invoke(prompt, config, **kwargs)
-            except Exception as error:  # noqa: BLE001  (this is what return_exceptions asks for)
+            except Exception as error:
                 return error
 
         streams: list[ChunkStream] = []
@@ -409,7 +409,7 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
 
     def asdict(self) -> dict[str, Any]:
         """Give all that changes the output, the options of the call in progress included."""
-        return {**super().asdict(), **_call_options.get()}
+        return {**super().asdict(), **(_call_options.get() or {})}
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         """Give the standard parameters for tracing."""

@@ -276,13 +276,14 @@ def scheme_from(value: str | Mapping[str, Any] | Scheme | None) -> Scheme | None
         if name not in _CLASSES:
             msg = f"quantization={dict(value)!r} names no known scheme{nearest(str(name), _CLASSES)}"
             raise InvalidOptionError(msg)
-        cls = _CLASSES[name]
+        cls: Any = _CLASSES[name]
         known = [f.name for f in dataclasses.fields(cls)]
         for option in options:
             if option not in known:
                 msg = f"quantization {name!r} has no option {option!r}{nearest(option, known)}"
                 raise InvalidOptionError(msg)
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+        scheme: Scheme = cls(**options)
+        return scheme
     if type(value).__module__.startswith("transformers."):
         msg = f"quantization={type(value).__name__}(...) is a transformers config; pass it as quantization_config=."
         raise InvalidOptionError(msg)

@@ -86,7 +86,7 @@ class PipelineEngine:
                 self._generate_stepwise(batch)
         except torch.OutOfMemoryError as error:
             self._fail(batch, NotEnoughMemoryError(_out_of_memory(batch)), error)
-        except Exception as error:  # noqa: BLE001  (whatever a model raises reaches those who wait for it)
+        except Exception as error:
             self._fail(batch, GenerationError(f"the model failed while generating: {error!r}"), error)
 
     def _fail(self, batch: list[tuple[Row, ChunkStream]], report: Exception, cause: Exception) -> None:
@@ -205,7 +205,7 @@ class _Steps:
         return torch.tensor(done, device=token_ids.device)
 
 
-class _Draw(LogitsProcessor):  # type: ignore[misc]  (transformers is not typed)
+class _Draw(LogitsProcessor):  # type: ignore[misc]  # transformers is not typed
     def __init__(self, steps: _Steps) -> None:
         self._steps = steps
 
@@ -213,7 +213,7 @@ class _Draw(LogitsProcessor):  # type: ignore[misc]  (transformers is not typed)
         return self._steps.draw(scores)
 
 
-class _Take(StoppingCriteria):  # type: ignore[misc]  (transformers is not typed)
+class _Take(StoppingCriteria):  # type: ignore[misc]  # transformers is not typed
     def __init__(self, steps: _Steps) -> None:
         self._steps = steps
 
@@ -221,7 +221,7 @@ class _Take(StoppingCriteria):  # type: ignore[misc]  (transformers is not typed
         return self._steps.take(input_ids[:, -1])
 
 
-class _StopWhenCancelled(StoppingCriteria):  # type: ignore[misc]  (transformers is not typed)
+class _StopWhenCancelled(StoppingCriteria):  # type: ignore[misc]  # transformers is not typed
     def __init__(self, stream: ChunkStream) -> None:
         self._stream = stream
 

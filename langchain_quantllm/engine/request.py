@@ -297,7 +297,10 @@ class ChunkStream:
         remaining = self._deadline - time.monotonic()
         if remaining <= 0:
             self.close()
-            msg = f"the model did not finish within timeout={self._timeout_s:g} seconds; raise it or ask for fewer tokens."
+            msg = (
+                f"the model did not finish within timeout={self._timeout_s:g} seconds; raise it or ask for fewer "
+                "tokens."
+            )
             raise GenerationTimeoutError(msg)
         return remaining
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from langchain_quantllm.engine.request import Request, TokenLogprob
 
@@ -69,7 +69,7 @@ def _penalize(logits: torch.Tensor, seen_ids: Sequence[int], penalty: float) -> 
     logits[ids] = torch.where(seen < 0, seen * penalty, seen / penalty)
 
 
-def _warpers(request: Request) -> list[object]:
+def _warpers(request: Request) -> list[Any]:
     """Build transformers' own warpers, in the order of `GenerationMixin._get_logits_processor`."""
     from transformers.generation import logits_process as lp
 

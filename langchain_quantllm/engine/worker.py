@@ -95,7 +95,7 @@ class Worker:
                     self._fail_all("the model was dropped while requests waited for it.")
                 else:
                     run(self._waiting)
-            except Exception as error:  # noqa: BLE001  (a thread that dies silently leaves its callers waiting)
+            except Exception as error:
                 self._fail_all(f"the engine failed: {error!r}", error)
             del run  # an idle thread keeps no model alive
         with self._changed:

@@ -1,7 +1,7 @@
 """Which modules a scheme quantizes, and the bytes of each tensor that comes of it.
 
 Owns the formulas of the formats and transformers' rule for what is left alone. Works on a model on
-the meta device; reads no weights, and needs neither bitsandbytes nor gptqmodel.
+the meta device; reads no weights, and does not need gptqmodel.
 """
 
 from __future__ import annotations
@@ -116,9 +116,8 @@ def quantized_linears(
         from transformers.quantizers.base import HfQuantizer
         from transformers.quantizers.quantizers_utils import should_convert_module
 
-        left_out = HfQuantizer.get_modules_to_not_convert(
-            model, list(scheme.skip_modules) or None, list(model._keep_in_fp32_modules or ())
-        )
+        skipped = scheme.transformers_config("bfloat16").llm_int8_skip_modules
+        left_out = HfQuantizer.get_modules_to_not_convert(model, skipped, list(model._keep_in_fp32_modules or ()))
         return {path: features for path, features in linears.items() if should_convert_module(path, left_out)}
     method = getattr(scheme, "method", "") or scheme.name
     msg = f"The memory of a checkpoint in format {method!r} cannot be estimated; load it and read its memory report."

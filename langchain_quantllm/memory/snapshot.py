@@ -254,10 +254,11 @@ def _read_cpu() -> CpuReading:
 
     memory = psutil.virtual_memory()
     left_bytes = _container_left_bytes()
+    now_bytes = resident_bytes()
     return CpuReading(
         name=platform.processor() or platform.machine() or "CPU",
-        resident_bytes=resident_bytes(),
-        peak_resident_bytes=_peak_resident_bytes(),
+        resident_bytes=now_bytes,
+        peak_resident_bytes=max(now_bytes, _peak_resident_bytes()),  # Linux brings its peak up to date late
         available_bytes=memory.available if left_bytes is None else min(memory.available, left_bytes),
         total_bytes=memory.total,
     )

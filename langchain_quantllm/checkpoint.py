@@ -1,0 +1,405 @@
+"""Finding a checkpoint and deciding how it is loaded, before any weight is read.
+
+Owns what a user may ask of loading, where the files are, what the checkpoint already is, and
+every check that needs no weights. Knows no engine and no LangChain, and reads no tensors.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from langchain_quantllm.errors import (
+    CheckpointError,
+    InvalidOptionError,
+    MissingPackageError,
+    ModelNotFoundError,
+    UnsupportedError,
+    nearest,
+    pip_install,
+)
+from langchain_quantllm.schemes import FLOAT_DTYPES, GPTQ, Prequantized, Scheme, Unquantized, scheme_of_config
+
+ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+"""What `attn_implementation` takes; transformers chooses SDPA where it is not given."""
+
+_FLASH_PACKAGES = {
+    "flash_attention_2": ("flash_attn", "flash-attn"),
+    "flash_attention_3": ("flash_attn_3", "flash-attn-3"),
+    "flash_attention_4": ("flash_attn_4", "flash-attn-4"),
+}
+_PACKAGES_OF_METHOD = {
+    "awq": ("gptqmodel", "optimum"),
+    "torchao": ("torchao",),
+    "compressed-tensors": ("compressed_tensors",),
+    "gptq": ("gptqmodel", "optimum"),
+}
+_PIP_NAMES = {
+    "gptqmodel": "langchain-quantllm[gptq]",
+    "optimum": "langchain-quantllm[gptq]",
+    "compressed_tensors": "compressed-tensors",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadSpec:
+    """What to load and how: all that makes two loaded models different.
+
+    Args:
+        model_id: A folder, or the name of a repository on the Hugging Face Hub.
+        scheme: The scheme asked for; None takes the checkpoint as it is.
+        quantization_config: A transformers quantization config in the scheme's place.
+        dtype: `"auto"` (the checkpoint's), or one of `FLOAT_DTYPES`.
+        device_map: As transformers takes it; None is the first accelerator, else the CPU.
+        max_memory: Most memory per device, such as `{0: "10GiB", "cpu": "30GiB"}`.
+        attn_implementation: One of `ATTENTIONS`, or None.
+        revision: Branch, tag or commit.
+        token: Access token of the Hub.
+        cache_dir: Where files of the Hub are kept.
+        trust_remote_code: Run Python code that comes with the checkpoint.
+        use_safetensors: Refuse weights in pickle files, which can run code.
+        local_files_only: True never asks the Hub, False always does; None does where files are missing here.
+        progress: Show how far loading is.
+        model_kwargs: Further keyword arguments of `from_pretrained`.
+
+    Raises:
+        InvalidOptionError: If a value is not allowed or two contradict each other.
+    """
+
+    model_id: str
+    scheme: Scheme | None = None
+    quantization_config: Any = field(default=None, hash=False)
+    dtype: str = "auto"
+    device_map: Any = field(default=None, hash=False)
+    max_memory: Any = field(default=None, hash=False)
+    attn_implementation: str | None = None
+    revision: str | None = None
+    token: str | None = field(default=None, repr=False)
+    cache_dir: str | None = None
+    trust_remote_code: bool = False
+    use_safetensors: bool = True
+    local_files_only: bool | None = None
+    progress: bool = True
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without looking at the checkpoint or the machine."""
+        if not self.model_id:
+            msg = (
+                "model_id is empty; give a folder or a repository's name such as 'HuggingFaceTB/SmolLM2-135M-Instruct'."
+            )
+            raise InvalidOptionError(msg)
+        if self.scheme is not None and self.quantization_config is not None:
+            msg = "quantization and quantization_config say the same thing twice; give one of them."
+            raise InvalidOptionError(msg)
+        if self.dtype not in ("auto", *FLOAT_DTYPES):
+            msg = f"dtype={self.dtype!r} is not known{nearest(self.dtype, ('auto', *FLOAT_DTYPES))}"
+            raise InvalidOptionError(msg)
+        if self.attn_implementation is not None and self.attn_implementation not in ATTENTIONS:
+            msg = (
+                f"attn_implementation={self.attn_implementation!r} is not "
+                f"known{nearest(self.attn_implementation, ATTENTIONS)}"
+            )
+            raise InvalidOptionError(msg)
+
+    def key(self) -> str:
+        """Say in one string what decides the loaded weights and where they lie."""
+        config = self.quantization_config
+        return json.dumps(
+            {
+                "model_id": _folder(self.model_id) or self.model_id,
+                "revision": self.revision,
+                "scheme": self.scheme and self.scheme.to_dict(),
+                "quantization_config": config if config is None or isinstance(config, dict) else config.to_dict(),
+                "dtype": self.dtype,
+                "device_map": self.device_map,
+                "max_memory": self.max_memory,
+                "attn_implementation": self.attn_implementation,
+                "cache_dir": self.cache_dir,
+                "trust_remote_code": self.trust_remote_code,
+                "use_safetensors": self.use_safetensors,
+                "model_kwargs": dict(self.model_kwargs),
+            },
+            sort_keys=True,
+            default=str,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint that was found: its config, and where its files are.
+
+    `source` is what `from_pretrained` reads: a local folder wherever all files are here, so
+    that the Hub is not asked.
+    """
+
+    source: str
+    config: Any
+    quantization: Mapping[str, Any] | None
+    local: bool
+
+
+def _folder(model_id: str) -> str | None:
+    """Give the absolute folder that a model id means, or None if it names no existing one."""
+    path = Path(model_id).expanduser()
+    return str(path.resolve()) if path.is_dir() else None
+
+
+def find_checkpoint(spec: LoadSpec) -> Checkpoint:
+    """Find a checkpoint and read its config, from the disk where possible.
+
+    Raises:
+        ModelNotFoundError: If there is no such folder or repository.
+        CheckpointError: If the config cannot be read, or needs code that is not trusted.
+        UnsupportedError: If the model generates no text from text alone.
+    """
+    folder = _folder(spec.model_id) or (None if spec.local_files_only is False else _cached_snapshot(spec))
+    if folder is None:
+        _check_hub(spec)
+    elif not (Path(folder) / "config.json").is_file():
+        gguf = next(Path(folder).glob("*.gguf"), None)
+        hint = f"it holds {gguf.name}, which is llama.cpp's format" if gguf else "is it a transformers checkpoint?"
+        msg = f"the folder {folder} has no config.json; {hint}"
+        raise ModelNotFoundError(msg)
+    from transformers import AutoConfig
+
+    source = folder or spec.model_id
+    try:
+        config = AutoConfig.from_pretrained(source, **hub_options(spec, folder))
+    except ValueError as error:
+        raise _config_error(spec, error) from error
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None and not isinstance(quantization, dict):
+        quantization = quantization.to_dict()
+    _check_task(spec, config)
+    return Checkpoint(source=source, config=config, quantization=quantization, local=folder is not None)
+
+
+def hub_options(spec: LoadSpec, folder: str | None) -> dict[str, Any]:
+    """Give what `from_pretrained` must know about the Hub; of a folder, that it is not to be asked."""
+    options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
+    if folder is not None:
+        return {**options, "local_files_only": True}
+    given = {"revision": spec.revision, "token": spec.token, "cache_dir": spec.cache_dir}
+    return {
+        **options,
+        **{k: v for k, v in given.items() if v is not None},
+        "local_files_only": bool(spec.local_files_only),
+    }
+
+
+def _cached_snapshot(spec: LoadSpec) -> str | None:
+    """Find a complete copy of a repository in the Hub's cache, weights and all."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(spec.model_id, "config.json", cache_dir=spec.cache_dir, revision=spec.revision)
+    except HFValidationError:
+        return None
+    if not isinstance(found, str):
+        return None
+    folder = Path(found).parent
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        complete = all((folder / shard).exists() for shard in shards)
+    else:
+        complete = any(folder.glob("*.safetensors"))
+    has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    return str(folder) if complete and has_tokenizer else None
+
+
+def _check_hub(spec: LoadSpec) -> None:
+    """Fetch the config from the Hub, to learn in clear words why that may not work."""
+    from huggingface_hub import errors as hub
+    from huggingface_hub import hf_hub_download
+
+    name = spec.model_id
+    if spec.model_id.startswith(("/", "./", "../", "~")) or os.path.isabs(name) or name.count("/") > 1:
+        msg = f"there is no folder {name}; check the path, or give the name of a repository on the Hub."
+        raise ModelNotFoundError(msg)
+    try:
+        hf_hub_download(
+            name,
+            "config.json",
+            revision=spec.revision,
+            token=spec.token,
+            cache_dir=spec.cache_dir,
+            local_files_only=bool(spec.local_files_only),
+        )
+        return
+    except hub.GatedRepoError as error:
+        msg = f"{name} is gated; accept its terms on its page on the Hub and pass token=, or set HF_TOKEN."
+        cause: Exception = error
+    except hub.RevisionNotFoundError as error:
+        msg, cause = f"{name} has no revision {spec.revision!r}; check its branches, tags and commits.", error
+    except hub.RepositoryNotFoundError as error:
+        msg = (
+            f"there is no model {name!r} on the Hub, nor a folder of that name; a private one needs token= or HF_TOKEN."
+        )
+        cause = error
+    except hub.EntryNotFoundError as error:
+        if isinstance(error, hub.LocalEntryNotFoundError):
+            msg = (
+                f"{name} is not on this machine, and the Hub {'may not' if spec.local_files_only else 'could not'} be "
+                "asked; check the connection, or give the folder of a local copy."
+            )
+        else:
+            msg = f"the repository {name} has no config.json; it is no transformers checkpoint."
+        cause = error
+    except hub.HFValidationError as error:
+        msg = f"{name!r} is neither a folder here nor a repository's name, which looks like 'owner/name'."
+        cause = error
+    except (hub.OfflineModeIsEnabled, OSError) as error:
+        msg = (
+            f"{name} is not on this machine and the Hub could not be asked ({type(error).__name__}); give a local "
+            "folder."
+        )
+        cause = error
+    raise ModelNotFoundError(msg) from cause
+
+
+def _config_error(spec: LoadSpec, error: ValueError) -> CheckpointError:
+    text = str(error)
+    if "trust_remote_code" in text:
+        msg = (
+            f"{spec.model_id} comes with Python code of its own; read it, and if you trust it pass "
+            "trust_remote_code=True."
+        )
+    elif "does not recognize this architecture" in text:
+        from transformers import __version__
+
+        msg = (
+            f"transformers {__version__} does not know the architecture of {spec.model_id}; "
+            f"a newer one may: {pip_install('--upgrade', 'transformers')}"
+        )
+    else:
+        msg = f"the config of {spec.model_id} cannot be read: {text}"
+    return CheckpointError(msg)
+
+
+def _check_task(spec: LoadSpec, config: Any) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if config.is_encoder_decoder or not (known or remote):
+        msg = (
+            f"{spec.model_id} is a {config.model_type!r} model, which does not continue a text by itself; "
+            "use a decoder-only language model, such as Llama, Qwen or Mistral."
+        )
+        raise UnsupportedError(msg)
+
+
+def reconcile(spec: LoadSpec, checkpoint: Checkpoint) -> tuple[Scheme, Any]:
+    """Bring together what was asked for and what the checkpoint already is.
+
+    Returns:
+        The scheme that results, and the `quantization_config` for `from_pretrained`, or None.
+
+    Raises:
+        CheckpointError: If the checkpoint is quantized otherwise, or not quantized where it should be.
+    """
+    given = spec.quantization_config
+    asked = spec.scheme
+    if given is not None:
+        asked = scheme_of_config(given if isinstance(given, Mapping) else given.to_dict())
+    if checkpoint.quantization is None:
+        if asked is not None and asked.calibrated and isinstance(asked, GPTQ):
+            msg = (
+                f"{spec.model_id} is not quantized, and GPTQ takes calibration data, so it is not made while loading; "
+                "give "
+                "a GPTQ checkpoint, or use quantization='nf4' or 'int8', which need none."
+            )
+            raise CheckpointError(msg)
+        asked = asked or Unquantized()
+        return asked, given if given is not None else asked.transformers_config(_dtype_name(spec, checkpoint.config))
+    stored = scheme_of_config(checkpoint.quantization)
+    if asked is None:
+        return stored, None
+    if type(asked) is not type(stored) or (isinstance(asked, Prequantized) and asked.method != stored.method):  # type: ignore[attr-defined]
+        msg = (
+            f"{spec.model_id} is already quantized ({label_of(stored)}), so it cannot be loaded as {label_of(asked)}; "
+            "leave quantization out, or give the unquantized checkpoint."
+        )
+        raise CheckpointError(msg)
+    for option in ("bits", "double_quantization"):
+        want, has = getattr(asked, option, None), getattr(stored, option, None)
+        if want is not None and has is not None and want != has:
+            msg = (
+                f"{spec.model_id} was quantized with {option}={has}, not {want}; leave {option} out, or give another "
+                "checkpoint."
+            )
+            raise CheckpointError(msg)
+    return stored, None
+
+
+def label_of(scheme: Scheme) -> str:
+    """Name a scheme, or the format of a checkpoint that was quantized by other means."""
+    return scheme.method if isinstance(scheme, Prequantized) else scheme.name
+
+
+def _dtype_name(spec: LoadSpec, config: Any) -> str:
+    """Name the dtype that the unquantized part of the model is loaded in."""
+    if spec.dtype != "auto":
+        return spec.dtype
+    text_config = config.get_text_config()
+    dtype = getattr(config, "dtype", None) or getattr(text_config, "dtype", None) or "float32"
+    return str(dtype).removeprefix("torch.")
+
+
+def check_packages(scheme: Scheme | None) -> None:
+    """Check that what a scheme needs is installed.
+
+    Raises:
+        MissingPackageError: If a package is missing, with the command that installs it.
+    """
+    if scheme is None:
+        return
+    packages = _PACKAGES_OF_METHOD.get(scheme.method, ()) if isinstance(scheme, Prequantized) else scheme.packages
+    missing = [p for p in packages if importlib.util.find_spec(p) is None]
+    if missing:
+        command = pip_install(*dict.fromkeys(_PIP_NAMES.get(p, p) for p in missing))
+        old = (
+            " auto-gptq is there, but it cannot run with transformers 5."
+            if "gptqmodel" in missing and _has("auto_gptq")
+            else ""
+        )
+        msg = f"quantization {label_of(scheme)!r} needs {' and '.join(missing)}: {command}.{old}"
+        raise MissingPackageError(msg)
+
+
+def _has(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def check_attention(spec: LoadSpec) -> None:
+    """Check that the attention asked for can run here.
+
+    Raises:
+        MissingPackageError: If its package is not installed.
+        UnsupportedError: If it needs a GPU and there is none.
+    """
+    name = spec.attn_implementation
+    if name not in _FLASH_PACKAGES:
+        return
+    import torch
+
+    module, package = _FLASH_PACKAGES[name]
+    if not torch.cuda.is_available():
+        msg = (
+            f"attn_implementation={name!r} runs on CUDA GPUs only, and there is none here; use 'sdpa', which runs "
+            "everywhere."
+        )
+        raise UnsupportedError(msg)
+    if not _has(module):
+        msg = (
+            f"attn_implementation={name!r} needs {package}: {pip_install(package)}; or use 'sdpa', which needs nothing."
+        )
+        raise MissingPackageError(msg)

@@ -1,0 +1,358 @@
+"""The command line: `langchain-quantllm demo | run | chat | memory | doctor`.
+
+Owns all printing of the package. Everything it shows comes from the public classes and
+functions; it loads and computes nothing by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from typing import Annotated, Any
+
+import typer
+from langchain_core.callbacks import BaseCallbackHandler
+from rich.console import Console
+from rich.table import Table
+
+from langchain_quantllm._version import __version__
+from langchain_quantllm.errors import QuantLLMError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Quantized local language models in LangChain, and what they take.",
+)
+out = Console()
+err = Console(stderr=True)
+
+DEMO_QUESTION = "Why is the sky blue? Answer in two sentences."
+
+Model = Annotated[
+    str | None, typer.Option("--model", "-m", help="Folder, or repository on the Hub. Default: a small demo model.")
+]
+Quantization = Annotated[
+    str | None,
+    typer.Option("--quantization", "-q", help="none, int8, nf4, nf4-double, fp4, gptq. Default: as the checkpoint is."),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda:0, ... Default: the first GPU, else the CPU.")]
+MaxNewTokens = Annotated[int | None, typer.Option(help="Most tokens of an answer.")]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy.")]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+TrustRemoteCode = Annotated[bool, typer.Option(help="Run Python code that comes with the checkpoint.")]
+ShowMemory = Annotated[bool, typer.Option("--memory", help="Show the memory report afterwards.")]
+
+
+class _LastAnswer(BaseCallbackHandler):
+    """Keeps the usage and timing of the last answer."""
+
+    info: dict[str, Any]
+
+    def __init__(self) -> None:
+        self.info = {}
+
+    def on_llm_end(self, response: Any, **_: Any) -> None:
+        """Note what came with the answer."""
+        self.info = response.generations[0][0].generation_info or {}
+
+    def line(self) -> str:
+        """Say it in one line."""
+        if not self.info:
+            return ""
+        usage, timing = self.info["usage_metadata"], self.info["timing"]
+        rate = f", {timing['rate_tok_s']:.1f} tokens/s" if timing["rate_tok_s"] else ""
+        return (
+            f"{usage['input_tokens']} tokens in, {usage['output_tokens']} out, first after "
+            f"{timing['first_token_s']:.2f} s{rate}, ended by {self.info['finish_reason']}"
+        )
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    """Print an error of the package as the sentence that it is; exit with 1, or 130 after Ctrl-C."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        err.print("stopped")
+        raise typer.Exit(130) from None
+    except (QuantLLMError, ValueError) as error:
+        _print_error(_first_words(error))
+        raise typer.Exit(1) from None
+
+
+def _print_error(text: str) -> None:
+    err.print("error: ", style="bold red", end="")
+    err.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _first_words(error: Exception) -> str:
+    errors = getattr(error, "errors", None)
+    if errors is None or not callable(errors):
+        return str(error)
+    return "; ".join(str(e.get("msg", "")).removeprefix("Value error, ") for e in errors())  # of pydantic
+
+
+def _make_llm(model: str | None, quantization: str | None, **fields: Any) -> Any:
+    from langchain_quantllm.demo_model import demo_model
+    from langchain_quantllm.llms import QuantizedHuggingFaceLLM
+
+    if model is None:
+        with err.status("getting the demo model, SmolLM2-135M-Instruct ..."):
+            model = str(demo_model(progress=False))
+        quantization = quantization or "nf4"
+    given = {name: value for name, value in fields.items() if value is not None}
+    return QuantizedHuggingFaceLLM(model_id=model, quantization=quantization, **given)
+
+
+def _as_prompt(llm: Any, messages: list[dict[str, str]]) -> str:
+    """Write messages in the model's own chat format, where it has one."""
+    tokenizer = llm.pipeline.tokenizer
+    if not tokenizer.chat_template:
+        return messages[-1]["content"]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def _print_stream(chunks: Iterator[str]) -> str:
+    text = ""
+    for chunk in chunks:
+        out.print(chunk, end="", markup=False, highlight=False, soft_wrap=True)
+        text += chunk
+    out.print()
+    return text
+
+
+@app.command()
+def demo() -> None:
+    """Load a small model in nf4 and stream an answer through a LangChain chain, with what it took."""
+    with _errors():
+        llm = _make_llm(None, "nf4", max_new_tokens=120, progress=False)
+        from langchain_core.output_parsers import StrOutputParser
+        from langchain_core.prompts import PromptTemplate
+
+        with err.status("loading it in nf4 ..."):
+            llm.load()
+        prompt = PromptTemplate.from_template(_as_prompt(llm, [{"role": "user", "content": "{question}"}]))
+        chain = prompt | llm | StrOutputParser()
+        answer = _LastAnswer()
+        out.print(f"[bold]{DEMO_QUESTION}[/]")
+        _print_stream(chain.stream({"question": DEMO_QUESTION}, {"callbacks": [answer]}))
+        out.print(f"[dim]{answer.line()}[/]\n", highlight=False)
+        out.print(str(llm.memory_report()), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def run(
+    prompt: Annotated[str, typer.Argument(help="What to ask; - reads it from standard input.")],
+    model: Model = None,
+    quantization: Quantization = None,
+    device: Device = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    seed: Seed = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be repeated.")] = None,
+    raw: Annotated[bool, typer.Option(help="Continue the prompt as it is, without the model's chat format.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    memory: ShowMemory = False,
+) -> None:
+    """Answer one prompt, streamed to standard output; figures go to standard error."""
+    with _errors():
+        text = sys.stdin.read() if prompt == "-" else prompt
+        llm = _make_llm(
+            model,
+            quantization,
+            device=device,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            stop=stop or None,
+            trust_remote_code=trust_remote_code,
+        )
+        llm.load()
+        answer = _LastAnswer()
+        whole = text if raw else _as_prompt(llm, [{"role": "user", "content": text}])
+        _print_stream(llm.stream(whole, {"callbacks": [answer]}))
+        err.print(f"[dim]{answer.line()}[/]", highlight=False)
+        if memory:
+            err.print(str(llm.memory_report()), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def chat(
+    model: Model = None,
+    quantization: Quantization = None,
+    device: Device = None,
+    system: Annotated[str | None, typer.Option(help="What the model is told about its role.")] = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = None,
+    seed: Seed = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Talk with a model. Ctrl-C stops an answer, Ctrl-D or /bye ends, /memory shows what it takes."""
+    with _errors():
+        llm = _make_llm(
+            model,
+            quantization,
+            device=device,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+        )
+        llm.load()
+        messages = [{"role": "system", "content": system}] if system else []
+        while True:
+            try:
+                text = out.input("[bold]>>>[/] ").strip()
+            except (EOFError, KeyboardInterrupt):
+                out.print()
+                return
+            if text in ("/bye", "/exit", "/quit"):
+                return
+            if text == "/memory":
+                out.print(str(llm.memory_report()), markup=False, highlight=False, soft_wrap=True)
+            elif text:
+                _answer(llm, messages, text)
+
+
+def _answer(llm: Any, messages: list[dict[str, str]], text: str) -> None:
+    """Stream one turn and add it to the conversation, unless it failed or was stopped."""
+    turn = [*messages, {"role": "user", "content": text}]
+    answer = _LastAnswer()
+    try:
+        reply = _print_stream(llm.stream(_as_prompt(llm, turn), {"callbacks": [answer]}))
+    except KeyboardInterrupt:
+        out.print("\n[dim]stopped; the turn is forgotten[/]")
+    except QuantLLMError as error:
+        _print_error(str(error))
+    else:
+        out.print(f"[dim]{answer.line()}[/]", highlight=False)
+        messages[:] = [*turn, {"role": "assistant", "content": reply}]
+
+
+@app.command()
+def memory(
+    model: Annotated[str, typer.Argument(help="Folder, or repository on the Hub; only its config is read.")],
+    tokens: Annotated[int, typer.Option(help="Length of a sequence in tokens, for the KV cache.")] = 4096,
+    batch: Annotated[int, typer.Option(help="Sequences at once, for the KV cache.")] = 1,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Estimate what a model takes in every scheme, and which of them fit on this machine."""
+    with _errors():
+        from langchain_quantllm.checkpoint import LoadSpec, find_checkpoint
+        from langchain_quantllm.loading import default_device_map
+        from langchain_quantllm.memory import available_memory, estimate_memory, format_bytes
+        from langchain_quantllm.schemes import SCHEMES
+
+        spec = LoadSpec(model_id=model, revision=revision, trust_remote_code=trust_remote_code)
+        config = find_checkpoint(spec).config
+        estimate = estimate_memory(config, trust_remote_code=trust_remote_code)
+        device = str(next(iter(default_device_map(spec).values())))
+        device = f"cuda:{device}" if device.isdigit() else device
+        free_bytes = available_memory(device)
+        table = Table(title=f"{model}: estimate, {format_bytes(free_bytes)} free on {device}", title_justify="left")
+        for column in (
+            "scheme",
+            "weights",
+            "against 16 bits",
+            f"KV cache, {batch} x {tokens} tokens",
+            "in all",
+            "fits",
+        ):
+            table.add_column(column, justify="left" if column == "scheme" else "right")
+        known = {name: SCHEMES[name] for name in estimate.bytes_by_scheme} or {estimate.scheme.name: None}
+        for name, scheme in known.items():
+            one = estimate_memory(config, scheme, trust_remote_code=trust_remote_code)
+            cache_bytes = one.kv_cache_bytes(tokens, batch)
+            whole_bytes = one.total_bytes + cache_bytes
+            table.add_row(
+                name,
+                format_bytes(one.total_bytes),
+                f"{round(-100 * one.saving):+d}%",
+                format_bytes(cache_bytes),
+                format_bytes(whole_bytes),
+                "yes" if whole_bytes <= free_bytes else "no",
+            )
+        out.print(table)
+        context = f"; the model's context is {estimate.context_tokens} tokens" if estimate.context_tokens else ""
+        out.print(f"{estimate.parameters:,} parameters{context}. 1 MB is 1,000,000 bytes.", highlight=False)
+
+
+@app.command()
+def doctor() -> None:
+    """Show devices and versions, which schemes can run here, and what would make the others run."""
+    with _errors():
+        from langchain_quantllm.memory import format_bytes, take_snapshot
+        from langchain_quantllm.schemes import SCHEMES
+
+        table = Table(title="Versions", title_justify="left", show_header=False)
+        table.add_row("langchain-quantllm", __version__)
+        table.add_row("python", platform.python_version())
+        for package in _PACKAGES:
+            table.add_row(package, _version_of(package))
+        out.print(table)
+        table = Table("device", "name", "free", "in all", title="Devices", title_justify="left")
+        for device, name, free_bytes, total_bytes in _devices(take_snapshot(_accelerators())):
+            table.add_row(device, name, format_bytes(free_bytes), format_bytes(total_bytes))
+        out.print(table)
+        table = Table("scheme", "runs here", title="Schemes", title_justify="left")
+        for name, scheme in SCHEMES.items():
+            table.add_row(name, _obstacle(scheme) or "yes")
+        out.print(table)
+
+
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "bitsandbytes",
+    "langchain-core",
+    "langchain-huggingface",
+    "gptqmodel",
+    "optimum",
+    "flash-attn",
+    "triton",
+)
+
+
+def _obstacle(scheme: Any) -> str | None:
+    from langchain_quantllm.checkpoint import check_packages
+
+    try:
+        check_packages(scheme)
+    except QuantLLMError as error:
+        return str(error)
+    return None
+
+
+def _version_of(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "-"
+
+
+def _accelerators() -> list[str]:
+    import torch
+
+    if not torch.accelerator.is_available():
+        return []
+    accelerator = torch.accelerator.current_accelerator()
+    kind = accelerator.type if accelerator is not None else "cpu"
+    return [f"{kind}:{i}" for i in range(torch.accelerator.device_count())]
+
+
+def _devices(snapshot: Any) -> Iterator[tuple[str, str, int, int]]:
+    for reading in snapshot.readings:
+        if reading.device == "cpu":
+            yield "cpu", reading.name, reading.available_bytes, reading.total_bytes
+        else:
+            total_bytes = reading.driver_total_bytes or 0
+            yield reading.device, reading.name, total_bytes - (reading.driver_used_bytes or 0), total_bytes
+
+
+if __name__ == "__main__":
+    app()

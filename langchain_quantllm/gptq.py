@@ -1,0 +1,672 @@
+"""GPTQ: the checkpoints as they are found, the kernels that can run them, gptqmodel kept in its place.
+
+Owns where a GPTQ checkpoint says what it is, the names of its weight files, which kernel of
+gptqmodel runs it on which kind of device, and the containment of gptqmodel's import. Loads no
+model: the loader does, inside `contained()`. Reads no tensor, only their shapes.
+
+What runs on the CPU (gptqmodel 7.6, torch 2.13; symmetric or not, `desc_act` or not):
+
+| bits | group size | kernel chosen | other kernels |
+|---|---|---|---|
+| 4 | 32, 64, 128, dividing every layer | `torch_aten` | `torch`, `torch_fused`, `torch_int8` |
+| 4 | any other | `torch` | `torch_int8` up to 128 |
+| 8 | -1, 16, 32, 64, 128 | `torch_int8` | `torch` |
+| 8 | 256, 512, 1024 | `torch` | |
+| 2 | -1, 16 to 1024 | `torch` | `torch_int8` up to 128 |
+| 3 | -1, 16 to 1024 | `torch` | |
+
+`torch` dequantizes each layer in each forward pass: right, and ten times slower than the others.
+Use bfloat16 on the CPU: there float16 products run ten times slower in most of these kernels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import json
+import logging
+import os
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+from langchain_quantllm.errors import (
+    CheckpointError,
+    InvalidOptionError,
+    MissingPackageError,
+    UnsupportedError,
+    nearest,
+    pip_install,
+)
+from langchain_quantllm.schemes import GPTQ
+
+EXTRA = "langchain-quantllm[gptq]"
+"""What to install for GPTQ."""
+
+BITS = (2, 3, 4, 8)
+FORMATS = ("gptq", "gptq_v2")
+"""Formats of packed tensors that load; v1 stores the zero points one too small, v2 as they are."""
+
+_STANDARD_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_WEIGHT_SUFFIXES = (".safetensors.index.json", ".safetensors")
+_PICKLED_SUFFIXES = (".bin", ".pt", ".pth")
+
+
+# --- packages ---------------------------------------------------------------------------------
+
+
+def require_packages() -> None:
+    """Make sure that everything which loading a GPTQ checkpoint imports is installed.
+
+    Raises:
+        MissingPackageError: If a package is missing; it names the command that installs it.
+    """
+    missing = [name for name in GPTQ.packages if importlib.util.find_spec(name) is None]
+    if not missing:
+        return
+    msg = f"A GPTQ checkpoint needs {', '.join(missing)}: not installed; run `{pip_install(EXTRA)}`."
+    if importlib.util.find_spec("auto_gptq") is not None:
+        msg += " auto-gptq, which is installed, does not work with transformers 5; gptqmodel reads its checkpoints."
+    raise MissingPackageError(msg)
+
+
+# --- containment ------------------------------------------------------------------------------
+
+_ABSENT = object()
+_lock = threading.RLock()
+
+_PATCHED_OWNERS = (
+    "accelerate.utils.modeling",
+    "safetensors.torch",
+    "transformers.cache_utils",
+    "transformers.cache_utils:Cache",
+    "transformers.cache_utils:DynamicCache",
+    "transformers.generation.utils",
+    "transformers.generation.utils:GenerationMixin",
+    "transformers.integrations",
+    "transformers.integrations.hub_kernels",
+    "transformers.integrations.hub_kernels:_KERNEL_MODULE_MAPPING",
+    "transformers.modeling_rope_utils:ROPE_INIT_FUNCTIONS",
+    "transformers.modeling_utils",
+    "transformers.modeling_utils:PreTrainedModel",
+    "transformers.quantizers.auto",
+    "transformers.quantizers.auto:AUTO_QUANTIZATION_CONFIG_MAPPING",
+    "transformers.quantizers.auto:AUTO_QUANTIZER_MAPPING",
+    "transformers.quantizers.quantizer_gptq:GptqHfQuantizer",
+    "transformers.utils",
+    "transformers.utils.generic",
+    "transformers.utils.import_utils",
+)
+"""Modules, classes and tables that importing gptqmodel 7.6 changes: among others the model class,
+the cache choice of `generate`, and accelerate's `clear_device_cache`, which it makes do nothing."""
+
+
+@dataclass(frozen=True)
+class _Patch:
+    """One name that gptqmodel changed, with both values; `_ABSENT` where there is none."""
+
+    owner: Any
+    name: str
+    original: Any
+    patched: Any
+
+    def put(self, value: Any) -> None:
+        if isinstance(self.owner, dict):
+            if value is _ABSENT:
+                self.owner.pop(self.name, None)
+            else:
+                self.owner[self.name] = value
+        elif value is not _ABSENT:
+            setattr(self.owner, self.name, value)
+        elif self.name in vars(self.owner):
+            delattr(self.owner, self.name)
+
+
+_patches: list[_Patch] = []
+_depth = 0
+
+
+@contextlib.contextmanager
+def contained() -> Iterator[None]:
+    """Import gptqmodel where needed, and keep what it does to the process inside the block.
+
+    Importing it changes methods of transformers, accelerate and safetensors, environment
+    variables, the root logger and warning filters, and prints a banner. Inside the block its
+    changes to those libraries count; after it all is as it was before, so generation runs on
+    unchanged transformers, whose models do not need them. Load models inside the block. Blocks
+    nest, and wait for each other across threads; other threads see the changes while one is open.
+
+    What stays: its modules, its idle threads (daemons), what importing torch's compiler does, and
+    its logger `logbar` at level ERROR, since that logger writes to stdout. A process that imported
+    gptqmodel by itself before keeps all that it got from that.
+
+    Raises:
+        MissingPackageError: If gptqmodel, optimum or accelerate is not installed.
+    """
+    global _depth
+    require_packages()
+    with _lock, _kept_environment():
+        if "gptqmodel" not in sys.modules:
+            _patches[:] = _import_gptqmodel()
+        elif _depth == 0:
+            for patch in _patches:
+                patch.put(patch.patched)
+        _depth += 1
+        try:
+            yield
+        finally:
+            _depth -= 1
+            if _depth == 0:
+                for patch in reversed(_patches):
+                    patch.put(patch.original)
+
+
+def _import_gptqmodel() -> list[_Patch]:
+    """Import gptqmodel without a sound, and list what it changed."""
+    # First everything that reads the environment at its import, or is changed: as it should be.
+    owners = [owner for path in _PATCHED_OWNERS if (owner := _resolve(path)) is not None]
+    before = [dict(vars(owner)) if not isinstance(owner, dict) else dict(owner) for owner in owners]
+    modules = set(sys.modules)
+    with _kept_environment(_neutral_environment()), _quiet_logging(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _silence_logbar()
+        importlib.import_module("gptqmodel")
+        importlib.import_module("optimum.gptq")
+    patches = []
+    for owner, old in zip(owners, before, strict=True):
+        new = owner if isinstance(owner, dict) else vars(owner)
+        for name in [n for n in {**old, **new} if old.get(n, _ABSENT) is not new.get(n, _ABSENT)]:
+            value = new.get(name, _ABSENT)
+            # An attribute that is a module, or fetched lazily from one, is no patch.
+            if not isinstance(value, ModuleType) and _comes_from_gptqmodel(value, old.get(name, _ABSENT)):
+                patches.append(_Patch(owner, name, old.get(name, _ABSENT), value))
+    if "causal_conv1d" not in modules and "causal_conv1d" in sys.modules:
+        # A stand-in of gptqmodel's under the name of another package.
+        patches.append(_Patch(sys.modules, "causal_conv1d", _ABSENT, sys.modules["causal_conv1d"]))
+    return patches
+
+
+def _comes_from_gptqmodel(value: Any, old: Any) -> bool:
+    """Tell a patch from what transformers loads lazily: those have a home in transformers itself."""
+    if old is not _ABSENT:
+        return True
+    home = getattr(getattr(value, "__func__", value), "__module__", None)
+    return home is None or str(home).split(".")[0] not in ("transformers", "torch", "huggingface_hub")
+
+
+def _resolve(path: str) -> Any:
+    """Give the module, class or table under `module:name`, None where this version has none."""
+    module, _, name = path.partition(":")
+    try:
+        owner = importlib.import_module(module)
+    except ModuleNotFoundError:
+        return None
+    return getattr(owner, name, None) if name else owner
+
+
+@contextlib.contextmanager
+def _kept_environment(overlay: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Put the environment back as it was, with `overlay` counting meanwhile."""
+    before = dict(os.environ)
+    try:
+        os.environ.update(overlay or {})
+        yield
+    finally:
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
+        for name, value in before.items():
+            if os.environ.get(name) != value:
+                os.environ[name] = value
+
+
+def _neutral_environment() -> dict[str, str]:
+    """Give gptqmodel's variables the values that mean what holds without it.
+
+    It only sets those that are unset. Putting them back afterwards is not enough: CUDA or the
+    `datasets` package may read them during the import, and keep what they read.
+    """
+    from huggingface_hub import constants
+
+    home = _writable(constants.HF_HOME)
+    hub = _writable(constants.HF_HUB_CACHE)
+    neutral = {
+        "HF_HOME": home,
+        "HF_HUB_CACHE": hub,
+        "TRANSFORMERS_CACHE": hub,
+        "HF_MODULES_CACHE": _writable(os.path.join(home, "modules")),
+        "CUDA_DEVICE_ORDER": "FASTEST_FIRST",  # CUDA's own default
+        "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or "backend:native",  # torch's default
+    }
+    return {name: value for name, value in neutral.items() if not os.environ.get(name)}
+
+
+def _writable(folder: str) -> str:
+    """Give the folder, made where missing; a temporary one where that is not allowed."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError:  # a read-only home: gptqmodel's import would fail on it
+        return tempfile.gettempdir()
+    return folder
+
+
+@contextlib.contextmanager
+def _quiet_logging() -> Iterator[None]:
+    """Drop this thread's log records below ERROR, and keep `logging.basicConfig` from acting."""
+    thread = threading.get_ident()
+
+    def from_elsewhere(record: logging.LogRecord) -> bool:
+        return record.thread != thread or record.levelno >= logging.ERROR
+
+    root = logging.getLogger()
+    placeholder = logging.NullHandler()  # basicConfig does nothing where root has a handler
+    root.addHandler(placeholder)
+    handlers = [*root.handlers, *logging.getLogger("torch").handlers]
+    if len(root.handlers) == 1 and logging.lastResort is not None:
+        handlers.append(logging.lastResort)
+    for handler in handlers:
+        handler.addFilter(from_elsewhere)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(from_elsewhere)
+        root.removeHandler(placeholder)
+
+
+def _silence_logbar() -> None:
+    """Make the logger that gptqmodel writes to stdout with, and leave it only errors to say."""
+    with contextlib.redirect_stdout(io.StringIO()):  # it writes an empty line when made
+        logbar = importlib.import_module("logbar")
+        logbar.LogBar.shared().setLevel(logging.ERROR)
+
+
+# --- checkpoints ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTQCheckpoint:
+    """A GPTQ checkpoint as it was found.
+
+    Args:
+        quantization_config: What transformers takes as `config.quantization_config`.
+        weights_name: What transformers takes as `config.transformers_weights`: the file name, or
+            that of the index of its shards, where it is not the usual one; else None.
+        found_in: Name of the file that said so.
+    """
+
+    quantization_config: dict[str, Any]
+    weights_name: str | None
+    found_in: str
+
+
+def read_gptq_checkpoint(
+    file_names: Collection[str], fetch: Callable[[str], Path | None]
+) -> GPTQCheckpoint | None:
+    """Find out whether a checkpoint is GPTQ, and how to load it.
+
+    Args:
+        file_names: Names of the files of the folder or Hub repository.
+        fetch: Gives the local path of one of them, downloading it if need be. Called for
+            small JSON files only, never for weights.
+
+    Returns:
+        The checkpoint; None if neither config.json nor quantize_config.json says that it is GPTQ.
+
+    Raises:
+        CheckpointError: If a file is no JSON, the settings are not readable, or the weights are
+            not in safetensors.
+    """
+    for name in ("config.json", "quantize_config.json"):
+        path = fetch(name) if name in file_names else None
+        if path is None:
+            continue
+        content = _read_json(path)
+        if name == "config.json":
+            content = content.get("quantization_config") or {}
+            if content and content.get("quant_method", "gptq") != "gptq":
+                return None
+        # Other tools write files of these names too: a GPTQ one says at least how many bits.
+        if isinstance(content.get("bits"), int) and content.get("quant_method", "gptq") == "gptq":
+            config = _normalized(content, name)
+            return GPTQCheckpoint(
+                quantization_config=config,
+                weights_name=_weights_name(file_names, content, config),
+                found_in=name,
+            )
+    return None
+
+
+def read_gptq_folder(folder: Path) -> GPTQCheckpoint | None:
+    """Find out whether a local folder, or a snapshot in the Hub's cache, is GPTQ.
+
+    Args:
+        folder: The folder that holds config.json.
+
+    Returns:
+        As `read_gptq_checkpoint`.
+
+    Raises:
+        CheckpointError: As `read_gptq_checkpoint`.
+    """
+    return read_gptq_checkpoint(os.listdir(folder), lambda name: folder / name)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        msg = f"{path} is no JSON: {error}; download the checkpoint again."
+        raise CheckpointError(msg) from error
+    if not isinstance(content, dict):
+        msg = f"{path} holds no JSON object; download the checkpoint again."
+        raise CheckpointError(msg)
+    return content
+
+
+def _normalized(content: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Keep what loading depends on, under the names that transformers' `GPTQConfig` reads.
+
+    Left out is what only quantizing needs, such as calibration texts, and what would make
+    transformers warn: `act_group_aware` beside `desc_act`.
+    """
+    bits, group_size = content["bits"], content.get("group_size", 128)
+    packed = content.get("checkpoint_format") or content.get("format") or "gptq"
+    packed = str(getattr(packed, "value", packed)).lower()
+    if content.get("is_marlin_format"):
+        packed = "marlin"
+    if bits not in BITS:
+        msg = f"bits={bits!r} in {source} is not known to GPTQ; transformers loads {', '.join(map(str, BITS))}."
+        raise CheckpointError(msg)
+    if group_size is None:
+        group_size = -1
+    if not isinstance(group_size, int) or (group_size != -1 and group_size < 1):
+        msg = f"group_size={group_size!r} in {source} must be -1 or positive."
+        raise CheckpointError(msg)
+    if packed not in FORMATS:
+        msg = (
+            f"checkpoint_format={packed!r} in {source} does not load through transformers; "
+            f"use a checkpoint in the format {' or '.join(map(repr, FORMATS))}."
+        )
+        raise CheckpointError(msg)
+    for option, meaning in (("dynamic", "settings of single layers"), ("lm_head", "a quantized output head")):
+        if content.get(option):
+            msg = f"{option!r} in {source} asks for {meaning}, which transformers ignores while loading GPTQ."
+            raise CheckpointError(msg)
+    desc_act = bool(content.get("desc_act", False))
+    config = {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": group_size,
+        "desc_act": desc_act,
+        "sym": bool(content.get("sym", True)),
+        "true_sequential": bool(content.get("true_sequential", True)),
+        "act_group_aware": not desc_act,
+        "checkpoint_format": packed,
+    }
+    for option in ("modules_in_block_to_quantize", "block_name_to_quantize", "backend"):
+        if content.get(option):
+            config[option] = content[option]
+    return config
+
+
+def _weights_name(file_names: Collection[str], content: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
+    """Name the weight file where it is not the one that transformers looks for."""
+    if any(name in file_names for name in _STANDARD_WEIGHTS):
+        return None
+    bases = [content.get("model_file_base_name"), content.get("model_basename")]
+    bases.append(f"gptq_model-{config['bits']}bit-{config['group_size']}g")
+    for base in filter(None, bases):
+        for suffix in _WEIGHT_SUFFIXES:
+            if f"{base}{suffix}" in file_names:
+                return f"{base}{suffix}"
+    found = [name for suffix in _WEIGHT_SUFFIXES for name in sorted(file_names) if name.endswith(suffix)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        msg = f"Several weight files, {', '.join(found)}, and none is named in quantize_config.json; keep one of them."
+        raise CheckpointError(msg)
+    pickled = sorted(name for name in file_names if name.endswith(_PICKLED_SUFFIXES))
+    if pickled:
+        msg = (
+            f"The weights are pickled, in {', '.join(pickled)}: loading them could run any code, "
+            f"so only safetensors are read; convert them, or use a newer upload of the model."
+        )
+        raise CheckpointError(msg)
+    msg = f"No weight file among {', '.join(sorted(file_names)) or 'no files at all'}; download the checkpoint again."
+    raise CheckpointError(msg)
+
+
+# --- layers -----------------------------------------------------------------------------------
+
+
+def read_layer_sizes(weight_files: Iterable[Path], config: Mapping[str, Any]) -> dict[str, int]:
+    """Read how many inputs each quantized layer has, and check that it is packed as the config says.
+
+    Args:
+        weight_files: All safetensors files of the checkpoint; only their headers are read.
+        config: `GPTQCheckpoint.quantization_config`.
+
+    Returns:
+        Name of each quantized layer → its in_features; empty if no layer is quantized.
+
+    Raises:
+        CheckpointError: If a file is no safetensors file, or a layer has other bits or groups.
+    """
+    shapes: dict[str, list[int]] = {}
+    for path in weight_files:
+        shapes |= _read_shapes(path)
+    sizes = {}
+    for key, (words, _) in ((k, v) for k, v in shapes.items() if k.endswith(".qweight")):
+        layer = key.removesuffix(".qweight")
+        bits = config["bits"]
+        in_features = shapes[f"{layer}.g_idx"][0] if f"{layer}.g_idx" in shapes else words * 32 // bits
+        if words * 32 != in_features * bits:
+            msg = f"Layer {layer!r} is packed in {words * 32 / in_features:g} bits, but the config says bits={bits}."
+            raise CheckpointError(msg)
+        size = in_features if config["group_size"] == -1 else config["group_size"]
+        groups = shapes.get(f"{layer}.scales", [0])[0]
+        if groups != -(-in_features // size):
+            msg = (
+                f"Layer {layer!r} has {groups} groups of scales for in_features={in_features}, "
+                f"but the config says group_size={config['group_size']}."
+            )
+            raise CheckpointError(msg)
+        sizes[layer] = in_features
+    return sizes
+
+
+def _read_shapes(path: Path) -> dict[str, list[int]]:
+    """Read the shapes of a safetensors file. Source: safetensors' README, section Format."""
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    except (ValueError, MemoryError, OverflowError, KeyError, TypeError, AttributeError) as error:
+        msg = f"{path} is no safetensors file; download the checkpoint again."
+        raise CheckpointError(msg) from error
+
+
+# --- kernels ----------------------------------------------------------------------------------
+
+
+def check_gptq(
+    config: Mapping[str, Any],
+    scheme: GPTQ,
+    device_kind: str,
+    layer_sizes: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
+    """Check before any weight is read that a checkpoint can be loaded as asked, and choose its kernel.
+
+    Args:
+        config: `GPTQCheckpoint.quantization_config`.
+        scheme: What was asked for.
+        device_kind: `"cpu"`, `"cuda"`, `"xpu"` or `"mps"`; where most of the layers go.
+        layer_sizes: What `read_layer_sizes` gave, where the weights are at hand.
+
+    Returns:
+        The config with the kernel filled in as `backend`.
+
+    Raises:
+        CheckpointError: If the checkpoint has other bits than the scheme asks for.
+        MissingPackageError: If gptqmodel, optimum or accelerate is not installed.
+        InvalidOptionError: If gptqmodel has no kernel of that name.
+        UnsupportedError: If the kernel cannot run this checkpoint on that device.
+    """
+    if scheme.bits is not None and scheme.bits != config["bits"]:
+        msg = (
+            f"quantization asks for GPTQ with bits={scheme.bits}, but the checkpoint has bits={config['bits']}; "
+            f"use bits={config['bits']}, bits=None, or another checkpoint."
+        )
+        raise CheckpointError(msg)
+    uneven = _uneven_layer(config["group_size"], layer_sizes or {})
+    with contained():
+        backend = _backend(scheme.kernel)
+        if backend == "auto":
+            backend = _choose_backend(config, device_kind, uneven=uneven is not None)
+        elif backend == "gptq_torch_aten" or backend == "gptq_torch_fused":
+            _check_int4pack(backend, config["group_size"], device_kind)
+        if uneven is not None and backend not in ("gptq_torch", "gptq_torch_int8"):
+            msg = (
+                f"group_size={config['group_size']} does not divide in_features={uneven[1]} of layer {uneven[0]!r}, "
+                f"which kernel {_short(backend)!r} cannot run; use kernel 'torch' or a checkpoint with another group size."
+            )
+            raise UnsupportedError(msg)
+        reason = _refusal(backend, config, device_kind)
+    if reason is not None:
+        msg = (
+            f"Kernel {_short(backend)!r} cannot run this checkpoint ({config['bits']} bits, "
+            f"group_size={config['group_size']}, sym={config['sym']}) on {device_kind}: {reason}; use kernel='auto'."
+        )
+        raise UnsupportedError(msg)
+    return {**config, "backend": backend}
+
+
+def kernel_names() -> list[str]:
+    """List what `kernel=` takes: gptqmodel's GPTQ backends without their prefix, and `auto`.
+
+    Returns:
+        The names, sorted.
+
+    Raises:
+        MissingPackageError: If gptqmodel, optimum or accelerate is not installed.
+    """
+    with contained():
+        from gptqmodel import BACKEND
+
+        return sorted({"auto", *(_short(b.value) for b in BACKEND if b.value.startswith("gptq_"))})
+
+
+def _short(backend: str) -> str:
+    return backend.removeprefix("gptq_")
+
+
+def _backend(kernel: str) -> str:
+    """Turn a kernel's name, with or without its prefix, into gptqmodel's name of it."""
+    name = _short(kernel.lower().replace("-", "_"))
+    known = kernel_names()
+    if name not in known:
+        msg = f"kernel={kernel!r} is not a GPTQ kernel of gptqmodel{nearest(name, known)}"
+        raise InvalidOptionError(msg)
+    return name if name == "auto" else f"gptq_{name}"
+
+
+def _uneven_layer(group_size: int, layer_sizes: Mapping[str, int]) -> tuple[str, int] | None:
+    """Give the first layer whose last group is smaller than the others."""
+    if group_size == -1:
+        return None
+    return next(((name, size) for name, size in layer_sizes.items() if size % group_size), None)
+
+
+def _choose_backend(config: Mapping[str, Any], device_kind: str, *, uneven: bool) -> str:
+    """Choose as gptqmodel does, but where its choice fails or crawls."""
+    if uneven:
+        return "gptq_torch"  # the others fail in the first forward pass
+    if device_kind == "cpu":
+        if config["bits"] == 4 and config["group_size"] not in (32, 64, 128):
+            return "gptq_torch"  # the int4 product of torch takes no other; gptqmodel chooses it all the same
+        if config["bits"] == 8 and config["group_size"] in (-1, 16, 32, 64, 128):
+            # Ten times faster than 'torch', which gptqmodel prefers; both err like bfloat16 does.
+            return "gptq_torch_int8"
+    return "auto"
+
+
+def _check_int4pack(backend: str, group_size: int, device_kind: str) -> None:
+    if device_kind == "cpu" and group_size not in (32, 64, 128):
+        msg = (
+            f"Kernel {_short(backend)!r} takes group_size 32, 64 or 128 on the CPU, not {group_size}; "
+            f"use kernel 'torch' or 'auto'."
+        )
+        raise UnsupportedError(msg)
+
+
+def _refusal(backend: str, config: Mapping[str, Any], device_kind: str) -> str | None:
+    """Ask gptqmodel, as optimum does while loading, whether a kernel takes this checkpoint.
+
+    Source: optimum/gptq/quantizer.py, `select_quant_linear`; gptqmodel/utils/importer.py.
+    """
+    from gptqmodel import BACKEND
+    from gptqmodel.quantization import FORMAT, METHOD
+    from gptqmodel.utils.importer import get_kernel_for_backend, hf_select_quant_linear_v2
+
+    if backend != "auto":
+        try:
+            kernel = get_kernel_for_backend(BACKEND(backend), METHOD.GPTQ, FORMAT(config["checkpoint_format"]))
+        except (ValueError, KeyError) as error:
+            return f"it does not read checkpoint_format={config['checkpoint_format']!r} ({error})"
+        for attribute, value, words in (
+            ("SUPPORTS_BITS", config["bits"], "it takes bits {}"),
+            ("SUPPORTS_GROUP_SIZE", config["group_size"], "it takes group sizes {}"),
+            ("SUPPORTS_SYM", config["sym"], "it takes sym {}"),
+            ("SUPPORTS_DESC_ACT", config["desc_act"], "it takes desc_act {}"),
+            ("SUPPORTS_DEVICES", device_kind, "it runs on {}"),
+        ):
+            allowed = [getattr(a, "value", a) for a in cast(Iterable[Any], getattr(kernel, attribute, None) or ())]
+            if allowed and "all" not in allowed and value not in allowed:
+                return words.format(", ".join(map(str, allowed)))
+    try:
+        hf_select_quant_linear_v2(
+            bits=config["bits"],
+            group_size=config["group_size"],
+            desc_act=config["desc_act"],
+            sym=config["sym"],
+            format=config["checkpoint_format"],
+            quant_method=METHOD.GPTQ,
+            device_map={"": device_kind},
+            backend=backend,
+            pack=False,
+        )
+    except (ValueError, NotImplementedError, ImportError, RuntimeError) as error:
+        return str(error).strip().partition("\n")[0].rstrip(".")
+    return None
+
+
+# --- after loading ----------------------------------------------------------------------------
+
+
+def settle_gptq_model(model: Any) -> str:
+    """Undo the compiling of the slow kernel, and say which kernel runs.
+
+    gptqmodel's `torch` kernel compiles its dequantization once for each layer at the first forward
+    pass: minutes, with a C++ compiler, and up to torch's limit of recompilations. Called after
+    loading, this leaves it uncompiled. Other kernels are left alone.
+
+    Args:
+        model: The loaded transformers model.
+
+    Returns:
+        The names of the kernel classes in the model, such as `TorchAtenLinear`, joined by commas.
+    """
+    kernels = set()
+    for module in model.modules():
+        if type(module).__module__.startswith("gptqmodel."):
+            kernels.add(type(module).__name__)
+            module.__dict__.pop("dequantize_weight", None)  # the compiled one hides the method of the class
+    return ", ".join(sorted(kernels))

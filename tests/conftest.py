@@ -1,0 +1,36 @@
+"""Real models for the tests: SmolLM2 always, Qwen2.5-Coder where `QUANTLLM_MODELS` says it is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+def _model(name: str) -> Path | None:
+    """Give the folder of a model in `QUANTLLM_MODELS`, which must hold it; None where that is unset."""
+    root = os.environ.get("QUANTLLM_MODELS")
+    if not root:
+        return None
+    folder = Path(root) / name
+    if not (folder / "config.json").is_file():
+        pytest.fail(f"QUANTLLM_MODELS={root} is set, but there is no model in {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct in bfloat16."""
+    from langchain_quantllm.demo_model import demo_model
+
+    return _model("smollm2-135m") or demo_model(progress=False)
+
+
+@pytest.fixture(scope="session")
+def qwen_coder() -> Path:
+    """The folder of Qwen2.5-Coder-0.5B-Instruct in bfloat16."""
+    folder = _model("qwen2.5-coder-0.5b")
+    if folder is None:
+        pytest.skip("needs the folder of real models in QUANTLLM_MODELS")
+    return folder

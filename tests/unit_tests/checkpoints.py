@@ -1,0 +1,111 @@
+"""Tiny random Llama checkpoints with a real tokenizer, made in a fraction of a second, and child processes.
+
+Sizes are multiples of 64, which bitsandbytes' 4-bit layers need on CPUs with AVX512-BF16.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+_TEXTS = [
+    "The quick brown fox jumps over the lazy dog, and the capital of France is Paris.",
+    "Quantized models take less memory than the models that they were made of.",
+    "東京は日本の首都です。量子化されたモデルは小さい。",
+]
+SIZES: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.3,  # far from uniform logits, so that greedy tokens are no coin tosses
+}
+LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@functools.cache
+def make_tokenizer() -> Any:
+    """Train a byte-level BPE tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=SIZES["vocab_size"],
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_TEXTS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def make_checkpoint(
+    folder: Path, *, seed: int = 0, dtype: str = "bfloat16", generation: dict[str, Any] | None = None, **sizes: Any
+) -> Path:
+    """Write a random Llama and its tokenizer into a folder, which it gives back."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(**{**SIZES, **sizes})).to(getattr(torch, dtype))
+    model.generation_config.update(**(generation or {}))
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def spoil_weights(folder: Path) -> Path:
+    """Put garbage in the place of the weights, so that whoever reads them fails."""
+    for file in [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
+        file.write_bytes(b"these are no weights")
+    return folder
+
+
+def edit_json(file: Path, **changes: Any) -> None:
+    """Change keys of a JSON file; None takes a key out."""
+    content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    content.update(changes)
+    file.write_text(json.dumps({k: v for k, v in content.items() if v is not None}), encoding="utf-8")
+
+
+def make_cached(cache: Path, checkpoint: Path, repo: str, *, commit: str = "a" * 40, ref: str = "main") -> Path:
+    """Lay a checkpoint out in a folder as the Hub's cache holds it; gives the folder of the snapshot."""
+    root = cache / f"models--{repo.replace('/', '--')}"
+    snapshot = root / "snapshots" / commit
+    snapshot.parent.mkdir(parents=True, exist_ok=True)
+    snapshot.symlink_to(checkpoint, target_is_directory=True)
+    (root / "blobs").mkdir(exist_ok=True)
+    (root / "refs").mkdir(exist_ok=True)
+    (root / "refs" / ref).write_text(commit)
+    return snapshot
+
+
+def run_python(
+    code: str, *arguments: object, env: dict[str, str] | None = None, timeout_s: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a new process, which must succeed; `sys.argv[1:]` holds the arguments."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout_s,
+        env={**os.environ, **(env or {})},
+    )
+    assert done.returncode == 0, done.stderr
+    return done
