@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import platform
 import sys
+import tempfile
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -263,7 +265,9 @@ def memory(
             "fits",
         ):
             table.add_column(column, justify="left" if column == "scheme" else "right")
-        known = {name: SCHEMES[name] for name in estimate.bytes_by_scheme} or {estimate.scheme.name: None}
+        known: dict[str, Any] = {name: SCHEMES[name] for name in estimate.bytes_by_scheme} or {
+            estimate.scheme.name: None
+        }
         for name, scheme in known.items():
             one = estimate_memory(config, scheme, trust_remote_code=trust_remote_code)
             cache_bytes = one.kv_cache_bytes(tokens, batch)
@@ -279,6 +283,67 @@ def memory(
         out.print(table)
         context = f"; the model's context is {estimate.context_tokens} tokens" if estimate.context_tokens else ""
         out.print(f"{estimate.parameters:,} parameters{context}. 1 MB is 1,000,000 bytes.", highlight=False)
+
+
+@app.command()
+def bench(
+    model: Annotated[str | None, typer.Argument(help="Folder, or repository on the Hub.")] = None,
+    shape: Annotated[str | None, typer.Option(help="Random weights of this shape instead: llama-2-7b or tiny.")] = None,
+    schemes: Annotated[str, typer.Option(help="Names of schemes, with commas.")] = "none,int8,nf4,nf4-double",
+    device: Device = None,
+    new_tokens: Annotated[int, typer.Option(help="Length of the texts that are generated.")] = 128,
+    batch: Annotated[int, typer.Option(help="Texts at once.")] = 1,
+) -> None:
+    """Measure the memory of every scheme: estimate, report and nvidia-smi; the last line is JSON."""
+    with _errors():
+        from langchain_quantllm import bench as benches
+
+        device = benches.check_device(device or ([*_accelerators(), "cpu"])[0])
+        with tempfile.TemporaryDirectory() as scratch:
+            checkpoints = _bench_checkpoints(model, shape, schemes.split(","), Path(scratch))
+            rows = []
+            for row in benches.measure_memory(checkpoints, device=device, new_tokens=new_tokens, batch=batch):
+                err.print(f"{row.scheme}: loaded in {row.load_s:.1f} s", highlight=False)
+                rows.append(row)
+        title = f"{model or shape or 'demo model'} on {device}, generating {batch} x {new_tokens} tokens"
+        Console(width=max(out.width, 130)).print(_memory_table(rows, title))
+        document = benches.as_document(rows, model=model or shape, device=device, new_tokens=new_tokens, batch=batch)
+        out.print(document, markup=False, highlight=False, soft_wrap=True)
+
+
+def _bench_checkpoints(model: str | None, shape: str | None, schemes: list[str], folder: Path) -> dict[str, str]:
+    """Find or make the checkpoint of each scheme."""
+    from langchain_quantllm.bench import random_checkpoint
+    from langchain_quantllm.demo_model import demo_model
+
+    if shape is None:
+        return dict.fromkeys(schemes, model or str(demo_model(progress=False)))
+    plain = str(random_checkpoint(shape, folder / "plain")) if set(schemes) - {"gptq"} else ""
+    return {
+        name: str(random_checkpoint(shape, folder / "gptq", gptq=True)) if name == "gptq" else plain for name in schemes
+    }
+
+
+def _memory_table(rows: list[Any], title: str) -> Table:
+    from langchain_quantllm.memory import format_bytes
+
+    table = Table(title=title, title_justify="left")
+    heads = ("scheme", "estimate", "weights", "report", "nvidia-smi", "generating, report", "generating, nvidia-smi")
+    for head in (*heads, "unloaded", "tokens/s"):
+        table.add_column(head, justify="left" if head == "scheme" else "right")
+    for row in rows:
+        sizes = (
+            row.estimate_bytes,
+            row.weights_bytes,
+            row.report_bytes,
+            row.driver_bytes,
+            row.generating_report_bytes,
+            row.generating_driver_bytes,
+            row.unloaded_report_bytes,
+        )
+        cells = ["-" if size is None else format_bytes(size) for size in sizes]
+        table.add_row(row.scheme, *cells, f"{row.rate_tok_s:.1f}" if row.rate_tok_s else "-")
+    return table
 
 
 @app.command()

@@ -269,8 +269,6 @@ def _quiet_logging() -> Iterator[None]:
     placeholder = logging.NullHandler()  # basicConfig does nothing where root has a handler
     root.addHandler(placeholder)
     handlers = [*root.handlers, *logging.getLogger("torch").handlers]
-    if len(root.handlers) == 1 and logging.lastResort is not None:
-        handlers.append(logging.lastResort)
     for handler in handlers:
         handler.addFilter(from_elsewhere)
     try:

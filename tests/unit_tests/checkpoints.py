@@ -6,12 +6,16 @@ Sizes are multiples of 64, which bitsandbytes' 4-bit layers need on CPUs with AV
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 _TEXTS = [
     "The quick brown fox jumps over the lazy dog, and the capital of France is Paris.",
@@ -109,3 +113,76 @@ def run_python(
     )
     assert done.returncode == 0, done.stderr
     return done
+
+
+class FakeHub:
+    """A Hub on this machine that serves folders as repositories, and remembers what it was asked.
+
+    Use it in a test marked `enable_socket`. A repository is open to all unless it is `gated`,
+    which takes the token `"hf_open_sesame"`.
+    """
+
+    TOKEN = "hf_open_sesame"
+
+    def __init__(self, repos: dict[str, Path], gated: tuple[str, ...] = (), commit: str = "c" * 40) -> None:
+        self.repos, self.gated, self.commit = repos, gated, commit
+        self.asked: list[str] = []
+        self.tokens: set[str | None] = set()
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_HEAD(self) -> None:
+                hub._answer(self, body=False)
+
+            def do_GET(self) -> None:
+                hub._answer(self, body=True)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+
+    def __enter__(self) -> FakeHub:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def _answer(self, request: BaseHTTPRequestHandler, *, body: bool) -> None:
+        path = unquote(request.path.partition("?")[0])
+        self.asked.append(f"{request.command} {path}")
+        self.tokens.add(request.headers.get("Authorization"))
+        status, headers, content = self._look_up(path, request.headers.get("Authorization"))
+        request.send_response(status)
+        for name, value in headers.items():
+            request.send_header(name, value)
+        request.send_header("Content-Length", str(len(content)))
+        request.end_headers()
+        if body:
+            request.wfile.write(content)
+
+    def _look_up(self, path: str, authorization: str | None) -> tuple[int, dict[str, str], bytes]:
+        parts = path.removeprefix("/api/models").strip("/").split("/")
+        repo, rest = "/".join(parts[:2]), parts[2:]
+        if repo not in self.repos:
+            return 404, {"X-Error-Code": "RepoNotFound"}, b""
+        if repo in self.gated and authorization != f"Bearer {self.TOKEN}":
+            return 403, {"X-Error-Code": "GatedRepo"}, b""
+        if path.startswith("/api/"):
+            files = [{"rfilename": f.name} for f in sorted(self.repos[repo].iterdir())]
+            if rest[:1] == ["tree"]:
+                return 200, {"Content-Type": "application/json"}, b"[]"
+            answer = {"id": repo, "modelId": repo, "sha": self.commit, "siblings": files, "tags": []}
+            return 200, {"Content-Type": "application/json"}, json.dumps(answer).encode()
+        if rest[1] not in ("main", "v2", self.commit):
+            return 404, {"X-Error-Code": "RevisionNotFound", "X-Repo-Commit": self.commit}, b""
+        file = self.repos[repo] / "/".join(rest[2:])
+        if not file.is_file():
+            return 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": self.commit}, b""
+        content = file.read_bytes()
+        return 200, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": self.commit}, content
