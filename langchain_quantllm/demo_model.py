@@ -7,6 +7,8 @@ installed or imported. Knows nothing of schemes and engines.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import shutil
 import subprocess
@@ -101,7 +103,9 @@ def _convert(gguf: Path, folder: Path, *, progress: bool) -> None:
     from langchain_quantllm.loading import progress_bars
 
     source: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
-    with progress_bars(progress):
+    # The bar of GGUF's conversion knows no off switch but the stream that it writes to.
+    quiet = contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO())
+    with progress_bars(progress), quiet:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16, **source

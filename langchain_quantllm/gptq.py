@@ -146,7 +146,7 @@ def contained() -> Iterator[None]:
 
     What stays: its modules, its idle threads (daemons), what importing torch's compiler does, and
     its logger `logbar` at level ERROR, since that logger writes to stdout. A process that imported
-    gptqmodel by itself before keeps all that it got from that.
+    gptqmodel by itself before keeps all that it got from that, but for silence inside the block.
 
     Raises:
         MissingPackageError: If gptqmodel, optimum or accelerate is not installed.
@@ -161,7 +161,8 @@ def contained() -> Iterator[None]:
                 patch.put(patch.patched)
         _depth += 1
         try:
-            yield
+            with _quiet_loading():
+                yield
         finally:
             _depth -= 1
             if _depth == 0:
@@ -279,6 +280,21 @@ def _quiet_logging() -> Iterator[None]:
         root.removeHandler(placeholder)
 
 
+@contextlib.contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Silence what gptqmodel and optimum say while a model is loaded, and nobody else."""
+    logbar = logging.getLogger("logbar")
+    level = logbar.level
+    logbar.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            # optimum reads every attribute of every module, deprecated properties included.
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            yield
+    finally:
+        logbar.setLevel(level)
+
+
 def _silence_logbar() -> None:
     """Make the logger that gptqmodel writes to stdout with, and leave it only errors to say."""
     with contextlib.redirect_stdout(io.StringIO()):  # it writes an empty line when made
@@ -305,9 +321,7 @@ class GPTQCheckpoint:
     found_in: str
 
 
-def read_gptq_checkpoint(
-    file_names: Collection[str], fetch: Callable[[str], Path | None]
-) -> GPTQCheckpoint | None:
+def read_gptq_checkpoint(file_names: Collection[str], fetch: Callable[[str], Path | None]) -> GPTQCheckpoint | None:
     """Find out whether a checkpoint is GPTQ, and how to load it.
 
     Args:
@@ -534,7 +548,7 @@ def check_gptq(
         if uneven is not None and backend not in ("gptq_torch", "gptq_torch_int8"):
             msg = (
                 f"group_size={config['group_size']} does not divide in_features={uneven[1]} of layer {uneven[0]!r}, "
-                f"which kernel {_short(backend)!r} cannot run; use kernel 'torch' or a checkpoint with another group size."
+                f"which kernel {_short(backend)!r} cannot run; use kernel 'torch', or another checkpoint."
             )
             raise UnsupportedError(msg)
         reason = _refusal(backend, config, device_kind)
@@ -664,7 +678,7 @@ def settle_gptq_model(model: Any) -> str:
     """
     kernels = set()
     for module in model.modules():
-        if type(module).__module__.startswith("gptqmodel."):
+        if type(module).__module__.startswith("gptqmodel.") and hasattr(module, "qweight"):
             kernels.add(type(module).__name__)
             module.__dict__.pop("dequantize_weight", None)  # the compiled one hides the method of the class
     return ", ".join(sorted(kernels))

@@ -122,7 +122,7 @@ def round_linear(
 
 def _tensors(source: Path, num_layers: int | None) -> Iterator[tuple[str, torch.Tensor]]:
     with safe_open(source / "model.safetensors", framework="pt") as file:
-        for name in file.keys():
+        for name in sorted(file.keys()):
             if num_layers is None or not name.startswith(BLOCK_PREFIX) or int(name.split(".")[2]) < num_layers:
                 yield name, file.get_tensor(name)
 
@@ -238,6 +238,7 @@ def load_float_twin(
         else:
             state[name] = tensor.half().float()
     missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"}  # tied to the embeddings
     model.tie_weights()
     return model.eval()

@@ -174,7 +174,7 @@ def estimate_memory(
     torch_dtype = _choose_dtype(dtype, config)
     context_tokens = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     model = _build_on_meta(config, torch_dtype, trust_remote_code, name)
-    others = [] if options else [s for s in SCHEMES.values() if not s.calibrated]
+    others = {} if options else {label: s for label, s in SCHEMES.items() if not s.calibrated}
     unquantized = weight_bytes(model, Unquantized(), torch_dtype)
     parameters = sum(p.numel() for p in model.parameters())
     return MemoryEstimate(
@@ -185,11 +185,7 @@ def estimate_memory(
         weights=weight_bytes(model, used, torch_dtype, options),
         bytes_16bit=2 * parameters + unquantized.buffers_bytes,
         context_tokens=context_tokens,
-        bytes_by_scheme={
-            label: weight_bytes(model, other, torch_dtype).total_bytes
-            for label, other in SCHEMES.items()
-            if other in others
-        },
+        bytes_by_scheme={label: weight_bytes(model, s, torch_dtype).total_bytes for label, s in others.items()},
         **_cache_bytes(model),
     )
 

@@ -17,7 +17,7 @@ def memory_notes(snapshot: MemorySnapshot, weights: WeightBytes | None = None) -
         weights: Weights of the model, if the numbers are those of a model.
 
     Returns:
-        Sentences; none where nothing applies.
+        Sentences, those on accelerators first.
     """
     accelerators = [r for r in snapshot.readings if isinstance(r, AcceleratorReading)]
     notes = []
@@ -37,15 +37,10 @@ def memory_notes(snapshot: MemorySnapshot, weights: WeightBytes | None = None) -
             f"NVML shows no memory of this process on {', '.join(unseen)} (no driver library, a container, or MIG), so"
             " the CUDA context cannot be told apart."
         )
-    if not accelerators:
-        notes.append(
-            "Resident memory is that of the whole process with its libraries, and takes freed memory back late; the"
-            " weights by kind are exact."
-        )
-        notes.append(
-            "Resident peaks are sampled inside a block; the system's own peak counts from the start of the process and"
-            " cannot be reset."
-        )
+    notes.append(
+        "Resident memory is that of the whole process, with its libraries and mapped pages of weight files; its peak is"
+        " sampled, since the system's own counts from the start of the process and cannot be reset."
+    )
     if weights is not None and weights.offloaded_bytes:
         notes.append("Some weights are offloaded and lie outside the model; they are not in its total.")
     return tuple(notes)

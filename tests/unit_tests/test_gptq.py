@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -19,7 +20,9 @@ from langchain_quantllm import gptq
 from langchain_quantllm.errors import CheckpointError, InvalidOptionError, MissingPackageError, UnsupportedError
 from langchain_quantllm.schemes import GPTQ
 
-pytest.importorskip("gptqmodel")
+# Not imported here: that is for `contained()` to do.
+if importlib.util.find_spec("gptqmodel") is None:
+    pytest.skip("gptqmodel is not installed", allow_module_level=True)
 torch = pytest.importorskip("torch")
 
 from tests.gptq_checkpoints import load_float_twin, make_gptq_checkpoint, pack_bits, round_linear  # noqa: E402
@@ -106,7 +109,8 @@ def test_logits_are_those_of_the_dequantized_weights(
     options: dict[str, Any] = {"bits": bits, "group_size": group_size, "sym": sym, "desc_act": desc_act}
     folder = make_gptq_checkpoint(smollm2, tmp_path, num_layers=1, **options)
     model, info = load(folder, GPTQ(bits=bits, kernel=kernel))
-    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
     assert gptq.settle_gptq_model(model) == runs
     # bfloat16 holds 8 bits, so each rounding errs by up to 2**-9 = 0.002 of its value; a block rounds a dozen times.
     # Measured: 0.003 to 0.005, 0.008 for torch_int8. A zero point off by one, or a wrong order of groups, gives 0.5.
@@ -117,9 +121,7 @@ def test_logits_are_those_of_the_dequantized_weights(
 @pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
 def test_every_layout_loads(smollm2: Path, tmp_path: Path, layout: Any, checkpoint_format: Any) -> None:
     """Random weights, which transformers gives without a word where it sees no config, would give an error of 1."""
-    folder = make_gptq_checkpoint(
-        smollm2, tmp_path, layout=layout, checkpoint_format=checkpoint_format, num_layers=1
-    )
+    folder = make_gptq_checkpoint(smollm2, tmp_path, layout=layout, checkpoint_format=checkpoint_format, num_layers=1)
     model, info = load(folder)
     assert not info["missing_keys"]
     assert relative_error(model, load_float_twin(smollm2, num_layers=1)) < 0.012
@@ -133,7 +135,7 @@ def test_sharded_old_names_load(smollm2: Path, tmp_path: Path, four_bit: Path) -
     base = "gptq_model-4bit-64g"
     tensors = load_file(folder / f"{base}.safetensors")
     names = sorted(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, part in enumerate((names[::2], names[1::2]), 1):
         shard = f"{base}-{i:05}-of-00002.safetensors"
         save_file({name: tensors[name] for name in part}, folder / shard, metadata={"format": "pt"})
@@ -182,7 +184,8 @@ def test_only_small_files_are_fetched(four_bit: Path) -> None:
         return four_bit / name
 
     found = gptq.read_gptq_checkpoint(os.listdir(four_bit), fetch)
-    assert found is not None and found.weights_name == "gptq_model-4bit-64g.safetensors"
+    assert found is not None
+    assert found.weights_name == "gptq_model-4bit-64g.safetensors"
     assert found.found_in == "quantize_config.json"
     assert fetched == ["config.json", "quantize_config.json"]
 
@@ -191,9 +194,11 @@ def test_what_transformers_would_warn_about_is_left_out(tmp_path: Path) -> None:
     config = {"bits": 4, "desc_act": True, "dataset": ["private text"], "tokenizer": "x", "damp_percent": 0}
     (tmp_path / "model.safetensors").touch()
     found = gptq.read_gptq_folder(write(tmp_path, quantize_config=config))
-    assert found is not None and found.quantization_config["act_group_aware"] is False
+    assert found is not None
+    assert found.quantization_config["act_group_aware"] is False
     assert not {"dataset", "tokenizer", "damp_percent"} & set(found.quantization_config)
-    assert found.quantization_config["quant_method"] == "gptq" and found.quantization_config["group_size"] == 128
+    assert found.quantization_config["quant_method"] == "gptq"
+    assert found.quantization_config["group_size"] == 128
 
 
 @pytest.mark.parametrize(
@@ -211,7 +216,8 @@ def test_weight_file_names(tmp_path: Path, weights: list[str], expected: str | N
     for name in weights:
         (tmp_path / name).touch()
     found = gptq.read_gptq_folder(tmp_path)
-    assert found is not None and found.weights_name == expected
+    assert found is not None
+    assert found.weights_name == expected
 
 
 @pytest.mark.parametrize(
@@ -254,10 +260,11 @@ def test_layer_sizes(four_bit: Path) -> None:
     weights = list(four_bit.glob("*.safetensors"))
     config = {"bits": 4, "group_size": 64}
     sizes = gptq.read_layer_sizes(weights, config)
-    assert len(sizes) == 7 and sizes["model.layers.0.mlp.down_proj"] == 1536
+    assert len(sizes) == 7
+    assert sizes["model.layers.0.mlp.down_proj"] == 1536
     with pytest.raises(CheckpointError, match="is packed in 4 bits, but the config says bits=8"):
         gptq.read_layer_sizes(weights, {**config, "bits": 8})
-    with pytest.raises(CheckpointError, match="has 9 groups of scales for in_features=576, .*group_size=32"):
+    with pytest.raises(CheckpointError, match=r"has 9 groups of scales for in_features=576, .*group_size=32"):
         gptq.read_layer_sizes(weights, {**config, "group_size": 32})
 
 
@@ -296,9 +303,7 @@ CONFIG = {
         (GPTQ(), {"group_size": 48}, UnsupportedError, "it takes group sizes -1, 16, 32"),
     ],
 )
-def test_checks_say_what_is_wrong(
-    scheme: GPTQ, changes: dict[str, Any], error: type[Exception], words: str
-) -> None:
+def test_checks_say_what_is_wrong(scheme: GPTQ, changes: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error) as caught:
         gptq.check_gptq({**CONFIG, **changes}, scheme, "cpu")
     assert words in str(caught.value)
@@ -307,7 +312,7 @@ def test_checks_say_what_is_wrong(
 def test_an_uneven_group_size_is_refused_for_kernels_that_cannot() -> None:
     sizes = {"model.layers.0.mlp.down_proj": 1536, "model.layers.0.self_attn.q_proj": 576}
     config = {**CONFIG, "group_size": 128}
-    with pytest.raises(UnsupportedError, match="128 does not divide in_features=576 of layer 'model.layers.0.self_attn"):
+    with pytest.raises(UnsupportedError, match=r"128 does not divide in_features=576 of layer '.*q_proj'"):
         gptq.check_gptq(config, GPTQ(kernel="torch_aten"), "cpu", sizes)
     assert gptq.check_gptq(config, GPTQ(), "cpu", sizes)["backend"] == "gptq_torch"
 
@@ -324,7 +329,8 @@ def test_a_missing_package_names_the_pip_command(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(MissingPackageError) as caught, gptq.contained():
         pass
     assert 'pip install "langchain-quantllm[gptq]"' in str(caught.value)
-    assert "needs gptqmodel:" in str(caught.value) and "auto-gptq" in str(caught.value)
+    assert "needs gptqmodel:" in str(caught.value)
+    assert "auto-gptq" in str(caught.value)
 
 
 # --- containment ---
@@ -401,7 +407,8 @@ def test_loading_leaves_the_process_as_it_was(four_bit: Path, tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     # torchao and bitsandbytes may speak, when transformers imports them by itself; gptqmodel may not.
-    assert "GPT-QModel" not in done.stderr and "gptqmodel" not in done.stderr.lower()
+    assert "GPT-QModel" not in done.stderr
+    assert "gptqmodel" not in done.stderr.lower()
 
 
 def test_a_failing_block_puts_everything_back() -> None:
@@ -409,9 +416,15 @@ def test_a_failing_block_puts_everything_back() -> None:
 
     with gptq.contained():
         pass
-    original, level = modeling.clear_device_cache, logging.getLogger().level
-    with pytest.raises(ZeroDivisionError), gptq.contained():
+
+    @gptq.contained()
+    def fail() -> None:
         os.environ["TVM_TARGET"] = "cuda"
         raise ZeroDivisionError
+
+    original, level = modeling.clear_device_cache, logging.getLogger().level
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert modeling.clear_device_cache is original
-    assert logging.getLogger().level == level and "TVM_TARGET" not in os.environ
+    assert logging.getLogger().level == level
+    assert "TVM_TARGET" not in os.environ

@@ -463,12 +463,18 @@ class TestCuda:
         folder = save_tiny(tmp_path, vocab_size=32000, hidden_size=2048, intermediate_size=5632, head_dim=512)
         gc.collect()
         torch.cuda.empty_cache()
+        torch.zeros(1, device="cuda")  # the context and its statistics
+        start_bytes = torch.cuda.memory_stats()["requested_bytes.all.current"]
         with track_memory(["cuda:0"]) as tracked:
             model = load(folder, SCHEMES[name], device="cuda:0")
             gc.collect()
+        requested_bytes = torch.cuda.memory_stats()["requested_bytes.all.current"] - start_bytes
         grown_bytes = tracked.after.reading("cuda:0").used_bytes - tracked.before.reading("cuda:0").used_bytes
         weights = weights_by_kind(model)
-        assert weights.total_bytes == pytest.approx(grown_bytes, rel=0.01)
+        # 1%: tables that bitsandbytes makes once in a process
+        assert weights.total_bytes == pytest.approx(requested_bytes, rel=0.01)
+        # 3%: an unsplit block wastes up to 1 MB, and the tensors of this small model have a few MB; 0.5% for a 7B
+        assert weights.cuda_bytes <= grown_bytes
         assert estimate_memory(str(folder), name).total_bytes == pytest.approx(grown_bytes, rel=0.03)
         assert tracked.peak["cuda:0"] >= tracked.after.reading("cuda:0").used_bytes
 

@@ -1,0 +1,21 @@
+"""The notebooks run from their first cell to their last."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "cookbook").glob("*.ipynb"))
+
+
+@pytest.mark.enable_socket  # a notebook's kernel is spoken to through local sockets
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs(path: Path, smollm2: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert any("Memory of" in str(output.get("data", {}).get("text/html", "")) for output in outputs)
+    assert not [output for output in outputs if output.output_type == "error"]
