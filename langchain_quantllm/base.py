@@ -14,7 +14,7 @@ from typing import Any
 from langchain_core.exceptions import ContextOverflowError, ModelTimeoutError
 from langchain_core.language_models.base import BaseLanguageModel, LangSmithParams
 from langchain_core.load.serializable import SerializedConstructor, SerializedNotImplemented
-from pydantic import AliasChoices, ConfigDict, Field, PrivateAttr, SecretStr, model_validator
+from pydantic import AliasChoices, ConfigDict, Field, PrivateAttr, SecretStr, ValidationError, model_validator
 from typing_extensions import Self
 
 from langchain_quantllm._version import __version__
@@ -76,7 +76,11 @@ class QuantizedModel(BaseLanguageModel[Any]):
     """Fields and behaviour of a quantized local model, whichever way LangChain calls it."""
 
     model_config = ConfigDict(
-        extra="forbid", arbitrary_types_allowed=True, protected_namespaces=(), populate_by_name=True
+        extra="forbid",
+        arbitrary_types_allowed=True,
+        protected_namespaces=(),
+        populate_by_name=True,
+        hide_input_in_errors=True,  # the token may be among it
     )
 
     model_id: str = Field(default="", validation_alias=AliasChoices("model_id", "model", "model_name"))
@@ -163,6 +167,22 @@ class QuantizedModel(BaseLanguageModel[Any]):
     _model: LoadedModel | None = PrivateAttr(default=None)
 
     # Construction.
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Check every field; weights are loaded on first use.
+
+        Raises:
+            InvalidOptionError: If a field is unknown, has a value that is not allowed, or contradicts another.
+            UnsupportedError: If the device is not there.
+        """
+        try:
+            super().__init__(*args, **kwargs)
+        except ValidationError as error:
+            causes = [e.get("ctx", {}).get("error") for e in error.errors(include_url=False)]
+            own = next((cause for cause in causes if isinstance(cause, QuantLLMError)), None)
+            if own is None:
+                raise
+            raise own from None  # the sentence itself, without pydantic's frame around it
 
     @model_validator(mode="before")
     @classmethod

@@ -189,7 +189,6 @@ def hub_options(spec: LoadSpec, folder: str | None) -> dict[str, Any]:
     return {
         **options,
         **{k: v for k, v in given.items() if v is not None},
-        "local_files_only": bool(spec.local_files_only),
     }
 
 
@@ -219,50 +218,36 @@ def _check_hub(spec: LoadSpec) -> None:
     """Fetch the config from the Hub, to learn in clear words why that may not work."""
     from huggingface_hub import errors as hub
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.constants import is_offline_mode
 
     name = spec.model_id
-    if spec.model_id.startswith(("/", "./", "../", "~")) or os.path.isabs(name) or name.count("/") > 1:
+    if name.startswith(("/", "./", "../", "~")) or os.path.isabs(name) or name.count("/") > 1:
         msg = f"there is no folder {name}; check the path, or give the name of a repository on the Hub."
         raise ModelNotFoundError(msg)
+    if spec.local_files_only or is_offline_mode():
+        why = "local_files_only=True" if spec.local_files_only else "HF_HUB_OFFLINE"
+        msg = f"{name} is not, or not wholly, on this machine, and {why} forbids asking the Hub; give a local folder."
+        raise ModelNotFoundError(msg)
     try:
-        hf_hub_download(
-            name,
-            "config.json",
-            revision=spec.revision,
-            token=spec.token,
-            cache_dir=spec.cache_dir,
-            local_files_only=bool(spec.local_files_only),
+        hf_hub_download(name, "config.json", revision=spec.revision, token=spec.token, cache_dir=spec.cache_dir)
+    except (hub.HfHubHTTPError, hub.EntryNotFoundError, hub.HFValidationError, OSError) as error:
+        reasons: tuple[tuple[type[Exception], str], ...] = (  # the first that fits
+            (hub.GatedRepoError, "is gated; accept its terms on its page on the Hub and pass token=, or set HF_TOKEN."),
+            (hub.RevisionNotFoundError, f"has no revision {spec.revision!r}; check its branches, tags and commits."),
+            (
+                hub.RepositoryNotFoundError,
+                "is neither a folder here nor a model on the Hub; a private one needs token= or HF_TOKEN.",
+            ),
+            (hub.RemoteEntryNotFoundError, "has no config.json; it is no transformers checkpoint."),
+            (hub.HFValidationError, "is neither a folder here nor a repository's name, which looks like 'owner/name'."),
         )
-        return
-    except hub.GatedRepoError as error:
-        msg = f"{name} is gated; accept its terms on its page on the Hub and pass token=, or set HF_TOKEN."
-        cause: Exception = error
-    except hub.RevisionNotFoundError as error:
-        msg, cause = f"{name} has no revision {spec.revision!r}; check its branches, tags and commits.", error
-    except hub.RepositoryNotFoundError as error:
-        msg = (
-            f"there is no model {name!r} on the Hub, nor a folder of that name; a private one needs token= or HF_TOKEN."
+        reason = next(
+            (text for kind, text in reasons if isinstance(error, kind)),
+            f"is not on this machine and the Hub could not be asked ({type(error).__name__}); check the connection, or "
+            "give a local folder.",
         )
-        cause = error
-    except hub.EntryNotFoundError as error:
-        if isinstance(error, hub.LocalEntryNotFoundError):
-            msg = (
-                f"{name} is not on this machine, and the Hub {'may not' if spec.local_files_only else 'could not'} be "
-                "asked; check the connection, or give the folder of a local copy."
-            )
-        else:
-            msg = f"the repository {name} has no config.json; it is no transformers checkpoint."
-        cause = error
-    except hub.HFValidationError as error:
-        msg = f"{name!r} is neither a folder here nor a repository's name, which looks like 'owner/name'."
-        cause = error
-    except (hub.OfflineModeIsEnabled, OSError) as error:
-        msg = (
-            f"{name} is not on this machine and the Hub could not be asked ({type(error).__name__}); give a local "
-            "folder."
-        )
-        cause = error
-    raise ModelNotFoundError(msg) from cause
+        msg = f"{name} {reason}"
+        raise ModelNotFoundError(msg) from error
 
 
 def _config_error(spec: LoadSpec, error: ValueError) -> CheckpointError:

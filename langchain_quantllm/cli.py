@@ -81,20 +81,13 @@ def _errors() -> Iterator[None]:
         err.print("stopped")
         raise typer.Exit(130) from None
     except (QuantLLMError, ValueError) as error:
-        _print_error(_first_words(error))
+        _print_error(str(error))
         raise typer.Exit(1) from None
 
 
 def _print_error(text: str) -> None:
     err.print("error: ", style="bold red", end="")
     err.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _first_words(error: Exception) -> str:
-    errors = getattr(error, "errors", None)
-    if errors is None or not callable(errors):
-        return str(error)
-    return "; ".join(str(e.get("msg", "")).removeprefix("Value error, ") for e in errors())  # of pydantic
 
 
 def _make_llm(model: str | None, quantization: str | None, **fields: Any) -> Any:

@@ -58,13 +58,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
         known: The names that are allowed.
 
     Returns:
-        `; did you mean 'X'?`, or the whole list where nothing is near.
+        `; did you mean 'X'?`, and the whole list too where it is short.
     """
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    if close:
+    longer = [n for n in names if len(name) > 2 and (n.startswith(name) or name.startswith(n))]
+    close = longer or difflib.get_close_matches(name, names, n=1, cutoff=0.0) or names
+    if len(names) > _LISTED:
         return f"; did you mean {close[0]!r}?"
-    return f"; allowed are {', '.join(names)}"
+    return f"; did you mean {close[0]!r}? Allowed are {', '.join(names)}."
+
+
+_LISTED = 12  # names that an error sentence can hold
 
 
 def pip_install(*packages: str) -> str:

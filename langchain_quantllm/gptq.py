@@ -186,8 +186,7 @@ def _import_gptqmodel() -> list[_Patch]:
         new = owner if isinstance(owner, dict) else vars(owner)
         for name in [n for n in {**old, **new} if old.get(n, _ABSENT) is not new.get(n, _ABSENT)]:
             value = new.get(name, _ABSENT)
-            # An attribute that is a module, or fetched lazily from one, is no patch.
-            if not isinstance(value, ModuleType) and _comes_from_gptqmodel(value, old.get(name, _ABSENT)):
+            if isinstance(owner, dict) or not _loaded_lazily(value, old.get(name, _ABSENT)):
                 patches.append(_Patch(owner, name, old.get(name, _ABSENT), value))
     if "causal_conv1d" not in modules and "causal_conv1d" in sys.modules:
         # A stand-in of gptqmodel's under the name of another package.
@@ -195,12 +194,12 @@ def _import_gptqmodel() -> list[_Patch]:
     return patches
 
 
-def _comes_from_gptqmodel(value: Any, old: Any) -> bool:
-    """Tell a patch from what transformers loads lazily: those have a home in transformers itself."""
-    if old is not _ABSENT:
+def _loaded_lazily(value: Any, old: Any) -> bool:
+    """Tell a name that a module of transformers fetched on first use from a patch."""
+    if isinstance(value, ModuleType):
         return True
-    home = getattr(getattr(value, "__func__", value), "__module__", None)
-    return home is None or str(home).split(".")[0] not in ("transformers", "torch", "huggingface_hub")
+    home = str(getattr(getattr(value, "__func__", value), "__module__", None))
+    return old is _ABSENT and home.split(".")[0] in ("transformers", "torch", "huggingface_hub")
 
 
 def _resolve(path: str) -> Any:
@@ -283,15 +282,21 @@ def _quiet_logging() -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet_loading() -> Iterator[None]:
     """Silence what gptqmodel and optimum say while a model is loaded, and nobody else."""
-    logbar = logging.getLogger("logbar")
+    logbar, models = logging.getLogger("logbar"), logging.getLogger("transformers.modeling_utils")
     level = logbar.level
+
+    def not_about_loss(record: logging.LogRecord) -> bool:
+        return "`loss_type=None`" not in record.getMessage()
+
     logbar.setLevel(logging.ERROR)
+    # optimum reads every attribute of every module, and with them properties that warn.
+    models.addFilter(not_about_loss)
     try:
         with warnings.catch_warnings():
-            # optimum reads every attribute of every module, deprecated properties included.
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
             yield
     finally:
+        models.removeFilter(not_about_loss)
         logbar.setLevel(level)
 
 
@@ -678,7 +683,8 @@ def settle_gptq_model(model: Any) -> str:
     """
     kernels = set()
     for module in model.modules():
-        if type(module).__module__.startswith("gptqmodel.") and hasattr(module, "qweight"):
-            kernels.add(type(module).__name__)
+        kernel = type(module)
+        if kernel.__module__.startswith("gptqmodel.") and kernel.__name__.endswith("Linear"):
+            kernels.add(kernel.__name__)
             module.__dict__.pop("dequantize_weight", None)  # the compiled one hides the method of the class
     return ", ".join(sorted(kernels))

@@ -68,6 +68,18 @@ class Scheme:
         object.__setattr__(self, option, tuple(value))
 
 
+_HEADS = ("lm_head", "embed_out")
+
+
+def _with_heads(skip_modules: tuple[str, ...]) -> list[str] | None:
+    """Keep the output head unquantized beside what a user names.
+
+    transformers leaves it out by itself only where no list is given.
+    Source: HfQuantizer.get_modules_to_not_convert in transformers/quantizers/base.py.
+    """
+    return list(dict.fromkeys([*skip_modules, *_HEADS])) if skip_modules else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Unquantized(Scheme):
     """Weights as they are, in the `dtype` of the model."""
@@ -114,7 +126,7 @@ class Int8(Scheme):
         return BitsAndBytesConfig(
             load_in_8bit=True,
             llm_int8_threshold=float(self.threshold),
-            llm_int8_skip_modules=list(self.skip_modules) or None,
+            llm_int8_skip_modules=_with_heads(self.skip_modules),
             llm_int8_enable_fp32_cpu_offload=self.fp32_cpu_offload,
         )
 
@@ -154,7 +166,7 @@ class _BitsAndBytes4bit(Scheme):
             bnb_4bit_compute_dtype=getattr(torch, self.compute_dtype or dtype),
             bnb_4bit_use_double_quant=self.double_quantization,
             bnb_4bit_quant_storage=getattr(torch, self.storage_dtype),
-            llm_int8_skip_modules=list(self.skip_modules) or None,
+            llm_int8_skip_modules=_with_heads(self.skip_modules),
             llm_int8_enable_fp32_cpu_offload=self.fp32_cpu_offload,
         )
 
@@ -304,7 +316,7 @@ def scheme_of_config(config: Mapping[str, Any]) -> Scheme:
     method = str(getattr(method, "value", method)).lower()
     if not method and (config.get("load_in_8bit") or config.get("load_in_4bit")):
         method = "bitsandbytes"
-    skipped = tuple(config.get("llm_int8_skip_modules") or ())
+    skipped = tuple(name for name in config.get("llm_int8_skip_modules") or () if name not in _HEADS)
     offload = bool(config.get("llm_int8_enable_fp32_cpu_offload", False))
     if method.startswith("bitsandbytes"):
         if config.get("load_in_8bit") or config.get("_load_in_8bit"):

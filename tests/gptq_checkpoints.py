@@ -24,6 +24,7 @@ Layout = Literal["config", "quantize_config", "old_name"]
 
 SMALL_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 BLOCK_PREFIX = "model.layers."
+SMALL_VOCABULARY = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,21 +121,24 @@ def round_linear(
     return RoundedLinear(codes=unordered, zeros=zeros.to(torch.uint8), scales=scales, g_idx=g_idx, bits=bits)
 
 
-def _tensors(source: Path, num_layers: int | None) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(source: Path, small: bool) -> Iterator[tuple[str, torch.Tensor]]:
     with safe_open(source / "model.safetensors", framework="pt") as file:
         for name in sorted(file.keys()):
-            if num_layers is None or not name.startswith(BLOCK_PREFIX) or int(name.split(".")[2]) < num_layers:
-                yield name, file.get_tensor(name)
+            tensor = file.get_tensor(name)
+            if small and "embed_tokens" in name:
+                yield name, tensor[:SMALL_VOCABULARY].contiguous()
+            elif not small or not name.startswith(BLOCK_PREFIX) or name.startswith(f"{BLOCK_PREFIX}0."):
+                yield name, tensor
 
 
 def _is_linear(name: str, tensor: torch.Tensor) -> bool:
     return name.startswith(BLOCK_PREFIX) and name.endswith("_proj.weight") and tensor.dim() == 2
 
 
-def _read_config(source: Path, num_layers: int | None) -> dict[str, Any]:
+def _read_config(source: Path, small: bool) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((source / "config.json").read_text())
-    if num_layers is not None:
-        config["num_hidden_layers"] = num_layers
+    if small:
+        config |= {"num_hidden_layers": 1, "vocab_size": SMALL_VOCABULARY}
     return config
 
 
@@ -148,7 +152,7 @@ def make_gptq_checkpoint(
     sym: bool = True,
     layout: Layout = "config",
     checkpoint_format: Literal["gptq", "gptq_v2"] = "gptq",
-    num_layers: int | None = None,
+    small: bool = False,
 ) -> Path:
     """Write a GPTQ checkpoint of a Llama-like model, rounded to nearest.
 
@@ -162,7 +166,7 @@ def make_gptq_checkpoint(
         layout: Where a reader finds out that it is GPTQ: `quantization_config` in config.json;
             only quantize_config.json; or that, with AutoGPTQ's old name of the weight file.
         checkpoint_format: Whether the zero points are stored one too small (v1) or as they are.
-        num_layers: Keep only so many blocks, for tests of numbers instead of text.
+        small: Keep only the first block and `SMALL_VOCABULARY` tokens, for tests of numbers instead of text.
 
     Returns:
         The folder.
@@ -179,7 +183,7 @@ def make_gptq_checkpoint(
         "damp_percent": 0.01,
         "true_sequential": True,
     }
-    config = {**_read_config(source, num_layers), "dtype": "float16"}
+    config = {**_read_config(source, small), "dtype": "float16"}
     weights = "model.safetensors"
     if layout == "config":
         config["quantization_config"] = {**options, "quant_method": "gptq", "checkpoint_format": checkpoint_format}
@@ -192,7 +196,7 @@ def make_gptq_checkpoint(
         (dest / "quantize_config.json").write_text(json.dumps(options, indent=2))
     (dest / "config.json").write_text(json.dumps(config, indent=2))
     tensors: dict[str, torch.Tensor] = {}
-    for name, tensor in _tensors(source, num_layers):
+    for name, tensor in _tensors(source, small):
         if _is_linear(name, tensor):
             rounded = round_linear(tensor, bits=bits, group_size=group_size, desc_act=desc_act, sym=sym)
             packed = rounded.pack(checkpoint_format=checkpoint_format)
@@ -210,7 +214,7 @@ def load_float_twin(
     group_size: int = 64,
     desc_act: bool = False,
     sym: bool = True,
-    num_layers: int | None = None,
+    small: bool = False,
 ) -> Any:
     """Build the float32 model that holds the dequantized weights of such a checkpoint.
 
@@ -220,17 +224,17 @@ def load_float_twin(
         group_size: As there.
         desc_act: As there.
         sym: As there.
-        num_layers: As there.
+        small: As there.
 
     Returns:
         The transformers model, on the CPU, in evaluation mode.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(**_read_config(source, num_layers))
+    config = AutoConfig.for_model(**_read_config(source, small))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     state: dict[str, torch.Tensor] = {}
-    for name, tensor in _tensors(source, num_layers):
+    for name, tensor in _tensors(source, small):
         state[name] = tensor.float()
         if _is_linear(name, tensor):
             rounded = round_linear(tensor, bits=bits, group_size=group_size, desc_act=desc_act, sym=sym)

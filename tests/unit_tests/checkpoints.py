@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import pytest
+
 _TEXTS = [
     "The quick brown fox jumps over the lazy dog, and the capital of France is Paris.",
     "Quantized models take less memory than the models that they were made of.",
@@ -142,11 +144,21 @@ class FakeHub:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
 
     def __enter__(self) -> FakeHub:
         self._thread.start()
         return self
+
+    @staticmethod
+    def point_to(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Make this process take the server at a URL for the Hub, which HF_ENDPOINT does at the start of a process."""
+        import huggingface_hub.constants
+
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+        template = url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
     def __exit__(self, *exc_info: object) -> None:
         self._server.shutdown()

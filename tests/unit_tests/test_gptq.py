@@ -34,7 +34,7 @@ PROMPT = "The capital of France is"
 def four_bit(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Give one block of SmolLM2 in 4 bits, with only quantize_config.json and the old file name."""
     folder = tmp_path_factory.mktemp("gptq") / "old"
-    yield make_gptq_checkpoint(smollm2, folder, layout="old_name", num_layers=1)
+    yield make_gptq_checkpoint(smollm2, folder, layout="old_name", small=True)
     shutil.rmtree(folder)
 
 
@@ -107,24 +107,24 @@ def test_logits_are_those_of_the_dequantized_weights(
     smollm2: Path, tmp_path: Path, bits: int, group_size: int, sym: bool, desc_act: bool, kernel: str, runs: str
 ) -> None:
     options: dict[str, Any] = {"bits": bits, "group_size": group_size, "sym": sym, "desc_act": desc_act}
-    folder = make_gptq_checkpoint(smollm2, tmp_path, num_layers=1, **options)
+    folder = make_gptq_checkpoint(smollm2, tmp_path, small=True, **options)
     model, info = load(folder, GPTQ(bits=bits, kernel=kernel))
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert gptq.settle_gptq_model(model) == runs
     # bfloat16 holds 8 bits, so each rounding errs by up to 2**-9 = 0.002 of its value; a block rounds a dozen times.
     # Measured: 0.003 to 0.005, 0.008 for torch_int8. A zero point off by one, or a wrong order of groups, gives 0.5.
-    assert relative_error(model, load_float_twin(smollm2, num_layers=1, **options)) < 0.012
+    assert relative_error(model, load_float_twin(smollm2, small=True, **options)) < 0.012
 
 
 @pytest.mark.parametrize("layout", ["config", "quantize_config", "old_name"])
 @pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
 def test_every_layout_loads(smollm2: Path, tmp_path: Path, layout: Any, checkpoint_format: Any) -> None:
     """Random weights, which transformers gives without a word where it sees no config, would give an error of 1."""
-    folder = make_gptq_checkpoint(smollm2, tmp_path, layout=layout, checkpoint_format=checkpoint_format, num_layers=1)
+    folder = make_gptq_checkpoint(smollm2, tmp_path, layout=layout, checkpoint_format=checkpoint_format, small=True)
     model, info = load(folder)
     assert not info["missing_keys"]
-    assert relative_error(model, load_float_twin(smollm2, num_layers=1)) < 0.012
+    assert relative_error(model, load_float_twin(smollm2, small=True)) < 0.012
 
 
 def test_sharded_old_names_load(smollm2: Path, tmp_path: Path, four_bit: Path) -> None:
@@ -144,7 +144,7 @@ def test_sharded_old_names_load(smollm2: Path, tmp_path: Path, four_bit: Path) -
     (folder / f"{base}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     model, info = load(folder)
     assert not info["missing_keys"]
-    assert relative_error(model, load_float_twin(smollm2, num_layers=1)) < 0.012
+    assert relative_error(model, load_float_twin(smollm2, small=True)) < 0.012
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -264,7 +264,7 @@ def test_layer_sizes(four_bit: Path) -> None:
     assert sizes["model.layers.0.mlp.down_proj"] == 1536
     with pytest.raises(CheckpointError, match="is packed in 4 bits, but the config says bits=8"):
         gptq.read_layer_sizes(weights, {**config, "bits": 8})
-    with pytest.raises(CheckpointError, match=r"has 9 groups of scales for in_features=576, .*group_size=32"):
+    with pytest.raises(CheckpointError, match=r"has \d+ groups of scales for in_features=\d+, .*group_size=32"):
         gptq.read_layer_sizes(weights, {**config, "group_size": 32})
 
 
@@ -343,6 +343,8 @@ import transformers.models.llama.modeling_llama, transformers.quantizers.auto, t
 import torch._dynamo  # loads lazily, and changes torch when it does
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+transformers.utils.logging.disable_progress_bar()
+
 def state():
     out = {}
     for name, module in list(sys.modules.items()):
@@ -366,8 +368,6 @@ stdout = sys.stdout
 sys.path.insert(0, %(root)r)
 from pathlib import Path
 from tests.unit_tests.test_gptq import load
-transformers.utils.logging.disable_progress_bar()
-names = set(sys.modules)
 model, _ = load(Path(%(folder)r))
 assert "gptqmodel" in sys.modules
 model, _ = load(Path(%(folder)r))
@@ -379,12 +379,13 @@ now = loggers()
 assert {n: now[n] for n in before[4]} == before[4]
 assert sys.stdout is stdout and "causal_conv1d" not in sys.modules
 after = state()
-ours = ("GPTQ", "gptq")
 changed = sorted(k for k, v in before[0].items() if after.get(k, v) != v)
-# Caches and counters that fill by themselves, on any load.
-changed = [k for k in changed if "MAPPING_NAMES" not in k[1] and "CACHE" not in k[1].upper() and k[1] != "_verbosity"]
+# Tables that fill by themselves, on any load.
+own = ("MAPPING_NAMES", "_CAN_RECORD_REGISTRY", "_cache", "_cached_value", "__slotnames__")
+changed = [k for k in changed if not any(part.endswith(own) for part in k[1:])]
 assert not changed, changed
-added = [k for k in after if k not in before[0] and len(k) == 3 and (k[0], k[1]) in before[0]]
+added = [k for k in after if k not in before[0] and len(k) == 3 and k[:2] in before[0]]
+added = [k for k in added if not any(part.endswith(own) for part in k[1:])]
 assert not added, added
 
 from langchain_quantllm import gptq

@@ -11,8 +11,10 @@ import json
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -135,13 +137,10 @@ def test_config_that_is_no_json(unread: Path) -> None:
 
 @pytest.fixture
 def hub(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    import huggingface_hub.constants
-
     (tmp_path / "empty").mkdir()
     repos = {"acme/tiny": tiny, "acme/gated": tiny, "acme/empty": tmp_path / "empty"}
     with FakeHub(repos, gated=("acme/gated",)) as server:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
+        FakeHub.point_to(server.url, monkeypatch)
         yield server
 
 
@@ -168,9 +167,8 @@ def test_what_the_hub_refuses(hub: FakeHub, tmp_path: Path, kwargs: dict[str, An
 
 @pytest.mark.enable_socket
 def test_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    FakeHub.point_to("http://127.0.0.1:9", monkeypatch)
+    monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda _: None, time=time.time))
     with pytest.raises(ModelNotFoundError) as caught:
         load("acme/tiny", cache_dir=str(tmp_path))
     assert "acme/tiny is not on this machine" in sentence(caught.value)

@@ -258,7 +258,7 @@ TEXT = " first line\nsecond line\n\nUser: 猫である。 END of it"
 def scripted(tokenizer: Any) -> QuantizedHuggingFaceLLM:
     """A model that writes TEXT after PROMPT."""
     ids = tokenizer(TEXT)["input_ids"]
-    model = scripted_model(len(tokenizer), ids, len(tokenizer(PROMPT)["input_ids"]))
+    model = scripted_model(len(tokenizer), ids, len(tokenizer(PROMPT)["input_ids"]), context_tokens=64)
     return llm_of(model, tokenizer, max_new_tokens=len(ids))
 
 
@@ -316,7 +316,8 @@ class TestInTheModel:
     def test_a_special_token_as_stop_string(self, tokenizer: Any) -> None:
         """`<|im_end|>` is never text, so a stop string of this name ends at the token."""
         ids = tokenizer(" a b<|im_start|> c<|im_end|> d")["input_ids"]
-        llm = llm_of(scripted_model(len(tokenizer), ids, 1), tokenizer, max_new_tokens=len(ids), eos_token_id=0)
+        model = scripted_model(len(tokenizer), ids, 1, context_tokens=64)
+        llm = llm_of(model, tokenizer, max_new_tokens=len(ids), eos_token_id=0)
         with forwards(llm) as seen:
             assert llm.invoke("x", stop=["<|im_start|>"]) == " a b"
             assert seen.count == 3
@@ -332,7 +333,7 @@ class TestInTheModel:
     def test_an_empty_eos_token_id_means_no_end_token(self, tokenizer: Any) -> None:
         """The call's value wins over the checkpoint's, an empty list too."""
         ids = tokenizer(" a<|im_end|> b")["input_ids"]
-        model = scripted_model(len(tokenizer), ids, 1)
+        model = scripted_model(len(tokenizer), ids, 1, context_tokens=64)
         model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
         llm = llm_of(model, tokenizer, max_new_tokens=len(ids))
         assert llm.invoke("x") == " a"
@@ -340,7 +341,7 @@ class TestInTheModel:
 
     def test_ignore_eos_and_min_new_tokens_hold_the_end_off(self, tokenizer: Any) -> None:
         eos = tokenizer.convert_tokens_to_ids("<|im_end|>")
-        model = scripted_model(len(tokenizer), [eos, eos, eos, eos], 1)
+        model = scripted_model(len(tokenizer), [eos, eos, eos, eos], 1, context_tokens=64)
         model.generation_config.eos_token_id = eos
         llm = llm_of(model, tokenizer, max_new_tokens=6)
 
