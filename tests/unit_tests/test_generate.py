@@ -13,7 +13,7 @@ from langchain_core.outputs import Generation
 
 from langchain_quantllm import QuantizedHuggingFaceLLM
 from langchain_quantllm.errors import InvalidOptionError, QuantLLMError
-from tests.unit_tests.models import TINY, byte_fallback_tokenizer, forwards, greedy_text, llm_of, tiny_model
+from tests.unit_tests.models import TINY, byte_fallback_tokenizer, forwards, greedy_text, llm_of, scripted_model, tiny_model
 
 PROMPTS = ["The capital of France is", "Once upon a time", "def add(a, b):\n", "日本で一番高い山は"]
 
@@ -38,13 +38,13 @@ async def all_ways(llm: QuantizedHuggingFaceLLM, prompt: str, **options: Any) ->
 
 
 class TestText:
-    @pytest.mark.parametrize("prompt", PROMPTS)
+    @pytest.mark.parametrize("prompt", [PROMPTS[0], PROMPTS[3]])
     async def test_every_way_of_calling_gives_generate_s_greedy_text(
         self, llm: QuantizedHuggingFaceLLM, prompt: str
     ) -> None:
         """Only the completion, and exactly: the same float32 computation on both sides."""
-        expected = greedy_text(llm, prompt, max_new_tokens=8)
-        assert await all_ways(llm, prompt, max_new_tokens=8) == [expected] * 8
+        expected = greedy_text(llm, prompt, max_new_tokens=4)
+        assert await all_ways(llm, prompt, max_new_tokens=4) == [expected] * 8
 
     @pytest.mark.parametrize("family", sorted(TINY))
     async def test_families_of_models(self, tokenizer: Any, family: str) -> None:
@@ -55,20 +55,16 @@ class TestText:
     async def test_a_tokenizer_that_strips_spaces(self) -> None:
         """SentencePiece-like: the completion keeps the space between it and the prompt, in every way of calling."""
         tokenizer = byte_fallback_tokenizer()
-        llm = llm_of(tiny_model(320), tokenizer, max_new_tokens=20)
-        for prompt in ("the cat", "日本"):
-            texts = await all_ways(llm, prompt)
-            assert len(set(texts)) == 1
-            ids = tokenizer(prompt)["input_ids"]
-            full = llm.pipeline.model.generate(
-                torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), do_sample=False, max_new_tokens=20
-            )[0].tolist()
-            assert prompt + texts[0] == tokenizer.decode(full, skip_special_tokens=True)
+        prompt, completion = "日本の cat", " the 漢字 cat, こに"
+        script = tokenizer(completion.strip())["input_ids"]
+        model = scripted_model(320, script, len(tokenizer(prompt)["input_ids"]), context_tokens=64)
+        llm = llm_of(model, tokenizer, max_new_tokens=len(script))
+        assert await all_ways(llm, prompt) == [completion] * 8
 
     async def test_schemes(self, quantized_llm: QuantizedHuggingFaceLLM) -> None:
         """Quantized weights too: one computation, one text, the one of `generate`, and a sensible one."""
-        expected = greedy_text(quantized_llm, PROMPTS[0], max_new_tokens=8)
-        assert await all_ways(quantized_llm, PROMPTS[0]) == [expected] * 8
+        expected = greedy_text(quantized_llm, PROMPTS[0], max_new_tokens=3)
+        assert await all_ways(quantized_llm, PROMPTS[0], max_new_tokens=3) == [expected] * 8
         assert "Paris" in expected
 
     def test_schemes_do_not_flood_the_log(
@@ -108,49 +104,68 @@ class TestText:
         assert llm.invoke("The sea") != llm.invoke("The sea", add_special_tokens=False)
 
 
+@pytest.fixture(scope="module")
+def repeating(tokenizer: Any) -> QuantizedHuggingFaceLLM:
+    """A random model that repeats itself, so that penalties and n-gram options have something to do."""
+    model = tiny_model(len(tokenizer), seed=2)
+    with torch.no_grad():  # the current token's own embedding decides most
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.mul_(0.2)
+            layer.mlp.down_proj.weight.mul_(0.2)
+        model.lm_head.weight.add_(0.2 * model.model.embed_tokens.weight)
+    return llm_of(model, tokenizer)
+
+
 class TestTransformersOptions:
+    PROMPT = "Paris, Paris, Paris, London, Paris, Paris, Paris, London, Paris,"
+
     @pytest.mark.parametrize(
-        "options",
+        ("options", "changes"),
         [
-            {"num_beams": 3},
-            {"num_beams": 4, "length_penalty": 0.2, "early_stopping": True},
-            {"num_beams": 2, "repetition_penalty": 1.4},
-            {"num_beams": 2, "no_repeat_ngram_size": 2},
-            {"no_repeat_ngram_size": 2},
-            {"repetition_penalty": 1.4},
-            {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3},
-            {"suppress_tokens": [260, 253, 5345]},
-            {"begin_suppress_tokens": [7042, 260]},
-            {"bad_words_ids": [[7042], [260]]},
-            {"sequence_bias": [[[7042], -50.0]]},
-            {"prompt_lookup_num_tokens": 3},
-            {"prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 2},
-            {"min_new_tokens": 10},
-            {"use_cache": False},
-            {"guidance_scale": 1.5},
-            {"cache_implementation": "static", "disable_compile": True},
-            {"prefill_chunk_size": 3},
-            {"forced_eos_token_id": 2},
+            ({"num_beams": 3}, True),
+            ({"num_beams": 4, "length_penalty": 0.2, "early_stopping": True}, True),
+            ({"num_beams": 2, "repetition_penalty": 9.0}, True),
+            ({"num_beams": 2, "no_repeat_ngram_size": 1}, True),
+            ({"no_repeat_ngram_size": 1}, True),
+            ({"repetition_penalty": 9.0}, True),
+            ({"repetition_penalty": 9.0, "no_repeat_ngram_size": 1}, True),
+            ({"suppress_tokens": "FIRST"}, True),
+            ({"begin_suppress_tokens": "FIRST"}, True),
+            ({"bad_words_ids": "FIRST"}, True),
+            ({"sequence_bias": "FIRST"}, True),
+            ({"encoder_repetition_penalty": 5.0}, True),
+            ({"guidance_scale": 1.5}, True),
+            ({"prompt_lookup_num_tokens": 3}, False),
+            ({"prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 2}, False),
+            ({"use_cache": False}, False),
+            ({"cache_implementation": "static", "disable_compile": True}, False),
+            ({"prefill_chunk_size": 3}, False),
+            ({"remove_invalid_values": True, "renormalize_logits": True}, False),
         ],
         ids=str,
     )
-    def test_the_text_is_generate_s(self, llm: QuantizedHuggingFaceLLM, options: dict[str, Any]) -> None:
-        prompt = "Paris, Paris, Paris, London, Paris, Paris, Paris, London, Paris,"
-        expected = greedy_text(llm, prompt, max_new_tokens=10, **options)
-        assert llm.invoke(prompt, max_new_tokens=10, **options) == expected
+    def test_the_text_is_generate_s(
+        self, repeating: QuantizedHuggingFaceLLM, tokenizer: Any, options: dict[str, Any], changes: bool
+    ) -> None:
+        plain = greedy_text(repeating, self.PROMPT, max_new_tokens=10)
+        first = tokenizer(plain)["input_ids"][0]
+        forms = {"sequence_bias": [[[first], -500.0]], "bad_words_ids": [[first]]}
+        options = {k: forms.get(k, [first]) if v == "FIRST" else v for k, v in options.items()}
+        expected = greedy_text(repeating, self.PROMPT, max_new_tokens=10, **options)
+        assert (expected != plain) is changes  # so that the option is known to do something here
+        assert repeating.invoke(self.PROMPT, max_new_tokens=10, **options) == expected
 
-    def test_options_change_the_text(self, llm: QuantizedHuggingFaceLLM) -> None:
-        """Of the comparisons above, those that matter are between different texts."""
-        prompt = "Paris, Paris, Paris, London, Paris, Paris, Paris, London, Paris,"
-        plain = llm.invoke(prompt, max_new_tokens=10)
-        for options in ({"no_repeat_ngram_size": 2}, {"repetition_penalty": 1.4}, {"suppress_tokens": [7042]}):
-            assert llm.invoke(prompt, max_new_tokens=10, **options) != plain
+    def test_beams_of_a_trained_model(self, llm: QuantizedHuggingFaceLLM) -> None:
+        expected = greedy_text(llm, PROMPTS[1], max_new_tokens=5, num_beams=2)
+        assert llm.invoke(PROMPTS[1], max_new_tokens=5, num_beams=2) == expected
 
-    async def test_whole_decoding_streams_and_stops_as_well(self, llm: QuantizedHuggingFaceLLM) -> None:
-        text = greedy_text(llm, PROMPTS[1], max_new_tokens=10, num_beams=2)
-        stop = text.split()[2]
+    async def test_whole_decoding_streams_and_stops_as_well(
+        self, repeating: QuantizedHuggingFaceLLM, tokenizer: Any
+    ) -> None:
+        text = greedy_text(repeating, self.PROMPT, max_new_tokens=10, num_beams=2)
+        stop = text[8:12]
         expected = text[: text.index(stop)]
-        texts = await all_ways(llm, PROMPTS[1], max_new_tokens=10, num_beams=2, stop=[stop])
+        texts = await all_ways(repeating, self.PROMPT, max_new_tokens=10, num_beams=2, stop=[stop])
         assert texts == [expected] * 8
 
     def test_a_batch_with_transformers_options_equals_single_calls(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
@@ -170,12 +185,13 @@ class TestTransformersOptions:
             tiny_llm.invoke("The sea", num_beams=2, temperature=0.5)
 
 
-class TestSamples:
-    OPTIONS: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": 8}
+SAMPLED: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": 8}
 
+
+class TestSamples:
     def test_n_samples_differ_and_repeat_with_their_seed(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
         def texts(**options: Any) -> list[list[str]]:
-            result = tiny_llm.generate(["The sea", "The sky"], **self.OPTIONS, **options)
+            result = tiny_llm.generate(["The sea", "The sky"], **SAMPLED, **options)
             return [[g.text for g in row] for row in result.generations]
 
         first = texts(n=3, seed=5)
@@ -194,14 +210,14 @@ class TestSamples:
     def test_without_a_seed_calls_differ_and_tell_the_seed_that_repeats_them(
         self, tiny_llm: QuantizedHuggingFaceLLM
     ) -> None:
-        one, two = (tiny_llm.generate(["The sea"], **self.OPTIONS).generations[0][0] for _ in range(2))
+        one, two = (tiny_llm.generate(["The sea"], **SAMPLED).generations[0][0] for _ in range(2))
         assert one.text != two.text
-        assert tiny_llm.invoke("The sea", seed=info_of(one)["seed"], **self.OPTIONS) == one.text
+        assert tiny_llm.invoke("The sea", seed=info_of(one)["seed"], **SAMPLED) == one.text
 
     async def test_a_seed_gives_the_same_in_every_way_of_calling(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
-        assert len(set(await all_ways(tiny_llm, "The sea", seed=11, **self.OPTIONS))) == 1
+        assert len(set(await all_ways(tiny_llm, "The sea", seed=11, **SAMPLED))) == 1
 
-    def test_a_seeded_text_does_not_depend_on_what_else_runs(self, llm: QuantizedHuggingFaceLLM) -> None:
+    def test_a_seeded_text_does_not_depend_on_what_else_runs(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
         """Rows with options of their own, alone and beside each other: sampling is per row."""
         import threading
 
@@ -213,16 +229,16 @@ class TestSamples:
             (PROMPTS[0], {"seed": 1, "min_p": 0.1, "min_new_tokens": 6}),
             (PROMPTS[1], {"max_new_tokens": 3, "ignore_eos": True}),
         ]
-        alone = [llm.invoke(prompt, **{"max_new_tokens": 6, **options}) for prompt, options in rows]
+        alone = [tiny_llm.invoke(prompt, **{"max_new_tokens": 6, **options}) for prompt, options in rows]
         together: list[str] = [""] * len(rows)
         barrier = threading.Barrier(len(rows))
 
         def call(i: int) -> None:
             prompt, options = rows[i]
             barrier.wait()
-            together[i] = llm.invoke(prompt, **{"max_new_tokens": 6, **options})
+            together[i] = tiny_llm.invoke(prompt, **{"max_new_tokens": 6, **options})
 
-        with forwards(llm) as seen:
+        with forwards(tiny_llm) as seen:
             threads = [threading.Thread(target=call, args=(i,)) for i in range(len(rows))]
             for thread in threads:
                 thread.start()
@@ -233,13 +249,13 @@ class TestSamples:
 
     def test_torch_s_global_generator_is_untouched(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
         before = torch.random.get_rng_state()
-        tiny_llm.invoke("The sea", seed=3, **self.OPTIONS)
-        list(tiny_llm.stream("The sea", **self.OPTIONS))
+        tiny_llm.invoke("The sea", seed=3, **SAMPLED)
+        list(tiny_llm.stream("The sea", **SAMPLED))
         assert torch.equal(before, torch.random.get_rng_state())
 
     def test_the_model_s_generation_config_is_untouched(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
         before = tiny_llm.pipeline.model.generation_config.to_dict()
-        tiny_llm.invoke("The sea", seed=3, stop=["x"], eos_token_id=5, **self.OPTIONS)
+        tiny_llm.invoke("The sea", seed=3, stop=["x"], eos_token_id=5, **SAMPLED)
         tiny_llm.invoke("The sea", num_beams=2)
         assert tiny_llm.pipeline.model.generation_config.to_dict() == before
 
@@ -248,19 +264,21 @@ class TestSamples:
             list(tiny_llm.stream("The sea", n=2))
 
 
+@pytest.fixture(scope="module")
+def short(tokenizer: Any) -> QuantizedHuggingFaceLLM:
+    """A model with a context of 64 tokens."""
+    return llm_of(tiny_model(len(tokenizer), "qwen2", context_tokens=64), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def long_prompt(tokenizer: Any) -> str:
+    """Eighty tokens, each word one of them."""
+    words = [" one", " two", " three", " four", " five", " six", " seven", " eight"] * 10
+    assert len(tokenizer("".join(words))["input_ids"]) == 80
+    return "".join(words)
+
+
 class TestLengths:
-    @pytest.fixture(scope="class")
-    def short(self, tokenizer: Any) -> QuantizedHuggingFaceLLM:
-        """A model with a context of 64 tokens."""
-        return llm_of(tiny_model(len(tokenizer), "qwen2", context_tokens=64), tokenizer)
-
-    @pytest.fixture(scope="class")
-    def long_prompt(self, tokenizer: Any) -> str:
-        """Eighty tokens, each word one of them."""
-        words = [" one", " two", " three", " four", " five", " six", " seven", " eight"] * 10
-        assert len(tokenizer("".join(words))["input_ids"]) == 80
-        return "".join(words)
-
     async def test_a_prompt_too_long_is_a_context_overflow(
         self, short: QuantizedHuggingFaceLLM, long_prompt: str
     ) -> None:
@@ -322,8 +340,8 @@ class TestLengths:
 
 
 class TestAnswers:
-    def test_usage_reason_name_and_timing(self, llm: QuantizedHuggingFaceLLM, tokenizer: Any) -> None:
-        result = llm.generate(PROMPTS[:2], max_new_tokens=4, n=2)
+    def test_usage_reason_name_and_timing(self, tiny_llm: QuantizedHuggingFaceLLM, tokenizer: Any) -> None:
+        result = tiny_llm.generate(PROMPTS[:2], max_new_tokens=4, n=2)
         counts = [len(tokenizer(p)["input_ids"]) for p in PROMPTS[:2]]
         for row, count in zip(result.generations, counts, strict=True):
             for generation in row:
@@ -335,13 +353,13 @@ class TestAnswers:
                     "input_token_details": {"cache_read": 0},
                 }
                 assert info["finish_reason"] == "length"
-                assert info["model_name"] == llm.model_id
+                assert info["model_name"] == tiny_llm.model_id
                 timing = info["timing"]
                 assert 0 <= timing["queued_s"] <= timing["first_token_s"] <= timing["total_s"] < 60
                 rate = 3 / (timing["total_s"] - timing["first_token_s"])
                 assert timing["rate_tok_s"] == pytest.approx(rate)
         assert result.llm_output is not None
-        assert result.llm_output["model_name"] == llm.model_id
+        assert result.llm_output["model_name"] == tiny_llm.model_id
         assert result.llm_output["token_usage"] == {  # a prompt is read once for its two samples
             "prompt_tokens": sum(counts),
             "completion_tokens": 16,
@@ -362,12 +380,12 @@ class TestAnswers:
     ) -> None:
         """Of the model's own logits. 1e-3: with a KV cache and without, float32 sums in another order."""
         prompt = PROMPTS[0]
-        (generation,) = llm.generate([prompt], max_new_tokens=6, logprobs=3, **options).generations[0]
+        (generation,) = llm.generate([prompt], max_new_tokens=4, logprobs=3, **options).generations[0]
         content = info_of(generation)["logprobs"]["content"]
         ids = tokenizer(prompt)["input_ids"]
         made = [entry["token_id"] for entry in content]
         assert tokenizer.decode(made) == generation.text
-        assert len(made) == 6
+        assert len(made) == 4
         with torch.no_grad():
             logits = llm.pipeline.model(torch.tensor([ids + made])).logits[0, len(ids) - 1 : -1]
         expected = logits.log_softmax(-1)

@@ -31,11 +31,12 @@ from langchain_quantllm.errors import (
     QuantLLMError,
     UnsupportedError,
 )
-from tests.unit_tests.checkpoints import FakeHub, edit_json, make_checkpoint, spoil_weights
+from tests.unit_tests.checkpoints import FakeHub, edit_json, make_checkpoint, quicken, spoil_weights
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    quicken()
     return make_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 

@@ -15,13 +15,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from langchain_quantllm import FP4, GPTQ, NF4, SCHEMES, Int8, QuantizedHuggingFaceLLM, Scheme, Unquantized
 from langchain_quantllm.errors import InvalidOptionError
 from langchain_quantllm.schemes import Prequantized, scheme_from, scheme_of_config
-from tests.unit_tests.checkpoints import LINEAR_NAMES, make_checkpoint
+from tests.unit_tests.checkpoints import LINEAR_NAMES, make_checkpoint, quicken
 
 PROMPT = "The capital of France"
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    quicken()
     return make_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
