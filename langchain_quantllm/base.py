@@ -193,8 +193,11 @@ class QuantizedModel(BaseLanguageModel[Any]):
         values = {k: v for k, v in values.items() if v is not None or k in cls.model_fields}
         for name in ("model", "model_name"):
             if name in values:
-                values.setdefault("model_id", values.pop(name))
-        options: dict[str, Any] = {}
+                alias = values.pop(name)
+                if values.setdefault("model_id", alias) != alias:
+                    msg = f"model_id={values['model_id']!r} and {name}={alias!r} say two things; give one of them."
+                    raise InvalidOptionError(msg)
+        options = _lift_model_kwargs(values)
         for name in ("generation_kwargs", "pipeline_kwargs"):
             options.update(values.pop(name, None) or {})
         values.setdefault("batch_size", options.pop("batch_size", None) or cls.model_fields["batch_size"].default)
@@ -206,7 +209,6 @@ class QuantizedModel(BaseLanguageModel[Any]):
         checked = normalize(options)
         values.update({k: list(v) if isinstance(v, tuple) else v for k, v in checked.items() if k in _OPTION_FIELDS})
         values["generation_kwargs"] = {k: v for k, v in checked.items() if k not in _OPTION_FIELDS}
-        _lift_model_kwargs(values)
         return values
 
     @classmethod
@@ -486,19 +488,26 @@ class QuantizedModel(BaseLanguageModel[Any]):
         return twin
 
 
-def _lift_model_kwargs(values: dict[str, Any]) -> None:
-    """Move what `model_kwargs` says about fields of ours to these fields."""
-    rest = {}
+def _lift_model_kwargs(values: dict[str, Any]) -> dict[str, Any]:
+    """Move what `model_kwargs` says about fields of ours to these fields.
+
+    Returns:
+        The generation options that were among them, as many a tutorial puts them there.
+    """
+    rest: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for name, value in (values.get("model_kwargs") or {}).items():
-        field = _MODEL_KWARGS_ALIASES.get(name, name)
+        field = "quantization" if name in _LOAD_IN else _MODEL_KWARGS_ALIASES.get(name, name)
         if name in _LOAD_IN:
-            if value:
-                values.setdefault("quantization", _LOAD_IN[name])
-        elif field in (*_SPEC_NAMES, "token", "quantization_config"):
-            if values.get(field) is not None and values[field] != value:
+            value = _LOAD_IN[name] if value else None
+        if field in (*_SPEC_NAMES, "token", "quantization", "quantization_config"):
+            if value is not None and values.get(field) not in (None, value):
                 msg = f"{name} is given twice, as {values[field]!r} and in model_kwargs as {value!r}; give it once."
                 raise InvalidOptionError(msg)
-            values[field] = value
+            if value is not None:
+                values[field] = value
+        elif name in option_names():
+            options[name] = value
         elif name != "low_cpu_mem_usage":  # what transformers 5 always does
             rest[name] = value
     values["model_kwargs"] = rest
@@ -510,6 +519,7 @@ def _lift_model_kwargs(values: dict[str, Any]) -> None:
             values.pop(name, None)
     if isinstance(values.get("model_id"), os.PathLike):
         values["model_id"] = os.fspath(values["model_id"])
+    return options
 
 
 def _device_name(device: int | str) -> str:

@@ -6,7 +6,7 @@ every check that needs no weights. Knows no engine and no LangChain, and reads n
 
 from __future__ import annotations
 
-import importlib.util
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -23,6 +23,8 @@ from langchain_quantllm.errors import (
     nearest,
     pip_install,
 )
+from langchain_quantllm.gptq import GPTQCheckpoint, read_gptq_checkpoint, read_gptq_folder
+from langchain_quantllm.packages import is_installed, label_of
 from langchain_quantllm.schemes import FLOAT_DTYPES, GPTQ, Prequantized, Scheme, Unquantized, scheme_of_config
 
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -32,17 +34,6 @@ _FLASH_PACKAGES = {
     "flash_attention_2": ("flash_attn", "flash-attn"),
     "flash_attention_3": ("flash_attn_3", "flash-attn-3"),
     "flash_attention_4": ("flash_attn_4", "flash-attn-4"),
-}
-_PACKAGES_OF_METHOD = {
-    "awq": ("gptqmodel", "optimum"),
-    "torchao": ("torchao",),
-    "compressed-tensors": ("compressed_tensors",),
-    "gptq": ("gptqmodel", "optimum"),
-}
-_PIP_NAMES = {
-    "gptqmodel": "langchain-quantllm[gptq]",
-    "optimum": "langchain-quantllm[gptq]",
-    "compressed_tensors": "compressed-tensors",
 }
 
 
@@ -134,13 +125,19 @@ class LoadSpec:
 class Checkpoint:
     """A checkpoint that was found: its config, and where its files are.
 
-    `source` is what `from_pretrained` reads: a local folder wherever all files are here, so
-    that the Hub is not asked.
+    Args:
+        source: What `from_pretrained` reads: a local folder wherever all files are here, so that
+            the Hub is not asked.
+        config: The transformers config, this object's own.
+        quantization: The quantization config in its dict form; None for an unquantized checkpoint.
+        gptq: What is to be known of a GPTQ checkpoint; None for others.
+        local: Whether `source` is a folder.
     """
 
     source: str
     config: Any
     quantization: Mapping[str, Any] | None
+    gptq: GPTQCheckpoint | None
     local: bool
 
 
@@ -171,13 +168,50 @@ def find_checkpoint(spec: LoadSpec) -> Checkpoint:
     source = folder or spec.model_id
     try:
         config = AutoConfig.from_pretrained(source, **hub_options(spec, folder))
-    except ValueError as error:
-        raise _config_error(spec, error) from error
-    quantization = getattr(config, "quantization_config", None)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(explain(spec, error, "config")) from error
+    _check_task(spec, config)
+    gptq = read_gptq_folder(Path(folder)) if folder is not None else _read_gptq_repository(spec, config)
+    quantization = gptq.quantization_config if gptq is not None else getattr(config, "quantization_config", None)
     if quantization is not None and not isinstance(quantization, dict):
         quantization = quantization.to_dict()
-    _check_task(spec, config)
-    return Checkpoint(source=source, config=config, quantization=quantization, local=folder is not None)
+    _check_method(spec, quantization)
+    return Checkpoint(source=source, config=config, quantization=quantization, gptq=gptq, local=folder is not None)
+
+
+def _read_gptq_repository(spec: LoadSpec, config: Any) -> GPTQCheckpoint | None:
+    """Look for a GPTQ checkpoint in a repository on the Hub, whose config says nothing or GPTQ."""
+    from huggingface_hub import HfApi, hf_hub_download
+
+    stored = getattr(config, "quantization_config", None)
+    stored = stored if stored is None or isinstance(stored, dict) else stored.to_dict()
+    if stored is not None and stored.get("quant_method") != "gptq":
+        return None
+
+    def fetch(name: str) -> Path:
+        path = hf_hub_download(spec.model_id, name, revision=spec.revision, token=spec.token, cache_dir=spec.cache_dir)
+        return Path(path)
+
+    return read_gptq_checkpoint(HfApi(token=spec.token).list_repo_files(spec.model_id, revision=spec.revision), fetch)
+
+
+def _check_method(spec: LoadSpec, quantization: Mapping[str, Any] | None) -> None:
+    """Refuse a format that transformers does not know: it would read the packed weights as plain ones."""
+    if not quantization:
+        return
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    method = quantization.get("quant_method", "bitsandbytes")
+    method = str(getattr(method, "value", method))
+    if method not in AUTO_QUANTIZATION_CONFIG_MAPPING and not method.startswith("bitsandbytes"):
+        from transformers import __version__
+
+        msg = (
+            f"{spec.model_id} is quantized with {method!r}, which transformers {__version__} does not know; a newer "
+            "one "
+            f"may: {pip_install('--upgrade', 'transformers')}"
+        )
+        raise CheckpointError(msg)
 
 
 def hub_options(spec: LoadSpec, folder: str | None) -> dict[str, Any]:
@@ -250,23 +284,33 @@ def _check_hub(spec: LoadSpec) -> None:
         raise ModelNotFoundError(msg) from error
 
 
-def _config_error(spec: LoadSpec, error: ValueError) -> CheckpointError:
+def explain(spec: LoadSpec, error: Exception, part: str) -> str:
+    """Say in one sentence why a part of a checkpoint, its config or tokenizer, cannot be read."""
     text = str(error)
     if "trust_remote_code" in text:
-        msg = (
+        return (
             f"{spec.model_id} comes with Python code of its own; read it, and if you trust it pass "
             "trust_remote_code=True."
         )
-    elif "does not recognize this architecture" in text:
+    if "does not recognize this architecture" in text:
         from transformers import __version__
 
-        msg = (
+        return (
             f"transformers {__version__} does not know the architecture of {spec.model_id}; "
             f"a newer one may: {pip_install('--upgrade', 'transformers')}"
         )
-    else:
-        msg = f"the config of {spec.model_id} cannot be read: {text}"
-    return CheckpointError(msg)
+    if part == "tokenizer":
+        return (
+            f"{spec.model_id} has no tokenizer that can be read ({first_line(error)}); copy the model's tokenizer "
+            "files "
+            "into its folder, or install what it needs: pip install sentencepiece tiktoken"
+        )
+    return f"the {part} of {spec.model_id} cannot be read: {first_line(error)}"
+
+
+def first_line(error: BaseException) -> str:
+    """Give the first line of an error's words, without its full stop."""
+    return (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(". ")
 
 
 def _check_task(spec: LoadSpec, config: Any) -> None:
@@ -274,7 +318,7 @@ def _check_task(spec: LoadSpec, config: Any) -> None:
 
     known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if config.is_encoder_decoder or not (known or remote):
+    if getattr(config, "is_encoder_decoder", False) or not (known or remote):
         msg = (
             f"{spec.model_id} is a {config.model_type!r} model, which does not continue a text by itself; "
             "use a decoder-only language model, such as Llama, Qwen or Mistral."
@@ -304,7 +348,7 @@ def reconcile(spec: LoadSpec, checkpoint: Checkpoint) -> tuple[Scheme, Any]:
             )
             raise CheckpointError(msg)
         asked = asked or Unquantized()
-        return asked, given if given is not None else asked.transformers_config(_dtype_name(spec, checkpoint.config))
+        return asked, given if given is not None else asked.transformers_config(dtype_name(spec, checkpoint.config))
     stored = scheme_of_config(checkpoint.quantization)
     if asked is None:
         return stored, None
@@ -314,54 +358,26 @@ def reconcile(spec: LoadSpec, checkpoint: Checkpoint) -> tuple[Scheme, Any]:
             "leave quantization out, or give the unquantized checkpoint."
         )
         raise CheckpointError(msg)
-    for option in ("bits", "double_quantization"):
-        want, has = getattr(asked, option, None), getattr(stored, option, None)
-        if want is not None and has is not None and want != has:
+    for option, want in asked.to_dict().items():
+        has = getattr(stored, option)
+        if option not in ("name", "kernel") and want != (list(has) if isinstance(has, tuple) else has):
             msg = (
-                f"{spec.model_id} was quantized with {option}={has}, not {want}; leave {option} out, or give another "
-                "checkpoint."
+                f"{spec.model_id} was quantized with {option}={has!r}, not {want!r}; leave {option} out, or give "
+                "another checkpoint."
             )
             raise CheckpointError(msg)
+    if isinstance(asked, GPTQ) and isinstance(stored, GPTQ):
+        return dataclasses.replace(stored, kernel=asked.kernel), None
     return stored, None
 
 
-def label_of(scheme: Scheme) -> str:
-    """Name a scheme, or the format of a checkpoint that was quantized by other means."""
-    return scheme.method if isinstance(scheme, Prequantized) else scheme.name
-
-
-def _dtype_name(spec: LoadSpec, config: Any) -> str:
+def dtype_name(spec: LoadSpec, config: Any) -> str:
     """Name the dtype that the unquantized part of the model is loaded in."""
     if spec.dtype != "auto":
         return spec.dtype
     text_config = config.get_text_config()
     dtype = getattr(config, "dtype", None) or getattr(text_config, "dtype", None) or "float32"
     return str(dtype).removeprefix("torch.")
-
-
-def check_packages(scheme: Scheme | None) -> None:
-    """Check that what a scheme needs is installed.
-
-    Raises:
-        MissingPackageError: If a package is missing, with the command that installs it.
-    """
-    if scheme is None:
-        return
-    packages = _PACKAGES_OF_METHOD.get(scheme.method, ()) if isinstance(scheme, Prequantized) else scheme.packages
-    missing = [p for p in packages if importlib.util.find_spec(p) is None]
-    if missing:
-        command = pip_install(*dict.fromkeys(_PIP_NAMES.get(p, p) for p in missing))
-        old = (
-            " auto-gptq is there, but it cannot run with transformers 5."
-            if "gptqmodel" in missing and _has("auto_gptq")
-            else ""
-        )
-        msg = f"quantization {label_of(scheme)!r} needs {' and '.join(missing)}: {command}.{old}"
-        raise MissingPackageError(msg)
-
-
-def _has(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
 
 
 def check_attention(spec: LoadSpec) -> None:
@@ -383,7 +399,7 @@ def check_attention(spec: LoadSpec) -> None:
             "everywhere."
         )
         raise UnsupportedError(msg)
-    if not _has(module):
+    if not is_installed(module):
         msg = (
             f"attn_implementation={name!r} needs {package}: {pip_install(package)}; or use 'sdpa', which needs nothing."
         )

@@ -377,7 +377,7 @@ _PACKAGES = (
 
 
 def _obstacle(scheme: Any) -> str | None:
-    from langchain_quantllm.checkpoint import check_packages
+    from langchain_quantllm.packages import check_packages
 
     try:
         check_packages(scheme)

@@ -58,17 +58,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
         known: The names that are allowed.
 
     Returns:
-        `; did you mean 'X'?`, and the whole list too where it is short.
+        `; did you mean 'X'?`, or the whole list where nothing is near.
     """
     names = sorted(known)
-    longer = [n for n in names if len(name) > 2 and (n.startswith(name) or name.startswith(n))]
-    close = longer or difflib.get_close_matches(name, names, n=1, cutoff=0.0) or names
-    if len(names) > _LISTED:
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    close = close or [n for n in names if len(name) > 2 and n.startswith(name)]
+    if close:
         return f"; did you mean {close[0]!r}?"
-    return f"; did you mean {close[0]!r}? Allowed are {', '.join(names)}."
-
-
-_LISTED = 12  # names that an error sentence can hold
+    return f"; allowed are {', '.join(names)}."
 
 
 def pip_install(*packages: str) -> str:

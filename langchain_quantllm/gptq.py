@@ -1,8 +1,8 @@
-"""GPTQ: the checkpoints as they are found, the kernels that can run them, gptqmodel kept in its place.
+"""GPTQ: the checkpoints as they are found, and the kernels that can run them.
 
-Owns where a GPTQ checkpoint says what it is, the names of its weight files, which kernel of
-gptqmodel runs it on which kind of device, and the containment of gptqmodel's import. Loads no
-model: the loader does, inside `contained()`. Reads no tensor, only their shapes.
+Owns where a GPTQ checkpoint says what it is, the names of its weight files, and which
+kernel of gptqmodel runs it on which kind of device. Loads no model: the loader does, inside
+`contained()`. Reads no tensor, only their shapes.
 
 What runs on the CPU (gptqmodel 7.6, torch 2.13; symmetric or not, `desc_act` or not):
 
@@ -21,30 +21,19 @@ Use bfloat16 on the CPU: there float16 products run ten times slower in most of 
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import importlib.util
-import io
 import json
-import logging
 import os
-import sys
-import tempfile
-import threading
-import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, cast
 
+from langchain_quantllm.containment import contained
 from langchain_quantllm.errors import (
     CheckpointError,
     InvalidOptionError,
-    MissingPackageError,
     UnsupportedError,
     nearest,
-    pip_install,
 )
 from langchain_quantllm.schemes import GPTQ
 
@@ -58,253 +47,6 @@ FORMATS = ("gptq", "gptq_v2")
 _STANDARD_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _WEIGHT_SUFFIXES = (".safetensors.index.json", ".safetensors")
 _PICKLED_SUFFIXES = (".bin", ".pt", ".pth")
-
-
-# --- packages ---------------------------------------------------------------------------------
-
-
-def require_packages() -> None:
-    """Make sure that everything which loading a GPTQ checkpoint imports is installed.
-
-    Raises:
-        MissingPackageError: If a package is missing; it names the command that installs it.
-    """
-    missing = [name for name in GPTQ.packages if importlib.util.find_spec(name) is None]
-    if not missing:
-        return
-    msg = f"A GPTQ checkpoint needs {', '.join(missing)}: not installed; run `{pip_install(EXTRA)}`."
-    if importlib.util.find_spec("auto_gptq") is not None:
-        msg += " auto-gptq, which is installed, does not work with transformers 5; gptqmodel reads its checkpoints."
-    raise MissingPackageError(msg)
-
-
-# --- containment ------------------------------------------------------------------------------
-
-_ABSENT = object()
-_lock = threading.RLock()
-
-_PATCHED_OWNERS = (
-    "accelerate.utils.modeling",
-    "safetensors.torch",
-    "transformers.cache_utils",
-    "transformers.cache_utils:Cache",
-    "transformers.cache_utils:DynamicCache",
-    "transformers.generation.utils",
-    "transformers.generation.utils:GenerationMixin",
-    "transformers.integrations",
-    "transformers.integrations.hub_kernels",
-    "transformers.integrations.hub_kernels:_KERNEL_MODULE_MAPPING",
-    "transformers.modeling_rope_utils:ROPE_INIT_FUNCTIONS",
-    "transformers.modeling_utils",
-    "transformers.modeling_utils:PreTrainedModel",
-    "transformers.quantizers.auto",
-    "transformers.quantizers.auto:AUTO_QUANTIZATION_CONFIG_MAPPING",
-    "transformers.quantizers.auto:AUTO_QUANTIZER_MAPPING",
-    "transformers.quantizers.quantizer_gptq:GptqHfQuantizer",
-    "transformers.utils",
-    "transformers.utils.generic",
-    "transformers.utils.import_utils",
-)
-"""Modules, classes and tables that importing gptqmodel 7.6 changes: among others the model class,
-the cache choice of `generate`, and accelerate's `clear_device_cache`, which it makes do nothing."""
-
-
-@dataclass(frozen=True)
-class _Patch:
-    """One name that gptqmodel changed, with both values; `_ABSENT` where there is none."""
-
-    owner: Any
-    name: str
-    original: Any
-    patched: Any
-
-    def put(self, value: Any) -> None:
-        if isinstance(self.owner, dict):
-            if value is _ABSENT:
-                self.owner.pop(self.name, None)
-            else:
-                self.owner[self.name] = value
-        elif value is not _ABSENT:
-            setattr(self.owner, self.name, value)
-        elif self.name in vars(self.owner):
-            delattr(self.owner, self.name)
-
-
-_patches: list[_Patch] = []
-_depth = 0
-
-
-@contextlib.contextmanager
-def contained() -> Iterator[None]:
-    """Import gptqmodel where needed, and keep what it does to the process inside the block.
-
-    Importing it changes methods of transformers, accelerate and safetensors, environment
-    variables, the root logger and warning filters, and prints a banner. Inside the block its
-    changes to those libraries count; after it all is as it was before, so generation runs on
-    unchanged transformers, whose models do not need them. Load models inside the block. Blocks
-    nest, and wait for each other across threads; other threads see the changes while one is open.
-
-    What stays: its modules, its idle threads (daemons), what importing torch's compiler does, and
-    its logger `logbar` at level ERROR, since that logger writes to stdout. A process that imported
-    gptqmodel by itself before keeps all that it got from that, but for silence inside the block.
-
-    Raises:
-        MissingPackageError: If gptqmodel, optimum or accelerate is not installed.
-    """
-    global _depth
-    require_packages()
-    with _lock, _kept_environment():
-        if "gptqmodel" not in sys.modules:
-            _patches[:] = _import_gptqmodel()
-        elif _depth == 0:
-            for patch in _patches:
-                patch.put(patch.patched)
-        _depth += 1
-        try:
-            with _quiet_loading():
-                yield
-        finally:
-            _depth -= 1
-            if _depth == 0:
-                for patch in reversed(_patches):
-                    patch.put(patch.original)
-
-
-def _import_gptqmodel() -> list[_Patch]:
-    """Import gptqmodel without a sound, and list what it changed."""
-    # First everything that reads the environment at its import, or is changed: as it should be.
-    owners = [owner for path in _PATCHED_OWNERS if (owner := _resolve(path)) is not None]
-    before = [dict(vars(owner)) if not isinstance(owner, dict) else dict(owner) for owner in owners]
-    modules = set(sys.modules)
-    with _kept_environment(_neutral_environment()), _quiet_logging(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        _silence_logbar()
-        importlib.import_module("gptqmodel")
-        importlib.import_module("optimum.gptq")
-    patches = []
-    for owner, old in zip(owners, before, strict=True):
-        new = owner if isinstance(owner, dict) else vars(owner)
-        for name in [n for n in {**old, **new} if old.get(n, _ABSENT) is not new.get(n, _ABSENT)]:
-            value = new.get(name, _ABSENT)
-            if isinstance(owner, dict) or not _loaded_lazily(value, old.get(name, _ABSENT)):
-                patches.append(_Patch(owner, name, old.get(name, _ABSENT), value))
-    if "causal_conv1d" not in modules and "causal_conv1d" in sys.modules:
-        # A stand-in of gptqmodel's under the name of another package.
-        patches.append(_Patch(sys.modules, "causal_conv1d", _ABSENT, sys.modules["causal_conv1d"]))
-    return patches
-
-
-def _loaded_lazily(value: Any, old: Any) -> bool:
-    """Tell a name that a module of transformers fetched on first use from a patch."""
-    if isinstance(value, ModuleType):
-        return True
-    home = str(getattr(getattr(value, "__func__", value), "__module__", None))
-    return old is _ABSENT and home.split(".")[0] in ("transformers", "torch", "huggingface_hub")
-
-
-def _resolve(path: str) -> Any:
-    """Give the module, class or table under `module:name`, None where this version has none."""
-    module, _, name = path.partition(":")
-    try:
-        owner = importlib.import_module(module)
-    except ModuleNotFoundError:
-        return None
-    return getattr(owner, name, None) if name else owner
-
-
-@contextlib.contextmanager
-def _kept_environment(overlay: Mapping[str, str] | None = None) -> Iterator[None]:
-    """Put the environment back as it was, with `overlay` counting meanwhile."""
-    before = dict(os.environ)
-    try:
-        os.environ.update(overlay or {})
-        yield
-    finally:
-        for name in set(os.environ) - set(before):
-            del os.environ[name]
-        for name, value in before.items():
-            if os.environ.get(name) != value:
-                os.environ[name] = value
-
-
-def _neutral_environment() -> dict[str, str]:
-    """Give gptqmodel's variables the values that mean what holds without it.
-
-    It only sets those that are unset. Putting them back afterwards is not enough: CUDA or the
-    `datasets` package may read them during the import, and keep what they read.
-    """
-    from huggingface_hub import constants
-
-    home = _writable(constants.HF_HOME)
-    hub = _writable(constants.HF_HUB_CACHE)
-    neutral = {
-        "HF_HOME": home,
-        "HF_HUB_CACHE": hub,
-        "TRANSFORMERS_CACHE": hub,
-        "HF_MODULES_CACHE": _writable(os.path.join(home, "modules")),
-        "CUDA_DEVICE_ORDER": "FASTEST_FIRST",  # CUDA's own default
-        "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or "backend:native",  # torch's default
-    }
-    return {name: value for name, value in neutral.items() if not os.environ.get(name)}
-
-
-def _writable(folder: str) -> str:
-    """Give the folder, made where missing; a temporary one where that is not allowed."""
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError:  # a read-only home: gptqmodel's import would fail on it
-        return tempfile.gettempdir()
-    return folder
-
-
-@contextlib.contextmanager
-def _quiet_logging() -> Iterator[None]:
-    """Drop this thread's log records below ERROR, and keep `logging.basicConfig` from acting."""
-    thread = threading.get_ident()
-
-    def from_elsewhere(record: logging.LogRecord) -> bool:
-        return record.thread != thread or record.levelno >= logging.ERROR
-
-    root = logging.getLogger()
-    placeholder = logging.NullHandler()  # basicConfig does nothing where root has a handler
-    root.addHandler(placeholder)
-    handlers = [*root.handlers, *logging.getLogger("torch").handlers]
-    for handler in handlers:
-        handler.addFilter(from_elsewhere)
-    try:
-        yield
-    finally:
-        for handler in handlers:
-            handler.removeFilter(from_elsewhere)
-        root.removeHandler(placeholder)
-
-
-@contextlib.contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Silence what gptqmodel and optimum say while a model is loaded, and nobody else."""
-    logbar, models = logging.getLogger("logbar"), logging.getLogger("transformers.modeling_utils")
-    level = logbar.level
-
-    def not_about_loss(record: logging.LogRecord) -> bool:
-        return "`loss_type=None`" not in record.getMessage()
-
-    logbar.setLevel(logging.ERROR)
-    # optimum reads every attribute of every module, and with them properties that warn.
-    models.addFilter(not_about_loss)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-            yield
-    finally:
-        models.removeFilter(not_about_loss)
-        logbar.setLevel(level)
-
-
-def _silence_logbar() -> None:
-    """Make the logger that gptqmodel writes to stdout with, and leave it only errors to say."""
-    with contextlib.redirect_stdout(io.StringIO()):  # it writes an empty line when made
-        logbar = importlib.import_module("logbar")
-        logbar.LogBar.shared().setLevel(logging.ERROR)
 
 
 # --- checkpoints ------------------------------------------------------------------------------

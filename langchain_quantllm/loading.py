@@ -8,27 +8,39 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import gc
 import importlib.util
+import json
 import logging
 import sys
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from langchain_quantllm.checkpoint import (
     Checkpoint,
     LoadSpec,
     check_attention,
-    check_packages,
+    explain,
     find_checkpoint,
+    first_line,
     hub_options,
-    label_of,
     reconcile,
 )
-from langchain_quantllm.errors import CheckpointError, MissingPackageError, NotEnoughMemoryError, UnsupportedError
+from langchain_quantllm.containment import contained
+from langchain_quantllm.errors import (
+    CheckpointError,
+    InvalidOptionError,
+    MissingPackageError,
+    NotEnoughMemoryError,
+    QuantLLMError,
+    UnsupportedError,
+)
+from langchain_quantllm.gptq import check_gptq, read_layer_sizes, settle_gptq_model
 from langchain_quantllm.memory import (
     MemoryEstimate,
     MemoryReport,
@@ -40,7 +52,8 @@ from langchain_quantllm.memory import (
     track_memory,
     weights_by_kind,
 )
-from langchain_quantllm.schemes import Scheme
+from langchain_quantllm.packages import check_packages, label_of
+from langchain_quantllm.schemes import GPTQ, Prequantized, Scheme
 
 
 class LoadedModel:
@@ -203,15 +216,43 @@ def load(spec: LoadSpec) -> LoadedModel:
     check_attention(spec)
     device_map = default_device_map(spec)
     devices = _devices_named(device_map, spec.max_memory)
-    estimate = _estimate(checkpoint, scheme, spec)
-    if estimate is not None:
-        check_fits(estimate, devices, max_memory=spec.max_memory)
-    with track_memory([d for d in devices if d != "cpu"]) as tracked:
-        pipeline = _load_pipeline(spec, checkpoint, quantization_config, device_map)
-        release_memory()  # quantizing leaves several times the weights in freed blocks
+    # gptqmodel comes before the first measurement, and works only inside its block.
+    with contained() if _needs_gptqmodel(scheme) else contextlib.nullcontext():
+        if isinstance(scheme, GPTQ):
+            scheme = _prepare_gptq(checkpoint, scheme, devices)
+        estimate = _estimate(checkpoint, scheme, spec)
+        if estimate is not None:
+            check_fits(estimate, devices, max_memory=spec.max_memory)
+        with track_memory([d for d in devices if d != "cpu"]) as tracked:
+            pipeline = _load_pipeline(spec, checkpoint, quantization_config, device_map)
+            if isinstance(scheme, GPTQ):
+                settle_gptq_model(pipeline.model)
+            release_memory()  # quantizing leaves several times the weights in freed blocks
     model = LoadedModel(pipeline, scheme, estimate=estimate, tracked=tracked)
     reset_peaks(model.devices)
     return model
+
+
+def _needs_gptqmodel(scheme: Scheme) -> bool:
+    return isinstance(scheme, GPTQ) or (isinstance(scheme, Prequantized) and scheme.method == "awq")
+
+
+def _prepare_gptq(checkpoint: Checkpoint, scheme: GPTQ, devices: Sequence[str]) -> GPTQ:
+    """Write onto a GPTQ checkpoint's config what transformers must know, and choose the kernel."""
+    gptq = checkpoint.gptq
+    if gptq is None:
+        return scheme
+    sizes = None
+    if checkpoint.local:
+        folder = Path(checkpoint.source)
+        name = gptq.weights_name or ""
+        files = [folder / name] if name.endswith(".safetensors") else sorted(folder.glob("*.safetensors"))
+        sizes = read_layer_sizes(files, gptq.quantization_config)
+    kind = devices[0].partition(":")[0] if devices else "cpu"
+    checkpoint.config.quantization_config = check_gptq(gptq.quantization_config, scheme, kind, sizes)
+    if gptq.weights_name:
+        checkpoint.config.transformers_weights = gptq.weights_name
+    return dataclasses.replace(scheme, kernel=checkpoint.config.quantization_config["backend"])
 
 
 def _estimate(checkpoint: Checkpoint, scheme: Scheme, spec: LoadSpec) -> MemoryEstimate | None:
@@ -294,33 +335,80 @@ def _load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: 
 
     hub = hub_options(spec, checkpoint.source if checkpoint.local else None)
     options = {
-        "dtype": spec.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype),
+        "dtype": _dtype(spec, checkpoint, device_map),
         "device_map": device_map,
         "max_memory": spec.max_memory,
         "attn_implementation": spec.attn_implementation,
         "quantization_config": quantization_config,
     }
     options = {k: v for k, v in options.items() if v is not None}
-    with progress_bars(spec.progress), _loading_errors(spec):
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.source, **hub)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            checkpoint.source,
-            config=checkpoint.config,
-            use_safetensors=spec.use_safetensors or None,
-            output_loading_info=True,
-            **hub,
-            **options,
-            **spec.model_kwargs,
-        )
-    if lost := sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}):
+    with progress_bars(spec.progress):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint.source, **hub)
+        except (ValueError, OSError, ImportError) as error:
+            raise CheckpointError(explain(spec, error, "tokenizer")) from error
+        with _loading_errors(spec):
+            model, info = AutoModelForCausalLM.from_pretrained(
+                checkpoint.source,
+                config=checkpoint.config,
+                use_safetensors=spec.use_safetensors or None,
+                output_loading_info=True,
+                **hub,
+                **options,
+                **spec.model_kwargs,
+            )
+    lost = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"]), *_misshapen(model)}
+    if lost:
         msg = (
-            f"the checkpoint {spec.model_id} has no fitting weights for {len(lost)} tensors, such as {lost[0]!r}, and "
-            "they "
+            f"the checkpoint {spec.model_id} has no fitting weights for {len(lost)} tensors, such as {min(lost)!r}, "
+            "and they "
             "would have been random; is it complete, and of this architecture?"
         )
         raise CheckpointError(msg)
     model.eval()
+    if any(isinstance(module, torch.nn.Linear) and hasattr(module, "threshold") for module in model.modules()):
+        _hush_casts()
     return pipeline("text-generation", model=model, tokenizer=tokenizer)
+
+
+def _dtype(spec: LoadSpec, checkpoint: Checkpoint, device_map: Any) -> Any:
+    """Give the dtype to load in.
+
+    GPTQ checkpoints say float16, in which CPU kernels run ten times slower than in bfloat16.
+    """
+    import torch
+
+    if spec.dtype != "auto":
+        return getattr(torch, spec.dtype)
+    if checkpoint.gptq is not None and _devices_named(device_map, spec.max_memory)[:1] == ["cpu"]:
+        return torch.bfloat16
+    return "auto"
+
+
+def _misshapen(model: Any) -> Iterator[str]:
+    """Name bitsandbytes layers whose weights have another shape than the config says: transformers does not check."""
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        state = getattr(weight, "quant_state", None)
+        if state is None and type(weight).__name__ != "Int8Params":
+            continue
+        shape = tuple(weight.shape if state is None else state.shape)  # type: ignore[union-attr]
+        if shape != (module.out_features, module.in_features):
+            yield f"{name}.weight"
+
+
+def _hush_casts() -> None:
+    """Keep bitsandbytes from saying at every int8 product that it casts bfloat16 to float16.
+
+    Source: MatMul8bitLt in bitsandbytes/autograd/_functions.py.
+    """
+    logger = logging.getLogger("bitsandbytes.autograd._functions")
+    if _not_about_casts not in logger.filters:
+        logger.addFilter(_not_about_casts)
+
+
+def _not_about_casts(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("MatMul8bitLt: inputs will be cast")
 
 
 @contextlib.contextmanager
@@ -348,6 +436,7 @@ def progress_bars(shown: bool) -> Iterator[None]:
 def _loading_errors(spec: LoadSpec) -> Iterator[None]:
     """Say in one sentence what went wrong where transformers' words do not help."""
     import torch
+    from safetensors import SafetensorError
 
     try:
         yield
@@ -358,24 +447,59 @@ def _loading_errors(spec: LoadSpec) -> Iterator[None]:
             "device_map='auto' to spread it over several devices, or free what other programs hold."
         )
         raise NotEnoughMemoryError(msg) from error
+    except SafetensorError as error:
+        msg = f"a weight file of {spec.model_id} is damaged ({first_line(error)}); get it again."
+        raise CheckpointError(msg) from error
     except ImportError as error:
         msg = f"{spec.model_id} cannot be loaded without a package: {str(error).strip()}"
         raise MissingPackageError(msg) from error
-    except ValueError as error:
-        if "dispatched on the CPU" in str(error):
-            msg = (
-                f"{spec.model_id} does not fit on the GPUs in this scheme, and modules on the CPU were not allowed; "
-                "use fewer "
-                "bits, or Int8(fp32_cpu_offload=True) with device_map='auto' to keep the rest on the CPU in float32."
-            )
-            raise NotEnoughMemoryError(msg) from error
-        raise
-    except OSError as error:
-        if "safetensors" in str(error):
-            msg = (
-                f"{spec.model_id} has no weights in safetensors, and pickle files can run code while they load; "
-                "convert it, "
-                "or pass use_safetensors=False if you trust its maker."
-            )
-            raise CheckpointError(msg) from error
-        raise
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        name = str(error).rpartition("argument ")[2].strip("'")
+        msg = (
+            f"model_kwargs has {name!r}, which neither transformers' from_pretrained nor this model takes; leave it "
+            "out."
+        )
+        raise InvalidOptionError(msg) from error
+    except (RuntimeError, ValueError, OSError) as error:
+        told = _sentence(spec, error)
+        if told is None:
+            raise
+        raise told from error
+
+
+def _sentence(spec: LoadSpec, error: Exception) -> QuantLLMError | None:
+    """Say what an error of transformers or safetensors means here; None where its own words do."""
+    text = str(error)
+    name = spec.model_id
+    if "trust_remote_code" in text:
+        return CheckpointError(explain(spec, error, "model"))
+    if "dispatched on the CPU" in text:
+        return NotEnoughMemoryError(
+            f"{name} does not fit on the GPUs in this scheme, and modules on the CPU were not allowed; use fewer "
+            "bits, or "
+            "Int8(fp32_cpu_offload=True) with device_map='auto' to keep the rest on the CPU in float32."
+        )
+    if "ignore_mismatched_sizes" in text:
+        return CheckpointError(
+            f"the weights of {name} have other shapes than its config says, and would have been random; is it "
+            "complete, "
+            "and of this architecture?"
+        )
+    if isinstance(error, OSError) and (missing := _missing_shard(name)):
+        return CheckpointError(f"{name} lacks {missing}, which its index names; get the checkpoint again.")
+    if isinstance(error, OSError) and "safetensors" in text and not any(Path(name).glob("*.safetensors")):
+        return CheckpointError(
+            f"{name} has no weights in safetensors, and pickle files can run code while they load; convert it, or pass "
+            "use_safetensors=False if you trust its maker."
+        )
+    return None
+
+
+def _missing_shard(folder: str) -> str | None:
+    index = Path(folder) / "model.safetensors.index.json"
+    if not index.is_file():
+        return None
+    shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    return next((shard for shard in shards if not (index.parent / shard).is_file()), None)

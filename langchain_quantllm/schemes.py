@@ -60,9 +60,15 @@ class Scheme:
             msg = f"{option}={value!r} is not known to quantization {self.name!r}; use one of {listed}."
             raise InvalidOptionError(msg)
 
+    def _check_flags(self, *options: str) -> None:
+        for option in options:
+            if not isinstance(value := getattr(self, option), bool):
+                msg = f"{option}={value!r} must be True or False."
+                raise InvalidOptionError(msg)
+
     def _freeze_names(self, option: str) -> None:
         value = getattr(self, option)
-        if isinstance(value, str) or not all(isinstance(v, str) for v in value):
+        if not isinstance(value, list | tuple | set) or not all(isinstance(v, str) for v in value):
             msg = f"{option}={value!r} must be a list of module names, such as ['lm_head']."
             raise InvalidOptionError(msg)
         object.__setattr__(self, option, tuple(value))
@@ -109,9 +115,10 @@ class Int8(Scheme):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        if not isinstance(self.threshold, int | float) or self.threshold < 0:
+        if not isinstance(self.threshold, int | float) or not self.threshold >= 0:  # nan is not
             msg = f"threshold={self.threshold!r} must be a number of at least 0; bitsandbytes' own is 6.0."
             raise InvalidOptionError(msg)
+        self._check_flags("fp32_cpu_offload")
         self._freeze_names("skip_modules")
 
     @property
@@ -148,6 +155,7 @@ class _BitsAndBytes4bit(Scheme):
                 object.__setattr__(self, option, str(value).removeprefix("torch."))
         self._check_choice("compute_dtype", (None, *FLOAT_DTYPES))
         self._check_choice("storage_dtype", ("uint8", *FLOAT_DTYPES))
+        self._check_flags("double_quantization", "fp32_cpu_offload")
         self._freeze_names("skip_modules")
 
     @property

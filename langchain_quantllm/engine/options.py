@@ -32,7 +32,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_ids(value: Any) -> bool:
-    return _is_int(value) or (isinstance(value, list | tuple) and all(_is_int(v) and v >= 0 for v in value))
+    ids = value if isinstance(value, list | tuple) else [value]
+    return all(_is_int(v) and v >= 0 for v in ids)
 
 
 def _is_strings(value: Any) -> bool:
@@ -296,7 +297,7 @@ class GenerationOptions:
     add_special_tokens: bool = True
     skip_special_tokens: bool = True
     timeout: float | None = None
-    eos_token_id: tuple[int, ...] = ()
+    eos_token_id: tuple[int, ...] | None = None
     asked_new_tokens: bool = False
     """Whether the user, and not a default, chose `max_new_tokens`."""
     extra: Mapping[str, Any] = field(default_factory=dict)

@@ -203,7 +203,7 @@ def plan_requests(
         options=options,
         sample_index=0,
         seed=seed,
-        eos_token_ids=options.eos_token_id or limits.eos_token_ids,
+        eos_token_ids=limits.eos_token_ids if options.eos_token_id is None else options.eos_token_id,
         stop_token_ids=tuple(stop_token_ids),
         max_rows=max_rows,
     )

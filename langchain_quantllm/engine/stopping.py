@@ -14,7 +14,7 @@ from langchain_quantllm.engine.request import Chunk, Request, TokenLogprob, Usag
 Decode = Callable[[list[int]], str]
 """Turns token ids into text, as a tokenizer's `decode` does."""
 
-_CONTEXT_TOKENS = 8  # of the prompt: enough for a tokenizer to know whether a word begins here
+_CONTEXT_TOKENS = 8  # of the prompt: mostly enough for a tokenizer to know whether a word begins here
 _UNFINISHED = "\ufffd"  # what a tokenizer gives for the bytes of half a character
 
 
@@ -29,30 +29,45 @@ class IncrementalDecoder:
     def __init__(self, decode: Decode, prompt_ids: Sequence[int] = ()) -> None:
         """Begin after a prompt, whose end decides how the first token is written."""
         self._decode = decode
-        self._ids = list(prompt_ids[-_CONTEXT_TOKENS:])
-        if decode(self._ids).endswith(_UNFINISHED):  # a prompt cut inside a character
-            self._ids = []
+        self._ids = _context(decode, prompt_ids)
         self._given_from = 0
         self._given_to = len(self._ids)
+        self._given_chars = 0  # of the text after `_given_to`
 
     def push(self, token_id: int) -> str:
         """Take one id and give the text that has become certain, possibly none."""
         self._ids.append(token_id)
         text = self._new_text()
-        if not text or text.endswith(_UNFINISHED):
-            return ""
-        self._given_from, self._given_to = self._given_to, len(self._ids)
-        return text
+        certain = text.rstrip(_UNFINISHED)
+        piece = certain[self._given_chars :]
+        if certain and certain == text:
+            self._given_from, self._given_to, self._given_chars = self._given_to, len(self._ids), 0
+        else:
+            self._given_chars = max(self._given_chars, len(certain))
+        return piece
 
     def flush(self) -> str:
         """Give what is left at the end, an unfinished character as the tokenizer writes it."""
-        text = self._new_text()
+        text = self._new_text()[self._given_chars :]
         self._given_from = self._given_to = len(self._ids)
+        self._given_chars = 0
         return text
 
     def _new_text(self) -> str:
         given = self._decode(self._ids[self._given_from : self._given_to])
         return self._decode(self._ids[self._given_from :])[len(given) :]
+
+
+def _context(decode: Decode, prompt_ids: Sequence[int]) -> list[int]:
+    """Take enough of a prompt's end to decode by itself, that is to begin and end with whole characters."""
+    tokens = _CONTEXT_TOKENS
+    while True:
+        context = list(prompt_ids[-tokens:])
+        if _UNFINISHED not in decode(context):
+            return context
+        if tokens >= len(prompt_ids):
+            return []  # the prompt itself was cut inside a character
+        tokens *= 2
 
 
 class StopMatcher:
@@ -126,7 +141,7 @@ class Row:
         if logprob is not None:
             self._unsent_logprobs.append(logprob)
         request = self.request
-        if token_id in request.stop_token_ids or (token_id in request.eos_token_ids and not request.options.ignore_eos):
+        if token_id in request.stop_token_ids + request.eos_token_ids and not request.options.ignore_eos:
             return self.finish("stop")
         text = self._matcher.push(self._decoder.push(token_id))
         if self._matcher.found:

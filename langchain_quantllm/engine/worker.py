@@ -82,10 +82,10 @@ class Worker:
         self._waiting.clear()
         for stream in list(self._streams):
             if not stream.cancelled:
-                stream.cancelled = True
                 failure = GenerationError(reason)
                 failure.__cause__ = cause
-                stream.fail(failure)
+                stream.fail(failure)  # before the stream is closed, or its reader takes this for a cancellation
+                stream.close()
 
     def _serve(self) -> None:
         while self._gather():

@@ -49,7 +49,7 @@ def load(folder: Path, scheme: GPTQ | None = None, **options: Any) -> tuple[Any,
     config.quantization_config = gptq.check_gptq(found.quantization_config, scheme or GPTQ(), "cpu", sizes)
     if found.weights_name is not None:
         config.transformers_weights = found.weights_name
-    with gptq.contained():
+    with containment.contained():
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, config=config, device_map="cpu", dtype=torch.bfloat16, output_loading_info=True, **options
         )
@@ -326,7 +326,7 @@ def test_the_config_is_not_changed() -> None:
 def test_a_missing_package_names_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = {"accelerate", "optimum", "auto_gptq"}
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name in installed else None)
-    with pytest.raises(MissingPackageError) as caught, gptq.contained():
+    with pytest.raises(MissingPackageError) as caught, containment.contained():
         pass
     assert 'pip install "langchain-quantllm[gptq]"' in str(caught.value)
     assert "needs gptqmodel:" in str(caught.value)
@@ -390,9 +390,9 @@ assert not added, added
 
 from langchain_quantllm import gptq
 original = accelerate.utils.modeling.clear_device_cache
-with gptq.contained():
+with containment.contained():
     assert accelerate.utils.modeling.clear_device_cache is not original
-    with gptq.contained():
+    with containment.contained():
         pass
     assert accelerate.utils.modeling.clear_device_cache is not original
 assert accelerate.utils.modeling.clear_device_cache is original
@@ -415,10 +415,10 @@ def test_loading_leaves_the_process_as_it_was(four_bit: Path, tmp_path: Path) ->
 def test_a_failing_block_puts_everything_back() -> None:
     import accelerate.utils.modeling as modeling
 
-    with gptq.contained():
+    with containment.contained():
         pass
 
-    @gptq.contained()
+    @containment.contained()
     def fail() -> None:
         os.environ["TVM_TARGET"] = "cuda"
         raise ZeroDivisionError

@@ -1,0 +1,197 @@
+"""Batches: really run beside each other, equal to single calls, and one bad prompt fails alone."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import pytest
+from langchain_core.exceptions import ContextOverflowError
+
+from langchain_quantllm import QuantizedHuggingFaceLLM
+from langchain_quantllm.errors import GenerationError, InvalidOptionError
+from tests.unit_tests.models import TINY, fail_at, forwards, llm_of, slowly, tiny_model
+
+LENGTHS = ["Sea", "The sea is", "The sea is blue and the sky is", "海はとても青い、空も青い。", "a b c d e f g h i j k l m"]
+TWENTY = [f"Number {i} of the list is" for i in range(20)]
+
+
+class TestRows:
+    def test_prompts_of_different_lengths_run_in_one_batch(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+        with forwards(tiny_llm) as seen:
+            tiny_llm.batch(LENGTHS, max_new_tokens=4)
+        assert seen.rows == [5] * 4
+
+    def test_the_same_for_a_checkpoint_from_disk(self, llm: QuantizedHuggingFaceLLM) -> None:
+        """Whose generation config says `use_cache: true`, as most do."""
+        with forwards(llm) as seen:
+            llm.batch(LENGTHS[:3], max_new_tokens=2)
+        assert seen.rows == [3] * 2
+
+    async def test_the_same_in_async_and_for_samples(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+        with forwards(tiny_llm) as seen:
+            await tiny_llm.abatch(LENGTHS, max_new_tokens=4)
+        assert seen.rows == [5] * 4
+        with forwards(tiny_llm) as seen:
+            tiny_llm.generate(LENGTHS[:2], n=3, temperature=1.0, max_new_tokens=4)
+        assert seen.rows == [6] * 4
+
+    @pytest.mark.parametrize("family", sorted(TINY))
+    def test_a_batch_equals_the_single_calls(self, tokenizer: Any, family: str) -> None:
+        """In float32; the best two logits of these models lie further apart than padding moves them."""
+        llm = llm_of(tiny_model(len(tokenizer), family, seed=1), tokenizer, max_new_tokens=24)
+        singles = [llm.invoke(prompt) for prompt in LENGTHS]
+        with forwards(llm) as seen:
+            assert llm.batch(LENGTHS) == singles
+        assert max(seen.rows) == 5  # else this has compared nothing
+
+    def test_a_batch_equals_the_single_calls_on_a_trained_model(self, llm: QuantizedHuggingFaceLLM) -> None:
+        prompts = ["The capital of France is", "Once upon a time there was a", "1, 2, 3, 4,"]
+        singles = [llm.invoke(prompt, max_new_tokens=5) for prompt in prompts]
+        with forwards(llm) as seen:
+            assert llm.batch(prompts, max_new_tokens=5) == singles
+        assert max(seen.rows) == 3
+
+    def test_a_seeded_batch_equals_the_single_calls(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+        options: dict[str, Any] = {"temperature": 1.0, "top_p": 0.9, "seed": 3, "max_new_tokens": 8}
+        assert tiny_llm.batch(LENGTHS, **options) == [tiny_llm.invoke(prompt, **options) for prompt in LENGTHS]
+
+    def test_rows_that_end_early_leave_the_others_alone(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+        singles = [tiny_llm.invoke(prompt, max_new_tokens=10) for prompt in LENGTHS]
+        stop = [singles[0][4:6], singles[2][6:8]]
+        expected = [tiny_llm.invoke(prompt, max_new_tokens=10, stop=stop) for prompt in LENGTHS]
+        assert expected[0] != singles[0]
+        assert expected[1] == singles[1]
+        assert tiny_llm.batch(LENGTHS, max_new_tokens=10, stop=stop) == expected
+
+    def test_the_batch_ends_with_its_last_row(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+        """Not with the most tokens that were allowed."""
+        singles = [tiny_llm.invoke(prompt, max_new_tokens=10) for prompt in LENGTHS[:2]]
+        with forwards(tiny_llm) as seen:
+            tiny_llm.batch(LENGTHS[:2], max_new_tokens=10, stop=[singles[0][:1], singles[1][:1]])
+        assert seen.count <= 2
+
+    def test_twenty_prompts_four_at_a_time(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+        llm = QuantizedHuggingFaceLLM(pipeline=tiny_llm.pipeline, batch_size=4, max_new_tokens=3)
+        expected = [llm.invoke(prompt) for prompt in TWENTY]
+        with forwards(llm) as seen:
+            assert llm.batch(TWENTY) == expected
+        assert seen.rows == [4] * 15
+        with forwards(llm) as seen:
+            assert llm.batch(TWENTY, return_exceptions=True) == expected
+        assert max(seen.rows) == 4
+
+    def test_max_concurrency_bounds_the_rows(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+        expected = [tiny_llm.invoke(prompt, max_new_tokens=3) for prompt in TWENTY[:6]]
+        for return_exceptions in (False, True):
+            with forwards(tiny_llm) as seen:
+                texts = tiny_llm.batch(
+                    TWENTY[:6], {"max_concurrency": 2}, return_exceptions=return_exceptions, max_new_tokens=3
+                )
+            assert texts == expected
+            assert max(seen.rows) <= 2
+
+    async def test_max_concurrency_in_async(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+        expected = [tiny_llm.invoke(prompt, max_new_tokens=3) for prompt in TWENTY[:6]]
+        for return_exceptions in (False, True):
+            with forwards(tiny_llm) as seen:
+                texts = await tiny_llm.abatch(
+                    TWENTY[:6], {"max_concurrency": 2}, return_exceptions=return_exceptions, max_new_tokens=3
+                )
+            assert texts == expected
+            assert max(seen.rows) <= 2
+
+    def test_calls_of_many_threads_become_batches(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+        """As LangChain runs the branches of a RunnableParallel."""
+        expected = [tiny_llm.invoke(prompt, max_new_tokens=6) for prompt in TWENTY[:8]]
+        texts: list[str] = [""] * 8
+        barrier = threading.Barrier(8)
+
+        def call(i: int) -> None:
+            barrier.wait()
+            texts[i] = tiny_llm.invoke(TWENTY[i], max_new_tokens=6)
+
+        with forwards(tiny_llm, slowly(0.01)) as seen:
+            threads = [threading.Thread(target=call, args=(i,)) for i in range(8)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(30)
+        assert texts == expected
+        assert seen.count < 8 * 6 / 2  # 48 one by one, 6 at best
+
+    def test_no_prompts_are_no_texts(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+        assert tiny_llm.batch([]) == []
+        assert tiny_llm.batch([], return_exceptions=True) == []
+        assert tiny_llm.generate([]).generations == []
+
+
+class TestErrors:
+    PROMPTS = ("The sea is", "", "The sky is", "word " * 9000)
+
+    def check(self, llm: QuantizedHuggingFaceLLM, results: list[Any]) -> None:
+        assert results[0] == llm.invoke(self.PROMPTS[0], max_new_tokens=4)
+        assert isinstance(results[1], InvalidOptionError)
+        assert "at least one character" in str(results[1])
+        assert results[2] == llm.invoke(self.PROMPTS[2], max_new_tokens=4)
+        assert isinstance(results[3], ContextOverflowError)
+
+    def test_a_bad_prompt_fails_alone(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+        results = tiny_llm.batch(list(self.PROMPTS), return_exceptions=True, max_new_tokens=4)
+        self.check(tiny_llm, results)
+
+    async def test_a_bad_prompt_fails_alone_in_async(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+        self.check(tiny_llm, await tiny_llm.abatch(list(self.PROMPTS), return_exceptions=True, max_new_tokens=4))
+
+    def test_of_one_prompt_too(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+        (error,) = tiny_llm.batch([""], return_exceptions=True)
+        assert isinstance(error, InvalidOptionError)
+
+    def test_the_good_ones_beside_a_bad_one_are_still_a_batch(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+        prompts = [*TWENTY[:8], ""]
+        with forwards(tiny_llm) as seen:
+            results = tiny_llm.batch(prompts, return_exceptions=True, max_new_tokens=4)
+        assert results[:8] == [tiny_llm.invoke(prompt, max_new_tokens=4) for prompt in TWENTY[:8]]
+        assert len(seen.prefills) <= 3  # one, but for callers that the machine held up
+        assert sum(rows for rows, _ in seen.prefills) == 8
+
+    async def test_without_return_exceptions_the_first_error_is_raised(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+        with forwards(tiny_llm) as seen:
+            with pytest.raises(InvalidOptionError, match="at least one character"):
+                tiny_llm.batch(list(self.PROMPTS))
+            with pytest.raises(InvalidOptionError, match="at least one character"):
+                await tiny_llm.abatch(list(self.PROMPTS))
+            assert seen.settle() == seen.count  # nothing was begun that would run on
+
+    def test_the_rest_is_cancelled(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+        """Rows that wait behind a failed batch of the same call are not begun."""
+        llm = QuantizedHuggingFaceLLM(pipeline=tiny_llm.pipeline, batch_size=4, max_new_tokens=5)
+        with forwards(llm, fail_at(3, ValueError("cosmic ray"))) as seen:
+            with pytest.raises(GenerationError, match="cosmic ray"):
+                llm.batch(TWENTY)
+            before = seen.settle()
+            assert before == seen.count <= 4
+        assert llm.batch(TWENTY[:2]) == [llm.invoke(prompt) for prompt in TWENTY[:2]]
+
+    def test_a_failing_model_fails_each_of_a_batch_with_an_error_of_its_own(
+        self, tiny_llm: QuantizedHuggingFaceLLM
+    ) -> None:
+        cause = ValueError("cosmic ray")
+        with forwards(tiny_llm, lambda number: (_ for _ in ()).throw(cause)):
+            results = tiny_llm.batch(TWENTY[:4], return_exceptions=True, max_new_tokens=4)
+        assert all(isinstance(error, GenerationError) and error.__cause__ is cause for error in results)
+        assert len({id(error) for error in results}) == 4
+
+    def test_options_are_checked_for_all_before_any_runs(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+        results = tiny_llm.batch(TWENTY[:3], return_exceptions=True, top_p=7)
+        assert [type(error) for error in results] == [InvalidOptionError] * 3
+
+    def test_a_timeout_counts_for_each_call(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+        began = time.monotonic()
+        with forwards(tiny_llm, slowly(0.02)) as seen:
+            results = tiny_llm.batch(TWENTY[:3], return_exceptions=True, timeout=0.3, max_new_tokens=2000)
+            assert all(isinstance(error, TimeoutError) for error in results)
+            assert time.monotonic() - began < 5
+            time.sleep(0.1)
+            assert seen.settle() == seen.count
