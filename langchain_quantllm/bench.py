@@ -19,6 +19,7 @@ from langchain_quantllm.errors import InvalidOptionError, UnsupportedError, near
 from langchain_quantllm.llms import QuantizedHuggingFaceLLM
 from langchain_quantllm.loading import progress_bars, release_memory
 from langchain_quantllm.memory import estimate_memory, take_snapshot
+from langchain_quantllm.schemes import GPTQ
 
 SHAPES: dict[str, dict[str, int]] = {
     "llama-2-7b": {
@@ -69,7 +70,13 @@ class MemoryRow:
 
 
 def measure_memory(
-    checkpoints: dict[str, str], *, device: str, dtype: str = "auto", new_tokens: int = 128, batch: int = 1
+    checkpoints: dict[str, str],
+    *,
+    device: str,
+    dtype: str = "auto",
+    new_tokens: int = 128,
+    batch: int = 1,
+    kernel: str = "auto",
 ) -> Iterator[MemoryRow]:
     """Load a model in one scheme after another and measure what it takes.
 
@@ -79,6 +86,7 @@ def measure_memory(
         dtype: Dtype of what is not quantized.
         new_tokens: Length of the texts that are generated, in tokens.
         batch: Texts at once.
+        kernel: Kernel for GPTQ.
 
     Yields:
         A row for each scheme.
@@ -89,7 +97,12 @@ def measure_memory(
         estimate = estimate_memory(folder, None if name == "gptq" else name, dtype=dtype)
         driver_before = driver_used_bytes(device)
         llm = QuantizedHuggingFaceLLM(
-            model_id=folder, quantization=name, device=device, dtype=dtype, batch_size=batch, progress=False
+            model_id=folder,
+            quantization=GPTQ(kernel=kernel) if name == "gptq" else name,
+            device=device,
+            dtype=dtype,
+            batch_size=batch,
+            progress=False,
         )
         began = time.monotonic()
         llm.load()

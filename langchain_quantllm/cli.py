@@ -286,6 +286,7 @@ def bench(
     device: Device = None,
     new_tokens: Annotated[int, typer.Option(help="Length of the texts that are generated.")] = 128,
     batch: Annotated[int, typer.Option(help="Texts at once.")] = 1,
+    kernel: Annotated[str, typer.Option(help="Kernel for GPTQ, such as marlin or triton.")] = "auto",
 ) -> None:
     """Measure the memory of every scheme: estimate, report and nvidia-smi; the last line is JSON."""
     with _errors():
@@ -295,12 +296,13 @@ def bench(
         with tempfile.TemporaryDirectory() as scratch:
             checkpoints = _bench_checkpoints(model, shape, schemes.split(","), Path(scratch))
             rows = []
-            for row in benches.measure_memory(checkpoints, device=device, new_tokens=new_tokens, batch=batch):
+            sizes = {"new_tokens": new_tokens, "batch": batch}
+            for row in benches.measure_memory(checkpoints, device=device, kernel=kernel, **sizes):
                 err.print(f"{row.scheme}: loaded in {row.load_s:.1f} s", highlight=False)
                 rows.append(row)
         title = f"{model or shape or 'demo model'} on {device}, generating {batch} x {new_tokens} tokens"
         Console(width=max(out.width, 130)).print(_memory_table(rows, title))
-        document = benches.as_document(rows, model=model or shape, device=device, new_tokens=new_tokens, batch=batch)
+        document = benches.as_document(rows, model=model or shape, device=device, kernel=kernel, **sizes)
         out.print(document, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -13,7 +13,15 @@ from langchain_core.outputs import Generation
 
 from langchain_quantllm import QuantizedHuggingFaceLLM
 from langchain_quantllm.errors import InvalidOptionError, QuantLLMError
-from tests.unit_tests.models import TINY, byte_fallback_tokenizer, forwards, greedy_text, llm_of, scripted_model, tiny_model
+from tests.unit_tests.models import (
+    TINY,
+    byte_fallback_tokenizer,
+    forwards,
+    greedy_text,
+    llm_of,
+    scripted_model,
+    tiny_model,
+)
 
 PROMPTS = ["The capital of France is", "Once upon a time", "def add(a, b):\n", "日本で一番高い山は"]
 

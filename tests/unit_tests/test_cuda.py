@@ -1,0 +1,84 @@
+"""What can only be seen on a CUDA GPU; on other machines these tests are skipped."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from langchain_quantllm import NF4, Int8, QuantizedHuggingFaceLLM
+from langchain_quantllm.bench import SHAPES, random_checkpoint, touch_device
+from langchain_quantllm.errors import NotEnoughMemoryError
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+PROMPT = "Some text of no great length"
+SCHEMES = ("none", "int8", "nf4", "nf4-double", "fp4")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A random Llama of some 300 MB in 16 bits."""
+    shape = {**SHAPES["llama-2-7b"], "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 3}
+    SHAPES["small"] = {**shape, "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 8192}
+    touch_device("cuda:0")
+    yield random_checkpoint("small", tmp_path_factory.mktemp("small"))
+    del SHAPES["small"]
+
+
+def make(folder: Path, **fields: Any) -> QuantizedHuggingFaceLLM:
+    return QuantizedHuggingFaceLLM(model_id=str(folder), progress=False, max_new_tokens=8, **fields)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_goes_to_the_gpu_generates_and_gives_the_memory_back(small: Path, name: str) -> None:
+    before = torch.cuda.memory_allocated()
+    llm = make(small, quantization=name)
+    texts = llm.batch([PROMPT, "x", "a longer prompt than the others, for the padding"], ignore_eos=True)
+    assert len(texts) == 3
+    report = llm.memory_report()
+    assert report.devices == ("cuda:0",)
+    grown = report.after_loading.reading("cuda:0").used_bytes - report.before.reading("cuda:0").used_bytes
+    assert report.weights.cuda_bytes == pytest.approx(grown, rel=0.03)  # what is below 1 MB a tensor is the allocator's
+    assert report.kv_cache_bytes
+    del report
+    llm.unload()
+    gc.collect()
+    assert torch.cuda.memory_allocated() - before < 0.02 * grown + 70e6  # cuBLAS keeps its workspaces
+
+
+def test_streamed_equals_whole(small: Path) -> None:
+    llm = make(small, quantization="nf4", max_new_tokens=32)
+    assert "".join(llm.stream(PROMPT)) == llm.invoke(PROMPT)
+    llm.unload()
+
+
+def test_a_prompt_beyond_the_memory_fails_in_words_and_the_next_one_works(small: Path) -> None:
+    llm = make(small).load()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 5_000_000) / total)
+    try:
+        with pytest.raises(NotEnoughMemoryError, match="ran out of memory"):
+            llm.batch(["word " * 700] * 16)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert llm.invoke(PROMPT, ignore_eos=True)
+    llm.unload()
+
+
+def test_too_large_for_max_memory_is_told_before_loading(small: Path) -> None:
+    with pytest.raises(NotEnoughMemoryError, match="nf4"):
+        make(small, max_memory={0: "250MB"}).load()
+
+
+@pytest.mark.parametrize("scheme", [None, Int8(fp32_cpu_offload=True), NF4(fp32_cpu_offload=True)])
+def test_rest_on_the_cpu(small: Path, scheme: Any) -> None:
+    layers = {f"model.layers.{i}": 0 for i in range(2)} | {"model.layers.2": "cpu"}
+    device_map = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 0, "lm_head": 0, **layers}
+    llm = make(small, quantization=scheme, device_map=device_map)
+    assert llm.invoke(PROMPT, ignore_eos=True)
+    llm.unload()
