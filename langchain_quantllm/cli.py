@@ -296,7 +296,7 @@ def bench(
         with tempfile.TemporaryDirectory() as scratch:
             checkpoints = _bench_checkpoints(model, shape, schemes.split(","), Path(scratch))
             rows = []
-            sizes = {"new_tokens": new_tokens, "batch": batch}
+            sizes: dict[str, Any] = {"new_tokens": new_tokens, "batch": batch}
             for row in benches.measure_memory(checkpoints, device=device, kernel=kernel, **sizes):
                 err.print(f"{row.scheme}: loaded in {row.load_s:.1f} s", highlight=False)
                 rows.append(row)

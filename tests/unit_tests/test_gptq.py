@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from langchain_quantllm import gptq
+from langchain_quantllm import containment, gptq
 from langchain_quantllm.errors import CheckpointError, InvalidOptionError, MissingPackageError, UnsupportedError
 from langchain_quantllm.schemes import GPTQ
 
@@ -388,7 +388,7 @@ added = [k for k in after if k not in before[0] and len(k) == 3 and k[:2] in bef
 added = [k for k in added if not any(part.endswith(own) for part in k[1:])]
 assert not added, added
 
-from langchain_quantllm import gptq
+from langchain_quantllm import containment, gptq
 original = accelerate.utils.modeling.clear_device_cache
 with containment.contained():
     assert accelerate.utils.modeling.clear_device_cache is not original
