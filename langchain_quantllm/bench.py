@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,23 +50,37 @@ GPTQ_GROUP_SIZE = 128
 class MemoryRow:
     """Memory of one scheme. Sizes in bytes, on the device that holds the weights; times in seconds.
 
-    `report_bytes` is the difference that the memory report shows between before and after
-    loading: PyTorch's allocator on a GPU, resident memory on the CPU. `driver_bytes` is the same
-    difference in what `nvidia-smi` says, None where there is none. `generating_` figures are
-    differences from before loading too, the report's at its peak.
+    All but the estimate and the weights are differences from before loading, when the CUDA context
+    and the libraries were there already. On a GPU `allocated` is what PyTorch's allocator has given
+    to tensors, `reserved` what it holds of the driver, free blocks included, and `driver` what
+    `nvidia-smi` says. On the CPU `allocated` is resident memory and the others are None.
     """
 
     scheme: str
     load_s: float
     estimate_bytes: int
     weights_bytes: int
-    report_bytes: int
-    driver_bytes: int | None
-    generating_report_bytes: int | None
-    generating_driver_bytes: int | None
-    unloaded_report_bytes: int
-    unloaded_driver_bytes: int | None
+    loaded: Sizes
+    generating: Sizes
+    unloaded: Sizes
     rate_tok_s: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Bytes in use at one moment, or the differences of two."""
+
+    allocated_bytes: int
+    reserved_bytes: int | None
+    driver_bytes: int | None
+
+    def since(self, before: Sizes) -> Sizes:
+        """Give the differences from an earlier moment."""
+        return Sizes(
+            allocated_bytes=self.allocated_bytes - before.allocated_bytes,
+            reserved_bytes=_difference(self.reserved_bytes, before.reserved_bytes),
+            driver_bytes=_difference(self.driver_bytes, before.driver_bytes),
+        )
 
 
 def measure_memory(
@@ -94,8 +108,7 @@ def measure_memory(
     touch_device(device)
     for name, folder in checkpoints.items():
         release_memory()
-        estimate = estimate_memory(folder, None if name == "gptq" else name, dtype=dtype)
-        driver_before = driver_used_bytes(device)
+        before = measure_sizes(device)
         llm = QuantizedHuggingFaceLLM(
             model_id=folder,
             quantization=GPTQ(kernel=kernel) if name == "gptq" else name,
@@ -107,51 +120,39 @@ def measure_memory(
         began = time.monotonic()
         llm.load()
         load_s = time.monotonic() - began
-        loaded = _readings(llm, device)
-        driver_loaded = driver_used_bytes(device)
+        loaded = measure_sizes(device)
         prompts = [f"Text {i} begins so: " for i in range(batch)]
         result = llm.generate(prompts, max_new_tokens=new_tokens, ignore_eos=True)
-        generated = _readings(llm, device)
-        driver_generated = driver_used_bytes(device)
-        info = result.generations[0][0].generation_info or {}
-        weights_bytes = loaded["weights"]
-        before = loaded["before"]
+        peak_bytes = (llm.memory_report().peak_generating or {}).get(device)
+        generating = measure_sizes(device)
+        if peak_bytes is not None:
+            generating = replace(generating, allocated_bytes=peak_bytes)
+        weights_bytes = llm.memory_report().weights.total_bytes
         llm.unload()
-        del result
+        info = result.generations[0][0].generation_info or {}
         yield MemoryRow(
             scheme=name,
             load_s=load_s,
-            estimate_bytes=estimate.total_bytes,
+            estimate_bytes=estimate_memory(folder, None if name == "gptq" else name, dtype=dtype).total_bytes,
             weights_bytes=weights_bytes,
-            report_bytes=loaded["after_loading"] - before,
-            driver_bytes=_difference(driver_loaded, driver_before),
-            generating_report_bytes=_difference(generated["peak_generating"], before),
-            generating_driver_bytes=_difference(driver_generated, driver_before),
-            unloaded_report_bytes=_used_bytes(device) - before,
-            unloaded_driver_bytes=_difference(driver_used_bytes(device), driver_before),
-            rate_tok_s=info.get("timing", {}).get("rate_tok_s"),
+            loaded=loaded.since(before),
+            generating=generating.since(before),
+            unloaded=measure_sizes(device).since(before),
+            rate_tok_s=info["timing"]["rate_tok_s"],
         )
 
 
-def _readings(llm: QuantizedHuggingFaceLLM, device: str) -> dict[str, Any]:
-    """Pick the bytes in use on one device out of a memory report."""
-    report = llm.memory_report()
-
-    def used(snapshot: Any) -> int:
-        reading = snapshot.reading(device)
-        return int(reading.used_bytes)
-
-    return {
-        "weights": report.weights.total_bytes,
-        "before": used(report.before),
-        "after_loading": used(report.after_loading),
-        "peak_generating": (report.peak_generating or {}).get(device),
-    }
-
-
-def _used_bytes(device: str) -> int:
+def measure_sizes(device: str) -> Sizes:
+    """Read what is in use on a device now, as the memory report and as `nvidia-smi` see it."""
     reading = take_snapshot([device]).reading(device)
-    return reading.used_bytes if reading is not None else 0
+    if reading is None:
+        msg = f"device={device!r} cannot be measured; use 'cpu' or 'cuda:0'."
+        raise UnsupportedError(msg)
+    return Sizes(
+        allocated_bytes=reading.used_bytes,
+        reserved_bytes=getattr(reading, "reserved_bytes", None),
+        driver_bytes=driver_used_bytes(device),
+    )
 
 
 def _difference(after: int | None, before: int | None) -> int | None:
@@ -159,11 +160,14 @@ def _difference(after: int | None, before: int | None) -> int | None:
 
 
 def touch_device(device: str) -> None:
-    """Make the CUDA context and the matrix library's workspace exist, so that no difference holds them."""
+    """Make the CUDA context and the libraries' kernels and workspaces exist, so that no difference holds them."""
+    import bitsandbytes as bnb
     import torch
 
-    a = torch.ones(64, 64, device=device, dtype=torch.bfloat16)
-    (a @ a).sum().item()
+    layers = [torch.nn.Linear(64, 64), bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False, threshold=6.0)]
+    layers += [bnb.nn.Linear4bit(64, 64, quant_type=kind) for kind in ("nf4", "fp4")]
+    for layer in layers:
+        layer.to(torch.float16).to(device)(torch.ones(1, 64, device=device, dtype=torch.float16))
 
 
 def driver_used_bytes(device: str) -> int | None:

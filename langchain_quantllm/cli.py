@@ -323,18 +323,16 @@ def _memory_table(rows: list[Any], title: str) -> Table:
     from langchain_quantllm.memory import format_bytes
 
     table = Table(title=title, title_justify="left")
-    heads = ("scheme", "estimate", "weights", "report", "nvidia-smi", "generating, report", "generating, nvidia-smi")
-    for head in (*heads, "unloaded", "tokens/s"):
+    heads = ("scheme", "estimate", "weights", "allocated", "reserved", "nvidia-smi")
+    for head in (*heads, "generating: allocated", "reserved", "nvidia-smi", "unloaded: allocated", "tokens/s"):
         table.add_column(head, justify="left" if head == "scheme" else "right")
     for row in rows:
         sizes = (
             row.estimate_bytes,
             row.weights_bytes,
-            row.report_bytes,
-            row.driver_bytes,
-            row.generating_report_bytes,
-            row.generating_driver_bytes,
-            row.unloaded_report_bytes,
+            *(getattr(row.loaded, f"{kind}_bytes") for kind in ("allocated", "reserved", "driver")),
+            *(getattr(row.generating, f"{kind}_bytes") for kind in ("allocated", "reserved", "driver")),
+            row.unloaded.allocated_bytes,
         )
         cells = ["-" if size is None else format_bytes(size) for size in sizes]
         table.add_row(row.scheme, *cells, f"{row.rate_tok_s:.1f}" if row.rate_tok_s else "-")

@@ -330,7 +330,6 @@ def default_device_map(spec: LoadSpec) -> Any:
 
 
 def _load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: Any, device_map: Any) -> Any:
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
     hub = hub_options(spec, checkpoint.source if checkpoint.local else None)
@@ -366,7 +365,7 @@ def _load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: 
         )
         raise CheckpointError(msg)
     model.eval()
-    if any(isinstance(module, torch.nn.Linear) and hasattr(module, "threshold") for module in model.modules()):
+    if any(type(module).__name__ == "Linear8bitLt" for module in model.modules()):
         _hush_casts()
     return pipeline("text-generation", model=model, tokenizer=tokenizer)
 

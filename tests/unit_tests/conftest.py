@@ -34,7 +34,5 @@ def tiny_llm(tokenizer: Any) -> QuantizedHuggingFaceLLM:
 @pytest.fixture(scope="session", params=["nf4", "int8", "fp4"])
 def quantized_llm(request: pytest.FixtureRequest, smollm2: Path) -> QuantizedHuggingFaceLLM:
     """SmolLM2 in each scheme that bitsandbytes quantizes while it loads."""
-    model = QuantizedHuggingFaceLLM(
-        model_id=str(smollm2), quantization=request.param, max_new_tokens=8, progress=False
-    )
+    model = QuantizedHuggingFaceLLM(model_id=str(smollm2), quantization=request.param, max_new_tokens=8, progress=False)
     return model.load()

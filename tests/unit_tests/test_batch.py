@@ -13,7 +13,13 @@ from langchain_quantllm import QuantizedHuggingFaceLLM
 from langchain_quantllm.errors import GenerationError, InvalidOptionError
 from tests.unit_tests.models import TINY, fail_at, forwards, llm_of, slowly, tiny_model
 
-LENGTHS = ["Sea", "The sea is", "The sea is blue and the sky is", "海はとても青い、空も青い。", "a b c d e f g h i j k l m"]
+LENGTHS = [
+    "Sea",
+    "The sea is",
+    "The sea is blue and the sky is",
+    "海はとても青い、空も青い。",
+    "a b c d e f g h i j k l m",
+]
 TWENTY = [f"Number {i} of the list is" for i in range(20)]
 
 
@@ -59,7 +65,7 @@ class TestRows:
 
     def test_rows_that_end_early_leave_the_others_alone(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
         singles = [tiny_llm.invoke(prompt, max_new_tokens=10) for prompt in LENGTHS]
-        stop = [singles[0][4:6], singles[2][6:8]]
+        stop = [singles[0][4:12], singles[2][6:14]]
         expected = [tiny_llm.invoke(prompt, max_new_tokens=10, stop=stop) for prompt in LENGTHS]
         assert expected[0] != singles[0]
         assert expected[1] == singles[1]
@@ -120,6 +126,41 @@ class TestRows:
                 thread.join(30)
         assert texts == expected
         assert seen.count < 8 * 6 / 2  # 48 one by one, 6 at best
+
+    def test_instances_over_one_pipeline_meet_in_one_engine(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+        """As `configurable_fields` makes them: two engines would run the model from two threads at once."""
+        other = QuantizedHuggingFaceLLM(pipeline=tiny_llm.pipeline, max_new_tokens=12)
+        expected = [tiny_llm.invoke(prompt) for prompt in TWENTY[:2]]
+        texts: list[str] = ["", ""]
+        barrier = threading.Barrier(2)
+
+        def call(i: int) -> None:
+            barrier.wait()
+            texts[i] = (tiny_llm, other)[i].invoke(TWENTY[i])
+
+        inside, most = 0, 0
+
+        def enter(module: Any, args: Any) -> None:
+            nonlocal inside, most
+            inside += 1
+            most = max(most, inside)
+            time.sleep(0.01)
+
+        def leave(module: Any, args: Any, output: Any) -> None:
+            nonlocal inside
+            inside -= 1
+
+        model = tiny_llm.pipeline.model
+        hooks = [model.register_forward_pre_hook(enter), model.register_forward_hook(leave)]
+        threads = [threading.Thread(target=call, args=(i,)) for i in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        for hook in hooks:
+            hook.remove()
+        assert texts == expected
+        assert most == 1
 
     def test_no_prompts_are_no_texts(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
         assert tiny_llm.batch([]) == []

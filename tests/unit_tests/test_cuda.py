@@ -31,7 +31,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def make(folder: Path, **fields: Any) -> QuantizedHuggingFaceLLM:
-    return QuantizedHuggingFaceLLM(model_id=str(folder), progress=False, max_new_tokens=8, **fields)
+    return QuantizedHuggingFaceLLM(model_id=str(folder), progress=False, **{"max_new_tokens": 8, **fields})
 
 
 @pytest.mark.parametrize("name", SCHEMES)

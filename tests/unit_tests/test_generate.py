@@ -120,7 +120,7 @@ def repeating(tokenizer: Any) -> QuantizedHuggingFaceLLM:
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight.mul_(0.2)
             layer.mlp.down_proj.weight.mul_(0.2)
-        model.lm_head.weight.add_(0.2 * model.model.embed_tokens.weight)
+        model.lm_head.weight.add_(0.7 * model.model.embed_tokens.weight)
     return llm_of(model, tokenizer)
 
 

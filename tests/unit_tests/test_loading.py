@@ -23,9 +23,7 @@ from langchain_quantllm.schemes import Prequantized
 from tests.unit_tests.checkpoints import FakeHub, edit_json, make_cached, make_checkpoint, quicken, run_python
 
 PROMPT = "The capital of France"
-NF4_CONFIG = BitsAndBytesConfig(
-    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-)
+NF4_CONFIG = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
 
 
 @pytest.fixture(scope="module")

@@ -293,7 +293,7 @@ def test_weight_bits(name: str, bits: int | None) -> None:
 
 ROUND_TRIP = [
     *SCHEMES.values(),
-    Int8(threshold=4.5, skip_modules=["lm_head", "q_proj"], fp32_cpu_offload=True),
+    Int8(threshold=4.5, skip_modules=["k_proj", "q_proj"], fp32_cpu_offload=True),
     NF4(compute_dtype=torch.float16, double_quantization=True, storage_dtype="bfloat16", skip_modules=["up_proj"]),
     FP4(compute_dtype="float32", fp32_cpu_offload=True),
     GPTQ(bits=3, kernel="triton"),

@@ -97,9 +97,7 @@ class TestStopMatcher:
 
 def decode_of(tokenizer: Any, *, skip_special_tokens: bool = True) -> Decode:
     def decode(ids: list[int]) -> str:
-        return str(
-            tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
-        )
+        return str(tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False))
 
     return decode
 
