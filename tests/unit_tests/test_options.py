@@ -369,3 +369,64 @@ class TestOnTheClass:
         llm = QuantizedHuggingFaceLLM(pipeline=tiny_llm.pipeline, max_new_tokens=6, num_beams=3)
         assert llm.invoke("The sea is") == greedy_text(tiny_llm, "The sea is", max_new_tokens=6, num_beams=3)
         assert llm.invoke("The sea is", num_beams=1) == greedy_text(tiny_llm, "The sea is", max_new_tokens=6)
+
+
+class TestCheckpointsWithOptionsOfTheirOwn:
+    """`generate` fills what our config leaves None from the model's generation config; none of that may show."""
+
+    @pytest.mark.parametrize(
+        "stored",
+        [
+            {"return_dict_in_generate": True, "output_scores": True},
+            {"token_healing": True},
+            {"penalty_alpha": 0.6, "top_k": 4},
+            {"num_beam_groups": 2, "diversity_penalty": 0.5},
+            {"temperature": 0.6, "top_p": 0.9},
+            {"min_length": 2},
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("call", [{}, {"num_beams": 2}], ids=str)
+    def test_what_it_has_and_nobody_can_use_changes_nothing(
+        self, tokenizer: Any, stored: dict[str, Any], call: dict[str, Any]
+    ) -> None:
+        plain = llm_of(tiny_model(len(tokenizer)), tokenizer, max_new_tokens=5)
+        model = tiny_model(len(tokenizer))
+        for name, value in stored.items():
+            setattr(model.generation_config, name, value)
+        llm = llm_of(model, tokenizer, max_new_tokens=5)
+        assert llm.invoke("The sea", **call) == plain.invoke("The sea", **call)
+
+    def test_its_stop_strings_and_samples_count(self, tokenizer: Any) -> None:
+        model = tiny_model(len(tokenizer))
+        text = llm_of(model, tokenizer).invoke("The sea", max_new_tokens=5)
+        model.generation_config.stop_strings = [text[-4:]]
+        llm = llm_of(model, tokenizer, max_new_tokens=5)
+        assert llm.invoke("The sea") == text[: text.index(text[-4:])]
+        assert llm.invoke("The sea", stop=[]) == text
+        model.generation_config.stop_strings = None
+        model.generation_config.num_return_sequences = 2
+        assert [g.text for g in llm.generate(["The sea"]).generations[0]] == [text] * 2
+        assert [g.text for g in llm.generate(["The sea"], n=1).generations[0]] == [text]
+
+    @pytest.mark.parametrize(
+        ("stored", "call"),
+        [
+            ({"min_length": 4}, {"min_new_tokens": 0}),
+            ({"min_new_tokens": 4}, {"min_length": 0}),
+            ({"min_new_tokens": 4}, {"min_new_tokens": 0}),
+        ],
+        ids=str,
+    )
+    def test_the_call_s_least_length_wins_over_its_own(
+        self, tokenizer: Any, stored: dict[str, Any], call: dict[str, Any]
+    ) -> None:
+        model = tiny_model(len(tokenizer))
+        first = llm_of(model, tokenizer).invoke("The sea", max_new_tokens=1)
+        model.generation_config.eos_token_id = tokenizer(first)["input_ids"][0]
+        llm = llm_of(model, tokenizer, max_new_tokens=5)
+        assert llm.invoke("The sea") == ""
+        for name, value in stored.items():
+            setattr(model.generation_config, name, value)
+        assert llm.invoke("The sea") != ""
+        assert llm.invoke("The sea", **call) == ""

@@ -26,7 +26,7 @@ from langchain_quantllm import NF4, Int8, QuantizedHuggingFaceLLM
 from langchain_quantllm import loading as loading_module
 from langchain_quantllm.engine.worker import IDLE_S
 from langchain_quantllm.errors import GenerationError
-from tests.unit_tests.checkpoints import make_cached, make_checkpoint, quicken
+from tests.unit_tests.checkpoints import make_cached, make_checkpoint, quicken, run_python
 
 PROMPT = "The capital of France"
 
@@ -224,13 +224,32 @@ def test_one_instance_in_many_threads_loads_once(fresh: Path, loads: list[str]) 
     assert len(loads) == 1
 
 
-def test_different_models_load_beside_each_other(fresh: Path, tmp_path: Path, loads: list[str]) -> None:
-    folders = [fresh, make_checkpoint(tmp_path / "other", seed=1)]
-    llms = [make_llm(folder) for folder in folders]
-    with ThreadPoolExecutor(2) as executor:
-        texts = list(executor.map(lambda llm: llm.invoke(PROMPT), llms))
-    assert texts[0] != texts[1]
-    assert len(loads) == 2
+def test_different_models_loaded_at_once_leave_transformers_whole(tiny: Path, tmp_path: Path) -> None:
+    """`from_pretrained` swaps functions of transformers, and torch's default dtype, while it runs.
+
+    Two at once put back what the other had put there: from then on no model's weights are tied. A process
+    of its own, since the damage would last.
+    """
+    code = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+import torch
+from transformers import PreTrainedModel
+from langchain_quantllm import QuantizedHuggingFaceLLM
+state = lambda: (PreTrainedModel.tie_weights, PreTrainedModel.init_weights, torch.nn.init.normal_, torch.linspace,
+                 torch.get_default_dtype())
+before = state()
+expected = None
+for i in range(8):
+    llms = [QuantizedHuggingFaceLLM(model_id=folder, progress=False, max_new_tokens=6, dtype=dtype)
+            for folder in sys.argv[1:] for dtype in ("float32", "bfloat16")]
+    with ThreadPoolExecutor(len(llms)) as executor:
+        texts = list(executor.map(lambda llm: llm.invoke("The capital of France"), llms))
+    assert state() == before, f"changed in round {i}"
+    expected = expected or texts
+    assert texts == expected, f"other texts in round {i}"
+"""
+    run_python(code, tiny, make_checkpoint(tmp_path / "other", seed=1))
 
 
 # configurable_fields makes a new instance at every use.
