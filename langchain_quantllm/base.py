@@ -29,7 +29,7 @@ from langchain_quantllm.errors import (
     UnsupportedError,
     nearest,
 )
-from langchain_quantllm.loading import LoadedModel, acquire
+from langchain_quantllm.loading import LoadedModel, acquire, adopt
 from langchain_quantllm.memory import MemoryReport
 from langchain_quantllm.schemes import SCHEMES, Scheme, Unquantized, scheme_from, scheme_of_config
 
@@ -116,8 +116,8 @@ class QuantizedModel(BaseLanguageModel[Any]):
     """Show how far loading is."""
     model_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Further keyword arguments of transformers' `from_pretrained`."""
-    pipeline: Any = Field(default=None, repr=False)
-    """A transformers text-generation pipeline of your own, used as it is. Before loading it is None."""
+    own_pipeline: Any = Field(default=None, validation_alias=AliasChoices("pipeline", "own_pipeline"), repr=False)
+    """Given as `pipeline=`: a transformers text-generation pipeline of your own, used as it is."""
     batch_size: int = Field(default=16, ge=1)
     """Most rows that run beside each other."""
 
@@ -232,7 +232,7 @@ class QuantizedModel(BaseLanguageModel[Any]):
             scheme = scheme_from(self.quantization)
             names = [name for name, known in SCHEMES.items() if known == scheme]
             self.quantization = names[0] if names else scheme and scheme.to_dict()
-        if self.pipeline is not None:
+        if self.own_pipeline is not None:
             self._check_pipeline()
         elif not self.model_id:
             msg = (
@@ -255,7 +255,7 @@ class QuantizedModel(BaseLanguageModel[Any]):
         return self
 
     def _check_pipeline(self) -> None:
-        pipe = self.pipeline
+        pipe = self.own_pipeline
         if getattr(pipe, "task", None) != "text-generation" or getattr(pipe, "tokenizer", None) is None:
             msg = (
                 f"pipeline={type(pipe).__name__} cannot be used; give transformers.pipeline('text-generation', "
@@ -273,7 +273,7 @@ class QuantizedModel(BaseLanguageModel[Any]):
                 "out."
             )
             raise InvalidOptionError(msg)
-        self.model_id = self.model_id or pipe.model.name_or_path or "pipeline"
+        self.model_id = self.model_id or pipe.model.name_or_path or adopt(pipe).name
 
     def _spec(self) -> LoadSpec:
         return LoadSpec(
@@ -308,11 +308,8 @@ class QuantizedModel(BaseLanguageModel[Any]):
         pipeline of your own stays yours: only the engine over it ends.
         """
         model, self._model = self._model, None
-        if model is None:
-            return
-        if model.owned:
-            self.pipeline = None
-        model.close()
+        if model is not None:
+            model.close()
 
     @property
     def is_loaded(self) -> bool:
@@ -322,13 +319,14 @@ class QuantizedModel(BaseLanguageModel[Any]):
     def _loaded(self) -> LoadedModel:
         model = self._model
         if model is None or model.closed:
-            if self.pipeline is not None and (model is None or not model.owned):
-                model = LoadedModel(self.pipeline, _scheme_of_model(self.pipeline.model), owned=False)
-            else:
-                model = acquire(self._spec())
-                self.pipeline = model.pipeline
+            model = acquire(self._spec()) if self.own_pipeline is None else adopt(self.own_pipeline)
             self._model = model
         return model
+
+    @property
+    def pipeline(self) -> Any:
+        """The transformers pipeline that holds the weights; loads them if they are not loaded."""
+        return self._loaded().pipeline
 
     def _engine(self) -> Engine:
         model = self._loaded()
@@ -432,7 +430,7 @@ class QuantizedModel(BaseLanguageModel[Any]):
         max_tokens = given.get("max_new_tokens", self.max_new_tokens)
         if max_tokens is not None:
             params["ls_max_tokens"] = max_tokens
-        if stops := stop or self.stop:
+        if stops := stop or given.get("stop") or self.stop:
             params["ls_stop"] = list(stops)
         if self._model is not None:  # a line in the metadata of every run
             params["memory"] = self._model.summary  # type: ignore[typeddict-unknown-key]
@@ -450,12 +448,11 @@ class QuantizedModel(BaseLanguageModel[Any]):
 
     def to_json(self) -> SerializedConstructor | SerializedNotImplemented:
         """Serialize the settings; an instance over a pipeline of your own has none that would do."""
-        if self.pipeline is not None and (self._model is None or not self._model.owned):
+        if self.own_pipeline is not None:
             return self.to_json_not_implemented()
         serialized = super().to_json()
         kwargs = serialized.get("kwargs")
         if isinstance(kwargs, dict):
-            kwargs.pop("pipeline", None)
             config = kwargs.get("quantization_config")
             if config is not None and not isinstance(config, dict):
                 kwargs["quantization_config"] = config.to_dict()
@@ -467,16 +464,15 @@ class QuantizedModel(BaseLanguageModel[Any]):
         Raises:
             TypeError: If the instance stands over a pipeline of your own.
         """
-        if self.pipeline is not None and (self._model is None or not self._model.owned):
+        if self.own_pipeline is not None:
             msg = (
                 "an LLM over a pipeline= of your own cannot be pickled: its weights are not this object's to copy; "
                 "use model_id=."
             )
             raise TypeError(msg)
         state = super().__getstate__()
-        fields = {**state["__dict__"], "pipeline": None}
         private = {**(state["__pydantic_private__"] or {}), "_model": None}
-        return {**state, "__dict__": fields, "__pydantic_private__": private}
+        return {**state, "__pydantic_private__": private}
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
         """Copy the settings; the copy finds the loaded weights through the registry."""
@@ -550,13 +546,6 @@ def _checkpoint_options(pipeline: Any) -> dict[str, Any]:
     stored = pipeline.model.generation_config.to_diff_dict()
     ignored = {"eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id"}  # the engine reads them itself
     return normalize({k: v for k, v in {**stored, **given}.items() if k not in ignored}, lenient=True)
-
-
-def _scheme_of_model(model: Any) -> Scheme:
-    config = getattr(model.config, "quantization_config", None)
-    if config is None:
-        return Unquantized()
-    return scheme_of_config(config if isinstance(config, Mapping) else config.to_dict())
 
 
 def _special_ids(tokenizer: Any, stop: Sequence[str]) -> tuple[int, ...]:

@@ -153,7 +153,7 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
             An LLM over the same pipeline, with its `pipeline_kwargs` as fields.
         """
         given = {"generation_kwargs": dict(llm.pipeline_kwargs or {}), "batch_size": llm.batch_size, **kwargs}
-        return cls(pipeline=llm.pipeline, model_id=llm.model_id or "", **given)
+        return cls(**{"pipeline": llm.pipeline, "model_id": llm.model_id or "", **given})
 
     def to_huggingface_pipeline(self) -> Any:
         """Give the loaded pipeline to a langchain-huggingface `HuggingFacePipeline`.
@@ -229,6 +229,8 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
             convert = self._as_langchain(requests)
             with self._submit(requests, options) as stream:
                 for given in self._echo(prompt, options):
+                    if run_manager:
+                        await run_manager.on_llm_new_token(given.text, chunk=given)
                     yield given
                 async for chunk in stream:
                     given = convert(chunk)
@@ -336,7 +338,7 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
 
     def _as_langchain(self, requests: Sequence[Request]) -> Any:
         def convert(chunk: Chunk) -> GenerationChunk:
-            info = self._info(chunk.finish_reason, chunk.usage, chunk.logprobs, requests[chunk.row].seed)
+            info = self._info(chunk.finish_reason, chunk.usage, chunk.logprobs, requests[chunk.row])
             return GenerationChunk(text=chunk.text, generation_info=info or None)
 
         return convert
@@ -345,7 +347,7 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         generations = [
             Generation(
                 text=(prompts[i // options.n] if options.return_full_text else "") + answer.text,
-                generation_info=self._info(answer.finish_reason, answer.usage, answer.logprobs, answer.seed),
+                generation_info=self._info(answer.finish_reason, answer.usage, answer.logprobs, answer.request),
             )
             for i, answer in enumerate(answers.rows)
         ]
@@ -366,7 +368,7 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         )
 
     def _info(
-        self, finish_reason: str | None, usage: Usage | None, logprobs: Sequence[TokenLogprob], seed: int
+        self, finish_reason: str | None, usage: Usage | None, logprobs: Sequence[TokenLogprob], request: Request
     ) -> dict[str, Any]:
         info: dict[str, Any] = {}
         if logprobs:
@@ -376,7 +378,7 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
             info |= {
                 "finish_reason": finish_reason,
                 "model_name": self.model_id,
-                "seed": seed,
+                **({"seed": request.seed} if request.options.do_sample else {}),
                 "usage_metadata": {
                     "input_tokens": usage.prompt_tokens,
                     "output_tokens": usage.completion_tokens,
@@ -409,7 +411,9 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
 
     def asdict(self) -> dict[str, Any]:
         """Give all that changes the output, the options of the call in progress included."""
-        return {**super().asdict(), **(_call_options.get() or {})}
+        # LangChain puts the call's stop strings in the place of the field's, so these go under a second name.
+        stop = {} if self.stop is None else {"stop_strings": self.stop}
+        return {**super().asdict(), **stop, **(_call_options.get() or {})}
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         """Give the standard parameters for tracing."""
@@ -425,7 +429,7 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
 
 @dataclass
 class _Answer:
-    seed: int
+    request: Request
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
@@ -436,7 +440,7 @@ class _Answers:
     """The rows of a submission, folded up from their chunks."""
 
     def __init__(self, requests: Sequence[Request]) -> None:
-        self.rows = [_Answer(seed=request.seed) for request in requests]
+        self.rows = [_Answer(request=request) for request in requests]
 
     def add(self, chunk: Chunk) -> None:
         answer = self.rows[chunk.row]

@@ -15,8 +15,9 @@ import json
 import logging
 import sys
 import threading
+import uuid
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ from langchain_quantllm.memory import (
     weights_by_kind,
 )
 from langchain_quantllm.packages import check_packages, label_of
-from langchain_quantllm.schemes import GPTQ, Prequantized, Scheme
+from langchain_quantllm.schemes import GPTQ, Prequantized, Scheme, Unquantized, scheme_of_config
 
 
 class LoadedModel:
@@ -78,6 +79,8 @@ class LoadedModel:
             tracked: The memory before, while and after loading; None where nobody measured.
         """
         self.pipeline: Any = pipeline
+        self.name = f"pipeline-{uuid.uuid4().hex[:8]}"
+        """What to call the model of a pipeline that has no name."""
         self.scheme = scheme
         self.owned = owned
         self.estimate = estimate
@@ -189,6 +192,26 @@ def acquire(spec: LoadSpec) -> LoadedModel:
         if model is None or model.closed:
             model = load(spec)
             _registry[key] = model
+        return model
+
+
+_adopted: weakref.WeakValueDictionary[int, LoadedModel] = weakref.WeakValueDictionary()
+
+
+def adopt(pipeline: Any) -> LoadedModel:
+    """Give the model of a user's own pipeline, the same one to all who bring this pipeline.
+
+    Args:
+        pipeline: A loaded transformers pipeline; it is not changed.
+    """
+    with _registry_lock:
+        model = _adopted.get(id(pipeline))  # which lives as long as the model that holds it
+        if model is None or model.pipeline is not pipeline:
+            config = getattr(pipeline.model.config, "quantization_config", None)
+            if config is not None and not isinstance(config, Mapping):
+                config = config.to_dict()
+            model = LoadedModel(pipeline, Unquantized() if config is None else scheme_of_config(config), owned=False)
+            _adopted[id(pipeline)] = model
         return model
 
 

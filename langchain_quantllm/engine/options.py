@@ -117,6 +117,23 @@ GENERATE: Mapping[str, _Check] = {
 _NOT_TEXT = "an LLM returns text; call llm.pipeline yourself for other outputs"
 _REMOTE = "transformers moved this strategy out to code on the Hub, which is not run here"
 _ASSISTED = "decoding with a second model is not offered; prompt_lookup_num_tokens needs none"
+_PROCESSORS = frozenset(
+    {
+        "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size",
+        "encoder_repetition_penalty",
+        "bad_words_ids",
+        "sequence_bias",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "exponential_decay_length_penalty",
+        "guidance_scale",
+    }
+)
+"""Those of them that change the scores before a token is chosen."""
+
 REFUSED: Mapping[str, str] = {
     **dict.fromkeys(
         (
@@ -358,6 +375,10 @@ def _check_together(options: GenerationOptions) -> None:
         raise InvalidOptionError(msg)
     if whole and options.logprobs is not None:
         msg = f"logprobs and {whole[0]} do not go together; leave one of them out."
+        raise InvalidOptionError(msg)
+    processed = sorted(options.extra.keys() & _PROCESSORS)
+    if processed and options.logprobs is not None:
+        msg = f"logprobs would be those after {processed[0]}; leave one of the two out."
         raise InvalidOptionError(msg)
     if options.max_new_tokens is not None and options.min_new_tokens > options.max_new_tokens:
         msg = (

@@ -155,7 +155,7 @@ class PipelineEngine:
         self._peak_cache_tokens = max(
             self._peak_cache_tokens, len(input_ids) * (len(input_ids[0]) + max_new_tokens) * options.get("num_beams", 1)
         )
-        config = GenerationConfig(
+        config = _CompleteConfig(
             max_new_tokens=max_new_tokens,
             pad_token_id=options.get("pad_token_id", self._limits.pad_token_id),
             eos_token_id=list(request.eos_token_ids + request.stop_token_ids) or None,
@@ -205,6 +205,20 @@ class _Steps:
         return torch.tensor(done, device=token_ids.device)
 
 
+class _CompleteConfig(GenerationConfig):  # type: ignore[misc]  # transformers is not typed
+    """A generation config whose unset fields stay unset: the checkpoint's are in the request already.
+
+    `generate` would fill them in from the model, stop strings and all.
+    Source: GenerationMixin._prepare_generation_config in transformers/generation/utils.py.
+    """
+
+    def update(self, defaults_only: bool = False, allow_custom_entries: bool = False, **kwargs: Any) -> Any:
+        """Take what is given, but not the model's own config, which comes with both flags set."""
+        if defaults_only and allow_custom_entries:
+            return {}
+        return super().update(defaults_only=defaults_only, allow_custom_entries=allow_custom_entries, **kwargs)
+
+
 class _Draw(LogitsProcessor):  # type: ignore[misc]  # transformers is not typed
     def __init__(self, steps: _Steps) -> None:
         self._steps = steps
@@ -240,14 +254,36 @@ def _is_plain(request: Request) -> bool:
     )
 
 
+_BLIND = frozenset(
+    {
+        "use_cache",
+        "cache_implementation",
+        "cache_config",
+        "max_cache_len",
+        "prefill_chunk_size",
+        "compile_config",
+        "disable_compile",
+        "pad_token_id",
+        "bos_token_id",
+        "decoder_start_token_id",
+        "max_time",
+        "early_stopping",
+        "length_penalty",
+        "renormalize_logits",
+        "remove_invalid_values",
+    }
+)
+"""Options of `generate` that look at no row's tokens or length."""
+
+
 def _group(request: Request) -> tuple[Any, ...]:
     """What rows must have in common to run in one `generate`.
 
-    transformers' own options see the padding of shorter prompts, so rows with any of them run
-    with rows of their own lengths only, and come out as they would alone.
+    Most of transformers' own options see the padding of shorter prompts, so rows with any of
+    them run with rows of their own lengths only, and come out as they would alone.
     """
     extra = request.options.extra
-    lengths = (len(request.prompt_ids), request.max_new_tokens) if extra else ()
+    lengths = (len(request.prompt_ids), request.max_new_tokens) if extra.keys() - _BLIND else ()
     return repr(sorted(extra.items())), request.eos_token_ids, request.stop_token_ids, lengths
 
 

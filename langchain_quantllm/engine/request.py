@@ -173,6 +173,10 @@ def plan_requests(
     if outside := [i for i in prompt_ids if not 0 <= i < limits.vocab_size]:
         msg = f"token id {outside[0]} is not in the model's vocabulary of {limits.vocab_size}; is this its tokenizer?"
         raise InvalidOptionError(msg)
+    eos_ids = limits.eos_token_ids if options.eos_token_id is None else options.eos_token_id
+    if outside := [i for i in (options.eos_token_id or ()) if i >= limits.vocab_size]:
+        msg = f"eos_token_id={outside[0]} is not in the model's vocabulary of {limits.vocab_size}."
+        raise InvalidOptionError(msg)
     total = min((n for n in (limits.context_tokens, options.max_length) if n is not None), default=None)
     wanted = options.max_new_tokens if options.asked_new_tokens else None
     ids = tuple(prompt_ids)
@@ -203,7 +207,7 @@ def plan_requests(
         options=options,
         sample_index=0,
         seed=seed,
-        eos_token_ids=limits.eos_token_ids if options.eos_token_id is None else options.eos_token_id,
+        eos_token_ids=eos_ids,
         stop_token_ids=tuple(stop_token_ids),
         max_rows=max_rows,
     )
