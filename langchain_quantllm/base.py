@@ -18,10 +18,11 @@ from pydantic import AliasChoices, ConfigDict, Field, PrivateAttr, SecretStr, Va
 from typing_extensions import Self
 
 from langchain_quantllm._version import __version__
-from langchain_quantllm.checkpoint import LoadSpec
+from langchain_quantllm.checkpoint import LoadSpec, stored_quantization
 from langchain_quantllm.engine.options import OWN, REFUSED, GenerationOptions, normalize, option_names, resolve
 from langchain_quantllm.engine.request import Engine, EngineInfo, Request, plan_requests
 from langchain_quantllm.errors import (
+    GenerationError,
     GenerationTimeoutError,
     InvalidOptionError,
     PromptTooLongError,
@@ -326,7 +327,11 @@ class QuantizedModel(BaseLanguageModel[Any]):
     @property
     def pipeline(self) -> Any:
         """The transformers pipeline that holds the weights; loads them if they are not loaded."""
-        return self._loaded().pipeline
+        pipeline = self._loaded().pipeline
+        if pipeline is None:  # between the two, another thread unloaded it
+            msg = "the model was unloaded while this call was on its way; call again."
+            raise GenerationError(msg)
+        return pipeline
 
     def _engine(self) -> Engine:
         model = self._loaded()
@@ -334,7 +339,7 @@ class QuantizedModel(BaseLanguageModel[Any]):
             if model.engine is None:
                 from langchain_quantllm.engine.pipeline_engine import PipelineEngine
 
-                model.engine = PipelineEngine(model.pipeline)
+                model.engine = PipelineEngine(self.pipeline)
             engine: Engine = model.engine
         return engine
 
@@ -356,8 +361,10 @@ class QuantizedModel(BaseLanguageModel[Any]):
         """How the weights are, or will be, held in memory."""
         if self._model is not None:
             return self._model.scheme
-        if self.quantization_config is not None:
-            config = self.quantization_config
+        if self.own_pipeline is not None:
+            return adopt(self.own_pipeline).scheme
+        config = self.quantization_config or stored_quantization(self.model_id)
+        if config is not None:
             return scheme_of_config(config if isinstance(config, Mapping) else config.to_dict())
         return scheme_from(self.quantization) or Unquantized()
 
@@ -369,14 +376,14 @@ class QuantizedModel(BaseLanguageModel[Any]):
     def _options(self, stop: Sequence[str] | None, call: Mapping[str, Any]) -> GenerationOptions:
         """Resolve a call's options: the call's value, the field's, the checkpoint's, the default."""
         given = normalize({**call, "stop": stop} if stop is not None else call)
-        return resolve([given, self._field_options()], _checkpoint_options(self._loaded().pipeline))
+        return resolve([given, self._field_options()], _checkpoint_options(self.pipeline))
 
     def _requests(self, prompt: str, options: GenerationOptions) -> list[Request]:
         """Make the requests of one prompt: one for each of the `n` samples."""
         if not isinstance(prompt, str) or not prompt:
             msg = f"the prompt is {prompt!r}; give a text of at least one character."
             raise InvalidOptionError(msg)
-        tokenizer = self._loaded().pipeline.tokenizer
+        tokenizer = self.pipeline.tokenizer
         return plan_requests(
             self._encode(prompt, add_special_tokens=options.add_special_tokens),
             options,
@@ -498,7 +505,8 @@ def _lift_model_kwargs(values: dict[str, Any]) -> dict[str, Any]:
             value = _LOAD_IN[name] if value else None
         if field in (*_SPEC_NAMES, "token", "quantization", "quantization_config"):
             if value is not None and values.get(field) not in (None, value):
-                msg = f"{name} is given twice, as {values[field]!r} and in model_kwargs as {value!r}; give it once."
+                both = "" if field == "token" else f", as {values[field]!r} and as {value!r}"
+                msg = f"{name} is given twice, as a field and in model_kwargs{both}; give it once."
                 raise InvalidOptionError(msg)
             if value is not None:
                 values[field] = value
@@ -507,6 +515,8 @@ def _lift_model_kwargs(values: dict[str, Any]) -> dict[str, Any]:
         elif name != "low_cpu_mem_usage":  # what transformers 5 always does
             rest[name] = value
     values["model_kwargs"] = rest
+    if isinstance(limits := values.get("max_memory"), Mapping):  # JSON turns device numbers into texts
+        values["max_memory"] = {int(k) if isinstance(k, str) and k.isdigit() else k: v for k, v in limits.items()}
     for name in ("dtype", "cache_dir"):
         if values.get(name) is not None:
             value = values[name]
@@ -543,9 +553,11 @@ def _checkpoint_options(pipeline: Any) -> dict[str, Any]:
     The pipeline's own defaults (sampling at 0.7) are none of them.
     """
     given = {**getattr(pipeline, "_generate_kwargs", {}), **getattr(pipeline, "_forward_params", {})}
+    if (config := given.pop("generation_config", None)) is not None:
+        given = {**config.to_diff_dict(), **given}
     stored = pipeline.model.generation_config.to_diff_dict()
-    ignored = {"eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id"}  # the engine reads them itself
-    return normalize({k: v for k, v in {**stored, **given}.items() if k not in ignored}, lenient=True)
+    stored.pop("eos_token_id", None)  # the engine reads it itself
+    return normalize({**stored, **given}, lenient=True)
 
 
 def _special_ids(tokenizer: Any, stop: Sequence[str]) -> tuple[int, ...]:

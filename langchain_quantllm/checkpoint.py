@@ -6,6 +6,7 @@ every check that needs no weights. Knows no engine and no LangChain, and reads n
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -101,12 +102,18 @@ class LoadSpec:
     def key(self) -> str:
         """Say in one string what decides the loaded weights and where they lie."""
         config = self.quantization_config
+        config = config if config is None or isinstance(config, dict) else config.to_dict()
+        scheme = self.scheme
+        if config is not None and _says_no_more(config):
+            scheme, config = scheme_of_config(config), None
+        if scheme == Unquantized() and stored_quantization(self.model_id) is None:
+            scheme = None
         return json.dumps(
             {
                 "model_id": _folder(self.model_id) or self.model_id,
                 "revision": self.revision,
-                "scheme": self.scheme and self.scheme.to_dict(),
-                "quantization_config": config if config is None or isinstance(config, dict) else config.to_dict(),
+                "scheme": scheme and scheme.to_dict(),
+                "quantization_config": config,
                 "dtype": self.dtype,
                 "device_map": self.device_map,
                 "max_memory": self.max_memory,
@@ -132,6 +139,7 @@ class Checkpoint:
         quantization: The quantization config in its dict form; None for an unquantized checkpoint.
         gptq: What is to be known of a GPTQ checkpoint; None for others.
         local: Whether `source` is a folder.
+        model_kwargs: What the config did not take of the spec's.
     """
 
     source: str
@@ -139,6 +147,27 @@ class Checkpoint:
     quantization: Mapping[str, Any] | None
     gptq: GPTQCheckpoint | None
     local: bool
+    model_kwargs: Mapping[str, Any]
+
+
+def _says_no_more(config: Mapping[str, Any]) -> bool:
+    """Say whether a transformers config in its dict form is wholly expressed by a scheme."""
+    scheme = scheme_of_config(config)
+    again = None if scheme.calibrated else scheme.transformers_config("float32")
+    return again is not None and json.dumps(again.to_dict(), default=str) == json.dumps(config, default=str)
+
+
+def stored_quantization(model_id: str) -> dict[str, Any] | None:
+    """Read the quantization config out of a local folder's config.json; None where there is none, or no folder."""
+    folder = _folder(model_id)
+    if folder is None:
+        return None
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        quantization = config.get("quantization_config")
+    except (OSError, ValueError, AttributeError):  # find_checkpoint says what is wrong, when it is loaded
+        return None
+    return quantization if isinstance(quantization, dict) else None
 
 
 def _folder(model_id: str) -> str | None:
@@ -167,7 +196,9 @@ def find_checkpoint(spec: LoadSpec) -> Checkpoint:
 
     source = folder or spec.model_id
     try:
-        config = AutoConfig.from_pretrained(source, **hub_options(spec, folder))
+        config, model_kwargs = AutoConfig.from_pretrained(
+            source, return_unused_kwargs=True, **hub_options(spec, folder), **copy.deepcopy(dict(spec.model_kwargs))
+        )
     except (ValueError, OSError) as error:
         raise CheckpointError(explain(spec, error, "config")) from error
     _check_task(spec, config)
@@ -176,7 +207,16 @@ def find_checkpoint(spec: LoadSpec) -> Checkpoint:
     if quantization is not None and not isinstance(quantization, dict):
         quantization = quantization.to_dict()
     _check_method(spec, quantization)
-    return Checkpoint(source=source, config=config, quantization=quantization, gptq=gptq, local=folder is not None)
+    # What the Hub's options leave over is handed to from_pretrained beside these anyway.
+    model_kwargs = {name: value for name, value in model_kwargs.items() if name in spec.model_kwargs}
+    return Checkpoint(
+        source=source,
+        config=config,
+        quantization=quantization,
+        gptq=gptq,
+        local=folder is not None,
+        model_kwargs=model_kwargs,
+    )
 
 
 def _read_gptq_repository(spec: LoadSpec, config: Any) -> GPTQCheckpoint | None:
@@ -238,14 +278,19 @@ def _cached_snapshot(spec: LoadSpec) -> str | None:
     if not isinstance(found, str):
         return None
     folder = Path(found).parent
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        complete = all((folder / shard).exists() for shard in shards)
-    else:
-        complete = any(folder.glob("*.safetensors"))
+    names = ["model.safetensors"] if spec.use_safetensors else ["model.safetensors", "pytorch_model.bin"]
+    complete = any(_is_complete(folder, name) for name in names)
     has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
     return str(folder) if complete and has_tokenizer else None
+
+
+def _is_complete(folder: Path, weights: str) -> bool:
+    """Say whether weights are here, in one file or in all the shards that their index names."""
+    index = folder / f"{weights}.index.json"
+    if not index.is_file():
+        return any(folder.glob(f"*{Path(weights).suffix}"))
+    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return all((folder / shard).exists() for shard in shards)
 
 
 def _check_hub(spec: LoadSpec) -> None:

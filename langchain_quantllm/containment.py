@@ -15,6 +15,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -97,7 +98,10 @@ def contained() -> Iterator[None]:
     check_packages(GPTQ())
     with _lock, _kept_environment():
         if "gptqmodel" not in sys.modules:
-            _patches[:] = _import_gptqmodel()
+            # In a thread of its own: what it imports keeps frames, which would hold the callers' frames, and
+            # through them whatever model is loaded, for as long as the process lives.
+            with ThreadPoolExecutor(max_workers=1) as thread:
+                _patches[:] = thread.submit(_import_gptqmodel).result()
         elif _depth == 0:
             for patch in _patches:
                 patch.put(patch.patched)

@@ -7,6 +7,7 @@ become generations. Everything is one stream, folded up where a whole is wanted.
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -31,6 +32,9 @@ _call_options: ContextVar[Mapping[str, Any] | None] = ContextVar("quantllm_call_
 
 _streams: ContextVar[list[ChunkStream] | None] = ContextVar("quantllm_streams", default=None)
 """Where the streams of a batch are noted, so that whoever breaks it off can close them."""
+
+
+_LENGTHS = ("max_new_tokens", "max_length", "min_new_tokens", "repetition_penalty")
 
 
 class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
@@ -152,11 +156,17 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         Returns:
             An LLM over the same pipeline, with its `pipeline_kwargs` as fields.
         """
+        if not hasattr(llm, "pipeline_kwargs") or getattr(llm, "pipeline", None) is None:
+            msg = f"from_huggingface_pipeline takes a langchain-huggingface HuggingFacePipeline, not {llm!r}."
+            raise InvalidOptionError(msg)
         given = {"generation_kwargs": dict(llm.pipeline_kwargs or {}), "batch_size": llm.batch_size, **kwargs}
         return cls(**{"pipeline": llm.pipeline, "model_id": llm.model_id or "", **given})
 
     def to_huggingface_pipeline(self) -> Any:
-        """Give the loaded pipeline to a langchain-huggingface `HuggingFacePipeline`.
+        """Give the loaded weights to a langchain-huggingface `HuggingFacePipeline`.
+
+        Returns:
+            A `HuggingFacePipeline` over the same model, with the options of this instance.
 
         Raises:
             MissingPackageError: If langchain-huggingface is not installed.
@@ -166,7 +176,17 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         except ImportError as error:
             msg = f"HuggingFacePipeline needs its package: {pip_install('langchain-quantllm[huggingface]')}"
             raise MissingPackageError(msg) from error
-        return HuggingFacePipeline(pipeline=self._loaded().pipeline, model_id=self.model_id, batch_size=self.batch_size)
+        options = self._options(None, {})
+        kwargs: dict[str, Any] = {**options.extra, "do_sample": options.do_sample}
+        kwargs |= {name: value for name in _LENGTHS if (value := getattr(options, name))}
+        if options.do_sample:
+            kwargs |= {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+        pipeline = copy.copy(self.pipeline)
+        # It takes options at the call alone, so they go where a pipeline keeps those it was made with.
+        pipeline._forward_params = {**pipeline._forward_params, **kwargs}
+        return HuggingFacePipeline(
+            pipeline=pipeline, model_id=self.model_id, batch_size=self.batch_size, pipeline_kwargs=kwargs
+        )
 
     # LangChain's calls.
 
@@ -395,7 +415,7 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         return info
 
     def _logprob_info(self, logprob: TokenLogprob) -> dict[str, Any]:
-        tokenizer = self._loaded().pipeline.tokenizer
+        tokenizer = self.pipeline.tokenizer
 
         def entry(token_id: int, value: float) -> dict[str, Any]:
             return {"token": tokenizer.decode([token_id]), "token_id": token_id, "logprob": value}

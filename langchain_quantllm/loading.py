@@ -7,6 +7,7 @@ instances share one loaded model. Knows no engine and no LangChain.
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import gc
@@ -55,6 +56,9 @@ from langchain_quantllm.memory import (
 )
 from langchain_quantllm.packages import check_packages, label_of
 from langchain_quantllm.schemes import GPTQ, Prequantized, Scheme, Unquantized, scheme_of_config
+
+SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Values of `device_map` that let accelerate spread a model over the devices."""
 
 
 class LoadedModel:
@@ -144,9 +148,14 @@ class LoadedModel:
         release_memory()
 
 
-def release_memory() -> None:
-    """Give freed memory back to the device and the system, so that others see it."""
-    gc.collect()
+def release_memory(*, collect: bool = True) -> None:
+    """Give freed memory back to the device and the system, so that others see it.
+
+    Args:
+        collect: Look for unreachable cycles first, which takes some tenths of a second.
+    """
+    if collect:
+        gc.collect()
     with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc alone keeps, and can trim, what was freed
         ctypes.CDLL(None).malloc_trim(0)
     torch = sys.modules.get("torch")
@@ -184,6 +193,7 @@ def acquire(spec: LoadSpec) -> LoadedModel:
     Raises:
         QuantLLMError: One of its kinds, as `load` raises it.
     """
+    spec = dataclasses.replace(spec, device_map=default_device_map(spec))
     key = spec.key()
     with _registry_lock:
         lock = _loading.setdefault(key, _Lock())
@@ -250,7 +260,7 @@ def load(spec: LoadSpec) -> LoadedModel:
             pipeline = _load_pipeline(spec, checkpoint, quantization_config, device_map)
             if isinstance(scheme, GPTQ):
                 settle_gptq_model(pipeline.model)
-            release_memory()  # quantizing leaves several times the weights in freed blocks
+            release_memory(collect=False)  # quantizing leaves several times the weights in freed blocks
     model = LoadedModel(pipeline, scheme, estimate=estimate, tracked=tracked)
     reset_peaks(model.devices)
     return model
@@ -295,7 +305,7 @@ def _devices_named(device_map: Any, max_memory: Any) -> list[str]:
 
     if isinstance(device_map, dict):
         names = [f"cuda:{d}" if isinstance(d, int) else str(d) for d in device_map.values()]
-    elif device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+    elif device_map in SPREADS:
         names = [*(f"cuda:{i}" for i in range(torch.cuda.device_count())), "cpu"]
         if max_memory is not None:
             allowed = [f"cuda:{d}" if isinstance(d, int) else str(d) for d in max_memory]
@@ -313,17 +323,17 @@ def import_quietly() -> None:
     """
     if "bitsandbytes" in sys.modules or importlib.util.find_spec("bitsandbytes") is None:
         return
-    hidden = "kernels" not in sys.modules
-    if hidden:
-        sys.modules["kernels"] = None  # type: ignore[assignment]  # makes `import kernels` fail
+    before = sys.modules.get("kernels")
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # makes `import kernels` fail
     try:
         with quiet_logger("bitsandbytes.backends.cpu.ops"):
             import bitsandbytes  # noqa: F401
     except (ImportError, OSError, RuntimeError):  # a broken install: transformers says what is wrong when it is needed
         pass
     finally:
-        if hidden:
-            del sys.modules["kernels"]
+        del sys.modules["kernels"]
+        if before is not None:
+            sys.modules["kernels"] = before
 
 
 @contextlib.contextmanager
@@ -339,9 +349,16 @@ def quiet_logger(name: str, level: int = logging.ERROR) -> Iterator[None]:
 
 
 def default_device_map(spec: LoadSpec) -> Any:
-    """Choose where a model goes if nobody said: the first accelerator, else the CPU."""
-    if spec.device_map is not None:
-        return spec.device_map
+    """Choose where a model goes if nobody said: the first accelerator, else the CPU.
+
+    Returns:
+        A dict, in which a device alone stands for the whole model, or the name of a way to spread it.
+    """
+    device_map = spec.device_map
+    if isinstance(device_map, str | int) and device_map not in SPREADS:
+        return {"": device_map}
+    if device_map is not None:
+        return device_map
     if spec.max_memory is not None:
         return "auto"
     import torch
@@ -352,14 +369,17 @@ def default_device_map(spec: LoadSpec) -> Any:
     return {"": str(accelerator.type) if accelerator is not None else "cpu"}
 
 
+_from_pretrained_lock = threading.Lock()
+
+
 def _load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: Any, device_map: Any) -> Any:
     from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
     hub = hub_options(spec, checkpoint.source if checkpoint.local else None)
     options = {
         "dtype": _dtype(spec, checkpoint, device_map),
-        "device_map": device_map,
-        "max_memory": spec.max_memory,
+        "device_map": copy.copy(device_map),  # accelerate writes into both
+        "max_memory": copy.copy(spec.max_memory),
         "attn_implementation": spec.attn_implementation,
         "quantization_config": quantization_config,
     }
@@ -369,7 +389,8 @@ def _load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: 
             tokenizer = AutoTokenizer.from_pretrained(checkpoint.source, **hub)
         except (ValueError, OSError, ImportError) as error:
             raise CheckpointError(explain(spec, error, "tokenizer")) from error
-        with _loading_errors(spec):
+        # One at a time in the whole process: from_pretrained swaps methods and defaults of torch while it runs.
+        with _from_pretrained_lock, _loading_errors(spec):
             model, info = AutoModelForCausalLM.from_pretrained(
                 checkpoint.source,
                 config=checkpoint.config,
@@ -377,7 +398,7 @@ def _load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: 
                 output_loading_info=True,
                 **hub,
                 **options,
-                **spec.model_kwargs,
+                **checkpoint.model_kwargs,
             )
     lost = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"]), *_misshapen(model)}
     if lost:

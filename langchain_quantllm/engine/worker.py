@@ -1,7 +1,8 @@
-"""The thread that runs an engine: there while there is work, gone when there is none.
+"""The thread that runs an engine, and the queue before it.
 
-Owns the queue of waiting rows and the thread's life: started by the first row, ended by
-idleness, by the engine's end and by the interpreter's. Holds the engine weakly, so that
+Owns the queue of waiting rows and the thread's life: started by the first row, ended by the
+engine's end and by the interpreter's. It stays while the engine lives, asleep without work,
+since a new thread's first tokens on a GPU take twice as long. Holds the engine weakly, so that
 dropping the last reference to a model frees it. Knows no model.
 """
 
@@ -19,9 +20,6 @@ from typing import Any
 from langchain_quantllm.engine.request import ChunkStream
 from langchain_quantllm.engine.stopping import Row
 from langchain_quantllm.errors import GenerationError, UnsupportedError
-
-IDLE_S = 5.0
-"""How long a thread waits for more work before it ends, in seconds."""
 
 _QUIET_S, _GATHER_S = 0.004, 0.05
 # Callers of one LangChain batch come from several threads, a little apart. Work begins when no
@@ -43,6 +41,7 @@ class Worker:
         self._closed = False
         self._process_id = os.getpid()
         _workers.add(self)
+        weakref.finalize(run.__self__, self.close, "the model was dropped.").atexit = False  # type: ignore[attr-defined]
 
     def submit(self, rows: Sequence[Row], stream: ChunkStream) -> None:
         """Queue the rows of one submission, together.
@@ -98,17 +97,12 @@ class Worker:
             except Exception as error:
                 self._fail_all(f"the engine failed: {error!r}", error)
             del run  # an idle thread keeps no model alive
-        with self._changed:
-            self._thread = None
-            if self._waiting and not self._closed:  # came between the last look and here
-                self._thread = threading.Thread(target=self._serve, name="quantllm-engine", daemon=True)
-                self._thread.start()
 
     def _gather(self) -> bool:
-        """Wait for work, then until no more of it comes; False if there is none."""
+        """Wait for work, then until no more of it comes; False if there will be none."""
         with self._changed:
-            if not self._waiting and not self._closed:
-                self._changed.wait(IDLE_S)
+            while not self._waiting and not self._closed:
+                self._changed.wait()
             began = time.monotonic()
             seen = 0
             while not self._closed and seen < len(self._waiting) and time.monotonic() - began < _GATHER_S:
