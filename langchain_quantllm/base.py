@@ -14,7 +14,7 @@ from typing import Any
 from langchain_core.exceptions import ContextOverflowError, ModelTimeoutError
 from langchain_core.language_models.base import BaseLanguageModel, LangSmithParams
 from langchain_core.load.serializable import SerializedConstructor, SerializedNotImplemented
-from pydantic import AliasChoices, ConfigDict, Field, PrivateAttr, SecretStr, ValidationError, model_validator
+from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, ValidationError, model_validator
 from typing_extensions import Self
 
 from langchain_quantllm._version import __version__
@@ -84,7 +84,7 @@ class QuantizedModel(BaseLanguageModel[Any]):
         hide_input_in_errors=True,  # the token may be among it
     )
 
-    model_id: str = Field(default="", validation_alias=AliasChoices("model_id", "model", "model_name"))
+    model_id: str = ""
     """A folder, or the name of a repository on the Hugging Face Hub."""
     quantization: Any = None
     """A name of `SCHEMES`, a scheme such as `NF4(double_quantization=True)`, or None: the checkpoint as it is."""
@@ -117,7 +117,7 @@ class QuantizedModel(BaseLanguageModel[Any]):
     """Show how far loading is."""
     model_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Further keyword arguments of transformers' `from_pretrained`."""
-    own_pipeline: Any = Field(default=None, validation_alias=AliasChoices("pipeline", "own_pipeline"), repr=False)
+    own_pipeline: Any = Field(default=None, alias="pipeline", repr=False)
     """Given as `pipeline=`: a transformers text-generation pipeline of your own, used as it is."""
     batch_size: int = Field(default=16, ge=1)
     """Most rows that run beside each other."""

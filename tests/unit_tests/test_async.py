@@ -13,7 +13,6 @@ import pytest
 from langchain_core.exceptions import ModelTimeoutError
 
 from langchain_quantllm import QuantizedHuggingFaceLLM
-from langchain_quantllm.engine import worker as worker_module
 from langchain_quantllm.errors import GenerationError
 from tests.unit_tests.models import fail_at, forwards, llm_of, slowly, tiny_model
 
@@ -184,23 +183,34 @@ class TestManyCallers:
 
 
 class TestThread:
-    def test_it_leaves_when_idle_and_comes_back(self, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(worker_module, "IDLE_S", 0.1)
+    def test_it_sleeps_without_work_and_serves_the_next_call(self, tokenizer: Any) -> None:
         before = set(threading.enumerate())
 
-        def mine() -> list[str]:
-            return [thread.name for thread in set(threading.enumerate()) - before]
+        def mine() -> list[threading.Thread]:
+            return [thread for thread in threading.enumerate() if thread not in before]
 
         llm = llm_of(tiny_model(len(tokenizer)), tokenizer, max_new_tokens=2)
         llm.load()
         assert mine() == []
         text = llm.invoke(PROMPT)
-        assert mine() == ["quantllm-engine"]
-        deadline = time.monotonic() + 5
-        while mine():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        (thread,) = mine()
+        assert thread.name == "quantllm-engine"
+        assert thread.daemon
+        used = time.process_time()
+        time.sleep(0.5)
+        assert time.process_time() - used < 0.1  # a thread that polls or spins takes more
         assert llm.invoke(PROMPT) == text
+        assert mine() == [thread]
+
+    def test_it_ends_with_the_last_instance(self, tokenizer: Any) -> None:
+        before = set(threading.enumerate())
+        llm = llm_of(tiny_model(len(tokenizer)), tokenizer, max_new_tokens=2)
+        llm.invoke(PROMPT)
+        (thread,) = [thread for thread in threading.enumerate() if thread not in before]
+        del llm
+        gc.collect()
+        thread.join(5)
+        assert not thread.is_alive()
 
     def test_it_ends_with_unload(self, tokenizer: Any) -> None:
         llm = llm_of(tiny_model(len(tokenizer)), tokenizer, max_new_tokens=2)

@@ -24,7 +24,6 @@ from transformers import BitsAndBytesConfig
 
 from langchain_quantllm import NF4, Int8, QuantizedHuggingFaceLLM
 from langchain_quantllm import loading as loading_module
-from langchain_quantllm.engine.worker import IDLE_S
 from langchain_quantllm.errors import GenerationError
 from tests.unit_tests.checkpoints import make_cached, make_checkpoint, quicken, run_python
 
@@ -66,7 +65,7 @@ def model_of(llm: QuantizedHuggingFaceLLM) -> torch.nn.Module:
     return model
 
 
-def is_gone(reference: Callable[[], Any], within_s: float = IDLE_S + 5) -> bool:
+def is_gone(reference: Callable[[], Any], within_s: float = 5) -> bool:
     """Whether what a weak reference means is freed, within the time that an idle thread lives."""
     deadline = time.monotonic() + within_s
     while reference() is not None and time.monotonic() < deadline:
