@@ -326,12 +326,11 @@ class QuantizedModel(BaseLanguageModel[Any]):
 
     @property
     def pipeline(self) -> Any:
-        """The transformers pipeline that holds the weights; loads them if they are not loaded."""
-        pipeline = self._loaded().pipeline
-        if pipeline is None:  # between the two, another thread unloaded it
-            msg = "the model was unloaded while this call was on its way; call again."
-            raise GenerationError(msg)
-        return pipeline
+        """The transformers pipeline that holds the weights; None while they are not loaded."""
+        return self._model.pipeline if self._model is not None else self.own_pipeline
+
+    def _loaded_pipeline(self) -> Any:
+        return _open(self._loaded())
 
     def _engine(self) -> Engine:
         model = self._loaded()
@@ -339,7 +338,7 @@ class QuantizedModel(BaseLanguageModel[Any]):
             if model.engine is None:
                 from langchain_quantllm.engine.pipeline_engine import PipelineEngine
 
-                model.engine = PipelineEngine(self.pipeline)
+                model.engine = PipelineEngine(_open(model))
             engine: Engine = model.engine
         return engine
 
@@ -376,14 +375,14 @@ class QuantizedModel(BaseLanguageModel[Any]):
     def _options(self, stop: Sequence[str] | None, call: Mapping[str, Any]) -> GenerationOptions:
         """Resolve a call's options: the call's value, the field's, the checkpoint's, the default."""
         given = normalize({**call, "stop": stop} if stop is not None else call)
-        return resolve([given, self._field_options()], _checkpoint_options(self.pipeline))
+        return resolve([given, self._field_options()], _checkpoint_options(self._loaded_pipeline()))
 
     def _requests(self, prompt: str, options: GenerationOptions) -> list[Request]:
         """Make the requests of one prompt: one for each of the `n` samples."""
         if not isinstance(prompt, str) or not prompt:
             msg = f"the prompt is {prompt!r}; give a text of at least one character."
             raise InvalidOptionError(msg)
-        tokenizer = self.pipeline.tokenizer
+        tokenizer = self._loaded_pipeline().tokenizer
         return plan_requests(
             self._encode(prompt, add_special_tokens=options.add_special_tokens),
             options,
@@ -395,11 +394,10 @@ class QuantizedModel(BaseLanguageModel[Any]):
 
     def _encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         model = self._loaded()
+        tokenizer = _open(model).tokenizer
         with model.lock:  # a tokenizer is not safe to use from two threads while its settings change
-            ids = list(
-                model.pipeline.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
-            )
-        bos = model.pipeline.tokenizer.bos_token_id
+            ids = list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+        bos = tokenizer.bos_token_id
         if add_special_tokens and bos is not None and ids[:2] == [bos, bos]:
             del ids[0]  # the prompt, made by a chat template perhaps, has its begin token already
         return ids
@@ -491,6 +489,15 @@ class QuantizedModel(BaseLanguageModel[Any]):
         return twin
 
 
+def _open(model: LoadedModel) -> Any:
+    """Give the pipeline of a loaded model, which another thread may have unloaded meanwhile."""
+    pipeline = model.pipeline
+    if pipeline is None:
+        msg = "the model was unloaded while this call was on its way; call again."
+        raise GenerationError(msg)
+    return pipeline
+
+
 def _lift_model_kwargs(values: dict[str, Any]) -> dict[str, Any]:
     """Move what `model_kwargs` says about fields of ours to these fields.
 
@@ -510,7 +517,7 @@ def _lift_model_kwargs(values: dict[str, Any]) -> dict[str, Any]:
                 raise InvalidOptionError(msg)
             if value is not None:
                 values[field] = value
-        elif name in option_names():
+        elif name in option_names() and name != "use_cache":  # which is a config's field too
             options[name] = value
         elif name != "low_cpu_mem_usage":  # what transformers 5 always does
             rest[name] = value

@@ -102,7 +102,11 @@ class LoadSpec:
     def key(self) -> str:
         """Say in one string what decides the loaded weights and where they lie."""
         config = self.quantization_config
-        config = config if config is None or isinstance(config, dict) else config.to_dict()
+        if config is not None:
+            from transformers.quantizers.auto import AutoQuantizationConfig
+
+            config = AutoQuantizationConfig.from_dict(config) if isinstance(config, dict) else config
+            config = config.to_dict()
         scheme = self.scheme
         if config is not None and _says_no_more(config):
             scheme, config = scheme_of_config(config), None

@@ -181,7 +181,7 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         kwargs |= {name: value for name in _LENGTHS if (value := getattr(options, name))}
         if options.do_sample:
             kwargs |= {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-        pipeline = copy.copy(self.pipeline)
+        pipeline = copy.copy(self._loaded_pipeline())
         # It takes options at the call alone, so they go where a pipeline keeps those it was made with.
         pipeline._forward_params = {**pipeline._forward_params, **kwargs}
         return HuggingFacePipeline(
@@ -415,7 +415,7 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         return info
 
     def _logprob_info(self, logprob: TokenLogprob) -> dict[str, Any]:
-        tokenizer = self.pipeline.tokenizer
+        tokenizer = self._loaded_pipeline().tokenizer
 
         def entry(token_id: int, value: float) -> dict[str, Any]:
             return {"token": tokenizer.decode([token_id]), "token_id": token_id, "logprob": value}

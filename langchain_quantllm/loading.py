@@ -52,6 +52,7 @@ from langchain_quantllm.memory import (
     memory_notes,
     take_snapshot,
     track_memory,
+    transformers_builds,
     weights_by_kind,
 )
 from langchain_quantllm.packages import check_packages, label_of
@@ -315,25 +316,29 @@ def _devices_named(device_map: Any, max_memory: Any) -> list[str]:
     return list(dict.fromkeys(name for name in names if name not in ("disk", "meta")))
 
 
+_import_lock = threading.Lock()
+
+
 def import_quietly() -> None:
     """Import transformers and bitsandbytes without anything going to the network.
 
     On some CPUs bitsandbytes asks the Hub for a kernel while it is imported, if the package
     `kernels` is installed. Source: bitsandbytes/backends/cpu/ops.py.
     """
-    if "bitsandbytes" in sys.modules or importlib.util.find_spec("bitsandbytes") is None:
-        return
-    before = sys.modules.get("kernels")
-    sys.modules["kernels"] = None  # type: ignore[assignment]  # makes `import kernels` fail
-    try:
-        with quiet_logger("bitsandbytes.backends.cpu.ops"):
-            import bitsandbytes  # noqa: F401
-    except (ImportError, OSError, RuntimeError):  # a broken install: transformers says what is wrong when it is needed
-        pass
-    finally:
-        del sys.modules["kernels"]
-        if before is not None:
-            sys.modules["kernels"] = before
+    with _import_lock:
+        if "bitsandbytes" in sys.modules or importlib.util.find_spec("bitsandbytes") is None:
+            return
+        before = sys.modules.get("kernels")
+        sys.modules["kernels"] = None  # type: ignore[assignment]  # makes `import kernels` fail
+        try:
+            with quiet_logger("bitsandbytes.backends.cpu.ops"):
+                import bitsandbytes  # noqa: F401
+        except (ImportError, OSError, RuntimeError):  # a broken install: transformers says what is wrong, when needed
+            pass
+        finally:
+            del sys.modules["kernels"]
+            if before is not None:
+                sys.modules["kernels"] = before
 
 
 @contextlib.contextmanager
@@ -369,9 +374,6 @@ def default_device_map(spec: LoadSpec) -> Any:
     return {"": str(accelerator.type) if accelerator is not None else "cpu"}
 
 
-_from_pretrained_lock = threading.Lock()
-
-
 def _load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: Any, device_map: Any) -> Any:
     from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
@@ -389,8 +391,7 @@ def _load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: 
             tokenizer = AutoTokenizer.from_pretrained(checkpoint.source, **hub)
         except (ValueError, OSError, ImportError) as error:
             raise CheckpointError(explain(spec, error, "tokenizer")) from error
-        # One at a time in the whole process: from_pretrained swaps methods and defaults of torch while it runs.
-        with _from_pretrained_lock, _loading_errors(spec):
+        with transformers_builds, _loading_errors(spec):
             model, info = AutoModelForCausalLM.from_pretrained(
                 checkpoint.source,
                 config=checkpoint.config,

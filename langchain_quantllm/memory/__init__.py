@@ -4,7 +4,7 @@ Owns every number of bytes in the package. Knows nothing of LangChain, pipelines
 """
 
 from langchain_quantllm.memory.budget import check_fits
-from langchain_quantllm.memory.estimate import MemoryEstimate, estimate_memory
+from langchain_quantllm.memory.estimate import MemoryEstimate, estimate_memory, transformers_builds
 from langchain_quantllm.memory.notes import memory_notes
 from langchain_quantllm.memory.report import MemoryReport
 from langchain_quantllm.memory.snapshot import (
@@ -33,5 +33,6 @@ __all__ = [
     "memory_notes",
     "take_snapshot",
     "track_memory",
+    "transformers_builds",
     "weights_by_kind",
 ]

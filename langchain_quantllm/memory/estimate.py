@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
+
+
+transformers_builds = threading.RLock()
+"""Held while transformers builds a model: it swaps methods and torch's defaults in the whole process meanwhile."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +251,7 @@ def _build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_co
 
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     try:
-        with torch.device("meta"):
+        with transformers_builds, torch.device("meta"):
             # eager attention: a config that asks for a kernel that is not installed can still be estimated
             return auto_class.from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation="eager"

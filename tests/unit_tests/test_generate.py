@@ -411,15 +411,9 @@ class TestAnswers:
         assert [entry["top_logprobs"] for entry in content] == [[]] * 12
         assert all(math.isfinite(entry["logprob"]) and entry["logprob"] <= 0 for entry in content)
 
-    def test_logprobs_are_before_transformers_options_too(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
-        plain = info_of(tiny_llm.generate(["The sea"], logprobs=1, max_new_tokens=1).generations[0][0])
-        best = plain["logprobs"]["content"][0]
-        (generation,) = tiny_llm.generate(
-            ["The sea"], logprobs=1, max_new_tokens=1, suppress_tokens=[best["token_id"]]
-        ).generations[0]
-        (entry,) = info_of(generation)["logprobs"]["content"]
-        assert entry["token_id"] != best["token_id"]
-        assert [t["token_id"] for t in entry["top_logprobs"]] == [best["token_id"]]
+    def test_logprobs_beside_an_option_that_changes_them_are_refused(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+        with pytest.raises(InvalidOptionError, match="after suppress_tokens"):
+            tiny_llm.generate(["The sea"], logprobs=1, max_new_tokens=1, suppress_tokens=[3])
 
     def test_token_counts_are_the_model_s_own(self, llm: QuantizedHuggingFaceLLM, tokenizer: Any) -> None:
         for text in (*PROMPTS, "🍣" * 5):

@@ -114,14 +114,14 @@ def test_the_pipeline_s_injected_sampling_never_shows(tiny: Path) -> None:
 
 def test_end_tokens_given_to_the_pipeline_count(tiny: Path) -> None:
     """As the model cards of Llama 3 do it: pipeline(..., eos_token_id=terminators)."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
-    text = make_llm(tiny).invoke(PROMPT)
-    third = tokenizer(text)["input_ids"][2]
+    (whole,) = make_llm(tiny).generate([PROMPT], logprobs=True).generations[0]
+    assert whole.generation_info is not None
+    third = whole.generation_info["logprobs"]["content"][2]["token_id"]
     llm = QuantizedHuggingFaceLLM(pipeline=make_pipeline(tiny, max_new_tokens=8, eos_token_id=[1, third]))
     result = llm.generate([PROMPT]).generations[0][0]
     assert result.generation_info is not None
     assert result.generation_info["finish_reason"] == "stop"
-    assert len(result.text) < len(text)
+    assert len(result.text) < len(whole.text)
 
 
 def test_sampling_asked_of_the_pipeline_counts(tiny: Path) -> None:

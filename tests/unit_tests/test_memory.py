@@ -168,7 +168,7 @@ class TestEstimate:
     @pytest.mark.parametrize(("bits", "group_size"), [(4, 64), (8, -1), (3, 32)])
     def test_gptq_as_in_the_checkpoint(self, smollm2: Path, tmp_path: Path, bits: int, group_size: int) -> None:
         """All tensors of a GPTQ checkpoint are held as they are stored; only buffers come on top."""
-        make_gptq_checkpoint(smollm2, tmp_path, bits=bits, group_size=group_size, num_layers=1)
+        make_gptq_checkpoint(smollm2, tmp_path, bits=bits, group_size=group_size, small=True)
         estimate = estimate_memory(str(tmp_path))
         assert estimate.scheme == GPTQ(bits=bits)
         assert estimate.bytes_by_scheme == {}
@@ -180,7 +180,7 @@ class TestEstimate:
     @pytest.mark.skipif(importlib.util.find_spec("gptqmodel") is None, reason="needs gptqmodel")
     def test_gptq_as_loaded(self, smollm2: Path, tmp_path: Path) -> None:
         """In a process of its own: importing gptqmodel changes the logging and the environment."""
-        make_gptq_checkpoint(smollm2, tmp_path, num_layers=2)
+        make_gptq_checkpoint(smollm2, tmp_path, small=True)
         code = f"""
 import json, torch
 from transformers import AutoModelForCausalLM
