@@ -379,9 +379,6 @@ class QuantizedModel(BaseLanguageModel[Any]):
 
     def _requests(self, prompt: str, options: GenerationOptions) -> list[Request]:
         """Make the requests of one prompt: one for each of the `n` samples."""
-        if not isinstance(prompt, str) or not prompt:
-            msg = f"the prompt is {prompt!r}; give a text of at least one character."
-            raise InvalidOptionError(msg)
         tokenizer = self._loaded_pipeline().tokenizer
         return plan_requests(
             self._encode(prompt, add_special_tokens=options.add_special_tokens),

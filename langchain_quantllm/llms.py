@@ -335,6 +335,10 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
     def _plan(
         self, prompts: Sequence[str], stop: Sequence[str] | None, call: Mapping[str, Any]
     ) -> tuple[GenerationOptions, list[Request]]:
+        for prompt in prompts:
+            if not isinstance(prompt, str) or not prompt:
+                msg = f"the prompt is {prompt!r}; give a text of at least one character."
+                raise InvalidOptionError(msg)
         options = self._options(stop, call)
         return options, [request for prompt in prompts for request in self._requests(prompt, options)]
 
