@@ -557,6 +557,13 @@ def _checkpoint_options(pipeline: Any) -> dict[str, Any]:
     The pipeline's own defaults (sampling at 0.7) are none of them.
     """
     given = {**getattr(pipeline, "_generate_kwargs", {}), **getattr(pipeline, "_forward_params", {})}
+    if (mixed := getattr(pipeline, "generation_config", None)) is not None:
+        # Older pipelines (transformers 5.14 to 5.17) keep them in one config with their own and transformers' defaults.
+        defaults = (type(pipeline)._default_generation_config.to_dict(), mixed._get_default_generation_params())
+        own = {k: v for k, v in mixed.to_diff_dict().items() if not any(v == d.get(k) for d in defaults)}
+        if mixed.do_sample and "temperature" in own:  # not the pipeline's, so sampling is not either
+            own["do_sample"] = True
+        given = {**own, **given}
     if (config := given.pop("generation_config", None)) is not None:
         given = {**config.to_diff_dict(), **given}
     stored = pipeline.model.generation_config.to_diff_dict()

@@ -310,6 +310,7 @@ class TestWeights:
 
 class TestMeasuring:
     def test_snapshot_of_the_cpu(self) -> None:
+        gc.collect()  # or what earlier tests left goes meanwhile
         before = take_snapshot().reading("cpu")
         kept = torch.ones(100 * MB // 4)
         after = take_snapshot().reading("cpu")

@@ -16,7 +16,9 @@ from langchain_quantllm.engine.options import DEFAULT_MAX_NEW_TOKENS, Generation
 from langchain_quantllm.errors import InvalidOptionError
 from tests.unit_tests.models import forwards, greedy_text, llm_of, tiny_model
 
-FIELDS_OF_TRANSFORMERS = sorted(set(vars(GenerationConfig())) - {"_from_model_config", "transformers_version"})
+FIELDS_OF_TRANSFORMERS = sorted(
+    name for name in vars(GenerationConfig()) if not name.startswith("_") and name != "transformers_version"
+)
 
 WRONG: dict[str, list[Any]] = {
     "max_new_tokens": [0, -1, 1.5, "8", True],
