@@ -107,6 +107,9 @@ class LoadedModel:
         Args:
             model_id: What to call the model.
         """
+        if self.estimate is None and not self.closed:  # a pipeline that somebody else loaded
+            with contextlib.suppress(UnsupportedError):
+                self.estimate = estimate_memory(self.pipeline.model.config)
         tracked, estimate, engine = self.tracked, self.estimate, self.engine
         cached_tokens = engine.peak_cache_tokens if engine is not None else 0
         token_bytes = estimate.kv_cache_bytes_per_token if estimate is not None else None
