@@ -254,7 +254,7 @@ def load(spec: LoadSpec) -> LoadedModel:
     device_map = default_device_map(spec)
     devices = _devices_named(device_map, spec.max_memory)
     # gptqmodel comes before the first measurement, and works only inside its block.
-    with contained() if _needs_gptqmodel(scheme) else contextlib.nullcontext():
+    with contained() if _needs_gptqmodel(scheme) else contextlib.nullcontext(), _without_torchao(scheme):
         if isinstance(scheme, GPTQ):
             scheme = _prepare_gptq(checkpoint, scheme, devices)
         estimate = _estimate(checkpoint, scheme, spec)
@@ -268,6 +268,16 @@ def load(spec: LoadSpec) -> LoadedModel:
     model = LoadedModel(pipeline, scheme, estimate=estimate, tracked=tracked)
     reset_peaks(model.devices)
     return model
+
+
+@contextlib.contextmanager
+def _without_torchao(scheme: Scheme) -> Iterator[None]:
+    """Keep quiet what torchao, which transformers imports wherever it is installed, says of its own build."""
+    if isinstance(scheme, Prequantized):
+        yield
+        return
+    with quiet_logger("torchao"), quiet_logger("torch.utils._pytree"):
+        yield
 
 
 def _needs_gptqmodel(scheme: Scheme) -> bool:
