@@ -425,7 +425,9 @@ def _load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: 
     model.eval()
     if any(type(module).__name__ == "Linear8bitLt" for module in model.modules()):
         _hush_casts()
-    return pipeline("text-generation", model=model, tokenizer=tokenizer)
+    # A pipeline moves a model to the first GPU, unless accelerate has spread it, or a device is named.
+    spread = getattr(model, "hf_device_map", None) is not None
+    return pipeline("text-generation", model=model, tokenizer=tokenizer, device=None if spread else model.device)
 
 
 def _dtype(spec: LoadSpec, checkpoint: Checkpoint, device_map: Any) -> Any:

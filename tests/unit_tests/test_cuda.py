@@ -51,6 +51,32 @@ def test_goes_to_the_gpu_generates_and_gives_the_memory_back(small: Path, name: 
     assert torch.cuda.memory_allocated() - before < 0.02 * grown + 70e6  # cuBLAS keeps its workspaces
 
 
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+def test_stays_on_the_device_that_was_asked_for(small: Path, name: str, device: str) -> None:
+    if device == "cuda:1" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    llm = make(small, quantization=name, device=device)
+    assert llm.invoke(PROMPT, ignore_eos=True)
+    assert llm.memory_report().devices == (device,)
+    assert str(llm.pipeline.device) == device
+    llm.unload()
+
+
+@pytest.mark.parametrize("name", ["none", "int8", "nf4"])
+def test_spread_over_two_gpus(small: Path, name: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    whole = make(small, quantization=name)
+    expected = whole.batch([PROMPT, "x"], ignore_eos=True)
+    half = int(whole.memory_report().weights.total_bytes * 0.7)
+    whole.unload()
+    llm = make(small, quantization=name, max_memory={0: half, 1: half})
+    assert llm.batch([PROMPT, "x"], ignore_eos=True) == expected
+    assert llm.memory_report().devices == ("cuda:0", "cuda:1")
+    llm.unload()
+
+
 def test_streamed_equals_whole(small: Path) -> None:
     llm = make(small, quantization="nf4", max_new_tokens=32)
     assert "".join(llm.stream(PROMPT)) == llm.invoke(PROMPT)
