@@ -17,9 +17,10 @@ from typing import Any
 
 from langchain_quantllm.errors import InvalidOptionError, UnsupportedError, nearest
 from langchain_quantllm.llms import QuantizedHuggingFaceLLM
-from langchain_quantllm.loading import progress_bars, release_memory
 from langchain_quantllm.memory import estimate_memory, take_snapshot
+from langchain_quantllm.placement import release_memory
 from langchain_quantllm.schemes import GPTQ
+from langchain_quantllm.silence import progress_bars
 
 SHAPES: dict[str, dict[str, int]] = {
     "llama-2-7b": {

@@ -238,8 +238,8 @@ def memory(
     """Estimate what a model takes in every scheme, and which of them fit on this machine."""
     with _errors():
         from langchain_quantllm.checkpoint import LoadSpec, find_checkpoint
-        from langchain_quantllm.loading import default_device_map
         from langchain_quantllm.memory import available_memory, estimate_memory, format_bytes
+        from langchain_quantllm.placement import default_device_map
         from langchain_quantllm.schemes import SCHEMES
 
         spec = LoadSpec(model_id=model, revision=revision, trust_remote_code=trust_remote_code)

@@ -100,7 +100,7 @@ def _convert(gguf: Path, folder: Path, *, progress: bool) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    from langchain_quantllm.loading import progress_bars
+    from langchain_quantllm.silence import progress_bars
 
     source: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
     # The bar of GGUF's conversion knows no off switch but the stream that it writes to.

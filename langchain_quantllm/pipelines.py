@@ -1,0 +1,182 @@
+"""From a checkpoint to a transformers pipeline: reading the weights, and what goes wrong with that.
+
+Owns the call of `from_pretrained`, the checks that its result is what the checkpoint says, and
+its errors in one sentence each. Knows no registry, no engine and no LangChain.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from langchain_quantllm.checkpoint import Checkpoint, LoadSpec, explain, first_line, hub_options
+from langchain_quantllm.errors import (
+    CheckpointError,
+    InvalidOptionError,
+    MissingPackageError,
+    NotEnoughMemoryError,
+    QuantLLMError,
+)
+from langchain_quantllm.memory import transformers_builds
+from langchain_quantllm.placement import devices_named, release_memory
+from langchain_quantllm.silence import hush_casts, progress_bars
+
+
+def load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: Any, device_map: Any) -> Any:
+    """Read a checkpoint's weights and tokenizer into a text-generation pipeline.
+
+    Args:
+        spec: What was asked for.
+        checkpoint: What was found.
+        quantization_config: For `from_pretrained`; None where the checkpoint's own counts.
+        device_map: Where the model goes.
+
+    Raises:
+        CheckpointError: If weights or tokenizer are missing, damaged or of another shape.
+        InvalidOptionError: If `model_kwargs` has a name that nobody takes.
+        MissingPackageError: If transformers needs a package that is not installed.
+        NotEnoughMemoryError: If the memory ran out on the way.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+    hub = hub_options(spec, checkpoint.source if checkpoint.local else None)
+    options = {
+        "dtype": _dtype(spec, checkpoint, device_map),
+        "device_map": copy.copy(device_map),  # accelerate writes into both
+        "max_memory": copy.copy(spec.max_memory),
+        "attn_implementation": spec.attn_implementation,
+        "quantization_config": quantization_config,
+    }
+    options = {k: v for k, v in options.items() if v is not None}
+    with progress_bars(spec.progress):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint.source, **hub)
+        except (ValueError, OSError, ImportError) as error:
+            raise CheckpointError(explain(spec, error, "tokenizer")) from error
+        with transformers_builds, _loading_errors(spec):
+            model, info = AutoModelForCausalLM.from_pretrained(
+                checkpoint.source,
+                config=checkpoint.config,
+                use_safetensors=spec.use_safetensors or None,
+                output_loading_info=True,
+                **hub,
+                **options,
+                **checkpoint.model_kwargs,
+            )
+    lost = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"]), *_misshapen(model)}
+    if lost:
+        msg = (
+            f"the checkpoint {spec.model_id} has no fitting weights for {len(lost)} tensors, such as {min(lost)!r}, "
+            "and they "
+            "would have been random; is it complete, and of this architecture?"
+        )
+        raise CheckpointError(msg)
+    model.eval()
+    if any(type(module).__name__ == "Linear8bitLt" for module in model.modules()):
+        hush_casts()
+    # A pipeline moves a model to the first GPU, unless accelerate has spread it, or a device is named.
+    spread = getattr(model, "hf_device_map", None) is not None
+    return pipeline("text-generation", model=model, tokenizer=tokenizer, device=None if spread else model.device)
+
+
+def _dtype(spec: LoadSpec, checkpoint: Checkpoint, device_map: Any) -> Any:
+    """Give the dtype to load in.
+
+    GPTQ checkpoints say float16, in which CPU kernels run ten times slower than in bfloat16.
+    """
+    import torch
+
+    if spec.dtype != "auto":
+        return getattr(torch, spec.dtype)
+    if checkpoint.gptq is not None and devices_named(device_map, spec.max_memory)[:1] == ["cpu"]:
+        return torch.bfloat16
+    return "auto"
+
+
+def _misshapen(model: Any) -> Iterator[str]:
+    """Name bitsandbytes layers whose weights have another shape than the config says: transformers does not check."""
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        state = getattr(weight, "quant_state", None)
+        if state is None and type(weight).__name__ != "Int8Params":
+            continue
+        shape = tuple(weight.shape if state is None else state.shape)  # type: ignore[union-attr]
+        if shape != (module.out_features, module.in_features):
+            yield f"{name}.weight"
+
+
+@contextlib.contextmanager
+def _loading_errors(spec: LoadSpec) -> Iterator[None]:
+    """Say in one sentence what went wrong where transformers' words do not help."""
+    import torch
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        release_memory()
+        msg = (
+            f"the device ran out of memory while loading {spec.model_id}; use a scheme of fewer bits, "
+            "device_map='auto' to spread it over several devices, or free what other programs hold."
+        )
+        raise NotEnoughMemoryError(msg) from error
+    except SafetensorError as error:
+        msg = f"a weight file of {spec.model_id} is damaged ({first_line(error)}); get it again."
+        raise CheckpointError(msg) from error
+    except ImportError as error:
+        msg = f"{spec.model_id} cannot be loaded without a package: {str(error).strip()}"
+        raise MissingPackageError(msg) from error
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        name = str(error).rpartition("argument ")[2].strip("'")
+        msg = (
+            f"model_kwargs has {name!r}, which neither transformers' from_pretrained nor this model takes; leave it "
+            "out."
+        )
+        raise InvalidOptionError(msg) from error
+    except (RuntimeError, ValueError, OSError) as error:
+        told = _sentence(spec, error)
+        if told is None:
+            raise
+        raise told from error
+
+
+def _sentence(spec: LoadSpec, error: Exception) -> QuantLLMError | None:
+    """Say what an error of transformers or safetensors means here; None where its own words do."""
+    text = str(error)
+    name = spec.model_id
+    if "trust_remote_code" in text:
+        return CheckpointError(explain(spec, error, "model"))
+    if "dispatched on the CPU" in text:
+        return NotEnoughMemoryError(
+            f"{name} does not fit on the GPUs in this scheme, and modules on the CPU were not allowed; use fewer "
+            "bits, or "
+            "Int8(fp32_cpu_offload=True) with device_map='auto' to keep the rest on the CPU in float32."
+        )
+    if "ignore_mismatched_sizes" in text:
+        return CheckpointError(
+            f"the weights of {name} have other shapes than its config says, and would have been random; is it "
+            "complete, "
+            "and of this architecture?"
+        )
+    if isinstance(error, OSError) and (missing := _missing_shard(name)):
+        return CheckpointError(f"{name} lacks {missing}, which its index names; get the checkpoint again.")
+    if isinstance(error, OSError) and "safetensors" in text and not any(Path(name).glob("*.safetensors")):
+        return CheckpointError(
+            f"{name} has no weights in safetensors, and pickle files can run code while they load; convert it, or pass "
+            "use_safetensors=False if you trust its maker."
+        )
+    return None
+
+
+def _missing_shard(folder: str) -> str | None:
+    index = Path(folder) / "model.safetensors.index.json"
+    if not index.is_file():
+        return None
+    shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    return next((shard for shard in shards if not (index.parent / shard).is_file()), None)
