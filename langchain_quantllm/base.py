@@ -8,6 +8,7 @@ the classes above bring those.
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from langchain_quantllm._version import __version__
 from langchain_quantllm.checkpoint import LoadSpec, stored_quantization
 from langchain_quantllm.engine.options import OWN, REFUSED, GenerationOptions, normalize, option_names, resolve
 from langchain_quantllm.engine.request import Engine, EngineInfo, Request, plan_requests
+from langchain_quantllm.engine.worker import UNLOADED
 from langchain_quantllm.errors import (
     GenerationError,
     GenerationTimeoutError,
@@ -30,7 +32,7 @@ from langchain_quantllm.errors import (
     UnsupportedError,
     nearest,
 )
-from langchain_quantllm.loading import LoadedModel, acquire, adopt
+from langchain_quantllm.loading import LoadedModel, acquire, adopt, name_of
 from langchain_quantllm.memory import MemoryReport
 from langchain_quantllm.schemes import SCHEMES, Scheme, Unquantized, scheme_from, scheme_of_config
 
@@ -71,6 +73,9 @@ _OPTION_FIELDS = tuple(
 )
 _MODEL_KWARGS_ALIASES = {"torch_dtype": "dtype", "use_auth_token": "token"}
 _LOAD_IN = {"load_in_8bit": "int8", "load_in_4bit": "fp4"}  # fp4 is what BitsAndBytesConfig(load_in_4bit=True) means
+
+
+_instances: weakref.WeakValueDictionary[int, QuantizedModel] = weakref.WeakValueDictionary()
 
 
 class QuantizedModel(BaseLanguageModel[Any]):
@@ -248,7 +253,14 @@ class QuantizedModel(BaseLanguageModel[Any]):
             raise InvalidOptionError(msg)
         self._spec()
         resolve([self._field_options()], {})
+        _instances[id(self)] = self
         return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field; one that says what to load makes the next call load that."""
+        super().__setattr__(name, value)
+        if name in _LOADING or name in ("model_id", "own_pipeline"):
+            self._model = None
 
     @model_validator(mode="after")
     def _set_langchain_quantllm_version(self) -> Self:
@@ -274,7 +286,7 @@ class QuantizedModel(BaseLanguageModel[Any]):
                 "out."
             )
             raise InvalidOptionError(msg)
-        self.model_id = self.model_id or pipe.model.name_or_path or adopt(pipe).name
+        self.model_id = self.model_id or pipe.model.name_or_path or name_of(pipe)
 
     def _spec(self) -> LoadSpec:
         return LoadSpec(
@@ -320,14 +332,30 @@ class QuantizedModel(BaseLanguageModel[Any]):
     def _loaded(self) -> LoadedModel:
         model = self._model
         if model is None or model.closed:
-            model = acquire(self._spec()) if self.own_pipeline is None else adopt(self.own_pipeline)
+            if self.own_pipeline is not None:
+                model = adopt(self.own_pipeline)
+            else:
+                spec = self._spec()
+                model = acquire(spec)
+                self._share(spec.key(), model)
             self._model = model
         return model
 
+    def _share(self, key: str, model: LoadedModel) -> None:
+        """Let every instance with the same settings hold the model, called already or not.
+
+        `configurable_fields` makes an instance for each call: were these the only ones to hold the
+        weights, each call would read them anew.
+        """
+        for other in list(_instances.values()):
+            waits = other.own_pipeline is None and (other._model is None or other._model.closed)
+            if waits and other is not self and other._spec().key() == key:
+                other._model = model
+
     @property
     def pipeline(self) -> Any:
-        """The transformers pipeline that holds the weights; None while they are not loaded."""
-        return self._model.pipeline if self._model is not None else self.own_pipeline
+        """The transformers pipeline that holds the weights; loads them if they are not loaded."""
+        return self._loaded_pipeline()
 
     def _loaded_pipeline(self) -> Any:
         return _open(self._loaded())
@@ -420,6 +448,8 @@ class QuantizedModel(BaseLanguageModel[Any]):
             **{name: getattr(self, name) for name in _OPTION_FIELDS if name != "timeout"},
             **self.generation_kwargs,
         }
+        if self.own_pipeline is not None:  # whose weights and options this class knows nothing of
+            params |= {"pipeline": name_of(self.own_pipeline), "of_pipeline": _checkpoint_options(self.own_pipeline)}
         return {name: value for name, value in params.items() if value is not None}
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
@@ -490,8 +520,7 @@ def _open(model: LoadedModel) -> Any:
     """Give the pipeline of a loaded model, which another thread may have unloaded meanwhile."""
     pipeline = model.pipeline
     if pipeline is None:
-        msg = "the model was unloaded while this call was on its way; call again."
-        raise GenerationError(msg)
+        raise GenerationError(UNLOADED)
     return pipeline
 
 

@@ -18,9 +18,10 @@ from typing import Any
 from langchain_quantllm.errors import InvalidOptionError, UnsupportedError, nearest
 from langchain_quantllm.llms import QuantizedHuggingFaceLLM
 from langchain_quantllm.memory import estimate_memory, take_snapshot
+from langchain_quantllm.packages import is_installed
 from langchain_quantllm.placement import release_memory
 from langchain_quantllm.schemes import GPTQ
-from langchain_quantllm.silence import progress_bars
+from langchain_quantllm.silence import import_quietly, progress_bars
 
 SHAPES: dict[str, dict[str, int]] = {
     "llama-2-7b": {
@@ -162,11 +163,16 @@ def _difference(after: int | None, before: int | None) -> int | None:
 
 def touch_device(device: str) -> None:
     """Make the CUDA context and the libraries' kernels and workspaces exist, so that no difference holds them."""
-    import bitsandbytes as bnb
     import torch
 
-    layers = [torch.nn.Linear(64, 64), bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False, threshold=6.0)]
-    layers += [bnb.nn.Linear4bit(64, 64, quant_type=kind) for kind in ("nf4", "fp4")]
+    import_quietly()
+    layers: list[Any] = [torch.nn.Linear(64, 64)]
+    if is_installed("bitsandbytes"):
+        import bitsandbytes as bnb
+
+        layers.append(bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False, threshold=6.0))
+        options = {"compute_dtype": torch.float16}
+        layers += [bnb.nn.Linear4bit(64, 64, quant_type=kind, **options) for kind in ("nf4", "fp4")]
     for layer in layers:
         layer.to(torch.float16).to(device)(torch.ones(1, 64, device=device, dtype=torch.float16))
 

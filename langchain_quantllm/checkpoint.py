@@ -120,7 +120,7 @@ class LoadSpec:
                 "quantization_config": config,
                 "dtype": self.dtype,
                 "device_map": self.device_map,
-                "max_memory": self.max_memory,
+                "max_memory": self.max_memory and {str(device): size for device, size in self.max_memory.items()},
                 "attn_implementation": self.attn_implementation,
                 "cache_dir": self.cache_dir,
                 "trust_remote_code": self.trust_remote_code,

@@ -166,7 +166,8 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         """Give the loaded weights to a langchain-huggingface `HuggingFacePipeline`.
 
         Returns:
-            A `HuggingFacePipeline` over the same model, with the options of this instance.
+            A `HuggingFacePipeline` over the same model, with the options of this instance but for `stop`,
+            `seed` and `n`, which it does not honour.
 
         Raises:
             MissingPackageError: If langchain-huggingface is not installed.
@@ -199,11 +200,11 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
     ) -> LLMResult:
         with _langchain_errors():
             options, requests = self._plan(prompts, stop, kwargs)
-            answers = _Answers(requests)
+            answers, tokenizer = _Answers(requests), self._loaded_pipeline().tokenizer
             with self._submit(requests, options) as stream:
                 for chunk in stream:
                     answers.add(chunk)
-            return self._result(prompts, options, answers)
+            return self._result(prompts, options, answers, tokenizer)
 
     async def _agenerate(
         self,
@@ -215,11 +216,11 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         with _langchain_errors():
             await self._aload()
             options, requests = self._plan(prompts, stop, kwargs)
-            answers = _Answers(requests)
+            answers, tokenizer = _Answers(requests), self._loaded_pipeline().tokenizer
             with self._submit(requests, options) as stream:
                 async for chunk in stream:
                     answers.add(chunk)
-            return self._result(prompts, options, answers)
+            return self._result(prompts, options, answers, tokenizer)
 
     def _stream(
         self,
@@ -230,8 +231,9 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
     ) -> Iterator[GenerationChunk]:
         with _langchain_errors():
             options, requests = self._plan_stream(prompt, stop, kwargs)
+            convert = self._as_langchain(requests)
             with self._submit(requests, options) as stream:
-                for given in itertools.chain(self._echo(prompt, options), map(self._as_langchain(requests), stream)):
+                for given in itertools.chain(self._echo(prompt, options), map(convert, stream)):
                     if run_manager:
                         run_manager.on_llm_new_token(given.text, chunk=given)
                     yield given
@@ -361,17 +363,23 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         return [GenerationChunk(text=prompt)] if options.return_full_text else []
 
     def _as_langchain(self, requests: Sequence[Request]) -> Any:
+        tokenizer = self._loaded_pipeline().tokenizer
+
         def convert(chunk: Chunk) -> GenerationChunk:
-            info = self._info(chunk.finish_reason, chunk.usage, chunk.logprobs, requests[chunk.row])
+            info = self._info(chunk.finish_reason, chunk.usage, chunk.logprobs, requests[chunk.row], tokenizer)
             return GenerationChunk(text=chunk.text, generation_info=info or None)
 
         return convert
 
-    def _result(self, prompts: Sequence[str], options: GenerationOptions, answers: _Answers) -> LLMResult:
+    def _result(
+        self, prompts: Sequence[str], options: GenerationOptions, answers: _Answers, tokenizer: Any
+    ) -> LLMResult:
         generations = [
             Generation(
                 text=(prompts[i // options.n] if options.return_full_text else "") + answer.text,
-                generation_info=self._info(answer.finish_reason, answer.usage, answer.logprobs, answer.request),
+                generation_info=self._info(
+                    answer.finish_reason, answer.usage, answer.logprobs, answer.request, tokenizer
+                ),
             )
             for i, answer in enumerate(answers.rows)
         ]
@@ -392,11 +400,16 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         )
 
     def _info(
-        self, finish_reason: str | None, usage: Usage | None, logprobs: Sequence[TokenLogprob], request: Request
+        self,
+        finish_reason: str | None,
+        usage: Usage | None,
+        logprobs: Sequence[TokenLogprob],
+        request: Request,
+        tokenizer: Any,
     ) -> dict[str, Any]:
         info: dict[str, Any] = {}
         if logprobs:
-            info["logprobs"] = {"content": [self._logprob_info(logprob) for logprob in logprobs]}
+            info["logprobs"] = {"content": [_logprob_info(logprob, tokenizer) for logprob in logprobs]}
         if finish_reason is not None and usage is not None:
             decoding_s = usage.total_s - usage.first_token_s
             info |= {
@@ -417,15 +430,6 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
                 },
             }
         return info
-
-    def _logprob_info(self, logprob: TokenLogprob) -> dict[str, Any]:
-        tokenizer = self._loaded_pipeline().tokenizer
-
-        def entry(token_id: int, value: float) -> dict[str, Any]:
-            return {"token": tokenizer.decode([token_id]), "token_id": token_id, "logprob": value}
-
-        top = [entry(token_id, value) for token_id, value in logprob.top]
-        return {**entry(logprob.token_id, logprob.logprob), "top_logprobs": top}
 
     # LangChain's conventions.
 
@@ -471,6 +475,14 @@ class _Answers:
         answer.text += chunk.text
         answer.logprobs += chunk.logprobs
         answer.finish_reason, answer.usage = chunk.finish_reason, chunk.usage
+
+
+def _logprob_info(logprob: TokenLogprob, tokenizer: Any) -> dict[str, Any]:
+    def entry(token_id: int, value: float) -> dict[str, Any]:
+        return {"token": tokenizer.decode([token_id]), "token_id": token_id, "logprob": value}
+
+    top = [entry(token_id, value) for token_id, value in logprob.top]
+    return {**entry(logprob.token_id, logprob.logprob), "top_logprobs": top}
 
 
 @contextlib.contextmanager

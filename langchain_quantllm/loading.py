@@ -60,8 +60,6 @@ class LoadedModel:
             tracked: The memory before, while and after loading; None where nobody measured.
         """
         self.pipeline: Any = pipeline
-        self.name = f"pipeline-{uuid.uuid4().hex[:8]}"
-        """What to call the model of a pipeline that has no name."""
         self.scheme = scheme
         self.owned = owned
         self.estimate = estimate
@@ -162,6 +160,15 @@ def acquire(spec: LoadSpec) -> LoadedModel:
 
 
 _adopted: weakref.WeakValueDictionary[int, LoadedModel] = weakref.WeakValueDictionary()
+
+
+_names: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+
+
+def name_of(pipeline: Any) -> str:
+    """Give a pipeline a name of its own, the same at every call."""
+    with _registry_lock:
+        return _names.setdefault(pipeline, f"pipeline-{uuid.uuid4().hex[:8]}")
 
 
 def adopt(pipeline: Any) -> LoadedModel:

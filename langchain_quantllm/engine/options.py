@@ -249,6 +249,11 @@ def normalize(given: Mapping[str, Any], *, lenient: bool = False) -> dict[str, A
             if lenient:
                 continue
             raise
+        if canonical == "logprobs" and checked is True and options.get(canonical):
+            continue  # top_logprobs said it already, and how many
+        if canonical in options and options[canonical] not in (checked, True) and not lenient:
+            msg = f"{name}={value!r} contradicts {canonical}={options[canonical]!r}; give one of them."
+            raise InvalidOptionError(msg)
         if canonical:
             options[canonical] = checked
     return options
@@ -346,6 +351,12 @@ def resolve(layers: Sequence[Mapping[str, Any]], checkpoint: Mapping[str, Any]) 
                 values["do_sample"] = False
             elif given:
                 values["do_sample"] = True
+        if values.get("do_sample"):
+            if values.get("temperature") == 0 and layer is not checkpoint:
+                msg = "do_sample=True and temperature=0 contradict each other; 0 is greedy."
+                raise InvalidOptionError(msg)
+            if merged.get("temperature") == 0:  # of a weaker layer
+                del merged["temperature"]
         if "max_new_tokens" in values or "max_length" in values:
             merged["max_new_tokens"] = merged["max_length"] = None
             asked_new_tokens = "max_new_tokens" in values

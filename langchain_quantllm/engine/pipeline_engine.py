@@ -8,7 +8,7 @@ transformers and tensors; LangChain and loading are none of its business.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +16,14 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from langchain_quantllm.engine.request import Chunk, ChunkStream, EngineInfo, ModelLimits, Request, TokenLogprob
 from langchain_quantllm.engine.sampler import RowSampler
-from langchain_quantllm.engine.stopping import Row
-from langchain_quantllm.engine.worker import Worker
+from langchain_quantllm.engine.stopping import Decode, Row
+from langchain_quantllm.engine.worker import UNLOADED, Worker
 from langchain_quantllm.errors import GenerationError, NotEnoughMemoryError
 
 _WHOLE = ("num_beams", "prompt_lookup_num_tokens")
 """Options under which `generate` does not go token by token, so that the text comes whole."""
+
+_NAN = "the model gave scores that are no numbers (nan); try another dtype, such as bfloat16 or float32."
 
 _Waiting = deque[tuple[Row, ChunkStream]]
 
@@ -56,8 +58,11 @@ class PipelineEngine:
 
     def submit(self, requests: Sequence[Request], timeout_s: float | None = None) -> ChunkStream:
         """Queue rows and return the stream of their chunks; see `Engine.submit`."""
+        tokenizer = self._tokenizer
+        if tokenizer is None:
+            raise GenerationError(UNLOADED)
         stream = ChunkStream(len(requests), timeout_s)
-        rows = [Row(request, i, self._decoder(request)) for i, request in enumerate(requests)]
+        rows = [Row(request, i, _decoder(tokenizer, request)) for i, request in enumerate(requests)]
         self._worker.submit(rows, stream)
         return stream
 
@@ -65,14 +70,6 @@ class PipelineEngine:
         """Cancel what runs and let go of the model."""
         self._worker.close("the model was unloaded while it was generating.")
         self._pipeline = self._model = self._tokenizer = None
-
-    def _decoder(self, request: Request) -> Any:
-        tokenizer, skip = self._tokenizer, request.options.skip_special_tokens
-
-        def decode(ids: list[int]) -> str:
-            return str(tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False))
-
-        return decode
 
     def _run(self, waiting: _Waiting) -> None:
         """Take the rows that can run together off the queue and run them to their end."""
@@ -102,7 +99,7 @@ class PipelineEngine:
         pad = self._limits.pad_token_id
         padded = [[pad] * (longest - len(r.request.prompt_ids)) + list(r.request.prompt_ids) for r, _ in batch]
         mask = [[0] * (longest - len(r.request.prompt_ids)) + [1] * len(r.request.prompt_ids) for r, _ in batch]
-        steps = _Steps(batch)
+        steps = _Steps(batch, self._note_cache)
         first = batch[0][0].request
         self._call_generate(
             padded,
@@ -131,6 +128,7 @@ class PipelineEngine:
         output = self._call_generate(
             ids, [[1] * len(ids[0])], request.max_new_tokens, options, request, [], [_StopWhenCancelled(stream)]
         )
+        self._note_cache(output.shape[1] * request.options.extra.get("num_beams", 1))
         chunks: list[Chunk] = []
         for token_id in output[0, len(ids[0]) :].tolist():
             if chunk := row.push(token_id):
@@ -142,6 +140,9 @@ class PipelineEngine:
         for chunk in chunks:
             stream.put(chunk)
 
+    def _note_cache(self, tokens: int) -> None:
+        self._peak_cache_tokens = max(self._peak_cache_tokens, tokens)
+
     def _call_generate(
         self,
         input_ids: list[list[int]],
@@ -152,9 +153,6 @@ class PipelineEngine:
         processors: Sequence[LogitsProcessor],
         stopping: Sequence[StoppingCriteria],
     ) -> torch.Tensor:
-        self._peak_cache_tokens = max(
-            self._peak_cache_tokens, len(input_ids) * (len(input_ids[0]) + max_new_tokens) * options.get("num_beams", 1)
-        )
         config = _CompleteConfig(
             max_new_tokens=max_new_tokens,
             pad_token_id=options.get("pad_token_id", self._limits.pad_token_id),
@@ -172,11 +170,21 @@ class PipelineEngine:
         return output
 
 
+def _decoder(tokenizer: Any, request: Request) -> Decode:
+    skip = request.options.skip_special_tokens
+
+    def decode(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False))
+
+    return decode
+
+
 class _Steps:
     """The rows of one `generate`: draws each one's token, then takes it in."""
 
-    def __init__(self, batch: list[tuple[Row, ChunkStream]]) -> None:
+    def __init__(self, batch: list[tuple[Row, ChunkStream]], note_cache: Callable[[int], None]) -> None:
         self._batch = batch
+        self._note_cache = note_cache
         self._samplers = [RowSampler(row.request) for row, _ in batch]
         self._logprobs: list[TokenLogprob | None] = [None] * len(batch)
         # Plain greedy rows need nothing but the best score, which `generate` takes by itself.
@@ -186,23 +194,29 @@ class _Steps:
 
     def draw(self, scores: torch.Tensor) -> torch.Tensor:
         """Give scores, of shape `(rows, vocab)`, whose best are the tokens drawn."""
+        for (_, stream), is_bad in zip(self._batch, scores.isnan().any(-1).tolist(), strict=True):
+            if is_bad and not stream.cancelled:  # the other rows know nothing of it
+                stream.fail(GenerationError(_NAN))
+                stream.close()
         if self._plain:
             return scores
         chosen = torch.full_like(scores, -torch.inf)
-        for i, (row, _) in enumerate(self._batch):
+        for i, (row, stream) in enumerate(self._batch):
             token_id = 0
-            if row.finish_reason is None:
+            if row.finish_reason is None and not stream.cancelled:
                 token_id, self._logprobs[i] = self._samplers[i].sample(scores[i], row.token_ids)
             chosen[i, token_id] = 0.0
         return chosen
 
-    def take(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Take in one token a row, of shape `(rows,)`, and say which rows are done."""
-        for (row, stream), token_id, logprob in zip(self._batch, token_ids.tolist(), self._logprobs, strict=True):
+    def take(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Take in the last token of each row, of ids of shape `(rows, length)`, and say which rows are done."""
+        self._note_cache(input_ids.numel())
+        token_ids = input_ids[:, -1].tolist()
+        for (row, stream), token_id, logprob in zip(self._batch, token_ids, self._logprobs, strict=True):
             if row.finish_reason is None and not stream.cancelled and (chunk := row.push(token_id, logprob)):
                 stream.put(chunk)
         done = [row.finish_reason is not None or stream.cancelled for row, stream in self._batch]
-        return torch.tensor(done, device=token_ids.device)
+        return torch.tensor(done, device=input_ids.device)
 
 
 class _CompleteConfig(GenerationConfig):  # type: ignore[misc]  # transformers is not typed
@@ -232,7 +246,7 @@ class _Take(StoppingCriteria):  # type: ignore[misc]  # transformers is not type
         self._steps = steps
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-        return self._steps.take(input_ids[:, -1])
+        return self._steps.take(input_ids)
 
 
 class _StopWhenCancelled(StoppingCriteria):  # type: ignore[misc]  # transformers is not typed

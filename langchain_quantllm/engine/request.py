@@ -18,7 +18,7 @@ from typing import Protocol
 
 from typing_extensions import Self
 
-from langchain_quantllm.engine.options import GenerationOptions
+from langchain_quantllm.engine.options import DEFAULT_MAX_NEW_TOKENS, GenerationOptions
 from langchain_quantllm.errors import GenerationError, GenerationTimeoutError, InvalidOptionError, PromptTooLongError
 
 
@@ -128,7 +128,7 @@ class Engine(Protocol):
 
     @property
     def peak_cache_tokens(self) -> int:
-        """Most tokens, over all rows, that the KV cache has held at once."""
+        """Most tokens, over all rows and their padding, that the KV cache has held at once."""
         ...
 
     def submit(self, requests: Sequence[Request], timeout_s: float | None = None) -> ChunkStream:
@@ -178,10 +178,11 @@ def plan_requests(
         msg = f"eos_token_id={outside[0]} is not in the model's vocabulary of {limits.vocab_size}."
         raise InvalidOptionError(msg)
     total = min((n for n in (limits.context_tokens, options.max_length) if n is not None), default=None)
-    wanted = options.max_new_tokens if options.asked_new_tokens else None
     ids = tuple(prompt_ids)
     if options.truncation and total is not None:
-        room = total - (wanted or 1)
+        # A length that nobody asked for takes half of the context at most.
+        wanted = options.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
+        room = total - (wanted if options.asked_new_tokens else min(wanted, max(1, total // 2)))
         if room < 1:
             msg = (
                 f"max_new_tokens={wanted} leaves no room for a prompt in the {total} tokens of "

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from langchain_quantllm.engine.request import Request, TokenLogprob
-from langchain_quantllm.errors import GenerationError
 
 if TYPE_CHECKING:
     import torch
@@ -55,11 +54,7 @@ class RowSampler:
             for warp in self._warpers:
                 scores = warp(None, scores)
             cumulative = scores[0].double().softmax(-1).cumsum(-1)
-            total = float(cumulative[-1])
-            if not total > 0:
-                msg = "the model gave scores that are no numbers (nan); try another dtype, such as bfloat16 or float32."
-                raise GenerationError(msg)
-            drawn = self._random.random() * total
+            drawn = self._random.random() * float(cumulative[-1])
             # The first token whose cumulative probability lies above the number: never one of probability 0.
             token_id = int(torch.searchsorted(cumulative, drawn, right=True).clamp(max=len(cumulative) - 1))
         return token_id, None if options.logprobs is None else _logprob(raw, token_id, options.logprobs)

@@ -21,6 +21,8 @@ from langchain_quantllm.engine.request import ChunkStream
 from langchain_quantllm.engine.stopping import Row
 from langchain_quantllm.errors import GenerationError, UnsupportedError
 
+UNLOADED = "the model was unloaded while this call was on its way; call again."
+
 _QUIET_S, _GATHER_S = 0.004, 0.05
 # Callers of one LangChain batch come from several threads, a little apart. Work begins when no
 # more has come for the first of these times, in seconds, and at the latest after the second.
@@ -53,13 +55,12 @@ class Worker:
         if os.getpid() != self._process_id:
             msg = (
                 "this model was loaded before the process was forked, and its threads and device did not come along; "
-                "load it in the child process, or start children with multiprocessing's 'spawn'."
+                "fork before the first model is loaded, or start children with multiprocessing's 'spawn'."
             )
             raise UnsupportedError(msg)
         with self._changed:
             if self._closed:
-                msg = "the model was unloaded while this request was on its way; call again."
-                raise GenerationError(msg)
+                raise GenerationError(UNLOADED)
             self._streams.add(stream)
             self._waiting.extend((row, stream) for row in rows)
             self._changed.notify_all()

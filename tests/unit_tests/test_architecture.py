@@ -18,6 +18,7 @@ LEVELS = {
     "engine": 0,  # the package's own __init__, which imports nothing
     "schemes": 1,
     "packages": 1,
+    "silence": 1,
     "engine.options": 1,
     "engine.request": 1,
     "engine.stopping": 1,
@@ -36,6 +37,8 @@ LEVELS = {
     "memory.weights": 2,
     "demo_model": 3,
     "loading": 3,
+    "pipelines": 3,
+    "placement": 3,
     "engine.sampler": 3,
     "engine.pipeline_engine": 4,
     "engine.worker": 4,

@@ -236,3 +236,28 @@ class TestErrors:
             assert time.monotonic() - began < 5
             time.sleep(0.1)
             assert seen.settle() == seen.count
+
+
+def _spoil_first_row(model: Any) -> Any:
+    """Make every score of the first row nan, as an overflow does."""
+
+    def spoil(module: Any, args: Any, output: Any) -> None:
+        output.logits[0] = float("nan")
+
+    return model.register_forward_hook(spoil)
+
+
+class TestNoNumbers:
+    @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 1}], ids=["greedy", "sampled"])
+    def test_a_row_without_scores_fails_alone(self, tokenizer: Any, options: dict[str, Any]) -> None:
+        llm = llm_of(tiny_model(len(tokenizer)), tokenizer, max_new_tokens=3)
+        expected = llm.invoke("The sea is", **options)
+        hook = _spoil_first_row(llm.pipeline.model)
+        with pytest.raises(GenerationError, match="nan"):
+            llm.invoke("The sea is", **options)
+        texts = llm.batch(["The sea is"] * 4, return_exceptions=True, **options)
+        hook.remove()
+        failed = [text for text in texts if isinstance(text, GenerationError)]
+        assert failed  # one for each batch that the calls met in
+        assert [text for text in texts if isinstance(text, str)] == [expected] * (4 - len(failed))
+        assert llm.invoke("The sea is", **options) == expected

@@ -16,7 +16,7 @@ from langchain_core.runnables import ConfigurableField, RunnableParallel
 
 from langchain_quantllm import QuantizedHuggingFaceLLM
 from langchain_quantllm.errors import GenerationError, InvalidOptionError
-from tests.unit_tests.models import fail_at, forwards, llm_of, tiny_model
+from tests.unit_tests.models import fail_at, forwards, llm_of, pipeline_of, tiny_model
 
 PROMPT = "The sea is"
 
@@ -366,3 +366,26 @@ class TestChains:
             assert retrying.invoke(PROMPT) == tiny_llm.invoke(PROMPT)
         with forwards(tiny_llm, fail_at(1, ValueError("once"))):
             assert tiny_llm.with_fallbacks([tiny_llm]).invoke(PROMPT) == tiny_llm.invoke(PROMPT)
+
+
+class TestOwnPipelines:
+    @pytest.mark.usefixtures("cached")
+    def test_options_of_a_pipeline_are_part_of_the_key(self, tokenizer: Any) -> None:
+        model = tiny_model(len(tokenizer))
+        texts = []
+        for length in (3, 6):
+            pipe = pipeline_of(model, tokenizer)
+            pipe.model.generation_config.max_new_tokens = length
+            texts.append(QuantizedHuggingFaceLLM(pipeline=pipe, model_id="same").invoke(PROMPT))
+        assert texts[1] != texts[0]
+        assert texts[1].startswith(texts[0])
+
+    @pytest.mark.usefixtures("cached")
+    def test_one_pipeline_keeps_its_answers(self, tokenizer: Any) -> None:
+        pipe = pipeline_of(tiny_model(len(tokenizer)), tokenizer)
+        first = QuantizedHuggingFaceLLM(pipeline=pipe, max_new_tokens=3)
+        text = first.invoke(PROMPT)
+        second = QuantizedHuggingFaceLLM(pipeline=pipe, max_new_tokens=3)
+        with forwards(second) as seen:
+            assert second.invoke(PROMPT) == text
+        assert seen.count == 0

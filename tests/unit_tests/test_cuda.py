@@ -71,7 +71,7 @@ def test_spread_over_two_gpus(small: Path, name: str) -> None:
     expected = whole.batch([PROMPT, "x"], ignore_eos=True)
     half = int(whole.memory_report().weights.total_bytes * 0.7)
     whole.unload()
-    llm = make(small, quantization=name, max_memory={0: half, 1: half})
+    llm = make(small, quantization=name, max_memory={0: half, 1: half, "cpu": "30GiB"})
     assert llm.batch([PROMPT, "x"], ignore_eos=True) == expected
     assert llm.memory_report().devices == ("cuda:0", "cuda:1")
     llm.unload()

