@@ -329,7 +329,7 @@ def resolve(layers: Sequence[Mapping[str, Any]], checkpoint: Mapping[str, Any]) 
     """Put layers of options over each other and fill in what none of them says.
 
     A layer that names a temperature above 0, or another sampling option, without `do_sample`
-    asks for sampling; temperature 0 asks for none. In one layer `max_new_tokens` and
+    asks for sampling; temperature 0 asks for none, whatever else its layer says. In one layer `max_new_tokens` and
     `max_length` may stand together; a layer that names either hides both of those below.
 
     Args:
@@ -351,12 +351,8 @@ def resolve(layers: Sequence[Mapping[str, Any]], checkpoint: Mapping[str, Any]) 
                 values["do_sample"] = False
             elif given:
                 values["do_sample"] = True
-        if values.get("do_sample"):
-            if values.get("temperature") == 0 and layer is not checkpoint:
-                msg = "do_sample=True and temperature=0 contradict each other; 0 is greedy."
-                raise InvalidOptionError(msg)
-            if merged.get("temperature") == 0:  # of a weaker layer
-                del merged["temperature"]
+        if values.get("do_sample") and merged.get("temperature") == 0:  # of a weaker layer
+            del merged["temperature"]
         if "max_new_tokens" in values or "max_length" in values:
             merged["max_new_tokens"] = merged["max_length"] = None
             asked_new_tokens = "max_new_tokens" in values

@@ -441,10 +441,6 @@ class TestSamplingOverGreedy:
         assert options.do_sample
         assert options.temperature == 1.0
 
-    def test_a_contradiction_in_one_place_is_refused(self) -> None:
-        with pytest.raises(InvalidOptionError, match="contradict"):
-            opt.resolve([opt.normalize({"do_sample": True, "temperature": 0})], {})
-
     @pytest.mark.parametrize(
         "given", [{"max_tokens": 5, "max_new_tokens": 10}, {"stop": ["a"], "stop_sequence": "b"}], ids=str
     )
