@@ -206,7 +206,9 @@ class QuantizedModel(BaseLanguageModel[Any]):
         options = _lift_model_kwargs(values)
         for name in ("generation_kwargs", "pipeline_kwargs"):
             options.update(values.pop(name, None) or {})
-        values.setdefault("batch_size", options.pop("batch_size", None) or cls.model_fields["batch_size"].default)
+        batch_size = options.pop("batch_size", None)
+        if values.get("batch_size") is None:
+            values["batch_size"] = batch_size or cls.model_fields["batch_size"].default
         known = {*cls.model_fields, *(f.alias for f in cls.model_fields.values() if f.alias)}
         for name in [n for n in values if n not in known or n in _OPTION_FIELDS]:
             if name not in option_names():
@@ -272,8 +274,7 @@ class QuantizedModel(BaseLanguageModel[Any]):
         if getattr(pipe, "task", None) != "text-generation" or getattr(pipe, "tokenizer", None) is None:
             msg = (
                 f"pipeline={type(pipe).__name__} cannot be used; give transformers.pipeline('text-generation', "
-                "model=..., "
-                "tokenizer=...)."
+                "model=..., tokenizer=...)."
             )
             raise InvalidOptionError(msg)
         # Whoever copies an instance hands every field on, the defaults too, so only other values count.

@@ -252,8 +252,7 @@ def _check_method(spec: LoadSpec, quantization: Mapping[str, Any] | None) -> Non
 
         msg = (
             f"{spec.model_id} is quantized with {method!r}, which transformers {__version__} does not know; a newer "
-            "one "
-            f"may: {pip_install('--upgrade', 'transformers')}"
+            f"one may: {pip_install('--upgrade', 'transformers')}"
         )
         raise CheckpointError(msg)
 
@@ -351,8 +350,7 @@ def explain(spec: LoadSpec, error: Exception, part: str) -> str:
     if part == "tokenizer":
         return (
             f"{spec.model_id} has no tokenizer that can be read ({first_line(error)}); copy the model's tokenizer "
-            "files "
-            "into its folder, or install what it needs: pip install sentencepiece tiktoken"
+            "files into its folder, or install what it needs: pip install sentencepiece tiktoken"
         )
     return f"the {part} of {spec.model_id} cannot be read: {first_line(error)}"
 
@@ -392,8 +390,7 @@ def reconcile(spec: LoadSpec, checkpoint: Checkpoint) -> tuple[Scheme, Any]:
         if asked is not None and asked.calibrated and isinstance(asked, GPTQ):
             msg = (
                 f"{spec.model_id} is not quantized, and GPTQ takes calibration data, so it is not made while loading; "
-                "give "
-                "a GPTQ checkpoint, or use quantization='nf4' or 'int8', which need none."
+                "give a GPTQ checkpoint, or use quantization='nf4' or 'int8', which need none."
             )
             raise CheckpointError(msg)
         asked = asked or Unquantized()
