@@ -263,10 +263,7 @@ def hub_options(spec: LoadSpec, folder: str | None) -> dict[str, Any]:
     if folder is not None:
         return {**options, "local_files_only": True}
     given = {"revision": spec.revision, "token": spec.token, "cache_dir": spec.cache_dir}
-    return {
-        **options,
-        **{k: v for k, v in given.items() if v is not None},
-    }
+    return {**options, **{k: v for k, v in given.items() if v is not None}}
 
 
 def _cached_snapshot(spec: LoadSpec) -> str | None:

@@ -1,7 +1,7 @@
 """From a model id and a scheme to a loaded transformers pipeline, shared by all who ask for it.
 
-Owns reading the weights, what goes wrong while that happens, and the registry through which
-instances share one loaded model. Knows no engine and no LangChain.
+Owns the order of checks, measurements and loading, and the registry through which instances
+share one loaded model. Knows no engine and no LangChain.
 """
 
 from __future__ import annotations
@@ -46,22 +46,19 @@ class LoadedModel:
         pipeline: Any,
         scheme: Scheme,
         *,
-        owned: bool = True,
         estimate: MemoryEstimate | None = None,
         tracked: TrackedMemory | None = None,
     ) -> None:
-        """Hold a pipeline; one that is not `owned` is the user's and stays theirs.
+        """Hold a pipeline, this package's own or a user's.
 
         Args:
             pipeline: The transformers pipeline.
             scheme: How its weights are held.
-            owned: Whether this package loaded it.
             estimate: What it was estimated to take; None where that is not known.
             tracked: The memory before, while and after loading; None where nobody measured.
         """
         self.pipeline: Any = pipeline
         self.scheme = scheme
-        self.owned = owned
         self.estimate = estimate
         self.tracked = tracked
         self.weights = weights_by_kind(pipeline.model)
@@ -183,7 +180,7 @@ def adopt(pipeline: Any) -> LoadedModel:
             config = getattr(pipeline.model.config, "quantization_config", None)
             if config is not None and not isinstance(config, Mapping):
                 config = config.to_dict()
-            model = LoadedModel(pipeline, Unquantized() if config is None else scheme_of_config(config), owned=False)
+            model = LoadedModel(pipeline, Unquantized() if config is None else scheme_of_config(config))
             _adopted[id(pipeline)] = model
         return model
 

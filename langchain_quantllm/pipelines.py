@@ -57,7 +57,7 @@ def load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: A
             tokenizer = AutoTokenizer.from_pretrained(checkpoint.source, **hub)
         except (ValueError, OSError, ImportError) as error:
             raise CheckpointError(explain(spec, error, "tokenizer")) from error
-        with transformers_builds, _loading_errors(spec):
+        with transformers_builds, _loading_errors(spec, checkpoint.source):
             model, info = AutoModelForCausalLM.from_pretrained(
                 checkpoint.source,
                 config=checkpoint.config,
@@ -71,8 +71,7 @@ def load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: A
     if lost:
         msg = (
             f"the checkpoint {spec.model_id} has no fitting weights for {len(lost)} tensors, such as {min(lost)!r}, "
-            "and they "
-            "would have been random; is it complete, and of this architecture?"
+            "and they would have been random; is it complete, and of this architecture?"
         )
         raise CheckpointError(msg)
     model.eval()
@@ -110,7 +109,7 @@ def _misshapen(model: Any) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _loading_errors(spec: LoadSpec) -> Iterator[None]:
+def _loading_errors(spec: LoadSpec, source: str) -> Iterator[None]:
     """Say in one sentence what went wrong where transformers' words do not help."""
     import torch
     from safetensors import SafetensorError
@@ -140,13 +139,13 @@ def _loading_errors(spec: LoadSpec) -> Iterator[None]:
         )
         raise InvalidOptionError(msg) from error
     except (RuntimeError, ValueError, OSError) as error:
-        told = _sentence(spec, error)
+        told = _sentence(spec, source, error)
         if told is None:
             raise
         raise told from error
 
 
-def _sentence(spec: LoadSpec, error: Exception) -> QuantLLMError | None:
+def _sentence(spec: LoadSpec, source: str, error: Exception) -> QuantLLMError | None:
     """Say what an error of transformers or safetensors means here; None where its own words do."""
     text = str(error)
     name = spec.model_id
@@ -155,18 +154,16 @@ def _sentence(spec: LoadSpec, error: Exception) -> QuantLLMError | None:
     if "dispatched on the CPU" in text:
         return NotEnoughMemoryError(
             f"{name} does not fit on the GPUs in this scheme, and modules on the CPU were not allowed; use fewer "
-            "bits, or "
-            "Int8(fp32_cpu_offload=True) with device_map='auto' to keep the rest on the CPU in float32."
+            "bits, or Int8(fp32_cpu_offload=True) with device_map='auto' to keep the rest on the CPU in float32."
         )
     if "ignore_mismatched_sizes" in text:
         return CheckpointError(
             f"the weights of {name} have other shapes than its config says, and would have been random; is it "
-            "complete, "
-            "and of this architecture?"
+            "complete, and of this architecture?"
         )
-    if isinstance(error, OSError) and (missing := _missing_shard(name)):
+    if isinstance(error, OSError) and (missing := _missing_shard(source)):
         return CheckpointError(f"{name} lacks {missing}, which its index names; get the checkpoint again.")
-    if isinstance(error, OSError) and "safetensors" in text and not any(Path(name).glob("*.safetensors")):
+    if isinstance(error, OSError) and "safetensors" in text and not any(Path(source).glob("*.safetensors")):
         return CheckpointError(
             f"{name} has no weights in safetensors, and pickle files can run code while they load; convert it, or pass "
             "use_safetensors=False if you trust its maker."

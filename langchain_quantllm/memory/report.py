@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from langchain_quantllm.memory.snapshot import MemorySnapshot
-from langchain_quantllm.memory.table import UNITS_NOTE, Table, format_bytes, stage_table
+from langchain_quantllm.memory.table import UNITS_NOTE, Table, Tabular, format_bytes, stage_table
 from langchain_quantllm.memory.weights import WeightBytes
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemoryReport:
+class MemoryReport(Tabular):
     """Memory before, while and after a model was loaded, and while it generated.
 
     Args:
@@ -78,13 +78,6 @@ class MemoryReport:
             **{name: None if peak is None else dict(peak) for name, peak in peaks.items()},
             "notes": list(self.notes),
         }
-
-    def __str__(self) -> str:
-        """Lay it out as a plain text table."""
-        return self._table().to_text()
-
-    def _repr_html_(self) -> str:
-        return self._table().to_html()
 
     def _table(self) -> Table:
         stages = {

@@ -94,6 +94,20 @@ class Table:
         )
 
 
+class Tabular:
+    """Something that shows itself as a table: as text when printed, as HTML in Jupyter."""
+
+    def _table(self) -> Table:
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        """Lay it out as a plain text table."""
+        return self._table().to_text()
+
+    def _repr_html_(self) -> str:
+        return self._table().to_html()
+
+
 def stage_table(title: str, stages: Mapping[str, Stage | None], lines: Sequence[str] = ()) -> Table:
     """Lay out stages as columns, and the devices with what was read of each as rows.
 

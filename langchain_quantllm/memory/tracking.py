@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from langchain_quantllm.memory.notes import memory_notes
 from langchain_quantllm.memory.snapshot import MemorySnapshot, resident_bytes, take_snapshot
-from langchain_quantllm.memory.table import UNITS_NOTE, Stage, Table, stage_table
+from langchain_quantllm.memory.table import UNITS_NOTE, Stage, Table, Tabular, stage_table
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,7 @@ _open: list[TrackedMemory] = []
 """Trackers whose block is still running: a reset of the process-wide counters must not lose their peaks."""
 
 
-class TrackedMemory:
+class TrackedMemory(Tabular):
     """What `track_memory` gives: the memory before and after its block, and the peak inside.
 
     Attributes:
@@ -60,13 +60,6 @@ class TrackedMemory:
             "after": None if self.after is None else self.after.to_dict(),
             "notes": list(self.notes),
         }
-
-    def __str__(self) -> str:
-        """Lay it out as a plain text table."""
-        return self._table().to_text()
-
-    def _repr_html_(self) -> str:
-        return self._table().to_html()
 
     def _table(self) -> Table:
         stages: dict[str, Stage | None] = {"before": self.before, "peak": self.peak, "after": self.after}
