@@ -22,6 +22,7 @@ from langchain_quantllm._version import __version__
 from langchain_quantllm.checkpoint import LoadSpec, stored_quantization
 from langchain_quantllm.engine.options import OWN, REFUSED, GenerationOptions, normalize, option_names, resolve
 from langchain_quantllm.engine.request import Engine, EngineInfo, Request, plan_requests
+from langchain_quantllm.engine.selection import ENGINES, Engines
 from langchain_quantllm.engine.worker import UNLOADED
 from langchain_quantllm.errors import (
     GenerationError,
@@ -124,8 +125,16 @@ class QuantizedModel(BaseLanguageModel[Any]):
     """Further keyword arguments of transformers' `from_pretrained`."""
     own_pipeline: Any = Field(default=None, alias="pipeline", repr=False)
     """Given as `pipeline=`: a transformers text-generation pipeline of your own, used as it is."""
-    batch_size: int = Field(default=16, ge=1)
-    """Most rows that run beside each other."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """Most rows that run beside each other; None leaves it to the engine."""
+    engine: str = "auto"
+    """What runs the model: `"fast"`, one running batch for all callers; `"pipeline"`, transformers' own `generate`;
+    or `"auto"`, the first where it can drive the model and the options of the call, else the second."""
+    kv_cache_memory: float | int | str | None = None
+    """Memory of the fast engine's KV cache: a fraction of what is free, bytes, or a text such as `"4GiB"`. None takes
+    0.3 of it at most. Who calls the model first decides."""
+    prefix_caching: bool = True
+    """Let prompts that begin like others take over what was computed for these."""
 
     max_new_tokens: int | None = None
     """Most tokens of a completion; 256 where neither this nor the checkpoint says."""
@@ -208,7 +217,7 @@ class QuantizedModel(BaseLanguageModel[Any]):
             options.update(values.pop(name, None) or {})
         batch_size = options.pop("batch_size", None)
         if values.get("batch_size") is None:
-            values["batch_size"] = batch_size or cls.model_fields["batch_size"].default
+            values["batch_size"] = batch_size
         known = {*cls.model_fields, *(f.alias for f in cls.model_fields.values() if f.alias)}
         for name in [n for n in values if n not in known or n in _OPTION_FIELDS]:
             if name not in option_names():
@@ -252,6 +261,9 @@ class QuantizedModel(BaseLanguageModel[Any]):
             msg = (
                 f"device={self.device!r} and device_map={self.device_map!r} say the same thing twice; give one of them."
             )
+            raise InvalidOptionError(msg)
+        if self.engine not in ENGINES:
+            msg = f"engine={self.engine!r} is not allowed; it must be one of {', '.join(map(repr, ENGINES))}."
             raise InvalidOptionError(msg)
         self._spec()
         resolve([self._field_options()], {})
@@ -361,14 +373,13 @@ class QuantizedModel(BaseLanguageModel[Any]):
     def _loaded_pipeline(self) -> Any:
         return _open(self._loaded())
 
-    def _engine(self) -> Engine:
+    def _engine(self, options: GenerationOptions | None = None) -> Engine:
+        """Give the engine for a call's options; None asks for the one of ordinary calls."""
         model = self._loaded()
         with model.lock:
-            if model.engine is None:
-                from langchain_quantllm.engine.pipeline_engine import PipelineEngine
-
-                model.engine = PipelineEngine(_open(model))
-            engine: Engine = model.engine
+            if model.engines is None:
+                model.engines = Engines(_open(model))
+            engine: Engine = model.engines.choose(self.engine, self.kv_cache_memory, options)
         return engine
 
     @property
@@ -412,10 +423,11 @@ class QuantizedModel(BaseLanguageModel[Any]):
         return plan_requests(
             self._encode(prompt, add_special_tokens=options.add_special_tokens),
             options,
-            self._engine().limits,
+            self._engine(options).limits,
             truncation_side=tokenizer.truncation_side,
             stop_token_ids=_special_ids(tokenizer, options.stop),
             max_rows=self.batch_size,
+            shares_prefix=self.prefix_caching,
         )
 
     def _encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:

@@ -186,7 +186,7 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         # It takes options at the call alone, so they go where a pipeline keeps those it was made with.
         pipeline._forward_params = {**pipeline._forward_params, **kwargs}
         return HuggingFacePipeline(
-            pipeline=pipeline, model_id=self.model_id, batch_size=self.batch_size, pipeline_kwargs=kwargs
+            pipeline=pipeline, model_id=self.model_id, batch_size=self.batch_size or 16, pipeline_kwargs=kwargs
         )
 
     # LangChain's calls.
@@ -201,7 +201,7 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         with _langchain_errors():
             options, requests = self._plan(prompts, stop, kwargs)
             answers, tokenizer = _Answers(requests), self._loaded_pipeline().tokenizer
-            with self._submit(requests, options) as stream:
+            with self._submit(requests, options, in_pieces=False) as stream:
                 for chunk in stream:
                     answers.add(chunk)
             return self._result(prompts, options, answers, tokenizer)
@@ -217,7 +217,7 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
             await self._aload()
             options, requests = self._plan(prompts, stop, kwargs)
             answers, tokenizer = _Answers(requests), self._loaded_pipeline().tokenizer
-            with self._submit(requests, options) as stream:
+            with self._submit(requests, options, in_pieces=False) as stream:
                 async for chunk in stream:
                     answers.add(chunk)
             return self._result(prompts, options, answers, tokenizer)
@@ -297,7 +297,7 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         if not return_exceptions or len(inputs) < 2:
             return super().batch(inputs, config, return_exceptions=return_exceptions, **kwargs)
         configs = get_config_list(config, len(inputs))
-        workers = configs[0].get("max_concurrency") or min(len(inputs), 2 * self.batch_size)
+        workers = configs[0].get("max_concurrency") or min(len(inputs), 2 * (self.batch_size or 64))
 
         def complete(prompt: LanguageModelInput, config: RunnableConfig) -> Any:
             try:
@@ -353,8 +353,10 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
             raise InvalidOptionError(msg)
         return options, requests
 
-    def _submit(self, requests: Sequence[Request], options: GenerationOptions) -> ChunkStream:
-        stream = self._engine().submit(requests, options.timeout)
+    def _submit(
+        self, requests: Sequence[Request], options: GenerationOptions, *, in_pieces: bool = True
+    ) -> ChunkStream:
+        stream = self._engine(options).submit(requests, options.timeout, in_pieces=in_pieces)
         if (noted := _streams.get()) is not None:
             noted.append(stream)
         return stream

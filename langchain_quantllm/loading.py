@@ -64,8 +64,8 @@ class LoadedModel:
         self.weights = weights_by_kind(pipeline.model)
         self.devices = devices_of(pipeline.model)
         self.lock = threading.RLock()
-        self.engine: Any = None
-        """The engine that runs it, once one was started; set under `lock`."""
+        self.engines: Any = None
+        """The engines that run it, once one was asked for; set under `lock`."""
 
     @property
     def closed(self) -> bool:
@@ -81,8 +81,8 @@ class LoadedModel:
         if self.estimate is None and not self.closed:  # a pipeline that somebody else loaded
             with contextlib.suppress(UnsupportedError):
                 self.estimate = estimate_memory(self.pipeline.model.config)
-        tracked, estimate, engine = self.tracked, self.estimate, self.engine
-        cached_tokens = engine.peak_cache_tokens if engine is not None else 0
+        tracked, estimate, engines = self.tracked, self.estimate, self.engines
+        cached_tokens = engines.peak_cache_tokens if engines is not None else 0
         token_bytes = estimate.kv_cache_bytes_per_token if estimate is not None else None
         now = take_snapshot(self.devices)
         peaks = {r.device: r.peak_bytes for r in now.readings if r.device != "cpu" and r.peak_bytes is not None}
@@ -113,13 +113,13 @@ class LoadedModel:
         ).summary()
 
     def close(self) -> None:
-        """Stop the engine and let go of the weights; whoever shares the model loads it anew."""
+        """Stop the engines and let go of the weights; whoever shares the model loads it anew."""
         with self.lock:
-            engine, self.engine = self.engine, None
+            engines, self.engines = self.engines, None
             self.pipeline = None
-        if engine is not None:
-            engine.close()
-            del engine
+        if engines is not None:
+            engines.close()
+            del engines
         release_memory()
 
 

@@ -114,6 +114,35 @@ GENERATE: Mapping[str, _Check] = {
 }
 """Fields of transformers' GenerationConfig that the pipeline engine hands to `generate` as they are."""
 
+_WITHOUT_EFFECT: Mapping[str, tuple[Any, ...] | None] = {
+    "use_cache": (True,),
+    "remove_invalid_values": (False,),
+    "guidance_scale": (1, 1.0),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1, 1.0),
+    **dict.fromkeys(
+        (
+            "early_stopping",
+            "length_penalty",
+            "max_matching_ngram_size",
+            "renormalize_logits",
+            "cache_implementation",
+            "cache_config",
+            "max_cache_len",
+            "prefill_chunk_size",
+            "compile_config",
+            "disable_compile",
+            "pad_token_id",
+            "bos_token_id",
+            "decoder_start_token_id",
+        )
+    ),
+}
+"""Fields that do not change the text where there are neither beams nor padding; None stands for every value."""
+
+_RARE_SAMPLERS = {"top_h": 1.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+
 _NOT_TEXT = "an LLM returns text; call llm.pipeline yourself for other outputs"
 _REMOTE = "transformers moved this strategy out to code on the Hub, which is not run here"
 _ASSISTED = "decoding with a second model is not offered; prompt_lookup_num_tokens needs none"
@@ -373,6 +402,25 @@ def resolve(layers: Sequence[Mapping[str, Any]], checkpoint: Mapping[str, Any]) 
     options = GenerationOptions(**merged, extra=extra, asked_new_tokens=asked_new_tokens)
     _check_together(options)
     return options
+
+
+def needs_generate(options: GenerationOptions) -> str | None:
+    """Find an option that only transformers' `generate` carries out.
+
+    Args:
+        options: The options of a call.
+
+    Returns:
+        It with its value, as a user would write it; None where there is none.
+    """
+    for name, value in options.extra.items():
+        harmless = _WITHOUT_EFFECT.get(name, ())
+        if harmless is not None and value not in harmless:
+            return f"{name}={value!r}"
+    for name, default in _RARE_SAMPLERS.items():
+        if options.do_sample and getattr(options, name) != default:
+            return f"{name}={getattr(options, name)!r}"
+    return None
 
 
 def _check_together(options: GenerationOptions) -> None:

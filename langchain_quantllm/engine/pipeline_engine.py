@@ -23,7 +23,10 @@ from langchain_quantllm.errors import GenerationError, NotEnoughMemoryError
 _WHOLE = ("num_beams", "prompt_lookup_num_tokens")
 """Options under which `generate` does not go token by token, so that the text comes whole."""
 
-_NAN = "the model gave scores that are no numbers (nan); try another dtype, such as bfloat16 or float32."
+DEFAULT_ROWS = 16
+"""Most rows of a batch where nobody says."""
+
+NO_NUMBERS = "the model gave scores that are no numbers (nan); try another dtype, such as bfloat16 or float32."
 
 _Waiting = deque[tuple[Row, ChunkStream]]
 
@@ -37,7 +40,7 @@ class PipelineEngine:
         self._model = pipeline.model
         self._tokenizer = pipeline.tokenizer
         self._info = EngineInfo(name="pipeline", reason=reason)
-        self._limits = _limits_of(self._model, self._tokenizer)
+        self._limits = limits_of(self._model, self._tokenizer)
         self._peak_cache_tokens = 0
         self._worker = Worker(self._run)
 
@@ -56,13 +59,17 @@ class PipelineEngine:
         """Most tokens, over all rows and their padding, that the KV cache has held at once."""
         return self._peak_cache_tokens
 
-    def submit(self, requests: Sequence[Request], timeout_s: float | None = None) -> ChunkStream:
+    def submit(
+        self, requests: Sequence[Request], timeout_s: float | None = None, *, in_pieces: bool = True
+    ) -> ChunkStream:
         """Queue rows and return the stream of their chunks; see `Engine.submit`."""
         tokenizer = self._tokenizer
         if tokenizer is None:
             raise GenerationError(UNLOADED)
         stream = ChunkStream(len(requests), timeout_s)
-        rows = [Row(request, i, _decoder(tokenizer, request)) for i, request in enumerate(requests)]
+        rows = [
+            Row(request, i, decoder_of(tokenizer, request), in_pieces=in_pieces) for i, request in enumerate(requests)
+        ]
         self._worker.submit(rows, stream)
         return stream
 
@@ -170,7 +177,7 @@ class PipelineEngine:
         return output
 
 
-def _decoder(tokenizer: Any, request: Request) -> Decode:
+def decoder_of(tokenizer: Any, request: Request) -> Decode:
     skip = request.options.skip_special_tokens
 
     def decode(ids: list[int]) -> str:
@@ -196,7 +203,7 @@ class _Steps:
         """Give scores, of shape `(rows, vocab)`, whose best are the tokens drawn."""
         for (_, stream), is_bad in zip(self._batch, scores.isnan().any(-1).tolist(), strict=True):
             if is_bad and not stream.cancelled:  # the other rows know nothing of it
-                stream.fail(GenerationError(_NAN))
+                stream.fail(GenerationError(NO_NUMBERS))
                 stream.close()
         if self._plain:
             return scores
@@ -263,9 +270,8 @@ def _is_whole(request: Request) -> bool:
 
 def _is_plain(request: Request) -> bool:
     o = request.options
-    return not (o.do_sample or o.ignore_eos or request.min_new_tokens or o.logprobs is not None) and (
-        o.repetition_penalty == 1.0
-    )
+    needs_more = o.do_sample or o.ignore_eos or request.min_new_tokens or o.logprobs is not None or request.mask
+    return not needs_more and o.repetition_penalty == 1.0
 
 
 _BLIND = frozenset(
@@ -310,7 +316,7 @@ def _take_batch(waiting: _Waiting) -> list[tuple[Row, ChunkStream]]:
             continue
         if not batch or (
             _group(row.request) == _group(batch[0][0].request)
-            and len(batch) < min(row.request.max_rows, batch[0][0].request.max_rows)
+            and len(batch) < min(row.request.max_rows or DEFAULT_ROWS, batch[0][0].request.max_rows or DEFAULT_ROWS)
             and not _is_whole(row.request)
         ):
             batch.append((row, stream))
@@ -328,7 +334,7 @@ def _out_of_memory(batch: list[tuple[Row, ChunkStream]]) -> str:
     )
 
 
-def _limits_of(model: Any, tokenizer: Any) -> ModelLimits:
+def limits_of(model: Any, tokenizer: Any) -> ModelLimits:
     config = model.config.get_text_config()
     eos = model.generation_config.eos_token_id
     if eos is None:

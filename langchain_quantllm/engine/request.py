@@ -12,9 +12,9 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from typing_extensions import Self
 
@@ -31,12 +31,34 @@ class ModelLimits:
         vocab_size: Token ids lie below this.
         eos_token_ids: Tokens that end a text.
         pad_token_id: Fills the left of shorter prompts in a batch.
+        cache_tokens: Most tokens that the engine's KV cache holds; None where it grows as it needs to.
     """
 
     context_tokens: int | None
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
+    cache_tokens: int | None = None
+
+
+class TokenMask(Protocol):
+    """Decides, token by token, what a row may write next: the hook for constrained decoding."""
+
+    def fill(self, bits: Any) -> bool:
+        """Set a bit for each allowed token.
+
+        Args:
+            bits: A tensor on the CPU of shape `(1, ceil(vocab / 32))`, int32, all ones; the lowest bit of a word
+                stands for its first token.
+
+        Returns:
+            False if every token is allowed, so that the bits need not be looked at.
+        """
+        ...
+
+    def accept(self, token_id: int) -> None:
+        """Take note of the token that was drawn."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +74,9 @@ class Request:
         seed: Where the numbers start; always set, so that a result can be repeated.
         eos_token_ids: Tokens that end the text.
         stop_token_ids: Special tokens named as stop strings; they end the text as well.
-        max_rows: Most rows to run beside each other.
+        max_rows: Most rows to run beside each other; None leaves it to the engine.
+        shares_prefix: Whether keys and values of a prompt's beginning are shared with other requests.
+        mask: Makes what restricts the row's tokens; called once for each row.
     """
 
     prompt_ids: tuple[int, ...]
@@ -63,7 +87,9 @@ class Request:
     seed: int
     eos_token_ids: tuple[int, ...]
     stop_token_ids: tuple[int, ...] = ()
-    max_rows: int = 16
+    max_rows: int | None = None
+    shares_prefix: bool = True
+    mask: Callable[[], TokenMask] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,10 +133,21 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineInfo:
-    """Which engine runs a model, and why this one."""
+    """Which engine runs a model, and why this one.
+
+    Args:
+        name: `"fast"` or `"pipeline"`.
+        reason: Why this one, and what of it could not be used.
+        graphs: Whether decode steps are CUDA graphs.
+        kv_cache_tokens: Tokens that its KV cache holds; None where it grows as it needs to.
+        kv_cache_bytes: The same in bytes.
+    """
 
     name: str
     reason: str
+    graphs: bool = False
+    kv_cache_tokens: int | None = None
+    kv_cache_bytes: int | None = None
 
 
 class Engine(Protocol):
@@ -131,8 +168,16 @@ class Engine(Protocol):
         """Most tokens, over all rows and their padding, that the KV cache has held at once."""
         ...
 
-    def submit(self, requests: Sequence[Request], timeout_s: float | None = None) -> ChunkStream:
-        """Queue rows and return the stream of their chunks; closing it cancels them."""
+    def submit(
+        self, requests: Sequence[Request], timeout_s: float | None = None, *, in_pieces: bool = True
+    ) -> ChunkStream:
+        """Queue rows and return the stream of their chunks; closing it cancels them.
+
+        Args:
+            requests: The rows, as `plan_requests` makes them.
+            timeout_s: Seconds after which the stream raises.
+            in_pieces: Give text as it comes; without, each row's last chunk may be its only one.
+        """
         ...
 
     def close(self) -> None:
@@ -147,7 +192,9 @@ def plan_requests(
     *,
     truncation_side: str = "left",
     stop_token_ids: Sequence[int] = (),
-    max_rows: int = 16,
+    max_rows: int | None = None,
+    shares_prefix: bool = True,
+    mask: Callable[[], TokenMask] | None = None,
 ) -> list[Request]:
     """Fit a prompt into the model's context and make the `n` requests of a call.
 
@@ -158,6 +205,8 @@ def plan_requests(
         truncation_side: Which end `truncation=True` cuts, the tokenizer's declared one.
         stop_token_ids: Special tokens named as stop strings.
         max_rows: Most rows to run beside each other.
+        shares_prefix: Whether the prompt's beginning may be shared.
+        mask: Makes what restricts a row's tokens.
 
     Returns:
         One request for each sample.
@@ -177,7 +226,8 @@ def plan_requests(
     if outside := [i for i in (options.eos_token_id or ()) if i >= limits.vocab_size]:
         msg = f"eos_token_id={outside[0]} is not in the model's vocabulary of {limits.vocab_size}."
         raise InvalidOptionError(msg)
-    total = min((n for n in (limits.context_tokens, options.max_length) if n is not None), default=None)
+    bounds = (limits.context_tokens, limits.cache_tokens, options.max_length)
+    total = min((n for n in bounds if n is not None), default=None)
     ids = tuple(prompt_ids)
     if options.truncation and total is not None:
         # A length that nobody asked for takes half of the context at most.
@@ -211,14 +261,19 @@ def plan_requests(
         eos_token_ids=eos_ids,
         stop_token_ids=tuple(stop_token_ids),
         max_rows=max_rows,
+        shares_prefix=shares_prefix,
+        mask=mask,
     )
     return [first, *(replace(first, sample_index=i) for i in range(1, options.n))]
 
 
 def _limit_name(options: GenerationOptions, limits: ModelLimits) -> str:
-    if options.max_length is not None and (limits.context_tokens is None or options.max_length < limits.context_tokens):
-        return f"max_length={options.max_length}"
-    return "the model's context"
+    names = {
+        "the model's context": limits.context_tokens,
+        "the KV cache (see kv_cache_memory)": limits.cache_tokens,
+        f"max_length={options.max_length}": options.max_length,
+    }
+    return min((n for n in names if names[n] is not None), key=lambda n: names[n] or 0)
 
 
 class ChunkStream:

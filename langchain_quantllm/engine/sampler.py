@@ -27,6 +27,7 @@ class RowSampler:
         self._options = request.options
         self._random = random.Random(f"{request.seed}:{request.sample_index}")  # noqa: S311  (no secrets here)
         self._warpers = _warpers(request) if request.options.do_sample else []
+        self._mask = None if request.mask is None else request.mask()
 
     def sample(self, logits: torch.Tensor, token_ids: Sequence[int]) -> tuple[int, TokenLogprob | None]:
         """Choose the next token.
@@ -47,6 +48,11 @@ class RowSampler:
             logits[list(blocked)] = -torch.inf
         if options.repetition_penalty != 1.0:
             _penalize(logits, [*self._request.prompt_ids, *token_ids], options.repetition_penalty)
+        if self._mask is not None:
+            bits = torch.full((1, -(-len(logits) // 32)), -1, dtype=torch.int32)
+            if self._mask.fill(bits):
+                allowed = (bits[0, :, None] >> torch.arange(32, dtype=torch.int32)) & 1
+                logits[(allowed.flatten()[: len(logits)] == 0).to(logits.device)] = -torch.inf
         if not options.do_sample:
             token_id = int(logits.argmax())
         else:
@@ -57,6 +63,8 @@ class RowSampler:
             drawn = self._random.random() * float(cumulative[-1])
             # The first token whose cumulative probability lies above the number: never one of probability 0.
             token_id = int(torch.searchsorted(cumulative, drawn, right=True).clamp(max=len(cumulative) - 1))
+        if self._mask is not None:
+            self._mask.accept(token_id)
         return token_id, None if options.logprobs is None else _logprob(raw, token_id, options.logprobs)
 
 

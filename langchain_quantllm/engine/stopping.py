@@ -34,9 +34,9 @@ class IncrementalDecoder:
         self._given_to = len(self._ids)
         self._given_chars = 0  # of the text after `_given_to`
 
-    def push(self, token_id: int) -> str:
-        """Take one id and give the text that has become certain, possibly none."""
-        self._ids.append(token_id)
+    def push(self, *token_ids: int) -> str:
+        """Take ids and give the text that has become certain, possibly none."""
+        self._ids.extend(token_ids)
         text = self._new_text()
         certain = text.rstrip(_UNFINISHED)
         piece = certain[self._given_chars :]
@@ -115,14 +115,27 @@ def _overlap(text: str, stop: str) -> int:
 class Row:
     """One request on its way: takes tokens, gives chunks, and knows when it has ended."""
 
-    def __init__(self, request: Request, index: int, decode: Decode) -> None:
-        """Begin a row; `index` is its place in the submission."""
+    def __init__(self, request: Request, index: int, decode: Decode, *, in_pieces: bool = True) -> None:
+        """Begin a row.
+
+        Args:
+            request: What is asked for.
+            index: Its place in the submission.
+            decode: Turns ids into text.
+            in_pieces: Give text as it becomes certain; without, the last chunk has all of it.
+        """
         self.request = request
         self.index = index
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
+        self.cached_tokens = 0
+        """Tokens of the prompt whose keys and values were there already."""
+        self._in_pieces = in_pieces
+        # A stop string has to be looked for at every token; without one, a whole text is decoded at once.
+        self._decodes_late = not in_pieces and not request.options.stop
         self._decoder = IncrementalDecoder(decode, request.prompt_ids)
         self._matcher = StopMatcher(request.options.stop)
+        self._unsent_text = ""
         self._unsent_ids: list[int] = []
         self._unsent_logprobs: list[TokenLogprob] = []
         self._submitted = time.monotonic()
@@ -143,41 +156,46 @@ class Row:
         request = self.request
         if token_id in request.stop_token_ids + request.eos_token_ids and not request.options.ignore_eos:
             return self.finish("stop")
-        text = self._matcher.push(self._decoder.push(token_id))
+        if not self._decodes_late:
+            self._unsent_text += self._matcher.push(self._decoder.push(token_id))
         if self._matcher.found:
-            return self.finish("stop", text)
+            return self.finish("stop")
         if len(self.token_ids) >= request.max_new_tokens:
-            return self.finish("length", text)
-        return self._chunk(text) if text else None
+            return self.finish("length")
+        return self._chunk() if self._in_pieces and self._unsent_text else None
 
-    def finish(self, reason: str, text: str = "") -> Chunk:
+    def finish(self, reason: str) -> Chunk:
         """End the row and give its last chunk, with all that was held back."""
+        text = ""
+        if self._decodes_late:
+            ended = bool(self.token_ids) and reason == "stop"  # by a token that is no part of the text
+            text = self._decoder.push(*(self.token_ids[:-1] if ended else self.token_ids))
         if not self._matcher.found:
             text += self._matcher.push(self._decoder.flush())
         if self._matcher.found:
             reason = "stop"
-        text += self._matcher.flush()
+        self._unsent_text += text + self._matcher.flush()
         self.finish_reason = reason
         now = time.monotonic()
         first_token = self._first_token or now
         usage = Usage(
             prompt_tokens=len(self.request.prompt_ids),
             completion_tokens=len(self.token_ids),
-            cached_tokens=0,
+            cached_tokens=self.cached_tokens,
             queued_s=(self._started or now) - self._submitted,
             first_token_s=first_token - self._submitted,
             total_s=now - self._submitted,
         )
-        return self._chunk(text, usage)
+        return self._chunk(usage)
 
-    def _chunk(self, text: str, usage: Usage | None = None) -> Chunk:
+    def _chunk(self, usage: Usage | None = None) -> Chunk:
         chunk = Chunk(
             row=self.index,
-            text=text,
+            text=self._unsent_text,
             token_ids=tuple(self._unsent_ids),
             logprobs=tuple(self._unsent_logprobs),
             finish_reason=self.finish_reason,
             usage=usage,
         )
-        self._unsent_ids, self._unsent_logprobs = [], []
+        self._unsent_text, self._unsent_ids, self._unsent_logprobs = "", [], []
         return chunk

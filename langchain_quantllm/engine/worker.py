@@ -33,8 +33,14 @@ _workers: weakref.WeakSet[Worker] = weakref.WeakSet()
 class Worker:
     """A queue of rows, and one thread that hands them to `run` in batches."""
 
-    def __init__(self, run: Callable[[deque[tuple[Row, ChunkStream]]], None]) -> None:
-        """Serve a bound method of an engine, which takes from the queue what it runs at once."""
+    def __init__(self, run: Callable[[deque[tuple[Row, ChunkStream]]], None], *, gathers: bool = True) -> None:
+        """Serve a bound method of an engine.
+
+        Args:
+            run: Takes from the queue what it runs, and returns when that is done.
+            gathers: Wait a moment for more rows before calling it; for engines that take none while they run.
+        """
+        self._gathers = gathers
         self._run = weakref.WeakMethod(run)
         self._waiting: deque[tuple[Row, ChunkStream]] = deque()
         self._streams: weakref.WeakSet[ChunkStream] = weakref.WeakSet()
@@ -106,7 +112,7 @@ class Worker:
                 self._changed.wait()
             began = time.monotonic()
             seen = 0
-            while not self._closed and seen < len(self._waiting) and time.monotonic() - began < _GATHER_S:
+            while self._gathers and not self._closed and seen < len(self._waiting) and time.monotonic() - began < _GATHER_S:
                 seen = len(self._waiting)
                 self._changed.wait(_QUIET_S)
             return bool(self._waiting) and not self._closed

@@ -1,0 +1,379 @@
+"""Attention over pages: how a transformers model, unchanged, reads and writes the KV pool.
+
+Owns the cache object and the attention function that a model is given for one forward of the
+engine, and the gathering implementation for devices without Triton. Everything goes through
+what transformers leaves open: a `Cache`, a registered attention and mask function. Which rows a
+forward runs for is the runner's business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from langchain_quantllm.engine.pages import PAGE_TOKENS
+from langchain_quantllm.errors import UnsupportedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """New tokens of one row in a packed forward.
+
+    Args:
+        slot: The row of the page table.
+        first: Place of its first token in the pack.
+        position: Position of that token in the row.
+        count: New tokens.
+    """
+
+    slot: int
+    first: int
+    position: int
+    count: int
+
+
+@dataclass
+class Batch:
+    """What the attention of one forward has to know of its packed tokens.
+
+    Args:
+        table: Page of each piece of each row, of shape `(slots, pages of a row)`, int32.
+        slots: Row of the table for each token, of shape `(tokens,)`, int32.
+        positions: Position of each token in its row, of shape `(tokens,)`, int32.
+        spans: The same on the host; empty where the kernels that read the device suffice.
+        decodes: Whether each row has one new token.
+    """
+
+    table: torch.Tensor
+    slots: torch.Tensor
+    positions: torch.Tensor
+    spans: Sequence[Span]
+    decodes: bool
+    on_device: dict[Any, Any] = field(default_factory=dict)
+    """What the layers of one device share in this forward."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPool:
+    """Keys and values of one layer: `kv` has the shape `(pages, PAGE_TOKENS, kv_heads, key_dim + value_dim)`."""
+
+    kv: torch.Tensor
+    key_dim: int
+
+    @property
+    def value_dim(self) -> int:
+        """Size of a value, per head."""
+        return self.kv.shape[-1] - self.key_dim
+
+
+class Attention(Protocol):
+    """How keys and values get into the pool, and what a query makes of them."""
+
+    def write(self, pool: LayerPool, key: torch.Tensor, value: torch.Tensor, batch: Batch) -> None:
+        """Store keys and values of shape `(1, kv_heads, tokens, dim)`."""
+        ...
+
+    def attend(
+        self, pool: LayerPool, query: torch.Tensor, batch: Batch, *, scale: float, window: int, softcap: float
+    ) -> torch.Tensor:
+        """Attend with queries of shape `(1, heads, tokens, key_dim)`; gives `(1, tokens, heads, value_dim)`."""
+        ...
+
+
+class GatherAttention:
+    """Collects a row's pages and hands them to PyTorch's attention: for every device and dtype."""
+
+    def write(self, pool: LayerPool, key: torch.Tensor, value: torch.Tensor, batch: Batch) -> None:
+        """Store keys and values; see `Attention.write`."""
+        places = _cached(batch, (key.device, "places"), lambda: _places(batch, key.device))
+        flat = pool.kv.view(-1, *pool.kv.shape[2:])
+        flat.index_put_((places,), torch.cat([key, value], -1)[0].transpose(0, 1))
+
+    def attend(
+        self, pool: LayerPool, query: torch.Tensor, batch: Batch, *, scale: float, window: int, softcap: float
+    ) -> torch.Tensor:
+        """Attend; see `Attention.attend`."""
+        if batch.decodes:
+            return self._decode(pool, query, batch, scale=scale, window=window, softcap=softcap)
+        out = query.new_empty(1, query.shape[2], query.shape[1], pool.value_dim)
+        for span in batch.spans:
+            rows = slice(span.first, span.first + span.count)
+            length = span.position + span.count
+            pages = batch.table[span.slot, : -(-length // PAGE_TOKENS)].to(pool.kv.device)
+            key, value = _split(pool, pool.kv[pages.long()].flatten(0, 1)[None, :length])
+            groups = query.shape[1] // key.shape[1]
+            if groups > 1:
+                key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+            is_plain = not span.position and (not window or window >= length)
+            mask = None if is_plain else _visible(span.position, span.count, length, window, query.device)
+            got = _attend(query[:, :, rows], key, value, mask, is_plain and span.count > 1, scale, softcap)
+            out[:, rows] = got.transpose(1, 2)
+        return out
+
+    def _decode(
+        self, pool: LayerPool, query: torch.Tensor, batch: Batch, *, scale: float, window: int, softcap: float
+    ) -> torch.Tensor:
+        rows = query.shape[2]
+        device = pool.kv.device
+        longest = max(span.position for span in batch.spans) + 1
+        pages = _cached(
+            batch,
+            (device, "pages"),
+            lambda: batch.table[batch.slots.long(), : -(-longest // PAGE_TOKENS)].to(device).long(),
+        )
+        key, value = _split(pool, pool.kv[pages].flatten(1, 2)[:, :longest])
+        mask = None
+        if rows > 1 or (window and window < longest):
+            at = (device, "mask", window)
+            mask = _cached(batch, at, lambda: _visible_to_each(batch.positions.to(device), longest, window))
+        # A group's queries see the same keys: they stand in the place of several positions of one head.
+        grouped = query[0].transpose(0, 1).unflatten(1, (key.shape[1], -1))
+        return _attend(grouped, key, value, mask, False, scale, softcap).reshape(1, rows, query.shape[1], -1)
+
+
+def _cached(batch: Batch, at: Any, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    value = batch.on_device.get(at)
+    if value is None:
+        value = batch.on_device[at] = make()
+    return value  # type: ignore[no-any-return]
+
+
+def _places(batch: Batch, device: torch.device) -> torch.Tensor:
+    """Find where each token's keys and values go, as places of the pool laid flat, of shape `(tokens,)`."""
+    positions = batch.positions.long()
+    pages = batch.table[batch.slots.long(), positions // PAGE_TOKENS].long()
+    return (pages * PAGE_TOKENS + positions % PAGE_TOKENS).to(device)
+
+
+def _split(pool: LayerPool, kv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Take `(rows, tokens, kv_heads, dims)` apart into keys and values of `(rows, kv_heads, tokens, dim)`."""
+    kv = kv.transpose(1, 2)
+    return kv[..., : pool.key_dim], kv[..., pool.key_dim :]
+
+
+def _visible(position: int, count: int, length: int, window: int, device: torch.device) -> torch.Tensor:
+    """Say which keys each of a row's new tokens sees: `(count, length)`, bool."""
+    ahead = torch.arange(position, position + count, device=device)[:, None] - torch.arange(length, device=device)
+    return (ahead >= 0) & (ahead < window) if window else ahead >= 0
+
+
+def _visible_to_each(positions: torch.Tensor, longest: int, window: int) -> torch.Tensor:
+    """Say which keys the one new token of each row sees: `(rows, 1, 1, longest)`, bool."""
+    ahead = positions[:, None] - torch.arange(longest, device=positions.device)
+    return ((ahead >= 0) & (ahead < window) if window else ahead >= 0)[:, None, None]
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float,
+    softcap: float,
+) -> torch.Tensor:
+    if not softcap:
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale)
+    scores = softcap * torch.tanh(query @ key.transpose(-1, -2) * (scale / softcap))
+    if is_causal:
+        mask = _visible(0, query.shape[2], key.shape[2], 0, query.device)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+
+
+class TritonAttention:
+    """Reads the pages where they lie, by the kernels of this package; lengths stay on the device."""
+
+    def __init__(self, kernels: Any, multiprocessors: int) -> None:
+        """Use the module `kernels.paged_attention` on a device with so many multiprocessors."""
+        self._kernels = kernels
+        self._multiprocessors = multiprocessors
+
+    def write(self, pool: LayerPool, key: torch.Tensor, value: torch.Tensor, batch: Batch) -> None:
+        """Store keys and values; see `Attention.write`."""
+        table, slots, positions = self._metadata(batch, key.device)
+        self._kernels.write_kv(key, value, pool.kv, table, slots, positions)
+
+    def attend(
+        self, pool: LayerPool, query: torch.Tensor, batch: Batch, *, scale: float, window: int, softcap: float
+    ) -> torch.Tensor:
+        """Attend; see `Attention.attend`."""
+        device = query.device
+        table, slots, positions = self._metadata(batch, device)
+        given = {"value_dim": pool.value_dim, "scale": scale, "window": window, "softcap": softcap}
+        if batch.decodes:
+            splits = self._kernels.default_splits(len(slots), pool.kv.shape[2], self._multiprocessors)
+            out = self._kernels.decode_attention(query, pool.kv, table, slots, positions, splits=splits, **given)
+        else:
+            blocks = _cached(batch, (device, "blocks"), lambda: self._blocks(batch).to(device))
+            out = self._kernels.prefill_attention(query, pool.kv, table, blocks, **given)
+        return out  # type: ignore[no-any-return]
+
+    def _metadata(self, batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if batch.table.device == device:
+            return batch.table, batch.slots, batch.positions
+        names = ("table", "slots", "positions")
+        return tuple(_cached(batch, (device, n), lambda n=n: getattr(batch, n).to(device)) for n in names)  # type: ignore[return-value,misc]
+
+    def _blocks(self, batch: Batch) -> torch.Tensor:
+        size = self._kernels.PREFILL_BLOCK
+        blocks = [
+            (span.slot, span.first + at, span.position + at, min(size, span.count - at))
+            for span in batch.spans
+            for at in range(0, span.count, size)
+        ]
+        return torch.tensor(blocks, dtype=torch.int32)
+
+
+class PagedCache(Cache):  # type: ignore[misc]  # transformers is not typed
+    """What a model takes for its cache: it stores into the pool and gives the new keys back as they are."""
+
+    def __init__(self, forward: Forward) -> None:
+        """Store for one forward."""
+        super().__init__(layers=[])
+        self._forward = forward
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store a layer's new keys and values, each of shape `(1, kv_heads, tokens, dim)`."""
+        return self._forward.write(key_states, value_states, layer_idx), value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Give 0: every token comes with its own position."""
+        return 0
+
+    def get_mask_sizes(self, query_length: Any, layer_idx: int) -> tuple[int, int]:
+        """Give the sizes of a mask over the new tokens; the pages have their own rule for what is visible."""
+        return (query_length if isinstance(query_length, int) else len(query_length)), 0
+
+
+class Forward:
+    """One forward of the engine, as the attention of the model sees it."""
+
+    def __init__(self, attention: Attention, pools: Sequence[LayerPool], batch: Batch, *, by_sdpa: bool) -> None:
+        """Run the packed tokens of `batch` over the pools of all layers."""
+        self._attention = attention
+        self._pools = pools
+        self._batch = batch
+        self._by_sdpa = by_sdpa
+        self._layer = -1
+        self.windows: dict[int, int] = {}
+        """Window of each layer that attended, 0 for none; what a check of the model looks at."""
+
+    def write(self, key: torch.Tensor, value: torch.Tensor, layer: int) -> torch.Tensor:
+        """Store, and give the key back for the model to go on with."""
+        self._layer = layer
+        self._attention.write(self._pools[layer], key, value, self._batch)
+        return key.as_subclass(_PagedKey) if self._by_sdpa else key
+
+    def attend(
+        self, query: torch.Tensor, scale: float | None, window: int | None = None, softcap: float | None = None
+    ) -> torch.Tensor:
+        """Attend in the layer that has just stored its keys; gives `(1, tokens, heads, value_dim)`."""
+        self.windows[self._layer] = window or 0
+        return self._attention.attend(
+            self._pools[self._layer],
+            query,
+            self._batch,
+            scale=query.shape[-1] ** -0.5 if scale is None else scale,
+            window=window or 0,
+            softcap=softcap or 0.0,
+        )
+
+
+class _PagedKey(torch.Tensor):
+    """A new key on its way to a direct call of PyTorch's attention, as models without a choice of attention make it."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        forward = getattr(_thread, "forward", None)
+        if func is scaled_dot_product_attention and forward is not None:
+            return forward.attend(args[0], (kwargs or {}).get("scale")).transpose(1, 2)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+_thread = threading.local()
+_IGNORED = frozenset(
+    "dropout is_causal position_ids position_embeddings cache_position use_cache output_attentions "
+    "output_hidden_states return_dict past_key_values layer_past num_items_in_batch".split()
+)
+"""Arguments that models hand to their attention and that change nothing here."""
+
+
+@contextlib.contextmanager
+def driving(forward: Forward, configs: Sequence[Any]) -> Iterator[PagedCache]:
+    """Let the model read pages in this thread, and give the cache to call it with.
+
+    Meanwhile the configs name an attention of this package, which hands calls from other threads
+    on to what the user has set; afterwards they are as before.
+
+    Args:
+        forward: The forward to be made.
+        configs: Configs that the model's attention modules look at; none where PyTorch's attention is caught.
+    """
+    before = [config._attn_implementation for config in configs]
+    for config, name in zip(configs, before, strict=True):
+        config._attn_implementation = _register(name)
+    _thread.forward = forward
+    try:
+        yield PagedCache(forward)
+    finally:
+        _thread.forward = None
+        for config, name in zip(configs, before, strict=True):
+            if config._attn_implementation == _register(name):  # not set anew by somebody else
+                config._attn_implementation = name
+
+
+_registered: dict[str | None, str] = {}
+
+
+def _register(name: str | None) -> str:
+    """Register, once, an attention that stands in for another one wherever this thread has no forward of ours."""
+    if name in _registered:
+        return _registered[name]
+    # Not by its own name: "flash" in it would have transformers prepare for flash attention.
+    ours = f"quantllm_{len(_registered)}"
+
+    def attend(
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, None]:
+        forward = getattr(_thread, "forward", None)
+        if forward is None:
+            eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+            theirs = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+            return theirs(module, query, key, value, mask, *args, **kwargs)  # type: ignore[no-any-return]
+        scale, window, softcap = (kwargs.pop(n, None) for n in ("scaling", "sliding_window", "softcap"))
+        unknown = [n for n, given in kwargs.items() if given is not None and n not in _IGNORED]
+        if unknown:
+            msg = f"its attention takes {unknown[0]!r}"
+            raise UnsupportedError(msg)
+        return forward.attend(query, scale, window, softcap), None
+
+    def make_mask(*args: Any, **kwargs: Any) -> Any:
+        if getattr(_thread, "forward", None) is not None:
+            return None  # the pages say what is visible
+        return ALL_MASK_ATTENTION_FUNCTIONS[name](*args, **kwargs)
+
+    AttentionInterface.register(ours, attend)
+    AttentionMaskInterface.register(ours, make_mask)
+    _registered[name] = ours
+    return ours
+
+
+def configs_of(model: torch.nn.Module) -> list[Any]:
+    """List the configs that the modules of a model hold, each once."""
+    found = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    return [config for config in found.values() if hasattr(config, "_attn_implementation")]

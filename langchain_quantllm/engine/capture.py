@@ -1,0 +1,123 @@
+"""CUDA graphs: whether a model's step can be one, and capturing it.
+
+Owns the rules, the search for hidden waits, and the capture. A capture that fails can leave CUDA
+unusable for the whole process, so everything that might fail is found out before: by the kinds of
+modules, and by a forward whose operations are watched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_KNOWN_PACKAGES = ("torch", "transformers", "transformers_modules", "peft", "langchain_quantllm")
+"""Packages whose modules are made of PyTorch's operations, which `WaitFinder` sees."""
+
+_KNOWN_KERNELS = {
+    "bitsandbytes": ("Linear4bit", "LinearNF4", "LinearFP4", "Embedding"),
+    "gptqmodel": ("Marlin", "Triton"),
+}
+"""Modules with kernels of their own that were seen to work in a graph, by the beginning of their names."""
+
+_WAITS = (
+    "aten::_local_scalar_dense",
+    "aten::item",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::_unique2",
+    "aten::unique_dim",
+    "aten::unique_consecutive",
+    "aten::repeat_interleave.Tensor",
+    "aten::bincount",
+    "aten::equal",
+    "aten::is_nonzero",
+)
+"""Operations for which the host waits until the device has come to them."""
+
+
+def why_not_captured(model: torch.nn.Module) -> str | None:
+    """Give the reason why steps of a model cannot be CUDA graphs, or None where none is known.
+
+    Args:
+        model: A loaded model.
+    """
+    devices = {p.device for p in model.parameters()}
+    if any(device.type != "cuda" for device in devices):
+        return f"weights on {', '.join(sorted(map(str, devices)))}"
+    if len(devices) > 1:
+        return f"weights on {len(devices)} GPUs"
+    for module in model.modules():
+        if _offloads(getattr(module, "_hf_hook", None)):
+            return "weights that are brought to the GPU as they are needed"
+        package, name = type(module).__module__.partition(".")[0], type(module).__name__
+        if package in _KNOWN_PACKAGES or name.startswith(_KNOWN_KERNELS.get(package, ())):
+            continue
+        if name == "Linear8bitLt":
+            return "bitsandbytes int8, which reads back to the host in every layer"
+        return f"modules of kind {package}.{name}, which nobody has seen in a CUDA graph"
+    return None
+
+
+def _offloads(hook: Any) -> bool:
+    return any(map(_offloads, getattr(hook, "hooks", ()))) or bool(getattr(hook, "offload", False))
+
+
+class WaitFinder(TorchDispatchMode):
+    """Notes operations of this thread that a graph cannot hold, while they run as usual."""
+
+    def __init__(self) -> None:
+        """Begin with none found."""
+        super().__init__()
+        self.found: str | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and note it if it makes the host wait."""
+        out = func(*args, **(kwargs or {}))
+        if self.found is None:
+            name = func.name() if hasattr(func, "name") else str(func)
+            if name in _WAITS or _leaves_device(name, args, out):
+                self.found = name
+        return out
+
+
+def _leaves_device(name: str, args: Any, out: Any) -> bool:
+    """Whether a copy went from the device to the host or back, or a mask chose how much there is of something."""
+    given = [a for a in args if isinstance(a, torch.Tensor)]
+    if name.startswith(("aten::index.", "aten::index_put")):
+        masks = args[1] if len(args) > 1 else ()
+        return any(isinstance(m, torch.Tensor) and m.dtype == torch.bool for m in masks)
+    if not name.startswith(("aten::_to_copy", "aten::copy_")) or not isinstance(out, torch.Tensor) or not given:
+        return False
+    return any(a.device.type != out.device.type for a in given)
+
+
+class StepGraph:
+    """A captured step: replayed, it computes from what lies in the same places as then."""
+
+    def __init__(self, body: Callable[[], torch.Tensor], side: torch.cuda.Stream, pool: Any) -> None:
+        """Capture a step.
+
+        Args:
+            body: Enqueues the step's work and gives its output; was run before, so that every kernel is compiled.
+            side: A stream for nothing but capturing.
+            pool: Memory shared with other graphs that are replayed one after another.
+        """
+        self._graph = torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream(side.device)
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            # Other threads may go on using the GPU meanwhile.
+            self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                self.output = body()
+            finally:
+                self._graph.capture_end()
+        current.wait_stream(side)
+
+    def replay(self) -> torch.Tensor:
+        """Run the step, and give the tensor that its output lies in."""
+        self._graph.replay()
+        return self.output

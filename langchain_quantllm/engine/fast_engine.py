@@ -1,0 +1,535 @@
+"""The fast engine: every request in one running batch, over pages, step by step.
+
+Owns how rows get from the queue through scheduler and runner back to their streams, and what
+happens when something fails. The scheduler knows no tensors, the runner no text; here they meet.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from langchain_quantllm.engine.attention import Attention, GatherAttention, TritonAttention
+from langchain_quantllm.engine.batch_sampler import BLOCKS, MASKS, needs_of
+from langchain_quantllm.engine.capture import why_not_captured
+from langchain_quantllm.engine.kv_pool import allocate_pools, check_budget, count_pages
+from langchain_quantllm.engine.options import GenerationOptions, needs_generate
+from langchain_quantllm.engine.pages import PAGE_TOKENS, PagePool
+from langchain_quantllm.engine.pipeline_engine import NO_NUMBERS, decoder_of, limits_of
+from langchain_quantllm.engine.request import ChunkStream, EngineInfo, ModelLimits, Request, TokenLogprob
+from langchain_quantllm.engine.runner import Chance, Drawn, Launched, Runner
+from langchain_quantllm.engine.scheduler import Decode, Piece, Prefill, RowState, Scheduler
+from langchain_quantllm.engine.stopping import Row
+from langchain_quantllm.engine.support import LONG, SHORT, Probe, compare, probe, sample_ids, why_not_driven
+from langchain_quantllm.engine.worker import UNLOADED, Worker
+from langchain_quantllm.errors import (
+    GenerationError,
+    InvalidOptionError,
+    NotEnoughMemoryError,
+    PromptTooLongError,
+    UnsupportedError,
+)
+
+_log = logging.getLogger(__name__)
+
+SLOTS_GPU, SLOTS_CPU = 128, 32
+"""Most rows at once."""
+
+_PREFILL_GPU, _PREFILL_CPU = (4096, 1024), (512, 128)
+"""Most tokens of a prefill step: with no other rows, and while others wait to decode on."""
+
+_LEAST_PREFILL = 16
+_CHECK_PAGES, _CHECK_TOKENS = 6, 3
+
+
+class _Job:
+    """A row on its way: its text, its place in the schedule, its numbers and its mask."""
+
+    def __init__(self, row: Row, stream: ChunkStream, root: int | None) -> None:
+        request = row.request
+        self.row = row
+        self.stream = stream
+        self.request = request
+        self.state = RowState(request.prompt_ids, request.max_new_tokens, root=root, max_rows=request.max_rows)
+        self.need = needs_of(request)
+        self.is_gone = False
+        self._has_begun = False
+        self.mask = None if request.mask is None else request.mask()
+        self._random = random.Random(f"{request.seed}:{request.sample_index}")  # noqa: S311  (no secrets here)
+
+    def begin(self) -> None:
+        """Note that its prompt is being run, and how much of it was there already."""
+        if not self._has_begun:
+            self._has_begun = True
+            self.row.start()
+        self.row.cached_tokens = self.state.cached_tokens or 0
+
+    def next_chance(self) -> Chance:
+        """Give what the drawing of the next token takes; the scheduler has counted it already."""
+        request = self.request
+        return Chance(
+            uniform=self._random.random() if request.options.do_sample else 0.0,
+            may_end=not request.options.ignore_eos and self.state.drawn > request.min_new_tokens,
+        )
+
+
+class FastEngine:
+    """Runs requests of any number of callers in one batch that rows join and leave at every step."""
+
+    def __init__(self, pipeline: Any, *, kv_cache_memory: Any = None) -> None:
+        """Take a loaded text-generation pipeline, and check that its model can be driven.
+
+        Args:
+            pipeline: The transformers pipeline; nothing of it is changed.
+            kv_cache_memory: Memory of the KV cache: a fraction of what is free, bytes, or a text such as `"4GiB"`.
+
+        Raises:
+            UnsupportedError: If the model cannot be driven; the message is the reason.
+            NotEnoughMemoryError: If there is no room for a KV cache.
+        """
+        model = self._model = pipeline.model
+        self._tokenizer = pipeline.tokenizer
+        if (reason := why_not_driven(model)) is not None:
+            raise UnsupportedError(reason)
+        self._probe = probe(model)
+        device = model.get_input_embeddings().weight.device
+        is_gpu = device.type != "cpu"
+        self._slots = SLOTS_GPU if is_gpu else SLOTS_CPU
+        self._prefill_tokens = _PREFILL_GPU if is_gpu else _PREFILL_CPU
+        limits = limits_of(model, self._tokenizer)
+        budget = check_budget(kv_cache_memory)
+        pages = count_pages(self._probe.shapes, budget, rows=self._slots, context=limits.context_tokens)
+        self._limits = replace(limits, cache_tokens=(pages - 1) * PAGE_TOKENS)
+        self._pools = allocate_pools(self._probe.shapes, pages)
+        self._pages = PagePool(pages)
+        self._notes: list[str] = []
+        attention, uses_triton = self._choose_attention()
+        why_not = why_not_captured(model) if uses_triton else None
+        if uses_triton and why_not is not None:
+            self._notes.append(f"decode steps are no CUDA graphs: {why_not}")
+        self._runner = self._verified_runner(attention, captures=uses_triton and why_not is None)
+        self._fingerprint = _fingerprint(model)
+        self._jobs: dict[RowState, _Job] = {}
+        self._peak_pages = 0
+        self._group_root: int | None = None
+        self._shared_root = self._pages.new_root()
+        self._scheduler = self._new_scheduler()
+        self._worker = Worker(self._run, gathers=False)
+
+    def _choose_attention(self) -> tuple[Attention, bool]:
+        devices = {shape.device for shape in self._probe.shapes}
+        if any(device.type != "cuda" for device in devices):
+            return GatherAttention(), False
+        if any(max(shape.key_dim, shape.value_dim) > 256 for shape in self._probe.shapes):
+            self._notes.append("attention by gathering pages: heads are larger than 256")
+            return GatherAttention(), False
+        try:
+            from langchain_quantllm.kernels import paged_attention
+        except ImportError as error:
+            self._notes.append(f"attention by gathering pages: Triton cannot be used ({error})")
+            return GatherAttention(), False
+        return TritonAttention(
+            paged_attention, torch.cuda.get_device_properties(next(iter(devices))).multi_processor_count
+        ), True
+
+    def _verified_runner(self, attention: Attention, *, captures: bool) -> Runner:
+        """Make the runner that gives the model's own logits: by registered attention, or by catching PyTorch's."""
+        context = self._limits.context_tokens
+        cached = (self._limits.cache_tokens or 0) // PAGE_TOKENS
+        pages_per_row = cached if context is None else min(cached, -(-context // PAGE_TOKENS))
+        failure: UnsupportedError | None = None
+        for by_sdpa in (False, True):
+            if by_sdpa and self._model.config._attn_implementation != "sdpa":
+                break
+            runner = Runner(
+                self._model,
+                self._pools,
+                attention,
+                slots=self._slots,
+                pages_per_row=max(2, pages_per_row),
+                vocab_size=self._probe.vocab_size,
+                by_sdpa=by_sdpa,
+                captures=captures,
+            )
+            try:
+                _check(runner, self._model, self._probe)
+            except UnsupportedError as error:
+                failure = failure or error
+                continue
+            if runner.wait_found is not None:
+                self._notes.append(f"decode steps are no CUDA graphs: {runner.wait_found} makes the host wait")
+            return runner
+        raise failure or UnsupportedError("its attention cannot be reached")
+
+    def _new_scheduler(self) -> Scheduler:
+        alone, beside = self._prefill_tokens
+        return Scheduler(self._pages, slots=self._slots, prefill_tokens=alone, prefill_tokens_beside=beside)
+
+    # The protocol.
+
+    @property
+    def info(self) -> EngineInfo:
+        """Which engine this is."""
+        token_bytes = sum(shape.token_bytes for shape in self._probe.shapes)
+        return EngineInfo(
+            name="fast",
+            reason="; ".join(["one running batch over pages", *self._notes]),
+            graphs=self._runner.captures,
+            kv_cache_tokens=self._limits.cache_tokens,
+            kv_cache_bytes=self._pages.pages * PAGE_TOKENS * token_bytes,
+        )
+
+    @property
+    def limits(self) -> ModelLimits:
+        """What the model can be asked for."""
+        return self._limits
+
+    @property
+    def peak_cache_tokens(self) -> int:
+        """Most tokens that rows have held in the KV cache at once."""
+        return self._peak_pages * PAGE_TOKENS
+
+    def submit(
+        self, requests: Sequence[Request], timeout_s: float | None = None, *, in_pieces: bool = True
+    ) -> ChunkStream:
+        """Queue rows and return the stream of their chunks; see `Engine.submit`.
+
+        Raises:
+            InvalidOptionError: If a request holds ids that the model has not, or options of `generate` only.
+            PromptTooLongError: If a request is longer than the context or the KV cache.
+        """
+        tokenizer = self._tokenizer
+        if tokenizer is None:
+            raise GenerationError(UNLOADED)
+        for request in requests:
+            self._check_request(request)
+        stream = ChunkStream(len(requests), timeout_s)
+        rows = [
+            Row(request, i, decoder_of(tokenizer, request), in_pieces=in_pieces) for i, request in enumerate(requests)
+        ]
+        self._worker.submit(rows, stream)
+        return stream
+
+    def _check_request(self, request: Request) -> None:
+        """Refuse what would fail on the device, where it would take the others with it."""
+        ids, limits = request.prompt_ids, self._limits
+        if not ids or min(ids) < 0 or max(ids) >= limits.vocab_size:
+            msg = f"prompt_ids must be token ids from 0 to {limits.vocab_size - 1}, and at least one."
+            raise InvalidOptionError(msg)
+        if any(not 0 <= i < self._probe.vocab_size for i in request.eos_token_ids + request.stop_token_ids):
+            msg = f"the tokens that end a text must lie below {self._probe.vocab_size}."
+            raise InvalidOptionError(msg)
+        if (option := needs_generate(request.options)) is not None:
+            msg = f"{option} is carried out by the pipeline engine only; use engine='auto' or 'pipeline'."
+            raise InvalidOptionError(msg)
+        tokens = len(ids) + request.max_new_tokens
+        most = min(n for n in (limits.context_tokens, limits.cache_tokens) if n is not None)
+        if tokens > most:
+            msg = f"prompt and completion may have {most} tokens together, not {tokens}; see kv_cache_memory."
+            raise PromptTooLongError(msg)
+
+    def close(self) -> None:
+        """Cancel what runs and let go of the model and the KV cache."""
+        self._worker.close("the model was unloaded while it was generating.")
+        self._model = self._tokenizer = None
+        self._jobs.clear()
+        del self._runner, self._pools, self._scheduler
+
+    # The loop.
+
+    def _run(self, waiting: deque[tuple[Row, ChunkStream]]) -> None:
+        """Run rows until there are none left; more may join all the while."""
+        try:
+            self._notice_changes()
+            on_way: list[tuple[list[_Job], Drawn]] = []
+            while True:
+                self._take(waiting)
+                plan = self._scheduler.plan()
+                self._peak_pages = max(self._peak_pages, self._pages.held)
+                if plan is None and not on_way:
+                    break
+                launched = [] if plan is None else self._launch(plan)
+                if self._runner.is_asynchronous:
+                    # The device runs this step while the host works on what the one before has drawn.
+                    self._deliver(on_way)
+                    on_way = self._draw(launched)
+                else:
+                    self._deliver(self._draw(launched))
+            if self._scheduler.has_work:
+                msg = "rows are left that cannot run"
+                raise RuntimeError(msg)
+        except Exception as error:
+            self._fail(error)
+
+    def _take(self, waiting: deque[tuple[Row, ChunkStream]]) -> None:
+        for job in [job for job in self._jobs.values() if job.stream.cancelled]:
+            self._drop(job)
+        while waiting:
+            row, stream = waiting.popleft()
+            if stream.cancelled:
+                continue
+            try:
+                job = _Job(row, stream, self._root_of(row.request))
+            except Exception as error:  # the request's own mask
+                stream.fail(_failure(error))
+                stream.close()
+                continue
+            self._jobs[job.state] = job
+            self._scheduler.add(job.state)
+
+    def _root_of(self, request: Request) -> int | None:
+        """Choose with whom a row shares its prompt's pages: everybody, the samples of its own call, or nobody."""
+        if request.shares_prefix:
+            return self._shared_root
+        if request.options.n == 1:
+            return None
+        if request.sample_index == 0:  # its siblings come right behind it
+            self._group_root = self._pages.new_root()
+        return self._group_root
+
+    def _launch(self, plan: Prefill | Decode) -> list[_Step]:
+        if isinstance(plan, Decode):
+            jobs = [self._jobs[row] for row in plan.rows]
+            chances = [job.next_chance() for job in jobs]
+            return [_Step(jobs, chances, self._runner.decode(plan.rows, plan.positions, chances))]
+        for piece in plan.pieces:
+            self._jobs[piece.row].begin()
+        return self._prefill(plan.pieces, {p.row: self._jobs[p.row].next_chance() for p in plan.pieces if p.is_last})
+
+    def _prefill(self, pieces: Sequence[Piece], chances: dict[RowState, Chance]) -> list[_Step]:
+        """Run pieces of prompts; in smaller steps where the device has no room for the whole."""
+        drawing = [piece.row for piece in pieces if piece.is_last]
+        tokens = sum(piece.count for piece in pieces)
+        try:
+            launched = self._runner.prefill(pieces, [chances[row] for row in drawing])
+        except torch.OutOfMemoryError:
+            if tokens <= _LEAST_PREFILL:
+                raise
+        else:
+            return [_Step([self._jobs[row] for row in drawing], [chances[row] for row in drawing], launched)]
+        # Outside of the handler, whose error holds on to the tensors of the failed step.
+        torch.cuda.empty_cache()
+        half = max(_LEAST_PREFILL, tokens // 2)
+        _log.warning("no memory for a prefill of %d tokens at once; going on with %d", tokens, half)
+        self._prefill_tokens = (min(half, self._prefill_tokens[0]), min(half, self._prefill_tokens[1]))
+        self._scheduler.prefill_tokens, self._scheduler.prefill_tokens_beside = self._prefill_tokens
+        first, second = _halves(pieces, half)
+        return [*self._prefill(first, chances), *self._prefill(second, chances)]
+
+    def _draw(self, steps: Sequence[_Step]) -> list[tuple[list[_Job], Drawn]]:
+        return [(step.jobs, self._draw_step(step)) for step in steps if step.jobs]
+
+    def _draw_step(self, step: _Step) -> Drawn:
+        jobs = step.jobs
+        need = BLOCKS * any(not chance.may_end for chance in step.chances)
+        for job in jobs:
+            need |= job.need
+        if step.launched.is_prefill:  # these rows draw their first token since they got their slots
+            here = [job for job in jobs if job.state.slot >= 0]
+            states = [job.state for job in here]
+            if here:
+                self._runner.sampler.set(
+                    [s.slot for s in states], [job.request for job in here], [s.ids for s in states]
+                )
+        mask = self._fill_masks(jobs) if need & MASKS else None
+        wanted = [job.request.options.logprobs for job in jobs if job.request.options.logprobs is not None]
+        return self._runner.draw(step.launched, need, mask=mask, alternatives=max(wanted, default=None))
+
+    def _fill_masks(self, jobs: Sequence[_Job]) -> torch.Tensor:
+        bits = torch.full((len(jobs), -(-self._probe.vocab_size // 32)), -1, dtype=torch.int32)
+        for i, job in enumerate(jobs):
+            if job.mask is None or job.is_gone:
+                continue
+            try:
+                if not job.mask.fill(bits[i : i + 1]):
+                    bits[i] = -1
+            except Exception as error:
+                bits[i] = -1
+                self._fail_job(job, error)
+        return bits
+
+    def _deliver(self, on_way: Sequence[tuple[list[_Job], Drawn]]) -> None:
+        """Wait for the tokens of a step and hand them to their rows."""
+        for jobs, drawn in on_way:
+            ids, logprobs = drawn.wait()
+            for i, job in enumerate(jobs):
+                if not job.is_gone:
+                    self._push(job, ids[i], None if logprobs is None else logprobs[i])
+
+    def _push(self, job: _Job, token_id: int, logprob: tuple[float, list[int], list[float]] | None) -> None:
+        if token_id < 0:
+            self._fail_job(job, GenerationError(NO_NUMBERS))
+            return
+        self._scheduler.push(job.state, token_id)
+        try:
+            if job.mask is not None:
+                job.mask.accept(token_id)
+            chunk = job.row.push(token_id, _token_logprob(job.request, token_id, logprob))
+        except Exception as error:  # the request's own: its mask, or what its tokenizer makes of the ids
+            self._fail_job(job, error)
+            return
+        if chunk is not None:
+            job.stream.put(chunk)
+        if job.row.finish_reason is not None:
+            self._drop(job)
+
+    def _drop(self, job: _Job) -> None:
+        job.is_gone = True
+        del self._jobs[job.state]
+        self._scheduler.remove(job.state)
+
+    def _fail_job(self, job: _Job, error: Exception) -> None:
+        job.stream.fail(_failure(error))
+        job.stream.close()
+        self._drop(job)
+
+    # Failures and changes.
+
+    def _fail(self, error: Exception) -> None:
+        """Fail all that runs, with the cause, and begin anew for those who come next."""
+        report: Exception = GenerationError(f"the model failed while generating: {error!r}")
+        if isinstance(error, torch.OutOfMemoryError):
+            report = NotEnoughMemoryError(
+                f"the device ran out of memory with {len(self._jobs)} rows; lower batch_size or kv_cache_memory, or "
+                "load the model in fewer bits."
+            )
+        streams = {id(job.stream): job.stream for job in self._jobs.values()}
+        self._jobs.clear()
+        for stream in streams.values():
+            failure = type(report)(*report.args)  # one of its own for each reader's traceback
+            failure.__cause__ = error
+            stream.fail(failure)
+            stream.close()
+        self._begin_anew()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _begin_anew(self) -> None:
+        self._pages = PagePool(self._pages.pages)
+        self._shared_root = self._pages.new_root()
+        self._scheduler = self._new_scheduler()
+        self._runner.refresh()
+
+    def _notice_changes(self) -> None:
+        """Forget keys, values and graphs of a model whose modules or weights have changed since, by an adapter say."""
+        found = _fingerprint(self._model)
+        if found != self._fingerprint:
+            self._fingerprint = found
+            self._begin_anew()
+            self._runner.captures = self._runner.captures and why_not_captured(self._model) is None
+
+
+@dataclass
+class _Step:
+    """A forward on its way, with the rows that draw a token from it."""
+
+    jobs: list[_Job]
+    chances: list[Chance]
+    launched: Launched
+
+
+def _halves(pieces: Sequence[Piece], first_tokens: int) -> tuple[list[Piece], list[Piece]]:
+    """Divide pieces into those of the first tokens, and the rest."""
+    first: list[Piece] = []
+    rest = list(pieces)
+    while rest and rest[0].count <= first_tokens:
+        first_tokens -= rest[0].count
+        first.append(rest.pop(0))
+    if rest and first_tokens:
+        piece = rest[0]
+        first.append(replace(piece, count=first_tokens, is_last=False))
+        rest[0] = replace(piece, start=piece.start + first_tokens, count=piece.count - first_tokens)
+    return first, rest
+
+
+def _failure(error: Exception) -> Exception:
+    """Make of an error what a caller may get: one of this package's, with the error as its cause."""
+    if isinstance(error, GenerationError):
+        return error
+    failure = GenerationError(f"this request failed while generating: {error!r}")
+    failure.__cause__ = error
+    return failure
+
+
+def _token_logprob(
+    request: Request, token_id: int, found: tuple[float, list[int], list[float]] | None
+) -> TokenLogprob | None:
+    wanted = request.options.logprobs
+    if wanted is None or found is None:
+        return None
+    chosen, ids, logprobs = found
+    return TokenLogprob(token_id=token_id, logprob=chosen, top=tuple(zip(ids, logprobs, strict=True))[:wanted])
+
+
+def _fingerprint(model: Any) -> int:
+    """Tell a model from itself with other weights or adapters."""
+    parts: list[Any] = [(id(p), p._version, p.data_ptr()) for p in model.parameters()]
+    for module in model.modules():
+        parts.append(id(module))
+        if hasattr(module, "active_adapters"):
+            parts.append((str(module.active_adapters), getattr(module, "disable_adapters", None)))
+    return hash(tuple(parts))
+
+
+@torch.no_grad()
+def _check(runner: Runner, model: Any, probe: Probe) -> None:
+    """Run two texts through the runner, in pieces and side by side, and compare with the model itself.
+
+    Raises:
+        UnsupportedError: If the model cannot be driven this way, or gives something else.
+    """
+    scheduler = Scheduler(PagePool(_CHECK_PAGES), slots=2, prefill_tokens=LONG - 6, prefill_tokens_beside=LONG - 6)
+    texts = [sample_ids(model, count) for count in (LONG, SHORT)]
+    rows = [RowState(ids, _CHECK_TOKENS) for ids in texts]
+    logits: dict[RowState, list[torch.Tensor]] = {row: [] for row in rows}
+    for row in rows:
+        scheduler.add(row)
+    try:
+        while (plan := scheduler.plan()) is not None:
+            if isinstance(plan, Prefill):
+                drawing = [piece.row for piece in plan.pieces if piece.is_last]
+                launched = runner.prefill(plan.pieces, [Chance()] * len(drawing))
+                if drawing:
+                    requests = [_greedy(row) for row in drawing]
+                    runner.sampler.set([row.slot for row in drawing], requests, [row.ids for row in drawing])
+            else:
+                drawing = plan.rows
+                launched = runner.decode(plan.rows, plan.positions, [Chance()] * len(drawing))
+            if not drawing:
+                continue
+            ids, _ = runner.draw(launched, 0).wait()
+            for i, row in enumerate(drawing):
+                logits[row].append(launched.logits[i].clone())
+                scheduler.push(row, max(0, ids[i]))
+    except (UnsupportedError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        msg = f"its own code fails over pages: {error!r}"
+        raise UnsupportedError(msg) from error
+    forward = runner.last_forward
+    windows = [] if forward is None else [forward.windows.get(i) for i in range(len(probe.shapes))]
+    if None in windows:
+        msg = "its attention is none that can be replaced"
+        raise UnsupportedError(msg)
+    if windows != probe.windows:
+        msg = f"its attention sees windows of {windows} tokens, and its cache keeps {probe.windows}"
+        raise UnsupportedError(msg)
+    compare(model, [row.ids[:-1] for row in rows], [torch.stack(logits[row]) for row in rows])
+
+
+def _greedy(row: RowState) -> Request:
+    return Request(
+        prompt_ids=tuple(row.ids),
+        max_new_tokens=row.max_new_tokens,
+        min_new_tokens=0,
+        options=GenerationOptions(),
+        sample_index=0,
+        seed=0,
+        eos_token_ids=(),
+    )

@@ -1,0 +1,329 @@
+"""Running one step on the device: forward over packed tokens, and the drawing of the next ones.
+
+Owns the tensors that a step reads and writes: the page table, the rows' last tokens, the graphs.
+Knows rows as numbers, positions and pages; no text, no stop strings, no queue.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from langchain_quantllm.engine.attention import Attention, Batch, Forward, LayerPool, Span, configs_of, driving
+from langchain_quantllm.engine.batch_sampler import MASKS, BatchSampler, log_probabilities
+from langchain_quantllm.engine.capture import StepGraph, WaitFinder
+from langchain_quantllm.engine.pages import PAGE_TOKENS
+from langchain_quantllm.engine.scheduler import Piece, RowState
+
+_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+"""Row counts for which there is a graph; fewer rows are filled up."""
+
+_SLOT, _POSITION, _PAGE, _UNIFORM, _MAY_NOT_END = range(5)
+"""Lines of what is brought to the device for each row of a step."""
+
+_LARGEST_UNIFORM = 1 - 2**-24  # below 1 in float32, too
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chance:
+    """What the drawing of one row's token takes from outside.
+
+    Args:
+        uniform: A number in [0, 1).
+        may_end: Whether the row's end tokens may be drawn.
+    """
+
+    uniform: float = 0.0
+    may_end: bool = True
+
+
+@dataclass
+class Launched:
+    """A forward on its way: the logits of the rows that draw a token, and what their drawing needs."""
+
+    logits: torch.Tensor
+    inputs: torch.Tensor
+    rows: int
+    is_graph: bool = False
+    is_prefill: bool = False
+
+
+class Drawn:
+    """Tokens on their way to the host."""
+
+    def __init__(self, ids: torch.Tensor, logprobs: tuple[torch.Tensor, ...] | None) -> None:
+        """Begin to bring them over."""
+        self._ids = ids.to("cpu", non_blocking=True)
+        self._logprobs = None if logprobs is None else [t.to("cpu", non_blocking=True) for t in logprobs]
+        self._event: Any = None
+        if ids.device.type == "cuda":
+            self._event = torch.cuda.Event(blocking=True)
+            self._event.record(torch.cuda.current_stream(ids.device))
+        elif ids.device.type != "cpu":
+            torch.accelerator.synchronize(ids.device)
+
+    def wait(self) -> tuple[list[int], list[tuple[float, list[int], list[float]]] | None]:
+        """Wait for them.
+
+        Returns:
+            A token id for each row, -1 where its logits were no numbers; and, if asked for, each one's log
+            probability with the ids and log probabilities of the likeliest tokens.
+        """
+        if self._event is not None:
+            self._event.synchronize()
+        if self._logprobs is None:
+            return self._ids.tolist(), None
+        chosen, best_ids, best = (t.tolist() for t in self._logprobs)
+        return self._ids.tolist(), list(zip(chosen, best_ids, best, strict=True))
+
+
+class Runner:
+    """Drives a model over pages. Used by one thread at a time."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        pools: Sequence[LayerPool],
+        attention: Attention,
+        *,
+        slots: int,
+        pages_per_row: int,
+        vocab_size: int,
+        by_sdpa: bool,
+        captures: bool,
+    ) -> None:
+        """Make the tables.
+
+        Args:
+            model: A causal language model of transformers; nothing of it is changed.
+            pools: The KV pool of each layer.
+            attention: Reads and writes them.
+            slots: Most rows at once.
+            pages_per_row: Most pages of one row.
+            vocab_size: Width of the model's logits.
+            by_sdpa: Whether the model calls PyTorch's attention itself.
+            captures: Whether decode steps become CUDA graphs.
+        """
+        self._model = model
+        self._pools = pools
+        self._attention = attention
+        self._by_sdpa = by_sdpa
+        self.device = model.get_input_embeddings().weight.device  # type: ignore[operator,union-attr]
+        self.is_asynchronous = self.device.type == "cuda"
+        self.captures = captures
+        self.sampler = BatchSampler(slots, vocab_size, self.device)
+        self._padding_slot = slots
+        self._table = torch.zeros(slots + 1, pages_per_row, dtype=torch.int32, device=self.device)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(_innermost(model).forward).parameters
+        self._needs_spans = not captures
+        self.last_forward: Forward | None = None
+        """The last forward that was no replay, for a check of what its layers did."""
+        self.wait_found: str | None = None
+        """What made a graph impossible although nothing was known against it."""
+        if captures:
+            most = _BUCKETS[-1]
+            self._inputs = torch.zeros(5, most, dtype=torch.int32, device=self.device)
+            self._staged = [torch.zeros(5, most, dtype=torch.int32, pin_memory=True) for _ in range(4)]
+            self._mask = torch.zeros(most, -(-vocab_size // 32), dtype=torch.int32, device=self.device)
+            self._memory = torch.cuda.graph_pool_handle()
+            self._side = torch.cuda.Stream(self.device)
+        self._steps = 0
+        self._graphs: dict[int, StepGraph] = {}
+        self._draw_graphs: dict[tuple[int, int, int], StepGraph] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Forget what was captured, as after a change of the model's modules or weights, or a failure."""
+        self._graphs.clear()
+        self._draw_graphs.clear()
+        self._configs = [] if self._by_sdpa else configs_of(self._model)
+
+    # Prefill.
+
+    @torch.no_grad()
+    def prefill(self, pieces: Sequence[Piece], chances: Sequence[Chance]) -> Launched:
+        """Run pieces of prompts, packed behind each other.
+
+        Args:
+            pieces: Which tokens of which rows.
+            chances: One for each piece that is its row's last.
+        """
+        self._set_pages([piece.row for piece in pieces])
+        spans, lines, last = [], [], []
+        first = 0
+        for piece in pieces:
+            spans.append(Span(slot=piece.row.slot, first=first, position=piece.start, count=piece.count))
+            ids = piece.row.ids[piece.start : piece.start + piece.count]
+            positions = range(piece.start, piece.start + piece.count)
+            lines.append(torch.tensor([ids, list(positions), [piece.row.slot] * piece.count], dtype=torch.int32))
+            first += piece.count
+            if piece.is_last:
+                last.append(first - 1)
+        packed = torch.cat(lines, 1).to(self.device)
+        batch = Batch(table=self._table, slots=packed[2], positions=packed[1], spans=spans, decodes=False)
+        keep = torch.tensor(last or [0], device=self.device)
+        logits = self._forward(packed[0].long(), batch, keep)
+        drawing = [piece.row for piece in pieces if piece.is_last]
+        inputs = self._lines_of(drawing, [0] * len(drawing), [0] * len(drawing), chances)
+        return Launched(logits=logits, inputs=inputs.to(self.device), rows=len(last), is_prefill=True)
+
+    def _set_pages(self, rows: Sequence[RowState]) -> None:
+        width = max(len(row.pages) for row in rows)
+        pages = torch.tensor([row.pages + [0] * (width - len(row.pages)) for row in rows], dtype=torch.int32)
+        slots = torch.tensor([row.slot for row in rows], device=self.device)
+        self._table[slots, :width] = pages.to(self.device)
+
+    # Decode.
+
+    @torch.no_grad()
+    def decode(self, rows: Sequence[RowState], positions: Sequence[int], chances: Sequence[Chance]) -> Launched:
+        """Run each row's last token, which lies on the device.
+
+        Args:
+            rows: The rows.
+            positions: Position of that token in each.
+            chances: One for each row.
+        """
+        pages = [row.pages[position // PAGE_TOKENS] for row, position in zip(rows, positions, strict=True)]
+        inputs = self._lines_of(rows, positions, pages, chances)
+        count = len(rows)
+        bucket = next((b for b in _BUCKETS if b >= count), None)
+        if bucket is None or not self.captures:
+            inputs = inputs.to(self.device)
+            spans = [Span(slot=r.slot, first=0, position=p, count=1) for r, p in zip(rows, positions, strict=True)]
+            logits = self._decode_step(inputs, spans)
+            return Launched(logits=logits, inputs=inputs, rows=count)
+        self._bring(inputs, bucket)
+        graph = self._graphs.get(bucket)
+        if graph is None:
+            graph = self._capture_decode(bucket)
+            if graph is None:
+                return self.decode(rows, positions, chances)
+        return Launched(logits=graph.replay(), inputs=self._inputs[:, :bucket], rows=count, is_graph=True)
+
+    def _lines_of(
+        self,
+        rows: Sequence[RowState],
+        positions: Sequence[int],
+        pages: Sequence[int],
+        chances: Sequence[Chance],
+    ) -> torch.Tensor:
+        lines = torch.tensor(
+            [
+                [row.slot for row in rows],
+                list(positions),
+                list(pages),
+                [0] * len(rows),
+                [not chance.may_end for chance in chances],
+            ],
+            dtype=torch.int32,
+        )
+        uniforms = torch.tensor([min(chance.uniform, _LARGEST_UNIFORM) for chance in chances], dtype=torch.float32)
+        lines[_UNIFORM] = uniforms.view(torch.int32)
+        return lines
+
+    def _bring(self, inputs: torch.Tensor, bucket: int) -> None:
+        """Put a step's inputs where its graph reads them."""
+        staged = self._staged[self._steps % len(self._staged)]  # more than there are steps on their way
+        self._steps += 1
+        staged[:, :bucket] = 0
+        staged[_SLOT, :bucket] = self._padding_slot
+        staged[:, : inputs.shape[1]] = inputs
+        self._inputs.copy_(staged, non_blocking=True)
+
+    def _decode_step(self, inputs: torch.Tensor, spans: Sequence[Span] = ()) -> torch.Tensor:
+        slots, positions = inputs[_SLOT], inputs[_POSITION]
+        at = slots.long()
+        self._table[at, positions.long() // PAGE_TOKENS] = inputs[_PAGE]
+        batch = Batch(table=self._table, slots=slots, positions=positions, spans=spans, decodes=True)
+        return self._forward(self.sampler.last_ids[at], batch, None)
+
+    def _capture_decode(self, bucket: int) -> StepGraph | None:
+        inputs = self._inputs[:, :bucket]
+        kept = inputs.clone()
+        inputs.zero_()
+        inputs[_SLOT] = self._padding_slot
+        with WaitFinder() as finder:
+            self._decode_step(inputs)
+        if finder.found is not None:
+            self.wait_found, self.captures = finder.found, False
+            return None
+        graph = StepGraph(lambda: self._decode_step(inputs), self._side, self._memory)
+        inputs.copy_(kept)
+        self._graphs[bucket] = graph
+        return graph
+
+    # Both.
+
+    def _forward(self, ids: torch.Tensor, batch: Batch, keep: torch.Tensor | None) -> torch.Tensor:
+        """Run packed tokens of shape `(tokens,)`; gives logits of shape `(tokens kept, vocab)`."""
+        forward = self.last_forward = Forward(self._attention, self._pools, batch, by_sdpa=self._by_sdpa)
+        options = {"logits_to_keep": keep} if keep is not None and self._keeps_logits else {}
+        with driving(forward, self._configs) as cache:
+            output = self._model(
+                input_ids=ids[None],
+                attention_mask=torch.ones_like(ids)[None],
+                position_ids=batch.positions.long()[None],
+                past_key_values=cache,
+                use_cache=True,
+                **options,
+            )
+        logits: torch.Tensor = output.logits[0]
+        return logits[keep] if keep is not None and not self._keeps_logits else logits
+
+    @torch.no_grad()
+    def draw(
+        self, launched: Launched, need: int, *, mask: torch.Tensor | None = None, alternatives: int | None = None
+    ) -> Drawn:
+        """Draw the tokens of a launched forward.
+
+        Args:
+            launched: The forward.
+            need: Flags of `batch_sampler`, added up over its rows.
+            mask: Allowed tokens of each row as bits, of shape `(rows, ceil(vocab / 32))`, int32, on the CPU.
+            alternatives: How many of the likeliest tokens to report; None for no log probabilities.
+        """
+        rows = launched.rows
+        if launched.is_graph:
+            if mask is not None:
+                self._mask[:rows].copy_(mask, non_blocking=True)
+            ids = self._draw_graph(launched, need).replay()[:rows]
+        else:
+            on_device = None if mask is None else mask.to(self.device)
+            ids = self._draw_step(launched.logits.to(self.device), launched.inputs, need, on_device)
+        logprobs = None
+        if alternatives is not None:
+            logprobs = log_probabilities(launched.logits[:rows].to(self.device), ids, alternatives)
+        return Drawn(ids, logprobs)
+
+    def _draw_step(
+        self, logits: torch.Tensor, inputs: torch.Tensor, need: int, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        uniforms, may_not_end = inputs[_UNIFORM].view(torch.float32), inputs[_MAY_NOT_END].bool()
+        return self.sampler.draw(logits, inputs[_SLOT].long(), uniforms, may_not_end, need, mask)
+
+    def _draw_graph(self, launched: Launched, need: int) -> StepGraph:
+        bucket = launched.inputs.shape[1]
+        key = (bucket, need, self.sampler.version)
+        if key not in self._draw_graphs:
+            mask = self._mask[:bucket] if need & MASKS else None
+            kept = launched.inputs.clone()
+            launched.inputs[_SLOT] = self._padding_slot  # the first run is not to touch the rows
+
+            def body() -> torch.Tensor:
+                return self._draw_step(launched.logits, launched.inputs, need, mask)
+
+            body()
+            self._draw_graphs[key] = StepGraph(body, self._side, self._memory)
+            launched.inputs.copy_(kept)
+        return self._draw_graphs[key]
+
+
+def _innermost(model: Any) -> Any:
+    """Give the model of transformers inside wrappers such as peft's."""
+    get_base = getattr(model, "get_base_model", None)
+    return get_base() if get_base is not None else model

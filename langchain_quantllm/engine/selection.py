@@ -1,0 +1,92 @@
+"""Which engine runs what: the fast one where it can, the plain one for the rest.
+
+Owns the engines over one loaded pipeline, each made when it is first needed. Knows no loading.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from langchain_quantllm.engine.options import GenerationOptions, needs_generate
+from langchain_quantllm.engine.request import Engine
+from langchain_quantllm.errors import InvalidOptionError, NotEnoughMemoryError, UnsupportedError
+
+ENGINES = ("auto", "fast", "pipeline")
+"""Values of `engine`."""
+
+
+class Engines:
+    """The engines over one pipeline. Safe from many threads."""
+
+    def __init__(self, pipeline: Any) -> None:
+        """Make none yet; the pipeline is not changed."""
+        self._pipeline = pipeline
+        self._lock = threading.RLock()
+        self._fast: Any = None
+        self._plain: Any = None
+        self._why_not_fast: str | None = None
+
+    @property
+    def peak_cache_tokens(self) -> int:
+        """Most tokens that the KV caches have held at once."""
+        return sum(engine.peak_cache_tokens for engine in (self._fast, self._plain) if engine is not None)
+
+    def choose(
+        self, engine: str, kv_cache_memory: Any = None, options: GenerationOptions | None = None
+    ) -> Engine:
+        """Give the engine for a call, made now if this is the first one.
+
+        Args:
+            engine: One of `ENGINES`.
+            kv_cache_memory: Memory of the fast engine's KV cache; counts where it is not yet made.
+            options: The call's options; None asks for the engine of ordinary calls.
+
+        Raises:
+            UnsupportedError: If the fast engine is asked for and cannot drive the model.
+            InvalidOptionError: If it is asked for with options that only transformers' `generate` carries out.
+        """
+        option = None if options is None else needs_generate(options)
+        with self._lock:
+            if engine == "pipeline":
+                return self._pipeline_engine("asked for")
+            if option is not None:
+                if engine == "auto":
+                    return self._pipeline_engine(f"{option} is transformers' own")
+                msg = f"{option} is carried out by the pipeline engine only; use engine='auto' or 'pipeline'."
+                raise InvalidOptionError(msg)
+            if self._fast is None and self._why_not_fast is None:
+                self._make_fast(kv_cache_memory)
+            if self._fast is not None:
+                return self._fast  # type: ignore[no-any-return]
+            if engine == "fast":
+                msg = f"the fast engine cannot drive this model: {self._why_not_fast}; use engine='auto' or 'pipeline'."
+                raise UnsupportedError(msg)
+            return self._pipeline_engine(f"the fast engine cannot drive this model: {self._why_not_fast}")
+
+    def _make_fast(self, kv_cache_memory: Any) -> None:
+        from langchain_quantllm.engine.fast_engine import FastEngine
+
+        try:
+            self._fast = FastEngine(self._pipeline, kv_cache_memory=kv_cache_memory)
+        except UnsupportedError as error:
+            self._why_not_fast = str(error)
+        except NotEnoughMemoryError as error:
+            if kv_cache_memory is not None:  # what was asked for is not there
+                raise
+            self._why_not_fast = str(error)
+
+    def _pipeline_engine(self, reason: str) -> Engine:
+        if self._plain is None:
+            from langchain_quantllm.engine.pipeline_engine import PipelineEngine
+
+            self._plain = PipelineEngine(self._pipeline, reason)
+        return self._plain  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        """Cancel what runs and let go of the model."""
+        with self._lock:
+            engines, self._fast, self._plain, self._pipeline = (self._fast, self._plain), None, None, None
+        for engine in engines:
+            if engine is not None:
+                engine.close()

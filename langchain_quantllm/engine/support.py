@@ -1,0 +1,148 @@
+"""Which models the fast engine can drive, found out before any of its text is believed.
+
+Owns the rules that a config decides, and the reference: a few tokens through the model as it is,
+with which the engine's own logits are compared once. Knows no scheduling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from langchain_quantllm.engine.kv_pool import LayerShape, shapes_of
+from langchain_quantllm.errors import UnsupportedError
+
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_MOVING_ROPES = ("dynamic", "longrope")
+_FLOORS = {torch.float32: 1e-3, torch.float64: 1e-3}
+_FLOOR_16BIT = 0.05
+_NOISE_FACTOR = 4.0
+
+LONG, SHORT = 21, 5
+"""Lengths of the two texts of a check, in tokens: one that fills a page and more, one that does not."""
+
+
+def why_not_driven(model: Any) -> str | None:
+    """Give the reason, as far as its config tells, why a model cannot be driven; None where nothing is against it."""
+    config = model.config
+    text = config.get_text_config()
+    if getattr(config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder model"
+    if text is not config and hasattr(config, "vision_config"):
+        return "it takes images as well as text"
+    if not getattr(text, "is_causal", True) or getattr(text, "use_bidirectional_attention", False):
+        return "its attention looks ahead"
+    if others := set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES:
+        return f"it has layers of kind {min(others)!r}, which keep something else than keys and values"
+    if getattr(text, "attention_chunk_size", None) is not None:
+        return "its attention goes by chunks"
+    if rope := _moving_rope(getattr(text, "rope_parameters", None)):
+        return f"its {rope!r} rotary positions change with the longest text of the batch"
+    if not hasattr(model, "get_input_embeddings") or model.get_input_embeddings() is None:
+        return "it has no input embeddings"
+    return None
+
+
+def _moving_rope(parameters: Any) -> str | None:
+    if not isinstance(parameters, Mapping):
+        return None
+    kinds = [parameters.get("rope_type"), *(p.get("rope_type") for p in parameters.values() if isinstance(p, Mapping))]
+    return next((kind for kind in kinds if kind in _MOVING_ROPES), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """What a first forward of the model tells.
+
+    Args:
+        shapes: What each layer stores.
+        windows: Sliding window of each layer, 0 for none.
+        vocab_size: Width of the logits.
+    """
+
+    shapes: list[LayerShape]
+    windows: list[int]
+    vocab_size: int
+
+
+@torch.no_grad()
+def probe(model: Any) -> Probe:
+    """Run one short text and look at what its cache holds.
+
+    Raises:
+        UnsupportedError: If the model keeps no cache of keys and values.
+    """
+    output = _plain(model, sample_ids(model, LONG))
+    cache = getattr(output, "past_key_values", None)
+    if cache is None or not getattr(cache, "layers", None):
+        msg = "it gives no cache of keys and values"
+        raise UnsupportedError(msg)
+    try:
+        shapes = shapes_of(cache)
+    except ValueError as error:
+        raise UnsupportedError(str(error)) from error
+    if any(not shape.dtype.is_floating_point or shape.dtype.itemsize < 2 for shape in shapes):
+        msg = f"its cache is in {shapes[0].dtype}"
+        raise UnsupportedError(msg)
+    return Probe(
+        shapes=shapes,
+        windows=[getattr(layer, "sliding_window", None) or 0 for layer in cache.layers],
+        vocab_size=output.logits.shape[-1],
+    )
+
+
+def sample_ids(model: Any, count: int) -> list[int]:
+    """Give token ids to try a model with: any will do, spread over its vocabulary."""
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    return [(7919 * (i + 1) + 13 * count) % vocab_size for i in range(count)]
+
+
+@torch.no_grad()
+def compare(model: Any, texts: Sequence[Sequence[int]], ours: Sequence[torch.Tensor]) -> None:
+    """Compare logits of the engine with those that the model gives by itself.
+
+    How far apart two ways of computing the same may lie differs between dtypes and quantization
+    schemes, so the model's own spread is measured too: at once against piece by piece.
+
+    Args:
+        model: The model.
+        texts: Token ids, each text's last tokens drawn by the engine.
+        ours: For each text the engine's logits after its last tokens, of shape `(tokens, vocab)`.
+
+    Raises:
+        UnsupportedError: If they differ by more than rounding does.
+    """
+    for text, logits in zip(texts, ours, strict=True):
+        last = len(logits)
+        expected = _plain(model, text).logits[0, -last:].float()
+        middle = len(text) // 2
+        first = _plain(model, text[:middle])
+        again = _plain(model, text[middle:], first.past_key_values).logits[0, -last:].float()
+        if not expected.isfinite().all():
+            continue  # the model itself is broken; its rows will say so
+        noise = _difference(again, expected)
+        floor = _FLOORS.get(model.dtype, _FLOOR_16BIT)
+        found = _difference(logits.float().to(expected.device), expected)
+        if not found <= max(floor, _NOISE_FACTOR * noise):
+            msg = (
+                f"it does not give its own logits when driven over pages (a difference of {found:.2g}, where its own "
+                f"spread is {noise:.2g})"
+            )
+            raise UnsupportedError(msg)
+
+
+def _plain(model: Any, ids: Sequence[int], cache: Any = None) -> Any:
+    device = model.get_input_embeddings().weight.device
+    given = torch.tensor([ids], device=device)
+    seen = 0 if cache is None else cache.get_seq_length()
+    mask = torch.ones(1, seen + len(ids), dtype=torch.long, device=device)
+    return model(input_ids=given, attention_mask=mask, past_key_values=cache, use_cache=True)
+
+
+def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Size of the difference of two sets of logits, relative to the spread of the second; a constant does not count."""
+    found, expected = (t - t.mean(-1, keepdim=True) for t in (found, expected))
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-12))
