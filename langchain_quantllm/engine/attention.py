@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -73,7 +73,15 @@ class LayerPool:
     @property
     def value_dim(self) -> int:
         """Size of a value, per head."""
-        return self.kv.shape[-1] - self.key_dim
+        return int(self.kv.shape[-1]) - self.key_dim
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def without_gradients(function: _Function) -> _Function:
+    """Run a function under `torch.no_grad`, and keep its type."""
+    return torch.no_grad()(function)  # type: ignore[no-any-return]
 
 
 class Attention(Protocol):
@@ -145,7 +153,7 @@ def _cached(batch: Batch, at: Any, make: Callable[[], torch.Tensor]) -> torch.Te
     value = batch.on_device.get(at)
     if value is None:
         value = batch.on_device[at] = make()
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def _places(batch: Batch, device: torch.device) -> torch.Tensor:
@@ -218,13 +226,16 @@ class TritonAttention:
         else:
             blocks = _cached(batch, (device, "blocks"), lambda: self._blocks(batch).to(device))
             out = self._kernels.prefill_attention(query, pool.kv, table, blocks, **given)
-        return out  # type: ignore[no-any-return]
+        return out
 
     def _metadata(self, batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if batch.table.device == device:
             return batch.table, batch.slots, batch.positions
-        names = ("table", "slots", "positions")
-        return tuple(_cached(batch, (device, n), lambda n=n: getattr(batch, n).to(device)) for n in names)  # type: ignore[return-value,misc]
+        return (
+            _cached(batch, (device, "table"), lambda: batch.table.to(device)),
+            _cached(batch, (device, "slots"), lambda: batch.slots.to(device)),
+            _cached(batch, (device, "positions"), lambda: batch.positions.to(device)),
+        )
 
     def _blocks(self, batch: Batch) -> torch.Tensor:
         size = self._kernels.PREFILL_BLOCK
@@ -293,7 +304,7 @@ class Forward:
         )
 
 
-class _PagedKey(torch.Tensor):
+class _PagedKey(torch.Tensor):  # type: ignore[misc]  # torch is not followed
     """A new key on its way to a direct call of PyTorch's attention, as models without a choice of attention make it."""
 
     @classmethod
@@ -307,8 +318,20 @@ class _PagedKey(torch.Tensor):
 
 _thread = threading.local()
 _IGNORED = frozenset(
-    "dropout is_causal position_ids position_embeddings cache_position use_cache output_attentions "
-    "output_hidden_states return_dict past_key_values layer_past num_items_in_batch".split()
+    {
+        "dropout",
+        "is_causal",
+        "position_ids",
+        "position_embeddings",
+        "cache_position",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "past_key_values",
+        "layer_past",
+        "num_items_in_batch",
+    }
 )
 """Arguments that models hand to their attention and that change nothing here."""
 

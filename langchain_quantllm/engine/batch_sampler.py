@@ -40,7 +40,7 @@ class BatchSampler:
         self.last_ids = torch.zeros(slots + 1, dtype=torch.long, device=device)
         """The last token of each row, of shape `(slots + 1,)`: what its next step takes in."""
         self._temperature = torch.ones(slots + 1, device=device)
-        self._top_k = torch.zeros(slots + 1, dtype=torch.long, device=device)
+        self._top_k = torch.full((slots + 1,), vocab_size, dtype=torch.long, device=device)
         self._top_p = torch.ones(slots + 1, device=device)
         self._min_p = torch.zeros(slots + 1, device=device)
         self._penalty = torch.ones(slots + 1, device=device)
@@ -49,6 +49,7 @@ class BatchSampler:
         self.version = 0
         """Changes where tensors are replaced: graphs captured before have to be captured again."""
         self._seen: torch.Tensor | None = None
+        self._yes = torch.ones((), dtype=torch.bool, device=device)
         self._mask_bits = torch.arange(32, dtype=torch.int32, device=device)
 
     def set(self, slots: Sequence[int], requests: Sequence[Request], ids: Sequence[Sequence[int]]) -> None:
@@ -115,9 +116,7 @@ class BatchSampler:
         is_number = ~scores.amax(-1).isnan()
         if need & PENALIZES and self._seen is not None:
             penalty = self._penalty[slots][:, None]
-            scores = torch.where(
-                self._seen[slots], torch.where(scores < 0, scores * penalty, scores / penalty), scores
-            )
+            scores = torch.where(self._seen[slots], torch.where(scores < 0, scores * penalty, scores / penalty), scores)
         if need & BLOCKS:
             end_ids = self._end_ids[slots]
             blocked = torch.where(may_not_end[:, None], -torch.inf, scores.gather(1, end_ids))
@@ -127,10 +126,11 @@ class BatchSampler:
             scores = scores.masked_fill(allowed == 0, -torch.inf)
         ids = scores.argmax(-1)
         if need & SAMPLES:
-            ids = torch.where(self._samples[slots], self._sample(scores, slots, uniforms, sorts=bool(need & SORTS)), ids)
+            sampled = self._sample(scores, slots, uniforms, sorts=bool(need & SORTS))
+            ids = torch.where(self._samples[slots], sampled, ids)
         self.last_ids[slots] = ids
         if need & PENALIZES and self._seen is not None:
-            self._seen[slots, ids] = True
+            self._seen.index_put_((slots, ids), self._yes)
         return torch.where(is_number, ids, -1).int()
 
     def _sample(

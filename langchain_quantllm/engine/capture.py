@@ -1,8 +1,8 @@
 """CUDA graphs: whether a model's step can be one, and capturing it.
 
-Owns the rules, the search for hidden waits, and the capture. A capture that fails can leave CUDA
-unusable for the whole process, so everything that might fail is found out before: by the kinds of
-modules, and by a forward whose operations are watched.
+Owns the rules, the search for hidden waits, and the capture. A capture that fails disturbs the whole
+process, so what might fail is found out before: by the kinds of modules, and by a forward whose
+operations are watched. Should one fail nevertheless, its traces are removed.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _offloads(hook: Any) -> bool:
     return any(map(_offloads, getattr(hook, "hooks", ()))) or bool(getattr(hook, "offload", False))
 
 
-class WaitFinder(TorchDispatchMode):
+class WaitFinder(TorchDispatchMode):  # type: ignore[misc]  # torch is not followed
     """Notes operations of this thread that a graph cannot hold, while they run as usual."""
 
     def __init__(self) -> None:
@@ -108,14 +108,25 @@ class StepGraph:
         self._graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(side.device)
         side.wait_stream(current)
+        try:
+            self.output = self._capture(body, side, pool)
+        except Exception:
+            # A failed capture leaves PyTorch's random numbers in the belief that it goes on, for the whole
+            # process; one that succeeds ends it.
+            self._graph = torch.cuda.CUDAGraph()
+            scratch = torch.zeros(1, device=side.device)
+            self._capture(scratch.zero_, side, None)
+            raise
+        current.wait_stream(side)
+
+    def _capture(self, body: Callable[[], torch.Tensor], side: torch.cuda.Stream, pool: Any) -> torch.Tensor:
         with torch.cuda.stream(side):
             # Other threads may go on using the GPU meanwhile.
             self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
-                self.output = body()
+                return body()
             finally:
                 self._graph.capture_end()
-        current.wait_stream(side)
 
     def replay(self) -> torch.Tensor:
         """Run the step, and give the tensor that its output lies in."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from langchain_quantllm.engine.attention import Attention, GatherAttention, TritonAttention
+from langchain_quantllm.engine.attention import Attention, GatherAttention, TritonAttention, without_gradients
 from langchain_quantllm.engine.batch_sampler import BLOCKS, MASKS, needs_of
 from langchain_quantllm.engine.capture import why_not_captured
 from langchain_quantllm.engine.kv_pool import allocate_pools, check_budget, count_pages
@@ -110,10 +110,8 @@ class FastEngine:
         self._pages = PagePool(pages)
         self._notes: list[str] = []
         attention, uses_triton = self._choose_attention()
-        why_not = why_not_captured(model) if uses_triton else None
-        if uses_triton and why_not is not None:
-            self._notes.append(f"decode steps are no CUDA graphs: {why_not}")
-        self._runner = self._verified_runner(attention, captures=uses_triton and why_not is None)
+        self._why_not_captured = why_not_captured(model) if uses_triton else None
+        self._runner = self._verified_runner(attention, captures=uses_triton and self._why_not_captured is None)
         self._fingerprint = _fingerprint(model)
         self._jobs: dict[RowState, _Job] = {}
         self._peak_pages = 0
@@ -162,8 +160,6 @@ class FastEngine:
             except UnsupportedError as error:
                 failure = failure or error
                 continue
-            if runner.wait_found is not None:
-                self._notes.append(f"decode steps are no CUDA graphs: {runner.wait_found} makes the host wait")
             return runner
         raise failure or UnsupportedError("its attention cannot be reached")
 
@@ -177,10 +173,12 @@ class FastEngine:
     def info(self) -> EngineInfo:
         """Which engine this is."""
         token_bytes = sum(shape.token_bytes for shape in self._probe.shapes)
+        why_not = self._why_not_captured or self._runner.why_no_graphs
+        notes = [*self._notes, *([f"decode steps are no CUDA graphs: {why_not}"] if why_not else [])]
         return EngineInfo(
             name="fast",
-            reason="; ".join(["one running batch over pages", *self._notes]),
-            graphs=self._runner.captures,
+            reason="; ".join(["one running batch over pages", *notes]),
+            graphs=self._runner.captures and why_not is None,
             kv_cache_tokens=self._limits.cache_tokens,
             kv_cache_bytes=self._pages.pages * PAGE_TOKENS * token_bytes,
         )
@@ -233,6 +231,10 @@ class FastEngine:
         if tokens > most:
             msg = f"prompt and completion may have {most} tokens together, not {tokens}; see kv_cache_memory."
             raise PromptTooLongError(msg)
+
+    def time_step(self, rows: int, position: int, repeats: int) -> float:
+        """Time the decode step by itself, without queue and text; only while nothing runs. See `Runner.time_step`."""
+        return self._runner.time_step(rows, position, repeats)
 
     def close(self) -> None:
         """Cancel what runs and let go of the model and the KV cache."""
@@ -422,7 +424,9 @@ class FastEngine:
         if found != self._fingerprint:
             self._fingerprint = found
             self._begin_anew()
-            self._runner.captures = self._runner.captures and why_not_captured(self._model) is None
+            if self._runner.captures:
+                self._why_not_captured = why_not_captured(self._model)
+                self._runner.captures = self._why_not_captured is None
 
 
 @dataclass
@@ -477,7 +481,7 @@ def _fingerprint(model: Any) -> int:
     return hash(tuple(parts))
 
 
-@torch.no_grad()
+@without_gradients
 def _check(runner: Runner, model: Any, probe: Probe) -> None:
     """Run two texts through the runner, in pieces and side by side, and compare with the model itself.
 

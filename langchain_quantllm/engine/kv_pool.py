@@ -41,7 +41,7 @@ class LayerShape:
     @property
     def token_bytes(self) -> int:
         """Bytes of one token."""
-        return self.kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+        return self.kv_heads * (self.key_dim + self.value_dim) * int(self.dtype.itemsize)
 
 
 def shapes_of(cache: Any) -> list[LayerShape]:

@@ -178,6 +178,7 @@ class PipelineEngine:
 
 
 def decoder_of(tokenizer: Any, request: Request) -> Decode:
+    """Give what turns a request's token ids into text."""
     skip = request.options.skip_special_tokens
 
     def decode(ids: list[int]) -> str:
@@ -335,6 +336,7 @@ def _out_of_memory(batch: list[tuple[Row, ChunkStream]]) -> str:
 
 
 def limits_of(model: Any, tokenizer: Any) -> ModelLimits:
+    """Read off a model and its tokenizer what can be asked for."""
     config = model.config.get_text_config()
     eos = model.generation_config.eos_token_id
     if eos is None:

@@ -7,13 +7,23 @@ Knows rows as numbers, positions and pages; no text, no stop strings, no queue.
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from langchain_quantllm.engine.attention import Attention, Batch, Forward, LayerPool, Span, configs_of, driving
+from langchain_quantllm.engine.attention import (
+    Attention,
+    Batch,
+    Forward,
+    LayerPool,
+    Span,
+    configs_of,
+    driving,
+    without_gradients,
+)
 from langchain_quantllm.engine.batch_sampler import MASKS, BatchSampler, log_probabilities
 from langchain_quantllm.engine.capture import StepGraph, WaitFinder
 from langchain_quantllm.engine.pages import PAGE_TOKENS
@@ -112,17 +122,16 @@ class Runner:
         self._pools = pools
         self._attention = attention
         self._by_sdpa = by_sdpa
-        self.device = model.get_input_embeddings().weight.device  # type: ignore[operator,union-attr]
+        self.device = model.get_input_embeddings().weight.device
         self.is_asynchronous = self.device.type == "cuda"
         self.captures = captures
         self.sampler = BatchSampler(slots, vocab_size, self.device)
         self._padding_slot = slots
         self._table = torch.zeros(slots + 1, pages_per_row, dtype=torch.int32, device=self.device)
         self._keeps_logits = "logits_to_keep" in inspect.signature(_innermost(model).forward).parameters
-        self._needs_spans = not captures
         self.last_forward: Forward | None = None
         """The last forward that was no replay, for a check of what its layers did."""
-        self.wait_found: str | None = None
+        self.why_no_graphs: str | None = None
         """What made a graph impossible although nothing was known against it."""
         if captures:
             most = _BUCKETS[-1]
@@ -144,7 +153,7 @@ class Runner:
 
     # Prefill.
 
-    @torch.no_grad()
+    @without_gradients
     def prefill(self, pieces: Sequence[Piece], chances: Sequence[Chance]) -> Launched:
         """Run pieces of prompts, packed behind each other.
 
@@ -179,7 +188,7 @@ class Runner:
 
     # Decode.
 
-    @torch.no_grad()
+    @without_gradients
     def decode(self, rows: Sequence[RowState], positions: Sequence[int], chances: Sequence[Chance]) -> Launched:
         """Run each row's last token, which lies on the device.
 
@@ -192,7 +201,7 @@ class Runner:
         inputs = self._lines_of(rows, positions, pages, chances)
         count = len(rows)
         bucket = next((b for b in _BUCKETS if b >= count), None)
-        if bucket is None or not self.captures:
+        if bucket is None or not self.captures or self.why_no_graphs is not None:
             inputs = inputs.to(self.device)
             spans = [Span(slot=r.slot, first=0, position=p, count=1) for r, p in zip(rows, positions, strict=True)]
             logits = self._decode_step(inputs, spans)
@@ -247,13 +256,20 @@ class Runner:
         kept = inputs.clone()
         inputs.zero_()
         inputs[_SLOT] = self._padding_slot
-        with WaitFinder() as finder:
-            self._decode_step(inputs)
-        if finder.found is not None:
-            self.wait_found, self.captures = finder.found, False
+        try:
+            with WaitFinder() as finder:
+                self._decode_step(inputs)
+            if finder.found is not None:
+                self.why_no_graphs = f"{finder.found} makes the host wait"
+                return None
+            graph = StepGraph(lambda: self._decode_step(inputs), self._side, self._memory)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self.why_no_graphs = f"capturing failed with {error!r}"
             return None
-        graph = StepGraph(lambda: self._decode_step(inputs), self._side, self._memory)
-        inputs.copy_(kept)
+        finally:
+            inputs.copy_(kept)
         self._graphs[bucket] = graph
         return graph
 
@@ -275,7 +291,7 @@ class Runner:
         logits: torch.Tensor = output.logits[0]
         return logits[keep] if keep is not None and not self._keeps_logits else logits
 
-    @torch.no_grad()
+    @without_gradients
     def draw(
         self, launched: Launched, need: int, *, mask: torch.Tensor | None = None, alternatives: int | None = None
     ) -> Drawn:
@@ -299,6 +315,44 @@ class Runner:
         if alternatives is not None:
             logprobs = log_probabilities(launched.logits[:rows].to(self.device), ids, alternatives)
         return Drawn(ids, logprobs)
+
+    @without_gradients
+    def time_step(self, rows: int, position: int, repeats: int) -> float:
+        """Time the decode step by itself: back to back, with nothing of the host's in between but its launch.
+
+        Args:
+            rows: Rows of the step; of no text, on pages that belong to nobody.
+            position: Where in their texts they are.
+            repeats: Steps to time.
+
+        Returns:
+            Seconds per step, forward and greedy drawing.
+        """
+        nobody = RowState([0], 1)
+        nobody.slot = self._padding_slot
+        nobody.pages = [0] * (position // PAGE_TOKENS + 1)
+
+        def step() -> Drawn:
+            launched = self.decode([nobody] * rows, [position] * rows, [Chance()] * rows)
+            return self.draw(launched, 0)
+
+        step().wait()
+        launched = self.decode([nobody] * rows, [position] * rows, [Chance()] * rows)
+        graphs = (self._graphs[launched.inputs.shape[1]], self._draw_graph(launched, 0)) if launched.is_graph else ()
+        drawn = self.draw(launched, 0)
+        drawn.wait()
+        began = time.perf_counter()
+        for _ in range(repeats):
+            if graphs:
+                for graph in graphs:
+                    graph.replay()
+            else:
+                drawn = step()
+        if graphs:
+            torch.cuda.synchronize(self.device)
+        else:
+            drawn.wait()
+        return (time.perf_counter() - began) / repeats
 
     def _draw_step(
         self, logits: torch.Tensor, inputs: torch.Tensor, need: int, mask: torch.Tensor | None

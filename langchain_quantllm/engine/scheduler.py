@@ -92,9 +92,7 @@ class RowState:
             return
         while (self._chained_pages + 1) * PAGE_TOKENS <= min(self.written, len(self.ids)):
             at = self._chained_pages * PAGE_TOKENS
-            self._chain = pages.register(
-                self.pages[self._chained_pages], self._chain, self.ids[at : at + PAGE_TOKENS]
-            )
+            self._chain = pages.register(self.pages[self._chained_pages], self._chain, self.ids[at : at + PAGE_TOKENS])
             self._chained_pages += 1
 
     def put_back(self, pages: PagePool) -> None:

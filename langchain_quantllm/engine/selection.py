@@ -32,9 +32,7 @@ class Engines:
         """Most tokens that the KV caches have held at once."""
         return sum(engine.peak_cache_tokens for engine in (self._fast, self._plain) if engine is not None)
 
-    def choose(
-        self, engine: str, kv_cache_memory: Any = None, options: GenerationOptions | None = None
-    ) -> Engine:
+    def choose(self, engine: str, kv_cache_memory: Any = None, options: GenerationOptions | None = None) -> Engine:
         """Give the engine for a call, made now if this is the first one.
 
         Args:

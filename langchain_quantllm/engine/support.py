@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from langchain_quantllm.engine.attention import without_gradients
 from langchain_quantllm.engine.kv_pool import LayerShape, shapes_of
 from langchain_quantllm.errors import UnsupportedError
 
@@ -68,7 +69,7 @@ class Probe:
     vocab_size: int
 
 
-@torch.no_grad()
+@without_gradients
 def probe(model: Any) -> Probe:
     """Run one short text and look at what its cache holds.
 
@@ -100,7 +101,7 @@ def sample_ids(model: Any, count: int) -> list[int]:
     return [(7919 * (i + 1) + 13 * count) % vocab_size for i in range(count)]
 
 
-@torch.no_grad()
+@without_gradients
 def compare(model: Any, texts: Sequence[Sequence[int]], ours: Sequence[torch.Tensor]) -> None:
     """Compare logits of the engine with those that the model gives by itself.
 

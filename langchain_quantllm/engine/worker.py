@@ -110,9 +110,9 @@ class Worker:
         with self._changed:
             while not self._waiting and not self._closed:
                 self._changed.wait()
-            began = time.monotonic()
             seen = 0
-            while self._gathers and not self._closed and seen < len(self._waiting) and time.monotonic() - began < _GATHER_S:
+            until = time.monotonic() + (_GATHER_S if self._gathers else 0)
+            while not self._closed and seen < len(self._waiting) and time.monotonic() < until:
                 seen = len(self._waiting)
                 self._changed.wait(_QUIET_S)
             return bool(self._waiting) and not self._closed

@@ -22,6 +22,7 @@ LEVELS = {
     "engine.options": 1,
     "engine.request": 1,
     "engine.stopping": 1,
+    "engine.pages": 1,
     "checkpoint": 2,
     "containment": 2,
     "gptq": 2,
@@ -35,17 +36,30 @@ LEVELS = {
     "memory.table": 2,
     "memory.tracking": 2,
     "memory.weights": 2,
+    "engine.scheduler": 2,
+    "kernels": 2,
+    "kernels.paged_attention": 2,
+    "kernels.reference": 2,
     "demo_model": 3,
     "loading": 3,
     "pipelines": 3,
     "placement": 3,
+    "engine.attention": 3,
+    "engine.batch_sampler": 3,
+    "engine.capture": 3,
+    "engine.kv_pool": 3,
     "engine.sampler": 3,
+    "engine.fast_engine": 4,
     "engine.pipeline_engine": 4,
+    "engine.runner": 4,
+    "engine.selection": 4,
+    "engine.support": 4,
     "engine.worker": 4,
     "base": 5,
     "llms": 5,
     "bench": 6,
     "cli": 6,
+    "speed": 6,
     "": 6,  # the package's __init__, which offers what is below
 }
 """The level of each module, as CONTRIBUTING.md has them. A new module needs one here."""
@@ -162,7 +176,8 @@ def test_below_level_5_nobody_knows_langchain(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith("engine")])
 def test_the_engine_knows_no_loading(name: str) -> None:
     known = own_modules(imports(TREES[name]))
-    assert all(other.startswith("engine") or other == "errors" for other in known)
+    below = ("engine", "kernels", "errors", "memory")  # which the KV cache is sized by
+    assert all(other.startswith(below) for other in known)
 
 
 @pytest.mark.parametrize("name", sorted(LIGHT))

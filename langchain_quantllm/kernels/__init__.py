@@ -1,0 +1,1 @@
+"""Attention over paged keys and values: in Triton, and the same functions in plain torch."""
