@@ -98,6 +98,7 @@ class LoadedModel:
             peak_generating=(peaks or None) if cached_tokens else None,
             bytes_16bit=estimate.bytes_16bit if estimate is not None else None,
             kv_cache_bytes=cached_tokens * token_bytes if cached_tokens and token_bytes else None,
+            kv_pool_bytes=engines.kv_cache_bytes if engines is not None else None,
             notes=memory_notes(now, self.weights),
         )
 

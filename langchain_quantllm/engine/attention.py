@@ -105,7 +105,7 @@ class GatherAttention:
         """Store keys and values; see `Attention.write`."""
         places = _cached(batch, (key.device, "places"), lambda: _places(batch, key.device))
         flat = pool.kv.view(-1, *pool.kv.shape[2:])
-        flat.index_put_((places,), torch.cat([key, value], -1)[0].transpose(0, 1))
+        flat.index_copy_(0, places, torch.cat([key, value], -1)[0].transpose(0, 1))
 
     def attend(
         self, pool: LayerPool, query: torch.Tensor, batch: Batch, *, scale: float, window: int, softcap: float
@@ -117,8 +117,8 @@ class GatherAttention:
         for span in batch.spans:
             rows = slice(span.first, span.first + span.count)
             length = span.position + span.count
-            pages = batch.table[span.slot, : -(-length // PAGE_TOKENS)].to(pool.kv.device)
-            key, value = _split(pool, pool.kv[pages.long()].flatten(0, 1)[None, :length])
+            pages = batch.table[span.slot, : -(-length // PAGE_TOKENS)].to(pool.kv.device).long()
+            key, value = _split(pool, pool.kv.index_select(0, pages).flatten(0, 1)[None, :length])
             groups = query.shape[1] // key.shape[1]
             if groups > 1:
                 key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -134,12 +134,12 @@ class GatherAttention:
         rows = query.shape[2]
         device = pool.kv.device
         longest = max(span.position for span in batch.spans) + 1
+        width = -(-longest // PAGE_TOKENS)
         pages = _cached(
-            batch,
-            (device, "pages"),
-            lambda: batch.table[batch.slots.long(), : -(-longest // PAGE_TOKENS)].to(device).long(),
+            batch, (device, "pages"), lambda: batch.table[batch.slots.long(), :width].flatten().to(device).long()
         )
-        key, value = _split(pool, pool.kv[pages].flatten(1, 2)[:, :longest])
+        gathered = pool.kv.index_select(0, pages).view(rows, width * PAGE_TOKENS, *pool.kv.shape[2:])
+        key, value = _split(pool, gathered[:, :longest])
         mask = None
         if rows > 1 or (window and window < longest):
             at = (device, "mask", window)

@@ -113,7 +113,6 @@ class BatchSampler:
             Token ids of shape `(rows,)`, int32; -1 where the logits are no numbers.
         """
         scores = logits.float()
-        is_number = ~scores.amax(-1).isnan()
         if need & PENALIZES and self._seen is not None:
             penalty = self._penalty[slots][:, None]
             scores = torch.where(self._seen[slots], torch.where(scores < 0, scores * penalty, scores / penalty), scores)
@@ -124,14 +123,15 @@ class BatchSampler:
         if need & MASKS and mask is not None:
             allowed = ((mask[..., None] >> self._mask_bits) & 1).flatten(1)[:, : scores.shape[1]]
             scores = scores.masked_fill(allowed == 0, -torch.inf)
-        ids = scores.argmax(-1)
+        best = scores.max(-1)
+        ids = best.indices
         if need & SAMPLES:
             sampled = self._sample(scores, slots, uniforms, sorts=bool(need & SORTS))
             ids = torch.where(self._samples[slots], sampled, ids)
         self.last_ids[slots] = ids
         if need & PENALIZES and self._seen is not None:
             self._seen.index_put_((slots, ids), self._yes)
-        return torch.where(is_number, ids, -1).int()
+        return torch.where(best.values.isnan(), -1, ids).int()
 
     def _sample(
         self, scores: torch.Tensor, slots: torch.Tensor, uniforms: torch.Tensor, *, sorts: bool

@@ -32,6 +32,12 @@ class Engines:
         """Most tokens that the KV caches have held at once."""
         return sum(engine.peak_cache_tokens for engine in (self._fast, self._plain) if engine is not None)
 
+    @property
+    def kv_cache_bytes(self) -> int | None:
+        """Bytes set aside for the fast engine's KV cache; None without one."""
+        fast = self._fast
+        return None if fast is None else fast.info.kv_cache_bytes
+
     def choose(self, engine: str, kv_cache_memory: Any = None, options: GenerationOptions | None = None) -> Engine:
         """Give the engine for a call, made now if this is the first one.
 

@@ -30,6 +30,7 @@ class MemoryReport(Tabular):
         peak_generating: Most bytes in use while generating, by device.
         bytes_16bit: Bytes of the same model in 16 bits, as `MemoryEstimate.bytes_16bit` gives them.
         kv_cache_bytes: Bytes of the KV cache at its largest.
+        kv_pool_bytes: Bytes set aside for the KV cache; None where it grows as it needs to.
         notes: What the numbers do not say; `memory_notes` writes them.
     """
 
@@ -44,6 +45,7 @@ class MemoryReport(Tabular):
     peak_generating: Mapping[str, int] | None = field(default=None, hash=False)
     bytes_16bit: int | None = None
     kv_cache_bytes: int | None = None
+    kv_pool_bytes: int | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -74,6 +76,7 @@ class MemoryReport(Tabular):
             "bytes_16bit": self.bytes_16bit,
             "saving": self.saving,
             "kv_cache_bytes": self.kv_cache_bytes,
+            "kv_pool_bytes": self.kv_pool_bytes,
             **{name: stage and stage.to_dict() for name, stage in stages.items()},
             **{name: None if peak is None else dict(peak) for name, peak in peaks.items()},
             "notes": list(self.notes),
@@ -98,6 +101,7 @@ class MemoryReport(Tabular):
         if self.bytes_16bit is not None and self.saving is not None:
             lines.append(f"In 16 bits: {format_bytes(self.bytes_16bit)}; saved: {self.saving:.0%}.")
         if self.kv_cache_bytes is not None:
-            lines.append(f"KV cache at its largest: {format_bytes(self.kv_cache_bytes)}.")
+            pool = f" of {format_bytes(self.kv_pool_bytes)} set aside for it" if self.kv_pool_bytes else ""
+            lines.append(f"KV cache at its largest: {format_bytes(self.kv_cache_bytes)}{pool}.")
         title = f"Memory of {self.model_id} ({self.scheme_name})"
         return stage_table(title, stages, [*lines, *self.notes, UNITS_NOTE])

@@ -1,0 +1,286 @@
+"""Tiny random models of every family of decoder-only models that transformers has, and of some others.
+
+Two layers of 64 or what the family needs, in float32. The weights are wide, so that the likeliest token changes
+from step to step and lies far above the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+
+VOCAB = 500  # no multiple of 32, as a mask's words are
+CONTEXT = 512
+
+_HIDDEN = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": CONTEXT,
+}
+_GROUPED = {**_HIDDEN, "num_key_value_heads": 2}
+_GPT2 = {"vocab_size": VOCAB, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT, "n_inner": 128}
+_DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 8,
+    "long_factor": [2.0] * 8,
+    "factor": 4.0,
+    "original_max_position_embeddings": CONTEXT // 4,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How a tiny model of a family is made.
+
+    Args:
+        config: Name of the config's class in transformers.
+        options: What its config is given.
+        gain: Standard deviation of the weights; such that texts neither stand still nor hang on rounding.
+        attention: `attn_implementation`.
+        prepare: Changes a config in what its constructor does not take.
+    """
+
+    config: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    gain: float = 0.3
+    attention: str | None = None
+    prepare: Callable[[Any], None] | None = None
+
+
+def _family(config: str, base: Mapping[str, Any] = _HIDDEN, **options: Any) -> Family:
+    own = {name: options.pop(name) for name in ("gain", "attention", "prepare") if name in options}
+    return Family(config=f"{config}Config", options={**base, **options}, **own)
+
+
+FAST: Mapping[str, Family] = {
+    "llama": _family("Llama"),
+    "llama-grouped": _family("Llama", _GROUPED),
+    "llama-one-kv-head": _family("Llama", num_key_value_heads=1),
+    "llama-head-80": _family("Llama", _GROUPED, hidden_size=160, num_attention_heads=2, num_key_value_heads=1),
+    "llama-head-96": _family("Llama", _GROUPED, head_dim=96),
+    "llama-linear-rope": _family(
+        "Llama", _GROUPED, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    ),
+    "llama-3-rope": _family(
+        "Llama",
+        _GROUPED,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ),
+    "llama-eager": _family("Llama", _GROUPED, attention="eager"),
+    "mistral": _family("Mistral", _GROUPED, sliding_window=None),
+    "mistral-window": _family("Mistral", _GROUPED, sliding_window=24),
+    "qwen2": _family("Qwen2", _GROUPED),
+    "qwen2-window": _family("Qwen2", _GROUPED, use_sliding_window=True, sliding_window=24, max_window_layers=1),
+    "qwen3": _family("Qwen3", _GROUPED, head_dim=32),
+    "gemma": _family("Gemma", _GROUPED, head_dim=32, num_key_value_heads=1),
+    "gemma2": _family(
+        "Gemma2",
+        _GROUPED,
+        head_dim=32,
+        sliding_window=24,
+        query_pre_attn_scalar=32,
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=30.0,
+    ),
+    "gemma3": _family(
+        "Gemma3Text",
+        _GROUPED,
+        head_dim=32,
+        sliding_window=24,
+        query_pre_attn_scalar=32,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "phi": _family("Phi"),
+    "phi-qk-norm": _family("Phi", qk_layernorm=True),
+    "phi3": _family("Phi3", _GROUPED),
+    "phi3-window": _family("Phi3", _GROUPED, sliding_window=24),
+    "gpt_neox": _family("GPTNeoX"),
+    "gpt_neox-sequential": _family("GPTNeoX", use_parallel_residual=False, attention_bias=False),
+    "gpt2": _family("GPT2", _GPT2),
+    "gpt2-scaled": _family("GPT2", _GPT2, scale_attn_by_inverse_layer_idx=True),
+    "opt": _family("OPT", ffn_dim=128, word_embed_proj_dim=64),
+    "opt-350m": _family("OPT", ffn_dim=128, word_embed_proj_dim=32, do_layer_norm_before=False),
+    "falcon-7b": _family("Falcon", ffn_hidden_size=128, multi_query=True, new_decoder_architecture=False),
+    "falcon-40b": _family("Falcon", ffn_hidden_size=128, num_kv_heads=2, new_decoder_architecture=True),
+    "falcon-many-heads": _family("Falcon", ffn_hidden_size=128, multi_query=False, parallel_attn=False, bias=True),
+    "stablelm": _family("StableLm", _GROUPED),
+    "stablelm-2": _family("StableLm", _GROUPED, qk_layernorm=True, use_parallel_residual=True, use_qkv_bias=True),
+    "granite": _family(
+        "Granite",
+        _GROUPED,
+        attention_multiplier=0.2,
+        embedding_multiplier=2.0,
+        residual_multiplier=0.5,
+        logits_scaling=4.0,
+    ),
+    "olmo": _family("Olmo", _GROUPED),
+    "olmo-clipped": _family("Olmo", _GROUPED, clip_qkv=2.0),
+    "olmo2": _family("Olmo2", _GROUPED),
+    "olmo3": _family("Olmo3", _GROUPED, sliding_window=24, layer_types=["sliding_attention", "full_attention"]),
+    "cohere": _family("Cohere", _GROUPED, use_qk_norm=True),
+    "cohere2": _family("Cohere2", _GROUPED, sliding_window=24, layer_types=["sliding_attention", "full_attention"]),
+    "starcoder2": _family("Starcoder2", _GROUPED, sliding_window=None),
+    "starcoder2-window": _family("Starcoder2", _GROUPED, sliding_window=24),
+    "smollm3": _family("SmolLM3", _GROUPED, no_rope_layer_interval=2),
+    "glm": _family("Glm", _GROUPED, head_dim=16),
+    "glm4": _family("Glm4", _GROUPED, head_dim=16),
+    "nemotron": _family("Nemotron", _GROUPED),
+    "persimmon": _family("Persimmon"),
+    "gpt_bigcode": _family("GPTBigCode", _GPT2, multi_query=True),
+    "gpt_bigcode-many-heads": _family("GPTBigCode", _GPT2, multi_query=False),
+    "biogpt": _family("BioGpt"),
+    "exaone4": _family("Exaone4", _GROUPED, sliding_window=24, layer_types=["sliding_attention", "full_attention"]),
+    "mixtral": _family("Mixtral", _GROUPED, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": _family("Qwen3Moe", _GROUPED, moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2),
+    "olmoe": _family("Olmoe", _GROUPED, num_experts=4, num_experts_per_tok=2),
+}
+"""Families whose attention and cache are the common ones."""
+
+NAMED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "gpt_neox", "gpt2", "opt", "falcon-7b", "falcon-40b")
+NAMED += ("stablelm", "granite", "olmo")
+"""Those that must be fast, whatever becomes of the others."""
+
+PLAIN: Mapping[str, tuple[Family, str]] = {
+    "falcon-eager": (_family("Falcon", ffn_hidden_size=128, multi_query=True, attention="eager"), ""),
+    "falcon-alibi": (_family("Falcon", ffn_hidden_size=128, alibi=True), ""),
+    "falcon-alibi-eager": (_family("Falcon", ffn_hidden_size=128, alibi=True, attention="eager"), ""),
+    "bloom": (_family("Bloom", {"vocab_size": VOCAB, "hidden_size": 64, "n_layer": 2, "n_head": 4}), ""),
+    "mpt": (
+        _family(
+            "Mpt",
+            {"vocab_size": VOCAB, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": CONTEXT},
+            expansion_ratio=2,
+        ),
+        "",
+    ),
+    "gptj": (_family("GPTJ", _GPT2, rotary_dim=8), ""),
+    "codegen": (_family("CodeGen", _GPT2, n_ctx=CONTEXT, rotary_dim=8), ""),
+    "mamba": (
+        _family("Mamba", {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}),
+        "cache",
+    ),
+    "jamba": (
+        _family(
+            "Jamba",
+            _GROUPED,
+            use_mamba_kernels=False,
+            num_experts=2,
+            num_experts_per_tok=1,
+            attn_layer_period=2,
+            attn_layer_offset=1,
+            mamba_d_state=8,
+            mamba_dt_rank=8,
+        ),
+        "layers of kind",
+    ),
+    "recurrent_gemma": (
+        _family(
+            "RecurrentGemma",
+            _HIDDEN,
+            lru_width=64,
+            head_dim=16,
+            num_key_value_heads=1,
+            attention_window_size=24,
+            block_types=["recurrent", "attention"],
+        ),
+        "",
+    ),
+    "llama-dynamic-rope": (_family("Llama", _GROUPED, rope_parameters=_DYNAMIC), "'dynamic' rotary positions"),
+    "phi3-longrope": (
+        _family(
+            "Phi3",
+            _GROUPED,
+            rope_parameters=_LONGROPE,
+            original_max_position_embeddings=CONTEXT // 4,
+        ),
+        "'longrope' rotary positions",
+    ),
+    "llama4": (
+        _family(
+            "Llama4Text",
+            _GROUPED,
+            head_dim=16,
+            intermediate_size_mlp=128,
+            num_local_experts=2,
+            attention_chunk_size=24,
+            layer_types=["chunked_attention", "full_attention"],
+        ),
+        "chunked_attention",
+    ),
+    "gpt_oss": (
+        _family("GptOss", _GROUPED, head_dim=16, sliding_window=24, num_local_experts=2, num_experts_per_tok=1),
+        "",
+    ),
+}
+"""Families that the fast engine cannot drive, with a word of the reason."""
+
+
+def family_model(family: Family, *, seed: int = 0) -> Any:
+    """Make a tiny random model of a family."""
+    config = getattr(transformers, family.config)(
+        **{"bos_token_id": None, "eos_token_id": None, "tie_word_embeddings": False, "pad_token_id": 0, **family.options}
+    )
+    if family.prepare is not None:
+        family.prepare(config)
+    chosen = {} if family.attention is None else {"attn_implementation": family.attention}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, **chosen).eval()
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if weight.dim() > 1:
+                    weight.normal_(0.0, family.gain)
+                elif name.endswith("bias"):
+                    weight.normal_(0.0, 0.1)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def random_ids(count: int, *, seed: int = 0) -> list[int]:
+    """Give token ids at random, none of them the first ones, which are special in some tokenizers."""
+    generator = torch.Generator().manual_seed(seed * 1009 + count)
+    return torch.randint(10, VOCAB, (count,), generator=generator).tolist()
+
+
+def generated_ids(model: Any, prompt_ids: Sequence[int], max_new_tokens: int) -> list[int]:
+    """Continue a text greedily with transformers' own `generate`, the reference."""
+    given = torch.tensor([list(prompt_ids)])
+    output = model.generate(
+        given,
+        attention_mask=torch.ones_like(given),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    return output[0, len(prompt_ids) :].tolist()
+
+
+def likeliest_ids(model: Any, prompt_ids: Sequence[int], text_ids: Sequence[int]) -> list[int]:
+    """Give the token that the model likes best at each place of a text, computed in one forward without a cache.
+
+    A greedy text is its own: the same as what `generate` writes, in a hundredth of the time. Asserts that nowhere
+    the best two logits are as close as float32 rounds, which would make the comparison a matter of luck.
+    """
+    with torch.no_grad():
+        given = torch.tensor([[*prompt_ids, *text_ids]])
+        logits = model(given, attention_mask=torch.ones_like(given)).logits[0, len(prompt_ids) - 1 : -1]
+    best = logits.topk(2, -1)
+    margins = (best.values[:, 0] - best.values[:, 1]) / logits.std(-1)
+    assert float(margins.min()) > 1e-5, f"a tie of {float(margins.min()):.1e} at {int(margins.argmin())}: another seed"
+    return best.indices[:, 0].tolist()
