@@ -234,6 +234,7 @@ class FastEngine:
 
     def time_step(self, rows: int, position: int, repeats: int) -> float:
         """Time the decode step by itself, without queue and text; only while nothing runs. See `Runner.time_step`."""
+        self._pages.forget_all()  # what they hold is overwritten
         return self._runner.time_step(rows, position, repeats)
 
     def close(self) -> None:
@@ -472,12 +473,13 @@ def _token_logprob(
 
 
 def _fingerprint(model: Any) -> int:
-    """Tell a model from itself with other weights or adapters."""
-    parts: list[Any] = [(id(p), p._version, p.data_ptr()) for p in model.parameters()]
+    """Tell a model from itself with other weights or adapters; quick, as it is asked before each batch."""
+    parts: list[Any] = []
     for module in model.modules():
         parts.append(id(module))
-        if hasattr(module, "active_adapters"):
-            parts.append((str(module.active_adapters), getattr(module, "disable_adapters", None)))
+        parts += [(id(p), p._version, p.data_ptr()) for p in module._parameters.values() if p is not None]
+        if isinstance(getattr(type(module), "active_adapters", None), property):  # a layer of peft's
+            parts.append((tuple(module.active_adapters), module.disable_adapters, tuple(module.merged_adapters)))
     return hash(tuple(parts))
 
 

@@ -321,23 +321,24 @@ class Runner:
         """Time the decode step by itself: back to back, with nothing of the host's in between but its launch.
 
         Args:
-            rows: Rows of the step; of no text, on pages that belong to nobody.
+            rows: Rows of the step, each on pages of its own; what these hold is overwritten.
             position: Where in their texts they are.
             repeats: Steps to time.
 
         Returns:
             Seconds per step, forward and greedy drawing.
         """
-        nobody = RowState([0], 1)
-        nobody.slot = self._padding_slot
-        nobody.pages = [0] * (position // PAGE_TOKENS + 1)
+        width, pages = position // PAGE_TOKENS + 1, self._pools[0].kv.shape[0] - 1
+        states = [RowState([0], 1) for _ in range(rows)]
+        for i, state in enumerate(states):
+            state.slot, state.pages = i, [1 + (i * width + j) % pages for j in range(width)]
+        self._set_pages(states)
 
         def step() -> Drawn:
-            launched = self.decode([nobody] * rows, [position] * rows, [Chance()] * rows)
-            return self.draw(launched, 0)
+            return self.draw(self.decode(states, [position] * rows, [Chance()] * rows), 0)
 
         step().wait()
-        launched = self.decode([nobody] * rows, [position] * rows, [Chance()] * rows)
+        launched = self.decode(states, [position] * rows, [Chance()] * rows)
         graphs = (self._graphs[launched.inputs.shape[1]], self._draw_graph(launched, 0)) if launched.is_graph else ()
         drawn = self.draw(launched, 0)
         drawn.wait()

@@ -148,7 +148,30 @@ FAST: Mapping[str, Family] = {
     "exaone4": _family("Exaone4", _GROUPED, sliding_window=24, layer_types=["sliding_attention", "full_attention"]),
     "mixtral": _family("Mixtral", _GROUPED, num_local_experts=4, num_experts_per_tok=2),
     "qwen3_moe": _family("Qwen3Moe", _GROUPED, moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2),
+    "qwen3_moe-window": _family(
+        "Qwen3Moe",
+        _GROUPED,
+        moe_intermediate_size=64,
+        num_experts=4,
+        num_experts_per_tok=2,
+        use_sliding_window=True,
+        sliding_window=24,
+    ),
+    "mixtral-window": _family("Mixtral", _GROUPED, num_local_experts=4, num_experts_per_tok=2, sliding_window=24),
+    "mixtral-eager": _family("Mixtral", _GROUPED, num_local_experts=4, num_experts_per_tok=2, attention="eager"),
     "olmoe": _family("Olmoe", _GROUPED, num_experts=4, num_experts_per_tok=2),
+    "granitemoe": _family("GraniteMoe", _GROUPED, num_local_experts=4, num_experts_per_tok=2),
+    "afmoe": _family(
+        "Afmoe",
+        _GROUPED,
+        head_dim=16,
+        moe_intermediate_size=64,
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_dense_layers=1,
+        sliding_window=24,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
 }
 """Families whose attention and cache are the common ones."""
 
@@ -173,7 +196,7 @@ PLAIN: Mapping[str, tuple[Family, str]] = {
     "codegen": (_family("CodeGen", _GPT2, n_ctx=CONTEXT, rotary_dim=8), ""),
     "mamba": (
         _family("Mamba", {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}),
-        "cache",
+        "layers of kind",
     ),
     "jamba": (
         _family(
@@ -199,7 +222,7 @@ PLAIN: Mapping[str, tuple[Family, str]] = {
             attention_window_size=24,
             block_types=["recurrent", "attention"],
         ),
-        "",
+        "layers of kind",
     ),
     "llama-dynamic-rope": (_family("Llama", _GROUPED, rope_parameters=_DYNAMIC), "'dynamic' rotary positions"),
     "phi3-longrope": (

@@ -174,12 +174,24 @@ class TestManyCallers:
         assert tiny_llm.invoke(PROMPT) == await tiny_llm.ainvoke(PROMPT)
 
     async def test_tasks_become_one_batch(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+        llm = QuantizedHuggingFaceLLM(pipeline=tiny_llm.pipeline, engine="pipeline")
         prompts = [f"The sea is {i}" for i in range(8)]
-        expected = [tiny_llm.invoke(prompt, max_new_tokens=4) for prompt in prompts]
-        with forwards(tiny_llm) as seen:
-            texts = await asyncio.gather(*(tiny_llm.ainvoke(prompt, max_new_tokens=4) for prompt in prompts))
+        expected = [llm.invoke(prompt, max_new_tokens=4) for prompt in prompts]
+        with forwards(llm) as seen:
+            texts = await asyncio.gather(*(llm.ainvoke(prompt, max_new_tokens=4) for prompt in prompts))
         assert texts == expected
         assert len(seen.prefills) <= 3  # one, but for a loop that the machine held up
+
+    async def test_tasks_join_the_running_batch(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+        """In the fast engine, which does not wait for them."""
+        llm = QuantizedHuggingFaceLLM(pipeline=tiny_llm.pipeline, engine="fast", max_new_tokens=12)
+        prompts = [f"The sea is {i}" for i in range(8)]
+        expected = [llm.invoke(prompt) for prompt in prompts]
+        with forwards(llm, slowly(0.02)) as seen:
+            texts = await asyncio.gather(*(llm.ainvoke(prompt) for prompt in prompts))
+        assert texts == expected
+        assert (1, 8) in seen.shapes[-8:]  # one token of each
+        assert seen.count < 8 * 12 / 2  # 96 one by one, 12 at best
 
 
 class TestThread:

@@ -11,7 +11,7 @@ from langchain_core.exceptions import ContextOverflowError
 
 from langchain_quantllm import QuantizedHuggingFaceLLM
 from langchain_quantllm.errors import GenerationError, InvalidOptionError
-from tests.unit_tests.models import TINY, fail_at, forwards, llm_of, slowly, tiny_model
+from tests.unit_tests.models import TINY, Forwards, fail_at, forwards, llm_of, slowly, tiny_model
 
 LENGTHS = [
     "Sea",
@@ -21,104 +21,156 @@ LENGTHS = [
     "a b c d e f g h i j k l m",
 ]
 TWENTY = [f"Number {i} of the list is" for i in range(20)]
+TWENTY_LONG = [f"Number {i}" + " of the list" * 10 for i in range(20)]
+"""Each with more tokens than there are prompts."""
+
+ENGINES = ("fast", "pipeline")
 
 
+def engine_of(llm: QuantizedHuggingFaceLLM, engine: str, **fields: Any) -> QuantizedHuggingFaceLLM:
+    """Make an LLM over the same model that runs on one engine, which has checked the model by then."""
+    other = QuantizedHuggingFaceLLM(pipeline=llm.load().pipeline, engine=engine, **fields)
+    assert other.engine_info.name == engine
+    return other
+
+
+def check_one_batch(seen: Forwards, engine: str, prompts: list[str], tokenizer: Any, *, steps: int, n: int = 1) -> None:
+    """Check that prompts ran side by side from the first to the last token.
+
+    The plain engine pads them to rows of one length; the fast one packs them behind each other, and so their tokens.
+    Without prefix caching, or a beginning that an earlier call has left in the cache is not run again.
+    """
+    rows = len(prompts) * n
+    if engine == "pipeline":
+        assert seen.rows == [rows] * steps
+    else:
+        tokens = n * sum(len(tokenizer(prompt)["input_ids"]) for prompt in prompts)
+        assert seen.shapes == [(1, tokens), *[(1, rows)] * (steps - 1)]
+
+
+def rows_of_steps(seen: Forwards, engine: str) -> list[int]:
+    """Give how many rows ran side by side in each step after a prompt's; for prompts of `TWENTY_LONG`, unshared."""
+    assert seen.count
+    if engine == "pipeline":
+        return [rows for rows, tokens in seen.shapes if tokens == 1]
+    return [tokens for _, tokens in seen.shapes if tokens <= len(TWENTY_LONG)]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 class TestRows:
-    def test_prompts_of_different_lengths_run_in_one_batch(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
-        with forwards(tiny_llm) as seen:
-            tiny_llm.batch(LENGTHS, max_new_tokens=4)
-        assert seen.rows == [5] * 4
-
-    def test_the_same_for_a_checkpoint_from_disk(self, llm: QuantizedHuggingFaceLLM) -> None:
-        """Whose generation config says `use_cache: true`, as most do."""
+    def test_prompts_of_different_lengths_run_in_one_batch(
+        self, tiny_llm: QuantizedHuggingFaceLLM, tokenizer: Any, engine: str
+    ) -> None:
+        llm = engine_of(tiny_llm, engine, prefix_caching=False)
         with forwards(llm) as seen:
-            llm.batch(LENGTHS[:3], max_new_tokens=2)
-        assert seen.rows == [3] * 2
+            llm.batch(LENGTHS, max_new_tokens=4)
+        check_one_batch(seen, engine, LENGTHS, tokenizer, steps=4)
 
-    async def test_the_same_in_async_and_for_samples(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
-        with forwards(tiny_llm) as seen:
-            await tiny_llm.abatch(LENGTHS, max_new_tokens=4)
-        assert seen.rows == [5] * 4
-        with forwards(tiny_llm) as seen:
-            tiny_llm.generate(LENGTHS[:2], n=3, temperature=1.0, max_new_tokens=4)
-        assert seen.rows == [6] * 4
+    def test_the_same_for_a_checkpoint_from_disk(
+        self, tokenizer: Any, llm: QuantizedHuggingFaceLLM, engine: str
+    ) -> None:
+        """Whose generation config says `use_cache: true`, as most do."""
+        other = engine_of(llm, engine, prefix_caching=False)
+        with forwards(other) as seen:
+            other.batch(LENGTHS[:3], max_new_tokens=2)
+        check_one_batch(seen, engine, LENGTHS[:3], tokenizer, steps=2)
+
+    async def test_the_same_in_async_and_for_samples(
+        self, tiny_llm: QuantizedHuggingFaceLLM, tokenizer: Any, engine: str
+    ) -> None:
+        llm = engine_of(tiny_llm, engine, prefix_caching=False)
+        with forwards(llm) as seen:
+            await llm.abatch(LENGTHS, max_new_tokens=4)
+        check_one_batch(seen, engine, LENGTHS, tokenizer, steps=4)
+        with forwards(llm) as seen:
+            llm.generate(LENGTHS[:2], n=3, temperature=1.0, max_new_tokens=4)
+        check_one_batch(seen, engine, LENGTHS[:2], tokenizer, steps=4, n=3)
 
     @pytest.mark.parametrize("family", sorted(TINY))
-    def test_a_batch_equals_the_single_calls(self, tokenizer: Any, family: str) -> None:
-        """In float32; the best two logits of these models lie further apart than padding moves them."""
-        llm = llm_of(tiny_model(len(tokenizer), family, seed=1), tokenizer, max_new_tokens=24)
+    def test_a_batch_equals_the_single_calls(self, tokenizer: Any, family: str, engine: str) -> None:
+        """In float32; the best two logits of these models lie further apart than padding or packing moves them."""
+        model = tiny_model(len(tokenizer), family, seed=1)
+        llm = engine_of(llm_of(model, tokenizer), engine, max_new_tokens=24, prefix_caching=False)
         singles = [llm.invoke(prompt) for prompt in LENGTHS]
         with forwards(llm) as seen:
             assert llm.batch(LENGTHS) == singles
-        assert max(seen.rows) == 5  # else this has compared nothing
+        check_one_batch(seen, engine, LENGTHS, tokenizer, steps=24)  # else this has compared nothing
 
-    def test_a_batch_equals_the_single_calls_on_a_trained_model(self, llm: QuantizedHuggingFaceLLM) -> None:
+    def test_a_batch_equals_the_single_calls_on_a_trained_model(
+        self, llm: QuantizedHuggingFaceLLM, tokenizer: Any, engine: str
+    ) -> None:
+        other = engine_of(llm, engine, prefix_caching=False)
         prompts = ["The capital of France is", "Once upon a time there was a", "1, 2, 3, 4,"]
-        singles = [llm.invoke(prompt, max_new_tokens=5) for prompt in prompts]
-        with forwards(llm) as seen:
-            assert llm.batch(prompts, max_new_tokens=5) == singles
-        assert max(seen.rows) == 3
+        singles = [other.invoke(prompt, max_new_tokens=5) for prompt in prompts]
+        with forwards(other) as seen:
+            assert other.batch(prompts, max_new_tokens=5) == singles
+        check_one_batch(seen, engine, prompts, tokenizer, steps=5)
 
-    def test_a_seeded_batch_equals_the_single_calls(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+    def test_a_seeded_batch_equals_the_single_calls(self, tiny_llm: QuantizedHuggingFaceLLM, engine: str) -> None:
+        llm = engine_of(tiny_llm, engine)
         options: dict[str, Any] = {"temperature": 1.0, "top_p": 0.9, "seed": 3, "max_new_tokens": 8}
-        assert tiny_llm.batch(LENGTHS, **options) == [tiny_llm.invoke(prompt, **options) for prompt in LENGTHS]
+        assert llm.batch(LENGTHS, **options) == [llm.invoke(prompt, **options) for prompt in LENGTHS]
 
-    def test_rows_that_end_early_leave_the_others_alone(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
-        singles = [tiny_llm.invoke(prompt, max_new_tokens=10) for prompt in LENGTHS]
+    def test_rows_that_end_early_leave_the_others_alone(self, tiny_llm: QuantizedHuggingFaceLLM, engine: str) -> None:
+        llm = engine_of(tiny_llm, engine)
+        singles = [llm.invoke(prompt, max_new_tokens=10) for prompt in LENGTHS]
         stop = [singles[0][4:12], singles[2][6:14]]
-        expected = [tiny_llm.invoke(prompt, max_new_tokens=10, stop=stop) for prompt in LENGTHS]
+        expected = [llm.invoke(prompt, max_new_tokens=10, stop=stop) for prompt in LENGTHS]
         assert expected[0] != singles[0]
         assert expected[1] == singles[1]
-        assert tiny_llm.batch(LENGTHS, max_new_tokens=10, stop=stop) == expected
+        assert llm.batch(LENGTHS, max_new_tokens=10, stop=stop) == expected
 
-    def test_the_batch_ends_with_its_last_row(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+    def test_the_batch_ends_with_its_last_row(self, tiny_llm: QuantizedHuggingFaceLLM, engine: str) -> None:
         """Not with the most tokens that were allowed."""
-        singles = [tiny_llm.invoke(prompt, max_new_tokens=10) for prompt in LENGTHS[:2]]
-        with forwards(tiny_llm) as seen:
-            tiny_llm.batch(LENGTHS[:2], max_new_tokens=10, stop=[singles[0][:1], singles[1][:1]])
+        llm = engine_of(tiny_llm, engine)
+        singles = [llm.invoke(prompt, max_new_tokens=10) for prompt in LENGTHS[:2]]
+        with forwards(llm) as seen:
+            llm.batch(LENGTHS[:2], max_new_tokens=10, stop=[singles[0][:1], singles[1][:1]])
         assert seen.count <= 2
 
-    def test_twenty_prompts_four_at_a_time(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
-        llm = QuantizedHuggingFaceLLM(pipeline=tiny_llm.pipeline, batch_size=4, max_new_tokens=3)
-        expected = [llm.invoke(prompt) for prompt in TWENTY]
+    def test_twenty_prompts_four_at_a_time(self, tiny_llm: QuantizedHuggingFaceLLM, engine: str) -> None:
+        llm = engine_of(tiny_llm, engine, batch_size=4, max_new_tokens=3, prefix_caching=False)
+        expected = [llm.invoke(prompt) for prompt in TWENTY_LONG]
         with forwards(llm) as seen:
-            assert llm.batch(TWENTY) == expected
-        assert seen.rows == [4] * 15
+            assert llm.batch(TWENTY_LONG) == expected
+        assert rows_of_steps(seen, engine) == [4] * 10
+        assert seen.count == 15
         with forwards(llm) as seen:
-            assert llm.batch(TWENTY, return_exceptions=True) == expected
-        assert max(seen.rows) == 4
+            assert llm.batch(TWENTY_LONG, return_exceptions=True) == expected
+        assert max(rows_of_steps(seen, engine)) <= 4
+        if engine == "pipeline":
+            assert max(seen.rows) == 4
 
-    def test_max_concurrency_bounds_the_rows(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
-        expected = [tiny_llm.invoke(prompt, max_new_tokens=3) for prompt in TWENTY[:6]]
+    def test_max_concurrency_bounds_the_rows(self, tiny_llm: QuantizedHuggingFaceLLM, engine: str) -> None:
+        llm = engine_of(tiny_llm, engine, prefix_caching=False, max_new_tokens=3)
+        expected = [llm.invoke(prompt) for prompt in TWENTY_LONG[:6]]
         for return_exceptions in (False, True):
-            with forwards(tiny_llm) as seen:
-                texts = tiny_llm.batch(
-                    TWENTY[:6], {"max_concurrency": 2}, return_exceptions=return_exceptions, max_new_tokens=3
-                )
+            with forwards(llm) as seen:
+                texts = llm.batch(TWENTY_LONG[:6], {"max_concurrency": 2}, return_exceptions=return_exceptions)
             assert texts == expected
-            assert max(seen.rows) <= 2
+            assert 1 <= max(rows_of_steps(seen, engine)) <= 2
 
-    async def test_max_concurrency_in_async(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
-        expected = [tiny_llm.invoke(prompt, max_new_tokens=3) for prompt in TWENTY[:6]]
+    async def test_max_concurrency_in_async(self, tiny_llm: QuantizedHuggingFaceLLM, engine: str) -> None:
+        llm = engine_of(tiny_llm, engine, prefix_caching=False, max_new_tokens=3)
+        expected = [llm.invoke(prompt) for prompt in TWENTY_LONG[:6]]
         for return_exceptions in (False, True):
-            with forwards(tiny_llm) as seen:
-                texts = await tiny_llm.abatch(
-                    TWENTY[:6], {"max_concurrency": 2}, return_exceptions=return_exceptions, max_new_tokens=3
-                )
+            with forwards(llm) as seen:
+                texts = await llm.abatch(TWENTY_LONG[:6], {"max_concurrency": 2}, return_exceptions=return_exceptions)
             assert texts == expected
-            assert max(seen.rows) <= 2
+            assert 1 <= max(rows_of_steps(seen, engine)) <= 2
 
-    def test_calls_of_many_threads_become_batches(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+    def test_calls_of_many_threads_become_batches(self, tiny_llm: QuantizedHuggingFaceLLM, engine: str) -> None:
         """As LangChain runs the branches of a RunnableParallel."""
-        expected = [tiny_llm.invoke(prompt, max_new_tokens=6) for prompt in TWENTY[:8]]
+        llm = engine_of(tiny_llm, engine)
+        expected = [llm.invoke(prompt, max_new_tokens=6) for prompt in TWENTY[:8]]
         texts: list[str] = [""] * 8
         barrier = threading.Barrier(8)
 
         def call(i: int) -> None:
             barrier.wait()
-            texts[i] = tiny_llm.invoke(TWENTY[i], max_new_tokens=6)
+            texts[i] = llm.invoke(TWENTY[i], max_new_tokens=6)
 
-        with forwards(tiny_llm, slowly(0.01)) as seen:
+        with forwards(llm, slowly(0.01)) as seen:
             threads = [threading.Thread(target=call, args=(i,)) for i in range(8)]
             for thread in threads:
                 thread.start()
@@ -127,16 +179,18 @@ class TestRows:
         assert texts == expected
         assert seen.count < 8 * 6 / 2  # 48 one by one, 6 at best
 
-    def test_instances_over_one_pipeline_meet_in_one_engine(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+    def test_instances_over_one_pipeline_meet_in_one_engine(
+        self, tiny_llm: QuantizedHuggingFaceLLM, engine: str
+    ) -> None:
         """As `configurable_fields` makes them: two engines would run the model from two threads at once."""
-        other = QuantizedHuggingFaceLLM(pipeline=tiny_llm.pipeline, max_new_tokens=12)
-        expected = [tiny_llm.invoke(prompt) for prompt in TWENTY[:2]]
+        both = [engine_of(tiny_llm, engine, max_new_tokens=12) for _ in range(2)]
+        expected = [both[0].invoke(prompt) for prompt in TWENTY[:2]]
         texts: list[str] = ["", ""]
         barrier = threading.Barrier(2)
 
         def call(i: int) -> None:
             barrier.wait()
-            texts[i] = (tiny_llm, other)[i].invoke(TWENTY[i])
+            texts[i] = both[i].invoke(TWENTY[i])
 
         inside, most = 0, 0
 
@@ -162,10 +216,19 @@ class TestRows:
         assert texts == expected
         assert most == 1
 
-    def test_no_prompts_are_no_texts(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
-        assert tiny_llm.batch([]) == []
-        assert tiny_llm.batch([], return_exceptions=True) == []
-        assert tiny_llm.generate([]).generations == []
+    def test_no_prompts_are_no_texts(self, tiny_llm: QuantizedHuggingFaceLLM, engine: str) -> None:
+        llm = engine_of(tiny_llm, engine)
+        assert llm.batch([]) == []
+        assert llm.batch([], return_exceptions=True) == []
+        assert llm.generate([]).generations == []
+
+
+def test_engines_agree(tiny_llm: QuantizedHuggingFaceLLM) -> None:
+    """Greedy and with a seed, one call and a batch."""
+    fast, plain = (engine_of(tiny_llm, engine, max_new_tokens=12) for engine in ENGINES)
+    assert fast.batch(LENGTHS) == plain.batch(LENGTHS)
+    options: dict[str, Any] = {"temperature": 1.2, "top_k": 50, "repetition_penalty": 1.1, "seed": 4}
+    assert fast.batch(LENGTHS, **options) == plain.batch(LENGTHS, **options)
 
 
 class TestErrors:
@@ -190,12 +253,23 @@ class TestErrors:
         assert isinstance(error, InvalidOptionError)
 
     def test_the_good_ones_beside_a_bad_one_are_still_a_batch(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+        llm = engine_of(tiny_llm, "pipeline")
         prompts = [*TWENTY[:8], ""]
-        with forwards(tiny_llm) as seen:
-            results = tiny_llm.batch(prompts, return_exceptions=True, max_new_tokens=4)
-        assert results[:8] == [tiny_llm.invoke(prompt, max_new_tokens=4) for prompt in TWENTY[:8]]
+        with forwards(llm) as seen:
+            results = llm.batch(prompts, return_exceptions=True, max_new_tokens=4)
+        assert results[:8] == [llm.invoke(prompt, max_new_tokens=4) for prompt in TWENTY[:8]]
         assert len(seen.prefills) <= 3  # one, but for callers that the machine held up
         assert sum(rows for rows, _ in seen.prefills) == 8
+
+    def test_the_same_in_the_fast_engine(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+        """Which waits for nobody: the first of them begins, and the others join it as they come."""
+        llm = engine_of(tiny_llm, "fast", prefix_caching=False)
+        prompts = [*TWENTY_LONG[:8], ""]
+        with forwards(llm, slowly(0.02)) as seen:
+            results = llm.batch(prompts, return_exceptions=True, max_new_tokens=12)
+        assert results[:8] == [llm.invoke(prompt, max_new_tokens=12) for prompt in TWENTY_LONG[:8]]
+        assert max(rows_of_steps(seen, "fast")) == 8
+        assert seen.count < 8 * 12 / 2  # 96 one by one, 12 at best
 
     async def test_without_return_exceptions_the_first_error_is_raised(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
         with forwards(tiny_llm) as seen:

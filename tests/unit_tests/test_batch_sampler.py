@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +28,16 @@ from tests.unit_tests.test_sampler import chi_square, request_of
 VOCAB = 101
 """No multiple of 32: the last word of a mask is not full."""
 CPU = torch.device("cpu")
-STEPS = 12
+STEPS = 8
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Thousands of small operations take far longer where several threads share each."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def logits_of(seed: int, rows: int, vocab: int = VOCAB, scale: float = 3.0) -> torch.Tensor:
@@ -102,7 +111,7 @@ class Batch:
             need,
             bits,
         )
-        assert torch.equal(logits, before)
+        assert torch.equal(logits.nan_to_num(), before.nan_to_num())
         assert drawn.shape == (len(self.requests),)
         ids = drawn.tolist()
         for row, token_id in enumerate(ids):
@@ -175,7 +184,7 @@ class TestAgainstThePlainSampler:
     @pytest.mark.parametrize("size", [1, 5])
     def test_in_small_batches_with_no_more_work_than_they_need(self, size: int) -> None:
         """Where no row samples, say, nothing is sorted: the flags leave out nothing that a row needs."""
-        requests = random.Random(1).sample(COMBINATIONS, 200)
+        requests = random.Random(1).sample(COMBINATIONS, 60)
         for i in range(0, len(requests), size):
             batch = requests[i : i + size]
             assert Batch(batch).run() == [alone(request) for request in batch]
@@ -215,7 +224,7 @@ class TestAgainstThePlainSampler:
         assert Batch(requests, vocab=vocab).run() == [alone(request, vocab=vocab) for request in requests]
 
     def test_logits_in_16_bits(self) -> None:
-        """They are counted in float32, as the plain engine does; without top_k and top_p, which keep ties whole here."""
+        """They are counted in float32, as in the plain engine; without top_k and top_p, as those keep ties here."""
         options: list[dict[str, Any]] = [{}, {"temperature": 0.8}, {"min_p": 0.05}, {"repetition_penalty": 1.3}]
         for dtype, (i, chosen) in itertools.product([torch.float16, torch.bfloat16], enumerate(options)):
             request = request_of(seed=i, **chosen)
@@ -236,7 +245,7 @@ class TestAgainstThePlainSampler:
 class TestIndependence:
     def test_what_else_is_in_the_batch_does_not_matter(self) -> None:
         rng = random.Random(5)
-        for _ in range(40):
+        for _ in range(15):
             requests = rng.sample(COMBINATIONS, 6)
             together = Batch(requests).run()
             shuffled = rng.sample(requests, 6)
@@ -245,7 +254,7 @@ class TestIndependence:
 
     def test_nor_does_work_that_only_others_need(self) -> None:
         every = BLOCKS | PENALIZES | MASKS | SAMPLES | SORTS
-        for i in range(0, len(COMBINATIONS), 17):
+        for i in range(0, len(COMBINATIONS), 41):
             request = COMBINATIONS[i]
             assert Batch([request]).run(extra_need=every) == Batch([request]).run()
 
@@ -258,7 +267,7 @@ class TestIndependence:
         rng = random.Random(8)
         batch = Batch(rng.sample(COMBINATIONS, 4))
         batch.run(5)
-        for _ in range(30):
+        for _ in range(15):
             requests = rng.sample(COMBINATIONS, 4)
             fresh = Batch(requests)
             batch.sampler.set(batch.slots, requests, [request.prompt_ids for request in requests])

@@ -311,11 +311,17 @@ class TestChains:
         assert "".join([p async for p in chain.astream({"x": "sea"})]) == expected
         assert await chain.abatch([{"x": "sea"}] * 2) == [expected] * 2
 
-    async def test_a_chain_s_batch_runs_as_one(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
-        chain = PromptTemplate.from_template("The {x} is") | tiny_llm | StrOutputParser()
-        with forwards(tiny_llm) as seen:
+    @pytest.mark.parametrize("engine", ["fast", "pipeline"])
+    async def test_a_chain_s_batch_runs_as_one(self, tiny_llm: QuantizedHuggingFaceLLM, engine: str) -> None:
+        llm = QuantizedHuggingFaceLLM(pipeline=tiny_llm.pipeline, max_new_tokens=12, engine=engine)
+        assert llm.engine_info.name == engine
+        chain = PromptTemplate.from_template("The {x} is") | llm | StrOutputParser()
+        with forwards(llm) as seen:
             chain.batch([{"x": x} for x in ("sea", "sky", "sun")])
+        if engine == "pipeline":
             assert seen.rows == [3] * 12
+        else:  # which packs them
+            assert seen.shapes == [(1, 3 * 3), *[(1, 3)] * 11]
 
     async def test_events(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
         chain = PromptTemplate.from_template("The {x} is") | tiny_llm
@@ -350,6 +356,7 @@ class TestChains:
     def test_configurable_fields_of_a_loaded_model_share_its_weights(self, llm: QuantizedHuggingFaceLLM) -> None:
         """Every use makes a new instance from all fields; `llm` is loaded, with a dtype of its own."""
         configurable = llm.configurable_fields(max_new_tokens=ConfigurableField(id="tokens"))
+        assert llm.engine_info.name == "fast"  # which has run the model for its own check by now
         with forwards(llm) as seen:
             text = configurable.invoke(PROMPT, {"configurable": {"tokens": 2}})
             assert seen.count == 2

@@ -85,7 +85,11 @@ def _cases() -> Iterator[Case]:
         yield replace(long, name=f"{long.name}-half-80", dtype=torch.float16, key_dim=80, value_dim=48)
     yield Case(name="decode-splits-64", splits=64, lengths=(2, 1100), dtype=torch.float16, key_dim=256, value_dim=256)
     for block in (1, 7, 16):
-        yield replace(Case(name=f"prefill-blocks-of-{block}", block=block, heads=2, lengths=(40, 33), chunks=(20, 33)))
+        yield Case(name=f"prefill-blocks-of-{block}", block=block, lengths=(30, 17), chunks=(10, 17))
+    # Padded to 32 rows, and shared by two programs.
+    yield Case(name="decode-group-of-20", heads=20)
+    yield Case(name="decode-group-of-71", heads=71)
+    yield Case(name="decode-group-of-71-splits", heads=71, splits=2, lengths=(3, 90))
     # The first tile holds no key that the last queries of a block see.
     yield Case(name="prefill-window-hides-a-tile", window=3, lengths=(64, 200), chunks=(64, 66))
 

@@ -316,6 +316,7 @@ class TestInTheModel:
         ids = tokenizer(" a b<|im_start|> c<|im_end|> d")["input_ids"]
         model = scripted_model(len(tokenizer), ids, 1, context_tokens=64)
         llm = llm_of(model, tokenizer, max_new_tokens=len(ids), eos_token_id=0)
+        assert llm.engine_info.name == "fast"  # which has run the model for its own check by now
         with forwards(llm) as seen:
             assert llm.invoke("x", stop=["<|im_start|>"]) == " a b"
             assert seen.count == 3

@@ -1,0 +1,268 @@
+"""The fast engine on a CUDA GPU: graphs, kernels, memory. On other machines these tests are skipped."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from langchain_quantllm import Int8, QuantizedHuggingFaceLLM
+from langchain_quantllm.bench import SHAPES, random_checkpoint
+from langchain_quantllm.engine import capture
+from tests.unit_tests.models import llm_of, tiny_model
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+PROMPTS = ["w1", "some words of a prompt that is longer than a page or two " * 3, "x y z", "a" * 15, "b" * 16, "c" * 17]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A random Llama with grouped heads of 128."""
+    SHAPES["grouped"] = {
+        "hidden_size": 512,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "vocab_size": 2048,
+        "max_position_embeddings": 4096,
+    }
+    yield random_checkpoint("grouped", tmp_path_factory.mktemp("grouped"))
+    del SHAPES["grouped"]
+
+
+def make(folder: Any, **fields: Any) -> QuantizedHuggingFaceLLM:
+    given = {"max_new_tokens": 64, "ignore_eos": True, "progress": False, "kv_cache_memory": "256MB", **fields}
+    return QuantizedHuggingFaceLLM(model_id=str(folder), **given)
+
+
+def generated(llm: QuantizedHuggingFaceLLM, prompt: str, tokens: int = 64) -> str:
+    tokenizer, model = llm.load().pipeline.tokenizer, llm.pipeline.model
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
+    options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def test_greedy_equals_generate_in_graphs(folder: Any) -> None:
+    llm = make(folder, dtype="float32", engine="fast")
+    assert llm.engine_info.graphs
+    expected = [generated(llm, prompt) for prompt in PROMPTS]
+    assert [llm.invoke(prompt) for prompt in PROMPTS] == expected
+    for _ in range(2):  # the second time with prompts that are in the pages
+        assert llm.batch(PROMPTS) == expected
+    assert llm.batch(PROMPTS, max_new_tokens=5) == [generated(llm, prompt, 5) for prompt in PROMPTS]
+    llm.unload()
+
+
+def test_seeds_penalties_masks_and_logprobs(folder: Any) -> None:
+    llm = make(folder, dtype="float32", engine="fast", max_new_tokens=24)
+    options: dict[str, Any] = {"temperature": 0.9, "top_p": 0.9, "top_k": 40, "min_p": 0.01, "seed": 3}
+    options["repetition_penalty"] = 1.2
+    alone = llm.invoke(PROMPTS[0], **options)
+    assert llm.batch(PROMPTS, **options)[0] == alone
+    assert "".join(llm.stream(PROMPTS[0], **options)) == alone
+    plain = make(folder, dtype="float32", engine="pipeline", max_new_tokens=24)
+    assert plain.invoke(PROMPTS[0], **options) == alone
+    found = llm.generate([PROMPTS[0]], logprobs=3).generations[0][0].generation_info or {}
+    expected = plain.generate([PROMPTS[0]], logprobs=3).generations[0][0].generation_info or {}
+    for ours, theirs in zip(found["logprobs"]["content"], expected["logprobs"]["content"], strict=True):
+        assert ours["token_id"] == theirs["token_id"]
+        assert ours["logprob"] == pytest.approx(theirs["logprob"], abs=1e-3)
+    llm.unload()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_sixteen_bits_and_nf4_run_in_graphs(folder: Any, dtype: str) -> None:
+    for quantization in ("none", "nf4"):
+        llm = make(folder, dtype=dtype, quantization=quantization, engine="fast")
+        assert llm.engine_info.graphs
+        assert all(llm.batch(PROMPTS))
+        llm.unload()
+
+
+@pytest.mark.parametrize("quantization", ["int8", Int8(threshold=0.0)])
+def test_int8_runs_eagerly_and_says_so(folder: Any, quantization: Any) -> None:
+    llm = make(folder, quantization=quantization, dtype="float16", engine="fast")
+    assert not llm.engine_info.graphs
+    assert "int8" in llm.engine_info.reason
+    assert all(llm.batch(PROMPTS, max_new_tokens=8))
+    llm.unload()
+
+
+@pytest.mark.parametrize("sees", [True, False])
+def test_what_cannot_be_captured_runs_eagerly_and_harms_nobody(
+    folder: Any, sees: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not sees:  # a wait that nobody finds before the capture fails
+        monkeypatch.setattr(capture, "_WAITS", ())
+    llm = make(folder, dtype="float32", engine="fast").load()
+    expected = generated(llm, PROMPTS[1])
+
+    def wait(module: Any, args: Any, output: Any) -> None:
+        float(output[0].sum())
+
+    handle = llm.pipeline.model.model.layers[1].register_forward_hook(wait)
+    try:
+        assert llm.invoke(PROMPTS[1]) == expected
+        info = llm.engine_info
+        assert not info.graphs
+        assert ("_local_scalar_dense" in info.reason) if sees else ("failed" in info.reason)
+    finally:
+        handle.remove()
+    assert len(torch.rand(3, device="cuda").tolist()) == 3  # a failed capture leaves these broken
+    llm.unload()
+    other = make(folder, dtype="float32", engine="fast")
+    assert other.engine_info.graphs
+    assert other.invoke(PROMPTS[1]) == expected
+    other.unload()
+
+
+def test_a_prefill_beyond_the_memory_goes_on_in_smaller_steps(folder: Any) -> None:
+    llm = make(folder, dtype="float32", engine="fast", max_new_tokens=4, prefix_caching=False)
+    prompts = [f"{i} " + "word " * 750 for i in range(4)]
+    expected = llm.batch(prompts)
+    engine: Any = llm._engine()
+    before = engine._scheduler.prefill_tokens
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 12_000_000) / total)
+    try:
+        assert llm.batch(prompts) == expected
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert engine._scheduler.prefill_tokens < before
+    llm.unload()
+
+
+def test_the_cache_takes_what_it_was_given_and_unload_gives_it_back(folder: Any) -> None:
+    make(folder).load().unload()  # what CUDA and its libraries keep for good
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    llm = make(folder, kv_cache_memory=300_000_000).load()
+    loaded = torch.cuda.memory_allocated()
+    info = llm.engine_info
+    assert info.kv_cache_bytes == pytest.approx(300_000_000, rel=0.01)
+    assert torch.cuda.memory_allocated() - loaded >= info.kv_cache_bytes
+    llm.batch(PROMPTS)
+    llm.unload()
+    gc.collect()
+    assert torch.cuda.memory_allocated() - before < 100_000_000  # workspaces of cuBLAS, one a stream
+    with_fraction = make(folder, kv_cache_memory=0.01)
+    free, _ = torch.cuda.mem_get_info()
+    assert with_fraction.engine_info.kv_cache_bytes == pytest.approx(0.01 * free, rel=0.2)
+    with_fraction.unload()
+
+
+def test_others_may_use_the_gpu_while_graphs_are_captured(folder: Any) -> None:
+    done = threading.Event()
+    errors: list[BaseException] = []
+
+    def compute() -> None:
+        try:
+            while not done.is_set():
+                x = torch.randn(256, 256, device="cuda")
+                float((x @ x).sum())
+                torch.empty(1_000_000, device="cuda").fill_(1)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    try:
+        llm = make(folder, dtype="float32", engine="fast")
+        texts = llm.batch(PROMPTS * 3)
+    finally:
+        done.set()
+        thread.join()
+    assert not errors
+    assert llm.engine_info.graphs
+    assert texts == [generated(llm, prompt) for prompt in PROMPTS * 3]
+    llm.unload()
+
+
+def test_adapters_are_noticed(folder: Any) -> None:
+    peft = pytest.importorskip("peft")
+    llm = make(folder, dtype="float32", engine="fast").load()
+    before = llm.invoke(PROMPTS[1])
+    assert before == generated(llm, PROMPTS[1])
+    config = peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    llm.pipeline.model.add_adapter(config, adapter_name="one")
+    for parameter in llm.pipeline.model.parameters():
+        parameter.data = parameter.data.to("cuda")
+    after = llm.invoke(PROMPTS[1])
+    assert after == generated(llm, PROMPTS[1])
+    assert after != before
+    assert llm.engine_info.graphs
+    llm.pipeline.model.disable_adapters()
+    assert llm.invoke(PROMPTS[1]) == before
+    llm.unload()
+
+
+@pytest.mark.parametrize("name", ["gemma2", "mistral", "gpt2", "phi", "falcon"])
+def test_families(name: str, byte_tokenizer: Any) -> None:
+    """Soft caps, windows, learned positions, partial rotary, and attention that is called directly."""
+    common = {"vocab_size": len(byte_tokenizer), "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2}
+    common |= {"initializer_range": 0.3, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+    config = {
+        "gemma2": lambda: transformers.Gemma2Config(
+            **common, head_dim=80, intermediate_size=256, num_key_value_heads=1, sliding_window=16
+        ),
+        "mistral": lambda: transformers.MistralConfig(
+            **common, intermediate_size=256, num_key_value_heads=1, sliding_window=16
+        ),
+        "gpt2": lambda: transformers.GPT2Config(**common),
+        "phi": lambda: transformers.PhiConfig(**common, intermediate_size=256),
+        "falcon": lambda: transformers.FalconConfig(**common, new_decoder_architecture=False, multi_query=True),
+    }[name]()
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().cuda()
+    llm = llm_of(model, byte_tokenizer, engine="fast", max_new_tokens=48, ignore_eos=True, kv_cache_memory="64MB")
+    assert llm.batch(PROMPTS) == [generated(llm, prompt, 48) for prompt in PROMPTS]
+    assert llm.engine_info.graphs, llm.engine_info.reason
+    llm.unload()
+
+
+def test_spread_over_two_gpus_runs_eagerly(folder: Any) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    layers = {f"model.layers.{i}": min(i, 1) for i in range(3)}
+    device_map = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1, **layers}
+    llm = make(folder, dtype="float32", engine="fast", device_map=device_map)
+    assert not llm.engine_info.graphs
+    assert llm.batch(PROMPTS) == [generated(llm, prompt) for prompt in PROMPTS]
+    llm.unload()
+
+
+def test_layers_on_the_cpu_run_eagerly(folder: Any) -> None:
+    layers = {f"model.layers.{i}": 0 if i < 2 else "cpu" for i in range(3)}
+    device_map = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 0, "lm_head": 0, **layers}
+    llm = make(folder, dtype="float32", engine="fast", device_map=device_map)
+    assert not llm.engine_info.graphs
+    assert llm.batch(PROMPTS) == [generated(llm, prompt) for prompt in PROMPTS]
+    llm.unload()
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer() -> Any:
+    from tests.soak import byte_tokenizer
+
+    return byte_tokenizer()
+
+
+def test_rows_that_wait_and_are_put_back(byte_tokenizer: Any) -> None:
+    model = tiny_model(len(byte_tokenizer)).cuda()
+    token_bytes = 2 * 2 * 32 * 4
+    llm = llm_of(model, byte_tokenizer, engine="fast", max_new_tokens=60, kv_cache_memory=300 * token_bytes)
+    assert llm.batch(PROMPTS * 2) == [generated(llm, prompt, 60) for prompt in PROMPTS * 2]
+    engine: Any = llm._engine()
+    assert engine._scheduler.preempted
+    assert engine._pages.held == 0
+    llm.unload()
