@@ -203,30 +203,40 @@ def _attend(
 class TritonAttention:
     """Reads the pages where they lie, by the kernels of this package; lengths stay on the device."""
 
-    def __init__(self, kernels: Any, multiprocessors: int) -> None:
-        """Use the module `kernels.paged_attention` on a device with so many multiprocessors."""
+    def __init__(self, kernels: Any, devices: Sequence[torch.device]) -> None:
+        """Use the module `kernels.paged_attention` on these GPUs."""
+        properties = torch.cuda.get_device_properties(devices[0])
         self._kernels = kernels
-        self._multiprocessors = multiprocessors
+        self._multiprocessors = properties.multi_processor_count
+        self._changes_device = len(devices) > 1
+        # Before Ampere, Triton multiplies without tensor cores: no matter for one token, but for a prompt.
+        self._prefills_by = GatherAttention() if properties.major < 8 else None
 
     def write(self, pool: LayerPool, key: torch.Tensor, value: torch.Tensor, batch: Batch) -> None:
         """Store keys and values; see `Attention.write`."""
         table, slots, positions = self._metadata(batch, key.device)
-        self._kernels.write_kv(key, value, pool.kv, table, slots, positions)
+        with self._on(key.device):
+            self._kernels.write_kv(key, value, pool.kv, table, slots, positions)
 
     def attend(
         self, pool: LayerPool, query: torch.Tensor, batch: Batch, *, scale: float, window: int, softcap: float
     ) -> torch.Tensor:
         """Attend; see `Attention.attend`."""
+        if self._prefills_by is not None and not batch.decodes:
+            return self._prefills_by.attend(pool, query, batch, scale=scale, window=window, softcap=softcap)
         device = query.device
         table, slots, positions = self._metadata(batch, device)
         given = {"value_dim": pool.value_dim, "scale": scale, "window": window, "softcap": softcap}
-        if batch.decodes:
-            splits = self._kernels.default_splits(len(slots), pool.kv.shape[2], self._multiprocessors)
-            out = self._kernels.decode_attention(query, pool.kv, table, slots, positions, splits=splits, **given)
-        else:
+        with self._on(device):
+            if batch.decodes:
+                splits = self._kernels.default_splits(len(slots), pool.kv.shape[2], self._multiprocessors)
+                return self._kernels.decode_attention(query, pool.kv, table, slots, positions, splits=splits, **given)
             blocks = _cached(batch, (device, "blocks"), lambda: self._blocks(batch).to(device))
-            out = self._kernels.prefill_attention(query, pool.kv, table, blocks, **given)
-        return out
+            return self._kernels.prefill_attention(query, pool.kv, table, blocks, **given)
+
+    def _on(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        """Make a device the current one, which Triton launches on, where the layers lie on several."""
+        return torch.cuda.device(device) if self._changes_device else contextlib.nullcontext()
 
     def _metadata(self, batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if batch.table.device == device:

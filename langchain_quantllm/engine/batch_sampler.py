@@ -48,6 +48,7 @@ class BatchSampler:
         self._end_ids = torch.zeros(slots + 1, _END_IDS, dtype=torch.long, device=device)
         self.version = 0
         """Changes where tensors are replaced: graphs captured before have to be captured again."""
+        self._has_end_ids = torch.zeros(slots + 1, dtype=torch.bool, device=device)
         self._seen: torch.Tensor | None = None
         self._yes = torch.ones((), dtype=torch.bool, device=device)
         self._mask_bits = torch.arange(32, dtype=torch.int32, device=device)
@@ -84,6 +85,7 @@ class BatchSampler:
             more = self._end_ids[:, :1].repeat(1, width - self._end_ids.shape[1])
             self._end_ids = torch.cat([self._end_ids, more], 1)
             self.version += 1
+        self._has_end_ids[at] = self._tensor([bool(ids) for ids in end_ids], torch.bool)
         padded = [(*ids, *([ids[0] if ids else 0] * (width - len(ids)))) for ids in end_ids]
         self._end_ids[at] = self._tensor(padded, torch.long)
 
@@ -113,12 +115,15 @@ class BatchSampler:
             Token ids of shape `(rows,)`, int32; -1 where the logits are no numbers.
         """
         scores = logits.float()
+        # Before anything is taken out of the scores, what is no number among it.
+        broken = scores.amax(-1).isnan() if need & (BLOCKS | MASKS) else None
         if need & PENALIZES and self._seen is not None:
             penalty = self._penalty[slots][:, None]
             scores = torch.where(self._seen[slots], torch.where(scores < 0, scores * penalty, scores / penalty), scores)
         if need & BLOCKS:
             end_ids = self._end_ids[slots]
-            blocked = torch.where(may_not_end[:, None], -torch.inf, scores.gather(1, end_ids))
+            is_blocked = (may_not_end & self._has_end_ids[slots])[:, None]
+            blocked = torch.where(is_blocked, -torch.inf, scores.gather(1, end_ids))
             scores = scores.scatter(1, end_ids, blocked)
         if need & MASKS and mask is not None:
             allowed = ((mask[..., None] >> self._mask_bits) & 1).flatten(1)[:, : scores.shape[1]]
@@ -131,7 +136,7 @@ class BatchSampler:
         self.last_ids[slots] = ids
         if need & PENALIZES and self._seen is not None:
             self._seen.index_put_((slots, ids), self._yes)
-        return torch.where(best.values.isnan(), -1, ids).int()
+        return torch.where(best.values.isnan() if broken is None else broken, -1, ids).int()
 
     def _sample(
         self, scores: torch.Tensor, slots: torch.Tensor, uniforms: torch.Tensor, *, sorts: bool

@@ -7,7 +7,8 @@ operations are watched. Should one fail nevertheless, its traces are removed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -121,8 +122,9 @@ class StepGraph:
 
     def _capture(self, body: Callable[[], torch.Tensor], side: torch.cuda.Stream, pool: Any) -> torch.Tensor:
         with torch.cuda.stream(side):
-            # Other threads may go on using the GPU meanwhile.
-            self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            # Other threads may go on using the GPU meanwhile, its random numbers included.
+            with _spare_random_numbers(side.device):
+                self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 return body()
             finally:
@@ -132,3 +134,19 @@ class StepGraph:
         """Run the step, and give the tensor that its output lies in."""
         self._graph.replay()
         return self.output
+
+
+@contextlib.contextmanager
+def _spare_random_numbers(device: torch.device) -> Iterator[None]:
+    """Let a capture take hold of a copy of the device's random number state, and leave the real one free.
+
+    A capture claims the default generator's state, needed or not, and other threads that draw from it fail until the
+    capture has ended. Nothing that is captured here draws from it.
+    """
+    generator = torch.cuda.default_generators[device.index or 0]
+    state = generator.graphsafe_get_state()
+    generator.graphsafe_set_state(generator.clone_state())
+    try:
+        yield
+    finally:
+        generator.graphsafe_set_state(state)

@@ -45,6 +45,7 @@ _PREFILL_GPU, _PREFILL_CPU = (4096, 1024), (512, 128)
 """Most tokens of a prefill step: with no other rows, and while others wait to decode on."""
 
 _LEAST_PREFILL = 16
+_FEWEST_PAGES = 64  # a pool that nobody has sized is made no smaller than half of it
 _CHECK_PAGES, _CHECK_TOKENS = 6, 3
 
 
@@ -73,9 +74,10 @@ class _Job:
     def next_chance(self) -> Chance:
         """Give what the drawing of the next token takes; the scheduler has counted it already."""
         request = self.request
+        has_ends = bool(request.eos_token_ids or request.stop_token_ids)
         return Chance(
             uniform=self._random.random() if request.options.do_sample else 0.0,
-            may_end=not request.options.ignore_eos and self.state.drawn > request.min_new_tokens,
+            may_end=not has_ends or (not request.options.ignore_eos and self.state.drawn > request.min_new_tokens),
         )
 
 
@@ -93,32 +95,47 @@ class FastEngine:
             UnsupportedError: If the model cannot be driven; the message is the reason.
             NotEnoughMemoryError: If there is no room for a KV cache.
         """
+        budget = check_budget(kv_cache_memory)
         model = self._model = pipeline.model
         self._tokenizer = pipeline.tokenizer
         if (reason := why_not_driven(model)) is not None:
             raise UnsupportedError(reason)
-        self._probe = probe(model)
-        device = model.get_input_embeddings().weight.device
-        is_gpu = device.type != "cpu"
+        is_gpu = model.get_input_embeddings().weight.device.type != "cpu"
         self._slots = SLOTS_GPU if is_gpu else SLOTS_CPU
         self._prefill_tokens = _PREFILL_GPU if is_gpu else _PREFILL_CPU
-        limits = limits_of(model, self._tokenizer)
-        budget = check_budget(kv_cache_memory)
-        pages = count_pages(self._probe.shapes, budget, rows=self._slots, context=limits.context_tokens)
-        self._limits = replace(limits, cache_tokens=(pages - 1) * PAGE_TOKENS)
-        self._pools = allocate_pools(self._probe.shapes, pages)
-        self._pages = PagePool(pages)
         self._notes: list[str] = []
-        attention, uses_triton = self._choose_attention()
-        self._why_not_captured = why_not_captured(model) if uses_triton else None
-        self._runner = self._verified_runner(attention, captures=uses_triton and self._why_not_captured is None)
+        self._limits = limits_of(model, self._tokenizer)
+        try:
+            self._probe = probe(model)
+            attention, uses_triton = self._choose_attention()
+            self._why_not_captured = why_not_captured(model) if uses_triton else None
+            self._runner = self._make_runner(attention, budget, captures=uses_triton and self._why_not_captured is None)
+        except torch.OutOfMemoryError as error:
+            msg = "the device has no memory left for the engine; free some, or load the model in fewer bits."
+            raise NotEnoughMemoryError(msg) from error
         self._fingerprint = _fingerprint(model)
         self._jobs: dict[RowState, _Job] = {}
         self._peak_pages = 0
         self._group_root: int | None = None
-        self._shared_root = self._pages.new_root()
-        self._scheduler = self._new_scheduler()
+        self._forget_pages()
         self._worker = Worker(self._run, gathers=False)
+
+    def _make_runner(self, attention: Attention, budget: float | int | None, *, captures: bool) -> Runner:
+        """Allocate the pool and find the runner that drives the model; with half the pool where memory is short."""
+        shapes = self._probe.shapes
+        pages = count_pages(shapes, budget, rows=self._slots, context=self._limits.context_tokens)
+        while True:
+            self._limits = replace(self._limits, cache_tokens=(pages - 1) * PAGE_TOKENS)
+            try:
+                self._pools = allocate_pools(shapes, pages)
+                return self._verified_runner(attention, captures=captures)
+            except (NotEnoughMemoryError, torch.OutOfMemoryError):
+                # What is measured as free may be in pieces, or not for this process.
+                if budget is not None or pages < _FEWEST_PAGES:
+                    raise
+            self._pools = []
+            torch.cuda.empty_cache()
+            pages //= 2
 
     def _choose_attention(self) -> tuple[Attention, bool]:
         devices = {shape.device for shape in self._probe.shapes}
@@ -132,9 +149,7 @@ class FastEngine:
         except ImportError as error:
             self._notes.append(f"attention by gathering pages: Triton cannot be used ({error})")
             return GatherAttention(), False
-        return TritonAttention(
-            paged_attention, torch.cuda.get_device_properties(next(iter(devices))).multi_processor_count
-        ), True
+        return TritonAttention(paged_attention, sorted(devices, key=str)), True
 
     def _verified_runner(self, attention: Attention, *, captures: bool) -> Runner:
         """Make the runner that gives the model's own logits: by registered attention, or by catching PyTorch's."""
@@ -162,10 +177,6 @@ class FastEngine:
                 continue
             return runner
         raise failure or UnsupportedError("its attention cannot be reached")
-
-    def _new_scheduler(self) -> Scheduler:
-        alone, beside = self._prefill_tokens
-        return Scheduler(self._pages, slots=self._slots, prefill_tokens=alone, prefill_tokens_beside=beside)
 
     # The protocol.
 
@@ -234,7 +245,7 @@ class FastEngine:
 
     def time_step(self, rows: int, position: int, repeats: int) -> float:
         """Time the decode step by itself, without queue and text; only while nothing runs. See `Runner.time_step`."""
-        self._pages.forget_all()  # what they hold is overwritten
+        self._forget_pages()  # what they hold is overwritten
         return self._runner.time_step(rows, position, repeats)
 
     def close(self) -> None:
@@ -414,10 +425,14 @@ class FastEngine:
             torch.cuda.empty_cache()
 
     def _begin_anew(self) -> None:
-        self._pages = PagePool(self._pages.pages)
-        self._shared_root = self._pages.new_root()
-        self._scheduler = self._new_scheduler()
+        self._forget_pages()
         self._runner.refresh()
+
+    def _forget_pages(self) -> None:
+        alone, beside = self._prefill_tokens
+        self._pages = PagePool((self._limits.cache_tokens or 0) // PAGE_TOKENS + 1)
+        self._shared_root = self._pages.new_root()
+        self._scheduler = Scheduler(self._pages, slots=self._slots, prefill_tokens=alone, prefill_tokens_beside=beside)
 
     def _notice_changes(self) -> None:
         """Forget keys, values and graphs of a model whose modules or weights have changed since, by an adapter say."""

@@ -106,14 +106,6 @@ class PagePool:
             else:
                 self._kept[page] = None
 
-    def forget_all(self) -> None:
-        """Forget what the pages hold, as after a change of the weights; rows keep theirs."""
-        for page in self._by_key.values():
-            self._keys[page] = None
-        self._by_key.clear()
-        self._free.extend(reversed(self._kept))
-        self._kept.clear()
-
     def _forget(self, page: int) -> None:
         key = self._keys[page]
         if key is not None:

@@ -6,11 +6,13 @@ Knows rows as numbers, positions and pages; no text, no stop strings, no queue.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -22,7 +24,6 @@ from langchain_quantllm.engine.attention import (
     Span,
     configs_of,
     driving,
-    without_gradients,
 )
 from langchain_quantllm.engine.batch_sampler import MASKS, BatchSampler, log_probabilities
 from langchain_quantllm.engine.capture import StepGraph, WaitFinder
@@ -91,6 +92,21 @@ class Drawn:
         return self._ids.tolist(), list(zip(chosen, best_ids, best, strict=True))
 
 
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _on_device(method: _Method) -> _Method:
+    """Run a method of the runner without gradients, and with its GPU as the current one, as Triton wants it."""
+
+    @functools.wraps(method)
+    def run(self: Runner, *args: Any, **kwargs: Any) -> Any:
+        on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+        with torch.no_grad(), on_device:
+            return method(self, *args, **kwargs)
+
+    return cast("_Method", run)
+
+
 class Runner:
     """Drives a model over pages. Used by one thread at a time."""
 
@@ -138,7 +154,6 @@ class Runner:
             self._inputs = torch.zeros(5, most, dtype=torch.int32, device=self.device)
             self._staged = [torch.zeros(5, most, dtype=torch.int32, pin_memory=True) for _ in range(4)]
             self._mask = torch.zeros(most, -(-vocab_size // 32), dtype=torch.int32, device=self.device)
-            self._memory = torch.cuda.graph_pool_handle()
             self._side = torch.cuda.Stream(self.device)
         self._steps = 0
         self._graphs: dict[int, StepGraph] = {}
@@ -149,11 +164,13 @@ class Runner:
         """Forget what was captured, as after a change of the model's modules or weights, or a failure."""
         self._graphs.clear()
         self._draw_graphs.clear()
+        if self.captures:
+            self._memory = torch.cuda.graph_pool_handle()  # the one before went with its last graph
         self._configs = [] if self._by_sdpa else configs_of(self._model)
 
     # Prefill.
 
-    @without_gradients
+    @_on_device
     def prefill(self, pieces: Sequence[Piece], chances: Sequence[Chance]) -> Launched:
         """Run pieces of prompts, packed behind each other.
 
@@ -188,7 +205,7 @@ class Runner:
 
     # Decode.
 
-    @without_gradients
+    @_on_device
     def decode(self, rows: Sequence[RowState], positions: Sequence[int], chances: Sequence[Chance]) -> Launched:
         """Run each row's last token, which lies on the device.
 
@@ -278,11 +295,13 @@ class Runner:
     def _forward(self, ids: torch.Tensor, batch: Batch, keep: torch.Tensor | None) -> torch.Tensor:
         """Run packed tokens of shape `(tokens,)`; gives logits of shape `(tokens kept, vocab)`."""
         forward = self.last_forward = Forward(self._attention, self._pools, batch, by_sdpa=self._by_sdpa)
+        # A mask of four dimensions is taken as it is: none has to be made for an attention that ignores it.
+        mask = torch.ones_like(ids)[None, None, None] if self._by_sdpa else torch.ones_like(ids)[None]
         options = {"logits_to_keep": keep} if keep is not None and self._keeps_logits else {}
         with driving(forward, self._configs) as cache:
             output = self._model(
                 input_ids=ids[None],
-                attention_mask=torch.ones_like(ids)[None],
+                attention_mask=mask,
                 position_ids=batch.positions.long()[None],
                 past_key_values=cache,
                 use_cache=True,
@@ -291,7 +310,7 @@ class Runner:
         logits: torch.Tensor = output.logits[0]
         return logits[keep] if keep is not None and not self._keeps_logits else logits
 
-    @without_gradients
+    @_on_device
     def draw(
         self, launched: Launched, need: int, *, mask: torch.Tensor | None = None, alternatives: int | None = None
     ) -> Drawn:
@@ -316,7 +335,7 @@ class Runner:
             logprobs = log_probabilities(launched.logits[:rows].to(self.device), ids, alternatives)
         return Drawn(ids, logprobs)
 
-    @without_gradients
+    @_on_device
     def time_step(self, rows: int, position: int, repeats: int) -> float:
         """Time the decode step by itself: back to back, with nothing of the host's in between but its launch.
 

@@ -76,7 +76,13 @@ def probe(model: Any) -> Probe:
     Raises:
         UnsupportedError: If the model keeps no cache of keys and values.
     """
-    output = _plain(model, sample_ids(model, LONG))
+    try:
+        output = _plain(model, sample_ids(model, LONG))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        msg = f"its forward fails on plain token ids: {error!r}"
+        raise UnsupportedError(msg) from error
     cache = getattr(output, "past_key_values", None)
     if cache is None or not getattr(cache, "layers", None):
         msg = "it gives no cache of keys and values"

@@ -156,7 +156,8 @@ def forwards(llm: QuantizedHuggingFaceLLM, before: Callable[[int], None] | None 
         if before is not None:
             before(seen.count)
 
-    handle = llm.load().pipeline.model.register_forward_pre_hook(note, with_kwargs=True)
+    _ = llm.engine_info  # an engine makes some forwards of its own when it is made
+    handle = llm.pipeline.model.register_forward_pre_hook(note, with_kwargs=True)
     try:
         yield seen
     finally:

@@ -419,10 +419,14 @@ class TestEndTokens:
         assert sampler.version == version
         logits = torch.zeros(3, VOCAB)
         logits[:, :40] = torch.arange(40, 0, -1)
-        logits[:, :5] = -1.0
+        logits[:, 1:5] = -1.0
         slots, uniforms = torch.tensor([0, 1, 2]), torch.zeros(3)
         logits[2, 5:10] = -1.0
-        assert sampler.draw(logits, slots, uniforms, torch.tensor([True] * 3), BLOCKS).tolist() == [7, 7, 30]
+        everyone = torch.tensor([True] * 3)
+        # Token 0 is nobody's end, whatever fills the places that a row does not need.
+        assert sampler.draw(logits, slots, uniforms, everyone, BLOCKS).tolist() == [0, 0, 0]
+        logits[:, 0] = -1.0
+        assert sampler.draw(logits, slots, uniforms, everyone, BLOCKS).tolist() == [7, 7, 30]
         assert sampler.draw(logits, slots, uniforms, torch.tensor([False] * 3), BLOCKS).tolist() == [5, 5, 10]
 
     @pytest.mark.parametrize("options", [{"ignore_eos": True}, {"min_new_tokens": 5}], ids=str)

@@ -124,6 +124,7 @@ class TestFast:
     @pytest.mark.parametrize("prefix_caching", [True, False])
     def test_rows_that_join_and_leave(self, case: Case, prefix_caching: bool) -> None:
         llm = QuantizedHuggingFaceLLM(pipeline=case.llm.pipeline, prefix_caching=prefix_caching)
+        assert llm.engine_info.name == "fast", llm.engine_info.reason
         answers, count = run_visits(llm, VISITS)
         for visit, answer in zip(VISITS, answers, strict=True):
             assert answer.error is None

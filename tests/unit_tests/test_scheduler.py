@@ -344,7 +344,7 @@ def random_simulation(seed: int, *, is_late: bool, is_tight: bool) -> Simulation
             ids,
             max_new_tokens,
             root=rng.choice(roots),
-            max_rows=rng.choice([None, None, None, None, 1, 2, 5]),
+            max_rows=rng.choice([None] * 30 + [1, 2, 5]),
             salt=rng.choice([0, 0, number]),
             ends_after=rng.choice([max_new_tokens, max_new_tokens, rng.randrange(1, max_new_tokens + 1)]),
         )
@@ -386,7 +386,7 @@ class TestScenarios:
         for simulation in simulations:
             simulation.finish()
         steps = [step for simulation in simulations for step in simulation.steps]
-        assert max(simulation.most_running for simulation in simulations) >= 4
+        assert max(simulation.most_running for simulation in simulations) >= (3 if is_tight else 6)
         assert sum(bool(row.state.cached_tokens) for simulation in simulations for row in simulation.all) > 10
         assert sum(not piece.is_last for step in steps if isinstance(step, Prefill) for piece in step.pieces) > 50
         if is_tight:
@@ -490,12 +490,13 @@ class TestTooFewPages:
         assert [row.was_put_back for row in simulation.all] == [False, True, True, True]
 
     def test_a_newcomer_waits_rather_than_be_put_back_at_once(self, is_late: bool) -> None:
-        """Rows of one page, in a pool where the second page of the first leaves none: no row runs for nothing."""
+        """Each row that runs is about to need one page more, and has it before anybody new begins."""
         simulation = Simulation(pages=4, is_late=is_late)
         for i in range(6):
             simulation.add(ids_of(i, 10), 20)
+        simulation.step()
+        assert len(simulation.scheduler.running) == 2  # one page each, and one for the first of them to grow
         simulation.finish()
-        assert simulation.scheduler.preempted <= 6
 
     def test_a_row_that_was_put_back_finds_its_own_pages(self, is_late: bool) -> None:
         """As far as nobody else has needed them: only the rest is computed again."""
@@ -737,42 +738,3 @@ class TestPages:
             assert pages.held == len(held)
             assert pages.available == 11 - len(held)
             assert all(pages.is_held(page) == (page in held) for page in range(1, 12))
-
-
-class TestForgetting:
-    def test_nothing_is_found_any_more(self) -> None:
-        pages = PagePool(6)
-        root = pages.new_root()
-        a, b = fill(pages, root, 1, 2)
-        pages.share(a)
-        chain = pages.serial_of(a)
-        pages.forget_all()
-        assert pages.find(root, [1] * PAGE_TOKENS) is None
-        assert pages.find(chain, [2] * PAGE_TOKENS) is None
-        assert (pages.held, pages.available) == (1, 4)
-        pages.release([a])
-        assert (pages.held, pages.available) == (0, 5)
-        assert sorted(page for page in (pages.take() for _ in range(5)) if page is not None) == [1, 2, 3, 4, 5]
-        assert b != a
-
-    def test_rows_keep_theirs_and_go_on(self) -> None:
-        simulation = Simulation()
-        simulation.add(ids_of(0, 40), 30, root=7)
-        for _ in range(10):
-            simulation.step()
-        simulation.pages.forget_all()
-        second = simulation.add(ids_of(0, 40), 30, root=7)
-        simulation.finish()
-        assert second.state.cached_tokens == 0
-        assert [row.state.ids for row in simulation.all] == [expected_ids(row) for row in simulation.all]
-
-    def test_what_rows_wrote_before_is_not_found_later(self) -> None:
-        """A row that has not filled its first page holds keys and values of the old weights in it as well."""
-        simulation = Simulation(prefill_tokens=10, prefill_tokens_beside=10)
-        simulation.add(ids_of(0, 40), 30, root=7)
-        simulation.step()  # 10 tokens
-        simulation.pages.forget_all()
-        simulation.step()
-        second = simulation.add(ids_of(0, 40), 30, root=7)
-        simulation.finish()
-        assert second.state.cached_tokens == 0
