@@ -610,6 +610,7 @@ def _checkpoint_options(pipeline: Any) -> dict[str, Any]:
         given = {**config.to_diff_dict(), **given}
     stored = pipeline.model.generation_config.to_diff_dict()
     stored.pop("eos_token_id", None)  # the engine reads it itself
+    stored.pop("use_cache", None)  # often False, left over from training
     return normalize({**stored, **given}, lenient=True)
 
 

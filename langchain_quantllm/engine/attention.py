@@ -335,8 +335,6 @@ _IGNORED = frozenset(
         "position_embeddings",
         "cache_position",
         "use_cache",
-        "output_attentions",
-        "output_hidden_states",
         "return_dict",
         "past_key_values",
         "layer_past",
@@ -381,15 +379,22 @@ def _register(name: str | None) -> str:
     ours = f"quantllm_{len(_registered)}"
 
     def attend(
-        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, *args: Any, **kwargs: Any
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         forward = getattr(_thread, "forward", None)
         if forward is None:
             eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
             theirs = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
-            return theirs(module, query, key, value, mask, *args, **kwargs)  # type: ignore[no-any-return]
+            return theirs(module, query, key, value, attention_mask, *args, **kwargs)  # type: ignore[no-any-return]
         scale, window, softcap = (kwargs.pop(n, None) for n in ("scaling", "sliding_window", "softcap"))
-        unknown = [n for n, given in kwargs.items() if given is not None and n not in _IGNORED]
+        unknown = [n for n, given in kwargs.items() if given is not None and not n.startswith("output_")]
+        unknown = [n for n in unknown if n not in _IGNORED]
         if unknown:
             msg = f"its attention takes {unknown[0]!r}"
             raise UnsupportedError(msg)

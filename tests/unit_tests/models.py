@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
 
 from langchain_quantllm import QuantizedHuggingFaceLLM
+from langchain_quantllm.errors import UnsupportedError
 
 TINY = {
     "llama": (transformers.LlamaConfig, {"num_key_value_heads": 1}),
@@ -156,8 +157,9 @@ def forwards(llm: QuantizedHuggingFaceLLM, before: Callable[[int], None] | None 
         if before is not None:
             before(seen.count)
 
-    _ = llm.engine_info  # an engine makes some forwards of its own when it is made
-    handle = llm.pipeline.model.register_forward_pre_hook(note, with_kwargs=True)
+    with contextlib.suppress(UnsupportedError):
+        _ = llm.engine_info  # an engine makes some forwards of its own when it is made
+    handle = llm.load().pipeline.model.register_forward_pre_hook(note, with_kwargs=True)
     try:
         yield seen
     finally:

@@ -29,7 +29,7 @@ from langchain_quantllm.errors import (
 )
 from tests.unit_tests.checkpoints import run_python
 from tests.unit_tests.families import FAST, Family, family_model, generated_ids, likeliest_ids
-from tests.unit_tests.models import fail_at, forwards, greedy_text, llm_of, pipeline_of, slowly, tiny_model
+from tests.unit_tests.models import fail_at, forwards, greedy_text, llm_of, slowly, tiny_model
 
 PROMPTS = [
     "The capital of France is",
@@ -122,6 +122,11 @@ def wait_until(is_true: Callable[[], bool], timeout_s: float = 10.0) -> None:
         time.sleep(0.002)
 
 
+def rest() -> None:
+    """Let an engine come to the end of its work: a call has its text a little before."""
+    time.sleep(0.05)
+
+
 @pytest.fixture(scope="module")
 def tiny(tokenizer: Any) -> Iterator[QuantizedHuggingFaceLLM]:
     """A random Llama over SmolLM2's vocabulary, with an engine that no other module's tests have used."""
@@ -147,31 +152,34 @@ def make_tiny(tokenizer: Any) -> Iterator[Callable[..., QuantizedHuggingFaceLLM]
 
 class TestGreedy:
     def test_smollm2_writes_what_generate_writes(self, llm: QuantizedHuggingFaceLLM) -> None:
-        self._check(llm, rows=4, by_generate=64)
+        self._check(llm, rows=4, batched=64, by_generate=64)
 
     def test_qwen_coder_writes_what_generate_writes(self, qwen_coder: Path) -> None:
         llm = QuantizedHuggingFaceLLM(model_id=str(qwen_coder), dtype="float32", progress=False)
-        self._check(llm, rows=2, by_generate=16)
+        self._check(llm, rows=2, batched=32, by_generate=8)  # half a second each token, where the machine is busy
         llm.unload()
 
-    def _check(self, llm: QuantizedHuggingFaceLLM, *, rows: int, by_generate: int) -> None:
+    def _check(self, llm: QuantizedHuggingFaceLLM, *, rows: int, batched: int, by_generate: int) -> None:
         assert llm.engine_info.name == "fast"
         model, tokenizer = llm.pipeline.model, llm.pipeline.tokenizer
         prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS[:rows]]
         found = ids_after(llm, prompts[0], max_new_tokens=64)
         expected = generated_ids(model, prompts[0], by_generate)
         assert found[: len(expected)] == expected  # `generate` stops at the checkpoint's own end tokens
-        answers = ask(llm, [plan(llm, prompt, max_new_tokens=64 - 5 * i)[0] for i, prompt in enumerate(prompts)])
-        assert answers[0].token_ids == found
+        answers = ask(llm, [plan(llm, prompt, max_new_tokens=batched - 5 * i)[0] for i, prompt in enumerate(prompts)])
+        assert found == likeliest_ids(model, prompts[0], found)
+        assert answers[0].token_ids == found[:batched]
         for prompt, answer in zip(prompts, answers, strict=True):
             assert answer.token_ids == likeliest_ids(model, prompt, answer.token_ids)
 
     def test_long_prompts_go_in_pieces_between_the_steps_of_others(self, tiny: QuantizedHuggingFaceLLM) -> None:
         long = ids_of(1301)
-        with forwards(tiny, slowly(0.005)) as seen:
-            with Background(lambda: ids_after(tiny, ids_of(9), max_new_tokens=60)) as other:
-                seen.wait_for(5)
-                found = ids_after(tiny, long, max_new_tokens=20)
+        with (
+            forwards(tiny, slowly(0.005)) as seen,
+            Background(lambda: ids_after(tiny, ids_of(9), max_new_tokens=60)) as other,
+        ):
+            seen.wait_for(5)
+            found = ids_after(tiny, long, max_new_tokens=20)
         model = tiny.pipeline.model
         assert found == likeliest_ids(model, long, found)
         assert other.result == likeliest_ids(model, ids_of(9), other.result)
@@ -283,9 +291,11 @@ class TestTheUsersModel:
         assert expected[0] == expected[1]
         with forwards(llms[0], slowly(0.002)):
             for _ in range(3):
-                with Background(lambda: ids_after(llms[0], ids_of(7), max_new_tokens=30)) as one:
-                    with Background(lambda: ids_after(llms[1], ids_of(7), max_new_tokens=23)) as other:
-                        pass
+                with (
+                    Background(lambda: ids_after(llms[0], ids_of(7), max_new_tokens=30)) as one,
+                    Background(lambda: ids_after(llms[1], ids_of(7), max_new_tokens=23)) as other,
+                ):
+                    pass
                 assert one.result[:12] == other.result[:12] == expected[0]
         assert model.config._attn_implementation == "sdpa"
 
@@ -497,11 +507,13 @@ class TestMasks:
             return mask
 
         expected = ids_after(tiny, ids_of(8), max_new_tokens=40)
-        with forwards(tiny, slowly(0.002)) as seen:
-            with Background(lambda: ids_after(tiny, ids_of(8), max_new_tokens=40)) as other:
-                seen.wait_for(4)
-                with pytest.raises(GenerationError) as caught:
-                    ids_after(tiny, ids_of(9), mask=make, max_new_tokens=9)
+        with (
+            forwards(tiny, slowly(0.002)) as seen,
+            Background(lambda: ids_after(tiny, ids_of(8), max_new_tokens=40)) as other,
+        ):
+            seen.wait_for(4)
+            with pytest.raises(GenerationError) as caught:
+                ids_after(tiny, ids_of(9), mask=make, max_new_tokens=9)
         assert isinstance(caught.value.__cause__, IndexError if where == "accept" else RuntimeError)
         assert other.result == expected
         wait_until(lambda: tiny._engine()._pages.held == 0)
@@ -624,14 +636,16 @@ class TestKVCacheMemory:
     def test_too_long_is_an_error_at_once(self, make_tiny: Callable[..., QuantizedHuggingFaceLLM]) -> None:
         llm = make_tiny(kv_cache_memory=ONE_ROW)
         expected = ids_after(llm, ids_of(10), max_new_tokens=50)
-        with forwards(llm, slowly(0.003)) as seen:
-            with Background(lambda: ids_after(llm, ids_of(10), max_new_tokens=50)) as other:
-                seen.wait_for(3)
-                with pytest.raises(PromptTooLongError, match="kv_cache_memory"):
-                    llm.invoke("word " * 120)
-                request = replace(plan(llm, ids_of(40))[0], max_new_tokens=57)
-                with pytest.raises(PromptTooLongError, match="kv_cache_memory"):
-                    llm._engine().submit([request])
+        with (
+            forwards(llm, slowly(0.003)) as seen,
+            Background(lambda: ids_after(llm, ids_of(10), max_new_tokens=50)) as other,
+        ):
+            seen.wait_for(3)
+            with pytest.raises(PromptTooLongError, match="kv_cache_memory"):
+                llm.invoke("word " * 120)
+            request = replace(plan(llm, ids_of(40))[0], max_new_tokens=57)
+            with pytest.raises(PromptTooLongError, match="kv_cache_memory"):
+                llm._engine().submit([request])
         assert other.result == expected
         assert len(ids_after(llm, ids_of(40), max_new_tokens=56)) == 56  # fits exactly
 
@@ -677,9 +691,11 @@ class TestWrongRequests:
         good = plan(tiny, ids_of(6))[0]
         expected = ask(tiny, [good])[0].token_ids
         engine = tiny._engine()
-        with Background(lambda: ask(tiny, [good])) as other:
-            with pytest.raises((InvalidOptionError, PromptTooLongError)):
-                engine.submit([good, replace(good, **wrong)])
+        with (
+            Background(lambda: ask(tiny, [good])) as other,
+            pytest.raises((InvalidOptionError, PromptTooLongError)),
+        ):
+            engine.submit([good, replace(good, **wrong)])
         assert other.result[0].token_ids == expected
         assert ask(tiny, [good])[0].token_ids == expected
         wait_until(lambda: engine._pages.held == 0)
@@ -709,14 +725,16 @@ class TestCancelling:
     def test_beside_others(self, tiny: QuantizedHuggingFaceLLM) -> None:
         engine: Any = tiny._engine()
         expected = ids_after(tiny, ids_of(10), max_new_tokens=60)
-        with forwards(tiny, slowly(0.002)) as seen:
-            with Background(lambda: ids_after(tiny, ids_of(10), max_new_tokens=60)) as other:
-                seen.wait_for(2)
-                streams = [engine.submit(plan(tiny, ids_of(200 + i), max_new_tokens=900)) for i in range(6)]
-                seen.wait_for(12)
-                for stream in streams:
-                    stream.close()
-                wait_until(lambda: engine._pages.held <= 5, 2.0)
+        with (
+            forwards(tiny, slowly(0.002)) as seen,
+            Background(lambda: ids_after(tiny, ids_of(10), max_new_tokens=60)) as other,
+        ):
+            seen.wait_for(2)
+            streams = [engine.submit(plan(tiny, ids_of(200 + i), max_new_tokens=900)) for i in range(6)]
+            seen.wait_for(12)
+            for stream in streams:
+                stream.close()
+            wait_until(lambda: engine._pages.held <= 5, 2.0)
         assert other.result == expected
 
     def test_breaking_off_a_langchain_stream(self, tiny: QuantizedHuggingFaceLLM) -> None:
@@ -763,11 +781,13 @@ class TestFailures:
     ) -> None:
         llm, bad = spoiled
         expected = ids_after(llm, ids_of(3), max_new_tokens=30)
-        with forwards(llm, slowly(0.002)) as seen:
-            with Background(lambda: ids_after(llm, ids_of(3), max_new_tokens=30)) as other:
-                seen.wait_for(5)
-                with pytest.raises(GenerationError, match="no numbers"):
-                    ask(llm, [bad])
+        with (
+            forwards(llm, slowly(0.002)) as seen,
+            Background(lambda: ids_after(llm, ids_of(3), max_new_tokens=30)) as other,
+        ):
+            seen.wait_for(5)
+            with pytest.raises(GenerationError, match="no numbers"):
+                ask(llm, [bad])
         assert other.result == expected
 
     def test_and_not_those_who_get_its_pages(self, spoiled: tuple[QuantizedHuggingFaceLLM, Request]) -> None:
@@ -838,20 +858,47 @@ class TestChanges:
         model = llm.pipeline.model
         before = ids_after(llm, ids_of(40))
         weight = model.model.layers[0].self_attn.v_proj.weight
+        rest()
         with torch.no_grad():
             weight.mul_(-1.5)
         after = ids_after(llm, ids_of(40))
         assert after == generated_ids(model, ids_of(40), 12)
         assert after != before
+        rest()
         weight.data = weight.data / -1.5
         assert ids_after(llm, ids_of(40)) == before
+        rest()
         model.load_state_dict({name: -value for name, value in model.state_dict().items()})
         assert ids_after(llm, ids_of(40)) == generated_ids(model, ids_of(40), 12)
+
+    def test_at_once_after_a_call(self, make_tiny: Callable[..., QuantizedHuggingFaceLLM]) -> None:
+        """When the engine's thread is not asleep yet."""
+        llm = make_tiny()
+        weight = llm.pipeline.model.model.layers[0].self_attn.v_proj.weight
+        for _ in range(5):
+            ids_after(llm, ids_of(40))
+            with torch.no_grad():
+                weight.mul_(-1.1)
+            assert ids_after(llm, ids_of(40)) == generated_ids(llm.pipeline.model, ids_of(40), 12)
+
+    def test_while_others_run(self, make_tiny: Callable[..., QuantizedHuggingFaceLLM]) -> None:
+        llm = make_tiny()
+        llm._engine()
+        model = llm.pipeline.model
+        with forwards(llm, slowly(0.005)) as seen, llm._engine().submit(plan(llm, ids_of(5), max_new_tokens=3000)):
+            seen.wait_for(3)
+            before = ids_after(llm, ids_of(40))
+            with torch.no_grad():
+                model.model.layers[0].self_attn.v_proj.weight.mul_(-1.5)
+            after = ids_after(llm, ids_of(40))
+        assert after == generated_ids(model, ids_of(40), 12)
+        assert after != before
 
     def test_weights_changed_behind_autograd(self, make_tiny: Callable[..., QuantizedHuggingFaceLLM]) -> None:
         """By `.data`, as merging an adapter does, which raises no version number."""
         llm = make_tiny()
         ids_after(llm, ids_of(40))
+        rest()
         llm.pipeline.model.model.layers[0].self_attn.v_proj.weight.data.mul_(-1.5)
         assert ids_after(llm, ids_of(40)) == generated_ids(llm.pipeline.model, ids_of(40), 12)
 
@@ -862,10 +909,14 @@ class TestChanges:
 
         config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
         model = tiny_model(len(tokenizer))
-        pipe = pipeline_of(model, tokenizer)
         plain = generated_ids(model, ids_of(40), 12)
-        llm = QuantizedHuggingFaceLLM(pipeline=pipe)
-        assert ids_after(llm, ids_of(40)) == plain  # its keys are in the prefix cache now
+        llm = llm_of(model, tokenizer)
+
+        def check(what: str, expected: Sequence[int] | None = None) -> None:
+            rest()
+            assert ids_after(llm, ids_of(40)) == (expected or generated_ids(model, ids_of(40), 12)), what
+
+        check("before", plain)  # its keys are in the prefix cache now
         torch.manual_seed(0)
         if wraps:
             model = peft.get_peft_model(model, config)
@@ -873,30 +924,33 @@ class TestChanges:
             model.add_adapter(config)
         adapted = generated_ids(model, ids_of(40), 12)
         assert adapted != plain
-        assert ids_after(llm, ids_of(40)) == adapted
+        check("added", adapted)
         if wraps:
             with model.disable_adapter():
-                assert ids_after(llm, ids_of(40)) == plain
+                check("disabled", plain)
         else:
             model.disable_adapters()
-            assert ids_after(llm, ids_of(40)) == plain
+            check("disabled", plain)
             model.enable_adapters()
-        assert ids_after(llm, ids_of(40)) == adapted
-        if wraps:
-            model.merge_adapter()
-            assert ids_after(llm, ids_of(40)) == generated_ids(model, ids_of(40), 12)
-            model.unmerge_adapter()
-            assert ids_after(llm, ids_of(40)) == adapted
-        for module in model.modules():
-            if hasattr(module, "set_scale"):
-                module.set_scale("default", 3.0)
-        assert ids_after(llm, ids_of(40)) == generated_ids(model, ids_of(40), 12)
+        check("enabled", adapted)
+        layers = [module for module in model.modules() if hasattr(module, "set_scale")]
+        for layer in layers:
+            layer.merge()
+        check("merged")
+        for layer in layers:
+            layer.unmerge()
+        check("unmerged", adapted)
+        for layer in layers:
+            layer.set_scale("default", -4.0)
+        check("scaled")
 
     @pytest.mark.skipif(not HAS_PEFT, reason="needs peft")
     def test_a_model_that_comes_with_its_adapter(self, tokenizer: Any) -> None:
         import peft
 
-        config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        config = peft.LoraConfig(
+            r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+        )
         model = peft.get_peft_model(tiny_model(len(tokenizer)), config)
         llm = llm_of(model, tokenizer)
         assert llm.engine_info.name == "fast"
@@ -909,10 +963,12 @@ class TestCallers:
         other = QuantizedHuggingFaceLLM(pipeline=tiny.pipeline, max_new_tokens=30)
         assert other._engine() is tiny._engine()
         expected = [ids_after(tiny, ids_of(5), max_new_tokens=30), ids_after(other, ids_of(6), max_new_tokens=30)]
-        with forwards(tiny, slowly(0.003)) as seen:
-            with Background(lambda: ids_after(tiny, ids_of(5), max_new_tokens=30)) as one:
-                seen.wait_for(3)
-                assert ids_after(other, ids_of(6), max_new_tokens=30) == expected[1]
+        with (
+            forwards(tiny, slowly(0.003)) as seen,
+            Background(lambda: ids_after(tiny, ids_of(5), max_new_tokens=30)) as one,
+        ):
+            seen.wait_for(3)
+            assert ids_after(other, ids_of(6), max_new_tokens=30) == expected[1]
         assert one.result == expected[0]
         assert seen.count < 45  # 60 one after another
 
