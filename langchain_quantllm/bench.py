@@ -46,6 +46,7 @@ SHAPES: dict[str, dict[str, int]] = {
 """Llama configs by name, for random weights."""
 
 GPTQ_GROUP_SIZE = 128
+_LEAST_CACHE_TOKENS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,12 +112,15 @@ def measure_memory(
     for name, folder in checkpoints.items():
         release_memory()
         before = measure_sizes(device)
+        estimate = estimate_memory(folder, None if name == "gptq" else name, dtype=dtype)
+        cache_tokens = batch * max(_LEAST_CACHE_TOKENS, new_tokens + 64)
         llm = QuantizedHuggingFaceLLM(
             model_id=folder,
             quantization=GPTQ(kernel=kernel) if name == "gptq" else name,
             device=device,
             dtype=dtype,
             batch_size=batch,
+            kv_cache_memory=estimate.kv_cache_bytes(cache_tokens),  # by itself it would grow with the device
             progress=False,
         )
         began = time.monotonic()
@@ -135,7 +139,7 @@ def measure_memory(
         yield MemoryRow(
             scheme=name,
             load_s=load_s,
-            estimate_bytes=estimate_memory(folder, None if name == "gptq" else name, dtype=dtype).total_bytes,
+            estimate_bytes=estimate.total_bytes,
             weights_bytes=weights_bytes,
             loaded=loaded.since(before),
             generating=generating.since(before),
