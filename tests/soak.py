@@ -176,8 +176,8 @@ def soak(requests: int, threads: int = 8, *, seed: int = 0) -> dict[str, Any]:
         "rows": len(engine._jobs) + len(engine._scheduler.running) + len(engine._scheduler.waiting),
         "threads": threading.active_count() - before["threads"],
         "files": process.num_fds() - before["files"],
-        "MB grown in the second half": round((memory[-1] - memory[len(memory) // 2]) / 1e6, 1),
-        "put back": engine._scheduler.preempted,
+        "MB at every twentieth": [round(size / 1e6) for size in memory],
+        "put back": engine.put_back,
         "torch": torch.__version__,
     }
     llm.unload()

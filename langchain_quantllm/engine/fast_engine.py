@@ -116,6 +116,7 @@ class FastEngine:
         self._fingerprint = _fingerprint(model)
         self._jobs: dict[RowState, _Job] = {}
         self._peak_pages = 0
+        self._put_back_before = 0
         self._group_root: int | None = None
         self._forget_pages()
         self._worker = Worker(self._run, gathers=False)
@@ -203,6 +204,12 @@ class FastEngine:
     def peak_cache_tokens(self) -> int:
         """Most tokens that rows have held in the KV cache at once."""
         return self._peak_pages * PAGE_TOKENS
+
+    @property
+    def put_back(self) -> int:
+        """Times that a row was put back for want of pages."""
+        scheduler: Scheduler | None = getattr(self, "_scheduler", None)
+        return self._put_back_before + (scheduler.preempted if scheduler is not None else 0)
 
     def submit(
         self, requests: Sequence[Request], timeout_s: float | None = None, *, in_pieces: bool = True
@@ -430,6 +437,7 @@ class FastEngine:
 
     def _forget_pages(self) -> None:
         alone, beside = self._prefill_tokens
+        self._put_back_before = self.put_back
         self._pages = PagePool((self._limits.cache_tokens or 0) // PAGE_TOKENS + 1)
         self._shared_root = self._pages.new_root()
         self._scheduler = Scheduler(self._pages, slots=self._slots, prefill_tokens=alone, prefill_tokens_beside=beside)

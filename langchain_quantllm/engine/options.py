@@ -250,6 +250,9 @@ def option_names() -> list[str]:
     return [*OWN, *GENERATE, *_ALIASES, "pipeline_kwargs", "skip_prompt", "handle_long_generation"]
 
 
+_KNOWN = frozenset(option_names())
+
+
 def normalize(given: Mapping[str, Any], *, lenient: bool = False) -> dict[str, Any]:
     """Check options and translate their aliases.
 
@@ -271,6 +274,8 @@ def normalize(given: Mapping[str, Any], *, lenient: bool = False) -> dict[str, A
             continue
         if name == "pipeline_kwargs":
             options.update(normalize(value, lenient=lenient))
+            continue
+        if lenient and name not in _KNOWN:
             continue
         try:
             canonical, checked = _normalize_one(name, value)
