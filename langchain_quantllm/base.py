@@ -34,7 +34,7 @@ from langchain_quantllm.errors import (
     nearest,
 )
 from langchain_quantllm.loading import LoadedModel, acquire, adopt, name_of
-from langchain_quantllm.memory import MemoryReport
+from langchain_quantllm.memory import MemoryReport, check_cache_budget
 from langchain_quantllm.schemes import SCHEMES, Scheme, Unquantized, scheme_from, scheme_of_config
 
 
@@ -130,7 +130,7 @@ class QuantizedModel(BaseLanguageModel[Any]):
     engine: str = "auto"
     """What runs the model: `"fast"`, one running batch for all callers; `"pipeline"`, transformers' own `generate`;
     or `"auto"`, the first where it can drive the model and the options of the call, else the second."""
-    kv_cache_memory: float | int | str | None = None
+    kv_cache_memory: Any = None
     """Memory of the fast engine's KV cache: a fraction of what is free, bytes, or a text such as `"4GiB"`. None takes
     0.3 of it at most. Who calls the model first decides."""
     prefix_caching: bool = True
@@ -265,6 +265,7 @@ class QuantizedModel(BaseLanguageModel[Any]):
         if self.engine not in ENGINES:
             msg = f"engine={self.engine!r} is not allowed; it must be one of {', '.join(map(repr, ENGINES))}."
             raise InvalidOptionError(msg)
+        check_cache_budget(self.kv_cache_memory)
         self._spec()
         resolve([self._field_options()], {})
         _instances[id(self)] = self

@@ -355,17 +355,37 @@ def driving(forward: Forward, configs: Sequence[Any]) -> Iterator[PagedCache]:
         forward: The forward to be made.
         configs: Configs that the model's attention modules look at; none where PyTorch's attention is caught.
     """
-    before = [config._attn_implementation for config in configs]
-    for config, name in zip(configs, before, strict=True):
-        config._attn_implementation = _register(name)
+    for config in configs:
+        _borrow(config)
     _thread.forward = forward
     try:
         yield PagedCache(forward)
     finally:
         _thread.forward = None
-        for config, name in zip(configs, before, strict=True):
-            if config._attn_implementation == _register(name):  # not set anew by somebody else
-                config._attn_implementation = name
+        for config in configs:
+            _give_back(config)
+
+
+_borrowed: dict[int, tuple[str | None, int]] = {}
+_borrowing = threading.Lock()
+
+
+def _borrow(config: Any) -> None:
+    """Have a config name our attention, for one more forward; the first one notes what it named before."""
+    with _borrowing:
+        name, forwards = _borrowed.get(id(config), (config._attn_implementation, 0))
+        _borrowed[id(config)] = name, forwards + 1
+        if not forwards:
+            config._attn_implementation = _register(name)
+
+
+def _give_back(config: Any) -> None:
+    with _borrowing:
+        name, forwards = _borrowed.pop(id(config))
+        if forwards > 1:
+            _borrowed[id(config)] = name, forwards - 1
+        elif config._attn_implementation == _register(name):  # not set anew by somebody else
+            config._attn_implementation = name
 
 
 _registered: dict[str | None, str] = {}

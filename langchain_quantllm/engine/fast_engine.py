@@ -18,7 +18,7 @@ import torch
 from langchain_quantllm.engine.attention import Attention, GatherAttention, TritonAttention, without_gradients
 from langchain_quantllm.engine.batch_sampler import BLOCKS, MASKS, needs_of
 from langchain_quantllm.engine.capture import why_not_captured
-from langchain_quantllm.engine.kv_pool import allocate_pools, check_budget, count_pages
+from langchain_quantllm.engine.kv_pool import allocate_pools, count_pages
 from langchain_quantllm.engine.options import GenerationOptions, needs_generate
 from langchain_quantllm.engine.pages import PAGE_TOKENS, PagePool
 from langchain_quantllm.engine.pipeline_engine import NO_NUMBERS, decoder_of, limits_of
@@ -35,6 +35,7 @@ from langchain_quantllm.errors import (
     PromptTooLongError,
     UnsupportedError,
 )
+from langchain_quantllm.memory import check_cache_budget
 
 _log = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ class FastEngine:
             UnsupportedError: If the model cannot be driven; the message is the reason.
             NotEnoughMemoryError: If there is no room for a KV cache.
         """
-        budget = check_budget(kv_cache_memory)
+        budget = check_cache_budget(kv_cache_memory)
         model = self._model = pipeline.model
         self._tokenizer = pipeline.tokenizer
         if (reason := why_not_driven(model)) is not None:
@@ -267,7 +268,6 @@ class FastEngine:
     def _run(self, waiting: deque[tuple[Row, ChunkStream]]) -> None:
         """Run rows until there are none left; more may join all the while."""
         try:
-            self._notice_changes()
             on_way: list[tuple[list[_Job], Drawn]] = []
             while True:
                 self._take(waiting)
@@ -291,6 +291,8 @@ class FastEngine:
     def _take(self, waiting: deque[tuple[Row, ChunkStream]]) -> None:
         for job in [job for job in self._jobs.values() if job.stream.cancelled]:
             self._drop(job)
+        if waiting:
+            self._notice_changes()
         while waiting:
             row, stream = waiting.popleft()
             if stream.cancelled:
@@ -385,7 +387,10 @@ class FastEngine:
 
     def _push(self, job: _Job, token_id: int, logprob: tuple[float, list[int], list[float]] | None) -> None:
         if token_id < 0:
+            pages = list(job.state.pages)
             self._fail_job(job, GenerationError(NO_NUMBERS))
+            # What is no number must not lie about: a masked place is multiplied by 0, and must be a number for that.
+            self._runner.wipe(self._pages.discard(pages))
             return
         self._scheduler.push(job.state, token_id)
         try:
@@ -443,11 +448,17 @@ class FastEngine:
         self._scheduler = Scheduler(self._pages, slots=self._slots, prefill_tokens=alone, prefill_tokens_beside=beside)
 
     def _notice_changes(self) -> None:
-        """Forget keys, values and graphs of a model whose modules or weights have changed since, by an adapter say."""
+        """Let nobody use keys, values and graphs of a model whose modules or weights have changed, by an adapter say.
+
+        Rows that run go on, on their pages and with the weights as they are.
+        """
         found = _fingerprint(self._model)
         if found != self._fingerprint:
             self._fingerprint = found
-            self._begin_anew()
+            self._shared_root = self._pages.new_root()
+            for job in self._jobs.values():
+                job.state.keep_to_itself()
+            self._runner.refresh()
             if self._runner.captures:
                 self._why_not_captured = why_not_captured(self._model)
                 self._runner.captures = self._why_not_captured is None
@@ -496,13 +507,17 @@ def _token_logprob(
 
 
 def _fingerprint(model: Any) -> int:
-    """Tell a model from itself with other weights or adapters; quick, as it is asked before each batch."""
+    """Tell a model from itself with other weights or adapters; quick, as it is asked whenever requests come.
+
+    Weights that are changed through `.data` in place are not seen: nothing counts these changes.
+    """
     parts: list[Any] = []
     for module in model.modules():
         parts.append(id(module))
         parts += [(id(p), p._version, p.data_ptr()) for p in module._parameters.values() if p is not None]
-        if isinstance(getattr(type(module), "active_adapters", None), property):  # a layer of peft's
-            parts.append((tuple(module.active_adapters), module.disable_adapters, tuple(module.merged_adapters)))
+        if isinstance(getattr(type(module), "disable_adapters", None), property):  # a layer of peft's
+            parts += [tuple(module.active_adapters), module.disable_adapters, tuple(module.merged_adapters)]
+            parts += [tuple(s.items()) for s in (getattr(module, "scaling", None),) if isinstance(s, dict)]
     return hash(tuple(parts))
 
 
@@ -541,8 +556,7 @@ def _check(runner: Runner, model: Any, probe: Probe) -> None:
     except Exception as error:
         msg = f"its own code fails over pages: {error!r}"
         raise UnsupportedError(msg) from error
-    forward = runner.last_forward
-    windows = [] if forward is None else [forward.windows.get(i) for i in range(len(probe.shapes))]
+    windows = [runner.windows.get(i) for i in range(len(probe.shapes))]
     if None in windows:
         msg = "its attention is none that can be replaced"
         raise UnsupportedError(msg)

@@ -6,7 +6,6 @@ Owns the layers' shapes, the budget, and the allocation. Knows no rows; which pa
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,11 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import convert_file_size_to_int
 
 from langchain_quantllm.engine.attention import LayerPool
 from langchain_quantllm.engine.pages import PAGE_TOKENS
-from langchain_quantllm.errors import InvalidOptionError, NotEnoughMemoryError
+from langchain_quantllm.errors import NotEnoughMemoryError
 from langchain_quantllm.memory import available_memory, format_bytes
 
 DEFAULT_FRACTION = 0.3
@@ -68,34 +66,6 @@ def shapes_of(cache: Any) -> list[LayerShape]:
     return shapes
 
 
-def check_budget(budget: Any) -> float | int | None:
-    """Check `kv_cache_memory`.
-
-    Args:
-        budget: A fraction of the free memory between 0 and 1, bytes, a text such as `"4GiB"`, or None.
-
-    Returns:
-        A float for a fraction, an int for bytes, or None.
-
-    Raises:
-        InvalidOptionError: If it is none of these.
-    """
-    if budget is None:
-        return None
-    if isinstance(budget, float) and 0 < budget <= 1:
-        return budget
-    if isinstance(budget, int) and not isinstance(budget, bool) and budget > 1:
-        return budget
-    if isinstance(budget, str):
-        with contextlib.suppress(ValueError):
-            return int(convert_file_size_to_int(budget))
-    msg = (
-        f"kv_cache_memory={budget!r} is not allowed; give a fraction of the free memory such as 0.5, a number of "
-        "bytes, or a text such as '4GiB'."
-    )
-    raise InvalidOptionError(msg)
-
-
 def count_pages(shapes: Sequence[LayerShape], budget: float | int | None, *, rows: int, context: int | None) -> int:
     """Find how many pages the budget pays for, page 0 included.
 
@@ -103,7 +73,7 @@ def count_pages(shapes: Sequence[LayerShape], budget: float | int | None, *, row
 
     Args:
         shapes: What each layer stores.
-        budget: As `check_budget` gives it.
+        budget: A fraction of what is free, bytes, or None.
         rows: Most rows at once.
         context: Most tokens of a row; None where the model has no limit.
 
@@ -124,13 +94,13 @@ def count_pages(shapes: Sequence[LayerShape], budget: float | int | None, *, row
         if budget is None:
             tokens = min(tokens, useful)
     pages = int(min(tokens, rows * (context or tokens))) // PAGE_TOKENS
-    if pages < _LEAST_PAGES:
+    if pages <= _LEAST_PAGES:
         msg = (
             f"kv_cache_memory leaves {format_bytes(tokens * token_bytes)} for the KV cache, which is room for {tokens} "
             f"tokens of {format_bytes(token_bytes)} each; raise it, free memory, or load the model in fewer bits."
         )
         raise NotEnoughMemoryError(msg)
-    return pages + 1
+    return pages
 
 
 def allocate_pools(shapes: Sequence[LayerShape], pages: int) -> list[LayerPool]:

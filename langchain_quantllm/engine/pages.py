@@ -106,6 +106,20 @@ class PagePool:
             else:
                 self._kept[page] = None
 
+    def discard(self, pages: Sequence[int]) -> list[int]:
+        """Let nobody find pages that were released; those that other rows still hold stay as they are.
+
+        Returns:
+            The pages that hold nothing any more.
+        """
+        discarded = [page for page in dict.fromkeys(pages) if not self._holders[page]]
+        for page in discarded:
+            if page in self._kept:
+                del self._kept[page]
+                self._forget(page)
+                self._free.append(page)
+        return discarded
+
     def _forget(self, page: int) -> None:
         key = self._keys[page]
         if key is not None:

@@ -145,8 +145,8 @@ class Runner:
         self._padding_slot = slots
         self._table = torch.zeros(slots + 1, pages_per_row, dtype=torch.int32, device=self.device)
         self._keeps_logits = "logits_to_keep" in inspect.signature(_innermost(model).forward).parameters
-        self.last_forward: Forward | None = None
-        """The last forward that was no replay, for a check of what its layers did."""
+        self.windows: dict[int, int] = {}
+        """Window of each layer that attended in the last forward that was no replay; 0 for none."""
         self.why_no_graphs: str | None = None
         """What made a graph impossible although nothing was known against it."""
         if captures:
@@ -162,11 +162,19 @@ class Runner:
 
     def refresh(self) -> None:
         """Forget what was captured, as after a change of the model's modules or weights, or a failure."""
+        if self._graphs:
+            torch.cuda.synchronize(self.device)  # none of them may still run
         self._graphs.clear()
         self._draw_graphs.clear()
         if self.captures:
             self._memory = torch.cuda.graph_pool_handle()  # the one before went with its last graph
         self._configs = [] if self._by_sdpa else configs_of(self._model)
+
+    @_on_device
+    def wipe(self, pages: Sequence[int]) -> None:
+        """Fill pages of all layers with zeros."""
+        for pool in self._pools:
+            pool.kv[torch.tensor(pages, dtype=torch.long, device=pool.kv.device)] = 0
 
     # Prefill.
 
@@ -294,7 +302,7 @@ class Runner:
 
     def _forward(self, ids: torch.Tensor, batch: Batch, keep: torch.Tensor | None) -> torch.Tensor:
         """Run packed tokens of shape `(tokens,)`; gives logits of shape `(tokens kept, vocab)`."""
-        forward = self.last_forward = Forward(self._attention, self._pools, batch, by_sdpa=self._by_sdpa)
+        forward = Forward(self._attention, self._pools, batch, by_sdpa=self._by_sdpa)
         # A mask of four dimensions is taken as it is: none has to be made for an attention that ignores it.
         mask = torch.ones_like(ids)[None, None, None] if self._by_sdpa else torch.ones_like(ids)[None]
         options = {"logits_to_keep": keep} if keep is not None and self._keeps_logits else {}
@@ -307,6 +315,7 @@ class Runner:
                 use_cache=True,
                 **options,
             )
+        self.windows = forward.windows
         logits: torch.Tensor = output.logits[0]
         return logits[keep] if keep is not None and not self._keeps_logits else logits
 

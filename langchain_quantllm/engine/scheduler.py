@@ -95,6 +95,10 @@ class RowState:
             self._chain = pages.register(self.pages[self._chained_pages], self._chain, self.ids[at : at + PAGE_TOKENS])
             self._chained_pages += 1
 
+    def keep_to_itself(self) -> None:
+        """Share no pages any more, and offer none."""
+        self.root = self._chain = None
+
     def put_back(self, pages: PagePool) -> None:
         """Give up the pages; all tokens known by then are computed again when it is its turn."""
         pages.release(self.pages)

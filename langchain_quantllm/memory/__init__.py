@@ -3,7 +3,7 @@
 Owns every number of bytes in the package. Knows nothing of LangChain, pipelines or loading.
 """
 
-from langchain_quantllm.memory.budget import check_fits
+from langchain_quantllm.memory.budget import check_cache_budget, check_fits
 from langchain_quantllm.memory.estimate import MemoryEstimate, estimate_memory, transformers_builds
 from langchain_quantllm.memory.notes import memory_notes
 from langchain_quantllm.memory.report import MemoryReport
@@ -27,6 +27,7 @@ __all__ = [
     "TrackedMemory",
     "WeightBytes",
     "available_memory",
+    "check_cache_budget",
     "check_fits",
     "estimate_memory",
     "format_bytes",

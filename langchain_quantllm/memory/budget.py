@@ -5,8 +5,9 @@ Owns the comparison and the advice. Takes its numbers from `estimate` and `snaps
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from langchain_quantllm.errors import InvalidOptionError, NotEnoughMemoryError
 from langchain_quantllm.memory.estimate import MemoryEstimate
@@ -58,6 +59,37 @@ def check_fits(
         f" for its weights{cache}, but free are {free}; {_advice(estimate, sum(free_bytes.values()), cache_bytes)}."
     )
     raise NotEnoughMemoryError(msg)
+
+
+def check_cache_budget(budget: Any) -> float | int | None:
+    """Check `kv_cache_memory`.
+
+    Args:
+        budget: A fraction of the free memory between 0 and 1, bytes, a text such as `"4GiB"`, or None.
+
+    Returns:
+        A float for a fraction, an int for bytes, or None.
+
+    Raises:
+        InvalidOptionError: If it is none of these.
+    """
+    if budget is None:
+        return None
+    if isinstance(budget, float) and 0 < budget <= 1:
+        return budget
+    if isinstance(budget, int) and not isinstance(budget, bool) and budget > 1:
+        return budget
+    if isinstance(budget, str):
+        from accelerate.utils import convert_file_size_to_int
+
+        with contextlib.suppress(ValueError):
+            if (size := int(convert_file_size_to_int(budget))) > 0:
+                return size
+    msg = (
+        f"kv_cache_memory={budget!r} is not allowed; give a fraction of the free memory such as 0.5, a number of "
+        "bytes, or a text such as '4GiB'."
+    )
+    raise InvalidOptionError(msg)
 
 
 def _advice(estimate: MemoryEstimate, free_bytes: int, cache_bytes: int) -> str:

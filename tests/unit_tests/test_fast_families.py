@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import torch
 
 from langchain_quantllm import QuantizedHuggingFaceLLM
 from langchain_quantllm.engine.options import GenerationOptions
 from langchain_quantllm.engine.request import Usage, plan_requests
 from langchain_quantllm.errors import UnsupportedError
 from tests.unit_tests.families import FAST, NAMED, PLAIN, family_model, generated_ids, likeliest_ids, random_ids
-from tests.unit_tests.models import forwards, llm_of
+from tests.unit_tests.models import forwards, llm_of, slowly
 
 SHARED = random_ids(40, seed=7)
 
@@ -60,6 +61,15 @@ class Case:
     llm: QuantizedHuggingFaceLLM
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Products of such sizes take longer when several cores share them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module", params=list(FAST))
 def case(request: pytest.FixtureRequest, tokenizer: Any) -> Iterator[Case]:
     model = family_model(FAST[request.param])
@@ -77,7 +87,11 @@ def refused(request: pytest.FixtureRequest, tokenizer: Any) -> Iterator[Case]:
 
 
 def complete(
-    llm: QuantizedHuggingFaceLLM, prompt_ids: Sequence[int], new_tokens: int, answer: Answer | None = None
+    llm: QuantizedHuggingFaceLLM,
+    prompt_ids: Sequence[int],
+    new_tokens: int,
+    answer: Answer | None = None,
+    submitted: threading.Event | None = None,
 ) -> Answer:
     """Complete token ids; the tokenizer's own are none of these models'."""
     answer = answer or Answer()
@@ -85,6 +99,8 @@ def complete(
     engine = llm._engine(options)
     requests = plan_requests(prompt_ids, options, engine.limits, shares_prefix=llm.prefix_caching)
     with engine.submit(requests) as stream:
+        if submitted is not None:
+            submitted.set()
         for chunk in stream:
             answer.token_ids += chunk.token_ids
             answer.usage = chunk.usage
@@ -92,18 +108,22 @@ def complete(
 
 
 def run_visits(llm: QuantizedHuggingFaceLLM, visits: Sequence[Visit]) -> tuple[list[Answer], int]:
-    """Run visits, each in a thread of its own; gives the answers and the number of forwards."""
+    """Run visits, each in a thread of its own but one after the other; gives the answers and the number of forwards."""
     answers = [Answer() for _ in visits]
-    with forwards(llm) as seen:
+    submitted = [threading.Event() for _ in visits]
+    # Slowed down a little, so that the threads get their turns in time.
+    with forwards(llm, slowly(0.001)) as seen:
 
-        def call(visit: Visit, answer: Answer) -> None:
+        def call(i: int) -> None:
+            visit, answer = visits[i], answers[i]
             try:
+                assert i == 0 or submitted[i - 1].wait(60)
                 seen.wait_for(visit.after)
-                complete(llm, visit.prompt_ids, visit.new_tokens, answer)
+                complete(llm, visit.prompt_ids, visit.new_tokens, answer, submitted[i])
             except BaseException as error:
                 answer.error = error
 
-        threads = [threading.Thread(target=call, args=pair) for pair in zip(visits, answers, strict=True)]
+        threads = [threading.Thread(target=call, args=(i,)) for i in range(len(visits))]
         for thread in threads:
             thread.start()
         for thread in threads:
