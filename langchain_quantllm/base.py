@@ -385,8 +385,8 @@ class QuantizedModel(BaseLanguageModel[Any]):
 
     @property
     def engine_info(self) -> EngineInfo:
-        """Which engine runs the model, and why; loads the model if it is not loaded."""
-        return self._engine().info
+        """Which engine runs calls with the options of this object, and why; loads the model if it is not loaded."""
+        return self._engine(self._options(None, {})).info
 
     def memory_report(self) -> MemoryReport:
         """Report the memory before and after loading, and while generating; loads the model if it is not loaded.

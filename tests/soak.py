@@ -116,6 +116,7 @@ def soak(requests: int, threads: int = 8, *, seed: int = 0) -> dict[str, Any]:
     Returns:
         What happened, and what was left behind.
     """
+    threads_before = _engine_threads()
     tokenizer = byte_tokenizer()
     model = tiny_model(len(tokenizer), seed=seed, context_tokens=CONTEXT_TOKENS)
     token_bytes = 2 * 2 * 32 * 4  # two layers, keys and values of one head of 32 in float32
@@ -185,8 +186,12 @@ def soak(requests: int, threads: int = 8, *, seed: int = 0) -> dict[str, Any]:
         "torch": torch.__version__,
     }
     llm.unload()
-    found["threads after unload"] = sum(t.name == "quantllm-engine" for t in threading.enumerate())
+    found["threads after unload"] = _engine_threads() - threads_before
     return found
+
+
+def _engine_threads() -> int:
+    return sum(thread.name == "quantllm-engine" for thread in threading.enumerate())
 
 
 def left_behind(found: dict[str, Any]) -> list[str]:

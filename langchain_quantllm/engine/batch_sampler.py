@@ -16,6 +16,9 @@ from langchain_quantllm.engine.request import Request
 BLOCKS, PENALIZES, MASKS, SAMPLES, SORTS = 1, 2, 4, 8, 16
 """What the drawing of a step may have to do; added up over its rows, so that no step does more than one needs."""
 
+NO_NUMBER, NOTHING_ALLOWED = -1, -2
+"""What stands in the place of a token: the logits were no numbers, or no token was allowed."""
+
 _END_IDS = 8  # of a row, at first
 
 
@@ -112,7 +115,7 @@ class BatchSampler:
             mask: Allowed tokens as bits, lowest first, of shape `(rows, ceil(vocab / 32))`, int32.
 
         Returns:
-            Token ids of shape `(rows,)`, int32; -1 where the logits are no numbers.
+            Token ids of shape `(rows,)`, int32; `NO_NUMBER` or `NOTHING_ALLOWED` where there is none.
         """
         scores = logits.float()
         # Before anything is taken out of the scores, what is no number among it.
@@ -136,7 +139,8 @@ class BatchSampler:
         self.last_ids[slots] = ids
         if need & PENALIZES and self._seen is not None:
             self._seen.index_put_((slots, ids), self._yes)
-        return torch.where(best.values.isnan() if broken is None else broken, -1, ids).int()
+        ids = torch.where(best.values == -torch.inf, NOTHING_ALLOWED, ids)
+        return torch.where(best.values.isnan() if broken is None else broken, NO_NUMBER, ids).int()
 
     def _sample(
         self, scores: torch.Tensor, slots: torch.Tensor, uniforms: torch.Tensor, *, sorts: bool

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from langchain_quantllm.engine.attention import Attention, GatherAttention, TritonAttention, without_gradients
-from langchain_quantllm.engine.batch_sampler import BLOCKS, MASKS, needs_of
+from langchain_quantllm.engine.batch_sampler import BLOCKS, MASKS, NOTHING_ALLOWED, needs_of
 from langchain_quantllm.engine.capture import why_not_captured
 from langchain_quantllm.engine.kv_pool import allocate_pools, count_pages
 from langchain_quantllm.engine.options import GenerationOptions, needs_generate
@@ -386,6 +386,9 @@ class FastEngine:
                     self._push(job, ids[i], None if logprobs is None else logprobs[i])
 
     def _push(self, job: _Job, token_id: int, logprob: tuple[float, list[int], list[float]] | None) -> None:
+        if token_id == NOTHING_ALLOWED:
+            self._fail_job(job, GenerationError("the request's mask allows no token."))
+            return
         if token_id < 0:
             pages = list(job.state.pages)
             self._fail_job(job, GenerationError(NO_NUMBERS))

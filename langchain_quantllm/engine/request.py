@@ -248,6 +248,14 @@ def plan_requests(
             "shorten it, or pass truncation='left' to drop its beginning."
         )
         raise PromptTooLongError(msg)
+    if options.asked_new_tokens and limits.cache_tokens is not None and limits.cache_tokens == total:
+        tokens = len(ids) + (options.max_new_tokens or 0)
+        if tokens > total:
+            msg = (
+                f"the prompt's {len(ids)} tokens and max_new_tokens={options.max_new_tokens} need {tokens} in the KV "
+                f"cache, which holds {total}; raise kv_cache_memory, or ask for fewer."
+            )
+            raise PromptTooLongError(msg)
     new = [n for n in (options.max_new_tokens, None if total is None else total - len(ids)) if n is not None]
     max_new_tokens = min(new) if new else options.max_new_tokens or 1
     seed = secrets.randbits(63) if options.seed is None else options.seed

@@ -81,8 +81,8 @@ class Drawn:
         """Wait for them.
 
         Returns:
-            A token id for each row, -1 where its logits were no numbers; and, if asked for, each one's log
-            probability with the ids and log probabilities of the likeliest tokens.
+            A token id for each row, below 0 where there is none (see `BatchSampler.draw`); and, if asked for, each
+            one's log probability with the ids and log probabilities of the likeliest tokens.
         """
         if self._event is not None:
             self._event.synchronize()

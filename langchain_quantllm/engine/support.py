@@ -38,6 +38,10 @@ def why_not_driven(model: Any) -> str | None:
         return "its attention looks ahead"
     if others := set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES:
         return f"it has layers of kind {min(others)!r}, which keep something else than keys and values"
+    if getattr(text, "alibi", False) or getattr(getattr(text, "attn_config", None), "alibi", False):
+        return "its attention is biased by distance (ALiBi)"
+    if getattr(text, "kv_lora_rank", None) is not None:
+        return "its cache holds what keys and values are made of, not these"
     if getattr(text, "attention_chunk_size", None) is not None:
         return "its attention goes by chunks"
     if rope := _moving_rope(getattr(text, "rope_parameters", None)):

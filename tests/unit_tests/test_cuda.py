@@ -84,7 +84,7 @@ def test_streamed_equals_whole(small: Path) -> None:
 
 
 def test_a_prompt_beyond_the_memory_fails_in_words_and_the_next_one_works(small: Path) -> None:
-    llm = make(small).load()
+    llm = make(small, engine="pipeline").load()
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 5_000_000) / total)
     try:

@@ -125,23 +125,6 @@ def test_what_cannot_be_captured_runs_eagerly_and_harms_nobody(
     other.unload()
 
 
-def test_a_prefill_beyond_the_memory_goes_on_in_smaller_steps(folder: Any) -> None:
-    llm = make(folder, dtype="float32", engine="fast", max_new_tokens=4, prefix_caching=False)
-    prompts = [f"{i} " + "word " * 750 for i in range(4)]
-    expected = llm.batch(prompts)
-    engine: Any = llm._engine()
-    before = engine._scheduler.prefill_tokens
-    torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 12_000_000) / total)
-    try:
-        assert llm.batch(prompts) == expected
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-    assert engine._scheduler.prefill_tokens < before
-    llm.unload()
-
-
 def test_the_cache_takes_what_it_was_given_and_unload_gives_it_back(folder: Any) -> None:
     make(folder).load().unload()  # what CUDA and its libraries keep for good
     gc.collect()
@@ -224,6 +207,8 @@ def test_families(name: str, byte_tokenizer: Any) -> None:
     }[name]()
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().cuda()
+    if name == "gemma2":  # whose caps older SDPA leaves out
+        model.set_attn_implementation("eager")
     llm = llm_of(model, byte_tokenizer, engine="fast", max_new_tokens=48, ignore_eos=True, kv_cache_memory="64MB")
     assert llm.batch(PROMPTS) == [generated(llm, prompt, 48) for prompt in PROMPTS]
     assert llm.engine_info.graphs, llm.engine_info.reason

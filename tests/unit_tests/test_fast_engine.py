@@ -1051,3 +1051,75 @@ class TestOptionsOfGenerate:
         info = llm_of(family_model(family), tokenizer).engine_info
         assert info.name == "pipeline"
         assert "ahead" in info.reason
+
+
+class TestShortMemory:
+    """The device's own error, raised where a real one would be: in a forward over too many tokens."""
+
+    @pytest.mark.parametrize("most", [100, 17])
+    def test_a_prefill_that_does_not_fit_goes_on_in_smaller_steps(
+        self, make_tiny: Callable[..., QuantizedHuggingFaceLLM], most: int
+    ) -> None:
+        llm = make_tiny(prefix_caching=False)
+        requests = [plan(llm, ids_of(count), max_new_tokens=9)[0] for count in (300, 5, 16, 150)]
+        expected = [answer.token_ids for answer in ask(llm, requests)]
+
+        def check(module: Any, args: Any, kwargs: Any) -> None:
+            if kwargs["input_ids"].shape[1] > most:
+                msg = "no room for so many tokens"
+                raise torch.OutOfMemoryError(msg)
+
+        handle = llm.pipeline.model.register_forward_pre_hook(check, with_kwargs=True)
+        try:
+            assert [answer.token_ids for answer in ask(llm, requests)] == expected
+        finally:
+            handle.remove()
+        engine: Any = llm._engine()
+        assert engine._scheduler.prefill_tokens <= most
+        assert engine._pages.held == 0
+
+    def test_no_room_for_anything_fails_those_in_flight_in_words(
+        self, make_tiny: Callable[..., QuantizedHuggingFaceLLM]
+    ) -> None:
+        llm = make_tiny()
+        expected = llm.invoke("Sea")
+
+        def check(module: Any, args: Any, kwargs: Any) -> None:
+            msg = "no room at all"
+            raise torch.OutOfMemoryError(msg)
+
+        handle = llm.pipeline.model.register_forward_pre_hook(check, with_kwargs=True)
+        try:
+            with pytest.raises(NotEnoughMemoryError, match="kv_cache_memory"):
+                llm.invoke("Sea")
+        finally:
+            handle.remove()
+        assert llm.invoke("Sea") == expected
+
+    def test_a_mask_that_allows_nothing_fails_its_row_alone(
+        self, make_tiny: Callable[..., QuantizedHuggingFaceLLM]
+    ) -> None:
+        llm = make_tiny()
+        good = plan(llm, ids_of(20))[0]
+        expected = ask(llm, [good])[0].token_ids
+        bad = plan(llm, ids_of(10), mask=lambda: AllowOnly(()))[0]
+        with (
+            Background(lambda: ask(llm, [good])[0].token_ids) as other,
+            pytest.raises(GenerationError, match="no token"),
+        ):
+            ask(llm, [bad])
+        assert other.result == expected
+
+    def test_more_than_the_cache_holds_is_refused_where_it_was_asked_for(
+        self, make_tiny: Callable[..., QuantizedHuggingFaceLLM]
+    ) -> None:
+        llm = make_tiny(kv_cache_memory=ONE_ROW)
+        with pytest.raises(PromptTooLongError, match="max_new_tokens=500 .* kv_cache_memory"):
+            llm.invoke("Sea", max_new_tokens=500)
+
+    def test_engine_info_is_that_of_the_object_s_own_options(
+        self, make_tiny: Callable[..., QuantizedHuggingFaceLLM]
+    ) -> None:
+        llm = make_tiny(num_beams=2)
+        assert llm.engine_info.name == "pipeline"
+        assert "num_beams=2" in llm.engine_info.reason
