@@ -15,18 +15,19 @@ from typing import Any
 
 import torch
 
-from langchain_quantllm.engine.attention import Attention, GatherAttention, TritonAttention, without_gradients
+from langchain_quantllm.engine.attention import Attention, GatherAttention, TritonAttention
 from langchain_quantllm.engine.batch_sampler import BLOCKS, MASKS, NOTHING_ALLOWED, needs_of
 from langchain_quantllm.engine.capture import why_not_captured
 from langchain_quantllm.engine.kv_pool import allocate_pools, count_pages
-from langchain_quantllm.engine.options import GenerationOptions, needs_generate
+from langchain_quantllm.engine.options import needs_generate
 from langchain_quantllm.engine.pages import PAGE_TOKENS, PagePool
 from langchain_quantllm.engine.pipeline_engine import NO_NUMBERS, decoder_of, limits_of
 from langchain_quantllm.engine.request import ChunkStream, EngineInfo, ModelLimits, Request, TokenLogprob
 from langchain_quantllm.engine.runner import Chance, Drawn, Launched, Runner
 from langchain_quantllm.engine.scheduler import Decode, Piece, Prefill, RowState, Scheduler
 from langchain_quantllm.engine.stopping import Row
-from langchain_quantllm.engine.support import LONG, SHORT, Probe, compare, probe, sample_ids, why_not_driven
+from langchain_quantllm.engine.support import fingerprint, probe, why_not_driven
+from langchain_quantllm.engine.trial import try_out
 from langchain_quantllm.engine.worker import UNLOADED, Worker
 from langchain_quantllm.errors import (
     GenerationError,
@@ -47,7 +48,6 @@ _PREFILL_GPU, _PREFILL_CPU = (4096, 1024), (512, 128)
 
 _LEAST_PREFILL = 16
 _FEWEST_PAGES = 64  # a pool that nobody has sized is made no smaller than half of it
-_CHECK_PAGES, _CHECK_TOKENS = 6, 3
 
 
 class _Job:
@@ -114,7 +114,7 @@ class FastEngine:
         except torch.OutOfMemoryError as error:
             msg = "the device has no memory left for the engine; free some, or load the model in fewer bits."
             raise NotEnoughMemoryError(msg) from error
-        self._fingerprint = _fingerprint(model)
+        self._fingerprint = fingerprint(model)
         self._jobs: dict[RowState, _Job] = {}
         self._peak_pages = 0
         self._put_back_before = 0
@@ -173,7 +173,7 @@ class FastEngine:
                 captures=captures,
             )
             try:
-                _check(runner, self._model, self._probe)
+                try_out(runner, self._model, self._probe)
             except UnsupportedError as error:
                 failure = failure or error
                 continue
@@ -455,7 +455,7 @@ class FastEngine:
 
         Rows that run go on, on their pages and with the weights as they are.
         """
-        found = _fingerprint(self._model)
+        found = fingerprint(self._model)
         if found != self._fingerprint:
             self._fingerprint = found
             self._shared_root = self._pages.new_root()
@@ -507,75 +507,3 @@ def _token_logprob(
         return None
     chosen, ids, logprobs = found
     return TokenLogprob(token_id=token_id, logprob=chosen, top=tuple(zip(ids, logprobs, strict=True))[:wanted])
-
-
-def _fingerprint(model: Any) -> int:
-    """Tell a model from itself with other weights or adapters; quick, as it is asked whenever requests come.
-
-    Weights that are changed through `.data` in place are not seen: nothing counts these changes.
-    """
-    parts: list[Any] = []
-    for module in model.modules():
-        parts.append(id(module))
-        parts += [(id(p), p._version, p.data_ptr()) for p in module._parameters.values() if p is not None]
-        if isinstance(getattr(type(module), "disable_adapters", None), property):  # a layer of peft's
-            parts += [tuple(module.active_adapters), module.disable_adapters, tuple(module.merged_adapters)]
-            parts += [tuple(s.items()) for s in (getattr(module, "scaling", None),) if isinstance(s, dict)]
-    return hash(tuple(parts))
-
-
-@without_gradients
-def _check(runner: Runner, model: Any, probe: Probe) -> None:
-    """Run two texts through the runner, in pieces and side by side, and compare with the model itself.
-
-    Raises:
-        UnsupportedError: If the model cannot be driven this way, or gives something else.
-    """
-    scheduler = Scheduler(PagePool(_CHECK_PAGES), slots=2, prefill_tokens=LONG - 6, prefill_tokens_beside=LONG - 6)
-    texts = [sample_ids(model, count) for count in (LONG, SHORT)]
-    rows = [RowState(ids, _CHECK_TOKENS) for ids in texts]
-    logits: dict[RowState, list[torch.Tensor]] = {row: [] for row in rows}
-    for row in rows:
-        scheduler.add(row)
-    try:
-        while (plan := scheduler.plan()) is not None:
-            if isinstance(plan, Prefill):
-                drawing = [piece.row for piece in plan.pieces if piece.is_last]
-                launched = runner.prefill(plan.pieces, [Chance()] * len(drawing))
-                if drawing:
-                    requests = [_greedy(row) for row in drawing]
-                    runner.sampler.set([row.slot for row in drawing], requests, [row.ids for row in drawing])
-            else:
-                drawing = plan.rows
-                launched = runner.decode(plan.rows, plan.positions, [Chance()] * len(drawing))
-            if not drawing:
-                continue
-            ids, _ = runner.draw(launched, 0).wait()
-            for i, row in enumerate(drawing):
-                logits[row].append(launched.logits[i].clone())
-                scheduler.push(row, max(0, ids[i]))
-    except (UnsupportedError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        msg = f"its own code fails over pages: {error!r}"
-        raise UnsupportedError(msg) from error
-    windows = [runner.windows.get(i) for i in range(len(probe.shapes))]
-    if None in windows:
-        msg = "its attention is none that can be replaced"
-        raise UnsupportedError(msg)
-    if windows != probe.windows:
-        msg = f"its attention sees windows of {windows} tokens, and its cache keeps {probe.windows}"
-        raise UnsupportedError(msg)
-    compare(model, [row.ids[:-1] for row in rows], [torch.stack(logits[row]) for row in rows])
-
-
-def _greedy(row: RowState) -> Request:
-    return Request(
-        prompt_ids=tuple(row.ids),
-        max_new_tokens=row.max_new_tokens,
-        min_new_tokens=0,
-        options=GenerationOptions(),
-        sample_index=0,
-        seed=0,
-        eos_token_ids=(),
-    )

@@ -1,7 +1,8 @@
 """Which models the fast engine can drive, found out before any of its text is believed.
 
-Owns the rules that a config decides, and the reference: a few tokens through the model as it is,
-with which the engine's own logits are compared once. Knows no scheduling.
+Owns the rules that a config decides, the reference (a few tokens through the model as it is, with
+which the engine's own logits are compared once), and what tells that a model has changed since.
+Knows no scheduling.
 """
 
 from __future__ import annotations
@@ -157,3 +158,18 @@ def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Size of the difference of two sets of logits, relative to the spread of the second; a constant does not count."""
     found, expected = (t - t.mean(-1, keepdim=True) for t in (found, expected))
     return float((found - expected).norm() / expected.norm().clamp(min=1e-12))
+
+
+def fingerprint(model: Any) -> int:
+    """Tell a model from itself with other weights or adapters; quick, as it is asked whenever requests come.
+
+    Weights that are changed through `.data` in place are not seen: nothing counts these changes.
+    """
+    parts: list[Any] = []
+    for module in model.modules():
+        parts.append(id(module))
+        parts += [(id(p), p._version, p.data_ptr()) for p in module._parameters.values() if p is not None]
+        if isinstance(getattr(type(module), "disable_adapters", None), property):  # a layer of peft's
+            parts += [tuple(module.active_adapters), module.disable_adapters, tuple(module.merged_adapters)]
+            parts += [tuple(s.items()) for s in (getattr(module, "scaling", None),) if isinstance(s, dict)]
+    return hash(tuple(parts))

@@ -54,6 +54,7 @@ LEVELS = {
     "engine.runner": 4,
     "engine.selection": 4,
     "engine.support": 4,
+    "engine.trial": 4,
     "engine.worker": 4,
     "base": 5,
     "llms": 5,
