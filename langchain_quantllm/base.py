@@ -604,6 +604,7 @@ def _checkpoint_options(pipeline: Any) -> dict[str, Any]:
         # Older pipelines (transformers 5.14 to 5.17) keep them in one config with their own and transformers' defaults.
         defaults = (type(pipeline)._default_generation_config.to_dict(), mixed._get_default_generation_params())
         own = {k: v for k, v in mixed.to_diff_dict().items() if not any(v == d.get(k) for d in defaults)}
+        own.pop("use_cache", None)
         if mixed.do_sample and "temperature" in own:  # not the pipeline's, so sampling is not either
             own["do_sample"] = True
         given = {**own, **given}

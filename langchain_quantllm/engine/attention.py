@@ -413,6 +413,8 @@ def _register(name: str | None) -> str:
             theirs = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
             return theirs(module, query, key, value, attention_mask, *args, **kwargs)  # type: ignore[no-any-return]
         scale, window, softcap = (kwargs.pop(n, None) for n in ("scaling", "sliding_window", "softcap"))
+        if name == "sdpa":  # which older transformers lets ignore the cap of Gemma 2; `generate` is what counts
+            softcap = None
         unknown = [n for n, given in kwargs.items() if given is not None and not n.startswith("output_")]
         unknown = [n for n in unknown if n not in _IGNORED]
         if unknown:
