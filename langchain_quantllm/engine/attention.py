@@ -234,6 +234,21 @@ class TritonAttention:
             blocks = _cached(batch, (device, "blocks"), lambda: self._blocks(batch).to(device))
             return self._kernels.prefill_attention(query, pool.kv, table, blocks, **given)
 
+    def try_out(self, pool: LayerPool) -> None:
+        """Compile and run the smallest kernel, to see whether that works on this machine.
+
+        Args:
+            pool: One of the pools to come, of as few pages as one.
+        """
+        device, heads = pool.kv.device, pool.kv.shape[2]
+        slots = torch.zeros(1, dtype=torch.int32, device=device)
+        batch = Batch(table=slots[None], slots=slots, positions=slots, spans=(), decodes=True)
+        key = torch.zeros(1, heads, 1, pool.key_dim, dtype=pool.kv.dtype, device=device)
+        value = torch.zeros(1, heads, 1, pool.value_dim, dtype=pool.kv.dtype, device=device)
+        with torch.cuda.device(device):
+            self.write(pool, key, value, batch)
+            torch.cuda.synchronize()
+
     def _on(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """Make a device the current one, which Triton launches on, where the layers lie on several."""
         return torch.cuda.device(device) if self._changes_device else contextlib.nullcontext()

@@ -148,10 +148,15 @@ class FastEngine:
             return GatherAttention(), False
         try:
             from langchain_quantllm.kernels import paged_attention
-        except ImportError as error:
-            self._notes.append(f"attention by gathering pages: Triton cannot be used ({error})")
+
+            attention = TritonAttention(paged_attention, sorted(devices, key=str))
+            attention.try_out(allocate_pools(self._probe.shapes[:1], 1)[0])
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # not installed, or nothing here to compile with
+            self._notes.append(f"attention by gathering pages: Triton cannot be used ({error!r})")
             return GatherAttention(), False
-        return TritonAttention(paged_attention, sorted(devices, key=str)), True
+        return attention, True
 
     def _verified_runner(self, attention: Attention, *, captures: bool) -> Runner:
         """Make the runner that gives the model's own logits: by registered attention, or by catching PyTorch's."""
