@@ -310,7 +310,7 @@ def bench(
         device = benches.check_device(device or ([*_accelerators(), "cpu"])[0])
         if speed:
             from langchain_quantllm.packages import is_installed
-            from langchain_quantllm.speed import SpeedOptions
+            from langchain_quantllm.speed_results import SpeedOptions
 
             options = SpeedOptions(
                 batches=_numbers("--batches", batches),
@@ -384,6 +384,7 @@ def _bench_speed(
     model: str | None, shape: str | None, schemes: list[str], device: str, kernel: str, options: Any
 ) -> None:
     from langchain_quantllm import speed as speeds
+    from langchain_quantllm.speed_results import as_document
 
     def report(line: str) -> None:
         err.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -399,7 +400,7 @@ def _bench_speed(
     sizes = f"{options.prompt_tokens} tokens in, {options.new_tokens} out"
     wide.print(_generation_table(rows, f"{where}, {sizes}: tokens/s, and a step in ms"))
     wide.print(_prefill_table(rows, f"{where}: seconds"))
-    document = speeds.as_document(rows, model=model, shape=shape, device=device, kernel=kernel, **what)
+    document = as_document(rows, model=model, shape=shape, device=device, kernel=kernel, **what)
     out.print(document, markup=False, highlight=False, soft_wrap=True)
 
 

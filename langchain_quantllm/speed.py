@@ -8,24 +8,29 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import json
-import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from langchain_core.callbacks import BaseCallbackHandler
 
-from langchain_quantllm.errors import GenerationError, InvalidOptionError, MissingPackageError, pip_install
+from langchain_quantllm.errors import GenerationError, InvalidOptionError
 from langchain_quantllm.llms import QuantizedHuggingFaceLLM
-from langchain_quantllm.memory import take_snapshot
-from langchain_quantllm.packages import is_installed
 from langchain_quantllm.placement import release_memory
+from langchain_quantllm.prompts import Prompts
 from langchain_quantllm.schemes import GPTQ
+from langchain_quantllm.speed_results import (
+    CopySpeed,
+    GenerationSpeed,
+    PeerSpeed,
+    PrefillSpeed,
+    SchemeSpeed,
+    SharedPrefixSpeed,
+    SpeedOptions,
+)
 
 PEER_BATCH = 4
 """Source: `DEFAULT_BATCH_SIZE` of langchain_huggingface/llms/huggingface_pipeline.py, which `from_model_id` also gives
@@ -35,287 +40,6 @@ _TAIL_TOKENS = 8
 _PEER_WARM_UP_TOKENS = 8
 _STEPS_GPU, _STEPS_CPU = 50, 3
 _COPIES = 10
-_TRIES = 500
-_CANDIDATES = 4096
-_WORDS = 64
-_PACKAGES = (
-    "langchain-quantllm",
-    "langchain-core",
-    "langchain-huggingface",
-    "transformers",
-    "torch",
-    "triton",
-    "bitsandbytes",
-    "gptqmodel",
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpeedOptions:
-    """What is measured, and how often.
-
-    Args:
-        batches: Requests at once, one measurement for each; 1 is streamed, more are an `abatch`.
-        new_tokens: Length of every text that is written, in tokens.
-        prompt_tokens: Length of every prompt, in tokens, those that the tokenizer adds included.
-        repeats: Runs of each measurement after its warm-up; the median counts.
-        peer: Whether langchain-huggingface is measured, too.
-        peer_new_tokens: Length of its texts where it takes many requests a few at a time, which takes long.
-        shared: Requests whose prompts begin with the same text; 0 leaves this out.
-        shared_tokens: Length of that text, in tokens.
-        long_prompt_tokens: Length of the prompt whose first token is waited for, in tokens; 0 leaves this out.
-
-    Raises:
-        InvalidOptionError: If a number is too small.
-        MissingPackageError: If the peer is to be measured and is not installed.
-    """
-
-    batches: tuple[int, ...] = (1, 8, 32, 64)
-    new_tokens: int = 128
-    prompt_tokens: int = 30
-    repeats: int = 3
-    peer: bool = False
-    peer_new_tokens: int = 32
-    shared: int = 64
-    shared_tokens: int = 1000
-    long_prompt_tokens: int = 512
-
-    def __post_init__(self) -> None:
-        """Check the numbers, and that the peer is there."""
-        least = {"new_tokens": 2, "prompt_tokens": 3, "repeats": 1, "peer_new_tokens": 1, "shared_tokens": 3}
-        least |= {"shared": 0, "long_prompt_tokens": 0}
-        for name, bound in least.items():
-            if (value := getattr(self, name)) < bound:
-                msg = f"{name}={value} is not allowed; it must be at least {bound}."
-                raise InvalidOptionError(msg)
-        if not self.batches or min(self.batches) < 1:
-            msg = f"batches={self.batches} is not allowed; give at least one number, each at least 1."
-            raise InvalidOptionError(msg)
-        if self.peer and not is_installed("langchain_huggingface"):
-            command = pip_install("langchain-quantllm[huggingface]")
-            msg = (
-                f"langchain-huggingface is to be measured and is not installed: {command}; or leave it out: --no-peer."
-            )
-            raise MissingPackageError(msg)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CopySpeed:
-    """How fast the device moves memory: a copy within it, reading and writing `buffer_bytes` each."""
-
-    buffer_bytes: int
-    rate_byte_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationSpeed:
-    """One way to call our engine through LangChain; medians over the repeats.
-
-    Args:
-        call: `"stream"` or `"abatch"`.
-        batch: Requests at once.
-        prompt_tokens: Of each request.
-        new_tokens: Of each request.
-        total_s: From the call to its end.
-        runs_s: The same of every repeat.
-        rate_tok_s: All new tokens / `total_s`, prefill included.
-        first_text_s: From the call to the first text that the caller got; None if not streamed.
-        first_token_s: From the submission to the first token, as the engine counts it; median of the rows.
-        decode_rate_tok_s: New tokens but the first, over the time from the first token to the end of the call. The
-            start of that time is the engine's, which leaves out what came before the submission: so it is a little
-            too long rather than too short.
-        engine_step_s: From a row's first token to its last, by step; median of the rows.
-        bare_step_s: The same step alone, as `FastEngine.time_step` measures it; None with another engine.
-        bare_position: Position that the bare step was measured at: the mean length of a text while it is written.
-        step_ratio: `engine_step_s / bare_step_s`; compares like with like while the engine has room for all rows at
-            once (128 on a GPU, 32 on the CPU).
-        limit_share: `decode_rate_tok_s` of one request, as a share of `limit_tok_s`; None for more requests.
-    """
-
-    call: str
-    batch: int
-    prompt_tokens: int
-    new_tokens: int
-    total_s: float
-    runs_s: tuple[float, ...]
-    rate_tok_s: float
-    first_text_s: float | None
-    first_token_s: float
-    decode_rate_tok_s: float
-    engine_step_s: float
-    bare_step_s: float | None
-    bare_position: int
-    step_ratio: float | None
-    limit_share: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrefillSpeed:
-    """The wait for the first text of a long prompt, beside the model's own forward of as many tokens.
-
-    Args:
-        prompt_tokens: Of either.
-        first_text_s: From `llm.stream` to the first text.
-        first_token_s: From the submission to the first token, as the engine counts it.
-        bare_s: One forward with a new `DynamicCache`, logits of the last token only, argmax, brought to the host.
-        ratio: `first_text_s / bare_s`.
-    """
-
-    prompt_tokens: int
-    first_text_s: float
-    first_token_s: float
-    bare_s: float
-    ratio: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class SharedPrefixSpeed:
-    """Requests of one new token whose prompts begin with the same text, which was never seen before.
-
-    Args:
-        requests: At once, by `abatch`.
-        prefix_tokens: Tokens that they share.
-        prompt_tokens: Of each request.
-        apart_s: Wall time with `prefix_caching=False`.
-        shared_s: Wall time with `prefix_caching=True`.
-        cached_tokens: Tokens of prompts that were taken over then, over all requests.
-        ratio: `apart_s / shared_s`.
-    """
-
-    requests: int
-    prefix_tokens: int
-    prompt_tokens: int
-    apart_s: float
-    shared_s: float
-    cached_tokens: int
-    ratio: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class PeerSpeed:
-    """langchain-huggingface's `HuggingFacePipeline` over the same loaded weights.
-
-    Args:
-        call: `"invoke"` or `"batch"`.
-        batch: Requests at once.
-        batch_size: Its setting: how many of them it runs beside each other.
-        new_tokens: Of each request.
-        total_s: From the call to its end.
-        rate_tok_s: All new tokens / `total_s`.
-        our_ratio: Our `rate_tok_s` with as many requests, over this one.
-    """
-
-    call: str
-    batch: int
-    batch_size: int
-    new_tokens: int
-    total_s: float
-    rate_tok_s: float
-    our_ratio: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class SchemeSpeed:
-    """All that was measured with one scheme.
-
-    Args:
-        scheme: Its name.
-        engine: `"fast"` or `"pipeline"`.
-        engine_reason: Why this engine, and what of it could not be used.
-        graphs: Whether its decode steps are CUDA graphs.
-        load_s: Seconds to load the weights.
-        weights_bytes: Of all weights.
-        read_bytes: Of the weights that each step reads: without the input embedding, unless it is the head's, too.
-        limit_tok_s: Tokens/s of one request if a step took only as long as reading these; keys and values not counted.
-        generation: One for each number of requests.
-        prefill: None where the model's context is too short.
-        shared_prefix: None where the model's context is too short.
-        peer: Empty where it was not asked for.
-    """
-
-    scheme: str
-    engine: str
-    engine_reason: str
-    graphs: bool
-    load_s: float
-    weights_bytes: int
-    read_bytes: int
-    limit_tok_s: float
-    generation: tuple[GenerationSpeed, ...]
-    prefill: PrefillSpeed | None
-    shared_prefix: SharedPrefixSpeed | None
-    peer: tuple[PeerSpeed, ...]
-
-
-class Prompts:
-    """Random texts of exact lengths in tokens, none of them given twice."""
-
-    def __init__(self, tokenizer: Any, seed: int = 0) -> None:
-        """Find tokens that stay what they are between others: whole words, or, where there are few, characters."""
-        self._tokenizer = tokenizer
-        self._random = random.Random(seed)  # noqa: S311  (no secrets here)
-        self._given: set[str] = set()
-        self._added_tokens = len(self._encode(""))
-        ids = self._random.sample(range(len(tokenizer)), min(_CANDIDATES, len(tokenizer)))
-        stable = [i for i in ids if self._is_stable(i)]
-        words = [i for i in stable if self._is_word(i)]
-        self._pool = words if len(words) >= _WORDS else stable
-        if len(self._pool) < 2:
-            msg = f"{type(tokenizer).__name__} has no tokens that stay the same when their text is encoded again."
-            raise InvalidOptionError(msg)
-
-    def draw(self, count: int, tokens: int) -> list[str]:
-        """Make prompts.
-
-        Args:
-            count: How many.
-            tokens: Length of each, tokens that the tokenizer adds included.
-        """
-        return [self._draw([], tokens) for _ in range(count)]
-
-    def draw_sharing(self, count: int, shared_tokens: int, tokens: int) -> list[str]:
-        """Make prompts of `tokens` tokens of which the first `shared_tokens` are the same in all, and no others."""
-        for _ in range(_TRIES):
-            head = self._choose(shared_tokens - self._added_tokens)
-            texts = [self._draw(head, tokens) for _ in range(count)]
-            if len({tuple(self._encode(text)[:shared_tokens]) for text in texts}) == 1:
-                return texts
-        raise InvalidOptionError(_no_prompts(shared_tokens))
-
-    def _draw(self, head: list[int], tokens: int) -> str:
-        """Continue a beginning with random tokens up to a length."""
-        missing = most = tokens - self._added_tokens - len(head)
-        for _ in range(_TRIES):
-            text = self._decode([*head, *self._choose(missing)])
-            surplus = len(self._encode(text)) - tokens
-            if not surplus and text not in self._given:
-                self._given.add(text)
-                return text
-            missing = min(2 * most, max(1, missing - surplus))
-        raise InvalidOptionError(_no_prompts(tokens))
-
-    def _choose(self, count: int) -> list[int]:
-        return self._random.choices(self._pool, k=count)
-
-    def _encode(self, text: str, *, bare: bool = False) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=not bare, verbose=False)["input_ids"])
-
-    def _decode(self, ids: list[int]) -> str:
-        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return str(text)
-
-    def _is_stable(self, token_id: int) -> bool:
-        text = self._decode([token_id])
-        twice = [token_id, token_id]
-        return text.isprintable() and bool(text.strip()) and self._encode(self._decode(twice), bare=True) == twice
-
-    def _is_word(self, token_id: int) -> bool:
-        words = self._decode([token_id, token_id]).split()
-        return len(words) == 2 and words[0].isalpha()
-
-
-def _no_prompts(tokens: int) -> str:
-    return f"no prompts of exactly {tokens} tokens were found in {_TRIES} tries; ask for another length."
 
 
 def measure_copy(device: str) -> CopySpeed:
@@ -754,34 +478,3 @@ def _peer_options(new_tokens: int) -> dict[str, Any]:
         "do_sample": False,
         "repetition_penalty": 1.0,
     }
-
-
-def as_document(rows: Sequence[SchemeSpeed], *, options: SpeedOptions, copy_speed: CopySpeed, **about: Any) -> str:
-    """Put rows and what they were measured on, with what and how, into one line of JSON.
-
-    Args:
-        rows: What was measured.
-        options: How.
-        copy_speed: The device's.
-        **about: What else to say, such as `model` or `device`.
-    """
-    import torch
-
-    device = str(about.get("device", "cpu"))
-    reading = take_snapshot([device]).reading(device)
-    versions: dict[str, str | None] = {"python": sys.version.split()[0], "cuda": torch.version.cuda}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    return json.dumps(
-        {
-            **about,
-            "device_name": None if reading is None else reading.name,
-            "options": asdict(options),
-            "versions": versions,
-            "copy": asdict(copy_speed),
-            "rows": [asdict(row) for row in rows],
-        }
-    )

@@ -60,7 +60,9 @@ LEVELS = {
     "llms": 5,
     "bench": 6,
     "cli": 6,
+    "prompts": 6,
     "speed": 6,
+    "speed_results": 6,
     "": 6,  # the package's __init__, which offers what is below
 }
 """The level of each module, as CONTRIBUTING.md has them. A new module needs one here."""

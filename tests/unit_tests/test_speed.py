@@ -11,11 +11,13 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 from typer.testing import CliRunner, Result
 
-from langchain_quantllm import QuantizedHuggingFaceLLM, speed
+from langchain_quantllm import QuantizedHuggingFaceLLM, speed, speed_results
 from langchain_quantllm.bench import random_checkpoint
 from langchain_quantllm.cli import app
 from langchain_quantllm.errors import GenerationError, InvalidOptionError, MissingPackageError
-from langchain_quantllm.speed import CopySpeed, Prompts, SpeedOptions, as_document, measure_speed
+from langchain_quantllm.prompts import Prompts
+from langchain_quantllm.speed import measure_speed
+from langchain_quantllm.speed_results import CopySpeed, SchemeSpeed, SpeedOptions, as_document
 
 COPY = CopySpeed(buffer_bytes=1_000, rate_byte_s=1e9)
 SMALL: dict[str, Any] = {
@@ -35,7 +37,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def measured(tiny: str) -> tuple[list[speed.SchemeSpeed], list[str]]:
+def measured(tiny: str) -> tuple[list[SchemeSpeed], list[str]]:
     lines: list[str] = []
     options = SpeedOptions(**SMALL)
     checkpoints = {"none": tiny, "nf4": tiny}
@@ -98,7 +100,7 @@ def test_there_are_only_so_many_prompts(tiny: str) -> None:
 # Measuring.
 
 
-def test_every_scheme_gives_a_row(measured: tuple[list[speed.SchemeSpeed], list[str]]) -> None:
+def test_every_scheme_gives_a_row(measured: tuple[list[SchemeSpeed], list[str]]) -> None:
     rows, lines = measured
     assert [row.scheme for row in rows] == ["none", "nf4"]
     for row in rows:
@@ -111,7 +113,7 @@ def test_every_scheme_gives_a_row(measured: tuple[list[speed.SchemeSpeed], list[
     assert rows[1].read_bytes < rows[0].read_bytes
 
 
-def test_generation_counts_every_token(measured: tuple[list[speed.SchemeSpeed], list[str]]) -> None:
+def test_generation_counts_every_token(measured: tuple[list[SchemeSpeed], list[str]]) -> None:
     for row in measured[0]:
         assert [(found.call, found.batch) for found in row.generation] == [("stream", 1), ("abatch", 3)]
         for found in row.generation:
@@ -129,7 +131,7 @@ def test_generation_counts_every_token(measured: tuple[list[speed.SchemeSpeed], 
         assert many.first_text_s is many.limit_share is None
 
 
-def test_prefill_and_shared_prefix(measured: tuple[list[speed.SchemeSpeed], list[str]]) -> None:
+def test_prefill_and_shared_prefix(measured: tuple[list[SchemeSpeed], list[str]]) -> None:
     for row in measured[0]:
         assert row.prefill is not None
         assert row.prefill.prompt_tokens == 40
@@ -192,7 +194,7 @@ def test_the_peer_over_the_same_weights(tiny: str) -> None:
 
 
 def test_a_missing_peer_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "is_installed", lambda _: False)
+    monkeypatch.setattr(speed_results, "is_installed", lambda _: False)
     with pytest.raises(MissingPackageError, match=r'pip install "langchain-quantllm\[huggingface\]"'):
         SpeedOptions(peer=True)
     SpeedOptions(peer=False)
@@ -205,7 +207,7 @@ def test_a_missing_peer_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_document_says_what_was_measured_and_how(
-    measured: tuple[list[speed.SchemeSpeed], list[str]],
+    measured: tuple[list[SchemeSpeed], list[str]],
 ) -> None:
     text = as_document(
         measured[0], options=SpeedOptions(**SMALL), copy_speed=COPY, model=None, shape="tiny", device="cpu"
