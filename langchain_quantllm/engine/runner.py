@@ -30,7 +30,7 @@ from langchain_quantllm.engine.capture import StepGraph, WaitFinder
 from langchain_quantllm.engine.pages import PAGE_TOKENS
 from langchain_quantllm.engine.scheduler import Piece, RowState
 
-_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
 """Row counts for which there is a graph; fewer rows are filled up."""
 
 _SLOT, _POSITION, _PAGE, _UNIFORM, _MAY_NOT_END = range(5)
