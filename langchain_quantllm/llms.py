@@ -174,6 +174,8 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         """
         try:
             from langchain_huggingface import HuggingFacePipeline
+
+            from langchain_quantllm.engine.pipeline_engine import DEFAULT_ROWS
         except ImportError as error:
             msg = f"HuggingFacePipeline needs its package: {pip_install('langchain-quantllm[huggingface]')}"
             raise MissingPackageError(msg) from error
@@ -186,7 +188,10 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         # It takes options at the call alone, so they go where a pipeline keeps those it was made with.
         pipeline._forward_params = {**pipeline._forward_params, **kwargs}
         return HuggingFacePipeline(
-            pipeline=pipeline, model_id=self.model_id, batch_size=self.batch_size or 16, pipeline_kwargs=kwargs
+            pipeline=pipeline,
+            model_id=self.model_id,
+            batch_size=self.batch_size or DEFAULT_ROWS,
+            pipeline_kwargs=kwargs,
         )
 
     # LangChain's calls.

@@ -114,6 +114,25 @@ GENERATE: Mapping[str, _Check] = {
 }
 """Fields of transformers' GenerationConfig that the pipeline engine hands to `generate` as they are."""
 
+INERT = frozenset(
+    {
+        "early_stopping",
+        "length_penalty",
+        "max_matching_ngram_size",
+        "renormalize_logits",
+        "cache_implementation",
+        "cache_config",
+        "max_cache_len",
+        "prefill_chunk_size",
+        "compile_config",
+        "disable_compile",
+        "pad_token_id",
+        "bos_token_id",
+        "decoder_start_token_id",
+    }
+)
+"""Fields about caches, padding, compiling and beams: no token of a row that runs without beams depends on them."""
+
 _WITHOUT_EFFECT: Mapping[str, tuple[Any, ...] | None] = {
     "use_cache": (True,),
     "remove_invalid_values": (False,),
@@ -121,23 +140,7 @@ _WITHOUT_EFFECT: Mapping[str, tuple[Any, ...] | None] = {
     "no_repeat_ngram_size": (0,),
     "encoder_no_repeat_ngram_size": (0,),
     "encoder_repetition_penalty": (1, 1.0),
-    **dict.fromkeys(
-        (
-            "early_stopping",
-            "length_penalty",
-            "max_matching_ngram_size",
-            "renormalize_logits",
-            "cache_implementation",
-            "cache_config",
-            "max_cache_len",
-            "prefill_chunk_size",
-            "compile_config",
-            "disable_compile",
-            "pad_token_id",
-            "bos_token_id",
-            "decoder_start_token_id",
-        )
-    ),
+    **dict.fromkeys(INERT),
 }
 """Fields that do not change the text where there are neither beams nor padding; None stands for every value."""
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from langchain_quantllm.engine.options import INERT
 from langchain_quantllm.engine.request import Chunk, ChunkStream, EngineInfo, ModelLimits, Request, TokenLogprob
 from langchain_quantllm.engine.sampler import RowSampler
 from langchain_quantllm.engine.stopping import Decode, Row
@@ -34,7 +35,7 @@ _Waiting = deque[tuple[Row, ChunkStream]]
 class PipelineEngine:
     """Runs requests through `generate` of a transformers pipeline's model, in padded batches."""
 
-    def __init__(self, pipeline: Any, reason: str = "the only engine so far") -> None:
+    def __init__(self, pipeline: Any, reason: str = "asked for") -> None:
         """Serve a loaded text-generation pipeline; nothing of it is changed."""
         self._pipeline = pipeline
         self._model = pipeline.model
@@ -275,25 +276,7 @@ def _is_plain(request: Request) -> bool:
     return not needs_more and o.repetition_penalty == 1.0
 
 
-_BLIND = frozenset(
-    {
-        "use_cache",
-        "cache_implementation",
-        "cache_config",
-        "max_cache_len",
-        "prefill_chunk_size",
-        "compile_config",
-        "disable_compile",
-        "pad_token_id",
-        "bos_token_id",
-        "decoder_start_token_id",
-        "max_time",
-        "early_stopping",
-        "length_penalty",
-        "renormalize_logits",
-        "remove_invalid_values",
-    }
-)
+_BLIND = INERT | {"use_cache", "max_time", "remove_invalid_values"}
 """Options of `generate` that look at no row's tokens or length."""
 
 
