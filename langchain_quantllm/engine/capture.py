@@ -1,13 +1,14 @@
 """CUDA graphs: whether a model's step can be one, and capturing it.
 
-Owns the rules, the search for hidden waits, and the capture. A capture that fails disturbs the whole
-process, so what might fail is found out before: by the kinds of modules, and by a forward whose
-operations are watched. Should one fail nevertheless, its traces are removed.
+Owns the rules, the search for hidden waits, and the capture. What might fail is found out before: by the kinds of
+modules, and by a forward whose operations are watched. A capture that fails nevertheless disturbs nobody else.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -87,9 +88,11 @@ class WaitFinder(TorchDispatchMode):  # type: ignore[misc]  # torch is not follo
 def _leaves_device(name: str, args: Any, out: Any) -> bool:
     """Whether a copy went from the device to the host or back, or a mask chose how much there is of something."""
     given = [a for a in args if isinstance(a, torch.Tensor)]
+    if name == "aten::lift_fresh":  # torch.tensor(..., device="cuda"), whose copy nobody sees
+        return bool(given) and given[0].device.type != "cpu"
     if name.startswith(("aten::index.", "aten::index_put")):
-        masks = args[1] if len(args) > 1 else ()
-        return any(isinstance(m, torch.Tensor) and m.dtype == torch.bool for m in masks)
+        indices = [i for i in (args[1] if len(args) > 1 else ()) if isinstance(i, torch.Tensor)]
+        return any(i.dtype == torch.bool or i.device != args[0].device for i in indices)
     if not name.startswith(("aten::_to_copy", "aten::copy_")) or not isinstance(out, torch.Tensor) or not given:
         return False
     return any(a.device.type != out.device.type for a in given)
@@ -98,37 +101,31 @@ def _leaves_device(name: str, args: Any, out: Any) -> bool:
 class StepGraph:
     """A captured step: replayed, it computes from what lies in the same places as then."""
 
-    def __init__(self, body: Callable[[], torch.Tensor], side: torch.cuda.Stream, pool: Any) -> None:
+    def __init__(self, body: Callable[[], torch.Tensor], device: torch.device, pool: Any) -> None:
         """Capture a step.
 
         Args:
             body: Enqueues the step's work and gives its output; was run before, so that every kernel is compiled.
-            side: A stream for nothing but capturing.
+            device: The GPU it runs on, which is the current one.
             pool: Memory shared with other graphs that are replayed one after another.
         """
         self._graph = torch.cuda.CUDAGraph()
-        current = torch.cuda.current_stream(side.device)
-        side.wait_stream(current)
-        try:
-            self.output = self._capture(body, side, pool)
-        except Exception:
-            # A failed capture leaves PyTorch's random numbers in the belief that it goes on, for the whole
-            # process; one that succeeds ends it.
-            self._graph = torch.cuda.CUDAGraph()
-            scratch = torch.zeros(1, device=side.device)
-            self._capture(scratch.zero_, side, None)
-            raise
-        current.wait_stream(side)
-
-    def _capture(self, body: Callable[[], torch.Tensor], side: torch.cuda.Stream, pool: Any) -> torch.Tensor:
-        with torch.cuda.stream(side):
-            # Other threads may go on using the GPU meanwhile, its random numbers included.
-            with _spare_random_numbers(side.device):
-                self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-            try:
-                return body()
-            finally:
-                self._graph.capture_end()
+        with _capturing:
+            side, current = _side_stream(device), torch.cuda.current_stream(device)
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
+                # Other threads may go on using the GPU meanwhile, its random numbers included.
+                with _spare_random_numbers(device):
+                    self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    try:
+                        self.output = body()
+                    finally:
+                        self._graph.capture_end()
+                except Exception:
+                    _end_pool(device, pool)
+                    raise
+            current.wait_stream(side)
 
     def replay(self) -> torch.Tensor:
         """Run the step, and give the tensor that its output lies in."""
@@ -136,12 +133,30 @@ class StepGraph:
         return self.output
 
 
+_capturing = threading.Lock()
+"""Held while a graph is captured: all engines do that on one stream."""
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Give the stream to capture on: one a device for good, as cuBLAS keeps 32 MB for every stream it has met."""
+    return torch.cuda.Stream(device)
+
+
+def _end_pool(device: torch.device, pool: Any) -> None:
+    """Tell PyTorch's allocator of the end of a capture that failed, which it waits for in what it frees."""
+    with contextlib.suppress(RuntimeError):  # it knows already
+        torch._C._cuda_endAllocateToPool(device.index or 0, pool)
+        torch._C._cuda_releasePool(device.index or 0, pool)
+
+
 @contextlib.contextmanager
 def _spare_random_numbers(device: torch.device) -> Iterator[None]:
     """Let a capture take hold of a copy of the device's random number state, and leave the real one free.
 
-    A capture claims the default generator's state, needed or not, and other threads that draw from it fail until the
-    capture has ended. Nothing that is captured here draws from it.
+    In PyTorch 2.11, and those before, a capture claims the default generator's state, needed or not: until it ends, other threads
+    that draw from it fail, and all do for good after a capture that failed. Nothing captured here draws from it. For
+    as long as a capture takes to begin, some microseconds, the copy is what other threads find.
     """
     generator = torch.cuda.default_generators[device.index or 0]
     state = generator.graphsafe_get_state()

@@ -154,7 +154,6 @@ class Runner:
             self._inputs = torch.zeros(5, most, dtype=torch.int32, device=self.device)
             self._staged = [torch.zeros(5, most, dtype=torch.int32, pin_memory=True) for _ in range(4)]
             self._mask = torch.zeros(most, -(-vocab_size // 32), dtype=torch.int32, device=self.device)
-            self._side = torch.cuda.Stream(self.device)
         self._steps = 0
         self._graphs: dict[int, StepGraph] = {}
         self._draw_graphs: dict[tuple[int, int, int], StepGraph] = {}
@@ -199,8 +198,7 @@ class Runner:
                 last.append(first - 1)
         packed = torch.cat(lines, 1).to(self.device)
         batch = Batch(table=self._table, slots=packed[2], positions=packed[1], spans=spans, decodes=False)
-        keep = torch.tensor(last or [0], device=self.device)
-        logits = self._forward(packed[0].long(), batch, keep)
+        logits = self._forward(packed[0].long(), batch, last or [0])
         drawing = [piece.row for piece in pieces if piece.is_last]
         inputs = self._lines_of(drawing, [0] * len(drawing), [0] * len(drawing), chances)
         return Launched(logits=logits, inputs=inputs.to(self.device), rows=len(last), is_prefill=True)
@@ -287,7 +285,7 @@ class Runner:
             if finder.found is not None:
                 self.why_no_graphs = f"{finder.found} makes the host wait"
                 return None
-            graph = StepGraph(lambda: self._decode_step(inputs), self._side, self._memory)
+            graph = StepGraph(lambda: self._decode_step(inputs), self.device, self._memory)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -300,11 +298,12 @@ class Runner:
 
     # Both.
 
-    def _forward(self, ids: torch.Tensor, batch: Batch, keep: torch.Tensor | None) -> torch.Tensor:
+    def _forward(self, ids: torch.Tensor, batch: Batch, keep: list[int] | None) -> torch.Tensor:
         """Run packed tokens of shape `(tokens,)`; gives logits of shape `(tokens kept, vocab)`."""
         forward = Forward(self._attention, self._pools, batch, by_sdpa=self._by_sdpa)
         # A mask of four dimensions is taken as it is: none has to be made for an attention that ignores it.
         mask = torch.ones_like(ids)[None, None, None] if self._by_sdpa else torch.ones_like(ids)[None]
+        # A list, as a tensor would be brought to the device of the first layer, when it is needed on that of the last.
         options = {"logits_to_keep": keep} if keep is not None and self._keeps_logits else {}
         with driving(forward, self._configs) as cache:
             output = self._model(
@@ -401,7 +400,7 @@ class Runner:
                 return self._draw_step(launched.logits, launched.inputs, need, mask)
 
             body()
-            self._draw_graphs[key] = StepGraph(body, self._side, self._memory)
+            self._draw_graphs[key] = StepGraph(body, self.device, self._memory)
             launched.inputs.copy_(kept)
         return self._draw_graphs[key]
 

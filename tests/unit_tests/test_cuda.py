@@ -36,19 +36,25 @@ def make(folder: Path, **fields: Any) -> QuantizedHuggingFaceLLM:
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_goes_to_the_gpu_generates_and_gives_the_memory_back(small: Path, name: str) -> None:
-    before = torch.cuda.memory_allocated()
-    llm = make(small, quantization=name)
-    texts = llm.batch([PROMPT, "x", "a longer prompt than the others, for the padding"], ignore_eos=True)
-    assert len(texts) == 3
-    report = llm.memory_report()
-    assert report.devices == ("cuda:0",)
-    grown = report.after_loading.reading("cuda:0").used_bytes - report.before.reading("cuda:0").used_bytes
-    assert report.weights.cuda_bytes == pytest.approx(grown, rel=0.03)  # what is below 1 MB a tensor is the allocator's
-    assert report.kv_cache_bytes
-    del report
-    llm.unload()
-    gc.collect()
-    assert torch.cuda.memory_allocated() - before < 0.02 * grown + 70e6  # cuBLAS keeps its workspaces
+    left = [torch.cuda.memory_allocated()]
+    for _ in range(3):
+        llm = make(small, quantization=name)
+        texts = llm.batch([PROMPT, "x", "a longer prompt than the others, for the padding"], ignore_eos=True)
+        assert len(texts) == 3
+        report = llm.memory_report()
+        assert report.devices == ("cuda:0",)
+        grown = report.after_loading.reading("cuda:0").used_bytes - report.before.reading("cuda:0").used_bytes
+        # What is below 1 MB a tensor is the allocator's.
+        assert report.weights.cuda_bytes == pytest.approx(grown, rel=0.03)
+        assert report.kv_cache_bytes
+        del report
+        llm.unload()
+        gc.collect()
+        left.append(torch.cuda.memory_allocated())
+    # cuBLAS keeps a workspace, 34 MB on Hopper, for every stream that a thread uses: two of the engine's, one of ours.
+    assert left[1] - left[0] < 0.02 * grown + 3 * 34e6
+    assert left[2] == pytest.approx(left[1], abs=1e6)
+    assert left[3] == pytest.approx(left[1], abs=1e6)
 
 
 @pytest.mark.parametrize("name", SCHEMES)
