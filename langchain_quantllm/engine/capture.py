@@ -154,9 +154,9 @@ def _end_pool(device: torch.device, pool: Any) -> None:
 def _spare_random_numbers(device: torch.device) -> Iterator[None]:
     """Let a capture take hold of a copy of the device's random number state, and leave the real one free.
 
-    In PyTorch 2.11, and those before, a capture claims the default generator's state, needed or not: until it ends, other threads
-    that draw from it fail, and all do for good after a capture that failed. Nothing captured here draws from it. For
-    as long as a capture takes to begin, some microseconds, the copy is what other threads find.
+    In PyTorch 2.11, and those before, a capture claims the default generator's state, needed or not: until it ends,
+    other threads that draw from it fail, and all do for good after a capture that failed. Nothing captured here draws
+    from it. For as long as a capture takes to begin, some microseconds, the copy is what other threads find.
     """
     generator = torch.cuda.default_generators[device.index or 0]
     state = generator.graphsafe_get_state()
