@@ -15,7 +15,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -73,7 +73,9 @@ class _Patch:
             delattr(self.owner, self.name)
 
 
-_patches: list[_Patch] = []
+_import: Future[list[_Patch]] | None = None
+"""Importing gptqmodel, and what that changed; None before, and where somebody else did it."""
+
 _depth = 0
 
 
@@ -87,23 +89,26 @@ def contained() -> Iterator[None]:
     unchanged transformers, whose models do not need them. Load models inside the block. Blocks
     nest, and wait for each other across threads; other threads see the changes while one is open.
 
-    What stays: its modules, its idle threads (daemons), what importing torch's compiler does, and
-    its logger `logbar` at level ERROR, since that logger writes to stdout. A process that imported
-    gptqmodel by itself before keeps all that it got from that, but for silence inside the block.
+    What stays: its modules, its idle threads and the one that imported it (daemons), what importing
+    torch's compiler does, and its logger `logbar` at level ERROR, since that logger writes to
+    stdout. A process that imported gptqmodel by itself before keeps all that it got from that, but
+    for silence inside the block.
 
     Raises:
         MissingPackageError: If gptqmodel, optimum or accelerate is not installed.
     """
-    global _depth
+    global _depth, _import
     check_packages(GPTQ())
     with _lock, _kept_environment():
-        if "gptqmodel" not in sys.modules:
-            # In a thread of its own: what it imports keeps frames, which would hold the callers' frames, and
-            # through them whatever model is loaded, for as long as the process lives.
-            with ThreadPoolExecutor(max_workers=1) as thread:
-                _patches[:] = thread.submit(_import_gptqmodel).result()
-        elif _depth == 0:
-            for patch in _patches:
+        if _import is None and "gptqmodel" not in sys.modules:
+            _import = _start_import()
+        try:
+            patches = [] if _import is None else _import.result()
+        except Exception:
+            _import = None
+            raise
+        if _depth == 0:
+            for patch in patches:
                 patch.put(patch.patched)
         _depth += 1
         try:
@@ -112,8 +117,28 @@ def contained() -> Iterator[None]:
         finally:
             _depth -= 1
             if _depth == 0:
-                for patch in reversed(_patches):
+                for patch in reversed(patches):
                     patch.put(patch.original)
+
+
+def _start_import() -> Future[list[_Patch]]:
+    """Begin to import gptqmodel in a thread of its own, which never ends.
+
+    Not in the caller's: what it imports keeps frames, which would hold the callers' frames, and through them whatever
+    model is loaded, for as long as the process lives. And when a thread ends that has imported all this, some of
+    it tidies up after the thread without holding Python's lock, which now and then destroys objects in use.
+    """
+    imported: Future[list[_Patch]] = Future()
+
+    def run() -> None:
+        try:
+            imported.set_result(_import_gptqmodel())
+        except BaseException as error:
+            imported.set_exception(error)
+        threading.Event().wait()
+
+    threading.Thread(target=run, name="quantllm-gptqmodel", daemon=True).start()
+    return imported
 
 
 def _import_gptqmodel() -> list[_Patch]:

@@ -38,6 +38,8 @@ to the pipeline inside."""
 
 _TAIL_TOKENS = 8
 _PEER_WARM_UP_TOKENS = 8
+_PREFILL_WARM_UPS, _LEAST_PREFILLS = 2, 5
+"""Prefills take some milliseconds, which vary: ours and bare ones by turns, the median of several."""
 _STEPS_GPU, _STEPS_CPU = 50, 3
 _COPIES = 10
 
@@ -272,23 +274,26 @@ class _Bench:
         if not tokens or tokens + new_tokens > self._most_tokens:
             self._report(f"no prefill of {tokens} tokens: the model has room for {self._most_tokens}")
             return None
-        runs = []
-        for prompt in self._prompts.draw(self._options.repeats + 1, tokens):
-            run = self._stream(prompt, new_tokens)
+        texts_s, tokens_s, bare_s = [], [], []
+        for i in range(_PREFILL_WARM_UPS + max(self._options.repeats, _LEAST_PREFILLS)):
+            run = self._stream(self._prompts.draw(1, tokens)[0], new_tokens)
             run.check(1, tokens, new_tokens)
-            runs.append(run)
-        bare_s = self._time_bare_prefill(tokens)
-        first_text_s = statistics.median(run.first_text_s for run in runs[1:])
-        self._report(f"{tokens} tokens: first text after {first_text_s:.4f} s, bare prefill {bare_s:.4f} s")
-        return PrefillSpeed(
+            bare = self._time_bare_prefill(self._prompts.draw(1, tokens)[0])
+            if i >= _PREFILL_WARM_UPS:
+                texts_s.append(run.first_text_s)
+                tokens_s.append(run.first_token_s)
+                bare_s.append(bare)
+        found = PrefillSpeed(
             prompt_tokens=tokens,
-            first_text_s=first_text_s,
-            first_token_s=statistics.median(run.first_token_s for run in runs[1:]),
-            bare_s=bare_s,
-            ratio=first_text_s / bare_s,
+            first_text_s=statistics.median(texts_s),
+            first_token_s=statistics.median(tokens_s),
+            bare_s=statistics.median(bare_s),
+            ratio=statistics.median(texts_s) / statistics.median(bare_s),
         )
+        self._report(f"{tokens} tokens: first text after {found.first_text_s:.4f} s, bare prefill {found.bare_s:.4f} s")
+        return found
 
-    def _time_bare_prefill(self, tokens: int) -> float:
+    def _time_bare_prefill(self, prompt: Any) -> float:
         import inspect
 
         import torch
@@ -296,17 +301,13 @@ class _Bench:
 
         model = self._model
         keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-        tokenizer = self._llm.pipeline.tokenizer
-        times_s = []
-        for prompt in self._prompts.draw(self._options.repeats + 1, tokens):
-            ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=self._device)
-            _synchronize(self._device)
-            began = time.perf_counter()
-            with torch.no_grad():
-                output = model(input_ids=ids, past_key_values=DynamicCache(config=model.config), use_cache=True, **keep)
-                output.logits[:, -1].argmax(-1).item()  # which waits for the device
-            times_s.append(time.perf_counter() - began)
-        return statistics.median(times_s[1:])
+        ids = torch.tensor([self._llm.pipeline.tokenizer(prompt)["input_ids"]], device=self._device)
+        _synchronize(self._device)
+        began = time.perf_counter()
+        with torch.no_grad():
+            output = model(input_ids=ids, past_key_values=DynamicCache(config=model.config), use_cache=True, **keep)
+            output.logits[:, -1].argmax(-1).item()  # which waits for the device
+        return time.perf_counter() - began
 
     # Prompts that begin alike.
 
