@@ -11,10 +11,12 @@ from langchain_quantllm._version import __version__
 from langchain_quantllm.schemes import FP4, GPTQ, NF4, SCHEMES, Int8, Scheme, Unquantized
 
 if TYPE_CHECKING:
+    from langchain_quantllm.chat_models import ChatQuantizedHuggingFace
     from langchain_quantllm.llms import QuantizedHuggingFaceLLM
     from langchain_quantllm.memory import MemoryEstimate, MemoryReport, estimate_memory, take_snapshot, track_memory
 
 _LAZY = {
+    "ChatQuantizedHuggingFace": "langchain_quantllm.chat_models",
     "MemoryEstimate": "langchain_quantllm.memory",
     "MemoryReport": "langchain_quantllm.memory",
     "QuantizedHuggingFaceLLM": "langchain_quantllm.llms",
@@ -38,6 +40,7 @@ __all__ = [
     "GPTQ",
     "NF4",
     "SCHEMES",
+    "ChatQuantizedHuggingFace",
     "Int8",
     "MemoryEstimate",
     "MemoryReport",

@@ -7,21 +7,24 @@ the classes above bring those.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 from langchain_core.exceptions import ContextOverflowError, ModelTimeoutError
 from langchain_core.language_models.base import BaseLanguageModel, LangSmithParams
 from langchain_core.load.serializable import SerializedConstructor, SerializedNotImplemented
+from langchain_core.runnables.config import run_in_executor
 from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, ValidationError, model_validator
 from typing_extensions import Self
 
 from langchain_quantllm._version import __version__
 from langchain_quantllm.checkpoint import LoadSpec, stored_quantization
 from langchain_quantllm.engine.options import OWN, REFUSED, GenerationOptions, normalize, option_names, resolve
-from langchain_quantllm.engine.request import Engine, EngineInfo, Request, plan_requests
+from langchain_quantllm.engine.request import ChunkStream, Engine, EngineInfo, Request, TokenMask, plan_requests
 from langchain_quantllm.engine.selection import ENGINES, Engines
 from langchain_quantllm.engine.worker import UNLOADED
 from langchain_quantllm.errors import (
@@ -53,6 +56,32 @@ def as_langchain_error(error: QuantLLMError) -> QuantLLMError:
     if isinstance(error, GenerationTimeoutError):
         return RequestTimeoutError(str(error))
     return error
+
+
+@contextlib.contextmanager
+def langchain_errors() -> Iterator[None]:
+    """Raise this package's errors as LangChain's too where it has such."""
+    try:
+        yield
+    except QuantLLMError as error:
+        translated = as_langchain_error(error)
+        if translated is error:
+            raise
+        raise translated from error
+
+
+@contextlib.contextmanager
+def noting(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    """Give a context variable a value inside a block."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+STREAMS: ContextVar[list[ChunkStream] | None] = ContextVar("quantllm_streams", default=None)
+"""Where the streams of a batch are noted, so that whoever breaks it off can close them."""
 
 
 _SPEC_NAMES = (
@@ -355,6 +384,10 @@ class QuantizedModel(BaseLanguageModel[Any]):
             self._model = model
         return model
 
+    async def _aload(self) -> None:
+        if not self.is_loaded:
+            await run_in_executor(None, self.load)
+
     def _share(self, key: str, model: LoadedModel) -> None:
         """Let every instance with the same settings hold the model, called already or not.
 
@@ -418,7 +451,9 @@ class QuantizedModel(BaseLanguageModel[Any]):
         given = normalize({**call, "stop": stop} if stop is not None else call)
         return resolve([given, self._field_options()], _checkpoint_options(self._loaded_pipeline()))
 
-    def _requests(self, prompt: str, options: GenerationOptions) -> list[Request]:
+    def _requests(
+        self, prompt: str, options: GenerationOptions, mask: Callable[[], TokenMask] | None = None
+    ) -> list[Request]:
         """Make the requests of one prompt: one for each of the `n` samples."""
         tokenizer = self._loaded_pipeline().tokenizer
         return plan_requests(
@@ -429,7 +464,16 @@ class QuantizedModel(BaseLanguageModel[Any]):
             stop_token_ids=_special_ids(tokenizer, options.stop),
             max_rows=self.batch_size,
             shares_prefix=self.prefix_caching,
+            mask=mask,
         )
+
+    def _submit(
+        self, requests: Sequence[Request], options: GenerationOptions, *, in_pieces: bool = True
+    ) -> ChunkStream:
+        stream = self._engine(options).submit(requests, options.timeout, in_pieces=in_pieces)
+        if (noted := STREAMS.get()) is not None:
+            noted.append(stream)
+        return stream
 
     def _encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         model = self._loaded()

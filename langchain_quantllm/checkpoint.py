@@ -6,6 +6,7 @@ every check that needs no weights. Knows no engine and no LangChain, and reads n
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -172,6 +173,27 @@ def stored_quantization(model_id: str) -> dict[str, Any] | None:
     except (OSError, ValueError, AttributeError):  # find_checkpoint says what is wrong, when it is loaded
         return None
     return quantization if isinstance(quantization, dict) else None
+
+
+def stored_profile(model_id: str) -> tuple[dict[str, Any], str | None]:
+    """Read the config and the chat template of a local folder, or of a repository that the Hub's cache has.
+
+    Returns:
+        The config, empty where there is none, and the template.
+    """
+    folder = _folder(model_id) or _cached_snapshot(LoadSpec(model_id=model_id))
+    if folder is None:
+        return {}, None
+    found: dict[str, Any] = {}
+    for name in ("config.json", "tokenizer_config.json"):
+        try:
+            found[name] = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            found[name] = {}
+    template = found["tokenizer_config.json"].get("chat_template")
+    with contextlib.suppress(OSError):
+        template = (Path(folder) / "chat_template.jinja").read_text(encoding="utf-8")
+    return found["config.json"], None if template is None else str(template)
 
 
 def _folder(model_id: str) -> str | None:

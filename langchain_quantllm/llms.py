@@ -6,12 +6,10 @@ become generations. Everything is one stream, folded up where a whole is wanted.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -19,19 +17,17 @@ from langchain_core.language_models.base import LangSmithParams, LanguageModelIn
 from langchain_core.language_models.llms import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from langchain_core.runnables import RunnableConfig
-from langchain_core.runnables.config import ContextThreadPoolExecutor, get_config_list, run_in_executor
+from langchain_core.runnables.config import ContextThreadPoolExecutor, get_config_list
 from typing_extensions import Self
 
-from langchain_quantllm.base import QuantizedModel, as_langchain_error
+from langchain_quantllm.answers import Answers, completion_info
+from langchain_quantllm.base import STREAMS, QuantizedModel, langchain_errors, noting
 from langchain_quantllm.engine.options import GenerationOptions
-from langchain_quantllm.engine.request import Chunk, ChunkStream, Request, TokenLogprob, Usage
-from langchain_quantllm.errors import InvalidOptionError, MissingPackageError, QuantLLMError, pip_install
+from langchain_quantllm.engine.request import Chunk, ChunkStream, Request
+from langchain_quantllm.errors import InvalidOptionError, MissingPackageError, pip_install
 
 _call_options: ContextVar[Mapping[str, Any] | None] = ContextVar("quantllm_call_options", default=None)
 """The options of the call in progress, for the cache key, which LangChain makes of the fields alone."""
-
-_streams: ContextVar[list[ChunkStream] | None] = ContextVar("quantllm_streams", default=None)
-"""Where the streams of a batch are noted, so that whoever breaks it off can close them."""
 
 
 _LENGTHS = ("max_new_tokens", "max_length", "min_new_tokens", "repetition_penalty")
@@ -203,9 +199,9 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        with _langchain_errors():
+        with langchain_errors():
             options, requests = self._plan(prompts, stop, kwargs)
-            answers, tokenizer = _Answers(requests), self._loaded_pipeline().tokenizer
+            answers, tokenizer = Answers(requests), self._loaded_pipeline().tokenizer
             with self._submit(requests, options, in_pieces=False) as stream:
                 for chunk in stream:
                     answers.add(chunk)
@@ -218,10 +214,10 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        with _langchain_errors():
+        with langchain_errors():
             await self._aload()
             options, requests = self._plan(prompts, stop, kwargs)
-            answers, tokenizer = _Answers(requests), self._loaded_pipeline().tokenizer
+            answers, tokenizer = Answers(requests), self._loaded_pipeline().tokenizer
             with self._submit(requests, options, in_pieces=False) as stream:
                 async for chunk in stream:
                     answers.add(chunk)
@@ -234,7 +230,7 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
-        with _langchain_errors():
+        with langchain_errors():
             options, requests = self._plan_stream(prompt, stop, kwargs)
             convert = self._as_langchain(requests)
             with self._submit(requests, options) as stream:
@@ -250,7 +246,7 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
-        with _langchain_errors():
+        with langchain_errors():
             await self._aload()
             options, requests = self._plan_stream(prompt, stop, kwargs)
             convert = self._as_langchain(requests)
@@ -269,14 +265,14 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         self, prompts: list[str], stop: list[str] | None = None, callbacks: Any = None, **kwargs: Any
     ) -> LLMResult:
         """Complete prompts; as `BaseLLM.generate`, with the call's options in the cache's key."""
-        with _noting(_call_options, _own_options(kwargs)):
+        with noting(_call_options, _own_options(kwargs)):
             return super().generate(prompts, stop=stop, callbacks=callbacks, **kwargs)
 
     async def agenerate(
         self, prompts: list[str], stop: list[str] | None = None, callbacks: Any = None, **kwargs: Any
     ) -> LLMResult:
         """Complete prompts; as `BaseLLM.agenerate`, with the call's options in the cache's key."""
-        with _noting(_call_options, _own_options(kwargs)):
+        with noting(_call_options, _own_options(kwargs)):
             return await super().agenerate(prompts, stop=stop, callbacks=callbacks, **kwargs)
 
     def batch(
@@ -311,7 +307,7 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
                 return error
 
         streams: list[ChunkStream] = []
-        with _noting(_streams, streams), ContextThreadPoolExecutor(max_workers=workers) as executor:
+        with noting(STREAMS, streams), ContextThreadPoolExecutor(max_workers=workers) as executor:
             try:
                 return list(executor.map(complete, inputs, configs))
             except BaseException:  # Ctrl-C: the threads must not run on to the end of their texts
@@ -335,10 +331,6 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
 
     # Requests and answers.
 
-    async def _aload(self) -> None:
-        if not self.is_loaded:
-            await run_in_executor(None, self.load)
-
     def _plan(
         self, prompts: Sequence[str], stop: Sequence[str] | None, call: Mapping[str, Any]
     ) -> tuple[GenerationOptions, list[Request]]:
@@ -358,14 +350,6 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
             raise InvalidOptionError(msg)
         return options, requests
 
-    def _submit(
-        self, requests: Sequence[Request], options: GenerationOptions, *, in_pieces: bool = True
-    ) -> ChunkStream:
-        stream = self._engine(options).submit(requests, options.timeout, in_pieces=in_pieces)
-        if (noted := _streams.get()) is not None:
-            noted.append(stream)
-        return stream
-
     def _echo(self, prompt: str, options: GenerationOptions) -> list[GenerationChunk]:
         return [GenerationChunk(text=prompt)] if options.return_full_text else []
 
@@ -373,20 +357,18 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         tokenizer = self._loaded_pipeline().tokenizer
 
         def convert(chunk: Chunk) -> GenerationChunk:
-            info = self._info(chunk.finish_reason, chunk.usage, chunk.logprobs, requests[chunk.row], tokenizer)
+            info = completion_info(chunk, requests[chunk.row], tokenizer, self.model_id)
             return GenerationChunk(text=chunk.text, generation_info=info or None)
 
         return convert
 
     def _result(
-        self, prompts: Sequence[str], options: GenerationOptions, answers: _Answers, tokenizer: Any
+        self, prompts: Sequence[str], options: GenerationOptions, answers: Answers, tokenizer: Any
     ) -> LLMResult:
         generations = [
             Generation(
                 text=(prompts[i // options.n] if options.return_full_text else "") + answer.text,
-                generation_info=self._info(
-                    answer.finish_reason, answer.usage, answer.logprobs, answer.request, tokenizer
-                ),
+                generation_info=completion_info(answer, answer.request, tokenizer, self.model_id),
             )
             for i, answer in enumerate(answers.rows)
         ]
@@ -405,38 +387,6 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
                 },
             },
         )
-
-    def _info(
-        self,
-        finish_reason: str | None,
-        usage: Usage | None,
-        logprobs: Sequence[TokenLogprob],
-        request: Request,
-        tokenizer: Any,
-    ) -> dict[str, Any]:
-        info: dict[str, Any] = {}
-        if logprobs:
-            info["logprobs"] = {"content": [_logprob_info(logprob, tokenizer) for logprob in logprobs]}
-        if finish_reason is not None and usage is not None:
-            decoding_s = usage.total_s - usage.first_token_s
-            info |= {
-                "finish_reason": finish_reason,
-                "model_name": self.model_id,
-                **({"seed": request.seed} if request.options.do_sample else {}),
-                "usage_metadata": {
-                    "input_tokens": usage.prompt_tokens,
-                    "output_tokens": usage.completion_tokens,
-                    "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-                    "input_token_details": {"cache_read": usage.cached_tokens},
-                },
-                "timing": {
-                    "queued_s": usage.queued_s,
-                    "first_token_s": usage.first_token_s,
-                    "total_s": usage.total_s,
-                    "rate_tok_s": (usage.completion_tokens - 1) / decoding_s if decoding_s > 0 else None,
-                },
-            }
-        return info
 
     # LangChain's conventions.
 
@@ -460,57 +410,6 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
     def get_lc_namespace(cls) -> list[str]:
         """Say where `load` finds the class."""
         return ["langchain_quantllm", "llms"]
-
-
-@dataclass
-class _Answer:
-    request: Request
-    text: str = ""
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish_reason: str | None = None
-    usage: Usage | None = None
-
-
-class _Answers:
-    """The rows of a submission, folded up from their chunks."""
-
-    def __init__(self, requests: Sequence[Request]) -> None:
-        self.rows = [_Answer(request=request) for request in requests]
-
-    def add(self, chunk: Chunk) -> None:
-        answer = self.rows[chunk.row]
-        answer.text += chunk.text
-        answer.logprobs += chunk.logprobs
-        answer.finish_reason, answer.usage = chunk.finish_reason, chunk.usage
-
-
-def _logprob_info(logprob: TokenLogprob, tokenizer: Any) -> dict[str, Any]:
-    def entry(token_id: int, value: float) -> dict[str, Any]:
-        return {"token": tokenizer.decode([token_id]), "token_id": token_id, "logprob": value}
-
-    top = [entry(token_id, value) for token_id, value in logprob.top]
-    return {**entry(logprob.token_id, logprob.logprob), "top_logprobs": top}
-
-
-@contextlib.contextmanager
-def _langchain_errors() -> Iterator[None]:
-    """Raise this package's errors as LangChain's too where it has such."""
-    try:
-        yield
-    except QuantLLMError as error:
-        translated = as_langchain_error(error)
-        if translated is error:
-            raise
-        raise translated from error
-
-
-@contextlib.contextmanager
-def _noting(variable: ContextVar[Any], value: Any) -> Iterator[None]:
-    token = variable.set(value)
-    try:
-        yield
-    finally:
-        variable.reset(token)
 
 
 def _own_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import dataclasses
 import threading
 import uuid
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,19 @@ class LoadedModel:
         self.lock = threading.RLock()
         self.engines: Any = None
         """The engines that run it, once one was asked for; set under `lock`."""
+        self._remembered: dict[Any, Any] = {}
+
+    def remember(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Give what was made of the model under a key, making it the first time.
+
+        Args:
+            key: What it is.
+            make: Makes it.
+        """
+        with self.lock:
+            if key not in self._remembered:
+                self._remembered[key] = make()
+            return self._remembered[key]
 
     @property
     def closed(self) -> bool:
@@ -118,6 +131,7 @@ class LoadedModel:
         with self.lock:
             engines, self.engines = self.engines, None
             self.pipeline = None
+            self._remembered.clear()
         if engines is not None:
             engines.close()
             del engines

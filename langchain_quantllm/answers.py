@@ -1,0 +1,90 @@
+"""What the rows of a submission have become: texts folded up from their chunks, and what is told of them.
+
+Owns the folding and the names of what comes with a completion. Knows requests and chunks; no LangChain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from langchain_quantllm.engine.request import Chunk, Request, TokenLogprob, Usage
+
+
+@dataclass
+class Answer:
+    """One row: all that its chunks said."""
+
+    request: Request
+    text: str = ""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str | None = None
+    usage: Usage | None = None
+
+
+class Answers:
+    """The rows of a submission, folded up from their chunks."""
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        """Begin with nothing said."""
+        self.rows = [Answer(request=request) for request in requests]
+
+    def add(self, chunk: Chunk) -> None:
+        """Take the next chunk of any row."""
+        answer = self.rows[chunk.row]
+        answer.text += chunk.text
+        answer.logprobs += chunk.logprobs
+        answer.finish_reason, answer.usage = chunk.finish_reason, chunk.usage
+
+
+def usage_metadata(usage: Usage) -> dict[str, Any]:
+    """Name the counts of a row as LangChain's `UsageMetadata` does."""
+    return {
+        "input_tokens": usage.prompt_tokens,
+        "output_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "input_token_details": {"cache_read": usage.cached_tokens},
+    }
+
+
+def completion_info(of: Answer | Chunk, request: Request, tokenizer: Any, model_name: str) -> dict[str, Any]:
+    """Describe a completion, or what a chunk says of one.
+
+    Args:
+        of: The answer, or a chunk of it.
+        request: What was asked.
+        tokenizer: Gives the texts of tokens.
+        model_name: The model, by its name.
+
+    Returns:
+        `logprobs` where asked for; and of an answer, or its last chunk, `finish_reason`, `model_name`, `seed` if it
+        was sampled, `usage_metadata`, and `timing` in seconds.
+    """
+    info: dict[str, Any] = {}
+    if of.logprobs:
+        info["logprobs"] = {"content": [_logprob_info(logprob, tokenizer) for logprob in of.logprobs]}
+    usage = of.usage
+    if of.finish_reason is not None and usage is not None:
+        decoding_s = usage.total_s - usage.first_token_s
+        info |= {
+            "finish_reason": of.finish_reason,
+            "model_name": model_name,
+            **({"seed": request.seed} if request.options.do_sample else {}),
+            "usage_metadata": usage_metadata(usage),
+            "timing": {
+                "queued_s": usage.queued_s,
+                "first_token_s": usage.first_token_s,
+                "total_s": usage.total_s,
+                "rate_tok_s": (usage.completion_tokens - 1) / decoding_s if decoding_s > 0 else None,
+            },
+        }
+    return info
+
+
+def _logprob_info(logprob: TokenLogprob, tokenizer: Any) -> dict[str, Any]:
+    def entry(token_id: int, value: float) -> dict[str, Any]:
+        return {"token": tokenizer.decode([token_id]), "token_id": token_id, "logprob": value}
+
+    top = [entry(token_id, value) for token_id, value in logprob.top]
+    return {**entry(logprob.token_id, logprob.logprob), "top_logprobs": top}

@@ -1,0 +1,641 @@
+"""`ChatQuantizedHuggingFace`: a quantized local model as a LangChain chat model.
+
+Owns how messages, tools and wanted formats become requests to the engine, and answers messages. What a prompt
+looks like is the chat template's business, what an answer says the parser's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.language_models import ModelProfile
+from langchain_core.language_models.base import LangSmithParams, LanguageModelInput
+from langchain_core.language_models.chat_models import BaseChatModel
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
+from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser, PydanticToolsParser
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
+from langchain_core.tools import BaseTool
+from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
+from langchain_core.utils.pydantic import is_basemodel_subclass
+from pydantic import Field, model_validator
+
+from langchain_quantllm.answers import Answers, completion_info
+from langchain_quantllm.base import QuantizedModel, langchain_errors
+from langchain_quantllm.checkpoint import stored_profile
+from langchain_quantllm.constraints import Compiler, Constraint, Either, JSONObject, JSONSchema, ToolCalls
+from langchain_quantllm.engine.options import GenerationOptions
+from langchain_quantllm.engine.request import Request, TokenMask
+from langchain_quantllm.errors import InvalidOptionError, nearest
+from langchain_quantllm.messages.formats import FORMATS, HERMES, ToolFormat, format_of, reasoning_of
+from langchain_quantllm.messages.parsing import AnswerParser, TemplateParser
+from langchain_quantllm.messages.templates import ChatTemplate
+from langchain_quantllm.messages.turns import Turn, turns_of
+from langchain_quantllm.packages import is_installed
+from langchain_quantllm.replies import Reply
+
+_CHAT_OPTIONS = (
+    "tools",
+    "tool_choice",
+    "parallel_tool_calls",
+    "response_format",
+    "constraint",
+    "chat_template_kwargs",
+    "model",
+    "strict",
+    "stream",
+    "stream_usage",
+    "ls_structured_output_format",
+)
+"""Options of a call that a chat model has beside those of generating."""
+
+_SCHEMA_TEXT = "Answer with a JSON object that matches this JSON schema, and with nothing else:\n{schema}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """One call, ready for the engine."""
+
+    options: GenerationOptions
+    requests: list[Request]
+    make_parser: Callable[[], Any]
+
+
+class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
+    """A quantized Hugging Face model, run in this process, as a LangChain chat model.
+
+    Setup:
+        ```bash
+        pip install langchain-quantllm                # with bitsandbytes: int8, nf4, fp4
+        pip install "langchain-quantllm[structured]"  # tool calls and outputs that always match their schema
+        ```
+
+    Key init args:
+        model_id: A folder, or the name of a repository on the Hub; `model` means the same.
+        quantization: `"int8"`, `"nf4"`, `"nf4-double"`, `"fp4"`, `"gptq"`, `"none"`, or a scheme. None takes the
+            checkpoint as it is.
+        max_new_tokens (or max_tokens), temperature, top_p, top_k, seed, stop, n:
+            Sampling. Each may be given at a call as well.
+        chat_template, chat_template_kwargs: A template in place of the checkpoint's, and variables for it, such as
+            `{"enable_thinking": False}`.
+        llm: A `QuantizedHuggingFaceLLM` to take over, with its settings and weights.
+
+    Instantiate:
+        ```python
+        from langchain_quantllm import ChatQuantizedHuggingFace
+
+        chat = ChatQuantizedHuggingFace(model="Qwen/Qwen2.5-7B-Instruct", quantization="nf4")
+        ```
+
+    Invoke:
+        ```python
+        chat.invoke([("system", "You translate to French."), ("human", "Good morning.")]).content
+        ```
+
+    Stream:
+        ```python
+        for chunk in chat.stream("Tell me a story."):
+            print(chunk.text, end="", flush=True)
+        ```
+
+    Async:
+        ```python
+        await chat.ainvoke("Good morning.")
+        ```
+
+    Tool calling:
+        ```python
+        def weather(city: str) -> str:
+            '''Get the weather in a city.'''
+
+        chat.bind_tools([weather]).invoke("What is the weather in Oslo?").tool_calls
+        chat.bind_tools([weather], tool_choice="weather")  # always calls it, with arguments that match
+        ```
+
+    Structured output:
+        ```python
+        class Person(BaseModel):
+            name: str
+            age: int
+
+        chat.with_structured_output(Person).invoke("Ada Lovelace died at 36.")
+        ```
+
+    Response metadata:
+        `usage_metadata` counts tokens, those found in the KV cache included; `response_metadata` has
+        `finish_reason` (`"stop"`, `"length"`, `"tool_calls"`), `model_name`, `seed`, `timing` in seconds, and
+        `logprobs` if asked for. Reasoning stands in `additional_kwargs["reasoning_content"]` and in
+        `content_blocks`.
+
+    How templates are treated that do not take every kind of message: `messages.templates.ChatTemplate`.
+    """
+
+    chat_template: str | None = None
+    """A Jinja template in place of the checkpoint's."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Variables for the template, such as `{"enable_thinking": False}`."""
+    tool_format: str | None = None
+    """How the model writes tool calls, by a name of `messages.formats.FORMATS`; None asks the template."""
+    streaming: bool | None = None
+    """True makes `invoke` stream inwardly, for callbacks that want tokens."""
+    max_retries: int | None = None
+    """For compatibility: a model in this process has nothing to retry."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_over(cls, values: Any) -> Any:
+        """Bring a loaded LLM's settings, and other providers' names, to the fields."""
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        if (llm := values.pop("llm", None)) is not None:
+            if not isinstance(llm, QuantizedModel):
+                msg = f"llm={type(llm).__name__} cannot be taken over; give a QuantizedHuggingFaceLLM, or pipeline=."
+                raise InvalidOptionError(msg)
+            shared = [name for name in QuantizedModel.model_fields if name in llm.model_fields_set]
+            values = {**{name: getattr(llm, name) for name in shared}, **values}
+        if (api_key := values.pop("api_key", None)) is not None:  # what other providers call the token
+            values.setdefault("token", api_key)
+        return values
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> ChatQuantizedHuggingFace:
+        if self.return_full_text:
+            msg = "return_full_text=True is not possible here: a chat model returns messages; leave it out."
+            raise InvalidOptionError(msg)
+        names = [known.name for known in FORMATS]
+        if self.tool_format is not None and self.tool_format not in names:
+            msg = f"tool_format={self.tool_format!r} is not known{nearest(self.tool_format, names)}"
+            raise InvalidOptionError(msg)
+        return self
+
+    # Tools and structured output.
+
+    def bind_tools(
+        self,
+        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
+        *,
+        tool_choice: str | dict[str, Any] | bool | None = None,
+        strict: bool | None = None,
+        parallel_tool_calls: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """Give the model tools.
+
+        Args:
+            tools: Functions, pydantic classes, LangChain tools, or OpenAI's descriptions of functions.
+            tool_choice: `"auto"` (the default) leaves it to the model, `"any"` (also `"required"` or True) makes it
+                call some tool, a tool's name that one, `"none"` keeps it from calling.
+            strict: Written into the descriptions. Calls match their schema in any case, where the extra `structured`
+                is installed.
+            parallel_tool_calls: Whether there may be several calls in one answer (the default).
+            **kwargs: Options of the calls.
+
+        Returns:
+            The model with tools bound.
+
+        Raises:
+            InvalidOptionError: If the tool chosen is none of them.
+        """
+        described = [convert_to_openai_tool(tool, strict=strict) for tool in tools]
+        _choice(tool_choice, described)
+        given = {"tool_choice": tool_choice, "parallel_tool_calls": parallel_tool_calls}
+        return self.bind(tools=described, **{k: v for k, v in given.items() if v is not None}, **kwargs)
+
+    def with_structured_output(
+        self,
+        schema: dict[str, Any] | type | None = None,
+        *,
+        method: Literal["json_schema", "function_calling", "json_mode"] = "json_schema",
+        include_raw: bool = False,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, Any]:
+        """Make the model answer with an object of a schema.
+
+        Args:
+            schema: A pydantic class, a TypedDict, or a JSON schema.
+            method: `"json_schema"` tells the model the schema and allows it nothing else; `"function_calling"` makes
+                it call a function of that schema; `"json_mode"` allows any JSON object, and says nothing of the schema.
+            include_raw: Give a dict of `raw` (the message), `parsed`, and `parsing_error` in place of raising.
+            strict: Written into the function's description; the schema is enforced in any case.
+            **kwargs: Options of the calls, and `tools` that the model may call instead.
+
+        Returns:
+            A runnable that gives an instance of the class, or a dict.
+
+        Raises:
+            InvalidOptionError: If the method is unknown, or needs a schema and has none.
+        """
+        if method not in ("json_schema", "function_calling", "json_mode"):
+            msg = f"method={method!r} is not known; it must be 'json_schema', 'function_calling' or 'json_mode'."
+            raise InvalidOptionError(msg)
+        if schema is None and method != "json_mode":
+            msg = f"method={method!r} needs a schema; give a pydantic class, a TypedDict or a JSON schema."
+            raise InvalidOptionError(msg)
+        wanted_class: Any = schema
+        is_class = isinstance(schema, type) and is_basemodel_subclass(schema)
+        about = {"kwargs": {"method": method, **({} if strict is None else {"strict": strict})}, "schema": schema}
+        parser: Runnable[Any, Any]
+        if method == "function_calling":
+            name = convert_to_openai_tool(wanted_class)["function"]["name"]
+            tools = kwargs.pop("tools", [])
+            options = {"tool_choice": name, "parallel_tool_calls": False, "strict": strict, **kwargs}
+            llm = self.bind_tools([wanted_class, *tools], ls_structured_output_format=about, **options)
+            if is_class:
+                parser = PydanticToolsParser(tools=[wanted_class], first_tool_only=True)
+            else:
+                parser = JsonOutputKeyToolsParser(key_name=name, first_tool_only=True)
+        else:
+            wanted: dict[str, Any] = {"type": "json_object"}
+            if method == "json_schema":
+                described = convert_to_json_schema(wanted_class, strict=strict)
+                name = described.get("title", "answer")
+                wanted = {"type": "json_schema", "json_schema": {"name": name, "schema": described}}
+            options = {"response_format": wanted, "ls_structured_output_format": about, **kwargs}
+            tools = options.pop("tools", None)
+            llm = self.bind_tools(tools, **options) if tools else self.bind(**options)
+            parser = PydanticOutputParser(pydantic_object=wanted_class) if is_class else JsonOutputParser()
+        if not include_raw:
+            return llm | parser
+        failed = RunnablePassthrough.assign(parsed=lambda _: None)
+        parsed = RunnablePassthrough.assign(
+            parsed=lambda given: parser.invoke(given["raw"]), parsing_error=lambda _: None
+        )
+        return RunnableMap(raw=llm) | parsed.with_fallbacks([failed], exception_key="parsing_error")
+
+    # LangChain's calls.
+
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        with langchain_errors():
+            plan = self._plan(messages, stop, kwargs)
+            answers = Answers(plan.requests)
+            with self._submit(plan.requests, plan.options, in_pieces=False) as stream:
+                for chunk in stream:
+                    answers.add(chunk)
+            return self._result(plan, answers)
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        with langchain_errors():
+            await self._aload()
+            plan = self._plan(messages, stop, kwargs)
+            answers = Answers(plan.requests)
+            with self._submit(plan.requests, plan.options, in_pieces=False) as stream:
+                async for chunk in stream:
+                    answers.add(chunk)
+            return self._result(plan, answers)
+
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:
+        with langchain_errors():
+            plan = self._plan_stream(messages, stop, kwargs)
+            convert = self._converter(plan)
+            with self._submit(plan.requests, plan.options) as stream:
+                for chunk in stream:
+                    for given in convert(chunk):
+                        if run_manager:
+                            run_manager.on_llm_new_token(given.text, chunk=given)
+                        yield given
+
+    async def _astream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        with langchain_errors():
+            await self._aload()
+            plan = self._plan_stream(messages, stop, kwargs)
+            convert = self._converter(plan)
+            with self._submit(plan.requests, plan.options) as stream:
+                async for chunk in stream:
+                    for given in convert(chunk):
+                        if run_manager:
+                            await run_manager.on_llm_new_token(given.text, chunk=given)
+                        yield given
+
+    # Requests.
+
+    def _plan(self, messages: Sequence[BaseMessage], stop: Sequence[str] | None, call: Mapping[str, Any]) -> _Plan:
+        chat = {name: call[name] for name in _CHAT_OPTIONS if call.get(name) is not None}
+        if chat.get("model", self.model_id) != self.model_id:
+            msg = (
+                f"model={chat['model']!r} is not this model ({self.model_id!r}), which is loaded; make another "
+                "ChatQuantizedHuggingFace for it."
+            )
+            raise InvalidOptionError(msg)
+        options = self._options(stop, {k: v for k, v in call.items() if k not in _CHAT_OPTIONS})
+        if options.return_full_text:
+            msg = "return_full_text=True is not possible here: a chat model returns messages; leave it out."
+            raise InvalidOptionError(msg)
+        tools = [convert_to_openai_tool(tool) for tool in chat.get("tools", ())]
+        choice = _choice(chat.get("tool_choice"), tools)
+        if choice == "none":
+            tools = []
+        constraint = _wanted(chat)
+        template = self._template()
+        prompt = self._render(template, turns_of(messages), tools, constraint, chat.get("chat_template_kwargs"))
+        tokenizer = self._loaded_pipeline().tokenizer
+        tool_format = self._tool_format(template) if tools else None
+        reasoning = reasoning_of(template.text(tools=bool(tools)))
+        in_reasoning = reasoning is not None and prompt.rstrip().endswith(reasoning.begin)
+        if tool_format is not None:
+            forced = choice not in (None, "auto")
+            callable_tools = [t for t in tools if not forced or choice == "any" or t["function"]["name"] == choice]
+            calls = ToolCalls(
+                tool_format,
+                callable_tools,
+                mode="required" if forced or constraint is not None else "auto",
+                parallel=chat.get("parallel_tool_calls", True),
+            )
+            constraint = calls if forced or constraint is None else Either((calls, constraint))
+        thinks = None if reasoning is None else (reasoning.begin, reasoning.end, in_reasoning)
+        markers = _markers(tokenizer, tool_format, thinks)
+        reads_template = getattr(tokenizer, "response_template", None) is not None and self.tool_format is None
+        options = dataclasses.replace(
+            options,
+            add_special_tokens=False,  # the template has written them
+            skip_special_tokens=options.skip_special_tokens and not markers and not reads_template,
+        )
+        if constraint is not None and thinks is not None:
+            constraint = dataclasses.replace(constraint, reasoning=thinks)
+        mask = self._mask(constraint, options)
+        if mask is not None and not (isinstance(constraint, ToolCalls) and constraint.mode == "auto"):
+            # Where a text is complete, nothing but its end is allowed.
+            options = dataclasses.replace(options, min_new_tokens=0, min_length=0)
+        requests = self._requests(prompt, options, mask)
+
+        def make_parser() -> Any:
+            if reads_template:
+                return TemplateParser(tokenizer, prompt, tools)
+            parser = AnswerParser(tool_format, tools, reasoning=reasoning, in_reasoning=in_reasoning)
+            return _Stripping(parser, tokenizer, markers) if markers else parser
+
+        return _Plan(options=options, requests=requests, make_parser=make_parser)
+
+    def _plan_stream(
+        self, messages: Sequence[BaseMessage], stop: Sequence[str] | None, call: Mapping[str, Any]
+    ) -> _Plan:
+        plan = self._plan(messages, stop, call)
+        if plan.options.n != 1:
+            msg = f"n={plan.options.n} answers cannot share one stream; pass n=1, or use generate."
+            raise InvalidOptionError(msg)
+        return plan
+
+    def _template(self) -> ChatTemplate:
+        """Give the template, with what was found out about it, which all instances over the model share."""
+        model = self._loaded()
+        found: ChatTemplate = model.remember(
+            ("template", self.chat_template),
+            lambda: ChatTemplate(self._loaded_pipeline().tokenizer, self.chat_template),
+        )
+        return found
+
+    def _render(
+        self,
+        template: ChatTemplate,
+        turns: list[Turn],
+        tools: Sequence[Mapping[str, Any]] = (),
+        constraint: Constraint | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> str:
+        if isinstance(constraint, JSONSchema):  # the model is to know what is wanted, not to be driven there blindly
+            text = _SCHEMA_TEXT.format(schema=constraint.schema)
+            at = 1 if turns and turns[0]["role"] == "system" else 0
+            turns = [*turns[:at], {"role": "system", "content": text}, *turns[at:]]
+            if at:
+                turns[0:2] = [{"role": "system", "content": f"{turns[0]['content']}\n\n{text}"}]
+        return template.render(turns, tools, {**self.chat_template_kwargs, **(options or {})})
+
+    def _tool_format(self, template: ChatTemplate) -> ToolFormat:
+        if self.tool_format is not None:
+            return next(known for known in FORMATS if known.name == self.tool_format)
+        return format_of(template.text(tools=True)) if template.takes_tools else HERMES
+
+    def _mask(self, constraint: Constraint | None, options: GenerationOptions) -> Callable[[], TokenMask] | None:
+        if constraint is None:
+            return None
+        if isinstance(constraint, ToolCalls) and constraint.mode == "auto" and not is_installed("xgrammar"):
+            return None  # calls are read all the same; only that they match is not made sure of
+        model = self._loaded()
+        limits = self._engine(options).limits
+        compiler: Compiler = model.remember(
+            ("grammars",),
+            lambda: Compiler(self._loaded_pipeline().tokenizer, limits.vocab_size, limits.eos_token_ids),
+        )
+        return compiler.masks(
+            constraint, options.max_new_tokens or limits.context_tokens or 2**31, options.eos_token_id
+        )
+
+    # Answers.
+
+    def _result(self, plan: _Plan, answers: Answers) -> ChatResult:
+        tokenizer = self._loaded_pipeline().tokenizer
+        generations = []
+        for answer in answers.rows:
+            reply, parser = Reply(), plan.make_parser()
+            reply.add([*parser.push(answer.text), *parser.finish()])
+            info = completion_info(answer, answer.request, tokenizer, self.model_id)
+            usage, metadata = _split(info, reply)
+            message = reply.message(usage_metadata=usage, response_metadata=metadata)
+            generations.append(ChatGeneration(message=message, generation_info=metadata))
+        usages = [answer.usage for answer in answers.rows if answer.usage]
+        prompt_tokens = usages[0].prompt_tokens if usages else 0
+        completion_tokens = sum(usage.completion_tokens for usage in usages)
+        counts = {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+        }
+        return ChatResult(generations=generations, llm_output={"model_name": self.model_id, "token_usage": counts})
+
+    def _combine_llm_outputs(self, llm_outputs: list[dict[str, Any] | None]) -> dict[str, Any]:
+        usages = [output["token_usage"] for output in llm_outputs if output]
+        names = ("prompt_tokens", "completion_tokens", "total_tokens")
+        return {"model_name": self.model_id, "token_usage": {n: sum(usage[n] for usage in usages) for n in names}}
+
+    def _converter(self, plan: _Plan) -> Callable[[Any], Iterator[ChatGenerationChunk]]:
+        tokenizer = self._loaded_pipeline().tokenizer
+        reply, parser = Reply(), plan.make_parser()
+
+        def convert(chunk: Any) -> Iterator[ChatGenerationChunk]:
+            ended = chunk.finish_reason is not None
+            pieces = parser.push(chunk.text) + (parser.finish() if ended else [])
+            message = reply.add(pieces)
+            info = completion_info(chunk, plan.requests[0], tokenizer, self.model_id)
+            if not ended:
+                if message is not None or info:
+                    message = message or AIMessageChunk(content="")
+                    message.response_metadata = info
+                    yield ChatGenerationChunk(message=message)
+                return
+            if message is not None:
+                yield ChatGenerationChunk(message=message)
+            usage, metadata = _split(info, reply)
+            last = AIMessageChunk(content="", usage_metadata=usage, response_metadata=metadata, chunk_position="last")
+            yield ChatGenerationChunk(message=last, generation_info=metadata)
+
+        return convert
+
+    def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
+        """Count the tokens of the prompt that messages make, the template's included; loads the model if needed.
+
+        Args:
+            messages: The conversation.
+            tools: Tools that the prompt describes.
+        """
+        described = [convert_to_openai_tool(tool) for tool in tools or ()]
+        return len(
+            self._encode(self._render(self._template(), turns_of(messages), described), add_special_tokens=False)
+        )
+
+    # LangChain's conventions.
+
+    @property
+    def _llm_type(self) -> str:
+        return "quantized_huggingface_chat"
+
+    @property
+    def _identifying_params(self) -> Mapping[str, Any]:
+        """All that changes the output."""
+        own = {name: getattr(self, name) for name in ("chat_template", "chat_template_kwargs", "tool_format")}
+        return {**super()._identifying_params, **{name: value for name, value in own.items() if value}}
+
+    def _resolve_model_profile(self) -> ModelProfile | None:
+        """Derive the profile from the checkpoint's config and template, as far as they are on this disk."""
+        if self.own_pipeline is not None:
+            config = self.own_pipeline.model.config.to_dict()
+            template = self.chat_template or self.own_pipeline.tokenizer.chat_template
+        else:
+            config, template = stored_profile(self.model_id)
+            template = self.chat_template or template
+        if not config:
+            return None
+        profile = ModelProfile(
+            text_inputs=True,
+            text_outputs=True,
+            image_inputs=False,
+            audio_inputs=False,
+            video_inputs=False,
+            pdf_inputs=False,
+            tool_calling=True,
+            tool_choice=is_installed("xgrammar"),
+            structured_output=is_installed("xgrammar"),
+            reasoning_output=reasoning_of(str(template or "")) is not None,
+        )
+        context = config.get("max_position_embeddings") or (config.get("text_config") or {}).get(
+            "max_position_embeddings"
+        )
+        if isinstance(context, int):
+            profile["max_input_tokens"] = context
+        return profile
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        """Give the standard parameters for tracing."""
+        rest = {k: v for k, v in kwargs.items() if k not in _CHAT_OPTIONS or k == "model"}
+        params = super()._get_ls_params(stop=stop, **rest)
+        params["ls_model_type"] = "chat"
+        return params
+
+    @classmethod
+    def get_lc_namespace(cls) -> list[str]:
+        """Say where `load` finds the class."""
+        return ["langchain_quantllm", "chat_models"]
+
+
+class _Stripping:
+    """A parser before which special tokens are taken out that are no marks of its own."""
+
+    def __init__(self, parser: AnswerParser, tokenizer: Any, markers: Sequence[str]) -> None:
+        others = [token for token in tokenizer.all_special_tokens if not any(token in m or m in token for m in markers)]
+        self._others = re.compile("|".join(map(re.escape, others))) if others else None
+        self._parser = parser
+        self.finish = parser.finish
+
+    def push(self, text: str) -> Any:
+        return self._parser.push(self._others.sub("", text) if self._others else text)
+
+
+def _markers(tokenizer: Any, tool_format: ToolFormat | None, reasoning: tuple[str, str, bool] | None) -> list[str]:
+    """List the special tokens that the parser has to see."""
+    texts = [*(reasoning or ())[:2]]
+    if tool_format is not None:
+        texts += [tool_format.opening, tool_format.trigger, tool_format.call, tool_format.call_end, tool_format.closing]
+        texts += tool_format.inner
+    return [token for token in tokenizer.all_special_tokens if any(token in text for text in texts)]
+
+
+def _choice(given: Any, tools: Sequence[Mapping[str, Any]]) -> str | None:
+    """Read a tool choice: None, `"auto"`, `"any"`, `"none"`, or a tool's name."""
+    if isinstance(given, Mapping):
+        given = (given.get("function") or given).get("name") or given.get("type")
+    if given is True or given == "required":
+        given = "any"
+    names = [tool["function"]["name"] for tool in tools]
+    if given is None or given is False or given in ("auto", "none"):
+        return None if given is False else given
+    if given == "any":
+        if not names:
+            msg = "tool_choice='any' needs tools; bind some with bind_tools."
+            raise InvalidOptionError(msg)
+        return "any"
+    if given not in names:
+        msg = f"tool_choice={given!r} is none of the tools; it must be 'auto', 'any', 'none' or one of {names}."
+        raise InvalidOptionError(msg)
+    return str(given)
+
+
+def _wanted(chat: Mapping[str, Any]) -> Constraint | None:
+    """Read `constraint` and `response_format`."""
+    constraint, wanted = chat.get("constraint"), chat.get("response_format")
+    if constraint is not None and wanted is not None:
+        msg = "constraint and response_format say two things; give one of them."
+        raise InvalidOptionError(msg)
+    if constraint is not None and not isinstance(constraint, Constraint):
+        msg = f"constraint={constraint!r} is not allowed; give one of langchain_quantllm.constraints, such as Regex."
+        raise InvalidOptionError(msg)
+    if wanted is None or constraint is not None:
+        return constraint
+    kind = wanted.get("type") if isinstance(wanted, Mapping) else None
+    if kind == "json_schema" and isinstance(wanted.get("json_schema"), Mapping):
+        return JSONSchema(wanted["json_schema"].get("schema", {}))
+    if kind == "json_object":
+        return JSONObject()
+    if kind == "text":
+        return None
+    msg = (
+        f"response_format={wanted!r} is not allowed; give {{'type': 'json_schema', 'json_schema': {{'name': ..., "
+        "'schema': ...}}, {'type': 'json_object'} or {'type': 'text'}."
+    )
+    raise InvalidOptionError(msg)
+
+
+def _split(info: dict[str, Any], reply: Reply) -> tuple[Any, dict[str, Any]]:
+    """Take the usage out of what is told of a completion, and say that it ended with calls where it did."""
+    usage = info.pop("usage_metadata", None)
+    if info.get("finish_reason") == "stop" and reply.has_calls:
+        info["finish_reason"] = "tool_calls"
+    return usage, {**info, "model_provider": "quantllm"}

@@ -1,0 +1,256 @@
+"""Masks: which tokens a row may take next under its constraint, and how it is brought to its end in time.
+
+Owns the tokens' bytes, and the closing of a text before its tokens run out. Makes no grammar.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from langchain_quantllm.engine.request import TokenMask
+from langchain_quantllm.errors import GenerationError
+
+END_STATES = 24  # each takes about a hundred masks
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A compiled constraint, and what its masks know beside the grammar."""
+
+    grammar: Any
+    reserve: int
+    grows: bool  # what it takes to close grows with what was opened
+    style: str  # "json", "qwen_xml" or "" where only the grammar says what ends a text
+    endings: tuple[bytes, ...]  # what ends all after the last call's arguments, and after the call itself
+    is_auto: bool
+    others: Any  # all but the special tokens that are no marks of calls or thoughts
+    reasoning: tuple[str, str, bool] | None
+
+
+def _set(ids: Iterable[int], vocab_size: int) -> Any:
+    """Give token ids as bits."""
+    import torch
+
+    flags = torch.zeros(-(-vocab_size // 32) * 32, dtype=torch.int64)
+    flags[list(ids)] = 1
+    return (flags.view(1, -1, 32) << torch.arange(32)).sum(-1).to(torch.int32)
+
+
+class Vocabulary:
+    """The tokens' bytes, and the sets of them that closing a text needs."""
+
+    def __init__(self, tokens: Sequence[bytes], special: Iterable[int], stops: Sequence[int]) -> None:
+        self.tokens = tokens
+        self.ids: dict[bytes, int] = {}
+        self.special = frozenset(special) - frozenset(stops)
+        for i, token in enumerate(tokens):
+            if token and (token not in self.ids or i in self.special):
+                self.ids[token] = i
+        self.longest = max(map(len, self.ids))
+        escapes: tuple[list[int], list[int]] = ([], [])
+        for i, token in enumerate(tokens):
+            for odd in (0, 1):
+                if (b"\\" in token or (odd and token[:1] == b"u")) and _ESCAPE.match(b"\\" * odd + token):
+                    escapes[odd].append(i)
+        self.escapes = tuple(~self.bits(ids) for ids in escapes)
+        self.not_eos = ~self.bits(stops)
+        self.plain = ~self.bits(self.special)
+        controls = re.compile(rb'[^"]*[\x00-\x1f]')
+        self.printed = ~self.bits(i for i, token in enumerate(tokens) if controls.match(token))
+        self.space = self.bits(i for t, i in self.ids.items() if t in (b" ", b"\n"))
+        self.letters = self.bits(i for t, i in self.ids.items() if t in b"ghijklmopqrsuvwxyzGHJKLMNOPQRSTUVWXYZ()%;@")
+        closing = self._by_length(rb"[}\]]+")
+        values = [*self._by_length(rb'""[}\]]*'), *self._by_length(rb'"')]
+        self.outside = [
+            *closing,
+            *self._by_length(rb"n(u(ll?)?)?"),
+            *values,
+            *self._by_length(rb'[,:]"?'),
+            *self._by_length(rb"[^\s{\[\\][^{\[\\]*", together=True),
+        ]
+        self.inside = [*self._by_length(rb'"[}\]]*'), *self._by_length(rb"[^\\]+", together=True)]
+
+    def _by_length(self, pattern: bytes, *, together: bool = False) -> list[Any]:
+        lengths: dict[int, list[int]] = {}
+        for token, i in self.ids.items():
+            if i not in self.special and re.fullmatch(pattern, token, re.DOTALL):
+                lengths.setdefault(0 if together else len(token), []).append(i)
+        return [self.bits(lengths[n]) for n in sorted(lengths, reverse=True)]
+
+    def bits(self, ids: Iterable[int]) -> Any:
+        """Give token ids as bits."""
+        return _set(ids, len(self.tokens))
+
+
+_ESCAPE = re.compile(rb"(?:[^\\]|\\[^u])*\\u", re.DOTALL)
+
+
+def _narrow(bits: Any, by: Any) -> bool:
+    """Leave of the allowed tokens those of a set, if there are any."""
+    both = bits & by
+    if found := bool(both.any()):
+        bits.copy_(both)
+    return found
+
+
+class GrammarMask(TokenMask):
+    """Keeps one row to a constraint.
+
+    Attributes:
+        ended: Whether the text is complete where no token could say so. Only blanks are allowed from then on.
+    """
+
+    def __init__(self, plan: Plan, vocabulary: Vocabulary, matcher: Any, max_new_tokens: int, stops: Any) -> None:
+        self.ended = False
+        self._plan = plan
+        self._vocabulary = vocabulary
+        self._matcher = matcher
+        self._stops = stops
+        self._budget = max_new_tokens
+        self._used = 0
+        self._pending = b""
+        self._odd = 0  # whether an escape has begun
+        begin, end, self._is_open = plan.reasoning or ("", "", False)
+        self._begin, self._end = begin.encode(), end.encode()
+        self._thoughts = bytearray() if plan.reasoning else None
+
+    def fill(self, bits: Any) -> bool:
+        """Set a bit for each token that may come next."""
+        words = self._vocabulary
+        if self.ended or self._matcher.is_terminated():  # the latter with `ignore_eos`
+            bits.copy_(words.space)
+            return True
+        is_limited = bool(self._matcher.fill_next_token_bitmask(bits, 0))
+        if self._stops is None:  # the model's own end tokens would end nothing
+            bits &= words.not_eos
+            is_limited = True
+        late = self._budget - self._used <= self._reserve()
+        if self._is_thinking():
+            if late:
+                self._force(bits, self._end)
+            return is_limited or late
+        if self._matcher.is_completed():
+            if self._plan.is_auto:
+                return is_limited
+            if self._stops is None and (late or not bits.any()):
+                self.ended = True
+                bits.copy_(words.space)
+                return True
+        inside = bool((bits & words.letters).any())
+        # Special tokens are no text: a decoder drops them, and with them a part of a string.
+        _narrow(bits, words.plain if inside else self._plan.others)
+        if self._plan.style:
+            _narrow(bits, words.escapes[self._odd])
+        if self._plan.style == "json" and inside:
+            _narrow(bits, words.printed)  # xgrammar forgets this of strings with lengths
+        if late:
+            self._close(bits, inside)
+        return True
+
+    def accept(self, token_id: int) -> None:
+        """Take note of the token that was drawn."""
+        self._used += 1
+        if self.ended or self._matcher.is_terminated():
+            return
+        token = self._vocabulary.tokens[token_id]
+        if not self._matcher.accept_token(token_id):
+            msg = f"the token {token_id} ({token!r}) was drawn although the constraint does not allow it."
+            raise GenerationError(msg)
+        self._pending = self._pending[len(token) :] if token and self._pending.startswith(token) else b""
+        backslashes = len(token) - len(token.rstrip(b"\\"))
+        self._odd = (backslashes + self._odd * (backslashes == len(token))) % 2
+        if self._thoughts is not None:
+            self._thoughts += token
+            tail = self._thoughts[-len(token) - len(self._end) :]
+            opens = self._is_open or self._begin.startswith(self._thoughts[: len(self._begin)])
+            if self._end in tail or not opens:
+                self._thoughts = None
+
+    def _is_thinking(self) -> bool:
+        return self._thoughts is not None and (self._is_open or len(self._thoughts) >= len(self._begin))
+
+    def _reserve(self) -> int:
+        return min(self._plan.reserve + self._plan.grows * (self._used // 2), self._budget // 2)
+
+    def _force(self, bits: Any, text: bytes) -> bool:
+        """Allow the longest token that begins a text, or what is left of it, and no other."""
+        self._pending = self._pending or text
+        for n in range(min(len(self._pending), self._vocabulary.longest), 0, -1):
+            i = self._vocabulary.ids.get(self._pending[:n])
+            if i is not None and bits[0, i // 32] >> i % 32 & 1:
+                bits.zero_()
+                bits[0, i // 32] = (1 << i % 32) - (i % 32 == 31) * 2**32
+                return True
+        self._pending = b""
+        return False
+
+    def _close(self, bits: Any, inside: bool) -> None:
+        """Leave of the allowed tokens those that bring the text to its end soonest."""
+        if self._matcher.is_completed() and self._stops is not None and _narrow(bits, self._stops):
+            return
+        for end in (self._pending, *self._plan.endings):
+            if end and self._would_end(end):
+                self._pending = end
+                self._force(bits, end)
+                return
+        if certain := self._certain():
+            self._pending = b""
+            if self._force(bits, certain):
+                return
+        if self._plan.style == "qwen_xml" and self._ends_value() and self._force(bits, b"</parameter>"):
+            return
+        if not self._plan.style:
+            end = self._pending or self._shortest_end()
+            if end:
+                self._force(bits, end)
+            return
+        any(_narrow(bits, step) for step in (self._vocabulary.inside if inside else self._vocabulary.outside))
+
+    def _would_end(self, text: bytes) -> bool:
+        ahead = self._matcher.fork()
+        return bool(ahead.accept_string(text) and ahead.is_completed())
+
+    def _certain(self) -> bytes:
+        """Give the text that has to come next."""
+        try:
+            return str(self._matcher.find_jump_forward_string()).encode()
+        except UnicodeDecodeError:  # it begins or ends within a character
+            return b""
+
+    def _ends_value(self) -> bool:
+        """Say whether a parameter's end mark, or what is left of it, would end a value and not be a part of it."""
+        import torch
+
+        ahead = self._matcher.fork()
+        if not ahead.accept_string(self._pending or b"</parameter>"):
+            return False
+        bits = torch.full_like(self._stops if self._stops is not None else self._vocabulary.space, -1)
+        ahead.fill_next_token_bitmask(bits, 0)
+        return not bool((bits & self._vocabulary.letters).any())
+
+    def _shortest_end(self) -> bytes:
+        """Look for a text after which all may end, shorter ones first; empty where none is near.
+
+        Of texts after which the same may come, one is followed.
+        """
+        import torch
+
+        bits = torch.empty_like(self._vocabulary.space)
+        seen: set[bytes] = set()
+        paths = [b""]
+        for path in paths:
+            for code in (*range(32, 127), 9, 10):
+                ahead, text = self._matcher.fork(), path + bytes([code])
+                if not ahead.accept_string(text):
+                    continue
+                if ahead.is_completed():
+                    return text
+                bits.fill_(-1)
+                ahead.fill_next_token_bitmask(bits, 0)
+                if (state := bits.numpy().tobytes()) not in seen and len(paths) < END_STATES:
+                    seen.add(state)
+                    paths.append(text)
+        return b""

@@ -1,0 +1,77 @@
+"""LangChain's own integration tests of chat models, on real models in nf4 on the CPU.
+
+What a model is skipped for are the suite's own skips, for inputs that it does not have.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from langchain_core.language_models import BaseChatModel
+
+from langchain_quantllm import ChatQuantizedHuggingFace
+
+pytest.importorskip("langchain_tests")
+pytest.importorskip("xgrammar")
+from langchain_tests.integration_tests import ChatModelIntegrationTests
+
+
+class _Standard(ChatModelIntegrationTests):
+    folder = ""
+
+    @property
+    def chat_model_class(self) -> type[BaseChatModel]:
+        return ChatQuantizedHuggingFace
+
+    @property
+    def chat_model_params(self) -> dict[str, Any]:
+        return {"model": self.folder, "quantization": "nf4", "device": "cpu", "progress": False}
+
+    @property
+    def standard_chat_model_params(self) -> dict[str, Any]:
+        return {"temperature": 0, "max_tokens": 100}
+
+    @property
+    def has_tool_choice(self) -> bool:
+        return True
+
+    @property
+    def supports_json_mode(self) -> bool:
+        return True
+
+    @property
+    def supports_anthropic_inputs(self) -> bool:
+        return True
+
+    @property
+    def supports_model_override(self) -> bool:
+        return False  # the weights of one model are loaded
+
+    @property
+    def supported_usage_metadata_details(self) -> dict[str, Any]:
+        return {"invoke": ["cache_read_input"], "stream": ["cache_read_input"]}
+
+    def invoke_with_cache_read_input(self, *, stream: bool = False) -> Any:
+        chat = self.chat_model_class(**self.chat_model_params, **self.standard_chat_model_params)
+        messages = [("system", "You know every town in Norway. " * 8), ("human", "Name one.")]
+        chat.invoke(messages)
+        if not stream:
+            return chat.invoke(messages)
+        full: Any = None
+        for chunk in chat.stream(messages):
+            full = chunk if full is None else full + chunk
+        return full
+
+
+class TestOnQwenCoder(_Standard):
+    @pytest.fixture(autouse=True)
+    def _folder(self, qwen_coder: Path) -> None:
+        type(self).folder = str(qwen_coder)
+
+
+class TestOnSmolLM2(_Standard):
+    @pytest.fixture(autouse=True)
+    def _folder(self, smollm2: Path) -> None:
+        type(self).folder = str(smollm2)
