@@ -193,7 +193,8 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
                 call some tool, a tool's name that one, `"none"` keeps it from calling.
             strict: Written into the descriptions. Calls match their schema in any case, where the extra `structured`
                 is installed.
-            parallel_tool_calls: Whether there may be several calls in one answer (the default).
+            parallel_tool_calls: Whether there may be several calls in one answer. The default is yes where the
+                model's chat template has tools. Made sure of where the extra `structured` is installed.
             **kwargs: Options of the calls.
 
         Returns:
@@ -369,7 +370,8 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
                 tool_format,
                 callable_tools,
                 mode="required" if forced or constraint is not None else "auto",
-                parallel=chat.get("parallel_tool_calls", True),
+                # A model that was not made for tools calls the same one again and again, if it may.
+                parallel=chat.get("parallel_tool_calls", template.takes_tools),
             )
             constraint = calls if forced or constraint is None else Either((calls, constraint))
         thinks = None if reasoning is None else (reasoning.begin, reasoning.end, in_reasoning)

@@ -75,3 +75,18 @@ class TestOnSmolLM2(_Standard):
     @pytest.fixture(autouse=True)
     def _folder(self, smollm2: Path) -> None:
         type(self).folder = str(smollm2)
+
+    @pytest.mark.xfail(
+        reason="Was not trained on tools and opens no call by itself: asked for the weather with a tool bound, it "
+        "answers 'The weather in Oslo is Oslo, Norway.' Forced calls, all the tests above, pass."
+    )
+    @pytest.mark.parametrize("model", [{}, {"output_version": "v1"}], indirect=True)
+    def test_agent_loop(self, model: BaseChatModel) -> None:
+        super().test_agent_loop(model)
+
+    @pytest.mark.xfail(
+        reason="Any JSON object is what json_mode makes sure of; the schema, which the prompt alone tells, is beyond "
+        'this model: {"setup": {"punchline": {"setup": ...'
+    )
+    def test_json_mode(self, model: BaseChatModel) -> None:
+        super().test_json_mode(model)
