@@ -7,6 +7,7 @@ looks like is the chat template's business, what an answer says the parser's.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -31,13 +32,15 @@ from langchain_quantllm.checkpoint import stored_profile
 from langchain_quantllm.constraints import Compiler, Constraint, Either, JSONObject, JSONSchema, ToolCalls
 from langchain_quantllm.engine.options import GenerationOptions
 from langchain_quantllm.engine.request import Request, TokenMask
-from langchain_quantllm.errors import InvalidOptionError, nearest
+from langchain_quantllm.errors import InvalidOptionError, UnsupportedError, nearest
 from langchain_quantllm.messages.formats import FORMATS, HERMES, ToolFormat, format_of, reasoning_of
 from langchain_quantllm.messages.parsing import AnswerParser, TemplateParser
 from langchain_quantllm.messages.templates import ChatTemplate
 from langchain_quantllm.messages.turns import Turn, turns_of
 from langchain_quantllm.packages import is_installed
 from langchain_quantllm.replies import Reply
+
+_logger = logging.getLogger(__name__)
 
 _CHAT_OPTIONS = (
     "tools",
@@ -440,7 +443,8 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
     def _mask(self, constraint: Constraint | None, options: GenerationOptions) -> Callable[[], TokenMask] | None:
         if constraint is None:
             return None
-        if isinstance(constraint, ToolCalls) and constraint.mode == "auto" and not is_installed("xgrammar"):
+        is_optional = isinstance(constraint, ToolCalls) and constraint.mode == "auto"
+        if is_optional and not is_installed("xgrammar"):
             return None  # calls are read all the same; only that they match is not made sure of
         model = self._loaded()
         limits = self._engine(options).limits
@@ -448,9 +452,14 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
             ("grammars",),
             lambda: Compiler(self._loaded_pipeline().tokenizer, limits.vocab_size, limits.eos_token_ids),
         )
-        return compiler.masks(
-            constraint, options.max_new_tokens or limits.context_tokens or 2**31, options.eos_token_id
-        )
+        most = options.max_new_tokens or limits.context_tokens or 2**31
+        try:
+            return compiler.masks(constraint, most, options.eos_token_id)
+        except (InvalidOptionError, UnsupportedError) as error:
+            if not is_optional:
+                raise
+            _logger.info("calls are not made sure to match their tools: %s", error)
+            return None
 
     # Answers.
 

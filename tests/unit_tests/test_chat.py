@@ -235,6 +235,14 @@ def test_no_call_where_none_is_wanted(coder: Any) -> None:
         coder.invoke("Hi.", tool_choice="any")
 
 
+def test_a_tool_that_cannot_be_enforced_may_be_bound_but_not_forced(chat: Any) -> None:
+    parameters = {"type": "object", "properties": {"x": {"type": "string", "pattern": "^(?=a)a$"}}, "required": ["x"]}
+    tool = {"type": "function", "function": {"name": "odd", "description": "Odd.", "parameters": parameters}}
+    assert chat.bind_tools([tool]).invoke("Hi.", max_tokens=3).usage_metadata["output_tokens"] <= 3
+    with pytest.raises(InvalidOptionError, match="cannot be enforced"):
+        chat.bind_tools([tool], tool_choice="odd").invoke("Hi.", max_tokens=3)
+
+
 def test_a_call_that_is_cut_off_is_invalid(chat: Any) -> None:
     bound = chat.bind_tools([weather], tool_choice="weather")
     for answer in (bound.invoke("Oslo?", max_tokens=14), folded(bound.stream("Oslo?", max_tokens=14))):
