@@ -31,8 +31,13 @@ class _Call:
 class Reply:
     """One answer on its way to a message. Give it pieces, and take a chunk for each lot or the message at the end."""
 
-    def __init__(self) -> None:
-        """Begin with nothing said."""
+    def __init__(self, *, parallel: bool = True) -> None:
+        """Begin with nothing said.
+
+        Args:
+            parallel: Whether there may be several calls; without, those after the first are dropped.
+        """
+        self._parallel = parallel
         self._text = ""
         self._reasoning = ""
         self._calls: dict[int, _Call] = {}
@@ -44,14 +49,20 @@ class Reply:
 
     def add(self, pieces: Iterable[Piece]) -> AIMessageChunk | None:
         """Take pieces, and give what they add to the message; None if nothing."""
-        text, reasoning, chunks = "", "", []
+        text, reasoning = "", ""
+        chunks: dict[int, ToolCallChunk] = {}
         for piece in pieces:
             if piece.kind == "text":
                 text += piece.text
             elif piece.kind == "reasoning":
                 reasoning += piece.text
-            else:
-                chunks.append(self._add_to_call(piece))
+            elif self._parallel or not piece.index:
+                chunk = self._add_to_call(piece)
+                if begun := chunks.get(piece.index):  # LangChain joins those of several chunks, but not of one
+                    begun["args"] = (begun["args"] or "") + (chunk["args"] or "")
+                    begun["name"] = begun["name"] or chunk["name"]
+                else:
+                    chunks[piece.index] = chunk
         self._text += text
         self._reasoning += reasoning
         if not (text or reasoning or chunks):
@@ -59,7 +70,7 @@ class Reply:
         return AIMessageChunk(
             content=text,
             additional_kwargs={"reasoning_content": reasoning} if reasoning else {},
-            tool_call_chunks=chunks,
+            tool_call_chunks=list(chunks.values()),
         )
 
     def _add_to_call(self, piece: Piece) -> ToolCallChunk:

@@ -38,7 +38,7 @@ to the pipeline inside."""
 
 _TAIL_TOKENS = 8
 _PEER_WARM_UP_TOKENS = 8
-_PREFILL_WARM_UPS, _LEAST_PREFILLS = 2, 5
+_PREFILL_WARM_UPS, _LEAST_PREFILLS = 2, 15
 """Prefills take some milliseconds, which vary: ours and bare ones by turns, the median of several."""
 _STEPS_GPU, _STEPS_CPU = 50, 3
 _COPIES = 10

@@ -370,7 +370,7 @@ class FastEngine:
         return self._runner.draw(step.launched, need, mask=mask, alternatives=max(wanted, default=None))
 
     def _fill_masks(self, jobs: Sequence[_Job]) -> torch.Tensor:
-        bits = torch.full((len(jobs), -(-self._probe.vocab_size // 32)), -1, dtype=torch.int32)
+        bits = self._runner.blank_masks(len(jobs))
         for i, job in enumerate(jobs):
             if job.mask is None or job.is_gone:
                 continue

@@ -144,6 +144,7 @@ class Runner:
         self.sampler = BatchSampler(slots, vocab_size, self.device)
         self._padding_slot = slots
         self._table = torch.zeros(slots + 1, pages_per_row, dtype=torch.int32, device=self.device)
+        self._mask_words = -(-vocab_size // 32)
         self._keeps_logits = "logits_to_keep" in inspect.signature(_innermost(model).forward).parameters
         self.windows: dict[int, int] = {}
         """Window of each layer that attended in the last forward that was no replay; 0 for none."""
@@ -153,8 +154,10 @@ class Runner:
             most = _BUCKETS[-1]
             self._inputs = torch.zeros(5, most, dtype=torch.int32, device=self.device)
             self._staged = [torch.zeros(5, most, dtype=torch.int32, pin_memory=True) for _ in range(4)]
-            self._mask = torch.zeros(most, -(-vocab_size // 32), dtype=torch.int32, device=self.device)
+            self._mask = torch.zeros(most, self._mask_words, dtype=torch.int32, device=self.device)
         self._steps = 0
+        self._staged_masks: list[torch.Tensor] = []
+        self._masked_steps = 0
         self._graphs: dict[int, StepGraph] = {}
         self._draw_graphs: dict[tuple[int, int, int], StepGraph] = {}
         self.refresh()
@@ -318,6 +321,17 @@ class Runner:
         logits: torch.Tensor = output.logits[0]
         return logits[keep] if keep is not None and not self._keeps_logits else logits
 
+    def blank_masks(self, rows: int) -> torch.Tensor:
+        """Give masks that allow everything, for a step's rows to narrow: `(rows, ceil(vocab / 32))`, int32, on the CPU."""
+        if not self.is_asynchronous:
+            return torch.full((rows, self._mask_words), -1, dtype=torch.int32)
+        if not self._staged_masks or rows > len(self._staged_masks[0]):
+            size = (max(rows, _BUCKETS[-1]), self._mask_words)
+            self._staged_masks = [torch.empty(size, dtype=torch.int32, pin_memory=True) for _ in range(4)]
+        staged = self._staged_masks[self._masked_steps % len(self._staged_masks)]  # more than there are on their way
+        self._masked_steps += 1
+        return staged[:rows].fill_(-1)
+
     @_on_device
     def draw(
         self, launched: Launched, need: int, *, mask: torch.Tensor | None = None, alternatives: int | None = None
@@ -327,7 +341,7 @@ class Runner:
         Args:
             launched: The forward.
             need: Flags of `batch_sampler`, added up over its rows.
-            mask: Allowed tokens of each row as bits, of shape `(rows, ceil(vocab / 32))`, int32, on the CPU.
+            mask: Allowed tokens of each row as bits, as `blank_masks` gives them.
             alternatives: How many of the likeliest tokens to report; None for no log probabilities.
         """
         rows = launched.rows
@@ -336,7 +350,7 @@ class Runner:
                 self._mask[:rows].copy_(mask, non_blocking=True)
             ids = self._draw_graph(launched, need).replay()[:rows]
         else:
-            on_device = None if mask is None else mask.to(self.device)
+            on_device = None if mask is None else mask.to(self.device, non_blocking=True)
             ids = self._draw_step(launched.logits.to(self.device), launched.inputs, need, on_device)
         logprobs = None
         if alternatives is not None:

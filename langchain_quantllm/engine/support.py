@@ -166,8 +166,14 @@ def fingerprint(model: Any) -> int:
     Weights that are changed through `.data` in place are not seen: nothing counts these changes.
     """
     parts: list[Any] = []
-    for module in model.modules():
+    waiting, seen = [model], set()
+    while waiting:  # `model.modules()` takes twice as long
+        module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
         parts.append(id(module))
+        waiting += [child for child in module._modules.values() if child is not None]
         parts += [(id(p), p._version, p.data_ptr()) for p in module._parameters.values() if p is not None]
         if isinstance(getattr(type(module), "disable_adapters", None), property):  # a layer of peft's
             parts += [tuple(module.active_adapters), module.disable_adapters, tuple(module.merged_adapters)]

@@ -12,7 +12,7 @@ from typing import Any
 
 from langchain_quantllm.messages.calls import ARGUMENTS, Call, Piece
 from langchain_quantllm.messages.formats import HERMES, ReasoningFormat, ToolFormat
-from langchain_quantllm.messages.scanning import Wait, held, prefixes
+from langchain_quantllm.messages.scanning import CUT_OFF, Wait, held, prefixes
 from langchain_quantllm.messages.tagged import CALL, FENCE, FUNCTION, TaggedReader
 from langchain_quantllm.messages.template_parsing import TemplateParser
 
@@ -38,7 +38,8 @@ class AnswerParser(TaggedReader):
 
     Small models do not keep to their format, so in every format these are calls as well: `<tool_call>` tags, with
     what any format puts inside; JSON in `<tools>` tags, in a fenced block or as the whole answer, if it has nothing
-    but the name of one of the tools and arguments. Other such JSON is text, unchanged.
+    but the name of one of the tools and arguments. Other such JSON is text, unchanged. Where the tokens ran out within
+    such calls, those that are whole are calls and the last one is an invalid call.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class AnswerParser(TaggedReader):
         self._opener = re.compile("|".join(map(re.escape, tags)) or r"(?!)")
         self._begun = prefixes(tags)
         self._fenced = False  # inside a fenced block which is text
+        self._is_cut = False  # within the last of several calls that had to prove to be some
         self._steps = self._answer()
 
     def push(self, text: str) -> list[Piece]:
@@ -193,13 +195,15 @@ class AnswerParser(TaggedReader):
         """Read JSON that is a call or calls and then the closing text or the answer's end; else it is text."""
         scan = self._scan
         calls = yield from self._candidates()
+        cut = scan.at
         if calls:
-            at = scan.at
             last = yield from scan.skip()
-            if last and not (closing and (yield from scan.take(closing))):
-                calls, scan.at = [], at
+            if last and not self._is_cut and not (closing and (yield from scan.take(closing))):
+                calls, scan.at = [], cut
         for call in calls:
             self._complete(call)
+        if calls and self._is_cut:
+            yield from self._spoil(Call(), cut, CUT_OFF)
         if not calls and closing:
             self._text(scan.text[start : scan.at])
         elif not calls:
@@ -213,8 +217,13 @@ class AnswerParser(TaggedReader):
         if in_list := first == "[":
             scan.at += 1
         while (yield from scan.skip()) == "{":
-            call = Call(keys=_PLAIN_KEYS, streams=False)
-            if (yield from self._object(call)) or call.name not in self._tools:
+            call, start = Call(keys=_PLAIN_KEYS, streams=False), scan.at
+            error = yield from self._object(call)
+            self._is_cut = error == CUT_OFF
+            if self._is_cut and calls:  # the tokens ran out in a list of calls, most of which are there
+                scan.at = start
+                return calls
+            if error or call.name not in self._tools:
                 return []
             calls.append(call)
             at = scan.at

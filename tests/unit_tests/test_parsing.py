@@ -249,6 +249,26 @@ def test_a_broken_call_is_one_invalid_piece(name: str, answer: str, written: str
         assert invalid[0].error
 
 
+@pytest.mark.parametrize(
+    ("answer", "rest"),
+    [
+        ('{"name": "now"}\n{"name": "now", "argu', '{"name": "now", "argu'),
+        ('```json\n{"name": "now"}\n{"na', '{"na'),
+        ('[{"name": "now"}, {"name": "now", "arguments": {"a": "x', '{"name": "now", "arguments": {"a": "x'),
+    ],
+)
+def test_of_a_list_that_was_cut_off_the_whole_calls_are_calls(answer: str, rest: str) -> None:
+    for parts in splits(answer):
+        text, _, calls, invalid = parse(new(), parts)
+        assert (text, calls) == ("", [NOW])
+        assert [(piece.index, piece.text, piece.error) for piece in invalid] == [(1, rest, "it is cut off")]
+
+
+def test_a_single_object_that_was_cut_off_is_text() -> None:
+    for parts in splits('{"name": "now", "argu'):
+        assert parse(new(), parts)[0] == '{"name": "now", "argu'
+
+
 def test_a_call_after_a_broken_one() -> None:
     for parts in splits('<tool_call>\n{"name": "now", "arg\n' + HERMES_PARIS):
         _, _, calls, invalid = parse(new(), parts)
