@@ -58,7 +58,11 @@ class _LastAnswer(BaseCallbackHandler):
 
     def on_llm_end(self, response: Any, **_: Any) -> None:
         """Note what came with the answer."""
-        self.info = response.generations[0][0].generation_info or {}
+        generation = response.generations[0][0]
+        message = getattr(generation, "message", None)  # of a chat model
+        self.info = generation.generation_info or {}
+        if message is not None:
+            self.info = {**message.response_metadata, "usage_metadata": message.usage_metadata}
 
     def line(self) -> str:
         """Say it in one line."""
@@ -102,19 +106,28 @@ def _make_llm(model: str | None, quantization: str | None, **fields: Any) -> Any
     return QuantizedHuggingFaceLLM(model_id=model, quantization=quantization, **given)
 
 
-def _as_prompt(llm: Any, messages: list[dict[str, str]]) -> str:
-    """Write messages in the model's own chat format, where it has one."""
-    tokenizer = llm.pipeline.tokenizer
-    if not tokenizer.chat_template:
-        return messages[-1]["content"]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+def _as_chat(llm: Any) -> Any:
+    """Give the chat model over the same weights; the model itself where it has no chat format."""
+    from langchain_quantllm.chat_models import ChatQuantizedHuggingFace
+
+    fields: dict[str, Any] = {"llm": llm}
+    return ChatQuantizedHuggingFace(**fields) if llm.pipeline.tokenizer.chat_template else llm
 
 
-def _print_stream(chunks: Iterator[str]) -> str:
+def _print_stream(chunks: Iterator[Any], thoughts: Console = out) -> str:
+    """Print an answer as it comes, what the model thinks before it dimmed, and give it."""
     text = ""
+    thinks = False
     for chunk in chunks:
-        out.print(chunk, end="", markup=False, highlight=False, soft_wrap=True)
-        text += chunk
+        if thought := "" if isinstance(chunk, str) else chunk.additional_kwargs.get("reasoning_content", ""):
+            thoughts.print(thought, end="", style="dim", markup=False, highlight=False, soft_wrap=True)
+            thinks = True
+        given = chunk if isinstance(chunk, str) else str(chunk.text)
+        if given and thinks:
+            thoughts.print("\n")
+            thinks = False
+        out.print(given, end="", markup=False, highlight=False, soft_wrap=True)
+        text += given
     out.print()
     return text
 
@@ -125,12 +138,11 @@ def demo() -> None:
     with _errors():
         llm = _make_llm(None, "nf4", max_new_tokens=120, progress=False)
         from langchain_core.output_parsers import StrOutputParser
-        from langchain_core.prompts import PromptTemplate
+        from langchain_core.prompts import ChatPromptTemplate
 
         with err.status("loading it in nf4 ..."):
             llm.load()
-        prompt = PromptTemplate.from_template(_as_prompt(llm, [{"role": "user", "content": "{question}"}]))
-        chain = prompt | llm | StrOutputParser()
+        chain = ChatPromptTemplate.from_messages([("human", "{question}")]) | _as_chat(llm) | StrOutputParser()
         answer = _LastAnswer()
         out.print(f"[bold]{DEMO_QUESTION}[/]")
         _print_stream(chain.stream({"question": DEMO_QUESTION}, {"callbacks": [answer]}))
@@ -167,8 +179,7 @@ def run(
         )
         llm.load()
         answer = _LastAnswer()
-        whole = text if raw else _as_prompt(llm, [{"role": "user", "content": text}])
-        _print_stream(llm.stream(whole, {"callbacks": [answer]}))
+        _print_stream((llm if raw else _as_chat(llm)).stream(text, {"callbacks": [answer]}), thoughts=err)
         err.print(f"[dim]{answer.line()}[/]", highlight=False)
         if memory:
             err.print(str(llm.memory_report()), markup=False, highlight=False, soft_wrap=True)
@@ -196,7 +207,7 @@ def chat(
             seed=seed,
             trust_remote_code=trust_remote_code,
         )
-        llm.load()
+        llm = _as_chat(llm.load())
         messages = [{"role": "system", "content": system}] if system else []
         while True:
             try:
@@ -217,7 +228,7 @@ def _answer(llm: Any, messages: list[dict[str, str]], text: str) -> None:
     turn = [*messages, {"role": "user", "content": text}]
     answer = _LastAnswer()
     try:
-        reply = _print_stream(llm.stream(_as_prompt(llm, turn), {"callbacks": [answer]}))
+        reply = _print_stream(llm.stream(turn, {"callbacks": [answer]}))
     except KeyboardInterrupt:
         out.print("\n[dim]stopped; the turn is forgotten[/]")
     except QuantLLMError as error:
@@ -486,6 +497,7 @@ _PACKAGES = (
     "optimum",
     "flash-attn",
     "triton",
+    "xgrammar",
 )
 
 

