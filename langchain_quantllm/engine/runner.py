@@ -322,7 +322,7 @@ class Runner:
         return logits[keep] if keep is not None and not self._keeps_logits else logits
 
     def blank_masks(self, rows: int) -> torch.Tensor:
-        """Give masks that allow everything, for a step's rows to narrow: `(rows, ceil(vocab / 32))`, int32, on the CPU."""
+        """Give masks that allow all, for a step's rows to narrow: `(rows, ceil(vocab / 32))`, int32, on the CPU."""
         if not self.is_asynchronous:
             return torch.full((rows, self._mask_words), -1, dtype=torch.int32)
         if not self._staged_masks or rows > len(self._staged_masks[0]):
