@@ -34,7 +34,7 @@ lint: .venv/.test
 	touch $@
 
 .venv/.test: .venv/.demo
-	$(PIP) "$(TORCH)" --editable '.[demo,gptq,huggingface,structured]' --group test
+	$(PIP) "$(TORCH)" --editable '.[demo,gptq,huggingface,structured,vision]' --group test
 	touch $@
 
 clean:

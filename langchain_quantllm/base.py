@@ -38,6 +38,7 @@ from langchain_quantllm.errors import (
 )
 from langchain_quantllm.loading import LoadedModel, acquire, adopt, name_of
 from langchain_quantllm.memory import MemoryReport, check_cache_budget
+from langchain_quantllm.processors import process
 from langchain_quantllm.schemes import SCHEMES, Scheme, Unquantized, scheme_from, scheme_of_config
 
 
@@ -105,6 +106,9 @@ _MODEL_KWARGS_ALIASES = {"torch_dtype": "dtype", "use_auth_token": "token"}
 _LOAD_IN = {"load_in_8bit": "int8", "load_in_4bit": "fp4"}  # fp4 is what BitsAndBytesConfig(load_in_4bit=True) means
 
 
+_TASKS = ("text-generation", "image-text-to-text")
+"""Tasks of the pipelines that can be used."""
+
 _instances: weakref.WeakValueDictionary[int, QuantizedModel] = weakref.WeakValueDictionary()
 
 
@@ -153,7 +157,7 @@ class QuantizedModel(BaseLanguageModel[Any]):
     model_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Further keyword arguments of transformers' `from_pretrained`."""
     own_pipeline: Any = Field(default=None, alias="pipeline", repr=False)
-    """Given as `pipeline=`: a transformers text-generation pipeline of your own, used as it is."""
+    """Given as `pipeline=`: a transformers pipeline of your own, for text-generation or image-text-to-text."""
     batch_size: int | None = Field(default=None, ge=1)
     """Most rows that run beside each other; None leaves it to the engine."""
     engine: str = "auto"
@@ -313,10 +317,10 @@ class QuantizedModel(BaseLanguageModel[Any]):
 
     def _check_pipeline(self) -> None:
         pipe = self.own_pipeline
-        if getattr(pipe, "task", None) != "text-generation" or getattr(pipe, "tokenizer", None) is None:
+        if getattr(pipe, "task", None) not in _TASKS or getattr(pipe, "tokenizer", None) is None:
             msg = (
                 f"pipeline={type(pipe).__name__} cannot be used; give transformers.pipeline('text-generation', "
-                "model=..., tokenizer=...)."
+                "model=..., tokenizer=...), or pipeline('image-text-to-text', model=..., processor=...)."
             )
             raise InvalidOptionError(msg)
         # Whoever copies an instance hands every field on, the defaults too, so only other values count.
@@ -407,13 +411,13 @@ class QuantizedModel(BaseLanguageModel[Any]):
     def _loaded_pipeline(self) -> Any:
         return _open(self._loaded())
 
-    def _engine(self, options: GenerationOptions | None = None) -> Engine:
+    def _engine(self, options: GenerationOptions | None = None, *, has_media: bool = False) -> Engine:
         """Give the engine for a call's options; None asks for the one of ordinary calls."""
         model = self._loaded()
         with model.lock:
             if model.engines is None:
                 model.engines = Engines(_open(model))
-            engine: Engine = model.engines.choose(self.engine, self.kv_cache_memory, options)
+            engine: Engine = model.engines.choose(self.engine, self.kv_cache_memory, options, has_media=has_media)
         return engine
 
     @property
@@ -452,25 +456,32 @@ class QuantizedModel(BaseLanguageModel[Any]):
         return resolve([given, self._field_options()], _checkpoint_options(self._loaded_pipeline()))
 
     def _requests(
-        self, prompt: str, options: GenerationOptions, mask: Callable[[], TokenMask] | None = None
+        self,
+        prompt: str,
+        options: GenerationOptions,
+        mask: Callable[[], TokenMask] | None = None,
+        images: Sequence[Any] = (),
     ) -> list[Request]:
-        """Make the requests of one prompt: one for each of the `n` samples."""
+        """Make the requests of one prompt, with the images for its placeholders: one for each of the `n` samples."""
         tokenizer = self._loaded_pipeline().tokenizer
+        ids, media = self._process(prompt, images, add_special_tokens=options.add_special_tokens)
         return plan_requests(
-            self._encode(prompt, add_special_tokens=options.add_special_tokens),
+            ids,
             options,
-            self._engine(options).limits,
+            self._engine(options, has_media=media is not None).limits,
             truncation_side=tokenizer.truncation_side,
             stop_token_ids=_special_ids(tokenizer, options.stop),
             max_rows=self.batch_size,
             shares_prefix=self.prefix_caching,
             mask=mask,
+            media=media,
         )
 
     def _submit(
         self, requests: Sequence[Request], options: GenerationOptions, *, in_pieces: bool = True
     ) -> ChunkStream:
-        stream = self._engine(options).submit(requests, options.timeout, in_pieces=in_pieces)
+        has_media = any(request.media is not None for request in requests)
+        stream = self._engine(options, has_media=has_media).submit(requests, options.timeout, in_pieces=in_pieces)
         if (noted := STREAMS.get()) is not None:
             noted.append(stream)
         return stream
@@ -484,6 +495,16 @@ class QuantizedModel(BaseLanguageModel[Any]):
         if add_special_tokens and bos is not None and ids[:2] == [bos, bos]:
             del ids[0]  # the prompt, made by a chat template perhaps, has its begin token already
         return ids
+
+    def _process(
+        self, prompt: str, images: Sequence[Any], *, add_special_tokens: bool
+    ) -> tuple[list[int], dict[str, Any] | None]:
+        """Turn a prompt into token ids, and its images into what else the model is given; None without any."""
+        if not images:
+            return self._encode(prompt, add_special_tokens=add_special_tokens), None
+        model = self._loaded()
+        with model.lock:  # as in _encode: the processor uses the same tokenizer
+            return process(_open(model).processor, prompt, images, add_special_tokens=add_special_tokens)
 
     def get_token_ids(self, text: str) -> list[int]:
         """Return the model's own token ids of a text, without special tokens; loads the model if needed."""
@@ -638,12 +659,28 @@ def _device_name(device: int | str) -> str:
     return f"{accelerator.type}:{device}"
 
 
+def flat_options(pipeline: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Bring the options that an image-text-to-text pipeline takes in a dict of their own to the others.
+
+    Args:
+        pipeline: The pipeline; some write their own config into the options that they are given (transformers 5.14).
+        given: The options.
+    """
+    flat = {k: v for k, v in given.items() if k != "generate_kwargs"} | dict(given.get("generate_kwargs") or {})
+    if flat.get("generation_config", given) is getattr(pipeline, "generation_config", None):
+        del flat["generation_config"]
+    return flat
+
+
 def _checkpoint_options(pipeline: Any) -> dict[str, Any]:
     """Read the options that came with the checkpoint or were given to the pipeline when it was made.
 
     The pipeline's own defaults (sampling at 0.7) are none of them.
     """
-    given = {**getattr(pipeline, "_generate_kwargs", {}), **getattr(pipeline, "_forward_params", {})}
+    given = {
+        **getattr(pipeline, "_generate_kwargs", {}),
+        **flat_options(pipeline, getattr(pipeline, "_forward_params", {})),
+    }
     if (mixed := getattr(pipeline, "generation_config", None)) is not None:
         # Older pipelines (transformers 5.14 to 5.17) keep them in one config with their own and transformers' defaults.
         defaults = (type(pipeline)._default_generation_config.to_dict(), mixed._get_default_generation_params())

@@ -21,6 +21,7 @@ from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
 from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser, PydanticToolsParser
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
+from langchain_core.runnables.config import run_in_executor
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
@@ -28,34 +29,23 @@ from pydantic import Field, model_validator
 
 from langchain_quantllm.answers import Answers, completion_info
 from langchain_quantllm.base import QuantizedModel, langchain_errors
-from langchain_quantllm.checkpoint import stored_profile
-from langchain_quantllm.constraints import Compiler, Constraint, Either, JSONObject, JSONSchema, ToolCalls
+from langchain_quantllm.chat_options import CHAT_OPTIONS, ChatOptions, choice_of
+from langchain_quantllm.checkpoint import reads_images, stored_profile
+from langchain_quantllm.constraints import Compiler, Constraint, Either, JSONSchema, ToolCalls
 from langchain_quantllm.engine.options import GenerationOptions
 from langchain_quantllm.engine.request import Request, TokenMask
 from langchain_quantllm.errors import InvalidOptionError, UnsupportedError, nearest
+from langchain_quantllm.messages.contents import images_in, joined
 from langchain_quantllm.messages.formats import FORMATS, HERMES, ToolFormat, format_of, reasoning_of
+from langchain_quantllm.messages.images import FETCH_S, ImageSource, read_image
 from langchain_quantllm.messages.parsing import AnswerParser, TemplateParser
 from langchain_quantllm.messages.templates import ChatTemplate
 from langchain_quantllm.messages.turns import Turn, turns_of
 from langchain_quantllm.packages import is_installed
+from langchain_quantllm.processors import why_blind
 from langchain_quantllm.replies import Reply
 
 _logger = logging.getLogger(__name__)
-
-_CHAT_OPTIONS = (
-    "tools",
-    "tool_choice",
-    "parallel_tool_calls",
-    "response_format",
-    "constraint",
-    "chat_template_kwargs",
-    "model",
-    "strict",
-    "stream",
-    "stream_usage",
-    "ls_structured_output_format",
-)
-"""Options of a call that a chat model has beside those of generating."""
 
 _SCHEMA_TEXT = "Answer with a JSON object that matches this JSON schema, and with nothing else:\n{schema}"
 
@@ -67,6 +57,7 @@ class _Plan:
     options: GenerationOptions
     requests: list[Request]
     make_parser: Callable[[], Any]
+    parallel: bool
 
 
 class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
@@ -76,6 +67,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
         ```bash
         pip install langchain-quantllm                # with bitsandbytes: int8, nf4, fp4
         pip install "langchain-quantllm[structured]"  # tool calls and outputs that always match their schema
+        pip install "langchain-quantllm[vision]"      # images, for models that read them
         ```
 
     Key init args:
@@ -128,6 +120,15 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
 
         chat.with_structured_output(Person).invoke("Ada Lovelace died at 36.")
         ```
+
+    Image input:
+        ```python
+        image = {"type": "image", "base64": base64.b64encode(content).decode(), "mime_type": "image/png"}
+        chat.invoke([HumanMessage([image, {"type": "text", "text": "What is in this picture?"}])])
+        ```
+
+        For checkpoints of transformers' image-text-to-text models, in base64 or by an http(s) or data URL; OpenAI's and
+        Anthropic's blocks are taken as well. Files are not read by their path.
 
     Response metadata:
         `usage_metadata` counts tokens, those found in the KV cache included; `response_metadata` has
@@ -207,7 +208,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
             InvalidOptionError: If the tool chosen is none of them.
         """
         described = [convert_to_openai_tool(tool, strict=strict) for tool in tools]
-        _choice(tool_choice, described)
+        choice_of(tool_choice, described)
         given = {"tool_choice": tool_choice, "parallel_tool_calls": parallel_tool_calls}
         return self.bind(tools=described, **{k: v for k, v in given.items() if v is not None}, **kwargs)
 
@@ -242,29 +243,12 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
         if schema is None and method != "json_mode":
             msg = f"method={method!r} needs a schema; give a pydantic class, a TypedDict or a JSON schema."
             raise InvalidOptionError(msg)
-        wanted_class: Any = schema
-        is_class = isinstance(schema, type) and is_basemodel_subclass(schema)
         about = {"kwargs": {"method": method, **({} if strict is None else {"strict": strict})}, "schema": schema}
-        parser: Runnable[Any, Any]
+        kwargs["ls_structured_output_format"] = about
         if method == "function_calling":
-            name = convert_to_openai_tool(wanted_class)["function"]["name"]
-            tools = kwargs.pop("tools", [])
-            options = {"tool_choice": name, "parallel_tool_calls": False, "strict": strict, **kwargs}
-            llm = self.bind_tools([wanted_class, *tools], ls_structured_output_format=about, **options)
-            if is_class:
-                parser = PydanticToolsParser(tools=[wanted_class], first_tool_only=True)
-            else:
-                parser = JsonOutputKeyToolsParser(key_name=name, first_tool_only=True)
+            llm, parser = self._calling(schema, strict, kwargs)
         else:
-            wanted: dict[str, Any] = {"type": "json_object"}
-            if method == "json_schema":
-                described = convert_to_json_schema(wanted_class, strict=strict)
-                name = described.get("title", "answer")
-                wanted = {"type": "json_schema", "json_schema": {"name": name, "schema": described}}
-            options = {"response_format": wanted, "ls_structured_output_format": about, **kwargs}
-            tools = options.pop("tools", None)
-            llm = self.bind_tools(tools, **options) if tools else self.bind(**options)
-            parser = PydanticOutputParser(pydantic_object=wanted_class) if is_class else JsonOutputParser()
+            llm, parser = self._formatting(schema if method == "json_schema" else None, schema, strict, kwargs)
         if not include_raw:
             return llm | parser
         failed = RunnablePassthrough.assign(parsed=lambda _: None)
@@ -272,6 +256,31 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
             parsed=lambda given: parser.invoke(given["raw"]), parsing_error=lambda _: None
         )
         return RunnableMap(raw=llm) | parsed.with_fallbacks([failed], exception_key="parsing_error")
+
+    def _calling(
+        self, schema: Any, strict: bool | None, options: dict[str, Any]
+    ) -> tuple[Runnable[LanguageModelInput, AIMessage], Runnable[Any, Any]]:
+        """Give the model made to call a function of a schema, and the parser of its calls."""
+        name = convert_to_openai_tool(schema)["function"]["name"]
+        tools = [schema, *options.pop("tools", ())]
+        options = {"tool_choice": name, "parallel_tool_calls": False, "strict": strict, **options}
+        if _is_class(schema):
+            return self.bind_tools(tools, **options), PydanticToolsParser(tools=[schema], first_tool_only=True)
+        return self.bind_tools(tools, **options), JsonOutputKeyToolsParser(key_name=name, first_tool_only=True)
+
+    def _formatting(
+        self, enforced: Any, schema: Any, strict: bool | None, options: dict[str, Any]
+    ) -> tuple[Runnable[LanguageModelInput, AIMessage], Runnable[Any, Any]]:
+        """Give the model made to write JSON, of a schema if one is enforced, and the parser for it."""
+        wanted: dict[str, Any] = {"type": "json_object"}
+        if enforced is not None:
+            described = convert_to_json_schema(enforced, strict=strict)
+            name = described.get("title", "answer")
+            wanted = {"type": "json_schema", "json_schema": {"name": name, "schema": described}}
+        options = {"response_format": wanted, **options}
+        tools = options.pop("tools", None)
+        llm = self.bind_tools(tools, **options) if tools else self.bind(**options)
+        return llm, PydanticOutputParser(pydantic_object=schema) if _is_class(schema) else JsonOutputParser()
 
     # LangChain's calls.
 
@@ -299,7 +308,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
     ) -> ChatResult:
         with langchain_errors():
             await self._aload()
-            plan = self._plan(messages, stop, kwargs)
+            plan = await self._aplan(self._plan, messages, stop, kwargs)
             answers = Answers(plan.requests)
             with self._submit(plan.requests, plan.options, in_pieces=False) as stream:
                 async for chunk in stream:
@@ -332,7 +341,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
     ) -> AsyncIterator[ChatGenerationChunk]:
         with langchain_errors():
             await self._aload()
-            plan = self._plan_stream(messages, stop, kwargs)
+            plan = await self._aplan(self._plan_stream, messages, stop, kwargs)
             convert = self._converter(plan)
             with self._submit(plan.requests, plan.options) as stream:
                 async for chunk in stream:
@@ -344,62 +353,51 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
     # Requests.
 
     def _plan(self, messages: Sequence[BaseMessage], stop: Sequence[str] | None, call: Mapping[str, Any]) -> _Plan:
-        chat = {name: call[name] for name in _CHAT_OPTIONS if call.get(name) is not None}
-        if chat.get("model", self.model_id) != self.model_id:
-            msg = (
-                f"model={chat['model']!r} is not this model ({self.model_id!r}), which is loaded; make another "
-                "ChatQuantizedHuggingFace for it."
-            )
-            raise InvalidOptionError(msg)
-        options = self._options(stop, {k: v for k, v in call.items() if k not in _CHAT_OPTIONS})
-        if options.return_full_text:
-            msg = "return_full_text=True is not possible here: a chat model returns messages; leave it out."
-            raise InvalidOptionError(msg)
-        tools = [convert_to_openai_tool(tool) for tool in chat.get("tools", ())]
-        choice = _choice(chat.get("tool_choice"), tools)
-        if choice == "none":
-            tools = []
-        constraint = _wanted(chat)
+        chat = ChatOptions.of(call)
+        options = self._options(stop, {k: v for k, v in call.items() if k not in CHAT_OPTIONS})
+        self._check_call(chat, options)
         template = self._template()
-        prompt = self._render(template, turns_of(messages), tools, constraint, chat.get("chat_template_kwargs"))
+        prompt, sources = self._render(template, self._turns(messages), chat)
+        images = self._read(sources, options.timeout)
         tokenizer = self._loaded_pipeline().tokenizer
-        tool_format = self._tool_format(template) if tools else None
-        reasoning = reasoning_of(template.text(tools=bool(tools)))
+        tool_format = self._tool_format(template) if chat.tools else None
+        reasoning = reasoning_of(template.text(tools=bool(chat.tools)))
         in_reasoning = reasoning is not None and prompt.rstrip().endswith(reasoning.begin)
-        if tool_format is not None:
-            forced = choice not in (None, "auto")
-            callable_tools = [t for t in tools if not forced or choice == "any" or t["function"]["name"] == choice]
-            calls = ToolCalls(
-                tool_format,
-                callable_tools,
-                mode="required" if forced or constraint is not None else "auto",
-                # A model that was not made for tools calls the same one again and again, if it may.
-                parallel=chat.get("parallel_tool_calls", template.takes_tools),
-            )
-            constraint = calls if forced or constraint is None else Either((calls, constraint))
         thinks = None if reasoning is None else (reasoning.begin, reasoning.end, in_reasoning)
+        # A model that was not made for tools calls the same one again and again, if it may.
+        parallel = template.takes_tools if chat.parallel is None else chat.parallel
+        constraint = _constraint(chat, tool_format, thinks, parallel=parallel)
         markers = _markers(tokenizer, tool_format, thinks)
         reads_template = getattr(tokenizer, "response_template", None) is not None and self.tool_format is None
         options = dataclasses.replace(
             options,
-            add_special_tokens=False,  # the template has written them
+            add_special_tokens=self._adds_begin(prompt),
             skip_special_tokens=options.skip_special_tokens and not markers and not reads_template,
         )
-        if constraint is not None and thinks is not None:
-            constraint = dataclasses.replace(constraint, reasoning=thinks)
-        mask = self._mask(constraint, options)
+        mask = self._mask(constraint, options, has_media=bool(images))
         if mask is not None and not (isinstance(constraint, ToolCalls) and constraint.mode == "auto"):
             # Where a text is complete, nothing but its end is allowed.
             options = dataclasses.replace(options, min_new_tokens=0, min_length=0)
-        requests = self._requests(prompt, options, mask)
+        requests = self._requests(prompt, options, mask, images)
 
         def make_parser() -> Any:
             if reads_template:
-                return TemplateParser(tokenizer, prompt, tools)
-            parser = AnswerParser(tool_format, tools, reasoning=reasoning, in_reasoning=in_reasoning)
+                return TemplateParser(tokenizer, prompt, chat.tools)
+            parser = AnswerParser(tool_format, chat.tools, reasoning=reasoning, in_reasoning=in_reasoning)
             return _Stripping(parser, tokenizer, markers) if markers else parser
 
-        return _Plan(options=options, requests=requests, make_parser=make_parser)
+        return _Plan(options=options, requests=requests, make_parser=make_parser, parallel=chat.parallel is not False)
+
+    def _check_call(self, chat: ChatOptions, options: GenerationOptions) -> None:
+        if chat.model not in (None, self.model_id):
+            msg = (
+                f"model={chat.model!r} is not this model ({self.model_id!r}), which is loaded; make another "
+                "ChatQuantizedHuggingFace for it."
+            )
+            raise InvalidOptionError(msg)
+        if options.return_full_text:
+            msg = "return_full_text=True is not possible here: a chat model returns messages; leave it out."
+            raise InvalidOptionError(msg)
 
     def _plan_stream(
         self, messages: Sequence[BaseMessage], stop: Sequence[str] | None, call: Mapping[str, Any]
@@ -410,12 +408,50 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
             raise InvalidOptionError(msg)
         return plan
 
+    async def _aplan(
+        self,
+        plan: Callable[[Sequence[BaseMessage], Sequence[str] | None, Mapping[str, Any]], _Plan],
+        messages: Sequence[BaseMessage],
+        stop: Sequence[str] | None,
+        call: Mapping[str, Any],
+    ) -> _Plan:
+        """Make the plan of a call; beside the event loop where images may have to be fetched and resized for it."""
+        if self._processor() is None or all(isinstance(message.content, str) for message in messages):
+            return plan(messages, stop, call)
+        return await run_in_executor(None, plan, messages, stop, call)
+
+    # Images.
+
+    def _processor(self) -> Any:
+        """Give what makes inputs of images; None where the model was loaded to read text only."""
+        return getattr(self._loaded_pipeline(), "processor", None)
+
+    def _turns(self, messages: Sequence[BaseMessage]) -> list[Turn]:
+        pipeline = self._loaded_pipeline()
+        turns = turns_of(messages, images=self._processor() is not None or reads_images(pipeline.model.config))
+        if (found := images_in(turns)) and (error := why_blind(pipeline, found[0].message)) is not None:
+            raise error
+        return turns
+
+    def _read(self, sources: Sequence[ImageSource], timeout_s: float | None) -> list[Any]:
+        return [read_image(source, min(timeout_s or FETCH_S, FETCH_S)) for source in sources]
+
+    def _adds_begin(self, prompt: str) -> bool:
+        """Whether the tokenizer is to add its begin token: a template has written it, but one made for a processor.
+
+        Source: `ProcessorMixin.apply_chat_template` in transformers/processing_utils.py.
+        """
+        begin = self._loaded_pipeline().tokenizer.bos_token
+        return self._processor() is not None and not (begin is not None and prompt.startswith(begin))
+
+    # Prompts.
+
     def _template(self) -> ChatTemplate:
         """Give the template, with what was found out about it, which all instances over the model share."""
         model = self._loaded()
         found: ChatTemplate = model.remember(
             ("template", self.chat_template),
-            lambda: ChatTemplate(self._loaded_pipeline().tokenizer, self.chat_template),
+            lambda: ChatTemplate(self._loaded_pipeline().tokenizer, self.chat_template, self._processor()),
         )
         return found
 
@@ -423,31 +459,33 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
         self,
         template: ChatTemplate,
         turns: list[Turn],
-        tools: Sequence[Mapping[str, Any]] = (),
-        constraint: Constraint | None = None,
-        options: Mapping[str, Any] | None = None,
-    ) -> str:
-        if isinstance(constraint, JSONSchema):  # the model is to know what is wanted, not to be driven there blindly
-            text = _SCHEMA_TEXT.format(schema=constraint.schema)
+        chat: ChatOptions,
+    ) -> tuple[str, list[ImageSource]]:
+        # The model is to know what is wanted, not to be driven there blindly.
+        if isinstance(chat.constraint, JSONSchema):
+            text = _SCHEMA_TEXT.format(schema=chat.constraint.schema)
             at = 1 if turns and turns[0]["role"] == "system" else 0
             turns = [*turns[:at], {"role": "system", "content": text}, *turns[at:]]
             if at:
-                turns[0:2] = [{"role": "system", "content": f"{turns[0]['content']}\n\n{text}"}]
-        return template.render(turns, tools, {**self.chat_template_kwargs, **(options or {})})
+                turns[0:2] = [{"role": "system", "content": joined([turns[0]["content"], text], "\n\n")}]
+        variables = {**self.chat_template_kwargs, **(chat.template_kwargs or {})}
+        return template.compose(turns, chat.tools, variables)
 
     def _tool_format(self, template: ChatTemplate) -> ToolFormat:
         if self.tool_format is not None:
             return next(known for known in FORMATS if known.name == self.tool_format)
         return format_of(template.text(tools=True)) if template.takes_tools else HERMES
 
-    def _mask(self, constraint: Constraint | None, options: GenerationOptions) -> Callable[[], TokenMask] | None:
+    def _mask(
+        self, constraint: Constraint | None, options: GenerationOptions, *, has_media: bool
+    ) -> Callable[[], TokenMask] | None:
         if constraint is None:
             return None
         is_optional = isinstance(constraint, ToolCalls) and constraint.mode == "auto"
         if is_optional and not is_installed("xgrammar"):
             return None  # calls are read all the same; only that they match is not made sure of
         model = self._loaded()
-        limits = self._engine(options).limits
+        limits = self._engine(options, has_media=has_media).limits
         compiler: Compiler = model.remember(
             ("grammars",),
             lambda: Compiler(self._loaded_pipeline().tokenizer, limits.vocab_size, limits.eos_token_ids),
@@ -467,7 +505,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
         tokenizer = self._loaded_pipeline().tokenizer
         generations = []
         for answer in answers.rows:
-            reply, parser = Reply(), plan.make_parser()
+            reply, parser = Reply(parallel=plan.parallel), plan.make_parser()
             reply.add([*parser.push(answer.text), *parser.finish()])
             info = completion_info(answer, answer.request, tokenizer, self.model_id)
             usage, metadata = _split(info, reply)
@@ -490,7 +528,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
 
     def _converter(self, plan: _Plan) -> Callable[[Any], Iterator[ChatGenerationChunk]]:
         tokenizer = self._loaded_pipeline().tokenizer
-        reply, parser = Reply(), plan.make_parser()
+        reply, parser = Reply(parallel=plan.parallel), plan.make_parser()
 
         def convert(chunk: Any) -> Iterator[ChatGenerationChunk]:
             ended = chunk.finish_reason is not None
@@ -518,10 +556,10 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
             messages: The conversation.
             tools: Tools that the prompt describes.
         """
-        described = [convert_to_openai_tool(tool) for tool in tools or ()]
-        return len(
-            self._encode(self._render(self._template(), turns_of(messages), described), add_special_tokens=False)
-        )
+        chat = ChatOptions.of({"tools": tools or ()})
+        prompt, sources = self._render(self._template(), self._turns(messages), chat)
+        images = self._read(sources, None)
+        return len(self._process(prompt, images, add_special_tokens=self._adds_begin(prompt))[0])
 
     # LangChain's conventions.
 
@@ -537,18 +575,26 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
 
     def _resolve_model_profile(self) -> ModelProfile | None:
         """Derive the profile from the checkpoint's config and template, as far as they are on this disk."""
+        tool_images = None
         if self.own_pipeline is not None:
             config = self.own_pipeline.model.config.to_dict()
-            template = self.chat_template or self.own_pipeline.tokenizer.chat_template
+            processor = getattr(self.own_pipeline, "processor", None)
+            template = self.chat_template or getattr(processor, "chat_template", None)
+            template = template or self.own_pipeline.tokenizer.chat_template
+            found = ChatTemplate(self.own_pipeline.tokenizer, self.chat_template, processor)
+            images = template is not None and found.takes_images()
+            tool_images = template is not None and found.takes_images("tool")
         else:
-            config, template = stored_profile(self.model_id)
+            config, template, sees = stored_profile(self.model_id)
             template = self.chat_template or template
+            images = sees and template is not None and is_installed("PIL")
         if not config:
             return None
         profile = ModelProfile(
             text_inputs=True,
             text_outputs=True,
-            image_inputs=False,
+            image_inputs=images,
+            image_url_inputs=images,
             audio_inputs=False,
             video_inputs=False,
             pdf_inputs=False,
@@ -557,6 +603,8 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
             structured_output=is_installed("xgrammar"),
             reasoning_output=reasoning_of(str(template or "")) is not None,
         )
+        if tool_images is not None or not images:
+            profile["image_tool_message"] = bool(tool_images)
         context = config.get("max_position_embeddings") or (config.get("text_config") or {}).get(
             "max_position_embeddings"
         )
@@ -566,7 +614,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         """Give the standard parameters for tracing."""
-        rest = {k: v for k, v in kwargs.items() if k not in _CHAT_OPTIONS or k == "model"}
+        rest = {k: v for k, v in kwargs.items() if k not in CHAT_OPTIONS or k == "model"}
         params = super()._get_ls_params(stop=stop, **rest)
         params["ls_model_type"] = "chat"
         return params
@@ -590,6 +638,25 @@ class _Stripping:
         return self._parser.push(self._others.sub("", text) if self._others else text)
 
 
+def _is_class(schema: Any) -> bool:
+    return isinstance(schema, type) and is_basemodel_subclass(schema)
+
+
+def _constraint(
+    chat: ChatOptions, tool_format: ToolFormat | None, thinks: tuple[str, str, bool] | None, *, parallel: bool
+) -> Constraint | None:
+    """Say what the answer must be: what was asked for, calls, or either of them."""
+    constraint = chat.constraint
+    if tool_format is not None:
+        is_required = chat.choice is not None or constraint is not None
+        mode: Literal["required", "auto"] = "required" if is_required else "auto"
+        calls = ToolCalls(tool_format, chat.callable_tools, mode=mode, parallel=parallel)
+        constraint = calls if chat.choice is not None or constraint is None else Either((calls, constraint))
+    if constraint is not None and thinks is not None:
+        return dataclasses.replace(constraint, reasoning=thinks)
+    return constraint
+
+
 def _markers(tokenizer: Any, tool_format: ToolFormat | None, reasoning: tuple[str, str, bool] | None) -> list[str]:
     """List the special tokens that the parser has to see."""
     texts = [*(reasoning or ())[:2]]
@@ -597,51 +664,6 @@ def _markers(tokenizer: Any, tool_format: ToolFormat | None, reasoning: tuple[st
         texts += [tool_format.opening, tool_format.trigger, tool_format.call, tool_format.call_end, tool_format.closing]
         texts += tool_format.inner
     return [token for token in tokenizer.all_special_tokens if any(token in text for text in texts)]
-
-
-def _choice(given: Any, tools: Sequence[Mapping[str, Any]]) -> str | None:
-    """Read a tool choice: None, `"auto"`, `"any"`, `"none"`, or a tool's name."""
-    if isinstance(given, Mapping):
-        given = (given.get("function") or given).get("name") or given.get("type")
-    if given is True or given == "required":
-        given = "any"
-    names = [tool["function"]["name"] for tool in tools]
-    if given is None or given is False or given in ("auto", "none"):
-        return None if given is False else given
-    if given == "any":
-        if not names:
-            msg = "tool_choice='any' needs tools; bind some with bind_tools."
-            raise InvalidOptionError(msg)
-        return "any"
-    if given not in names:
-        msg = f"tool_choice={given!r} is none of the tools; it must be 'auto', 'any', 'none' or one of {names}."
-        raise InvalidOptionError(msg)
-    return str(given)
-
-
-def _wanted(chat: Mapping[str, Any]) -> Constraint | None:
-    """Read `constraint` and `response_format`."""
-    constraint, wanted = chat.get("constraint"), chat.get("response_format")
-    if constraint is not None and wanted is not None:
-        msg = "constraint and response_format say two things; give one of them."
-        raise InvalidOptionError(msg)
-    if constraint is not None and not isinstance(constraint, Constraint):
-        msg = f"constraint={constraint!r} is not allowed; give one of langchain_quantllm.constraints, such as Regex."
-        raise InvalidOptionError(msg)
-    if wanted is None or constraint is not None:
-        return constraint
-    kind = wanted.get("type") if isinstance(wanted, Mapping) else None
-    if kind == "json_schema" and isinstance(wanted.get("json_schema"), Mapping):
-        return JSONSchema(wanted["json_schema"].get("schema", {}))
-    if kind == "json_object":
-        return JSONObject()
-    if kind == "text":
-        return None
-    msg = (
-        f"response_format={wanted!r} is not allowed; give {{'type': 'json_schema', 'json_schema': {{'name': ..., "
-        "'schema': ...}}, {'type': 'json_object'} or {'type': 'text'}."
-    )
-    raise InvalidOptionError(msg)
 
 
 def _split(info: dict[str, Any], reply: Reply) -> tuple[Any, dict[str, Any]]:

@@ -39,6 +39,10 @@ _FLASH_PACKAGES = {
 }
 
 
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+"""Where a checkpoint says how its images are prepared."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoadSpec:
     """What to load and how: all that makes two loaded models different.
@@ -175,15 +179,16 @@ def stored_quantization(model_id: str) -> dict[str, Any] | None:
     return quantization if isinstance(quantization, dict) else None
 
 
-def stored_profile(model_id: str) -> tuple[dict[str, Any], str | None]:
+def stored_profile(model_id: str) -> tuple[dict[str, Any], str | None, bool]:
     """Read the config and the chat template of a local folder, or of a repository that the Hub's cache has.
 
     Returns:
-        The config, empty where there is none, and the template.
+        The config, empty where there is none; the template; and whether the model reads images, as far as the names of
+        its config's fields and its files tell.
     """
     folder = _folder(model_id) or _cached_snapshot(LoadSpec(model_id=model_id))
     if folder is None:
-        return {}, None
+        return {}, None, False
     found: dict[str, Any] = {}
     for name in ("config.json", "tokenizer_config.json"):
         try:
@@ -193,7 +198,19 @@ def stored_profile(model_id: str) -> tuple[dict[str, Any], str | None]:
     template = found["tokenizer_config.json"].get("chat_template")
     with contextlib.suppress(OSError):
         template = (Path(folder) / "chat_template.jinja").read_text(encoding="utf-8")
-    return found["config.json"], None if template is None else str(template)
+    config = found["config.json"]
+    sees = any(word in name for name in config for word in ("vision", "image")) and has_image_processor(Path(folder))
+    return config, None if template is None else str(template), sees
+
+
+def has_image_processor(folder: Path) -> bool:
+    """Say whether an image processor is in a folder: in a file of its own, or in that of the processor."""
+    if (folder / PROCESSOR_FILES[0]).is_file():
+        return True
+    try:
+        return "image_processor" in json.loads((folder / PROCESSOR_FILES[1]).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
 
 
 def _folder(model_id: str) -> str | None:
@@ -208,7 +225,7 @@ def find_checkpoint(spec: LoadSpec) -> Checkpoint:
     Raises:
         ModelNotFoundError: If there is no such folder or repository.
         CheckpointError: If the config cannot be read, or needs code that is not trusted.
-        UnsupportedError: If the model generates no text from text alone.
+        UnsupportedError: If the model generates no text from text, or from text with images.
     """
     folder = _folder(spec.model_id) or (None if spec.local_files_only is False else _cached_snapshot(spec))
     if folder is None:
@@ -379,12 +396,24 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(". ")
 
 
-def _check_task(spec: LoadSpec, config: Any) -> None:
+def reads_text(config: Any) -> bool:
+    """Say whether transformers has a model for a config that is loaded to continue texts."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if getattr(config, "is_encoder_decoder", False) or not (known or remote):
+    return config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or remote
+
+
+def reads_images(config: Any) -> bool:
+    """Say whether transformers has a model for a config that continues texts with images in them."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    remote = "AutoModelForImageTextToText" in (getattr(config, "auto_map", None) or {})
+    return config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or remote
+
+
+def _check_task(spec: LoadSpec, config: Any) -> None:
+    if getattr(config, "is_encoder_decoder", False) or not (reads_text(config) or reads_images(config)):
         msg = (
             f"{spec.model_id} is a {config.model_type!r} model, which does not continue a text by itself; "
             "use a decoder-only language model, such as Llama, Qwen or Mistral."

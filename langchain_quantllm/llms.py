@@ -21,7 +21,7 @@ from langchain_core.runnables.config import ContextThreadPoolExecutor, get_confi
 from typing_extensions import Self
 
 from langchain_quantllm.answers import Answers, completion_info
-from langchain_quantllm.base import STREAMS, QuantizedModel, langchain_errors, noting
+from langchain_quantllm.base import STREAMS, QuantizedModel, flat_options, langchain_errors, noting
 from langchain_quantllm.engine.options import GenerationOptions
 from langchain_quantllm.engine.request import Chunk, ChunkStream, Request
 from langchain_quantllm.errors import InvalidOptionError, MissingPackageError, pip_install
@@ -155,7 +155,8 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         if not hasattr(llm, "pipeline_kwargs") or getattr(llm, "pipeline", None) is None:
             msg = f"from_huggingface_pipeline takes a langchain-huggingface HuggingFacePipeline, not {llm!r}."
             raise InvalidOptionError(msg)
-        given = {"generation_kwargs": dict(llm.pipeline_kwargs or {}), "batch_size": llm.batch_size, **kwargs}
+        options = flat_options(llm.pipeline, llm.pipeline_kwargs or {})
+        given = {"generation_kwargs": options, "batch_size": llm.batch_size, **kwargs}
         return cls(**{"pipeline": llm.pipeline, "model_id": llm.model_id or "", **given})
 
     def to_huggingface_pipeline(self) -> Any:
@@ -181,6 +182,8 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         if options.do_sample:
             kwargs |= {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
         pipeline = copy.copy(self._loaded_pipeline())
+        if pipeline.task == "image-text-to-text":
+            kwargs = {"generate_kwargs": kwargs}
         # It takes options at the call alone, so they go where a pipeline keeps those it was made with.
         pipeline._forward_params = {**pipeline._forward_params, **kwargs}
         return HuggingFacePipeline(

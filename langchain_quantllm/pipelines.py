@@ -23,11 +23,15 @@ from langchain_quantllm.errors import (
 )
 from langchain_quantllm.memory import transformers_builds
 from langchain_quantllm.placement import devices_named, release_memory
+from langchain_quantllm.processors import load_processor
 from langchain_quantllm.silence import hush_casts, progress_bars
 
 
 def load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: Any, device_map: Any) -> Any:
-    """Read a checkpoint's weights and tokenizer into a text-generation pipeline.
+    """Read a checkpoint's weights and tokenizer into a pipeline.
+
+    Its task is text-generation; or image-text-to-text, with a processor, where the model reads images as well and they
+    can be read here.
 
     Args:
         spec: What was asked for.
@@ -36,12 +40,12 @@ def load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: A
         device_map: Where the model goes.
 
     Raises:
-        CheckpointError: If weights or tokenizer are missing, damaged or of another shape.
+        CheckpointError: If weights, tokenizer or processor are missing, damaged or of another shape.
         InvalidOptionError: If `model_kwargs` has a name that nobody takes.
         MissingPackageError: If transformers needs a package that is not installed.
         NotEnoughMemoryError: If the memory ran out on the way.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, pipeline
 
     hub = hub_options(spec, checkpoint.source if checkpoint.local else None)
     options = {
@@ -54,11 +58,14 @@ def load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: A
     options = {k: v for k, v in options.items() if v is not None}
     with progress_bars(spec.progress):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(checkpoint.source, **hub)
-        except (ValueError, OSError, ImportError) as error:
-            raise CheckpointError(explain(spec, error, "tokenizer")) from error
+            processor = load_processor(spec, checkpoint)
+        except CheckpointError:
+            _load_tokenizer(spec, checkpoint)  # which has more to say if it is what is wrong
+            raise
+        tokenizer = _load_tokenizer(spec, checkpoint) if processor is None else processor.tokenizer
+        auto_class = AutoModelForCausalLM if processor is None else AutoModelForImageTextToText
         with transformers_builds, _loading_errors(spec, checkpoint.source):
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = auto_class.from_pretrained(
                 checkpoint.source,
                 config=checkpoint.config,
                 use_safetensors=spec.use_safetensors or None,
@@ -78,8 +85,20 @@ def load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: A
     if any(type(module).__name__ == "Linear8bitLt" for module in model.modules()):
         hush_casts()
     # A pipeline moves a model to the first GPU, unless accelerate has spread it, or a device is named.
-    spread = getattr(model, "hf_device_map", None) is not None
-    return pipeline("text-generation", model=model, tokenizer=tokenizer, device=None if spread else model.device)
+    device = None if getattr(model, "hf_device_map", None) is not None else model.device
+    if processor is not None:
+        return pipeline("image-text-to-text", model=model, processor=processor, device=device)
+    return pipeline("text-generation", model=model, tokenizer=tokenizer, device=device)
+
+
+def _load_tokenizer(spec: LoadSpec, checkpoint: Checkpoint) -> Any:
+    from transformers import AutoTokenizer
+
+    hub = hub_options(spec, checkpoint.source if checkpoint.local else None)
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.source, **hub)
+    except (ValueError, OSError, ImportError) as error:
+        raise CheckpointError(explain(spec, error, "tokenizer")) from error
 
 
 def _dtype(spec: LoadSpec, checkpoint: Checkpoint, device_map: Any) -> Any:

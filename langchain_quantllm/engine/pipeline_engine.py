@@ -12,7 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    BatchFeature,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from langchain_quantllm.engine.options import INERT
 from langchain_quantllm.engine.request import Chunk, ChunkStream, EngineInfo, ModelLimits, Request, TokenLogprob
@@ -36,7 +43,7 @@ class PipelineEngine:
     """Runs requests through `generate` of a transformers pipeline's model, in padded batches."""
 
     def __init__(self, pipeline: Any, reason: str = "asked for") -> None:
-        """Serve a loaded text-generation pipeline; nothing of it is changed."""
+        """Serve a loaded pipeline of a model that generates text; nothing of it is changed."""
         self._pipeline = pipeline
         self._model = pipeline.model
         self._tokenizer = pipeline.tokenizer
@@ -168,12 +175,14 @@ class PipelineEngine:
             **{name: value for name, value in options.items() if name != "pad_token_id"},
         )
         device = self._pipeline.device
+        media = BatchFeature(dict(request.media or {})).to(device, dtype=self._model.dtype)
         output: torch.Tensor = self._model.generate(
             input_ids=torch.tensor(input_ids, device=device),
             attention_mask=torch.tensor(attention_mask, device=device),
             generation_config=config,
             logits_processor=LogitsProcessorList(processors),
             stopping_criteria=StoppingCriteriaList(stopping),
+            **media,
         )
         return output
 
@@ -270,6 +279,11 @@ def _is_whole(request: Request) -> bool:
     return any(name in request.options.extra for name in _WHOLE)
 
 
+def _is_alone(request: Request) -> bool:
+    """Whether a row runs by itself: images of two rows lie in one tensor, in a way that each family has for itself."""
+    return _is_whole(request) or request.media is not None
+
+
 def _is_plain(request: Request) -> bool:
     o = request.options
     needs_more = o.do_sample or o.ignore_eos or request.min_new_tokens or o.logprobs is not None or request.mask
@@ -301,7 +315,8 @@ def _take_batch(waiting: _Waiting) -> list[tuple[Row, ChunkStream]]:
         if not batch or (
             _group(row.request) == _group(batch[0][0].request)
             and len(batch) < min(row.request.max_rows or DEFAULT_ROWS, batch[0][0].request.max_rows or DEFAULT_ROWS)
-            and not _is_whole(row.request)
+            and not _is_alone(row.request)
+            and not _is_alone(batch[0][0].request)
         ):
             batch.append((row, stream))
         else:

@@ -12,8 +12,8 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from typing_extensions import Self
@@ -77,6 +77,8 @@ class Request:
         max_rows: Most rows to run beside each other; None leaves it to the engine.
         shares_prefix: Whether keys and values of a prompt's beginning are shared with other requests.
         mask: Makes what restricts the row's tokens; called once for each row.
+        media: Tensors that the model is given beside the ids, such as the pixels of images, by the names of its
+            forward's arguments. Only the pipeline engine takes any.
     """
 
     prompt_ids: tuple[int, ...]
@@ -90,6 +92,7 @@ class Request:
     max_rows: int | None = None
     shares_prefix: bool = True
     mask: Callable[[], TokenMask] | None = None
+    media: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +188,13 @@ class Engine(Protocol):
         ...
 
 
+_REMEDIES = (
+    "shorten it, or pass truncation='left' to drop its beginning",
+    "give fewer or smaller images, or less text",
+)
+"""What to do about a prompt that is too long: a text, and one with images in it."""
+
+
 def plan_requests(
     prompt_ids: Sequence[int],
     options: GenerationOptions,
@@ -195,6 +205,7 @@ def plan_requests(
     max_rows: int | None = None,
     shares_prefix: bool = True,
     mask: Callable[[], TokenMask] | None = None,
+    media: Mapping[str, Any] | None = None,
 ) -> list[Request]:
     """Fit a prompt into the model's context and make the `n` requests of a call.
 
@@ -207,6 +218,7 @@ def plan_requests(
         max_rows: Most rows to run beside each other.
         shares_prefix: Whether the prompt's beginning may be shared.
         mask: Makes what restricts a row's tokens.
+        media: What the model is given beside the ids.
 
     Returns:
         One request for each sample.
@@ -240,12 +252,12 @@ def plan_requests(
             )
             raise InvalidOptionError(msg)
         side = truncation_side if options.truncation is True else options.truncation
-        if len(ids) > room:
+        if len(ids) > room and media is None:  # the tokens of an image cannot be cut
             ids = ids[-room:] if side == "left" else ids[:room]
     if total is not None and len(ids) >= total:
         msg = (
             f"the prompt has {len(ids)} tokens and {_limit_name(options, limits)} allows {total} with the completion; "
-            "shorten it, or pass truncation='left' to drop its beginning."
+            f"{_REMEDIES[media is not None]}."
         )
         raise PromptTooLongError(msg)
     if options.asked_new_tokens and limits.cache_tokens is not None and limits.cache_tokens == total:
@@ -271,6 +283,7 @@ def plan_requests(
         max_rows=max_rows,
         shares_prefix=shares_prefix,
         mask=mask,
+        media=media,
     )
     return [first, *(replace(first, sample_index=i) for i in range(1, options.n))]
 

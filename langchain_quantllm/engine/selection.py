@@ -38,22 +38,36 @@ class Engines:
         fast = self._fast
         return None if fast is None else fast.info.kv_cache_bytes
 
-    def choose(self, engine: str, kv_cache_memory: Any = None, options: GenerationOptions | None = None) -> Engine:
+    def choose(
+        self,
+        engine: str,
+        kv_cache_memory: Any = None,
+        options: GenerationOptions | None = None,
+        *,
+        has_media: bool = False,
+    ) -> Engine:
         """Give the engine for a call, made now if this is the first one.
 
         Args:
             engine: One of `ENGINES`.
             kv_cache_memory: Memory of the fast engine's KV cache; counts where it is not yet made.
             options: The call's options; None asks for the engine of ordinary calls.
+            has_media: Whether the model is given images beside the ids.
 
         Raises:
             UnsupportedError: If the fast engine is asked for and cannot drive the model.
-            InvalidOptionError: If it is asked for with options that only transformers' `generate` carries out.
+            InvalidOptionError: If it is asked for with images, or options that only transformers' `generate` carries
+                out.
         """
         option = None if options is None else needs_generate(options)
         with self._lock:
             if engine == "pipeline":
                 return self._pipeline_engine("asked for")
+            if has_media:
+                if engine == "auto":
+                    return self._pipeline_engine("images are read by transformers' own generate")
+                msg = "images are read by the pipeline engine only; use engine='auto' or 'pipeline'."
+                raise InvalidOptionError(msg)
             if option is not None:
                 if engine == "auto":
                     return self._pipeline_engine(f"{option} is transformers' own")

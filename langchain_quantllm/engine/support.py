@@ -33,8 +33,6 @@ def why_not_driven(model: Any) -> str | None:
     text = config.get_text_config()
     if getattr(config, "is_encoder_decoder", False):
         return "it is an encoder-decoder model"
-    if text is not config and hasattr(config, "vision_config"):
-        return "it takes images as well as text"
     if not getattr(text, "is_causal", True) or getattr(text, "use_bidirectional_attention", False):
         return "its attention looks ahead"
     if others := set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES:
@@ -151,7 +149,11 @@ def _plain(model: Any, ids: Sequence[int], cache: Any = None) -> Any:
     given = torch.tensor([ids], device=device)
     seen = 0 if cache is None else cache.get_seq_length()
     mask = torch.ones(1, seen + len(ids), dtype=torch.long, device=device)
-    return model(input_ids=given, attention_mask=mask, past_key_values=cache, use_cache=True)
+    positions = {}
+    if model.config.get_text_config() is not model.config:
+        # Qwen-VL goes on from the positions of the last image that anybody has shown it.
+        positions = {"position_ids": torch.arange(seen, seen + len(ids), device=device)[None]}
+    return model(input_ids=given, attention_mask=mask, past_key_values=cache, use_cache=True, **positions)
 
 
 def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -247,9 +247,12 @@ def _choose_dtype(dtype: str | torch.dtype | None, config: PreTrainedConfig) -> 
 
 def _build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool, name: str) -> PreTrainedModel:
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    if not config.is_encoder_decoder and config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        auto_class = AutoModelForImageTextToText
     try:
         with transformers_builds, torch.device("meta"):
             # eager attention: a config that asks for a kernel that is not installed can still be estimated

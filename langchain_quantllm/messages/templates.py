@@ -6,6 +6,7 @@ with it, once. Knows tokenizers and turns; no model and no LangChain.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -14,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
+from langchain_quantllm.messages.contents import ContentForms, images_in, joined
+from langchain_quantllm.messages.images import ImageSource
 
 _TOOLS_TEXT = """# Tools
 
@@ -46,17 +49,24 @@ class ChatTemplate:
     - Turns of one role behind each other are joined, with an empty line in between, where the template insists on
       turns that alternate.
     - Ids of calls become nine letters and digits where the template insists on that (Mistral).
+    - An image for which a template that takes texts only has no place becomes the processor's image token, in a line
+      of its own; one in a turn of a role that a template with places for images has none for is an error.
     """
 
-    def __init__(self, tokenizer: Any, template: str | None = None) -> None:
+    def __init__(self, tokenizer: Any, template: str | None = None, processor: Any = None) -> None:
         """Take a tokenizer's template, or one that the user gives in its place.
 
         Args:
             tokenizer: A tokenizer of transformers.
             template: A Jinja template.
+            processor: The processor of a model that reads images; its template comes before the tokenizer's.
         """
+        own = getattr(processor, "chat_template", None)
         self._tokenizer = tokenizer
-        self._given = template
+        self._given = template or (own if isinstance(own, str) else None)
+        # Gemma's processors replace another token than the one they call their image token.
+        token = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
+        self._forms = None if processor is None else ContentForms(self._render_one, token)
 
     def text(self, *, tools: bool = False) -> str:
         """Give the template itself: of several, the one for conversations with or without tools.
@@ -93,17 +103,45 @@ class ChatTemplate:
 
         Raises:
             InvalidOptionError: If the template refuses the conversation.
-            UnsupportedError: If there is no template.
+            UnsupportedError: If there is no template, or it has no place for an image.
+        """
+        return self.compose(turns, tools, options)[0]
+
+    def compose(
+        self,
+        turns: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        options: Mapping[str, Any] | None = None,
+    ) -> tuple[str, list[ImageSource]]:
+        """Write a conversation as `render` does, and list its images in the order in which they stand in the prompt.
+
+        Args:
+            turns: As `turns.turns_of` makes them.
+            tools: Functions, as OpenAI describes them.
+            options: Further variables of the template.
+
+        Raises:
+            InvalidOptionError: If the template refuses the conversation.
+            UnsupportedError: If there is no template, or it has no place for an image.
         """
         self.text(tools=bool(tools))
         fitted = self._fit(turns, tools)
         try:
-            return self._apply(fitted, list(tools) if self.takes_tools else [], options or {})
+            return self._apply(fitted, list(tools) if self.takes_tools else [], options or {}), images_in(fitted)
         except _template_errors() as error:
             msg = f"the model's chat template does not take this conversation: {error}"
             raise InvalidOptionError(msg) from error
 
+    def takes_images(self, role: str = "user") -> bool:
+        """Whether there is a place for images in turns of a role."""
+        return self._forms is not None and self._forms.takes_images(role)
+
     def _apply(self, turns: Sequence[Mapping[str, Any]], tools: list[Any], options: Mapping[str, Any]) -> str:
+        if (forms := self._forms) is not None:
+            turns = [turn | {"content": forms.written(turn["role"], turn["content"])} for turn in map(dict, turns)]
+        return self._write(turns, tools, options)
+
+    def _write(self, turns: Sequence[Mapping[str, Any]], tools: list[Any], options: Mapping[str, Any]) -> str:
         continues = turns[-1]["role"] == "assistant" and not turns[-1].get("tool_calls") and bool(turns[-1]["content"])
         return str(
             self._tokenizer.apply_chat_template(
@@ -155,6 +193,24 @@ class ChatTemplate:
         turns = [_user("a"), _call(arguments, f"call_{_MARK * 4}"), _result("b", f"call_{_MARK * 4}")]
         return self._shows(turns, [], tools=self._some_tool)
 
+    def _render_one(self, role: str, content: Any) -> str | None:
+        """Render a conversation in which a turn of a role has a content in a form that the template may not take."""
+        asks, turn = self._forms.written("user", "a") if self._forms and role != "user" else "a", _turn(role, content)
+        if role == "user":
+            tried = [[turn]]
+        elif role == "system":
+            tried = [[turn, _turn("user", asks)]]
+        elif role == "tool":
+            tried = [
+                [_turn("user", asks), _call(arguments), _result(content)] for arguments in ({"x": "y"}, '{"x": "y"}')
+            ]
+        else:
+            tried = [[_turn("user", asks), turn, _turn("user", asks)]]
+        for turns in tried:
+            with contextlib.suppress(*_template_errors()):
+                return self._write(turns, [], {})
+        return None
+
     @property
     def _some_tool(self) -> list[Any]:
         return [_function("f")] if self.takes_tools else []
@@ -175,12 +231,12 @@ class ChatTemplate:
             lines = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
             fitted.insert(0, _turn("system", _TOOLS_TEXT.format(tools=lines)))
             if len(fitted) > 1 and fitted[1]["role"] == "system":  # what the user says comes first
-                fitted[0:2] = [_turn("system", f"{fitted[1]['content']}\n\n{fitted[0]['content']}")]
+                fitted[0:2] = [_turn("system", joined([fitted[1]["content"], fitted[0]["content"]], "\n\n"))]
         if has_calls or any(turn["role"] == "tool" for turn in fitted):
             fitted = self._fit_calls(fitted)
         fitted = self._fit_system(fitted)
         if not self._takes_doubled:
-            fitted = _joined(fitted)
+            fitted = _merged(fitted)
         return fitted
 
     def _fit_calls(self, turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -189,11 +245,11 @@ class ChatTemplate:
         for turn in turns:
             if written_out and turn["role"] == "tool":
                 # Several results are one turn, as the models that this format comes from have them.
-                text = f"<tool_response>\n{turn['content']}\n</tool_response>"
+                result = joined(["<tool_response>\n", turn["content"], "\n</tool_response>"], "")
                 if fitted and fitted[-1].get("results"):
-                    fitted[-1]["content"] += f"\n{text}"
+                    fitted[-1]["content"] = joined([fitted[-1]["content"], result], "\n")
                 else:
-                    fitted.append({**_user(text), "results": True})
+                    fitted.append({**_user(result), "results": True})
                 continue
             if calls := turn.get("tool_calls"):
                 turn = self._fit_call_turn(turn, calls, written_out=written_out)
@@ -206,7 +262,7 @@ class ChatTemplate:
         if written_out:
             texts = [f"<tool_call>\n{json.dumps(c['function'], ensure_ascii=False)}\n</tool_call>" for c in calls]
             rest = {name: value for name, value in turn.items() if name != "tool_calls"}
-            return rest | {"content": "\n".join(filter(None, [turn["content"], *texts]))}
+            return rest | {"content": joined([turn["content"], *texts], "\n")}
         fitted = []
         for call in calls:
             function = dict(call["function"])
@@ -226,27 +282,27 @@ class ChatTemplate:
             return turns
         if self._takes_system and self._takes_late_system and not leads:
             return turns
-        text = "\n\n".join(turn["content"] for turn in systems)
+        text = joined([turn["content"] for turn in systems], "\n\n")
         if self._takes_system:
             return [_turn("system", text), *rest]
         at = next((i for i, turn in enumerate(rest) if turn["role"] == "user"), None)
         if at is None:
             return [_user(text), *rest]
-        rest[at] = rest[at] | {"content": "\n\n".join(filter(None, [text, rest[at]["content"]]))}
+        rest[at] = rest[at] | {"content": joined([text, rest[at]["content"]], "\n\n")}
         return rest
 
 
-def _joined(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _merged(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Join turns of one role behind each other; calls and results stay as they are."""
-    joined: list[dict[str, Any]] = []
+    merged: list[dict[str, Any]] = []
     for turn in turns:
-        last = joined[-1] if joined else None
+        last = merged[-1] if merged else None
         plain = turn["role"] in ("user", "assistant", "system") and not turn.get("tool_calls")
         if last is not None and plain and last["role"] == turn["role"] and not last.get("tool_calls"):
-            joined[-1] = last | {"content": "\n\n".join(filter(None, [last["content"], turn["content"]]))}
+            merged[-1] = last | {"content": joined([last["content"], turn["content"]], "\n\n")}
         else:
-            joined.append(turn)
-    return joined
+            merged.append(turn)
+    return merged
 
 
 def _short_id(call_id: str) -> str:
@@ -257,11 +313,11 @@ def _short_id(call_id: str) -> str:
     return "".join(letters[byte % len(letters)] for byte in hashlib.sha256(call_id.encode()).digest()[: len(_CALL_ID)])
 
 
-def _turn(role: str, content: str) -> dict[str, Any]:
+def _turn(role: str, content: Any) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
-def _user(content: str) -> dict[str, Any]:
+def _user(content: Any) -> dict[str, Any]:
     return _turn("user", content)
 
 
@@ -275,7 +331,7 @@ def _call(arguments: Any, call_id: str = _CALL_ID) -> dict[str, Any]:
     return _turn("assistant", "") | {"tool_calls": [call]}
 
 
-def _result(content: str, call_id: str = _CALL_ID) -> dict[str, Any]:
+def _result(content: Any, call_id: str = _CALL_ID) -> dict[str, Any]:
     return _turn("tool", content) | {"tool_call_id": call_id, "name": "f"}
 
 

@@ -1,0 +1,147 @@
+"""Images of messages: what was given for one, and how it is read.
+
+Owns decoding base64, fetching from the web, the bounds of both, and what is said when it does not work. Knows no
+message format, no template and no model.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import struct
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from langchain_quantllm._version import __version__
+from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
+
+FETCH_S = 20.0
+"""Seconds after which fetching an image is given up."""
+
+_MOST_BYTES = 64 * 2**20
+
+# No EPS, for which Pillow starts another program, and nothing else that a picture rarely is.
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSource:
+    """An image as a message gives it, not read yet: one of its three last fields.
+
+    Args:
+        message: Which message it stands in, for errors.
+        kind: The type of its content block.
+        data: The file in base64.
+        url: An `http(s):` or `data:` URL.
+        file_id: The name that another provider keeps it under.
+    """
+
+    message: int
+    kind: str
+    data: str | None = field(default=None, repr=False)
+    url: str | None = None
+    file_id: str | None = None
+
+
+def read_image(source: ImageSource, timeout_s: float = FETCH_S) -> Any:
+    """Read an image.
+
+    A URL is fetched, as the program that made the message asked for that. Files of this machine are not read by their
+    names: messages often repeat what somebody else wrote, and their answer would tell what the file shows.
+
+    Args:
+        source: What the message gives.
+        timeout_s: Seconds after which fetching is given up.
+
+    Returns:
+        A Pillow image in RGB, upright; the first frame of several.
+
+    Raises:
+        InvalidOptionError: If it cannot be fetched or decoded, is damaged, or has too many pixels.
+        UnsupportedError: If it is given by something that cannot be read here.
+    """
+    name = f"the image of message {source.message}"
+    if source.data is not None:
+        return _open(_decode(source.data, name), name)
+    url = source.url or ""
+    scheme = url.partition(":")[0].lower()
+    if scheme == "data":
+        head, _, data = url.partition(",")
+        if not head.endswith(";base64"):
+            msg = f"{name} is given as {url[:60]!r}; a data URL must look like 'data:image/png;base64,...'."
+            raise InvalidOptionError(msg)
+        return _open(_decode(data, name), name)
+    if scheme in ("http", "https"):
+        return _open(_fetch(url, name, timeout_s), name)
+    if source.file_id is not None:
+        msg = f"{name} is given as file_id={source.file_id!r}, a file of another provider's; give it in base64."
+        raise UnsupportedError(msg)
+    msg = (
+        f"{name} is given as {url[:60]!r}; it must be base64, a data URL or an http(s) URL. Files are not read by "
+        "their path: open the file, and give its bytes in base64."
+    )
+    raise UnsupportedError(msg)
+
+
+def _decode(data: str, name: str) -> bytes:
+    try:
+        content = base64.b64decode("".join(data.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        msg = f"{name} is no valid base64 ({error}); give base64.b64encode(bytes of the file).decode()."
+        raise InvalidOptionError(msg) from error
+    if not content:
+        msg = f"{name} is empty; give base64.b64encode(bytes of the file).decode()."
+        raise InvalidOptionError(msg)
+    return content
+
+
+def _fetch(url: str, name: str, timeout_s: float) -> bytes:
+    import httpx  # which huggingface_hub stands on
+
+    deadline = time.monotonic() + timeout_s
+    content = bytearray()
+    headers = {"User-Agent": f"langchain-quantllm/{__version__}"}
+    try:
+        with httpx.stream("GET", url, headers=headers, timeout=timeout_s, follow_redirects=True) as response:
+            response.raise_for_status()
+            for piece in response.iter_bytes():
+                content += piece
+                if len(content) > _MOST_BYTES:
+                    msg = f"{name}, {url[:200]}, is larger than {_MOST_BYTES >> 20} MiB; give a smaller one."
+                    raise InvalidOptionError(msg)
+                if time.monotonic() > deadline:  # httpx bounds each wait, not their sum
+                    msg = f"it took longer than {timeout_s:g} seconds"
+                    raise httpx.ReadTimeout(msg)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        why = str(error).partition("\n")[0] or type(error).__name__
+        msg = f"{name} cannot be fetched from {url[:200]} ({why}); check the address, or give the image in base64."
+        raise InvalidOptionError(msg) from error
+    return bytes(content)
+
+
+def _open(content: bytes, name: str) -> Any:
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    too_large = f"which Pillow takes for a decompression bomb (Image.MAX_IMAGE_PIXELS={Image.MAX_IMAGE_PIXELS})"
+    try:
+        image = Image.open(io.BytesIO(content), formats=_FORMATS)
+        # Pillow raises at twice the bound, and warns from the bound on.
+        if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            msg = f"{name} has {image.width} x {image.height} pixels, {too_large}; give a smaller one."
+            raise InvalidOptionError(msg)
+        # Source: `load_image` in transformers/image_utils.py, which every processor's pictures go through.
+        return ImageOps.exif_transpose(image).convert("RGB")
+    except UnidentifiedImageError as error:
+        msg = (
+            f"{name} is no image that can be read: it begins with {content[:16]!r}; PNG, JPEG, WebP, GIF, BMP and TIFF "
+            "are read."
+        )
+        raise InvalidOptionError(msg) from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        msg = f"{name} has too many pixels, {too_large}; give a smaller one."
+        raise InvalidOptionError(msg) from error
+    except (OSError, EOFError, SyntaxError, struct.error) as error:
+        msg = f"{name} is damaged ({error}); get its file again."
+        raise InvalidOptionError(msg) from error
