@@ -13,7 +13,11 @@ NOTEBOOKS = sorted((Path(__file__).parents[2] / "cookbook").glob("*.ipynb"))
 
 @pytest.mark.enable_socket  # a notebook's kernel is spoken to through local sockets
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(path: Path, smollm2: Path) -> None:
+def test_notebook_runs(path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "CHAT_MODEL" in path.read_text(encoding="utf-8"):
+        monkeypatch.setenv("CHAT_MODEL", str(request.getfixturevalue("qwen_coder")))
+    else:
+        request.getfixturevalue("smollm2")
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
