@@ -377,6 +377,9 @@ class FastEngine:
             try:
                 if not job.mask.fill(bits[i : i + 1]):
                     bits[i] = -1
+                if job.mask.ended:
+                    job.stream.put(job.row.finish("stop"))
+                    self._drop(job)
             except Exception as error:
                 bits[i] = -1
                 self._fail_job(job, error)

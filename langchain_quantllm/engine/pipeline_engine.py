@@ -223,6 +223,8 @@ class _Steps:
             token_id = 0
             if row.finish_reason is None and not stream.cancelled:
                 token_id, self._logprobs[i] = self._samplers[i].sample(scores[i], row.token_ids)
+                if self._samplers[i].ended:
+                    stream.put(row.finish("stop"))
             chosen[i, token_id] = 0.0
         return chosen
 

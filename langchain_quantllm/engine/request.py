@@ -42,7 +42,13 @@ class ModelLimits:
 
 
 class TokenMask(Protocol):
-    """Decides, token by token, what a row may write next: the hook for constrained decoding."""
+    """Decides, token by token, what a row may write next: the hook for constrained decoding.
+
+    Attributes:
+        ended: Whether the text is complete, with no token that could say so. Looked at after `fill`; the row ends there.
+    """
+
+    ended: bool
 
     def fill(self, bits: Any) -> bool:
         """Set a bit for each allowed token.

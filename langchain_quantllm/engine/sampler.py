@@ -29,6 +29,11 @@ class RowSampler:
         self._warpers = _warpers(request) if request.options.do_sample else []
         self._mask = None if request.mask is None else request.mask()
 
+    @property
+    def ended(self) -> bool:
+        """Whether the row's mask has said, when it was last asked, that the text is complete."""
+        return self._mask is not None and self._mask.ended
+
     def sample(self, logits: torch.Tensor, token_ids: Sequence[int]) -> tuple[int, TokenLogprob | None]:
         """Choose the next token.
 

@@ -168,7 +168,8 @@ class Row:
         """End the row and give its last chunk, with all that was held back."""
         text = ""
         if self._decodes_late:
-            ended = bool(self.token_ids) and reason == "stop"  # by a token that is no part of the text
+            ends = () if self.request.options.ignore_eos else self.request.stop_token_ids + self.request.eos_token_ids
+            ended = reason == "stop" and self.token_ids[-1:] and self.token_ids[-1] in ends  # which is no text
             text = self._decoder.push(*(self.token_ids[:-1] if ended else self.token_ids))
         if not self._matcher.found:
             text += self._matcher.push(self._decoder.flush())

@@ -51,6 +51,7 @@ class Only:
         self._random = random.Random(seed)
         self._vocab, self._share = vocab, share
         self._step = 0
+        self.ended = False
         self.allowed: list[set[int]] = []
         self.accepted: list[int] = []
 

@@ -454,11 +454,20 @@ class TestOptions:
 class AllowOnly:
     """Lets a row write some ids only, and notes what it wrote."""
 
-    def __init__(self, ids: Sequence[int], *, fails_at: int | None = None, frees_after: int | None = None) -> None:
+    def __init__(
+        self,
+        ids: Sequence[int],
+        *,
+        fails_at: int | None = None,
+        frees_after: int | None = None,
+        ends_after: int | None = None,
+    ) -> None:
         self.ids = ids
         self.accepted: list[int] = []
+        self.ended = False
         self._fails_at = fails_at
         self._frees_after = frees_after
+        self._ends_after = ends_after
 
     def fill(self, bits: torch.Tensor) -> bool:
         assert bits.dtype == torch.int32
@@ -469,6 +478,7 @@ class AllowOnly:
         if self._frees_after is not None and len(self.accepted) >= self._frees_after:
             bits.zero_()  # is not looked at
             return False
+        self.ended = self._ends_after == len(self.accepted)
         bits.zero_()
         for i in self.ids:
             word = int(bits[0, i // 32]) & 0xFFFFFFFF | 1 << i % 32
@@ -506,6 +516,23 @@ class TestMasks:
         assert set(answers[0].token_ids) | set(answers[3].token_ids) <= set(self.IDS)
         assert set(answers[2].token_ids[:3]) <= {7, 8}
         assert not set(answers[2].token_ids[3:]) & {7, 8}
+
+    @pytest.mark.parametrize("in_pieces", [True, False])
+    @pytest.mark.parametrize("after", [0, 1, 5])
+    def test_a_mask_may_end_its_row(self, tiny: QuantizedHuggingFaceLLM, after: int, in_pieces: bool) -> None:
+        for llm in (tiny, on_pipeline(tiny)):
+            whole = ids_after(llm, ids_of(9), mask=lambda: AllowOnly(self.IDS), max_new_tokens=9)
+            requests = [
+                *plan(llm, ids_of(9), mask=lambda: AllowOnly(self.IDS, ends_after=after), max_new_tokens=9),
+                *plan(llm, ids_of(20), max_new_tokens=9),
+            ]
+            chunks = list(llm._engine().submit(requests, in_pieces=in_pieces))
+            found = [i for chunk in chunks if chunk.row == 0 for i in chunk.token_ids]
+            assert found == whole[:after]
+            text = "".join(chunk.text for chunk in chunks if chunk.row == 0)
+            assert text == llm.pipeline.tokenizer.decode(whole[:after])
+            ends = {chunk.row: chunk.finish_reason for chunk in chunks if chunk.finish_reason}
+            assert ends == {0: "stop", 1: "length"}
 
     @pytest.mark.parametrize("where", ["first", "later", "factory", "accept"])
     def test_an_error_of_its_own_fails_its_row_alone(self, tiny: QuantizedHuggingFaceLLM, where: str) -> None:
