@@ -34,3 +34,9 @@ def qwen_coder() -> Path:
     if folder is None:
         pytest.skip("needs the folder of real models in QUANTLLM_MODELS")
     return folder
+
+
+def pytest_configure() -> None:
+    """Give each of several test processes one thread: more of them wait for each other."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -56,6 +56,13 @@ class Vocabulary:
                 if (b"\\" in token or (odd and token[:1] == b"u")) and _ESCAPE.match(b"\\" * odd + token):
                     escapes[odd].append(i)
         self.escapes = tuple(~self.bits(ids) for ids in escapes)
+        broken = self.bits(i for i, token in enumerate(tokens) if _NO_UTF8.search(token))
+        begun = {lead: bytes([lead]) for lead in (0xE0, 0xED, 0xF0, 0xF4)}
+        self.utf8 = ~broken
+        self.utf8_after = {
+            lead: ~(broken | self.bits(i for i, token in enumerate(tokens) if _NO_UTF8.match(byte + token[:1])))
+            for lead, byte in begun.items()
+        }
         self.not_eos = ~self.bits(stops)
         self.plain = ~self.bits(self.special)
         controls = re.compile(rb'[^"]*[\x00-\x1f]')
@@ -70,6 +77,7 @@ class Vocabulary:
             *values,
             *self._by_length(rb'[,:]"?'),
             *self._by_length(rb"[^\s{\[\\][^{\[\\]*", together=True),
+            *self._by_length(rb"[{\[]"),  # alone: some tokens open what is to be in it, too
         ]
         self.inside = [*self._by_length(rb'"[}\]]*'), *self._by_length(rb"[^\\]+", together=True)]
 
@@ -84,6 +92,9 @@ class Vocabulary:
         """Give token ids as bits."""
         return _set(ids, len(self.tokens))
 
+
+_NO_UTF8 = re.compile(rb"[\xc0\xc1\xf5-\xff]|\xe0[\x80-\x9f]|\xed[\xa0-\xbf]|\xf0[\x80-\x8f]|\xf4[\x90-\xbf]")
+"""Bytes that no character has: longer forms of shorter ones, halves of pairs, what lies beyond U+10FFFF."""
 
 _ESCAPE = re.compile(rb"(?:[^\\]|\\[^u])*\\u", re.DOTALL)
 
@@ -100,7 +111,7 @@ class GrammarMask(TokenMask):
     """Keeps one row to a constraint.
 
     Attributes:
-        ended: Whether the text is complete where no token could say so. Only blanks are allowed from then on.
+        ended: Whether the text is complete where no token could say so. Only blanks are allowed then, and the row ends.
     """
 
     def __init__(self, plan: Plan, vocabulary: Vocabulary, matcher: Any, max_new_tokens: int, stops: Any) -> None:
@@ -113,6 +124,7 @@ class GrammarMask(TokenMask):
         self._used = 0
         self._pending = b""
         self._odd = 0  # whether an escape has begun
+        self._last = 0  # byte of the text
         begin, end, self._is_open = plan.reasoning or ("", "", False)
         self._begin, self._end = begin.encode(), end.encode()
         self._thoughts = bytearray() if plan.reasoning else None
@@ -142,6 +154,8 @@ class GrammarMask(TokenMask):
         inside = bool((bits & words.letters).any())
         # Special tokens are no text: a decoder drops them, and with them a part of a string.
         _narrow(bits, words.plain if inside else self._plan.others)
+        # xgrammar takes bytes that are no UTF-8; a decoder puts signs in their place, more of them than were allowed.
+        _narrow(bits, words.utf8_after.get(self._last, words.utf8))
         if self._plan.style:
             _narrow(bits, words.escapes[self._odd])
         if self._plan.style == "json" and inside:
@@ -161,6 +175,7 @@ class GrammarMask(TokenMask):
             raise GenerationError(msg)
         self._pending = self._pending[len(token) :] if token and self._pending.startswith(token) else b""
         backslashes = len(token) - len(token.rstrip(b"\\"))
+        self._last = token[-1] if token else 0
         self._odd = (backslashes + self._odd * (backslashes == len(token))) % 2
         if self._thoughts is not None:
             self._thoughts += token

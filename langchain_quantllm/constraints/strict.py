@@ -5,12 +5,15 @@ Owns the rewriting, and the estimate of how long a value may get. Makes no gramm
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 from langchain_quantllm.constraints.kinds import frozen_text
+from langchain_quantllm.constraints.merging import NothingValidError, fits, matches, merged
 
 UNENFORCED = (
     "not",
@@ -24,10 +27,15 @@ UNENFORCED = (
     "unevaluatedItems",
     "unevaluatedProperties",
     "contentEncoding",
-    "multipleOf of numbers that are no integers",
+    "multipleOf of numbers, and of integers with one bound or with more than 10,000 multiples between two",
     "minLength and maxLength beside a pattern, but where it is one repeated class and they are at most 64",
+    "patterns and lengths beside a format",
+    "patternProperties where several match a name",
+    "minProperties where a name is repeated",
+    "what an enum or const says of objects and arrays beside other keywords of theirs",
     "oneOf where several branches match",
-    "formats that are neither in JSON schema's list nor uuid1 to uuid8",
+    "formats other than date, date-time, time, duration, email, uri, uuid, uuid1 to uuid8, ipv4, ipv6, hostname, "
+    "json-pointer and relative-json-pointer",
 )
 """Keywords of JSON schema that the masks do not enforce; what they say is left to the reader of the answer."""
 
@@ -67,6 +75,7 @@ _KEYWORDS = {
 _DECIMAL = "(?!^[-+.]*$)"  # in the pattern that pydantic gives a Decimal
 
 
+_MULTIPLES = 10_000  # they are written out
 _SHORT = 64  # of far more repetitions of a pattern, xgrammar fails or takes long
 
 
@@ -76,6 +85,7 @@ class StrictSchema:
     def __init__(self, root: Any) -> None:
         self._root = root
         self._names: dict[str, str] = {}
+        self._numbers = itertools.count()
         self._defs: dict[str, Any] = {}
         self.is_recursive = False
 
@@ -100,8 +110,12 @@ class StrictSchema:
 
     def _reference(self, ref: str) -> dict[str, Any]:
         if ref not in self._names:
-            self._names[ref] = name = f"r{len(self._names)}"
-            self._defs[name] = self._node(self._target(ref))
+            self._names[ref] = name = f"r{next(self._numbers)}"
+            try:
+                self._defs[name] = self._node(self._target(ref))
+            except NothingValidError:
+                del self._names[ref]  # whoever asks again is to hear it again
+                raise
         elif self._names[ref] not in self._defs:  # it is being written further up
             self.is_recursive = True
         return {"$ref": f"#/$defs/{self._names[ref]}"}
@@ -115,34 +129,8 @@ class StrictSchema:
             schema["anyOf"] = schema.pop("oneOf")
         ref = schema.pop("$ref", None)
         if ref is not None:
-            return self._merge(self._open(self._target(ref)), schema)
+            return merged(self._open(self._target(ref)), schema)
         return schema
-
-    def _merge(self, one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-        """Give the schema of what is valid under both."""
-        both = dict(one)
-        for key, value in other.items():
-            mine: Any = both.get(key)
-            if key not in both or mine == value:
-                both[key] = value
-            elif key in ("properties", "patternProperties"):
-                shared = {k: {"allOf": [mine[k], v]} if k in mine else v for k, v in value.items()}
-                both[key] = {**mine, **shared}
-            elif key in ("required", "allOf"):
-                both[key] = list(dict.fromkeys([*mine, *value])) if key == "required" else [*mine, *value]
-            elif key.startswith("min") or key == "exclusiveMinimum":
-                both[key] = max(mine, value)
-            elif key.startswith("max") or key == "exclusiveMaximum":
-                both[key] = min(mine, value)
-            elif key == "anyOf":
-                both[key] = [self._merge(self._open(a), self._open(b)) for a in mine for b in value]
-            elif key == "enum":
-                both[key] = [v for v in mine if v in value]
-            elif key in ("items", "additionalProperties", "propertyNames"):
-                both[key] = False if False in (mine, value) else {"allOf": [mine, value]}
-            else:
-                both[key] = "integer" if {mine, value} == {"integer", "number"} else value
-        return both
 
     def _node(self, given: Any) -> Any:
         """Rewrite a schema."""
@@ -158,22 +146,36 @@ class StrictSchema:
         parts = schema.pop("allOf", [])
         if parts or ref is not None:
             for part in parts:
-                schema = self._merge(self._open(schema), self._open(part))
+                schema = merged(self._open(schema), self._open(part))
             return self._node(self._open(schema))
         if branches := schema.pop("anyOf", None) or schema.pop("oneOf", None):
-            merged = [self._merge(schema, self._open(b)) if schema else b for b in branches if b is not False]
-            return {"anyOf": [self._node(b) for b in merged]}
-        for key in ("const", "enum"):
-            if key in schema:
-                return {key: schema[key]}
+            return self._any([{"allOf": [schema, b]} if schema else b for b in branches if b is not False])
+        if "enum" in schema or "const" in schema:
+            values = schema["enum"] if "enum" in schema else [schema["const"]]
+            if found := [value for value in values if fits(value, schema)]:
+                return {"enum": found}
+            msg = f"of {values!r} nothing is valid beside {schema!r}"
+            raise NothingValidError(msg)
         kind = schema.get("type")
         if isinstance(kind, list):
-            return {"anyOf": [self._node({**schema, "type": k}) for k in kind]}
+            return self._any([{**schema, "type": k} for k in kind])
         kind = kind or next((k for k, keywords in _KINDS.items() if any(w in schema for w in keywords)), None)
         write = {"object": self._object, "array": self._array, "string": _string, "integer": _number, "number": _number}
         schema = {} if kind is None else {**schema, "type": kind}
         self.is_recursive |= not schema  # any value holds any values
         return write[kind](schema) if kind in write else schema
+
+    def _any(self, branches: list[Any]) -> dict[str, Any]:
+        """Rewrite branches and leave out those under which nothing is valid."""
+        nodes, failure = [], NothingValidError("of no branches one is to be valid")
+        for branch in branches:
+            try:
+                nodes.append(self._node(branch))
+            except NothingValidError as error:
+                failure = error
+        if not nodes:
+            raise failure
+        return {"anyOf": nodes}
 
     def _object(self, schema: dict[str, Any]) -> dict[str, Any]:
         required = schema.get("required", [])
@@ -183,11 +185,32 @@ class StrictSchema:
             **schema.get("properties", {}),
             **{k: extra or {} for k in required if k not in schema.get("properties", {})},
         }
-        schema["properties"] = {k: v for k, p in given.items() if (v := self._node(p)) is not False or k in required}
-        schema["additionalProperties"] = self._node(extra)
-        if patterns := schema.get("patternProperties"):
+        # Neither does it hold declared properties against the patterns of names, nor undeclared ones that match them.
+        patterns = schema.get("patternProperties", {})
+        names = self._open(schema.get("propertyNames", True))
+        for name in given:
+            if found := [s for pattern, s in patterns.items() if matches(pattern, name)]:
+                given[name] = {"allOf": [given[name], *found]}
+            if not fits(name, names):
+                given[name] = False
+        schema["properties"] = {k: v for k, p in given.items() if (v := self._property(p, k in required)) is not False}
+        schema["additionalProperties"] = False if patterns else self._node(extra)
+        if patterns:
             schema["patternProperties"] = {k: self._node(v) for k, v in patterns.items()}
         return schema
+
+    def _property(self, schema: Any, is_required: bool) -> Any:
+        """Rewrite a property; False if it is to be left out, as nothing is valid for it."""
+        try:
+            node = self._node(schema)
+        except NothingValidError:
+            node = False
+            if is_required:
+                raise
+        if node is False and is_required:
+            msg = f"a property is required for which {schema!r} allows no value"
+            raise NothingValidError(msg)
+        return node
 
     def _array(self, schema: dict[str, Any]) -> dict[str, Any]:
         if "prefixItems" in schema:
@@ -198,8 +221,8 @@ class StrictSchema:
 
 
 def _number(schema: dict[str, Any]) -> dict[str, Any]:
+    step = schema.pop("multipleOf", None)
     if schema["type"] == "number":
-        schema.pop("multipleOf", None)
         return schema
     # xgrammar refuses the fractions that pydantic gives as bounds of integers.
     for key, rounded in (("minimum", math.ceil), ("exclusiveMinimum", math.floor)):
@@ -208,7 +231,17 @@ def _number(schema: dict[str, Any]) -> dict[str, Any]:
     for key, rounded in (("maximum", math.floor), ("exclusiveMaximum", math.ceil)):
         if key in schema:
             schema[key] = rounded(schema[key])
-    return schema
+    if step is None:
+        return schema
+    step = Fraction(str(step)).numerator  # of the integers, the multiples of 2.5 are those of 5
+    least = [schema[key] + more for key, more in (("minimum", 0), ("exclusiveMinimum", 1)) if key in schema]
+    most = [schema[key] - less for key, less in (("maximum", 0), ("exclusiveMaximum", 1)) if key in schema]
+    if least and most and min(most) - max(least) <= _MULTIPLES * step:
+        if multiples := list(range(-(-max(least) // step) * step, min(most) + 1, step)):
+            return {"enum": multiples}
+        msg = f"no multiple of {step} lies between {max(least)} and {min(most)}"
+        raise NothingValidError(msg)
+    return schema if least or most else {**schema, "multipleOf": step}  # beside bounds, xgrammar leaves it out
 
 
 def _string(schema: dict[str, Any]) -> dict[str, Any]:

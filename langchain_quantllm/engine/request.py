@@ -45,7 +45,7 @@ class TokenMask(Protocol):
     """Decides, token by token, what a row may write next: the hook for constrained decoding.
 
     Attributes:
-        ended: Whether the text is complete, with no token that could say so. Looked at after `fill`; the row ends there.
+        ended: Whether the text is complete, with no token that could say so; looked at after `fill`. The row ends then.
     """
 
     ended: bool

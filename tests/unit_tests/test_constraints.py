@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
+import jsonschema  # type: ignore[import-untyped]
 import numpy as np
 import pytest
 import torch
@@ -79,6 +80,11 @@ class Node(BaseModel):
     label: str = "none"
     left: Node | None = None
     children: list[Node] = []
+
+
+class Folder(BaseModel):
+    name: str = Field(pattern=r"^[a-z]{1,8}$")
+    inner: list[Folder]
 
 
 class Times(BaseModel):
@@ -147,6 +153,41 @@ SCHEMAS: list[dict[str, Any]] = [
 ]
 
 
+def closed(**keywords: Any) -> dict[str, Any]:
+    return {"type": "object", **keywords}
+
+
+LESS_THAN_A_KEYWORD_SAYS: list[tuple[dict[str, Any], str, str]] = [
+    ({"type": "string", "enum": ["a", 3]}, '"a"', "3"),
+    ({"type": ["string", "null"], "enum": ["a", None, 4]}, "null", "4"),
+    ({"type": "integer", "enum": [1, 2, 3], "minimum": 2}, "3", "1"),
+    ({"enum": ["a", "bb", "bc"], "minLength": 2, "pattern": "c$"}, '"bc"', '"bb"'),
+    ({"type": "object", "enum": [{"a": 1}, 3]}, '{"a":1}', "3"),
+    ({"allOf": [{"enum": [1, "a"]}, {"type": "string"}]}, '"a"', "1"),
+    ({"allOf": [{"const": 1}, {"enum": [1, 2]}]}, "1", "2"),
+    ({"allOf": [{"type": ["integer", "null"]}, {"type": ["number", "string"]}]}, "3", "null"),
+    ({"allOf": [{"multipleOf": 2}, {"multipleOf": 3}], "type": "integer"}, "12", "3"),
+    ({"allOf": [{"prefixItems": [{"type": "integer"}]}, {"items": {"minimum": 3}}], "minItems": 1}, "[3]", "[2]"),
+    ({"type": "string", "anyOf": [{"type": "integer"}, {"const": "a"}]}, '"a"', "3"),
+    (
+        {"allOf": [closed(properties={"a": {}}, additionalProperties=False), {"properties": {"b": {}}}]},
+        '{"a":1}',
+        '{"b":1}',
+    ),
+    (
+        closed(properties={"ka": {"enum": [1, "x"]}}, patternProperties={"^k": {"type": "integer"}}),
+        '{"ka":1}',
+        '{"ka":"x"}',
+    ),
+    (closed(patternProperties={"^k.$": {"type": "integer"}}, additionalProperties=True), '{"k1":1}', '{"k1":"x"}'),
+    (closed(properties={"aa": {}, "aaa": {}}, propertyNames={"maxLength": 2}), '{"aa":1}', '{"aaa":1}'),
+    ({"type": "integer", "multipleOf": 5, "minimum": 0, "maximum": 30_000}, "29995", "5001"),
+    ({"type": "integer", "multipleOf": 2.5, "exclusiveMinimum": -6, "exclusiveMaximum": 10}, "-5", "3"),
+    ({"type": "integer", "multipleOf": 2.5}, "-15", "3"),
+]
+"""Schemas whose keywords say something together, with a text that is valid and one that is not."""
+
+
 @pytest.fixture(scope="module")
 def small(smollm2: Path) -> Any:
     return transformers.AutoTokenizer.from_pretrained(smollm2)
@@ -209,6 +250,13 @@ class Writer:
     def write(self, text: str) -> None:
         self.put(*self.tokenizer.encode(text, add_special_tokens=False))
 
+    def can_end_with(self, text: str) -> bool:
+        try:
+            self.write(text)
+        except AssertionError:
+            return False
+        return self.may_stop
+
     @property
     def may_stop(self) -> bool:
         return bool(self.flags()[self.tokenizer.eos_token_id])
@@ -227,8 +275,6 @@ class Writer:
 
 
 def check_schema(schema: dict[str, Any], value: Any) -> None:
-    import jsonschema  # type: ignore[import-untyped]
-
     jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker(["date", "uuid"])).validate(value)
 
 
@@ -246,6 +292,29 @@ class TestSchemas:
     @pytest.mark.parametrize("schema", SCHEMAS, ids=lambda s: next(iter(s)) + str(len(str(s))))
     def test_keywords(self, compiler: Compiler, schema: dict[str, Any]) -> None:
         for seed in range(20):
+            check_schema(schema, json.loads(Writer(compiler, JSONSchema(schema), seed=seed).rest()))
+
+    @pytest.mark.parametrize(("schema", "good", "bad"), LESS_THAN_A_KEYWORD_SAYS, ids=lambda v: str(v)[:60])
+    def test_keywords_beside_each_other(self, compiler: Compiler, schema: dict[str, Any], good: str, bad: str) -> None:
+        check_schema(schema, json.loads(good))
+        writer = Writer(compiler, JSONSchema(schema))
+        writer.write(good)
+        assert writer.may_stop
+        with pytest.raises(jsonschema.ValidationError):
+            check_schema(schema, json.loads(bad))
+        writer = Writer(compiler, JSONSchema(schema))
+        assert not writer.can_end_with(bad)
+
+    def test_a_branch_that_contradicts_the_rest_is_left_out(self, compiler: Compiler) -> None:
+        """It is so in a definition that several refer to, too."""
+        schema = {
+            "$defs": {"text": {"type": "string", "enum": [1]}, "n": {"type": "integer"}},
+            "type": "array",
+            "prefixItems": [{"anyOf": [{"$ref": "#/$defs/text"}, {"$ref": "#/$defs/n"}, {"type": "null"}]}] * 2,
+            "items": False,
+            "minItems": 2,
+        }
+        for seed in range(8):
             check_schema(schema, json.loads(Writer(compiler, JSONSchema(schema), seed=seed).rest()))
 
     @pytest.mark.parametrize("model", [Shape, Node, Free], ids=lambda m: m.__name__)
@@ -288,6 +357,32 @@ class TestSchemas:
         writer.write('"' + "\\" * backslashes)
         assert any(small.decode([i]).startswith("u") for i in writer.allowed()) is not escapes
 
+    @pytest.mark.parametrize("schema", [{"maxLength": 4}, {"maxLength": 100}, {"pattern": "^[^a]*$"}, {}], ids=str)
+    @pytest.mark.parametrize("text", [b"\xe0\x9f", b"\xed\xa0", b"\xf0\x84", b"\xf4\x90"], ids=bytes.hex)
+    def test_bytes_that_are_no_character(self, compiler: Compiler, schema: dict[str, Any], text: bytes) -> None:
+        """A decoder writes one sign for each of them, with which a string becomes longer than it may be."""
+        writer = Writer(compiler, JSONSchema({"type": "string", **schema}))
+        writer.write('"')
+        ids = compiler._vocabulary.ids
+        writer.put(ids[text[:1]])
+        assert ids[text[1:]] not in writer.allowed()
+        assert ids[b"\x90" if text[0] in b"\xed\xf0" else b"\xa0" if text[0] == 0xE0 else b"\x8f"] in writer.allowed()
+
+    @pytest.mark.parametrize("model", [Node, Folder], ids=lambda m: m.__name__)
+    def test_a_text_that_nests_as_deep_as_it_can_is_closed(self, compiler: Compiler, model: type[BaseModel]) -> None:
+        """Where an array has to begin, a token that opens the next object with it would never come to an end."""
+        schema = JSONSchema(model.model_json_schema())
+        tokens = None
+        for seed in range(4):
+            writer = Writer(compiler, schema, max_new_tokens=200, seed=seed)
+            tokens = tokens or [token.count(b"[") + token.count(b"{") for token in compiler._vocabulary.tokens]
+            while not writer.may_stop:
+                assert len(writer.ids) < 200, writer.text
+                allowed = writer.allowed()
+                deepest = max(tokens[i] for i in allowed)
+                writer.put(writer.random.choice([i for i in allowed if tokens[i] == deepest]))
+            model.model_validate_json(writer.text)
+
     def test_what_is_cut_short_by_its_budget_is_closed(self, compiler: Compiler) -> None:
         for seed in range(10):
             text = Writer(compiler, JSONSchema(Free.model_json_schema()), max_new_tokens=90, seed=seed).rest()
@@ -303,7 +398,13 @@ REFUSED = [
     (JSONSchema({"type": "string", "pattern": "^(?!a)b$"}), "looks ahead"),
     (JSONSchema({"type": "string", "pattern": '^"$'}), "quotes"),
     (JSONSchema({"type": "object", "properties": {"a": 5}}), "no schema"),
-    (JSONSchema({"enum": []}), "enum"),
+    (JSONSchema({"enum": []}), "nothing is valid"),
+    (JSONSchema({"enum": ["a"], "type": "integer"}), "nothing is valid"),
+    (JSONSchema({"allOf": [{"type": "integer"}, {"type": "string"}]}), "cannot both hold"),
+    (JSONSchema({"allOf": [{"pattern": "^a"}, {"pattern": "b$"}]}), "cannot both hold"),
+    (JSONSchema({"type": "integer", "multipleOf": 7, "minimum": 1, "maximum": 6}), "no multiple of 7"),
+    (JSONSchema(closed(properties={"a": False}, required=["a"])), "no value"),
+    (JSONSchema(closed(properties={"a": {}}, patternProperties={"(": {}})), "cannot be read"),
     (JSONSchema("{"), "Expecting"),
     (Regex("a("), "paren"),
     (Regex(r"(?=a)b"), "looks ahead"),
