@@ -29,7 +29,7 @@ from pydantic import Field, model_validator
 
 from langchain_quantllm.answers import Answers, completion_info
 from langchain_quantllm.base import QuantizedModel, langchain_errors
-from langchain_quantllm.chat_options import CHAT_OPTIONS, ChatOptions, choice_of
+from langchain_quantllm.chat_options import CHAT_OPTIONS, ChatOptions, choice_of, describe_tool
 from langchain_quantllm.checkpoint import reads_images, stored_profile
 from langchain_quantllm.constraints import Compiler, Constraint, Either, JSONSchema, ToolCalls
 from langchain_quantllm.engine.options import GenerationOptions
@@ -207,7 +207,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
         Raises:
             InvalidOptionError: If the tool chosen is none of them.
         """
-        described = [convert_to_openai_tool(tool, strict=strict) for tool in tools]
+        described = [describe_tool(tool, strict) for tool in tools]
         choice_of(tool_choice, described)
         given = {"tool_choice": tool_choice, "parallel_tool_calls": parallel_tool_calls}
         return self.bind(tools=described, **{k: v for k, v in given.items() if v is not None}, **kwargs)
