@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 
-from langchain_quantllm import QuantizedHuggingFaceLLM
+from langchain_quantllm import NF4, QuantizedHuggingFaceLLM
 from langchain_quantllm.engine.options import GenerationOptions
 from langchain_quantllm.engine.pages import PAGE_TOKENS
 from langchain_quantllm.engine.request import Request, TokenLogprob, Usage, plan_requests
@@ -244,6 +244,14 @@ class TestQuantized:
                     logits = model(torch.tensor([[*prompts[row], *expected[:same]]])).logits[0, -1].float()
                 assert float(logits[expected[same]] - logits[found[same]]) < close
         assert compared >= 20  # else everything was a tie
+
+
+    def test_kernels_for_one_row_may_round_otherwise(self, smollm2: Path) -> None:
+        """On CPUs with AVX512-BF16, bitsandbytes' product of a single row is another than that of several."""
+        given = {"quantization": NF4(compute_dtype="float32"), "dtype": "float32", "device": "cpu", "progress": False}
+        llm = QuantizedHuggingFaceLLM(model_id=str(smollm2), engine="fast", max_new_tokens=4, **given)
+        assert llm.invoke("The capital of France is")
+        llm.unload()
 
 
 class TestTheUsersModel:
