@@ -7,6 +7,7 @@ Knows no scheduling.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -149,7 +150,7 @@ def _piece_by_piece(model: Any, text: Sequence[int], single: int) -> torch.Tenso
     """
     cuts = [0, len(text) // 2, *range(len(text) - single + 1, len(text) + 1)]
     logits, cache = [], None
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in itertools.pairwise(cuts):
         if end > start:
             output = _plain(model, text[start:end], cache)
             cache = output.past_key_values

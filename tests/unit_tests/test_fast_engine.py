@@ -245,7 +245,6 @@ class TestQuantized:
                 assert float(logits[expected[same]] - logits[found[same]]) < close
         assert compared >= 20  # else everything was a tie
 
-
     def test_kernels_for_one_row_may_round_otherwise(self, smollm2: Path) -> None:
         """On CPUs with AVX512-BF16, bitsandbytes' product of a single row is another than that of several."""
         given = {"quantization": NF4(compute_dtype="float32"), "dtype": "float32", "device": "cpu", "progress": False}
