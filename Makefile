@@ -4,6 +4,7 @@
 #   make demo PYTHON=python3.12 TORCH=torch     # another Python, the newest torch
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+JOBS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
@@ -15,7 +16,7 @@ demo: .venv/.demo
 
 test: .venv/.test lint
 	$(BIN)/python -m langchain_quantllm.demo_model
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.test
 	$(BIN)/ruff check .

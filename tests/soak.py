@@ -155,7 +155,8 @@ def soak(requests: int, threads: int = 8, *, seed: int = 0) -> dict[str, Any]:
         if failures:
             raise failures[0]
         deadline = time.monotonic() + 10
-        while engine._jobs and time.monotonic() < deadline:  # streams that were cancelled last
+        # Streams that were cancelled last, and the end of the step in which the last row ended.
+        while (engine._jobs or not _is_at_rest(engine)) and time.monotonic() < deadline:
             time.sleep(0.05)
         del callers
         gc.collect()
@@ -188,6 +189,16 @@ def soak(requests: int, threads: int = 8, *, seed: int = 0) -> dict[str, Any]:
     llm.unload()
     found["threads after unload"] = _engine_threads() - threads_before
     return found
+
+
+def _is_at_rest(engine: Any) -> bool:
+    """Whether the engine's thread waits for work, so that it holds no step's tensors."""
+    frame = sys._current_frames().get(engine._worker._thread.ident)
+    names = set()
+    while frame is not None:
+        names.add(frame.f_code.co_name)
+        frame = frame.f_back
+    return "_run" not in names
 
 
 def _engine_threads() -> int:
