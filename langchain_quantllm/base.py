@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -307,7 +307,18 @@ class QuantizedModel(BaseLanguageModel[Any]):
     def __setattr__(self, name: str, value: Any) -> None:
         """Set a field; one that says what to load makes the next call load that."""
         super().__setattr__(name, value)
-        if name in _LOADING or name in ("model_id", "own_pipeline"):
+        self._forget([name])
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Copy; as with setting a field, a copy that is to load something else does so at its next call."""
+        copied = super().model_copy(update=update, deep=deep)
+        copied._forget(update or ())
+        return copied
+
+    def _forget(self, changed: Iterable[str]) -> None:
+        """Let go of what was made of fields as they were before some of them changed."""
+        self.__dict__.pop("_serialized", None)  # which langchain-core keeps
+        if not {"model_id", "own_pipeline", *_LOADING}.isdisjoint(changed):
             self._model = None
 
     @model_validator(mode="after")
@@ -389,8 +400,9 @@ class QuantizedModel(BaseLanguageModel[Any]):
         return model
 
     async def _aload(self) -> None:
-        if not self.is_loaded:
-            await run_in_executor(None, self.load)
+        """Load the weights and make the engine, both beside the event loop."""
+        if not self.is_loaded or self._loaded().engines is None:
+            await run_in_executor(None, lambda: self.load()._engine())
 
     def _share(self, key: str, model: LoadedModel) -> None:
         """Let every instance with the same settings hold the model, called already or not.

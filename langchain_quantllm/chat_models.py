@@ -20,19 +20,19 @@ from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
 from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser, PydanticToolsParser
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
-from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
+from langchain_core.runnables import Runnable, RunnableLambda, RunnableMap, RunnablePassthrough
 from langchain_core.runnables.config import run_in_executor
 from langchain_core.tools import BaseTool
-from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import Field, model_validator
 
 from langchain_quantllm.answers import Answers, completion_info
 from langchain_quantllm.base import QuantizedModel, langchain_errors
-from langchain_quantllm.chat_options import CHAT_OPTIONS, ChatOptions, choice_of, describe_tool
+from langchain_quantllm.chat_options import CHAT_OPTIONS, ChatOptions, choice_of
 from langchain_quantllm.checkpoint import reads_images, stored_profile
 from langchain_quantllm.constraints import Compiler, Constraint, Either, JSONSchema, ToolCalls
-from langchain_quantllm.engine.options import GenerationOptions
+from langchain_quantllm.descriptions import describe_answer, describe_tool
+from langchain_quantllm.engine.options import GenerationOptions, normalize
 from langchain_quantllm.engine.request import Request, TokenMask
 from langchain_quantllm.errors import InvalidOptionError, UnsupportedError, nearest
 from langchain_quantllm.messages.contents import images_in, joined
@@ -161,7 +161,10 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
             if not isinstance(llm, QuantizedModel):
                 msg = f"llm={type(llm).__name__} cannot be taken over; give a QuantizedHuggingFaceLLM, or pipeline=."
                 raise InvalidOptionError(msg)
-            shared = [name for name in QuantizedModel.model_fields if name in llm.model_fields_set]
+            # What is given here counts, under whatever name.
+            given = {*values, *normalize(values, lenient=True), "return_full_text"}
+            given |= {"device", "device_map"} if given & {"device", "device_map"} else set()
+            shared = [n for n in QuantizedModel.model_fields if n in llm.model_fields_set and n not in given]
             values = {**{name: getattr(llm, name) for name in shared}, **values}
         if (api_key := values.pop("api_key", None)) is not None:  # what other providers call the token
             values.setdefault("token", api_key)
@@ -232,7 +235,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
             **kwargs: Options of the calls, and `tools` that the model may call instead.
 
         Returns:
-            A runnable that gives an instance of the class, or a dict.
+            A runnable that gives an instance of the class, or a dict; None where the model called one of the tools.
 
         Raises:
             InvalidOptionError: If the method is unknown, or needs a schema and has none.
@@ -255,14 +258,17 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
         parsed = RunnablePassthrough.assign(
             parsed=lambda given: parser.invoke(given["raw"]), parsing_error=lambda _: None
         )
-        return RunnableMap(raw=llm) | parsed.with_fallbacks([failed], exception_key="parsing_error")
+        # The model comes first, as the first of a sequence is the one that gets a call's options.
+        with_fallback = parsed.with_fallbacks([failed], exception_key="parsing_error")
+        return llm | RunnableMap(raw=RunnablePassthrough()) | with_fallback
 
     def _calling(
         self, schema: Any, strict: bool | None, options: dict[str, Any]
     ) -> tuple[Runnable[LanguageModelInput, AIMessage], Runnable[Any, Any]]:
         """Give the model made to call a function of a schema, and the parser of its calls."""
-        name = convert_to_openai_tool(schema)["function"]["name"]
-        tools = [schema, *options.pop("tools", ())]
+        wanted = describe_tool(schema)
+        name = wanted["function"]["name"]
+        tools = [wanted, *options.pop("tools", ())]
         options = {"tool_choice": name, "parallel_tool_calls": False, "strict": strict, **options}
         if _is_class(schema):
             return self.bind_tools(tools, **options), PydanticToolsParser(tools=[schema], first_tool_only=True)
@@ -274,13 +280,16 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
         """Give the model made to write JSON, of a schema if one is enforced, and the parser for it."""
         wanted: dict[str, Any] = {"type": "json_object"}
         if enforced is not None:
-            described = convert_to_json_schema(enforced, strict=strict)
-            name = described.get("title", "answer")
+            name, described = describe_answer(enforced, strict)
             wanted = {"type": "json_schema", "json_schema": {"name": name, "schema": described}}
         options = {"response_format": wanted, **options}
         tools = options.pop("tools", None)
-        llm = self.bind_tools(tools, **options) if tools else self.bind(**options)
-        return llm, PydanticOutputParser(pydantic_object=schema) if _is_class(schema) else JsonOutputParser()
+        parser: Any = PydanticOutputParser(pydantic_object=schema) if _is_class(schema) else JsonOutputParser()
+        if not tools:
+            return self.bind(**options), parser
+        # What calls a tool instead has no object; the call is in the message, which `include_raw` gives.
+        either = RunnableLambda(lambda message: None if message.tool_calls else parser.invoke(message))
+        return self.bind_tools(tools, **options), either
 
     # LangChain's calls.
 
@@ -350,6 +359,19 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
                             await run_manager.on_llm_new_token(given.text, chunk=given)
                         yield given
 
+    def _should_stream(
+        self,
+        *,
+        async_api: bool,
+        run_manager: CallbackManagerForLLMRun | AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> bool:
+        """Say whether a call streams inwardly; several answers do not, unless a stream was asked for."""
+        n = next((kwargs[name] for name in ("n", "num_return_sequences") if kwargs.get(name)), self.n)
+        if n not in (None, 1) and not kwargs.get("stream"):
+            return False
+        return super()._should_stream(async_api=async_api, run_manager=run_manager, **kwargs)
+
     # Requests.
 
     def _plan(self, messages: Sequence[BaseMessage], stop: Sequence[str] | None, call: Mapping[str, Any]) -> _Plan:
@@ -415,8 +437,10 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
         stop: Sequence[str] | None,
         call: Mapping[str, Any],
     ) -> _Plan:
-        """Make the plan of a call; beside the event loop where images may have to be fetched and resized for it."""
-        if self._processor() is None or all(isinstance(message.content, str) for message in messages):
+        """Make the plan of a call; beside the event loop where grammars are compiled for it, or images fetched."""
+        compiles = any(call.get(name) is not None for name in ("tools", "response_format", "constraint"))
+        has_images = self._processor() is not None and any(not isinstance(m.content, str) for m in messages)
+        if not compiles and not has_images:
             return plan(messages, stop, call)
         return await run_in_executor(None, plan, messages, stop, call)
 
@@ -572,6 +596,11 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
         """All that changes the output."""
         own = {name: getattr(self, name) for name in ("chat_template", "chat_template_kwargs", "tool_format")}
         return {**super()._identifying_params, **{name: value for name, value in own.items() if value}}
+
+    def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
+        """Give the key of the cache: core's own is that of the first call, and knows nothing of a given pipeline."""
+        own, call = (sorted(params.items()) for params in (self._identifying_params, {**kwargs, "stop": stop}))
+        return f"{self._llm_type}---{own}---{call}"
 
     def _resolve_model_profile(self) -> ModelProfile | None:
         """Derive the profile from the checkpoint's config and template, as far as they are on this disk."""

@@ -9,11 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from langchain_core.utils.function_calling import convert_to_openai_tool
-from langchain_core.utils.pydantic import is_basemodel_subclass
 from typing_extensions import Self
 
 from langchain_quantllm.constraints import Constraint, JSONObject, JSONSchema
+from langchain_quantllm.descriptions import describe_tool
 from langchain_quantllm.errors import InvalidOptionError
 
 CHAT_OPTIONS = (
@@ -62,12 +61,16 @@ class ChatOptions:
         given = {name: call[name] for name in CHAT_OPTIONS if call.get(name) is not None}
         tools = tuple(describe_tool(tool) for tool in given.get("tools", ()))
         choice = choice_of(given.get("tool_choice"), tools)
+        variables = given.get("chat_template_kwargs")
+        if variables is not None and not isinstance(variables, Mapping):
+            msg = f"chat_template_kwargs={variables!r} is no dict; give one, such as {{'enable_thinking': False}}."
+            raise InvalidOptionError(msg)
         return cls(
             tools=() if choice == "none" else tools,
             choice=None if choice in ("none", "auto") else choice,
             parallel=given.get("parallel_tool_calls"),
             constraint=_constraint_of(given),
-            template_kwargs=given.get("chat_template_kwargs"),
+            template_kwargs=variables,
             model=given.get("model"),
         )
 
@@ -77,43 +80,6 @@ class ChatOptions:
         if self.choice in (None, "any"):
             return list(self.tools)
         return [tool for tool in self.tools if tool["function"]["name"] == self.choice]
-
-
-def describe_tool(tool: Any, strict: bool | None = None) -> dict[str, Any]:
-    """Describe a function as OpenAI's API takes it, as LangChain does but for classes that refer to themselves.
-
-    LangChain writes every reference out, and `{}` where that has no end, so that anything may stand there.
-
-    Args:
-        tool: A function, a pydantic class, a LangChain tool, or such a description.
-        strict: Written into the description.
-    """
-    described: dict[str, Any] = convert_to_openai_tool(tool, strict=strict)
-    if isinstance(tool, type) and is_basemodel_subclass(tool) and hasattr(tool, "model_json_schema"):
-        schema = tool.model_json_schema()
-        definitions = schema.get("$defs", {})
-        if any(name in _reachable(definition, definitions) for name, definition in definitions.items()):
-            root = {**definitions.get(schema.get("$ref", "").rpartition("/")[2], {}), **schema}
-            kept = ("type", "properties", "required", "additionalProperties", "$defs")
-            described["function"]["parameters"] = {name: root[name] for name in kept if name in root}
-    return described
-
-
-def _reachable(schema: Any, definitions: Mapping[str, Any]) -> set[str]:
-    """List the definitions that a schema refers to, directly or not."""
-    found: set[str] = set()
-    waiting = [schema]
-    while waiting:
-        part = waiting.pop()
-        if isinstance(part, list):
-            waiting += part
-        elif isinstance(part, Mapping):
-            name = str(part.get("$ref", "")).rpartition("/")[2]
-            if name in definitions and name not in found:
-                found.add(name)
-                waiting.append(definitions[name])
-            waiting += part.values()
-    return found
 
 
 def choice_of(given: Any, tools: Sequence[Mapping[str, Any]]) -> str | None:

@@ -111,7 +111,9 @@ def _as_chat(llm: Any) -> Any:
     from langchain_quantllm.chat_models import ChatQuantizedHuggingFace
 
     fields: dict[str, Any] = {"llm": llm}
-    return ChatQuantizedHuggingFace(**fields) if llm.pipeline.tokenizer.chat_template else llm
+    places = (llm.pipeline.tokenizer, getattr(llm.pipeline, "processor", None))
+    has_format = any(getattr(place, "chat_template", None) for place in places)
+    return ChatQuantizedHuggingFace(**fields) if has_format else llm
 
 
 def _print_stream(chunks: Iterator[Any], thoughts: Console = out) -> str:

@@ -79,6 +79,7 @@ LEVELS = {
     "base": 5,
     "chat_models": 5,
     "chat_options": 5,
+    "descriptions": 5,
     "replies": 5,
     "llms": 5,
     "bench": 6,

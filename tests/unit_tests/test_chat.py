@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Optional
 
+import jsonschema  # type: ignore[import-untyped]
 import pytest
 import transformers
 from langchain_core.caches import InMemoryCache
@@ -18,12 +19,13 @@ from langchain_core.exceptions import ContextOverflowError
 from langchain_core.load import dumpd, load
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, ToolMessage
 from langchain_core.runnables import ConfigurableField
+from langchain_core.tools import StructuredTool
 from pydantic import BaseModel, Field
 from typing_extensions import TypedDict
 
 from langchain_quantllm import ChatQuantizedHuggingFace, QuantizedHuggingFaceLLM
 from langchain_quantllm.constraints import Choice, Regex
-from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
+from langchain_quantllm.errors import InvalidOptionError, ModelNotFoundError, UnsupportedError
 
 pytest.importorskip("xgrammar")
 
@@ -339,3 +341,133 @@ def test_tools_and_a_format_together(coder: Any) -> None:
         assert Person(**json.loads(answer.content))
     told = bound.invoke("No tool is needed. Ada is 36, glad, and lives in London. Describe her.")
     assert told.tool_calls or Person(**json.loads(told.content))
+
+
+# --- what LangChain's own ways would lose ---
+
+
+def test_the_cache_tells_models_and_settings_apart(chat: Any) -> None:
+    cache = InMemoryCache()
+    pipeline = chat.pipeline
+    short, long = (ChatQuantizedHuggingFace(pipeline=pipeline, max_tokens=n, cache=cache) for n in (2, 4))
+    assert short.invoke("Name a color.").usage_metadata["output_tokens"] == 2
+    assert long.invoke("Name a color.").usage_metadata["output_tokens"] == 4
+    other = chat.model_copy(update={"cache": cache})
+    other.invoke("Name a color.", ignore_eos=True)
+    for fewer in (other.model_copy(update={"max_new_tokens": 3}), other):
+        fewer.max_new_tokens = 3
+        assert fewer.invoke("Name a color.", ignore_eos=True).usage_metadata["output_tokens"] == 3
+
+
+def test_a_copy_that_names_another_model_loads_it(chat: Any) -> None:
+    with pytest.raises(ModelNotFoundError):
+        chat.model_copy(update={"model_id": "/nowhere/at/all"}).invoke("hi")
+    assert chat.model_copy(update={"max_new_tokens": 1}).pipeline.model is chat.pipeline.model
+
+
+def test_what_is_given_beside_an_llm_counts_under_any_name(smollm2: Path, chat: Any) -> None:
+    fields: dict[str, Any] = {"model_id": str(smollm2), "dtype": "float32", "device": "cpu", "progress": False}
+    llm = QuantizedHuggingFaceLLM(**fields, max_tokens=16, n=2, return_full_text=True)
+    given: Any = {"llm": llm, "max_tokens": 3, "num_return_sequences": 1}
+    found = ChatQuantizedHuggingFace(**given)
+    assert (found.max_new_tokens, found.n) == (3, 1)
+    placed: Any = {"llm": llm, "device_map": {"": "cpu"}}
+    assert ChatQuantizedHuggingFace(**placed).device is None
+
+
+class Node(BaseModel):
+    """A node of a tree."""
+
+    value: int
+    children: list[Node] = []
+
+
+def plant(tree: Node) -> str:
+    """Plant a tree."""
+    return "planted"
+
+
+@pytest.mark.parametrize(
+    ("schema", "wanted"),
+    [
+        ({"title": "xs", "type": "array", "items": {"type": "integer"}, "maxItems": 3}, None),
+        ({"title": "U", "anyOf": [{"type": "boolean"}, {"type": "null"}]}, None),
+        ({"title": "Counts", "type": "object", "additionalProperties": {"type": "integer"}}, None),
+        ({"type": "object", "properties": {"a": {"type": "integer"}}}, None),
+        ({"name": "x", "schema": {"type": "integer"}}, {"type": "integer"}),
+        (Node, Node.model_json_schema()),
+    ],
+)
+def test_a_wanted_schema_is_the_one_given(chat: Any, schema: Any, wanted: Any) -> None:
+    bound = chat.with_structured_output(schema)
+    assert bound.first.kwargs["response_format"]["json_schema"]["schema"] == (wanted or schema)
+    found = bound.invoke("Give an example.", temperature=2.0, seed=1, max_tokens=60)
+    if isinstance(schema, dict):
+        jsonschema.validate(found, wanted or schema)
+    else:
+        assert isinstance(found, Node)
+
+
+def test_tools_keep_schemas_that_refer_to_themselves(chat: Any) -> None:
+    as_tool = StructuredTool.from_function(plant)
+    loose = {"title": "count", "description": "Count.", "additionalProperties": {"type": "integer"}, "type": "object"}
+    for given in (plant, as_tool, Node, loose):
+        parameters = chat.bind_tools([given]).kwargs["tools"][0]["function"]["parameters"]
+        assert "$defs" in parameters or "additionalProperties" in parameters
+    (call,) = chat.bind_tools([plant], tool_choice="any").invoke("An oak.", temperature=2.0, max_tokens=80).tool_calls
+    assert as_tool.invoke(call["args"]) == "planted"
+
+
+@pytest.mark.parametrize(
+    ("tool", "said"),
+    [
+        ({"type": "web_search"}, "another provider"),
+        ({"type": "function"}, "another provider"),
+        ("weather", "cannot be described"),
+        ({"title": "xs", "description": "Many.", "type": "array", "items": {}}, "must be an object"),
+    ],
+)
+def test_a_tool_that_is_none_says_so(chat: Any, tool: Any, said: str) -> None:
+    with pytest.raises(InvalidOptionError, match=said):
+        chat.bind_tools([tool])
+
+
+def test_the_raw_message_comes_with_the_options_of_the_call(chat: Any) -> None:
+    raw = chat.with_structured_output(Person, include_raw=True)
+    assert raw.invoke("Ada", max_tokens=3)["raw"].usage_metadata["output_tokens"] == 3
+    with pytest.raises(InvalidOptionError, match="max_tokens"):
+        raw.invoke("Ada", max_tokes=3)
+
+
+def test_a_tool_called_in_place_of_an_object(chat: Any) -> None:
+    options: dict[str, Any] = {"tools": [weather], "tool_choice": "weather"}
+    assert chat.with_structured_output(Person, **options).invoke("Oslo?", max_tokens=60) is None
+    found = chat.with_structured_output(Person, include_raw=True, **options).invoke("Oslo?", max_tokens=60)
+    assert found["raw"].tool_calls[0]["name"] == "weather"
+
+
+def test_several_answers_where_langchain_streams_inwardly(chat: Any) -> None:
+    streaming = chat.model_copy(update={"streaming": True})
+    found = streaming.generate([[HumanMessage("hi")]], n=2, temperature=1.0)
+    assert len(found.generations[0]) == 2
+    with pytest.raises(InvalidOptionError, match="cannot share one stream"):
+        list(chat.stream("hi", n=2))
+
+
+def test_the_event_loop_goes_on_while_the_engine_is_made(smollm2: Path) -> None:
+    fresh = ChatQuantizedHuggingFace(model=str(smollm2), dtype="float32", device="cpu", seed=77, progress=False)
+    fresh.load().unload()
+    fresh.load()
+    threads: list[str] = []
+    make = type(fresh)._engine
+
+    class Watched(ChatQuantizedHuggingFace):
+        def _engine(self, *args: Any, **kwargs: Any) -> Any:
+            if self._loaded().engines is None:
+                threads.append(threading.current_thread().name)
+            return make(self, *args, **kwargs)
+
+    watched = Watched(pipeline=fresh.pipeline, max_tokens=2)
+    asyncio.run(watched.ainvoke("hi"))
+    assert threads
+    assert threading.main_thread().name not in threads
