@@ -85,7 +85,10 @@ class Rows:
 
     def write_s(self, constraint: JSONSchema | None) -> float:
         """Write all rows, and give the seconds."""
-        return self.write(constraint)[1]
+        tokens, seconds = self.write(constraint)
+        if tokens != self._new_tokens:
+            raise SystemExit("the rows have written other numbers of tokens than the first time")
+        return seconds
 
     def write(self, constraint: JSONSchema | None) -> tuple[list[int], float]:
         """Write all rows, and give their numbers of tokens and the seconds."""

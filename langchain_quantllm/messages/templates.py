@@ -37,6 +37,12 @@ _MARK = "Kq7Zx"  # appears in no template
 _CALL_ID = "a1B2c3D4e"
 
 
+_RESERVED = frozenset(
+    {"conversation", "messages", "tools", "tokenize", "chat_template", "return_dict", "return_tensors"}
+)
+"""What `apply_chat_template` is given beside the variables."""
+
+
 class ChatTemplate:
     """Renders conversations; made once for each tokenizer and template.
 
@@ -125,11 +131,19 @@ class ChatTemplate:
             UnsupportedError: If there is no template, or it has no place for an image.
         """
         self.text(tools=bool(tools))
+        variables = dict(options or {})
+        if taken := _RESERVED & variables.keys():
+            msg = f"chat_template_kwargs holds {min(taken)!r}, which comes from the call itself; leave it out."
+            raise InvalidOptionError(msg)
+        if turns and turns[-1].get("tool_calls"):  # written out as text, they would be a turn to continue
+            variables = {"add_generation_prompt": True, "continue_final_message": False, **variables}
         fitted = self._fit(turns, tools)
         try:
-            return self._apply(fitted, list(tools) if self.takes_tools else [], options or {}), images_in(fitted)
+            return self._apply(fitted, list(tools) if self.takes_tools else [], variables), images_in(fitted)
         except _template_errors() as error:
-            msg = f"the model's chat template does not take this conversation: {error}"
+            is_broken = type(error).__name__ == "TemplateSyntaxError"
+            what = "is no valid Jinja" if is_broken else "does not take this conversation"
+            msg = f"the model's chat template {what}: {error}"
             raise InvalidOptionError(msg) from error
 
     def takes_images(self, role: str = "user") -> bool:

@@ -39,6 +39,9 @@ _SAID_ELSEWHERE = frozenset(
         "invalid_tool_call",
         "input_json_delta",
         "function_call",
+        "server_tool_call",
+        "server_tool_call_chunk",
+        "server_tool_result",
         "non_standard",
     }
 )
@@ -109,6 +112,12 @@ def _answer(message: AIMessage, place: _Place) -> Turn:
     wrong = [f"{call['name'] or ''}{call['args'] or ''}" for call in message.invalid_tool_calls]
     content = joined([_content_of(message.content, place), *wrong], "\n")
     turn: Turn = {"role": "assistant", "content": content}
+    for call in message.tool_calls:
+        try:
+            json.dumps(call["args"])
+        except (TypeError, ValueError) as error:
+            msg = f"message {place.at} calls {call['name']!r} with arguments that are no JSON: {error}."
+            raise InvalidOptionError(msg) from error
     if message.tool_calls:
         turn["tool_calls"] = [
             {"type": "function", "id": c["id"] or "", "function": {"name": c["name"], "arguments": c["args"]}}

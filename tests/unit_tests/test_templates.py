@@ -150,6 +150,11 @@ def test_wrong_calls_go_back_as_text() -> None:
         ([], InvalidOptionError, "there are no messages"),
         ([HumanMessage("a"), RemoveMessage(id="1")], InvalidOptionError, "message 1 is a RemoveMessage"),
         ([HumanMessage([{"type": "image_url", "image_url": {"url": "x"}}])], UnsupportedError, "'image_url'"),
+        (
+            [AIMessage("", tool_calls=[{"name": "add", "args": {"a": {1}}, "id": "1"}])],
+            InvalidOptionError,
+            "message 0 calls 'add' with arguments that are no JSON",
+        ),
         ([HumanMessage([{"type": "hologram"}])], InvalidOptionError, "no known content block"),
     ],
 )
@@ -223,6 +228,26 @@ def test_arguments_as_text(render: Any) -> None:
 
 def test_an_answer_to_continue(render: Any) -> None:
     assert render(None, [HumanMessage("a"), AIMessage("It is")]).endswith("<|im_start|>assistant\nIt is")
+
+
+def test_calls_at_the_end_are_no_answer_to_continue(render: Any) -> None:
+    prompt = render(None, [HumanMessage("1+2?"), CALL], [TOOL])
+    assert prompt.endswith("</tool_call><|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_blocks_of_other_providers_tools_are_left_out(render: Any) -> None:
+    block = {"type": "server_tool_call", "name": "web_search", "args": {}, "id": "1"}
+    assert "It is" in render(None, [HumanMessage("a"), AIMessage([block, "It is"]), HumanMessage("b")])
+
+
+def test_variables_that_the_call_itself_gives(render: Any) -> None:
+    with pytest.raises(InvalidOptionError, match="'tokenize', which comes from the call"):
+        render(None, [HumanMessage("a")], tokenize=True)
+
+
+def test_a_template_that_is_none(render: Any) -> None:
+    with pytest.raises(InvalidOptionError, match="is no valid Jinja"):
+        render("{% if %}", [HumanMessage("a")])
 
 
 def test_options_reach_the_template(render: Any) -> None:
