@@ -2,6 +2,7 @@
 # make test    the tests, as continuous integration runs them
 # Both make .venv and install what they need. Other settings:
 #   make demo PYTHON=python3.12 TORCH=torch     # another Python, the newest torch
+#   make test JOBS=4                            # test processes, each with its own models
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 JOBS ?= 2
