@@ -399,10 +399,17 @@ class QuantizedModel(BaseLanguageModel[Any]):
             self._model = model
         return model
 
-    async def _aload(self) -> None:
-        """Load the weights and make the engine, both beside the event loop."""
-        if not self.is_loaded or self._loaded().engines is None:
-            await run_in_executor(None, lambda: self.load()._engine())
+    async def _aplan(self, plan: Callable[..., Any], *call: Any, is_long: bool = False) -> Any:
+        """Make the plan of a call, beside the event loop where that takes long.
+
+        Args:
+            plan: Makes it, with the weights and the engine where these are not there yet.
+            *call: What it is called with.
+            is_long: Whether it takes long anyway.
+        """
+        if is_long or not self.is_loaded or self._loaded().engines is None:
+            return await run_in_executor(None, plan, *call)
+        return plan(*call)
 
     def _share(self, key: str, model: LoadedModel) -> None:
         """Let every instance with the same settings hold the model, called already or not.

@@ -21,7 +21,6 @@ from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
 from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser, PydanticToolsParser
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable, RunnableLambda, RunnableMap, RunnablePassthrough
-from langchain_core.runnables.config import run_in_executor
 from langchain_core.tools import BaseTool
 from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import Field, model_validator
@@ -316,8 +315,8 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         with langchain_errors():
-            await self._aload()
-            plan = await self._aplan(self._plan, messages, stop, kwargs)
+            is_long = self._is_long(messages, kwargs)
+            plan = await self._aplan(self._plan, messages, stop, kwargs, is_long=is_long)
             answers = Answers(plan.requests)
             with self._submit(plan.requests, plan.options, in_pieces=False) as stream:
                 async for chunk in stream:
@@ -349,8 +348,8 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         with langchain_errors():
-            await self._aload()
-            plan = await self._aplan(self._plan_stream, messages, stop, kwargs)
+            is_long = self._is_long(messages, kwargs)
+            plan = await self._aplan(self._plan_stream, messages, stop, kwargs, is_long=is_long)
             convert = self._converter(plan)
             with self._submit(plan.requests, plan.options) as stream:
                 async for chunk in stream:
@@ -430,19 +429,11 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
             raise InvalidOptionError(msg)
         return plan
 
-    async def _aplan(
-        self,
-        plan: Callable[[Sequence[BaseMessage], Sequence[str] | None, Mapping[str, Any]], _Plan],
-        messages: Sequence[BaseMessage],
-        stop: Sequence[str] | None,
-        call: Mapping[str, Any],
-    ) -> _Plan:
-        """Make the plan of a call; beside the event loop where grammars are compiled for it, or images fetched."""
-        compiles = any(call.get(name) is not None for name in ("tools", "response_format", "constraint"))
-        has_images = self._processor() is not None and any(not isinstance(m.content, str) for m in messages)
-        if not compiles and not has_images:
-            return plan(messages, stop, call)
-        return await run_in_executor(None, plan, messages, stop, call)
+    def _is_long(self, messages: Sequence[BaseMessage], call: Mapping[str, Any]) -> bool:
+        """Whether planning a call may take long: grammars are compiled for it, or images fetched and resized."""
+        if any(call.get(name) is not None for name in ("tools", "response_format", "constraint")):
+            return True
+        return any(not isinstance(message.content, str) for message in messages)
 
     # Images.
 

@@ -218,8 +218,7 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         with langchain_errors():
-            await self._aload()
-            options, requests = self._plan(prompts, stop, kwargs)
+            options, requests = await self._aplan(self._plan, prompts, stop, kwargs)
             answers, tokenizer = Answers(requests), self._loaded_pipeline().tokenizer
             with self._submit(requests, options, in_pieces=False) as stream:
                 async for chunk in stream:
@@ -250,8 +249,7 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
         with langchain_errors():
-            await self._aload()
-            options, requests = self._plan_stream(prompt, stop, kwargs)
+            options, requests = await self._aplan(self._plan_stream, prompt, stop, kwargs)
             convert = self._as_langchain(requests)
             with self._submit(requests, options) as stream:
                 for given in self._echo(prompt, options):
