@@ -52,6 +52,7 @@ class Batch:
         positions: Position of each token in its row, of shape `(tokens,)`, int32.
         spans: The same on the host; empty where the kernels that read the device suffice.
         decodes: Whether each row has one new token.
+        blocks: The spans as the prefill kernel takes them, where they lie on the device.
     """
 
     table: torch.Tensor
@@ -59,6 +60,7 @@ class Batch:
     positions: torch.Tensor
     spans: Sequence[Span]
     decodes: bool
+    blocks: torch.Tensor | None = None
     on_device: dict[Any, Any] = field(default_factory=dict)
     """What the layers of one device share in this forward."""
 
@@ -85,7 +87,13 @@ def without_gradients(function: _Function) -> _Function:
 
 
 class Attention(Protocol):
-    """How keys and values get into the pool, and what a query makes of them."""
+    """How keys and values get into the pool, and what a query makes of them.
+
+    Attributes:
+        prefills_on_device: Whether prompts are read by what lies on the device, so that a graph can hold it.
+    """
+
+    prefills_on_device: bool
 
     def write(self, pool: LayerPool, key: torch.Tensor, value: torch.Tensor, batch: Batch) -> None:
         """Store keys and values of shape `(1, kv_heads, tokens, dim)`."""
@@ -100,6 +108,8 @@ class Attention(Protocol):
 
 class GatherAttention:
     """Collects a row's pages and hands them to PyTorch's attention: for every device and dtype."""
+
+    prefills_on_device = False
 
     def write(self, pool: LayerPool, key: torch.Tensor, value: torch.Tensor, batch: Batch) -> None:
         """Store keys and values; see `Attention.write`."""
@@ -211,6 +221,7 @@ class TritonAttention:
         self._changes_device = len(devices) > 1
         # Before Ampere, Triton multiplies without tensor cores: no matter for one token, but for a prompt.
         self._prefills_by = GatherAttention() if properties.major < 8 else None
+        self.prefills_on_device = self._prefills_by is None
 
     def write(self, pool: LayerPool, key: torch.Tensor, value: torch.Tensor, batch: Batch) -> None:
         """Store keys and values; see `Attention.write`."""
@@ -231,7 +242,9 @@ class TritonAttention:
             if batch.decodes:
                 splits = self._kernels.default_splits(len(slots), pool.kv.shape[2], self._multiprocessors)
                 return self._kernels.decode_attention(query, pool.kv, table, slots, positions, splits=splits, **given)
-            blocks = _cached(batch, (device, "blocks"), lambda: self._blocks(batch).to(device))
+            blocks = batch.blocks
+            if blocks is None or blocks.device != device:
+                blocks = _cached(batch, (device, "blocks"), lambda: self._blocks(batch).to(device))
             return self._kernels.prefill_attention(query, pool.kv, table, blocks, **given)
 
     def try_out(self, pool: LayerPool) -> None:

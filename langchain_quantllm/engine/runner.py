@@ -28,7 +28,9 @@ from langchain_quantllm.engine.attention import (
 from langchain_quantllm.engine.batch_sampler import MASKS, BatchSampler, log_probabilities
 from langchain_quantllm.engine.capture import StepGraph, WaitFinder
 from langchain_quantllm.engine.pages import PAGE_TOKENS
+from langchain_quantllm.engine.prefill_graphs import Pack, PrefillGraphs, Run
 from langchain_quantllm.engine.scheduler import Piece, RowState
+from langchain_quantllm.kernels.reference import PREFILL_BLOCK
 
 _BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
 """Row counts for which there is a graph; fewer rows are filled up."""
@@ -155,6 +157,9 @@ class Runner:
             self._inputs = torch.zeros(5, most, dtype=torch.int32, device=self.device)
             self._staged = [torch.zeros(5, most, dtype=torch.int32, pin_memory=True) for _ in range(4)]
             self._mask = torch.zeros(most, self._mask_words, dtype=torch.int32, device=self.device)
+        self._prefill_graphs: PrefillGraphs | None = None
+        if captures and attention.prefills_on_device and pages_per_row * PAGE_TOKENS >= PREFILL_BLOCK:
+            self._prefill_graphs = PrefillGraphs(self._forward_pack, self.device)
         self._steps = 0
         self._staged_masks: list[torch.Tensor] = []
         self._masked_steps = 0
@@ -168,6 +173,8 @@ class Runner:
             torch.cuda.synchronize(self.device)  # none of them may still run
         self._graphs.clear()
         self._draw_graphs.clear()
+        if self._prefill_graphs is not None:
+            self._prefill_graphs.clear()
         if self.captures:
             self._memory = torch.cuda.graph_pool_handle()  # the one before went with its last graph
         self._configs = [] if self._by_sdpa else configs_of(self._model)
@@ -189,22 +196,44 @@ class Runner:
             chances: One for each piece that is its row's last.
         """
         self._set_pages([piece.row for piece in pieces])
+        runs = [
+            Run(
+                slot=piece.row.slot,
+                position=piece.start,
+                ids=piece.row.ids[piece.start : piece.start + piece.count],
+                is_last=piece.is_last,
+            )
+            for piece in pieces
+        ]
+        logits = None
+        if self._prefill_graphs is not None and self.captures:
+            logits = self._prefill_graphs.run(runs, self._padding_slot, self._memory)
+        if logits is None:
+            logits = self._prefill_eagerly(runs)
+        drawing = [piece.row for piece in pieces if piece.is_last]
+        inputs = self._lines_of(drawing, [0] * len(drawing), [0] * len(drawing), chances)
+        return Launched(logits=logits, inputs=inputs.to(self.device), rows=len(drawing), is_prefill=True)
+
+    def _prefill_eagerly(self, runs: Sequence[Run]) -> torch.Tensor:
         spans, lines, last = [], [], []
         first = 0
-        for piece in pieces:
-            spans.append(Span(slot=piece.row.slot, first=first, position=piece.start, count=piece.count))
-            ids = piece.row.ids[piece.start : piece.start + piece.count]
-            positions = range(piece.start, piece.start + piece.count)
-            lines.append(torch.tensor([ids, list(positions), [piece.row.slot] * piece.count], dtype=torch.int32))
-            first += piece.count
-            if piece.is_last:
+        for run in runs:
+            count = len(run.ids)
+            spans.append(Span(slot=run.slot, first=first, position=run.position, count=count))
+            positions = range(run.position, run.position + count)
+            lines.append(torch.tensor([list(run.ids), list(positions), [run.slot] * count], dtype=torch.int32))
+            first += count
+            if run.is_last:
                 last.append(first - 1)
         packed = torch.cat(lines, 1).to(self.device)
         batch = Batch(table=self._table, slots=packed[2], positions=packed[1], spans=spans, decodes=False)
-        logits = self._forward(packed[0].long(), batch, last or [0])
-        drawing = [piece.row for piece in pieces if piece.is_last]
-        inputs = self._lines_of(drawing, [0] * len(drawing), [0] * len(drawing), chances)
-        return Launched(logits=logits, inputs=inputs.to(self.device), rows=len(last), is_prefill=True)
+        return self._forward(packed[0].long(), batch, last or [0])
+
+    def _forward_pack(self, pack: Pack) -> torch.Tensor:
+        batch = Batch(
+            table=self._table, slots=pack.slots, positions=pack.positions, spans=(), decodes=False, blocks=pack.blocks
+        )
+        return self._forward(pack.ids.long(), batch, pack.kept.long())
 
     def _set_pages(self, rows: Sequence[RowState]) -> None:
         width = max(len(row.pages) for row in rows)
@@ -301,7 +330,7 @@ class Runner:
 
     # Both.
 
-    def _forward(self, ids: torch.Tensor, batch: Batch, keep: list[int] | None) -> torch.Tensor:
+    def _forward(self, ids: torch.Tensor, batch: Batch, keep: list[int] | torch.Tensor | None) -> torch.Tensor:
         """Run packed tokens of shape `(tokens,)`; gives logits of shape `(tokens kept, vocab)`."""
         forward = Forward(self._attention, self._pools, batch, by_sdpa=self._by_sdpa)
         # A mask of four dimensions is taken as it is: none has to be made for an attention that ignores it.

@@ -70,6 +70,7 @@ LEVELS = {
     "engine.sampler": 3,
     "engine.fast_engine": 4,
     "engine.pipeline_engine": 4,
+    "engine.prefill_graphs": 3,
     "engine.runner": 4,
     "engine.selection": 4,
     "engine.support": 4,

@@ -14,6 +14,7 @@ import transformers
 from langchain_quantllm import Int8, QuantizedHuggingFaceLLM
 from langchain_quantllm.bench import SHAPES, random_checkpoint
 from langchain_quantllm.engine import capture
+from langchain_quantllm.engine.prefill_graphs import PrefillGraphs
 from tests.unit_tests.models import llm_of, tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -59,6 +60,22 @@ def test_greedy_equals_generate_in_graphs(folder: Any) -> None:
     for _ in range(2):  # the second time with prompts that are in the pages
         assert llm.batch(PROMPTS) == expected
     assert llm.batch(PROMPTS, max_new_tokens=5) == [generated(llm, prompt, 5) for prompt in PROMPTS]
+    llm.unload()
+
+
+def test_prompts_run_in_graphs_from_the_second_of_a_length_on(folder: Any) -> None:
+    llm = make(folder, dtype="float32", engine="fast", prefix_caching=False, max_new_tokens=6)
+    engine: Any = llm._engine()
+    graphs: PrefillGraphs = engine._runner._prefill_graphs
+    for words in (3, 40, 150, 700, 1500):
+        for repeat in range(3):
+            prompt = " ".join(f"w{(7 * words + 3 * i + repeat) % 900}" for i in range(words))
+            assert llm.invoke(prompt) == generated(llm, prompt, 6)
+    assert len(graphs._graphs) == 4  # the last is longer than any
+    assert graphs.why_not is None
+    alone = [generated(llm, prompt, 6) for prompt in PROMPTS]
+    for _ in range(3):
+        assert llm.batch(PROMPTS) == alone
     llm.unload()
 
 
