@@ -27,7 +27,7 @@ import transformers
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
 
 from langchain_quantllm import ChatQuantizedHuggingFace, QuantizedHuggingFaceLLM
-from langchain_quantllm.bench import SHAPES
+from langchain_quantllm.benchmarks.random_models import SHAPES
 from langchain_quantllm.constraints import JSONSchema
 from langchain_quantllm.prompts import Prompts
 

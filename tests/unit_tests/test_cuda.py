@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from langchain_quantllm import NF4, Int8, QuantizedHuggingFaceLLM
-from langchain_quantllm.bench import SHAPES, random_checkpoint, touch_device
+from langchain_quantllm.benchmarks.memory import touch_device
+from langchain_quantllm.benchmarks.random_models import SHAPES, random_checkpoint
 from langchain_quantllm.errors import NotEnoughMemoryError
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

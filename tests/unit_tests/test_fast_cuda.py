@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from langchain_quantllm import Int8, QuantizedHuggingFaceLLM
-from langchain_quantllm.bench import SHAPES, random_checkpoint
+from langchain_quantllm.benchmarks.random_models import SHAPES, random_checkpoint
 from langchain_quantllm.engine import capture
 from langchain_quantllm.engine.prefill_graphs import PrefillGraphs
 from tests.unit_tests.models import llm_of, tiny_model

@@ -11,13 +11,14 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 from typer.testing import CliRunner, Result
 
-from langchain_quantllm import QuantizedHuggingFaceLLM, speed, speed_results
-from langchain_quantllm.bench import random_checkpoint
+from langchain_quantllm import QuantizedHuggingFaceLLM
+from langchain_quantllm.benchmarks import speed, speed_results
+from langchain_quantllm.benchmarks.random_models import random_checkpoint
+from langchain_quantllm.benchmarks.speed import measure_speed
+from langchain_quantllm.benchmarks.speed_results import CopySpeed, SchemeSpeed, SpeedOptions, as_document
 from langchain_quantllm.cli import app
 from langchain_quantllm.errors import GenerationError, InvalidOptionError, MissingPackageError
 from langchain_quantllm.prompts import Prompts
-from langchain_quantllm.speed import measure_speed
-from langchain_quantllm.speed_results import CopySpeed, SchemeSpeed, SpeedOptions, as_document
 
 COPY = CopySpeed(buffer_bytes=1_000, rate_byte_s=1e9)
 SMALL: dict[str, Any] = {

@@ -1,7 +1,6 @@
-"""Measuring memory, on a checkpoint or on random weights of a known shape.
+"""Measuring memory: what each scheme takes when loaded, generating and unloaded, beside its estimate.
 
-Owns what is measured and in which order, and the random checkpoints that stand in for real
-ones: memory does not depend on what the weights are. Prints nothing; the command line does.
+Owns what is measured and in which order. Prints nothing; the command line does.
 """
 
 from __future__ import annotations
@@ -12,40 +11,16 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from langchain_quantllm.errors import InvalidOptionError, UnsupportedError, nearest
+from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.llms import QuantizedHuggingFaceLLM
 from langchain_quantllm.memory import estimate_memory, take_snapshot
 from langchain_quantllm.packages import is_installed
 from langchain_quantllm.placement import release_memory
 from langchain_quantllm.schemes import GPTQ
-from langchain_quantllm.silence import import_quietly, progress_bars
+from langchain_quantllm.silence import import_quietly
 
-SHAPES: dict[str, dict[str, int]] = {
-    "llama-2-7b": {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "vocab_size": 32000,
-        "max_position_embeddings": 4096,
-    },
-    "tiny": {
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "vocab_size": 512,
-        "max_position_embeddings": 1024,
-    },
-}
-"""Llama configs by name, for random weights."""
-
-GPTQ_GROUP_SIZE = 128
 _LEAST_CACHE_TOKENS = 256
 
 
@@ -194,87 +169,6 @@ def driver_used_bytes(device: str) -> int | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return int(done.stdout.strip()) * 1024 * 1024
-
-
-def random_checkpoint(shape: str, folder: Path, *, gptq: bool = False) -> Path:
-    """Write a Llama of random weights, as an ordinary bfloat16 checkpoint or packed as GPTQ in 4 bits.
-
-    Args:
-        shape: A name of `SHAPES`.
-        folder: Where to write it.
-        gptq: Pack the linear layers, in groups of 128, as AutoGPTQ does; no calibration, no use but measuring.
-
-    Returns:
-        The folder.
-
-    Raises:
-        InvalidOptionError: If the shape is unknown.
-    """
-    if shape not in SHAPES:
-        msg = f"shape={shape!r} is not known{nearest(shape, SHAPES)}"
-        raise InvalidOptionError(msg)
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(**SHAPES[shape], bos_token_id=0, eos_token_id=1, dtype="bfloat16")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with torch.device(device), progress_bars(shown=False):
-        model = LlamaForCausalLM(config).to(torch.float16 if gptq else torch.bfloat16)
-        if not gptq:
-            model.save_pretrained(folder)
-        else:
-            _save_random_gptq(model, folder)
-    _tokenizer(SHAPES[shape]["vocab_size"]).save_pretrained(folder)
-    del model
-    release_memory()
-    return folder
-
-
-def _save_random_gptq(model: Any, folder: Path) -> None:
-    import torch
-    from safetensors.torch import save_file
-
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        layer = name.removesuffix(".weight")
-        if tensor.dim() != 2 or layer.split(".")[-1] in ("embed_tokens", "lm_head"):
-            tensors[name] = tensor.contiguous().cpu()
-            continue
-        rows, columns = tensor.shape  # out_features, in_features
-        groups = columns // GPTQ_GROUP_SIZE
-        words = {"dtype": torch.int32, "device": tensor.device}
-        tensors[f"{layer}.qweight"] = torch.randint(-(2**31), 2**31 - 1, (columns // 8, rows), **words).cpu()
-        tensors[f"{layer}.qzeros"] = torch.full((groups, rows // 8), 0x77777777, **words).cpu()
-        tensors[f"{layer}.scales"] = torch.full((groups, rows), 0.002, dtype=torch.float16)
-        tensors[f"{layer}.g_idx"] = torch.arange(columns, **words).div(GPTQ_GROUP_SIZE, rounding_mode="floor").cpu()
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = model.config.to_dict() | {
-        "architectures": ["LlamaForCausalLM"],
-        "dtype": "float16",
-        "quantization_config": {
-            "quant_method": "gptq",
-            "bits": 4,
-            "group_size": GPTQ_GROUP_SIZE,
-            "desc_act": False,
-            "sym": True,
-            "checkpoint_format": "gptq",
-        },
-    }
-    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str), encoding="utf-8")
-
-
-def _tokenizer(vocab_size: int) -> Any:
-    """Build a tokenizer of bytes with a vocabulary of any size, for random models."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    words += [f"Ġw{i}" for i in range(vocab_size - len(words))]
-    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")  # noqa: S106
 
 
 def as_document(rows: Sequence[MemoryRow], **about: Any) -> str:

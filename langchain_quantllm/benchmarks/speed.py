@@ -17,12 +17,7 @@ from typing import Any
 
 from langchain_core.callbacks import BaseCallbackHandler
 
-from langchain_quantllm.errors import GenerationError, InvalidOptionError
-from langchain_quantllm.llms import QuantizedHuggingFaceLLM
-from langchain_quantllm.placement import release_memory
-from langchain_quantllm.prompts import Prompts
-from langchain_quantllm.schemes import GPTQ
-from langchain_quantllm.speed_results import (
+from langchain_quantllm.benchmarks.speed_results import (
     CopySpeed,
     GenerationSpeed,
     PeerSpeed,
@@ -31,6 +26,11 @@ from langchain_quantllm.speed_results import (
     SharedPrefixSpeed,
     SpeedOptions,
 )
+from langchain_quantllm.errors import GenerationError, InvalidOptionError
+from langchain_quantllm.llms import QuantizedHuggingFaceLLM
+from langchain_quantllm.placement import release_memory
+from langchain_quantllm.prompts import Prompts
+from langchain_quantllm.schemes import GPTQ
 
 PEER_BATCH = 4
 """Source: `DEFAULT_BATCH_SIZE` of langchain_huggingface/llms/huggingface_pipeline.py, which `from_model_id` also gives
