@@ -36,7 +36,7 @@ lint: .venv/.test
 	touch $@
 
 .venv/.test: .venv/.demo
-	$(PIP) "$(TORCH)" --editable '.[demo,gptq,huggingface,structured,vision]' --group test
+	$(PIP) "$(TORCH)" --editable '.[adapters,bench,demo,gptq,huggingface,structured,vision]' --group test
 	touch $@
 
 clean:

@@ -12,15 +12,24 @@ from langchain_quantllm.schemes import FP4, GPTQ, NF4, SCHEMES, Int8, Scheme, Un
 
 if TYPE_CHECKING:
     from langchain_quantllm.chat_models import ChatQuantizedHuggingFace
+    from langchain_quantllm.comparison import compare
     from langchain_quantllm.llms import QuantizedHuggingFaceLLM
     from langchain_quantllm.memory import MemoryEstimate, MemoryReport, estimate_memory, take_snapshot, track_memory
+    from langchain_quantllm.merging import merge_adapter
+    from langchain_quantllm.quantization.calibration import Calibration
+    from langchain_quantllm.quantization.quantizing import QuantizedCheckpoint, quantize
 
 _LAZY = {
+    "Calibration": "langchain_quantllm.quantization.calibration",
     "ChatQuantizedHuggingFace": "langchain_quantllm.chat_models",
     "MemoryEstimate": "langchain_quantllm.memory",
     "MemoryReport": "langchain_quantllm.memory",
+    "QuantizedCheckpoint": "langchain_quantllm.quantization.quantizing",
     "QuantizedHuggingFaceLLM": "langchain_quantllm.llms",
+    "compare": "langchain_quantllm.comparison",
     "estimate_memory": "langchain_quantllm.memory",
+    "merge_adapter": "langchain_quantllm.merging",
+    "quantize": "langchain_quantllm.quantization.quantizing",
     "take_snapshot": "langchain_quantllm.memory",
     "track_memory": "langchain_quantllm.memory",
 }
@@ -40,15 +49,20 @@ __all__ = [
     "GPTQ",
     "NF4",
     "SCHEMES",
+    "Calibration",
     "ChatQuantizedHuggingFace",
     "Int8",
     "MemoryEstimate",
     "MemoryReport",
+    "QuantizedCheckpoint",
     "QuantizedHuggingFaceLLM",
     "Scheme",
     "Unquantized",
     "__version__",
+    "compare",
     "estimate_memory",
+    "merge_adapter",
+    "quantize",
     "take_snapshot",
     "track_memory",
 ]

@@ -8,6 +8,7 @@ the classes above bring those.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,8 +23,17 @@ from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, ValidationError,
 from typing_extensions import Self
 
 from langchain_quantllm._version import __version__
+from langchain_quantllm.adapter_names import AdapterChoice
 from langchain_quantllm.checkpoint import LoadSpec, stored_quantization
-from langchain_quantllm.engine.options import OWN, REFUSED, GenerationOptions, normalize, option_names, resolve
+from langchain_quantllm.engine.options import (
+    BASE_ADAPTER,
+    OWN,
+    REFUSED,
+    GenerationOptions,
+    normalize,
+    option_names,
+    resolve,
+)
 from langchain_quantllm.engine.request import ChunkStream, Engine, EngineInfo, Request, TokenMask, plan_requests
 from langchain_quantllm.engine.selection import ENGINES, Engines
 from langchain_quantllm.engine.worker import UNLOADED
@@ -100,7 +110,7 @@ _LOADING = ("quantization", "quantization_config", *_SPEC_NAMES, "token", "devic
 """Fields that say how to load, and so mean nothing beside `pipeline=`."""
 
 _OPTION_FIELDS = tuple(
-    name for name in OWN if name not in ("top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "min_length")
+    name for name in OWN if name not in ("top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "min_length", "adapter")
 )
 _MODEL_KWARGS_ALIASES = {"torch_dtype": "dtype", "use_auth_token": "token"}
 _LOAD_IN = {"load_in_8bit": "int8", "load_in_4bit": "fp4"}  # fp4 is what BitsAndBytesConfig(load_in_4bit=True) means
@@ -156,6 +166,11 @@ class QuantizedModel(BaseLanguageModel[Any]):
     """Show how far loading is."""
     model_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Further keyword arguments of transformers' `from_pretrained`."""
+    adapters: dict[str, str] = Field(default_factory=dict)
+    """Adapters of peft that calls can name, each a folder or a repository on the Hub, by its name."""
+    adapter: str | None = None
+    """The adapter of calls that name none: a name of `adapters`, `"base"` or None for the model without any, or the
+    folder or repository of one more."""
     own_pipeline: Any = Field(default=None, alias="pipeline", repr=False)
     """Given as `pipeline=`: a transformers pipeline of your own, for text-generation or image-text-to-text."""
     batch_size: int | None = Field(default=None, ge=1)
@@ -251,6 +266,8 @@ class QuantizedModel(BaseLanguageModel[Any]):
         batch_size = options.pop("batch_size", None)
         if values.get("batch_size") is None:
             values["batch_size"] = batch_size
+        if (adapter := options.pop("adapter", None)) is not None and values.get("adapter") is None:
+            values["adapter"] = adapter
         known = {*cls.model_fields, *(f.alias for f in cls.model_fields.values() if f.alias)}
         for name in [n for n in values if n not in known or n in _OPTION_FIELDS]:
             if name not in option_names():
@@ -318,6 +335,10 @@ class QuantizedModel(BaseLanguageModel[Any]):
     def _forget(self, changed: Iterable[str]) -> None:
         """Let go of what was made of fields as they were before some of them changed."""
         self.__dict__.pop("_serialized", None)  # which langchain-core keeps
+        if not {"adapters", "adapter"}.isdisjoint(changed) and self._model is not None:
+            with contextlib.suppress(InvalidOptionError):  # which the next call raises
+                if not self._adapter_choice().sources.items() <= self._model.adapters.items():
+                    self._model = None
         if not {"model_id", "own_pipeline", *_LOADING}.isdisjoint(changed):
             self._model = None
 
@@ -344,9 +365,19 @@ class QuantizedModel(BaseLanguageModel[Any]):
                 "out."
             )
             raise InvalidOptionError(msg)
+        if self.adapters or self.adapter is not None:
+            msg = (
+                "adapters are not loaded onto a pipeline of your own, which stays as it is; load them with peft, "
+                "pipeline.model.load_adapter(folder, adapter_name=...), and choose with pipeline.model.set_adapter."
+            )
+            raise InvalidOptionError(msg)
         self.model_id = self.model_id or pipe.model.name_or_path or name_of(pipe)
 
+    def _adapter_choice(self) -> AdapterChoice:
+        return AdapterChoice.of(self.adapters, self.adapter)
+
     def _spec(self) -> LoadSpec:
+        choice = self._adapter_choice()
         return LoadSpec(
             model_id=self.model_id,
             scheme=scheme_from(self.quantization),
@@ -354,6 +385,8 @@ class QuantizedModel(BaseLanguageModel[Any]):
             token=self.token.get_secret_value() if self.token else None,
             progress=self.progress,
             model_kwargs=self.model_kwargs,
+            adapters=choice.sources,
+            adapter=choice.default,
             **{name: getattr(self, name) for name in _SPEC_NAMES if name != "device_map"},
             device_map=self.device_map if self.device is None else {"": _device_name(self.device)},
         )
@@ -435,7 +468,7 @@ class QuantizedModel(BaseLanguageModel[Any]):
         model = self._loaded()
         with model.lock:
             if model.engines is None:
-                model.engines = Engines(_open(model))
+                model.engines = Engines(_open(model), list(model.adapters))
             engine: Engine = model.engines.choose(self.engine, self.kv_cache_memory, options, has_media=has_media)
         return engine
 
@@ -472,7 +505,19 @@ class QuantizedModel(BaseLanguageModel[Any]):
     def _options(self, stop: Sequence[str] | None, call: Mapping[str, Any]) -> GenerationOptions:
         """Resolve a call's options: the call's value, the field's, the checkpoint's, the default."""
         given = normalize({**call, "stop": stop} if stop is not None else call)
-        return resolve([given, self._field_options()], _checkpoint_options(self._loaded_pipeline()))
+        asked = given.pop("adapter", None)
+        adapter = self._adapter_choice().choose(asked)  # before any weight is read
+        model = self._loaded()
+        if adapter is None and model.adapters:  # those of fields that were set anew since
+            adapter = BASE_ADAPTER
+        elif adapter is None and asked is not None and getattr(_open(model).model, "peft_config", None):
+            msg = (
+                f"adapter={asked!r} chooses among the adapters that this object has loaded, and those of this model "
+                "were put there by hand; switch them with peft: llm.pipeline.model.disable_adapters()."
+            )
+            raise InvalidOptionError(msg)
+        options = resolve([given, self._field_options()], _checkpoint_options(_open(model)))
+        return dataclasses.replace(options, adapter=adapter)
 
     def _requests(
         self,
@@ -545,6 +590,8 @@ class QuantizedModel(BaseLanguageModel[Any]):
             "model_kwargs": self.model_kwargs or None,
             **{name: getattr(self, name) for name in _OPTION_FIELDS if name != "timeout"},
             **self.generation_kwargs,
+            "adapters": self.adapters or None,
+            "adapter": self.adapter,
         }
         if self.own_pipeline is not None:  # whose weights and options this class knows nothing of
             params |= {"pipeline": name_of(self.own_pipeline), "of_pipeline": _checkpoint_options(self.own_pipeline)}
@@ -654,8 +701,13 @@ def _lift_model_kwargs(values: dict[str, Any]) -> dict[str, Any]:
             values[name] = os.fspath(value) if isinstance(value, os.PathLike) else str(value).removeprefix("torch.")
         else:
             values.pop(name, None)
-    if isinstance(values.get("model_id"), os.PathLike):
-        values["model_id"] = os.fspath(values["model_id"])
+    for name in ("model_id", "adapter"):
+        if isinstance(values.get(name), os.PathLike):
+            values[name] = os.fspath(values[name])
+    if isinstance(given := values.get("adapters"), Mapping):
+        values["adapters"] = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in given.items()}
+    elif given is None:
+        values.pop("adapters", None)
     return options
 
 
@@ -713,7 +765,9 @@ def _checkpoint_options(pipeline: Any) -> dict[str, Any]:
     stored = pipeline.model.generation_config.to_diff_dict()
     stored.pop("eos_token_id", None)  # the engine reads it itself
     stored.pop("use_cache", None)  # often False, left over from training
-    return normalize({**stored, **given}, lenient=True)
+    options = normalize({**stored, **given}, lenient=True)
+    options.pop("adapter", None)  # no option of transformers
+    return options
 
 
 def _special_ids(tokenizer: Any, stop: Sequence[str]) -> tuple[int, ...]:

@@ -75,6 +75,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
             checkpoint as it is.
         max_new_tokens (or max_tokens), temperature, top_p, top_k, seed, stop, n:
             Sampling. Each may be given at a call as well.
+        adapters, adapter: LoRA adapters by name, and the one of calls that name none; `adapter` may be given at a call.
         chat_template, chat_template_kwargs: A template in place of the checkpoint's, and variables for it, such as
             `{"enable_thinking": False}`.
         llm: A `QuantizedHuggingFaceLLM` to take over, with its settings and weights.

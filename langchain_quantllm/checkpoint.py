@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from langchain_quantllm.adapter_names import AdapterChoice
+from langchain_quantllm.engine.options import BASE_ADAPTER
 from langchain_quantllm.errors import (
     CheckpointError,
     InvalidOptionError,
@@ -63,6 +65,8 @@ class LoadSpec:
         local_files_only: True never asks the Hub, False always does; None does where files are missing here.
         progress: Show how far loading is.
         model_kwargs: Further keyword arguments of `from_pretrained`.
+        adapters: Folder or repository of each adapter of peft, by its name.
+        adapter: Name of the one that the model runs with by itself, or `"base"`; it makes no other model.
 
     Raises:
         InvalidOptionError: If a value is not allowed or two contradict each other.
@@ -83,6 +87,8 @@ class LoadSpec:
     local_files_only: bool | None = None
     progress: bool = True
     model_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    adapters: Mapping[str, str] = field(default_factory=dict, hash=False)
+    adapter: str = field(default=BASE_ADAPTER, compare=False)
 
     def __post_init__(self) -> None:
         """Check what can be checked without looking at the checkpoint or the machine."""
@@ -103,6 +109,7 @@ class LoadSpec:
                 f"known{nearest(self.attn_implementation, ATTENTIONS)}"
             )
             raise InvalidOptionError(msg)
+        AdapterChoice.of(self.adapters, self.adapter)
 
     def key(self) -> str:
         """Say in one string what decides the loaded weights and where they lie."""
@@ -131,6 +138,7 @@ class LoadSpec:
                 "trust_remote_code": self.trust_remote_code,
                 "use_safetensors": self.use_safetensors,
                 "model_kwargs": dict(self.model_kwargs),
+                "adapters": {name: _folder(source) or source for name, source in self.adapters.items()},
             },
             sort_keys=True,
             default=str,

@@ -48,6 +48,7 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
             such as `NF4(double_quantization=True)`. None takes the checkpoint as it is.
         max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, stop, n:
             Sampling, with transformers' names. Each may be given at a call as well.
+        adapters, adapter: LoRA adapters by name, and the one of calls that name none; `adapter` may be given at a call.
 
     Instantiate:
         ```python

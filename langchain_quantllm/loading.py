@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from langchain_quantllm.adapters import check_shapes, find_adapters, load_adapters
 from langchain_quantllm.checkpoint import Checkpoint, LoadSpec, check_attention, find_checkpoint, reconcile
 from langchain_quantllm.containment import contained
 from langchain_quantllm.errors import UnsupportedError
@@ -48,6 +49,7 @@ class LoadedModel:
         *,
         estimate: MemoryEstimate | None = None,
         tracked: TrackedMemory | None = None,
+        adapters: Mapping[str, str] | None = None,
     ) -> None:
         """Hold a pipeline, this package's own or a user's.
 
@@ -56,11 +58,13 @@ class LoadedModel:
             scheme: How its weights are held.
             estimate: What it was estimated to take; None where that is not known.
             tracked: The memory before, while and after loading; None where nobody measured.
+            adapters: Folder or repository of each adapter that was loaded with it, by its name.
         """
         self.pipeline: Any = pipeline
         self.scheme = scheme
         self.estimate = estimate
         self.tracked = tracked
+        self.adapters = dict(adapters or {})
         self.weights = weights_by_kind(pipeline.model)
         self.devices = devices_of(pipeline.model)
         self.lock = threading.RLock()
@@ -218,6 +222,7 @@ def load(spec: LoadSpec) -> LoadedModel:
     """
     check_packages(spec.scheme)
     import_quietly()
+    adapters = find_adapters(spec)
     checkpoint = find_checkpoint(spec)
     scheme, quantization_config = reconcile(spec, checkpoint)
     check_packages(scheme)
@@ -229,6 +234,7 @@ def load(spec: LoadSpec) -> LoadedModel:
     with contained() if _needs_gptqmodel(scheme) else contextlib.nullcontext(), quiet:
         if isinstance(scheme, GPTQ):
             scheme = _prepare_gptq(checkpoint, scheme, devices)
+        check_shapes(adapters, checkpoint, trust_remote_code=spec.trust_remote_code)
         estimate = _estimate(checkpoint, scheme, spec)
         if estimate is not None:
             check_fits(estimate, devices, max_memory=spec.max_memory)
@@ -236,8 +242,9 @@ def load(spec: LoadSpec) -> LoadedModel:
             pipeline = load_pipeline(spec, checkpoint, quantization_config, device_map)
             if isinstance(scheme, GPTQ):
                 settle_gptq_model(pipeline.model)
+            load_adapters(pipeline.model, adapters, spec)
             release_memory(collect=False)  # quantizing leaves several times the weights in freed blocks
-    model = LoadedModel(pipeline, scheme, estimate=estimate, tracked=tracked)
+    model = LoadedModel(pipeline, scheme, estimate=estimate, tracked=tracked, adapters=spec.adapters)
     reset_peaks(model.devices)
     return model
 

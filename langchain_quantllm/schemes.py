@@ -208,15 +208,21 @@ class FP4(_BitsAndBytes4bit):
 
 @dataclass(frozen=True, kw_only=True)
 class GPTQ(Scheme):
-    """A checkpoint that was quantized with GPTQ (AutoGPTQ, GPTQModel, optimum).
+    """A checkpoint that was quantized with GPTQ (AutoGPTQ, GPTQModel, optimum, `quantize`).
 
     Args:
-        bits: What the checkpoint must have been quantized to; None accepts what it says.
+        bits: Bits of a weight: 2, 3, 4 or 8. While loading, what the checkpoint must have; None accepts what it says.
+            For `quantize`, what it shall have; None is 4.
+        group_size: Inputs that share a scale, or -1 for all of them; None as above; for `quantize`, 128, or less
+            where that does not divide every layer.
+        sym: Whether the zero point is in the middle of the codes; None as above, True for `quantize`.
+        desc_act: Whether groups are made by the size of the activations, which costs some kernels their speed; None as
+            above, False for `quantize`.
         kernel: The kernel of gptqmodel that runs the products, by its backend name
             (`"marlin"`, `"exllama_v2"`, `"triton"`, `"torch"`, ...); `"auto"` lets it choose.
 
     Raises:
-        InvalidOptionError: If bits is none of 2, 3, 4 and 8.
+        InvalidOptionError: If bits is none of 2, 3, 4 and 8, or the group size is neither -1 nor positive.
 
     Source: https://arxiv.org/abs/2210.17323
     """
@@ -225,11 +231,19 @@ class GPTQ(Scheme):
     packages: ClassVar[tuple[str, ...]] = ("gptqmodel", "optimum", "accelerate")
     calibrated: ClassVar[bool] = True
     bits: int | None = None
+    group_size: int | None = None
+    sym: bool | None = None
+    desc_act: bool | None = None
     kernel: str = "auto"
 
     def __post_init__(self) -> None:
         """Check the options."""
         self._check_choice("bits", (None, 2, 3, 4, 8))
+        self._check_flags(*(option for option in ("sym", "desc_act") if getattr(self, option) is not None))
+        size = self.group_size
+        if size is not None and (type(size) is not int or (size != -1 and size < 1)):
+            msg = f"group_size={size!r} must be -1 or a positive number of inputs, such as 64 or 128."
+            raise InvalidOptionError(msg)
 
     @property
     def weight_bits(self) -> int | None:
@@ -340,5 +354,6 @@ def scheme_of_config(config: Mapping[str, Any]) -> Scheme:
         )
     bits = config.get("bits", config.get("w_bit"))
     if method == "gptq":
-        return GPTQ(bits=bits, kernel=config.get("backend") or "auto")
+        known = {name: config[name] for name in ("group_size", "sym", "desc_act") if config.get(name) is not None}
+        return GPTQ(bits=bits, kernel=config.get("backend") or "auto", **known)
     return Prequantized(method=method, bits=bits if isinstance(bits, int) else None)

@@ -11,7 +11,7 @@ from typing import Any
 
 from langchain_quantllm.errors import InvalidOptionError, nearest
 from langchain_quantllm.placement import release_memory
-from langchain_quantllm.silence import progress_bars
+from langchain_quantllm.silence import progress_bars, without_torchao
 
 SHAPES: dict[str, dict[str, int]] = {
     "llama-2-7b": {
@@ -56,7 +56,9 @@ def random_checkpoint(shape: str, folder: Path, *, gptq: bool = False) -> Path:
         msg = f"shape={shape!r} is not known{nearest(shape, SHAPES)}"
         raise InvalidOptionError(msg)
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with without_torchao():
+        from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(**SHAPES[shape], bos_token_id=0, eos_token_id=1, dtype="bfloat16")
     device = "cuda" if torch.cuda.is_available() else "cpu"

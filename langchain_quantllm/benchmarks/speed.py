@@ -6,17 +6,14 @@ LangChain's users make them, then langchain-huggingface over the same weights. P
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
-from langchain_core.callbacks import BaseCallbackHandler
-
+from langchain_quantllm.benchmarks.calls import Run, abatch, stream, synchronize
 from langchain_quantllm.benchmarks.speed_results import (
     CopySpeed,
     GenerationSpeed,
@@ -56,22 +53,15 @@ def measure_copy(device: str) -> CopySpeed:
     target = torch.empty_like(source)
     times_s = []
     for _ in range(4):  # the first is the warm-up
-        _synchronize(device)
+        synchronize(device)
         began = time.perf_counter()
         for _ in range(1 if is_cpu else _COPIES):
             target.copy_(source)
-        _synchronize(device)
+        synchronize(device)
         times_s.append((time.perf_counter() - began) / (1 if is_cpu else _COPIES))
     del source, target
     release_memory()
     return CopySpeed(buffer_bytes=buffer_bytes, rate_byte_s=2 * buffer_bytes / statistics.median(times_s[1:]))
-
-
-def _synchronize(device: str) -> None:
-    import torch
-
-    if not device.startswith("cpu"):
-        torch.accelerator.synchronize(device)
 
 
 def measure_speed(
@@ -169,11 +159,11 @@ class _Bench:
             )
             raise InvalidOptionError(msg)
         weights_bytes = self._llm.memory_report().weights.total_bytes
-        read_bytes = weights_bytes - _unread_bytes(self._model)
+        read_bytes = weights_bytes - unread_bytes(self._model)
         limit_tok_s = copy_speed.rate_byte_s / read_bytes
         info = self._engine.info
         self._report(f"loaded in {load_s:.1f} s, {info.name} engine; at most {limit_tok_s:.1f} tokens/s by bandwidth")
-        self._stream(self._prompts.draw(1, options.prompt_tokens)[0], 2)  # starts threads and loads kernels
+        stream(self._llm, self._prompts.draw(1, options.prompt_tokens)[0], 2)  # starts threads and loads kernels
         bare_steps = {batch: self._time_bare_step(batch) for batch in options.batches}
         generation = tuple(self._measure_generation(batch, bare_steps[batch], limit_tok_s) for batch in options.batches)
         prefill = self._measure_prefill()
@@ -217,7 +207,7 @@ class _Bench:
         runs = []
         for _ in range(options.repeats + 1):  # the first is the warm-up, which captures graphs
             prompts = self._prompts.draw(batch, options.prompt_tokens)
-            run = self._stream(prompts[0], new_tokens) if batch == 1 else self._abatch(self._llm, prompts, new_tokens)
+            run = stream(self._llm, prompts[0], new_tokens) if batch == 1 else abatch(self._llm, prompts, new_tokens)
             run.check(batch, options.prompt_tokens, new_tokens)
             runs.append(run)
         del runs[0]
@@ -249,23 +239,6 @@ class _Bench:
         )
         return found
 
-    def _stream(self, prompt: str, new_tokens: int) -> _Run:
-        notes = _Notes()
-        first_text_s = None
-        began = time.perf_counter()
-        for text in self._llm.stream(prompt, {"callbacks": [notes]}, max_new_tokens=new_tokens):
-            if text and first_text_s is None:
-                first_text_s = time.perf_counter() - began
-        total_s = time.perf_counter() - began
-        return _Run(notes.infos, total_s, total_s if first_text_s is None else first_text_s)
-
-    def _abatch(self, llm: QuantizedHuggingFaceLLM, prompts: list[Any], new_tokens: int) -> _Run:
-        notes = _Notes()
-        began = time.perf_counter()
-        asyncio.run(llm.abatch(prompts, {"callbacks": [notes]}, max_new_tokens=new_tokens))
-        total_s = time.perf_counter() - began
-        return _Run(notes.infos, total_s, total_s)
-
     # The first token of a long prompt.
 
     def _measure_prefill(self) -> PrefillSpeed | None:
@@ -276,7 +249,7 @@ class _Bench:
             return None
         texts_s, tokens_s, bare_s = [], [], []
         for i in range(_PREFILL_WARM_UPS + max(self._options.repeats, _LEAST_PREFILLS)):
-            run = self._stream(self._prompts.draw(1, tokens)[0], new_tokens)
+            run = stream(self._llm, self._prompts.draw(1, tokens)[0], new_tokens)
             run.check(1, tokens, new_tokens)
             bare = self._time_bare_prefill(self._prompts.draw(1, tokens)[0])
             if i >= _PREFILL_WARM_UPS:
@@ -302,7 +275,7 @@ class _Bench:
         model = self._model
         keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         ids = torch.tensor([self._llm.pipeline.tokenizer(prompt)["input_ids"]], device=self._device)
-        _synchronize(self._device)
+        synchronize(self._device)
         began = time.perf_counter()
         with torch.no_grad():
             output = model(input_ids=ids, past_key_values=DynamicCache(config=model.config), use_cache=True, **keep)
@@ -335,12 +308,12 @@ class _Bench:
             ratio=apart_s / shared_s,
         )
 
-    def _run_shared(self, llm: QuantizedHuggingFaceLLM, tokens: int) -> list[_Run]:
+    def _run_shared(self, llm: QuantizedHuggingFaceLLM, tokens: int) -> list[Run]:
         options = self._options
         runs = []
         for _ in range(options.repeats + 1):
             prompts = self._prompts.draw_sharing(options.shared, options.shared_tokens, tokens)
-            run = self._abatch(llm, prompts, 1)
+            run = abatch(llm, prompts, 1)
             run.check(options.shared, tokens, 1, may_be_cached=llm.prefix_caching)
             runs.append(run)
         return runs[1:]
@@ -377,7 +350,7 @@ class _Bench:
         # It takes options of the pipeline at the call alone; from_model_id gives its pipeline the batch size, too.
         kwargs = {**_peer_options(new_tokens), "return_full_text": False, "batch_size": batch_size}
         prompts = self._prompts.draw(batch, self._options.prompt_tokens)
-        _synchronize(self._device)
+        synchronize(self._device)
         began = time.perf_counter()
         if batch == 1:
             texts = [peer.invoke(prompts[0], pipeline_kwargs=kwargs)]
@@ -399,64 +372,8 @@ class _Bench:
             raise GenerationError(msg)
 
 
-class _Notes(BaseCallbackHandler):
-    """Keeps usage and timing of every finished row."""
-
-    run_inline = True  # not in a thread: the call that is measured waits for it
-
-    def __init__(self) -> None:
-        self.infos: list[dict[str, Any]] = []
-
-    def on_llm_end(self, response: Any, **_: Any) -> None:
-        """Note what came with a row."""
-        self.infos.append(response.generations[0][0].generation_info or {})
-
-
-@dataclass(frozen=True)
-class _Run:
-    """One call: what its rows reported, its wall time, and when its first text came."""
-
-    infos: list[dict[str, Any]]
-    total_s: float
-    first_text_s: float
-
-    @property
-    def first_token_s(self) -> float:
-        return statistics.median(float(info["timing"]["first_token_s"]) for info in self.infos)
-
-    @property
-    def step_s(self) -> float:
-        steps_s: list[float] = []
-        for info in self.infos:
-            decoding_s = info["timing"]["total_s"] - info["timing"]["first_token_s"]
-            steps_s.append(decoding_s / (info["usage_metadata"]["output_tokens"] - 1))
-        return statistics.median(steps_s)
-
-    @property
-    def cached_tokens(self) -> int:
-        return sum(info["usage_metadata"]["input_token_details"]["cache_read"] for info in self.infos)
-
-    def check(self, batch: int, prompt_tokens: int, new_tokens: int, *, may_be_cached: bool = False) -> None:
-        """Check that the work was what was asked for.
-
-        Raises:
-            GenerationError: If it was not, so that the time would mean nothing.
-        """
-        usages = [info["usage_metadata"] for info in self.infos]
-        found = sorted({(usage["input_tokens"], usage["output_tokens"]) for usage in usages})
-        if len(usages) != batch or found != [(prompt_tokens, new_tokens)]:
-            msg = (
-                f"{len(usages)} rows of (prompt, new) tokens {found} came back instead of {batch} of "
-                f"{(prompt_tokens, new_tokens)}; their time cannot be compared."
-            )
-            raise GenerationError(msg)
-        if self.cached_tokens and not may_be_cached:
-            msg = f"{self.cached_tokens} tokens of prompts were not computed although prefix caching is off."
-            raise GenerationError(msg)
-
-
-def _unread_bytes(model: Any) -> int:
-    """Bytes of the input embedding, of which a step reads some rows only; 0 where it is the output head, too."""
+def unread_bytes(model: Any) -> int:
+    """Give the bytes of the input embedding, of which a step reads some rows only; 0 where it is the head's, too."""
     embedding = model.get_input_embeddings().weight
     head = getattr(model.get_output_embeddings(), "weight", None)  # a packed one has none
     is_tied = head is not None and head.data_ptr() == embedding.data_ptr()

@@ -6,26 +6,13 @@ Owns the options, the results with their units, and the document. Measures nothi
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from typing import Any
 
+from langchain_quantllm.benchmarks.machine import describe_machine
 from langchain_quantllm.errors import InvalidOptionError, MissingPackageError, pip_install
-from langchain_quantllm.memory import take_snapshot
 from langchain_quantllm.packages import is_installed
-
-_PACKAGES = (
-    "langchain-quantllm",
-    "langchain-core",
-    "langchain-huggingface",
-    "transformers",
-    "torch",
-    "triton",
-    "bitsandbytes",
-    "gptqmodel",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,22 +221,11 @@ def as_document(rows: Sequence[SchemeSpeed], *, options: SpeedOptions, copy_spee
         copy_speed: The device's.
         **about: What else to say, such as `model` or `device`.
     """
-    import torch
-
-    device = str(about.get("device", "cpu"))
-    reading = take_snapshot([device]).reading(device)
-    versions: dict[str, str | None] = {"python": sys.version.split()[0], "cuda": torch.version.cuda}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
     return json.dumps(
         {
             **about,
-            "device_name": None if reading is None else reading.name,
+            **describe_machine(str(about.get("device", "cpu"))),
             "options": asdict(options),
-            "versions": versions,
             "copy": asdict(copy_speed),
             "rows": [asdict(row) for row in rows],
         }

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from langchain_quantllm.cli.console import Device, TrustRemoteCode, accelerators, app, err, errors, out
-from langchain_quantllm.errors import InvalidOptionError
+from langchain_quantllm.cli.benches import (
+    Job,
+    bench_memory,
+    bench_overview,
+    bench_speed,
+    numbers,
+    pairs,
+    read_document,
+    show,
+    words,
+)
+from langchain_quantllm.cli.console import Device, TrustRemoteCode, accelerators, app, errors, out
+from langchain_quantllm.errors import InvalidOptionError, nearest
 
 
 @app.command()
@@ -65,42 +74,89 @@ def memory(
         out.print(f"{estimate.parameters:,} parameters{context}. 1 MB is 1,000,000 bytes.", highlight=False)
 
 
+Scheme = Annotated[str | None, typer.Option(help="Names of schemes, with commas. Default: none, int8 and nf4.")]
+Parts = Annotated[
+    str, typer.Option(help="Parts to leave out, with commas: prefill, batches, lengths, cache, training, quality.")
+]
+
+
 @app.command()
 def bench(
     model: Annotated[str | None, typer.Argument(help="Folder, or repository on the Hub.")] = None,
     shape: Annotated[str | None, typer.Option(help="Random weights of this shape instead: llama-2-7b or tiny.")] = None,
-    schemes: Annotated[str, typer.Option(help="Names of schemes, with commas.")] = "none,int8,nf4,nf4-double",
-    device: Device = None,
-    new_tokens: Annotated[int, typer.Option(help="Length of the texts that are generated.")] = 128,
-    batch: Annotated[int, typer.Option(help="Texts at once.")] = 1,
-    kernel: Annotated[str, typer.Option(help="Kernel for GPTQ, such as marlin or triton.")] = "auto",
-    speed: Annotated[bool, typer.Option("--speed", help="Measure the speed instead of the memory.")] = False,
-    batches: Annotated[str, typer.Option(help="Speed: requests at once, with commas.")] = "1,8,32,64",
-    prompt_tokens: Annotated[int, typer.Option(help="Speed: length of the prompts.")] = 30,
-    repeats: Annotated[int, typer.Option(help="Speed: runs of each measurement; the median counts.")] = 3,
-    shared: Annotated[int, typer.Option(help="Speed: requests that share a prefix; 0 for none.")] = 64,
-    shared_tokens: Annotated[int, typer.Option(help="Speed: length of that prefix.")] = 1000,
-    long_prompt_tokens: Annotated[int, typer.Option(help="Speed: length of the long prompt; 0 for none.")] = 512,
-    peer: Annotated[
-        bool | None, typer.Option(help="Speed: langchain-huggingface beside it. Default: where it is installed.")
+    schemes: Scheme = None,
+    checkpoint: Annotated[
+        list[str] | None, typer.Option(help="A quantized checkpoint as label=FOLDER, one more row; may be repeated.")
     ] = None,
-    peer_new_tokens: Annotated[int, typer.Option(help="Speed: length of its texts in batches of 4.")] = 32,
+    device: Device = None,
+    kernel: Annotated[str, typer.Option(help="Kernel for GPTQ, such as marlin or triton.")] = "auto",
+    without: Parts = "",
+    text: Annotated[Path | None, typer.Option(help="Text for the quality. Default: the one of this package.")] = None,
+    new_tokens: Annotated[int, typer.Option(help="Length of the texts that are generated.")] = 128,
+    batches: Annotated[
+        str | None, typer.Option(help="Texts at once, with commas. Default: 1,2,4,8,16; with --speed 1,8,32,64.")
+    ] = None,
+    lengths: Annotated[str, typer.Option(help="Lengths of single texts, with commas.")] = "30,512",
+    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompts.")] = 30,
+    prefill_batches: Annotated[str, typer.Option(help="Long prompts at once, with commas.")] = "1,16",
+    prefill_tokens: Annotated[int, typer.Option(help="Length of the long prompts.")] = 512,
+    cache_new_tokens: Annotated[int, typer.Option(help="Length of texts with and without KV cache.")] = 16,
+    train_batch: Annotated[int, typer.Option(help="Texts at once in training.")] = 2,
+    train_tokens: Annotated[int, typer.Option(help="Length of texts in training.")] = 256,
+    quality_tokens: Annotated[int, typer.Option(help="Most tokens of the text for the quality; 0 for all.")] = 4096,
+    repeats: Annotated[int, typer.Option(help="Runs of each measurement; the median counts.")] = 3,
+    limit_s: Annotated[float, typer.Option(help="Seconds a measurement may take; longer texts get shorter.")] = 8.0,
+    peer: Annotated[
+        bool | None,
+        typer.Option(
+            help="Measure transformers' generate beside it; with --speed langchain-huggingface, if installed."
+        ),
+    ] = None,
+    peer_new_tokens: Annotated[int, typer.Option(help="Length of the peer's texts in batches.")] = 32,
+    peer_repeats: Annotated[int, typer.Option(help="Runs of the peer's measurements.")] = 1,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the document into this file, too.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Draw figures into this folder.")] = None,
+    plot_format: Annotated[str, typer.Option(help="png, svg, pdf, or several with commas.")] = "png",
+    from_json: Annotated[
+        Path | None, typer.Option(help="Measure nothing: show and draw what --json wrote into this file.")
+    ] = None,
+    memory: Annotated[bool, typer.Option("--memory", help="Measure estimate, report and nvidia-smi instead.")] = False,
+    batch: Annotated[int, typer.Option(help="With --memory: texts at once.")] = 1,
+    speed: Annotated[bool, typer.Option("--speed", help="Measure our engine's speed in depth instead.")] = False,
+    shared: Annotated[int, typer.Option(help="With --speed: requests that share a prefix; 0 for none.")] = 64,
+    shared_tokens: Annotated[int, typer.Option(help="With --speed: length of that prefix.")] = 1000,
+    long_prompt_tokens: Annotated[int, typer.Option(help="With --speed: length of the long prompt; 0: none.")] = 512,
 ) -> None:
-    """Measure the memory of every scheme, or with --speed the speed; the last line is JSON.
+    """Measure a model in several schemes: memory, speed, training and quality; the last line is JSON.
 
-    Memory: estimate, report and nvidia-smi. Speed: the limit by the memory's bandwidth, the step by itself, calls
-    through LangChain, the first token of a long prompt, a shared prefix, and langchain-huggingface.
+    --memory compares estimates with what is measured; --speed measures our engine against the device's limits, with
+    shared prefixes, and beside langchain-huggingface.
     """
     with errors():
-        from langchain_quantllm.benchmarks import memory as benches
+        if from_json is not None:
+            show(read_document(from_json), None, plots, plot_format)
+            return
+        from langchain_quantllm.benchmarks.memory import check_device
 
-        device = benches.check_device(device or ([*accelerators(), "cpu"])[0])
-        if speed:
+        if memory and speed:
+            msg = "--memory and --speed are two benches; give one of them."
+            raise InvalidOptionError(msg)
+        job = Job(
+            model=model,
+            shape=shape,
+            schemes=schemes,
+            device=check_device(device or ([*accelerators(), "cpu"])[0]),
+            kernel=kernel,
+            json_file=json_file,
+        )
+        if memory:
+            bench_memory(job, new_tokens=new_tokens, batch=batch)
+        elif speed:
             from langchain_quantllm.benchmarks.speed_results import SpeedOptions
             from langchain_quantllm.packages import is_installed
 
-            options = SpeedOptions(
-                batches=_numbers("--batches", batches),
+            speed_options = SpeedOptions(
+                batches=numbers("--batches", batches or "1,8,32,64"),
                 new_tokens=new_tokens,
                 prompt_tokens=prompt_tokens,
                 repeats=repeats,
@@ -110,130 +166,31 @@ def bench(
                 shared_tokens=shared_tokens,
                 long_prompt_tokens=long_prompt_tokens,
             )
-            _bench_speed(model, shape, schemes.split(","), device, kernel, options)
-            return
-        with tempfile.TemporaryDirectory() as scratch:
-            checkpoints = _bench_checkpoints(model, shape, schemes.split(","), Path(scratch))
-            rows = []
-            sizes: dict[str, Any] = {"new_tokens": new_tokens, "batch": batch}
-            for row in benches.measure_memory(checkpoints, device=device, kernel=kernel, **sizes):
-                err.print(f"{row.scheme}: loaded in {row.load_s:.1f} s", highlight=False)
-                rows.append(row)
-        title = f"{model or shape or 'demo model'} on {device}, generating {batch} x {new_tokens} tokens"
-        Console(width=max(out.width, 130)).print(_memory_table(rows, title))
-        document = benches.as_document(rows, model=model or shape, device=device, kernel=kernel, **sizes)
-        out.print(document, markup=False, highlight=False, soft_wrap=True)
+            bench_speed(job, speed_options)
+        else:
+            from langchain_quantllm.benchmarks.overview_results import PARTS, OverviewOptions
 
-
-def _bench_checkpoints(model: str | None, shape: str | None, schemes: list[str], folder: Path) -> dict[str, str]:
-    """Find or make the checkpoint of each scheme."""
-    from langchain_quantllm.benchmarks.random_models import random_checkpoint
-    from langchain_quantllm.demo_model import demo_model
-
-    if shape is None:
-        return dict.fromkeys(schemes, model or str(demo_model(progress=False)))
-    plain = str(random_checkpoint(shape, folder / "plain")) if set(schemes) - {"gptq"} else ""
-    return {
-        name: str(random_checkpoint(shape, folder / "gptq", gptq=True)) if name == "gptq" else plain for name in schemes
-    }
-
-
-def _memory_table(rows: list[Any], title: str) -> Table:
-    from langchain_quantllm.memory import format_bytes
-
-    table = Table(title=title, title_justify="left")
-    heads = ("scheme", "estimate", "weights", "allocated", "reserved", "nvidia-smi")
-    for head in (*heads, "generating: allocated", "reserved", "nvidia-smi", "unloaded: allocated", "tokens/s"):
-        table.add_column(head, justify="left" if head == "scheme" else "right")
-    for row in rows:
-        sizes = (
-            row.estimate_bytes,
-            row.weights_bytes,
-            *(getattr(row.loaded, f"{kind}_bytes") for kind in ("allocated", "reserved", "driver")),
-            *(getattr(row.generating, f"{kind}_bytes") for kind in ("allocated", "reserved", "driver")),
-            row.unloaded.allocated_bytes,
-        )
-        cells = ["-" if size is None else format_bytes(size) for size in sizes]
-        table.add_row(row.scheme, *cells, f"{row.rate_tok_s:.1f}" if row.rate_tok_s else "-")
-    return table
-
-
-def _numbers(option: str, text: str) -> tuple[int, ...]:
-    """Read numbers with commas in between."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        msg = f"{option} {text!r} is not allowed; give whole numbers with commas, such as 1,8,32."
-        raise InvalidOptionError(msg) from None
-
-
-def _bench_speed(
-    model: str | None, shape: str | None, schemes: list[str], device: str, kernel: str, options: Any
-) -> None:
-    from langchain_quantllm.benchmarks import speed as speeds
-    from langchain_quantllm.benchmarks.speed_results import as_document
-
-    def report(line: str) -> None:
-        err.print(line, markup=False, highlight=False, soft_wrap=True)
-
-    with tempfile.TemporaryDirectory() as scratch:
-        checkpoints = _bench_checkpoints(model, shape, schemes, Path(scratch))
-        copy_speed = speeds.measure_copy(device)
-        report(f"{device} copies {copy_speed.rate_byte_s / 1e9:.1f} GB/s, read and written")
-        what: dict[str, Any] = {"options": options, "copy_speed": copy_speed}
-        rows = list(speeds.measure_speed(checkpoints, device=device, kernel=kernel, report=report, **what))
-    where = f"{model or shape or 'demo model'} on {device}"
-    wide = Console(width=max(out.width, 150))
-    sizes = f"{options.prompt_tokens} tokens in, {options.new_tokens} out"
-    wide.print(_generation_table(rows, f"{where}, {sizes}: tokens/s, and a step in ms"))
-    wide.print(_prefill_table(rows, f"{where}: seconds"))
-    document = as_document(rows, model=model, shape=shape, device=device, kernel=kernel, **what)
-    out.print(document, markup=False, highlight=False, soft_wrap=True)
-
-
-def _generation_table(rows: list[Any], title: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    heads = ("scheme", "requests", "limit", "bare step", "step", "step/bare", "first token, s", "decoding", "in all")
-    for head in (*heads, "spread", "peer", "ours/peer", "peer, all at once", "ours/peer"):
-        table.add_column(head, justify="left" if head == "scheme" else "right")
-    for row in rows:
-        for ours in row.generation:
-            peers = [p for p in row.peer if p.batch == ours.batch]
-            first, last = (peers[0], peers[-1] if len(peers) > 1 else None) if peers else (None, None)
-            table.add_row(
-                row.scheme,
-                str(ours.batch),
-                f"{row.limit_tok_s:.1f}" if ours.batch == 1 else "",
-                _cell(ours.bare_step_s and 1e3 * ours.bare_step_s, 2),
-                _cell(1e3 * ours.engine_step_s, 2),
-                _cell(ours.step_ratio, 2),
-                _cell(ours.first_token_s, 3),
-                _cell(ours.decode_rate_tok_s, 1),
-                _cell(ours.rate_tok_s, 1),
-                f"{max(ours.runs_s) / min(ours.runs_s) - 1:.0%}",
-                *(cell for p in (first, last) for cell in (_cell(p and p.rate_tok_s, 1), _cell(p and p.our_ratio, 1))),
+            left_out = words(without)
+            for part in left_out:
+                if part not in PARTS:
+                    msg = f"--without {part!r} is not a part{nearest(part, PARTS)}"
+                    raise InvalidOptionError(msg)
+            options = OverviewOptions(
+                parts=tuple(part for part in PARTS if part not in left_out),
+                peer=peer is not False,
+                batches=numbers("--batches", batches or "1,2,4,8,16"),
+                prompt_tokens=prompt_tokens,
+                new_tokens=new_tokens,
+                peer_new_tokens=peer_new_tokens,
+                lengths=numbers("--lengths", lengths),
+                prefill_batches=numbers("--prefill-batches", prefill_batches),
+                prefill_tokens=prefill_tokens,
+                cache_new_tokens=cache_new_tokens,
+                train_batch=train_batch,
+                train_tokens=train_tokens,
+                quality_tokens=quality_tokens or None,
+                repeats=repeats,
+                peer_repeats=peer_repeats,
+                limit_s=limit_s,
             )
-    return table
-
-
-def _prefill_table(rows: list[Any], title: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    heads = ("scheme", "long prompt, tokens", "first text", "bare prefill", "first text/bare")
-    for head in (*heads, "requests x shared tokens", "apart", "shared", "apart/shared"):
-        table.add_column(head, justify="left" if head == "scheme" else "right")
-    for row in rows:
-        long, shared = row.prefill, row.shared_prefix
-        table.add_row(
-            row.scheme,
-            str(long.prompt_tokens) if long else "-",
-            *(_cell(long and value, 4) for value in (long and (long.first_text_s, long.bare_s)) or (None, None)),
-            _cell(long and long.ratio, 2),
-            f"{shared.requests} x {shared.prefix_tokens}" if shared else "-",
-            *(_cell(value, 3) for value in (shared and (shared.apart_s, shared.shared_s)) or (None, None)),
-            _cell(shared and shared.ratio, 2),
-        )
-    return table
-
-
-def _cell(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+            bench_overview(job, options, pairs("--checkpoint", checkpoint or []), text, plots, plot_format)

@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 
+from langchain_quantllm.engine.adapters import AdapterSwitch, changed_by_hand
 from langchain_quantllm.engine.attention import Attention, GatherAttention, TritonAttention
 from langchain_quantllm.engine.batch_sampler import BLOCKS, MASKS, NOTHING_ALLOWED, needs_of
 from langchain_quantllm.engine.capture import why_not_captured
 from langchain_quantllm.engine.kv_pool import allocate_pools, count_pages
-from langchain_quantllm.engine.options import needs_generate
+from langchain_quantllm.engine.lora import NO_ADAPTER, LoraStack
+from langchain_quantllm.engine.options import BASE_ADAPTER, needs_generate
 from langchain_quantllm.engine.pages import PAGE_TOKENS, PagePool
 from langchain_quantllm.engine.pipeline_engine import NO_NUMBERS, decoder_of, limits_of
 from langchain_quantllm.engine.request import ChunkStream, EngineInfo, ModelLimits, Request, TokenLogprob
@@ -53,12 +55,14 @@ _FEWEST_PAGES = 64  # a pool that nobody has sized is made no smaller than half 
 class _Job:
     """A row on its way: its text, its place in the schedule, its numbers and its mask."""
 
-    def __init__(self, row: Row, stream: ChunkStream, root: int | None) -> None:
+    def __init__(self, row: Row, stream: ChunkStream, root: int | None, adapter: int) -> None:
         request = row.request
         self.row = row
         self.stream = stream
         self.request = request
-        self.state = RowState(request.prompt_ids, request.max_new_tokens, root=root, max_rows=request.max_rows)
+        self.state = RowState(
+            request.prompt_ids, request.max_new_tokens, root=root, max_rows=request.max_rows, adapter=adapter
+        )
         self.need = needs_of(request)
         self.is_gone = False
         self._has_begun = False
@@ -85,12 +89,13 @@ class _Job:
 class FastEngine:
     """Runs requests of any number of callers in one batch that rows join and leave at every step."""
 
-    def __init__(self, pipeline: Any, *, kv_cache_memory: Any = None) -> None:
+    def __init__(self, pipeline: Any, *, kv_cache_memory: Any = None, adapters: AdapterSwitch | None = None) -> None:
         """Take a loaded text-generation pipeline, and check that its model can be driven.
 
         Args:
             pipeline: The transformers pipeline; nothing of it is changed.
             kv_cache_memory: Memory of the KV cache: a fraction of what is free, bytes, or a text such as `"4GiB"`.
+            adapters: The adapters that requests name; None where the model runs as it is.
 
         Raises:
             UnsupportedError: If the model cannot be driven; the message is the reason.
@@ -106,7 +111,28 @@ class FastEngine:
         self._prefill_tokens = _PREFILL_GPU if is_gpu else _PREFILL_CPU
         self._notes: list[str] = []
         self._limits = limits_of(model, self._tokenizer)
+        self._switch = adapters
+        self._stack: LoraStack | None = None
+        self._why_no_rows: str | None = None
         try:
+            self._make_ready(budget)
+        except BaseException:
+            if self._stack is not None:
+                self._stack.close()
+            raise
+        self._jobs: dict[RowState, _Job] = {}
+        self._peak_pages = 0
+        self._put_back_before = 0
+        self._group_root: int | None = None
+        self._forget_pages()
+        self._worker = Worker(self._run, gathers=False)
+
+    def _make_ready(self, budget: float | int | None) -> None:
+        """Allocate what the engine needs, and check that it gives what the model gives."""
+        model = self._model
+        try:
+            if self._switch is not None:
+                self._stack = LoraStack(model, self._switch.names)
             self._probe = probe(model)
             attention, uses_triton = self._choose_attention()
             self._why_not_captured = why_not_captured(model) if uses_triton else None
@@ -114,13 +140,7 @@ class FastEngine:
         except torch.OutOfMemoryError as error:
             msg = "the device has no memory left for the engine; free some, or load the model in fewer bits."
             raise NotEnoughMemoryError(msg) from error
-        self._fingerprint = fingerprint(model)
-        self._jobs: dict[RowState, _Job] = {}
-        self._peak_pages = 0
-        self._put_back_before = 0
-        self._group_root: int | None = None
-        self._forget_pages()
-        self._worker = Worker(self._run, gathers=False)
+        self._fingerprint = fingerprint(model, names_adapters=self._stack is not None)
 
     def _make_runner(self, attention: Attention, budget: float | int | None, *, captures: bool) -> Runner:
         """Allocate the pool and find the runner that drives the model; with half the pool where memory is short."""
@@ -176,9 +196,10 @@ class FastEngine:
                 vocab_size=self._probe.vocab_size,
                 by_sdpa=by_sdpa,
                 captures=captures,
+                adapters=self._stack,
             )
             try:
-                try_out(runner, self._model, self._probe)
+                try_out(runner, self._model, self._probe, self._switch)
             except UnsupportedError as error:
                 failure = failure or error
                 continue
@@ -247,6 +268,10 @@ class FastEngine:
         if any(not 0 <= i < self._probe.vocab_size for i in request.eos_token_ids + request.stop_token_ids):
             msg = f"the tokens that end a text must lie below {self._probe.vocab_size}."
             raise InvalidOptionError(msg)
+        adapter = request.options.adapter
+        if self._switch is not None and adapter not in (None, BASE_ADAPTER, *self._switch.names):
+            msg = f"adapter={adapter!r} is none of the model's: {', '.join((*self._switch.names, BASE_ADAPTER))}."
+            raise InvalidOptionError(msg)
         if (option := needs_generate(request.options)) is not None:
             msg = f"{option} is carried out by the pipeline engine only; use engine='auto' or 'pipeline'."
             raise InvalidOptionError(msg)
@@ -264,7 +289,9 @@ class FastEngine:
     def close(self) -> None:
         """Cancel what runs and let go of the model and the KV cache."""
         self._worker.close("the model was unloaded while it was generating.")
-        self._model = self._tokenizer = None
+        if self._stack is not None:
+            self._stack.close()
+        self._model = self._tokenizer = self._stack = self._switch = None
         self._jobs.clear()
         del self._runner, self._pools, self._scheduler
 
@@ -302,8 +329,12 @@ class FastEngine:
             row, stream = waiting.popleft()
             if stream.cancelled:
                 continue
+            if self._why_no_rows is not None:
+                stream.fail(GenerationError(self._why_no_rows))
+                stream.close()
+                continue
             try:
-                job = _Job(row, stream, self._root_of(row.request))
+                job = _Job(row, stream, self._root_of(row.request), self._number_of(row.request))
             except Exception as error:  # the request's own mask
                 stream.fail(_failure(error))
                 stream.close()
@@ -314,12 +345,19 @@ class FastEngine:
     def _root_of(self, request: Request) -> int | None:
         """Choose with whom a row shares its prompt's pages: everybody, the samples of its own call, or nobody."""
         if request.shares_prefix:
-            return self._shared_root
+            # Keys and values of one adapter are none of another's: their chains have nothing in common.
+            adapter = self._number_of(request)
+            if adapter not in self._shared_roots:
+                self._shared_roots[adapter] = self._pages.new_root()
+            return self._shared_roots[adapter]
         if request.options.n == 1:
             return None
         if request.sample_index == 0:  # its siblings come right behind it
             self._group_root = self._pages.new_root()
         return self._group_root
+
+    def _number_of(self, request: Request) -> int:
+        return NO_ADAPTER if self._stack is None else self._stack.number_of(request.options.adapter)
 
     def _launch(self, plan: Prefill | Decode) -> list[_Step]:
         if isinstance(plan, Decode):
@@ -455,7 +493,7 @@ class FastEngine:
         alone, beside = self._prefill_tokens
         self._put_back_before = self.put_back
         self._pages = PagePool((self._limits.cache_tokens or 0) // PAGE_TOKENS + 1)
-        self._shared_root = self._pages.new_root()
+        self._shared_roots: dict[int, int] = {}
         self._scheduler = Scheduler(self._pages, slots=self._slots, prefill_tokens=alone, prefill_tokens_beside=beside)
 
     def _notice_changes(self) -> None:
@@ -463,16 +501,30 @@ class FastEngine:
 
         Rows that run go on, on their pages and with the weights as they are.
         """
-        found = fingerprint(self._model)
+        found = fingerprint(self._model, names_adapters=self._stack is not None)
         if found != self._fingerprint:
             self._fingerprint = found
-            self._shared_root = self._pages.new_root()
+            self._shared_roots = {}
             for job in self._jobs.values():
                 job.state.keep_to_itself()
             self._runner.refresh()
             if self._runner.captures:
                 self._why_not_captured = why_not_captured(self._model)
                 self._runner.captures = self._why_not_captured is None
+            self._restack()
+
+    def _restack(self) -> None:
+        """Take the adapters as they are now; where they cannot be, no row runs until they can."""
+        if self._stack is None:
+            return
+        self._why_no_rows = changed_by_hand("they could not be taken anew")  # should memory run out here, say
+        try:
+            self._stack.build()
+            self._why_no_rows = None
+        except UnsupportedError as error:
+            self._why_no_rows = changed_by_hand(str(error))
+            for job in list(self._jobs.values()):
+                self._fail_job(job, GenerationError(self._why_no_rows))
 
 
 @dataclass

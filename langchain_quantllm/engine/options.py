@@ -17,6 +17,9 @@ from langchain_quantllm.errors import InvalidOptionError, nearest
 DEFAULT_MAX_NEW_TOKENS = 256
 """Most tokens that a request makes where nothing else says how many."""
 
+BASE_ADAPTER = "base"
+"""Name that stands for the model without any adapter."""
+
 
 class _Check(NamedTuple):
     passes: Callable[[Any], bool]
@@ -78,6 +81,7 @@ OWN: Mapping[str, _Check] = {
     "skip_special_tokens": _BOOL,
     "timeout": _Check(lambda v: _is_number(v) and v > 0, "a number of seconds above 0"),
     "eos_token_id": _Check(_is_ids, "a token id, or a list of them"),
+    "adapter": _Check(lambda v: isinstance(v, str) and bool(v), f"the name of an adapter, or {BASE_ADAPTER!r}"),
 }
 """Options that every engine carries out itself, row by row."""
 
@@ -357,6 +361,8 @@ class GenerationOptions:
     skip_special_tokens: bool = True
     timeout: float | None = None
     eos_token_id: tuple[int, ...] | None = None
+    adapter: str | None = None
+    """Name of the adapter that the row runs with, or `BASE_ADAPTER`; None takes the model as it is."""
     asked_new_tokens: bool = False
     """Whether the user, and not a default, chose `max_new_tokens`."""
     extra: Mapping[str, Any] = field(default_factory=dict)

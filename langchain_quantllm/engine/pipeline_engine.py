@@ -21,6 +21,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from langchain_quantllm.engine.adapters import AdapterSwitch
 from langchain_quantllm.engine.options import INERT
 from langchain_quantllm.engine.request import Chunk, ChunkStream, EngineInfo, ModelLimits, Request, TokenLogprob
 from langchain_quantllm.engine.sampler import RowSampler
@@ -42,8 +43,15 @@ _Waiting = deque[tuple[Row, ChunkStream]]
 class PipelineEngine:
     """Runs requests through `generate` of a transformers pipeline's model, in padded batches."""
 
-    def __init__(self, pipeline: Any, reason: str = "asked for") -> None:
-        """Serve a loaded pipeline of a model that generates text; nothing of it is changed."""
+    def __init__(self, pipeline: Any, reason: str = "asked for", adapters: AdapterSwitch | None = None) -> None:
+        """Serve a loaded pipeline of a model that generates text.
+
+        Args:
+            pipeline: The pipeline; nothing of it is changed, but for the adapter while a batch runs.
+            reason: Why this engine.
+            adapters: The adapters that requests name; None where the model runs as it is.
+        """
+        self._adapters = adapters
         self._pipeline = pipeline
         self._model = pipeline.model
         self._tokenizer = pipeline.tokenizer
@@ -84,30 +92,44 @@ class PipelineEngine:
     def close(self) -> None:
         """Cancel what runs and let go of the model."""
         self._worker.close("the model was unloaded while it was generating.")
-        self._pipeline = self._model = self._tokenizer = None
+        self._pipeline = self._model = self._tokenizer = self._adapters = None
 
     def _run(self, waiting: _Waiting) -> None:
         """Take the rows that can run together off the queue and run them to their end."""
         batch = _take_batch(waiting)
         if not batch:
             return
+        switch = self._adapters
         try:
-            if _is_whole(batch[0][0].request):
-                self._generate_whole(*batch[0])
+            if switch is None:
+                self._generate(batch)
             else:
-                self._generate_stepwise(batch)
+                last = _LastChunk(len(batch))
+                try:
+                    with switch.chosen(batch[0][0].request.options.adapter):
+                        self._generate([(row, last.holding(stream)) for row, stream in batch])
+                finally:
+                    last.release()
         except torch.OutOfMemoryError as error:
             self._fail(batch, NotEnoughMemoryError(_out_of_memory(batch)), error)
+        except GenerationError as error:
+            self._fail(batch, error, error.__cause__)
         except Exception as error:
             self._fail(batch, GenerationError(f"the model failed while generating: {error!r}"), error)
 
-    def _fail(self, batch: list[tuple[Row, ChunkStream]], report: Exception, cause: Exception) -> None:
+    def _fail(self, batch: list[tuple[Row, ChunkStream]], report: Exception, cause: BaseException | None) -> None:
         for stream in {id(stream): stream for row, stream in batch if row.finish_reason is None}.values():
             failure = type(report)(*report.args)  # one of its own for each reader's traceback
             failure.__cause__ = cause
             stream.fail(failure)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def _generate(self, batch: list[tuple[Row, ChunkStream]]) -> None:
+        if _is_whole(batch[0][0].request):
+            self._generate_whole(*batch[0])
+        else:
+            self._generate_stepwise(batch)
 
     def _generate_stepwise(self, batch: list[tuple[Row, ChunkStream]]) -> None:
         longest = max(len(row.request.prompt_ids) for row, _ in batch)
@@ -195,6 +217,48 @@ def decoder_of(tokenizer: Any, request: Request) -> Decode:
         return str(tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False))
 
     return decode
+
+
+class _LastChunk:
+    """The last chunk of a batch, held back until the model has its own adapter again.
+
+    Who has got an answer, and then uses the model without the engine, is to find it as it was.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self._open_rows = rows
+        self._held: tuple[ChunkStream, Chunk] | None = None
+
+    def holding(self, stream: ChunkStream) -> Any:
+        """Give what stands in for a row's stream while the row runs."""
+        return _HeldStream(self, stream)
+
+    def put(self, stream: ChunkStream, chunk: Chunk) -> None:
+        """Hand a chunk on, unless it is the last one of the last row."""
+        self._open_rows -= chunk.finish_reason is not None
+        if self._open_rows:
+            stream.put(chunk)
+        else:
+            self._held = stream, chunk
+
+    def release(self) -> None:
+        """Hand on what was held back."""
+        if self._held is not None:
+            stream, chunk = self._held
+            stream.put(chunk)
+
+
+class _HeldStream:
+    def __init__(self, last: _LastChunk, stream: ChunkStream) -> None:
+        self._last, self._stream = last, stream
+        self.fail, self.close = stream.fail, stream.close
+
+    @property
+    def cancelled(self) -> bool:
+        return self._stream.cancelled
+
+    def put(self, chunk: Chunk) -> None:
+        self._last.put(self._stream, chunk)
 
 
 class _Steps:
@@ -304,7 +368,8 @@ def _group(request: Request) -> tuple[Any, ...]:
     """
     extra = request.options.extra
     lengths = (len(request.prompt_ids), request.max_new_tokens) if extra.keys() - _BLIND else ()
-    return repr(sorted(extra.items())), request.eos_token_ids, request.stop_token_ids, lengths
+    adapter = request.options.adapter
+    return adapter, repr(sorted(extra.items())), request.eos_token_ids, request.stop_token_ids, lengths
 
 
 def _take_batch(waiting: _Waiting) -> list[tuple[Row, ChunkStream]]:

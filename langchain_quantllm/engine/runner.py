@@ -27,6 +27,7 @@ from langchain_quantllm.engine.attention import (
 )
 from langchain_quantllm.engine.batch_sampler import MASKS, BatchSampler, log_probabilities
 from langchain_quantllm.engine.capture import StepGraph, WaitFinder
+from langchain_quantllm.engine.lora import NO_ADAPTER, LoraStack
 from langchain_quantllm.engine.pages import PAGE_TOKENS
 from langchain_quantllm.engine.prefill_graphs import Pack, PrefillGraphs, Run
 from langchain_quantllm.engine.scheduler import Piece, RowState
@@ -123,6 +124,7 @@ class Runner:
         vocab_size: int,
         by_sdpa: bool,
         captures: bool,
+        adapters: LoraStack | None = None,
     ) -> None:
         """Make the tables.
 
@@ -135,17 +137,20 @@ class Runner:
             vocab_size: Width of the model's logits.
             by_sdpa: Whether the model calls PyTorch's attention itself.
             captures: Whether decode steps become CUDA graphs.
+            adapters: What rows choose their adapters from; None where the model runs as it is.
         """
         self._model = model
         self._pools = pools
         self._attention = attention
         self._by_sdpa = by_sdpa
+        self._adapters = adapters
         self.device = model.get_input_embeddings().weight.device
         self.is_asynchronous = self.device.type == "cuda"
         self.captures = captures
         self.sampler = BatchSampler(slots, vocab_size, self.device)
         self._padding_slot = slots
         self._table = torch.zeros(slots + 1, pages_per_row, dtype=torch.int32, device=self.device)
+        self._row_adapters = torch.full((slots + 1,), NO_ADAPTER, dtype=torch.int32, device=self.device)
         self._mask_words = -(-vocab_size // 32)
         self._keeps_logits = "logits_to_keep" in inspect.signature(_innermost(model).forward).parameters
         self.windows: dict[int, int] = {}
@@ -240,6 +245,9 @@ class Runner:
         pages = torch.tensor([row.pages + [0] * (width - len(row.pages)) for row in rows], dtype=torch.int32)
         slots = torch.tensor([row.slot for row in rows], device=self.device)
         self._table[slots, :width] = pages.to(self.device)
+        if self._adapters is not None:
+            numbers = torch.tensor([row.adapter for row in rows], dtype=torch.int32)
+            self._row_adapters[slots] = numbers.to(self.device)
 
     # Decode.
 
@@ -337,7 +345,7 @@ class Runner:
         mask = torch.ones_like(ids)[None, None, None] if self._by_sdpa else torch.ones_like(ids)[None]
         # A list, as a tensor would be brought to the device of the first layer, when it is needed on that of the last.
         options = {"logits_to_keep": keep} if keep is not None and self._keeps_logits else {}
-        with driving(forward, self._configs) as cache:
+        with driving(forward, self._configs) as cache, self._adapting(batch, keep):
             output = self._model(
                 input_ids=ids[None],
                 attention_mask=mask,
@@ -349,6 +357,14 @@ class Runner:
         self.windows = forward.windows
         logits: torch.Tensor = output.logits[0]
         return logits[keep] if keep is not None and not self._keeps_logits else logits
+
+    def _adapting(self, batch: Batch, keep: list[int] | torch.Tensor | None) -> contextlib.AbstractContextManager[None]:
+        """Let each token's row run with its adapter; `keep` names the tokens that reach the output head."""
+        if self._adapters is None:
+            return contextlib.nullcontext()
+        of_tokens = self._row_adapters[batch.slots.long()]
+        sees_all = keep is None or not self._keeps_logits
+        return self._adapters.applied(of_tokens, of_tokens if sees_all else of_tokens[keep])
 
     def blank_masks(self, rows: int) -> torch.Tensor:
         """Give masks that allow all, for a step's rows to narrow: `(rows, ceil(vocab / 32))`, int32, on the CPU."""

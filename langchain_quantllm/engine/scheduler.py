@@ -21,7 +21,13 @@ class RowState:
     """
 
     def __init__(
-        self, prompt_ids: Sequence[int], max_new_tokens: int, *, root: int | None = None, max_rows: int | None = None
+        self,
+        prompt_ids: Sequence[int],
+        max_new_tokens: int,
+        *,
+        root: int | None = None,
+        max_rows: int | None = None,
+        adapter: int = -1,
     ) -> None:
         """Begin a row.
 
@@ -30,11 +36,13 @@ class RowState:
             max_new_tokens: The row is not scheduled beyond so many.
             root: Where its chain of pages begins; None shares none.
             max_rows: Most rows to run beside each other, this one included.
+            adapter: Number of the adapter that it runs with; -1 for none.
         """
         self.ids = list(prompt_ids)
         self.prompt_tokens = len(self.ids)
         self.max_new_tokens = max_new_tokens
         self.max_rows = max_rows
+        self.adapter = adapter
         self.drawn = 0
         self.written = 0
         """Tokens whose keys and values are in the pages, or on their way there."""

@@ -6,8 +6,10 @@ Owns the engines over one loaded pipeline, each made when it is first needed. Kn
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 
+from langchain_quantllm.engine.adapters import AdapterSwitch
 from langchain_quantllm.engine.options import GenerationOptions, needs_generate
 from langchain_quantllm.engine.request import Engine
 from langchain_quantllm.errors import InvalidOptionError, NotEnoughMemoryError, UnsupportedError
@@ -19,9 +21,15 @@ ENGINES = ("auto", "fast", "pipeline")
 class Engines:
     """The engines over one pipeline. Safe from many threads."""
 
-    def __init__(self, pipeline: Any) -> None:
-        """Make none yet; the pipeline is not changed."""
+    def __init__(self, pipeline: Any, adapters: Sequence[str] = ()) -> None:
+        """Make none yet; the pipeline is not changed.
+
+        Args:
+            pipeline: The loaded pipeline.
+            adapters: Names of the adapters on its model that requests choose from; without any it runs as it is.
+        """
         self._pipeline = pipeline
+        self._switch = AdapterSwitch(pipeline.model, adapters) if adapters else None
         self._lock = threading.RLock()
         self._fast: Any = None
         self._plain: Any = None
@@ -86,7 +94,7 @@ class Engines:
         from langchain_quantllm.engine.fast_engine import FastEngine
 
         try:
-            self._fast = FastEngine(self._pipeline, kv_cache_memory=kv_cache_memory)
+            self._fast = FastEngine(self._pipeline, kv_cache_memory=kv_cache_memory, adapters=self._switch)
         except UnsupportedError as error:
             self._why_not_fast = str(error)
         except NotEnoughMemoryError as error:
@@ -98,13 +106,14 @@ class Engines:
         if self._plain is None:
             from langchain_quantllm.engine.pipeline_engine import PipelineEngine
 
-            self._plain = PipelineEngine(self._pipeline, reason)
+            self._plain = PipelineEngine(self._pipeline, reason, self._switch)
         return self._plain  # type: ignore[no-any-return]
 
     def close(self) -> None:
         """Cancel what runs and let go of the model."""
         with self._lock:
-            engines, self._fast, self._plain, self._pipeline = (self._fast, self._plain), None, None, None
+            engines = (self._fast, self._plain)
+            self._fast = self._plain = self._pipeline = self._switch = None
         for engine in engines:
             if engine is not None:
                 engine.close()

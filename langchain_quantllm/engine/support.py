@@ -176,10 +176,14 @@ def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm().clamp(min=1e-12))
 
 
-def fingerprint(model: Any) -> int:
+def fingerprint(model: Any, *, names_adapters: bool = False) -> int:
     """Tell a model from itself with other weights or adapters; quick, as it is asked whenever requests come.
 
     Weights that are changed through `.data` in place are not seen: nothing counts these changes.
+
+    Args:
+        model: The model.
+        names_adapters: Whether every request names its adapter, so that the active one does not matter.
     """
     parts: list[Any] = []
     waiting, seen = [model], set()
@@ -192,6 +196,8 @@ def fingerprint(model: Any) -> int:
         waiting += [child for child in module._modules.values() if child is not None]
         parts += [(id(p), p._version, p.data_ptr()) for p in module._parameters.values() if p is not None]
         if isinstance(getattr(type(module), "disable_adapters", None), property):  # a layer of peft's
-            parts += [tuple(module.active_adapters), module.disable_adapters, tuple(module.merged_adapters)]
+            parts.append(tuple(module.merged_adapters))
+            if not names_adapters:
+                parts += [tuple(module.active_adapters), module.disable_adapters]
             parts += [tuple(s.items()) for s in (getattr(module, "scaling", None),) if isinstance(s, dict)]
     return hash(tuple(parts))

@@ -6,12 +6,14 @@ Owns which steps are tried. What the model should have given, and how far apart 
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 
+from langchain_quantllm.engine.adapters import AdapterSwitch
 from langchain_quantllm.engine.attention import without_gradients
-from langchain_quantllm.engine.options import GenerationOptions
+from langchain_quantllm.engine.options import BASE_ADAPTER, GenerationOptions
 from langchain_quantllm.engine.pages import PagePool
 from langchain_quantllm.engine.request import Request
 from langchain_quantllm.engine.runner import Chance, Runner
@@ -23,15 +25,23 @@ _PAGES, _NEW_TOKENS = 6, 3
 
 
 @without_gradients
-def try_out(runner: Runner, model: Any, probe: Probe) -> None:
+def try_out(runner: Runner, model: Any, probe: Probe, switch: AdapterSwitch | None = None) -> None:
     """Run two texts through the runner, in pieces and side by side, and compare with the model itself.
+
+    Args:
+        runner: Drives the model.
+        model: The model.
+        probe: What its first forward told.
+        switch: Its adapters, of which each text takes another one; None where the model runs as it is.
 
     Raises:
         UnsupportedError: If the model cannot be driven this way, or gives something else.
     """
     scheduler = Scheduler(PagePool(_PAGES), slots=2, prefill_tokens=LONG - 6, prefill_tokens_beside=LONG - 6)
     texts = [sample_ids(model, count) for count in (LONG, SHORT)]
-    rows = [RowState(ids, _NEW_TOKENS) for ids in texts]
+    names = [None, None] if switch is None else [*switch.names, BASE_ADAPTER][:2]
+    numbers = [-1 if switch is None or name not in switch.names else switch.names.index(name) for name in names]
+    rows = [RowState(ids, _NEW_TOKENS, adapter=i) for ids, i in zip(texts, numbers, strict=True)]
     logits: dict[RowState, list[torch.Tensor]] = {row: [] for row in rows}
     for row in rows:
         scheduler.add(row)
@@ -64,7 +74,9 @@ def try_out(runner: Runner, model: Any, probe: Probe) -> None:
     if windows != probe.windows:
         msg = f"its attention sees windows of {windows} tokens, and its cache keeps {probe.windows}"
         raise UnsupportedError(msg)
-    compare(model, [row.ids[:-1] for row in rows], [torch.stack(logits[row]) for row in rows])
+    for row, name in zip(rows, names, strict=True):
+        with contextlib.nullcontext() if switch is None else switch.chosen(name):
+            compare(model, [row.ids[:-1]], [torch.stack(logits[row])])
 
 
 def _greedy(row: RowState) -> Request:

@@ -178,7 +178,7 @@ def estimate_memory(
     used = _choose_scheme(asked, options, name)
     torch_dtype = _choose_dtype(dtype, config)
     context_tokens = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    model = _build_on_meta(config, torch_dtype, trust_remote_code, name)
+    model = build_on_meta(config, torch_dtype, trust_remote_code, name)
     others = {} if options else {label: s for label, s in SCHEMES.items() if not s.calibrated}
     unquantized = weight_bytes(model, Unquantized(), torch_dtype)
     parameters = sum(p.numel() for p in model.parameters())
@@ -245,7 +245,18 @@ def _choose_dtype(dtype: str | torch.dtype | None, config: PreTrainedConfig) -> 
     return found
 
 
-def _build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool, name: str) -> PreTrainedModel:
+def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool, name: str) -> PreTrainedModel:
+    """Build the model of a config without memory for its weights.
+
+    Args:
+        config: The transformers config.
+        dtype: Of the weights that it would have.
+        trust_remote_code: Run Python code that comes with the checkpoint.
+        name: What to call it in an error.
+
+    Raises:
+        UnsupportedError: If it cannot be built so.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES

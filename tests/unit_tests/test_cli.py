@@ -73,7 +73,8 @@ def test_doctor_says_what_runs_here() -> None:
 
 
 def test_bench_ends_in_a_json_document() -> None:
-    result = call("bench", "--shape", "tiny", "--schemes", "none,nf4", "--new-tokens", 4, "--device", "cpu")
+    words = ("--shape", "tiny", "--schemes", "none,nf4", "--new-tokens", 4, "--device", "cpu")
+    result = call("bench", "--memory", *words)
     assert result.exit_code == 0
     document = json.loads(result.stdout.splitlines()[-1])
     none, nf4 = document["rows"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from langchain_quantllm import Int8, QuantizedHuggingFaceLLM
 from langchain_quantllm.benchmarks.random_models import SHAPES, random_checkpoint
 from langchain_quantllm.engine import capture
 from langchain_quantllm.engine.prefill_graphs import PrefillGraphs
+from tests.unit_tests.adapters import make_adapter
 from tests.unit_tests.models import llm_of, tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -67,15 +69,37 @@ def test_prompts_run_in_graphs_from_the_second_of_a_length_on(folder: Any) -> No
     llm = make(folder, dtype="float32", engine="fast", prefix_caching=False, max_new_tokens=6)
     engine: Any = llm._engine()
     graphs: PrefillGraphs = engine._runner._prefill_graphs
-    for words in (3, 40, 150, 700, 1500):
+    for words in (3, 40, 150, 700):
         for repeat in range(3):
             prompt = " ".join(f"w{(7 * words + 3 * i + repeat) % 900}" for i in range(words))
             assert llm.invoke(prompt) == generated(llm, prompt, 6)
-    assert len(graphs._graphs) == 4  # the last is longer than any
+    assert len(graphs._graphs) == 3  # the last is longer than any
     assert graphs.why_not is None
     alone = [generated(llm, prompt, 6) for prompt in PROMPTS]
     for _ in range(3):
         assert llm.batch(PROMPTS) == alone
+    llm.unload()
+
+
+def test_adapters_of_several_rows_in_one_graph(folder: Any, tmp_path: Any) -> None:
+    pytest.importorskip("peft")
+    paths = {name: str(make_adapter(folder, tmp_path / name, seed=seed)) for seed, name in enumerate(("one", "two"))}
+    llm = make(folder, dtype="float32", engine="fast", adapters=paths, max_new_tokens=24)
+    assert llm.engine_info.graphs
+    names = ["base", "one", "two"] * 4
+    prompts = [f"w{i} w{7 * i} w{i * i}" for i in range(len(names))]
+    expected = []
+    for name, prompt in zip(names, prompts, strict=True):
+        model = llm.load().pipeline.model
+        model.disable_adapters() if name == "base" else (model.enable_adapters(), model.set_adapter(name))
+        expected.append(generated(llm, prompt, 24))
+    model.disable_adapters()
+    assert len(set(expected)) == len(expected)
+    bound = [llm.bind(adapter=name) for name in names]
+    for _ in range(3):  # the later ones from graphs and pages
+        with ThreadPoolExecutor(len(names)) as executor:
+            found = list(executor.map(lambda one, prompt: one.invoke(prompt), bound, prompts))
+        assert found == expected
     llm.unload()
 
 

@@ -172,7 +172,7 @@ class TestEstimate:
         """All tensors of a GPTQ checkpoint are held as they are stored; only buffers come on top."""
         make_gptq_checkpoint(smollm2, tmp_path, bits=bits, group_size=group_size, small=True)
         estimate = estimate_memory(str(tmp_path))
-        assert estimate.scheme == GPTQ(bits=bits)
+        assert estimate.scheme == GPTQ(bits=bits, group_size=group_size, sym=True, desc_act=False)
         assert estimate.bytes_by_scheme == {}
         stored_bytes = (tmp_path / "model.safetensors").stat().st_size
         weights_bytes = estimate.total_bytes - estimate.weights.buffers_bytes

@@ -223,6 +223,8 @@ def test_output_differs_between_schemes(tiny: Path) -> None:
         (lambda: NF4(double_quantization="no"), ["double_quantization='no'"]),
         (lambda: NF4(skip_modules="q_proj"), ["skip_modules='q_proj'"]),
         (lambda: GPTQ(bits=5), ["bits=5", "2, 3, 4, 8"]),
+        (lambda: GPTQ(group_size=0), ["group_size=0", "-1 or a positive"]),
+        (lambda: GPTQ(sym="yes"), ["sym=", "True or False"]),  # type: ignore[arg-type]
     ],
 )
 def test_options_are_checked(make: Any, words: list[str]) -> None:
@@ -297,6 +299,7 @@ ROUND_TRIP = [
     NF4(compute_dtype=torch.float16, double_quantization=True, storage_dtype="bfloat16", skip_modules=["up_proj"]),
     FP4(compute_dtype="float32", fp32_cpu_offload=True),
     GPTQ(bits=3, kernel="triton"),
+    GPTQ(bits=3, group_size=-1, sym=False, desc_act=True),
     Prequantized(method="awq", bits=4),
 ]
 
@@ -320,7 +323,9 @@ def test_transformers_config_round_trip(scheme: Scheme) -> None:
 
 
 def test_schemes_of_other_configs() -> None:
-    assert scheme_of_config(GPTQConfig(bits=4, desc_act=False).to_dict()) == GPTQ(bits=4)
+    assert scheme_of_config(GPTQConfig(bits=4, desc_act=False).to_dict()) == GPTQ(
+        bits=4, group_size=128, sym=True, desc_act=False
+    )
     assert scheme_of_config({"quant_method": "gptq", "bits": 8}) == GPTQ(bits=8)
     assert scheme_of_config({"load_in_8bit": True}) == Int8()
     assert scheme_of_config({"quant_method": "awq", "bits": 4}) == Prequantized(method="awq", bits=4)

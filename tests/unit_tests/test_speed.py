@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from langchain_quantllm import QuantizedHuggingFaceLLM
-from langchain_quantllm.benchmarks import speed, speed_results
+from langchain_quantllm.benchmarks import calls, speed_results
 from langchain_quantllm.benchmarks.random_models import random_checkpoint
 from langchain_quantllm.benchmarks.speed import measure_speed
 from langchain_quantllm.benchmarks.speed_results import CopySpeed, SchemeSpeed, SpeedOptions, as_document
@@ -164,7 +164,7 @@ def test_texts_that_do_not_fit_are_an_error(tiny: str) -> None:
 
 def test_other_lengths_than_asked_for_are_an_error() -> None:
     info = {"usage_metadata": {"input_tokens": 7, "output_tokens": 4, "input_token_details": {"cache_read": 0}}}
-    run = speed._Run([info, info], 1.0, 1.0)
+    run = calls.Run([info, info], 1.0, 1.0)
     run.check(2, 7, 4)
     with pytest.raises(GenerationError, match="2 rows of .* instead of 3"):
         run.check(3, 7, 4)
@@ -172,7 +172,7 @@ def test_other_lengths_than_asked_for_are_an_error() -> None:
         run.check(2, 7, 5)
     cached = {"usage_metadata": {**info["usage_metadata"], "input_token_details": {"cache_read": 5}}}
     with pytest.raises(GenerationError, match="10 tokens of prompts were not computed"):
-        speed._Run([cached, cached], 1.0, 1.0).check(2, 7, 4)
+        calls.Run([cached, cached], 1.0, 1.0).check(2, 7, 4)
 
 
 # The peer.

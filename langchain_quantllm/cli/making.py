@@ -1,0 +1,127 @@
+"""The commands that write checkpoints: quantize and merge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from langchain_quantllm.cli.console import Device, TrustRemoteCode, app, err, errors, out
+from langchain_quantllm.errors import InvalidOptionError
+
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write. Default: one named after both.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is there already.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.")]
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="Folder, or repository on the Hub, unquantized.")],
+    scheme: Annotated[
+        str, typer.Option("--scheme", "-s", help="gptq, int8, nf4, nf4-double, fp4 or fp4-double.")
+    ] = "gptq",
+    output: Output = None,
+    bits: Annotated[int, typer.Option(help="GPTQ: 2, 3, 4 or 8.")] = 4,
+    group_size: Annotated[
+        int | None, typer.Option(help="GPTQ: inputs that share a scale; -1 is all. Default: 128, or what divides.")
+    ] = None,
+    desc_act: Annotated[bool, typer.Option("--desc-act", help="GPTQ: groups by the size of the activations.")] = False,
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="GPTQ: a zero point for each group.")] = False,
+    damping: Annotated[float, typer.Option(help="GPTQ: share of the mean added to the diagonal.")] = 0.01,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="GPTQ: text or JSON file, data set (name:config:split), none. Default: a text of ours."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="GPTQ: most sequences of the calibration.")] = 128,
+    tokens: Annotated[int, typer.Option(help="GPTQ: tokens of each.")] = 512,
+    column: Annotated[str, typer.Option(help="GPTQ: key of the text in JSON objects and data sets.")] = "text",
+    skip: Annotated[
+        list[str] | None, typer.Option(help="GPTQ: ending of a layer's name to leave out; may be repeated.")
+    ] = None,
+    device: Device = None,
+    dtype: Annotated[str, typer.Option(help="Of what is not quantized: auto, float16 or bfloat16.")] = "auto",
+    overwrite: Overwrite = False,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Quantize a checkpoint and write it. What GPTQ finished is kept: the same command goes on after Ctrl-C."""
+    with errors():
+        from langchain_quantllm.memory import format_bytes
+        from langchain_quantllm.quantization.calibration import BUILT_IN, Calibration
+        from langchain_quantllm.quantization.quantizing import quantize as quantize_checkpoint
+        from langchain_quantllm.schemes import GPTQ
+
+        options: dict[str, Any] = {}
+        wanted: Any = scheme
+        if scheme == "gptq":
+            wanted = GPTQ(bits=bits, group_size=group_size, sym=not asymmetric, desc_act=desc_act)
+            source = calibration or BUILT_IN
+            options["calibration"] = Calibration(source=source, samples=samples, tokens=tokens, column=column)
+            options |= {"skip_modules": skip or (), "damping": damping}
+        elif calibration or skip:
+            msg = f"--calibration and --skip are for gptq, and {scheme} needs none; leave them out."
+            raise InvalidOptionError(msg)
+        columns = (
+            TextColumn("blocks"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+        )
+        with Progress(*columns, console=err) as bar:
+            task = bar.add_task("blocks", total=None, visible=False, left="")
+
+            def report(progress: Any) -> None:
+                left = "" if progress.remaining_s is None else f"{progress.remaining_s:.0f} s left"
+                bar.update(task, completed=progress.done, total=progress.total, left=left, visible=True)
+
+            done = quantize_checkpoint(
+                model,
+                wanted,
+                output=output,
+                device=device,
+                dtype=dtype,
+                overwrite=overwrite,
+                report=report,
+                progress=False,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                **options,
+            )
+        if done.resumed_blocks:
+            err.print(f"{done.resumed_blocks} blocks were finished already", highlight=False)
+        if done.calibration:
+            err.print(f"calibrated with {done.calibration_tokens} tokens: {done.calibration}", highlight=False)
+        err.print(f"{format_bytes(done.weights_bytes)} in {done.total_s:.0f} s", highlight=False)
+        out.print(str(done.folder), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def merge(
+    model: Annotated[str, typer.Argument(help="Folder, or repository on the Hub, of the base model.")],
+    adapter: Annotated[str, typer.Argument(help="Folder, or repository on the Hub, of an adapter of peft.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    dtype: Annotated[str, typer.Option(help="Of the result: auto, float16, bfloat16 or float32.")] = "auto",
+    device: Device = None,
+    overwrite: Overwrite = False,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Merge an adapter into its base model and write the result, unquantized."""
+    with errors():
+        from langchain_quantllm.merging import merge_adapter
+
+        folder = merge_adapter(
+            model,
+            adapter,
+            output,
+            dtype=dtype,
+            device=device,
+            overwrite=overwrite,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            progress=False,
+        )
+        out.print(str(folder), markup=False, highlight=False, soft_wrap=True)

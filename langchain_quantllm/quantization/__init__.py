@@ -1,0 +1,1 @@
+"""Making quantized checkpoints: calibration texts, GPTQ, and what is written down of it."""

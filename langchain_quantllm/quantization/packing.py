@@ -1,0 +1,104 @@
+"""How GPTQ checkpoints hold a linear layer: codes, zero points and scales, packed into words.
+
+Owns AutoGPTQ's format (v1): `qweight` packed along the inputs, `qzeros` along the outputs and one too small, `scales`,
+`g_idx`. Knows no model and no files.
+
+Source: AutoGPTQ 0.7.1, auto_gptq/nn_modules/qlinear/qlinear_cuda_old.py, `pack`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+TENSORS = ("qweight", "qzeros", "scales", "g_idx")
+"""What a packed layer consists of."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundedLinear:
+    """A linear layer whose weights are codes.
+
+    Args:
+        codes: uint8 of shape `(in_features, out_features)`, values below `2**bits`.
+        zeros: uint8 of shape `(groups, out_features)`, the code that stands for 0; from 1 on, which v1 can store.
+        scales: float16 of shape `(groups, out_features)`.
+        g_idx: int32 of shape `(in_features,)`, the group of each input.
+        bits: Bits of a code.
+    """
+
+    codes: torch.Tensor
+    zeros: torch.Tensor
+    scales: torch.Tensor
+    g_idx: torch.Tensor
+    bits: int
+
+    def dequantize(self) -> torch.Tensor:
+        """Give the float32 weight of shape `(out_features, in_features)` that the codes stand for."""
+        index = self.g_idx.long()
+        return ((self.codes.float() - self.zeros.float()[index]) * self.scales.float()[index]).t().contiguous()
+
+    def pack(self) -> dict[str, torch.Tensor]:
+        """Give the tensors of the layer as a checkpoint holds them, on the CPU."""
+        tensors = {
+            "qweight": pack_bits(self.codes.t().contiguous(), self.bits).t(),
+            "qzeros": pack_bits(self.zeros - 1, self.bits),
+            "scales": self.scales,
+            "g_idx": self.g_idx,
+        }
+        return {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+
+    @classmethod
+    def unpack(cls, tensors: Mapping[str, torch.Tensor], bits: int) -> RoundedLinear:
+        """Read a layer from its tensors; the reverse of `pack`."""
+        return cls(
+            codes=unpack_bits(tensors["qweight"].t().contiguous(), bits).t().contiguous(),
+            zeros=unpack_bits(tensors["qzeros"], bits) + 1,
+            scales=tensors["scales"],
+            g_idx=tensors["g_idx"],
+            bits=bits,
+        )
+
+    def rows(self, first: int, last: int) -> RoundedLinear:
+        """Cut out the outputs from `first` to before `last`."""
+        return RoundedLinear(
+            codes=self.codes[:, first:last],
+            zeros=self.zeros[:, first:last],
+            scales=self.scales[:, first:last],
+            g_idx=self.g_idx.clone(),
+            bits=self.bits,
+        )
+
+
+def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack codes along their last axis into words, as one little-endian stream of bits.
+
+    Args:
+        codes: uint8 of shape `(rows, n)`, `n * bits` a multiple of 32.
+        bits: Bits of a code.
+
+    Returns:
+        int32 of shape `(rows, n * bits / 32)`; 3 bits put 32 codes into 3 words, two of them across a border.
+    """
+    rows, n = codes.shape
+    single = (codes.unsqueeze(-1) >> torch.arange(bits, dtype=torch.uint8, device=codes.device)) & 1
+    octets = single.reshape(rows, n * bits // 8, 8) << torch.arange(8, dtype=torch.uint8, device=codes.device)
+    return octets.sum(-1, dtype=torch.uint8).contiguous().view(torch.int32)
+
+
+def unpack_bits(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """Read codes from words; the reverse of `pack_bits`.
+
+    Args:
+        words: int32 of shape `(rows, m)`.
+        bits: Bits of a code.
+
+    Returns:
+        uint8 of shape `(rows, m * 32 / bits)`.
+    """
+    octets = words.contiguous().view(torch.uint8)
+    single = (octets.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=words.device)) & 1
+    codes = single.reshape(words.shape[0], -1, bits) << torch.arange(bits, dtype=torch.uint8, device=words.device)
+    return codes.sum(-1, dtype=torch.uint8)
