@@ -46,6 +46,7 @@ LEVELS = {
     "quantization.blocks": 2,
     "quantization.run": 3,
     "quantization.quantizing": 4,
+    "quantization.quantizing": 4,
     "kernels": 2,
     "kernels.paged_attention": 2,
     "kernels.reference": 2,
