@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from langchain_quantllm.memory import take_snapshot
+from langchain_quantllm.memory.snapshot import device_name
 
 _PACKAGES = (
     "langchain-quantllm",
@@ -48,6 +49,7 @@ def describe_machine(device: str) -> dict[str, Any]:
 
 
 def _device_name(device: str) -> str | None:
+    device = device_name(device)
     reading = take_snapshot([device]).reading(device)
     if device != "cpu" or reading is None:
         return None if reading is None else reading.name

@@ -238,20 +238,14 @@ class _Overview:
         assert memory is not None
         if "training" in parts and not self._is_apart:
             row = replace(row, training=self._attempt("training", lambda: self._train(llm, memory.before_bytes)))
-        calls = Calls(
-            llm,
-            device=self._device,
-            options=self._options,
-            before_bytes=memory.before_bytes,
-            report=self._report,
-        )
-        if self._options.peer:
+        calls = self._attempt("prompts", partial(self._make_calls, llm, memory.before_bytes))
+        if calls is not None and self._options.peer:
             row = self._measure_calls(calls, GENERATE, row)
-        if "cache" in parts:
+        if calls is not None and "cache" in parts:
             row = replace(row, by_cache=self._collect("cache", calls.by_cache, (True, False)))
         if "quality" in parts and text is not None:
             row = replace(row, quality=self._attempt("quality", lambda: self._measure_quality(llm, text)))
-        if {"prefill", "batches", "lengths"} & set(parts):
+        if calls is not None and {"prefill", "batches", "lengths"} & set(parts):
             info = self._attempt("engine", lambda: llm.engine_info)
             if info is not None:
                 self._report(f"{info.name} engine: {info.reason}")
@@ -260,6 +254,9 @@ class _Overview:
         found = (*row.prefill, *row.by_batch, *row.by_length, *row.by_cache)
         peak_bytes = max((call.peak_bytes for call in found), default=memory.loaded_bytes)
         return replace(row, memory=replace(memory, peak_bytes=max(peak_bytes, memory.loaded_bytes)))
+
+    def _make_calls(self, llm: QuantizedHuggingFaceLLM, before_bytes: int) -> Calls:
+        return Calls(llm, device=self._device, options=self._options, before_bytes=before_bytes, report=self._report)
 
     def _measure_calls(self, calls: Calls, runner: str, row: SchemeOverview) -> SchemeOverview:
         options, parts = self._options, self._options.parts
