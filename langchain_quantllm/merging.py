@@ -10,19 +10,17 @@ base with adapter: 0.001 in float32; 0.1 in 16 bits, where each sum of weight an
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import shutil
-import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from langchain_quantllm.adapters import Adapter, check_shapes, find_adapters, peft_contained
 from langchain_quantllm.checkpoint import LoadSpec, find_checkpoint, first_line
-from langchain_quantllm.errors import CheckpointError, InvalidOptionError, QuantLLMError, UnsupportedError
+from langchain_quantllm.errors import CheckpointError, UnsupportedError
 from langchain_quantllm.loading import load
+from langchain_quantllm.output_folder import free_folder, written
 from langchain_quantllm.packages import label_of
 from langchain_quantllm.placement import release_memory
 from langchain_quantllm.schemes import FP4, GPTQ, NF4, Int8, Unquantized, scheme_of_config
@@ -82,8 +80,7 @@ def merge_adapter(
         ModelNotFoundError: If one of them is not there.
         MissingPackageError: If peft, or a package of the base model's format, is not installed.
     """
-    folder = Path(output).expanduser().resolve()
-    _check_output(folder, (model_id, adapter), overwrite=overwrite)
+    folder = free_folder(output, (model_id, adapter), overwrite=overwrite)
     spec = LoadSpec(
         model_id=model_id,
         dtype=dtype,
@@ -104,25 +101,13 @@ def merge_adapter(
         pipeline = loaded.pipeline
         model = _dequantized(pipeline.model, model_id)
         model = _merged(model, pipeline.tokenizer, found)
-        with _written(folder) as part, progress_bars(progress):
+        with written(folder) as part, progress_bars(progress):
             model.save_pretrained(part)
             (getattr(pipeline, "processor", None) or pipeline.tokenizer).save_pretrained(part)
     finally:
         loaded.close()
         release_memory()
     return folder
-
-
-def _check_output(folder: Path, sources: Sequence[str], *, overwrite: bool) -> None:
-    if any(Path(source).expanduser().resolve() == folder for source in sources):
-        msg = f"output={str(folder)!r} is what is to be merged; give another folder."
-        raise InvalidOptionError(msg)
-    if folder.exists() and not folder.is_dir():
-        msg = f"output={str(folder)!r} is a file; give a folder."
-        raise InvalidOptionError(msg)
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        msg = f"output={str(folder)!r} is not empty; give another folder, or overwrite=True to replace what is there."
-        raise InvalidOptionError(msg)
 
 
 def _check_base(spec: LoadSpec, adapter: Adapter) -> None:
@@ -296,29 +281,3 @@ def _check_same(found: Sequence[Any], expected: Sequence[Any], dtype: Any) -> No
                 f"{tolerance:g} is allowed; nothing was written. Try dtype='float32'."
             )
             raise CheckpointError(msg)
-
-
-# Writing.
-
-
-@contextlib.contextmanager
-def _written(folder: Path) -> Iterator[Path]:
-    """Give a new folder to write into, which takes a folder's place at the end of the block, or is gone."""
-    mark = uuid.uuid4().hex[:8]
-    part, old = (folder.parent / f".{folder.name}.{mark}.{what}" for what in ("part", "old"))
-    part.mkdir(parents=True)
-    try:
-        yield part
-        if folder.exists():
-            folder.rename(old)
-        part.rename(folder)
-    except OSError as error:
-        msg = f"{folder} could not be written: {first_line(error)}"
-        raise QuantLLMError(msg) from error
-    finally:
-        if old.exists():
-            if folder.exists():
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                old.rename(folder)
-        shutil.rmtree(part, ignore_errors=True)

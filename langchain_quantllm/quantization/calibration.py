@@ -6,6 +6,7 @@ Owns the text that comes with the package, files, data sets, and the cutting int
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -87,6 +88,8 @@ def calibration_from(value: Any) -> Calibration:
     """
     if isinstance(value, Calibration):
         return value
+    if isinstance(value, os.PathLike):
+        value = Path(value)
     return Calibration() if value is None else Calibration(source=value)
 
 

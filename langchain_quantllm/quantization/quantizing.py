@@ -5,19 +5,18 @@ Owns the order of checks, the work block by block with its progress, and what is
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from langchain_quantllm.checkpoint import LoadSpec, find_checkpoint, reads_text
+from langchain_quantllm.checkpoint import Checkpoint, LoadSpec, find_checkpoint, first_line, reads_text
 from langchain_quantllm.errors import CheckpointError, InvalidOptionError, UnsupportedError
 from langchain_quantllm.loading import load
+from langchain_quantllm.output_folder import free_folder, written
 from langchain_quantllm.packages import check_packages, label_of
 from langchain_quantllm.placement import default_device_map, release_memory
 from langchain_quantllm.quantization.calibration import Calibration, calibration_from, read_texts, sequences
@@ -131,7 +130,7 @@ def quantize(
         trust_remote_code=trust_remote_code,
         progress=progress,
     )
-    folder = _free_folder(output, spec.model_id, wanted, overwrite)
+    folder = free_folder(output or _named_after(spec.model_id, wanted), [spec.model_id], overwrite=overwrite)
     checkpoint = find_checkpoint(spec)
     if checkpoint.quantization is not None:
         msg = (
@@ -139,44 +138,75 @@ def quantize(
             "checkpoint."
         )
         raise CheckpointError(msg)
+    about: dict[str, Any] = {}
     if isinstance(wanted, GPTQ):
-        if not reads_text(checkpoint.config):
-            msg = f"{spec.model_id} reads images, too, and GPTQ here knows models of text alone; use nf4 or int8."
-            raise UnsupportedError(msg)
-        calibrated = calibration_from(_path(calibration))
-        texts = read_texts(calibrated)
-        layout, wanted = check_layers(checkpoint.config, wanted, skip_modules, trust_remote_code=trust_remote_code)
-        compute = device or _first_device()
-        model = load(dataclasses.replace(spec, dtype=_stored_dtype(spec, checkpoint.config)))
-        context = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
-        ids = sequences(calibrated, texts, model.pipeline.tokenizer, context) if texts else []
-        run = GPTQRun(model.pipeline.model, layout, wanted, damping=damping, device=compute, report=report)
-        resumed = run.run(ids, checkpoint.source, folder, overwrite=overwrite)
-        with _written(folder, overwrite) as unfinished, progress_bars(progress):
-            run.write(unfinished, calibration=calibrated.source_label, tokens=sum(map(len, ids)))
-            _write_tokenizer(model.pipeline.tokenizer, unfinished)
-        run.journal.remove()
-        about = {
-            "calibration": calibrated.label,
-            "calibration_tokens": sum(map(len, ids)),
-            "resumed_blocks": resumed,
-        }
+        options: dict[str, Any] = {"skip_modules": skip_modules, "damping": damping, "device": device, "report": report}
+        wanted, about = _write_gptq(spec, checkpoint, wanted, calibration, folder, overwrite=overwrite, **options)
     else:
-        model = load(spec)
-        with _written(folder, overwrite) as unfinished, progress_bars(progress):
-            model.pipeline.model.save_pretrained(unfinished, max_shard_size=_SHARD)
-            _write_tokenizer(getattr(model.pipeline, "processor", None) or model.pipeline.tokenizer, unfinished)
-        about = {}
-    model.close()
-    del model
+        _write_bitsandbytes(spec, folder)
     release_memory()
     return QuantizedCheckpoint(
         folder=folder,
         scheme=wanted,
         weights_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         total_s=time.perf_counter() - began,
-        **about,  # type: ignore[arg-type]
+        **about,
     )
+
+
+def _write_bitsandbytes(spec: LoadSpec, folder: Path) -> None:
+    model = load(spec)
+    with written(folder) as unfinished, progress_bars(spec.progress):
+        model.pipeline.model.save_pretrained(unfinished, max_shard_size=_SHARD)  # before the first forward repacks it
+        (getattr(model.pipeline, "processor", None) or model.pipeline.tokenizer).save_pretrained(unfinished)
+    model.close()
+
+
+def _write_gptq(
+    spec: LoadSpec,
+    checkpoint: Checkpoint,
+    scheme: GPTQ,
+    calibration: Any,
+    folder: Path,
+    *,
+    skip_modules: Sequence[str],
+    damping: float,
+    device: str | None,
+    report: Callable[[Progress], None] | None,
+    overwrite: bool,
+) -> tuple[GPTQ, dict[str, Any]]:
+    """Calibrate, quantize and write; gives the scheme with its group size, and what is to be told of it."""
+    if not reads_text(checkpoint.config):
+        msg = f"{spec.model_id} reads images, too, and GPTQ here knows models of text alone; use nf4 or int8."
+        raise UnsupportedError(msg)
+    compute = device or _first_device()
+    _check_device(compute)
+    dtype = _stored_dtype(spec, checkpoint.config)
+    calibrated = calibration_from(calibration)
+    texts = read_texts(calibrated)
+    layout, scheme = check_layers(checkpoint.config, scheme, skip_modules, trust_remote_code=spec.trust_remote_code)
+    model = load(dataclasses.replace(spec, dtype=dtype))
+    context = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
+    ids = sequences(calibrated, texts, model.pipeline.tokenizer, context) if texts else []
+    run = GPTQRun(model.pipeline.model, layout, scheme, damping=damping, device=compute, report=report)
+    resumed = run.run(ids, checkpoint.source, folder, overwrite=overwrite)
+    tokens = sum(map(len, ids))
+    with written(folder) as unfinished, progress_bars(spec.progress):
+        run.write(unfinished, calibration=calibrated.source_label, tokens=tokens)
+        model.pipeline.tokenizer.save_pretrained(unfinished)
+    run.journal.remove()
+    model.close()
+    return scheme, {"calibration": calibrated.label, "calibration_tokens": tokens, "resumed_blocks": resumed}
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        msg = f"device={device!r} cannot be used here ({first_line(error)}); use 'cpu'."
+        raise UnsupportedError(msg) from error
 
 
 def _wanted(scheme: Any) -> Scheme:
@@ -205,10 +235,6 @@ def _refuse_gptq_options(scheme: Scheme, calibration: Any, skip_modules: Sequenc
             raise InvalidOptionError(msg)
 
 
-def _path(calibration: Any) -> Any:
-    return Path(calibration) if isinstance(calibration, os.PathLike) else calibration
-
-
 def _first_device() -> str:
     device = str(next(iter(default_device_map(LoadSpec(model_id="any")).values())))
     return f"cuda:{device}" if device.isdigit() else device
@@ -223,32 +249,5 @@ def _stored_dtype(spec: LoadSpec, config: Any) -> str:
     return spec.dtype if spec.dtype != "auto" else stored if stored in ("float16", "bfloat16") else "float16"
 
 
-def _free_folder(output: Any, model_id: str, scheme: Scheme, overwrite: bool) -> Path:
-    name = Path(model_id).name + f"-{label_of(scheme)}" + (f"-{scheme.bits}bit" if isinstance(scheme, GPTQ) else "")
-    folder = Path(output if output is not None else name).expanduser().absolute()
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not overwrite):
-        msg = f"the output {folder} is there already; give another folder, or overwrite=True."
-        raise InvalidOptionError(msg)
-    if folder.is_dir() and folder == Path(model_id).expanduser().absolute():
-        msg = f"the output {folder} is the checkpoint itself; give another folder."
-        raise InvalidOptionError(msg)
-    return folder
-
-
-@contextlib.contextmanager
-def _written(folder: Path, overwrite: bool) -> Iterator[Path]:
-    """Give a folder to write into, which takes the place of `folder` once it is complete."""
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        if folder.is_dir():
-            shutil.rmtree(folder)
-        unfinished.replace(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
-    tokenizer.save_pretrained(folder)
+def _named_after(model_id: str, scheme: Scheme) -> str:
+    return Path(model_id).name + f"-{label_of(scheme)}" + (f"-{scheme.bits}bit" if isinstance(scheme, GPTQ) else "")

@@ -18,6 +18,7 @@ LEVELS = {
     "engine": 0,  # the package's own __init__, which imports nothing
     "adapter_names": 1,
     "schemes": 1,
+    "output_folder": 1,
     "packages": 1,
     "silence": 1,
     "engine.options": 1,
@@ -45,7 +46,6 @@ LEVELS = {
     "quantization.journal": 2,
     "quantization.blocks": 2,
     "quantization.run": 3,
-    "quantization.quantizing": 4,
     "quantization.quantizing": 4,
     "kernels": 2,
     "kernels.paged_attention": 2,

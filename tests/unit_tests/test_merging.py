@@ -156,7 +156,7 @@ class TestOutput:
         with pytest.raises(InvalidOptionError, match="is a file"):
             merge(root, tmp_path / "file")
         for name in ("tiny", "sql"):
-            with pytest.raises(InvalidOptionError, match="is what is to be merged"):
+            with pytest.raises(InvalidOptionError, match="is what it is to be made of"):
                 merge(root, root / name, overwrite=True)
 
     @pytest.mark.parametrize("overwrite", [False, True])

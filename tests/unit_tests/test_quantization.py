@@ -408,7 +408,7 @@ def test_an_output_takes_its_place_only_when_it_is_complete(plain: Path, tmp_pat
     output = tmp_path / "out"
     output.mkdir()
     (output / "precious").write_text("data")
-    with pytest.raises(InvalidOptionError, match="is there already"):
+    with pytest.raises(InvalidOptionError, match="is not empty"):
         run(plain, output)
     with pytest.raises(ZeroDivisionError):
         run(plain, output, overwrite=True, report=lambda p: p.done // 0)
@@ -424,6 +424,7 @@ def test_an_output_takes_its_place_only_when_it_is_complete(plain: Path, tmp_pat
         (GPTQ(bits=4, kernel="torch"), {}, InvalidOptionError, ["kernel='torch'", "while loading"]),
         ("gptq", {"skip_modules": ["mlp.gate"]}, InvalidOptionError, ["'mlp.gate'", "mlp.gate_proj"]),
         ("gptq", {"damping": 0}, InvalidOptionError, ["damping=0", "between 0 and 1"]),
+        ("gptq", {"device": "cuda:99"}, UnsupportedError, ["device='cuda:99'", "use 'cpu'"]),
         ("gptq", {"dtype": "float32"}, InvalidOptionError, ["float32", "float16"]),
         ("gptq", {"calibration": Calibration(source=TEXTS, tokens=9999)}, InvalidOptionError, ["9999", "512"]),
         ("gptq", {"calibration": ["a"]}, InvalidOptionError, ["tokens", "a few sentences"]),
@@ -460,7 +461,7 @@ def test_checkpoints_that_are_quantized_or_not_there(plain: Path, tmp_path: Path
         run(done.folder, tmp_path / "again")
     with pytest.raises(ModelNotFoundError):
         run(tmp_path / "nowhere", tmp_path / "again")
-    with pytest.raises(InvalidOptionError, match="is the checkpoint itself"):
+    with pytest.raises(InvalidOptionError, match="is what it is to be made of"):
         run(plain, plain, overwrite=True)
 
 
