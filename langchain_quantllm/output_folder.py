@@ -6,6 +6,7 @@ Owns the checks before the work and the change of places after it. Knows nothing
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 from langchain_quantllm.errors import InvalidOptionError, QuantLLMError
 
 
-def free_folder(output: str | Path, sources: Sequence[str], *, overwrite: bool) -> Path:
+def free_folder(output: str | os.PathLike[str], sources: Sequence[str], *, overwrite: bool) -> Path:
     """Give the absolute path of an output, if it may be written.
 
     Args:
