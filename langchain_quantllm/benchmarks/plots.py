@@ -5,7 +5,6 @@ Owns what is drawn and how it looks. Measures nothing, loads no model, and leave
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#
 _GREY = "#595959"
 _GB, _MB = ("GB", 1e9), ("MB", 1e6)
 _HEAD_INCHES = 0.8
-_AXES_POINTS, _LINE_POINTS = 200, 13  # height of the axes of the quality, and of a line of its text
 _SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "quantllm", "font.size": 10.0}
 
 
@@ -198,41 +196,30 @@ def _draw_quality(document: Mapping[str, Any]) -> Any:
     if not rows:
         return None
     tokens = rows[0]["quality"]["tokens"]
-    about = f"perplexity of {tokens:,} tokens; lower left is better"
-    figure = _figure(document, "What a scheme costs in quality", about, 4.2)
+    losses = [row["quality"]["loss_nats"] for row in rows]
+    plain = next((row["quality"]["loss_nats"] for row in rows if row["scheme"] == "none"), min(losses))
+    about = f"loss above that of the unquantized model, {tokens:,} tokens; smaller is better"
+    figure = _figure(document, "What a scheme costs in quality", about, 0.9 + 0.34 * len(rows))
     axes = figure.subplots()
     unit, factor = _unit(row["memory"]["weights_bytes"] for row in rows)
-    points = [(row["memory"]["weights_bytes"] / factor, row["quality"]["perplexity"]) for row in rows]
-    axes.scatter(*zip(*points, strict=True), s=60, color=_cycle(len(rows)), zorder=3)
-    axes.set_xlim(0, 1.4 * max(size for size, _ in points))
-    axes.margins(y=0.2)
-    texts = [_quality_text(row) for row in rows]
-    for text, point, rise in zip(texts, points, _rises(points, axes.get_ylim()), strict=True):
-        axes.annotate(text, point, xytext=(8, rise), textcoords="offset points", va="center")
-    axes.set_xlabel(f"weights in {unit}")
-    axes.set_ylabel("perplexity")
+    places = range(len(rows) - 1, -1, -1)
+    added = [max(0.0, loss - plain) for loss in losses]
+    axes.barh(places, added, 0.6, color=_COLOURS[0])
+    for place, value, row in zip(places, added, rows, strict=True):
+        _annotate(axes, (value, place), _quality_text(row), across=True)
+    axes.set_yticks(
+        list(places), [f"{row['label']}, {_digits(row['memory']['weights_bytes'] / factor)} {unit}" for row in rows]
+    )
+    axes.set_xlim(0, 1.45 * max(*added, 0.01))
+    axes.set_xlabel("nats per token; beside the bars: perplexity")
     _tidy(axes)
-    axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
     return figure
 
 
 def _quality_text(row: Mapping[str, Any]) -> str:
     increase = row["quality"]["perplexity_increase_percent"]
     added = f" ({increase:+.1f}%)" if increase else ""
-    return f"{row['label']}: {row['quality']['perplexity']:.2f}{added}"
-
-
-def _rises(points: Sequence[tuple[float, float]], limits: tuple[float, float]) -> list[float]:
-    """Say how many points each text stands above its mark, so that texts of marks close together can be read."""
-    scale = _AXES_POINTS / (limits[1] - limits[0])
-    order = sorted(range(len(points)), key=lambda i: points[i][1])
-    rises = [0.0] * len(points)
-    widest = max(size for size, _ in points)
-    for n, i in enumerate(order):
-        heights = [points[j][1] * scale + rises[j] for j in order[:n] if abs(points[i][0] - points[j][0]) < widest / 3]
-        lowest = max(heights, default=-math.inf) + _LINE_POINTS
-        rises[i] = max(0.0, lowest - points[i][1] * scale)
-    return rises
+    return f"{row['quality']['perplexity']:.2f}{added}"
 
 
 def _memory_note(document: Mapping[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 import re
 import subprocess
@@ -110,7 +109,7 @@ def test_every_part_has_its_figure(document: dict[str, Any], tmp_path: Path) -> 
         assert file.stat().st_size > 10_000
     for file in files[1::2]:
         assert "llama on Some <GPU> & Co" in texts(file)
-        assert {"none", "nf4"} <= {text.partition(":")[0] for text in texts(file)}
+        assert {"none", "nf4"} <= {text.partition(",")[0] for text in texts(file)}
         assert "broken" not in texts(file)
 
 
@@ -123,7 +122,7 @@ def test_values_and_units_are_written(document: dict[str, Any], tmp_path: Path) 
     assert {"transformers generate, 32 new tokens", "texts at once", "16"} <= {*files["generation"]}
     assert {"648", "prompt tokens/s", "prompts at once"} <= {*files["prefill"]}
     assert {"0.33 s", "27.0 GB", "forward", "backward", "seconds"} <= {*files["training"]}
-    assert {"none: 5.47", "nf4: 5.72 (+6.4%)", "perplexity", "weights in GB"} <= {*files["quality"]}
+    assert {"5.47", "5.72 (+6.4%)", "nats per token; beside the bars: perplexity"} <= {*files["quality"]}
 
 
 def test_a_file_read_again_gives_the_same_figures(document: dict[str, Any], tmp_path: Path) -> None:
@@ -162,14 +161,6 @@ assert "matplotlib.pyplot" not in sys.modules
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "out").iterdir())) == 15
-
-
-def test_texts_of_marks_close_together_do_not_cover_each_other() -> None:
-    points = [(4.0, 5.70), (4.0, 5.70), (4.1, 5.71), (13.0, 5.70)]
-    rises = plots._rises(points, (5.0, 6.0))
-    heights = sorted(point[1] * 200 + rise for point, rise in zip(points[:3], rises[:3], strict=True))
-    assert min(b - a for a, b in itertools.pairwise(heights)) >= 12.9
-    assert rises[3] == 0
 
 
 def test_errors_are_a_sentence(document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
