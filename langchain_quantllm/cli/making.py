@@ -77,19 +77,24 @@ def quantize(
                 left = "" if progress.remaining_s is None else f"{progress.remaining_s:.0f} s left"
                 bar.update(task, completed=progress.done, total=progress.total, left=left, visible=True)
 
-            done = quantize_checkpoint(
-                model,
-                wanted,
-                output=output,
-                device=device,
-                dtype=dtype,
-                overwrite=overwrite,
-                report=report,
-                progress=False,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-                **options,
-            )
+            try:
+                done = quantize_checkpoint(
+                    model,
+                    wanted,
+                    output=output,
+                    device=device,
+                    dtype=dtype,
+                    overwrite=overwrite,
+                    report=report,
+                    progress=False,
+                    revision=revision,
+                    trust_remote_code=trust_remote_code,
+                    **options,
+                )
+            except KeyboardInterrupt:
+                if bar.tasks[0].completed:
+                    bar.console.print("finished blocks are kept; the same command goes on from there")
+                raise
         if done.resumed_blocks:
             err.print(f"{done.resumed_blocks} blocks were finished already", highlight=False)
         if done.calibration:

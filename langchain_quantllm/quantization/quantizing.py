@@ -22,7 +22,7 @@ from langchain_quantllm.placement import default_device_map, release_memory
 from langchain_quantllm.quantization.calibration import Calibration, calibration_from, read_texts, sequences
 from langchain_quantllm.quantization.run import GPTQRun, Progress, check_layers
 from langchain_quantllm.schemes import GPTQ, Prequantized, Scheme, Unquantized, scheme_from
-from langchain_quantllm.silence import import_quietly, progress_bars
+from langchain_quantllm.silence import import_quietly, progress_bars, without_torchao
 
 DAMPING = 0.01
 """What is added to the diagonal of GPTQ's statistics, as a share of its mean. Source: section 3.3 of the paper."""
@@ -131,7 +131,8 @@ def quantize(
         progress=progress,
     )
     folder = free_folder(output or _named_after(spec.model_id, wanted), [spec.model_id], overwrite=overwrite)
-    checkpoint = find_checkpoint(spec)
+    with without_torchao():
+        checkpoint = find_checkpoint(spec)
     if checkpoint.quantization is not None:
         msg = (
             f"{spec.model_id} is quantized already, and what that lost cannot be had back; give the unquantized "
@@ -184,7 +185,8 @@ def _write_gptq(
     dtype = _stored_dtype(spec, checkpoint.config)
     calibrated = calibration_from(calibration)
     texts = read_texts(calibrated)
-    layout, scheme = check_layers(checkpoint.config, scheme, skip_modules, trust_remote_code=spec.trust_remote_code)
+    with without_torchao():
+        layout, scheme = check_layers(checkpoint.config, scheme, skip_modules, trust_remote_code=spec.trust_remote_code)
     model = load(dataclasses.replace(spec, dtype=dtype))
     context = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
     ids = sequences(calibrated, texts, model.pipeline.tokenizer, context) if texts else []

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from langchain_quantllm import NF4, Int8, QuantizedHuggingFaceLLM
+from langchain_quantllm import GPTQ, NF4, Calibration, Int8, QuantizedHuggingFaceLLM, quantize
 from langchain_quantllm.benchmarks.memory import touch_device
 from langchain_quantllm.benchmarks.random_models import SHAPES, random_checkpoint
 from langchain_quantllm.errors import NotEnoughMemoryError
+from langchain_quantllm.quantization.packing import TENSORS, RoundedLinear
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -114,4 +116,30 @@ def test_rest_on_the_cpu(small: Path, scheme: Any) -> None:
     device_map = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 0, "lm_head": 0, **layers}
     llm = make(small, quantization=scheme, device_map=device_map)
     assert llm.invoke(PROMPT, ignore_eos=True)
+    llm.unload()
+
+
+@pytest.mark.parametrize(("bits", "desc_act"), [(4, False), (8, True)])
+def test_gptq_is_made_on_the_gpu_as_on_the_cpu(tmp_path: Any, bits: int, desc_act: bool) -> None:
+    SHAPES["made"] = {**SHAPES["tiny"], "vocab_size": 1024}
+    folder = random_checkpoint("made", tmp_path / "plain")
+    del SHAPES["made"]
+    texts = [" ".join(f"w{(7 * i + 13 * j) % 700}" for i in range(400)) for j in range(6)]
+    scheme = GPTQ(bits=bits, group_size=64, desc_act=desc_act)
+    layers = {}
+    before = torch.cuda.memory_allocated()
+    for device in ("cuda", "cpu"):
+        options = {"device": device, "dtype": "float16", "progress": False}
+        done = quantize(folder, scheme, Calibration(source=texts, tokens=64), tmp_path / device, **options)
+        tensors = load_file(done.folder / "model.safetensors")
+        name = "model.layers.0.self_attn.q_proj"
+        layers[device] = RoundedLinear.unpack({key: tensors[f"{name}.{key}"] for key in TENSORS}, bits)
+    assert torch.cuda.memory_allocated() - before < 2**26  # but for the workspaces of its libraries
+    weight = load_file(folder / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"].float()
+    errors = {device: (layer.dequantize() - weight).norm() / weight.norm() for device, layer in layers.items()}
+    # The GPU computes a block in float16 and sums in another order, so that close choices fall otherwise.
+    assert errors["cuda"] == pytest.approx(errors["cpu"], rel=0.02)
+    assert (layers["cuda"].codes != layers["cpu"].codes).float().mean() < 0.1
+    llm = QuantizedHuggingFaceLLM(model_id=str(tmp_path / "cuda"), quantization=GPTQ(kernel="triton"), max_new_tokens=4)
+    assert llm.invoke("w1 w2 w3")
     llm.unload()

@@ -292,7 +292,7 @@ def test_long_texts_get_shorter_and_run_once() -> None:
     assert asked == [8, 1, 8, 12]  # it fits: most of the warm-up was the prompt
     asked.clear()
     found = repeat(run, 4, device="cpu", repeats=3, limit_s=math.inf)
-    assert asked == [4, 4, 4, 4]
+    assert asked == [4, 4, 4, 4, 4]  # two of them to warm up, as they are quick
     assert found.new_tokens == 4
 
 
