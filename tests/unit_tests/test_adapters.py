@@ -507,9 +507,9 @@ class TestKinds:
         )
         names = ("a0", "a1", "base")
         assert llm.engine_info.name == "fast"
-        # What is an outlier for int8, it finds out for all rows of a step together.
-        with ThreadPoolExecutor(3 if quantization == "nf4" else 1) as threads:
-            texts = list(threads.map(lambda name: llm.invoke(PROMPT, adapter=name), names))
+        # One by one: what is an outlier for int8, it finds out for all rows of a step together, and bitsandbytes' 4-bit
+        # products round differently by the number of rows on some CPUs, which turns a close choice.
+        texts = [llm.invoke(PROMPT, adapter=name) for name in names]
         model, tokenizer = llm.pipeline.model, llm.pipeline.tokenizer
         ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
         for name, text in zip(names, texts, strict=True):
