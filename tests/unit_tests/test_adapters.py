@@ -507,20 +507,28 @@ class TestKinds:
         )
         names = ("a0", "a1", "base")
         assert llm.engine_info.name == "fast"
-        # One by one: what is an outlier for int8, it finds out for all rows of a step together, and bitsandbytes' 4-bit
-        # products round differently by the number of rows on some CPUs, which turns a close choice.
-        texts = [llm.invoke(PROMPT, adapter=name) for name in names]
+        # What is an outlier for int8, it finds out for all rows of a step together.
+        bound = [llm.bind(adapter=name, logprobs=True) for name in names]
+        with ThreadPoolExecutor(3 if quantization == "nf4" else 1) as threads:
+            results = list(threads.map(lambda one: one.bound.generate([PROMPT], **one.kwargs), bound))
+        texts = [
+            [entry["token_id"] for entry in result.generations[0][0].generation_info["logprobs"]["content"]]
+            for result in results
+        ]
         model, tokenizer = llm.pipeline.model, llm.pipeline.tokenizer
-        ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
-        for name, text in zip(names, texts, strict=True):
+        prompt_ids = tokenizer(PROMPT)["input_ids"]
+        for name, text_ids in zip(names, texts, strict=True):
             if name == "base":
                 model.disable_adapters()
             else:
                 model.enable_adapters()
                 model.set_adapter(name)
-            output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8)
-            assert tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True) == text
-        assert len(set(texts)) == 3
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt_ids + text_ids])).logits[0, len(prompt_ids) - 1 : -1].float()
+            found = logits.log_softmax(-1).gather(1, torch.tensor(text_ids)[:, None])[:, 0]
+            # On some CPUs bitsandbytes' products round to bfloat16, by the number of rows: close choices vary.
+            assert (logits.log_softmax(-1).amax(-1) - found).max() < 0.3, name
+        assert len({tuple(text_ids) for text_ids in texts}) == 3
         llm.unload()
 
     def test_over_gptq(self, root: Path, tmp_path: Path) -> None:
