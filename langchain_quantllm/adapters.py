@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from langchain_quantllm.checkpoint import Checkpoint, LoadSpec, first_line, reads_images
+from langchain_quantllm.checkpoint import Checkpoint, LoadSpec, first_line
 from langchain_quantllm.containment import contained
 from langchain_quantllm.engine.adapters import activate
 from langchain_quantllm.errors import (
@@ -24,9 +24,11 @@ from langchain_quantllm.errors import (
     InvalidOptionError,
     MissingPackageError,
     ModelNotFoundError,
+    UnsupportedError,
     pip_install,
 )
 from langchain_quantllm.memory import transformers_builds
+from langchain_quantllm.memory.estimate import build_on_meta
 from langchain_quantllm.packages import is_installed
 from langchain_quantllm.silence import progress_bars, quiet_logger, without_torchao
 
@@ -246,16 +248,12 @@ def _layers_of(checkpoint: Checkpoint, trust_remote_code: bool) -> dict[str, tup
     None in the place of all where the model cannot be built without weights: then loading tells.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.pytorch_utils import Conv1D
 
-    auto_class = AutoModelForImageTextToText if reads_images(checkpoint.config) else AutoModelForCausalLM
+    config = copy.deepcopy(checkpoint.config)
     try:
-        with transformers_builds, torch.device("meta"):
-            model = auto_class.from_config(
-                copy.deepcopy(checkpoint.config), trust_remote_code=trust_remote_code, attn_implementation="eager"
-            )
-    except (ValueError, TypeError, AttributeError, ImportError, RuntimeError):
+        model = build_on_meta(config, torch.float16, trust_remote_code, checkpoint.source)
+    except UnsupportedError:
         return None
     layers: dict[str, tuple[int, int] | None] = {}
     for name, module in model.named_modules():

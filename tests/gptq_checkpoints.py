@@ -1,10 +1,7 @@
 """GPTQ checkpoints for tests, made by rounding to nearest: no calibration, seconds instead of minutes.
 
-Owns the packed format of AutoGPTQ (v1): `qweight` packed along the inputs, `qzeros` along the
-outputs and one too small, `scales`, `g_idx`. The float twin of a checkpoint holds the same
+Packed as the package packs them. The float twin of a checkpoint holds the same
 *dequantized* weights, so that comparing the two tests the loading and the kernel, not the rounding.
-
-Source: AutoGPTQ 0.7.1, auto_gptq/nn_modules/qlinear/qlinear_cuda_old.py, `pack`.
 """
 
 from __future__ import annotations
@@ -12,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,64 +16,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from langchain_quantllm.quantization.packing import RoundedLinear, pack_bits
+
 Layout = Literal["config", "quantize_config", "old_name"]
 
 SMALL_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 BLOCK_PREFIX = "model.layers."
 SMALL_VOCABULARY = 2048
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoundedLinear:
-    """A linear layer rounded to nearest.
-
-    Args:
-        codes: uint8 [in_features, out_features], values below 2**bits.
-        zeros: uint8 [groups, out_features], the code that stands for 0.
-        scales: float16 [groups, out_features], exact in bfloat16 too: CPU kernels cast them to it.
-        g_idx: int32 [in_features], the group of each input.
-        bits: Bits of a code.
-    """
-
-    codes: torch.Tensor
-    zeros: torch.Tensor
-    scales: torch.Tensor
-    g_idx: torch.Tensor
-    bits: int
-
-    def dequantize(self) -> torch.Tensor:
-        """Give the float32 weight [out_features, in_features] that the codes stand for."""
-        index = self.g_idx.long()
-        return ((self.codes.float() - self.zeros.float()[index]) * self.scales.float()[index]).t().contiguous()
-
-    def pack(self, *, checkpoint_format: str) -> dict[str, torch.Tensor]:
-        """Give the four tensors of the layer as a checkpoint of that format holds them."""
-        # v1 stores each zero point one too small; the first kernels added the one back.
-        stored = self.zeros - 1 if checkpoint_format == "gptq" else self.zeros
-        return {
-            "qweight": pack_bits(self.codes.t(), self.bits).t().contiguous(),
-            "qzeros": pack_bits(stored, self.bits),
-            "scales": self.scales.contiguous(),
-            "g_idx": self.g_idx.contiguous(),
-        }
-
-
-def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack codes along their last axis into int32 words, as one little-endian stream of bits.
-
-    For 3 bits that puts 32 codes into 3 words, with codes 10 and 21 across a border.
-
-    Args:
-        codes: uint8 [rows, n], n * bits a multiple of 32.
-        bits: Bits of a code.
-
-    Returns:
-        int32 [rows, n * bits / 32].
-    """
-    rows, n = codes.shape
-    single = (codes.unsqueeze(-1) >> torch.arange(bits, dtype=torch.uint8)) & 1  # [rows, n, bits]
-    octets = single.reshape(rows, n * bits // 8, 8) << torch.arange(8, dtype=torch.uint8)
-    return octets.sum(-1).to(torch.uint8).contiguous().view(torch.int32)
 
 
 def round_linear(
@@ -119,6 +64,12 @@ def round_linear(
     unordered = torch.empty(in_features, out_features, dtype=torch.uint8)
     unordered[order] = codes.view(groups * size, out_features)[:in_features].to(torch.uint8)
     return RoundedLinear(codes=unordered, zeros=zeros.to(torch.uint8), scales=scales, g_idx=g_idx, bits=bits)
+
+
+def packed_as(rounded: RoundedLinear, checkpoint_format: str) -> dict[str, torch.Tensor]:
+    """Give the tensors of a layer in one of the two formats; v2 stores the zero points as they are."""
+    own = {"qzeros": pack_bits(rounded.zeros, rounded.bits)} if checkpoint_format == "gptq_v2" else {}
+    return {**rounded.pack(), **own}
 
 
 def _tensors(source: Path, small: bool) -> Iterator[tuple[str, torch.Tensor]]:
@@ -199,7 +150,7 @@ def make_gptq_checkpoint(
     for name, tensor in _tensors(source, small):
         if _is_linear(name, tensor):
             rounded = round_linear(tensor, bits=bits, group_size=group_size, desc_act=desc_act, sym=sym)
-            packed = rounded.pack(checkpoint_format=checkpoint_format)
+            packed = packed_as(rounded, checkpoint_format)
             tensors |= {f"{name.removesuffix('weight')}{key}": value for key, value in packed.items()}
         else:
             tensors[name] = tensor.half()

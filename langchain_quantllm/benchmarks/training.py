@@ -14,12 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from langchain_quantllm.adapters import peft_contained
 from langchain_quantllm.benchmarks.calls import synchronize
-from langchain_quantllm.containment import contained
 from langchain_quantllm.errors import GenerationError, MissingPackageError, UnsupportedError, pip_install
 from langchain_quantllm.memory import track_memory
 from langchain_quantllm.packages import is_installed
-from langchain_quantllm.silence import without_torchao
 
 _ATTENTION = ("q_proj", "v_proj")
 """Projections that LoRA is usually put on. Source: https://arxiv.org/abs/2106.09685, section 4.2."""
@@ -158,10 +157,8 @@ def _adapter(model: Any, rank: int) -> Iterator[tuple[Any, str]]:
     """Put a LoRA adapter on a model in training mode, and take it off again."""
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     targets: Any = list(_ATTENTION) if names.issuperset(_ATTENTION) else _ALL_LINEAR
-    # peft imports gptqmodel wherever that is installed, for any model.
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    own = contained() if is_installed("gptqmodel") and is_installed("optimum") else contextlib.nullcontext()
-    with own, without_torchao():
+    with peft_contained():
         from peft import LoraConfig, get_peft_model
 
         config = LoraConfig(

@@ -25,7 +25,7 @@ if importlib.util.find_spec("gptqmodel") is None:
     pytest.skip("gptqmodel is not installed", allow_module_level=True)
 torch = pytest.importorskip("torch")
 
-from tests.gptq_checkpoints import load_float_twin, make_gptq_checkpoint, pack_bits, round_linear  # noqa: E402
+from tests.gptq_checkpoints import load_float_twin, make_gptq_checkpoint, packed_as, round_linear  # noqa: E402
 
 PROMPT = "The capital of France is"
 
@@ -68,18 +68,10 @@ def relative_error(model: Any, twin: Any) -> float:
 # --- the packed format ---
 
 
-def test_pack_bits_is_autogptqs_for_three_bits() -> None:
-    """Codes 10 and 21 of 32 lie across the borders of the three words."""
-    codes = torch.randint(0, 8, (2, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    words = pack_bits(codes, 3).numpy().view("uint32")
-    for row, three in zip(codes.tolist(), words.tolist(), strict=True):
-        assert sum(code << 3 * i for i, code in enumerate(row)) == sum(word << 32 * i for i, word in enumerate(three))
-
-
 def test_v1_stores_zero_points_one_too_small() -> None:
     rounded = round_linear(torch.randn(32, 64), bits=4, group_size=32, desc_act=False, sym=True)
-    assert rounded.pack(checkpoint_format="gptq")["qzeros"].view(torch.uint8).unique().tolist() == [0x77]
-    assert rounded.pack(checkpoint_format="gptq_v2")["qzeros"].view(torch.uint8).unique().tolist() == [0x88]
+    assert packed_as(rounded, "gptq")["qzeros"].view(torch.uint8).unique().tolist() == [0x77]
+    assert packed_as(rounded, "gptq_v2")["qzeros"].view(torch.uint8).unique().tolist() == [0x88]
 
 
 # --- loading: numbers ---

@@ -21,7 +21,6 @@ from langchain_quantllm.quantization.calibration import read_texts, sequences
 from langchain_quantllm.quantization.packing import TENSORS, RoundedLinear, pack_bits, unpack_bits
 from langchain_quantllm.quantization.run import Progress
 from langchain_quantllm.quantization.solver import InputStatistics, Rounding, solve
-from tests import gptq_checkpoints
 from tests.unit_tests import families
 
 TEXTS = [
@@ -53,11 +52,13 @@ def statistics_of(inputs: torch.Tensor) -> InputStatistics:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_packing_is_that_of_autogptq(bits: int) -> None:
+def test_codes_are_packed_as_one_stream_of_bits(bits: int) -> None:
     generator = torch.Generator().manual_seed(bits)
     codes = torch.randint(0, 2**bits, (6, 96), dtype=torch.uint8, generator=generator)
     words = pack_bits(codes, bits)
-    assert torch.equal(words, gptq_checkpoints.pack_bits(codes, bits))
+    for row, packed in zip(codes.tolist(), words.tolist(), strict=True):
+        stream = sum(code << bits * i for i, code in enumerate(row))  # the first code in the lowest bits
+        assert sum((word % 2**32) << 32 * i for i, word in enumerate(packed)) == stream
     assert torch.equal(unpack_bits(words, bits), codes)
 
 
