@@ -16,6 +16,7 @@ import torch
 import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]  # not on every machine, and untyped
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
+from langchain_quantllm.kernels.launching import launch_options, wait_for_inputs
 from langchain_quantllm.kernels.reference import PREFILL_BLOCK
 
 __all__ = ["PREFILL_BLOCK", "decode_attention", "default_splits", "prefill_attention", "write_kv"]
@@ -140,11 +141,13 @@ def decode_attention(
         keys=keys,
         num_warps=warps,
         num_stages=stages,
+        **launch_options(kv.device),
     )
     if splits > 1:
         _combine_kernel[(tokens * heads,)](
-            parts, levels, out, value_dim=value_dim, splits=splits, value_block=_padded(value_dim), num_warps=4
-        )
+            parts, levels, out, value_dim=value_dim, splits=splits, value_block=_padded(value_dim), num_warps=4,
+            **launch_options(kv.device),
+        )  # fmt: skip
     return out
 
 
@@ -329,12 +332,14 @@ def _decode_kernel(
     value_block: tl.constexpr,
     group_rows: tl.constexpr,
     keys: tl.constexpr,
+    early: tl.constexpr,
 ) -> None:
     """Attend with the query heads of one key head to one share of a row.
 
     Grid `(tokens, kv_heads * programs of a group, splits)`. With splits, `levels` gets the binary logarithm of the
     sum of each share's exponentials, which is -inf for an empty one.
     """
+    wait_for_inputs(early)
     token = tl.program_id(0).to(tl.int64)
     programs: tl.constexpr = (group + group_rows - 1) // group_rows
     head = tl.program_id(1) // programs
@@ -397,8 +402,10 @@ def _combine_kernel(
     value_dim: tl.constexpr,
     splits: tl.constexpr,
     value_block: tl.constexpr,
+    early: tl.constexpr,
 ) -> None:
     """Weigh the shares of one head of one row by their levels; grid `(tokens * heads,)`."""
+    wait_for_inputs(early)
     at = tl.program_id(0).to(tl.int64)
     shares = tl.arange(0, splits)
     columns = tl.arange(0, value_block)

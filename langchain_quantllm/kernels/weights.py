@@ -1,0 +1,254 @@
+"""Quantized weights of linear layers as `weight_only` multiplies by them: tensors and what they mean.
+
+Owns how a layer of bitsandbytes or GPTQModel is read: every large tensor is the layer's own, or a view of it. Knows
+no kernel, and imports neither of these libraries: a layer is told by what it carries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd
+from typing import Any, TypeAlias
+
+import torch
+
+__all__ = ["FourBitWeight", "GPTQWeight", "Int8Weight", "Weight", "weight_of"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FourBitWeight:
+    """A weight of bitsandbytes in nf4 or fp4: indices into 16 values, scaled in blocks.
+
+    The element at flat place `i` of the row-major `(out_features, in_features)` is in byte `i // 2`, in the upper half
+    of it where `i` is even, and has the scale at `i // block_size`.
+
+    Args:
+        kind: "nf4" or "fp4", which says what `code` has.
+        in_features: Inputs, a multiple of 8, so that no word of 4 bytes is shared by two rows.
+        out_features: Outputs.
+        words: The indices of shape `(out_features * in_features / 8,)`, int32: a view of the layer's bytes.
+        code: The 16 values of shape `(16,)`, float32.
+        scales: The largest magnitude of each block, float32; with `nested`, indices into `nested_code`, uint8.
+        block_size: Elements that share a scale: a power of two, at least 8.
+        nested: Whether the scales are quantized too, as `nested_code[scales] * nested_scales + offset`.
+        nested_code: 256 values, float32; `code` where not `nested`.
+        nested_scales: Scales of the scales, float32; `code` where not `nested`.
+        nested_block_size: Scales that share one of `nested_scales`.
+        offset: What is added to every scale, of shape `()` or `(1,)`, float32; `code` where not `nested`.
+        bias: The layer's bias of shape `(out_features,)`, or None.
+    """
+
+    kind: str
+    in_features: int
+    out_features: int
+    words: torch.Tensor
+    code: torch.Tensor
+    scales: torch.Tensor
+    block_size: int
+    nested: bool
+    nested_code: torch.Tensor
+    nested_scales: torch.Tensor
+    nested_block_size: int
+    offset: torch.Tensor
+    bias: torch.Tensor | None
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """What weights must have in common to be multiplied by one launch."""
+        nested = (self.nested, self.nested_block_size)
+        return (FourBitWeight, self.kind, self.in_features, self.block_size, nested, self.words.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8Weight:
+    """A weight of bitsandbytes in 8 bits: `codes * scales / 127`, a scale for each output.
+
+    Args:
+        in_features: Inputs, a multiple of 4.
+        out_features: Outputs.
+        words: The codes of shape `(out_features * in_features / 4,)`, int32: a view of the layer's int8.
+        scales: Magnitudes of shape `(out_features,)`, float32.
+        bias: The layer's bias of shape `(out_features,)`, or None.
+    """
+
+    in_features: int
+    out_features: int
+    words: torch.Tensor
+    scales: torch.Tensor
+    bias: torch.Tensor | None
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """What weights must have in common to be multiplied by one launch."""
+        return (Int8Weight, self.in_features, self.words.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTQWeight:
+    """A weight of GPTQ in 2, 4 or 8 bits: `(codes - zeros) * scales`, in groups of inputs.
+
+    Args:
+        in_features: Inputs, a multiple of `32 / bits`.
+        out_features: Outputs, a multiple of `32 / bits`.
+        bits: Bits of a code: 2, 4 or 8.
+        words: The codes, packed along the inputs, of shape `(in_features * bits / 32, out_features)`, int32.
+        zeros: The zero points as they are (v2), packed along the outputs, of shape
+            `(groups, out_features * bits / 32)`, int32.
+        scales: Scales of shape `(groups, out_features)`, floating.
+        groups: The group of each input, of shape `(in_features,)`, int32.
+        group_size: Inputs of a group where groups follow each other and a word has one group; 0 where each input has
+            to ask `groups` (act-order, or a size that is no power of two).
+        zero_point: The zero point, where all are the same, as those of symmetric checkpoints are; else -1.
+        bias: The layer's bias of shape `(out_features,)`, or None.
+    """
+
+    in_features: int
+    out_features: int
+    bits: int
+    words: torch.Tensor
+    zeros: torch.Tensor
+    scales: torch.Tensor
+    groups: torch.Tensor
+    group_size: int
+    zero_point: int
+    bias: torch.Tensor | None
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """What weights must have in common to be multiplied by one launch."""
+        groups = (self.group_size, self.zero_point)
+        return (GPTQWeight, self.in_features, self.bits, groups, self.scales.dtype, self.words.device)
+
+
+_AS_STORED = ("torch", "tritonv2")
+"""What GPTQModel calls its layers that keep the tensors as they were loaded, with zero points as they are."""
+
+Weight: TypeAlias = "FourBitWeight | Int8Weight | GPTQWeight"
+
+
+def weight_of(module: torch.nn.Module) -> Weight | None:
+    """Describe the weight of a quantized linear layer, without copying it.
+
+    Reads the device for a layer of GPTQ, its groups and zero points: call it when the model is loaded, not in a step.
+
+    Args:
+        module: Any module. bitsandbytes' `Linear4bit` and `Linear8bitLt` must be quantized already; of
+            GPTQModel, its torch and Triton layers, which hold zero points as they are (v2).
+
+    Returns:
+        The weight, or None if the module is something else, or is stored in a way that has no kernel: 3 bits,
+        inputs that do not fill whole words, a CPU's repacked layout, a weight in halves for training.
+    """
+    parameter = getattr(module, "weight", None)
+    if getattr(parameter, "quant_state", None) is not None:
+        return _four_bit(module, parameter)
+    if isinstance(parameter, torch.Tensor) and hasattr(parameter, "SCB"):
+        return _int8(module, parameter)
+    if isinstance(getattr(module, "qweight", None), torch.Tensor):
+        return _gptq(module)
+    return None
+
+
+def _bias(module: torch.nn.Module) -> torch.Tensor | None:
+    bias = getattr(module, "bias", None)
+    return bias.detach() if isinstance(bias, torch.Tensor) else None
+
+
+def _words(stored: torch.Tensor) -> torch.Tensor | None:
+    """View contiguous storage as words; None where it does not begin at one."""
+    flat = stored.detach().reshape(-1).view(torch.uint8)
+    if not stored.is_contiguous() or flat.data_ptr() % 16 or flat.numel() % 4:
+        return None
+    return flat.view(torch.int32)
+
+
+def _four_bit(module: torch.nn.Module, parameter: Any) -> FourBitWeight | None:
+    state = parameter.quant_state
+    shape = tuple(state.shape or ())
+    if len(shape) != 2 or getattr(state, "packing_format_for_cpu", False):
+        return None
+    out_features, in_features = shape
+    words = _words(parameter.data)
+    nested = state.state2 is not None
+    if words is None or gcd(in_features, state.blocksize) % 8 or words.numel() * 8 != out_features * in_features:
+        return None
+    code = state.code.detach().float().contiguous()
+    return FourBitWeight(
+        kind=state.quant_type,
+        in_features=in_features,
+        out_features=out_features,
+        words=words,
+        code=code,
+        scales=state.absmax if nested else state.absmax.float(),
+        block_size=state.blocksize,
+        nested=nested,
+        nested_code=state.state2.code.float() if nested else code,
+        nested_scales=state.state2.absmax.float() if nested else code,
+        nested_block_size=state.state2.blocksize if nested else 1,
+        offset=state.offset.float() if nested else code,
+        bias=_bias(module),
+    )
+
+
+def _int8(module: torch.nn.Module, parameter: Any) -> Int8Weight | None:
+    # The scales move from the parameter into the module's state with the first forward pass.
+    state = getattr(module, "state", None)
+    scales = parameter.SCB if parameter.SCB is not None else getattr(state, "SCB", None)
+    if parameter.dtype != torch.int8 or scales is None:
+        return None
+    out_features, in_features = parameter.shape
+    words = _words(parameter.data)
+    if words is None or in_features % 4:
+        return None
+    return Int8Weight(
+        in_features=in_features,
+        out_features=out_features,
+        words=words,
+        scales=scales.detach().float().reshape(-1),
+        bias=_bias(module),
+    )
+
+
+def _gptq(module: Any) -> GPTQWeight | None:
+    words, zeros, scales, groups = (getattr(module, name, None) for name in ("qweight", "qzeros", "scales", "g_idx"))
+    bits = getattr(module, "bits", 0)
+    if bits not in (2, 4, 8) or words is None or zeros is None or scales is None or groups is None:
+        return None
+    # Other layers lay their tensors out anew, some of them under the same names.
+    if getattr(module, "QUANT_TYPE", None) not in _AS_STORED or words.dtype != torch.int32:
+        return None
+    per_word, (packed, out_features) = 32 // bits, words.shape
+    in_features = packed * per_word
+    shapes = zeros.shape == (len(scales), out_features // per_word) and scales.shape[1] == out_features
+    if not shapes or getattr(module, "in_features", in_features) != in_features or groups.shape != (in_features,):
+        return None
+    if out_features % per_word or not all(tensor.is_contiguous() for tensor in (words, zeros, scales, groups)):
+        return None
+    return GPTQWeight(
+        in_features=in_features,
+        out_features=out_features,
+        bits=bits,
+        words=words.detach(),
+        zeros=zeros.detach(),
+        scales=scales.detach(),
+        groups=groups.detach(),
+        group_size=_group_size(groups, len(scales), per_word),
+        zero_point=_zero_point(zeros, bits),
+        bias=_bias(module),
+    )
+
+
+def _group_size(groups: torch.Tensor, count: int, per_word: int) -> int:
+    """Find the size of groups that follow each other; 0 where they do not, or where kernels cannot use it."""
+    size = len(groups) if count == 1 else -(-len(groups) // count)
+    usable = count == 1 or (size % per_word == 0 and not size & size - 1)
+    regular = torch.arange(len(groups), dtype=groups.dtype, device=groups.device) // size
+    return size if usable and bool((groups == regular).all()) else 0
+
+
+def _zero_point(zeros: torch.Tensor, bits: int) -> int:
+    """Find the zero point that all groups have; -1 where they differ."""
+    first = int(zeros.flatten()[0]) & (1 << bits) - 1
+    # The same code in every place of a word, as a signed number.
+    word = sum(first << place for place in range(0, 32, bits))
+    return first if bool((zeros == word - (word >> 31 << 32)).all()) else -1
