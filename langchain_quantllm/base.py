@@ -181,6 +181,9 @@ class QuantizedModel(BaseLanguageModel[Any]):
     kv_cache_memory: Any = None
     """Memory of the fast engine's KV cache: a fraction of what is free, bytes, or a text such as `"4GiB"`. None takes
     0.3 of it at most. Who calls the model first decides."""
+    fuse: bool = True
+    """Let the fast engine run quantized products, norms, gates and rotary positions by its own kernels, on a CUDA GPU,
+    where they give what the model's modules give. Who calls the model first decides."""
     prefix_caching: bool = True
     """Let prompts that begin like others take over what was computed for these."""
 
@@ -469,7 +472,9 @@ class QuantizedModel(BaseLanguageModel[Any]):
         with model.lock:
             if model.engines is None:
                 model.engines = Engines(_open(model), list(model.adapters))
-            engine: Engine = model.engines.choose(self.engine, self.kv_cache_memory, options, has_media=has_media)
+            engine: Engine = model.engines.choose(
+                self.engine, self.kv_cache_memory, options, has_media=has_media, fuse=self.fuse
+            )
         return engine
 
     @property

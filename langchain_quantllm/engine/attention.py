@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -311,7 +311,14 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is not typed
 class Forward:
     """One forward of the engine, as the attention of the model sees it."""
 
-    def __init__(self, attention: Attention, pools: Sequence[LayerPool], batch: Batch, *, by_sdpa: bool) -> None:
+    def __init__(
+        self,
+        attention: Attention,
+        pools: Sequence[LayerPool] | Mapping[int, LayerPool],
+        batch: Batch,
+        *,
+        by_sdpa: bool,
+    ) -> None:
         """Run the packed tokens of `batch` over the pools of all layers."""
         self._attention = attention
         self._pools = pools
@@ -326,6 +333,41 @@ class Forward:
         self._layer = layer
         self._attention.write(self._pools[layer], key, value, self._batch)
         return key.as_subclass(_PagedKey) if self._by_sdpa else key
+
+    def rotate_and_write(
+        self,
+        kernels: Any,
+        states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        angles: tuple[torch.Tensor, torch.Tensor],
+        layer: int,
+        *,
+        layout: int,
+        rounds: bool,
+    ) -> torch.Tensor:
+        """Rotate queries and keys and store, in one go; gives the rotated queries.
+
+        Args:
+            kernels: `kernels.fused` or `kernels.fused_reference`.
+            states: Queries, keys and values, each of shape `(1, heads of its own, tokens, dim)`, on the device of the
+                batch.
+            angles: Cosines and sines of shape `(1, tokens, rotary_dim)`.
+            layer: The layer, which is the one that attends next.
+            layout: See `fused_reference.rotate_and_write`.
+            rounds: See `fused_reference.rotate_and_write`.
+        """
+        self._layer = layer
+        batch = self._batch
+        query: torch.Tensor = kernels.rotate_and_write(
+            *states,
+            *angles,
+            self._pools[layer].kv,
+            batch.table,
+            batch.slots,
+            batch.positions,
+            layout=layout,
+            rounds=rounds,
+        )
+        return query
 
     def attend(
         self, query: torch.Tensor, scale: float | None, window: int | None = None, softcap: float | None = None
@@ -355,6 +397,13 @@ class _PagedKey(torch.Tensor):  # type: ignore[misc]  # torch is not followed
 
 
 _thread = threading.local()
+
+
+def driven() -> Forward | None:
+    """Give the forward of the engine that this thread is in; None where it is in none."""
+    return getattr(_thread, "forward", None)
+
+
 _IGNORED = frozenset(
     {
         "dropout",

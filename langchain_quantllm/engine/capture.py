@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -40,11 +40,12 @@ _WAITS = (
 """Operations for which the host waits until the device has come to them."""
 
 
-def why_not_captured(model: torch.nn.Module) -> str | None:
+def why_not_captured(model: torch.nn.Module, whole: Collection[int] = ()) -> str | None:
     """Give the reason why steps of a model cannot be CUDA graphs, or None where none is known.
 
     Args:
         model: A loaded model.
+        whole: Ids of its modules that are not called in a step, as kernels of ours do what they do.
     """
     devices = {p.device for p in model.parameters()}
     if any(device.type != "cuda" for device in devices):
@@ -54,6 +55,8 @@ def why_not_captured(model: torch.nn.Module) -> str | None:
     for module in model.modules():
         if _offloads(getattr(module, "_hf_hook", None)):
             return "weights that are brought to the GPU as they are needed"
+        if id(module) in whole:
+            continue
         package, name = type(module).__module__.partition(".")[0], type(module).__name__
         if package in _KNOWN_PACKAGES or name.startswith(_KNOWN_KERNELS.get(package, ())):
             continue

@@ -19,6 +19,7 @@ from langchain_quantllm.engine.adapters import AdapterSwitch, changed_by_hand
 from langchain_quantllm.engine.attention import Attention, GatherAttention, TritonAttention
 from langchain_quantllm.engine.batch_sampler import BLOCKS, MASKS, NOTHING_ALLOWED, needs_of
 from langchain_quantllm.engine.capture import why_not_captured
+from langchain_quantllm.engine.fusion import Fusion
 from langchain_quantllm.engine.kv_pool import allocate_pools, count_pages
 from langchain_quantllm.engine.lora import NO_ADAPTER, LoraStack
 from langchain_quantllm.engine.options import BASE_ADAPTER, needs_generate
@@ -89,13 +90,23 @@ class _Job:
 class FastEngine:
     """Runs requests of any number of callers in one batch that rows join and leave at every step."""
 
-    def __init__(self, pipeline: Any, *, kv_cache_memory: Any = None, adapters: AdapterSwitch | None = None) -> None:
+    def __init__(
+        self,
+        pipeline: Any,
+        *,
+        kv_cache_memory: Any = None,
+        adapters: AdapterSwitch | None = None,
+        fusion: Fusion | None = None,
+        why_not_fused: str | None = None,
+    ) -> None:
         """Take a loaded text-generation pipeline, and check that its model can be driven.
 
         Args:
             pipeline: The transformers pipeline; nothing of it is changed.
             kv_cache_memory: Memory of the KV cache: a fraction of what is free, bytes, or a text such as `"4GiB"`.
             adapters: The adapters that requests name; None where the model runs as it is.
+            fusion: The model's fused steps, which stay the caller's to close; None where its modules run as they are.
+            why_not_fused: Why there are none although they were asked for.
 
         Raises:
             UnsupportedError: If the model cannot be driven; the message is the reason.
@@ -109,9 +120,10 @@ class FastEngine:
         is_gpu = model.get_input_embeddings().weight.device.type != "cpu"
         self._slots = SLOTS_GPU if is_gpu else SLOTS_CPU
         self._prefill_tokens = _PREFILL_GPU if is_gpu else _PREFILL_CPU
-        self._notes: list[str] = []
+        self._notes = [] if why_not_fused is None else [f"no fused steps: {why_not_fused}"]
         self._limits = limits_of(model, self._tokenizer)
         self._switch = adapters
+        self._fusion = fusion
         self._stack: LoraStack | None = None
         self._why_no_rows: str | None = None
         try:
@@ -135,7 +147,7 @@ class FastEngine:
                 self._stack = LoraStack(model, self._switch.names)
             self._probe = probe(model)
             attention, uses_triton = self._choose_attention()
-            self._why_not_captured = why_not_captured(model) if uses_triton else None
+            self._why_not_captured = why_not_captured(model, self._whole) if uses_triton else None
             self._runner = self._make_runner(attention, budget, captures=uses_triton and self._why_not_captured is None)
         except torch.OutOfMemoryError as error:
             msg = "the device has no memory left for the engine; free some, or load the model in fewer bits."
@@ -197,14 +209,19 @@ class FastEngine:
                 by_sdpa=by_sdpa,
                 captures=captures,
                 adapters=self._stack,
+                fusion=self._fusion,
             )
             try:
-                try_out(runner, self._model, self._probe, self._switch)
+                try_out(runner, self._model, self._probe, self._switch, self._fusion)
             except UnsupportedError as error:
                 failure = failure or error
                 continue
             return runner
         raise failure or UnsupportedError("its attention cannot be reached")
+
+    @property
+    def _whole(self) -> frozenset[int]:
+        return frozenset() if self._fusion is None else self._fusion.whole
 
     # The protocol.
 
@@ -220,6 +237,7 @@ class FastEngine:
             graphs=self._runner.captures and why_not is None,
             kv_cache_tokens=self._limits.cache_tokens,
             kv_cache_bytes=self._pages.pages * PAGE_TOKENS * token_bytes,
+            fused={} if self._fusion is None else {kind.kind: kind.fused for kind in self._fusion.summary},
         )
 
     @property
@@ -291,7 +309,7 @@ class FastEngine:
         self._worker.close("the model was unloaded while it was generating.")
         if self._stack is not None:
             self._stack.close()
-        self._model = self._tokenizer = self._stack = self._switch = None
+        self._model = self._tokenizer = self._stack = self._switch = self._fusion = None
         self._jobs.clear()
         del self._runner, self._pools, self._scheduler
 
@@ -505,11 +523,13 @@ class FastEngine:
         if found != self._fingerprint:
             self._fingerprint = found
             self._shared_roots = {}
+            if self._fusion is not None:
+                self._fusion.build()
             for job in self._jobs.values():
                 job.state.keep_to_itself()
             self._runner.refresh()
             if self._runner.captures:
-                self._why_not_captured = why_not_captured(self._model)
+                self._why_not_captured = why_not_captured(self._model, self._whole)
                 self._runner.captures = self._why_not_captured is None
             self._restack()
 

@@ -150,6 +150,7 @@ class EngineInfo:
         graphs: Whether decode steps are CUDA graphs.
         kv_cache_tokens: Tokens that its KV cache holds; None where it grows as it needs to.
         kv_cache_bytes: The same in bytes.
+        fused: How many modules run by this package's kernels, by kind; see docs/engine.md.
     """
 
     name: str
@@ -157,6 +158,7 @@ class EngineInfo:
     graphs: bool = False
     kv_cache_tokens: int | None = None
     kv_cache_bytes: int | None = None
+    fused: Mapping[str, int] = field(default_factory=dict)
 
 
 class Engine(Protocol):

@@ -27,6 +27,7 @@ from langchain_quantllm.engine.attention import (
 )
 from langchain_quantllm.engine.batch_sampler import MASKS, BatchSampler, log_probabilities
 from langchain_quantllm.engine.capture import StepGraph, WaitFinder
+from langchain_quantllm.engine.fusion import Fusion
 from langchain_quantllm.engine.lora import NO_ADAPTER, LoraStack
 from langchain_quantllm.engine.pages import PAGE_TOKENS
 from langchain_quantllm.engine.prefill_graphs import Pack, PrefillGraphs, Run
@@ -125,6 +126,7 @@ class Runner:
         by_sdpa: bool,
         captures: bool,
         adapters: LoraStack | None = None,
+        fusion: Fusion | None = None,
     ) -> None:
         """Make the tables.
 
@@ -138,12 +140,14 @@ class Runner:
             by_sdpa: Whether the model calls PyTorch's attention itself.
             captures: Whether decode steps become CUDA graphs.
             adapters: What rows choose their adapters from; None where the model runs as it is.
+            fusion: The model's fused steps; None where its modules run as they are.
         """
         self._model = model
         self._pools = pools
         self._attention = attention
         self._by_sdpa = by_sdpa
         self._adapters = adapters
+        self._fusion = fusion
         self.device = model.get_input_embeddings().weight.device
         self.is_asynchronous = self.device.type == "cuda"
         self.captures = captures
@@ -345,7 +349,8 @@ class Runner:
         mask = torch.ones_like(ids)[None, None, None] if self._by_sdpa else torch.ones_like(ids)[None]
         # A list, as a tensor would be brought to the device of the first layer, when it is needed on that of the last.
         options = {"logits_to_keep": keep} if keep is not None and self._keeps_logits else {}
-        with driving(forward, self._configs) as cache, self._adapting(batch, keep):
+        fused = contextlib.nullcontext() if self._fusion is None else self._fusion.applied()
+        with driving(forward, self._configs) as cache, self._adapting(batch, keep), fused:
             output = self._model(
                 input_ids=ids[None],
                 attention_mask=mask,

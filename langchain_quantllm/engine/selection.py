@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from langchain_quantllm.engine.adapters import AdapterSwitch
 from langchain_quantllm.engine.options import GenerationOptions, needs_generate
 from langchain_quantllm.engine.request import Engine
 from langchain_quantllm.errors import InvalidOptionError, NotEnoughMemoryError, UnsupportedError
+
+if TYPE_CHECKING:
+    from langchain_quantllm.engine.fusion import Fusion
 
 ENGINES = ("auto", "fast", "pipeline")
 """Values of `engine`."""
@@ -32,6 +35,7 @@ class Engines:
         self._switch = AdapterSwitch(pipeline.model, adapters) if adapters else None
         self._lock = threading.RLock()
         self._fast: Any = None
+        self._fusion: Fusion | None = None
         self._plain: Any = None
         self._why_not_fast: str | None = None
 
@@ -53,6 +57,7 @@ class Engines:
         options: GenerationOptions | None = None,
         *,
         has_media: bool = False,
+        fuse: bool = True,
     ) -> Engine:
         """Give the engine for a call, made now if this is the first one.
 
@@ -61,6 +66,7 @@ class Engines:
             kv_cache_memory: Memory of the fast engine's KV cache; counts where it is not yet made.
             options: The call's options; None asks for the engine of ordinary calls.
             has_media: Whether the model is given images beside the ids.
+            fuse: Whether the fast engine may use fused steps; counts where it is not yet made.
 
         Raises:
             UnsupportedError: If the fast engine is asked for and cannot drive the model.
@@ -82,7 +88,7 @@ class Engines:
                 msg = f"{option} is carried out by the pipeline engine only; use engine='auto' or 'pipeline'."
                 raise InvalidOptionError(msg)
             if self._fast is None and self._why_not_fast is None:
-                self._make_fast(kv_cache_memory)
+                self._make_fast(kv_cache_memory, fuse=fuse)
             if self._fast is not None:
                 return self._fast  # type: ignore[no-any-return]
             if engine == "fast":
@@ -90,17 +96,46 @@ class Engines:
                 raise UnsupportedError(msg)
             return self._pipeline_engine(f"the fast engine cannot drive this model: {self._why_not_fast}")
 
-    def _make_fast(self, kv_cache_memory: Any) -> None:
+    def _make_fast(self, kv_cache_memory: Any, *, fuse: bool) -> None:
         from langchain_quantllm.engine.fast_engine import FastEngine
 
+        fusion, why_not_fused = self._fuse() if fuse else (None, None)
+        options = {"kv_cache_memory": kv_cache_memory, "adapters": self._switch}
         try:
-            self._fast = FastEngine(self._pipeline, kv_cache_memory=kv_cache_memory, adapters=self._switch)
+            try:
+                self._fast = FastEngine(self._pipeline, fusion=fusion, why_not_fused=why_not_fused, **options)
+                self._fusion = fusion
+            except UnsupportedError as error:
+                if fusion is None:
+                    raise
+                fusion.close()
+                self._fast = FastEngine(self._pipeline, why_not_fused=str(error), **options)
         except UnsupportedError as error:
             self._why_not_fast = str(error)
         except NotEnoughMemoryError as error:
+            if fusion is not None:
+                fusion.close()
             if kv_cache_memory is not None:  # what was asked for is not there
                 raise
             self._why_not_fast = str(error)
+
+    def _fuse(self) -> tuple[Fusion | None, str | None]:
+        """Find the model's fused steps; gives None where there are none, with the reason where that is of interest."""
+        import torch
+
+        from langchain_quantllm.engine.fusion import Fusion
+
+        model = self._pipeline.model
+        if model.get_input_embeddings().weight.device.type == "cpu":
+            return None, None
+        try:
+            fusion = Fusion(model)
+        except torch.OutOfMemoryError:
+            return None, "no memory was left to look for them"
+        if fusion.steps:
+            return fusion, None
+        fusion.close()
+        return None, fusion.why_none
 
     def _pipeline_engine(self, reason: str) -> Engine:
         if self._plain is None:
@@ -112,8 +147,10 @@ class Engines:
     def close(self) -> None:
         """Cancel what runs and let go of the model."""
         with self._lock:
-            engines = (self._fast, self._plain)
-            self._fast = self._plain = self._pipeline = self._switch = None
+            engines, fusion = (self._fast, self._plain), self._fusion
+            self._fast = self._plain = self._pipeline = self._switch = self._fusion = None
         for engine in engines:
             if engine is not None:
                 engine.close()
+        if fusion is not None:
+            fusion.close()

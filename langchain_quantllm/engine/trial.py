@@ -13,6 +13,7 @@ import torch
 
 from langchain_quantllm.engine.adapters import AdapterSwitch
 from langchain_quantllm.engine.attention import without_gradients
+from langchain_quantllm.engine.fusion import Fusion
 from langchain_quantllm.engine.options import BASE_ADAPTER, GenerationOptions
 from langchain_quantllm.engine.pages import PagePool
 from langchain_quantllm.engine.request import Request
@@ -25,7 +26,9 @@ _PAGES, _NEW_TOKENS = 6, 3
 
 
 @without_gradients
-def try_out(runner: Runner, model: Any, probe: Probe, switch: AdapterSwitch | None = None) -> None:
+def try_out(
+    runner: Runner, model: Any, probe: Probe, switch: AdapterSwitch | None = None, fusion: Fusion | None = None
+) -> None:
     """Run two texts through the runner, in pieces and side by side, and compare with the model itself.
 
     Args:
@@ -33,6 +36,7 @@ def try_out(runner: Runner, model: Any, probe: Probe, switch: AdapterSwitch | No
         model: The model.
         probe: What its first forward told.
         switch: Its adapters, of which each text takes another one; None where the model runs as it is.
+        fusion: Its fused steps, some of which were found to be more exact than the model's own; None likewise.
 
     Raises:
         UnsupportedError: If the model cannot be driven this way, or gives something else.
@@ -75,7 +79,11 @@ def try_out(runner: Runner, model: Any, probe: Probe, switch: AdapterSwitch | No
         msg = f"its attention sees windows of {windows} tokens, and its cache keeps {probe.windows}"
         raise UnsupportedError(msg)
     for row, name in zip(rows, names, strict=True):
-        with contextlib.nullcontext() if switch is None else switch.chosen(name):
+        with contextlib.ExitStack() as chosen:
+            if switch is not None:
+                chosen.enter_context(switch.chosen(name))
+            if fusion is not None:
+                chosen.enter_context(fusion.exact())
             compare(model, [row.ids[:-1]], [torch.stack(logits[row])])
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from langchain_quantllm import Int8, QuantizedHuggingFaceLLM
+from langchain_quantllm import GPTQ, NF4, Int8, QuantizedHuggingFaceLLM
 from langchain_quantllm.benchmarks.random_models import SHAPES, random_checkpoint
 from langchain_quantllm.engine import capture
 from langchain_quantllm.engine.prefill_graphs import PrefillGraphs
@@ -130,11 +130,42 @@ def test_sixteen_bits_and_nf4_run_in_graphs(folder: Any, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("quantization", ["int8", Int8(threshold=0.0)])
-def test_int8_runs_eagerly_and_says_so(folder: Any, quantization: Any) -> None:
-    llm = make(folder, quantization=quantization, dtype="float16", engine="fast")
+def test_int8_runs_in_graphs_by_fused_products_only(folder: Any, quantization: Any) -> None:
+    given = {"quantization": quantization, "dtype": "float16", "engine": "fast"}
+    llm = make(folder, **given)
+    assert llm.engine_info.graphs, llm.engine_info.reason
+    assert llm.engine_info.fused["product"] == 3 * 7
+    assert all(llm.batch(PROMPTS, max_new_tokens=8))
+    llm.unload()
+    llm = make(folder, **given, fuse=False)
     assert not llm.engine_info.graphs
     assert "int8" in llm.engine_info.reason
+    assert llm.engine_info.fused == {}
     assert all(llm.batch(PROMPTS, max_new_tokens=8))
+    llm.unload()
+
+
+@pytest.mark.parametrize("quantization", ["nf4", NF4(double_quantization=True), "fp4"])
+def test_fused_products_write_what_generate_writes(folder: Any, quantization: Any) -> None:
+    llm = make(folder, dtype="float32", quantization=quantization, engine="fast")
+    assert llm.engine_info.graphs
+    assert llm.engine_info.fused["product"] == 3 * 7
+    expected = [generated(llm, prompt, 32) for prompt in PROMPTS]
+    for _ in range(2):
+        assert llm.batch(PROMPTS, max_new_tokens=32) == expected
+    assert [generated(llm, prompt, 32) for prompt in PROMPTS] == expected
+    llm.unload()
+
+
+def test_gptq_runs_in_graphs_and_compiles_no_cuda(folder: Any, tmp_path: Any) -> None:
+    pytest.importorskip("gptqmodel")
+    packed = random_checkpoint("grouped", tmp_path / "gptq", gptq=True)
+    llm = make(packed, engine="fast")
+    assert llm.engine_info.graphs, llm.engine_info.reason
+    assert isinstance(llm.scheme, GPTQ)
+    assert llm.scheme.kernel == "gptq_triton"
+    assert llm.engine_info.fused["product"] == 3 * 7
+    assert all(llm.batch(PROMPTS))
     llm.unload()
 
 
