@@ -21,6 +21,7 @@ Use bfloat16 on the CPU: there float16 products run ten times slower in most of 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -354,6 +355,9 @@ def _choose_backend(config: Mapping[str, Any], device_kind: str, *, uneven: bool
         if config["bits"] == 8 and config["group_size"] in (-1, 16, 32, 64, 128):
             # Ten times faster than 'torch', which gptqmodel prefers; both err like bfloat16 does.
             return "gptq_torch_int8"
+    if device_kind == "cuda" and importlib.util.find_spec("triton") and not _refusal("gptq_triton", config, "cuda"):
+        # It keeps the weights as the checkpoint has them, for the fast engine's own kernels, and compiles no CUDA.
+        return "gptq_triton"
     return "auto"
 
 

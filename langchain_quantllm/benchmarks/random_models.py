@@ -13,7 +13,7 @@ from langchain_quantllm.errors import InvalidOptionError, nearest
 from langchain_quantllm.placement import release_memory
 from langchain_quantllm.silence import progress_bars, without_torchao
 
-SHAPES: dict[str, dict[str, int]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "llama-2-7b": {
         "hidden_size": 4096,
         "intermediate_size": 11008,
@@ -22,6 +22,26 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 32,
         "vocab_size": 32000,
         "max_position_embeddings": 4096,
+    },
+    "llama-3-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+    },
+    "qwen2.5-1.5b": {
+        "model_type": "qwen2",
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
     },
     "tiny": {
         "hidden_size": 256,
@@ -33,7 +53,7 @@ SHAPES: dict[str, dict[str, int]] = {
         "max_position_embeddings": 1024,
     },
 }
-"""Llama configs by name, for random weights."""
+"""Configs by name, for random weights; of Llama where they name no other type."""
 
 GPTQ_GROUP_SIZE = 128
 
@@ -58,12 +78,13 @@ def random_checkpoint(shape: str, folder: Path, *, gptq: bool = False) -> Path:
     import torch
 
     with without_torchao():
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = LlamaConfig(**SHAPES[shape], bos_token_id=0, eos_token_id=1, dtype="bfloat16")
+    options = {"model_type": "llama", **SHAPES[shape]}
+    config = AutoConfig.for_model(**options, bos_token_id=0, eos_token_id=1, dtype="bfloat16")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device(device), progress_bars(shown=False):
-        model = LlamaForCausalLM(config).to(torch.float16 if gptq else torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config).to(torch.float16 if gptq else torch.bfloat16)
         if not gptq:
             model.save_pretrained(folder)
         else:
@@ -81,6 +102,8 @@ def _save_random_gptq(model: Any, folder: Path) -> None:
     tensors = {}
     for name, tensor in model.state_dict().items():
         layer = name.removesuffix(".weight")
+        if layer == "lm_head" and model.config.tie_word_embeddings:
+            continue
         if tensor.dim() != 2 or layer.split(".")[-1] in ("embed_tokens", "lm_head"):
             tensors[name] = tensor.contiguous().cpu()
             continue
@@ -94,7 +117,7 @@ def _save_random_gptq(model: Any, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = model.config.to_dict() | {
-        "architectures": ["LlamaForCausalLM"],
+        "architectures": [type(model).__name__],
         "dtype": "float16",
         "quantization_config": {
             "quant_method": "gptq",
