@@ -11,7 +11,7 @@ alone: calls may be captured in a CUDA graph. The device of the tensors must be 
 # No `from __future__ import annotations` here: Triton's interpreter needs `tl.constexpr` as an object.
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import gcd
 from typing import Any
@@ -42,6 +42,9 @@ _RULED_VECTOR_ROWS = 2
 
 _WIDE = 64
 """Outputs of a launch for each multiprocessor, from which on they are many."""
+
+_ROOM_BYTES = 200 * 1024
+"""Shared memory of a program from which on tiles are large."""
 
 _MOST_TILE_ROWS = 64
 _FOLDED = 1024
@@ -136,7 +139,7 @@ def config_for(
     *,
     dtype: torch.dtype = torch.bfloat16,
     out_features: int | None = None,
-    is_hopper: bool = True,
+    is_roomy: bool = True,
 ) -> ProductConfig:
     """Choose how to compute a product.
 
@@ -146,8 +149,7 @@ def config_for(
         multiprocessors: Multiprocessors of the device.
         dtype: Of the activations.
         out_features: Outputs of all weights together; None for those of `weight`.
-        is_hopper: Whether the device has compute capability 9.0 or more. Others are given tiles that fit into 64 KB of
-            shared memory.
+        is_roomy: Whether a program may have 200 KB of shared memory. Others are given tiles that fit into 96 KB.
 
     Returns:
         A config that fits the weight.
@@ -155,8 +157,15 @@ def config_for(
     bits = 8 if isinstance(weight, Int8Weight) else weight.bits if isinstance(weight, GPTQWeight) else 4
     out_features = out_features or weight.out_features
     packed = isinstance(weight, GPTQWeight)
-    exact, has_zeros = dtype == torch.float32, isinstance(weight, GPTQWeight) and weight.zero_point < 0
-    return _rule(packed, bits, weight.in_features, out_features, rows, multiprocessors, exact, is_hopper, has_zeros)
+    config = _rule(packed, bits, weight.in_features, out_features, rows, multiprocessors, dtype, is_roomy)
+    if not isinstance(weight, GPTQWeight):
+        return config
+    if not weight.group_size:
+        # Each input has a scale and a zero point of its own to load: too much to load ahead.
+        return replace(config, stages=1)
+    if weight.zero_point < 0 and config.regime == "vector" and rows > 1:
+        return replace(config, words=config.words // 2)  # there are not enough registers
+    return config
 
 
 @cache
@@ -167,21 +176,21 @@ def _rule(
     out_features: int,
     rows: int,
     multiprocessors: int,
-    exact: bool,
-    is_hopper: bool,
-    has_zeros: bool,
+    dtype: torch.dtype,
+    is_roomy: bool,
 ) -> ProductConfig:
     """Choose by what was fastest on an H200: `python -m tests.product_speed`."""
     row_words = in_features * bits // 32
     if rows <= _RULED_VECTOR_ROWS:
         regime, decode = "vector", "shuffle"
-        shape, wanted, most = _vector_tile(packed, bits, rows, out_features // multiprocessors, has_zeros)
+        shape, wanted, most = _vector_tile(packed, bits, rows, out_features // multiprocessors)
     else:
-        shape = _tile(packed, bits, rows) if is_hopper else (64, max(16, 4 * bits), 4, 4 if rows <= 32 else 3)
+        shape = _tile(packed, bits, rows) if is_roomy else (64, max(16, 4 * bits), 4, 4 if rows <= 32 else 3)
+        exact = dtype == torch.float32
         if exact:  # takes twice the room, and no tensor cores
             shape = 16, 16, 4, 3
-        regime, wanted, most = "tile", 2, 8
-        decode = "table" if exact else "permute" if rows > 16 and is_hopper else "shuffle"
+        regime, wanted, most = "tile", 2, 8 if packed or bits == 8 else 4
+        decode = "table" if exact else "permute" if rows > 16 and is_roomy else "shuffle"
     outputs, words, warps, stages = shape
     splits = _splits(-(-out_features // outputs), wanted * multiprocessors, min(most, -(-row_words // words)))
     return ProductConfig(
@@ -189,16 +198,14 @@ def _rule(
     )
 
 
-def _vector_tile(
-    packed: bool, bits: int, rows: int, share: int, has_zeros: bool
-) -> tuple[tuple[int, int, int, int], int, int]:
+def _vector_tile(packed: bool, bits: int, rows: int, share: int) -> tuple[tuple[int, int, int, int], int, int]:
     """Give a tile of the regime "vector", how many programs a multiprocessor should have, and most splits.
 
     The tile is outputs, words, warps and stages. `share` is how many outputs there are for a multiprocessor: where they
     are many, programs of fewer warps fill it as well, and wait less for each other.
     """
     if packed:  # rows are read across: a program has 128 bytes of each, and few programs would read long columns
-        return ((32, 16, 1, 4) if has_zeros and rows > 1 else (32, 32, 1, 3)), 8, 4
+        return (32, 32 if bits > 2 or rows == 1 else 16, 1, 3), 8, 4
     if bits == 8 and rows == 1:
         return ((8, 64, 1, 4) if share >= _WIDE else (4, 128, 1, 4)), 1, 2
     if bits == 8:
@@ -210,11 +217,11 @@ def _vector_tile(
 
 
 def _tile(packed: bool, bits: int, rows: int) -> tuple[int, int, int, int]:
-    """Give outputs, words, warps and stages of the regime "tile", for 128 KB of shared memory."""
+    """Give outputs, words, warps and stages of the regime "tile", for 200 KB of shared memory."""
     if packed:
-        return 128, 16 if bits < 8 else 32, 8 if rows > 32 else 4, 4 if rows <= 32 else 3
+        return 128, 16 if bits < 8 else 32, 8 if rows > 32 else 4, 4
     if bits == 8:
-        return 128, 32, 4, 4 if rows <= 32 else 3
+        return 128, 32, 4, 4
     return (128, 32, 4, 3) if rows <= 16 else (128, 32, 8, 3)
 
 
@@ -237,9 +244,9 @@ def _launch(
     flat = flat if flat.stride(1) == 1 else flat.contiguous()
     rows, widths = flat.shape[0], [weight.out_features for weight in weights]
     if config is None:
-        multiprocessors, is_hopper = _chip(x.device)
+        multiprocessors, is_roomy = _chip(x.device)
         config = config_for(
-            weights[0], rows, multiprocessors, dtype=x.dtype, out_features=sum(widths), is_hopper=is_hopper
+            weights[0], rows, multiprocessors, dtype=x.dtype, out_features=sum(widths), is_roomy=is_roomy
         )
     _check(config, rows)
     out = x.new_empty(rows * sum(widths))
@@ -356,11 +363,12 @@ def _row_format(weight: FourBitWeight | Int8Weight, dtype: torch.dtype, config: 
 
 @cache
 def _chip(device: torch.device) -> tuple[int, bool]:
-    """Give a device's multiprocessors, and whether it is a Hopper or newer."""
+    """Give a device's multiprocessors, and whether their shared memory is as large as an H100's."""
     if device.type != "cuda":
         return 1, False
     properties = torch.cuda.get_device_properties(device)
-    return int(properties.multi_processor_count), torch.version.hip is None and properties.major >= 9
+    room = getattr(properties, "shared_memory_per_multiprocessor", 0)
+    return int(properties.multi_processor_count), bool(room >= _ROOM_BYTES)
 
 
 @triton.jit(do_not_specialize=["rows"])  # type: ignore[misc,untyped-decorator,unused-ignore]
