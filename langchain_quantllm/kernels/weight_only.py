@@ -43,6 +43,9 @@ _RULED_VECTOR_ROWS = 2
 _WIDE = 64
 """Outputs of a launch for each multiprocessor, from which on they are many."""
 
+_HOPPER = 9
+"""Major compute capability of the H100 and H200."""
+
 _ROOM_BYTES = 200 * 1024
 """Shared memory of a program from which on tiles are large."""
 
@@ -367,7 +370,8 @@ def _chip(device: torch.device) -> tuple[int, bool]:
     if device.type != "cuda":
         return 1, False
     properties = torch.cuda.get_device_properties(device)
-    room = getattr(properties, "shared_memory_per_multiprocessor", 0)
+    # Not every PyTorch tells; of the chips before it, none has so much.
+    room = getattr(properties, "shared_memory_per_multiprocessor", _ROOM_BYTES if properties.major == _HOPPER else 0)
     return int(properties.multi_processor_count), bool(room >= _ROOM_BYTES)
 
 
