@@ -219,7 +219,8 @@ class GPTQ(Scheme):
         desc_act: Whether groups are made by the size of the activations, which costs some kernels their speed; None as
             above, False for `quantize`.
         kernel: The kernel of gptqmodel that runs the products, by its backend name
-            (`"marlin"`, `"exllama_v2"`, `"triton"`, `"torch"`, ...); `"auto"` lets it choose.
+            (`"marlin"`, `"exllama_v2"`, `"triton"`, `"torch"`, ...). `"auto"` is, on CUDA, the one that keeps the
+            weights as they are stored, for the fast engine's own kernels; elsewhere the fastest that works.
 
     Raises:
         InvalidOptionError: If bits is none of 2, 3, 4 and 8, or the group size is neither -1 nor positive.
