@@ -3,10 +3,10 @@
     python -m tests.product_speed [--seconds 200] [--formats nf4,int8] [--rows 1,8]
 
 For each format, shape and number of rows: every config of a small grid, first compared with float64, then timed in a
-CUDA graph over as many distinct weights as the L2 cache does not hold. Beside the best: what the rule chooses, a
-bfloat16 product of torch, bitsandbytes' own, and what reading the weights takes at the bandwidth of a copy. Kernels
-are compiled ahead by several processes, whose results Triton keeps on the disk. A config that fails is reported and
-left out; what there is no time for is left out too, and counted. Prints tables.
+CUDA graph over as many distinct weights as the L2 cache does not hold. Beside the best: what the rule chooses, what
+reading the weights takes at the bandwidth of a copy, and other products (`product_neighbours`). Kernels are compiled
+ahead by several processes, whose results Triton keeps on the disk. A config that fails is reported and left out; what
+there is no time for is left out too, and counted. Prints tables.
 """
 
 from __future__ import annotations
@@ -27,7 +27,13 @@ import torch
 
 from langchain_quantllm.kernels import weight_reference
 from langchain_quantllm.kernels.codebook_ptx import CODEBOOKS
-from langchain_quantllm.kernels.weight_only import MOST_VECTOR_ROWS, ProductConfig, config_for, products_of_one_input
+from langchain_quantllm.kernels.weight_only import (
+    MOST_VECTOR_ROWS,
+    ProductConfig,
+    _chip,
+    config_for,
+    products_of_one_input,
+)
 from langchain_quantllm.kernels.weights import FourBitWeight, GPTQWeight, Int8Weight, Weight
 
 SHAPES = {
@@ -196,30 +202,6 @@ def copies_of(size: int) -> int:
     return max(2, min(64, -(-BEYOND_L2_BYTES // size)))
 
 
-def neighbour(kind: str, weight: Weight) -> Callable[[torch.Tensor], Any] | None:
-    """Give bitsandbytes' own product with a weight."""
-    import bitsandbytes
-    from bitsandbytes.functional import QuantState
-
-    shape = torch.Size((weight.out_features, weight.in_features))
-    if isinstance(weight, FourBitWeight):
-        inner = None
-        if weight.nested:
-            inner = QuantState(weight.nested_scales, code=weight.nested_code, blocksize=256, dtype=torch.float32)
-        state = QuantState(
-            weight.scales, shape=shape, code=weight.code, blocksize=64, quant_type=weight.kind, dtype=DTYPE,
-            offset=weight.offset if weight.nested else None, state2=inner,
-        )  # fmt: skip
-        packed = weight.words.view(torch.uint8).view(-1, 1)
-        return lambda x: bitsandbytes.matmul_4bit(x, packed.t(), quant_state=state)
-    if isinstance(weight, Int8Weight):
-        state8 = bitsandbytes.MatmulLtState()
-        state8.CB, state8.SCB = weight.words.view(torch.int8).view(shape), weight.scales
-        state8.threshold, state8.has_fp16_weights, state8.is_training = 0.0, False, False
-        return lambda x: bitsandbytes.matmul(x.half(), state8.CB, state=state8)
-    return None
-
-
 def brief(config: ProductConfig) -> str:
     letter = "v" if config.regime == "vector" else "t"
     return f"{letter}{config.outputs}x{config.words}/{config.splits} w{config.warps} s{config.stages} {config.decode}"
@@ -261,8 +243,8 @@ class Bench:
         size = sum(weight_bytes(random_weight(kind, inputs, width)) for width in widths)
         groups = [[random_weight(kind, inputs, width) for width in widths] for _ in range(copies_of(size))]
         x = torch.randn(rows, inputs, device="cuda", dtype=DTYPE)
-        multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
-        rule = config_for(groups[0][0], rows, multiprocessors, dtype=DTYPE, out_features=sum(widths))
+        multiprocessors, is_roomy = _chip(x.device)
+        rule = config_for(groups[0][0], rows, multiprocessors, dtype=DTYPE, out_features=sum(widths), is_roomy=is_roomy)
         times: list[tuple[float, ProductConfig]] = []
         for config in dict.fromkeys([rule, *sound]):
             if self.late:
@@ -296,37 +278,6 @@ class Bench:
             flush=True,
         )
 
-    def beside(self, formats: Sequence[str], counts: Sequence[int]) -> list[dict[str, Any]]:
-        """Time torch's product and bitsandbytes' own."""
-        found = []
-        shapes = [(inputs, width) for inputs, widths in SHAPES["llama-2-7b"] for width in widths[:1]]
-        for kind, shape in pairs(["bf16", *formats], shapes):
-            if self.late:
-                self.left_out += 1
-                continue
-            size = shape[0] * shape[1] * (16 if kind == "bf16" else BITS[kind.partition("-")[0]]) // 8
-            taken = []
-            for rows in counts:
-                x = torch.randn(rows, shape[0], device="cuda", dtype=DTYPE)
-                try:
-                    if kind == "bf16":
-                        dense = [torch.randn(shape[1], shape[0], device="cuda", dtype=DTYPE) for _ in range(copies_of(size))]  # fmt: skip  # noqa: E501
-                        calls = [lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in dense]
-                    else:
-                        made = [neighbour(kind, random_weight(kind, *shape)) for _ in range(copies_of(size))]
-                        if made[0] is None:
-                            break
-                        calls = [lambda own=own, x=x: own(x) for own in made]
-                    taken.append(round(microseconds(calls), 2))
-                except Exception as error:
-                    self.failed[f"beside {kind} {shape} {rows}"] = f"{type(error).__name__}: {error}"[-200:]
-                    return found  # a failed capture makes all that follow fail
-            if taken:
-                name = kind if kind == "bf16" else f"bitsandbytes {kind}"
-                found.append({"product": name, "inputs": shape[0], "outputs": shape[1], "rows": counts, "us": taken})
-                print(f"{name:24} {shape[0]:5}→{shape[1]:<5} rows {list(counts)}: {taken} µs", flush=True)
-        return found
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -334,6 +285,11 @@ def main() -> None:
     parser.add_argument("--formats", default=",".join(FORMATS))
     parser.add_argument("--rows", default="1,8,32,64")
     parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--rule-only", action="store_true", help="only what the rule chooses, nothing else of the grid")
+    parser.add_argument(
+        "--beside", default="bfloat16,bitsandbytes nf4,bitsandbytes int8,tinygemm int4", help="neighbours, or 'all'"
+    )
+    parser.add_argument("--beside-seconds", type=float, default=120, help="for each")
     parser.add_argument("--json", type=Path, help="a file for what was measured")
     parser.add_argument("--processes", type=int, default=min(14, (os.cpu_count() or 2) - 1))
     given = parser.parse_args()
@@ -341,26 +297,29 @@ def main() -> None:
     bench = Bench(given.seconds)
     started = time.monotonic()
     # Kernels do not depend on the shape, nor on how many splits there are.
-    wanted = [(kind, rows, config) for rows in counts for kind in formats for config in configs(kind, rows)]
+    grid = [] if given.rule_only else pairs(counts, formats)
+    wanted = [(kind, rows, config) for rows, kind in grid for config in configs(kind, rows)]
     jobs = list(
         dict.fromkeys((kind, rows, replace(config, splits=min(config.splits, 2))) for kind, rows, config in wanted)
     )
-    done = compile_ahead(jobs, 0.45 * given.seconds, given.processes) if given.processes > 1 else 0
+    done = compile_ahead(jobs, 0.45 * given.seconds, given.processes) if given.processes > 1 and jobs else 0
     print(f"{done} of {len(jobs)} kernels compiled ahead in {time.monotonic() - started:.0f} s", flush=True)
     rate = bandwidth_bytes_s()
     print(f"{torch.cuda.get_device_name()}: a copy moves {rate / 1e12:.2f} TB/s", flush=True)
     sound = {}
     for rows, kind in pairs(counts, formats):
-        sound[kind, rows] = bench.sound(kind, rows)
-        if not sound[kind, rows]:
-            continue
+        sound[kind, rows] = [] if given.rule_only else bench.sound(kind, rows)
         for shape in [shape for name in given.shapes.split(",") for shape in SHAPES[name]]:
             if bench.late:
                 bench.left_out += 1
                 continue
             bench.measure(kind, shape, rows, sound[kind, rows], rate)
-    bench.end += 15
-    beside = bench.beside([kind for kind in formats if kind in ("nf4", "nf4-nested", "fp4", "int8")], counts)
+    from tests.product_neighbours import NEIGHBOURS, measured
+
+    beside = []
+    for name in NEIGHBOURS if given.beside == "all" else filter(None, given.beside.split(",")):
+        beside.append(measured(name, given.shapes.split(","), counts, given.beside_seconds))
+        print(json.dumps(beside[-1]), flush=True)
     for name, why in bench.failed.items():
         print(f"FAILED {name}: {why}")
     print(f"{bench.left_out} measurements left out for time; {time.monotonic() - started:.0f} s in all")
