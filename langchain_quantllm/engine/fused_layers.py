@@ -1,21 +1,21 @@
 """Fused steps of a model's layers: what stands in for the `forward` of a norm, a gated MLP, an attention, a layer.
 
-Owns the order of the fused computations. They call the submodules of what they stand in for, or `fused_products` for
-several of them at once, so quantization and adapters stay what they are. Which modules they stand in for, and whether
-they give the same there, is not their business.
+Owns the order of the fused computations. They call the submodules of what they stand in for and never read the weights
+of a linear layer, so quantization and adapters stay what they are. Which modules they stand in for, and whether they
+give the same there, is not their business.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeGuard
 
 import torch
 
 from langchain_quantllm.engine.attention import PagedCache, driven
-from langchain_quantllm.engine.fused_products import ProductStep, project
+from langchain_quantllm.engine.fused_products import Products
 
 _Forward = Callable[..., Any]
 
@@ -23,17 +23,13 @@ _Forward = Callable[..., Any]
 class Carried:
     """What one forward takes along.
 
-    That is what it has normalized already, together with a sum, for the norm that will be given that sum; and the steps
-    of linear layers, for those that have their input in common.
+    That is what it has normalized already, together with a sum, for the norm that will be given that sum; and what it
+    has multiplied already, for layers that have their input in common.
     """
 
-    def __init__(self, product_of: Callable[[Any], ProductStep | None] = lambda layer: None) -> None:
-        """Carry nothing yet.
-
-        Args:
-            product_of: Gives the step of a linear layer; None where the layer is to be called.
-        """
-        self._product_of = product_of
+    def __init__(self) -> None:
+        """Carry nothing."""
+        self.products = Products()
         self._sum: torch.Tensor | None = None
         self._version = 0
         self._norm: Any = None
@@ -50,10 +46,6 @@ class Carried:
         normed = self._normed
         self._sum = self._norm = self._normed = None
         return normed
-
-    def project(self, layers: Sequence[Any], x: torch.Tensor) -> list[torch.Tensor]:
-        """Give what several linear layers make of the same input."""
-        return project([self._product_of(layer) for layer in layers], layers, x)
 
 
 class Step(Protocol):
@@ -137,10 +129,11 @@ class GateStep:
         self, module: Any, forward: _Forward, carried: Carried, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run the MLP; see `Step.run`."""
+        del carried
         if len(args) != 1 or kwargs:
             return forward(*args, **kwargs)
         if self.packed is None:
-            opening, values = carried.project((module.gate_proj, module.up_proj), args[0])
+            opening, values = module.gate_proj(args[0]), module.up_proj(args[0])
         else:
             opening, values = getattr(module, self.packed)(args[0]).chunk(2, -1)
         return module.down_proj(self.kernels.gate(opening, values, self.activation))
@@ -163,13 +156,11 @@ class Projections:
     norms: tuple[str, str] | None = None
     norms_at: str = "heads"
 
-    def run(
-        self, module: Any, carried: Carried, hidden: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def run(self, module: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Give queries, keys and values, each of shape `(1, heads of its own, tokens, head_dim)`."""
         dim = module.head_dim
         if self.packed is None:
-            query, key, value = carried.project((module.q_proj, module.k_proj, module.v_proj), hidden)
+            query, key, value = module.q_proj(hidden), module.k_proj(hidden), module.v_proj(hidden)
         else:
             both = getattr(module, self.packed)(hidden)
             sizes = [self.heads[0] * dim, self.heads[1] * dim]
@@ -209,12 +200,13 @@ class RotaryStep:
         self, module: Any, forward: _Forward, carried: Carried, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Attend; see `Step.run`."""
+        del carried
         drives, angles = driven(), kwargs.get("position_embeddings")
         is_over_pages = drives is not None and isinstance(kwargs.get("past_key_values"), PagedCache)
         if args or drives is None or not is_over_pages or not are_angles(angles):
             return forward(*args, **kwargs)
         hidden = kwargs["hidden_states"]
-        states = self.projections.run(module, carried, hidden)
+        states = self.projections.run(module, hidden)
         query = drives.rotate_and_write(
             self.kernels, states, angles, module.layer_idx, layout=self.layout, rounds=self.rounds
         )

@@ -1,13 +1,13 @@
 """Products with quantized weights as they are stored, in the place of what the library that made them computes.
 
-Owns the step of one linear layer, and that of several layers of one input. How a product is computed is the kernels'
-business, and whether it gives what the layer gives `product_checks`'s.
+Owns the step of one linear layer, which computes the layers that are given the same input with it. How a product is
+computed is the kernels' business, and whether it gives what the layer gives `product_checks`'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,29 @@ _MOST_FOUR_BIT_ROWS = 64
 """Rows above which bitsandbytes' own way, to dequantize a matrix once, is the faster one."""
 
 
+class Products:
+    """What one forward has computed already, for the layers that will be given the same input."""
+
+    def __init__(self) -> None:
+        """Hold nothing."""
+        self._input: torch.Tensor | None = None
+        self._version = 0
+        self._found: dict[int, torch.Tensor] = {}
+
+    def put(self, x: torch.Tensor, found: dict[int, torch.Tensor]) -> None:
+        """Hold what layers will give for an input, by their ids; forget what was held for another."""
+        self._input, self._version, self._found = x, x._version, found
+
+    def take(self, x: torch.Tensor, layer_id: int) -> torch.Tensor | None:
+        """Give what is held for this layer and this very tensor, unchanged since; else None."""
+        if self._input is None or x is not self._input or x._version != self._version:
+            return None
+        found = self._found.pop(layer_id, None)
+        if not self._found:
+            self._input = None
+        return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProductStep:
     """A linear layer over a quantized weight.
@@ -25,10 +48,13 @@ class ProductStep:
     Args:
         kernels: `kernels.weight_only` or `kernels.weight_reference`.
         weight: The layer's weight.
+        together: Ids and weights of the layers that the model gives the same input, this one among them; empty where
+            there are no others, or not of the same layout.
     """
 
     kernels: Any
     weight: Weight
+    together: tuple[tuple[int, Weight], ...] = ()
 
     @property
     def is_exact(self) -> bool:
@@ -48,22 +74,33 @@ class ProductStep:
         self, module: Any, forward: Callable[..., Any], carried: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Multiply; see `fused_layers.Step.run`."""
-        del module, carried
         if len(args) != 1 or kwargs or not self.takes(args[0]):
             return forward(*args, **kwargs)
-        return self.kernels.product(args[0], self.weight, self.weight.bias).to(args[0].dtype)
+        x = args[0]
+        if not self.together:
+            return self.kernels.product(x, self.weight, self.weight.bias).to(x.dtype)
+        found = carried.products.take(x, id(module))
+        if found is None:
+            outputs = self.kernels.products_of_one_input(x, [weight for _, weight in self.together])
+            others = {key: out.to(x.dtype) for (key, _), out in zip(self.together, outputs, strict=True)}
+            found = others.pop(id(module))
+            carried.products.put(x, others)
+        return found
 
 
-def project(steps: Sequence[ProductStep | None], modules: Sequence[Any], x: torch.Tensor) -> list[torch.Tensor]:
-    """Give what several layers make of one input: in one product, if all of them have a step that takes it.
+def put_together(steps: dict[int, ProductStep], inputs: dict[int, Any]) -> dict[int, ProductStep]:
+    """Let the steps of layers that were given the same tensor know of each other.
 
     Args:
-        steps: The step of each layer, or None.
-        modules: The layers.
-        x: Activations of shape `(..., in_features)`.
+        steps: Steps by their layers' ids.
+        inputs: What the model gave each of these layers.
     """
-    taken = [step for step in steps if step is not None and step.takes(x)]
-    if len(taken) < len(modules):
-        return [module(x) for module in modules]
-    found = taken[0].kernels.products_of_one_input(x, [step.weight for step in taken])
-    return [one.to(x.dtype) for one in found]
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for key, step in steps.items():
+        groups.setdefault((id(inputs[key]), step.weight.layout), []).append(key)
+    found = dict(steps)
+    for keys in groups.values():
+        if len(keys) > 1:
+            together = tuple((key, steps[key].weight) for key in keys)
+            found.update((key, replace(steps[key], together=together)) for key in keys)
+    return found

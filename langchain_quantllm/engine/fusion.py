@@ -20,7 +20,7 @@ import torch
 
 from langchain_quantllm.engine.attention import configs_of, without_gradients
 from langchain_quantllm.engine.fused_layers import Carried, NormStep, RotaryStep, Step
-from langchain_quantllm.engine.fused_products import ProductStep
+from langchain_quantllm.engine.fused_products import ProductStep, put_together
 from langchain_quantllm.engine.fusion_checks import (
     Call,
     gate_step,
@@ -117,7 +117,7 @@ class Fusion:
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """Run the model in this thread with what is fused."""
-        self._thread.carried = Carried(self._product_of)
+        self._thread.carried = Carried()
         try:
             yield
         finally:
@@ -150,14 +150,6 @@ class Fusion:
             step = self.steps.get(module_id)
             return step if isinstance(step, ProductStep) and step.is_exact else None
         return None
-
-    def _product_of(self, module: Any) -> ProductStep | None:
-        """Give the step of a linear layer, unless somebody would see that the layer is not called."""
-        step, forward = self.steps.get(id(module)), module.__dict__.get("forward")
-        is_seen = module.training or module._forward_hooks or module._forward_pre_hooks
-        if not isinstance(step, ProductStep) or is_seen or not isinstance(forward, _Standing):
-            return None
-        return step if forward.is_of(self) else None
 
     @property
     def recording(self) -> dict[int, Call] | None:
@@ -206,6 +198,7 @@ class Fusion:
         linear = {}
         if PRODUCT in self._kinds:
             linear = candidates.find(PRODUCT, calls, lambda call: product_step(call, products))
+            linear = put_together(linear, {key: calls[key].originals[0] for key in linear})
         norms: dict[int, NormStep] = {}
         if NORM in self._kinds or RESIDUAL in self._kinds:
             runs_alone = NORM in self._kinds
@@ -306,10 +299,6 @@ class _Standing:
         if calls is not None and self.module_id not in calls:
             calls[self.module_id] = Call.of(module, args, kwargs, output)
         return output
-
-    def is_of(self, fusion: Fusion) -> bool:
-        """Whether it stands here for a fusion."""
-        return self._fusion() is fusion
 
     def step_back(self) -> None:
         """Leave the module's `forward` as it was."""

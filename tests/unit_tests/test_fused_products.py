@@ -18,7 +18,7 @@ from langchain_quantllm.benchmarks.random_models import SHAPES, random_checkpoin
 from langchain_quantllm.engine.adapters import AdapterSwitch
 from langchain_quantllm.engine.capture import why_not_captured
 from langchain_quantllm.engine.fast_engine import FastEngine
-from langchain_quantllm.engine.fusion import PRODUCT, ROTARY, Fusion
+from langchain_quantllm.engine.fusion import PRODUCT, Fusion
 from langchain_quantllm.kernels import fused_reference, weight_reference
 from langchain_quantllm.kernels.weights import weight_of
 from tests.unit_tests.adapters import make_adapter, quietly
@@ -114,7 +114,7 @@ def test_the_model_itself_is_as_it_was(loaded: Any) -> None:
     fusion.close()
 
 
-def test_a_layer_that_somebody_watches_is_called(loaded: Any) -> None:
+def test_a_layer_that_somebody_watches_is_seen(loaded: Any) -> None:
     seen: list[torch.Size] = []
     fusion, products = None, Products()
     watched = loaded.model.model.layers[0].self_attn.k_proj
@@ -131,7 +131,7 @@ def test_a_layer_that_somebody_watches_is_called(loaded: Any) -> None:
         if fusion is not None:
             fusion.close()
     assert len(seen) == 1
-    assert [count for count, _ in products.calls] == [1, 1, 1, 1, 2, 1, 3, 1, 2, 1]
+    assert [count for count, _ in products.calls] == [3, 1, 2, 1] * 2
 
 
 def test_what_gives_something_else_is_left_alone(loaded: Any) -> None:
@@ -158,13 +158,30 @@ def test_layers_that_are_never_called_are_known(loaded: Any) -> None:
     assert fusion.whole == frozenset()
 
 
-def test_without_rotary_steps_layers_are_multiplied_one_by_one(loaded: Any) -> None:
+def test_products_are_together_without_other_steps(loaded: Any) -> None:
     products = Products()
-    fusion = fuse(loaded.model, products, kinds=(PRODUCT, ROTARY))
+    fusion = fuse(loaded.model, products, kinds=(PRODUCT,))
     products.calls.clear()
     with fusion.applied():
-        logits_of(loaded.model, random_ids(5))  # not over pages: the attention is the model's own
-    assert products.calls == [(1, 5)] * 14
+        found = logits_of(loaded.model, random_ids(5))
+    assert [count for count, _ in products.calls] == [3, 1, 2, 1] * 2
+    torch.testing.assert_close(found, logits_of(dense_twin(loaded.model), random_ids(5)), rtol=1e-3, atol=1e-3)
+    fusion.close()
+
+
+def test_an_input_that_was_written_over_is_multiplied_anew(loaded: Any) -> None:
+    products = Products()
+    fusion = fuse(loaded.model, products, kinds=(PRODUCT,))
+    mlp = loaded.model.model.layers[0].mlp
+    x = torch.randn(1, 3, 256)
+    with fusion.applied(), torch.no_grad():
+        products.calls.clear()
+        mlp.gate_proj(x)
+        x.mul_(2.0)
+        found = mlp.up_proj(x)
+        assert products.calls == [(2, 3), (2, 3)]
+    weight = weight_of(mlp.up_proj)
+    torch.testing.assert_close(found, weight_reference.product(x, weight, weight.bias, dtype=torch.float32))
     fusion.close()
 
 
@@ -192,7 +209,7 @@ def test_adapters_over_quantized_layers(tmp_path: Path, tokenizer: Any) -> None:
     products.calls.clear()
     texts = {name: write(engine, [prompt], 12, adapter=name)[0] for name in ("one", "two", "base")}
     assert len({tuple(ids) for ids in texts.values()}) == 3
-    assert {count for count, _ in products.calls} == {1}  # what an adapter adds to lies between them
+    assert [count for count, _ in products.calls[:8]] == [3, 1, 2, 1] * 2
     for name, ids in texts.items():
         with switch.chosen(name), fusion.exact():
             assert generated_ids(model, prompt, 12) == ids
