@@ -525,6 +525,8 @@ class FastEngine:
             self._shared_roots = {}
             if self._fusion is not None:
                 self._fusion.build()
+                # Weights of one input may have been put behind each other.
+                self._fingerprint = fingerprint(self._model, names_adapters=self._stack is not None)
             for job in self._jobs.values():
                 job.state.keep_to_itself()
             self._runner.refresh()

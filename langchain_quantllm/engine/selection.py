@@ -123,13 +123,18 @@ class Engines:
         """Find the model's fused steps; gives None where there are none, with the reason where that is of interest."""
         import torch
 
-        from langchain_quantllm.engine.fusion import Fusion
+        from langchain_quantllm.engine.fusion import PRODUCT, Fusion
+        from langchain_quantllm.kernels import fused_reference, repacked_products
 
         model = self._pipeline.model
+        options: dict[str, Any] = {}
         if model.get_input_embeddings().weight.device.type == "cpu":
-            return None, None
+            # There, calls that are saved are all there is to gain.
+            if not any(getattr(p, "quant_state", None) is not None for p in model.parameters()):
+                return None, None
+            options = {"kernels": fused_reference, "products": repacked_products, "kinds": (PRODUCT,)}
         try:
-            fusion = Fusion(model)
+            fusion = Fusion(model, **options)
         except torch.OutOfMemoryError:
             return None, "no memory was left to look for them"
         if fusion.steps:

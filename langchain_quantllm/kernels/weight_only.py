@@ -20,14 +20,14 @@ import torch
 import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]  # not on every machine, and untyped
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
-from langchain_quantllm.errors import InvalidOptionError
+from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
 from langchain_quantllm.kernels.codebook_ptx import GROUPS_SHUFFLED, instructions
 from langchain_quantllm.kernels.decoding import MAGIC, all_outputs
 from langchain_quantllm.kernels.dense_products import dense_product
 from langchain_quantllm.kernels.launching import launch_options, wait_for_inputs
 from langchain_quantllm.kernels.packed_products import packed_tile_kernel, packed_vector_kernel
 from langchain_quantllm.kernels.row_products import row_tile_kernel, row_vector_kernel
-from langchain_quantllm.kernels.weights import FourBitWeight, GPTQWeight, Int8Weight, Weight, weight_of
+from langchain_quantllm.kernels.weights import FourBitWeight, GPTQWeight, Int8Weight, RepackedWeight, Weight, weight_of
 
 __all__ = ["ProductConfig", "config_for", "product", "products_of_one_input", "weight_of"]
 
@@ -100,7 +100,7 @@ def product(
     Raises:
         InvalidOptionError: If the config does not fit.
     """
-    if config is None and _is_long(x) and not isinstance(weight, FourBitWeight):
+    if config is None and _is_long(x) and isinstance(weight, Int8Weight | GPTQWeight):
         return dense_product(x, weight, bias)
     return _launch(x, [weight], None if bias is None else [bias], config)[0]
 
@@ -285,6 +285,8 @@ def _multiply(
 ) -> None:
     """Launch the kernel of the format and the regime."""
     rows, first = x.shape[0], weights[0]
+    if isinstance(first, RepackedWeight):
+        raise UnsupportedError("A weight that was repacked for a CPU has no kernel in Triton.")
     widths = [weight.out_features for weight in weights]
     given: dict[str, Any] = {
         "weights": len(weights),

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from langchain_quantllm.kernels.weights import FourBitWeight, GPTQWeight, Int8Weight, Weight
+from langchain_quantllm.kernels.weights import FourBitWeight, GPTQWeight, Int8Weight, RepackedWeight, Weight
 
 __all__ = ["dequantize", "product", "products_of_one_input"]
 
@@ -56,7 +56,16 @@ def dequantize(weight: Weight, dtype: torch.dtype = torch.float64) -> torch.Tens
     if isinstance(weight, Int8Weight):
         codes = weight.words.view(torch.int8).reshape(weight.out_features, weight.in_features)
         return codes.to(dtype) * (weight.scales.to(dtype) / 127)[:, None]
-    return _gptq(weight, dtype)
+    return _repacked(weight, dtype) if isinstance(weight, RepackedWeight) else _gptq(weight, dtype)
+
+
+def _repacked(weight: RepackedWeight, dtype: torch.dtype) -> torch.Tensor:
+    octets = weight.words.reshape(-1, weight.in_features // 2, 32)
+    # Of 32 outputs and two inputs: the lower halves are the first 16 outputs, input by input.
+    indices = torch.cat([octets & 15, octets >> 4], dim=-1).reshape(-1, weight.in_features // 2, 32, 2)
+    indices = indices.transpose(1, 2).reshape(weight.out_features, weight.in_features)
+    scales = weight.scales.to(dtype).t().repeat_interleave(weight.block_size, dim=1)
+    return weight.code.to(dtype)[indices.long()] * scales
 
 
 def _four_bit(weight: FourBitWeight, dtype: torch.dtype) -> torch.Tensor:

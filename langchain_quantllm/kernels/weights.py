@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-__all__ = ["FourBitWeight", "GPTQWeight", "Int8Weight", "Weight", "weight_of"]
+__all__ = ["FourBitWeight", "GPTQWeight", "Int8Weight", "RepackedWeight", "Weight", "weight_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,10 +120,46 @@ class GPTQWeight:
         return (GPTQWeight, self.in_features, self.bits, groups, self.scales.dtype, self.words.device)
 
 
+@dataclass(frozen=True, kw_only=True)
+class RepackedWeight:
+    """A weight of bitsandbytes in nf4 or fp4 as it repacks it on CPUs with AVX512-BF16, for its own product there.
+
+    Source: `_convert_weight_packed_for_cpu` in bitsandbytes/functional.py.
+
+    Args:
+        kind: "nf4" or "fp4".
+        in_features: Inputs.
+        out_features: Outputs, a multiple of 32.
+        words: The indices of shape `(out_features, in_features / 2)`, uint8: of 32 outputs and two inputs, 32 bytes
+            that follow each other, the first 16 outputs in their lower halves.
+        code: The 16 values of shape `(16,)`, float32.
+        scales: The largest magnitude of each block, of shape `(in_features / block_size, out_features)`, bfloat16.
+        block_size: Inputs that share a scale.
+        bias: The layer's bias of shape `(out_features,)`, or None.
+        joint: The weights of the layers that are given the same input, behind each other, of which this one's are a
+            part; None where there are no others.
+    """
+
+    kind: str
+    in_features: int
+    out_features: int
+    words: torch.Tensor
+    code: torch.Tensor
+    scales: torch.Tensor
+    block_size: int
+    bias: torch.Tensor | None
+    joint: RepackedWeight | None = None
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """What weights must have in common to be multiplied by one launch."""
+        return (RepackedWeight, self.kind, self.in_features, self.block_size, self.words.device)
+
+
 _AS_STORED = ("torch", "tritonv2")
 """What GPTQModel calls its layers that keep the tensors as they were loaded, with zero points as they are."""
 
-Weight: TypeAlias = "FourBitWeight | Int8Weight | GPTQWeight"
+Weight: TypeAlias = "FourBitWeight | Int8Weight | GPTQWeight | RepackedWeight"
 
 
 def weight_of(module: torch.nn.Module) -> Weight | None:
@@ -137,7 +173,7 @@ def weight_of(module: torch.nn.Module) -> Weight | None:
 
     Returns:
         The weight, or None if the module is something else, or is stored in a way that has no kernel: 3 bits,
-        inputs that do not fill whole words, a CPU's repacked layout, a weight in halves for training.
+        inputs that do not fill whole words, a weight in halves for training.
     """
     parameter = getattr(module, "weight", None)
     if getattr(parameter, "quant_state", None) is not None:
@@ -162,12 +198,23 @@ def _words(stored: torch.Tensor) -> torch.Tensor | None:
     return flat.view(torch.int32)
 
 
-def _four_bit(module: torch.nn.Module, parameter: Any) -> FourBitWeight | None:
+def _four_bit(module: torch.nn.Module, parameter: Any) -> FourBitWeight | RepackedWeight | None:
     state = parameter.quant_state
     shape = tuple(state.shape or ())
-    if len(shape) != 2 or getattr(state, "packing_format_for_cpu", False):
+    if len(shape) != 2:
         return None
     out_features, in_features = shape
+    if getattr(state, "packing_format_for_cpu", False):
+        return RepackedWeight(
+            kind=state.quant_type,
+            in_features=in_features,
+            out_features=out_features,
+            words=parameter.data.detach(),
+            code=state.code.detach(),
+            scales=state.absmax,
+            block_size=state.blocksize,
+            bias=_bias(module),
+        )
     words = _words(parameter.data)
     nested = state.state2 is not None
     if words is None or gcd(in_features, state.blocksize) % 8 or words.numel() * 8 != out_features * in_features:

@@ -1,0 +1,112 @@
+"""4-bit weights that bitsandbytes repacks for a CPU: several products in one call, and nothing else is changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from langchain_quantllm import NF4, QuantizedHuggingFaceLLM
+from langchain_quantllm.benchmarks.random_models import SHAPES, random_checkpoint
+from langchain_quantllm.engine.fusion import PRODUCT, Fusion
+from langchain_quantllm.errors import UnsupportedError
+from langchain_quantllm.kernels import fused_reference, repacked_products, weight_reference
+from langchain_quantllm.kernels.weights import Int8Weight, RepackedWeight, weight_of
+from tests.unit_tests.test_fusion import forwards_in, logits_of
+
+PROMPTS = ["hello", "a longer prompt, of more than a page of tokens", "x"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    SHAPES["wide"] = {**SHAPES["tiny"], "num_key_value_heads": 2, "initializer_range": 0.2}
+    made = random_checkpoint("wide", tmp_path_factory.mktemp("wide"))
+    del SHAPES["wide"]
+    return made
+
+
+def make(folder: Path, quantization: Any = "nf4", **fields: Any) -> QuantizedHuggingFaceLLM:
+    given = {"max_new_tokens": 24, "ignore_eos": True, "progress": False, "device": "cpu", "dtype": "bfloat16"}
+    return QuantizedHuggingFaceLLM(model_id=str(folder), quantization=quantization, **{**given, **fields})
+
+
+def repacked(folder: Path, quantization: Any = "nf4") -> QuantizedHuggingFaceLLM:
+    """Load a model whose weights were repacked, as they are with the first forward on some CPUs."""
+    llm = make(folder, quantization).load()
+    logits_of(llm.pipeline.model, [1, 2, 3])
+    if not isinstance(weight_of(llm.pipeline.model.model.layers[0].mlp.up_proj), RepackedWeight):
+        pytest.skip("bitsandbytes repacks nothing on this CPU")
+    return llm
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", NF4(double_quantization=True)])
+def test_texts_are_the_same_with_fewer_calls(folder: Path, quantization: Any) -> None:
+    repacked(folder, quantization)
+    plain = make(folder, quantization, fuse=False, engine="fast")
+    expected = plain.batch(PROMPTS)
+    assert plain.engine_info.fused == {}
+    plain.unload()
+    llm = make(folder, quantization, engine="fast")
+    assert llm.engine_info.fused == {PRODUCT: 14}
+    assert llm.batch(PROMPTS) == expected
+    assert [llm.invoke(prompt) for prompt in PROMPTS] == [make(folder, quantization).invoke(p) for p in PROMPTS]
+    llm.unload()
+
+
+def test_layers_have_their_parts_of_one_memory(folder: Path) -> None:
+    llm = repacked(folder)
+    model: Any = llm.pipeline.model
+    expected = logits_of(model, list(range(5, 17)))
+    attention = model.model.layers[1].self_attn
+    fusion = Fusion(model, kernels=fused_reference, products=repacked_products, kinds=(PRODUCT,))
+    [found] = fusion.summary
+    assert (found.fused, found.left) == (14, {})
+    query, key, value = (getattr(attention, name).weight.data for name in ("q_proj", "k_proj", "v_proj"))
+    assert query.untyped_storage().data_ptr() == key.untyped_storage().data_ptr() == value.untyped_storage().data_ptr()
+    assert key.data_ptr() == query.data_ptr() + query.numel()
+    assert torch.equal(logits_of(model, list(range(5, 17))), expected)
+    with fusion.applied():
+        assert torch.equal(logits_of(model, list(range(5, 17))), expected)
+    fusion.build()  # as after a change of the model's modules
+    with fusion.applied():
+        assert torch.equal(logits_of(model, list(range(5, 17))), expected)
+    fusion.close()
+    assert forwards_in(model) == []
+    assert torch.equal(logits_of(model, list(range(5, 17))), expected)
+    llm.unload()
+
+
+def test_a_call_for_layers_of_one_input(folder: Path) -> None:
+    llm = repacked(folder)
+    model: Any = llm.pipeline.model
+    fusion = Fusion(model, kernels=fused_reference, products=repacked_products, kinds=(PRODUCT,))
+    with torch.profiler.profile() as profile, fusion.applied():
+        logits_of(model, [1])
+    calls = [event.name for event in profile.events() if event.name == "bitsandbytes::gemv_4bit"]
+    assert len(calls) == 2 * 4
+    fusion.close()
+    llm.unload()
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4"])
+def test_reference_dequantizes_what_was_repacked(folder: Path, quantization: str) -> None:
+    from bitsandbytes.functional import dequantize_4bit
+
+    module: Any = make(folder, quantization).pipeline.model.model.layers[0].mlp.down_proj
+    expected = dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+    with torch.no_grad():
+        module(torch.ones(1, 1, 512, dtype=torch.bfloat16))
+    weight = weight_of(module)
+    if not isinstance(weight, RepackedWeight):
+        pytest.skip("bitsandbytes repacks nothing on this CPU")
+    # The scales were rounded to bfloat16.
+    torch.testing.assert_close(weight_reference.dequantize(weight, torch.float32), expected, rtol=2**-7, atol=1e-6)
+
+
+def test_what_was_not_repacked_is_refused() -> None:
+    words = torch.zeros(64, dtype=torch.int32)
+    weight = Int8Weight(in_features=16, out_features=16, words=words, scales=torch.ones(16), bias=None)
+    with pytest.raises(UnsupportedError, match="repacks"):
+        repacked_products.product(torch.ones(1, 16), weight)
