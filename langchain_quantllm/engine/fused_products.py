@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 
 from langchain_quantllm.kernels.repacked_products import share_memory
 from langchain_quantllm.kernels.weights import FourBitWeight, Int8Weight, RepackedWeight, Weight
-
-if TYPE_CHECKING:
-    from langchain_quantllm.engine.fusion_checks import Call
 
 _MOST_FOUR_BIT_ROWS = 64
 """Rows above which bitsandbytes' own way, to dequantize a matrix once, is the faster one."""
@@ -92,22 +89,22 @@ class ProductStep:
         return found
 
 
-def put_together(steps: dict[int, ProductStep], calls: Mapping[int, Call]) -> dict[int, ProductStep]:
+def put_together(steps: dict[int, ProductStep], given: Mapping[int, tuple[Any, Any]]) -> dict[int, ProductStep]:
     """Let the steps of layers that were given the same tensor know of each other.
 
     Args:
         steps: Steps by their layers' ids.
-        calls: A call of each of these layers, all from one forward.
+        given: The layer, and what one forward of the model gave it, by the layers' ids.
     """
     groups: dict[tuple[Any, ...], list[int]] = {}
     for key, step in steps.items():
-        groups.setdefault((id(calls[key].originals[0]), step.weight.layout), []).append(key)
+        groups.setdefault((id(given[key][1]), step.weight.layout), []).append(key)
     found = dict(steps)
     for keys in groups.values():
         if len(keys) > 1:
             weights: Sequence[Weight] = [steps[key].weight for key in keys]
             if all(isinstance(weight, RepackedWeight) for weight in weights):
-                modules = [calls[key].module for key in keys]
+                modules = [given[key][0] for key in keys]
                 weights = share_memory(modules, cast("list[RepackedWeight]", weights))
             together = tuple(zip(keys, weights, strict=True))
             found.update((key, replace(steps[key], weight=dict(together)[key], together=together)) for key in keys)

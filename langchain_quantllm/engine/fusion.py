@@ -198,7 +198,7 @@ class Fusion:
         linear = {}
         if PRODUCT in self._kinds:
             linear = candidates.find(PRODUCT, calls, lambda call: product_step(call, products))
-            linear = put_together(linear, calls)
+            linear = put_together(linear, {key: (calls[key].module, calls[key].originals[0]) for key in linear})
         norms: dict[int, NormStep] = {}
         if NORM in self._kinds or RESIDUAL in self._kinds:
             runs_alone = NORM in self._kinds
