@@ -182,8 +182,9 @@ class QuantizedModel(BaseLanguageModel[Any]):
     """Memory of the fast engine's KV cache: a fraction of what is free, bytes, or a text such as `"4GiB"`. None takes
     0.3 of it at most. Who calls the model first decides."""
     fuse: bool = True
-    """Let the fast engine run quantized products, norms, gates and rotary positions by its own kernels, on a CUDA GPU,
-    where they give what the model's modules give. Who calls the model first decides."""
+    """Let the fast engine run quantized products, norms, gates and rotary positions by its own kernels on a CUDA GPU,
+    and 4-bit products of one input by one call on a CPU, where that gives what the model's modules give. Who calls the
+    model first decides."""
     prefix_caching: bool = True
     """Let prompts that begin like others take over what was computed for these."""
 
