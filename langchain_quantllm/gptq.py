@@ -290,7 +290,8 @@ def check_gptq(
     with contained():
         backend = _backend(scheme.kernel)
         if backend == "auto":
-            backend = _choose_backend(config, device_kind, uneven=uneven is not None)
+            fits = not any(size % 32 for size in (layer_sizes or {}).values())
+            backend = _choose_backend(config, device_kind, uneven=uneven is not None, fits=fits)
         elif backend == "gptq_torch_aten" or backend == "gptq_torch_fused":
             _check_int4pack(backend, config["group_size"], device_kind)
         if uneven is not None and backend not in ("gptq_torch", "gptq_torch_int8"):
@@ -345,7 +346,7 @@ def _uneven_layer(group_size: int, layer_sizes: Mapping[str, int]) -> tuple[str,
     return next(((name, size) for name, size in layer_sizes.items() if size % group_size), None)
 
 
-def _choose_backend(config: Mapping[str, Any], device_kind: str, *, uneven: bool) -> str:
+def _choose_backend(config: Mapping[str, Any], device_kind: str, *, uneven: bool, fits: bool) -> str:
     """Choose as gptqmodel does, but where its choice fails or crawls."""
     if uneven:
         return "gptq_torch"  # the others fail in the first forward pass
@@ -355,10 +356,19 @@ def _choose_backend(config: Mapping[str, Any], device_kind: str, *, uneven: bool
         if config["bits"] == 8 and config["group_size"] in (-1, 16, 32, 64, 128):
             # Ten times faster than 'torch', which gptqmodel prefers; both err like bfloat16 does.
             return "gptq_torch_int8"
-    if device_kind == "cuda" and importlib.util.find_spec("triton") and not _refusal("gptq_triton", config, "cuda"):
+    if device_kind == "cuda" and fits and _runs_triton() and not _refusal("gptq_triton", config, "cuda"):
         # It keeps the weights as the checkpoint has them, for the fast engine's own kernels, and compiles no CUDA.
         return "gptq_triton"
     return "auto"
+
+
+def _runs_triton() -> bool:
+    """Whether Triton runs on every GPU here: not on those before Turing, and GPTQModel's was not tried with ROCm."""
+    import torch
+
+    if importlib.util.find_spec("triton") is None or torch.version.hip is not None or not torch.cuda.is_available():
+        return False
+    return all(torch.cuda.get_device_capability(i) >= (7, 5) for i in range(torch.cuda.device_count()))
 
 
 def _check_int4pack(backend: str, group_size: int, device_kind: str) -> None:

@@ -519,21 +519,28 @@ class FastEngine:
 
         Rows that run go on, on their pages and with the weights as they are.
         """
-        found = fingerprint(self._model, names_adapters=self._stack is not None)
-        if found != self._fingerprint:
-            self._fingerprint = found
-            self._shared_roots = {}
-            if self._fusion is not None:
-                self._fusion.build()
-                # Weights of one input may have been put behind each other.
-                self._fingerprint = fingerprint(self._model, names_adapters=self._stack is not None)
-            for job in self._jobs.values():
-                job.state.keep_to_itself()
-            self._runner.refresh()
-            if self._runner.captures:
-                self._why_not_captured = why_not_captured(self._model, self._whole)
-                self._runner.captures = self._why_not_captured is None
-            self._restack()
+        if fingerprint(self._model, names_adapters=self._stack is not None) == self._fingerprint:
+            return
+        self._shared_roots = {}
+        for job in self._jobs.values():
+            job.state.keep_to_itself()
+        self._fuse_anew()
+        self._runner.refresh()
+        if self._runner.captures:
+            self._why_not_captured = why_not_captured(self._model, self._whole)
+            self._runner.captures = self._why_not_captured is None
+        self._restack()
+        # At last, for it all to be done again if something fails; fused steps may have moved weights, too.
+        self._fingerprint = fingerprint(self._model, names_adapters=self._stack is not None)
+
+    def _fuse_anew(self) -> None:
+        """Find the fused steps of the model as it is now; none, where that fails."""
+        if self._fusion is None:
+            return
+        try:
+            self._fusion.build()
+        except Exception as error:  # memory, say
+            _log.warning("fused steps could not be found anew: %r", error)
 
     def _restack(self) -> None:
         """Take the adapters as they are now; where they cannot be, no row runs until they can."""

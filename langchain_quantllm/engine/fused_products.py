@@ -95,17 +95,21 @@ def put_together(steps: dict[int, ProductStep], given: Mapping[int, tuple[Any, A
     Args:
         steps: Steps by their layers' ids.
         given: The layer, and what one forward of the model gave it, by the layers' ids.
+
+    Returns:
+        The same dictionary.
     """
     groups: dict[tuple[Any, ...], list[int]] = {}
     for key, step in steps.items():
         groups.setdefault((id(given[key][1]), step.weight.layout), []).append(key)
-    found = dict(steps)
     for keys in groups.values():
-        if len(keys) > 1:
-            weights: Sequence[Weight] = [steps[key].weight for key in keys]
-            if all(isinstance(weight, RepackedWeight) for weight in weights):
-                modules = [given[key][0] for key in keys]
-                weights = share_memory(modules, cast("list[RepackedWeight]", weights))
-            together = tuple(zip(keys, weights, strict=True))
-            found.update((key, replace(steps[key], weight=dict(together)[key], together=together)) for key in keys)
-    return found
+        weights: Sequence[Weight] = [steps[key].weight for key in keys]
+        if len({weight.words.data_ptr() for weight in weights}) < max(2, len(keys)):
+            continue  # there is one only, or one twice
+        if all(isinstance(weight, RepackedWeight) for weight in weights):
+            modules = [given[key][0] for key in keys]
+            weights = share_memory(modules, cast("list[RepackedWeight]", weights))
+        together = tuple(zip(keys, weights, strict=True))
+        for key, weight in together:  # in place, so that memory that is not shared any more is free
+            steps[key] = replace(steps[key], weight=weight, together=together)
+    return steps

@@ -107,6 +107,9 @@ class Fusion:
         except UnsupportedError as error:
             self.close()
             self.why_none = str(error)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Step back: every module's `forward` is as it was."""
@@ -126,9 +129,11 @@ class Fusion:
     @contextlib.contextmanager
     def exact(self) -> Iterator[None]:
         """Run the model in this thread as it is, but for products that leave out a rounding of the layer's own."""
+        home = self._model.get_input_embeddings().weight.device
         self._thread.is_exact = True
         try:
-            yield
+            with torch.cuda.device(home) if home.type == "cuda" else contextlib.nullcontext():  # for Triton
+                yield
         finally:
             self._thread.is_exact = False
 
@@ -310,10 +315,18 @@ class _Standing:
         else:
             module.forward = self._before
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave what is unpickled with its own forward."""
+        return _forward_of, (self._module(),)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Leave a copy of the module with its own forward: this one knows the original."""
         twin = memo.get(self.module_id)
-        return self if twin is None else types.MethodType(type(twin).forward, twin)
+        return self if twin is None else _forward_of(twin)
+
+
+def _forward_of(module: Any) -> Any:
+    return types.MethodType(type(module).forward, module)
 
 
 def _kernels_for(home: torch.device) -> tuple[Any, Any]:

@@ -239,7 +239,7 @@ def rotary_step(call: Call, configs: Sequence[Any], kernels: Any, likely: Rotary
     if own.asked is None or not isinstance(output, tuple) or len(output) != 2 or output[1] is not None:
         msg = "its attention is reached in another way"
         raise UnsupportedError(msg)
-    reason: Exception = UnsupportedError("its projections have other names")
+    reason = "its projections have other names"
     for step in _rotary_steps(module, kernels, own.asked, angles[0].shape[-1], likely):
         ours = _OwnPages(hidden, own.pools)
         try:
@@ -251,10 +251,10 @@ def rotary_step(call: Call, configs: Sequence[Any], kernels: Any, likely: Rotary
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # shapes that do not go together, too
-            reason = error
+            reason = str(error) if isinstance(error, UnsupportedError) else "its parts are put together otherwise"
             continue
         return step
-    raise reason if isinstance(reason, UnsupportedError) else UnsupportedError("its parts are put together otherwise")
+    raise UnsupportedError(reason)
 
 
 def _rotary_steps(

@@ -24,10 +24,11 @@ _CHECKED_OUTPUTS = 512
 
 
 def is_product(module: Any) -> bool:
-    """Whether a module may be a linear layer over a quantized weight."""
-    weight = getattr(module, "weight", None)
+    """Whether a module may be a linear layer over a quantized weight of its own; peft's layers have that of another."""
+    own = {**module._buffers, **module._parameters}
+    weight = own.get("weight")
     is_bitsandbytes = getattr(weight, "quant_state", None) is not None or hasattr(weight, "SCB")
-    return is_bitsandbytes or isinstance(getattr(module, "qweight", None), torch.Tensor)
+    return is_bitsandbytes or isinstance(own.get("qweight"), torch.Tensor)
 
 
 def product_step(call: Call, kernels: Any) -> ProductStep:
@@ -42,7 +43,7 @@ def product_step(call: Call, kernels: Any) -> ProductStep:
         raise UnsupportedError(msg)
     step = ProductStep(kernels=kernels, weight=weight)
     [x] = call.args
-    found, single = call.run(step), step.kernels.product(x[:, :1], weight, weight.bias).to(x.dtype)
+    found, single = call.run(step), step.kernels.product(x[..., :1, :], weight, weight.bias).to(x.dtype)
     if isinstance(weight, Int8Weight):
         check_same(found, expected, tolerance=_INT8_TOLERANCE)
         outputs = min(_CHECKED_OUTPUTS, weight.out_features)
@@ -54,7 +55,7 @@ def product_step(call: Call, kernels: Any) -> ProductStep:
         TOLERANCES[torch.float16] if expected.dtype == torch.float32 and isinstance(weight, GPTQWeight) else None
     )
     check_same(found, expected, tolerance)
-    check_same(single, expected[:, :1], tolerance)
+    check_same(single, expected[..., :1, :], tolerance)
     return step
 
 

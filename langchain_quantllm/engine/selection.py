@@ -118,16 +118,21 @@ class Engines:
             if kv_cache_memory is not None:  # what was asked for is not there
                 raise
             self._why_not_fast = str(error)
+        except BaseException:
+            if fusion is not None:
+                fusion.close()
+            raise
 
     def _fuse(self) -> tuple[Fusion | None, str | None]:
         """Find the model's fused steps; gives None where there are none, with the reason where that is of interest."""
-        import torch
-
         from langchain_quantllm.engine.fusion import PRODUCT, Fusion
+        from langchain_quantllm.engine.support import why_not_driven
         from langchain_quantllm.kernels import fused_reference, repacked_products
 
         model = self._pipeline.model
         options: dict[str, Any] = {}
+        if why_not_driven(model) is not None:
+            return None, None  # the engine says it
         if model.get_input_embeddings().weight.device.type == "cpu":
             # There, calls that are saved are all there is to gain.
             if not any(getattr(p, "quant_state", None) is not None for p in model.parameters()):
@@ -135,8 +140,8 @@ class Engines:
             options = {"kernels": fused_reference, "products": repacked_products, "kinds": (PRODUCT,)}
         try:
             fusion = Fusion(model, **options)
-        except torch.OutOfMemoryError:
-            return None, "no memory was left to look for them"
+        except Exception as error:  # memory, say: the model runs without
+            return None, f"looking for them failed: {error!r}"
         if fusion.steps:
             return fusion, None
         fusion.close()

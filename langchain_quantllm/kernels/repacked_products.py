@@ -6,6 +6,7 @@ A call costs as much as the product of a small model's layer. Knows no Triton.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -85,5 +86,8 @@ def share_memory(modules: Sequence[Any], weights: Sequence[RepackedWeight]) -> l
     )
     parts = words.split([weight.out_features for weight in weights])
     for module, part in zip(modules, parts, strict=True):
-        module.weight.data = part
+        # Another parameter: a forward of another thread may be reading the one before.
+        parameter = copy.copy(module.weight)
+        parameter.data = part
+        module.weight = parameter
     return [replace(weight, words=part, joint=joint) for weight, part in zip(weights, parts, strict=True)]

@@ -56,7 +56,15 @@ class FourBitWeight:
     def layout(self) -> tuple[Any, ...]:
         """What weights must have in common to be multiplied by one launch."""
         nested = (self.nested, self.nested_block_size)
-        return (FourBitWeight, self.kind, self.in_features, self.block_size, nested, self.words.device)
+        return (
+            FourBitWeight,
+            self.kind,
+            self.in_features,
+            self.block_size,
+            nested,
+            _dtype(self.bias),
+            self.words.device,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +88,7 @@ class Int8Weight:
     @property
     def layout(self) -> tuple[Any, ...]:
         """What weights must have in common to be multiplied by one launch."""
-        return (Int8Weight, self.in_features, self.words.device)
+        return (Int8Weight, self.in_features, _dtype(self.bias), self.words.device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +125,15 @@ class GPTQWeight:
     def layout(self) -> tuple[Any, ...]:
         """What weights must have in common to be multiplied by one launch."""
         groups = (self.group_size, self.zero_point)
-        return (GPTQWeight, self.in_features, self.bits, groups, self.scales.dtype, self.words.device)
+        return (
+            GPTQWeight,
+            self.in_features,
+            self.bits,
+            groups,
+            self.scales.dtype,
+            _dtype(self.bias),
+            self.words.device,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +199,10 @@ def weight_of(module: torch.nn.Module) -> Weight | None:
     if isinstance(getattr(module, "qweight", None), torch.Tensor):
         return _gptq(module)
     return None
+
+
+def _dtype(bias: torch.Tensor | None) -> torch.dtype | None:
+    return None if bias is None else bias.dtype
 
 
 def _bias(module: torch.nn.Module) -> torch.Tensor | None:
@@ -271,6 +291,8 @@ def _gptq(module: Any) -> GPTQWeight | None:
         return None
     if out_features % per_word or not all(tensor.is_contiguous() for tensor in (words, zeros, scales, groups)):
         return None
+    if int(groups.min()) < 0 or int(groups.max()) >= len(scales):
+        return None  # GPTQModel counts these from the end
     return GPTQWeight(
         in_features=in_features,
         out_features=out_features,

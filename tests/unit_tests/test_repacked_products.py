@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from langchain_quantllm.engine.fusion import PRODUCT, Fusion
 from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.kernels import fused_reference, repacked_products, weight_reference
 from langchain_quantllm.kernels.weights import Int8Weight, RepackedWeight, weight_of
+from tests.unit_tests.adapters import quietly
 from tests.unit_tests.test_fusion import forwards_in, logits_of
 
 PROMPTS = ["hello", "a longer prompt, of more than a page of tokens", "x"]
@@ -110,3 +112,42 @@ def test_what_was_not_repacked_is_refused() -> None:
     weight = Int8Weight(in_features=16, out_features=16, words=words, scales=torch.ones(16), bias=None)
     with pytest.raises(UnsupportedError, match="repacks"):
         repacked_products.product(torch.ones(1, 16), weight)
+
+
+def test_a_small_adapter_of_the_users_own_is_not_left_out(folder: Path) -> None:
+    """A layer of peft's shows the weight of the layer inside, and is none."""
+    peft = pytest.importorskip("peft")
+    llm = repacked(folder)
+    model: Any = llm.pipeline.model
+    with quietly():
+        targets = ["q_proj", "v_proj", "up_proj", "down_proj"]
+        model.add_adapter(peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(3e-3)
+    expected = logits_of(model, [5, 6, 7, 8])
+    fusion = Fusion(model, kernels=fused_reference, products=repacked_products, kinds=(PRODUCT,))
+    [found] = fusion.summary
+    assert found.fused == 14
+    assert {type(module).__name__ for module in model.modules() if id(module) in fusion.steps} == {"Linear4bit"}
+    assert sorted({len(step.together) for step in fusion.steps.values()}) == [0, 2, 3]
+    with fusion.applied():
+        assert torch.equal(logits_of(model, [5, 6, 7, 8]), expected)
+    model.disable_adapters()
+    fusion.build()  # as if it were for a model whose adapters are off
+    assert sorted({len(step.together) for step in fusion.steps.values()}) == [0, 2, 3]
+    assert not torch.equal(logits_of(model, [5, 6, 7, 8]), expected)
+    fusion.close()
+    llm.unload()
+
+
+def test_a_model_is_pickled_while_its_layers_are_stood_in_for(folder: Path) -> None:
+    llm = repacked(folder)
+    model: Any = llm.pipeline.model
+    fusion = Fusion(model, kernels=fused_reference, products=repacked_products, kinds=(PRODUCT,))
+    layer = model.model.layers[0].mlp.up_proj
+    twin = pickle.loads(pickle.dumps(layer.__dict__["forward"]))
+    assert twin.__func__ is type(layer).forward
+    fusion.close()
+    llm.unload()
