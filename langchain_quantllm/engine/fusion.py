@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import types
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +32,7 @@ from langchain_quantllm.engine.fusion_checks import (
     rotary_step,
     tensors_of,
 )
+from langchain_quantllm.engine.lora import forward_of
 from langchain_quantllm.engine.product_checks import is_product, product_step
 from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
 
@@ -293,7 +293,7 @@ class _Standing:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         fusion = self._fusion()
         module: Any = self._module()
-        forward = self._before or types.MethodType(type(module).forward, module)
+        forward = self._before or forward_of(module)
         if fusion is None:
             return forward(*args, **kwargs)
         step = None if module.training else fusion.step_of(self.module_id)
@@ -317,16 +317,12 @@ class _Standing:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Leave what is unpickled with its own forward."""
-        return _forward_of, (self._module(),)
+        return forward_of, (self._module(),)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Leave a copy of the module with its own forward: this one knows the original."""
         twin = memo.get(self.module_id)
-        return self if twin is None else _forward_of(twin)
-
-
-def _forward_of(module: Any) -> Any:
-    return types.MethodType(type(module).forward, module)
+        return self if twin is None else forward_of(twin)
 
 
 def _kernels_for(home: torch.device) -> tuple[Any, Any]:

@@ -149,7 +149,7 @@ class _StackedForward:
         module, stack = self._module(), self._stack()
         choice = None if stack is None else stack.choice
         if stack is None or choice is None:
-            return (self._before or _forward_of(module))(x, *args, **kwargs)
+            return (self._before or forward_of(module))(x, *args, **kwargs)
         base: torch.Tensor = module.base_layer(x, *args, **kwargs)  # type: ignore[union-attr]
         layer = stack.layers.get(id(module))
         if layer is None:
@@ -175,10 +175,11 @@ class _StackedForward:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Leave a copy of the layer with peft's own forward: this one knows the original."""
         twin = memo.get(id(self._module()))
-        return self if twin is None else _forward_of(twin)
+        return self if twin is None else forward_of(twin)
 
 
-def _forward_of(module: Any) -> Any:
+def forward_of(module: Any) -> Any:
+    """Give the `forward` of a module's class, bound to it."""
     return types.MethodType(type(module).forward, module)
 
 
