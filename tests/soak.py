@@ -18,6 +18,8 @@ import random
 import sys
 import threading
 import time
+import types
+import weakref
 from typing import Any
 
 import psutil
@@ -122,7 +124,7 @@ def soak(requests: int, threads: int = 8, *, seed: int = 0) -> dict[str, Any]:
     token_bytes = 2 * 2 * 32 * 4  # two layers, keys and values of one head of 32 in float32
     # Room for little more than one row of full length: rows wait, and are put back.
     llm = llm_of(model, tokenizer, kv_cache_memory=320 * token_bytes, engine="fast").load()
-    llm.invoke("warm", max_new_tokens=2)
+    llm.invoke("warm", max_new_tokens=2, repetition_penalty=1.2)  # what the engine makes once and keeps
     engine: Any = llm._engine()
     fails = random.Random(seed + 1)
 
@@ -135,6 +137,7 @@ def soak(requests: int, threads: int = 8, *, seed: int = 0) -> dict[str, Any]:
     counts: collections.Counter[str] = collections.Counter()
     process = psutil.Process()
     failures: list[BaseException] = []
+    known: dict[int, weakref.ref[torch.Tensor]] = {}
 
     def run(requests: int, seed: int) -> dict[str, int]:
         """Send requests from all threads, and look at what there is when all have ended."""
@@ -160,7 +163,10 @@ def soak(requests: int, threads: int = 8, *, seed: int = 0) -> dict[str, Any]:
             time.sleep(0.05)
         del callers
         gc.collect()
-        tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor)]
+        # By the type's own line, since some objects look at who asks for their class.
+        tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
+        new = [t for t in tensors if id(t) not in known or known[id(t)]() is not t]
+        known.update((id(t), weakref.ref(t)) for t in tensors)
         return {
             "pages held": engine._pages.held,
             "rows": len(engine._jobs) + len(engine._scheduler.running) + len(engine._scheduler.waiting),
@@ -168,6 +174,7 @@ def soak(requests: int, threads: int = 8, *, seed: int = 0) -> dict[str, Any]:
             "files": process.num_fds(),
             "tensors": len(tensors),
             "bytes of tensors": sum(t.numel() * t.element_size() for t in tensors),
+            "new tensors": [f"{list(t.shape)} {t.dtype} in {_holders(t)}" for t in new],
             "objects": len(gc.get_objects()),
             "MB resident": round(process.memory_info().rss / 1e6),
         }
@@ -191,6 +198,17 @@ def soak(requests: int, threads: int = 8, *, seed: int = 0) -> dict[str, Any]:
     return found
 
 
+def _holders(tensor: torch.Tensor) -> str:
+    """Who holds a tensor: types, and of a dictionary its keys for it."""
+    here = sys._getframe().f_back
+    holders = []
+    for holder in gc.get_referrers(tensor):
+        keys = [key for key, value in holder.items() if value is tensor] if isinstance(holder, dict) else []
+        if holder is not here and not isinstance(holder, (list, types.CellType)):  # what is made for looking
+            holders.append(f"{type(holder).__name__}{keys or ''}")
+    return " ".join(holders)
+
+
 def _is_at_rest(engine: Any) -> bool:
     """Whether the engine's thread waits for work, so that it holds no step's tensors."""
     frame = sys._current_frames().get(engine._worker._thread.ident)
@@ -212,7 +230,8 @@ def left_behind(found: dict[str, Any]) -> list[str]:
     left += [name for name in ("threads", "files", "tensors", "bytes of tensors") if end[name] > half[name]]
     if end["objects"] > half["objects"] * 1.01:  # caches of the libraries fill up for a while
         left.append("objects")
-    return left + ["thread"] * bool(found["threads after unload"])
+    left += ["thread"] * bool(found["threads after unload"])
+    return [*left, *end["new tensors"]] if left else []
 
 
 def main() -> None:
