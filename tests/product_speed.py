@@ -35,6 +35,7 @@ from langchain_quantllm.kernels.weight_only import (
     products_of_one_input,
 )
 from langchain_quantllm.kernels.weights import FourBitWeight, GPTQWeight, Int8Weight, Weight
+from langchain_quantllm.quantization.packing import pack_bits
 
 SHAPES = {
     "llama-2-7b": [(4096, (4096,) * 3), (4096, (4096,)), (4096, (11008,) * 2), (11008, (4096,))],
@@ -43,11 +44,11 @@ SHAPES = {
 }
 """Inputs, and the outputs of the weights that are multiplied together: query, key and value; gate and up."""
 
-FORMATS = ("nf4", "nf4-nested", "fp4", "int8", "gptq4", "gptq4-asymmetric")
+FORMATS = ("nf4", "nf4-nested", "fp4", "int8", "gptq4", "gptq4-asymmetric", "gptq2", "gptq3", "gptq8")
 DTYPE = torch.bfloat16
 TESTED = 4096
 BEYOND_L2_BYTES = 160 * 2**20
-BITS = {"nf4": 4, "fp4": 4, "int8": 8, "gptq4": 4}
+BITS = {"nf4": 4, "fp4": 4, "int8": 8, "gptq2": 2, "gptq3": 3, "gptq4": 4, "gptq8": 8}
 
 # Outputs, words, warps, stages.
 VECTOR_TILES = {
@@ -70,7 +71,7 @@ def configs(kind: str, rows: int) -> Iterator[ProductConfig]:
     packed, looked_up = format_.startswith("gptq"), format_ in ("nf4", "fp4")
     first = (WAYS if kind == "nf4" else WAYS[:2]) if looked_up else WAYS[-1:]
     # What differs little from another format is measured little.
-    few = 2 if variant or format_ == "fp4" else None
+    few = 2 if variant or format_ in ("fp4", "gptq2", "gptq3", "gptq8") else None
     if few and rows > 8:
         return
     if rows <= MOST_VECTOR_ROWS:
@@ -97,19 +98,20 @@ def random_weight(kind: str, inputs: int, outputs: int) -> Weight:
     common = {"in_features": inputs, "out_features": outputs, "bias": None}
     if format_ == "int8":
         return Int8Weight(words=words, scales=torch.rand(outputs, device="cuda") + 0.5, **common)
-    if format_ == "gptq4":
-        groups = inputs // 128
-        zeros = torch.full((groups, outputs // 8), -2004318072, dtype=torch.int32, device="cuda")  # 8 everywhere
+    if format_.startswith("gptq"):
+        bits, groups = BITS[format_], inputs // 128
+        middle = 1 << bits - 1
+        zeros = pack_bits(torch.full((groups, outputs), middle, dtype=torch.uint8, device="cuda"), bits)
         if variant:
             zeros = torch.randint(-(2**31), 2**31, zeros.shape, dtype=torch.int64, device="cuda").int()
         return GPTQWeight(
-            bits=4,
-            words=words.view(inputs // 8, outputs),
+            bits=bits,
+            words=words.view(inputs * bits // 32, outputs),
             zeros=zeros,
-            scales=((torch.rand(groups, outputs, device="cuda") + 0.5) / 64).half(),
+            scales=((torch.rand(groups, outputs, device="cuda") + 0.5) / (4 << bits)).half(),
             groups=torch.arange(inputs, dtype=torch.int32, device="cuda") // 128,
             group_size=128,
-            zero_point=-1 if variant else 8,
+            zero_point=-1 if variant else middle,
             **common,
         )
     code = torch.tensor(CODEBOOKS[format_], device="cuda")

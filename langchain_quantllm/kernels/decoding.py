@@ -2,7 +2,7 @@
 
 Owns how codes in words become floating point numbers in registers, and nothing of where they lie. Each word has
 `per_word` codes that belong to inputs which follow each other; code `j` of all words meets every `per_word`-th input,
-so no code ever moves between threads.
+so no code ever moves between threads. Of 3 bits, a word is the 3 bytes that hold 8 codes.
 """
 # No `from __future__ import annotations` here: Triton's interpreter needs `tl.constexpr` as an object.
 
@@ -248,7 +248,7 @@ def all_scaled_codes(words: tl.tensor, magic: tl.tensor, bits: tl.constexpr, zer
         f = scaled_code(words, magic, 5 * bits, bits, zero)
         g = scaled_code(words, magic, 6 * bits, bits, zero)
         h = scaled_code(words, magic, 7 * bits, bits, zero)
-        if bits == 4:
+        if bits > 2:
             return a, b, c, d, e, f, g, h
         else:  # noqa: RET505
             return (
@@ -263,7 +263,8 @@ def all_scaled_codes(words: tl.tensor, magic: tl.tensor, bits: tl.constexpr, zer
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
 def inverse_units(bits: tl.constexpr) -> tl.tensor:
     """Give what undoes the `code_unit` of each code of a word, as powers of two of shape `(1, per_word)`, float32."""
-    places = tl.arange(0, 32 // bits) * bits % 16
+    per_word: tl.constexpr = 8 if bits == 3 else 32 // bits
+    places = tl.arange(0, per_word) * bits % 16
     return ((127 - places) << 23).to(tl.float32, bitcast=True)[None, :]
 
 
@@ -295,6 +296,54 @@ def centered(
         return (fields | _MAGIC_FLOAT16).to(tl.int16).to(dtype, bitcast=True) - (1024.0 + zero).to(dtype)
     else:
         return (fields | _MAGIC_BFLOAT16).to(tl.int16).to(dtype, bitcast=True) - (128.0 + zero).to(dtype)
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def packed_words(
+    stored: tl.tensor, place: tl.tensor, column: tl.tensor, width: tl.tensor, inside: tl.tensor, bits: tl.constexpr
+) -> tl.tensor:
+    """Load words of shape `(words, outputs)` that are packed along the inputs.
+
+    Args:
+        stored: Where the codes are: words of shape `(inputs * bits / 32, width)`.
+        place: Which words of an output, of shape `(words,)`; of 3 bits, which 3 bytes.
+        column: Which outputs, of shape `(outputs,)`.
+        width: All outputs.
+        inside: Which of these there are, of shape `(words, outputs)`.
+        bits: Bits of a code.
+
+    Returns:
+        int32; of 3 bits, the upper 8 bits of it have no meaning.
+    """
+    if bits != 3:
+        return tl.load(stored + place[:, None] * width + column[None, :], mask=inside, other=0)
+    else:  # noqa: RET505  # both branches are not compiled only as an else
+        at = stored + (place * 3 // 4)[:, None] * width + column[None, :]
+        shift = (place * 3 % 4 * 8)[:, None]
+        return _across(at, width, shift, inside, inside & (shift > 8))
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def zero_points(
+    zeros: tl.tensor, group: tl.tensor, column: tl.tensor, width: tl.tensor, inside: tl.tensor, bits: tl.constexpr
+) -> tl.tensor:
+    """Load the zero points of groups, which are packed along the outputs, as int32."""
+    at = zeros + group * (width * bits // 32) + column * bits // 32
+    place = column * bits % 32
+    if bits == 3:
+        packed = _across(at, 1, place, inside, inside & (place > 32 - bits))
+    else:
+        packed = tl.load(at, mask=inside, other=0) >> place
+    return packed & ((1 << bits) - 1)
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def _across(at: tl.tensor, step: tl.tensor, shift: tl.tensor, inside: tl.tensor, crosses: tl.tensor) -> tl.tensor:
+    """Load 32 bits from `shift` on: those of a word, and where they `cross` into it those of the one a `step` on."""
+    low = tl.load(at, mask=inside, other=0).to(tl.uint32, bitcast=True)
+    high = tl.load(at + step, mask=crosses, other=0).to(tl.uint32, bitcast=True)
+    # No shift by 32, which has no meaning: where there are no upper bits, `high` is 0.
+    return ((low >> shift) | (high << (32 - shift & 31))).to(tl.int32, bitcast=True)
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]

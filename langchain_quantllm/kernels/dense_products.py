@@ -9,6 +9,7 @@ import torch
 import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]  # not on every machine, and untyped
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
+from langchain_quantllm.kernels.decoding import packed_words, zero_points
 from langchain_quantllm.kernels.weights import GPTQWeight, Int8Weight
 
 _WORDS, _OUTPUTS = 8, 128
@@ -43,7 +44,8 @@ def dense(weight: GPTQWeight | Int8Weight, dtype: torch.dtype) -> torch.Tensor:
     if isinstance(weight, Int8Weight):
         codes = weight.words.view(torch.int8).view(weight.out_features, weight.in_features)
         return codes * (weight.scales * (1 / 127)).to(dtype)[:, None]
-    per_word, (words, width) = 32 // weight.bits, weight.words.shape
+    per_word, width = weight.per_word, weight.out_features
+    words = weight.in_features // per_word
     out = torch.empty(weight.in_features, width, dtype=dtype, device=weight.words.device)
     _unpack_kernel[(-(-words // _WORDS), -(-width // _OUTPUTS))](
         weight.words, weight.scales, weight.zeros, weight.groups, out, words, width,
@@ -73,16 +75,13 @@ def _unpack_kernel(
     seen = column < width
     inside = (place < words)[:, None] & seen[None, :]
     mask: tl.constexpr = (1 << bits) - 1
-    loaded = tl.load(stored + place[:, None] * width + column[None, :], mask=inside, other=0)
+    loaded = packed_words(stored, place, column, width, inside, bits)
     for j in tl.static_range(per_word):
         row = place * per_word + j
         group = tl.load(groups + row, mask=place < words, other=0)
         scale = tl.load(scales + group[:, None] * width + column[None, :], mask=inside, other=0.0).to(tl.float32)
         if zero_point < 0:
-            packed = tl.load(
-                zeros + group[:, None] * (width // per_word) + (column // per_word)[None, :], mask=inside, other=0
-            )
-            zero = (packed >> (column % per_word * bits)[None, :]) & mask
+            zero = zero_points(zeros, group[:, None], column[None, :], width, inside, bits)
         else:
             zero = zero_point
         code = (loaded >> (bits * j)) & mask

@@ -16,10 +16,12 @@ from langchain_quantllm.kernels.decoding import (
     dot,
     inverse_units,
     joined,
+    packed_words,
     pick,
     program_place,
     scaled,
     strided,
+    zero_points,
 )
 from langchain_quantllm.kernels.launching import let_next_begin, wait_for_inputs
 
@@ -73,7 +75,7 @@ def packed_vector_kernel(
     groups = pick(which, groups_1, groups_2, groups_3, weights)
     width = pick(which, outputs_1, outputs_2, outputs_3, weights)
     total = all_outputs(outputs_1, outputs_2, outputs_3, weights)
-    per_word: tl.constexpr = 32 // bits
+    per_word: tl.constexpr = 8 if bits == 3 else 32 // bits
     column = local * outputs + tl.arange(0, outputs)
     seen = column < width
     found_1 = tl.zeros([words, outputs], tl.float32)
@@ -88,9 +90,7 @@ def packed_vector_kernel(
     for first in tl.range(start, stop, words, num_stages=stages):
         place = first + tl.arange(0, words)
         inside = place < row_words
-        loaded = tl.load(
-            stored + place[:, None] * width + column[None, :], mask=inside[:, None] & seen[None, :], other=0
-        )
+        loaded = packed_words(stored, place, column, width, inside[:, None] & seen[None, :], bits)
         at = x + place[:, None] * per_word + tl.arange(0, per_word)[None, :]
         if group_size > 0:
             scale, zero = _group(
@@ -209,7 +209,7 @@ def packed_tile_kernel(
     groups = pick(which, groups_1, groups_2, groups_3, weights)
     width = pick(which, outputs_1, outputs_2, outputs_3, weights)
     total = all_outputs(outputs_1, outputs_2, outputs_3, weights)
-    per_word: tl.constexpr = 32 // bits
+    per_word: tl.constexpr = 8 if bits == 3 else 32 // bits
     middle: tl.constexpr = 1 << (bits - 1) if zero_point < 0 else zero_point
     column = local * outputs + tl.arange(0, outputs)
     seen = column < width
@@ -224,9 +224,7 @@ def packed_tile_kernel(
     for first in range(start, stop, words):
         place = first + tl.arange(0, words)
         inside = place < row_words
-        loaded = tl.load(
-            stored + place[:, None] * width + column[None, :], mask=inside[:, None] & seen[None, :], other=0
-        )
+        loaded = packed_words(stored, place, column, width, inside[:, None] & seen[None, :], bits)
         element = first * per_word + tl.arange(0, words * per_word)
         tile = tl.load(
             x + row[:, None] * row_stride + element[None, :],
@@ -276,9 +274,7 @@ def _zeros(
     zeros: tl.tensor, group: tl.tensor, column: tl.tensor, width: tl.tensor, inside: tl.tensor, bits: tl.constexpr
 ) -> tl.tensor:
     """Load zero points of a group, in float32."""
-    per_word: tl.constexpr = 32 // bits
-    packed = tl.load(zeros + group * (width // per_word) + column // per_word, mask=inside, other=0)
-    return ((packed >> (column % per_word * bits)) & ((1 << bits) - 1)).to(tl.float32)
+    return zero_points(zeros, group, column, width, inside, bits).to(tl.float32)
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
@@ -301,7 +297,8 @@ def _group(
     chunks: tl.constexpr = words // each
     place = first + each * tl.arange(0, chunks)
     inside = (place < row_words)[:, None] & (column < width)[None, :]
-    group = (place * (32 // bits) // group_size)[:, None]
+    per_word: tl.constexpr = 8 if bits == 3 else 32 // bits
+    group = (place * per_word // group_size)[:, None]
     scale = tl.load(scales + group * width + column[None, :], mask=inside, other=0.0).to(tl.float32)
     scale = tl.reshape(tl.broadcast_to(scale[:, None, :], [chunks, each, outputs]), [words, outputs])
     if zero_point < 0:

@@ -27,7 +27,15 @@ from langchain_quantllm.kernels.dense_products import dense_product
 from langchain_quantllm.kernels.launching import launch_options, wait_for_inputs
 from langchain_quantllm.kernels.packed_products import packed_tile_kernel, packed_vector_kernel
 from langchain_quantllm.kernels.row_products import row_tile_kernel, row_vector_kernel
-from langchain_quantllm.kernels.weights import FourBitWeight, GPTQWeight, Int8Weight, RepackedWeight, Weight, weight_of
+from langchain_quantllm.kernels.weights import (
+    FourBitWeight,
+    GPTQWeight,
+    Int8Weight,
+    RepackedWeight,
+    Weight,
+    codes_per_word,
+    weight_of,
+)
 
 __all__ = ["ProductConfig", "config_for", "product", "products_of_one_input", "weight_of"]
 
@@ -163,12 +171,11 @@ def config_for(
     config = _rule(packed, bits, weight.in_features, out_features, rows, multiprocessors, dtype, is_roomy)
     if not isinstance(weight, GPTQWeight):
         return config
-    if not weight.group_size:
-        # Each input has a scale and a zero point of its own to load: too much to load ahead.
-        return replace(config, stages=1)
-    if weight.zero_point < 0 and config.regime == "vector" and rows > 1:
-        return replace(config, words=config.words // 2)  # there are not enough registers
-    return config
+    words = config.words
+    if weight.zero_point < 0 and config.regime == "vector":  # there are not enough registers
+        words = (8 if bits < 4 else 16) if not weight.group_size else words // 2 if rows > 1 else words
+    # With act-order each input has a scale and a zero point of its own to load: too much to load ahead.
+    return replace(config, words=words, stages=config.stages if weight.group_size else 1)
 
 
 @cache
@@ -183,7 +190,7 @@ def _rule(
     is_roomy: bool,
 ) -> ProductConfig:
     """Choose by what was fastest on an H200: `python -m tests.product_speed`."""
-    row_words = in_features * bits // 32
+    row_words = in_features // codes_per_word(bits)
     if rows <= _RULED_VECTOR_ROWS:
         regime, decode = "vector", "shuffle"
         shape, wanted, most = _vector_tile(packed, bits, rows, out_features // multiprocessors)
@@ -208,7 +215,7 @@ def _vector_tile(packed: bool, bits: int, rows: int, share: int) -> tuple[tuple[
     are many, programs of fewer warps fill it as well, and wait less for each other.
     """
     if packed:  # rows are read across: a program has 128 bytes of each, and few programs would read long columns
-        return (32, 32 if bits > 2 or rows == 1 else 16, 1, 3), 8, 4
+        return (32, 32 if bits > 3 or rows == 1 else 16, 1, 3), 8, 4
     if bits == 8 and rows == 1:
         return ((8, 64, 1, 4) if share >= _WIDE else (4, 128, 1, 4)), 1, 2
     if bits == 8:
@@ -308,7 +315,7 @@ def _multiply(
     if isinstance(first, GPTQWeight):
         for weight, bias in zip(_three(weights), _three(addends), strict=True):
             pointers += [weight.words, weight.scales, weight.zeros, weight.groups, bias]
-        per_word = 32 // first.bits
+        per_word = first.per_word
         given |= {"bits": first.bits, "group_size": first.group_size, "zero_point": first.zero_point}
         given["chunk"] = _chunk(first.in_features, first.group_size, per_word, config.words)
         kernel = packed_vector_kernel if config.regime == "vector" else packed_tile_kernel

@@ -90,5 +90,9 @@ def _gptq(weight: GPTQWeight, dtype: torch.dtype) -> torch.Tensor:
 
 def _fields(words: torch.Tensor, bits: int) -> torch.Tensor:
     """Read the codes along the last axis of words, the lowest bits first."""
+    if bits == 3:  # 32 codes in 3 words: bit by bit
+        single = (words.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32, device=words.device)) & 1
+        places = torch.tensor([1, 2, 4], dtype=torch.int32, device=words.device)
+        return (single.reshape(*words.shape[:-1], -1, 3) * places).sum(-1, dtype=torch.int32)
     shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
     return ((words.unsqueeze(-1) >> shifts) & (1 << bits) - 1).flatten(-2)

@@ -93,13 +93,14 @@ class Int8Weight:
 
 @dataclass(frozen=True, kw_only=True)
 class GPTQWeight:
-    """A weight of GPTQ in 2, 4 or 8 bits: `(codes - zeros) * scales`, in groups of inputs.
+    """A weight of GPTQ in 2, 3, 4 or 8 bits: `(codes - zeros) * scales`, in groups of inputs.
 
     Args:
-        in_features: Inputs, a multiple of `32 / bits`.
-        out_features: Outputs, a multiple of `32 / bits`.
-        bits: Bits of a code: 2, 4 or 8.
-        words: The codes, packed along the inputs, of shape `(in_features * bits / 32, out_features)`, int32.
+        in_features: Inputs, a multiple of `32 / bits`, and in 3 bits of 32.
+        out_features: Outputs, likewise.
+        bits: Bits of a code: 2, 3, 4 or 8.
+        words: The codes, packed along the inputs, of shape `(in_features * bits / 32, out_features)`, int32; those of 3
+            bits are one stream across words.
         zeros: The zero points as they are (v2), packed along the outputs, of shape
             `(groups, out_features * bits / 32)`, int32.
         scales: Scales of shape `(groups, out_features)`, floating.
@@ -120,6 +121,11 @@ class GPTQWeight:
     group_size: int
     zero_point: int
     bias: torch.Tensor | None
+
+    @property
+    def per_word(self) -> int:
+        """Codes that kernels take at once: those of a word, or of the 3 bytes that hold 8 codes of 3 bits."""
+        return codes_per_word(self.bits)
 
     @property
     def layout(self) -> tuple[Any, ...]:
@@ -178,6 +184,11 @@ _AS_STORED = ("torch", "tritonv2")
 Weight: TypeAlias = "FourBitWeight | Int8Weight | GPTQWeight | RepackedWeight"
 
 
+def codes_per_word(bits: int) -> int:
+    """Count the codes that kernels take at once of a weight of GPTQ."""
+    return 8 if bits == 3 else 32 // bits
+
+
 def weight_of(module: torch.nn.Module) -> Weight | None:
     """Describe the weight of a quantized linear layer, without copying it.
 
@@ -188,8 +199,8 @@ def weight_of(module: torch.nn.Module) -> Weight | None:
             GPTQModel, its torch and Triton layers, which hold zero points as they are (v2).
 
     Returns:
-        The weight, or None if the module is something else, or is stored in a way that has no kernel: 3 bits,
-        inputs that do not fill whole words, a weight in halves for training.
+        The weight, or None if the module is something else, or is stored in a way that has no kernel: inputs that do
+        not fill whole words, a weight in halves for training.
     """
     parameter = getattr(module, "weight", None)
     if getattr(parameter, "quant_state", None) is not None:
@@ -279,17 +290,19 @@ def _int8(module: torch.nn.Module, parameter: Any) -> Int8Weight | None:
 def _gptq(module: Any) -> GPTQWeight | None:
     words, zeros, scales, groups = (getattr(module, name, None) for name in ("qweight", "qzeros", "scales", "g_idx"))
     bits = getattr(module, "bits", 0)
-    if bits not in (2, 4, 8) or words is None or zeros is None or scales is None or groups is None:
+    if bits not in (2, 3, 4, 8) or words is None or zeros is None or scales is None or groups is None:
         return None
     # Other layers lay their tensors out anew, some of them under the same names.
     if getattr(module, "QUANT_TYPE", None) not in _AS_STORED or words.dtype != torch.int32:
         return None
-    per_word, (packed, out_features) = 32 // bits, words.shape
-    in_features = packed * per_word
-    shapes = zeros.shape == (len(scales), out_features // per_word) and scales.shape[1] == out_features
+    packed, out_features = words.shape
+    in_features = packed * 32 // bits
+    shapes = zeros.shape == (len(scales), out_features * bits // 32) and scales.shape[1] == out_features
     if not shapes or getattr(module, "in_features", in_features) != in_features or groups.shape != (in_features,):
         return None
-    if out_features % per_word or not all(tensor.is_contiguous() for tensor in (words, zeros, scales, groups)):
+    if in_features * bits != packed * 32 or out_features * bits % 32:  # of 3 bits, 32 codes fill 3 words
+        return None
+    if not all(tensor.is_contiguous() for tensor in (words, zeros, scales, groups)):
         return None
     if int(groups.min()) < 0 or int(groups.max()) >= len(scales):
         return None  # GPTQModel counts these from the end
@@ -301,7 +314,7 @@ def _gptq(module: Any) -> GPTQWeight | None:
         zeros=zeros.detach(),
         scales=scales.detach(),
         groups=groups.detach(),
-        group_size=_group_size(groups, len(scales), per_word),
+        group_size=_group_size(groups, len(scales), codes_per_word(bits)),
         zero_point=_zero_point(zeros, bits),
         bias=_bias(module),
     )
@@ -318,6 +331,9 @@ def _group_size(groups: torch.Tensor, count: int, per_word: int) -> int:
 def _zero_point(zeros: torch.Tensor, bits: int) -> int:
     """Find the zero point that all groups have; -1 where they differ."""
     first = int(zeros.flatten()[0]) & (1 << bits) - 1
-    # The same code in every place of a word, as a signed number.
-    word = sum(first << place for place in range(0, 32, bits))
-    return first if bool((zeros == word - (word >> 31 << 32)).all()) else -1
+    # The same code in every place of the words after which codes begin with a word again, as signed numbers.
+    count = 3 if bits == 3 else 1
+    stream = sum(first << place for place in range(0, 32 * count, bits))
+    words = [(stream >> 32 * i) & 0xFFFFFFFF for i in range(count)]
+    same = torch.tensor([word - (word >> 31 << 32) for word in words], dtype=zeros.dtype, device=zeros.device)
+    return first if bool((zeros.reshape(-1, count) == same).all()) else -1

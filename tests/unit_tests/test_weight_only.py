@@ -79,7 +79,7 @@ TILE = {"regime": "tile", "outputs": 16, "words": 16, "stages": 2, "decode": "ta
 
 def _cases() -> Iterator[Case]:
     halves = (torch.float16, torch.bfloat16)
-    for kind in ("nf4", "fp4", "int8", "gptq4", "gptq8", "gptq2"):
+    for kind in ("nf4", "fp4", "int8", "gptq4", "gptq8", "gptq2", "gptq3"):
         for rows in (1, 3, 8, 17):
             yield Case(name=f"{kind}-rows-{rows}", kind=kind, rows=rows, dtype=halves[rows % 2], outputs=(32,))
         yield Case(name=f"{kind}-float32", kind=kind, rows=2, outputs=(32,))
@@ -106,7 +106,7 @@ def _cases() -> Iterator[Case]:
             yield replace(nested, name=f"{nested.name}-blocks-{block}", block=block, inputs=192, outputs=(33,))
         yield replace(nested, name=f"{nested.name}-row-of-words", nested=False, inputs=72, outputs=(19,))
     yield Case(name="int8-row-of-words", kind="int8", inputs=52, outputs=(19,), config=VECTOR)
-    for bits, rows in itertools.product((2, 4, 8), (1, 9)):
+    for bits, rows in itertools.product((2, 3, 4, 8), (1, 9)):
         config = VECTOR if rows == 1 else TILE
         gptq = Case(name=f"gptq{bits}-{rows}", kind=f"gptq{bits}", rows=rows, inputs=128, block=32, config=config)
         gptq = replace(gptq, outputs=(48,), dtype=torch.bfloat16)
@@ -118,17 +118,24 @@ def _cases() -> Iterator[Case]:
         yield replace(gptq, name=f"{gptq.name}-large-groups", block=256, inputs=512, symmetric=True)
     many = Case(name="int8-many-rows", kind="int8", rows=70, outputs=(48, 16), bias=True, dtype=torch.bfloat16)
     yield many
-    for bits in (2, 4, 8):
+    for bits in (2, 3, 4, 8):
         gptq = replace(many, name=f"gptq{bits}-many-rows", kind=f"gptq{bits}", inputs=160, block=32)
         yield gptq
         yield replace(gptq, name=f"{gptq.name}-act-order", act_order=True, symmetric=True, dtype=torch.float32)
 
 
-CASES = {case.name: case for case in _cases()}
+def _whole(case: Case) -> Case:
+    """Fill whole words with the zero points of 3 bits: 32 to 3 words."""
+    return replace(case, outputs=tuple(-(-width // 32) * 32 for width in case.outputs)) if case.bits == 3 else case
+
+
+CASES = {case.name: _whole(case) for case in _cases()}
 LARGE = {
-    case.name: case
+    case.name: _whole(case)
     for kind, decode, rows in itertools.product(
-        ("nf4", "fp4", "int8", "gptq4", "gptq8", "gptq2"), ("table", "permute", "mixed", "shuffle"), (1, 4, 8, 64, 100)
+        ("nf4", "fp4", "int8", "gptq4", "gptq8", "gptq2", "gptq3"),
+        ("table", "permute", "mixed", "shuffle"),
+        (1, 4, 8, 64, 100),
     )
     for case in [
         Case(
