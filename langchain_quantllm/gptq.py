@@ -356,6 +356,8 @@ def _choose_backend(config: Mapping[str, Any], device_kind: str, *, uneven: bool
         if config["bits"] == 8 and config["group_size"] in (-1, 16, 32, 64, 128):
             # Ten times faster than 'torch', which gptqmodel prefers; both err like bfloat16 does.
             return "gptq_torch_int8"
+    if device_kind == "cuda" and config["bits"] == 3:
+        return "gptq_torch"  # no other takes 3 bits; the fast engine's own kernels take its place
     if device_kind == "cuda" and fits and _runs_triton() and not _refusal("gptq_triton", config, "cuda"):
         # It keeps the weights as the checkpoint has them, for the fast engine's own kernels, and compiles no CUDA.
         return "gptq_triton"

@@ -58,13 +58,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 GPTQ_GROUP_SIZE = 128
 
 
-def random_checkpoint(shape: str, folder: Path, *, gptq: bool = False) -> Path:
-    """Write a Llama of random weights, as an ordinary bfloat16 checkpoint or packed as GPTQ in 4 bits.
+def random_checkpoint(shape: str, folder: Path, *, gptq: bool = False, bits: int = 4) -> Path:
+    """Write a Llama of random weights, as an ordinary bfloat16 checkpoint or packed as GPTQ.
 
     Args:
         shape: A name of `SHAPES`.
         folder: Where to write it.
         gptq: Pack the linear layers, in groups of 128, as AutoGPTQ does; no calibration, no use but measuring.
+        bits: Bits of GPTQ: 2, 3, 4 or 8.
 
     Returns:
         The folder.
@@ -88,17 +89,20 @@ def random_checkpoint(shape: str, folder: Path, *, gptq: bool = False) -> Path:
         if not gptq:
             model.save_pretrained(folder)
         else:
-            _save_random_gptq(model, folder)
+            _save_random_gptq(model, folder, bits)
     _tokenizer(SHAPES[shape]["vocab_size"]).save_pretrained(folder)
     del model
     release_memory()
     return folder
 
 
-def _save_random_gptq(model: Any, folder: Path) -> None:
+def _save_random_gptq(model: Any, folder: Path, bits: int) -> None:
     import torch
     from safetensors.torch import save_file
 
+    from langchain_quantllm.quantization.packing import pack_bits
+
+    middle, step = 1 << bits - 1, 0.032 / (1 << bits)
     tensors = {}
     for name, tensor in model.state_dict().items():
         layer = name.removesuffix(".weight")
@@ -110,9 +114,10 @@ def _save_random_gptq(model: Any, folder: Path) -> None:
         rows, columns = tensor.shape  # out_features, in_features
         groups = columns // GPTQ_GROUP_SIZE
         words = {"dtype": torch.int32, "device": tensor.device}
-        tensors[f"{layer}.qweight"] = torch.randint(-(2**31), 2**31 - 1, (columns // 8, rows), **words).cpu()
-        tensors[f"{layer}.qzeros"] = torch.full((groups, rows // 8), 0x77777777, **words).cpu()
-        tensors[f"{layer}.scales"] = torch.full((groups, rows), 0.002, dtype=torch.float16)
+        packed = torch.randint(-(2**31), 2**31 - 1, (columns * bits // 32, rows), **words)
+        zeros = pack_bits(torch.full((groups, rows), middle - 1, dtype=torch.uint8), bits)  # stored less 1
+        tensors[f"{layer}.qweight"], tensors[f"{layer}.qzeros"] = packed.cpu(), zeros
+        tensors[f"{layer}.scales"] = torch.full((groups, rows), step, dtype=torch.float16)
         tensors[f"{layer}.g_idx"] = torch.arange(columns, **words).div(GPTQ_GROUP_SIZE, rounding_mode="floor").cpu()
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -121,7 +126,7 @@ def _save_random_gptq(model: Any, folder: Path) -> None:
         "dtype": "float16",
         "quantization_config": {
             "quant_method": "gptq",
-            "bits": 4,
+            "bits": bits,
             "group_size": GPTQ_GROUP_SIZE,
             "desc_act": False,
             "sym": True,

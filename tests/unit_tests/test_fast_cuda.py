@@ -157,13 +157,14 @@ def test_fused_products_write_what_generate_writes(folder: Any, quantization: An
     llm.unload()
 
 
-def test_gptq_runs_in_graphs_and_compiles_no_cuda(folder: Any, tmp_path: Any) -> None:
+@pytest.mark.parametrize(("bits", "kernel"), [(4, "gptq_triton"), (3, "gptq_torch")])
+def test_gptq_runs_in_graphs_and_compiles_no_cuda(folder: Any, tmp_path: Any, bits: int, kernel: str) -> None:
     pytest.importorskip("gptqmodel")
-    packed = random_checkpoint("grouped", tmp_path / "gptq", gptq=True)
+    packed = random_checkpoint("grouped", tmp_path / "gptq", gptq=True, bits=bits)
     llm = make(packed, engine="fast")
     assert llm.engine_info.graphs, llm.engine_info.reason
     assert isinstance(llm.scheme, GPTQ)
-    assert llm.scheme.kernel == "gptq_triton"
+    assert llm.scheme.kernel == kernel
     assert llm.engine_info.fused["product"] == 3 * 7
     assert all(llm.batch(PROMPTS))
     llm.unload()

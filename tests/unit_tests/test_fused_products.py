@@ -26,7 +26,7 @@ from tests.unit_tests.families import generated_ids, random_ids
 from tests.unit_tests.models import tiny_model
 from tests.unit_tests.test_fusion import forwards_in, logits_of, write
 
-SCHEMES = {"int8": "int8", "gptq": GPTQ(kernel="torch")}
+SCHEMES = {"int8": "int8", "gptq4": GPTQ(kernel="torch"), "gptq3": GPTQ(kernel="torch")}
 """What has a kernel as it lies on any CPU: some repack 4 bits with the first forward."""
 
 
@@ -49,7 +49,9 @@ class Products:
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A tiny quantized model in float32, loaded."""
     SHAPES["wide"] = {**SHAPES["tiny"], "num_key_value_heads": 2, "initializer_range": 0.2}
-    folder = random_checkpoint("wide", tmp_path_factory.mktemp(request.param), gptq=request.param == "gptq")
+    name = request.param
+    options = {"gptq": True, "bits": int(name[4:])} if name.startswith("gptq") else {}
+    folder = random_checkpoint("wide", tmp_path_factory.mktemp(name), **options)
     del SHAPES["wide"]
     llm = QuantizedHuggingFaceLLM(
         model_id=str(folder), quantization=SCHEMES[request.param], dtype="float32", device="cpu", progress=False

@@ -463,7 +463,7 @@ def test_reference_dequantizes_what_was_packed(name: str) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gptqmodel") is None, reason="needs gptqmodel")
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_layers_of_gptqmodel_are_weights(bits: int) -> None:
     with contained():
         from gptqmodel.nn_modules.qlinear.torch import TorchLinear
@@ -494,9 +494,12 @@ def test_what_has_no_kernel_is_none() -> None:
     assert weight_of(torch.nn.LayerNorm(8)) is None
     assert weight_of(layer(replace(CASES["nf4-float32"], inputs=68), 8, 0)) is None  # a word of two rows
     assert weight_of(layer(replace(CASES["int8-float32"], inputs=66), 8, 0)) is None
-    three: Any = layer(CASES["gptq4-float32"], 32, 0)
-    three.bits = 3
-    assert weight_of(three) is None
+    five: Any = layer(CASES["gptq4-float32"], 32, 0)
+    five.bits = 5
+    assert weight_of(five) is None
+    not_whole: Any = layer(replace(CASES["gptq3-float32"], inputs=96, outputs=(32,)), 32, 0)
+    not_whole.qweight = not_whole.qweight[:-1].contiguous()
+    assert weight_of(not_whole) is None
     marlin: Any = layer(CASES["gptq4-float32"], 32, 0)
     marlin.QUANT_TYPE = "marlin"
     assert weight_of(marlin) is None
