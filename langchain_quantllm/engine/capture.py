@@ -47,6 +47,9 @@ def why_not_captured(model: torch.nn.Module, whole: Collection[int] = ()) -> str
         model: A loaded model.
         whole: Ids of its modules that are not called in a step, as kernels of ours do what they do.
     """
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"a hook on {name or 'the model'}, which a graph would not call"
     devices = {p.device for p in model.parameters()}
     if any(device.type != "cuda" for device in devices):
         return f"weights on {', '.join(sorted(map(str, devices)))}"

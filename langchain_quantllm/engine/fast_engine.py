@@ -147,14 +147,13 @@ class FastEngine:
                 self._stack = LoraStack(model, self._switch.names)
             self._probe = probe(model)
             attention, uses_triton = self._choose_attention()
-            self._why_not_captured = why_not_captured(model, self._whole) if uses_triton else None
-            self._runner = self._make_runner(attention, budget, captures=uses_triton and self._why_not_captured is None)
+            self._runner = self._make_runner(attention, budget, can_capture=uses_triton)
         except torch.OutOfMemoryError as error:
             msg = "the device has no memory left for the engine; free some, or load the model in fewer bits."
             raise NotEnoughMemoryError(msg) from error
         self._fingerprint = fingerprint(model, names_adapters=self._stack is not None)
 
-    def _make_runner(self, attention: Attention, budget: float | int | None, *, captures: bool) -> Runner:
+    def _make_runner(self, attention: Attention, budget: float | int | None, *, can_capture: bool) -> Runner:
         """Allocate the pool and find the runner that drives the model; with half the pool where memory is short."""
         shapes = self._probe.shapes
         pages = count_pages(shapes, budget, rows=self._slots, context=self._limits.context_tokens)
@@ -162,7 +161,7 @@ class FastEngine:
             self._limits = replace(self._limits, cache_tokens=(pages - 1) * PAGE_TOKENS)
             try:
                 self._pools = allocate_pools(shapes, pages)
-                return self._verified_runner(attention, captures=captures)
+                return self._verified_runner(attention, can_capture=can_capture)
             except (NotEnoughMemoryError, torch.OutOfMemoryError):
                 # What is measured as free may be in pieces, or not for this process.
                 if budget is not None or pages < _FEWEST_PAGES:
@@ -190,7 +189,7 @@ class FastEngine:
             return GatherAttention(), False
         return attention, True
 
-    def _verified_runner(self, attention: Attention, *, captures: bool) -> Runner:
+    def _verified_runner(self, attention: Attention, *, can_capture: bool) -> Runner:
         """Make the runner that gives the model's own logits: by registered attention, or by catching PyTorch's."""
         context = self._limits.context_tokens
         cached = (self._limits.cache_tokens or 0) // PAGE_TOKENS
@@ -207,7 +206,8 @@ class FastEngine:
                 pages_per_row=max(2, pages_per_row),
                 vocab_size=self._probe.vocab_size,
                 by_sdpa=by_sdpa,
-                captures=captures,
+                can_capture=can_capture,
+                why_no_graphs=why_not_captured(self._model, self._whole) if can_capture else None,
                 adapters=self._stack,
                 fusion=self._fusion,
             )
@@ -229,12 +229,12 @@ class FastEngine:
     def info(self) -> EngineInfo:
         """Which engine this is."""
         token_bytes = sum(shape.token_bytes for shape in self._probe.shapes)
-        why_not = self._why_not_captured or self._runner.why_no_graphs
+        why_not = self._runner.why_no_graphs
         notes = [*self._notes, *([f"decode steps are no CUDA graphs: {why_not}"] if why_not else [])]
         return EngineInfo(
             name="fast",
             reason="; ".join(["one running batch over pages", *notes]),
-            graphs=self._runner.captures and why_not is None,
+            graphs=self._runner.captures,
             kv_cache_tokens=self._limits.cache_tokens,
             kv_cache_bytes=self._pages.pages * PAGE_TOKENS * token_bytes,
             fused={} if self._fusion is None else {kind.kind: kind.fused for kind in self._fusion.summary},
@@ -525,10 +525,9 @@ class FastEngine:
         for job in self._jobs.values():
             job.state.keep_to_itself()
         self._fuse_anew()
+        if self._runner.can_capture:
+            self._runner.why_no_graphs = why_not_captured(self._model, self._whole)
         self._runner.refresh()
-        if self._runner.captures:
-            self._why_not_captured = why_not_captured(self._model, self._whole)
-            self._runner.captures = self._why_not_captured is None
         self._restack()
         # At last, for it all to be done again if something fails; fused steps may have moved weights, too.
         self._fingerprint = fingerprint(self._model, names_adapters=self._stack is not None)

@@ -124,7 +124,8 @@ class Runner:
         pages_per_row: int,
         vocab_size: int,
         by_sdpa: bool,
-        captures: bool,
+        can_capture: bool,
+        why_no_graphs: str | None = None,
         adapters: LoraStack | None = None,
         fusion: Fusion | None = None,
     ) -> None:
@@ -138,7 +139,8 @@ class Runner:
             pages_per_row: Most pages of one row.
             vocab_size: Width of the model's logits.
             by_sdpa: Whether the model calls PyTorch's attention itself.
-            captures: Whether decode steps become CUDA graphs.
+            can_capture: Whether there are CUDA graphs where this runs.
+            why_no_graphs: What is known against steps of this model being such.
             adapters: What rows choose their adapters from; None where the model runs as it is.
             fusion: The model's fused steps; None where its modules run as they are.
         """
@@ -150,7 +152,7 @@ class Runner:
         self._fusion = fusion
         self.device = model.get_input_embeddings().weight.device
         self.is_asynchronous = self.device.type == "cuda"
-        self.captures = captures
+        self.can_capture = can_capture
         self.sampler = BatchSampler(slots, vocab_size, self.device)
         self._padding_slot = slots
         self._table = torch.zeros(slots + 1, pages_per_row, dtype=torch.int32, device=self.device)
@@ -159,15 +161,15 @@ class Runner:
         self._keeps_logits = "logits_to_keep" in inspect.signature(_innermost(model).forward).parameters
         self.windows: dict[int, int] = {}
         """Window of each layer that attended in the last forward that was no replay; 0 for none."""
-        self.why_no_graphs: str | None = None
-        """What made a graph impossible although nothing was known against it."""
-        if captures:
+        self.why_no_graphs = why_no_graphs
+        """What is against graphs: known from the start or after a change, or found when one was captured."""
+        if can_capture:
             most = _BUCKETS[-1]
             self._inputs = torch.zeros(5, most, dtype=torch.int32, device=self.device)
             self._staged = [torch.zeros(5, most, dtype=torch.int32, pin_memory=True) for _ in range(4)]
             self._mask = torch.zeros(most, self._mask_words, dtype=torch.int32, device=self.device)
         self._prefill_graphs: PrefillGraphs | None = None
-        if captures and attention.prefills_on_device and pages_per_row * PAGE_TOKENS >= PREFILL_BLOCK:
+        if can_capture and attention.prefills_on_device and pages_per_row * PAGE_TOKENS >= PREFILL_BLOCK:
             self._prefill_graphs = PrefillGraphs(self._forward_pack, self.device)
         self._steps = 0
         self._staged_masks: list[torch.Tensor] = []
@@ -175,6 +177,11 @@ class Runner:
         self._graphs: dict[int, StepGraph] = {}
         self._draw_graphs: dict[tuple[int, int, int], StepGraph] = {}
         self.refresh()
+
+    @property
+    def captures(self) -> bool:
+        """Whether steps become CUDA graphs."""
+        return self.can_capture and self.why_no_graphs is None
 
     def refresh(self) -> None:
         """Forget what was captured, as after a change of the model's modules or weights, or a failure."""
@@ -268,7 +275,7 @@ class Runner:
         inputs = self._lines_of(rows, positions, pages, chances)
         count = len(rows)
         bucket = next((b for b in _BUCKETS if b >= count), None)
-        if bucket is None or not self.captures or self.why_no_graphs is not None:
+        if bucket is None or not self.captures:
             inputs = inputs.to(self.device)
             spans = [Span(slot=r.slot, first=0, position=p, count=1) for r, p in zip(rows, positions, strict=True)]
             logits = self._decode_step(inputs, spans)

@@ -177,7 +177,7 @@ def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def fingerprint(model: Any, *, names_adapters: bool = False) -> int:
-    """Tell a model from itself with other weights or adapters; quick, as it is asked whenever requests come.
+    """Tell a model from itself with other weights, adapters or hooks; quick, as it is asked whenever requests come.
 
     Weights that are changed through `.data` in place are not seen: nothing counts these changes.
 
@@ -195,6 +195,8 @@ def fingerprint(model: Any, *, names_adapters: bool = False) -> int:
         parts.append(id(module))
         waiting += [child for child in module._modules.values() if child is not None]
         parts += [(id(p), p._version, p.data_ptr()) for p in module._parameters.values() if p is not None]
+        if module._forward_hooks or module._forward_pre_hooks:
+            parts.append((tuple(module._forward_hooks), tuple(module._forward_pre_hooks)))
         if isinstance(getattr(type(module), "disable_adapters", None), property):  # a layer of peft's
             parts.append(tuple(module.merged_adapters))
             if not names_adapters:

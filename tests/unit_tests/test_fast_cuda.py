@@ -179,17 +179,21 @@ def test_what_cannot_be_captured_runs_eagerly_and_harms_nobody(
     llm = make(folder, dtype="float32", engine="fast").load()
     expected = generated(llm, PROMPTS[1])
 
-    def wait(module: Any, args: Any, output: Any) -> None:
-        float(output[0].sum())
+    layer = llm.pipeline.model.model.layers[1]
 
-    handle = llm.pipeline.model.model.layers[1].register_forward_hook(wait)
+    def wait(*args: Any, **kwargs: Any) -> Any:
+        output = type(layer).forward(layer, *args, **kwargs)
+        float(output[0].sum())
+        return output
+
+    layer.forward = wait
     try:
         assert llm.invoke(PROMPTS[1]) == expected
         info = llm.engine_info
         assert not info.graphs
         assert ("_local_scalar_dense" in info.reason) if sees else ("failed" in info.reason)
     finally:
-        handle.remove()
+        del layer.forward
     assert len(torch.rand(3, device="cuda").tolist()) == 3  # a failed capture leaves these broken
     active = torch.cuda.memory_stats()["active_bytes.all.current"]
     shared = torch.empty(10_000_000, device="cuda")
@@ -203,6 +207,32 @@ def test_what_cannot_be_captured_runs_eagerly_and_harms_nobody(
     assert other.engine_info.graphs
     assert other.invoke(PROMPTS[1]) == expected
     other.unload()
+
+
+def test_a_hook_that_comes_later_is_called_and_steers(folder: Any) -> None:
+    llm = make(folder, dtype="float32", engine="fast").load()
+    before = [generated(llm, prompt) for prompt in PROMPTS]
+    assert llm.batch(PROMPTS) == before
+    assert llm.engine_info.graphs
+    layer, seen = llm.pipeline.model.model.layers[1], []
+    shift = torch.randn(llm.pipeline.model.config.hidden_size, device="cuda")
+
+    def steer(module: Any, args: Any, output: Any) -> Any:
+        seen.append(output.shape)
+        return output + shift
+
+    handle = layer.register_forward_hook(steer)
+    expected = [generated(llm, prompt) for prompt in PROMPTS]
+    assert expected != before
+    seen.clear()
+    assert llm.batch(PROMPTS) == expected
+    assert len(seen) > 5
+    assert not llm.engine_info.graphs
+    assert "a hook on model.layers.1" in llm.engine_info.reason
+    handle.remove()
+    assert llm.batch(PROMPTS) == before
+    assert llm.engine_info.graphs
+    llm.unload()
 
 
 def test_the_cache_takes_what_it_was_given_and_unload_gives_it_back(folder: Any) -> None:

@@ -917,6 +917,20 @@ class TestChanges:
         model.load_state_dict({name: -value for name, value in model.state_dict().items()})
         assert ids_after(llm, ids_of(40)) == generated_ids(model, ids_of(40), 12)
 
+    def test_a_hook_that_steers(self, make_tiny: Callable[..., QuantizedHuggingFaceLLM]) -> None:
+        llm = make_tiny()
+        model = llm.pipeline.model
+        before = ids_after(llm, ids_of(40))
+        shift = torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(1))
+        handle = model.model.layers[0].register_forward_hook(lambda module, args, output: output + shift)
+        steered = generated_ids(model, ids_of(40), 12)
+        assert steered != before
+        rest()
+        assert ids_after(llm, ids_of(40)) == steered
+        handle.remove()
+        rest()
+        assert ids_after(llm, ids_of(40)) == before
+
     def test_at_once_after_a_call(self, make_tiny: Callable[..., QuantizedHuggingFaceLLM]) -> None:
         """When the engine's thread is not asleep yet."""
         llm = make_tiny()

@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from langchain_quantllm.engine.adapters import AdapterSwitch
+from langchain_quantllm.engine.capture import why_not_captured
 from langchain_quantllm.engine.fast_engine import FastEngine
 from langchain_quantllm.engine.fused_layers import GateStep, NormStep
 from langchain_quantllm.engine.fusion import GATE, KINDS, NORM, PRODUCT, RESIDUAL, ROTARY, Fusion
@@ -255,6 +256,25 @@ class TestStandingIn:
         with fusion.applied():
             logits_of(model, [1, 2, 3])
         assert len(seen) == 1
+
+    def test_hooks_that_come_later_see_it_too(self, tokenizer: Any) -> None:
+        model, seen = tiny_model(len(tokenizer)), []
+        fusion = fuse(model)
+        engine = FastEngine(pipeline_of(model, tokenizer), fusion=fusion)
+        expected = write(engine, [random_ids(9)], 4)
+        norm = model.model.layers[0].post_attention_layernorm
+        assert id(norm) in fusion.steps
+        handle = norm.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+        assert why_not_captured(model) == (
+            "a hook on model.layers.0.post_attention_layernorm, which a graph would not call"
+        )
+        seen.clear()
+        assert write(engine, [random_ids(9)], 4) == expected
+        assert len(seen) >= 4
+        handle.remove()
+        assert why_not_captured(model) == "weights on cpu"
+        engine.close()
+        fusion.close()
 
     def test_weights_are_read_when_they_are_used(self) -> None:
         model = tiny_model(300)

@@ -41,7 +41,7 @@ def make_runner(family: str) -> Runner:
         pages_per_row=16,
         vocab_size=found.vocab_size,
         by_sdpa=False,
-        captures=False,
+        can_capture=False,
     )
 
 
