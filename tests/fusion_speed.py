@@ -3,8 +3,9 @@
     python -m tests.fusion_speed --shape llama-2-7b --quantization nf4
 
 Needs a CUDA GPU. The model has random weights of the shape, which speed does not depend on. Every kind is measured by
-itself and all together, beside the step without any, in one process over the same weights. Prints lines as they come,
-and one line of JSON in the end. What does not begin within `--seconds` is left out, and named.
+itself and all together, beside the step without any, in one process over the same weights; kernels beside plain torch,
+and liger-kernel where it is installed. Prints lines as they come, and one line of JSON in the end. What does not begin
+within `--seconds` is left out, and named.
 """
 
 from __future__ import annotations
@@ -138,10 +139,40 @@ def measure_kernels(shape: dict[str, int], rows: int, dtype: torch.dtype) -> dic
         "rotate_and_write": rotate,
     }
     with torch.no_grad():
-        return {
+        times = {
             name: {"fused_us": us_of(make(fused)), "torch_us": us_of(make(fused_reference))}
             for name, make in bodies.items()
         }
+        for name, body in liger_bodies(x, residual, opening, values, weight, (query, key, cos, sin)).items():
+            times[name]["liger_us"] = us_of(body)
+    return times
+
+
+def liger_bodies(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    opening: torch.Tensor,
+    values: torch.Tensor,
+    weight: torch.Tensor,
+    rotated: tuple[torch.Tensor, ...],
+) -> dict[str, Callable[[int], Any]]:
+    """Give liger-kernel's ways to the same, where it is installed; its rotation writes no cache."""
+    try:
+        from liger_kernel.ops.fused_add_rms_norm import fused_add_rms_norm_forward
+        from liger_kernel.ops.geglu import geglu_forward
+        from liger_kernel.ops.rms_norm import rms_norm_forward
+        from liger_kernel.ops.rope import rope_forward
+        from liger_kernel.ops.swiglu import swiglu_forward
+    except ImportError:
+        return {}
+    query, key, cos, sin = rotated
+    return {
+        "rms_norm": lambda i: rms_norm_forward(x[i], weight, 1e-5, 0.0, "llama", False),
+        "add_rms_norm": lambda i: fused_add_rms_norm_forward(x[i], residual[i], weight, 1e-5, 0.0, "llama"),
+        "gate_silu": lambda i: swiglu_forward(opening[i], values[i]),
+        "gate_gelu_tanh": lambda i: geglu_forward(opening[i], values[i]),
+        "rotate_and_write": lambda i: rope_forward(query[i], key[i], cos, sin),
+    }
 
 
 def main() -> None:
@@ -150,6 +181,7 @@ def main() -> None:
     parser.add_argument("--shape", default="llama-2-7b", choices=sorted(SHAPES))
     parser.add_argument("--quantization", default="nf4", help="a scheme, 'gptq', or 'none'")
     parser.add_argument("--kernel", default="auto", help="of GPTQ")
+    parser.add_argument("--bits", type=int, default=4, help="of GPTQ")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 64])
     parser.add_argument("--position", type=int, default=158, help="where in their texts the rows are")
     parser.add_argument("--kv-cache", default="8GiB")
@@ -160,14 +192,16 @@ def main() -> None:
         parser.error("needs a CUDA GPU")
     began, left_out = time.perf_counter(), []
     result: dict[str, Any] = {"shape": asked.shape, "quantization": asked.quantization, "position": asked.position}
+    if asked.quantization == "gptq":
+        result["bits"] = asked.bits
     result |= {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     dtype = torch.float16 if asked.quantization == "gptq" else torch.bfloat16
     result["kernel_us"] = {}
     for rows in asked.rows:
         result["kernel_us"][str(rows)] = found = measure_kernels(SHAPES[asked.shape], rows, dtype)
-        print(f"{rows} rows: " + ", ".join(f"{k} {t['fused_us']} ({t['torch_us']})" for k, t in found.items()))
+        print(f"{rows} rows: " + ", ".join(f"{k} {t}" for k, t in found.items()))
     with tempfile.TemporaryDirectory() as folder:
-        random_checkpoint(asked.shape, Path(folder), gptq=asked.quantization == "gptq")
+        random_checkpoint(asked.shape, Path(folder), gptq=asked.quantization == "gptq", bits=asked.bits)
         scheme = GPTQ(kernel=asked.kernel) if asked.quantization == "gptq" else asked.quantization
         llm = QuantizedHuggingFaceLLM(
             model_id=folder,
