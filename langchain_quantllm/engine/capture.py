@@ -40,6 +40,18 @@ _WAITS = (
 """Operations for which the host waits until the device has come to them."""
 
 
+_IDLE_HOOKS = "transformers.utils.output_capturing"
+"""Whose hooks stay on the modules of a model that was asked for hidden states once, and do nothing while it is not."""
+
+
+def hooks_of(module: torch.nn.Module) -> tuple[int, ...]:
+    """Give the ids of the hooks that a module's forward calls, but for those that transformers leaves behind."""
+    if not (module._forward_hooks or module._forward_pre_hooks):
+        return ()
+    hooks = {**module._forward_pre_hooks, **module._forward_hooks}
+    return tuple(key for key, hook in hooks.items() if getattr(hook, "__module__", None) != _IDLE_HOOKS)
+
+
 def why_not_captured(model: torch.nn.Module, whole: Collection[int] = ()) -> str | None:
     """Give the reason why steps of a model cannot be CUDA graphs, or None where none is known.
 
@@ -48,7 +60,7 @@ def why_not_captured(model: torch.nn.Module, whole: Collection[int] = ()) -> str
         whole: Ids of its modules that are not called in a step, as kernels of ours do what they do.
     """
     for name, module in model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
+        if hooks_of(module):
             return f"a hook on {name or 'the model'}, which a graph would not call"
     devices = {p.device for p in model.parameters()}
     if any(device.type != "cuda" for device in devices):

@@ -525,9 +525,7 @@ class FastEngine:
         for job in self._jobs.values():
             job.state.keep_to_itself()
         self._fuse_anew()
-        if self._runner.can_capture:
-            self._runner.why_no_graphs = why_not_captured(self._model, self._whole)
-        self._runner.refresh()
+        self._runner.take_changes(why_not_captured(self._model, self._whole) if self._runner.can_capture else None)
         self._restack()
         # At last, for it all to be done again if something fails; fused steps may have moved weights, too.
         self._fingerprint = fingerprint(self._model, names_adapters=self._stack is not None)

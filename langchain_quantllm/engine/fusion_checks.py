@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from langchain_quantllm.engine.attention import Batch, Forward, GatherAttention, LayerPool, Span, driving
+from langchain_quantllm.engine.capture import hooks_of
 from langchain_quantllm.engine.fused_layers import (
     Carried,
     GateStep,
@@ -182,6 +183,9 @@ def gate_step(call: Call, kernels: Any) -> GateStep:
     """
     expected, module = output_of(call), call.module
     function = getattr(module, "act_fn", getattr(module, "activation_fn", None))
+    if isinstance(function, torch.nn.Module) and hooks_of(function):
+        msg = "its activation has hooks, which would see nothing"
+        raise UnsupportedError(msg)
     activation = None if function is None else _activation_of(function, expected.device)
     if activation is None:
         msg = "its activation is neither SiLU nor GELU"
@@ -343,7 +347,7 @@ def residual_step(call: Call, norms: Mapping[int, NormStep], following: Call | N
         raise UnsupportedError(msg)
 
     def known(norm: Any) -> tuple[NormStep, weakref.ref[Any]] | None:
-        is_plain = not (norm is None or norm._forward_hooks or norm._forward_pre_hooks)  # which would see nothing
+        is_plain = norm is not None and not hooks_of(norm)  # which would see nothing
         return (norms[id(norm)], weakref.ref(norm)) if is_plain and id(norm) in norms else None
 
     step = ResidualStep(

@@ -183,8 +183,19 @@ class Runner:
         """Whether steps become CUDA graphs."""
         return self.can_capture and self.why_no_graphs is None
 
+    def take_changes(self, why_no_graphs: str | None) -> None:
+        """Begin anew with a model whose modules or weights have changed.
+
+        Args:
+            why_no_graphs: What is known now against its steps being graphs.
+        """
+        self.why_no_graphs = why_no_graphs
+        if self._prefill_graphs is not None:
+            self._prefill_graphs.why_not = None
+        self.refresh()
+
     def refresh(self) -> None:
-        """Forget what was captured, as after a change of the model's modules or weights, or a failure."""
+        """Forget what was captured, as after a failure."""
         if self._graphs:
             torch.cuda.synchronize(self.device)  # none of them may still run
         self._graphs.clear()

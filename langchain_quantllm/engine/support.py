@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from langchain_quantllm.engine.attention import without_gradients
+from langchain_quantllm.engine.capture import hooks_of
 from langchain_quantllm.engine.kv_pool import LayerShape, shapes_of
 from langchain_quantllm.errors import UnsupportedError
 
@@ -195,8 +196,7 @@ def fingerprint(model: Any, *, names_adapters: bool = False) -> int:
         parts.append(id(module))
         waiting += [child for child in module._modules.values() if child is not None]
         parts += [(id(p), p._version, p.data_ptr()) for p in module._parameters.values() if p is not None]
-        if module._forward_hooks or module._forward_pre_hooks:
-            parts.append((tuple(module._forward_hooks), tuple(module._forward_pre_hooks)))
+        parts += hooks_of(module)
         if isinstance(getattr(type(module), "disable_adapters", None), property):  # a layer of peft's
             parts.append(tuple(module.merged_adapters))
             if not names_adapters:

@@ -22,6 +22,7 @@ from langchain_quantllm.engine.fused_layers import GateStep, NormStep
 from langchain_quantllm.engine.fusion import GATE, KINDS, NORM, PRODUCT, RESIDUAL, ROTARY, Fusion
 from langchain_quantllm.engine.options import GenerationOptions
 from langchain_quantllm.engine.request import plan_requests
+from langchain_quantllm.engine.support import fingerprint
 from langchain_quantllm.errors import InvalidOptionError
 from langchain_quantllm.kernels import fused_reference, weight_reference
 from tests.unit_tests.adapters import make_adapter, quietly
@@ -275,6 +276,25 @@ class TestStandingIn:
         assert why_not_captured(model) == "weights on cpu"
         engine.close()
         fusion.close()
+
+    @pytest.mark.parametrize("part", ["mlp.act_fn", "mlp.gate_proj", "self_attn.q_proj", "self_attn", "mlp"])
+    def test_hooks_see_every_part(self, part: str) -> None:
+        model, seen = tiny_model(300), []
+        model.model.layers[0].get_submodule(part).register_forward_hook(lambda *given: seen.append(given))
+        fusion = fuse(model)
+        seen.clear()
+        with fusion.applied():
+            logits_of(model, [1, 2, 3])
+        assert len(seen) == 1
+
+    def test_hidden_states_asked_for_once_change_nothing(self) -> None:
+        """transformers leaves its hooks on the modules, and they do nothing from then on."""
+        model = tiny_model(300)
+        before = fingerprint(model)
+        assert model(torch.tensor([[1, 2, 3]]), output_hidden_states=True).hidden_states
+        assert model.model.layers[0]._forward_hooks
+        assert fingerprint(model) == before
+        assert why_not_captured(model) == "weights on cpu"
 
     def test_weights_are_read_when_they_are_used(self) -> None:
         model = tiny_model(300)

@@ -498,8 +498,12 @@ def test_what_has_no_kernel_is_none() -> None:
     five.bits = 5
     assert weight_of(five) is None
     not_whole: Any = layer(replace(CASES["gptq3-float32"], inputs=96, outputs=(32,)), 32, 0)
-    not_whole.qweight = not_whole.qweight[:-1].contiguous()
+    not_whole.qweight, not_whole.g_idx = not_whole.qweight[:-1].contiguous(), not_whole.g_idx[:85].contiguous()
     assert weight_of(not_whole) is None
+    uneven: Any = layer(CASES["gptq3-float32"], 32, 0)
+    uneven.qweight, uneven.scales = uneven.qweight[:, :24].contiguous(), uneven.scales[:, :24].contiguous()
+    uneven.qzeros = uneven.qzeros[:, :2].contiguous()
+    assert weight_of(uneven) is None
     marlin: Any = layer(CASES["gptq4-float32"], 32, 0)
     marlin.QUANT_TYPE = "marlin"
     assert weight_of(marlin) is None
