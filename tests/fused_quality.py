@@ -2,9 +2,8 @@
 
     python -m tests.fused_quality FOLDER --schemes none,int8 --max-tokens 4000
 
-Runs on a CPU: the plain torch versions of the kernels compute, products over dequantized weights in float32.
-bitsandbytes repacks 4 bits on CPUs with AVX512-BF16, which leaves these to their own modules there. A folder with a
-GPTQ checkpoint is measured with `--schemes gptq`.
+Runs on a CPU: the plain torch versions of the kernels compute, products over dequantized weights in float32. A folder
+with a GPTQ checkpoint is measured with `--schemes gptq`.
 """
 
 from __future__ import annotations
@@ -27,14 +26,15 @@ class DenseProducts:
 
     def __init__(self) -> None:
         """Begin with none dequantized."""
-        self._dense: dict[int, torch.Tensor] = {}
+        self._dense: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def product(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
         """Multiply; see `weight_reference.product`."""
         key = weight.words.data_ptr()
         if key not in self._dense:
-            self._dense[key] = weight_reference.dequantize(weight, torch.float32)
-        return torch.nn.functional.linear(x.float(), self._dense[key], None if bias is None else bias.float())
+            # With what it was made of, or something else might come to lie there.
+            self._dense[key] = weight.words, weight_reference.dequantize(weight, torch.float32)
+        return torch.nn.functional.linear(x.float(), self._dense[key][1], None if bias is None else bias.float())
 
     def products_of_one_input(self, x: torch.Tensor, weights: Sequence[Weight]) -> list[torch.Tensor]:
         """Multiply by several; see `weight_reference.products_of_one_input`."""
