@@ -261,9 +261,8 @@ def all_scaled_codes(words: tl.tensor, magic: tl.tensor, bits: tl.constexpr, zer
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
-def inverse_units(bits: tl.constexpr) -> tl.tensor:
+def inverse_units(bits: tl.constexpr, per_word: tl.constexpr) -> tl.tensor:
     """Give what undoes the `code_unit` of each code of a word, as powers of two of shape `(1, per_word)`, float32."""
-    per_word: tl.constexpr = 8 if bits == 3 else 32 // bits
     places = tl.arange(0, per_word) * bits % 16
     return ((127 - places) << 23).to(tl.float32, bitcast=True)[None, :]
 

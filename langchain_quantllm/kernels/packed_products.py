@@ -55,6 +55,7 @@ def packed_vector_kernel(
     weights: tl.constexpr,
     rows: tl.constexpr,
     bits: tl.constexpr,
+    per_word: tl.constexpr,
     group_size: tl.constexpr,
     chunk: tl.constexpr,
     zero_point: tl.constexpr,
@@ -75,7 +76,6 @@ def packed_vector_kernel(
     groups = pick(which, groups_1, groups_2, groups_3, weights)
     width = pick(which, outputs_1, outputs_2, outputs_3, weights)
     total = all_outputs(outputs_1, outputs_2, outputs_3, weights)
-    per_word: tl.constexpr = 8 if bits == 3 else 32 // bits
     column = local * outputs + tl.arange(0, outputs)
     seen = column < width
     found_1 = tl.zeros([words, outputs], tl.float32)
@@ -94,7 +94,19 @@ def packed_vector_kernel(
         at = x + place[:, None] * per_word + tl.arange(0, per_word)[None, :]
         if group_size > 0:
             scale, zero = _group(
-                scales, zeros, column, width, first, row_words, outputs, words, bits, group_size, chunk, zero_point
+                scales,
+                zeros,
+                column,
+                width,
+                first,
+                row_words,
+                outputs,
+                words,
+                bits,
+                per_word,
+                group_size,
+                chunk,
+                zero_point,
             )
             values = all_scaled_codes(loaded, magic, bits, 0 if zero_point < 0 else zero_point)
             weight = joined(values, words, outputs, per_word)
@@ -153,7 +165,7 @@ def _sums(
 ) -> tl.tensor:
     """Multiply a tile of codes of shape `(words, outputs, per_word)` by the inputs at `at`."""
     inputs = tl.load(at, mask=inside[:, None], other=0.0).to(tl.float32)
-    found = tl.sum(weight * (inputs * inverse_units(bits))[:, None, :], 2)
+    found = tl.sum(weight * (inputs * inverse_units(bits, weight.shape[2]))[:, None, :], 2)
     if zero_point < 0:
         found -= zero * tl.sum(inputs, 1)[:, None]
     return found * scale
@@ -187,6 +199,7 @@ def packed_tile_kernel(
     rows: tl.tensor,
     weights: tl.constexpr,
     bits: tl.constexpr,
+    per_word: tl.constexpr,
     group_size: tl.constexpr,
     chunk: tl.constexpr,
     zero_point: tl.constexpr,
@@ -209,7 +222,6 @@ def packed_tile_kernel(
     groups = pick(which, groups_1, groups_2, groups_3, weights)
     width = pick(which, outputs_1, outputs_2, outputs_3, weights)
     total = all_outputs(outputs_1, outputs_2, outputs_3, weights)
-    per_word: tl.constexpr = 8 if bits == 3 else 32 // bits
     middle: tl.constexpr = 1 << (bits - 1) if zero_point < 0 else zero_point
     column = local * outputs + tl.arange(0, outputs)
     seen = column < width
@@ -244,7 +256,19 @@ def packed_tile_kernel(
             found += part * scale[:, None]
         elif group_size > 0:
             scale, zero = _group(
-                scales, zeros, column, width, first, row_words, outputs, words, bits, group_size, chunk, zero_point
+                scales,
+                zeros,
+                column,
+                width,
+                first,
+                row_words,
+                outputs,
+                words,
+                bits,
+                per_word,
+                group_size,
+                chunk,
+                zero_point,
             )
             for j in tl.static_range(per_word):
                 weight = scaled(centered(loaded, zero, bits * j, bits, dtype), scale, dtype)
@@ -288,6 +312,7 @@ def _group(
     outputs: tl.constexpr,
     words: tl.constexpr,
     bits: tl.constexpr,
+    per_word: tl.constexpr,
     group_size: tl.constexpr,
     chunk: tl.constexpr,
     zero_point: tl.constexpr,
@@ -297,7 +322,6 @@ def _group(
     chunks: tl.constexpr = words // each
     place = first + each * tl.arange(0, chunks)
     inside = (place < row_words)[:, None] & (column < width)[None, :]
-    per_word: tl.constexpr = 8 if bits == 3 else 32 // bits
     group = (place * per_word // group_size)[:, None]
     scale = tl.load(scales + group * width + column[None, :], mask=inside, other=0.0).to(tl.float32)
     scale = tl.reshape(tl.broadcast_to(scale[:, None, :], [chunks, each, outputs]), [words, outputs])

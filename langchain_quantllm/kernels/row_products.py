@@ -266,7 +266,7 @@ def _sums(
     """Multiply a tile of shape `(outputs, words, per_word)` by the inputs at `at`; four words become one sum."""
     inputs = tl.load(at, mask=inside[:, None], other=0.0).to(tl.float32)
     if bits == 8:
-        inputs *= inverse_units(bits)
+        inputs *= inverse_units(bits, 32 // bits)
     found = tl.sum(weight * inputs[None, :, :], 2) * scale
     return tl.sum(tl.reshape(found, [outputs, words // 4, 4]), 2)
 

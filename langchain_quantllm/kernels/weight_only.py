@@ -316,7 +316,12 @@ def _multiply(
         for weight, bias in zip(_three(weights), _three(addends), strict=True):
             pointers += [weight.words, weight.scales, weight.zeros, weight.groups, bias]
         per_word = first.per_word
-        given |= {"bits": first.bits, "group_size": first.group_size, "zero_point": first.zero_point}
+        given |= {
+            "bits": first.bits,
+            "per_word": per_word,
+            "group_size": first.group_size,
+            "zero_point": first.zero_point,
+        }
         given["chunk"] = _chunk(first.in_features, first.group_size, per_word, config.words)
         kernel = packed_vector_kernel if config.regime == "vector" else packed_tile_kernel
     else:
