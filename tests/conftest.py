@@ -6,6 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+
+def pytest_runtest_setup() -> None:
+    """Begin every test, and what is made for it, with the same random numbers: it fails everywhere or nowhere."""
+    torch.manual_seed(0)
 
 
 def _model(name: str) -> Path | None:

@@ -59,7 +59,7 @@ GPTQ_GROUP_SIZE = 128
 
 
 def random_checkpoint(shape: str, folder: Path, *, gptq: bool = False, bits: int = 4) -> Path:
-    """Write a Llama of random weights, as an ordinary bfloat16 checkpoint or packed as GPTQ.
+    """Write a Llama of random weights, as an ordinary bfloat16 checkpoint or packed as GPTQ; the same with each call.
 
     Args:
         shape: A name of `SHAPES`.
@@ -84,7 +84,9 @@ def random_checkpoint(shape: str, folder: Path, *, gptq: bool = False, bits: int
     options = {"model_type": "llama", **SHAPES[shape]}
     config = AutoConfig.for_model(**options, bos_token_id=0, eos_token_id=1, dtype="bfloat16")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with torch.device(device), progress_bars(shown=False):
+    gpus = range(torch.cuda.device_count())
+    with torch.random.fork_rng(gpus), torch.device(device), progress_bars(shown=False):
+        torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config).to(torch.float16 if gptq else torch.bfloat16)
         if not gptq:
             model.save_pretrained(folder)

@@ -286,7 +286,7 @@ def random_ids(count: int, *, seed: int = 0) -> list[int]:
 
 
 def generated_ids(model: Any, prompt_ids: Sequence[int], max_new_tokens: int) -> list[int]:
-    """Continue a text greedily with transformers' own `generate`, the reference."""
+    """Continue a text greedily with transformers' own `generate`, the reference, past end tokens too."""
     given = torch.tensor([list(prompt_ids)])
     output = model.generate(
         given,
@@ -294,6 +294,7 @@ def generated_ids(model: Any, prompt_ids: Sequence[int], max_new_tokens: int) ->
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=0,
+        eos_token_id=None,
     )
     return output[0, len(prompt_ids) :].tolist()
 
