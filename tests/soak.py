@@ -20,6 +20,7 @@ import threading
 import time
 import types
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -32,6 +33,8 @@ from langchain_quantllm.errors import QuantLLMError
 from tests.unit_tests.models import llm_of, tiny_model
 
 CONTEXT_TOKENS = 256
+COUNTED = ("threads", "files", "tensors", "bytes of tensors")
+"""What there may be no more of in the end than halfway."""
 
 
 def byte_tokenizer() -> Any:
@@ -139,7 +142,7 @@ def soak(requests: int, threads: int = 8, *, seed: int = 0) -> dict[str, Any]:
     failures: list[BaseException] = []
     known: dict[int, weakref.ref[torch.Tensor]] = {}
 
-    def run(requests: int, seed: int) -> dict[str, int]:
+    def run(requests: int, seed: int) -> dict[str, Any]:
         """Send requests from all threads, and look at what there is when all have ended."""
         numbers = iter(range(requests))
 
@@ -157,16 +160,21 @@ def soak(requests: int, threads: int = 8, *, seed: int = 0) -> dict[str, Any]:
             thread.join()
         if failures:
             raise failures[0]
+        del callers
+        return settled(look)
+
+    def look() -> dict[str, Any]:
+        """Count what there is when the engine rests."""
         deadline = time.monotonic() + 10
         # Streams that were cancelled last, and the end of the step in which the last row ended.
-        while (engine._jobs or not _is_at_rest(engine)) and time.monotonic() < deadline:
+        while not _is_at_rest(engine) and time.monotonic() < deadline:
             time.sleep(0.05)
-        del callers
         gc.collect()
         # By the type's own line, since some objects look at who asks for their class.
         tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
         new = [t for t in tensors if id(t) not in known or known[id(t)]() is not t]
-        known.update((id(t), weakref.ref(t)) for t in tensors)
+        if not known:
+            known.update((id(t), weakref.ref(t)) for t in tensors)
         return {
             "pages held": engine._pages.held,
             "rows": len(engine._jobs) + len(engine._scheduler.running) + len(engine._scheduler.waiting),
@@ -209,8 +217,24 @@ def _holders(tensor: torch.Tensor) -> str:
     return " ".join(holders)
 
 
+def settled(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Look until the same is seen twice, for ten seconds at most: what a step holds for a moment is no leak."""
+    deadline, seen = time.monotonic() + 10, look()
+    while time.monotonic() < deadline:
+        time.sleep(0.05)
+        before, seen = seen, look()
+        if all(seen[name] == before[name] for name in COUNTED):
+            break
+    return seen
+
+
 def _is_at_rest(engine: Any) -> bool:
-    """Whether the engine's thread waits for work, so that it holds no step's tensors."""
+    """Whether the engine's thread waits for work, so that it holds no step's tensors.
+
+    Seldom it is wrong: a generator that runs when the thread is looked at may have none before it a moment later.
+    """
+    if engine._worker._waiting or engine._jobs:
+        return False
     frame = sys._current_frames().get(engine._worker._thread.ident)
     names = set()
     while frame is not None:
@@ -227,7 +251,7 @@ def left_behind(found: dict[str, Any]) -> list[str]:
     """List what a soak has left: anything held, or more of anything than halfway."""
     half, end = found["halfway"], found["at the end"]
     left = [name for name in ("pages held", "rows") if end[name]]
-    left += [name for name in ("threads", "files", "tensors", "bytes of tensors") if end[name] > half[name]]
+    left += [name for name in COUNTED if end[name] > half[name]]
     if end["objects"] > half["objects"] * 1.01:  # caches of the libraries fill up for a while
         left.append("objects")
     left += ["thread"] * bool(found["threads after unload"])
