@@ -13,7 +13,7 @@ import statistics
 from langchain_quantllm import QuantizedHuggingFaceLLM
 from langchain_quantllm.engine.fast_engine import FastEngine
 from langchain_quantllm.engine.fusion import PRODUCT, Fusion
-from langchain_quantllm.kernels import fused_reference, repacked_products
+from langchain_quantllm.kernels import cpu_products, fused_reference
 
 ROUNDS, STEPS, POSITION = 12, 6, 60
 
@@ -28,7 +28,7 @@ def main() -> None:
     llm = QuantizedHuggingFaceLLM(model_id=asked.folder, quantization=asked.quantization, device="cpu", progress=False)
     pipeline = llm.pipeline
     apart = FastEngine(pipeline, kv_cache_memory="64MiB")
-    fusion = Fusion(pipeline.model, kernels=fused_reference, products=repacked_products, kinds=(PRODUCT,))
+    fusion = Fusion(pipeline.model, kernels=fused_reference, products=cpu_products, kinds=(PRODUCT,))
     together = FastEngine(pipeline, kv_cache_memory="64MiB", fusion=fusion)
     print(f"{fusion.summary[0].fused} layers")
     for rows in asked.rows:

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 
-from langchain_quantllm.kernels.repacked_products import share_memory
+from langchain_quantllm.kernels.cpu_products import share_memory
 from langchain_quantllm.kernels.weights import FourBitWeight, Int8Weight, RepackedWeight, Weight
 
 _MOST_FOUR_BIT_ROWS = 64

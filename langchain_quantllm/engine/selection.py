@@ -127,17 +127,17 @@ class Engines:
         """Find the model's fused steps; gives None where there are none, with the reason where that is of interest."""
         from langchain_quantllm.engine.fusion import PRODUCT, Fusion
         from langchain_quantllm.engine.support import why_not_driven
-        from langchain_quantllm.kernels import fused_reference, repacked_products
+        from langchain_quantllm.kernels import cpu_products, fused_reference
 
         model = self._pipeline.model
         options: dict[str, Any] = {}
         if why_not_driven(model) is not None:
             return None, None  # the engine says it
         if model.get_input_embeddings().weight.device.type == "cpu":
-            # There, calls that are saved are all there is to gain.
-            if not any(getattr(p, "quant_state", None) is not None for p in model.parameters()):
+            # There, only products of bitsandbytes' weights are worth it.
+            if not any(getattr(p, "quant_state", None) is not None or hasattr(p, "SCB") for p in model.parameters()):
                 return None, None
-            options = {"kernels": fused_reference, "products": repacked_products, "kinds": (PRODUCT,)}
+            options = {"kernels": fused_reference, "products": cpu_products, "kinds": (PRODUCT,)}
         try:
             fusion = Fusion(model, **options)
         except Exception as error:  # memory, say: the model runs without

@@ -58,7 +58,7 @@ LEVELS = {
     "kernels.packed_products": 2,
     "kernels.paged_attention": 2,
     "kernels.reference": 2,
-    "kernels.repacked_products": 2,
+    "kernels.cpu_products": 2,
     "kernels.row_products": 2,
     "kernels.weight_only": 2,
     "kernels.weight_reference": 2,

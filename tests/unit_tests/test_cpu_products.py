@@ -1,4 +1,4 @@
-"""4-bit weights that bitsandbytes repacks for a CPU: several products in one call, and nothing else is changed."""
+"""Products on a CPU: of repacked 4-bit weights, several in one call; of 8-bit weights, activations as they are."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from langchain_quantllm import NF4, QuantizedHuggingFaceLLM
 from langchain_quantllm.benchmarks.random_models import SHAPES, random_checkpoint
 from langchain_quantllm.engine.fusion import PRODUCT, Fusion
 from langchain_quantllm.errors import UnsupportedError
-from langchain_quantllm.kernels import fused_reference, repacked_products, weight_reference
-from langchain_quantllm.kernels.weights import Int8Weight, RepackedWeight, weight_of
+from langchain_quantllm.kernels import cpu_products, fused_reference, weight_reference
+from langchain_quantllm.kernels.weights import GPTQWeight, Int8Weight, RepackedWeight, weight_of
 from tests.unit_tests.adapters import quietly
+from tests.unit_tests.test_fused_products import dense_twin
 from tests.unit_tests.test_fusion import forwards_in, logits_of
 
 PROMPTS = ["hello", "a longer prompt, of more than a page of tokens", "x"]
@@ -62,7 +63,7 @@ def test_layers_have_their_parts_of_one_memory(folder: Path) -> None:
     model: Any = llm.pipeline.model
     expected = logits_of(model, list(range(5, 17)))
     attention = model.model.layers[1].self_attn
-    fusion = Fusion(model, kernels=fused_reference, products=repacked_products, kinds=(PRODUCT,))
+    fusion = Fusion(model, kernels=fused_reference, products=cpu_products, kinds=(PRODUCT,))
     [found] = fusion.summary
     assert (found.fused, found.left) == (14, {})
     query, key, value = (getattr(attention, name).weight.data for name in ("q_proj", "k_proj", "v_proj"))
@@ -83,7 +84,7 @@ def test_layers_have_their_parts_of_one_memory(folder: Path) -> None:
 def test_a_call_for_layers_of_one_input(folder: Path) -> None:
     llm = repacked(folder)
     model: Any = llm.pipeline.model
-    fusion = Fusion(model, kernels=fused_reference, products=repacked_products, kinds=(PRODUCT,))
+    fusion = Fusion(model, kernels=fused_reference, products=cpu_products, kinds=(PRODUCT,))
     with torch.profiler.profile() as profile, fusion.applied():
         logits_of(model, [1])
     calls = [event.name for event in profile.events() if event.name == "bitsandbytes::gemv_4bit"]
@@ -107,11 +108,74 @@ def test_reference_dequantizes_what_was_repacked(folder: Path, quantization: str
     torch.testing.assert_close(weight_reference.dequantize(weight, torch.float32), expected, rtol=2**-7, atol=1e-6)
 
 
-def test_what_was_not_repacked_is_refused() -> None:
-    words = torch.zeros(64, dtype=torch.int32)
-    weight = Int8Weight(in_features=16, out_features=16, words=words, scales=torch.ones(16), bias=None)
+def test_other_weights_are_refused() -> None:
+    weight = GPTQWeight(
+        in_features=16, out_features=32, bits=4, words=torch.zeros(2, 32, dtype=torch.int32),
+        zeros=torch.zeros(1, 4, dtype=torch.int32), scales=torch.ones(1, 32), groups=torch.zeros(16, dtype=torch.int32),
+        group_size=16, zero_point=0, bias=None,
+    )  # fmt: skip
     with pytest.raises(UnsupportedError, match="repacks"):
-        repacked_products.product(torch.ones(1, 16), weight)
+        cpu_products.product(torch.ones(1, 16), weight)
+
+
+def int8_weight(outputs: int, inputs: int) -> Int8Weight:
+    made = torch.Generator().manual_seed(outputs + inputs)
+    codes = torch.randint(-127, 128, (outputs, inputs), generator=made, dtype=torch.int8)
+    scales = torch.rand(outputs, generator=made) + 0.5
+    words = codes.view(-1).view(torch.int32)
+    return Int8Weight(in_features=inputs, out_features=outputs, words=words, scales=scales, bias=None)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 9, 70])
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 4), (3, 36), (64, 64), (130, 100), (96, 576)])
+def test_8_bits_are_multiplied_as_they_are(rows: int, outputs: int, inputs: int) -> None:
+    """Rounded are the sums, and what they are when scaled."""
+    weight, bias = int8_weight(outputs, inputs), torch.randn(outputs)
+    x = torch.randn(inputs, 2 * rows).bfloat16().t()[::2]
+    expected = weight_reference.product(x, weight)
+    norms = weight_reference.dequantize(weight).norm(dim=1) * x.double().norm(dim=1)[:, None]
+    found = cpu_products.product(x, weight)
+    assert (found.dtype, found.shape) == (torch.bfloat16, (rows, outputs))
+    assert float(((found.double() - expected).abs() / (2**-7 * expected.abs() + 1e-5 * norms)).max()) <= 1
+    biased = cpu_products.product(x.reshape(1, rows, inputs), weight, bias)
+    assert biased.shape == (1, rows, outputs)
+    torch.testing.assert_close(biased[0].double(), expected + bias.double(), rtol=2**-7, atol=0.1)
+    shifted = torch.cat([torch.zeros(1).bfloat16(), x.flatten()])[1:].view(rows, inputs)  # not where vectors begin
+    assert torch.equal(cpu_products.product(shifted, weight), found)
+    both = cpu_products.products_of_one_input(x, [weight, int8_weight(outputs + 1, inputs)])
+    assert torch.equal(both[0], found)
+    assert both[1].shape == (rows, outputs + 1)
+
+
+def test_8_bits_are_closer_to_the_weights_than_the_layers_themselves(folder: Path) -> None:
+    llm = make(folder, "int8", engine="fast")
+    model, ids = llm.pipeline.model, list(range(5, 29))
+    plain = logits_of(model, ids)
+    assert llm.engine_info.fused == {PRODUCT: 14}
+    engine_text = llm.invoke(PROMPTS[1])
+    exact = logits_of(torch.nn.Module.float(dense_twin(model)), ids)
+    fusion = Fusion(model, kernels=fused_reference, products=cpu_products, kinds=(PRODUCT,))
+    with fusion.applied():
+        fused = logits_of(model, ids)
+    fusion.close()
+    assert (fused - exact).norm() < 0.5 * (plain - exact).norm()
+    assert torch.equal(logits_of(model, ids), plain)  # the user's own use of the model is as it was
+    assert llm.batch(PROMPTS)[1] == llm.batch([PROMPTS[1]])[0] == engine_text
+    llm.unload()
+    left = make(folder, "int8", fuse=False, engine="fast")
+    assert left.engine_info.fused == {}
+    left.unload()
+
+
+def test_8_bits_in_float32_are_left_to_the_layer(folder: Path) -> None:
+    llm = make(folder, "int8", dtype="float32", engine="fast")
+    fusion = Fusion(llm.pipeline.model, kernels=fused_reference, products=cpu_products, kinds=(PRODUCT,))
+    [found] = fusion.summary
+    assert found.fused == 0
+    assert found.left == {"CPUs have no fast product of 8-bit weights and float32": 14}
+    assert llm.engine_info.fused == {}
+    assert llm.invoke("hello")
+    llm.unload()
 
 
 def test_a_small_adapter_of_the_users_own_is_not_left_out(folder: Path) -> None:
@@ -127,7 +191,7 @@ def test_a_small_adapter_of_the_users_own_is_not_left_out(folder: Path) -> None:
             if "lora_B" in name:
                 parameter.mul_(3e-3)
     expected = logits_of(model, [5, 6, 7, 8])
-    fusion = Fusion(model, kernels=fused_reference, products=repacked_products, kinds=(PRODUCT,))
+    fusion = Fusion(model, kernels=fused_reference, products=cpu_products, kinds=(PRODUCT,))
     [found] = fusion.summary
     assert found.fused == 14
     assert {type(module).__name__ for module in model.modules() if id(module) in fusion.steps} == {"Linear4bit"}
@@ -145,7 +209,7 @@ def test_a_small_adapter_of_the_users_own_is_not_left_out(folder: Path) -> None:
 def test_a_model_is_pickled_while_its_layers_are_stood_in_for(folder: Path) -> None:
     llm = repacked(folder)
     model: Any = llm.pipeline.model
-    fusion = Fusion(model, kernels=fused_reference, products=repacked_products, kinds=(PRODUCT,))
+    fusion = Fusion(model, kernels=fused_reference, products=cpu_products, kinds=(PRODUCT,))
     layer = model.model.layers[0].mlp.up_proj
     twin = pickle.loads(pickle.dumps(layer.__dict__["forward"]))
     assert twin.__func__ is type(layer).forward

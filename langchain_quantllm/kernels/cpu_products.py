@@ -1,29 +1,45 @@
-"""Products with 4-bit weights that bitsandbytes has repacked for a CPU, by its own kernel, several of them in one call.
+"""Products with quantized weights on a CPU, by kernels of bitsandbytes and torch.
 
-Owns the memory that weights of one input share: one behind the other, so that a single call multiplies by all of them.
-A call costs as much as the product of a small model's layer. Knows no Triton.
+4-bit weights that bitsandbytes has repacked for a CPU are multiplied by its own kernel, several of them in one call:
+a call costs as much as the product of a small model's layer. Weights of 8 bits are multiplied as they lie by 16-bit
+activations, in one call of torch's, where LLM.int8() takes some fifteen. Owns the memory that repacked weights of one
+input share: one behind the other, so that a single call multiplies by all of them. Knows no Triton.
 """
 
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.nn.functional import linear
 
 from langchain_quantllm.errors import UnsupportedError
-from langchain_quantllm.kernels.weights import RepackedWeight, Weight
+from langchain_quantllm.kernels.weights import Int8Weight, RepackedWeight, Weight
 
 __all__ = ["product", "products_of_one_input", "share_memory"]
+
+_MOST_ROWS_AS_STORED = 8
+"""Rows above which codes are made 16-bit numbers first, which have a faster product."""
+
+_WHOLE = 32
+"""Inputs, and bytes at whose multiples activations must begin, that torch's kernel reads at once, unasked.
+
+Source: aten/src/ATen/native/cpu/int8mm_kernel.cpp in torch.
+"""
+
+_HAS_STORED_PRODUCT = hasattr(torch, "_weight_int8pack_mm") and sys.platform != "win32"
+"""Whether torch multiplies by codes as they are stored; on Windows it does so number by number."""
 
 
 def product(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Multiply activations by a weight.
 
     Args:
-        x: Activations of shape `(..., in_features)`, floating.
+        x: Activations of shape `(..., in_features)`, floating; for weights of 8 bits, bfloat16.
         weight: The weight.
         bias: What is added, of shape `(out_features,)`; None for nothing: the weight's own is not looked at.
 
@@ -31,16 +47,36 @@ def product(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -
         `x @ w.T + bias` of shape `(..., out_features)`, in the dtype of `x`.
 
     Raises:
-        UnsupportedError: If the weight is none that was repacked.
+        UnsupportedError: If no kernel multiplies by the weight as it is stored.
     """
-    if not isinstance(weight, RepackedWeight):
+    if isinstance(weight, Int8Weight):
+        found = _int8_product(x, weight)
+    elif isinstance(weight, RepackedWeight):
+        shape = (weight.out_features, weight.in_features)
+        found = torch.ops.bitsandbytes.gemv_4bit.default(
+            x, weight.words, shape, weight.scales, weight.code, weight.block_size
+        )
+    else:
         msg = "its weight is not one that bitsandbytes repacks for a CPU"
         raise UnsupportedError(msg)
-    shape = (weight.out_features, weight.in_features)
-    found: torch.Tensor = torch.ops.bitsandbytes.gemv_4bit.default(
-        x, weight.words, shape, weight.scales, weight.code, weight.block_size
-    )
-    return found if bias is None else found + bias
+    return (found if bias is None else found + bias).to(x.dtype)
+
+
+def _int8_product(x: torch.Tensor, weight: Int8Weight) -> torch.Tensor:
+    """Multiply by the codes, which 16 bits hold as they are, and scale in float32."""
+    if x.dtype != torch.bfloat16:
+        msg = f"CPUs have no fast product of 8-bit weights and {str(x.dtype).removeprefix('torch.')}"
+        raise UnsupportedError(msg)
+    codes = weight.words.view(torch.int8).view(weight.out_features, weight.in_features)
+    rows = x.reshape(-1, weight.in_features).contiguous()
+    if len(rows) <= _MOST_ROWS_AS_STORED and not weight.in_features % _WHOLE and _HAS_STORED_PRODUCT:
+        if rows.data_ptr() % _WHOLE:
+            rows = rows.clone()
+        found = torch._weight_int8pack_mm(rows, codes, rows.new_ones(weight.out_features))
+    else:
+        wide = x.dtype if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+        found = linear(rows.to(wide), codes.to(wide))
+    return (found * (weight.scales / 127)).view(*x.shape[:-1], weight.out_features)
 
 
 def products_of_one_input(x: torch.Tensor, weights: Sequence[Weight]) -> list[torch.Tensor]:
