@@ -1,4 +1,4 @@
-"""What common calls of 4-bit layers of one input save on a CPU: the engine's step with them, and without.
+"""What the products of `cpu_products` save on a CPU: the engine's step with them, and without.
 
     python -m tests.joint_speed FOLDER
 
@@ -37,7 +37,7 @@ def main() -> None:
             for engine, taken in times.items():
                 taken.append(engine.time_step(rows, POSITION, STEPS))
         ratio = statistics.median(times[apart]) / statistics.median(times[together])
-        print(f"{rows} rows: a step together is {ratio:.2f} times as fast", flush=True)
+        print(f"{rows} rows: a step with them is {ratio:.2f} times as fast", flush=True)
     apart.close()
     together.close()
     fusion.close()

@@ -160,7 +160,7 @@ def test_8_bits_are_closer_to_the_weights_than_the_layers_themselves(folder: Pat
     fusion.close()
     assert (fused - exact).norm() < 0.5 * (plain - exact).norm()
     assert torch.equal(logits_of(model, ids), plain)  # the user's own use of the model is as it was
-    assert llm.batch(PROMPTS)[1] == llm.batch([PROMPTS[1]])[0] == engine_text
+    assert llm.invoke(PROMPTS[1]) == engine_text  # what a sum is rounded to may hang on the other rows of its step
     llm.unload()
     left = make(folder, "int8", fuse=False, engine="fast")
     assert left.engine_info.fused == {}
