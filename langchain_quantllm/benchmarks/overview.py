@@ -54,22 +54,24 @@ def subjects_of(
     Args:
         schemes: Folder or repository for each scheme's name; `"gptq"` needs one of its own.
         checkpoints: Folder or repository for each label.
-        kernel: Kernel for GPTQ.
+        kernel: Kernel for GPTQ, or several with commas: a row for each, whose label ends with the kernel's name.
 
     Raises:
-        InvalidOptionError: If a scheme is not known, or a label stands for two.
+        InvalidOptionError: If a scheme or kernel is not known, or a label stands for two.
     """
-    subjects = []
-    for name, folder in schemes.items():
-        quantization = GPTQ(kernel=kernel) if isinstance(scheme_from(name), GPTQ) else name
-        subjects.append(Subject(label=name, model_id=folder, quantization=quantization))
-    for label, folder in (checkpoints or {}).items():
-        if label in schemes:
-            msg = f"the label {label!r} stands for two rows; call the checkpoint {folder} something else."
-            raise InvalidOptionError(msg)
-        own = GPTQ(kernel=kernel) if _is_gptq(folder) else None
-        subjects.append(Subject(label=label, model_id=folder, quantization=own))
-    return subjects
+    given = [(name, folder, name, isinstance(scheme_from(name), GPTQ)) for name, folder in schemes.items()]
+    given += [(label, folder, None, _is_gptq(folder)) for label, folder in (checkpoints or {}).items()]
+    kernels = [GPTQ(kernel=name.strip()) for name in kernel.split(",")]
+    subjects: dict[str, Subject] = {}
+    for name, folder, scheme, is_gptq in given:
+        for quantization in kernels if is_gptq else (scheme,):
+            by_kernel = isinstance(quantization, GPTQ) and len(kernels) > 1
+            label = f"{name}-{quantization.kernel}" if by_kernel else name
+            if label in subjects:
+                msg = f"the label {label!r} stands for two rows; call the checkpoint {folder} something else."
+                raise InvalidOptionError(msg)
+            subjects[label] = Subject(label=label, model_id=folder, quantization=quantization)
+    return list(subjects.values())
 
 
 def _is_gptq(model_id: str) -> bool:

@@ -253,8 +253,18 @@ def test_subjects_are_named_once(tiny: str, tiny_gptq: str) -> None:
         ("mine", GPTQ(kernel="torch")),
         ("plain", None),
     ]
+    found = subjects_of({"gptq": tiny_gptq, "nf4": tiny}, {"mine": tiny_gptq}, kernel="torch, triton")
+    assert [(s.label, s.quantization) for s in found] == [
+        ("gptq-torch", GPTQ(kernel="torch")),
+        ("gptq-triton", GPTQ(kernel="triton")),
+        ("nf4", "nf4"),
+        ("mine-torch", GPTQ(kernel="torch")),
+        ("mine-triton", GPTQ(kernel="triton")),
+    ]
     with pytest.raises(InvalidOptionError, match="'nf4' stands for two rows"):
         subjects_of({"nf4": tiny}, {"nf4": tiny_gptq})
+    with pytest.raises(InvalidOptionError, match="'gptq-triton' stands for two rows"):
+        subjects_of({"gptq": tiny_gptq}, {"gptq-triton": tiny}, kernel="torch,triton")
     with pytest.raises(InvalidOptionError, match="int9"):
         subjects_of({"int9": tiny})
 
