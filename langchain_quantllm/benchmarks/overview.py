@@ -59,17 +59,19 @@ def subjects_of(
     Raises:
         InvalidOptionError: If a scheme or kernel is not known, or a label stands for two.
     """
-    given = [(name, folder, name, isinstance(scheme_from(name), GPTQ)) for name, folder in schemes.items()]
+    given: list[tuple[str, str, str | None, bool]] = [
+        (name, folder, name, isinstance(scheme_from(name), GPTQ)) for name, folder in schemes.items()
+    ]
     given += [(label, folder, None, _is_gptq(folder)) for label, folder in (checkpoints or {}).items()]
-    kernels = [GPTQ(kernel=name.strip()) for name in kernel.split(",")]
+    kernels = kernel.split(",")
     subjects: dict[str, Subject] = {}
     for name, folder, scheme, is_gptq in given:
-        for quantization in kernels if is_gptq else (scheme,):
-            by_kernel = isinstance(quantization, GPTQ) and len(kernels) > 1
-            label = f"{name}-{quantization.kernel}" if by_kernel else name
+        for one in kernels if is_gptq else ("",):
+            label = f"{name}-{one.strip()}" if is_gptq and len(kernels) > 1 else name
             if label in subjects:
                 msg = f"the label {label!r} stands for two rows; call the checkpoint {folder} something else."
                 raise InvalidOptionError(msg)
+            quantization = GPTQ(kernel=one.strip()) if is_gptq else scheme
             subjects[label] = Subject(label=label, model_id=folder, quantization=quantization)
     return list(subjects.values())
 

@@ -89,7 +89,9 @@ def bench(
         list[str] | None, typer.Option(help="A quantized checkpoint as label=FOLDER, one more row; may be repeated.")
     ] = None,
     device: Device = None,
-    kernel: Annotated[str, typer.Option(help="Kernel for GPTQ, such as marlin; in the overview also several, with commas.")] = "auto",
+    kernel: Annotated[
+        str, typer.Option(help="Kernel for GPTQ, such as marlin; in the overview also several, with commas.")
+    ] = "auto",
     without: Parts = "",
     text: Annotated[Path | None, typer.Option(help="Text for the quality. Default: the one of this package.")] = None,
     new_tokens: Annotated[int, typer.Option(help="Length of the texts that are generated.")] = 128,
