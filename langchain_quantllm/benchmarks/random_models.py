@@ -119,7 +119,9 @@ def _save_random_gptq(model: Any, folder: Path, bits: int) -> None:
         packed = torch.randint(-(2**31), 2**31 - 1, (columns * bits // 32, rows), **words)
         zeros = pack_bits(torch.full((groups, rows), middle - 1, dtype=torch.uint8), bits)  # stored less 1
         tensors[f"{layer}.qweight"], tensors[f"{layer}.qzeros"] = packed.cpu(), zeros
-        tensors[f"{layer}.scales"] = torch.full((groups, rows), step, dtype=torch.float16)
+        # Of either sign: the mean of all codes is half a step off zero, which would grow from layer to layer.
+        signs = 2 * torch.randint(2, (groups, rows), device=tensor.device) - 1
+        tensors[f"{layer}.scales"] = (step * signs).to(torch.float16).cpu()
         tensors[f"{layer}.g_idx"] = torch.arange(columns, **words).div(GPTQ_GROUP_SIZE, rounding_mode="floor").cpu()
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,6 +1,7 @@
 """Choosing the next token of many rows at once, on the device.
 
-Owns the rows' sampling parameters as tensors, and the arithmetic from logits to token ids. One
+Owns the rows' sampling parameters as tensors, and the arithmetic from logits to token ids, in plain torch; a kernel that
+does the same in one launch can be given. One
 uniform number per row and token comes from outside, so that a row's tokens do not depend on the
 others. Every operation has fixed shapes: the whole can be captured in a CUDA graph.
 """
@@ -8,6 +9,7 @@ others. Every operation has fixed shapes: the whole can be captured in a CUDA gr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -36,8 +38,16 @@ def needs_of(request: Request) -> int:
 class BatchSampler:
     """Draws one token for each of several rows."""
 
-    def __init__(self, slots: int, vocab_size: int, device: torch.device) -> None:
-        """Make room for so many rows; one more takes what only fills up a batch."""
+    def __init__(self, slots: int, vocab_size: int, device: torch.device, *, drawing: Any = None) -> None:
+        """Make room for so many rows; one more takes what only fills up a batch.
+
+        Args:
+            slots: Most rows.
+            vocab_size: Width of their logits.
+            device: Where these are.
+            drawing: `kernels.drawing`, which draws in one kernel; None to draw in plain torch.
+        """
+        self._drawing = drawing
         self._vocab_size = vocab_size
         self._device = device
         self.last_ids = torch.zeros(slots + 1, dtype=torch.long, device=device)
@@ -55,6 +65,11 @@ class BatchSampler:
         self._seen: torch.Tensor | None = None
         self._yes = torch.ones((), dtype=torch.bool, device=device)
         self._mask_bits = torch.arange(32, dtype=torch.int32, device=device)
+
+    @property
+    def draws_at_once(self) -> bool:
+        """Whether one kernel draws."""
+        return self._drawing is not None
 
     def set(self, slots: Sequence[int], requests: Sequence[Request], ids: Sequence[Sequence[int]]) -> None:
         """Set the parameters of rows that are about to draw their first token.
@@ -117,6 +132,8 @@ class BatchSampler:
         Returns:
             Token ids of shape `(rows,)`, int32; `NO_NUMBER` or `NOTHING_ALLOWED` where there is none.
         """
+        if self._drawing is not None:
+            return self._draw_at_once(logits, slots, uniforms, may_not_end, need, mask)
         scores = logits.float()
         # Before anything is taken out of the scores, what is no number among it.
         broken = scores.amax(-1).isnan() if need & (BLOCKS | MASKS) else None
@@ -141,6 +158,37 @@ class BatchSampler:
             self._seen.index_put_((slots, ids), self._yes)
         ids = torch.where(best.values == -torch.inf, NOTHING_ALLOWED, ids)
         return torch.where(best.values.isnan() if broken is None else broken, NO_NUMBER, ids).int()
+
+    def _draw_at_once(
+        self,
+        logits: torch.Tensor,
+        slots: torch.Tensor,
+        uniforms: torch.Tensor,
+        may_not_end: torch.Tensor,
+        need: int,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        ids: torch.Tensor = self._drawing.draw(
+            logits,
+            slots,
+            uniforms,
+            may_not_end,
+            mask if need & MASKS else None,
+            temperature=self._temperature,
+            top_k=self._top_k,
+            top_p=self._top_p,
+            min_p=self._min_p,
+            penalty=self._penalty,
+            is_sampled=self._samples,
+            end_ids=self._end_ids,
+            has_end_ids=self._has_end_ids,
+            seen=self._seen if need & PENALIZES else None,
+            last_ids=self.last_ids,
+            blocks=bool(need & BLOCKS),
+            samples=bool(need & SAMPLES),
+            sorts=bool(need & SORTS),
+        )
+        return ids
 
     def _sample(
         self, scores: torch.Tensor, slots: torch.Tensor, uniforms: torch.Tensor, *, sorts: bool

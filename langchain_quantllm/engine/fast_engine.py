@@ -230,6 +230,9 @@ class FastEngine:
         """Which engine this is."""
         token_bytes = sum(shape.token_bytes for shape in self._probe.shapes)
         why_not = self._runner.why_no_graphs
+        fused = {} if self._fusion is None else {kind.kind: kind.fused for kind in self._fusion.summary}
+        if self._runner.sampler.draws_at_once:
+            fused["drawing"] = 1
         notes = [*self._notes, *([f"decode steps are no CUDA graphs: {why_not}"] if why_not else [])]
         return EngineInfo(
             name="fast",
@@ -237,7 +240,7 @@ class FastEngine:
             graphs=self._runner.captures,
             kv_cache_tokens=self._limits.cache_tokens,
             kv_cache_bytes=self._pages.pages * PAGE_TOKENS * token_bytes,
-            fused={} if self._fusion is None else {kind.kind: kind.fused for kind in self._fusion.summary},
+            fused=fused,
         )
 
     @property

@@ -27,6 +27,7 @@ from langchain_quantllm.engine.attention import (
 )
 from langchain_quantllm.engine.batch_sampler import MASKS, BatchSampler, log_probabilities
 from langchain_quantllm.engine.capture import StepGraph, WaitFinder
+from langchain_quantllm.engine.fused_drawing import find_drawing
 from langchain_quantllm.engine.fusion import Fusion
 from langchain_quantllm.engine.lora import NO_ADAPTER, LoraStack
 from langchain_quantllm.engine.pages import PAGE_TOKENS
@@ -153,7 +154,8 @@ class Runner:
         self.device = model.get_input_embeddings().weight.device
         self.is_asynchronous = self.device.type == "cuda"
         self.can_capture = can_capture
-        self.sampler = BatchSampler(slots, vocab_size, self.device)
+        drawing = None if fusion is None else find_drawing(vocab_size, self.device)
+        self.sampler = BatchSampler(slots, vocab_size, self.device, drawing=drawing)
         self._padding_slot = slots
         self._table = torch.zeros(slots + 1, pages_per_row, dtype=torch.int32, device=self.device)
         self._row_adapters = torch.full((slots + 1,), NO_ADAPTER, dtype=torch.int32, device=self.device)

@@ -1,0 +1,232 @@
+"""Drawing in one kernel against drawing in plain torch, row by row and option by option.
+
+Without a GPU the kernel runs in Triton's interpreter, which must be switched on before Triton is imported: one
+subprocess runs this file as a module, all cases, and the tests look at what it reports. On a GPU the tests run the
+same cases themselves, compiled.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from langchain_quantllm.engine.batch_sampler import MASKS, SAMPLES, SORTS, BatchSampler, needs_of
+from tests.unit_tests.test_batch_sampler import COMBINATIONS, VOCAB, Batch, Only, logits_of
+from tests.unit_tests.test_sampler import request_of
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ROWS = 600 if DEVICE.type == "cuda" else 60
+
+
+class OnDevice:
+    """A sampler on the device of the kernel, driven with tensors of the CPU."""
+
+    def __init__(self, slots: int, vocab: int, *, by_kernel: bool = True) -> None:
+        from langchain_quantllm.kernels import drawing
+
+        self._sampler = BatchSampler(slots, vocab, DEVICE, drawing=drawing if by_kernel else None)
+        self.set = self._sampler.set
+
+    @property
+    def last_ids(self) -> torch.Tensor:
+        return self._sampler.last_ids.cpu()
+
+    def draw(self, *given: Any) -> torch.Tensor:
+        moved = [one.to(DEVICE) if isinstance(one, torch.Tensor) else one for one in given]
+        return self._sampler.draw(*moved).cpu()
+
+
+def drawn_by_kernel(requests: list[Any], steps: int, *, vocab: int = VOCAB, extra_need: int = 0) -> list[list[int]]:
+    batch = Batch(requests, vocab=vocab)
+    batch.sampler = OnDevice(len(requests), vocab)  # type: ignore[assignment]
+    batch.sampler.set(batch.slots, requests, [request.prompt_ids for request in requests])
+    return batch.run(steps, extra_need=extra_need)
+
+
+def check_rows(requests: list[Any], steps: int = 4, **options: Any) -> None:
+    found = drawn_by_kernel(requests, steps, **options)
+    expected = Batch(requests, vocab=options.get("vocab", VOCAB)).run(steps)
+    wrong = [(request.options, *pair) for request, *pair in zip(requests, found, expected, strict=True)]
+    wrong = [one for one in wrong if one[1] != one[2]]
+    assert not wrong, wrong[:3]
+
+
+def check_combinations() -> None:
+    """Rows with options of all kinds, each in its own combination, side by side."""
+    check_rows(random.Random(3).sample(COMBINATIONS, ROWS), 3)
+
+
+def check_no_more_than_needed() -> None:
+    """Each row by itself: what the kernel leaves out by its flags is nothing that a row needs."""
+    for request in random.Random(4).sample(COMBINATIONS, ROWS // 2):
+        check_rows([request], 2)
+
+
+def check_masks() -> None:
+    rows = random.Random(5).sample(COMBINATIONS, ROWS // 2)
+    check_rows([replace(row, mask=None if i % 3 == 0 else lambda i=i: Only(i)) for i, row in enumerate(rows)], 3)
+
+
+def check_vocabularies() -> None:
+    """Of one block, of several, with a last one that is not full."""
+    options: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.8},
+        {"top_k": 3},
+        {"top_p": 0.7, "repetition_penalty": 2.0},
+        {"top_k": 900, "top_p": 0.95},
+        {"min_p": 0.01},
+    ]
+    for vocab in (2, 31, 33, 1000, 8192, 20_011):
+        requests = [request_of(seed=i, prompt_ids=(1,), **options[i % 6]) for i in range(6)]
+        check_rows(requests, 2, vocab=vocab)
+
+
+def check_flat() -> None:
+    """Rows of which more lies near the best than can be set aside, or less than top_p wants."""
+    vocab = 40_000
+    options: list[dict[str, Any]] = [
+        {"top_p": 0.9},
+        {"top_k": 20_000},
+        {"top_k": 30},
+        {"top_k": 900},
+        {"top_k": 25_000, "top_p": 0.5},
+    ]
+    for scale in (0.01, 3.0, 6.0, 40.0):
+        for i, chosen in enumerate(options):
+            request = request_of(seed=i, temperature=1.0, **chosen)
+            pair = [OnDevice(1, vocab), OnDevice(1, vocab, by_kernel=False)]
+            logits = logits_of(i, 1, vocab, scale)
+            for uniform in (0.01, 0.7):
+                given = (logits, torch.tensor([0]), torch.tensor([uniform]), torch.tensor([False]), SAMPLES | SORTS)
+                found = []
+                for sampler in pair:
+                    sampler.set([0], [request], [(1,)])
+                    found.append(int(sampler.draw(*given)))
+                assert found[0] == found[1], (scale, chosen, uniform, found)
+
+
+def check_dtypes() -> None:
+    """Logits of 16 bits have ties: all that tie with the last that is kept are kept, in both."""
+    options: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.8},
+        {"top_k": 7},
+        {"top_p": 0.6},
+        {"repetition_penalty": 1.3},
+    ]
+    for dtype in (torch.float16, torch.bfloat16):
+        for i, chosen in enumerate(options):
+            request = request_of(seed=i, **chosen)
+            one, other = OnDevice(1, VOCAB), OnDevice(1, VOCAB, by_kernel=False)
+            for sampler in (one, other):
+                sampler.set([0], [request], [(1, 2)])
+            for step in range(10):
+                given = (logits_of(step, 1).to(dtype), torch.tensor([0]), torch.tensor([0.1 * step]))
+                given = (*given, torch.tensor([False]), needs_of(request))  # type: ignore[assignment]
+                assert torch.equal(one.draw(*given), other.draw(*given))
+
+
+def check_no_numbers() -> None:
+    """A row of which a number is none, one that allows nothing, and their neighbours."""
+    requests = [request_of(seed=i, temperature=1.0, top_p=0.9, repetition_penalty=1.2) for i in range(4)]
+    sampler, other = OnDevice(4, VOCAB), OnDevice(4, VOCAB, by_kernel=False)
+    for one in (sampler, other):
+        one.set(range(4), requests, [(1,)] * 4)
+    logits = logits_of(0, 4)
+    logits[1, 50] = float("nan")
+    bits = torch.full((4, 4), -1, dtype=torch.int32)
+    bits[2] = 0
+    need = needs_of(requests[0]) | MASKS
+    given = (logits, torch.arange(4), torch.full((4,), 0.5), torch.zeros(4, dtype=torch.bool), need, bits)
+    ids = sampler.draw(*given)
+    assert ids[1] == -1
+    assert ids[2] == -2
+    assert torch.equal(ids, other.draw(*given))
+    assert ((sampler.last_ids >= 0) & (sampler.last_ids < VOCAB)).all()
+
+
+def check_infinite() -> None:
+    """One number that is infinite is drawn for certain; those of minus infinity never are."""
+    request = request_of(seed=1, temperature=0.5, top_p=0.9)
+    sampler = OnDevice(1, VOCAB)
+    sampler.set([0], [request], [(1,)])
+    logits = torch.full((1, VOCAB), -torch.inf)
+    logits[0, [5, 40]] = torch.tensor([0.0, 1.0])
+    for need in (SAMPLES, SAMPLES | SORTS):
+        found = {int(sampler.draw(logits, *(torch.tensor([v]) for v in (0, u, False)), need)) for u in (0.0, 0.5, 0.99)}
+        assert found <= {5, 40}
+    logits[0, 7] = torch.inf
+    assert int(sampler.draw(logits, *(torch.tensor([v]) for v in (0, 0.7, False)), SAMPLES)) == 7
+
+
+def check_shares() -> None:
+    """Uniform numbers in order give tokens in order, each its share."""
+    logits, count = logits_of(2, 1, 10, 1.0), 400
+    sampler = OnDevice(1, 10)
+    sampler.set([0], [request_of(do_sample=True)], [(1,)])
+    uniforms = (torch.arange(count) + 0.5) / count
+    slots, ends = torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.bool)
+    drawn = sampler.draw(logits.expand(count, -1), slots, uniforms, ends, SAMPLES)
+    assert drawn.tolist() == sorted(drawn.tolist())
+    shares = torch.bincount(drawn.long(), minlength=10) / count
+    assert torch.allclose(shares, logits.softmax(-1)[0], atol=2 / count)
+
+
+CHECKS: dict[str, Callable[[], None]] = {
+    name.removeprefix("check_"): check
+    for name, check in list(globals().items())
+    if name.startswith("check_") and name != "check_rows"
+}
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict[str, str]:
+    """What each check said: nothing, or why it failed."""
+    if DEVICE.type == "cuda":
+        return run_checks()
+    done = subprocess.run(  # this very file
+        [sys.executable, "-m", "tests.unit_tests.test_drawing"],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def run_checks() -> dict[str, str]:
+    said = {}
+    for name, check in CHECKS.items():
+        try:
+            check()
+            said[name] = ""
+        except Exception:
+            said[name] = traceback.format_exc(limit=-4)
+    return said
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+@pytest.mark.parametrize("name", list(CHECKS))
+def test_kernel(name: str, reports: dict[str, str]) -> None:
+    assert reports[name] == ""
+
+
+if __name__ == "__main__":
+    print(json.dumps(run_checks()))
