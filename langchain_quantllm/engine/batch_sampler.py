@@ -1,7 +1,7 @@
 """Choosing the next token of many rows at once, on the device.
 
-Owns the rows' sampling parameters as tensors, and the arithmetic from logits to token ids, in plain torch; a kernel that
-does the same in one launch can be given. One
+Owns the rows' sampling parameters as tensors, and the arithmetic from logits to token ids, in plain torch; a kernel
+that does the same in one launch can be given. One
 uniform number per row and token comes from outside, so that a row's tokens do not depend on the
 others. Every operation has fixed shapes: the whole can be captured in a CUDA graph.
 """
@@ -52,16 +52,11 @@ class BatchSampler:
         self._device = device
         self.last_ids = torch.zeros(slots + 1, dtype=torch.long, device=device)
         """The last token of each row, of shape `(slots + 1,)`: what its next step takes in."""
-        self._temperature = torch.ones(slots + 1, device=device)
-        self._top_k = torch.full((slots + 1,), vocab_size, dtype=torch.long, device=device)
-        self._top_p = torch.ones(slots + 1, device=device)
-        self._min_p = torch.zeros(slots + 1, device=device)
-        self._penalty = torch.ones(slots + 1, device=device)
-        self._samples = torch.zeros(slots + 1, dtype=torch.bool, device=device)
+        self._parameters = torch.tensor([self._row()] * (slots + 1), device=device)
+        """What each row's options say, in the order of `_row`."""
         self._end_ids = torch.zeros(slots + 1, _END_IDS, dtype=torch.long, device=device)
         self.version = 0
         """Changes where tensors are replaced: graphs captured before have to be captured again."""
-        self._has_end_ids = torch.zeros(slots + 1, dtype=torch.bool, device=device)
         self._seen: torch.Tensor | None = None
         self._yes = torch.ones((), dtype=torch.bool, device=device)
         self._mask_bits = torch.arange(32, dtype=torch.int32, device=device)
@@ -79,14 +74,8 @@ class BatchSampler:
             requests: Their requests.
             ids: All their tokens so far, the prompt's included.
         """
-        options = [request.options for request in requests]
-        at = self._tensor(slots, torch.long)
-        self._temperature[at] = self._tensor([o.temperature for o in options], torch.float32)
-        self._top_k[at] = self._tensor([o.top_k or self._vocab_size for o in options], torch.long)
-        self._top_p[at] = self._tensor([o.top_p for o in options], torch.float32)
-        self._min_p[at] = self._tensor([o.min_p for o in options], torch.float32)
-        self._penalty[at] = self._tensor([o.repetition_penalty for o in options], torch.float32)
-        self._samples[at] = self._tensor([o.do_sample for o in options], torch.bool)
+        at = self._bring(slots, torch.long)
+        self._parameters[at] = self._bring([self._row(request) for request in requests], torch.float32)
         self._set_end_ids(at, [request.eos_token_ids + request.stop_token_ids for request in requests])
         for slot, request, seen in zip(slots, requests, ids, strict=True):
             if request.options.repetition_penalty != 1.0:
@@ -94,7 +83,7 @@ class BatchSampler:
                     shape = (len(self.last_ids), self._vocab_size)
                     self._seen = torch.zeros(shape, dtype=torch.bool, device=self._device)
                 self._seen[slot] = False
-                self._seen[slot, self._tensor(sorted(set(seen)), torch.long)] = True
+                self._seen[slot, self._bring(sorted(set(seen)), torch.long)] = True
 
     def _set_end_ids(self, at: torch.Tensor, end_ids: Sequence[tuple[int, ...]]) -> None:
         width = max(self._end_ids.shape[1], *map(len, end_ids))
@@ -103,12 +92,21 @@ class BatchSampler:
             more = self._end_ids[:, :1].repeat(1, width - self._end_ids.shape[1])
             self._end_ids = torch.cat([self._end_ids, more], 1)
             self.version += 1
-        self._has_end_ids[at] = self._tensor([bool(ids) for ids in end_ids], torch.bool)
         padded = [(*ids, *([ids[0] if ids else 0] * (width - len(ids)))) for ids in end_ids]
-        self._end_ids[at] = self._tensor(padded, torch.long)
+        self._end_ids[at] = self._bring(padded, torch.long)
 
-    def _tensor(self, values: Sequence[object], dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype, device=self._device)
+    def _bring(self, values: Sequence[object], dtype: torch.dtype) -> torch.Tensor:
+        """Bring numbers to the device, without waiting for what it has to do before."""
+        return torch.tensor(values, dtype=dtype).to(self._device, non_blocking=True)
+
+    def _row(self, request: Request | None = None) -> list[float]:
+        """Give a row's temperature, top_k, top_p, min_p, penalty, whether it samples, and whether it has end tokens."""
+        if request is None:
+            return [1.0, self._vocab_size, 1.0, 0.0, 1.0, 0.0, 0.0]
+        o = request.options
+        top_k = min(o.top_k or self._vocab_size, self._vocab_size)
+        has_end_ids = bool(request.eos_token_ids or request.stop_token_ids)
+        return [o.temperature, top_k, o.top_p, o.min_p, o.repetition_penalty, o.do_sample, has_end_ids]
 
     def draw(
         self,
@@ -135,14 +133,15 @@ class BatchSampler:
         if self._drawing is not None:
             return self._draw_at_once(logits, slots, uniforms, may_not_end, need, mask)
         scores = logits.float()
+        parameters = self._parameters[slots][..., None]
+        temperature, top_k, top_p, min_p, penalty, samples, has_end_ids = parameters.unbind(1)
         # Before anything is taken out of the scores, what is no number among it.
         broken = scores.amax(-1).isnan() if need & (BLOCKS | MASKS) else None
         if need & PENALIZES and self._seen is not None:
-            penalty = self._penalty[slots][:, None]
             scores = torch.where(self._seen[slots], torch.where(scores < 0, scores * penalty, scores / penalty), scores)
         if need & BLOCKS:
             end_ids = self._end_ids[slots]
-            is_blocked = (may_not_end & self._has_end_ids[slots])[:, None]
+            is_blocked = may_not_end[:, None] & (has_end_ids != 0)
             blocked = torch.where(is_blocked, -torch.inf, scores.gather(1, end_ids))
             scores = scores.scatter(1, end_ids, blocked)
         if need & MASKS and mask is not None:
@@ -151,8 +150,9 @@ class BatchSampler:
         best = scores.max(-1)
         ids = best.indices
         if need & SAMPLES:
-            sampled = self._sample(scores, slots, uniforms, sorts=bool(need & SORTS))
-            ids = torch.where(self._samples[slots], sampled, ids)
+            limits = (top_k, top_p) if need & SORTS else None
+            sampled = self._sample(scores / temperature, uniforms, min_p, limits)
+            ids = torch.where(samples[:, 0] != 0, sampled, ids)
         self.last_ids[slots] = ids
         if need & PENALIZES and self._seen is not None:
             self._seen.index_put_((slots, ids), self._yes)
@@ -174,14 +174,8 @@ class BatchSampler:
             uniforms,
             may_not_end,
             mask if need & MASKS else None,
-            temperature=self._temperature,
-            top_k=self._top_k,
-            top_p=self._top_p,
-            min_p=self._min_p,
-            penalty=self._penalty,
-            is_sampled=self._samples,
+            parameters=self._parameters,
             end_ids=self._end_ids,
-            has_end_ids=self._has_end_ids,
             seen=self._seen if need & PENALIZES else None,
             last_ids=self.last_ids,
             blocks=bool(need & BLOCKS),
@@ -190,25 +184,29 @@ class BatchSampler:
         )
         return ids
 
+    @staticmethod
     def _sample(
-        self, scores: torch.Tensor, slots: torch.Tensor, uniforms: torch.Tensor, *, sorts: bool
+        scores: torch.Tensor,
+        uniforms: torch.Tensor,
+        min_p: torch.Tensor,
+        limits: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> torch.Tensor:
-        """Draw by inverse CDF, in the order of token ids.
+        """Draw by inverse CDF, in the order of token ids; limits are top_k and top_p.
 
         Source: the order and the rules of the warpers in transformers/generation/logits_process.py,
         with one change: tokens that tie with the last one kept by top_k or top_p are all kept.
         """
-        scores = scores / self._temperature[slots][:, None]
         least = torch.full_like(scores[:, :1], -torch.inf)
-        if sorts:
+        if limits is not None:
+            top_k, top_p = limits
             ordered = scores.sort(-1, descending=True).values
-            least = ordered.gather(1, (self._top_k[slots] - 1).clamp(max=scores.shape[1] - 1)[:, None])
+            least = ordered.gather(1, top_k.long() - 1)
             ordered = ordered.masked_fill(ordered < least, -torch.inf)
             probs = ordered.softmax(-1)
             above = probs.cumsum(-1) - probs  # of all tokens likelier than this one
-            kept = (above < self._top_p[slots][:, None]).sum(-1, keepdim=True)
+            kept = (above < top_p).sum(-1, keepdim=True)
             least = torch.maximum(least, ordered.gather(1, (kept - 1).clamp(min=0)))
-        least = torch.maximum(least, scores.amax(-1, keepdim=True) + self._min_p[slots].log()[:, None])
+        least = torch.maximum(least, scores.amax(-1, keepdim=True) + min_p.log())
         probs = scores.masked_fill(scores < least, -torch.inf).softmax(-1)
         cumulative = probs.double().cumsum(-1)
         drawn = uniforms.double()[:, None] * cumulative[:, -1:]

@@ -241,7 +241,9 @@ class Runner:
             logits = self._prefill_eagerly(runs)
         drawing = [piece.row for piece in pieces if piece.is_last]
         inputs = self._lines_of(drawing, [0] * len(drawing), [0] * len(drawing), chances)
-        return Launched(logits=logits, inputs=inputs.to(self.device), rows=len(drawing), is_prefill=True)
+        # Nothing here waits for the forward: what draws from it is on its way while it runs.
+        inputs = inputs.to(self.device, non_blocking=True)
+        return Launched(logits=logits, inputs=inputs, rows=len(drawing), is_prefill=True)
 
     def _prefill_eagerly(self, runs: Sequence[Run]) -> torch.Tensor:
         spans, lines, last = [], [], []
@@ -254,7 +256,7 @@ class Runner:
             first += count
             if run.is_last:
                 last.append(first - 1)
-        packed = torch.cat(lines, 1).to(self.device)
+        packed = torch.cat(lines, 1).to(self.device, non_blocking=True)
         batch = Batch(table=self._table, slots=packed[2], positions=packed[1], spans=spans, decodes=False)
         return self._forward(packed[0].long(), batch, last or [0])
 
@@ -267,11 +269,11 @@ class Runner:
     def _set_pages(self, rows: Sequence[RowState]) -> None:
         width = max(len(row.pages) for row in rows)
         pages = torch.tensor([row.pages + [0] * (width - len(row.pages)) for row in rows], dtype=torch.int32)
-        slots = torch.tensor([row.slot for row in rows], device=self.device)
-        self._table[slots, :width] = pages.to(self.device)
+        slots = torch.tensor([row.slot for row in rows]).to(self.device, non_blocking=True)
+        self._table[slots, :width] = pages.to(self.device, non_blocking=True)
         if self._adapters is not None:
             numbers = torch.tensor([row.adapter for row in rows], dtype=torch.int32)
-            self._row_adapters[slots] = numbers.to(self.device)
+            self._row_adapters[slots] = numbers.to(self.device, non_blocking=True)
 
     # Decode.
 

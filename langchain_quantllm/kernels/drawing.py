@@ -4,8 +4,8 @@ Owns the kernel and how it is launched. What it computes is `engine.batch_sample
 torch. Knows tensors; no request and no engine.
 
 One program draws for one row. What top_k and top_p leave is found without sorting: the scores' bits, made to order like
-whole numbers, are searched for the least that stays, two bits in each pass. What lies close to the best is set aside before, which is nearly always all
-that the search and the draw have to look at. Sums are made in the same order
+whole numbers, are searched for the least that stays, two bits in each pass. What lies close to the best is set aside
+before, which is nearly always all that the search and the draw have to look at. Sums are made in the same order
 whatever else is in the batch.
 """
 # No `from __future__ import annotations` here: Triton's interpreter needs `tl.constexpr` as an object.
@@ -24,6 +24,8 @@ _ROOM = 2 * _BLOCK
 
 _BLOCK_OF_A_WARP = 512
 
+PARAMETERS = tl.constexpr(7)
+
 NEAR, NEARER = tl.constexpr(16.0), tl.constexpr(8.0)
 """How far below the best a score may be, in nats, for its token to be set aside: the second, where that suffices."""
 
@@ -35,14 +37,8 @@ def draw(
     may_not_end: torch.Tensor,
     mask: torch.Tensor | None,
     *,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
-    penalty: torch.Tensor,
-    is_sampled: torch.Tensor,
+    parameters: torch.Tensor,
     end_ids: torch.Tensor,
-    has_end_ids: torch.Tensor,
     seen: torch.Tensor | None,
     last_ids: torch.Tensor,
     blocks: bool,
@@ -57,14 +53,10 @@ def draw(
         uniforms: A number in [0, 1) for each row, of shape `(rows,)`, float32.
         may_not_end: Whether a row's end tokens are out of the question, of shape `(rows,)`, bool.
         mask: Allowed tokens as bits, lowest first, of shape `(rows, ceil(vocab / 32))`, int32; None allows all.
-        temperature: Of each slot, of shape `(slots,)`, float32; so are `top_p`, `min_p` and `penalty`.
-        top_k: Likewise, int64; the size of the vocabulary for none.
-        top_p: See `temperature`.
-        min_p: See `temperature`.
-        penalty: See `temperature`.
-        is_sampled: Whether a slot's row draws at random, of shape `(slots,)`, bool.
+        parameters: Of each slot temperature, top_k (the size of the vocabulary for none), top_p, min_p, repetition
+            penalty, whether the row draws at random, and whether it has end tokens, of shape `(slots, 7)`, float32,
+            contiguous.
         end_ids: End tokens of each slot, of shape `(slots, width)`, int64.
-        has_end_ids: Whether a slot has any, of shape `(slots,)`, bool.
         seen: Which tokens a slot's text has, of shape `(slots, vocab)`, bool, where any are to be penalized; the drawn
             one is added.
         last_ids: Takes the drawn token of each slot, of shape `(slots,)`, int64.
@@ -95,14 +87,8 @@ def draw(
         may_not_end,
         mask,
         0 if mask is None else mask.stride(0),
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-        penalty,
-        is_sampled,
+        parameters,
         end_ids,
-        has_end_ids,
         seen,
         last_ids,
         out,
@@ -123,20 +109,20 @@ def draw(
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
-def _key(score):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def _key(score):  # type: ignore[no-untyped-def]
     """Order numbers by bits: those of a positive one are higher, the higher it is; of a negative one, the lower."""
     bits = score.to(tl.uint32, bitcast=True)
     return bits ^ tl.where(score < 0, 0xFFFFFFFF, 0x80000000)
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
-def _weight(score, best):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def _weight(score, best):  # type: ignore[no-untyped-def]
     """Give the probability beside the best token's, which may be infinite."""
     return tl.where(score == best, 1.0, tl.exp(score - best))
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
-def _least_key(scores, count, best, floor, bound, weighs: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def _least_key(scores, count, best, floor, bound, weighs: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]
     """Find the lowest key such that what lies above it, of keys of the floor and higher, is less than a bound.
 
     Two bits in each pass: above which of three numbers is there too much?
@@ -171,7 +157,7 @@ def _least_key(scores, count, best, floor, bound, weighs: tl.constexpr, block: t
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
-def _place_of(scores, count, best, floor, uniform, block: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def _place_of(scores, count, best, floor, uniform, block: tl.constexpr):  # type: ignore[no-untyped-def]
     """Draw by inverse CDF: find the first place up to which the probabilities come to more than a share of them all."""
     offsets = tl.arange(0, block)
     total = tl.full((), 0.0, tl.float64)
@@ -196,28 +182,22 @@ def _place_of(scores, count, best, floor, uniform, block: tl.constexpr):  # type
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
-def _draw_kernel(  # type: ignore[no-untyped-def]  # noqa: ANN202
-    logits,  # noqa: ANN001
-    row_stride,  # noqa: ANN001
-    vocab_size,  # noqa: ANN001
-    slots,  # noqa: ANN001
-    uniforms,  # noqa: ANN001
-    may_not_end,  # noqa: ANN001
-    mask,  # noqa: ANN001
-    mask_stride,  # noqa: ANN001
-    temperatures,  # noqa: ANN001
-    top_ks,  # noqa: ANN001
-    top_ps,  # noqa: ANN001
-    min_ps,  # noqa: ANN001
-    penalties,  # noqa: ANN001
-    is_sampled,  # noqa: ANN001
-    end_ids,  # noqa: ANN001
-    has_end_ids,  # noqa: ANN001
-    seen,  # noqa: ANN001
-    last_ids,  # noqa: ANN001
-    out,  # noqa: ANN001
-    all_scores,  # noqa: ANN001
-    near_ids,  # noqa: ANN001
+def _draw_kernel(  # type: ignore[no-untyped-def]
+    logits,
+    row_stride,
+    vocab_size,
+    slots,
+    uniforms,
+    may_not_end,
+    mask,
+    mask_stride,
+    parameters,
+    end_ids,
+    seen,
+    last_ids,
+    out,
+    all_scores,
+    near_ids,
     blocks: tl.constexpr,
     penalizes: tl.constexpr,
     masks: tl.constexpr,
@@ -234,11 +214,11 @@ def _draw_kernel(  # type: ignore[no-untyped-def]  # noqa: ANN202
     offsets = tl.arange(0, block)
     logits += row * row_stride
     all_scores += row * (vocab_size + room)
-    penalty = tl.load(penalties + slot)
-    temperature = tl.load(temperatures + slot)
+    parameters += slot * PARAMETERS
+    temperature = tl.load(parameters)
     is_blocked = False
     if blocks:
-        is_blocked = (tl.load(may_not_end + row) != 0) & (tl.load(has_end_ids + slot) != 0)
+        is_blocked = (tl.load(may_not_end + row) != 0) & (tl.load(parameters + 6) != 0)
 
     # Scores, the best of them, and whether all are numbers.
     highest = tl.full((block,), -float("inf"), tl.float32)
@@ -250,6 +230,7 @@ def _draw_kernel(  # type: ignore[no-untyped-def]  # noqa: ANN202
         score = tl.load(logits + tokens, mask=inside, other=-float("inf")).to(tl.float32)
         broken |= (score != score).to(tl.int32)
         if penalizes:
+            penalty = tl.load(parameters + 4)
             was_seen = tl.load(seen + slot * vocab_size + tokens, mask=inside, other=0) != 0
             penalized = tl.where(score < 0, score * penalty, tl.div_rn(score, penalty))
             score = tl.where(was_seen, penalized, score)
@@ -271,15 +252,15 @@ def _draw_kernel(  # type: ignore[no-untyped-def]  # noqa: ANN202
 
     if samples:
         tl.debug_barrier()  # scores are read by other threads than those that wrote them
-        if (tl.load(is_sampled + slot) != 0) & (best > -float("inf")):
+        if (tl.load(parameters + 5) != 0) & (best > -float("inf")):
             scores, count = all_scores, vocab_size
             best_score = tl.div_rn(best, temperature)
-            by_min_p = best_score + tl.log(tl.load(min_ps + slot))
+            by_min_p = best_score + tl.log(tl.load(parameters + 3))
             floor = tl.full((), 0, tl.uint32)
             is_near = False
             if sorts:
-                k = tl.minimum(tl.load(top_ks + slot), vocab_size).to(tl.int32)
-                p = tl.load(top_ps + slot)
+                k = tl.load(parameters + 1).to(tl.int32)
+                p = tl.load(parameters + 2)
                 has_k = k < vocab_size
                 # How many tokens are near and nearer to the best, and how much of the whole they are.
                 whole = tl.zeros((block,), tl.float32)
@@ -334,7 +315,7 @@ def _draw_kernel(  # type: ignore[no-untyped-def]  # noqa: ANN202
                     floor = tl.maximum(floor, by_p)
             floor = tl.maximum(floor, _key(by_min_p))
             token = _place_of(scores, count, best_score, floor, tl.load(uniforms + row), block)
-            if sorts:
+            if sorts:  # noqa: SIM102  (known when it is compiled, which the other is not)
                 if is_near:
                     token = tl.load(near_ids + row * room + token)
 

@@ -337,7 +337,7 @@ def _decode_kernel(
     """Attend with the query heads of one key head to one share of a row.
 
     Grid `(tokens, kv_heads * programs of a group, splits)`. With splits, `levels` gets the binary logarithm of the
-    sum of each share's exponentials, which is -inf for an empty one.
+    sum of each share's exponentials, which is -inf for an empty one; `parts` gets nothing of that.
     """
     wait_for_inputs(early)
     token = tl.program_id(0).to(tl.int64)
@@ -353,16 +353,21 @@ def _decode_kernel(
     begin = 0
     if window > 0:
         begin = tl.maximum(end - window, 0)
+    first_tile = begin // keys
+    share = tl.cdiv(tl.cdiv(end, keys) - first_tile, splits)
+    start = (first_tile + split * share) * keys
+    stop = tl.minimum(start + share * keys, end)
+    at = (token * (kv_heads * group) + heads) * splits + split
+    if splits > 1:  # noqa: SIM102  (known when it is compiled, which the other is not)
+        if start >= stop:
+            tl.store(levels + at, float("-inf"), mask=members < group)
+            return
     asked = tl.load(
         query + token * query_token_stride + heads[:, None] * query_head_stride + key_columns[None, :],
         mask=(members[:, None] < group) & (key_columns[None, :] < key_dim),
         other=0.0,
     ).to(kv.dtype.element_ty)
 
-    first_tile = begin // keys
-    share = tl.cdiv(tl.cdiv(end, keys) - first_tile, splits)
-    start = (first_tile + split * share) * keys
-    stop = tl.minimum(start + share * keys, end)
     highest = tl.full([group_rows], float("-inf"), tl.float32)
     weight = tl.zeros([group_rows], tl.float32)
     total = tl.zeros([group_rows, value_block], tl.float32)
@@ -384,7 +389,6 @@ def _decode_kernel(
         total, highest, weight = _fold(total, highest, weight, scores, value)
 
     found = total / tl.where(weight > 0, weight, 1.0)[:, None]
-    at = (token * (kv_heads * group) + heads) * splits + split
     tl.store(
         parts + at[:, None] * value_dim + value_columns[None, :],
         found.to(parts.dtype.element_ty),
@@ -414,7 +418,7 @@ def _combine_kernel(
     weight = tl.exp2(level - tl.max(level, 0))
     part = tl.load(
         parts + (at * splits + shares)[:, None] * value_dim + columns[None, :],
-        mask=columns[None, :] < value_dim,
+        mask=(columns[None, :] < value_dim) & (level > float("-inf"))[:, None],
         other=0.0,
     )
     found = tl.sum(part * weight[:, None], 0) / tl.sum(weight, 0)
