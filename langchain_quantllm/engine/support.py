@@ -187,17 +187,25 @@ def fingerprint(model: Any, *, names_adapters: bool = False) -> int:
         names_adapters: Whether every request names its adapter, so that the active one does not matter.
     """
     parts: list[Any] = []
+    is_peft: dict[type, bool] = {}
     waiting, seen = [model], set()
-    while waiting:  # `model.modules()` takes twice as long
+    while waiting:  # `model.modules()` takes three times as long
         module = waiting.pop()
         if id(module) in seen:
             continue
         seen.add(id(module))
         parts.append(id(module))
-        waiting += [child for child in module._modules.values() if child is not None]
-        parts += [(id(p), p._version, p.data_ptr()) for p in module._parameters.values() if p is not None]
-        parts += hooks_of(module)
-        if isinstance(getattr(type(module), "disable_adapters", None), property):  # a layer of peft's
+        kind = type(module)
+        if module._modules:
+            waiting += [child for child in module._modules.values() if child is not None]
+        for p in module._parameters.values():
+            if p is not None:
+                parts += (id(p), p._version, p.data_ptr())
+        if module._forward_hooks or module._forward_pre_hooks:
+            parts += hooks_of(module)
+        if kind not in is_peft:
+            is_peft[kind] = isinstance(getattr(kind, "disable_adapters", None), property)
+        if is_peft[kind]:
             parts.append(tuple(module.merged_adapters))
             if not names_adapters:
                 parts += [tuple(module.active_adapters), module.disable_adapters]

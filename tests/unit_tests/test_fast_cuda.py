@@ -107,11 +107,14 @@ def test_seeds_penalties_masks_and_logprobs(folder: Any) -> None:
     llm = make(folder, dtype="float32", engine="fast", max_new_tokens=24)
     options: dict[str, Any] = {"temperature": 0.9, "top_p": 0.9, "top_k": 40, "min_p": 0.01, "seed": 3}
     options["repetition_penalty"] = 1.2
+    assert llm.engine_info.fused["drawing"] == 1
     alone = llm.invoke(PROMPTS[0], **options)
     assert llm.batch(PROMPTS, **options)[0] == alone
     assert "".join(llm.stream(PROMPTS[0], **options)) == alone
     plain = make(folder, dtype="float32", engine="pipeline", max_new_tokens=24)
     assert plain.invoke(PROMPTS[0], **options) == alone
+    for some in ({"temperature": 1.1}, {"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.1}, {"repetition_penalty": 1.4}):
+        assert llm.batch(PROMPTS, seed=2, **some) == [plain.invoke(prompt, seed=2, **some) for prompt in PROMPTS]
     found = llm.generate([PROMPTS[0]], logprobs=3).generations[0][0].generation_info or {}
     expected = plain.generate([PROMPTS[0]], logprobs=3).generations[0][0].generation_info or {}
     for ours, theirs in zip(found["logprobs"]["content"], expected["logprobs"]["content"], strict=True):
