@@ -26,8 +26,14 @@ _BLOCK_OF_A_WARP = 512
 
 PARAMETERS = tl.constexpr(7)
 
-NEAR, NEARER = tl.constexpr(16.0), tl.constexpr(8.0)
-"""How far below the best a score may be, in nats, for its token to be set aside: the second, where that suffices."""
+DISTANCE = tl.constexpr(8.0)
+"""How far below the best a score may be at first, in nats, for its token to be set aside."""
+
+ALL = tl.constexpr(128.0)
+"""What lies so far below the best weighs nothing in float32."""
+
+TRIES = tl.constexpr(8)
+"""How many distances are tried, where one is not far enough or too far."""
 
 
 def draw(
@@ -119,6 +125,18 @@ def _key(score):  # type: ignore[no-untyped-def]
 def _weight(score, best):  # type: ignore[no-untyped-def]
     """Give the probability beside the best token's, which may be infinite."""
     return tl.where(score == best, 1.0, tl.exp(score - best))
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def _weight_of(scores, count, best, floor, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Sum the probabilities, beside the best token's, of what has a key of the floor or higher."""
+    offsets = tl.arange(0, block)
+    weights = tl.zeros((block,), tl.float32)
+    for start in range(0, count, block):
+        inside = start + offsets < count
+        score = tl.load(scores + start + offsets, mask=inside, other=-float("inf"))
+        weights += tl.where(inside & (_key(score) >= floor), _weight(score, best), 0.0)
+    return tl.sum(weights)
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
@@ -257,37 +275,36 @@ def _draw_kernel(  # type: ignore[no-untyped-def]
             best_score = tl.div_rn(best, temperature)
             by_min_p = best_score + tl.log(tl.load(parameters + 3))
             floor = tl.full((), 0, tl.uint32)
-            is_near = False
+            is_near = best == -float("inf")  # which it is not
             if sorts:
                 k = tl.load(parameters + 1).to(tl.int32)
                 p = tl.load(parameters + 2)
                 has_k = k < vocab_size
-                # How many tokens are near and nearer to the best, and how much of the whole they are.
-                whole = tl.zeros((block,), tl.float32)
-                near_weight = tl.zeros((block,), tl.float32)
-                nearer_weight = tl.zeros((block,), tl.float32)
-                near_count = tl.zeros((block,), tl.int32)
-                nearer_count = tl.zeros((block,), tl.int32)
-                for start in range(0, vocab_size, block):
-                    inside = start + offsets < vocab_size
-                    score = tl.load(scores + start + offsets, mask=inside, other=-float("inf"))
-                    weight = tl.where(inside, _weight(score, best_score), 0.0)
-                    whole += weight
-                    near_weight += tl.where(score >= best_score - NEAR, weight, 0.0)
-                    nearer_weight += tl.where(score >= best_score - NEARER, weight, 0.0)
-                    near_count += (inside & (score >= best_score - NEAR)).to(tl.int32)
-                    nearer_count += (inside & (score >= best_score - NEARER)).to(tl.int32)
-                total = tl.sum(whole)
-                found = tl.sum(nearer_count)
-                distance = NEARER
-                by_p_alone = (not has_k) & (p < 1.0)
-                is_near = (has_k & (found >= k)) | (by_p_alone & (tl.sum(nearer_weight) >= p * total))
-                if not is_near:
-                    found = tl.sum(near_count)
-                    distance = NEAR
-                    is_near = (has_k & (found >= k)) | (by_p_alone & (tl.sum(near_weight) >= p * total))
-                    is_near = is_near | (by_min_p >= best_score - NEAR)
-                is_near = is_near & (found <= room)
+                total = tl.full((), 0.0, tl.float32)
+                if (p < 1.0) & (k >= vocab_size):
+                    total = _weight_of(scores, vocab_size, best_score, floor, block)
+                # How far below the best is far enough for all that may be drawn, and not too many?
+                distance, nearer, farther = tl.full((), DISTANCE, tl.float32), 0.0, float("inf")
+                found = tl.full((), 0, tl.int32)
+                for _ in range(TRIES):
+                    if (not is_near) & (has_k | (p < 1.0) | (by_min_p > -float("inf"))):
+                        counts = tl.zeros((block,), tl.int32)
+                        weights = tl.zeros((block,), tl.float32)
+                        for start in range(0, vocab_size, block):
+                            inside = start + offsets < vocab_size
+                            score = tl.load(scores + start + offsets, mask=inside, other=-float("inf"))
+                            near = inside & (score >= best_score - distance)
+                            counts += near.to(tl.int32)
+                            if not has_k:
+                                weights += tl.where(near, _weight(score, best_score), 0.0)
+                        found = tl.sum(counts)
+                        suffices = (has_k & (found >= k)) | (by_min_p >= best_score - distance) | (distance >= ALL)
+                        suffices = suffices | ((not has_k) & (p < 1.0) & (tl.sum(weights) >= p * total))
+                        is_near = suffices & (found <= room)
+                        if not is_near:
+                            farther = tl.where(suffices, distance, farther)
+                            nearer = tl.where(suffices, nearer, distance)
+                            distance = tl.where(farther == float("inf"), 2 * distance, 0.5 * (nearer + farther))
                 if is_near:  # they suffice, and are set aside in their order
                     scores, count = all_scores + vocab_size, found
                     found = 0
@@ -304,13 +321,7 @@ def _draw_kernel(  # type: ignore[no-untyped-def]
                     floor = _least_key(scores, count, best_score, floor, k.to(tl.float32), False, block)
                 if p < 1.0:
                     if has_k:
-                        kept = tl.zeros((block,), tl.float32)
-                        for start in range(0, count, block):
-                            inside = start + offsets < count
-                            score = tl.load(scores + start + offsets, mask=inside, other=-float("inf"))
-                            counts = inside & (_key(score) >= floor)
-                            kept += tl.where(counts, _weight(score, best_score), 0.0)
-                        total = tl.sum(kept)
+                        total = _weight_of(scores, count, best_score, floor, block)
                     by_p = _least_key(scores, count, best_score, floor, p * total, True, block)
                     floor = tl.maximum(floor, by_p)
             floor = tl.maximum(floor, _key(by_min_p))

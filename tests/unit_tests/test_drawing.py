@@ -23,12 +23,13 @@ import pytest
 import torch
 
 from langchain_quantllm.engine.batch_sampler import MASKS, SAMPLES, SORTS, BatchSampler, needs_of
+from langchain_quantllm.engine.fused_drawing import draws_alike, find_drawing
 from tests.unit_tests.test_batch_sampler import COMBINATIONS, VOCAB, Batch, Only, logits_of
 from tests.unit_tests.test_sampler import request_of
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-ROWS = 600 if DEVICE.type == "cuda" else 60
+ROWS = 600 if DEVICE.type == "cuda" else 40
 
 
 class OnDevice:
@@ -119,6 +120,26 @@ def check_flat() -> None:
                 assert found[0] == found[1], (scale, chosen, uniform, found)
 
 
+def check_few_allowed() -> None:
+    """Fewer tokens than top_k asks for, as in constrained texts: those that the mask forbids are not missed."""
+    vocab = 20_000
+    for allowed in ([7], [3, 11_000, 19_999]):
+        bits = torch.zeros(1, vocab // 32, dtype=torch.int32)
+        for token in allowed:
+            bits[0, token // 32] = -(2**31) if token % 32 == 31 else 1 << token % 32
+        request = request_of(seed=1, temperature=3.0, top_k=20, top_p=0.9)
+        sampler, other = OnDevice(1, vocab), OnDevice(1, vocab, by_kernel=False)
+        need = MASKS | needs_of(request)
+        for uniform in (0.05, 0.5, 0.95):
+            given = (logits_of(4, 1, vocab), torch.tensor([0]), torch.tensor([uniform]), torch.tensor([False]), need)
+            found = []
+            for one in (sampler, other):
+                one.set([0], [request], [(1,)])
+                found.append(int(one.draw(*given, bits)))
+            assert found[0] == found[1]
+            assert found[0] in allowed
+
+
 def check_dtypes() -> None:
     """Logits of 16 bits have ties: all that tie with the last that is kept are kept, in both."""
     options: list[dict[str, Any]] = [
@@ -186,6 +207,24 @@ def check_shares() -> None:
     assert torch.allclose(shares, logits.softmax(-1)[0], atol=2 / count)
 
 
+def check_looked_at_before_it_is_used() -> None:
+    """The kernel is compared with plain torch when an engine is made; one that draws otherwise is not taken."""
+    from langchain_quantllm.kernels import drawing
+
+    assert draws_alike(drawing, 300, DEVICE)
+    assert not draws_alike(OneFurther, 300, DEVICE)
+
+
+class OneFurther:
+    """Draws the token behind the right one."""
+
+    @staticmethod
+    def draw(logits: torch.Tensor, *given: Any, **tables: Any) -> torch.Tensor:
+        from langchain_quantllm.kernels import drawing
+
+        return drawing.draw(logits.roll(1, -1), *given, **tables)
+
+
 CHECKS: dict[str, Callable[[], None]] = {
     name.removeprefix("check_"): check
     for name, check in list(globals().items())
@@ -226,6 +265,10 @@ def run_checks() -> dict[str, str]:
 @pytest.mark.parametrize("name", list(CHECKS))
 def test_kernel(name: str, reports: dict[str, str]) -> None:
     assert reports[name] == ""
+
+
+def test_none_on_a_cpu() -> None:
+    assert find_drawing(300, torch.device("cpu")) is None
 
 
 if __name__ == "__main__":
