@@ -280,7 +280,7 @@ def _annotate(axes: Any, place: tuple[float, float], text: str, *, across: bool 
         textcoords="offset points",
         ha="left" if across else "center",
         va="center" if across else "bottom",
-        fontsize=7 if small else 8.5,
+        fontsize=6 if small else 8.5,
     )
 
 
