@@ -1,9 +1,8 @@
 """Choosing the next token of many rows at once, on the device.
 
 Owns the rows' sampling parameters as tensors, and the arithmetic from logits to token ids, in plain torch; a kernel
-that does the same in one launch can be given. One
-uniform number per row and token comes from outside, so that a row's tokens do not depend on the
-others. Every operation has fixed shapes: the whole can be captured in a CUDA graph.
+that does the same in one launch can be given. One uniform number per row and token comes from outside, so that a row's
+tokens do not depend on the others. Every operation has fixed shapes: the whole can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
