@@ -218,6 +218,7 @@ class TritonAttention:
         properties = torch.cuda.get_device_properties(devices[0])
         self._kernels = kernels
         self._multiprocessors = properties.multi_processor_count
+        self._arrivals = {device: kernels.arrivals(self._multiprocessors, device) for device in devices}
         self._changes_device = len(devices) > 1
         # Before Ampere, Triton multiplies without tensor cores: no matter for one token, but for a prompt.
         self._prefills_by = GatherAttention() if properties.major < 8 else None
@@ -241,7 +242,8 @@ class TritonAttention:
         with self._on(device):
             if batch.decodes:
                 splits = self._kernels.default_splits(len(slots), pool.kv.shape[2], self._multiprocessors)
-                return self._kernels.decode_attention(query, pool.kv, table, slots, positions, splits=splits, **given)
+                given |= {"splits": splits, "arrivals": self._arrivals[device]}
+                return self._kernels.decode_attention(query, pool.kv, table, slots, positions, **given)
             blocks = batch.blocks
             if blocks is None or blocks.device != device:
                 blocks = _cached(batch, (device, "blocks"), lambda: self._blocks(batch).to(device))

@@ -19,11 +19,13 @@ import triton.language as tl  # type: ignore[import-not-found,import-untyped,unu
 from langchain_quantllm.kernels.launching import launch_options, wait_for_inputs
 from langchain_quantllm.kernels.reference import PREFILL_BLOCK
 
-__all__ = ["PREFILL_BLOCK", "decode_attention", "default_splits", "prefill_attention", "write_kv"]
+__all__ = ["PREFILL_BLOCK", "arrivals", "decode_attention", "default_splits", "prefill_attention", "write_kv"]
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _MOST_GROUP_ROWS = 64
 """Query heads of one program of decode; more than that of one key head are shared between programs."""
+_LEAST_TILES = 2
+"""Tiles of keys for which another program is worth while, where a row is shared."""
 
 
 def write_kv(
@@ -83,6 +85,7 @@ def decode_attention(
     window: int = 0,
     softcap: float = 0.0,
     splits: int = 1,
+    arrivals: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend with one new token of each row to the row's pages: `reference.decode_attention`.
 
@@ -96,8 +99,10 @@ def decode_attention(
         scale: What scores are multiplied by.
         window: How many of the last positions a token sees; 0 for all. Compiled in.
         softcap: The cap of the scores; 0 for none. Compiled in.
-        splits: How many programs share the keys of one row: a power of two (see `default_splits`). With more than 1,
-            a second kernel combines what they found.
+        splits: How many programs share the keys of one row, at most: a power of two (see `default_splits`). The last of
+            them to be done combines what all have found; a row of few keys is for one alone.
+        arrivals: What `arrivals` gives, for `splits` of more than 1. Holds zeros before and after, and belongs to one
+            call at a time.
 
     Returns:
         The attended values of shape `(1, tokens, heads, value_dim)`, contiguous, in the dtype of `query`.
@@ -112,17 +117,19 @@ def decode_attention(
     group_rows = min(_padded(group), _MOST_GROUP_ROWS)
     keys, warps, stages = _decode_tiles(key_dim, value_dim, kv.element_size())
     out = query.new_empty((1, tokens, heads, value_dim))
-    # Without splits the kernel is given the result itself, and never touches the levels.
+    # Without splits, the kernel touches neither of these.
     parts = out if splits == 1 else kv.new_empty((tokens, heads, splits, value_dim), dtype=torch.float32)
-    levels = parts if splits == 1 else kv.new_empty((tokens, heads, splits), dtype=torch.float32)
+    levels = out if splits == 1 else kv.new_empty((tokens, heads, splits), dtype=torch.float32)
     _decode_kernel[(tokens, kv_heads * -(-group // group_rows), splits)](
         query,
         kv,
         table,
         rows,
         positions,
+        out,
         parts,
         levels,
+        out if arrivals is None else arrivals,
         scale,
         query.stride(1),
         query.stride(2),
@@ -139,16 +146,27 @@ def decode_attention(
         value_block=_padded(value_dim),
         group_rows=group_rows,
         keys=keys,
+        least=_LEAST_TILES,
         num_warps=warps,
         num_stages=stages,
         **launch_options(kv.device),
     )
-    if splits > 1:
-        _combine_kernel[(tokens * heads,)](
-            parts, levels, out, value_dim=value_dim, splits=splits, value_block=_padded(value_dim), num_warps=4,
-            **launch_options(kv.device),
-        )  # fmt: skip
     return out
+
+
+def arrivals(multiprocessors: int, device: torch.device) -> torch.Tensor:
+    """Make what counts the programs of `decode_attention` that are done with a row.
+
+    Args:
+        multiprocessors: Multiprocessors of the device, as `default_splits` is told.
+        device: Where the pools are.
+
+    Returns:
+        Zeros, int32, as many as a step has groups of heads that `default_splits` shares, where a group has no more than
+        1,024 heads.
+    """
+    most_groups = 8 * multiprocessors // 3
+    return torch.zeros(most_groups * (1024 // _MOST_GROUP_ROWS), dtype=torch.int32, device=device)
 
 
 def prefill_attention(
@@ -314,8 +332,10 @@ def _decode_kernel(
     table: tl.tensor,
     rows: tl.tensor,
     positions: tl.tensor,
+    out: tl.tensor,
     parts: tl.tensor,
     levels: tl.tensor,
+    arrivals: tl.tensor,
     scale: tl.tensor,
     query_head_stride: tl.tensor,
     query_token_stride: tl.tensor,
@@ -332,12 +352,13 @@ def _decode_kernel(
     value_block: tl.constexpr,
     group_rows: tl.constexpr,
     keys: tl.constexpr,
+    least: tl.constexpr,
     early: tl.constexpr,
 ) -> None:
-    """Attend with the query heads of one key head to one share of a row.
+    """Attend with the query heads of one key head to one share of a row; the last of the row to come combines them.
 
-    Grid `(tokens, kv_heads * programs of a group, splits)`. With splits, `levels` gets the binary logarithm of the
-    sum of each share's exponentials, which is -inf for an empty one; `parts` gets nothing of that.
+    Grid `(tokens, kv_heads * programs of a group, splits)`. Where a row has several shares, `parts` gets what each has
+    found, `levels` the binary logarithm of the sum of its exponentials, and `arrivals` counts those that are written.
     """
     wait_for_inputs(early)
     token = tl.program_id(0).to(tl.int64)
@@ -354,14 +375,14 @@ def _decode_kernel(
     if window > 0:
         begin = tl.maximum(end - window, 0)
     first_tile = begin // keys
-    share = tl.cdiv(tl.cdiv(end, keys) - first_tile, splits)
+    tiles = tl.cdiv(end, keys) - first_tile
+    share = tl.cdiv(tiles, splits)
+    if splits > 1:
+        share = tl.maximum(share, least)
+        if split * share >= tiles:
+            return
     start = (first_tile + split * share) * keys
     stop = tl.minimum(start + share * keys, end)
-    at = (token * (kv_heads * group) + heads) * splits + split
-    if splits > 1:  # noqa: SIM102  (known when it is compiled, which the other is not)
-        if start >= stop:
-            tl.store(levels + at, float("-inf"), mask=members < group)
-            return
     asked = tl.load(
         query + token * query_token_stride + heads[:, None] * query_head_stride + key_columns[None, :],
         mask=(members[:, None] < group) & (key_columns[None, :] < key_dim),
@@ -389,40 +410,59 @@ def _decode_kernel(
         total, highest, weight = _fold(total, highest, weight, scores, value)
 
     found = total / tl.where(weight > 0, weight, 1.0)[:, None]
-    tl.store(
-        parts + at[:, None] * value_dim + value_columns[None, :],
-        found.to(parts.dtype.element_ty),
-        mask=(members[:, None] < group) & (value_columns[None, :] < value_dim),
-    )
-    if splits > 1:
+    row = token * (kv_heads * group) + heads
+    held = (members[:, None] < group) & (value_columns[None, :] < value_dim)
+    shares = tl.cdiv(tiles, share)
+    if splits == 1 or shares == 1:
+        tl.store(out + row[:, None] * value_dim + value_columns[None, :], found.to(out.dtype.element_ty), mask=held)
+    else:
+        at = row * splits + split
+        tl.store(parts + at[:, None] * value_dim + value_columns[None, :], found, mask=held)
         tl.store(levels + at, highest + tl.log2(weight), mask=members < group)
+        tl.debug_barrier()  # all threads have written before one of them says so
+        arrived = arrivals + token * tl.num_programs(1) + tl.program_id(1)
+        if tl.atomic_add(arrived, 1, sem="acq_rel") == shares - 1:
+            tl.store(arrived, 0)
+            first = token * (kv_heads * group) + head * group + tl.program_id(1) % programs * group_rows
+            last = token * (kv_heads * group) + head * group + group
+            for one in range(first, tl.minimum(first + group_rows, last)):
+                _combine(out, parts, levels, one, shares, value_dim, splits, value_block)
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
-def _combine_kernel(
+def _combine(
+    out: tl.tensor,
     parts: tl.tensor,
     levels: tl.tensor,
-    out: tl.tensor,
+    row: tl.tensor,
+    shares: tl.tensor,
     value_dim: tl.constexpr,
     splits: tl.constexpr,
     value_block: tl.constexpr,
-    early: tl.constexpr,
 ) -> None:
-    """Weigh the shares of one head of one row by their levels; grid `(tokens * heads,)`."""
-    wait_for_inputs(early)
-    at = tl.program_id(0).to(tl.int64)
-    shares = tl.arange(0, splits)
+    """Weigh the shares of one head of one token by their levels.
+
+    Args:
+        out: Results of shape `(tokens * heads, value_dim)`.
+        parts: What the shares have found, of shape `(tokens * heads, splits, value_dim)`, float32.
+        levels: Their binary logarithms of shape `(tokens * heads, splits)`, float32; finite.
+        row: Which of the `tokens * heads`.
+        shares: How many of the `splits` are written.
+        value_dim: Size of a value.
+        splits: Places for shares; a power of two.
+        value_block: `value_dim`, rounded up to a power of two.
+    """
+    numbers = tl.arange(0, splits)
     columns = tl.arange(0, value_block)
-    level = tl.load(levels + at * splits + shares)
-    # The first share is never empty, so the highest level is finite.
+    level = tl.load(levels + row * splits + numbers, mask=numbers < shares, other=float("-inf"))
     weight = tl.exp2(level - tl.max(level, 0))
     part = tl.load(
-        parts + (at * splits + shares)[:, None] * value_dim + columns[None, :],
-        mask=(columns[None, :] < value_dim) & (level > float("-inf"))[:, None],
+        parts + (row * splits + numbers)[:, None] * value_dim + columns[None, :],
+        mask=(numbers < shares)[:, None] & (columns[None, :] < value_dim),
         other=0.0,
     )
     found = tl.sum(part * weight[:, None], 0) / tl.sum(weight, 0)
-    tl.store(out + at * value_dim + columns, found.to(out.dtype.element_ty), mask=columns < value_dim)
+    tl.store(out + row * value_dim + columns, found.to(out.dtype.element_ty), mask=columns < value_dim)
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]

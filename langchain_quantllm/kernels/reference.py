@@ -50,6 +50,7 @@ def decode_attention(
     window: int = 0,
     softcap: float = 0.0,
     splits: int = 1,
+    arrivals: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend with one new token of each row to the row's pages, which hold the token itself too.
 
@@ -64,7 +65,8 @@ def decode_attention(
         scale: What scores are multiplied by.
         window: How many of the last positions a token sees, itself counted; 0 for all.
         softcap: Scores become `softcap * tanh(scores / softcap)`; 0 for no cap.
-        splits: How many programs share the keys of one row: a power of two. No effect here.
+        splits: How many programs share the keys of one row, at most: a power of two. No effect here.
+        arrivals: What `paged_attention.arrivals` gives. No effect here.
 
     Returns:
         The attended values of shape `(1, tokens, heads, value_dim)`, contiguous, in the dtype of `query`.
@@ -72,7 +74,7 @@ def decode_attention(
     Source:
         The cap: Gemma 2, https://arxiv.org/abs/2408.00118, section 2.
     """
-    del splits
+    del splits, arrivals
     out = query.new_empty((1, query.shape[2], query.shape[1], value_dim))
     for token, (row, position) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True)):
         keys, values = _history(kv, table[row], position + 1, value_dim)
@@ -115,6 +117,12 @@ def prefill_attention(
         block = query[0, :, first : first + count]
         out[0, first : first + count] = _attend(block, keys, values, position, scale, window, softcap)
     return out
+
+
+def arrivals(multiprocessors: int, device: torch.device) -> torch.Tensor:
+    """Give what counts arrivals in `decode_attention`, which is nothing: a loop is never shared."""
+    del multiprocessors
+    return torch.zeros(0, dtype=torch.int32, device=device)
 
 
 def default_splits(tokens: int, kv_heads: int, multiprocessors: int) -> int:

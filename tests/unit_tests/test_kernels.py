@@ -150,7 +150,11 @@ def attend(module: Any, case: Case, rows: Rows) -> torch.Tensor:
         return module.prefill_attention(rows.query, rows.kv, rows.table, blocks, **given)
     positions = torch.tensor(case.lengths, dtype=torch.int32, device=device) - 1
     slots = torch.tensor(rows.slots, dtype=torch.int32, device=device)
-    return module.decode_attention(rows.query, rows.kv, rows.table, slots, positions, splits=case.splits, **given)
+    arrivals = torch.zeros(len(slots) * case.heads, dtype=torch.int32, device=device)
+    given |= {"splits": case.splits, "arrivals": arrivals}
+    attended = module.decode_attention(rows.query, rows.kv, rows.table, slots, positions, **given)
+    assert not arrivals.any(), "counts are left, which the next call would begin with"
+    return attended
 
 
 def run_case(case: Case, device: str) -> dict[str, Any]:
@@ -213,7 +217,8 @@ def run_padding(device: str) -> dict[str, Any]:
     alone = attend(paged_attention, case, rows)
     idle = next(slot for slot in range(len(rows.table)) if slot not in rows.slots)
     rows.table[idle] = 0
-    given = {"value_dim": 16, "scale": 0.3, "splits": 2}
+    arrivals = torch.zeros(4, dtype=torch.int32, device=device)
+    given = {"value_dim": 16, "scale": 0.3, "splits": 2, "arrivals": arrivals}
     slots = torch.tensor([*rows.slots, idle, idle], dtype=torch.int32, device=device)
     positions = torch.tensor([19, 49, 0, 0], dtype=torch.int32, device=device)
     query = torch.cat([rows.query, rows.query], dim=2)
