@@ -120,9 +120,9 @@ class BatchSampler:
 
         Args:
             logits: Of shape `(rows, vocab)`, any float dtype; not changed.
-            slots: Place of each row, of shape `(rows,)`, int64.
+            slots: Place of each row, of shape `(rows,)`, int32 or int64.
             uniforms: A number in [0, 1) for each row, of shape `(rows,)`, float32.
-            may_not_end: Whether a row's end tokens are out of the question, of shape `(rows,)`, bool.
+            may_not_end: Whether a row's end tokens are out of the question, of shape `(rows,)`, bool or int32.
             need: What there is to do, as the flags above added up.
             mask: Allowed tokens as bits, lowest first, of shape `(rows, ceil(vocab / 32))`, int32.
 
@@ -131,6 +131,7 @@ class BatchSampler:
         """
         if self._drawing is not None:
             return self._draw_at_once(logits, slots, uniforms, may_not_end, need, mask)
+        slots = slots.long()
         scores = logits.float()
         parameters = self._parameters[slots][..., None]
         temperature, top_k, top_p, min_p, penalty, samples, has_end_ids = parameters.unbind(1)
@@ -140,7 +141,7 @@ class BatchSampler:
             scores = torch.where(self._seen[slots], torch.where(scores < 0, scores * penalty, scores / penalty), scores)
         if need & BLOCKS:
             end_ids = self._end_ids[slots]
-            is_blocked = may_not_end[:, None] & (has_end_ids != 0)
+            is_blocked = (may_not_end[:, None] != 0) & (has_end_ids != 0)
             blocked = torch.where(is_blocked, -torch.inf, scores.gather(1, end_ids))
             scores = scores.scatter(1, end_ids, blocked)
         if need & MASKS and mask is not None:

@@ -214,6 +214,32 @@ class RotaryStep:
         return getattr(module, self.output)(attended.flatten(2)), None
 
 
+@dataclass(frozen=True, kw_only=True)
+class AnglesStep:
+    """A module that gives the cosines and sines of positions, by frequencies that stay.
+
+    Args:
+        kernels: `kernels.fused` or `kernels.fused_reference`.
+        scale: See `fused_reference.angles`.
+    """
+
+    kernels: Any
+    scale: float
+
+    def run(
+        self, module: Any, forward: _Forward, carried: Carried, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Give them; see `Step.run`."""
+        del carried
+        given = dict(zip(("x", "position_ids"), args, strict=False)) | kwargs
+        x, positions = given.get("x"), given.get("position_ids")
+        if len(given) != 2 or len(args) + len(kwargs) != 2 or x is None or positions is None:
+            return forward(*args, **kwargs)
+        if positions.dim() != 2 or positions.shape[0] != 1 or positions.device != x.device:
+            return forward(*args, **kwargs)
+        return self.kernels.angles(positions.contiguous(), module.inv_freq.float(), self.scale, x.dtype)
+
+
 def are_angles(angles: Any) -> TypeGuard[tuple[torch.Tensor, torch.Tensor]]:
     """Whether these are cosines and sines of shape `(1, tokens, rotary_dim)`."""
     return isinstance(angles, tuple) and len(angles) == 2 and all(t.dim() == 3 and t.shape[0] == 1 for t in angles)

@@ -22,7 +22,9 @@ from langchain_quantllm.engine.fused_layers import Carried, NormStep, RotaryStep
 from langchain_quantllm.engine.fused_products import ProductStep, put_together
 from langchain_quantllm.engine.fusion_checks import (
     Call,
+    angles_step,
     gate_step,
+    is_angles,
     is_gated,
     is_layer,
     is_norm,
@@ -36,13 +38,21 @@ from langchain_quantllm.engine.lora import forward_of
 from langchain_quantllm.engine.product_checks import is_product, product_step
 from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
 
-PRODUCT, NORM, GATE, ROTARY, RESIDUAL = "product", "norm", "gate", "rotary", "residual"
+PRODUCT, NORM, GATE, ANGLES, ROTARY, RESIDUAL = "product", "norm", "gate", "angles", "rotary", "residual"
 
-KINDS = (PRODUCT, NORM, GATE, ROTARY, RESIDUAL)
-"""What can be fused: products with quantized weights, those of one input together; RMSNorms; the gates of MLPs; rotary
-positions with the writing of keys and values; additions with the norm behind them."""
+KINDS = (PRODUCT, NORM, GATE, ANGLES, ROTARY, RESIDUAL)
+"""What can be fused: products with quantized weights, those of one input together; RMSNorms; the gates of MLPs; the
+cosines and sines of positions; rotations by them with the writing of keys and values; additions with the norm behind
+them."""
 
-_IS = {PRODUCT: is_product, NORM: is_norm, GATE: is_gated, ROTARY: is_rotary, RESIDUAL: is_layer}
+_IS = {
+    PRODUCT: is_product,
+    NORM: is_norm,
+    GATE: is_gated,
+    ANGLES: is_angles,
+    ROTARY: is_rotary,
+    RESIDUAL: is_layer,
+}
 _PROBE_TOKENS = 7
 
 
@@ -209,6 +219,9 @@ class Fusion:
             runs_alone = NORM in self._kinds
             norms = candidates.find(NORM, calls, lambda call: norm_step(call, kernels, runs_alone=runs_alone))
         gates = candidates.find(GATE, calls, lambda call: gate_step(call, kernels)) if GATE in self._kinds else {}
+        angles = (
+            candidates.find(ANGLES, calls, lambda call: angles_step(call, kernels)) if ANGLES in self._kinds else {}
+        )
         configs, likely = configs_of(self._model), None
 
         def find_rotary(call: Call) -> RotaryStep:
@@ -227,7 +240,7 @@ class Fusion:
         following = {id(step.following[1]()) for step in layers.values() if step.following is not None}
         used = {key: step for key, step in norms.items() if key in following or (step.runs_alone and not step.centers)}
         candidates.count(NORM, len(used))
-        self.steps = {**linear, **used, **gates, **attentions, **layers}
+        self.steps = {**linear, **used, **gates, **angles, **attentions, **layers}
 
 
 class _Candidates:

@@ -17,6 +17,7 @@ import torch
 from langchain_quantllm.engine.attention import Batch, Forward, GatherAttention, LayerPool, Span, driving
 from langchain_quantllm.engine.capture import hooks_of
 from langchain_quantllm.engine.fused_layers import (
+    AnglesStep,
     Carried,
     GateStep,
     NormStep,
@@ -204,6 +205,40 @@ def _activation_of(function: Callable[[torch.Tensor], Any], device: torch.device
         if isinstance(found, torch.Tensor) and torch.allclose(found, reference.gate(x, one, name), rtol=0, atol=1e-5):
             return name
     return None
+
+
+# Rotary positions.
+
+_FAR = (0, 1, 100, 1_000, 30_000, 130_000)
+
+
+def is_angles(module: Any) -> bool:
+    """Whether a module may give cosines and sines of positions, by frequencies that do not depend on the text."""
+    frequencies, kind = getattr(module, "inv_freq", None), getattr(module, "rope_type", "default")
+    is_fixed = isinstance(kind, str) and "dynamic" not in kind and kind != "longrope"
+    return isinstance(frequencies, torch.Tensor) and frequencies.dim() == 1 and is_fixed
+
+
+def angles_step(call: Call, kernels: Any) -> AnglesStep:
+    """Find out whether a module gives the cosines and sines that the kernel gives, far into a text too.
+
+    Raises:
+        UnsupportedError: If it does not.
+    """
+    module = call.module
+    scale = getattr(module, "attention_scaling", 1.0)
+    if not are_angles(call.output) or not isinstance(scale, int | float):
+        msg = "it gives no cosines and sines"
+        raise UnsupportedError(msg)
+    step = AnglesStep(kernels=kernels, scale=float(scale))
+    device = call.output[0].device
+    x, far = torch.zeros(1, dtype=call.output[0].dtype, device=device), torch.tensor([_FAR], device=device)
+    expected = type(module).forward(module, x, far)
+    found = replace(call, args=(x, far), kwargs={}).run(step)
+    for one, other in ((call.run(step), call.output), (found, expected)):
+        check_same(one[0], other[0])
+        check_same(one[1], other[1])
+    return step
 
 
 # Attention.

@@ -38,8 +38,9 @@ from langchain_quantllm.kernels.reference import PREFILL_BLOCK
 _BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
 """Row counts for which there is a graph; fewer rows are filled up."""
 
-_SLOT, _POSITION, _PAGE, _UNIFORM, _MAY_NOT_END = range(5)
-"""Lines of what is brought to the device for each row of a step."""
+_LINES = 6
+_SLOT, _POSITION, _PAGE_INDEX, _PAGE, _UNIFORM, _MAY_NOT_END = range(_LINES)
+"""Lines of what is brought to the device for each row of a step; `_PAGE_INDEX` is where in its row the page is."""
 
 _LARGEST_UNIFORM = 1 - 2**-24  # below 1 in float32, too
 
@@ -159,6 +160,7 @@ class Runner:
         self._padding_slot = slots
         self._table = torch.zeros(slots + 1, pages_per_row, dtype=torch.int32, device=self.device)
         self._row_adapters = torch.full((slots + 1,), NO_ADAPTER, dtype=torch.int32, device=self.device)
+        self._ones = torch.ones(_BUCKETS[-1], dtype=torch.long, device=self.device)
         self._mask_words = -(-vocab_size // 32)
         self._keeps_logits = "logits_to_keep" in inspect.signature(_innermost(model).forward).parameters
         self.windows: dict[int, int] = {}
@@ -167,8 +169,8 @@ class Runner:
         """What is against graphs: known from the start or after a change, or found when one was captured."""
         if can_capture:
             most = _BUCKETS[-1]
-            self._inputs = torch.zeros(5, most, dtype=torch.int32, device=self.device)
-            self._staged = [torch.zeros(5, most, dtype=torch.int32, pin_memory=True) for _ in range(4)]
+            self._inputs = torch.zeros(_LINES, most, dtype=torch.int32, device=self.device)
+            self._staged = [torch.zeros(_LINES, most, dtype=torch.int32, pin_memory=True) for _ in range(4)]
             self._mask = torch.zeros(most, self._mask_words, dtype=torch.int32, device=self.device)
         self._prefill_graphs: PrefillGraphs | None = None
         if can_capture and attention.prefills_on_device and pages_per_row * PAGE_TOKENS >= PREFILL_BLOCK:
@@ -314,6 +316,7 @@ class Runner:
             [
                 [row.slot for row in rows],
                 list(positions),
+                [position // PAGE_TOKENS for position in positions],
                 list(pages),
                 [0] * len(rows),
                 [not chance.may_end for chance in chances],
@@ -334,11 +337,10 @@ class Runner:
         self._inputs.copy_(staged, non_blocking=True)
 
     def _decode_step(self, inputs: torch.Tensor, spans: Sequence[Span] = ()) -> torch.Tensor:
-        slots, positions = inputs[_SLOT], inputs[_POSITION]
-        at = slots.long()
-        self._table[at, positions.long() // PAGE_TOKENS] = inputs[_PAGE]
-        batch = Batch(table=self._table, slots=slots, positions=positions, spans=spans, decodes=True)
-        return self._forward(self.sampler.last_ids[at], batch, None)
+        at, position_ids, page_index = inputs[: _PAGE_INDEX + 1].long()
+        self._table[at, page_index] = inputs[_PAGE]
+        batch = Batch(table=self._table, slots=inputs[_SLOT], positions=inputs[_POSITION], spans=spans, decodes=True)
+        return self._forward(self.sampler.last_ids[at], batch, None, position_ids)
 
     def _capture_decode(self, bucket: int) -> StepGraph | None:
         inputs = self._inputs[:, :bucket]
@@ -364,11 +366,20 @@ class Runner:
 
     # Both.
 
-    def _forward(self, ids: torch.Tensor, batch: Batch, keep: list[int] | torch.Tensor | None) -> torch.Tensor:
+    def _forward(
+        self,
+        ids: torch.Tensor,
+        batch: Batch,
+        keep: list[int] | torch.Tensor | None,
+        position_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Run packed tokens of shape `(tokens,)`; gives logits of shape `(tokens kept, vocab)`."""
+        if position_ids is None:
+            position_ids = batch.positions.long()
         forward = Forward(self._attention, self._pools, batch, by_sdpa=self._by_sdpa)
         # A mask of four dimensions is taken as it is: none has to be made for an attention that ignores it.
-        mask = torch.ones_like(ids)[None, None, None] if self._by_sdpa else torch.ones_like(ids)[None]
+        seen = self._ones[: len(ids)] if len(ids) <= len(self._ones) else torch.ones_like(ids)
+        mask = seen[None, None, None] if self._by_sdpa else seen[None]
         # A list, as a tensor would be brought to the device of the first layer, when it is needed on that of the last.
         options = {"logits_to_keep": keep} if keep is not None and self._keeps_logits else {}
         fused = contextlib.nullcontext() if self._fusion is None else self._fusion.applied()
@@ -376,7 +387,7 @@ class Runner:
             output = self._model(
                 input_ids=ids[None],
                 attention_mask=mask,
-                position_ids=batch.positions.long()[None],
+                position_ids=position_ids[None],
                 past_key_values=cache,
                 use_cache=True,
                 **options,
@@ -471,8 +482,8 @@ class Runner:
     def _draw_step(
         self, logits: torch.Tensor, inputs: torch.Tensor, need: int, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        uniforms, may_not_end = inputs[_UNIFORM].view(torch.float32), inputs[_MAY_NOT_END].bool()
-        return self.sampler.draw(logits, inputs[_SLOT].long(), uniforms, may_not_end, need, mask)
+        uniforms = inputs[_UNIFORM].view(torch.float32)
+        return self.sampler.draw(logits, inputs[_SLOT], uniforms, inputs[_MAY_NOT_END], need, mask)
 
     def _draw_graph(self, launched: Launched, need: int) -> StepGraph:
         bucket = launched.inputs.shape[1]

@@ -55,9 +55,9 @@ def draw(
 
     Args:
         logits: Of shape `(rows, vocab)`, floating, contiguous within a row; not changed.
-        slots: Place of each row in the tables that follow, of shape `(rows,)`, int64.
+        slots: Place of each row in the tables that follow, of shape `(rows,)`, int32 or int64.
         uniforms: A number in [0, 1) for each row, of shape `(rows,)`, float32.
-        may_not_end: Whether a row's end tokens are out of the question, of shape `(rows,)`, bool.
+        may_not_end: Whether a row's end tokens are out of the question, of shape `(rows,)`, bool or int32.
         mask: Allowed tokens as bits, lowest first, of shape `(rows, ceil(vocab / 32))`, int32; None allows all.
         parameters: Of each slot temperature, top_k (the size of the vocabulary for none), top_p, min_p, repetition
             penalty, whether the row draws at random, and whether it has end tokens, of shape `(slots, 7)`, float32,
@@ -228,7 +228,7 @@ def _draw_kernel(  # type: ignore[no-untyped-def]
 ):
     wait_for_inputs(early)
     row = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots + row)
+    slot = tl.load(slots + row).to(tl.int64)
     offsets = tl.arange(0, block)
     logits += row * row_stride
     all_scores += row * (vocab_size + room)

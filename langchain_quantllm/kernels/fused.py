@@ -23,7 +23,7 @@ from langchain_quantllm.kernels.fused_reference import (
     PAIRS_OF_HALVES,
     SILU,
 )
-from langchain_quantllm.kernels.fused_rotary import rotate_and_write
+from langchain_quantllm.kernels.fused_rotary import angles, rotate_and_write
 from langchain_quantllm.kernels.launching import launch_options, wait_for_inputs
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "SILU",
     "add_layer_norm",
     "add_rms_norm",
+    "angles",
     "gate",
     "rms_norm",
     "rotate_and_write",

@@ -111,6 +111,24 @@ def gate(opening: torch.Tensor, values: torch.Tensor, activation: str) -> torch.
     return (opened * values).contiguous()
 
 
+def angles(
+    positions: torch.Tensor, frequencies: torch.Tensor, scale: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give the cosines and sines by which positions are rotated.
+
+    Args:
+        positions: Of shape `(1, tokens)`, int64.
+        frequencies: What one position turns each pair of numbers by, of shape `(rotary_dim / 2,)`, float32.
+        scale: What cosines and sines are multiplied by.
+        dtype: What they are rounded to.
+
+    Returns:
+        Cosines and sines of shape `(1, tokens, rotary_dim)`: of all frequencies, and once more.
+    """
+    turned = (positions[..., None].float() * frequencies).repeat(1, 1, 2)
+    return (turned.cos() * scale).to(dtype), (turned.sin() * scale).to(dtype)
+
+
 def rotate_and_write(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -1,7 +1,7 @@
-"""Rotary positions and the writing of keys and values, as one Triton kernel.
+"""Rotary positions: their cosines and sines, and rotating by them with the writing of keys and values, in Triton.
 
-Owns the kernel and how it is launched. What it means is `fused_reference`'s to say. Knows tensors, pages and rows; no
-model and no engine. It is as lean as the others of `fused`.
+Owns the kernels and how they are launched. What they mean is `fused_reference`'s to say. Knows tensors, pages and rows;
+no model and no engine. They are as lean as the others of `fused`.
 """
 # No `from __future__ import annotations` here: Triton's interpreter needs `tl.constexpr` as an object. And its compiler
 # looks every annotation of a kernel's arguments up, and refuses what is not its own.
@@ -16,6 +16,36 @@ from langchain_quantllm.kernels.fused_reference import HALVES, PAIRS_OF_HALVES
 from langchain_quantllm.kernels.launching import launch_options, wait_for_inputs
 
 _HALVES, _PAIRS_OF_HALVES = tl.constexpr(HALVES), tl.constexpr(PAIRS_OF_HALVES)
+
+
+def angles(
+    positions: torch.Tensor, frequencies: torch.Tensor, scale: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give the cosines and sines by which positions are rotated: `fused_reference.angles`.
+
+    Args:
+        positions: Of shape `(1, tokens)`, int64, contiguous.
+        frequencies: Of shape `(rotary_dim / 2,)`, float32, contiguous.
+        scale: What cosines and sines are multiplied by. Compiled in.
+        dtype: What they are rounded to.
+
+    Returns:
+        Cosines and sines of shape `(1, tokens, rotary_dim)`, contiguous.
+    """
+    tokens, half = positions.shape[1], len(frequencies)
+    cos, sin = torch.empty(2, 1, tokens, 2 * half, dtype=dtype, device=positions.device)
+    _angles_kernel[(tokens,)](
+        positions,
+        frequencies,
+        cos,
+        sin,
+        scale=scale,
+        half=half,
+        block=_padded(half),
+        num_warps=1,
+        **launch_options(positions.device),
+    )
+    return cos, sin
 
 
 def rotate_and_write(
@@ -101,6 +131,31 @@ def _dense(x: torch.Tensor) -> torch.Tensor:
 def _padded(size: int) -> int:
     """Round up to a power of two, as blocks are."""
     return 1 << (size - 1).bit_length()
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def _angles_kernel(
+    positions: tl.tensor,
+    frequencies: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    scale: tl.constexpr,
+    half: tl.constexpr,
+    block: tl.constexpr,
+    early: tl.constexpr,
+) -> None:
+    """Give the cosines and sines of one token; grid `(tokens,)`."""
+    wait_for_inputs(early)
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, block)
+    turned = tl.load(positions + token).to(tl.float32) * tl.load(frequencies + columns, mask=columns < half, other=0.0)
+    cosines = (tl.cos(turned) * scale).to(cos.dtype.element_ty)
+    sines = (tl.sin(turned) * scale).to(sin.dtype.element_ty)
+    places = token * (2 * half) + columns
+    tl.store(cos + places, cosines, mask=columns < half)
+    tl.store(cos + places + half, cosines, mask=columns < half)
+    tl.store(sin + places, sines, mask=columns < half)
+    tl.store(sin + places + half, sines, mask=columns < half)
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]

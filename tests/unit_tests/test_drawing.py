@@ -46,8 +46,9 @@ class OnDevice:
         return self._sampler.last_ids.cpu()
 
     def draw(self, *given: Any) -> torch.Tensor:
-        moved = [one.to(DEVICE) if isinstance(one, torch.Tensor) else one for one in given]
-        return self._sampler.draw(*moved).cpu()
+        logits, slots, uniforms, may_not_end, need, *mask = given
+        moved = [one.to(DEVICE) for one in (logits, slots.int(), uniforms, may_not_end.int())]  # as in a step
+        return self._sampler.draw(*moved, need, *(one if one is None else one.to(DEVICE) for one in mask)).cpu()
 
 
 def drawn_by_kernel(requests: list[Any], steps: int, *, vocab: int = VOCAB, extra_need: int = 0) -> list[list[int]]:

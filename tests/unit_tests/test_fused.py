@@ -23,7 +23,8 @@ import torch
 from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb as rotate_pairs
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as rotate_pairs_of_halves
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as rotate_halves
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
@@ -46,7 +47,8 @@ class Case:
         name: Of the case.
         call: The function.
         dtype: Of its tensors.
-        shape: Of its first one: numbers of a norm or gate; tokens, heads, key heads, dimensions and rotary dimension.
+        shape: Of its first one: numbers of a norm or gate; tokens and rotary dimension of angles; tokens, heads, key
+            heads, dimensions and rotary dimension.
         options: What it is called with by name.
         is_strided: Whether tensors are views whose rows lie apart.
     """
@@ -93,6 +95,8 @@ def _cases() -> Iterator[Case]:
                     options = {"layout": layout, "rounds": rounds}
                     label = f"rotate-{name}-{layout}-{rounds}-{kind}"
                     yield Case(name=label, call="rotate_and_write", dtype=dtype, shape=shape, options=options)
+        for name, shape in {"plain": (5, 16), "odd": (1, 20), "wide": (70, 128)}.items():
+            yield Case(name=f"angles-{name}-{kind}", call="angles", dtype=dtype, shape=shape)
     for call in ("rms_norm", "add_rms_norm", "gate", "add_layer_norm"):
         options = {"activation": reference.SILU} if call == "gate" else {}
         yield Case(name=f"{call}-strided", call=call, shape=(1, 6, 48), options=options, is_strided=True)
@@ -122,6 +126,14 @@ def arguments(case: Case, device: str) -> dict[str, Any]:
             "opening": 3 * _random(case.shape, case, made, device),
             "values": _random(case.shape, case, made, device),
             **options,
+        }
+    if case.call == "angles":
+        tokens, width = case.shape
+        return {
+            "positions": torch.randint(100_000, (1, tokens), generator=made).to(device),
+            "frequencies": (10_000 ** (-torch.arange(0, width, 2) / width)).to(device),
+            "scale": 1.25,
+            "dtype": case.dtype,
         }
     if case.call == "rotate_and_write":
         return {**_rotary_arguments(case, made, device), **options}
@@ -302,6 +314,16 @@ class TestReference:
         with torch.no_grad():
             _, normed = reference.add_layer_norm(x, x, norm.weight, norm.bias, norm.eps)
             assert torch.equal(normed, norm(x + x))
+
+    @pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn"])
+    def test_angles(self, dtype: torch.dtype, kind: str) -> None:
+        rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 10_000.0, "factor": 4.0}
+        rope |= {"original_max_position_embeddings": 64, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        module = LlamaRotaryEmbedding(LlamaConfig(hidden_size=64, num_attention_heads=2, rope_parameters=rope))
+        positions = torch.tensor([[3, 0, 100, 70_000]])
+        found = reference.angles(positions, module.inv_freq, module.attention_scaling, dtype)
+        expected = module(torch.zeros(1, dtype=dtype), positions)
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
     @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("rotate-grouped")])
     def test_rotary(self, dtype: torch.dtype, name: str) -> None:
