@@ -210,6 +210,10 @@ def _attend(
     return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
 
 
+_TRIED_TOLERANCE = 0.02
+"""What is allowed in `try_out`, relative to the result: some roundings to 16 bits. A lost share of 16 is 0.25."""
+
+
 class TritonAttention:
     """Reads the pages where they lie, by the kernels of this package; lengths stay on the device."""
 
@@ -250,19 +254,33 @@ class TritonAttention:
             return self._kernels.prefill_attention(query, pool.kv, table, blocks, **given)
 
     def try_out(self, pool: LayerPool) -> None:
-        """Compile and run the smallest kernel, to see whether that works on this machine.
+        """Run the kernels of a decode step on one row, to see whether they give on this machine what they should.
 
         Args:
-            pool: One of the pools to come, of as few pages as one.
+            pool: One of the pools to come, of so many pages that several programs share a row of them. Written to.
+
+        Raises:
+            UnsupportedError: If they give something else.
         """
-        device, heads = pool.kv.device, pool.kv.shape[2]
-        slots = torch.zeros(1, dtype=torch.int32, device=device)
-        batch = Batch(table=slots[None], slots=slots, positions=slots, spans=(), decodes=True)
-        key = torch.zeros(1, heads, 1, pool.key_dim, dtype=pool.kv.dtype, device=device)
-        value = torch.zeros(1, heads, 1, pool.value_dim, dtype=pool.kv.dtype, device=device)
+        (pages, page_tokens, heads, _), device = pool.kv.shape, pool.kv.device
+        made = torch.Generator(device).manual_seed(0)
+        shapes = [(pages * page_tokens, pool.key_dim), (pages * page_tokens, pool.value_dim), (1, pool.key_dim)]
+        key, value, query = (
+            torch.randn(1, heads, *shape, generator=made, device=device).to(pool.kv.dtype) for shape in shapes
+        )
+        table = torch.arange(pages, dtype=torch.int32, device=device)[None]
+        positions = torch.arange(pages * page_tokens, dtype=torch.int32, device=device)
+        written = Batch(table=table, slots=torch.zeros_like(positions), positions=positions, spans=(), decodes=False)
+        last = Batch(table=table, slots=written.slots[-1:], positions=positions[-1:], spans=(), decodes=True)
+        scale = pool.key_dim**-0.5
         with torch.cuda.device(device):
-            self.write(pool, key, value, batch)
-            torch.cuda.synchronize()
+            self.write(pool, key, value, written)
+            expected = scaled_dot_product_attention(query.float(), key.float(), value.float(), scale=scale)[:, :, 0]
+            for _ in range(2):  # what counts the programs of a row is used again
+                found = self.attend(pool, query, last, scale=scale, window=0, softcap=0.0)[:, 0].float()
+                if not (found - expected).norm() <= _TRIED_TOLERANCE * expected.norm():
+                    msg = "its attention gives something else on this device"
+                    raise UnsupportedError(msg)
 
     def _on(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """Make a device the current one, which Triton launches on, where the layers lie on several."""

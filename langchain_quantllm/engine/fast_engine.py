@@ -51,6 +51,7 @@ _PREFILL_GPU, _PREFILL_CPU = (4096, 1024), (512, 128)
 
 _LEAST_PREFILL = 16
 _FEWEST_PAGES = 64  # a pool that nobody has sized is made no smaller than half of it
+_TRIED_PAGES = 64  # several programs share a row of so many
 
 
 class _Job:
@@ -181,7 +182,7 @@ class FastEngine:
             from langchain_quantllm.kernels import paged_attention
 
             attention = TritonAttention(paged_attention, sorted(devices, key=str))
-            attention.try_out(allocate_pools(self._probe.shapes[:1], 1)[0])
+            attention.try_out(allocate_pools(self._probe.shapes[:1], _TRIED_PAGES)[0])
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # not installed, or nothing here to compile with
