@@ -231,12 +231,11 @@ class AnglesStep:
     ) -> Any:
         """Give them; see `Step.run`."""
         del carried
-        given = dict(zip(("x", "position_ids"), args, strict=False)) | kwargs
-        x, positions = given.get("x"), given.get("position_ids")
-        if len(given) != 2 or len(args) + len(kwargs) != 2 or x is None or positions is None:
+        if len(args) == 1 and set(kwargs) == {"position_ids"}:
+            args, kwargs = (*args, kwargs["position_ids"]), {}
+        if len(args) != 2 or kwargs or args[1].dim() != 2 or args[1].shape[0] != 1:
             return forward(*args, **kwargs)
-        if positions.dim() != 2 or positions.shape[0] != 1 or positions.device != x.device:
-            return forward(*args, **kwargs)
+        x, positions = args
         return self.kernels.angles(positions.contiguous(), module.inv_freq.float(), self.scale, x.dtype)
 
 

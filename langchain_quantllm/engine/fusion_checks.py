@@ -210,6 +210,7 @@ def _activation_of(function: Callable[[torch.Tensor], Any], device: torch.device
 # Rotary positions.
 
 _FAR = (0, 1, 100, 1_000, 30_000, 130_000)
+"""Positions at which cosines and sines are compared beside those of the call."""
 
 
 def is_angles(module: Any) -> bool:

@@ -101,7 +101,7 @@ def decode_attention(
         softcap: The cap of the scores; 0 for none. Compiled in.
         splits: How many programs share the keys of one row, at most: a power of two (see `default_splits`). The last of
             them to be done combines what all have found; a row of few keys is for one alone.
-        arrivals: What `arrivals` gives, for `splits` of more than 1. Holds zeros before and after, and belongs to one
+        arrivals: What `arrivals` gives; without it no row is shared. Holds zeros before and after, and belongs to one
             call at a time.
 
     Returns:
@@ -117,7 +117,9 @@ def decode_attention(
     group_rows = min(_padded(group), _MOST_GROUP_ROWS)
     keys, warps, stages = _decode_tiles(key_dim, value_dim, kv.element_size())
     out = query.new_empty((1, tokens, heads, value_dim))
-    # Without splits, the kernel touches neither of these.
+    if arrivals is None:
+        arrivals, splits = positions, 1
+    # Where no row is shared, the kernel touches neither of these, nor the arrivals.
     parts = out if splits == 1 else kv.new_empty((tokens, heads, splits, value_dim), dtype=torch.float32)
     levels = out if splits == 1 else kv.new_empty((tokens, heads, splits), dtype=torch.float32)
     _decode_kernel[(tokens, kv_heads * -(-group // group_rows), splits)](
@@ -129,7 +131,7 @@ def decode_attention(
         out,
         parts,
         levels,
-        out if arrivals is None else arrivals,
+        arrivals,
         scale,
         query.stride(1),
         query.stride(2),
@@ -423,9 +425,9 @@ def _decode_kernel(
         arrived = arrivals + token * tl.num_programs(1) + tl.program_id(1)
         if tl.atomic_add(arrived, 1, sem="acq_rel") == shares - 1:
             tl.store(arrived, 0)
-            first = token * (kv_heads * group) + head * group + tl.program_id(1) % programs * group_rows
-            last = token * (kv_heads * group) + head * group + group
-            for one in range(first, tl.minimum(first + group_rows, last)):
+            end_of_group = (token * kv_heads + head + 1) * group
+            first = end_of_group - group + tl.program_id(1) % programs * group_rows
+            for one in range(first, tl.minimum(first + group_rows, end_of_group)):
                 _combine(out, parts, levels, one, shares, value_dim, splits, value_block)
 
 

@@ -66,7 +66,7 @@ def decode_attention(
         window: How many of the last positions a token sees, itself counted; 0 for all.
         softcap: Scores become `softcap * tanh(scores / softcap)`; 0 for no cap.
         splits: How many programs share the keys of one row, at most: a power of two. No effect here.
-        arrivals: What `paged_attention.arrivals` gives. No effect here.
+        arrivals: Counts the programs that are done, where a row is shared. No effect here.
 
     Returns:
         The attended values of shape `(1, tokens, heads, value_dim)`, contiguous, in the dtype of `query`.

@@ -17,7 +17,7 @@ def test_notebook_runs(path: Path, request: pytest.FixtureRequest, monkeypatch: 
     if "CHAT_MODEL" in path.read_text(encoding="utf-8"):
         monkeypatch.setenv("CHAT_MODEL", str(request.getfixturevalue("qwen_coder")))
     else:
-        monkeypatch.setenv("RECIPE_STEPS", "8")  # enough to see every stage run, too few to learn the task
+        monkeypatch.setenv("RECIPE_STEPS", "16")  # enough to see every stage run, too few to learn the task
         request.getfixturevalue("smollm2")
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()

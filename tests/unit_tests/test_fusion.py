@@ -107,7 +107,7 @@ class Counted:
 def is_whole(name: str, kind: FusedKind) -> bool:
     """Whether all modules of a kind are fused, and there are any, as in the families of `WHOLE`."""
     if kind.kind == PRODUCT or (name, kind.kind) == ("gemma3", ANGLES):  # nothing is quantized; angles of two kinds
-        return kind.fused == 0
+        return kind.fused == 0 and not kind.left
     return kind.fused > 0 and not kind.left
 
 
