@@ -3,7 +3,7 @@
     python -m tests.attention_speed --rows 1 8 64 --lengths 60 512 4096
 
 Needs a CUDA GPU. Microseconds of one call in a CUDA graph of several layers, each with keys of its own, and what
-reading these takes at 4 TB/s. With `--tiles` (keys, warps, stages) and `--least`, the kernel is timed with each of
+reading these takes at 4 TB/s. With `--tiles` (keys, warps, stages) and `--alone`, the kernel is timed with each of
 them. Prints lines as they come, and one line of JSON in the end.
 """
 
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--lengths", nargs="+", type=int, default=[60, 512, 4096])
     parser.add_argument("--tiles", nargs="+", help="keys,warps,stages; the module's own without")
-    parser.add_argument("--least", nargs="+", type=int, help="the module's own without")
+    parser.add_argument("--alone", nargs="+", type=int, help="the module's own without")
     asked = parser.parse_args()
     from langchain_quantllm.kernels import paged_attention
 
@@ -94,15 +94,15 @@ def main() -> None:
         limit = round(layers.bytes / BYTES_PER_US, 2)
         line: dict[str, Any] = {"shape": shape, "rows": rows, "length": length, "limit_us": limit}
         line["dense_us"] = layers.dense()
-        for tile, least in pairs(tiles, asked.least or [None]):
+        for tile, alone in pairs(tiles, asked.alone or [None]):
             if tile is not None:
                 paged_attention._decode_tiles = lambda *_, tile=tile: tile
-            if least is not None:
-                paged_attention._LEAST_TILES = least
+            if alone is not None:
+                paged_attention._ALONE_TILES = alone
             try:
-                line[f"ours_us {tile or ''} {least or ''}".strip()] = layers.ours()
+                line[f"ours_us {tile or ''} {alone or ''}".strip()] = layers.ours()
             except Exception as error:  # too much shared memory, say
-                print(f"{tile}, {least}: {error!r}"[:200])
+                print(f"{tile}, {alone}: {error!r}"[:200])
         print(line, flush=True)
         found.append(line)
     print(json.dumps(found))

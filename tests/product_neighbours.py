@@ -2,8 +2,8 @@
 
     python -m tests.product_neighbours --of marlin --shapes llama-2-7b --rows 1,8,32,64
 
-Each runs in a process of its own, as a capture that fails makes everything fail that comes after it. Prints one line of
-JSON: microseconds of one call in a CUDA graph over as many distinct weights as the L2 cache does not hold.
+Each runs in a process of its own, as a capture that fails makes everything fail that comes after it. Prints lines of
+JSON as they come: microseconds of one call in a CUDA graph over as many distinct weights as the L2 cache does not hold.
 """
 
 from __future__ import annotations
@@ -131,23 +131,25 @@ NEIGHBOURS: dict[str, tuple[int, Callable[[int, int, int], list[Product]]]] = {
 
 
 def measured(name: str, shapes: Sequence[str], counts: Sequence[int], timeout_s: float) -> dict[str, Any]:
-    """Measure a neighbour in a process of its own; gives its products, or why there are none."""
+    """Measure a neighbour in a process of its own; gives what came, and what went wrong if something did."""
     given = ["--of", name, "--shapes", ",".join(shapes), "--rows", ",".join(map(str, counts))]
+    found: dict[str, Any] = {"of": name}
     try:
         done = subprocess.run(  # this very file
             [sys.executable, "-m", "tests.product_neighbours", *given],
-            capture_output=True, text=True, timeout=timeout_s, check=False,
+            capture_output=True, timeout=timeout_s, check=False,
         )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return {"of": name, "failed": f"not done after {timeout_s:.0f} s"}
-    if done.returncode:
-        return {"of": name, "failed": done.stderr.strip().splitlines()[-1][-200:] if done.stderr else "no reason"}
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+        printed, errors = done.stdout, done.stderr.decode()
+        if done.returncode:
+            found["failed"] = errors.strip().splitlines()[-1][-200:] if errors else "no reason"
+    except subprocess.TimeoutExpired as late:
+        printed, found["failed"] = late.stdout or b"", f"not done after {timeout_s:.0f} s"
+    lines = printed.decode().splitlines()
+    return found | {"products": [json.loads(line) for line in lines if line.startswith('{"inputs"')]}
 
 
 def main() -> None:
-    """Measure one neighbour, and print a line of JSON."""
+    """Measure one neighbour, and print lines of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--of", required=True, choices=list(NEIGHBOURS))
     parser.add_argument("--shapes", default="llama-2-7b")
@@ -157,14 +159,13 @@ def main() -> None:
     sizes = dict.fromkeys(
         (inputs, width) for name in asked.shapes.split(",") for inputs, widths in SHAPES[name] for width in widths
     )
-    found = []
     with torch.no_grad():
         for (inputs, outputs), rows in pairs(sizes, map(int, asked.rows.split(","))):
             products = make(inputs, outputs, copies_of(inputs * outputs * bits // 8))
             x = torch.randn(rows, inputs, device="cuda", dtype=DTYPE)
             us = microseconds([lambda product=product, x=x: product(x) for product in products])
-            found.append({"inputs": inputs, "outputs": outputs, "rows": rows, "us": round(us, 2)})
-    print(json.dumps({"of": asked.of, "products": found}))
+            found = {"inputs": inputs, "outputs": outputs, "rows": rows, "us": round(us, 2)}
+            print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

@@ -273,7 +273,9 @@ def _draw_kernel(  # type: ignore[no-untyped-def]
         if (tl.load(parameters + 5) != 0) & (best > -float("inf")):
             scores, count = all_scores, vocab_size
             best_score = tl.div_rn(best, temperature)
-            by_min_p = best_score + tl.log(tl.load(parameters + 3))
+            min_p = tl.load(parameters + 3)
+            # The best may be infinite, and the logarithm of 0 is: their sum were no number.
+            by_min_p = tl.where(min_p > 0, best_score + tl.log(min_p), -float("inf"))
             floor = tl.full((), 0, tl.uint32)
             is_near = best == -float("inf")  # which it is not
             if sorts:

@@ -24,8 +24,11 @@ __all__ = ["PREFILL_BLOCK", "arrivals", "decode_attention", "default_splits", "p
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _MOST_GROUP_ROWS = 64
 """Query heads of one program of decode; more than that of one key head are shared between programs."""
-_LEAST_TILES = 2
-"""Tiles of keys for which another program is worth while, where a row is shared."""
+_ALONE_TILES = 2
+"""Most tiles of keys of a row that no programs share: another would take longer to begin and to combine."""
+_MANY_SPLITS = 16
+_COMBINED_AT_ONCE = tl.constexpr(8192)
+"""Numbers of the shares of a row that a program holds when it combines them."""
 
 
 def write_kv(
@@ -115,10 +118,10 @@ def decode_attention(
     _, page_tokens, kv_heads, _ = kv.shape
     group = heads // kv_heads
     group_rows = min(_padded(group), _MOST_GROUP_ROWS)
-    keys, warps, stages = _decode_tiles(key_dim, value_dim, kv.element_size())
-    out = query.new_empty((1, tokens, heads, value_dim))
     if arrivals is None:
         arrivals, splits = positions, 1
+    keys, warps, stages = _decode_tiles(key_dim, value_dim, kv.element_size(), splits)
+    out = query.new_empty((1, tokens, heads, value_dim))
     # Where no row is shared, the kernel touches neither of these, nor the arrivals.
     parts = out if splits == 1 else kv.new_empty((tokens, heads, splits, value_dim), dtype=torch.float32)
     levels = out if splits == 1 else kv.new_empty((tokens, heads, splits), dtype=torch.float32)
@@ -147,8 +150,9 @@ def decode_attention(
         key_block=_padded(key_dim),
         value_block=_padded(value_dim),
         group_rows=group_rows,
+        heads_block=1 << (min(group, group_rows) - 1).bit_length(),
         keys=keys,
-        least=_LEAST_TILES,
+        least=_ALONE_TILES,
         num_warps=warps,
         num_stages=stages,
         **launch_options(kv.device),
@@ -270,13 +274,16 @@ def _keys_within(tile_bytes: int, token_bytes: int, most: int) -> int:
 
 
 @cache
-def _decode_tiles(key_dim: int, value_dim: int, element_bytes: int) -> tuple[int, int, int]:
-    """Choose keys per tile, warps and stages, for 99 KB of shared memory, which consumer cards have."""
+def _decode_tiles(key_dim: int, value_dim: int, element_bytes: int, splits: int) -> tuple[int, int, int]:
+    """Choose keys per tile, warps and stages, for 99 KB of shared memory, which consumer cards have.
+
+    Where few rows are shared by many programs, a small tile is done sooner; many rows want large ones.
+    """
     token_bytes = (_padded(key_dim) + _padded(value_dim)) * element_bytes
     if element_bytes == 4:
         # Without tensor cores the operands of a product lie in registers: small tiles, many warps.
         return _keys_within(32768, token_bytes, 32), 8, 2
-    return _keys_within(32768, token_bytes, 64), 4, 2
+    return _keys_within(32768, token_bytes, 64 if splits < _MANY_SPLITS else 32), 4, 2
 
 
 @cache
@@ -353,6 +360,7 @@ def _decode_kernel(
     key_block: tl.constexpr,
     value_block: tl.constexpr,
     group_rows: tl.constexpr,
+    heads_block: tl.constexpr,
     keys: tl.constexpr,
     least: tl.constexpr,
     early: tl.constexpr,
@@ -380,7 +388,7 @@ def _decode_kernel(
     tiles = tl.cdiv(end, keys) - first_tile
     share = tl.cdiv(tiles, splits)
     if splits > 1:
-        share = tl.maximum(share, least)
+        share = tl.where(tiles <= least, tiles, share)
         if split * share >= tiles:
             return
     start = (first_tile + split * share) * keys
@@ -425,10 +433,10 @@ def _decode_kernel(
         arrived = arrivals + token * tl.num_programs(1) + tl.program_id(1)
         if tl.atomic_add(arrived, 1, sem="acq_rel") == shares - 1:
             tl.store(arrived, 0)
-            end_of_group = (token * kv_heads + head + 1) * group
-            first = end_of_group - group + tl.program_id(1) % programs * group_rows
-            for one in range(first, tl.minimum(first + group_rows, end_of_group)):
-                _combine(out, parts, levels, one, shares, value_dim, splits, value_block)
+            skipped = tl.program_id(1) % programs * group_rows
+            first = (token * kv_heads + head) * group + skipped
+            count = tl.minimum(group - skipped, group_rows)
+            _combine(out, parts, levels, first, count, shares, value_dim, splits, value_block, heads_block)
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
@@ -436,35 +444,50 @@ def _combine(
     out: tl.tensor,
     parts: tl.tensor,
     levels: tl.tensor,
-    row: tl.tensor,
+    first: tl.tensor,
+    heads: tl.tensor,
     shares: tl.tensor,
     value_dim: tl.constexpr,
     splits: tl.constexpr,
     value_block: tl.constexpr,
+    heads_block: tl.constexpr,
 ) -> None:
-    """Weigh the shares of one head of one token by their levels.
+    """Weigh the shares of some heads of one token by their levels.
 
     Args:
         out: Results of shape `(tokens * heads, value_dim)`.
         parts: What the shares have found, of shape `(tokens * heads, splits, value_dim)`, float32.
         levels: Their binary logarithms of shape `(tokens * heads, splits)`, float32; finite.
-        row: Which of the `tokens * heads`.
+        first: The first of the `tokens * heads`.
+        heads: How many of them, 1 at least.
         shares: How many of the `splits` are written.
         value_dim: Size of a value.
         splits: Places for shares; a power of two.
         value_block: `value_dim`, rounded up to a power of two.
+        heads_block: A power of two, not less than `heads`.
     """
-    numbers = tl.arange(0, splits)
+    members = tl.arange(0, heads_block)
+    held = members < heads
     columns = tl.arange(0, value_block)
-    level = tl.load(levels + row * splits + numbers, mask=numbers < shares, other=float("-inf"))
-    weight = tl.exp2(level - tl.max(level, 0))
-    part = tl.load(
-        parts + (row * splits + numbers)[:, None] * value_dim + columns[None, :],
-        mask=(numbers < shares)[:, None] & (columns[None, :] < value_dim),
-        other=0.0,
-    )
-    found = tl.sum(part * weight[:, None], 0) / tl.sum(weight, 0)
-    tl.store(out + row * value_dim + columns, found.to(out.dtype.element_ty), mask=columns < value_dim)
+    rows = first + members
+    every = tl.arange(0, splits)
+    found = tl.load(levels + rows[:, None] * splits + every, mask=held[:, None] & (every < shares), other=float("-inf"))
+    highest = tl.where(held, tl.max(found, 1), 0.0)
+    weight = tl.where(held, tl.sum(tl.exp2(found - highest[:, None]), 1), 1.0)
+    total = tl.zeros([heads_block, value_block], tl.float32)
+    room: tl.constexpr = _COMBINED_AT_ONCE // (heads_block * value_block)
+    at_once: tl.constexpr = min(splits, max(1, room))
+    for begin in range(0, shares, at_once):
+        numbers = begin + tl.arange(0, at_once)
+        places = rows[:, None] * splits + numbers
+        wanted = held[:, None] & (numbers < shares)
+        level = tl.load(levels + places, mask=wanted, other=float("-inf"))
+        part = tl.load(
+            parts + places[:, :, None] * value_dim + columns, mask=wanted[:, :, None] & (columns < value_dim), other=0.0
+        )
+        total += tl.sum(part * tl.exp2(level - highest[:, None])[:, :, None], 1)
+    combined = (total / weight[:, None]).to(out.dtype.element_ty)
+    tl.store(out + rows[:, None] * value_dim + columns, combined, mask=held[:, None] & (columns < value_dim))
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
