@@ -77,7 +77,9 @@ class Calls:
         """
         self._check_context(prompt_tokens + new_tokens)
         options = self._options
-        repeats = options.repeats if runner == ENGINE else options.peer_repeats
+        repeats, warm_ups = options.peer_repeats, 1
+        if runner == ENGINE:
+            repeats, warm_ups = options.repeats, 2 if self._llm.engine_info.graphs else 1
 
         def run(tokens: int) -> Run:
             prompts = self._prompts.draw(batch, prompt_tokens)
@@ -88,7 +90,9 @@ class Calls:
             made.check(batch, prompt_tokens, tokens)
             return made
 
-        done = repeat(run, new_tokens, device=self._device, repeats=repeats, limit_s=options.limit_s)
+        done = repeat(
+            run, new_tokens, device=self._device, repeats=repeats, limit_s=options.limit_s, warm_ups=warm_ups
+        )
         middle = sorted(done.runs, key=lambda r: r.total_s)[len(done.runs) // 2]
         found = CallSpeed(
             runner=runner,

@@ -14,7 +14,6 @@ from langchain_quantllm.benchmarks.calls import Run
 from langchain_quantllm.memory import track_memory
 
 _WARM_UP_TOKENS = 8
-_WARM_UP_SHARE = 8  # of the limit that a warm-up may take to be made a second time
 _LEAST_STEP_S = 1e-6
 _LOOK_S = 0.05
 """Seconds between two looks at the resident memory: rare enough not to be felt in a step."""
@@ -46,7 +45,13 @@ class Repeated:
 
 
 def repeat(
-    run: Callable[[int], Run], new_tokens: int, *, device: str, repeats: int, limit_s: float = math.inf
+    run: Callable[[int], Run],
+    new_tokens: int,
+    *,
+    device: str,
+    repeats: int,
+    limit_s: float = math.inf,
+    warm_ups: int = 1,
 ) -> Repeated:
     """Warm up with short texts, then run a call several times.
 
@@ -56,7 +61,8 @@ def repeat(
         device: Whose memory is looked at.
         repeats: Most runs.
         limit_s: No further run is begun after so many seconds, and a text that would take longer by itself is
-            written shorter; by the time that the warm-up took for a token.
+            written shorter; by the time that the last warm-up took for a token.
+        warm_ups: How many there are; 2 where the second use of a length captures its graph.
 
     Returns:
         At least one run.
@@ -64,9 +70,7 @@ def repeat(
     few_tokens = min(new_tokens, _WARM_UP_TOKENS)
     with track_memory([device], interval_s=_LOOK_S) as tracked:
         tokens = new_tokens
-        warm_up_s = run(few_tokens).total_s
-        if warm_up_s < limit_s / _WARM_UP_SHARE:  # our engine captures a prompt's graph at the second use
-            warm_up_s = run(few_tokens).total_s
+        warm_up_s = [run(few_tokens).total_s for _ in range(warm_ups)][-1]
         if warm_up_s / few_tokens * new_tokens > limit_s and new_tokens > 1:
             # Perhaps it was making kernels, and most of it may have been the prompt: look closer.
             first_s = run(1).total_s

@@ -26,7 +26,6 @@ _MOST_GROUP_ROWS = 64
 """Query heads of one program of decode; more than that of one key head are shared between programs."""
 _ALONE_TILES = 2
 """Most tiles of keys of a row that no programs share: another would take longer to begin and to combine."""
-_MANY_SPLITS = 16
 _COMBINED_AT_ONCE = tl.constexpr(8192)
 """Numbers of the shares of a row that a program holds when it combines them."""
 
@@ -120,7 +119,7 @@ def decode_attention(
     group_rows = min(_padded(group), _MOST_GROUP_ROWS)
     if arrivals is None:
         arrivals, splits = positions, 1
-    keys, warps, stages = _decode_tiles(key_dim, value_dim, kv.element_size(), splits)
+    keys, warps, stages = _decode_tiles(key_dim, value_dim, kv.element_size())
     out = query.new_empty((1, tokens, heads, value_dim))
     # Where no row is shared, the kernel touches neither of these, nor the arrivals.
     parts = out if splits == 1 else kv.new_empty((tokens, heads, splits, value_dim), dtype=torch.float32)
@@ -274,16 +273,13 @@ def _keys_within(tile_bytes: int, token_bytes: int, most: int) -> int:
 
 
 @cache
-def _decode_tiles(key_dim: int, value_dim: int, element_bytes: int, splits: int) -> tuple[int, int, int]:
-    """Choose keys per tile, warps and stages, for 99 KB of shared memory, which consumer cards have.
-
-    Where few rows are shared by many programs, a small tile is done sooner; many rows want large ones.
-    """
+def _decode_tiles(key_dim: int, value_dim: int, element_bytes: int) -> tuple[int, int, int]:
+    """Choose keys per tile, warps and stages, for 99 KB of shared memory, which consumer cards have."""
     token_bytes = (_padded(key_dim) + _padded(value_dim)) * element_bytes
     if element_bytes == 4:
         # Without tensor cores the operands of a product lie in registers: small tiles, many warps.
         return _keys_within(32768, token_bytes, 32), 8, 2
-    return _keys_within(32768, token_bytes, 64 if splits < _MANY_SPLITS else 32), 4, 2
+    return _keys_within(32768, token_bytes, 64), 4, 2
 
 
 @cache
