@@ -90,9 +90,7 @@ class Calls:
             made.check(batch, prompt_tokens, tokens)
             return made
 
-        done = repeat(
-            run, new_tokens, device=self._device, repeats=repeats, limit_s=options.limit_s, warm_ups=warm_ups
-        )
+        done = repeat(run, new_tokens, device=self._device, repeats=repeats, limit_s=options.limit_s, warm_ups=warm_ups)
         middle = sorted(done.runs, key=lambda r: r.total_s)[len(done.runs) // 2]
         found = CallSpeed(
             runner=runner,

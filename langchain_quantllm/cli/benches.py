@@ -59,7 +59,7 @@ class Job:
         out.print(document, markup=False, highlight=False, soft_wrap=True)
 
     def write(self, document: str) -> None:
-        """Write the document where it was asked for."""
+        """Write the document where it was asked for: after each scheme, should the next one be the last."""
         if self.json_file is not None:
             self.json_file.write_text(document + "\n", encoding="utf-8")
 
@@ -75,14 +75,15 @@ def bench_memory(job: Job, *, new_tokens: int, batch: int) -> None:
     sizes: dict[str, Any] = {"new_tokens": new_tokens, "batch": batch}
     with tempfile.TemporaryDirectory() as scratch:
         checkpoints = job.checkpoints("none,int8,nf4,nf4-double", Path(scratch))
+        about = {**job.about, "model": job.model or job.shape}
+        del about["shape"]
         rows = []
         for row in measure_memory(checkpoints, device=job.device, kernel=job.kernel, **sizes):
             _report(f"{row.scheme}: loaded in {row.load_s:.1f} s")
             rows.append(row)
+            job.write(as_document(rows, **about, **sizes))
     title = f"{job.where}, generating {batch} x {new_tokens} tokens"
     Console(width=max(out.width, 130)).print(memory_table(rows, title))
-    about = {**job.about, "model": job.model or job.shape}
-    del about["shape"]
     job.finish(as_document(rows, **about, **sizes))
 
 
@@ -94,7 +95,10 @@ def bench_speed(job: Job, options: Any) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         checkpoints = job.checkpoints("none,int8,nf4,nf4-double", Path(scratch))
         what: dict[str, Any] = {"options": options, "copy_speed": _measure_copy(job.device)}
-        rows = list(measure_speed(checkpoints, device=job.device, kernel=job.kernel, report=_report, **what))
+        rows = []
+        for row in measure_speed(checkpoints, device=job.device, kernel=job.kernel, report=_report, **what):
+            rows.append(row)
+            job.write(as_document(rows, **job.about, **what))
     wide = Console(width=max(out.width, 150))
     sizes = f"{options.prompt_tokens} tokens in, {options.new_tokens} out"
     wide.print(generation_table(rows, f"{job.where}, {sizes}: tokens/s, and a step in ms"))
@@ -124,7 +128,7 @@ def bench_overview(
         for row in measure_overview(subjects, device=job.device, text=evaluated, report=_report, **what):
             rows.append(row)
             document = as_document(rows, **job.about, **what)
-            job.write(json.dumps(document))  # what is there so far, should the next scheme be the last
+            job.write(json.dumps(document))
     show(document, job, plots, plot_format)
     if not any(row.memory for row in rows):
         msg = (

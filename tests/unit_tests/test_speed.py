@@ -239,6 +239,14 @@ def test_bench_measures_speed(tmp_path: Path) -> None:
     assert "none: abatch of 2: " in result.stderr
 
 
+def test_what_was_measured_survives_a_scheme_that_cannot_be(tiny: str, tmp_path: Path) -> None:
+    file = tmp_path / "speed.json"
+    sizes = ["--batches", 1, "--prompt-tokens", 8, "--new-tokens", 2, "--repeats", 1, "--shared", 0, "--no-peer"]
+    result = bench(tiny, "--schemes", "none,gptq", *sizes, "--json", file)
+    assert result.exit_code
+    assert [row["scheme"] for row in json.loads(file.read_text(encoding="utf-8"))["rows"]] == ["none"]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
