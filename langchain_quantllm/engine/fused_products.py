@@ -6,6 +6,7 @@ computed is the kernels' business, and whether it gives what the layer gives `pr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -14,9 +15,6 @@ import torch
 
 from langchain_quantllm.kernels.cpu_products import share_memory
 from langchain_quantllm.kernels.weights import FourBitWeight, Int8Weight, RepackedWeight, Weight
-
-_MOST_FOUR_BIT_ROWS = 64
-"""Rows above which bitsandbytes' own way, to dequantize a matrix once, is the faster one."""
 
 
 class Products:
@@ -47,7 +45,7 @@ class ProductStep:
     """A linear layer over a quantized weight.
 
     Args:
-        kernels: `kernels.weight_only` or `kernels.weight_reference`.
+        kernels: `kernels.weight_only`, `kernels.weight_reference` or `kernels.cpu_products`.
         weight: The layer's weight.
         together: Ids and weights of the layers that the model gives the same input, this one among them; empty where
             there are no others, or not of the same layout.
@@ -65,11 +63,11 @@ class ProductStep:
     @property
     def is_whole(self) -> bool:
         """Whether the layer itself is never called."""
-        return not isinstance(self.weight, FourBitWeight)
+        return not isinstance(self.weight, FourBitWeight) or math.isinf(self.kernels.MOST_FOUR_BIT_ROWS)
 
     def takes(self, x: torch.Tensor) -> bool:
         """Whether it is the step that multiplies activations of shape `(..., in_features)`, rather than the layer."""
-        return self.is_whole or x.numel() <= _MOST_FOUR_BIT_ROWS * x.shape[-1]
+        return self.is_whole or x.numel() <= self.kernels.MOST_FOUR_BIT_ROWS * x.shape[-1]
 
     def run(
         self, module: Any, forward: Callable[..., Any], carried: Any, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -1,14 +1,17 @@
 """Products with quantized weights on a CPU, by kernels of bitsandbytes and torch.
 
 4-bit weights that bitsandbytes has repacked for a CPU are multiplied by its own kernel, several of them in one call:
-a call costs as much as the product of a small model's layer. Weights of 8 bits are multiplied as they lie by 16-bit
-activations, in one call of torch's, where LLM.int8() takes some fifteen. Owns the memory that repacked weights of one
-input share: one behind the other, so that a single call multiplies by all of them. Knows no Triton.
+a call costs as much as the product of a small model's layer. On CPUs for which it repacks nothing, and which multiply
+16-bit numbers slowly, 4-bit weights become float32 piece by piece, as much as the cache holds. Weights of 8 bits are
+multiplied as they lie by 16-bit activations, in one call of torch's, where LLM.int8() takes some fifteen. Owns the
+memory that repacked weights of one input share: one behind the other, so that a single call multiplies by all of them.
+Knows no Triton.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,9 +21,15 @@ import torch
 from torch.nn.functional import linear
 
 from langchain_quantllm.errors import UnsupportedError
-from langchain_quantllm.kernels.weights import Int8Weight, RepackedWeight, Weight
+from langchain_quantllm.kernels.weights import FourBitWeight, Int8Weight, RepackedWeight, Weight
 
-__all__ = ["product", "products_of_one_input", "share_memory"]
+__all__ = ["MOST_FOUR_BIT_ROWS", "product", "products_of_one_input", "share_memory"]
+
+MOST_FOUR_BIT_ROWS = math.inf
+"""Rows above which bitsandbytes' own way is the faster one."""
+
+_PIECE = 1 << 20
+"""Numbers of a weight in 4 bits that are float32 at once: 4 MB."""
 
 _MOST_ROWS_AS_STORED = 8
 """Rows above which codes are made 16-bit numbers first, which have a faster product."""
@@ -39,7 +48,8 @@ def product(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -
     """Multiply activations by a weight.
 
     Args:
-        x: Activations of shape `(..., in_features)`, floating; for weights of 8 bits, bfloat16.
+        x: Activations of shape `(..., in_features)`, floating: for weights of 8 bits bfloat16, for those of 4 bits that
+            are not repacked, of 16 bits.
         weight: The weight.
         bias: What is added, of shape `(out_features,)`; None for nothing: the weight's own is not looked at.
 
@@ -47,17 +57,19 @@ def product(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -
         `x @ w.T + bias` of shape `(..., out_features)`, in the dtype of `x`.
 
     Raises:
-        UnsupportedError: If no kernel multiplies by the weight as it is stored.
+        UnsupportedError: If no kernel multiplies by the weight as it is stored, or the layer does so as fast.
     """
     if isinstance(weight, Int8Weight):
         found = _int8_product(x, weight)
+    elif isinstance(weight, FourBitWeight):
+        found = _four_bit_product(x, weight)
     elif isinstance(weight, RepackedWeight):
         shape = (weight.out_features, weight.in_features)
         found = torch.ops.bitsandbytes.gemv_4bit.default(
             x, weight.words, shape, weight.scales, weight.code, weight.block_size
         )
     else:
-        msg = "its weight is not one that bitsandbytes repacks for a CPU"
+        msg = "CPUs have no product of their own with its weight"
         raise UnsupportedError(msg)
     return (found if bias is None else found + bias).to(x.dtype)
 
@@ -74,9 +86,47 @@ def _int8_product(x: torch.Tensor, weight: Int8Weight) -> torch.Tensor:
             rows = rows.clone()
         found = torch._weight_int8pack_mm(rows, codes, rows.new_ones(weight.out_features))
     else:
-        wide = x.dtype if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+        wide = x.dtype if _has_16_bit_products() else torch.float32
         found = linear(rows.to(wide), codes.to(wide))
     return (found * (weight.scales / 127)).view(*x.shape[:-1], weight.out_features)
+
+
+def _four_bit_product(x: torch.Tensor, weight: FourBitWeight) -> torch.Tensor:
+    """Multiply by one piece of the weight after the other, in float32; the layer makes all of it 16 bits wide first."""
+    if x.dtype not in (torch.float16, torch.bfloat16) or _has_16_bit_products():
+        msg = f"this CPU multiplies {str(x.dtype).removeprefix('torch.')} as fast in the layer itself"
+        raise UnsupportedError(msg)
+    rows = x.reshape(-1, weight.in_features).float()
+    outputs, inputs, block = weight.out_features, weight.in_features, weight.block_size
+    octets, scales = weight.words.view(torch.uint8), _block_scales(weight)
+    whole_blocks = block // math.gcd(inputs, block)  # outputs after which a block ends, too
+    most = max(1, _PIECE // inputs // whole_blocks) * whole_blocks
+    found = rows.new_empty(len(rows), outputs)
+    for first in range(0, outputs, most):
+        end = min(outputs, first + most)
+        piece = torch.ops.bitsandbytes.dequantize_4bit.default(
+            octets[first * inputs // 2 : end * inputs // 2],
+            scales[first * inputs // block : -(-end * inputs // block)],
+            block,
+            weight.kind,
+            (end - first, inputs),
+            torch.float32,
+        )
+        found[:, first:end] = rows @ piece.t()
+    return found.view(*x.shape[:-1], outputs)
+
+
+def _block_scales(weight: FourBitWeight) -> torch.Tensor:
+    """Give the scale of each block, float32."""
+    if not weight.nested:
+        return weight.scales
+    outer = weight.nested_scales.repeat_interleave(weight.nested_block_size)[: len(weight.scales)]
+    return weight.nested_code[weight.scales.int()] * outer + weight.offset
+
+
+def _has_16_bit_products() -> bool:
+    """Whether the CPU multiplies 16-bit numbers about as fast as float32: x86 does with AVX512."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def products_of_one_input(x: torch.Tensor, weights: Sequence[Weight]) -> list[torch.Tensor]:

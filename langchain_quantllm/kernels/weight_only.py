@@ -37,7 +37,10 @@ from langchain_quantllm.kernels.weights import (
     weight_of,
 )
 
-__all__ = ["ProductConfig", "config_for", "product", "products_of_one_input", "weight_of"]
+__all__ = ["MOST_FOUR_BIT_ROWS", "ProductConfig", "config_for", "product", "products_of_one_input", "weight_of"]
+
+MOST_FOUR_BIT_ROWS = 64
+"""Rows above which bitsandbytes' own way, to dequantize a matrix once, is the faster one."""
 
 MOST_VECTOR_ROWS = 4
 """Most rows of the regime "vector"."""

@@ -12,7 +12,10 @@ import torch
 
 from langchain_quantllm.kernels.weights import FourBitWeight, GPTQWeight, Int8Weight, RepackedWeight, Weight
 
-__all__ = ["dequantize", "product", "products_of_one_input"]
+__all__ = ["MOST_FOUR_BIT_ROWS", "dequantize", "product", "products_of_one_input"]
+
+MOST_FOUR_BIT_ROWS = 64
+"""As of `weight_only`."""
 
 
 def product(

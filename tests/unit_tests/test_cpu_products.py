@@ -114,8 +114,87 @@ def test_other_weights_are_refused() -> None:
         zeros=torch.zeros(1, 4, dtype=torch.int32), scales=torch.ones(1, 32), groups=torch.zeros(16, dtype=torch.int32),
         group_size=16, zero_point=0, bias=None,
     )  # fmt: skip
-    with pytest.raises(UnsupportedError, match="repacks"):
+    with pytest.raises(UnsupportedError, match="no product of their own"):
         cpu_products.product(torch.ones(1, 16), weight)
+
+
+@pytest.fixture
+def slow_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU without AVX512, whichever this is."""
+    monkeypatch.setattr(cpu_products, "_has_16_bit_products", lambda: False)
+
+
+def four_bit_weight(outputs: int, inputs: int, kind: str, *, nested: bool) -> Any:
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    made = torch.Generator().manual_seed(outputs + inputs)
+    layer = Linear4bit(inputs, outputs, bias=False, quant_type=kind)
+    numbers = torch.randn(outputs, inputs, generator=made)
+    layer.weight = Params4bit(numbers, requires_grad=False, quant_type=kind, compress_statistics=nested).to("cpu")
+    found = weight_of(layer)
+    if found is None:
+        pytest.fail("a layer of bitsandbytes cannot be read")
+    return found
+
+
+@pytest.mark.usefixtures("slow_16_bits")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_4_bits_are_multiplied_in_pieces(
+    kind: str, nested: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounded is the sum, once; a piece may end within a row's blocks nowhere."""
+    for piece in (1, 3000, 1 << 20):
+        monkeypatch.setattr(cpu_products, "_PIECE", piece)
+        for outputs, inputs in ((1, 64), (3, 72), (70, 200), (130, 576)):
+            if outputs * inputs % 64:
+                continue
+            weight, bias = four_bit_weight(outputs, inputs, kind, nested=nested), torch.randn(outputs)
+            for rows in (1, 2, 33):
+                x = torch.randn(inputs, 2 * rows).to(dtype).t()[::2]
+                expected = weight_reference.product(x, weight, bias)
+                norms = weight_reference.dequantize(weight).norm(dim=1) * x.double().norm(dim=1)[:, None]
+                found = cpu_products.product(x.reshape(1, rows, inputs), weight, bias)
+                assert (found.dtype, found.shape) == (dtype, (1, rows, outputs))
+                rounded = 2**-8 if dtype == torch.bfloat16 else 2**-11
+                assert (
+                    float(((found[0].double() - expected).abs() / (rounded * expected.abs() + 1e-5 * norms)).max()) <= 1
+                )
+
+
+@pytest.mark.usefixtures("slow_16_bits")
+@pytest.mark.parametrize("quantization", ["nf4", NF4(double_quantization=True)])
+def test_4_bits_that_are_not_repacked(folder: Path, quantization: Any) -> None:
+    llm = make(folder, quantization, engine="fast")
+    model, ids = llm.pipeline.model, list(range(5, 29))
+    plain = logits_of(model, ids)
+    if isinstance(weight_of(model.model.layers[0].mlp.up_proj), RepackedWeight):
+        pytest.skip("bitsandbytes repacks them on this CPU")
+    exact = logits_of(torch.nn.Module.float(dense_twin(model)), ids)
+    fusion = Fusion(model, kernels=fused_reference, products=cpu_products, kinds=(PRODUCT,))
+    assert [(kind.fused, kind.left) for kind in fusion.summary] == [(14, {})]
+    with fusion.applied():
+        fused = logits_of(model, ids)
+    fusion.close()
+    assert (fused - exact).norm() < 1.1 * (plain - exact).norm()
+    assert not torch.equal(fused, plain)
+    assert torch.equal(logits_of(model, ids), plain)
+    assert llm.engine_info.fused == {PRODUCT: 14}
+    assert len(llm.batch(PROMPTS)) == len(PROMPTS)
+    llm.unload()
+
+
+def test_4_bits_in_float32_are_left_to_the_layer(folder: Path) -> None:
+    llm = make(folder, "nf4", dtype="float32", engine="fast")
+    logits_of(llm.pipeline.model, [1, 2, 3])
+    if isinstance(weight_of(llm.pipeline.model.model.layers[0].mlp.up_proj), RepackedWeight):
+        pytest.skip("bitsandbytes repacks them on this CPU")
+    fusion = Fusion(llm.pipeline.model, kernels=fused_reference, products=cpu_products, kinds=(PRODUCT,))
+    assert [(kind.fused, kind.left) for kind in fusion.summary] == [
+        (0, {"this CPU multiplies float32 as fast in the layer itself": 14})
+    ]
+    llm.unload()
 
 
 def int8_weight(outputs: int, inputs: int) -> Int8Weight:
