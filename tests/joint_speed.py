@@ -1,19 +1,23 @@
-"""What the products of `cpu_products` save on a CPU: the engine's step with them, and without.
+"""What the products of `cpu_products` save on a CPU: steps of the engine and the reading of prompts, with and without.
 
     python -m tests.joint_speed FOLDER
 
-Both engines run over the same weights in turns; prints the medians of their steps and the ratio.
+Both engines run their steps over the same weights in turns; for prompts the model is loaded anew. Prints the ratios of
+the medians.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import time
+from typing import Any
 
 from langchain_quantllm import QuantizedHuggingFaceLLM
 from langchain_quantllm.engine.fast_engine import FastEngine
 from langchain_quantllm.engine.fusion import PRODUCT, Fusion
 from langchain_quantllm.kernels import cpu_products, fused_reference
+from langchain_quantllm.prompts import Prompts
 
 ROUNDS, STEPS, POSITION = 12, 6, 60
 
@@ -24,8 +28,10 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("--quantization", default="nf4")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--prompts", type=int, nargs="+", default=[32, 256], help="their tokens")
     asked = parser.parse_args()
-    llm = QuantizedHuggingFaceLLM(model_id=asked.folder, quantization=asked.quantization, device="cpu", progress=False)
+    fields = {"model_id": asked.folder, "quantization": asked.quantization, "device": "cpu", "progress": False}
+    llm = QuantizedHuggingFaceLLM(**fields)
     pipeline = llm.pipeline
     apart = FastEngine(pipeline, kv_cache_memory="64MiB")
     fusion = Fusion(pipeline.model, kernels=fused_reference, products=cpu_products, kinds=(PRODUCT,))
@@ -41,6 +47,26 @@ def main() -> None:
     apart.close()
     together.close()
     fusion.close()
+    llm.unload()
+    taken_s = {fuse: prompt_seconds(asked.prompts, fuse=fuse, **fields) for fuse in (False, True)}
+    for tokens in asked.prompts:
+        ratio = taken_s[False][tokens] / taken_s[True][tokens]
+        print(f"a prompt of {tokens} tokens is read {ratio:.2f} times as fast", flush=True)
+
+
+def prompt_seconds(lengths: list[int], **fields: Any) -> dict[int, float]:
+    """Time the reading of prompts, each with one new token, through LangChain."""
+    llm = QuantizedHuggingFaceLLM(max_new_tokens=1, prefix_caching=False, kv_cache_memory="64MiB", **fields)
+    prompts, found = Prompts(llm.pipeline.tokenizer), {}
+    for tokens in lengths:
+        times = []
+        for prompt in prompts.draw(6, tokens):
+            began = time.perf_counter()
+            llm.invoke(prompt)
+            times.append(time.perf_counter() - began)
+        found[tokens] = statistics.median(times[1:])
+    llm.unload()
+    return found
 
 
 if __name__ == "__main__":
