@@ -21,6 +21,7 @@ import torch
 from torch.nn.functional import linear
 
 from langchain_quantllm.errors import UnsupportedError
+from langchain_quantllm.kernels.weight_reference import block_scales
 from langchain_quantllm.kernels.weights import FourBitWeight, Int8Weight, RepackedWeight, Weight
 
 __all__ = ["MOST_FOUR_BIT_ROWS", "product", "products_of_one_input", "share_memory"]
@@ -98,7 +99,7 @@ def _four_bit_product(x: torch.Tensor, weight: FourBitWeight) -> torch.Tensor:
         raise UnsupportedError(msg)
     rows = x.reshape(-1, weight.in_features).float()
     outputs, inputs, block = weight.out_features, weight.in_features, weight.block_size
-    octets, scales = weight.words.view(torch.uint8), _block_scales(weight)
+    octets, scales = weight.words.view(torch.uint8), block_scales(weight, torch.float32)
     whole_blocks = block // math.gcd(inputs, block)  # outputs after which a block ends, too
     most = max(1, _PIECE // inputs // whole_blocks) * whole_blocks
     found = rows.new_empty(len(rows), outputs)
@@ -114,14 +115,6 @@ def _four_bit_product(x: torch.Tensor, weight: FourBitWeight) -> torch.Tensor:
         )
         found[:, first:end] = rows @ piece.t()
     return found.view(*x.shape[:-1], outputs)
-
-
-def _block_scales(weight: FourBitWeight) -> torch.Tensor:
-    """Give the scale of each block, float32."""
-    if not weight.nested:
-        return weight.scales
-    outer = weight.nested_scales.repeat_interleave(weight.nested_block_size)[: len(weight.scales)]
-    return weight.nested_code[weight.scales.int()] * outer + weight.offset
 
 
 def _has_16_bit_products() -> bool:

@@ -12,7 +12,7 @@ import torch
 
 from langchain_quantllm.kernels.weights import FourBitWeight, GPTQWeight, Int8Weight, RepackedWeight, Weight
 
-__all__ = ["MOST_FOUR_BIT_ROWS", "dequantize", "product", "products_of_one_input"]
+__all__ = ["MOST_FOUR_BIT_ROWS", "block_scales", "dequantize", "product", "products_of_one_input"]
 
 MOST_FOUR_BIT_ROWS = 64
 """As of `weight_only`."""
@@ -71,12 +71,16 @@ def _repacked(weight: RepackedWeight, dtype: torch.dtype) -> torch.Tensor:
     return weight.code.to(dtype)[indices.long()] * scales
 
 
+def block_scales(weight: FourBitWeight, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Give the scale of each block of a weight in 4 bits, of shape `(blocks,)`, computed in `dtype`."""
+    if not weight.nested:
+        return weight.scales.to(dtype)
+    outer = weight.nested_scales.to(dtype).repeat_interleave(weight.nested_block_size)[: len(weight.scales)]
+    return weight.nested_code.to(dtype)[weight.scales.int()] * outer + weight.offset.to(dtype)
+
+
 def _four_bit(weight: FourBitWeight, dtype: torch.dtype) -> torch.Tensor:
-    scales = weight.scales.to(dtype)
-    if weight.nested:
-        block = torch.arange(len(scales), device=scales.device) // weight.nested_block_size
-        nested = weight.nested_code.to(dtype)[weight.scales.long()] * weight.nested_scales.to(dtype)[block]
-        scales = nested + weight.offset.to(dtype)
+    scales = block_scales(weight, dtype)
     octets = weight.words.view(torch.uint8)
     indices = torch.stack([octets >> 4, octets & 15], dim=-1).reshape(-1)
     place = torch.arange(len(indices), device=octets.device) // weight.block_size
