@@ -1,43 +1,58 @@
-# make demo    a quantized model answers inside a LangChain chain
-# make test    the tests, as continuous integration runs them
-# Both make .venv and install what they need. Other settings:
-#   make demo PYTHON=python3.12 TORCH=torch     # another Python, the newest torch
-#   make test JOBS=4                            # test processes, each with its own models
+# Commands of this project; `make help` lists them. Each makes the environment that it needs.
+# Settings:
+#   make test PYTHON=python3.12     another Python, when an environment is made
+#   make test JOBS=4                test processes, each with its own models
 PYTHON ?= python3
-TORCH ?= torch==2.13.0
 JOBS ?= 2
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test lint clean
+.PHONY: help demo test test-all test-newest test-oldest lint format lock notebooks clean
 .DELETE_ON_ERROR:
 
-demo: .venv/.demo
+help: ## list the commands
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | sort | \
+		while IFS="$$(printf '\t')" read -r name text; do printf 'make %-12s %s\n' "$$name" "$$text"; done
+
+demo: .venv/.demo ## answer inside a LangChain chain with a small model in nf4
 	$(BIN)/langchain-quantllm demo
 
-test: .venv/.test lint
+test: .venv/.test lint ## check style and types, and run the tests but for those that take long
 	$(BIN)/python -m langchain_quantllm.demo_model
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow"
 
-lint: .venv/.test
+test-all: .venv/.test lint ## run all tests: notebooks, soak, every family in every scheme
+	$(BIN)/python -m langchain_quantllm.demo_model
+	$(PYTEST) --junitxml .venv/test-all.xml
+
+test-newest: ## run a selection of the tests with the newest version of every package (RECORD=1: and write docs/compatibility.md)
+	$(PYTHON) tools/try_versions.py newest --jobs $(JOBS) $(if $(RECORD),--record)
+
+test-oldest: ## run the same selection with the oldest versions that pyproject.toml allows
+	$(PYTHON) tools/try_versions.py oldest --jobs $(JOBS) $(if $(RECORD),--record)
+
+lint: .venv/.test ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-.venv/.python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "Python 3.10 or newer is needed: make PYTHON=python3.12"; exit 1; }
-	$(PYTHON) -m venv .venv
-	$(PIP) --upgrade pip
+format: .venv/.test ## sort imports, mend what can be mended, lay out the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: ## renew requirements/*.txt: the newest versions that pyproject.toml allows, and the oldest
+	$(PYTHON) tools/lock.py
+
+notebooks: .venv/.test ## run the notebooks and write what they show into them
+	$(BIN)/python cookbook/execute.py
+
+clean: ## remove the environments
+	rm -rf .venv .venv-lock .venv-newest .venv-oldest
+
+.venv/.demo: requirements/torch.txt requirements/demo.txt pyproject.toml tools/environment.py
+	$(PYTHON) tools/environment.py .venv requirements/demo.txt
 	touch $@
 
-.venv/.demo: .venv/.python pyproject.toml
-	$(PIP) "$(TORCH)" --editable '.[demo]'
+.venv/.test: requirements/torch.txt requirements/test.txt pyproject.toml tools/environment.py
+	$(PYTHON) tools/environment.py .venv requirements/test.txt
 	touch $@
-
-.venv/.test: .venv/.demo
-	$(PIP) "$(TORCH)" --editable '.[adapters,bench,demo,gptq,huggingface,structured,vision]' --group test
-	touch $@
-
-clean:
-	rm -rf .venv

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
-from importlib import metadata
 from typing import Any
 
 from rich.table import Table
 
 from langchain_quantllm._version import __version__
 from langchain_quantllm.cli.console import accelerators, app, errors, out
+from langchain_quantllm.compat.versions import TRIED, compared, installed_version
 from langchain_quantllm.errors import QuantLLMError
 
 
@@ -21,12 +21,7 @@ def doctor() -> None:
         from langchain_quantllm.memory import format_bytes, take_snapshot
         from langchain_quantllm.schemes import SCHEMES
 
-        table = Table(title="Versions", title_justify="left", show_header=False)
-        table.add_row("langchain-quantllm", __version__)
-        table.add_row("python", platform.python_version())
-        for package in _PACKAGES:
-            table.add_row(package, _version_of(package))
-        out.print(table)
+        out.print(_versions())
         table = Table("device", "name", "free", "in all", title="Devices", title_justify="left")
         for device, name, free_bytes, total_bytes in _devices(take_snapshot(accelerators())):
             table.add_row(device, name, format_bytes(free_bytes), format_bytes(total_bytes))
@@ -44,12 +39,28 @@ _PACKAGES = (
     "bitsandbytes",
     "langchain-core",
     "langchain-huggingface",
+    "peft",
     "gptqmodel",
     "optimum",
     "flash-attn",
     "triton",
     "xgrammar",
 )
+
+
+def _versions() -> Table:
+    table = Table("package", "here", "tried", "", title="Versions", title_justify="left")
+    table.add_row("langchain-quantllm", __version__)
+    table.add_row("python", platform.python_version())
+    for package in _PACKAGES:
+        here, tried = installed_version(package), TRIED.get(package)
+        table.add_row(
+            package,
+            here or "-",
+            f"{tried.oldest} to {tried.newest}" if tried else "",
+            (here and compared(package, here)) or "",
+        )
+    return table
 
 
 def _obstacle(scheme: Any) -> str | None:
@@ -60,13 +71,6 @@ def _obstacle(scheme: Any) -> str | None:
     except QuantLLMError as error:
         return str(error)
     return None
-
-
-def _version_of(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "-"
 
 
 def _devices(snapshot: Any) -> Iterator[tuple[str, str, int, int]]:
