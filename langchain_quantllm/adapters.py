@@ -17,25 +17,23 @@ from pathlib import Path
 from typing import Any
 
 from langchain_quantllm.checkpoint import Checkpoint, LoadSpec, first_line
+from langchain_quantllm.compat.peft import check_peft
 from langchain_quantllm.containment import contained
 from langchain_quantllm.engine.adapters import activate
 from langchain_quantllm.errors import (
     CheckpointError,
     InvalidOptionError,
-    MissingPackageError,
     ModelNotFoundError,
     UnsupportedError,
-    pip_install,
 )
 from langchain_quantllm.memory import transformers_builds
 from langchain_quantllm.memory.estimate import build_on_meta
 from langchain_quantllm.packages import is_installed
-from langchain_quantllm.silence import progress_bars, quiet_logger, without_torchao
+from langchain_quantllm.silence import progress_bars, quiet_logger
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS, _PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 _PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "ADAPTION_PROMPT")
-_COMMAND = pip_install("langchain-quantllm[adapters]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,24 +64,8 @@ def find_adapters(spec: LoadSpec) -> list[Adapter]:
     """
     if not spec.adapters:
         return []
-    _check_peft()
+    check_peft()
     return [_find(name, source, spec) for name, source in spec.adapters.items()]
-
-
-def _check_peft() -> None:
-    """Check that peft is there, and new enough for the transformers that is here."""
-    if not is_installed("peft"):
-        msg = f"adapters need peft: {_COMMAND}"
-        raise MissingPackageError(msg)
-    with without_torchao():
-        from transformers.integrations import peft as integration
-        from transformers.utils import check_peft_version
-
-    try:
-        check_peft_version(min_version=integration.MIN_PEFT_VERSION)
-    except ValueError as error:
-        msg = f"this transformers needs peft {integration.MIN_PEFT_VERSION} or newer for adapters: {_COMMAND}"
-        raise MissingPackageError(msg) from error
 
 
 def _find(name: str, source: str, spec: LoadSpec) -> Adapter:

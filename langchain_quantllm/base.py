@@ -372,7 +372,8 @@ class QuantizedModel(BaseLanguageModel[Any]):
         if self.adapters or self.adapter is not None:
             msg = (
                 "adapters are not loaded onto a pipeline of your own, which stays as it is; load them with peft, "
-                "pipeline.model.load_adapter(folder, adapter_name=...), and choose with pipeline.model.set_adapter."
+                "pipeline.model.load_adapter(folder, adapter_name=...), and choose with "
+                "peft.functional.set_adapter(pipeline.model, name)."
             )
             raise InvalidOptionError(msg)
         self.model_id = self.model_id or pipe.model.name_or_path or name_of(pipe)

@@ -268,18 +268,19 @@ class _Bench:
         return found
 
     def _time_bare_prefill(self, prompt: Any) -> float:
-        import inspect
-
         import torch
         from transformers import DynamicCache
 
+        from langchain_quantllm.compat.transformers_models import cache_name, forward_parameters
+
         model = self._model
-        keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        keep = {"logits_to_keep": 1} if "logits_to_keep" in forward_parameters(model) else {}
         ids = torch.tensor([self._llm.pipeline.tokenizer(prompt)["input_ids"]], device=self._device)
+        cache = {cache_name(model): DynamicCache(config=model.config)}
         synchronize(self._device)
         began = time.perf_counter()
         with torch.no_grad():
-            output = model(input_ids=ids, past_key_values=DynamicCache(config=model.config), use_cache=True, **keep)
+            output = model(input_ids=ids, use_cache=True, **cache, **keep)
             output.logits[:, -1].argmax(-1).item()  # which waits for the device
         return time.perf_counter() - began
 

@@ -433,6 +433,7 @@ _IGNORED = frozenset(
         "cache_position",
         "use_cache",
         "return_dict",
+        "cache",
         "past_key_values",
         "layer_past",
         "num_items_in_batch",

@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeGuard
 
 import torch
 
+from langchain_quantllm.compat.transformers_models import given_cache_name
 from langchain_quantllm.engine.attention import PagedCache, driven
 from langchain_quantllm.engine.fused_products import Products
 
@@ -202,7 +203,8 @@ class RotaryStep:
         """Attend; see `Step.run`."""
         del carried
         drives, angles = driven(), kwargs.get("position_embeddings")
-        is_over_pages = drives is not None and isinstance(kwargs.get("past_key_values"), PagedCache)
+        cache_name = given_cache_name(kwargs)
+        is_over_pages = cache_name is not None and isinstance(kwargs[cache_name], PagedCache)
         if args or drives is None or not is_over_pages or not are_angles(angles):
             return forward(*args, **kwargs)
         hidden = kwargs["hidden_states"]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from langchain_quantllm.compat.transformers_models import given_cache_name
 from langchain_quantllm.engine.attention import Batch, Forward, GatherAttention, LayerPool, Span, driving
 from langchain_quantllm.engine.capture import hooks_of
 from langchain_quantllm.engine.fused_layers import (
@@ -266,7 +267,8 @@ def rotary_step(call: Call, configs: Sequence[Any], kernels: Any, likely: Rotary
     """
     module, kwargs = call.module, call.kwargs
     hidden, angles = kwargs.get("hidden_states"), kwargs.get("position_embeddings")
-    if call.args or hidden is None or "past_key_values" not in kwargs:
+    cache_name = given_cache_name(kwargs)
+    if call.args or hidden is None or cache_name is None:
         msg = "it is called in another way"
         raise UnsupportedError(msg)
     if not are_angles(angles):
@@ -274,7 +276,7 @@ def rotary_step(call: Call, configs: Sequence[Any], kernels: Any, likely: Rotary
         raise UnsupportedError(msg)
     own = _OwnPages(hidden)
     with driving(own, configs) as cache:
-        given = {**kwargs, "past_key_values": cache, "attention_mask": None}
+        given = {**kwargs, cache_name: cache, "attention_mask": None}
         output = type(module).forward(module, **given)
     if own.asked is None or not isinstance(output, tuple) or len(output) != 2 or output[1] is not None:
         msg = "its attention is reached in another way"
@@ -284,7 +286,7 @@ def rotary_step(call: Call, configs: Sequence[Any], kernels: Any, likely: Rotary
         ours = _OwnPages(hidden, own.pools)
         try:
             with driving(ours, configs) as cache:
-                found = replace(call, kwargs={**given, "past_key_values": cache}).run(step)[0]
+                found = replace(call, kwargs={**given, cache_name: cache}).run(step)[0]
             check_same(found, output[0])
             layer = module.layer_idx
             check_same(ours.pools[layer].kv[1:], own.pools[layer].kv[1:])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from langchain_quantllm.compat.transformers_models import cache_name, forward_parameters
 from langchain_quantllm.engine.attention import (
     Attention,
     Batch,
@@ -162,7 +162,8 @@ class Runner:
         self._row_adapters = torch.full((slots + 1,), NO_ADAPTER, dtype=torch.int32, device=self.device)
         self._ones = torch.ones(_BUCKETS[-1], dtype=torch.long, device=self.device)
         self._mask_words = -(-vocab_size // 32)
-        self._keeps_logits = "logits_to_keep" in inspect.signature(_innermost(model).forward).parameters
+        self._keeps_logits = "logits_to_keep" in forward_parameters(model)
+        self._cache_name = cache_name(model)
         self.windows: dict[int, int] = {}
         """Window of each layer that attended in the last forward that was no replay; 0 for none."""
         self.why_no_graphs = why_no_graphs
@@ -388,8 +389,8 @@ class Runner:
                 input_ids=ids[None],
                 attention_mask=mask,
                 position_ids=position_ids[None],
-                past_key_values=cache,
                 use_cache=True,
+                **{self._cache_name: cache},
                 **options,
             )
         self.windows = forward.windows
@@ -500,9 +501,3 @@ class Runner:
             self._draw_graphs[key] = StepGraph(body, self.device, self._memory)
             launched.inputs.copy_(kept)
         return self._draw_graphs[key]
-
-
-def _innermost(model: Any) -> Any:
-    """Give the model of transformers inside wrappers such as peft's."""
-    get_base = getattr(model, "get_base_model", None)
-    return get_base() if get_base is not None else model

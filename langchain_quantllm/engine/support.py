@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from langchain_quantllm.compat.transformers_models import cache_name, cache_of
 from langchain_quantllm.engine.attention import without_gradients
 from langchain_quantllm.engine.capture import hooks_of
 from langchain_quantllm.engine.kv_pool import LayerShape, shapes_of
@@ -88,7 +89,7 @@ def probe(model: Any) -> Probe:
     except Exception as error:
         msg = f"its forward fails on plain token ids: {error!r}"
         raise UnsupportedError(msg) from error
-    cache = getattr(output, "past_key_values", None)
+    cache = cache_of(output)
     if cache is None or not getattr(cache, "layers", None):
         msg = "it gives no cache of keys and values"
         raise UnsupportedError(msg)
@@ -154,7 +155,7 @@ def _piece_by_piece(model: Any, text: Sequence[int], single: int) -> torch.Tenso
     for start, end in itertools.pairwise(cuts):
         if end > start:
             output = _plain(model, text[start:end], cache)
-            cache = output.past_key_values
+            cache = cache_of(output)
             logits.append(output.logits[0].float())
     return torch.cat(logits)
 
@@ -168,7 +169,8 @@ def _plain(model: Any, ids: Sequence[int], cache: Any = None) -> Any:
     if model.config.get_text_config() is not model.config:
         # Qwen-VL goes on from the positions of the last image that anybody has shown it.
         positions = {"position_ids": torch.arange(seen, seen + len(ids), device=device)[None]}
-    return model(input_ids=given, attention_mask=mask, past_key_values=cache, use_cache=True, **positions)
+    given_cache = {} if cache is None else {cache_name(model): cache}
+    return model(input_ids=given, attention_mask=mask, use_cache=True, **given_cache, **positions)
 
 
 def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:

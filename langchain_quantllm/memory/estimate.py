@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from langchain_quantllm.compat.transformers_models import cache_of
 from langchain_quantllm.errors import (
     CheckpointError,
     InvalidOptionError,
@@ -294,7 +295,7 @@ def _cache_bytes(model: PreTrainedModel) -> dict[str, Any]:
     except (ValueError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         logger.info("The KV cache of a %s cannot be computed on the meta device: %s", type(model).__name__, error)
         return {"kv_cache_bytes_per_token": None}
-    cache = output.get("past_key_values", output.get("cache_params"))
+    cache = cache_of(output)
     layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", None)
     if layers is None:
         return {"kv_cache_bytes_per_token": None}

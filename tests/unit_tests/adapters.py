@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from langchain_quantllm.adapters import peft_contained
+from langchain_quantllm.engine.adapters import adapter_modules
 
 ATTENTION = ["q_proj", "v_proj"]
 
@@ -52,6 +53,48 @@ def make_adapter(
                     parameter.add_(noise) if "lora_" not in name or "magnitude" in name else parameter.copy_(noise)
         model.save_pretrained(folder)
     return folder
+
+
+# What users do to the adapters of a model, by peft's public functions: the methods of transformers 5.24 refuse every
+# peft that there is.
+
+
+def add_adapter(model: Any, config: Any, name: str = "default") -> None:
+    """Put a new adapter into a model, and choose it."""
+    with quietly():
+        from peft.functional import inject_adapter_in_model
+
+        inject_adapter_in_model(config, model, name)
+    choose_adapter(model, name)
+
+
+def choose_adapter(model: Any, name: str) -> None:
+    """Choose the adapter that a model runs with, to be trained."""
+    with quietly():
+        from peft.functional import set_adapter
+
+        set_adapter(model, name)
+
+
+def enable_adapters(model: Any, is_enabled: bool) -> None:
+    """Let a model run with its adapters, or without any."""
+    for module in adapter_modules(model):
+        module.enable_adapters(is_enabled)
+
+
+def active_adapters(model: Any) -> list[str]:
+    """Name the adapters that a model runs with."""
+    [names] = {tuple(module.active_adapters) for module in adapter_modules(model)}
+    return list(names)
+
+
+def delete_adapter(model: Any, name: str) -> None:
+    """Take a LoRA adapter off a model."""
+    with quietly():
+        from peft.functional import delete_adapter
+
+        delete_adapter(model, name, "lora_")
+    del model.peft_config[name]
 
 
 class Reference:

@@ -61,7 +61,7 @@ def _family(config: str, base: Mapping[str, Any] = _HIDDEN, **options: Any) -> F
     return Family(config=f"{config}Config", options={**base, **options}, **own)
 
 
-FAST: Mapping[str, Family] = {
+FAST: dict[str, Family] = {
     "llama": _family("Llama"),
     "llama-grouped": _family("Llama", _GROUPED),
     "llama-one-kv-head": _family("Llama", num_key_value_heads=1),
@@ -175,11 +175,26 @@ FAST: Mapping[str, Family] = {
 }
 """Families whose attention and cache are the common ones."""
 
+_LATE: Mapping[str, Family] = {
+    "gptj": _family("GPTJ", _GPT2, rotary_dim=8),
+    "codegen": _family("CodeGen", _GPT2, n_ctx=CONTEXT, rotary_dim=8),
+}
+"""Families whose attention became the common one with a release of transformers, 5.24."""
+
+
+def _lets_attention_be_chosen(family: Family) -> bool:
+    """Whether this transformers lets one choose the attention of a family."""
+    model = getattr(transformers, f"{family.config.removesuffix('Config')}ForCausalLM")
+    return bool(model._supports_attention_backend)
+
+
+FAST |= {name: family for name, family in _LATE.items() if _lets_attention_be_chosen(family)}
+
 NAMED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "gpt_neox", "gpt2", "opt", "falcon-7b", "falcon-40b")
 NAMED += ("stablelm", "granite", "olmo")
 """Those that must be fast, whatever becomes of the others."""
 
-PLAIN: Mapping[str, tuple[Family, str]] = {
+PLAIN: dict[str, tuple[Family, str]] = {
     "falcon-eager": (_family("Falcon", ffn_hidden_size=128, multi_query=True, attention="eager"), ""),
     "falcon-alibi": (_family("Falcon", ffn_hidden_size=128, alibi=True), ""),
     "falcon-alibi-eager": (_family("Falcon", ffn_hidden_size=128, alibi=True, attention="eager"), ""),
@@ -192,8 +207,6 @@ PLAIN: Mapping[str, tuple[Family, str]] = {
         ),
         "",
     ),
-    "gptj": (_family("GPTJ", _GPT2, rotary_dim=8), ""),
-    "codegen": (_family("CodeGen", _GPT2, n_ctx=CONTEXT, rotary_dim=8), ""),
     "mamba": (
         _family("Mamba", {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}),
         "layers of kind",
@@ -252,6 +265,8 @@ PLAIN: Mapping[str, tuple[Family, str]] = {
     ),
 }
 """Families that the fast engine cannot drive, with a word of the reason."""
+
+PLAIN |= {name: (family, "") for name, family in _LATE.items() if name not in FAST}
 
 
 def family_model(family: Family) -> Any:

@@ -32,7 +32,15 @@ from langchain_quantllm.errors import (
     UnsupportedError,
 )
 from tests.gptq_checkpoints import make_gptq_checkpoint
-from tests.unit_tests.adapters import ATTENTION, Reference, make_adapter
+from tests.unit_tests.adapters import (
+    ATTENTION,
+    Reference,
+    active_adapters,
+    choose_adapter,
+    delete_adapter,
+    enable_adapters,
+    make_adapter,
+)
 from tests.unit_tests.checkpoints import FakeHub, make_checkpoint, make_tokenizer, quicken
 from tests.unit_tests.models import forwards, slowly, tiny_model
 
@@ -196,7 +204,7 @@ class TestFields:
         llm = make(root, adapter="chat", dtype="float32", cache_dir="of its own")  # a model of its own
         model = llm.pipeline.model
         assert type(model).__name__ == "LlamaForCausalLM"
-        assert model.active_adapters() == ["chat"]
+        assert active_adapters(model) == ["chat"]
         assert llm.invoke(PROMPT) == expected["chat", PROMPT]
         assert (
             llm.pipeline(PROMPT, max_new_tokens=12, do_sample=False, return_full_text=False)[0]["generated_text"]
@@ -342,14 +350,14 @@ class TestTheModelItself:
     def test_the_pipeline_engine_leaves_it_as_it_was(self, own: QuantizedHuggingFaceLLM) -> None:
         own.engine = "pipeline"
         model = own.pipeline.model
-        model.set_adapter("chat")
+        choose_adapter(model, "chat")
         trained = {name: p.requires_grad for name, p in model.named_parameters()}
         assert any(trained.values())
         own.batch([PROMPT, LONG], adapter="sql")
         own.invoke(PROMPT, adapter="base")
-        assert model.active_adapters() == ["chat"]
+        assert active_adapters(model) == ["chat"]
         assert {name: p.requires_grad for name, p in model.named_parameters()} == trained
-        model.disable_adapters()
+        enable_adapters(model, False)
         own.invoke(PROMPT, adapter="sql")
         assert model.model.layers[0].self_attn.q_proj.disable_adapters
 
@@ -359,7 +367,11 @@ class TestTheModelItself:
     ) -> None:
         own.engine = engine
         model = own.pipeline.model
-        for change in (lambda: model.set_adapter("chat"), model.disable_adapters, model.enable_adapters):
+        for change in (
+            lambda: choose_adapter(model, "chat"),
+            lambda: enable_adapters(model, False),
+            lambda: enable_adapters(model, True),
+        ):
             change()
             for name in NAMES:
                 assert own.invoke(LONG, adapter=name) == expected[name, LONG]
@@ -396,7 +408,7 @@ class TestTheModelItself:
     def test_deleted_by_hand(self, own: QuantizedHuggingFaceLLM, expected: Texts, engine: str) -> None:
         own.engine = engine
         assert own.invoke(PROMPT) == expected["sql", PROMPT]
-        own.pipeline.model.delete_adapter("chat")
+        delete_adapter(own.pipeline.model, "chat")
         with pytest.raises(GenerationError, match="'chat' is not on the model any more"):
             own.invoke(PROMPT)
         own.unload()
@@ -518,11 +530,9 @@ class TestKinds:
         model, tokenizer = llm.pipeline.model, llm.pipeline.tokenizer
         prompt_ids = tokenizer(PROMPT)["input_ids"]
         for name, text_ids in zip(names, texts, strict=True):
-            if name == "base":
-                model.disable_adapters()
-            else:
-                model.enable_adapters()
-                model.set_adapter(name)
+            enable_adapters(model, name != "base")
+            if name != "base":
+                choose_adapter(model, name)
             with torch.no_grad():
                 logits = model(torch.tensor([prompt_ids + text_ids])).logits[0, len(prompt_ids) - 1 : -1].float()
             found = logits.log_softmax(-1).gather(1, torch.tensor(text_ids)[:, None])[:, 0]

@@ -15,7 +15,7 @@ from langchain_quantllm.engine.fusion import PRODUCT, Fusion
 from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.kernels import cpu_products, fused_reference, weight_reference
 from langchain_quantllm.kernels.weights import GPTQWeight, Int8Weight, RepackedWeight, weight_of
-from tests.unit_tests.adapters import quietly
+from tests.unit_tests.adapters import add_adapter, enable_adapters, quietly
 from tests.unit_tests.test_fused_products import dense_twin
 from tests.unit_tests.test_fusion import forwards_in, logits_of
 
@@ -262,7 +262,7 @@ def test_a_small_adapter_of_the_users_own_is_not_left_out(folder: Path) -> None:
     model: Any = llm.pipeline.model
     with quietly():
         targets = ["q_proj", "v_proj", "up_proj", "down_proj"]
-        model.add_adapter(peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+        add_adapter(model, peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -275,7 +275,7 @@ def test_a_small_adapter_of_the_users_own_is_not_left_out(folder: Path) -> None:
     assert sorted({len(step.together) for step in fusion.steps.values()}) == [0, 2, 3]
     with fusion.applied():
         assert torch.equal(logits_of(model, [5, 6, 7, 8]), expected)
-    model.disable_adapters()
+    enable_adapters(model, False)
     fusion.build()  # as if it were for a model whose adapters are off
     assert sorted({len(step.together) for step in fusion.steps.values()}) == [0, 2, 3]
     assert not torch.equal(logits_of(model, [5, 6, 7, 8]), expected)

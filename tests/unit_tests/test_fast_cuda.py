@@ -16,7 +16,7 @@ from langchain_quantllm import GPTQ, NF4, Int8, QuantizedHuggingFaceLLM
 from langchain_quantllm.benchmarks.random_models import SHAPES, random_checkpoint
 from langchain_quantllm.engine import capture
 from langchain_quantllm.engine.prefill_graphs import PrefillGraphs
-from tests.unit_tests.adapters import make_adapter
+from tests.unit_tests.adapters import add_adapter, choose_adapter, enable_adapters, make_adapter
 from tests.unit_tests.models import llm_of, tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -91,9 +91,11 @@ def test_adapters_of_several_rows_in_one_graph(folder: Any, tmp_path: Any) -> No
     expected = []
     for name, prompt in zip(names, prompts, strict=True):
         model = llm.load().pipeline.model
-        model.disable_adapters() if name == "base" else (model.enable_adapters(), model.set_adapter(name))
+        enable_adapters(model, name != "base")
+        if name != "base":
+            choose_adapter(model, name)
         expected.append(generated(llm, prompt, 24))
-    model.disable_adapters()
+    enable_adapters(model, False)
     assert len(set(expected)) == len(expected)
     bound = [llm.bind(adapter=name) for name in names]
     for _ in range(3):  # the later ones from graphs and pages
@@ -292,14 +294,14 @@ def test_adapters_are_noticed(folder: Any) -> None:
     before = llm.invoke(PROMPTS[1])
     assert before == generated(llm, PROMPTS[1])
     config = peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    llm.pipeline.model.add_adapter(config, adapter_name="one")
+    add_adapter(llm.pipeline.model, config, "one")
     for parameter in llm.pipeline.model.parameters():
         parameter.data = parameter.data.to("cuda")
     after = llm.invoke(PROMPTS[1])
     assert after == generated(llm, PROMPTS[1])
     assert after != before
     assert llm.engine_info.graphs
-    llm.pipeline.model.disable_adapters()
+    enable_adapters(llm.pipeline.model, False)
     assert llm.invoke(PROMPTS[1]) == before
     llm.unload()
 

@@ -25,7 +25,7 @@ from langchain_quantllm.engine.request import plan_requests
 from langchain_quantllm.engine.support import fingerprint
 from langchain_quantllm.errors import InvalidOptionError
 from langchain_quantllm.kernels import fused_reference, weight_reference
-from tests.unit_tests.adapters import make_adapter, quietly
+from tests.unit_tests.adapters import choose_adapter, enable_adapters, make_adapter, quietly
 from tests.unit_tests.families import FAST, family_model, generated_ids, random_ids
 from tests.unit_tests.models import byte_fallback_tokenizer, pipeline_of, tiny_model
 
@@ -379,9 +379,9 @@ def test_adapters_of_several_rows(tmp_path: Path, smollm2: Path, tokenizer: Any)
             model.load_adapter(str(tmp_path / name), adapter_name=name)
     prompt, expected = random_ids(9), {}
     for name in ("one", "two"):
-        model.set_adapter(name)
+        choose_adapter(model, name)
         expected[name] = generated_ids(model, prompt, 12)
-    model.disable_adapters()
+    enable_adapters(model, False)
     expected["base"] = generated_ids(model, prompt, 12)
     assert len({tuple(ids) for ids in expected.values()}) == 3
     switch = AdapterSwitch(model, ("one", "two"))

@@ -27,6 +27,7 @@ from transformers import (
     ViTConfig,
 )
 
+from langchain_quantllm.compat.transformers_models import cache_name
 from langchain_quantllm.errors import (
     CheckpointError,
     InvalidOptionError,
@@ -247,7 +248,7 @@ class TestCache:
         model = AutoModelForCausalLM.from_config(config).eval()
         cache = DynamicCache(config=config)
         with torch.no_grad():
-            model(input_ids=torch.ones((3, 40), dtype=torch.long), past_key_values=cache, use_cache=True)
+            model(input_ids=torch.ones((3, 40), dtype=torch.long), use_cache=True, **{cache_name(model): cache})
         filled_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         # transformers keeps one token less than the window in a sliding layer, until the next token comes
         windows = 3 * estimate.sliding_bytes_per_token
