@@ -28,6 +28,7 @@ LEVELS = {
     "checkpoint": 2,
     "compat": 0,
     "compat.peft": 2,
+    "compat.versions": 1,
     "compat.transformers_models": 2,
     "containment": 2,
     "gptq": 2,
