@@ -97,9 +97,8 @@ def markdown(versions: dict[str, object], results: list[tuple[str, str, str]], o
     """The outcome as a section of docs/compatibility.md."""
     counts = {kind: sum(result[1] == kind for result in results) for kind in ("passed", "failure", "error", "skipped")}
     lines = ["Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".", ""]
-    lines.append(
-        f"{counts['passed']} passed, {counts['failure'] + counts['error']} failed, {counts['skipped']} skipped."
-    )
+    counted = (f"{counts['failure'] + counts['error']} failed", f"{counts['skipped']} skipped")
+    lines.append(f"Of {len(results)} tests {counts['passed']} passed, {counted[0]} and {counted[1]}.")
     failed = [result for result in results if result[1] in ("failure", "error")]
     if failed:
         lines += ["", "| fails | with the locked versions | error |", "|---|---|---|"]
