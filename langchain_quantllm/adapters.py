@@ -18,6 +18,7 @@ from typing import Any
 
 from langchain_quantllm.checkpoint import Checkpoint, LoadSpec, first_line
 from langchain_quantllm.compat.peft import check_peft
+from langchain_quantllm.compat.transformers_quantizers import PEFT_LOGGER
 from langchain_quantllm.containment import contained
 from langchain_quantllm.engine.adapters import activate
 from langchain_quantllm.errors import (
@@ -230,7 +231,7 @@ def _layers_of(checkpoint: Checkpoint, trust_remote_code: bool) -> dict[str, tup
     None in the place of all where the model cannot be built without weights: then loading tells.
     """
     import torch
-    from transformers.pytorch_utils import Conv1D
+    from transformers import Conv1D
 
     config = copy.deepcopy(checkpoint.config)
     try:
@@ -268,7 +269,7 @@ def _load(model: Any, adapter: Adapter) -> None:
     said = f"adapter {adapter.name!r} ({adapter.source})"
     try:
         # Its report calls the adapters that are there already newly initialized.
-        with transformers_builds, quiet_logger("transformers.integrations.peft"), warnings.catch_warnings():
+        with transformers_builds, quiet_logger(PEFT_LOGGER), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             info = model.load_adapter(
                 str(adapter.folder),

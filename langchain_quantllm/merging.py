@@ -18,6 +18,11 @@ from typing import Any
 
 from langchain_quantllm.adapters import Adapter, check_shapes, find_adapters, peft_contained
 from langchain_quantllm.checkpoint import LoadSpec, find_checkpoint, first_line
+from langchain_quantllm.compat.transformers_quantizers import (
+    BITSANDBYTES_LOGGER,
+    forget_quantization,
+    was_quantized,
+)
 from langchain_quantllm.errors import CheckpointError, UnsupportedError
 from langchain_quantllm.loading import load
 from langchain_quantllm.output_folder import free_folder, written
@@ -134,27 +139,17 @@ def _dequantized(model: Any, name: str) -> Any:
     After a forward on some CPUs the weights are repacked, and come out as garbage; so the largest weight of each block
     is compared with the scale that the checkpoint has for it.
     """
-    if getattr(model, "quantization_method", None) is None and getattr(model, "hf_quantizer", None) is None:
+    if not was_quantized(model):
         return model
     scales = {path: _scales_of(module) for path, module in model.named_modules() if _is_quantized(module)}
     dtype = model.dtype
-    with quiet_logger("transformers.integrations.bitsandbytes"):
+    with quiet_logger(BITSANDBYTES_LOGGER):
         model = model.dequantize(dtype=dtype)
     layers = dict(model.named_modules())
     for path, scale in scales.items():
         _check_scales(layers[path].weight, *scale, f"{path} of {name}")
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    # What was done to the packed weights while loading is not to be undone while saving.
-    conversions = getattr(model, "_weight_conversions", None)
-    if conversions is not None:
-        model._weight_conversions = [conversion for conversion in conversions if not _unpacks(conversion)]
+    forget_quantization(model)
     return model
-
-
-def _unpacks(conversion: Any) -> bool:
-    """Whether a conversion of transformers is about bitsandbytes' packed weights."""
-    return any("bitsandbytes" in type(op).__module__ for op in getattr(conversion, "operations", None) or ())
 
 
 def _is_quantized(module: Any) -> bool:

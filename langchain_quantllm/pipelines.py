@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from langchain_quantllm.checkpoint import Checkpoint, LoadSpec, explain, first_line, hub_options
+from langchain_quantllm.compat.accelerate import is_spread
 from langchain_quantllm.errors import (
     CheckpointError,
     InvalidOptionError,
@@ -85,7 +86,7 @@ def load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: A
     if any(type(module).__name__ == "Linear8bitLt" for module in model.modules()):
         hush_casts()
     # A pipeline moves a model to the first GPU, unless accelerate has spread it, or a device is named.
-    device = None if getattr(model, "hf_device_map", None) is not None else model.device
+    device = None if is_spread(model) else model.device
     if processor is not None:
         return pipeline("image-text-to-text", model=model, processor=processor, device=device)
     return pipeline("text-generation", model=model, tokenizer=tokenizer, device=device)

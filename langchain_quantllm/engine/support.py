@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from langchain_quantllm.compat.transformers_attention import why_not_offered
 from langchain_quantllm.compat.transformers_models import cache_name, cache_of
 from langchain_quantllm.engine.attention import without_gradients
 from langchain_quantllm.engine.capture import hooks_of
@@ -32,6 +33,8 @@ LONG, SHORT = 21, 5
 
 def why_not_driven(model: Any) -> str | None:
     """Give the reason, as far as its config tells, why a model cannot be driven; None where nothing is against it."""
+    if (reason := why_not_offered()) is not None:
+        return reason
     config = model.config
     text = config.get_text_config()
     if getattr(config, "is_encoder_decoder", False):
