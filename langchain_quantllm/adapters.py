@@ -309,6 +309,8 @@ def _load_by_peft(model: Any, adapter: Adapter) -> list[str]:
         tensors = load_file(weights)
     else:
         tensors = torch.load(adapter.folder / _PICKLE, map_location="cpu", weights_only=True)
+    # Under the names of the model itself: peft wrote them under those of its wrapper.
+    tensors = {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}
     return list(set_peft_model_state_dict(model, tensors, adapter_name=adapter.name).missing_keys)
 
 
