@@ -16,8 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from langchain_quantllm.adapters import Adapter, check_shapes, find_adapters, peft_contained
+from langchain_quantllm.adapters import Adapter, check_shapes, find_adapters
 from langchain_quantllm.checkpoint import LoadSpec, find_checkpoint, first_line
+from langchain_quantllm.compat.bitsandbytes import block_magnitudes
+from langchain_quantllm.compat.peft import peft_contained
 from langchain_quantllm.compat.transformers_quantizers import (
     BITSANDBYTES_LOGGER,
     forget_quantization,
@@ -141,7 +143,7 @@ def _dequantized(model: Any, name: str) -> Any:
     """
     if not was_quantized(model):
         return model
-    scales = {path: _scales_of(module) for path, module in model.named_modules() if _is_quantized(module)}
+    scales = {path: found for path, module in model.named_modules() if (found := block_magnitudes(module)) is not None}
     dtype = model.dtype
     with quiet_logger(BITSANDBYTES_LOGGER):
         model = model.dequantize(dtype=dtype)
@@ -150,23 +152,6 @@ def _dequantized(model: Any, name: str) -> Any:
         _check_scales(layers[path].weight, *scale, f"{path} of {name}")
     forget_quantization(model)
     return model
-
-
-def _is_quantized(module: Any) -> bool:
-    weight = getattr(module, "weight", None)
-    return getattr(weight, "quant_state", None) is not None or getattr(weight, "SCB", None) is not None
-
-
-def _scales_of(module: Any) -> tuple[Any, int]:
-    """Give the largest weight of each block, as the checkpoint has it, and the weights of a block; 0 for a row."""
-    state = getattr(module.weight, "quant_state", None)
-    if state is None:
-        return module.weight.SCB.float().clone(), 0
-    if not state.nested:
-        return state.absmax.float().clone(), state.blocksize
-    from bitsandbytes.functional import dequantize_blockwise
-
-    return (dequantize_blockwise(state.absmax, state.state2) + state.offset).float(), state.blocksize
 
 
 def _check_scales(weight: Any, scales: Any, block: int, name: str) -> None:

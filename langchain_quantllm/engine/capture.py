@@ -16,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from langchain_quantllm.compat.accelerate import brings_weights
+from langchain_quantllm.compat.bitsandbytes import is_int8_layer
 from langchain_quantllm.compat.transformers_models import is_idle_hook
 
 _KNOWN_PACKAGES = ("torch", "transformers", "transformers_modules", "peft", "langchain_quantllm")
@@ -74,7 +75,7 @@ def why_not_captured(model: torch.nn.Module, whole: Collection[int] = ()) -> str
         package, name = type(module).__module__.partition(".")[0], type(module).__name__
         if package in _KNOWN_PACKAGES or name.startswith(_KNOWN_KERNELS.get(package, ())):
             continue
-        if name == "Linear8bitLt":
+        if is_int8_layer(module):
             return "bitsandbytes int8, which reads back to the host in every layer"
         return f"modules of kind {package}.{name}, which nobody has seen in a CUDA graph"
     return None
