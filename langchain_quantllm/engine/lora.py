@@ -148,7 +148,7 @@ class _StackedForward:
         choice = None if stack is None else stack.choice
         if stack is None or choice is None:
             return (self._before or forward_of(module))(x, *args, **kwargs)
-        base: torch.Tensor = base_layer_of(module)(x, *args, **kwargs)  # type: ignore[union-attr]
+        base: torch.Tensor = base_layer_of(module)(x, *args, **kwargs)
         layer = stack.layers.get(id(module))
         if layer is None:
             return base
