@@ -11,14 +11,14 @@ import copy
 import json
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from langchain_quantllm.checkpoint import Checkpoint, LoadSpec, first_line
-from langchain_quantllm.compat.peft import check_peft
-from langchain_quantllm.containment import contained
+from langchain_quantllm.compat.peft import check_peft, peft_contained
+from langchain_quantllm.compat.transformers_quantizers import PEFT_LOGGER
 from langchain_quantllm.engine.adapters import activate
 from langchain_quantllm.errors import (
     CheckpointError,
@@ -28,7 +28,6 @@ from langchain_quantllm.errors import (
 )
 from langchain_quantllm.memory import transformers_builds
 from langchain_quantllm.memory.estimate import build_on_meta
-from langchain_quantllm.packages import is_installed
 from langchain_quantllm.silence import progress_bars, quiet_logger
 
 _CONFIG = "adapter_config.json"
@@ -230,7 +229,7 @@ def _layers_of(checkpoint: Checkpoint, trust_remote_code: bool) -> dict[str, tup
     None in the place of all where the model cannot be built without weights: then loading tells.
     """
     import torch
-    from transformers.pytorch_utils import Conv1D
+    from transformers import Conv1D
 
     config = copy.deepcopy(checkpoint.config)
     try:
@@ -268,7 +267,7 @@ def _load(model: Any, adapter: Adapter) -> None:
     said = f"adapter {adapter.name!r} ({adapter.source})"
     try:
         # Its report calls the adapters that are there already newly initialized.
-        with transformers_builds, quiet_logger("transformers.integrations.peft"), warnings.catch_warnings():
+        with transformers_builds, quiet_logger(PEFT_LOGGER), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             info = model.load_adapter(
                 str(adapter.folder),
@@ -308,14 +307,6 @@ def _load_by_peft(model: Any, adapter: Adapter) -> list[str]:
         tensors = load_file(weights)
     else:
         tensors = torch.load(adapter.folder / _PICKLE, map_location="cpu", weights_only=True)
+    # Under the names of the model itself: peft wrote them under those of its wrapper.
+    tensors = {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}
     return list(set_peft_model_state_dict(model, tensors, adapter_name=adapter.name).missing_keys)
-
-
-@contextlib.contextmanager
-def peft_contained() -> Iterator[None]:
-    """Run peft with what it imports kept in its place: where gptqmodel is installed, peft brings it along."""
-    if is_installed("gptqmodel") and is_installed("optimum"):
-        with contained():
-            yield
-    else:
-        yield

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from langchain_quantllm.adapter_names import AdapterChoice
+from langchain_quantllm.compat.transformers_auto import continues_texts, continues_texts_with_images
+from langchain_quantllm.compat.transformers_quantizers import config_of, knows_format
 from langchain_quantllm.engine.options import BASE_ADAPTER
 from langchain_quantllm.errors import (
     CheckpointError,
@@ -115,9 +117,7 @@ class LoadSpec:
         """Say in one string what decides the loaded weights and where they lie."""
         config = self.quantization_config
         if config is not None:
-            from transformers.quantizers.auto import AutoQuantizationConfig
-
-            config = AutoQuantizationConfig.from_dict(config) if isinstance(config, dict) else config
+            config = config_of(config) if isinstance(config, dict) else config
             config = config.to_dict()
         scheme = self.scheme
         if config is not None and _says_no_more(config):
@@ -290,11 +290,9 @@ def _check_method(spec: LoadSpec, quantization: Mapping[str, Any] | None) -> Non
     """Refuse a format that transformers does not know: it would read the packed weights as plain ones."""
     if not quantization:
         return
-    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
-
     method = quantization.get("quant_method", "bitsandbytes")
     method = str(getattr(method, "value", method))
-    if method not in AUTO_QUANTIZATION_CONFIG_MAPPING and not method.startswith("bitsandbytes"):
+    if not knows_format(method):
         from transformers import __version__
 
         msg = (
@@ -406,18 +404,14 @@ def first_line(error: BaseException) -> str:
 
 def reads_text(config: Any) -> bool:
     """Say whether transformers has a model for a config that is loaded to continue texts."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    return config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or remote
+    return continues_texts(config.model_type) or remote
 
 
 def reads_images(config: Any) -> bool:
     """Say whether transformers has a model for a config that continues texts with images in them."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-
     remote = "AutoModelForImageTextToText" in (getattr(config, "auto_map", None) or {})
-    return config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or remote
+    return continues_texts_with_images(config.model_type) or remote
 
 
 def _check_task(spec: LoadSpec, config: Any) -> None:

@@ -98,8 +98,9 @@ def _convert(gguf: Path, folder: Path, *, progress: bool) -> None:
         msg = f"making the demo model needs gguf: {pip_install('langchain-quantllm[demo]')}"
         raise MissingPackageError(msg) from error
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from langchain_quantllm.compat.transformers_quantizers import dequantizing_gguf, forget_quantization
     from langchain_quantllm.silence import progress_bars
 
     source: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
@@ -107,12 +108,8 @@ def _convert(gguf: Path, folder: Path, *, progress: bool) -> None:
     quiet = contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO())
     with progress_bars(progress), quiet:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16, **source
-        )
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.hf_quantizer, model.is_quantized = None, False
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.bfloat16, **dequantizing_gguf(), **source)
+        forget_quantization(model)
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

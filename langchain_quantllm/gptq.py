@@ -27,9 +27,10 @@ import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from langchain_quantllm.containment import contained
+from langchain_quantllm.compat.gptqmodel import BACKEND_PREFIX, backend_names, refusal
+from langchain_quantllm.compat.gptqmodel_import import contained
 from langchain_quantllm.errors import (
     CheckpointError,
     InvalidOptionError,
@@ -300,7 +301,7 @@ def check_gptq(
                 f"which kernel {_short(backend)!r} cannot run; use kernel 'torch', or another checkpoint."
             )
             raise UnsupportedError(msg)
-        reason = _refusal(backend, config, device_kind)
+        reason = refusal(backend, config, device_kind)
     if reason is not None:
         msg = (
             f"Kernel {_short(backend)!r} cannot run this checkpoint ({config['bits']} bits, "
@@ -320,13 +321,11 @@ def kernel_names() -> list[str]:
         MissingPackageError: If gptqmodel, optimum or accelerate is not installed.
     """
     with contained():
-        from gptqmodel import BACKEND
-
-        return sorted({"auto", *(_short(b.value) for b in BACKEND if b.value.startswith("gptq_"))})
+        return sorted({"auto", *map(_short, backend_names())})
 
 
 def _short(backend: str) -> str:
-    return backend.removeprefix("gptq_")
+    return backend.removeprefix(BACKEND_PREFIX)
 
 
 def _backend(kernel: str) -> str:
@@ -336,7 +335,7 @@ def _backend(kernel: str) -> str:
     if name not in known:
         msg = f"kernel={kernel!r} is not a GPTQ kernel of gptqmodel{nearest(name, known)}"
         raise InvalidOptionError(msg)
-    return name if name == "auto" else f"gptq_{name}"
+    return name if name == "auto" else BACKEND_PREFIX + name
 
 
 def _uneven_layer(group_size: int, layer_sizes: Mapping[str, int]) -> tuple[str, int] | None:
@@ -358,7 +357,7 @@ def _choose_backend(config: Mapping[str, Any], device_kind: str, *, uneven: bool
             return "gptq_torch_int8"
     if device_kind == "cuda" and config["bits"] == 3:
         return "gptq_torch"  # no other takes 3 bits; the fast engine's own kernels take its place
-    if device_kind == "cuda" and fits and _runs_triton() and not _refusal("gptq_triton", config, "cuda"):
+    if device_kind == "cuda" and fits and _runs_triton() and not refusal("gptq_triton", config, "cuda"):
         # It keeps the weights as the checkpoint has them, for the fast engine's own kernels, and compiles no CUDA.
         return "gptq_triton"
     return "auto"
@@ -380,69 +379,3 @@ def _check_int4pack(backend: str, group_size: int, device_kind: str) -> None:
             f"use kernel 'torch' or 'auto'."
         )
         raise UnsupportedError(msg)
-
-
-def _refusal(backend: str, config: Mapping[str, Any], device_kind: str) -> str | None:
-    """Ask gptqmodel, as optimum does while loading, whether a kernel takes this checkpoint.
-
-    Source: optimum/gptq/quantizer.py, `select_quant_linear`; gptqmodel/utils/importer.py.
-    """
-    from gptqmodel import BACKEND
-    from gptqmodel.quantization import FORMAT, METHOD
-    from gptqmodel.utils.importer import get_kernel_for_backend, hf_select_quant_linear_v2
-
-    if backend != "auto":
-        try:
-            kernel = get_kernel_for_backend(BACKEND(backend), METHOD.GPTQ, FORMAT(config["checkpoint_format"]))
-        except (ValueError, KeyError) as error:
-            return f"it does not read checkpoint_format={config['checkpoint_format']!r} ({error})"
-        for attribute, value, words in (
-            ("SUPPORTS_BITS", config["bits"], "it takes bits {}"),
-            ("SUPPORTS_GROUP_SIZE", config["group_size"], "it takes group sizes {}"),
-            ("SUPPORTS_SYM", config["sym"], "it takes sym {}"),
-            ("SUPPORTS_DESC_ACT", config["desc_act"], "it takes desc_act {}"),
-            ("SUPPORTS_DEVICES", device_kind, "it runs on {}"),
-        ):
-            allowed = [getattr(a, "value", a) for a in cast(Iterable[Any], getattr(kernel, attribute, None) or ())]
-            if allowed and "all" not in allowed and value not in allowed:
-                return words.format(", ".join(map(str, allowed)))
-    try:
-        hf_select_quant_linear_v2(
-            bits=config["bits"],
-            group_size=config["group_size"],
-            desc_act=config["desc_act"],
-            sym=config["sym"],
-            format=config["checkpoint_format"],
-            quant_method=METHOD.GPTQ,
-            device_map={"": device_kind},
-            backend=backend,
-            pack=False,
-        )
-    except (ValueError, NotImplementedError, ImportError, RuntimeError) as error:
-        return str(error).strip().partition("\n")[0].rstrip(".")
-    return None
-
-
-# --- after loading ----------------------------------------------------------------------------
-
-
-def settle_gptq_model(model: Any) -> str:
-    """Undo the compiling of the slow kernel, and say which kernel runs.
-
-    gptqmodel's `torch` kernel compiles its dequantization once for each layer at the first forward
-    pass: minutes, with a C++ compiler, and up to torch's limit of recompilations. Called after
-    loading, this leaves it uncompiled. Other kernels are left alone.
-
-    Args:
-        model: The loaded transformers model.
-
-    Returns:
-        The names of the kernel classes in the model, such as `TorchAtenLinear`, joined by commas.
-    """
-    kernels = set()
-    for module in model.modules():
-        kernel = type(module)
-        if kernel.__module__.startswith("gptqmodel.") and kernel.__name__.endswith("Linear"):
-            kernels.add(kernel.__name__)
-            module.__dict__.pop("dequantize_weight", None)  # the compiled one hides the method of the class
-    return ", ".join(sorted(kernels))

@@ -18,9 +18,11 @@ from typing import Any
 
 from langchain_quantllm.adapters import check_shapes, find_adapters, load_adapters
 from langchain_quantllm.checkpoint import Checkpoint, LoadSpec, check_attention, find_checkpoint, reconcile
-from langchain_quantllm.containment import contained
+from langchain_quantllm.compat.bitsandbytes import import_quietly
+from langchain_quantllm.compat.gptqmodel import settle_gptq_model
+from langchain_quantllm.compat.gptqmodel_import import contained
 from langchain_quantllm.errors import UnsupportedError
-from langchain_quantllm.gptq import check_gptq, read_layer_sizes, settle_gptq_model
+from langchain_quantllm.gptq import check_gptq, read_layer_sizes
 from langchain_quantllm.memory import (
     MemoryEstimate,
     MemoryReport,
@@ -36,7 +38,7 @@ from langchain_quantllm.packages import check_packages, label_of
 from langchain_quantllm.pipelines import load_pipeline
 from langchain_quantllm.placement import default_device_map, devices_named, devices_of, release_memory, reset_peaks
 from langchain_quantllm.schemes import GPTQ, Prequantized, Scheme, Unquantized, scheme_of_config
-from langchain_quantllm.silence import import_quietly, without_torchao
+from langchain_quantllm.silence import without_torchao
 
 
 class LoadedModel:

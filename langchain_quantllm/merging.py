@@ -16,8 +16,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from langchain_quantllm.adapters import Adapter, check_shapes, find_adapters, peft_contained
+from langchain_quantllm.adapters import Adapter, check_shapes, find_adapters
 from langchain_quantllm.checkpoint import LoadSpec, find_checkpoint, first_line
+from langchain_quantllm.compat.bitsandbytes import block_magnitudes
+from langchain_quantllm.compat.peft import peft_contained
+from langchain_quantllm.compat.transformers_quantizers import (
+    BITSANDBYTES_LOGGER,
+    forget_quantization,
+    was_quantized,
+)
 from langchain_quantllm.errors import CheckpointError, UnsupportedError
 from langchain_quantllm.loading import load
 from langchain_quantllm.output_folder import free_folder, written
@@ -134,44 +141,17 @@ def _dequantized(model: Any, name: str) -> Any:
     After a forward on some CPUs the weights are repacked, and come out as garbage; so the largest weight of each block
     is compared with the scale that the checkpoint has for it.
     """
-    if getattr(model, "quantization_method", None) is None and getattr(model, "hf_quantizer", None) is None:
+    if not was_quantized(model):
         return model
-    scales = {path: _scales_of(module) for path, module in model.named_modules() if _is_quantized(module)}
+    scales = {path: found for path, module in model.named_modules() if (found := block_magnitudes(module)) is not None}
     dtype = model.dtype
-    with quiet_logger("transformers.integrations.bitsandbytes"):
+    with quiet_logger(BITSANDBYTES_LOGGER):
         model = model.dequantize(dtype=dtype)
     layers = dict(model.named_modules())
     for path, scale in scales.items():
         _check_scales(layers[path].weight, *scale, f"{path} of {name}")
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    # What was done to the packed weights while loading is not to be undone while saving.
-    conversions = getattr(model, "_weight_conversions", None)
-    if conversions is not None:
-        model._weight_conversions = [conversion for conversion in conversions if not _unpacks(conversion)]
+    forget_quantization(model)
     return model
-
-
-def _unpacks(conversion: Any) -> bool:
-    """Whether a conversion of transformers is about bitsandbytes' packed weights."""
-    return any("bitsandbytes" in type(op).__module__ for op in getattr(conversion, "operations", None) or ())
-
-
-def _is_quantized(module: Any) -> bool:
-    weight = getattr(module, "weight", None)
-    return getattr(weight, "quant_state", None) is not None or getattr(weight, "SCB", None) is not None
-
-
-def _scales_of(module: Any) -> tuple[Any, int]:
-    """Give the largest weight of each block, as the checkpoint has it, and the weights of a block; 0 for a row."""
-    state = getattr(module.weight, "quant_state", None)
-    if state is None:
-        return module.weight.SCB.float().clone(), 0
-    if not state.nested:
-        return state.absmax.float().clone(), state.blocksize
-    from bitsandbytes.functional import dequantize_blockwise
-
-    return (dequantize_blockwise(state.absmax, state.state2) + state.offset).float(), state.blocksize
 
 
 def _check_scales(weight: Any, scales: Any, block: int, name: str) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from langchain_quantllm.checkpoint import Checkpoint, LoadSpec, explain, first_line, hub_options
+from langchain_quantllm.compat.accelerate import is_spread
+from langchain_quantllm.compat.bitsandbytes import hush_casts, shape_of
 from langchain_quantllm.errors import (
     CheckpointError,
     InvalidOptionError,
@@ -24,7 +26,7 @@ from langchain_quantllm.errors import (
 from langchain_quantllm.memory import transformers_builds
 from langchain_quantllm.placement import devices_named, release_memory
 from langchain_quantllm.processors import load_processor
-from langchain_quantllm.silence import hush_casts, progress_bars
+from langchain_quantllm.silence import progress_bars
 
 
 def load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: Any, device_map: Any) -> Any:
@@ -82,10 +84,9 @@ def load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: A
         )
         raise CheckpointError(msg)
     model.eval()
-    if any(type(module).__name__ == "Linear8bitLt" for module in model.modules()):
-        hush_casts()
+    hush_casts(model)
     # A pipeline moves a model to the first GPU, unless accelerate has spread it, or a device is named.
-    device = None if getattr(model, "hf_device_map", None) is not None else model.device
+    device = None if is_spread(model) else model.device
     if processor is not None:
         return pipeline("image-text-to-text", model=model, processor=processor, device=device)
     return pipeline("text-generation", model=model, tokenizer=tokenizer, device=device)
@@ -118,12 +119,8 @@ def _dtype(spec: LoadSpec, checkpoint: Checkpoint, device_map: Any) -> Any:
 def _misshapen(model: Any) -> Iterator[str]:
     """Name bitsandbytes layers whose weights have another shape than the config says: transformers does not check."""
     for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        state = getattr(weight, "quant_state", None)
-        if state is None and type(weight).__name__ != "Int8Params":
-            continue
-        shape = tuple(weight.shape if state is None else state.shape)  # type: ignore[union-attr]
-        if shape != (module.out_features, module.in_features):
+        shape = shape_of(module)
+        if shape is not None and shape != (module.out_features, module.in_features):
             yield f"{name}.weight"
 
 

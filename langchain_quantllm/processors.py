@@ -23,6 +23,12 @@ from langchain_quantllm.checkpoint import (
     reads_images,
     reads_text,
 )
+from langchain_quantllm.compat.transformers_auto import (
+    load_image_processor,
+    make_processor,
+    processor_class,
+    processor_parts,
+)
 from langchain_quantllm.errors import (
     CheckpointError,
     InvalidOptionError,
@@ -109,24 +115,21 @@ def _load_without_videos(
 ) -> Any:
     """Load a processor without the part for videos: it alone needs torchvision in many families, such as Qwen-VL."""
     from transformers import AutoTokenizer
-    from transformers.models.auto.image_processing_auto import AutoImageProcessor
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-    kind: Any = PROCESSOR_MAPPING.get(config_class, None)
-    parts = {"tokenizer": AutoTokenizer, "image_processor": AutoImageProcessor, "video_processor": None}
-    names = () if kind is None else kind.get_attributes()
+    kind = processor_class(config_class)
+    parts = {
+        "tokenizer": AutoTokenizer.from_pretrained,
+        "image_processor": load_image_processor,
+        "video_processor": None,
+    }
+    names = () if kind is None else processor_parts(kind)
     if "video_processor" not in names or not set(names) <= parts.keys():
         raise MissingPackageError(_missing(spec, error)) from error
 
-    def check(processor: Any, name: str, part: Any) -> Any:
-        return None if part is None else kind.check_argument_for_proper_class(processor, name, part)
-
-    images_only: Any = type(kind.__name__, (kind,), {"check_argument_for_proper_class": check})
     source, hub = place
     try:
-        loaded = [part and part.from_pretrained(source, **hub) for part in (parts[name] for name in names)]
-        settings, _ = kind.get_processor_dict(source, **hub)
-        return images_only.from_args_and_dict(loaded, settings)
+        loaded = [load and load(source, **hub) for load in (parts[name] for name in names)]
+        return make_processor(kind, loaded, source, **hub)
     except ImportError as other:
         raise MissingPackageError(_missing(spec, other)) from other
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as other:

@@ -13,13 +13,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from langchain_quantllm.compat.bitsandbytes import import_quietly
 from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.llms import QuantizedHuggingFaceLLM
 from langchain_quantllm.memory import estimate_memory, take_snapshot
 from langchain_quantllm.packages import is_installed
 from langchain_quantllm.placement import release_memory
 from langchain_quantllm.schemes import GPTQ
-from langchain_quantllm.silence import import_quietly
 
 _LEAST_CACHE_TOKENS = 256
 

@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from langchain_quantllm.adapters import peft_contained
 from langchain_quantllm.benchmarks.calls import synchronize
+from langchain_quantllm.compat.gptqmodel import can_train
+from langchain_quantllm.compat.peft import peft_contained
 from langchain_quantllm.errors import GenerationError, MissingPackageError, UnsupportedError, pip_install
 from langchain_quantllm.memory import track_memory
 from langchain_quantllm.packages import is_installed
@@ -147,7 +148,7 @@ def kernels_of(model: Any) -> str:
 
 def _check_kernels(model: Any) -> None:
     for module in model.modules():
-        if getattr(module, "SUPPORTS_TRAINING", None) is False:
+        if not can_train(module):
             msg = f"kernel {type(module).__name__} cannot train; load the checkpoint with kernel 'triton' or 'torch'."
             raise UnsupportedError(msg)
 

@@ -1,13 +1,18 @@
-"""What adapters need of peft, checked by this package's own lower bound.
+"""What adapters need of peft: a version, its import without what comes along, and what its layers carry.
 
-The smallest version that transformers names is no guide: 5.24 names one that was never released, and all that it
-calls is in older ones.
+Which version will do is checked by this package's own lower bound. The one that transformers names is no guide: 5.24
+names one that was never released, and all that it calls is in older ones.
 """
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
 from importlib import metadata
+from typing import Any
 
+from langchain_quantllm.compat.gptqmodel_import import contained
 from langchain_quantllm.errors import MissingPackageError, pip_install
 from langchain_quantllm.packages import is_installed
 
@@ -34,3 +39,112 @@ def check_peft() -> None:
 def _release(version: str) -> tuple[int, ...]:
     """Read the first two numbers of a version."""
     return tuple(int(part) for part in version.split(".")[:2])
+
+
+@contextlib.contextmanager
+def peft_contained() -> Iterator[None]:
+    """Run peft with what it imports kept in its place: where gptqmodel is installed, peft brings it along."""
+    if is_installed("gptqmodel") and is_installed("optimum"):
+        with contained():
+            yield
+    else:
+        yield
+
+
+# Layers of a model that adapters are in.
+
+
+def adapter_modules(model: Any) -> list[Any]:
+    """List the modules that peft has put into a model: layers with adapters, and copies of whole modules."""
+    if "peft" not in sys.modules:
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+
+
+def choose_adapter(module: Any, name: str | None) -> None:
+    """Let a module of peft's run with an adapter if it has that, else without any; nothing of it is trained."""
+    has_it = name is not None
+    if has_it and hasattr(module, "check_set_adapter"):  # a whole module of an adapter's own, which others have not
+        has_it = module.check_set_adapter([name]) is not None
+    if has_it:
+        module.set_adapter(name)
+    module.enable_adapters(has_it)
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+
+
+def choice_of(module: Any) -> tuple[list[str], bool]:
+    """Read which adapters a module of peft's runs with, and whether they are switched off; see `restore_choice`."""
+    return list(module.active_adapters), module.disable_adapters
+
+
+def restore_choice(module: Any, choice: tuple[list[str], bool]) -> None:
+    """Let a module of peft's run as `choice_of` found it."""
+    names, is_disabled = choice
+    module.set_adapter(names)
+    module.enable_adapters(not is_disabled)
+
+
+def merged_adapter(module: Any) -> str | None:
+    """Name an adapter that is merged into the weights of a module; None for none."""
+    return next(iter(module.merged_adapters), None)
+
+
+def is_kind_of_layers(kind: type) -> bool:
+    """Say whether a class is one of peft's layers, without importing peft."""
+    return isinstance(getattr(kind, "disable_adapters", None), property)
+
+
+def state_of(module: Any, *, names_adapters: bool) -> list[Any]:
+    """List what changes the output of a module of peft's, beside its tensors.
+
+    Args:
+        module: The module.
+        names_adapters: Whether every request names its adapter, so that the active one does not matter.
+    """
+    parts: list[Any] = [tuple(module.merged_adapters)]
+    if not names_adapters:
+        parts += [tuple(module.active_adapters), module.disable_adapters]
+    scaling = getattr(module, "scaling", None)
+    return [*parts, tuple(scaling.items())] if isinstance(scaling, dict) else parts
+
+
+# LoRA.
+
+_PLAIN_LORA = ("Linear", "Linear4bit", "Linear8bitLt", "GPTQLoraLinear", "AwqLoraLinear")
+"""Layers of peft.tuners.lora that add B(A(x)) to what their base layer gives."""
+
+_LORA_PARTS = ("base_layer", "lora_A", "lora_B", "lora_variant", "scaling")
+
+
+def why_not_plain_lora(module: Any, names: Sequence[str]) -> str | None:
+    """Give the reason why a module of peft's does not just add `scaling * B(A(x))` to what its base layer gives."""
+    kind, package = type(module).__name__, type(module).__module__
+    if not package.startswith("peft.tuners.lora.") or kind not in _PLAIN_LORA:
+        what = package.removeprefix("peft.").removeprefix("tuners.").partition(".")[0]
+        return f"they have modules of kind {kind} ({what}), and only LoRA of linear layers runs that way"
+    if lost := [name for name in _LORA_PARTS if not hasattr(module, name)]:
+        return f"layers of this peft have no {lost[0]}"
+    if isinstance(module.base_layer, type(module)) or hasattr(module.base_layer, "base_layer"):
+        return "a layer has adapters of two kinds"
+    for name in names:
+        if name in module.lora_variant:
+            return f"{name!r} is a variant of LoRA ({type(module.lora_variant[name]).__name__})"
+        if name in module.lora_B and module.lora_B[name].bias is not None:
+            return f"{name!r} has biases"
+    return None
+
+
+def base_layer_of(module: Any) -> Any:
+    """Give the layer of the model that a module of peft's adds to."""
+    return module.base_layer
+
+
+def lora_matrices(module: Any, name: str) -> tuple[Any, Any, float] | None:
+    """Give A, `(rank, in_features)`, B, `(out_features, rank)`, and scaling of an adapter; None if it is not here."""
+    if name not in module.lora_A:
+        return None
+    return module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]

@@ -1,4 +1,4 @@
-"""How the models of transformers are called: the arguments of their forwards, and the fields of what they return.
+"""How the models of transformers are called: the arguments of their forwards, the fields of what they return, hooks.
 
 Since 5.24 a model takes its KV cache as `cache`, before that as `past_key_values`; models with code of their own keep
 the old name.
@@ -48,3 +48,8 @@ def _default_cache_name() -> str:
 
     fields = CausalLMOutputWithPast.__dataclass_fields__
     return next(name for name in CACHE_NAMES if name in fields)
+
+
+def is_idle_hook(hook: Any) -> bool:
+    """Say whether a hook was left behind by a request for hidden states, and does nothing while there is none."""
+    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"

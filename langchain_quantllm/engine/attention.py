@@ -1,15 +1,13 @@
 """Attention over pages: how a transformers model, unchanged, reads and writes the KV pool.
 
-Owns the cache object and the attention function that a model is given for one forward of the
-engine, and the gathering implementation for devices without Triton. Everything goes through
-what transformers leaves open: a `Cache`, a registered attention and mask function. Which rows a
-forward runs for is the runner's business.
+Owns the attention function that a model is given for one forward of the engine, and the gathering implementation for
+devices without Triton. Everything goes through what transformers leaves open: a `Cache`, a registered attention and
+mask function. Which rows a forward runs for is the runner's business.
 """
 
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,10 +15,17 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, Cache
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from langchain_quantllm.compat.transformers_attention import (
+    INERT_ARGUMENTS,
+    WritingCache,
+    attention_name,
+    attention_of,
+    mask_maker_of,
+    names_attention,
+    register,
+    set_attention_name,
+)
 from langchain_quantllm.engine.pages import PAGE_TOKENS
 from langchain_quantllm.errors import UnsupportedError
 
@@ -305,29 +310,6 @@ class TritonAttention:
         return torch.tensor(blocks, dtype=torch.int32)
 
 
-class PagedCache(Cache):  # type: ignore[misc]  # transformers is not typed
-    """What a model takes for its cache: it stores into the pool and gives the new keys back as they are."""
-
-    def __init__(self, forward: Forward) -> None:
-        """Store for one forward."""
-        super().__init__(layers=[])
-        self._forward = forward
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store a layer's new keys and values, each of shape `(1, kv_heads, tokens, dim)`."""
-        return self._forward.write(key_states, value_states, layer_idx), value_states
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Give 0: every token comes with its own position."""
-        return 0
-
-    def get_mask_sizes(self, query_length: Any, layer_idx: int) -> tuple[int, int]:
-        """Give the sizes of a mask over the new tokens; the pages have their own rule for what is visible."""
-        return (query_length if isinstance(query_length, int) else len(query_length)), 0
-
-
 class Forward:
     """One forward of the engine, as the attention of the model sees it."""
 
@@ -424,26 +406,8 @@ def driven() -> Forward | None:
     return getattr(_thread, "forward", None)
 
 
-_IGNORED = frozenset(
-    {
-        "dropout",
-        "is_causal",
-        "position_ids",
-        "position_embeddings",
-        "cache_position",
-        "use_cache",
-        "return_dict",
-        "cache",
-        "past_key_values",
-        "layer_past",
-        "num_items_in_batch",
-    }
-)
-"""Arguments that models hand to their attention and that change nothing here."""
-
-
 @contextlib.contextmanager
-def driving(forward: Forward, configs: Sequence[Any]) -> Iterator[PagedCache]:
+def driving(forward: Forward, configs: Sequence[Any]) -> Iterator[WritingCache]:
     """Let the model read pages in this thread, and give the cache to call it with.
 
     Meanwhile the configs name an attention of this package, which hands calls from other threads
@@ -457,7 +421,7 @@ def driving(forward: Forward, configs: Sequence[Any]) -> Iterator[PagedCache]:
         _borrow(config)
     _thread.forward = forward
     try:
-        yield PagedCache(forward)
+        yield WritingCache(forward.write)
     finally:
         _thread.forward = None
         for config in configs:
@@ -471,10 +435,10 @@ _borrowing = threading.Lock()
 def _borrow(config: Any) -> None:
     """Have a config name our attention, for one more forward; the first one notes what it named before."""
     with _borrowing:
-        name, forwards = _borrowed.get(id(config), (config._attn_implementation, 0))
+        name, forwards = _borrowed.get(id(config), (attention_name(config), 0))
         _borrowed[id(config)] = name, forwards + 1
         if not forwards:
-            config._attn_implementation = _register(name)
+            set_attention_name(config, _register(name))
 
 
 def _give_back(config: Any) -> None:
@@ -482,8 +446,8 @@ def _give_back(config: Any) -> None:
         name, forwards = _borrowed.pop(id(config))
         if forwards > 1:
             _borrowed[id(config)] = name, forwards - 1
-        elif config._attn_implementation == _register(name):  # not set anew by somebody else
-            config._attn_implementation = name
+        elif attention_name(config) == _register(name):  # not set anew by somebody else
+            set_attention_name(config, name)
 
 
 _registered: dict[str | None, str] = {}
@@ -507,14 +471,13 @@ def _register(name: str | None) -> str:
     ) -> tuple[torch.Tensor, None]:
         forward = getattr(_thread, "forward", None)
         if forward is None:
-            eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-            theirs = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+            theirs = attention_of(name, module)
             return theirs(module, query, key, value, attention_mask, *args, **kwargs)  # type: ignore[no-any-return]
         scale, window, softcap = (kwargs.pop(n, None) for n in ("scaling", "sliding_window", "softcap"))
         if name == "sdpa":  # which older transformers lets ignore the cap of Gemma 2; `generate` is what counts
             softcap = None
         unknown = [n for n, given in kwargs.items() if given is not None and not n.startswith("output_")]
-        unknown = [n for n in unknown if n not in _IGNORED]
+        unknown = [n for n in unknown if n not in INERT_ARGUMENTS]
         if unknown:
             msg = f"its attention takes {unknown[0]!r}"
             raise UnsupportedError(msg)
@@ -523,10 +486,9 @@ def _register(name: str | None) -> str:
     def make_mask(*args: Any, **kwargs: Any) -> Any:
         if getattr(_thread, "forward", None) is not None:
             return None  # the pages say what is visible
-        return ALL_MASK_ATTENTION_FUNCTIONS[name](*args, **kwargs)
+        return mask_maker_of(name)(*args, **kwargs)
 
-    AttentionInterface.register(ours, attend)
-    AttentionMaskInterface.register(ours, make_mask)
+    register(ours, attend, make_mask)
     _registered[name] = ours
     return ours
 
@@ -534,4 +496,4 @@ def _register(name: str | None) -> str:
 def configs_of(model: torch.nn.Module) -> list[Any]:
     """List the configs that the modules of a model hold, each once."""
     found = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    return [config for config in found.values() if hasattr(config, "_attn_implementation")]
+    return [config for config in found.values() if names_attention(config)]

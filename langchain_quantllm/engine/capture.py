@@ -15,6 +15,10 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from langchain_quantllm.compat.accelerate import brings_weights
+from langchain_quantllm.compat.bitsandbytes import is_int8_layer
+from langchain_quantllm.compat.transformers_models import is_idle_hook
+
 _KNOWN_PACKAGES = ("torch", "transformers", "transformers_modules", "peft", "langchain_quantllm")
 """Packages whose modules are made of PyTorch's operations, which `WaitFinder` sees."""
 
@@ -40,16 +44,12 @@ _WAITS = (
 """Operations for which the host waits until the device has come to them."""
 
 
-_IDLE_HOOKS = "transformers.utils.output_capturing"
-"""Whose hooks stay on the modules of a model that was asked for hidden states once, and do nothing while it is not."""
-
-
 def hooks_of(module: torch.nn.Module) -> tuple[int, ...]:
     """Give the ids of the hooks that a module's forward calls, but for those that transformers leaves behind."""
     if not (module._forward_hooks or module._forward_pre_hooks):
         return ()
     hooks = {**module._forward_pre_hooks, **module._forward_hooks}
-    return tuple(key for key, hook in hooks.items() if getattr(hook, "__module__", None) != _IDLE_HOOKS)
+    return tuple(key for key, hook in hooks.items() if not is_idle_hook(hook))
 
 
 def why_not_captured(model: torch.nn.Module, whole: Collection[int] = ()) -> str | None:
@@ -68,21 +68,17 @@ def why_not_captured(model: torch.nn.Module, whole: Collection[int] = ()) -> str
     if len(devices) > 1:
         return f"weights on {len(devices)} GPUs"
     for module in model.modules():
-        if _offloads(getattr(module, "_hf_hook", None)):
+        if brings_weights(module):
             return "weights that are brought to the GPU as they are needed"
         if id(module) in whole:
             continue
         package, name = type(module).__module__.partition(".")[0], type(module).__name__
         if package in _KNOWN_PACKAGES or name.startswith(_KNOWN_KERNELS.get(package, ())):
             continue
-        if name == "Linear8bitLt":
+        if is_int8_layer(module):
             return "bitsandbytes int8, which reads back to the host in every layer"
         return f"modules of kind {package}.{name}, which nobody has seen in a CUDA graph"
     return None
-
-
-def _offloads(hook: Any) -> bool:
-    return any(map(_offloads, getattr(hook, "hooks", ()))) or bool(getattr(hook, "offload", False))
 
 
 class WaitFinder(TorchDispatchMode):  # type: ignore[misc]  # torch is not followed

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from langchain_quantllm.compat.transformers_attention import attention_name
 from langchain_quantllm.engine.adapters import AdapterSwitch, changed_by_hand
 from langchain_quantllm.engine.attention import Attention, GatherAttention, TritonAttention
 from langchain_quantllm.engine.batch_sampler import BLOCKS, MASKS, NOTHING_ALLOWED, needs_of
@@ -197,7 +198,7 @@ class FastEngine:
         pages_per_row = cached if context is None else min(cached, -(-context // PAGE_TOKENS))
         failure: UnsupportedError | None = None
         for by_sdpa in (False, True):
-            if by_sdpa and self._model.config._attn_implementation != "sdpa":
+            if by_sdpa and attention_name(self._model.config) != "sdpa":
                 break
             runner = Runner(
                 self._model,

@@ -14,8 +14,9 @@ from typing import Any, Protocol, TypeGuard
 
 import torch
 
+from langchain_quantllm.compat.transformers_attention import WritingCache
 from langchain_quantllm.compat.transformers_models import given_cache_name
-from langchain_quantllm.engine.attention import PagedCache, driven
+from langchain_quantllm.engine.attention import driven
 from langchain_quantllm.engine.fused_products import Products
 
 _Forward = Callable[..., Any]
@@ -204,7 +205,7 @@ class RotaryStep:
         del carried
         drives, angles = driven(), kwargs.get("position_embeddings")
         cache_name = given_cache_name(kwargs)
-        is_over_pages = cache_name is not None and isinstance(kwargs[cache_name], PagedCache)
+        is_over_pages = cache_name is not None and isinstance(kwargs[cache_name], WritingCache)
         if args or drives is None or not is_over_pages or not are_angles(angles):
             return forward(*args, **kwargs)
         hidden = kwargs["hidden_states"]

@@ -21,15 +21,13 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from langchain_quantllm.engine.adapters import adapter_modules, unsupported, why_not_switched
+from langchain_quantllm.compat.peft import adapter_modules, base_layer_of, lora_matrices, why_not_plain_lora
+from langchain_quantllm.engine.adapters import unsupported, why_not_switched
 from langchain_quantllm.engine.options import BASE_ADAPTER
 from langchain_quantllm.errors import UnsupportedError
 
 NO_ADAPTER = -1
 """Number of the model without any adapter."""
-
-_LAYERS = ("Linear", "Linear4bit", "Linear8bitLt", "GPTQLoraLinear", "AwqLoraLinear")
-"""Layers of peft.tuners.lora that add B(A(x)) to what their base layer gives."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +148,7 @@ class _StackedForward:
         choice = None if stack is None else stack.choice
         if stack is None or choice is None:
             return (self._before or forward_of(module))(x, *args, **kwargs)
-        base: torch.Tensor = module.base_layer(x, *args, **kwargs)  # type: ignore[union-attr]
+        base: torch.Tensor = base_layer_of(module)(x, *args, **kwargs)
         layer = stack.layers.get(id(module))
         if layer is None:
             return base
@@ -187,37 +185,26 @@ def why_not_stacked(model: Any, names: Sequence[str]) -> str | None:
     """Give the reason why a model's adapters cannot be stacked; None where nothing is against it."""
     if (reason := why_not_switched(model, names)) is not None:
         return reason
-    for module in adapter_modules(model):
-        kind = type(module).__name__
-        package = type(module).__module__
-        if not package.startswith("peft.tuners.lora.") or kind not in _LAYERS:
-            what = package.removeprefix("peft.").removeprefix("tuners.").partition(".")[0]
-            return f"they have modules of kind {kind} ({what}), and only LoRA of linear layers runs that way"
-        if isinstance(module.base_layer, type(module)) or hasattr(module.base_layer, "base_layer"):
-            return "a layer has adapters of two kinds"
-        for name in names:
-            if name in module.lora_variant:
-                return f"{name!r} is a variant of LoRA ({type(module.lora_variant[name]).__name__})"
-            if name in module.lora_B and module.lora_B[name].bias is not None:
-                return f"{name!r} has biases"
-    return None
+    reasons = (why_not_plain_lora(module, names) for module in adapter_modules(model))
+    return next(filter(None, reasons), None)
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not followed
 def _stack(module: Any, names: Sequence[str], owners: dict[Any, torch.Tensor], *, is_head: bool) -> StackedLayer | None:
     """Put the adapters of a layer behind each other; None where it has none of them."""
-    here = [name for name in names if name in module.lora_A]
+    found = [lora_matrices(module, name) for name in names]
+    here = [matrices for matrices in found if matrices is not None]
     if not here:
         return None
-    ranks = tuple(module.lora_A[name].weight.shape[0] if name in here else 0 for name in names)
-    weights = [module.lora_A[name].weight for name in here]
+    ranks = tuple(0 if matrices is None else matrices[0].shape[0] for matrices in found)
+    weights = [down for down, _, _ in here]
     device, dtype = weights[0].device, weights[0].dtype
     for weight in weights:
         dtype = torch.promote_types(dtype, weight.dtype)
     if (ranks, device) not in owners:
         numbers = [number for number, rank in enumerate(ranks) for _ in range(rank)]
         owners[ranks, device] = torch.tensor(numbers, dtype=torch.int32, device=device)
-    up = [module.lora_B[name].weight.to(dtype) * module.scaling[name] for name in here]
+    up = [up.to(dtype) * scaling for _, up, scaling in here]
     return StackedLayer(
         down=torch.cat([weight.to(dtype) for weight in weights]),
         up=torch.cat(up, 1),

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from langchain_quantllm.compat.bitsandbytes import is_quantized
 from langchain_quantllm.engine.fused_products import ProductStep
 from langchain_quantllm.engine.fusion_checks import TOLERANCES, Call, check_same, output_of
 from langchain_quantllm.errors import UnsupportedError
@@ -26,9 +27,7 @@ _CHECKED_OUTPUTS = 512
 def is_product(module: Any) -> bool:
     """Whether a module may be a linear layer over a quantized weight of its own; peft's layers have that of another."""
     own = {**module._buffers, **module._parameters}
-    weight = own.get("weight")
-    is_bitsandbytes = getattr(weight, "quant_state", None) is not None or hasattr(weight, "SCB")
-    return is_bitsandbytes or isinstance(own.get("qweight"), torch.Tensor)
+    return is_quantized(own.get("weight")) or isinstance(own.get("qweight"), torch.Tensor)
 
 
 def product_step(call: Call, kernels: Any) -> ProductStep:

@@ -84,7 +84,7 @@ def _penalize(logits: torch.Tensor, seen_ids: Sequence[int], penalty: float) -> 
 
 def _warpers(request: Request) -> list[Any]:
     """Build transformers' own warpers, in the order of `GenerationMixin._get_logits_processor`."""
-    from transformers.generation import logits_process as lp
+    import transformers as lp
 
     o = request.options
     built = [

@@ -125,6 +125,7 @@ class Engines:
 
     def _fuse(self) -> tuple[Fusion | None, str | None]:
         """Find the model's fused steps; gives None where there are none, with the reason where that is of interest."""
+        from langchain_quantllm.compat.bitsandbytes import is_quantized
         from langchain_quantllm.engine.fusion import PRODUCT, Fusion
         from langchain_quantllm.engine.support import why_not_driven
         from langchain_quantllm.kernels import cpu_products, fused_reference
@@ -135,7 +136,7 @@ class Engines:
             return None, None  # the engine says it
         if model.get_input_embeddings().weight.device.type == "cpu":
             # There, only products of bitsandbytes' weights are worth it.
-            if not any(getattr(p, "quant_state", None) is not None or hasattr(p, "SCB") for p in model.parameters()):
+            if not any(map(is_quantized, model.parameters())):
                 return None, None
             options = {"kernels": fused_reference, "products": cpu_products, "kinds": (PRODUCT,)}
         try:

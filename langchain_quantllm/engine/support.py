@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from langchain_quantllm.compat.peft import is_kind_of_layers, state_of
+from langchain_quantllm.compat.transformers_attention import why_not_offered
 from langchain_quantllm.compat.transformers_models import cache_name, cache_of
 from langchain_quantllm.engine.attention import without_gradients
 from langchain_quantllm.engine.capture import hooks_of
@@ -32,6 +34,8 @@ LONG, SHORT = 21, 5
 
 def why_not_driven(model: Any) -> str | None:
     """Give the reason, as far as its config tells, why a model cannot be driven; None where nothing is against it."""
+    if (reason := why_not_offered()) is not None:
+        return reason
     config = model.config
     text = config.get_text_config()
     if getattr(config, "is_encoder_decoder", False):
@@ -206,10 +210,7 @@ def fingerprint(model: Any, *, names_adapters: bool = False) -> int:
         if module._forward_hooks or module._forward_pre_hooks:
             parts += hooks_of(module)
         if kind not in is_peft:
-            is_peft[kind] = isinstance(getattr(kind, "disable_adapters", None), property)
+            is_peft[kind] = is_kind_of_layers(kind)
         if is_peft[kind]:
-            parts.append(tuple(module.merged_adapters))
-            if not names_adapters:
-                parts += [tuple(module.active_adapters), module.disable_adapters]
-            parts += [tuple(s.items()) for s in (getattr(module, "scaling", None),) if isinstance(s, dict)]
+            parts += state_of(module, names_adapters=names_adapters)
     return hash(tuple(parts))

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
+from langchain_quantllm.compat.bitsandbytes import dequantized, four_bit_product
 from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.kernels.weight_reference import block_scales
 from langchain_quantllm.kernels.weights import FourBitWeight, Int8Weight, RepackedWeight, Weight
@@ -66,9 +67,7 @@ def product(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -
         found = _four_bit_product(x, weight)
     elif isinstance(weight, RepackedWeight):
         shape = (weight.out_features, weight.in_features)
-        found = torch.ops.bitsandbytes.gemv_4bit.default(
-            x, weight.words, shape, weight.scales, weight.code, weight.block_size
-        )
+        found = four_bit_product(x, weight.words, shape, weight.scales, weight.code, weight.block_size)
     else:
         msg = "CPUs have no product of their own with its weight"
         raise UnsupportedError(msg)
@@ -105,7 +104,7 @@ def _four_bit_product(x: torch.Tensor, weight: FourBitWeight) -> torch.Tensor:
     found = rows.new_empty(len(rows), outputs)
     for first in range(0, outputs, most):
         end = min(outputs, first + most)
-        piece = torch.ops.bitsandbytes.dequantize_4bit.default(
+        piece = dequantized(
             octets[first * inputs // 2 : end * inputs // 2],
             scales[first * inputs // block : -(-end * inputs // block)],
             block,

@@ -1,7 +1,7 @@
 """Quantized weights of linear layers as `weight_only` multiplies by them: tensors and what they mean.
 
-Owns how a layer of bitsandbytes or GPTQModel is read: every large tensor is the layer's own, or a view of it. Knows
-no kernel, and imports neither of these libraries: a layer is told by what it carries.
+Owns which weights kernels can use: every large tensor is the layer's own, or a view of it. Knows no kernel, and not how
+a layer of bitsandbytes or GPTQModel carries its weight, which is `compat`'s to say.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from math import gcd
 from typing import Any, TypeAlias
 
 import torch
+
+from langchain_quantllm.compat.bitsandbytes import FourBitState, four_bit_state, int8_scales
+from langchain_quantllm.compat.gptqmodel import StoredTensors, stored_tensors
 
 __all__ = ["FourBitWeight", "GPTQWeight", "Int8Weight", "RepackedWeight", "Weight", "weight_of"]
 
@@ -178,9 +181,6 @@ class RepackedWeight:
         return (RepackedWeight, self.kind, self.in_features, self.block_size, self.words.device)
 
 
-_AS_STORED = ("torch", "tritonv2")
-"""What GPTQModel calls its layers that keep the tensors as they were loaded, with zero points as they are."""
-
 Weight: TypeAlias = "FourBitWeight | Int8Weight | GPTQWeight | RepackedWeight"
 
 
@@ -202,13 +202,13 @@ def weight_of(module: torch.nn.Module) -> Weight | None:
         The weight, or None if the module is something else, or is stored in a way that has no kernel: inputs that do
         not fill whole words, a weight in halves for training.
     """
-    parameter = getattr(module, "weight", None)
-    if getattr(parameter, "quant_state", None) is not None:
-        return _four_bit(module, parameter)
-    if isinstance(parameter, torch.Tensor) and hasattr(parameter, "SCB"):
-        return _int8(module, parameter)
-    if isinstance(getattr(module, "qweight", None), torch.Tensor):
-        return _gptq(module)
+    parameter: Any = getattr(module, "weight", None)
+    if (state := four_bit_state(parameter)) is not None:
+        return _four_bit(module, parameter, state)
+    if (scales := int8_scales(module)) is not None:
+        return _int8(module, parameter, scales)
+    if (stored := stored_tensors(module)) is not None:
+        return _gptq(module, stored)
     return None
 
 
@@ -229,51 +229,43 @@ def _words(stored: torch.Tensor) -> torch.Tensor | None:
     return flat.view(torch.int32)
 
 
-def _four_bit(module: torch.nn.Module, parameter: Any) -> FourBitWeight | RepackedWeight | None:
-    state = parameter.quant_state
-    shape = tuple(state.shape or ())
-    if len(shape) != 2:
+def _four_bit(module: torch.nn.Module, parameter: Any, state: FourBitState) -> FourBitWeight | RepackedWeight | None:
+    if len(state.shape) != 2:
         return None
-    out_features, in_features = shape
-    if getattr(state, "packing_format_for_cpu", False):
+    out_features, in_features = state.shape
+    if state.repacked:
         return RepackedWeight(
-            kind=state.quant_type,
+            kind=state.kind,
             in_features=in_features,
             out_features=out_features,
             words=parameter.data.detach(),
             code=state.code.detach(),
-            scales=state.absmax,
-            block_size=state.blocksize,
+            scales=state.scales,
+            block_size=state.block_size,
             bias=_bias(module),
         )
-    words = _words(parameter.data)
-    nested = state.state2 is not None
-    if words is None or gcd(in_features, state.blocksize) % 8 or words.numel() * 8 != out_features * in_features:
+    words, nested = _words(parameter.data), state.nested
+    if words is None or gcd(in_features, state.block_size) % 8 or words.numel() * 8 != out_features * in_features:
         return None
     code = state.code.detach().float().contiguous()
     return FourBitWeight(
-        kind=state.quant_type,
+        kind=state.kind,
         in_features=in_features,
         out_features=out_features,
         words=words,
         code=code,
-        scales=state.absmax if nested else state.absmax.float(),
-        block_size=state.blocksize,
-        nested=nested,
-        nested_code=state.state2.code.float() if nested else code,
-        nested_scales=state.state2.absmax.float() if nested else code,
-        nested_block_size=state.state2.blocksize if nested else 1,
-        offset=state.offset.float() if nested else code,
+        scales=state.scales.float() if nested is None else state.scales,
+        block_size=state.block_size,
+        nested=nested is not None,
+        nested_code=code if nested is None else nested.code.float(),
+        nested_scales=code if nested is None else nested.scales.float(),
+        nested_block_size=1 if nested is None else nested.block_size,
+        offset=code if nested is None else nested.offset.float(),
         bias=_bias(module),
     )
 
 
-def _int8(module: torch.nn.Module, parameter: Any) -> Int8Weight | None:
-    # The scales move from the parameter into the module's state with the first forward pass.
-    state = getattr(module, "state", None)
-    scales = parameter.SCB if parameter.SCB is not None else getattr(state, "SCB", None)
-    if parameter.dtype != torch.int8 or scales is None:
-        return None
+def _int8(module: torch.nn.Module, parameter: Any, scales: torch.Tensor) -> Int8Weight | None:
     out_features, in_features = parameter.shape
     words = _words(parameter.data)
     if words is None or in_features % 4:
@@ -287,18 +279,14 @@ def _int8(module: torch.nn.Module, parameter: Any) -> Int8Weight | None:
     )
 
 
-def _gptq(module: Any) -> GPTQWeight | None:
-    words, zeros, scales, groups = (getattr(module, name, None) for name in ("qweight", "qzeros", "scales", "g_idx"))
-    bits = getattr(module, "bits", 0)
-    if bits not in (2, 3, 4, 8) or words is None or zeros is None or scales is None or groups is None:
-        return None
-    # Other layers lay their tensors out anew, some of them under the same names.
-    if getattr(module, "QUANT_TYPE", None) not in _AS_STORED or words.dtype != torch.int32:
+def _gptq(module: Any, stored: StoredTensors) -> GPTQWeight | None:
+    bits, words, zeros, scales, groups = stored.bits, stored.words, stored.zeros, stored.scales, stored.groups
+    if bits not in (2, 3, 4, 8) or words.dtype != torch.int32:
         return None
     packed, out_features = words.shape
     in_features = packed * 32 // bits
     shapes = zeros.shape == (len(scales), out_features * bits // 32) and scales.shape[1] == out_features
-    if not shapes or getattr(module, "in_features", in_features) != in_features or groups.shape != (in_features,):
+    if not shapes or stored.in_features not in (None, in_features) or groups.shape != (in_features,):
         return None
     if in_features * bits != packed * 32 or out_features * bits % 32:  # of 3 bits, 32 codes fill 3 words
         return None

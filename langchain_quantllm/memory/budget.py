@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from langchain_quantllm.compat.accelerate import size_in_bytes
 from langchain_quantllm.errors import InvalidOptionError, NotEnoughMemoryError
 from langchain_quantllm.memory.estimate import MemoryEstimate
 from langchain_quantllm.memory.snapshot import available_memory, device_name
@@ -80,10 +81,8 @@ def check_cache_budget(budget: Any) -> float | int | None:
     if isinstance(budget, int) and not isinstance(budget, bool) and budget > 1:
         return budget
     if isinstance(budget, str):
-        from accelerate.utils import convert_file_size_to_int
-
         with contextlib.suppress(ValueError):
-            if (size := int(convert_file_size_to_int(budget))) > 0:
+            if (size := size_in_bytes(budget)) > 0:
                 return size
     msg = (
         f"kv_cache_memory={budget!r} is not allowed; give a fraction of the free memory such as 0.5, a number of "
@@ -118,10 +117,8 @@ def _free_bytes(
 
 
 def _size(limit: int | str) -> int:
-    from accelerate.utils import convert_file_size_to_int
-
     try:
-        return int(convert_file_size_to_int(limit))
+        return size_in_bytes(limit)
     except ValueError as error:
         msg = f"max_memory={limit!r} is no size; use bytes, or a text such as '10GiB' or '500MB'."
         raise InvalidOptionError(msg) from error

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from langchain_quantllm.compat.transformers_quantizers import float32_patterns, replaced_by_bitsandbytes
 from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.memory.weights import Kind, WeightBytes, sum_by_kind
 from langchain_quantllm.schemes import FP4, GPTQ, NF4, Int8, Scheme, Unquantized
@@ -77,14 +78,14 @@ def _sizes(
 
 
 def _float32_pattern(model: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[str] | None:
-    """Match the names that stay in float32. Source: `_get_dtype_plan` in transformers/modeling_utils.py."""
+    """Match the names that stay in float32."""
     import torch
 
     patterns: set[str] = set()
     if dtype == torch.float16:
-        patterns |= set(model._keep_in_fp32_modules or ())
+        patterns |= float32_patterns(model, strict=False)
     if dtype in (torch.float16, torch.bfloat16):
-        patterns |= set(model._keep_in_fp32_modules_strict or ())
+        patterns |= float32_patterns(model, strict=True)
     return re.compile("|".join(p.replace("*", ".*") for p in sorted(patterns))) if patterns else None
 
 
@@ -104,8 +105,7 @@ def quantized_linears(
     Raises:
         UnsupportedError: If no rule is known for the scheme, or GPTQ finds no block of layers.
 
-    Source: `replace_with_bnb_linear` in transformers/integrations/bitsandbytes.py and `get_modules_to_not_convert`
-    in transformers/quantizers/base.py; `GPTQQuantizer.convert_model` in optimum/gptq/quantizer.py.
+    Source: `GPTQQuantizer.convert_model` in optimum/gptq/quantizer.py.
     """
     linears = dict(_linears(model))
     if isinstance(scheme, Unquantized):
@@ -113,12 +113,9 @@ def quantized_linears(
     if isinstance(scheme, GPTQ):
         return _gptq_linears(model, linears, options or {})
     if isinstance(scheme, Int8 | NF4 | FP4):
-        from transformers.quantizers.base import HfQuantizer
-        from transformers.quantizers.quantizers_utils import should_convert_module
-
         skipped = scheme.transformers_config("bfloat16").llm_int8_skip_modules
-        left_out = HfQuantizer.get_modules_to_not_convert(model, skipped, list(model._keep_in_fp32_modules or ()))
-        return {path: features for path, features in linears.items() if should_convert_module(path, left_out)}
+        replaced = replaced_by_bitsandbytes(model, linears, skipped)
+        return {path: features for path, features in linears.items() if path in replaced}
     method = getattr(scheme, "method", "") or scheme.name
     msg = f"The memory of a checkpoint in format {method!r} cannot be estimated; load it and read its memory report."
     raise UnsupportedError(msg)
@@ -127,7 +124,7 @@ def quantized_linears(
 def _linears(model: PreTrainedModel) -> Iterator[tuple[str, tuple[int, int]]]:
     """Give path and (in_features, out_features) of the layers that the quantizers replace."""
     from torch.nn import Linear
-    from transformers.pytorch_utils import Conv1D
+    from transformers import Conv1D
 
     for path, module in model.named_modules():
         if type(module) is Linear:  # subclasses, such as routers, are left alone by the quantizers

@@ -123,10 +123,9 @@ def _tensors(model: torch.nn.Module) -> Iterator[tuple[Kind, torch.Tensor]]:
 
 def _is_packed(tensor: torch.Tensor) -> bool:
     """Whether a parameter is of a class that holds quantized weights, and holds them already."""
-    name = type(tensor).__name__
-    if name in ("Params4bit", "Int8Params"):
-        return getattr(tensor, "quant_state", None) is not None or str(tensor.dtype) == "torch.int8"
-    return _is_wrapper(tensor)
+    from langchain_quantllm.compat.bitsandbytes import is_quantized
+
+    return is_quantized(tensor) or _is_wrapper(tensor)
 
 
 def _is_wrapper(tensor: torch.Tensor) -> bool:
@@ -141,20 +140,24 @@ def _inner_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         for name in names:
             yield from _inner_tensors(getattr(tensor, name))
         return
+    from langchain_quantllm.compat.bitsandbytes import states_of
+
     yield tensor
-    for name in ("quant_state", "CB", "SCB"):  # bitsandbytes' Params4bit and Int8Params
-        yield from _state_tensors(getattr(tensor, name, None))
+    for state in states_of(tensor):
+        yield from _state_tensors(state)
 
 
 def _state_tensors(value: Any) -> Iterator[torch.Tensor]:
     """Give the tensors in a tensor, a list of them, or a state object of bitsandbytes, nested ones too."""
     import torch
 
+    from langchain_quantllm.compat.bitsandbytes import is_state
+
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _state_tensors(item)
-    elif type(value).__name__ in ("QuantState", "MatmulLtState"):
+    elif is_state(value):
         for item in vars(value).values():
             yield from _state_tensors(item)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from langchain_quantllm.checkpoint import Checkpoint, LoadSpec, find_checkpoint, first_line, reads_text
+from langchain_quantllm.compat.bitsandbytes import import_quietly
 from langchain_quantllm.errors import CheckpointError, InvalidOptionError, UnsupportedError
 from langchain_quantllm.loading import load
 from langchain_quantllm.output_folder import free_folder, written
@@ -22,7 +23,7 @@ from langchain_quantllm.placement import default_device_map, release_memory
 from langchain_quantllm.quantization.calibration import Calibration, calibration_from, read_texts, sequences
 from langchain_quantllm.quantization.run import GPTQRun, Progress, check_layers
 from langchain_quantllm.schemes import GPTQ, Prequantized, Scheme, Unquantized, scheme_from
-from langchain_quantllm.silence import import_quietly, progress_bars, without_torchao
+from langchain_quantllm.silence import progress_bars, without_torchao
 
 DAMPING = 0.01
 """What is added to the diagonal of GPTQ's statistics, as a share of its mean. Source: section 3.3 of the paper."""

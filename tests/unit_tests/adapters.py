@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from langchain_quantllm.adapters import peft_contained
-from langchain_quantllm.engine.adapters import adapter_modules
+from langchain_quantllm.compat.peft import adapter_modules, peft_contained
 
 ATTENTION = ["q_proj", "v_proj"]
 

@@ -27,10 +27,16 @@ LEVELS = {
     "engine.pages": 1,
     "checkpoint": 2,
     "compat": 0,
+    "compat.accelerate": 2,
+    "compat.bitsandbytes": 2,
+    "compat.gptqmodel": 2,
+    "compat.gptqmodel_import": 2,
     "compat.peft": 2,
     "compat.versions": 1,
+    "compat.transformers_attention": 2,
+    "compat.transformers_auto": 2,
     "compat.transformers_models": 2,
-    "containment": 2,
+    "compat.transformers_quantizers": 2,
     "gptq": 2,
     "memory": 2,
     "memory.budget": 2,
@@ -298,7 +304,7 @@ def test_nobody_prints(name: str) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_nobody_sets_an_environment_variable(name: str) -> None:
     """Only what undoes gptqmodel's import may put the environment back."""
-    if name == "containment":
+    if name == "compat.gptqmodel_import":
         return
     written = [
         node.lineno
@@ -345,3 +351,73 @@ def test_public_names_are_there() -> None:
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         langchain_quantllm.Nothing  # noqa: B018
     assert (PACKAGE / "py.typed").is_file()
+
+
+PROMISED: dict[str, tuple[str, ...] | None] = {
+    "transformers": ("transformers.utils.logging",),
+    "peft": ("peft.functional",),
+    "accelerate": (),
+    "bitsandbytes": (),
+    "gptqmodel": None,
+    "optimum": None,
+}
+"""What libraries promise: the names of the package itself, and these modules; None where not even those."""
+
+UNPROMISED_NAMES = {
+    *("hf_device_map", "_hf_hook", "_no_split_modules"),
+    *("hf_quantizer", "quantization_method", "_weight_conversions"),
+    *("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"),
+    *("_attn_implementation", "eager_attention_forward", "past_key_values", "cache_params"),
+    *("quant_state", "SCB", "CB", "Linear8bitLt", "Params4bit", "Int8Params", "QuantState", "packing_format_for_cpu"),
+    *("QUANT_TYPE", "SUPPORTS_TRAINING", "qzeros", "g_idx", "dequantize_weight"),
+    *("lora_A", "lora_B", "lora_variant", "base_layer", "merged_adapters", "active_adapters", "disable_adapters"),
+}
+"""Attributes and arguments that they do not, whether read by name or by `getattr`."""
+
+FORMATS = {
+    # Tensors and layers of a checkpoint's files, which is what these write, size or name.
+    "memory.weights": {"qzeros"},
+    "quantization.packing": {"qzeros", "g_idx"},
+    "quantization.run": {"qzeros", "g_idx"},
+    "quantization.solver": {"g_idx"},
+    "gptq": {"qzeros", "g_idx"},
+    # The layer that is public, made for measuring.
+    "benchmarks.memory": {"Linear8bitLt"},
+}
+
+OUTSIDE = [name for name in FILES if not name.startswith("compat")]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_what_is_not_promised_is_imported_in_compat_alone(name: str) -> None:
+    theirs = [imported for imported in imports(TREES[name]) if imported.partition(".")[0] in PROMISED]
+    assert [imported for imported in theirs if not _is_promised(imported)] == []
+
+
+def _is_promised(imported: str) -> bool:
+    """Whether it is a package, a name out of it, or one of the modules or out of those."""
+    modules = PROMISED[imported.partition(".")[0]]
+    if modules is None:
+        return False
+    return imported.count(".") <= 1 or any(imported == m or imported.startswith(f"{m}.") for m in modules)
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_what_is_not_promised_is_read_in_compat_alone(name: str) -> None:
+    found = set()
+    docs = {id(node.value) for node in ast.walk(TREES[name]) if isinstance(node, ast.Expr)}
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.keyword):
+            found.add(str(node.arg))
+        elif isinstance(node, ast.Constant) and id(node) not in docs:
+            found.add(str(node.value))
+    assert found & UNPROMISED_NAMES <= FORMATS.get(name, set())
+    assert "torch.ops.bitsandbytes" not in ast.unparse(TREES[name])
+
+
+def test_every_module_of_compat_has_its_test() -> None:
+    modules = {name.partition(".")[2] for name in FILES if name.startswith("compat.")}
+    tested = {file.stem.removeprefix("test_") for file in (Path(__file__).parent / "compat").glob("test_*.py")}
+    assert tested == modules

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import logging
 import os
 import shutil
-import subprocess
-import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from langchain_quantllm import containment, gptq
-from langchain_quantllm.errors import CheckpointError, InvalidOptionError, MissingPackageError, UnsupportedError
+from langchain_quantllm import gptq
+from langchain_quantllm.compat import gptqmodel_import
+from langchain_quantllm.compat.gptqmodel import settle_gptq_model
+from langchain_quantllm.errors import CheckpointError, InvalidOptionError, UnsupportedError
 from langchain_quantllm.schemes import GPTQ
 
 # Not imported here: that is for `contained()` to do.
@@ -49,11 +47,11 @@ def load(folder: Path, scheme: GPTQ | None = None, **options: Any) -> tuple[Any,
     config.quantization_config = gptq.check_gptq(found.quantization_config, scheme or GPTQ(), "cpu", sizes)
     if found.weights_name is not None:
         config.transformers_weights = found.weights_name
-    with containment.contained():
+    with gptqmodel_import.contained():
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, config=config, device_map="cpu", dtype=torch.bfloat16, output_loading_info=True, **options
         )
-        gptq.settle_gptq_model(model)
+        settle_gptq_model(model)
     return model, info
 
 
@@ -103,7 +101,7 @@ def test_logits_are_those_of_the_dequantized_weights(
     model, info = load(folder, GPTQ(bits=bits, kernel=kernel))
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    assert gptq.settle_gptq_model(model) == runs
+    assert settle_gptq_model(model) == runs
     # bfloat16 holds 8 bits, so each rounding errs by up to 2**-9 = 0.002 of its value; a block rounds a dozen times.
     # Measured: 0.003 to 0.005, 0.008 for torch_int8. A zero point off by one, or a wrong order of groups, gives 0.5.
     assert relative_error(model, load_float_twin(smollm2, small=True, **options)) < 0.012
@@ -313,134 +311,3 @@ def test_the_config_is_not_changed() -> None:
     before = dict(CONFIG)
     assert gptq.check_gptq(CONFIG, GPTQ(kernel="TORCH"), "cpu") == {**before, "backend": "gptq_torch"}
     assert before == CONFIG
-
-
-def test_a_missing_package_names_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    installed = {"accelerate", "optimum", "auto_gptq"}
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name in installed else None)
-    with pytest.raises(MissingPackageError) as caught, containment.contained():
-        pass
-    assert 'pip install "langchain-quantllm[gptq]"' in str(caught.value)
-    assert "needs gptqmodel:" in str(caught.value)
-    assert "auto-gptq" in str(caught.value)
-
-
-# --- containment ---
-
-CONTAINMENT = """
-import logging, os, sys, threading, warnings
-import accelerate.utils.modeling, safetensors.torch, transformers
-import transformers.cache_utils, transformers.generation.utils, transformers.integrations.hub_kernels
-import transformers.models.llama.modeling_llama, transformers.quantizers.auto, transformers.quantizers.quantizer_gptq
-import torch._dynamo  # loads lazily, and changes torch when it does
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-transformers.utils.logging.disable_progress_bar()
-
-def state():
-    out = {}
-    for name, module in list(sys.modules.items()):
-        if name.split(".")[0] in ("transformers", "accelerate", "safetensors", "huggingface_hub", "tokenizers"):
-            for key, value in list(vars(module).items()):
-                out[name, key] = id(value)
-                if isinstance(value, dict):
-                    out[name, key, "keys"] = len(value)
-                if isinstance(value, type) and value.__module__ == name:
-                    out |= {(name, key, k): id(v) for k, v in list(vars(value).items()) if not k.startswith("_abc")}
-    return out
-
-def loggers():
-    return {n: (l.level, list(l.handlers), list(l.filters), l.propagate, l.disabled)
-            for n, l in logging.root.manager.loggerDict.items() if isinstance(l, logging.Logger)}
-
-root = logging.getLogger()
-before = state(), dict(os.environ), (root.level, list(root.handlers)), list(warnings.filters), loggers()
-stdout = sys.stdout
-
-sys.path.insert(0, %(root)r)
-from pathlib import Path
-from tests.unit_tests.test_gptq import load
-model, _ = load(Path(%(folder)r))
-assert "gptqmodel" in sys.modules
-model, _ = load(Path(%(folder)r))
-
-assert dict(os.environ) == before[1], set(os.environ.items()) ^ set(before[1].items())
-assert (root.level, list(root.handlers)) == before[2]
-assert warnings.filters == before[3]
-now = loggers()
-assert {n: now[n] for n in before[4]} == before[4]
-assert sys.stdout is stdout and "causal_conv1d" not in sys.modules
-after = state()
-changed = sorted(k for k, v in before[0].items() if after.get(k, v) != v)
-# Tables that fill by themselves, on any load.
-own = ("MAPPING_NAMES", "_CAN_RECORD_REGISTRY", "_cache", "_cached_value", "__slotnames__")
-changed = [k for k in changed if not any(part.endswith(own) for part in k[1:])]
-assert not changed, changed
-added = [k for k in after if k not in before[0] and len(k) == 3 and k[:2] in before[0]]
-added = [k for k in added if not any(part.endswith(own) for part in k[1:])]
-assert not added, added
-
-from langchain_quantllm import containment, gptq
-original = accelerate.utils.modeling.clear_device_cache
-with containment.contained():
-    assert accelerate.utils.modeling.clear_device_cache is not original
-    with containment.contained():
-        pass
-    assert accelerate.utils.modeling.clear_device_cache is not original
-assert accelerate.utils.modeling.clear_device_cache is original
-model.generate(model.dummy_inputs["input_ids"], max_new_tokens=2, do_sample=False)
-"""
-
-
-def test_loading_leaves_the_process_as_it_was(four_bit: Path, tmp_path: Path) -> None:
-    script = textwrap.dedent(CONTAINMENT) % {"root": os.getcwd(), "folder": str(four_bit)}
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "PYTEST", "CUDA_", "PYTORCH_"))}
-    environment |= {"HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == ""
-    # torchao and bitsandbytes may speak, when transformers imports them by itself; gptqmodel may not.
-    assert "GPT-QModel" not in done.stderr
-    assert "gptqmodel" not in done.stderr.lower()
-
-
-def test_the_thread_that_imports_gptqmodel_never_ends() -> None:
-    """Its end crashed the process now and then: seen with Python 3.12 and torch 2.11, in every second run or so."""
-    script = """
-    import sys, threading
-    from langchain_quantllm import containment
-
-    importing = []
-    class Watch:
-        def find_spec(self, name, path=None, target=None):
-            importing.append(threading.current_thread())
-    sys.meta_path.insert(0, Watch())
-    with containment.contained():
-        pass
-    sys.meta_path.pop(0)
-    threads = set(importing)
-    assert len(threads) > 1, threads
-    assert all(thread.is_alive() and (thread.daemon or thread is threading.main_thread()) for thread in threads)
-    """
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
-
-
-def test_a_failing_block_puts_everything_back() -> None:
-    import accelerate.utils.modeling as modeling
-
-    with containment.contained():
-        pass
-
-    @containment.contained()
-    def fail() -> None:
-        os.environ["TVM_TARGET"] = "cuda"
-        raise ZeroDivisionError
-
-    original, level = modeling.clear_device_cache, logging.getLogger().level
-    with pytest.raises(ZeroDivisionError):
-        fail()
-    assert modeling.clear_device_cache is original
-    assert logging.getLogger().level == level
-    assert "TVM_TARGET" not in os.environ

@@ -473,7 +473,7 @@ import json, sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from langchain_quantllm import QuantizedHuggingFaceLLM
-from langchain_quantllm.containment import contained
+from langchain_quantllm.compat.gptqmodel_import import contained
 
 found = {}
 for folder in sys.argv[2:]:

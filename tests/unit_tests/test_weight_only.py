@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 
-from langchain_quantllm.containment import contained
+from langchain_quantllm.compat.gptqmodel_import import contained
 from langchain_quantllm.kernels import weight_reference
 from langchain_quantllm.kernels.codebook_ptx import CODEBOOKS, GROUPS_SHUFFLED, instructions
 from langchain_quantllm.kernels.weights import FourBitWeight, GPTQWeight, Int8Weight, Weight, weight_of

@@ -1,0 +1,137 @@
+"""GPTQModel's kernels and layers: which there are, whether one takes a checkpoint, and what a layer holds.
+
+What asks GPTQModel itself runs inside of `gptqmodel_import.contained()`; layers are told by what they carry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+BACKEND_PREFIX = "gptq_"
+"""What the names of backends for GPTQ begin with."""
+
+_AS_STORED = ("torch", "tritonv2")
+"""What layers are called that keep the tensors as they were loaded, with zero points as they are."""
+
+
+def backend_names() -> list[str]:
+    """List the backends for GPTQ, such as `"gptq_marlin"`, sorted."""
+    from gptqmodel import BACKEND
+
+    return sorted(backend.value for backend in BACKEND if backend.value.startswith(BACKEND_PREFIX))
+
+
+def refusal(backend: str, config: Mapping[str, Any], device_kind: str) -> str | None:
+    """Ask GPTQModel, as optimum does while loading, whether a backend takes a checkpoint; gives the reason if not.
+
+    Args:
+        backend: One of `backend_names`, or `"auto"`.
+        config: The checkpoint's settings.
+        device_kind: Such as `"cuda"`.
+
+    Source: optimum/gptq/quantizer.py, `select_quant_linear`; gptqmodel/utils/importer.py.
+    """
+    from gptqmodel import BACKEND
+    from gptqmodel.quantization import FORMAT, METHOD
+    from gptqmodel.utils.importer import get_kernel_for_backend, hf_select_quant_linear_v2
+
+    if backend != "auto":
+        try:
+            kernel = get_kernel_for_backend(BACKEND(backend), METHOD.GPTQ, FORMAT(config["checkpoint_format"]))
+        except (ValueError, KeyError) as error:
+            return f"it does not read checkpoint_format={config['checkpoint_format']!r} ({error})"
+        for attribute, value, words in (
+            ("SUPPORTS_BITS", config["bits"], "it takes bits {}"),
+            ("SUPPORTS_GROUP_SIZE", config["group_size"], "it takes group sizes {}"),
+            ("SUPPORTS_SYM", config["sym"], "it takes sym {}"),
+            ("SUPPORTS_DESC_ACT", config["desc_act"], "it takes desc_act {}"),
+            ("SUPPORTS_DEVICES", device_kind, "it runs on {}"),
+        ):
+            allowed = [getattr(a, "value", a) for a in cast(Iterable[Any], getattr(kernel, attribute, None) or ())]
+            if allowed and "all" not in allowed and value not in allowed:
+                return words.format(", ".join(map(str, allowed)))
+    try:
+        hf_select_quant_linear_v2(
+            bits=config["bits"],
+            group_size=config["group_size"],
+            desc_act=config["desc_act"],
+            sym=config["sym"],
+            format=config["checkpoint_format"],
+            quant_method=METHOD.GPTQ,
+            device_map={"": device_kind},
+            backend=backend,
+            pack=False,
+        )
+    except (ValueError, NotImplementedError, ImportError, RuntimeError) as error:
+        return str(error).strip().partition("\n")[0].rstrip(".")
+    return None
+
+
+def settle_gptq_model(model: Any) -> str:
+    """Undo the compiling of the slow kernel, and say which kernel runs.
+
+    The `torch` kernel compiles its dequantization once for each layer at the first forward pass: minutes, with a C++
+    compiler, and up to torch's limit of recompilations. Called after loading, this leaves it uncompiled. Other kernels
+    are left alone.
+
+    Args:
+        model: The loaded transformers model.
+
+    Returns:
+        The names of the kernel classes in the model, such as `TorchAtenLinear`, joined by commas.
+    """
+    kernels = set()
+    for module in model.modules():
+        kernel = type(module)
+        if kernel.__module__.startswith("gptqmodel.") and kernel.__name__.endswith("Linear"):
+            kernels.add(kernel.__name__)
+            module.__dict__.pop("dequantize_weight", None)  # the compiled one hides the method of the class
+    return ", ".join(sorted(kernels))
+
+
+def can_train(module: Any) -> bool:
+    """Say whether gradients go through a layer; True of layers that are none of GPTQModel's."""
+    return getattr(module, "SUPPORTS_TRAINING", None) is not False
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensors:
+    """The tensors of a layer as the checkpoint has them, zero points as they are (v2).
+
+    Args:
+        bits: Bits of a code.
+        words: The codes, packed along the inputs, of shape `(in_features * bits / 32, out_features)`, int32.
+        zeros: The zero points, packed along the outputs.
+        scales: Scales of shape `(groups, out_features)`.
+        groups: The group of each input, of shape `(in_features,)`.
+        in_features: Inputs, as the layer says; None where it does not.
+    """
+
+    bits: int
+    words: torch.Tensor
+    zeros: torch.Tensor
+    scales: torch.Tensor
+    groups: torch.Tensor
+    in_features: int | None
+
+
+def stored_tensors(module: Any) -> StoredTensors | None:
+    """Read a layer's tensors; None where it is none of GPTQModel's, or lays them out anew."""
+    tensors = [getattr(module, name, None) for name in ("qweight", "qzeros", "scales", "g_idx")]
+    if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
+        return None
+    if getattr(module, "QUANT_TYPE", None) not in _AS_STORED:  # others lay them out anew under the same names
+        return None
+    words, zeros, scales, groups = cast("list[torch.Tensor]", tensors)
+    return StoredTensors(
+        bits=int(getattr(module, "bits", 0)),
+        words=words,
+        zeros=zeros,
+        scales=scales,
+        groups=groups,
+        in_features=getattr(module, "in_features", None),
+    )

@@ -1,0 +1,102 @@
+"""GPTQModel's kernels and layers, looked for in GPTQModel itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from langchain_quantllm.compat.gptqmodel import (
+    BACKEND_PREFIX,
+    backend_names,
+    can_train,
+    refusal,
+    settle_gptq_model,
+    stored_tensors,
+)
+from langchain_quantllm.compat.gptqmodel_import import contained
+from tests.gptq_checkpoints import make_gptq_checkpoint
+
+if importlib.util.find_spec("gptqmodel") is None:
+    pytest.skip("gptqmodel is not installed", allow_module_level=True)
+
+CONFIG = {"bits": 4, "group_size": 32, "sym": True, "desc_act": False, "checkpoint_format": "gptq"}
+
+
+@pytest.fixture(scope="module")
+def layers(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[Any]]]:
+    """Give the layers of a small checkpoint, by the kernel that they were loaded with."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = make_gptq_checkpoint(smollm2, tmp_path_factory.mktemp("gptq") / "new", small=True)
+    found = {}
+    for kernel in ("torch", "torch_aten"):
+        config = AutoConfig.from_pretrained(folder)
+        config.quantization_config = {**config.quantization_config, "backend": BACKEND_PREFIX + kernel}
+        with contained():
+            model = AutoModelForCausalLM.from_pretrained(folder, config=config, device_map="cpu", dtype=torch.bfloat16)
+            names = settle_gptq_model(model)
+        found[kernel] = [m for m in model.modules() if type(m).__name__ in names.split(", ")]
+    yield found
+    shutil.rmtree(folder)
+
+
+def test_backends() -> None:
+    with contained():
+        names = backend_names()
+    assert {"gptq_torch", "gptq_torch_aten", "gptq_torch_int8", "gptq_triton", "gptq_marlin"} <= set(names)
+    assert names == sorted(names)
+    assert all(name.startswith(BACKEND_PREFIX) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("backend", "changed", "words"),
+    [
+        ("auto", {}, None),
+        ("gptq_torch", {}, None),
+        ("gptq_torch", {"group_size": 33}, "group"),
+        ("gptq_torch_aten", {"bits": 2}, "bits"),
+        ("gptq_marlin", {}, "runs on"),
+        ("gptq_torch", {"checkpoint_format": "marlin"}, "checkpoint_format"),
+    ],
+)
+def test_what_a_backend_takes(backend: str, changed: dict[str, Any], words: str | None) -> None:
+    with contained():
+        found = refusal(backend, {**CONFIG, **changed}, "cpu")
+    assert found is None if words is None else words in str(found).lower()
+
+
+def test_layers_that_keep_their_tensors(layers: dict[str, list[Any]]) -> None:
+    assert layers["torch"]
+    for layer in layers["torch"]:
+        stored = stored_tensors(layer)
+        assert stored is not None
+        assert stored.bits == 4
+        assert stored.in_features == layer.in_features == stored.words.shape[0] * 8
+        assert stored.words.dtype == stored.zeros.dtype == torch.int32
+        assert stored.scales.shape[1] == stored.words.shape[1] == layer.out_features
+        assert stored.groups.shape == (layer.in_features,)
+        assert int(stored.zeros.flatten()[0]) & 15 == 8  # as it is (v2), and not one too small (v1)
+        assert "dequantize_weight" not in vars(layer)
+
+
+def test_layers_that_lay_them_out_anew(layers: dict[str, list[Any]]) -> None:
+    assert layers["torch_aten"]
+    assert all(stored_tensors(layer) is None for layer in layers["torch_aten"])
+    assert stored_tensors(nn.Linear(4, 4)) is None
+
+
+def test_which_train(layers: dict[str, list[Any]]) -> None:
+    assert layers["torch"][0].SUPPORTS_TRAINING is True
+    with contained():
+        from gptqmodel.nn_modules.qlinear.marlin import MarlinLinear
+    assert MarlinLinear.SUPPORTS_TRAINING is False
+    assert can_train(layers["torch"][0])
+    assert not can_train(MarlinLinear)
+    assert can_train(nn.Linear(4, 4))

@@ -1,0 +1,102 @@
+"""An attention of our own in a model of transformers: that it is found, and what it is handed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from langchain_quantllm.compat.transformers_attention import (
+    INERT_ARGUMENTS,
+    WritingCache,
+    attention_name,
+    attention_of,
+    mask_maker_of,
+    names_attention,
+    register,
+    set_attention_name,
+    why_not_offered,
+)
+from langchain_quantllm.compat.transformers_models import cache_name
+from langchain_quantllm.engine.support import why_not_driven
+from tests.unit_tests.models import tiny_model
+
+IDS = torch.arange(1, 8)[None]
+COMPUTED = {"scaling", "sliding_window", "softcap"}
+
+
+@pytest.fixture(params=["llama", "qwen2", "mistral"])
+def model(request: pytest.FixtureRequest) -> Any:
+    return tiny_model(512, request.param)
+
+
+def test_all_is_there() -> None:
+    assert why_not_offered() is None
+
+
+@torch.no_grad()
+def test_a_registered_attention_is_called_with_its_own_mask(model: Any) -> None:
+    expected = model(input_ids=IDS).logits
+    asked: list[set[str]] = []
+    masks: list[Any] = []
+    name = attention_name(model.config)
+
+    def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        asked.append({n for n, given in kwargs.items() if given is not None and not n.startswith("output_")})
+        masks.append(attention_mask)
+        assert query.shape[2] == key.shape[2] == IDS.shape[1]
+        return attention_of(name, module)(module, query, key, value, attention_mask, **kwargs)
+
+    def make_mask(*args: Any, **kwargs: Any) -> Any:
+        return mask_maker_of(name)(*args, **kwargs)
+
+    register("compat_test", attend, make_mask)
+    assert names_attention(model.config)
+    set_attention_name(model.config, "compat_test")
+    found = model(input_ids=IDS).logits
+    torch.testing.assert_close(found, expected)
+    assert len(asked) == model.config.num_hidden_layers
+    assert set.union(*asked) <= INERT_ARGUMENTS | COMPUTED
+
+
+@torch.no_grad()
+def test_the_eager_attention_is_found_beside_the_class(model: Any) -> None:
+    expected = model(input_ids=IDS).logits
+    layer = next(m for name, m in model.named_modules() if name.endswith("self_attn"))
+    eager = attention_of("eager", layer)
+    assert eager.__module__ == type(layer).__module__
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(model(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_cache_is_given_what_is_new_and_its_keys_are_used(model: Any) -> None:
+    expected = model(input_ids=IDS).logits
+    written: list[tuple[int, torch.Size, torch.Size]] = []
+
+    def write(key: torch.Tensor, value: torch.Tensor, layer: int) -> torch.Tensor:
+        written.append((layer, key.shape, value.shape))
+        return key
+
+    positions = torch.arange(IDS.shape[1])[None]
+    options = {cache_name(model): WritingCache(write), "position_ids": positions, "use_cache": True}
+    found = model(input_ids=IDS, attention_mask=torch.ones_like(IDS), **options).logits
+    torch.testing.assert_close(found, expected)
+    config = model.config
+    shape = torch.Size((1, config.num_key_value_heads, IDS.shape[1], config.hidden_size // config.num_attention_heads))
+    assert written == [(layer, shape, shape) for layer in range(config.num_hidden_layers)]
+
+
+def test_without_the_registry_the_fast_engine_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AttentionMaskInterface
+
+    [home] = [base for base in AttentionMaskInterface.__mro__ if "register" in vars(base)]
+    why_not_offered.cache_clear()
+    monkeypatch.delattr(home, "register")
+    try:
+        assert why_not_offered() == "this transformers has no AttentionInterface.register"
+        assert why_not_driven(tiny_model(512)) == why_not_offered()
+    finally:
+        monkeypatch.undo()
+        why_not_offered.cache_clear()
