@@ -29,7 +29,15 @@ from langchain_quantllm.errors import (
 )
 from langchain_quantllm.gptq import GPTQCheckpoint, read_gptq_checkpoint, read_gptq_folder
 from langchain_quantllm.packages import is_installed, label_of
-from langchain_quantllm.schemes import FLOAT_DTYPES, GPTQ, Prequantized, Scheme, Unquantized, scheme_of_config
+from langchain_quantllm.schemes import (
+    BITSANDBYTES_OPTIONS,
+    FLOAT_DTYPES,
+    GPTQ,
+    Prequantized,
+    Scheme,
+    Unquantized,
+    scheme_of_config,
+)
 
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 """What `attn_implementation` takes; transformers chooses SDPA where it is not given."""
@@ -109,6 +117,10 @@ class LoadSpec:
                 f"known{nearest(self.attn_implementation, ATTENTIONS)}"
             )
             raise InvalidOptionError(msg)
+        _check_config(self.quantization_config)
+        if self.max_memory is not None and not isinstance(self.max_memory, Mapping):
+            msg = f"max_memory={self.max_memory!r} is no dict; name the devices, {{0: '10GiB', 'cpu': '30GiB'}}."
+            raise InvalidOptionError(msg)
         AdapterChoice.of(self.adapters, self.adapter)
 
     def key(self) -> str:
@@ -143,6 +155,27 @@ class LoadSpec:
             sort_keys=True,
             default=str,
         )
+
+
+def _check_config(config: Any) -> None:
+    """Check that a quantization config is one, and that none of its names would be passed over in silence."""
+    if config is None or (hasattr(config, "to_dict") and not isinstance(config, Scheme)):
+        return
+    if not isinstance(config, Mapping):
+        msg = f"quantization_config={config!r} is no config of transformers; names and schemes go into quantization=."
+        raise InvalidOptionError(msg)
+    if config.get("quant_method", "bitsandbytes") not in ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"):
+        return
+    for name in config:
+        if name not in BITSANDBYTES_OPTIONS:
+            msg = f"quantization_config has the unknown key {name!r}{nearest(str(name), BITSANDBYTES_OPTIONS)}"
+            raise InvalidOptionError(msg)
+    if not (config.get("load_in_4bit") or config.get("load_in_8bit")):
+        msg = (
+            f"quantization_config={dict(config)!r} asks for no scheme: load_in_4bit or load_in_8bit must be True, or "
+            "quant_method must name one; the short way is quantization='nf4' or 'int8'."
+        )
+        raise InvalidOptionError(msg)
 
 
 @dataclass(frozen=True, kw_only=True)
