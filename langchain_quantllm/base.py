@@ -681,10 +681,10 @@ def _lift_model_kwargs(values: dict[str, Any]) -> dict[str, Any]:
     """
     rest: dict[str, Any] = {}
     options: dict[str, Any] = {}
-    given = dict(values.get("model_kwargs") or {})
-    if (quantization := _bitsandbytes_of(given)) is not None:
-        given["quantization"] = quantization
-    for name, value in given.items():
+    model_kwargs = dict(values.get("model_kwargs") or {})
+    if (quantization := _bitsandbytes_of(model_kwargs)) is not None:
+        model_kwargs["quantization"] = quantization
+    for name, value in model_kwargs.items():
         field = _MODEL_KWARGS_ALIASES.get(name, name)
         if field in (*_SPEC_NAMES, "token", "quantization", "quantization_config"):
             if value is not None and values.get(field) not in (None, value):

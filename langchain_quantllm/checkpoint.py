@@ -10,7 +10,6 @@ import contextlib
 import copy
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +22,13 @@ from langchain_quantllm.errors import (
     InvalidOptionError,
     MissingPackageError,
     ModelNotFoundError,
+    QuantLLMError,
     UnsupportedError,
     nearest,
     pip_install,
 )
-from langchain_quantllm.gptq import GPTQCheckpoint, read_gptq_checkpoint, read_gptq_folder
+from langchain_quantllm.gptq import GPTQCheckpoint, read_gptq_checkpoint
+from langchain_quantllm.hub import check_reachable
 from langchain_quantllm.packages import is_installed, label_of
 from langchain_quantllm.schemes import (
     BITSANDBYTES_OPTIONS,
@@ -38,6 +39,7 @@ from langchain_quantllm.schemes import (
     Unquantized,
     scheme_of_config,
 )
+from langchain_quantllm.sources import check_sources, folder_of, wrong_files
 
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 """What `attn_implementation` takes; transformers chooses SDPA where it is not given."""
@@ -138,7 +140,7 @@ class LoadSpec:
             scheme = None
         return json.dumps(
             {
-                "model_id": _folder(self.model_id) or self.model_id,
+                "model_id": folder_of(self.model_id) or self.model_id,
                 "revision": self.revision,
                 "scheme": scheme and scheme.to_dict(),
                 "quantization_config": config,
@@ -150,7 +152,7 @@ class LoadSpec:
                 "trust_remote_code": self.trust_remote_code,
                 "use_safetensors": self.use_safetensors,
                 "model_kwargs": dict(self.model_kwargs),
-                "adapters": {name: _folder(source) or source for name, source in self.adapters.items()},
+                "adapters": {name: folder_of(source) or source for name, source in self.adapters.items()},
             },
             sort_keys=True,
             default=str,
@@ -209,7 +211,7 @@ def _says_no_more(config: Mapping[str, Any]) -> bool:
 
 def stored_quantization(model_id: str) -> dict[str, Any] | None:
     """Read the quantization config out of a local folder's config.json; None where there is none, or no folder."""
-    folder = _folder(model_id)
+    folder = folder_of(model_id)
     if folder is None:
         return None
     try:
@@ -227,7 +229,7 @@ def stored_profile(model_id: str) -> tuple[dict[str, Any], str | None, bool]:
         The config, empty where there is none; the template; and whether the model reads images, as far as the names of
         its config's fields and its files tell.
     """
-    folder = _folder(model_id) or _cached_snapshot(LoadSpec(model_id=model_id))
+    folder = folder_of(model_id) or _cached_snapshot(LoadSpec(model_id=model_id))
     if folder is None:
         return {}, None, False
     found: dict[str, Any] = {}
@@ -254,12 +256,6 @@ def has_image_processor(folder: Path) -> bool:
         return False
 
 
-def _folder(model_id: str) -> str | None:
-    """Give the absolute folder that a model id means, or None if it names no existing one."""
-    path = Path(model_id).expanduser()
-    return str(path.resolve()) if path.is_dir() else None
-
-
 def find_checkpoint(spec: LoadSpec) -> Checkpoint:
     """Find a checkpoint and read its config, from the disk where possible.
 
@@ -268,14 +264,10 @@ def find_checkpoint(spec: LoadSpec) -> Checkpoint:
         CheckpointError: If the config cannot be read, or needs code that is not trusted.
         UnsupportedError: If the model generates no text from text, or from text with images.
     """
-    folder = _folder(spec.model_id) or (None if spec.local_files_only is False else _cached_snapshot(spec))
+    check_sources(spec.model_id)
+    folder = folder_of(spec.model_id) or (None if spec.local_files_only is False else _cached_snapshot(spec))
     if folder is None:
         _check_hub(spec)
-    elif not (Path(folder) / "config.json").is_file():
-        gguf = next(Path(folder).glob("*.gguf"), None)
-        hint = f"it holds {gguf.name}, which is llama.cpp's format" if gguf else "is it a transformers checkpoint?"
-        msg = f"the folder {folder} has no config.json; {hint}"
-        raise ModelNotFoundError(msg)
     from transformers import AutoConfig
 
     source = folder or spec.model_id
@@ -380,15 +372,14 @@ def _check_hub(spec: LoadSpec) -> None:
     from huggingface_hub.constants import is_offline_mode
 
     name = spec.model_id
-    if name.startswith(("/", "./", "../", "~")) or os.path.isabs(name) or name.count("/") > 1:
-        msg = f"there is no folder {name}; check the path, or give the name of a repository on the Hub."
-        raise ModelNotFoundError(msg)
     if spec.local_files_only or is_offline_mode():
         why = "local_files_only=True" if spec.local_files_only else "HF_HUB_OFFLINE"
         msg = f"{name} is not, or not wholly, on this machine, and {why} forbids asking the Hub; give a local folder."
         raise ModelNotFoundError(msg)
+    options = {"revision": spec.revision, "token": spec.token}
     try:
-        hf_hub_download(name, "config.json", revision=spec.revision, token=spec.token, cache_dir=spec.cache_dir)
+        check_reachable(name, **options)
+        found = Path(hf_hub_download(name, "config.json", cache_dir=spec.cache_dir, **options))
     except (hub.HfHubHTTPError, hub.EntryNotFoundError, hub.HFValidationError, OSError) as error:
         reasons: tuple[tuple[type[Exception], str], ...] = (  # the first that fits
             (hub.GatedRepoError, "is gated; accept its terms on its page on the Hub and pass token=, or set HF_TOKEN."),
@@ -402,11 +393,36 @@ def _check_hub(spec: LoadSpec) -> None:
         )
         reason = next(
             (text for kind, text in reasons if isinstance(error, kind)),
-            f"is not on this machine and the Hub could not be asked ({type(error).__name__}); check the connection, or "
-            "give a local folder.",
+            f"is not, or not wholly, on this machine and the Hub could not be asked ({first_line(error)}); check the "
+            "connection, or give a local folder.",
         )
+        if isinstance(error, hub.RemoteEntryNotFoundError) and (told := _wrong_repository(spec, None)) is not None:
+            raise told from error
         msg = f"{name} {reason}"
         raise ModelNotFoundError(msg) from error
+    if (told := _wrong_repository(spec, found)) is not None:
+        raise told
+
+
+def _wrong_repository(spec: LoadSpec, config: Path | None) -> QuantLLMError | None:
+    """Find out from its files that a repository is no checkpoint of a language model."""
+    from huggingface_hub import HfApi, hf_hub_download
+
+    options = {"revision": spec.revision, "token": spec.token}
+
+    def read(name: str) -> Mapping[str, Any]:
+        path = config if name == "config.json" and config is not None else None
+        content = json.loads(
+            Path(path or hf_hub_download(spec.model_id, name, cache_dir=spec.cache_dir, **options)).read_text("utf-8")
+        )
+        return content if isinstance(content, dict) else {"": content}
+
+    with contextlib.suppress(OSError, ValueError):  # it is asked for a hint alone
+        files = HfApi(token=spec.token).list_repo_files(spec.model_id, revision=spec.revision)
+        if config is not None:
+            files = [*files, "config.json"]
+        return wrong_files(spec.model_id, files, read, is_local=False) if files else None
+    return None
 
 
 def explain(spec: LoadSpec, error: Exception, part: str) -> str:

@@ -37,6 +37,7 @@ from langchain_quantllm.pipelines import load_pipeline
 from langchain_quantllm.placement import default_device_map, devices_named, devices_of, release_memory, reset_peaks
 from langchain_quantllm.schemes import GPTQ, Prequantized, Scheme, Unquantized, scheme_of_config
 from langchain_quantllm.silence import import_quietly, without_torchao
+from langchain_quantllm.sources import check_sources
 
 
 class LoadedModel:
@@ -163,6 +164,7 @@ def acquire(spec: LoadSpec) -> LoadedModel:
     Raises:
         QuantLLMError: One of its kinds, as `load` raises it.
     """
+    check_sources(spec.model_id, spec.adapters)
     spec = dataclasses.replace(spec, device_map=default_device_map(spec))
     key = spec.key()
     with _registry_lock:
@@ -220,6 +222,7 @@ def load(spec: LoadSpec) -> LoadedModel:
         UnsupportedError: If this machine cannot run it.
         NotEnoughMemoryError: If it does not fit.
     """
+    check_sources(spec.model_id, spec.adapters)  # before torch is imported, which takes seconds
     check_packages(spec.scheme)
     import_quietly()
     adapters = find_adapters(spec)

@@ -25,11 +25,11 @@ _NOT_TEXT = "text is returned; call .pipeline yourself for other outputs (logpro
 _REMOTE = "transformers moved this strategy out to code on the Hub, which is not run here"
 _ASSISTED = "decoding with a second model is not offered; prompt_lookup_num_tokens=10 needs none"
 _PENALTY = (
-    "it subtracts from scores, and repetition_penalty= is another formula, which divides them: 1.0 changes nothing, 1.1 "
-    "is usual, below 1 invites repetition; leave it out, or try repetition_penalty=1.1"
+    "it subtracts from scores, and repetition_penalty= is another formula, which divides them: 1.0 changes nothing, "
+    "1.1 is usual, below 1 invites repetition; leave it out, or try repetition_penalty=1.1"
 )
 _SERVER = "the model runs in this process and there is no server; leave it out"
-_HUB_TOKEN = "write token=, which the Hub alone sees; a model in this process needs no key"
+_ACCESS = "a model in this process needs no key; token= is for the Hub alone"
 _REQUEST = "there is no request over a network; leave it out"
 _CONTEXT = (
     "the checkpoint says how long its context is and the KV cache grows by need; max_length= bounds prompt and "
@@ -160,8 +160,8 @@ COUNTERPARTS: Mapping[str, str | _ByKind] = {
     "subfolder": "write model_kwargs={'subfolder': '...'}, or give the folder itself as model_id=",
     "offload_folder": "write model_kwargs={'offload_folder': '...'}",
     "use_flash_attention_2": "write attn_implementation='flash_attention_2'",
-    "flash_attn": "write attn_implementation='flash_attention_2', or leave it out: PyTorch's own attention is fused",
-    "flash_attention": "write attn_implementation='flash_attention_2', or leave it out: PyTorch's own attention is fused",
+    "flash_attn": "write attn_implementation='flash_attention_2', or leave it out: PyTorch's own is fused too",
+    "flash_attention": "write attn_implementation='flash_attention_2', or leave it out: PyTorch's own is fused too",
     "tokenizer": "it comes with the checkpoint; give one of your own by pipeline=",
     "tokenizer_id": "it comes with the checkpoint; give one of your own by pipeline=",
     "config": "it comes with the checkpoint; change fields of it by model_kwargs={...}",
@@ -191,9 +191,9 @@ COUNTERPARTS: Mapping[str, str | _ByKind] = {
     "inference_server_url": _SERVER,
     "provider": _SERVER,
     "server_kwargs": _SERVER,
-    "huggingfacehub_api_token": _HUB_TOKEN,
-    "hf_token": _HUB_TOKEN,
-    "use_auth_token": _HUB_TOKEN,
+    "huggingfacehub_api_token": _ACCESS,
+    "hf_token": _ACCESS,
+    "use_auth_token": _ACCESS,
     "streaming": "use .stream(prompt)",
     "stop_sequences": _STOP,
     # What a chat model has and an LLM has not, and options of a chat model's calls that are no fields.
@@ -238,8 +238,8 @@ COUNTERPARTS: Mapping[str, str | _ByKind] = {
     "rate_limiter": _REQUEST,
     "disable_streaming": "use .invoke(prompt), which does not stream",
     # OpenAI's API, and LangChain's classes over it.
-    "api_key": _HUB_TOKEN,
-    "openai_api_key": _HUB_TOKEN,
+    "api_key": _ACCESS,
+    "openai_api_key": _ACCESS,
     "base_url": _SERVER,
     "openai_api_base": _SERVER,
     "api_base": _SERVER,
@@ -259,7 +259,7 @@ COUNTERPARTS: Mapping[str, str | _ByKind] = {
     "extra_body": "give what it holds by name",
     "service_tier": _SERVER,
     "store": _SERVER,
-    "user": "leave it out; a call's metadata takes notes: config={'metadata': {...}}",
+    "user": "leave it out; the metadata of a call's config takes notes",
     "presence_penalty": _PENALTY,
     "frequency_penalty": _PENALTY,
     "logit_bias": _BIAS,

@@ -23,6 +23,7 @@ from langchain_quantllm.quantization.calibration import Calibration, calibration
 from langchain_quantllm.quantization.run import GPTQRun, Progress, check_layers
 from langchain_quantllm.schemes import GPTQ, Prequantized, Scheme, Unquantized, scheme_from
 from langchain_quantllm.silence import import_quietly, progress_bars, without_torchao
+from langchain_quantllm.sources import check_sources
 
 DAMPING = 0.01
 """What is added to the diagonal of GPTQ's statistics, as a share of its mean. Source: section 3.3 of the paper."""
@@ -117,6 +118,7 @@ def quantize(
     if not 0 < damping < 1:
         msg = f"damping={damping!r} is not allowed; it must lie between 0 and 1, and 0.01 is usual."
         raise InvalidOptionError(msg)
+    check_sources(os.fspath(model_id))
     import_quietly()
     spec = LoadSpec(
         model_id=os.fspath(model_id),
