@@ -27,7 +27,7 @@ from langchain_quantllm.errors import (
     nearest,
     pip_install,
 )
-from langchain_quantllm.gptq import GPTQCheckpoint, read_gptq_checkpoint
+from langchain_quantllm.gptq import GPTQCheckpoint, read_gptq_checkpoint, read_gptq_folder
 from langchain_quantllm.hub import check_reachable
 from langchain_quantllm.packages import is_installed, label_of
 from langchain_quantllm.schemes import (
@@ -256,21 +256,39 @@ def has_image_processor(folder: Path) -> bool:
         return False
 
 
-def find_checkpoint(spec: LoadSpec) -> Checkpoint:
+def find_source(spec: LoadSpec) -> str:
+    """Find where a checkpoint's files are: a folder, or a repository of which the Hub has been asked.
+
+    Needs neither torch nor transformers, so that what is wrong with a name is told before these are imported.
+
+    Raises:
+        ModelNotFoundError: If there is no such folder or repository, or the Hub cannot be reached.
+        CheckpointError: If it is in a format that transformers does not load.
+        UnsupportedError: If its files are those of a model that writes no text.
+    """
+    check_sources(spec.model_id)
+    folder = folder_of(spec.model_id) or (None if spec.local_files_only is False else _cached_snapshot(spec))
+    if folder is None:
+        _check_hub(spec)
+    return folder or spec.model_id
+
+
+def find_checkpoint(spec: LoadSpec, source: str | None = None) -> Checkpoint:
     """Find a checkpoint and read its config, from the disk where possible.
+
+    Args:
+        spec: What is asked for.
+        source: What `find_source` has found, if it was called before.
 
     Raises:
         ModelNotFoundError: If there is no such folder or repository.
         CheckpointError: If the config cannot be read, or needs code that is not trusted.
         UnsupportedError: If the model generates no text from text, or from text with images.
     """
-    check_sources(spec.model_id)
-    folder = folder_of(spec.model_id) or (None if spec.local_files_only is False else _cached_snapshot(spec))
-    if folder is None:
-        _check_hub(spec)
+    source = find_source(spec) if source is None else source
+    folder = folder_of(source)
     from transformers import AutoConfig
 
-    source = folder or spec.model_id
     try:
         config, model_kwargs = AutoConfig.from_pretrained(
             source, return_unused_kwargs=True, **hub_options(spec, folder), **copy.deepcopy(dict(spec.model_kwargs))

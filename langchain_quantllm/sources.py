@@ -263,7 +263,7 @@ def _wrong_config(what: str, config: Mapping[str, Any]) -> QuantLLMError | None:
         )
     if isinstance(own := config.get("quantization"), Mapping) and {"group_size", "bits"} <= own.keys():
         return CheckpointError(
-            f"{what} holds a model that was quantized for Apple's MLX, which transformers does not load; give the checkpoint that it was "
+            f"{what} holds a model for Apple's MLX, which transformers does not load; give the checkpoint that it was "
             "made of, with quantization='nf4' for 4 bits."
         )
     kind = config.get("model_type")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from langchain_quantllm.checkpoint import Checkpoint, LoadSpec, find_checkpoint, first_line, reads_text
+from langchain_quantllm.checkpoint import Checkpoint, LoadSpec, find_checkpoint, find_source, first_line, reads_text
 from langchain_quantllm.errors import CheckpointError, InvalidOptionError, UnsupportedError
 from langchain_quantllm.loading import load
 from langchain_quantllm.output_folder import free_folder, written
@@ -23,7 +23,6 @@ from langchain_quantllm.quantization.calibration import Calibration, calibration
 from langchain_quantllm.quantization.run import GPTQRun, Progress, check_layers
 from langchain_quantllm.schemes import GPTQ, Prequantized, Scheme, Unquantized, scheme_from
 from langchain_quantllm.silence import import_quietly, progress_bars, without_torchao
-from langchain_quantllm.sources import check_sources
 
 DAMPING = 0.01
 """What is added to the diagonal of GPTQ's statistics, as a share of its mean. Source: section 3.3 of the paper."""
@@ -118,8 +117,6 @@ def quantize(
     if not 0 < damping < 1:
         msg = f"damping={damping!r} is not allowed; it must lie between 0 and 1, and 0.01 is usual."
         raise InvalidOptionError(msg)
-    check_sources(os.fspath(model_id))
-    import_quietly()
     spec = LoadSpec(
         model_id=os.fspath(model_id),
         scheme=Unquantized() if is_gptq else wanted,
@@ -133,8 +130,10 @@ def quantize(
         progress=progress,
     )
     folder = free_folder(output or _named_after(spec.model_id, wanted), [spec.model_id], overwrite=overwrite)
+    source = find_source(spec)
+    import_quietly()
     with without_torchao():
-        checkpoint = find_checkpoint(spec)
+        checkpoint = find_checkpoint(spec, source)
     if checkpoint.quantization is not None:
         msg = (
             f"{spec.model_id} is quantized already, and what that lost cannot be had back; give the unquantized "
