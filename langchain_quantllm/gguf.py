@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import struct
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from langchain_quantllm.errors import (
     QuantLLMError,
     pip_install,
 )
+from langchain_quantllm.silence import progress_bars, without_torchao
 
 
 def convert_gguf(file: str | Path, folder: str | Path, *, progress: bool = True) -> Path:
@@ -55,21 +57,20 @@ def convert_gguf(file: str | Path, folder: str | Path, *, progress: bool = True)
     except ImportError as error:
         msg = f"reading a GGUF file needs gguf: {pip_install('langchain-quantllm[demo]')}"
         raise MissingPackageError(msg) from error
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    from langchain_quantllm.silence import progress_bars
+    with without_torchao():
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     source: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
     # The bar of GGUF's conversion knows no off switch but the stream that it writes to.
     quiet = contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO())
-    with progress_bars(progress), quiet:
+    with without_torchao(), progress_bars(progress), quiet:
         try:
             tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
             model = AutoModelForCausalLM.from_pretrained(
                 file.parent, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16, **source
             )
-        except (ValueError, OSError, KeyError, NotImplementedError) as error:
+        except (ValueError, OSError, LookupError, RuntimeError, struct.error) as error:
             reason = (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(". ")
             msg = f"transformers cannot read {file} ({reason}); give the checkpoint that the file was made of."
             raise CheckpointError(msg) from error
