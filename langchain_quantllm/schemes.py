@@ -365,8 +365,8 @@ _WHICH = "; say which: 'nf4' (4 bits) or 'int8' (8 bits); None takes the checkpo
 _DTYPE = "; it is a dtype: write quantization='none' with dtype={!r}."
 _GGUF = "; it is a kind of llama.cpp's GGUF files, whose counterpart here is {}."
 _MEANINGS: tuple[tuple[str, str], ...] = (
-    (r"(i|t)?q[1-5](_.*|[01k].*)?", _GGUF.format("'nf4' (4 bits)")),
-    (r"(i|t)?q[6-8](_.*|[01k].*)?", _GGUF.format("'int8' (8 bits)")),
+    (r"(i|t)?q[1-5]([01]|[a-z].*)?", _GGUF.format("'nf4' (4 bits)")),
+    (r"(i|t)?q[6-8]([01]|[a-z].*)?", _GGUF.format("'int8' (8 bits)")),
     (r".*gg(uf|ml).*", "; llama.cpp's GGUF files are converted first: python -m langchain_quantllm.gguf FILE FOLDER."),
     (r"(bf|bfloat)(16(bits?)?)?", _DTYPE.format("bfloat16")),
     (r"((fp|f|float)?16(bits?)?|half|w16a16)", _DTYPE.format("float16")),
@@ -388,20 +388,19 @@ _MEANINGS: tuple[tuple[str, str], ...] = (
     ),
     (
         r"(auto)?awq.*|aqlm|hqq|eetq|(optimum)?quanto|torchao|compressedtensors|.*fp8.*|.*(mx|nv)fp[468].*|exl[23]|bitnet"
-        r"|spqr|vptq|higgs|quark|auto-?round|sinq|w\d+a\d+.*|modelopt|marlin|squeezellm|smoothquant|mlx",
+        r"|spqr|vptq|higgs|quark|autoround|sinq|w\d+a\d+.*|modelopt|marlin|squeezellm|smoothquant|mlx",
         _OWN_FORMAT,
     ),
     (r"true|yes|on|auto|default|best|quantized?", _WHICH),
     (r"false|no|off|null|full|unquantized|original|", "; write 'none' for weights as they are."),
 )
-"""What is meant by values that name no scheme, in small letters and without dashes."""
+"""What is meant by values that name no scheme, in small letters, without dashes and dots."""
 
 
 def scheme_hint(value: Any) -> str:
     """Say which scheme is meant by a value that names none, as the end of an error sentence."""
-    text = re.sub(r"[\s()-]|(?<=[a-z])[._](?=[a-z\d])|(?<=\d)[._](?=[a-z]{2})", "", str(value).lower())
-    spellings = {name.replace("-", ""): name for name in SCHEMES}
-    if (name := spellings.get(text.replace("_", ""))) is not None:
+    text = re.sub(r"[\s()_-]|(?<!\d)\.|\.(?!\d)", "", str(value).lower())
+    if (name := {name.replace("-", ""): name for name in SCHEMES}.get(text)) is not None:
         return f"; did you mean {name!r}?"
     told = next((told for pattern, told in _MEANINGS if re.fullmatch(pattern, text)), None)
     return told if told is not None else nearest(str(value), SCHEMES)

@@ -151,7 +151,7 @@ def _about_file(path: Path) -> str:
     """Say what a file is that was given in a folder's place."""
     kind = path.suffix.lower()
     if kind == ".gguf":
-        return f"{path} {_about_gguf(path)}"
+        return _about_gguf(path)
     if kind in _ARCHIVES:
         return f"{path} is an archive; unpack it, and give the folder with config.json."
     if kind == ".onnx":
@@ -170,8 +170,8 @@ def _about_gguf(file: Path) -> str:
     """Say how to turn a GGUF file into a checkpoint."""
     paths = " ".join(shlex.quote(str(path)) for path in (file, file.with_suffix("")))
     return (
-        f"is in llama.cpp's format; convert it once by python -m langchain_quantllm.gguf {paths} (which needs "
-        f"{pip_install('langchain-quantllm[demo]')}), or give the checkpoint it was made of, which is more exact."
+        f"{file.name} is in llama.cpp's format; convert it once: python -m langchain_quantllm.gguf {paths} (it needs "
+        f"{pip_install('langchain-quantllm[demo]')}), or give the checkpoint that it was made of."
     )
 
 
@@ -204,7 +204,7 @@ def wrong_files(
     if "config.json" not in files:
         return _without_config(name, what, files, read, is_local=is_local)
     if not weights and ggufs:
-        return _gguf_only(name, what, ggufs[0], is_local=is_local)
+        return _gguf_only(name, ggufs[0], is_local=is_local)
     if not weights and is_onnx:
         return CheckpointError(
             f"{what} holds a model for ONNX or OpenVINO, and no weights for PyTorch; give the checkpoint that it was "
@@ -220,7 +220,7 @@ def _without_config(
         base = read(ADAPTER_CONFIG).get("base_model_name_or_path") or "the model it was trained on"
         return ModelNotFoundError(f"{what} holds an adapter, no model; write model_id={base!r}, adapter={name!r}.")
     if ggufs := [file for file in files if file.endswith(".gguf")]:
-        return _gguf_only(name, what, ggufs[0], is_local=is_local)
+        return _gguf_only(name, ggufs[0], is_local=is_local)
     if not files:
         return ModelNotFoundError(f"{what} is empty; give a folder with config.json, weights and tokenizer.")
     if is_local and (inner := next((f for f in files if Path(name, f, "config.json").is_file()), None)) is not None:
@@ -246,11 +246,11 @@ def _without_config(
     return ModelNotFoundError(f"{what} has no config.json; is it a transformers checkpoint?")
 
 
-def _gguf_only(name: str, what: str, file: str, *, is_local: bool) -> QuantLLMError:
+def _gguf_only(name: str, file: str, *, is_local: bool) -> QuantLLMError:
     if is_local:
-        return ModelNotFoundError(f"{what} has no weights for transformers; {file} {_about_gguf(Path(name, file))}")
+        return ModelNotFoundError(_about_gguf(Path(name, file)))
     return ModelNotFoundError(
-        f"{what} holds {file}, which is in llama.cpp's format; give the repository that it was made of, or convert the "
+        f"{name} holds {file}, which is in llama.cpp's format; give the repository that it was made of, or convert the "
         "file once: python -m langchain_quantllm.gguf FILE FOLDER."
     )
 

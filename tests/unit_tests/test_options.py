@@ -361,7 +361,7 @@ class TestOnTheClass:
             ({"pipeline_kwargs": {"max_new_tokns": 3}}, "did you mean 'max_new_tokens'"),
             ({"num_beam": 3}, "did you mean 'num_beams'"),
             ({"num_beams": 2, "do_sample": True}, "add do_sample=False"),
-            ({"streamer": object()}, r"use llm\.stream"),
+            ({"streamer": object()}, r"use \.stream"),
             ({"n": 0}, "n=0 is not allowed; it must be a whole number of at least 1"),
         ],
     )
