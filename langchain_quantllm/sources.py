@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -116,6 +117,9 @@ def check_sources(model_id: str, adapters: Mapping[str, str] = MappingProxyType(
         raise ModelNotFoundError(msg)
     elif model_id.startswith(("/", "./", "../", "~", ".\\")) or os.path.isabs(model_id) or model_id.count("/") > 1:
         raise ModelNotFoundError(_about_missing(model_id, path))
+    elif re.fullmatch(r"[\w./-]+:[\w.-]+", model_id):
+        msg = f"{model_id} is a name of Ollama's; give a folder or a repository on the Hub, such as 'Qwen/Qwen3-8B'."
+        raise ModelNotFoundError(msg)
     elif Path(model_id).suffix in (".gguf", *_WEIGHTS, *_ARCHIVES):
         msg = f"there is no file {model_id}; check the path, and give a folder or the name of a repository on the Hub."
         raise ModelNotFoundError(msg)

@@ -145,6 +145,7 @@ def test_names_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "llama-7b").mkdir()
     assert f"did you mean {tmp_path / 'llama-7b'}?" in told(str(tmp_path / "llama-7B-"))
     assert "there is no folder /no/such/model; check the path" in told("/no/such/model")
+    assert "is a name of Ollama's" in told("llama3:8b")
     assert "there is no file nothing.gguf" in told("nothing.gguf")
     assert "model_id='Qwen/Qwen3-8B'" in told("https://huggingface.co/Qwen/Qwen3-8B/tree/main")
     assert "model_id='Qwen/Qwen3-8B'" in told("hf.co/Qwen/Qwen3-8B")
