@@ -26,11 +26,12 @@ from langchain_quantllm.errors import (
     ModelNotFoundError,
     UnsupportedError,
 )
+from langchain_quantllm.hub import fetch
 from langchain_quantllm.memory import transformers_builds
 from langchain_quantllm.memory.estimate import build_on_meta
 from langchain_quantllm.silence import progress_bars, quiet_logger
+from langchain_quantllm.sources import ADAPTER_CONFIG, check_sources
 
-_CONFIG = "adapter_config.json"
 _WEIGHTS, _PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 _PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "ADAPTION_PROMPT")
 
@@ -63,6 +64,7 @@ def find_adapters(spec: LoadSpec) -> list[Adapter]:
     """
     if not spec.adapters:
         return []
+    check_sources(spec.model_id, spec.adapters)
     check_peft()
     return [_find(name, source, spec) for name, source in spec.adapters.items()]
 
@@ -75,14 +77,11 @@ def _find(name: str, source: str, spec: LoadSpec) -> Adapter:
         raise InvalidOptionError(msg)
     path = Path(source).expanduser()
     folder = path.resolve() if path.is_dir() else _fetch(name, source, spec)
-    if not (folder / _CONFIG).is_file():
-        msg = f"the folder {source} of adapter {name!r} has no {_CONFIG}; give a folder that peft has saved."
-        raise ModelNotFoundError(msg)
     try:
-        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         kind = str(config["peft_type"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        msg = f"the {_CONFIG} of adapter {name!r} ({source}) cannot be read: {first_line(error)}"
+        msg = f"the {ADAPTER_CONFIG} of adapter {name!r} ({source}) cannot be read: {first_line(error)}"
         raise CheckpointError(msg) from error
     if kind in _PROMPTS:
         msg = (
@@ -117,35 +116,33 @@ def _check_weights(name: str, source: str, folder: Path, spec: LoadSpec) -> None
 def _fetch(name: str, source: str, spec: LoadSpec) -> Path:
     """Bring an adapter's files from the Hub, or find them in its cache."""
     from huggingface_hub import errors as hub
-    from huggingface_hub import hf_hub_download
     from huggingface_hub.constants import is_offline_mode
 
-    if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        msg = f"there is no folder {source} for adapter {name!r}; check the path, or give a repository on the Hub."
-        raise ModelNotFoundError(msg)
-    options = {"token": spec.token, "cache_dir": spec.cache_dir, "local_files_only": bool(spec.local_files_only)}
+    options: dict[str, Any] = {
+        "token": spec.token,
+        "cache_dir": spec.cache_dir,
+        "local_files_only": bool(spec.local_files_only),
+    }
     try:
-        folder = Path(hf_hub_download(source, _CONFIG, **options)).parent
+        folder = fetch(source, ADAPTER_CONFIG, **options).parent
         with contextlib.suppress(hub.EntryNotFoundError):
-            hf_hub_download(source, _WEIGHTS, **options)
+            fetch(source, _WEIGHTS, **options)
             return folder
         if not spec.use_safetensors:
             with contextlib.suppress(hub.EntryNotFoundError):
-                hf_hub_download(source, _PICKLE, **options)
+                fetch(source, _PICKLE, **options)
             return folder
     except (hub.HfHubHTTPError, hub.EntryNotFoundError, hub.HFValidationError, OSError) as error:
         if isinstance(error, hub.GatedRepoError):
             why = "is gated; accept its terms on its page on the Hub and pass token=, or set HF_TOKEN."
         elif isinstance(error, hub.RemoteEntryNotFoundError):
-            why = f"has no {_CONFIG}; it is no adapter of peft."
+            why = f"has no {ADAPTER_CONFIG}; it is no adapter of peft."
         elif isinstance(error, hub.RepositoryNotFoundError | hub.HFValidationError):
             why = "is neither a folder here nor a repository on the Hub; a private one needs token= or HF_TOKEN."
         elif spec.local_files_only or is_offline_mode():
             why = "is not on this machine, and the Hub may not be asked; give a local folder."
         else:
-            why = (
-                f"is not on this machine and the Hub could not be asked ({type(error).__name__}); give a local folder."
-            )
+            why = f"is not on this machine and the Hub could not be asked ({first_line(error)}); give a local folder."
         msg = f"adapter {name!r}: {source} {why}"
         raise ModelNotFoundError(msg) from error
     msg = (

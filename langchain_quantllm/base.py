@@ -13,7 +13,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, ClassVar
 
 from langchain_core.exceptions import ContextOverflowError, ModelTimeoutError
 from langchain_core.language_models.base import BaseLanguageModel, LangSmithParams
@@ -25,11 +25,12 @@ from typing_extensions import Self
 from langchain_quantllm._version import __version__
 from langchain_quantllm.adapter_names import AdapterChoice
 from langchain_quantllm.checkpoint import LoadSpec, stored_quantization
+from langchain_quantllm.engine.counterparts import Kind, written
 from langchain_quantllm.engine.options import (
     BASE_ADAPTER,
     OWN,
-    REFUSED,
     GenerationOptions,
+    Place,
     normalize,
     option_names,
     resolve,
@@ -44,7 +45,6 @@ from langchain_quantllm.errors import (
     PromptTooLongError,
     QuantLLMError,
     UnsupportedError,
-    nearest,
 )
 from langchain_quantllm.loading import LoadedModel, acquire, adopt, name_of
 from langchain_quantllm.memory import MemoryReport, check_cache_budget
@@ -112,9 +112,8 @@ _LOADING = ("quantization", "quantization_config", *_SPEC_NAMES, "token", "devic
 _OPTION_FIELDS = tuple(
     name for name in OWN if name not in ("top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "min_length", "adapter")
 )
+_BITSANDBYTES = ("load_in_4bit", "load_in_8bit", "bnb_4bit_", "llm_int8_")
 _MODEL_KWARGS_ALIASES = {"torch_dtype": "dtype", "use_auth_token": "token"}
-_LOAD_IN = {"load_in_8bit": "int8", "load_in_4bit": "fp4"}  # fp4 is what BitsAndBytesConfig(load_in_4bit=True) means
-
 
 _TASKS = ("text-generation", "image-text-to-text")
 """Tasks of the pipelines that can be used."""
@@ -232,6 +231,9 @@ class QuantizedModel(BaseLanguageModel[Any]):
     """Other fields of transformers' GenerationConfig; they may be given to the class by name as well."""
 
     _model: LoadedModel | None = PrivateAttr(default=None)
+    _kind: ClassVar[Kind] = "llm"
+    _call_options: ClassVar[tuple[str, ...]] = ()
+    """Options of a call beside those of generating."""
 
     # Construction.
 
@@ -247,9 +249,7 @@ class QuantizedModel(BaseLanguageModel[Any]):
         except ValidationError as error:
             causes = [e.get("ctx", {}).get("error") for e in error.errors(include_url=False)]
             own = next((cause for cause in causes if isinstance(cause, QuantLLMError)), None)
-            if own is None:
-                raise
-            raise own from None  # the sentence itself, without pydantic's frame around it
+            raise (own or _invalid_field(error)) from None  # the sentence itself, without pydantic's frame around it
 
     @model_validator(mode="before")
     @classmethod
@@ -264,6 +264,10 @@ class QuantizedModel(BaseLanguageModel[Any]):
                 if values.setdefault("model_id", alias) != alias:
                     msg = f"model_id={values['model_id']!r} and {name}={alias!r} say two things; give one of them."
                     raise InvalidOptionError(msg)
+        for name in ("model_kwargs", "generation_kwargs", "pipeline_kwargs"):
+            if not isinstance(given := values.get(name) or {}, Mapping):
+                msg = f"{name}={given!r} is no dict; give names with values, such as {{'max_new_tokens': 64}}."
+                raise InvalidOptionError(msg)
         options = _lift_model_kwargs(values)
         for name in ("generation_kwargs", "pipeline_kwargs"):
             options.update(values.pop(name, None) or {})
@@ -272,30 +276,23 @@ class QuantizedModel(BaseLanguageModel[Any]):
             values["batch_size"] = batch_size
         if (adapter := options.pop("adapter", None)) is not None and values.get("adapter") is None:
             values["adapter"] = adapter
-        known = {*cls.model_fields, *(f.alias for f in cls.model_fields.values() if f.alias)}
-        for name in [n for n in values if n not in known or n in _OPTION_FIELDS]:
-            if name not in option_names():
-                cls._reject(name, values[name], known)
-            options[name] = values.pop(name)
-        checked = normalize(options)
+        known = cls._names()
+        options.update({n: values.pop(n) for n in list(values) if n not in known or n in _OPTION_FIELDS})
+        checked = normalize(options, place=cls._place(at_call=False))
         values.update({k: list(v) if isinstance(v, tuple) else v for k, v in checked.items() if k in _OPTION_FIELDS})
         values["generation_kwargs"] = {k: v for k, v in checked.items() if k not in _OPTION_FIELDS}
         return values
 
     @classmethod
-    def _reject(cls, name: str, value: Any, known: set[str]) -> None:
-        if name in ("torch_dtype",):
-            hint = "; transformers 5 calls it dtype"
-        elif name in _LOAD_IN:
-            hint = f"; write quantization={_LOAD_IN[name]!r}"
-        elif name == "backend":
-            hint = "; it belongs to from_model_id"
-        else:
-            if name in REFUSED:
-                normalize({name: value})  # raises with the reason
-            hint = nearest(name, {*known, *option_names()})
-        msg = f"{cls.__name__} has no field {name!r}{hint}"
-        raise InvalidOptionError(msg)
+    def _names(cls) -> frozenset[str]:
+        """List the names that the class takes for its fields."""
+        return frozenset({*cls.model_fields, *(f.alias for f in cls.model_fields.values() if f.alias)})
+
+    @classmethod
+    def _place(cls, *, at_call: bool) -> Place:
+        """Say where options are given, for the words of an error."""
+        calls = frozenset({*option_names(), *cls._call_options})
+        return Place(kind=cls._kind, owner=cls.__name__, fields=cls._names(), calls=calls, at_call=at_call)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -511,7 +508,7 @@ class QuantizedModel(BaseLanguageModel[Any]):
 
     def _options(self, stop: Sequence[str] | None, call: Mapping[str, Any]) -> GenerationOptions:
         """Resolve a call's options: the call's value, the field's, the checkpoint's, the default."""
-        given = normalize({**call, "stop": stop} if stop is not None else call)
+        given = normalize({**call, "stop": stop} if stop is not None else call, place=self._place(at_call=True))
         asked = given.pop("adapter", None)
         adapter = self._adapter_choice().choose(asked)  # before any weight is read
         model = self._loaded()
@@ -684,10 +681,11 @@ def _lift_model_kwargs(values: dict[str, Any]) -> dict[str, Any]:
     """
     rest: dict[str, Any] = {}
     options: dict[str, Any] = {}
-    for name, value in (values.get("model_kwargs") or {}).items():
-        field = "quantization" if name in _LOAD_IN else _MODEL_KWARGS_ALIASES.get(name, name)
-        if name in _LOAD_IN:
-            value = _LOAD_IN[name] if value else None
+    model_kwargs = dict(values.get("model_kwargs") or {})
+    if (quantization := _bitsandbytes_of(model_kwargs)) is not None:
+        model_kwargs["quantization"] = quantization
+    for name, value in model_kwargs.items():
+        field = _MODEL_KWARGS_ALIASES.get(name, name)
         if field in (*_SPEC_NAMES, "token", "quantization", "quantization_config"):
             if value is not None and values.get(field) not in (None, value):
                 both = "" if field == "token" else f", as {values[field]!r} and as {value!r}"
@@ -716,6 +714,28 @@ def _lift_model_kwargs(values: dict[str, Any]) -> dict[str, Any]:
     elif given is None:
         values.pop("adapters", None)
     return options
+
+
+def _bitsandbytes_of(model_kwargs: dict[str, Any]) -> Scheme | None:
+    """Take the options of bitsandbytes out of `model_kwargs`, as older transformers took them there.
+
+    Returns:
+        The scheme that `BitsAndBytesConfig` means by them; None where there are none, or they ask for none.
+    """
+    given = {name: model_kwargs.pop(name) for name in list(model_kwargs) if name.startswith(_BITSANDBYTES)}
+    if given.get("load_in_4bit") or given.get("load_in_8bit"):
+        return scheme_of_config(given)
+    if name := next((name for name in given if not name.startswith("load_in_")), None):
+        normalize({name: given[name]}, place=Place(at_call=False))  # raises, with what to write
+    return None
+
+
+def _invalid_field(error: ValidationError) -> InvalidOptionError:
+    """Say in one sentence what pydantic found."""
+    found = error.errors(include_url=False)[0]
+    name = str(found["loc"][0]) if found["loc"] else "the value"
+    words = str(found["msg"]).replace("Input should", "it must")
+    return InvalidOptionError(f"{written(name, found['input'])} is not allowed; {words[:1].lower()}{words[1:]}.")
 
 
 def _device_name(device: int | str) -> str:

@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import re
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import ModelProfile
@@ -31,6 +31,7 @@ from langchain_quantllm.chat_options import CHAT_OPTIONS, ChatOptions, choice_of
 from langchain_quantllm.checkpoint import reads_images, stored_profile
 from langchain_quantllm.constraints import Compiler, Constraint, Either, JSONSchema, ToolCalls
 from langchain_quantllm.descriptions import describe_answer, describe_tool
+from langchain_quantllm.engine.counterparts import Kind
 from langchain_quantllm.engine.options import GenerationOptions, normalize
 from langchain_quantllm.engine.request import Request, TokenMask
 from langchain_quantllm.errors import InvalidOptionError, UnsupportedError, nearest
@@ -149,6 +150,8 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
     """True makes `invoke` stream inwardly, for callbacks that want tokens."""
     max_retries: int | None = None
     """For compatibility: a model in this process has nothing to retry."""
+    _kind: ClassVar[Kind] = "chat"
+    _call_options: ClassVar[tuple[str, ...]] = CHAT_OPTIONS
 
     @model_validator(mode="before")
     @classmethod

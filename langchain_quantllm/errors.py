@@ -6,8 +6,14 @@ module of the package, so that each of them can raise these.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class QuantLLMError(Exception):
@@ -50,6 +56,45 @@ class GenerationTimeoutError(QuantLLMError, TimeoutError):
     """A request did not end within its `timeout`."""
 
 
+class NamedOptions:
+    """Base of value classes: an option that a class does not have names the nearest one that it has."""
+
+    _MEANT: ClassVar[Mapping[str, str]] = {}
+    """Names of other libraries for options of the class."""
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Check the names of the options.
+
+        Raises:
+            InvalidOptionError: If there is no such option.
+        """
+        known = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
+        for name, value in options.items():
+            if name not in known:
+                meant = cls._MEANT.get(name)
+                hint = f"; write {meant}=" if meant in known else nearest(name, known)
+                msg = f"{cls.__name__}({name}={value!r}) is not possible: it has no option {name!r}{hint}"
+                raise InvalidOptionError(msg)
+        return super().__new__(cls)
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """Find the known name that a wrong one is most like, whatever its case and its dashes; None if it is like none.
+
+    Args:
+        name: The unknown name.
+        known: The names that are allowed.
+    """
+    names = {_folded(n): n for n in sorted(known, reverse=True)}
+    close = difflib.get_close_matches(_folded(name), names, n=1, cutoff=0.6 if len(names) < 20 else 0.7)
+    close = close or [n for n in sorted(names) if len(name) > 2 and n.startswith(_folded(name))]
+    return names[close[0]] if close else None
+
+
+def _folded(name: str) -> str:
+    return re.sub(r"[\s-]", "_", name.lower())
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Say which known name is meant, as the end of an error sentence.
 
@@ -61,11 +106,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
         `; did you mean 'X'?`, or the whole list where nothing is near.
     """
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    close = close or [n for n in names if len(name) > 2 and n.startswith(name)]
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; allowed are {', '.join(names)}."
+    if (meant := closest(name, names)) is not None:
+        return f"; did you mean {meant!r}?"
+    return f"; allowed are {', '.join(names)}." if names else "; it takes none."
 
 
 def pip_install(*packages: str) -> str:

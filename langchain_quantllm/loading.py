@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 import threading
 import uuid
 import weakref
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from langchain_quantllm.adapters import check_shapes, find_adapters, load_adapters
-from langchain_quantllm.checkpoint import Checkpoint, LoadSpec, check_attention, find_checkpoint, reconcile
+from langchain_quantllm.checkpoint import Checkpoint, LoadSpec, check_attention, find_checkpoint, find_source, reconcile
 from langchain_quantllm.compat.bitsandbytes import import_quietly
 from langchain_quantllm.compat.gptqmodel import settle_gptq_model
 from langchain_quantllm.compat.gptqmodel_import import contained
@@ -39,6 +40,7 @@ from langchain_quantllm.pipelines import load_pipeline
 from langchain_quantllm.placement import default_device_map, devices_named, devices_of, release_memory, reset_peaks
 from langchain_quantllm.schemes import GPTQ, Prequantized, Scheme, Unquantized, scheme_of_config
 from langchain_quantllm.silence import without_torchao
+from langchain_quantllm.sources import check_sources
 
 
 class LoadedModel:
@@ -165,6 +167,9 @@ def acquire(spec: LoadSpec) -> LoadedModel:
     Raises:
         QuantLLMError: One of its kinds, as `load` raises it.
     """
+    check_sources(spec.model_id, spec.adapters)
+    if "torch" not in sys.modules:  # so nothing is loaded yet, and importing it takes seconds
+        find_source(spec)
     spec = dataclasses.replace(spec, device_map=default_device_map(spec))
     key = spec.key()
     with _registry_lock:
@@ -222,10 +227,12 @@ def load(spec: LoadSpec) -> LoadedModel:
         UnsupportedError: If this machine cannot run it.
         NotEnoughMemoryError: If it does not fit.
     """
+    check_sources(spec.model_id, spec.adapters)
     check_packages(spec.scheme)
+    source = find_source(spec)
     import_quietly()
     adapters = find_adapters(spec)
-    checkpoint = find_checkpoint(spec)
+    checkpoint = find_checkpoint(spec, source)
     scheme, quantization_config = reconcile(spec, checkpoint)
     check_packages(scheme)
     check_attention(spec)

@@ -78,9 +78,10 @@ def load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: A
             )
     lost = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"]), *_misshapen(model)}
     if lost:
+        saved = ", ".join(getattr(checkpoint.config, "architectures", None) or ())
         msg = (
             f"the checkpoint {spec.model_id} has no fitting weights for {len(lost)} tensors, such as {min(lost)!r}, "
-            "and they would have been random; is it complete, and of this architecture?"
+            f"and they would have been random; is it complete, and of this architecture{saved and f' ({saved})'}?"
         )
         raise CheckpointError(msg)
     model.eval()

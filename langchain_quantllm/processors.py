@@ -37,6 +37,7 @@ from langchain_quantllm.errors import (
     UnsupportedError,
     pip_install,
 )
+from langchain_quantllm.hub import fetch
 from langchain_quantllm.packages import is_installed
 
 _PILLOW = "langchain-quantllm[vision]"
@@ -93,7 +94,6 @@ def _described(spec: LoadSpec, checkpoint: Checkpoint) -> str:
 def _find(spec: LoadSpec, checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] | None:
     """Find where the files of an image processor are: the source, and the Hub's options for it."""
     from huggingface_hub import errors as hub
-    from huggingface_hub import hf_hub_download
     from huggingface_hub.constants import is_offline_mode
 
     if checkpoint.local:
@@ -105,7 +105,7 @@ def _find(spec: LoadSpec, checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] 
     revision = Path(checkpoint.source).name if checkpoint.local else spec.revision
     for name in PROCESSOR_FILES:
         with contextlib.suppress(hub.HfHubHTTPError, hub.EntryNotFoundError, OSError):
-            hf_hub_download(spec.model_id, name, revision=revision, token=spec.token, cache_dir=spec.cache_dir)
+            fetch(spec.model_id, name, revision=revision, token=spec.token, cache_dir=spec.cache_dir)
             return spec.model_id, hub_options(dataclasses.replace(spec, revision=revision), None)
     return None
 

@@ -8,20 +8,53 @@ transformers config is asked for, and reads no checkpoint.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from langchain_quantllm.errors import InvalidOptionError, nearest
+from langchain_quantllm.errors import InvalidOptionError, NamedOptions, nearest
 
 FLOAT_DTYPES = ("float16", "bfloat16", "float32")
 """Names of the dtypes that weights may be held or computed in."""
 
+BITSANDBYTES_OPTIONS = (
+    "quant_method",
+    "load_in_8bit",
+    "load_in_4bit",
+    "_load_in_8bit",
+    "_load_in_4bit",
+    "llm_int8_threshold",
+    "llm_int8_skip_modules",
+    "llm_int8_enable_fp32_cpu_offload",
+    "llm_int8_has_fp16_weight",
+    "bnb_4bit_compute_dtype",
+    "bnb_4bit_quant_type",
+    "bnb_4bit_use_double_quant",
+    "bnb_4bit_quant_storage",
+)
+"""Keys of transformers' `BitsAndBytesConfig` in its dict form."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class Scheme:
+class Scheme(NamedOptions):
     """How the weights of a model are held in memory. Base of the schemes below."""
 
+    _MEANT: ClassVar[Mapping[str, str]] = {
+        "llm_int8_threshold": "threshold",
+        "llm_int8_skip_modules": "skip_modules",
+        "modules_to_not_convert": "skip_modules",
+        "llm_int8_enable_fp32_cpu_offload": "fp32_cpu_offload",
+        "bnb_4bit_compute_dtype": "compute_dtype",
+        "bnb_4bit_use_double_quant": "double_quantization",
+        "bnb_4bit_quant_storage": "storage_dtype",
+        "backend": "kernel",
+        "w_bit": "bits",
+        "wbits": "bits",
+        "q_group_size": "group_size",
+        "symmetric": "sym",
+        "act_order": "desc_act",
+    }
     name: ClassVar[str]
     packages: ClassVar[tuple[str, ...]] = ()
     """Import names of the packages that loading needs."""
@@ -300,30 +333,77 @@ def scheme_from(value: str | Mapping[str, Any] | Scheme | None) -> Scheme | None
     """
     if value is None or isinstance(value, Scheme):
         return value
-    if isinstance(value, str):
-        if value not in SCHEMES:
-            msg = f"quantization={value!r} is not a known scheme{nearest(value, SCHEMES)}"
-            raise InvalidOptionError(msg)
+    if isinstance(value, str) and value in SCHEMES:
         return SCHEMES[value]
     if isinstance(value, Mapping):
         options = dict(value)
         name = options.pop("name", None)
-        if name not in _CLASSES:
-            msg = f"quantization={dict(value)!r} names no known scheme{nearest(str(name), _CLASSES)}"
+        if name is None and {"load_in_4bit", "load_in_8bit", "quant_method"} & options.keys():
+            msg = f"quantization={dict(value)!r} is a transformers config; pass it as quantization_config=."
             raise InvalidOptionError(msg)
-        cls: Any = _CLASSES[name]
-        known = [f.name for f in dataclasses.fields(cls)]
-        for option in options:
-            if option not in known:
-                msg = f"quantization {name!r} has no option {option!r}{nearest(option, known)}"
-                raise InvalidOptionError(msg)
-        scheme: Scheme = cls(**options)
+        if name not in _CLASSES:
+            hint = f", as {{'name': 'nf4'}} does{nearest('', _CLASSES)}" if name is None else scheme_hint(name)
+            msg = f"quantization={dict(value)!r} names no known scheme{hint}"
+            raise InvalidOptionError(msg)
+        scheme: Scheme = _CLASSES[name](**options)
         return scheme
     if type(value).__module__.startswith("transformers."):
         msg = f"quantization={type(value).__name__}(...) is a transformers config; pass it as quantization_config=."
         raise InvalidOptionError(msg)
-    msg = f"quantization={value!r} must be a name or a scheme{nearest(str(value), SCHEMES)}"
+    if isinstance(value, type) and issubclass(value, Scheme):
+        msg = f"quantization={value.__name__} is a class; make a scheme of it: quantization={value.__name__}()."
+        raise InvalidOptionError(msg)
+    msg = f"quantization={value!r} is not a known scheme{scheme_hint(value)}"
     raise InvalidOptionError(msg)
+
+
+_OWN_FORMAT = (
+    "; a checkpoint in this format says so in its own config, so leave quantization out for it; others are quantized "
+    "while they load by 'nf4' (4 bits) or 'int8'."
+)
+_WHICH = "; say which: 'nf4' (4 bits) or 'int8' (8 bits); None takes the checkpoint as it is."
+_DTYPE = "; it is a dtype: write quantization='none' with dtype={!r}."
+_GGUF = "; it is a kind of llama.cpp's GGUF files, whose counterpart here is {}."
+_MEANINGS: tuple[tuple[str, str], ...] = (
+    (r"(i|t)?q[1-5]([01]|[a-z].*)?", _GGUF.format("'nf4' (4 bits)")),
+    (r"(i|t)?q[6-8]([01]|[a-z].*)?", _GGUF.format("'int8' (8 bits)")),
+    (r".*gg(uf|ml).*", "; llama.cpp's GGUF files are converted first: python -m langchain_quantllm.gguf FILE FOLDER."),
+    (r"(bf|bfloat)(16(bits?)?)?", _DTYPE.format("bfloat16")),
+    (r"((fp|f|float)?16(bits?)?|half|w16a16)", _DTYPE.format("float16")),
+    (r"((fp|f|float)?32(bits?)?)", _DTYPE.format("float32")),
+    (r"(auto|opt)?gptq.*|.*gptq", "; write 'gptq', or GPTQ(bits=4) to make sure of the bits that the checkpoint has."),
+    (r"(qlora|nf4)(dq|d|doublequant)?|d(ouble)?q(uant)?(ization)?", "; did you mean 'nf4-double'?"),
+    (
+        r"(bnb|bitsandbytes)",
+        "; bitsandbytes makes 'int8' (8 bits), 'nf4' and 'fp4' (4 bits): write one of these names.",
+    ),
+    (
+        r"(bnb|bitsandbytes|loadin|llm|u?int|i|w)*4(bits?)?(bnb|bitsandbytes)?",
+        "; write 'nf4', the best of 4 bits here.",
+    ),
+    (r"(bnb|bitsandbytes|loadin|llm|u?int|i|w)*8(bits?)?(bnb|bitsandbytes)?", "; did you mean 'int8'?"),
+    (
+        r"(bnb|bitsandbytes|loadin|llm|u?int|i|w)*[\d.]+(bits?)?",
+        "; there is no scheme of so many bits: 'nf4' has 4, 'int8' has 8, a GPTQ checkpoint 2, 3, 4 or 8.",
+    ),
+    (
+        r"(auto)?awq.*|aqlm|hqq|eetq|(optimum)?quanto|torchao|compressedtensors|.*fp8.*|.*(mx|nv)fp[468].*|exl[23]|bitnet"
+        r"|spqr|vptq|higgs|quark|autoround|sinq|w\d+a\d+.*|modelopt|marlin|squeezellm|smoothquant|mlx",
+        _OWN_FORMAT,
+    ),
+    (r"true|yes|on|auto|default|best|quantized?", _WHICH),
+    (r"false|no|off|null|full|unquantized|original|", "; write 'none' for weights as they are."),
+)
+"""What is meant by values that name no scheme, in small letters, without dashes and dots."""
+
+
+def scheme_hint(value: Any) -> str:
+    """Say which scheme is meant by a value that names none, as the end of an error sentence."""
+    text = re.sub(r"[\s()_-]|(?<!\d)\.|\.(?!\d)", "", str(value).lower())
+    if (name := {name.replace("-", ""): name for name in SCHEMES}.get(text)) is not None:
+        return f"; did you mean {name!r}?"
+    told = next((told for pattern, told in _MEANINGS if re.fullmatch(pattern, text)), None)
+    return told if told is not None else nearest(str(value), SCHEMES)
 
 
 def scheme_of_config(config: Mapping[str, Any]) -> Scheme:

@@ -6,11 +6,11 @@ Owns their values. How a text is kept to them is `compiler`'s and `masks`' busin
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
-from langchain_quantllm.errors import InvalidOptionError, nearest
+from langchain_quantllm.errors import InvalidOptionError, NamedOptions, nearest
 from langchain_quantllm.messages.formats import ToolFormat
 
 
@@ -20,7 +20,7 @@ def frozen_text(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Constraint:
+class Constraint(NamedOptions):
     """What a text must be. Base of the constraints below.
 
     Args:
@@ -28,7 +28,20 @@ class Constraint:
             whether the prompt has opened them. The constraint holds from the end mark on.
     """
 
+    _MEANT: ClassVar[Mapping[str, str]] = {
+        "json_schema": "schema",
+        "regex": "pattern",
+        "choices": "options",
+        "values": "options",
+        "grammar": "ebnf",
+        "gbnf": "ebnf",
+    }
     reasoning: tuple[str, str, bool] | None = field(default=None, kw_only=True)
+
+    def _check_text(self, option: str, example: str) -> None:
+        if not isinstance(value := getattr(self, option), str):
+            msg = f"{type(self).__name__}({option}={value!r}) is not possible; it must be a text, such as {example!r}."
+            raise InvalidOptionError(msg)
 
 
 @dataclass(frozen=True)
@@ -38,7 +51,13 @@ class JSONSchema(Constraint):
     schema: Mapping[str, Any] | str
 
     def __post_init__(self) -> None:
-        """Keep the text of the schema."""
+        """Check the schema and keep its text."""
+        if not isinstance(self.schema, Mapping | str):
+            msg = (
+                f"JSONSchema(schema={self.schema!r}) is not possible; it must be a dict or JSON text, such as "
+                "{'type': 'object'}; a pydantic class gives its own by model_json_schema()."
+            )
+            raise InvalidOptionError(msg)
         object.__setattr__(self, "schema", frozen_text(self.schema))
 
 
@@ -53,6 +72,10 @@ class Regex(Constraint):
 
     pattern: str
 
+    def __post_init__(self) -> None:
+        """Check that it is a text."""
+        self._check_text("pattern", "[0-9]+")
+
 
 @dataclass(frozen=True)
 class Choice(Constraint):
@@ -62,6 +85,11 @@ class Choice(Constraint):
 
     def __post_init__(self) -> None:
         """Check the texts."""
+        if isinstance(self.options, str) or not isinstance(self.options, Iterable):
+            msg = (
+                f"Choice(options={self.options!r}) is not possible; it must be a list of texts, such as ['yes', 'no']."
+            )
+            raise InvalidOptionError(msg)
         object.__setattr__(self, "options", tuple(self.options))
         if not self.options or not all(isinstance(o, str) and o for o in self.options):
             msg = f"options={list(self.options)!r} must be texts, at least one, none of them empty."
@@ -73,6 +101,10 @@ class Grammar(Constraint):
     """A text of a context-free grammar in xgrammar's EBNF, which is GBNF; it begins with the rule `root`."""
 
     ebnf: str
+
+    def __post_init__(self) -> None:
+        """Check that it is a text."""
+        self._check_text("ebnf", 'root ::= "yes" | "no"')
 
 
 @dataclass(frozen=True)

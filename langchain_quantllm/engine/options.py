@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from langchain_quantllm.errors import InvalidOptionError, nearest
+from langchain_quantllm.engine.counterparts import COUNTERPARTS, Kind, advice, names_advised, written
+from langchain_quantllm.errors import InvalidOptionError, closest
 
 DEFAULT_MAX_NEW_TOKENS = 256
 """Most tokens that a request makes where nothing else says how many."""
@@ -150,9 +151,6 @@ _WITHOUT_EFFECT: Mapping[str, tuple[Any, ...] | None] = {
 
 _RARE_SAMPLERS = {"top_h": 1.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
 
-_NOT_TEXT = "an LLM returns text; call llm.pipeline yourself for other outputs"
-_REMOTE = "transformers moved this strategy out to code on the Hub, which is not run here"
-_ASSISTED = "decoding with a second model is not offered; prompt_lookup_num_tokens needs none"
 _PROCESSORS = frozenset(
     {
         "no_repeat_ngram_size",
@@ -169,67 +167,6 @@ _PROCESSORS = frozenset(
     }
 )
 """Those of them that change the scores before a token is chosen."""
-
-REFUSED: Mapping[str, str] = {
-    **dict.fromkeys(
-        (
-            "output_attentions",
-            "output_hidden_states",
-            "output_scores",
-            "output_logits",
-            "return_dict_in_generate",
-            "return_tensors",
-            "return_text",
-            "return_type",
-        ),
-        _NOT_TEXT + " (logprobs=True gives the probabilities)",
-    ),
-    **dict.fromkeys(
-        (
-            "penalty_alpha",
-            "dola_layers",
-            "low_memory",
-            "diversity_penalty",
-            "num_beam_groups",
-            "constraints",
-            "force_words_ids",
-            "custom_generate",
-        ),
-        _REMOTE,
-    ),
-    **dict.fromkeys(
-        (
-            "is_assistant",
-            "assistant_model",
-            "assistant_tokenizer",
-            "num_assistant_tokens",
-            "num_assistant_tokens_schedule",
-            "assistant_confidence_threshold",
-            "assistant_early_exit",
-            "assistant_lookbehind",
-            "target_lookbehind",
-            "assistant_ensemble_weight",
-            "speculation_type",
-            "use_mtp",
-        ),
-        _ASSISTED,
-    ),
-    "watermarking_config": "a watermark would come after the token is drawn; use llm.pipeline for it",
-    "token_healing": "it changes the prompt's own tokens; end the prompt at a word instead",
-    "continuous_batching_config": "the engine batches by itself",
-    "streamer": "use llm.stream(...)",
-    "logits_processor": "it would act on other callers' rows too; use llm.pipeline for it",
-    "stopping_criteria": "it would act on other callers' rows too; use stop=[...] or llm.pipeline",
-    "generation_config": "pass its fields by name: **generation_config.to_diff_dict()",
-    "prefix": "put the text into the prompt",
-    "batch_size": "it is set when the LLM is made: QuantizedHuggingFaceLLM(..., batch_size=8)",
-    "clean_up_tokenization_spaces": "the text comes as the model wrote it",
-    "documents": "put the documents into the prompt",
-    "tools": "an LLM has no tools; they belong to a chat model",
-    "continue_final_message": "an LLM takes a prompt, not messages",
-    "tokenizer_encode_kwargs": "use add_special_tokens and truncation",
-}
-"""Names that transformers or its pipeline knows and that are refused, with the reason."""
 
 _ALIASES: Mapping[str, str] = {
     "max_tokens": "max_new_tokens",
@@ -249,7 +186,16 @@ _HARMLESS: Mapping[str, tuple[Any, ...]] = {  # values that ask for what happens
     "output_hidden_states": (False,),
     "output_logits": (False,),
     "prefix": ("",),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "mirostat": (0,),
+    "tfs_z": (1,),
+    "best_of": (1,),
+    "echo": (False,),
 }
+
+_COMMON = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+"""The options that most calls are content with."""
 
 
 def option_names() -> list[str]:
@@ -260,7 +206,25 @@ def option_names() -> list[str]:
 _KNOWN = frozenset(option_names())
 
 
-def normalize(given: Mapping[str, Any], *, lenient: bool = False) -> dict[str, Any]:
+class Place(NamedTuple):
+    """Where options are given, for the words of an error.
+
+    Args:
+        kind: The class that is asked.
+        owner: Its name.
+        fields: Names of its fields.
+        calls: Names of the options of a call.
+        at_call: Whether it is a call's options, or what the object is made with.
+    """
+
+    kind: Kind = "llm"
+    owner: str = "QuantizedHuggingFaceLLM"
+    fields: frozenset[str] = frozenset()
+    calls: frozenset[str] = _KNOWN
+    at_call: bool = True
+
+
+def normalize(given: Mapping[str, Any], *, lenient: bool = False, place: Place = Place()) -> dict[str, Any]:  # noqa: B008
     """Check options and translate their aliases.
 
     Args:
@@ -268,6 +232,7 @@ def normalize(given: Mapping[str, Any], *, lenient: bool = False) -> dict[str, A
             more of them, which count as if given beside it.
         lenient: Leave out what is unknown or not allowed instead of raising. For values that
             come out of a checkpoint, not from a user.
+        place: Where they are given.
 
     Returns:
         The options under the names of `OWN` and `GENERATE`.
@@ -280,12 +245,12 @@ def normalize(given: Mapping[str, Any], *, lenient: bool = False) -> dict[str, A
         if value is None:
             continue
         if name == "pipeline_kwargs":
-            options.update(normalize(value, lenient=lenient))
+            options.update(normalize(value, lenient=lenient, place=place))
             continue
         if lenient and name not in _KNOWN:
             continue
         try:
-            canonical, checked = _normalize_one(name, value)
+            canonical, checked = _normalize_one(name, value, place)
         except InvalidOptionError:
             if lenient:
                 continue
@@ -300,7 +265,7 @@ def normalize(given: Mapping[str, Any], *, lenient: bool = False) -> dict[str, A
     return options
 
 
-def _normalize_one(name: str, value: Any) -> tuple[str, Any]:
+def _normalize_one(name: str, value: Any, place: Place) -> tuple[str, Any]:
     if name == "skip_prompt":
         name, value = "return_full_text", not value
     elif name == "handle_long_generation" and value == "hole":
@@ -312,19 +277,39 @@ def _normalize_one(name: str, value: Any) -> tuple[str, Any]:
         value = 0
     if name in _HARMLESS and value in _HARMLESS[name]:
         return "", None
-    if name in REFUSED:
-        msg = f"{name}={value!r} is not possible here: {REFUSED[name]}."
-        raise InvalidOptionError(msg)
     check = OWN.get(name) or GENERATE.get(name)
     if check is None:
-        msg = f"unknown option {name!r}{nearest(name, option_names())}"
-        raise InvalidOptionError(msg)
+        raise InvalidOptionError(_unknown(name, value, place))
     if not check.passes(value):
         msg = f"{name}={value!r} is not allowed; it must be {check.allowed}."
         raise InvalidOptionError(msg)
     if isinstance(value, list) and name in OWN:
         value = tuple(value)
     return name, value
+
+
+def _unknown(name: str, value: Any, place: Place) -> str:
+    """Say what to do for a name that is no option: the counterpart of another library's, or the nearest name."""
+    if (told := _advice(name, place)) is not None:
+        return f"{written(name, value)} is no option here; {told}."
+    if place.at_call and name in place.fields:
+        return f"{name} is set when the model is made, not at a call: {place.owner}(..., {written(name, value)})."
+    what = f"unknown option {name!r}" if place.at_call else f"{place.owner} has no field {name!r}"
+    known = place.calls if place.at_call else place.calls | place.fields
+    meant = closest(name, known | COUNTERPARTS.keys())
+    if meant is not None and meant not in known and (told := _advice(meant, place)) is not None:
+        return f"{what}; if {meant!r} is meant: {told}."
+    if meant is not None:
+        return f"{what}; did you mean {meant!r}?"
+    common = (*(() if place.at_call else ("model_id", "quantization")), *_COMMON)
+    return f"{what}; the most used are {', '.join(common)}, and help({place.owner}) has them all."
+
+
+def _advice(name: str, place: Place) -> str | None:
+    told = advice(name, place.kind)
+    if told is not None and place.at_call and not place.calls.issuperset(names_advised(told)):
+        return f"{told}, when the model is made"
+    return told
 
 
 @dataclass(frozen=True, kw_only=True)

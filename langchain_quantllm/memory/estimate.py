@@ -22,6 +22,7 @@ from langchain_quantllm.errors import (
     UnsupportedError,
     nearest,
 )
+from langchain_quantllm.hub import fetch
 from langchain_quantllm.memory.layout import weight_bytes
 from langchain_quantllm.memory.weights import WeightBytes
 from langchain_quantllm.schemes import (
@@ -33,6 +34,7 @@ from langchain_quantllm.schemes import (
     scheme_from,
     scheme_of_config,
 )
+from langchain_quantllm.sources import check_sources, folder_of
 
 if TYPE_CHECKING:
     import torch
@@ -200,7 +202,11 @@ def estimate_memory(
 def _read_config(model_id: str, **options: Any) -> PreTrainedConfig:
     from transformers import AutoConfig
 
+    check_sources(model_id)
     try:
+        if folder_of(model_id) is None:  # asked first, as transformers waits long where there is no connection
+            given = ("revision", "token", "cache_dir", "local_files_only")
+            fetch(model_id, "config.json", **{name: options[name] for name in given if options.get(name) is not None})
         return AutoConfig.from_pretrained(model_id, **options)
     except OSError as error:
         msg = f"No config can be read for model {model_id!r}: {_first_line(error)}"

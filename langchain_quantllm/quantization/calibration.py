@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from langchain_quantllm.errors import InvalidOptionError, MissingPackageError, pip_install
+from langchain_quantllm.errors import InvalidOptionError, MissingPackageError, NamedOptions, pip_install
 from langchain_quantllm.packages import is_installed
 
 BUILT_IN = "built-in"
@@ -25,7 +25,7 @@ _MOST_TEXTS = 20_000  # of a data set: enough for the largest calibration, small
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibration:
+class Calibration(NamedOptions):
     """What a model is calibrated with.
 
     Args:

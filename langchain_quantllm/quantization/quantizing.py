@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from langchain_quantllm.checkpoint import Checkpoint, LoadSpec, find_checkpoint, first_line, reads_text
+from langchain_quantllm.checkpoint import Checkpoint, LoadSpec, find_checkpoint, find_source, first_line, reads_text
 from langchain_quantllm.compat.bitsandbytes import import_quietly
 from langchain_quantllm.errors import CheckpointError, InvalidOptionError, UnsupportedError
 from langchain_quantllm.loading import load
@@ -118,7 +118,6 @@ def quantize(
     if not 0 < damping < 1:
         msg = f"damping={damping!r} is not allowed; it must lie between 0 and 1, and 0.01 is usual."
         raise InvalidOptionError(msg)
-    import_quietly()
     spec = LoadSpec(
         model_id=os.fspath(model_id),
         scheme=Unquantized() if is_gptq else wanted,
@@ -132,8 +131,10 @@ def quantize(
         progress=progress,
     )
     folder = free_folder(output or _named_after(spec.model_id, wanted), [spec.model_id], overwrite=overwrite)
+    source = find_source(spec)
+    import_quietly()
     with without_torchao():
-        checkpoint = find_checkpoint(spec)
+        checkpoint = find_checkpoint(spec, source)
     if checkpoint.quantization is not None:
         msg = (
             f"{spec.model_id} is quantized already, and what that lost cannot be had back; give the unquantized "

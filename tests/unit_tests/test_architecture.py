@@ -20,7 +20,10 @@ LEVELS = {
     "schemes": 1,
     "output_folder": 1,
     "packages": 1,
+    "hub": 1,
+    "sources": 1,
     "silence": 1,
+    "engine.counterparts": 1,
     "engine.options": 1,
     "engine.request": 1,
     "engine.stopping": 1,
@@ -37,6 +40,8 @@ LEVELS = {
     "compat.transformers_auto": 2,
     "compat.transformers_models": 2,
     "compat.transformers_quantizers": 2,
+    "containment": 2,
+    "gguf": 2,
     "gptq": 2,
     "memory": 2,
     "memory.budget": 2,
@@ -159,7 +164,18 @@ LEVELS = {
 }
 """The level of each module, as CONTRIBUTING.md has them. A new module needs one here."""
 
-LIGHT = {"", "_version", "errors", "schemes", "packages", "engine.options"}
+LIGHT = {
+    "",
+    "_version",
+    "errors",
+    "schemes",
+    "packages",
+    "hub",
+    "sources",
+    "gguf",
+    "engine.counterparts",
+    "engine.options",
+}
 """What may not import torch or transformers even when it is imported itself, only inside its functions."""
 
 PRINTING = {name for name in LEVELS if name.partition(".")[0] == "cli"}

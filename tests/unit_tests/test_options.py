@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 
 from langchain_quantllm import QuantizedHuggingFaceLLM
 from langchain_quantllm.engine import options as opt
+from langchain_quantllm.engine.counterparts import COUNTERPARTS, advice
 from langchain_quantllm.engine.options import DEFAULT_MAX_NEW_TOKENS, GenerationOptions, normalize, resolve
 from langchain_quantllm.errors import InvalidOptionError
 from tests.unit_tests.models import forwards, greedy_text, llm_of, tiny_model
@@ -69,21 +70,21 @@ class TestNames:
     @pytest.mark.parametrize("name", FIELDS_OF_TRANSFORMERS)
     def test_every_field_of_generation_config_is_known(self, name: str) -> None:
         """Each is carried out, handed to `generate`, an alias, or refused with a reason."""
-        known = {*opt.OWN, *opt.GENERATE, *opt.REFUSED, *opt._ALIASES}
+        known = {*opt.OWN, *opt.GENERATE, *COUNTERPARTS, *opt._ALIASES}
         assert name in known
 
     @pytest.mark.parametrize("name", sorted(opt.GENERATE))
     def test_handed_on_fields_exist_in_transformers(self, name: str) -> None:
         assert name in FIELDS_OF_TRANSFORMERS
 
-    @pytest.mark.parametrize("name", sorted(opt.REFUSED))
+    @pytest.mark.parametrize("name", sorted(COUNTERPARTS))
     def test_refusals_give_their_reason_and_are_none_for_a_missing_value(self, name: str) -> None:
-        with pytest.raises(InvalidOptionError, match=re.escape(opt.REFUSED[name][:30])):
+        with pytest.raises(InvalidOptionError, match=re.escape(f"{advice(name, 'llm')}"[:30])):
             normalize({name: "anything"})
         assert normalize({name: None}) == {}
 
     def test_no_name_is_in_two_tables(self) -> None:
-        tables = [set(opt.OWN), set(opt.GENERATE), set(opt.REFUSED), set(opt._ALIASES)]
+        tables = [set(opt.OWN), set(opt.GENERATE), set(COUNTERPARTS), set(opt._ALIASES)]
         assert sum(map(len, tables)) == len(set.union(*tables))
 
     @pytest.mark.parametrize(
@@ -102,8 +103,10 @@ class TestNames:
         with pytest.raises(InvalidOptionError, match=f"unknown option '{wrong}'; did you mean '{meant}'"):
             normalize({wrong: 1})
 
-    def test_a_name_near_to_nothing_lists_what_there_is(self) -> None:
-        with pytest.raises(InvalidOptionError, match=r"unknown option 'zzzzzz'; allowed are .*max_new_tokens.*top_p"):
+    def test_a_name_near_to_nothing_lists_the_most_used(self) -> None:
+        with pytest.raises(
+            InvalidOptionError, match=r"unknown option 'zzzzzz'; the most used are .*max_new_tokens.*top_p"
+        ):
             normalize({"zzzzzz": 1})
 
     @pytest.mark.parametrize(
@@ -358,7 +361,7 @@ class TestOnTheClass:
             ({"pipeline_kwargs": {"max_new_tokns": 3}}, "did you mean 'max_new_tokens'"),
             ({"num_beam": 3}, "did you mean 'num_beams'"),
             ({"num_beams": 2, "do_sample": True}, "add do_sample=False"),
-            ({"streamer": object()}, r"use llm\.stream"),
+            ({"streamer": object()}, r"use \.stream"),
             ({"n": 0}, "n=0 is not allowed; it must be a whole number of at least 1"),
         ],
     )
