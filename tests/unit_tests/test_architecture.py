@@ -39,6 +39,7 @@ LEVELS = {
     "compat.transformers_quantizers": 2,
     "gptq": 2,
     "memory": 2,
+    "memory.bars": 2,
     "memory.budget": 2,
     "memory.estimate": 2,
     "memory.layout": 2,
