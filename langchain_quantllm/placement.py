@@ -68,11 +68,16 @@ def release_memory(*, collect: bool = True) -> None:
     """
     if collect:
         gc.collect()
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc alone keeps, and can trim, what was freed
-        ctypes.CDLL(None).malloc_trim(0)
+    release_heap()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def release_heap() -> None:
+    """Give main memory that was freed back to the system, which glibc alone keeps, and can be asked for."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def reset_peaks(devices: Sequence[str]) -> None:

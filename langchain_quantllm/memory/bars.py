@@ -15,7 +15,8 @@ from langchain_quantllm.memory.snapshot import CpuReading, MemorySnapshot
 from langchain_quantllm.memory.table import Stage, format_bytes
 from langchain_quantllm.packages import is_installed
 
-BEFORE, ANONYMOUS, FILES, ALLOCATED, IN_USE = "before loading", "anonymous", "mapped files", "allocated", "in use"
+BEFORE, ANONYMOUS, FILES, ALLOCATED = "before loading", "anonymous", "mapped from files", "allocated"
+IN_USE = "in use, not told apart"
 WEIGHTS, SIXTEEN_BITS = "weights", "in 16 bits, computed"
 
 _COLOURS = {
@@ -42,6 +43,13 @@ class Bar:
 
     label: str
     parts: Mapping[str, int]
+
+    @property
+    def text(self) -> str:
+        """What stands behind the bar: its length, or for weights what they add."""
+        added = [size for kind, size in self.parts.items() if kind in (WEIGHTS, SIXTEEN_BITS)]
+        sign = "+ " if added and len(self.parts) > 1 else ""
+        return f"{sign}{format_bytes(sum(added) or self.total_bytes)}"
 
     @property
     def total_bytes(self) -> int:
@@ -87,8 +95,9 @@ class Bars:
             rows.append(
                 f'<tr style="background:none"><td style="{cell};text-align:left;white-space:nowrap">'
                 f"{html.escape(bar.label)}</td>"
-                f'<td style="{cell};width:100%"><div style="display:flex;height:14px;min-width:160px">{parts}</div></td>'
-                f'<td style="{cell};text-align:right;white-space:nowrap">{format_bytes(bar.total_bytes)}</td></tr>'
+                f'<td style="{cell};width:100%">'
+                f'<div style="display:flex;height:14px;min-width:160px">{parts}</div></td>'
+                f'<td style="{cell};text-align:right;white-space:nowrap">{bar.text}</td></tr>'
             )
         legend = " ".join(
             f'<span style="white-space:nowrap;margin-right:12px"><span style="display:inline-block;width:10px;'
@@ -121,7 +130,7 @@ class Bars:
         if ax is None:
             from matplotlib import pyplot
 
-            _, ax = pyplot.subplots(figsize=(8.0, 1.4 + 0.4 * len(self.bars)), layout="constrained")
+            _, ax = pyplot.subplots(figsize=(9.0, 1.4 + 0.4 * len(self.bars)), layout="constrained")
         most_bytes = max((bar.total_bytes for bar in self.bars), default=0)
         unit, factor = ("GB", 10**9) if most_bytes >= 10**9 else ("MB", 10**6)
         for at, bar in enumerate(self.bars):
@@ -129,17 +138,14 @@ class Bars:
             for kind, size in bar.parts.items():
                 ax.barh(at, size / factor, left=left_bytes / factor, height=0.6, color=_COLOURS[kind])
                 left_bytes += size
-            ax.annotate(
-                format_bytes(left_bytes), (left_bytes / factor, at), (4, 0), textcoords="offset points", va="center"
-            )
+            ax.annotate(bar.text, (left_bytes / factor, at), (4, 0), textcoords="offset points", va="center")
         ax.set_yticks(range(len(self.bars)), [bar.label for bar in self.bars], parse_math=False)
         ax.invert_yaxis()
         ax.set_xlim(0, 1.15 * most_bytes / factor or 1)
         ax.set_xlabel(f"{unit} ({factor:,} bytes)")
         ax.set_title(self.title, loc="left", parse_math=False)
         ax.spines[["top", "right"]].set_visible(False)
-        handles = [_patch(kind) for kind in self.kinds]
-        ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, -0.22), ncols=max(1, len(handles)), frameon=False)
+        ax.legend(handles=[_patch(kind) for kind in self.kinds], loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
         return ax
 
 
@@ -179,8 +185,11 @@ def stage_bars(
             is_cpu = "cpu" in devices
             parts = {BEFORE: base_bytes, IN_USE if is_cpu else ALLOCATED: grown_bytes}
         bars.append(Bar(label=label, parts=parts))
-    bars += [Bar(label=label, parts={BEFORE: base_bytes, kind: size}) for label, (kind, size) in weights.items()]
-    where = "Resident memory of this process" if list(devices) == ["cpu"] else f"In use on {' and '.join(devices)}"
+    bars += [
+        Bar(label=label, parts={**({BEFORE: base_bytes} if base_bytes else {}), kind: size})
+        for label, (kind, size) in weights.items()
+    ]
+    where = "Resident, this process" if list(devices) == ["cpu"] else f"In use on {' and '.join(devices)}"
     return Bars(title=where, bars=tuple(bars))
 
 

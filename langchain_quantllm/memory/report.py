@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from langchain_quantllm.memory.bars import SIXTEEN_BITS, WEIGHTS, Bars, stage_bars
-from langchain_quantllm.memory.snapshot import MemorySnapshot
+from langchain_quantllm.memory.snapshot import CpuReading, MemorySnapshot
 from langchain_quantllm.memory.table import UNITS_NOTE, Stage, Table, Tabular, format_bytes, stage_table
 from langchain_quantllm.memory.weights import WeightBytes
 
@@ -32,6 +32,9 @@ class MemoryReport(Tabular):
         bytes_16bit: Bytes of the same model in 16 bits, as `MemoryEstimate.bytes_16bit` gives them.
         kv_cache_bytes: Bytes of the KV cache at its largest.
         kv_pool_bytes: Bytes set aside for the KV cache; None where it grows as it needs to.
+        kv_resident_bytes: Bytes of these that lie in main memory, which has them once they are written to; None where
+            that is not known.
+        weights_grown_bytes: Bytes that the weights take more than after loading, as where a CPU's kernels repack them.
         notes: What the numbers do not say; `memory_notes` writes them.
     """
 
@@ -47,6 +50,8 @@ class MemoryReport(Tabular):
     bytes_16bit: int | None = None
     kv_cache_bytes: int | None = None
     kv_pool_bytes: int | None = None
+    kv_resident_bytes: int | None = None
+    weights_grown_bytes: int = 0
     notes: tuple[str, ...] = ()
 
     @property
@@ -71,6 +76,26 @@ class MemoryReport(Tabular):
             return f"{line}, as in 16 bits"
         more_or_less = "less" if self.saving > 0 else "more"
         return f"{line} instead of {format_bytes(self.bytes_16bit)} in 16 bits: {abs(self.saving):.0%} {more_or_less}"
+
+    @property
+    def anonymous_growth(self) -> dict[str, int] | None:
+        """Bytes by which the process's anonymous memory grew since loading, and what they are, by name.
+
+        Returns:
+            `kv_cache`, `weights`, `workspace` (all the rest: buffers of the engine and of kernels, code that the first
+            call loads, heap kept for reuse, and what the program itself made meanwhile) and their sum, `total`. None
+            where no text was generated yet, no weights lie on the CPU, or the system does not tell.
+        """
+        loaded, generated = (
+            None if stage is None else stage.reading("cpu") for stage in (self.after_loading, self.after_generating)
+        )
+        if "cpu" not in self.devices or not (isinstance(loaded, CpuReading) and isinstance(generated, CpuReading)):
+            return None
+        if loaded.anonymous_bytes is None or generated.anonymous_bytes is None:
+            return None
+        total_bytes = generated.anonymous_bytes - loaded.anonymous_bytes
+        named = {"kv_cache": self.kv_resident_bytes or 0, "weights": self.weights_grown_bytes}
+        return {**named, "workspace": total_bytes - sum(named.values()), "total": total_bytes}
 
     def plot(self, ax: Any = None) -> Any:
         """Draw the stages and the weights as bars, beside the weights in 16 bits, with matplotlib.
@@ -103,6 +128,9 @@ class MemoryReport(Tabular):
             "saving": self.saving,
             "kv_cache_bytes": self.kv_cache_bytes,
             "kv_pool_bytes": self.kv_pool_bytes,
+            "kv_resident_bytes": self.kv_resident_bytes,
+            "weights_grown_bytes": self.weights_grown_bytes,
+            "anonymous_growth": self.anonymous_growth,
             **{name: stage and stage.to_dict() for name, stage in stages.items()},
             **{name: None if peak is None else dict(peak) for name, peak in peaks.items()},
             "notes": list(self.notes),
@@ -138,5 +166,11 @@ class MemoryReport(Tabular):
         if self.kv_cache_bytes is not None:
             pool = f" of {format_bytes(self.kv_pool_bytes)} set aside for it" if self.kv_pool_bytes else ""
             lines.append(f"KV cache at its largest: {format_bytes(self.kv_cache_bytes)}{pool}.")
+        if (growth := self.anonymous_growth) is not None:
+            names = {"kv_cache": "KV cache", "weights": "repacked weights", "workspace": "workspace"}
+            signed = [(growth[key], name) for key, name in names.items() if growth[key]]
+            sum_of = " ".join(f"{'-' if size < 0 else '+'} {format_bytes(abs(size))} {name}" for size, name in signed)
+            total = format_bytes(growth["total"])
+            lines.append(f"Anonymous memory since loading: {total} more = {sum_of.removeprefix('+ ')}.")
         title = f"Memory of {self.model_id} ({self.scheme_name})"
         return stage_table(title, self._stages(), [*lines, *self.notes, UNITS_NOTE], headline=self.headline)

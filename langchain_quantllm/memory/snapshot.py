@@ -282,10 +282,12 @@ def _read_cpu() -> CpuReading:
     return CpuReading(
         name=platform.processor() or platform.machine() or "CPU",
         resident_bytes=now_bytes,
-        **parts,
         peak_resident_bytes=max(now_bytes, _peak_resident_bytes()),  # Linux brings its peak up to date late
         available_bytes=memory.available if left_bytes is None else min(memory.available, left_bytes),
         total_bytes=memory.total,
+        anonymous_bytes=parts.get("anonymous_bytes"),
+        file_bytes=parts.get("file_bytes"),
+        shared_bytes=parts.get("shared_bytes"),
     )
 
 

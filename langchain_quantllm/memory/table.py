@@ -119,9 +119,7 @@ class Tabular:
         return self._table().to_html()
 
 
-def stage_table(
-    title: str, stages: Mapping[str, Stage | None], lines: Sequence[str] = (), headline: str = ""
-) -> Table:
+def stage_table(title: str, stages: Mapping[str, Stage | None], lines: Sequence[str] = (), headline: str = "") -> Table:
     """Lay out stages as columns, and the devices with what was read of each as rows.
 
     Args:
@@ -146,7 +144,9 @@ def stage_table(
             if any(size is not None and size >= least_bytes for size in sizes):
                 rows.append((label, row_name, *("" if s is None else format_bytes(s) for s in sizes)))
                 label = ""
-    return Table(title=title, header=("device", "memory", *shown), rows=tuple(rows), lines=tuple(lines), headline=headline)
+    return Table(
+        title=title, header=("device", "memory", *shown), rows=tuple(rows), lines=tuple(lines), headline=headline
+    )
 
 
 def _size_of(stage: Stage, device: str, field: str) -> int | None:
