@@ -40,8 +40,7 @@ from langchain_quantllm.errors import (
     PromptTooLongError,
     UnsupportedError,
 )
-from langchain_quantllm.memory import check_cache_budget
-from langchain_quantllm.placement import release_heap
+from langchain_quantllm.memory import check_cache_budget, release_heap
 
 _log = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from langchain_quantllm.engine.sampler import RowSampler
 from langchain_quantllm.engine.stopping import Decode, Row
 from langchain_quantllm.engine.worker import UNLOADED, Worker
 from langchain_quantllm.errors import GenerationError, NotEnoughMemoryError
-from langchain_quantllm.placement import release_heap
+from langchain_quantllm.memory import release_heap
 
 _WHOLE = ("num_beams", "prompt_lookup_num_tokens")
 """Options under which `generate` does not go token by token, so that the text comes whole."""

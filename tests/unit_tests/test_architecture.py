@@ -42,6 +42,7 @@ LEVELS = {
     "memory.bars": 2,
     "memory.budget": 2,
     "memory.estimate": 2,
+    "memory.heap": 2,
     "memory.layout": 2,
     "memory.notes": 2,
     "memory.report": 2,
