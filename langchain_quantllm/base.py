@@ -485,7 +485,8 @@ class QuantizedModel(BaseLanguageModel[Any]):
         """Report the memory before and after loading, and while generating; loads the model if it is not loaded.
 
         Returns:
-            A report that prints as a table, shows as one in Jupyter, and gives a dict by `to_dict()`.
+            A report that prints as a table, shows with bars in Jupyter, draws them by `.plot()`, and gives a dict by
+            `to_dict()`.
         """
         return self._loaded().memory_report(self.model_id)
 

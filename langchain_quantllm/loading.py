@@ -120,8 +120,14 @@ class LoadedModel:
             bytes_16bit=estimate.bytes_16bit if estimate is not None else None,
             kv_cache_bytes=cached_tokens * token_bytes if cached_tokens and token_bytes else None,
             kv_pool_bytes=engines.kv_cache_bytes if engines is not None else None,
+            kv_resident_bytes=engines.kv_resident_bytes if engines is not None and cached_tokens else None,
+            weights_grown_bytes=self._grown_bytes() if cached_tokens else 0,
             notes=memory_notes(now, self.weights),
         )
+
+    def _grown_bytes(self) -> int:
+        pipeline = self.pipeline
+        return 0 if pipeline is None else weights_by_kind(pipeline.model).total_bytes - self.weights.total_bytes
 
     @cached_property
     def summary(self) -> str:

@@ -5,14 +5,13 @@ Owns the choice of devices and giving memory back. Loads nothing.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from langchain_quantllm.checkpoint import LoadSpec
+from langchain_quantllm.memory import release_heap
 
 SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 """Values of `device_map` that let accelerate spread a model over the devices."""
@@ -68,8 +67,7 @@ def release_memory(*, collect: bool = True) -> None:
     """
     if collect:
         gc.collect()
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc alone keeps, and can trim, what was freed
-        ctypes.CDLL(None).malloc_trim(0)
+    release_heap()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -21,7 +21,7 @@ from langchain_quantllm.engine.attention import Attention, GatherAttention, Trit
 from langchain_quantllm.engine.batch_sampler import BLOCKS, MASKS, NOTHING_ALLOWED, needs_of
 from langchain_quantllm.engine.capture import why_not_captured
 from langchain_quantllm.engine.fusion import Fusion
-from langchain_quantllm.engine.kv_pool import allocate_pools, count_pages
+from langchain_quantllm.engine.kv_pool import allocate_pools, count_pages, resident_bytes
 from langchain_quantllm.engine.lora import NO_ADAPTER, LoraStack
 from langchain_quantllm.engine.options import BASE_ADAPTER, needs_generate
 from langchain_quantllm.engine.pages import PAGE_TOKENS, PagePool
@@ -40,7 +40,7 @@ from langchain_quantllm.errors import (
     PromptTooLongError,
     UnsupportedError,
 )
-from langchain_quantllm.memory import check_cache_budget
+from langchain_quantllm.memory import check_cache_budget, release_heap
 
 _log = logging.getLogger(__name__)
 
@@ -150,6 +150,7 @@ class FastEngine:
             self._probe = probe(model)
             attention, uses_triton = self._choose_attention()
             self._runner = self._make_runner(attention, budget, can_capture=uses_triton)
+            release_heap()  # the first forward repacks weights on some CPUs, by way of four times their size
         except torch.OutOfMemoryError as error:
             msg = "the device has no memory left for the engine; free some, or load the model in fewer bits."
             raise NotEnoughMemoryError(msg) from error
@@ -254,6 +255,11 @@ class FastEngine:
     def peak_cache_tokens(self) -> int:
         """Most tokens that rows have held in the KV cache at once."""
         return self._peak_pages * PAGE_TOKENS
+
+    @property
+    def kv_resident_bytes(self) -> int | None:
+        """Bytes of the KV cache that lie in main memory; see `kv_pool.resident_bytes`."""
+        return resident_bytes(self._pools)
 
     @property
     def put_back(self) -> int:
@@ -541,6 +547,7 @@ class FastEngine:
             return
         try:
             self._fusion.build()
+            release_heap()
         except Exception as error:  # memory, say
             _log.warning("fused steps could not be found anew: %r", error)
 

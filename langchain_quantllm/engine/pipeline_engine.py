@@ -28,6 +28,7 @@ from langchain_quantllm.engine.sampler import RowSampler
 from langchain_quantllm.engine.stopping import Decode, Row
 from langchain_quantllm.engine.worker import UNLOADED, Worker
 from langchain_quantllm.errors import GenerationError, NotEnoughMemoryError
+from langchain_quantllm.memory import release_heap
 
 _WHOLE = ("num_beams", "prompt_lookup_num_tokens")
 """Options under which `generate` does not go token by token, so that the text comes whole."""
@@ -178,6 +179,8 @@ class PipelineEngine:
             stream.put(chunk)
 
     def _note_cache(self, tokens: int) -> None:
+        if not self._peak_cache_tokens:
+            release_heap()  # the first forward repacks weights on some CPUs, by way of four times their size
         self._peak_cache_tokens = max(self._peak_cache_tokens, tokens)
 
     def _call_generate(

@@ -50,6 +50,12 @@ class Engines:
         fast = self._fast
         return None if fast is None else fast.info.kv_cache_bytes
 
+    @property
+    def kv_resident_bytes(self) -> int | None:
+        """Bytes of these that lie in main memory; None without a fast engine, or where the system does not tell."""
+        fast = self._fast
+        return None if fast is None else fast.kv_resident_bytes
+
     def choose(
         self,
         engine: str,

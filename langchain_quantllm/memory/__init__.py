@@ -5,6 +5,7 @@ Owns every number of bytes in the package. Knows nothing of LangChain, pipelines
 
 from langchain_quantllm.memory.budget import check_cache_budget, check_fits
 from langchain_quantllm.memory.estimate import MemoryEstimate, estimate_memory, transformers_builds
+from langchain_quantllm.memory.heap import release_heap
 from langchain_quantllm.memory.notes import memory_notes
 from langchain_quantllm.memory.report import MemoryReport
 from langchain_quantllm.memory.snapshot import (
@@ -32,6 +33,7 @@ __all__ = [
     "estimate_memory",
     "format_bytes",
     "memory_notes",
+    "release_heap",
     "take_snapshot",
     "track_memory",
     "transformers_builds",

@@ -5,7 +5,7 @@ Owns the pitfalls of each backend's numbers; a note is given only where it appli
 
 from __future__ import annotations
 
-from langchain_quantllm.memory.snapshot import AcceleratorReading, MemorySnapshot
+from langchain_quantllm.memory.snapshot import AcceleratorReading, CpuReading, MemorySnapshot
 from langchain_quantllm.memory.weights import WeightBytes
 
 
@@ -37,9 +37,17 @@ def memory_notes(snapshot: MemorySnapshot, weights: WeightBytes | None = None) -
             f"NVML shows no memory of this process on {', '.join(unseen)} (no driver library, a container, or MIG), so"
             " the CUDA context cannot be told apart."
         )
+    tells_parts = any(isinstance(r, CpuReading) and r.anonymous_bytes is not None for r in snapshot.readings)
     notes.append(
-        "Resident memory is that of the whole process, with its libraries and mapped pages of weight files; its peak is"
-        " sampled, since the system's own counts from the start of the process and cannot be reset."
+        "Resident memory is that of the whole process. Its anonymous part is the process's own; pages mapped from"
+        " files, such as weights in safetensors and libraries, the system takes back when memory is short."
+        if tells_parts
+        else "Resident memory is that of the whole process, with its libraries and mapped pages of weight files, which"
+        " this system does not tell apart."
+    )
+    notes.append(
+        "The peak of resident memory is sampled: the system's own counts from the start of the process and cannot be"
+        " reset."
     )
     if weights is not None and weights.offloaded_bytes:
         notes.append("Some weights are offloaded and lie outside the model; they are not in its total.")

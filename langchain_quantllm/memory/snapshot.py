@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 _CGROUP = Path("/sys/fs/cgroup")
+_STATUS = Path("/proc/self/status")
+_PARTS = {"anonymous_bytes": "RssAnon", "file_bytes": "RssFile", "shared_bytes": "RssShmem"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,12 @@ class CpuReading:
         device: Always `"cpu"`.
         name: Name of the processor.
         resident_bytes: Resident memory of this whole process, interpreter and libraries included.
+        anonymous_bytes: The part of it that no file backs: tensors, objects, the heap. None where the system does not
+            tell, as outside Linux.
+        file_bytes: The part that maps files, such as weights in safetensors and libraries: the system takes these
+            pages back when memory is short, and reads them again. None likewise.
+        shared_bytes: The part that is shared memory (shmem, tmpfs). None likewise. The three add up to
+            `resident_bytes`.
         peak_resident_bytes: Most resident since the process started; the system offers no reset.
         available_bytes: What new allocations may take without swapping, a container's limit respected.
         total_bytes: Size of the main memory.
@@ -77,6 +85,9 @@ class CpuReading:
     peak_resident_bytes: int
     available_bytes: int
     total_bytes: int
+    anonymous_bytes: int | None = None
+    file_bytes: int | None = None
+    shared_bytes: int | None = None
 
     @property
     def used_bytes(self) -> int:
@@ -249,18 +260,34 @@ def resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def _resident_parts(status: Path = _STATUS) -> dict[str, int]:
+    """Read the parts of the resident memory, which the kernel adds up to VmRSS; empty where it does not tell them.
+
+    Source: RssAnon, RssFile and RssShmem of proc_pid_status(5), in kB of 1,024 bytes.
+    """
+    try:
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+        return {field: int(lines[key].split()[0]) * 1024 for field, key in _PARTS.items()}
+    except (OSError, KeyError, ValueError, IndexError):
+        return {}
+
+
 def _read_cpu() -> CpuReading:
     import psutil
 
     memory = psutil.virtual_memory()
     left_bytes = _container_left_bytes()
-    now_bytes = resident_bytes()
+    parts = _resident_parts()
+    now_bytes = sum(parts.values()) if parts else resident_bytes()
     return CpuReading(
         name=platform.processor() or platform.machine() or "CPU",
         resident_bytes=now_bytes,
         peak_resident_bytes=max(now_bytes, _peak_resident_bytes()),  # Linux brings its peak up to date late
         available_bytes=memory.available if left_bytes is None else min(memory.available, left_bytes),
         total_bytes=memory.total,
+        anonymous_bytes=parts.get("anonymous_bytes"),
+        file_bytes=parts.get("file_bytes"),
+        shared_bytes=parts.get("shared_bytes"),
     )
 
 

@@ -23,6 +23,9 @@ _ROWS = {
     "this process (NVML)": "process_bytes",
     "whole device": "driver_used_bytes",
     "resident, this process": "resident_bytes",
+    "- anonymous": "anonymous_bytes",
+    "- mapped from files": "file_bytes",
+    "- shared": "shared_bytes",
     "available": "available_bytes",
 }
 _PEAK_ROWS = ("allocated_bytes", "resident_bytes")
@@ -48,12 +51,14 @@ class Table:
         header: Names of the columns.
         rows: Cells, as many in each row as there are columns.
         lines: Sentences under the table.
+        headline: What matters most, in one line above all; empty for none.
     """
 
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     lines: tuple[str, ...] = ()
+    headline: str = ""
 
     def to_text(self, width: int = 100) -> str:
         """Render as plain ASCII text, at most `width` characters wide."""
@@ -71,14 +76,19 @@ class Table:
         console = Console(
             file=out, width=width, color_system=None, force_terminal=False, force_jupyter=False, legacy_windows=False
         )
-        console.print(Text(self.title))
+        for line in filter(None, (self.headline, self.title)):
+            console.print(Text(line))
         console.print(table)
         for line in self.lines:
             console.print(Text(line))
         return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
-    def to_html(self) -> str:
-        """Render as an HTML table, every text escaped."""
+    def to_html(self, picture: str = "") -> str:
+        """Render as an HTML table, every text escaped.
+
+        Args:
+            picture: HTML to show between the headline and the table, as `Bars.to_html` renders it.
+        """
 
         def cells(tag: str, texts: Sequence[str]) -> str:
             return "".join(
@@ -88,8 +98,9 @@ class Table:
 
         body = "".join(f"<tr>{cells('td', row)}</tr>" for row in self.rows)
         lines = "".join(f"<div>{html.escape(line)}</div>" for line in self.lines)
+        headline = f'<div style="font-size:1.3em;font-weight:600">{html.escape(self.headline)}</div>'
         return (
-            f"<div><table><caption>{html.escape(self.title)}</caption>"
+            f"<div>{headline if self.headline else ''}{picture}<table><caption>{html.escape(self.title)}</caption>"
             f"<thead><tr>{cells('th', self.header)}</tr></thead><tbody>{body}</tbody></table>{lines}</div>"
         )
 
@@ -100,21 +111,22 @@ class Tabular:
     def _table(self) -> Table:
         raise NotImplementedError
 
-    def __str__(self) -> str:
-        """Lay it out as a plain text table."""
+    def __repr__(self) -> str:
+        """Lay it out as a plain text table; `to_dict` is there for programs."""
         return self._table().to_text()
 
     def _repr_html_(self) -> str:
         return self._table().to_html()
 
 
-def stage_table(title: str, stages: Mapping[str, Stage | None], lines: Sequence[str] = ()) -> Table:
+def stage_table(title: str, stages: Mapping[str, Stage | None], lines: Sequence[str] = (), headline: str = "") -> Table:
     """Lay out stages as columns, and the devices with what was read of each as rows.
 
     Args:
         title: What stands above the table.
         stages: Name of each stage with its readings, or with its peaks by device; None leaves it out.
         lines: Sentences under the table.
+        headline: A line above the title; empty for none.
     """
     shown = {name: stage for name, stage in stages.items() if stage is not None}
     devices: dict[str, AcceleratorReading | CpuReading] = {}
@@ -128,10 +140,13 @@ def stage_table(title: str, stages: Mapping[str, Stage | None], lines: Sequence[
             if not hasattr(reading, field):
                 continue
             sizes = [_size_of(stage, device, field) for stage in shown.values()]
-            if any(size is not None for size in sizes):
+            least_bytes = 1 if field == "shared_bytes" else 0  # hardly any process has it
+            if any(size is not None and size >= least_bytes for size in sizes):
                 rows.append((label, row_name, *("" if s is None else format_bytes(s) for s in sizes)))
                 label = ""
-    return Table(title=title, header=("device", "memory", *shown), rows=tuple(rows), lines=tuple(lines))
+    return Table(
+        title=title, header=("device", "memory", *shown), rows=tuple(rows), lines=tuple(lines), headline=headline
+    )
 
 
 def _size_of(stage: Stage, device: str, field: str) -> int | None:

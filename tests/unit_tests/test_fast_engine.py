@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ import torch
 import transformers
 
 from langchain_quantllm import NF4, Int8, QuantizedHuggingFaceLLM
+from langchain_quantllm.engine.kv_pool import LayerShape, allocate_pools, resident_bytes
 from langchain_quantllm.engine.options import GenerationOptions
 from langchain_quantllm.engine.pages import PAGE_TOKENS
 from langchain_quantllm.engine.request import Request, TokenLogprob, Usage, plan_requests
@@ -721,6 +723,22 @@ class TestKVCacheMemory:
         report = llm.memory_report()
         assert report.kv_cache_bytes == 64 * 512  # 59 tokens in four pages
         assert "KV cache" in str(report)
+        if sys.platform == "linux":
+            assert report.kv_cache_bytes <= report.kv_resident_bytes
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell what is resident")
+    def test_its_memory_is_taken_as_it_is_written_whatever_was_freed_before(self) -> None:
+        cpu = torch.device("cpu")
+        shape = LayerShape(kv_heads=2, key_dim=64, value_dim=64, dtype=torch.bfloat16, device=cpu)
+        freed = [torch.ones(8 * 2**20, dtype=torch.uint8) for _ in range(16)]  # goes to the heap once one was freed
+        kept = [torch.ones(1) for _ in range(4)]
+        del freed
+        pools = allocate_pools([shape] * 4, 2048)  # 16 MiB each
+        assert resident_bytes(pools) == 0
+        pools[1].kv[7] = 1
+        assert pools[1].kv[7].nbytes <= resident_bytes(pools) <= 4 * 2**20  # pages of the system are 2 MiB at most
+        assert not pools[1].kv[8].any()
+        assert len(kept) == 4
 
 
 class TestWrongRequests:

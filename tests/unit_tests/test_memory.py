@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import importlib.util
 import json
 import mmap
+import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +35,15 @@ from langchain_quantllm.compat.transformers_models import cache_name
 from langchain_quantllm.errors import (
     CheckpointError,
     InvalidOptionError,
+    MissingPackageError,
     ModelNotFoundError,
     NotEnoughMemoryError,
     UnsupportedError,
 )
 from langchain_quantllm.memory import (
+    CpuReading,
     MemoryReport,
+    MemorySnapshot,
     WeightBytes,
     available_memory,
     check_fits,
@@ -47,9 +54,11 @@ from langchain_quantllm.memory import (
     track_memory,
     weights_by_kind,
 )
-from langchain_quantllm.memory.snapshot import _container_left_bytes
+from langchain_quantllm.memory.bars import Bars, stage_bars
+from langchain_quantllm.memory.snapshot import _container_left_bytes, _resident_parts
 from langchain_quantllm.schemes import GPTQ, NF4, SCHEMES, Int8, Scheme
 from tests.gptq_checkpoints import make_gptq_checkpoint
+from tests.unit_tests.checkpoints import run_python
 
 MB = 10**6
 SCHEME_NAMES = ["none", "int8", "nf4", "nf4-double", "fp4"]
@@ -332,6 +341,46 @@ class TestMeasuring:
         assert after.peak_bytes >= after.used_bytes
         assert 0 < after.available_bytes <= after.total_bytes
 
+    @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the parts of the resident memory")
+    def test_parts_of_the_resident_memory_add_up(self, tmp_path: Path) -> None:
+        file = tmp_path / "weights"
+        file.write_bytes(bytes(64 * MB))
+        before = take_snapshot().reading("cpu")
+        own = resident(100 * MB)
+        with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            assert not any(mapped[:: mmap.PAGESIZE])
+            after = take_snapshot().reading("cpu")
+        own.close()
+        for reading in (before, after):
+            parts = (reading.anonymous_bytes, reading.file_bytes, reading.shared_bytes)
+            assert sum(parts) == reading.resident_bytes
+        shared_bytes = after.shared_bytes - before.shared_bytes
+        # Python's anonymous mmap is shared memory, which the kernel counts apart, if not mapped privately.
+        assert after.anonymous_bytes - before.anonymous_bytes + shared_bytes == pytest.approx(100 * MB, abs=10 * MB)
+        assert after.file_bytes - before.file_bytes == pytest.approx(64 * MB, abs=5 * MB)
+
+    def test_systems_that_do_not_tell_the_parts(self, tmp_path: Path) -> None:
+        (tmp_path / "status").write_text("Name:\tpython\nVmRSS:\t  1000 kB\n")
+        assert _resident_parts(tmp_path / "status") == {}
+        assert _resident_parts(tmp_path / "none") == {}
+        reading = CpuReading(
+            name="CPU", resident_bytes=5 * MB, peak_resident_bytes=5 * MB, available_bytes=1, total_bytes=2
+        )
+        snapshot = MemorySnapshot(readings=(reading,))
+        assert "does not tell apart" in " ".join(memory_notes(snapshot))
+        report = MemoryReport(
+            model_id="m",
+            scheme_name="nf4",
+            devices=("cpu",),
+            weights=WeightBytes(quantized_bytes=MB, unquantized_bytes=0, buffers_bytes=0),
+            before=snapshot,
+            after_loading=snapshot,
+            after_generating=snapshot,
+        )
+        assert report.anonymous_growth is None
+        assert "anonymous" not in str(report)
+        assert "anonymous" not in report._repr_html_()
+
     def test_tracking_sees_a_peak_that_is_gone_afterwards(self) -> None:
         with track_memory() as tracked:
             assert tracked.after is None
@@ -346,6 +395,7 @@ class TestMeasuring:
             assert grown_bytes == pytest.approx(200 * MB, abs=20 * MB)
             assert measured.after.reading("cpu").used_bytes < measured.peak["cpu"] - 150 * MB
         text = str(tracked)
+        assert repr(tracked) == text
         assert "resident, this process" in text
         assert "peak" in text
         json.dumps(tracked.to_dict())
@@ -407,6 +457,22 @@ class TestFit:
             check_fits(estimate, ["cpu"], max_memory={"cpu": "much"})
 
 
+class _Balance(HTMLParser):
+    """Counts table rows, and keeps the tags that were not closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.rows = 0
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.open.append(tag)
+        self.rows += tag == "tr"
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
 @pytest.fixture(scope="module")
 def report(smollm2: Path) -> MemoryReport:
     with track_memory() as loading:
@@ -432,7 +498,10 @@ class TestReport:
 
     def test_text(self, report: MemoryReport) -> None:
         text = str(report)
-        assert "Memory of <b>SmolLM2</b> (int8)" in text
+        assert repr(report) == text
+        first, title = text.splitlines()[:2]
+        assert first == report.headline == "163 MB of weights instead of 269 MB in 16 bits: 39% less"
+        assert title == "Memory of <b>SmolLM2</b> (int8)"
         for part in ("before", "peak, loading", "loaded", "resident, this process", "KV cache at its largest: 2.30 MB"):
             assert part in text
         assert "generated" not in text
@@ -440,11 +509,81 @@ class TestReport:
         assert max(map(len, text.splitlines())) <= 100
         assert text.isascii()
 
-    def test_html_is_escaped(self, report: MemoryReport) -> None:
-        page = report._repr_html_()
+    @pytest.mark.parametrize(
+        ("bytes_16bit", "headline"),
+        [
+            (None, "10.0 MB of weights"),
+            (10 * MB, "10.0 MB of weights, as in 16 bits"),
+            (5 * MB, "10.0 MB of weights instead of 5.00 MB in 16 bits: 100% more"),
+            (25 * MB, "10.0 MB of weights instead of 25.0 MB in 16 bits: 60% less"),
+        ],
+    )
+    def test_headline(self, report: MemoryReport, bytes_16bit: int | None, headline: str) -> None:
+        weights = WeightBytes(quantized_bytes=10 * MB, unquantized_bytes=0, buffers_bytes=0)
+        assert replace(report, weights=weights, bytes_16bit=bytes_16bit).headline == headline
+
+    def test_html_is_escaped_and_stands_alone(self, report: MemoryReport) -> None:
+        page = replace(report, scheme_name="<i>int8</i>")._repr_html_()
         assert "&lt;b&gt;SmolLM2" in page
-        assert "<b>" not in page
-        assert page.count("<tr>") == page.count("</tr>") == 1 + 2
+        assert "&lt;i&gt;int8" in page
+        for markup in ("<b>", "<i>", "<script", "<style", "<link", "<img", "url(", "http", " src=", " on"):
+            assert markup not in page, markup
+        parser = _Balance()
+        parser.feed(page)
+        assert parser.open == []
+        assert parser.rows == len(report._table().rows) + 1 + len(report._bars().bars)
+
+    def test_html_begins_with_the_headline_and_draws_bars(self, report: MemoryReport) -> None:
+        page = report._repr_html_()
+        assert page.index(report.headline) < page.index("peak, loading") < page.index("<caption>")
+        widths = [float(width) for width in re.findall(r"<div style=.width:([\d.]+)%;background", page)]
+        assert len(widths) >= len(report._bars().bars)
+        # In 16 bits, what was there before and the weights: as the sizes are to each other.
+        before_bytes = report.before.reading("cpu").resident_bytes
+        assert widths[-1] / widths[-2] == pytest.approx(report.bytes_16bit / before_bytes, rel=0.01)
+
+    def test_bars_are_the_measurements(self, report: MemoryReport) -> None:
+        bars = {bar.label: bar for bar in report._bars().bars}
+        assert list(bars) == ["before", "peak, loading", "loaded", "weights, int8", "weights, 16 bits"]
+        before_bytes = report.before.reading("cpu").resident_bytes
+        assert bars["before"].total_bytes == before_bytes
+        assert bars["peak, loading"].total_bytes == report.peak_loading["cpu"]
+        assert bars["loaded"].total_bytes == report.after_loading.reading("cpu").resident_bytes
+        assert bars["weights, int8"].total_bytes == before_bytes + report.weights.total_bytes
+        assert bars["weights, 16 bits"].total_bytes == before_bytes + report.bytes_16bit
+        assert ("anonymous" in bars["loaded"].parts) == (sys.platform == "linux")
+
+    def test_bars_without_anything_before_and_on_two_devices(self, report: MemoryReport) -> None:
+        handed_in = replace(report, before=None, peak_loading=None, bytes_16bit=None)
+        assert [bar.label for bar in handed_in._bars().bars] == ["loaded", "weights, int8"]
+        stages = {"before": {"cuda:0": MB, "cuda:1": 2 * MB}, "peak": {"cuda:0": 5 * MB, "cuda:1": 6 * MB}}
+        spread = stage_bars({**stages, "half": {"cuda:0": MB}}, ("cuda:0", "cuda:1"), {})
+        assert [(bar.label, bar.parts) for bar in spread.bars] == [
+            ("before", {"before loading": 3 * MB}),
+            ("peak", {"before loading": 3 * MB, "allocated": 8 * MB}),
+        ]
+        assert Bars(title="none", bars=()).to_html() == ""
+
+    def test_plot(self, report: MemoryReport) -> None:
+        figure_module = pytest.importorskip("matplotlib.figure")
+        figure = figure_module.Figure()
+        given = figure.subplots()
+        odd = replace(report, scheme_name="$\\frac$")  # no mathematics
+        assert odd.plot(ax=given) is given
+        figure.canvas.draw()
+        ends = {patch.get_x() + patch.get_width() for patch in given.patches}
+        factor = 10**9 if max(bar.total_bytes for bar in report._bars().bars) >= 10**9 else 10**6
+        for bar in report._bars().bars:
+            assert any(end == pytest.approx(bar.total_bytes / factor) for end in ends), bar.label
+        own = report.plot()
+        assert own.figure is not figure
+        assert [label.get_text() for label in own.get_yticklabels()] == [bar.label for bar in report._bars().bars]
+        importlib.import_module("matplotlib.pyplot").close(own.figure)
+
+    def test_plot_without_matplotlib(self, report: MemoryReport, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        with pytest.raises(MissingPackageError, match=r'pip install "langchain-quantllm\[bench\]"'):
+            report.plot()
 
     def test_dict_is_json(self, report: MemoryReport) -> None:
         read = json.loads(json.dumps(report.to_dict()))
@@ -459,6 +598,46 @@ class TestReport:
         assert ("NVML" in notes) == torch.cuda.is_available()
         offloaded = WeightBytes(quantized_bytes=0, unquantized_bytes=0, buffers_bytes=0, offloaded_bytes=1)
         assert "offloaded" in memory_notes(take_snapshot(), offloaded)[-1]
+
+
+_FIRST_CALL = """
+import gc, json, sys, torch
+from langchain_quantllm import QuantizedHuggingFaceLLM
+
+def held():  # bytes of the packed weights, wherever a tensor holds some
+    gc.collect()
+    octets = [t.untyped_storage() for t in gc.get_objects()
+              if issubclass(type(t), torch.Tensor) and t.dtype in (torch.uint8, torch.int32) and t.device.type == "cpu"]
+    return sum({s.data_ptr(): s.nbytes() for s in octets}.values())
+
+model_id, engine = sys.argv[1:]
+llm = QuantizedHuggingFaceLLM(model_id=model_id, quantization="nf4", max_new_tokens=4, progress=False, engine=engine)
+llm.load()
+loaded_bytes = held()
+llm.invoke("def fib(n):")
+report = llm.memory_report().to_dict()
+generated_bytes = held()
+llm.unload()
+from langchain_quantllm import take_snapshot
+unloaded = take_snapshot().to_dict()
+print(json.dumps({"report": report, "loaded": loaded_bytes, "generated": generated_bytes, "unloaded": unloaded}))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the parts of the resident memory")
+@pytest.mark.parametrize("engine", ["fast", "pipeline"])
+def test_what_the_first_call_takes_is_named_and_given_back(smollm2: Path, engine: str) -> None:
+    ran = run_python(_FIRST_CALL, smollm2, engine, env={"OMP_NUM_THREADS": "1"}, timeout_s=500)
+    found = json.loads(ran.stdout.splitlines()[-1])
+    report, unloaded = found["report"], found["unloaded"]["cpu"]
+    growth = report["anonymous_growth"]
+    loaded, generated = (report[stage]["cpu"]["anonymous_bytes"] for stage in ("after_loading", "after_generating"))
+    assert growth["total"] == generated - loaded == growth["kv_cache"] + growth["weights"] + growth["workspace"]
+    assert found["generated"] <= 1.05 * found["loaded"]  # no second copy of a weight
+    if engine == "fast":
+        assert report["kv_cache_bytes"] <= growth["kv_cache"] < report["kv_pool_bytes"] / 4
+    assert growth["workspace"] < report["weights"]["quantized_bytes"]
+    assert unloaded["anonymous_bytes"] < loaded
 
 
 def test_importing_loads_no_torch() -> None:
