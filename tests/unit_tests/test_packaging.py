@@ -57,7 +57,7 @@ def test_a_range_ends_where_nothing_was_tried(requirement: Requirement) -> None:
     bound, tried = upper_bound(requirement), documented()[requirement.name]
     assert bound is not None, f"{requirement.name} has no upper bound"
     assert bound <= next_series(tried.newest, bound), (
-        f"pyproject.toml allows {requirement}, but {tried.newest} is the newest that docs/compatibility.md has as tried: "
+        f"pyproject.toml allows {requirement}, but docs/compatibility.md has {tried.newest} as the newest tried: "
         "run make test-newest RECORD=1, and write the result into its table"
     )
     assert Version(tried.newest) in requirement.specifier
