@@ -17,6 +17,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 
 HERE = Path(__file__).parent
@@ -30,6 +31,9 @@ ABSOLUTE_PATH = re.compile(
     r"""(?<![\w.:/~-])(/(home|root|Users|tmp|var|private|work|workspace|mnt|opt|usr|etc|dev/shm)/[^\s"'<>),;]*|[A-Za-z]:\\[^\s"'<>]+)"""
 )
 """A path that only one machine has."""
+
+ADDRESS = re.compile(r"<[\w.]+ (?:object )?at 0x[0-9a-f]+>")
+"""An object that says nothing but where it lies in memory."""
 
 _NO_WIDGETS = "ignore:IProgress not found"
 """tqdm misses ipywidgets, which draws bars in Jupyter; there are none here."""
@@ -101,8 +105,9 @@ def _is_widget(output: NotebookNode) -> bool:
 def _plain(output: NotebookNode) -> NotebookNode:
     if "metadata" in output:
         output.metadata = nbformat.from_dict({})
-    if output.output_type == "stream":  # of a bar that is drawn over itself, the last that stayed
-        output.text = "\n".join(line.rsplit("\r", 1)[-1] for line in output.text.split("\n"))
+    if output.output_type == "stream":  # without bold and colours; of a line that is drawn over itself, the last
+        text = re.sub(r"\x1b\[[0-9;]*m", "", output.text)
+        output.text = "\n".join(line.rsplit("\r", 1)[-1] for line in text.split("\n"))
     return output
 
 
@@ -127,8 +132,10 @@ def _fault(output: NotebookNode) -> str | None:
     if output.get("name") == "stderr":
         return f"a text on standard error, {output.text!r}"
     texts = [output.get("text", ""), *(str(data) for data in output.get("data", {}).values())]
-    found = next(filter(None, map(ABSOLUTE_PATH.search, texts)), None)
-    return f"a path of this machine, {found[0]!r}" if found else None
+    for kind, pattern in {"a path of this machine": ABSOLUTE_PATH, "an address in memory": ADDRESS}.items():
+        if found := next(filter(None, map(pattern.search, texts)), None):
+            return f"{kind}, {found[0]!r}"
+    return None
 
 
 def _folders() -> dict[str, str]:
@@ -146,18 +153,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("notebooks", nargs="*", type=Path, help="Default: all in this folder.")
     names = _folders()
+    faults = 0
     for path in parser.parse_args().notebooks or sorted(HERE.glob("*.ipynb")):
         if "CHAT_MODEL" in path.read_text(encoding="utf-8") and "CHAT_MODEL" not in os.environ:
             print(f"{path.name}: takes its model from the Hub; CHAT_MODEL=FOLDER names one that you have", flush=True)
         started = time.perf_counter()
         try:
             notebook = clean(run(path), names)
-        except NotebookError as error:
-            print(f"{path.name}: {error}", file=sys.stderr)
-            return 1
-        nbformat.write(notebook, path)
-        print(f"{path.name}: {time.perf_counter() - started:.0f} s", flush=True)
-    return 0
+        except (NotebookError, CellExecutionError) as error:
+            print(f"{path.name} is left as it was: {error}", file=sys.stderr, flush=True)
+            faults += 1
+        else:
+            nbformat.write(notebook, path)
+            print(f"{path.name}: {time.perf_counter() - started:.0f} s", flush=True)
+    return faults
 
 
 if __name__ == "__main__":
