@@ -1,7 +1,8 @@
 """Runs the notebooks and writes their outputs into them: `python cookbook/execute.py`, or with some of their paths.
 
-Two models are used: the demo's, and for the notebooks that read `CHAT_MODEL` the one that it names. What only this
-machine would see is left out of what is written: its folders, times of day, progress bars, versions of Python.
+Two models are used: the demo's, and for the notebooks that read `CHAT_MODEL` the one that it names, else
+`qwen2.5-coder-0.5b` in the folder that `QUANTLLM_MODELS` names, else what the Hub has. What only this machine would
+see is left out of what is written: its folders, times of day, progress bars, versions of Python.
 """
 
 from __future__ import annotations
@@ -143,9 +144,15 @@ def _folders() -> dict[str, str]:
     from langchain_quantllm.demo_model import demo_model
 
     names = {str(demo_model()): "SmolLM2-135M-Instruct", tempfile.gettempdir(): "tmp", str(Path.home()): "~"}
-    if chat_model := os.environ.get("CHAT_MODEL"):
+    if chat_model := _chat_model():
         names[chat_model] = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
     return names
+
+
+def _chat_model() -> str | None:
+    """The folder of the model of the notebooks that read `CHAT_MODEL`; None leaves it to them."""
+    models = os.environ.get("QUANTLLM_MODELS")
+    return os.environ.get("CHAT_MODEL") or (str(Path(models) / "qwen2.5-coder-0.5b") if models else None)
 
 
 def main() -> int:
@@ -153,13 +160,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("notebooks", nargs="*", type=Path, help="Default: all in this folder.")
     names = _folders()
+    environment = {"CHAT_MODEL": chat_model} if (chat_model := _chat_model()) else {}
     faults = 0
     for path in parser.parse_args().notebooks or sorted(HERE.glob("*.ipynb")):
-        if "CHAT_MODEL" in path.read_text(encoding="utf-8") and "CHAT_MODEL" not in os.environ:
-            print(f"{path.name}: takes its model from the Hub; CHAT_MODEL=FOLDER names one that you have", flush=True)
         started = time.perf_counter()
         try:
-            notebook = clean(run(path), names)
+            notebook = clean(run(path, **environment), names)
         except (NotebookError, CellExecutionError) as error:
             print(f"{path.name} is left as it was: {error}", file=sys.stderr, flush=True)
             faults += 1

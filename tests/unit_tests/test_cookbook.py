@@ -10,6 +10,7 @@ from typing import Any
 
 import nbformat
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 COOKBOOK = Path(__file__).parents[2] / "cookbook"
 NOTEBOOKS = sorted(COOKBOOK.glob("*.ipynb"))
@@ -50,7 +51,7 @@ def output(kind: str, **content: Any) -> Any:
     return nbformat.v4.new_output(kind, **content)
 
 
-def ran(*outputs: Any) -> Any:
+def notebook_of(*outputs: Any) -> Any:
     """A notebook with one cell that gave these outputs."""
     cell = nbformat.v4.new_code_cell("1", execution_count=1, outputs=list(outputs))
     cell.metadata = {"execution": {"iopub.status.busy": "2028-11-29T02:40:00"}}
@@ -72,12 +73,12 @@ def ran(*outputs: Any) -> Any:
 )
 def test_what_readers_should_not_see_is_an_error(fault: Any) -> None:
     with pytest.raises(execute.NotebookError, match="change the cell"):
-        execute.clean(ran(fault), {})
+        execute.clean(notebook_of(fault), {})
 
 
 def test_what_only_one_machine_would_see_is_left_out() -> None:
     bar = {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": "0%"}
-    notebook = ran(
+    notebook = notebook_of(
         output("display_data", data=bar, metadata={"needs_background": "light"}),
         output("stream", name="stdout", text="  0%\r 50%\r\x1b[1m100%\x1b[0m\nMemory of /home/ada/smol/x/y"),
         output("execute_result", data={"text/plain": "1/2, https://pypi.org/simple"}, execution_count=1),
@@ -95,18 +96,38 @@ def test_what_only_one_machine_would_see_is_left_out() -> None:
     }
 
 
-@pytest.mark.slow
+def runs(path: Path, **environment: str) -> Any:
+    """Run a notebook, which must show a memory report and no error."""
+    notebook = execute.run(path, **environment)
+    outputs = [each for cell in code_cells(notebook) for each in cell.outputs]
+    assert any("Memory of" in str(each.get("data", {}).get("text/html", "")) for each in outputs)
+    assert not [each for each in outputs if each.output_type == "error"]
+    return notebook
+
+
+MARKS = {"01_quickstart": [pytest.mark.slow, pytest.mark.compat]}
+RUN = [pytest.param(path, marks=MARKS.get(path.stem, pytest.mark.slow), id=path.stem) for path in NOTEBOOKS]
+
+
 @pytest.mark.enable_socket  # a notebook's kernel is spoken to through local sockets
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RUN)
 def test_notebook_runs(path: Path, request: pytest.FixtureRequest) -> None:
     if "CHAT_MODEL" in path.read_text(encoding="utf-8"):
         environment = {"CHAT_MODEL": str(request.getfixturevalue("qwen_coder"))}
     else:
         environment = {"RECIPE_STEPS": "16"}  # enough to see every stage run, too few to learn the task
         request.getfixturevalue("smollm2")
-    notebook = execute.run(path, **environment)
-    outputs = [each for cell in code_cells(notebook) for each in cell.outputs]
-    assert any("Memory of" in str(each.get("data", {}).get("text/html", "")) for each in outputs)
-    assert not [each for each in outputs if each.output_type == "error"]
-    shipped = code_cells(nbformat.read(path, as_version=4))
-    assert [bool(cell.outputs) for cell in shipped] == [bool(cell.outputs) for cell in code_cells(notebook)]
+    ran = runs(path, **environment)
+    shipped = nbformat.read(path, as_version=4)
+    assert [bool(cell.outputs) for cell in code_cells(shipped)] == [bool(cell.outputs) for cell in code_cells(ran)]
+
+
+@pytest.mark.slow
+@pytest.mark.compat
+@pytest.mark.enable_socket
+def test_the_recipe_runs_on_two_layers(smollm2: Path, tmp_path: Path) -> None:
+    """Every stage of the longest notebook, in a fraction of its time."""
+    config = AutoConfig.from_pretrained(smollm2, num_hidden_layers=2)
+    AutoModelForCausalLM.from_pretrained(smollm2, config=config, dtype="bfloat16").save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(smollm2).save_pretrained(tmp_path)
+    runs(COOKBOOK / "04_recipe.ipynb", MODEL=str(tmp_path), RECIPE_STEPS="3")
