@@ -23,6 +23,7 @@ import langchain_quantllm
 from langchain_quantllm import SCHEMES, constraints
 from langchain_quantllm.base import QuantizedModel
 from langchain_quantllm.cli import app
+from langchain_quantllm.compat.versions import TRIED
 from tests.unit_tests.adapters import make_adapter
 from tests.unit_tests.models import tiny_model
 from tests.unit_tests.vision import make_vision_checkpoint, picture
@@ -225,12 +226,12 @@ def test_the_page_of_the_commands_is_what_the_command_line_says() -> None:
 # Facts that are those of the code
 
 
-def test_extras_that_the_documents_install_exist() -> None:
-    text = "".join(TEXTS.values())
+def test_the_extras_that_documents_and_notebooks_install_are_those_of_the_project() -> None:
+    notebooks = [path.read_text(encoding="utf-8") for path in (ROOT / "cookbook").glob("*.ipynb")]
+    text = "".join([*TEXTS.values(), *notebooks])
     named = {name for group in re.findall(r"langchain-quantllm\[([\w,-]+)\]", text) for name in group.split(",")}
     named |= set(re.findall(r"`\[([a-z-]+)\]`", text))
-    assert named
-    assert named <= set(PROJECT["optional-dependencies"])
+    assert named == set(PROJECT["optional-dependencies"])
 
 
 def tables(document: str) -> list[list[list[str]]]:
@@ -246,14 +247,13 @@ def test_the_table_of_schemes_has_every_scheme(document: str) -> None:
 
 
 @pytest.mark.parametrize("document", ["README.md", "README.ja.md"])
-def test_the_versions_needed_are_the_lower_bounds_of_the_project(document: str) -> None:
+def test_the_versions_needed_are_the_lower_bounds_and_what_was_tried(document: str) -> None:
     lower = dict(re.findall(r"^([\w-]+)>=([\d.]+)", "\n".join(PROJECT["dependencies"]), re.MULTILINE))
-    lower["Python"] = PROJECT["requires-python"].removeprefix(">=")
-    text = TEXTS[document]
-    for name, package in (("PyTorch", "torch"), ("transformers", "transformers"), ("Python", "Python")):
-        said = re.findall(rf"{name} (\d+\.\d+) (?:or newer|以上)", text)
-        assert said, f"{document} does not say which {name} is needed"
-        assert set(said) == {lower[package]}
+    python = re.findall(r"Python (\d\.\d+) (?:or newer|以上)", TEXTS[document])
+    assert set(python) == {PROJECT["requires-python"].removeprefix(">=")}
+    for name, package in (("PyTorch", "torch"), ("transformers", "transformers")):
+        said = re.findall(rf"{name} (\d+\.\d+) (?:to|から) (\d+\.\d+)", TEXTS[document])
+        assert said == [(lower[package], ".".join(TRIED[package].newest.split(".")[:2]))]
 
 
 FIGURE = re.compile(r"\d[\d,]*\.\d+|\d{1,3}(?:,\d{3})+|\d{2,}(?! 億)")
