@@ -18,7 +18,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
 
 HERE = Path(__file__).parent
@@ -44,7 +44,7 @@ class NotebookError(Exception):
     """A notebook cannot be shipped as it ran."""
 
 
-def run(path: Path, *, timeout_s: int = 1200, **environment: str) -> NotebookNode:
+def run(path: Path, *, timeout_s: int = 3600, **environment: str) -> NotebookNode:
     """Execute a notebook from its first cell to its last, with this checkout's package.
 
     Args:
@@ -57,6 +57,8 @@ def run(path: Path, *, timeout_s: int = 1200, **environment: str) -> NotebookNod
 
     Raises:
         nbclient.exceptions.CellExecutionError: If a cell fails.
+        nbclient.exceptions.CellTimeoutError: If one takes longer.
+        nbclient.exceptions.DeadKernelError: If one ends the notebook's process.
     """
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
@@ -166,7 +168,7 @@ def main() -> int:
         started = time.perf_counter()
         try:
             notebook = clean(run(path, **environment), names)
-        except (NotebookError, CellExecutionError) as error:
+        except (NotebookError, CellExecutionError, CellTimeoutError, DeadKernelError) as error:
             print(f"{path.name} is left as it was: {error}", file=sys.stderr, flush=True)
             faults += 1
         else:
