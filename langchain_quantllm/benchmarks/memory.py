@@ -98,18 +98,20 @@ def measure_memory(
             kv_cache_memory=estimate.kv_cache_bytes(cache_tokens),  # by itself it would grow with the device
             progress=False,
         )
-        began = time.monotonic()
-        llm.load()
-        load_s = time.monotonic() - began
-        loaded = measure_sizes(device)
-        prompts = [f"Text {i} begins so: " for i in range(batch)]
-        result = llm.generate(prompts, max_new_tokens=new_tokens, ignore_eos=True)
-        peak_bytes = (llm.memory_report().peak_generating or {}).get(device)
-        generating = measure_sizes(device)
-        if peak_bytes is not None:
-            generating = replace(generating, allocated_bytes=peak_bytes)
-        weights_bytes = llm.memory_report().weights.total_bytes
-        llm.unload()
+        try:
+            began = time.monotonic()
+            llm.load()
+            load_s = time.monotonic() - began
+            loaded = measure_sizes(device)
+            prompts = [f"Text {i} begins so: " for i in range(batch)]
+            result = llm.generate(prompts, max_new_tokens=new_tokens, ignore_eos=True)
+            peak_bytes = (llm.memory_report().peak_generating or {}).get(device)
+            generating = measure_sizes(device)
+            if peak_bytes is not None:
+                generating = replace(generating, allocated_bytes=peak_bytes)
+            weights_bytes = llm.memory_report().weights.total_bytes
+        finally:
+            llm.unload()
         info = result.generations[0][0].generation_info or {}
         yield MemoryRow(
             scheme=name,
