@@ -180,17 +180,3 @@ def as_document(rows: Sequence[MemoryRow], **about: Any) -> str:
 
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
     return json.dumps({**about, **versions, "rows": [asdict(row) for row in rows]})
-
-
-def check_device(device: str) -> str:
-    """Check that a device is here.
-
-    Raises:
-        UnsupportedError: If it is not.
-    """
-    import torch
-
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        msg = f"device={device!r} is not here: this PyTorch sees no CUDA GPU; use 'cpu'."
-        raise UnsupportedError(msg)
-    return device

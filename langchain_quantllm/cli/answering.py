@@ -30,23 +30,20 @@ DEMO_QUESTION = "Why is the sky blue? Answer in two sentences."
 
 def _load(model: str | None, quantization: str | None, **fields: Any) -> Any:
     """Load the model of a command, with its engine, and say meanwhile what takes time."""
+    from langchain_quantllm.llms import QuantizedHuggingFaceLLM
     from langchain_quantllm.packages import is_installed
-    from langchain_quantllm.schemes import scheme_from
+    from langchain_quantllm.silence import import_quietly
 
-    scheme_from(quantization)  # raises where it is not known, before anything is fetched
-    model = model or demo_folder()
-    checkpoint = find_model(model, trust_remote_code=fields.get("trust_remote_code", False))
+    if model is None:
+        say("model SmolLM2-135M-Instruct (default; -m names another)")
+        model = demo_folder()
+    fields = {"progress": err.is_terminal, **{name: value for name, value in fields.items() if value is not None}}
+    llm = QuantizedHuggingFaceLLM(model_id=model, quantization=quantization, **fields)  # raises for a wrong option
+    checkpoint = find_model(model, trust_remote_code=llm.trust_remote_code)
     if quantization is None and checkpoint.quantization is None and is_installed("bitsandbytes"):
-        quantization = "nf4"
+        llm.quantization = "nf4"
         say("quantization nf4 (default; -q none for 16 bits)")
     with err.status("importing PyTorch and transformers"):
-        from langchain_quantllm.llms import QuantizedHuggingFaceLLM
-        from langchain_quantllm.silence import import_quietly
-
-        given = {name: value for name, value in fields.items() if value is not None}
-        llm = QuantizedHuggingFaceLLM(
-            model_id=model, quantization=quantization, **{"progress": err.is_terminal, **given}
-        )
         import_quietly()
     llm.load()
     with err.status("checking the engine against the model"):
@@ -68,7 +65,7 @@ def _as_chat(llm: Any) -> Any:
 def demo() -> None:
     """Load a small model in nf4 and stream an answer through a LangChain chain, with what it took."""
     with errors():
-        llm = _load(None, "nf4", max_new_tokens=120, progress=False)
+        llm = _load(demo_folder(), "nf4", max_new_tokens=120, progress=False)
         from langchain_core.output_parsers import StrOutputParser
         from langchain_core.prompts import ChatPromptTemplate
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from langchain_quantllm.cli.console import demo_folder, err, find_model, out
+from langchain_quantllm.cli.console import check_file, demo_folder, err, find_model, out
 from langchain_quantllm.cli.tables import (
     failure_table,
     generation_table,
@@ -39,13 +39,14 @@ class Job:
     json_file: Path | None
 
     def check(self) -> None:
-        """Check what needs neither torch nor weights: the schemes' names, the shape's, and where the model is.
+        """Check what needs neither torch nor weights: where the document goes, names, and where the model is.
 
         Raises:
             QuantLLMError: If one is not known or not there.
         """
         from langchain_quantllm.benchmarks.random_models import check_shape
 
+        check_file("--json", self.json_file)
         for name in words(self.schemes or ""):
             scheme_from(name)
         if self.shape is not None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from langchain_quantllm.cli.console import Device, Model, app, demo_folder, err, errors, out, say
+from langchain_quantllm.cli.console import Device, Model, app, check_file, demo_folder, err, errors, out, say
 from langchain_quantllm.errors import InvalidOptionError
 from langchain_quantllm.schemes import SCHEMES
 
@@ -37,6 +37,7 @@ def compare(
 ) -> None:
     """Let two models, or one in two schemes, answer the same prompts greedily, and show where they part."""
     with errors():
+        check_file("--json", json_file)
         prompts = [*(prompt or []), *(_lines(file) if file is not None else [])]
         if model is None and {a, b} & set(SCHEMES):
             model = demo_folder()

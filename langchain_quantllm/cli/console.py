@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +14,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from langchain_quantllm._version import __version__
-from langchain_quantllm.errors import QuantLLMError
+from langchain_quantllm.errors import InvalidOptionError, QuantLLMError
 from langchain_quantllm.schemes import SCHEMES
 from langchain_quantllm.silence import without_torchao
 
@@ -104,7 +105,9 @@ def errors() -> Iterator[None]:
     except KeyboardInterrupt:
         say("stopped")
         raise typer.Exit(130) from None
-    except (QuantLLMError, ValueError) as error:
+    except BrokenPipeError:  # whoever read the output has enough
+        raise
+    except (QuantLLMError, ValueError, OSError) as error:
         print_error(str(error))
         raise typer.Exit(1) from None
 
@@ -142,6 +145,18 @@ def print_stream(chunks: Any, *, shown: list[str] | None = None, thoughts: Conso
                 shown.append(text)
             out.print(text, end="", markup=False, highlight=False, soft_wrap=True)
     out.print()
+
+
+def check_file(option: str, file: Path | None) -> None:
+    """Check that a file can be written, before the work that it is for.
+
+    Raises:
+        InvalidOptionError: If there is no such folder, or the name is that of one.
+    """
+    if file is not None and (file.is_dir() or not file.parent.is_dir()):
+        why = "it is a folder" if file.is_dir() else f"there is no folder {file.parent}"
+        msg = f"{option} {file} cannot be written: {why}; name a file in a folder that exists."
+        raise InvalidOptionError(msg)
 
 
 def find_model(model: str, **options: Any) -> Any:

@@ -178,9 +178,9 @@ def bench(
         job = Job(model=model, shape=shape, schemes=schemes, device=device or "", kernel=kernel, json_file=json_file)
         job.check()
         with err.status("importing PyTorch and transformers"):
-            from langchain_quantllm.benchmarks.memory import check_device
+            from langchain_quantllm.memory.snapshot import device_name
 
-            job = replace(job, device=check_device(device or [*accelerators(), "cpu"][0]))
+            job = replace(job, device=device_name(device or [*accelerators(), "cpu"][0]))
         if memory:
             bench_memory(job, new_tokens=new_tokens, batch=batch)
         elif speed:
