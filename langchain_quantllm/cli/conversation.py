@@ -61,7 +61,8 @@ class Conversation:
             if line.strip() in _LEAVING:
                 return
             if line.startswith("/"):
-                self._obey(*line.strip().partition(" ")[::2])
+                command, _, text = line.partition(" ")
+                self._obey(command.strip(), text.strip())
             elif text := line.strip():
                 self._answer(text)
 
