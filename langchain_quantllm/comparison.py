@@ -14,11 +14,13 @@ from typing import Any
 
 from langchain_core.outputs import Generation
 
+from langchain_quantllm.checkpoint import LoadSpec, find_checkpoint, reconcile
 from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
 from langchain_quantllm.llms import QuantizedHuggingFaceLLM
 from langchain_quantllm.memory import estimate_memory
+from langchain_quantllm.packages import check_packages
 from langchain_quantllm.placement import release_memory
-from langchain_quantllm.schemes import GPTQ, SCHEMES, scheme_hint
+from langchain_quantllm.schemes import GPTQ, SCHEMES, scheme_from, scheme_hint
 from langchain_quantllm.silence import without_torchao
 
 PROMPTS = (
@@ -134,6 +136,7 @@ def compare(
     kernel: str = "auto",
     chat: bool = True,
     report: Callable[[str], None] = lambda _: None,
+    answered: Callable[[Side, list[Answer]], None] = lambda *_: None,
 ) -> list[Comparison]:
     """Let two models answer the same prompts greedily, and find where they part.
 
@@ -150,6 +153,7 @@ def compare(
         kernel: Kernel for GPTQ.
         chat: Ask as a chat's first message where the model has a chat template, instead of continuing the prompt.
         report: Called with a line for each finished step.
+        answered: Called with each side and its answers, in the order of the prompts, as soon as it has them all.
 
     Returns:
         A comparison for each prompt.
@@ -165,9 +169,11 @@ def compare(
     common = {"device": device, "dtype": dtype, "max_new_tokens": max_new_tokens}
     tokens = max_new_tokens + max(len(prompt.encode()) for prompt in prompts) + _TEMPLATE_TOKENS
     llms = [_make(side, model, kernel, tokens, common) for side in (a, b)]  # raises before anything is loaded
-    (side_a, ids_a, answers_a), (side_b, ids_b, answers_b) = (
-        _run(label, llm, prompts, chat=chat, report=report) for label, llm in zip((a, b), llms, strict=True)
-    )
+    sides = []
+    for label, llm in zip((a, b), llms, strict=True):
+        sides.append(_run(label, llm, prompts, chat=chat, report=report))
+        answered(sides[-1][0], [_answer(given) for given in sides[-1][2]])
+    (side_a, ids_a, answers_a), (side_b, ids_b, answers_b) = sides
     return [
         Comparison(
             prompt=prompt,
@@ -204,11 +210,16 @@ def as_document(comparisons: Sequence[Comparison]) -> dict[str, Any]:
 
 def _make(side: str, model: str | None, kernel: str, tokens: int, common: dict[str, Any]) -> QuantizedHuggingFaceLLM:
     """Make the LLM that a side's name means, for rows of at most so many tokens; its weights are loaded later."""
-    model_id, scheme = _read_side(side, model)
+    model_id, name = _read_side(side, model)
+    scheme = GPTQ(kernel=kernel) if name == "gptq" else scheme_from(name)
+    spec = LoadSpec(model_id=model_id, scheme=scheme)
+    check_packages(scheme)
+    with without_torchao():
+        reconcile(spec, find_checkpoint(spec))  # raises where the model is not there, or cannot have the scheme
     given = {name: value for name, value in common.items() if value is not None}
     return QuantizedHuggingFaceLLM(
         model_id=model_id,
-        quantization=GPTQ(kernel=kernel) if scheme == "gptq" else scheme,
+        quantization=scheme,
         prefix_caching=False,
         progress=False,
         temperature=0,

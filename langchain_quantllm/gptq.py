@@ -37,12 +37,11 @@ from langchain_quantllm.errors import (
     UnsupportedError,
     nearest,
 )
-from langchain_quantllm.schemes import GPTQ
+from langchain_quantllm.schemes import GPTQ, GPTQ_BITS
 
 EXTRA = "langchain-quantllm[gptq]"
 """What to install for GPTQ."""
 
-BITS = (2, 3, 4, 8)
 FORMATS = ("gptq", "gptq_v2")
 """Formats of packed tensors that load; v1 stores the zero points one too small, v2 as they are."""
 
@@ -143,8 +142,8 @@ def _normalized(content: Mapping[str, Any], source: str) -> dict[str, Any]:
     packed = str(getattr(packed, "value", packed)).lower()
     if content.get("is_marlin_format"):
         packed = "marlin"
-    if bits not in BITS:
-        msg = f"bits={bits!r} in {source} is not known to GPTQ; transformers loads {', '.join(map(str, BITS))}."
+    if bits not in GPTQ_BITS:
+        msg = f"bits={bits!r} in {source} is not known to GPTQ; transformers loads {', '.join(map(str, GPTQ_BITS))}."
         raise CheckpointError(msg)
     if group_size is None:
         group_size = -1

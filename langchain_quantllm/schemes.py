@@ -35,6 +35,9 @@ BITSANDBYTES_OPTIONS = (
 )
 """Keys of transformers' `BitsAndBytesConfig` in its dict form."""
 
+GPTQ_BITS = (2, 3, 4, 8)
+"""Bits that a weight of a GPTQ checkpoint may have."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme(NamedOptions):
@@ -86,10 +89,11 @@ class Scheme(NamedOptions):
         """
         return None
 
-    def _check_choice(self, option: str, allowed: tuple[Any, ...]) -> None:
+    def _check_choice(self, option: str, allowed: tuple[Any, ...], none: str | None = None) -> None:
+        """Check an option's value; `none` says what None stands for, where it is allowed."""
         value = getattr(self, option)
-        if value not in allowed:
-            listed = ", ".join(repr(a) for a in allowed)
+        if value not in allowed and (value is not None or none is None):
+            listed = ", ".join(repr(a) for a in allowed) + (f", or None for {none}" if none else "")
             msg = f"{option}={value!r} is not known to quantization {self.name!r}; use one of {listed}."
             raise InvalidOptionError(msg)
 
@@ -186,7 +190,7 @@ class _BitsAndBytes4bit(Scheme):
             value = getattr(self, option)
             if value is not None:
                 object.__setattr__(self, option, str(value).removeprefix("torch."))
-        self._check_choice("compute_dtype", (None, *FLOAT_DTYPES))
+        self._check_choice("compute_dtype", FLOAT_DTYPES, none="the model's own dtype")
         self._check_choice("storage_dtype", ("uint8", *FLOAT_DTYPES))
         self._check_flags("double_quantization", "fp32_cpu_offload")
         self._freeze_names("skip_modules")
@@ -272,7 +276,7 @@ class GPTQ(Scheme):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        self._check_choice("bits", (None, 2, 3, 4, 8))
+        self._check_choice("bits", GPTQ_BITS, none="what the checkpoint says, and 4 for quantize")
         self._check_flags(*(option for option in ("sym", "desc_act") if getattr(self, option) is not None))
         size = self.group_size
         if size is not None and (type(size) is not int or (size != -1 and size < 1)):

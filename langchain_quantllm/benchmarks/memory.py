@@ -98,18 +98,20 @@ def measure_memory(
             kv_cache_memory=estimate.kv_cache_bytes(cache_tokens),  # by itself it would grow with the device
             progress=False,
         )
-        began = time.monotonic()
-        llm.load()
-        load_s = time.monotonic() - began
-        loaded = measure_sizes(device)
-        prompts = [f"Text {i} begins so: " for i in range(batch)]
-        result = llm.generate(prompts, max_new_tokens=new_tokens, ignore_eos=True)
-        peak_bytes = (llm.memory_report().peak_generating or {}).get(device)
-        generating = measure_sizes(device)
-        if peak_bytes is not None:
-            generating = replace(generating, allocated_bytes=peak_bytes)
-        weights_bytes = llm.memory_report().weights.total_bytes
-        llm.unload()
+        try:
+            began = time.monotonic()
+            llm.load()
+            load_s = time.monotonic() - began
+            loaded = measure_sizes(device)
+            prompts = [f"Text {i} begins so: " for i in range(batch)]
+            result = llm.generate(prompts, max_new_tokens=new_tokens, ignore_eos=True)
+            peak_bytes = (llm.memory_report().peak_generating or {}).get(device)
+            generating = measure_sizes(device)
+            if peak_bytes is not None:
+                generating = replace(generating, allocated_bytes=peak_bytes)
+            weights_bytes = llm.memory_report().weights.total_bytes
+        finally:
+            llm.unload()
         info = result.generations[0][0].generation_info or {}
         yield MemoryRow(
             scheme=name,
@@ -178,17 +180,3 @@ def as_document(rows: Sequence[MemoryRow], **about: Any) -> str:
 
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
     return json.dumps({**about, **versions, "rows": [asdict(row) for row in rows]})
-
-
-def check_device(device: str) -> str:
-    """Check that a device is here.
-
-    Raises:
-        UnsupportedError: If it is not.
-    """
-    import torch
-
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        msg = f"device={device!r} is not here: this PyTorch sees no CUDA GPU; use 'cpu'."
-        raise UnsupportedError(msg)
-    return device

@@ -25,6 +25,7 @@ from langchain_quantllm.benchmarks.overview_results import (
     Quality,
     SchemeOverview,
     Subject,
+    reason_of,
 )
 from langchain_quantllm.benchmarks.quality import perplexity
 from langchain_quantllm.benchmarks.speed import unread_bytes
@@ -180,7 +181,7 @@ class _Overview:
         try:
             return measure()
         except Exception as error:  # whatever a kernel or a library says belongs into the row
-            reason = _reason(error)
+            reason = reason_of(error)
         # Outside of the handler, whose error holds on to the tensors of what failed.
         release_memory()
         self._failures.append(Failure(part=part, reason=reason))
@@ -320,9 +321,3 @@ class _Overview:
         )
         self._report(f"training: forward {found.forward_s:.3f} s, backward {found.backward_s:.3f} s")
         return replace(found, peak_bytes=found.peak_bytes - before_bytes)
-
-
-def _reason(error: Exception) -> str:
-    """Say in a line why something failed."""
-    line = str(error).strip().partition("\n")[0]
-    return line if isinstance(error, ValueError | OSError) and line else f"{type(error).__name__}: {line}".rstrip(": ")

@@ -205,6 +205,12 @@ class Failure:
     reason: str
 
 
+def reason_of(error: Exception) -> str:
+    """Say in a line why something failed."""
+    line = str(error).strip().partition("\n")[0]
+    return line if isinstance(error, ValueError | OSError) and line else f"{type(error).__name__}: {line}".rstrip(": ")
+
+
 @dataclass(frozen=True, kw_only=True)
 class SchemeOverview:
     """All that was measured with one scheme; what could not be is among the failures.

@@ -58,6 +58,17 @@ SHAPES: dict[str, dict[str, Any]] = {
 GPTQ_GROUP_SIZE = 128
 
 
+def check_shape(shape: str) -> None:
+    """Check that a shape is known.
+
+    Raises:
+        InvalidOptionError: If it is not.
+    """
+    if shape not in SHAPES:
+        msg = f"shape={shape!r} is not known{nearest(shape, SHAPES)}"
+        raise InvalidOptionError(msg)
+
+
 def random_checkpoint(shape: str, folder: Path, *, gptq: bool = False, bits: int = 4) -> Path:
     """Write a Llama of random weights, as an ordinary bfloat16 checkpoint or packed as GPTQ; the same with each call.
 
@@ -73,9 +84,7 @@ def random_checkpoint(shape: str, folder: Path, *, gptq: bool = False, bits: int
     Raises:
         InvalidOptionError: If the shape is unknown.
     """
-    if shape not in SHAPES:
-        msg = f"shape={shape!r} is not known{nearest(shape, SHAPES)}"
-        raise InvalidOptionError(msg)
+    check_shape(shape)
     import torch
 
     with without_torchao():

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
-from langchain_core.callbacks import BaseCallbackHandler
-from rich.console import Console
 
 from langchain_quantllm.cli.console import (
     Device,
@@ -16,58 +13,42 @@ from langchain_quantllm.cli.console import (
     Model,
     Quantization,
     Seed,
-    ShowMemory,
     Temperature,
     TrustRemoteCode,
     app,
+    demo_folder,
     err,
     errors,
+    find_model,
     out,
-    print_error,
+    print_stream,
+    say,
 )
-from langchain_quantllm.errors import QuantLLMError
 
 DEMO_QUESTION = "Why is the sky blue? Answer in two sentences."
 
 
-class LastAnswer(BaseCallbackHandler):
-    """Keeps the usage and timing of the last answer."""
-
-    info: dict[str, Any]
-
-    def __init__(self) -> None:
-        self.info = {}
-
-    def on_llm_end(self, response: Any, **_: Any) -> None:
-        """Note what came with the answer."""
-        generation = response.generations[0][0]
-        message = getattr(generation, "message", None)  # of a chat model
-        self.info = generation.generation_info or {}
-        if message is not None:
-            self.info = {**message.response_metadata, "usage_metadata": message.usage_metadata}
-
-    def line(self) -> str:
-        """Say it in one line."""
-        if not self.info:
-            return ""
-        usage, timing = self.info["usage_metadata"], self.info["timing"]
-        rate = f", {timing['rate_tok_s']:.1f} tokens/s" if timing["rate_tok_s"] else ""
-        return (
-            f"{usage['input_tokens']} tokens in, {usage['output_tokens']} out, first after "
-            f"{timing['first_token_s']:.2f} s{rate}, ended by {self.info['finish_reason']}"
-        )
-
-
-def _make_llm(model: str | None, quantization: str | None, **fields: Any) -> Any:
-    from langchain_quantllm.demo_model import demo_model
+def _load(model: str | None, quantization: str | None, **fields: Any) -> Any:
+    """Load the model of a command, with its engine, and say meanwhile what takes time."""
     from langchain_quantllm.llms import QuantizedHuggingFaceLLM
+    from langchain_quantllm.packages import is_installed
+    from langchain_quantllm.silence import import_quietly
 
     if model is None:
-        with err.status("getting the demo model, SmolLM2-135M-Instruct ..."):
-            model = str(demo_model(progress=False))
-        quantization = quantization or "nf4"
-    given = {name: value for name, value in fields.items() if value is not None}
-    return QuantizedHuggingFaceLLM(model_id=model, quantization=quantization, **given)
+        say("model SmolLM2-135M-Instruct (default; -m names another)")
+        model = demo_folder()
+    fields = {"progress": err.is_terminal, **{name: value for name, value in fields.items() if value is not None}}
+    llm = QuantizedHuggingFaceLLM(model_id=model, quantization=quantization, **fields)  # raises for a wrong option
+    checkpoint = find_model(model, trust_remote_code=llm.trust_remote_code)
+    if quantization is None and checkpoint.quantization is None and is_installed("bitsandbytes"):
+        llm.quantization = "nf4"
+        say("quantization nf4 (default; -q none for 16 bits)")
+    with err.status("importing PyTorch and transformers"):
+        import_quietly()
+    llm.load()
+    with err.status("checking the engine against the model"):
+        llm.engine_info  # noqa: B018  (makes the engine)
+    return llm
 
 
 def _as_chat(llm: Any) -> Any:
@@ -80,38 +61,20 @@ def _as_chat(llm: Any) -> Any:
     return ChatQuantizedHuggingFace(**fields) if has_format else llm
 
 
-def _print_stream(chunks: Iterator[Any], thoughts: Console = out) -> str:
-    """Print an answer as it comes, what the model thinks before it dimmed, and give it."""
-    text = ""
-    thinks = False
-    for chunk in chunks:
-        if thought := "" if isinstance(chunk, str) else chunk.additional_kwargs.get("reasoning_content", ""):
-            thoughts.print(thought, end="", style="dim", markup=False, highlight=False, soft_wrap=True)
-            thinks = True
-        given = chunk if isinstance(chunk, str) else str(chunk.text)
-        if given and thinks:
-            thoughts.print("\n")
-            thinks = False
-        out.print(given, end="", markup=False, highlight=False, soft_wrap=True)
-        text += given
-    out.print()
-    return text
-
-
 @app.command()
 def demo() -> None:
     """Load a small model in nf4 and stream an answer through a LangChain chain, with what it took."""
     with errors():
-        llm = _make_llm(None, "nf4", max_new_tokens=120, progress=False)
+        llm = _load(demo_folder(), "nf4", max_new_tokens=120, progress=False)
         from langchain_core.output_parsers import StrOutputParser
         from langchain_core.prompts import ChatPromptTemplate
 
-        with err.status("loading it in nf4 ..."):
-            llm.load()
+        from langchain_quantllm.cli.last_answer import LastAnswer
+
         chain = ChatPromptTemplate.from_messages([("human", "{question}")]) | _as_chat(llm) | StrOutputParser()
         answer = LastAnswer()
         out.print(f"[bold]{DEMO_QUESTION}[/]")
-        _print_stream(chain.stream({"question": DEMO_QUESTION}, {"callbacks": [answer]}))
+        print_stream(chain.stream({"question": DEMO_QUESTION}, {"callbacks": [answer]}))
         out.print(f"[dim]{answer.line()}[/]\n", highlight=False)
         out.print(str(llm.memory_report()), markup=False, highlight=False, soft_wrap=True)
 
@@ -126,14 +89,16 @@ def run(
     temperature: Temperature = None,
     seed: Seed = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be repeated.")] = None,
-    raw: Annotated[bool, typer.Option(help="Continue the prompt as it is, without the model's chat format.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it is, without the model's chat format.")
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
-    memory: ShowMemory = False,
+    memory: Annotated[bool, typer.Option("--memory", help="Show the memory report afterwards.")] = False,
 ) -> None:
     """Answer one prompt, streamed to standard output; figures go to standard error."""
     with errors():
         text = sys.stdin.read() if prompt == "-" else prompt
-        llm = _make_llm(
+        llm = _load(
             model,
             quantization,
             device=device,
@@ -143,10 +108,11 @@ def run(
             stop=stop or None,
             trust_remote_code=trust_remote_code,
         )
-        llm.load()
+        from langchain_quantllm.cli.last_answer import LastAnswer
+
         answer = LastAnswer()
-        _print_stream((llm if raw else _as_chat(llm)).stream(text, {"callbacks": [answer]}), thoughts=err)
-        err.print(f"[dim]{answer.line()}[/]", highlight=False)
+        print_stream((llm if raw else _as_chat(llm)).stream(text, {"callbacks": [answer]}), thoughts=err)
+        say(answer.line())
         if memory:
             err.print(str(llm.memory_report()), markup=False, highlight=False, soft_wrap=True)
 
@@ -157,14 +123,14 @@ def chat(
     quantization: Quantization = None,
     device: Device = None,
     system: Annotated[str | None, typer.Option(help="What the model is told about its role.")] = None,
-    max_new_tokens: MaxNewTokens = 512,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 512,
     temperature: Temperature = None,
     seed: Seed = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Talk with a model. Ctrl-C stops an answer, Ctrl-D or /bye ends, /memory shows what it takes."""
+    """Talk with a model. Ctrl-C stops an answer, Ctrl-D or /exit leaves, /help lists the other commands."""
     with errors():
-        llm = _make_llm(
+        llm = _load(
             model,
             quantization,
             device=device,
@@ -173,32 +139,7 @@ def chat(
             seed=seed,
             trust_remote_code=trust_remote_code,
         )
-        llm = _as_chat(llm.load())
-        messages = [{"role": "system", "content": system}] if system else []
-        while True:
-            try:
-                text = out.input("[bold]>>>[/] ").strip()
-            except (EOFError, KeyboardInterrupt):
-                out.print()
-                return
-            if text in ("/bye", "/exit", "/quit"):
-                return
-            if text == "/memory":
-                out.print(str(llm.memory_report()), markup=False, highlight=False, soft_wrap=True)
-            elif text:
-                _answer(llm, messages, text)
+        from langchain_quantllm.cli.conversation import Conversation
 
-
-def _answer(llm: Any, messages: list[dict[str, str]], text: str) -> None:
-    """Stream one turn and add it to the conversation, unless it failed or was stopped."""
-    turn = [*messages, {"role": "user", "content": text}]
-    answer = LastAnswer()
-    try:
-        reply = _print_stream(llm.stream(turn, {"callbacks": [answer]}))
-    except KeyboardInterrupt:
-        out.print("\n[dim]stopped; the turn is forgotten[/]")
-    except QuantLLMError as error:
-        print_error(str(error))
-    else:
-        out.print(f"[dim]{answer.line()}[/]", highlight=False)
-        messages[:] = [*turn, {"role": "assistant", "content": reply}]
+        say(f"{model or 'SmolLM2-135M-Instruct'} on {llm.memory_report().summary()}")
+        Conversation(_as_chat(llm), system).run()

@@ -7,14 +7,22 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from langchain_quantllm.cli.console import err, out
-from langchain_quantllm.cli.tables import generation_table, memory_table, overview_tables, prefill_table
+from langchain_quantllm.cli.console import check_file, demo_folder, err, find_model, out
+from langchain_quantllm.cli.tables import (
+    failure_table,
+    generation_table,
+    memory_table,
+    overview_tables,
+    prefill_table,
+)
 from langchain_quantllm.errors import InvalidOptionError
 from langchain_quantllm.schemes import scheme_from
 
@@ -30,6 +38,22 @@ class Job:
     kernel: str
     json_file: Path | None
 
+    def check(self) -> None:
+        """Check what needs neither torch nor weights: where the document goes, names, and where the model is.
+
+        Raises:
+            QuantLLMError: If one is not known or not there.
+        """
+        from langchain_quantllm.benchmarks.random_models import check_shape
+
+        check_file("--json", self.json_file)
+        for name in words(self.schemes or ""):
+            scheme_from(name)
+        if self.shape is not None:
+            check_shape(self.shape)
+        elif self.model is not None:
+            find_model(self.model)
+
     @property
     def about(self) -> dict[str, Any]:
         """What its document says of it."""
@@ -43,11 +67,10 @@ class Job:
     def checkpoints(self, default: str, folder: Path) -> dict[str, str]:
         """Find or make the checkpoint of each scheme."""
         from langchain_quantllm.benchmarks.random_models import random_checkpoint
-        from langchain_quantllm.demo_model import demo_model
 
         names = words(default if self.schemes is None else self.schemes)
         if self.shape is None:
-            model = self.model or str(demo_model(progress=False)) if names else ""
+            model = self.model or demo_folder() if names else ""
             return dict.fromkeys(names, model)
         plain = str(random_checkpoint(self.shape, folder / "plain")) if set(names) - {"gptq"} else ""
         packed = str(random_checkpoint(self.shape, folder / "gptq", gptq=True)) if "gptq" in names else ""
@@ -73,18 +96,17 @@ def bench_memory(job: Job, *, new_tokens: int, batch: int) -> None:
     from langchain_quantllm.benchmarks.memory import as_document, measure_memory
 
     sizes: dict[str, Any] = {"new_tokens": new_tokens, "batch": batch}
-    with tempfile.TemporaryDirectory() as scratch:
-        checkpoints = job.checkpoints("none,int8,nf4,nf4-double", Path(scratch))
-        about = {**job.about, "model": job.model or job.shape}
-        del about["shape"]
-        rows = []
-        for row in measure_memory(checkpoints, device=job.device, kernel=job.kernel, **sizes):
-            _report(f"{row.scheme}: loaded in {row.load_s:.1f} s")
-            rows.append(row)
-            job.write(as_document(rows, **about, **sizes))
+    about = {**job.about, "model": job.model or job.shape, **sizes}
+    del about["shape"]
+
+    def measure(checkpoint: dict[str, str]) -> Any:
+        row = next(measure_memory(checkpoint, device=job.device, kernel=job.kernel, **sizes))
+        _report(f"{row.scheme}: loaded in {row.load_s:.1f} s")
+        return row
+
+    rows, failures = _measure_each(job, measure, partial(as_document, **about))
     title = f"{job.where}, generating {batch} x {new_tokens} tokens"
-    Console(width=max(out.width, 130)).print(memory_table(rows, title))
-    job.finish(as_document(rows, **about, **sizes))
+    _finish(job, [memory_table(rows, title)], 130, as_document(rows, failures=failures, **about), failures)
 
 
 def bench_speed(job: Job, options: Any) -> None:
@@ -92,18 +114,51 @@ def bench_speed(job: Job, options: Any) -> None:
     from langchain_quantllm.benchmarks.speed import measure_speed
     from langchain_quantllm.benchmarks.speed_results import as_document
 
-    with tempfile.TemporaryDirectory() as scratch:
-        checkpoints = job.checkpoints("none,int8,nf4,nf4-double", Path(scratch))
-        what: dict[str, Any] = {"options": options, "copy_speed": _measure_copy(job.device)}
-        rows = []
-        for row in measure_speed(checkpoints, device=job.device, kernel=job.kernel, report=_report, **what):
-            rows.append(row)
-            job.write(as_document(rows, **job.about, **what))
-    wide = Console(width=max(out.width, 150))
+    what: dict[str, Any] = {"options": options, "copy_speed": _measure_copy(job.device)}
+
+    def measure(checkpoint: dict[str, str]) -> Any:
+        return next(measure_speed(checkpoint, device=job.device, kernel=job.kernel, report=_report, **what))
+
+    rows, failures = _measure_each(job, measure, partial(as_document, **job.about, **what))
     sizes = f"{options.prompt_tokens} tokens in, {options.new_tokens} out"
-    wide.print(generation_table(rows, f"{job.where}, {sizes}: tokens/s, and a step in ms"))
-    wide.print(prefill_table(rows, f"{job.where}: seconds"))
-    job.finish(as_document(rows, **job.about, **what))
+    tables = [
+        generation_table(rows, f"{job.where}, {sizes}: tokens/s, and a step in ms"),
+        prefill_table(rows, f"{job.where}: seconds"),
+    ]
+    _finish(job, tables, 150, as_document(rows, failures=failures, **job.about, **what), failures)
+
+
+def _measure_each(
+    job: Job, measure: Callable[[dict[str, str]], Any], document: Callable[..., str]
+) -> tuple[list[Any], list[dict[str, str]]]:
+    """Measure one scheme after another, and write down after each what there is; one that fails leaves the others."""
+    from langchain_quantllm.benchmarks.overview_results import reason_of
+    from langchain_quantllm.placement import release_memory
+
+    rows: list[Any] = []
+    failures: list[dict[str, str]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, folder in job.checkpoints("none,int8,nf4,nf4-double", Path(scratch)).items():
+            try:
+                rows.append(measure({name: folder}))
+            except Exception as error:  # whatever a kernel or a library says belongs into the row
+                failures.append({"scheme": name, "reason": reason_of(error)})
+                _report(f"{name} failed: {failures[-1]['reason']}")
+            release_memory()  # outside of the handler, whose error holds on to the tensors of what failed
+            job.write(document(rows, failures=failures))
+    return rows, failures
+
+
+def _finish(job: Job, tables: list[Any], width: int, document: str, failures: list[dict[str, str]]) -> None:
+    """Show what was measured and what failed; it is an error where nothing was measured."""
+    wide = Console(width=max(out.width, width))
+    measured = [table for table in tables if table.row_count]
+    for table in [*measured, *([failure_table(failures)] if failures else [])]:
+        wide.print(table)
+    job.finish(document)
+    if not measured:
+        reason = f"no scheme could be measured; the first: {failures[0]['reason']}" if failures else ""
+        raise InvalidOptionError(reason or "no schemes were given.")
 
 
 def bench_overview(
@@ -117,8 +172,6 @@ def bench_overview(
     if plots is not None:
         check_plots(words(plot_format))
     evaluated = _read_text(text, job.shape) if "quality" in options.parts else None
-    for name in words(job.schemes or ""):
-        scheme_from(name)  # raises, before anything is made, where it is not known
     document: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         schemes = job.checkpoints("none,int8,nf4", Path(scratch))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from langchain_quantllm.cli.console import Device, Model, app, err, errors, out
+from langchain_quantllm.cli.console import Device, Model, app, check_file, demo_folder, err, errors, out, say
 from langchain_quantllm.errors import InvalidOptionError
+from langchain_quantllm.schemes import SCHEMES
 
 _MARK = "▸"
 """Stands where two texts part."""
@@ -28,37 +30,67 @@ def compare(
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 64,
     device: Device = None,
     kernel: Annotated[str, typer.Option(help="Kernel for GPTQ, such as marlin or triton.")] = "auto",
-    raw: Annotated[bool, typer.Option(help="Continue the prompts as they are, without the chat format.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompts as they are, without the chat format.")
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything into this file, too.")] = None,
 ) -> None:
     """Let two models, or one in two schemes, answer the same prompts greedily, and show where they part."""
     with errors():
-        from langchain_quantllm.comparison import PROMPTS, as_document
-        from langchain_quantllm.comparison import compare as compare_models
-        from langchain_quantllm.demo_model import demo_model
-        from langchain_quantllm.schemes import SCHEMES
-
+        check_file("--json", json_file)
         prompts = [*(prompt or []), *(_lines(file) if file is not None else [])]
         if model is None and {a, b} & set(SCHEMES):
-            model = str(demo_model(progress=False))
-        found = compare_models(
-            a,
-            b,
-            prompts or PROMPTS,
-            model=model,
-            max_new_tokens=max_new_tokens,
-            device=device,
-            kernel=kernel,
-            chat=not raw,
-            report=lambda line: err.print(line, markup=False, highlight=False, soft_wrap=True),
-        )
+            model = demo_folder()
+        with err.status("importing PyTorch and transformers"):
+            from langchain_quantllm.comparison import PROMPTS, as_document
+            from langchain_quantllm.comparison import compare as compare_models
+
+        prompts = prompts or list(PROMPTS)
+        answers: list[tuple[Any, list[Any]]] = []
+        found: list[Any] = []
+
+        def keep(side: Any, given: list[Any]) -> None:
+            answers.append((side, given))
+            rows = [{"prompt": text, "a": asdict(answer)} for text, answer in zip(prompts, answers[0][1], strict=True)]
+            _write(json_file, {"kind": "comparison", "a": asdict(answers[0][0]), "rows": rows})
+
+        try:
+            found = compare_models(
+                a,
+                b,
+                prompts,
+                model=model,
+                max_new_tokens=max_new_tokens,
+                device=device,
+                kernel=kernel,
+                chat=not raw,
+                report=say,
+                answered=keep,
+            )
+        finally:
+            if not found and answers:  # the other side failed: what there is is shown
+                _show_one(*answers[0], prompts)
         wide = Console(width=max(out.width, 80))
         for one in found:
             wide.print(_answers_table(one))
         wide.print(_sides_table(found))
         out.print(_summary(found), highlight=False)
-        if json_file is not None:
-            json_file.write_text(json.dumps(as_document(found), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        _write(json_file, as_document(found))
+
+
+def _write(file: Path | None, document: dict[str, Any]) -> None:
+    if file is not None:
+        file.write_text(json.dumps(document, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def _show_one(side: Any, answers: list[Any], prompts: list[str]) -> None:
+    """Show the answers of one side, where the other one has none."""
+    table = Table()
+    for head in ("prompt", side.label):
+        table.add_column(Text(head))
+    for text, answer in zip(prompts, answers, strict=True):
+        table.add_row(Text(text), Text(answer.text))
+    Console(width=max(out.width, 80)).print(table)
 
 
 def _lines(file: Path) -> list[str]:

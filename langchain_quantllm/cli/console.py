@@ -3,46 +3,111 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 from collections.abc import Iterator
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
+from typer.core import TyperGroup
 
-from langchain_quantllm.errors import QuantLLMError
+from langchain_quantllm._version import __version__
+from langchain_quantllm.errors import InvalidOptionError, QuantLLMError
+from langchain_quantllm.schemes import SCHEMES
+from langchain_quantllm.silence import without_torchao
+
+_ELSEWHERE = {
+    "serve": "there is no server, as a model runs inside your Python program; `chat` talks with one",
+    "pull": "`run`, `chat` and the other commands fetch a model from the Hub when they first need it",
+    "list": "models from the Hub lie in its cache, which `hf cache ls` lists",
+    "ps": "a model lives in the process that loaded it and ends with it; `doctor` shows the free memory",
+    "rm": "models from the Hub lie in its cache, from which `hf cache rm` removes them",
+    "generate": "`run` answers a prompt",
+    "convert": "`quantize` writes GPTQ and bitsandbytes checkpoints, and nothing writes GGUF files",
+    "embed": "the package runs models that write text and computes no embeddings",
+}
+_ELSEWHERE |= {"download": _ELSEWHERE["pull"], "ls": _ELSEWHERE["list"]}
+"""Commands of similar tools, and what stands in their place."""
+
+
+class _Commands(TyperGroup):
+    """The commands, with an answer for names that are none."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command that is meant, or say what could be."""
+        name = args[0]
+        if name not in self.commands and not name.startswith("-"):
+            ctx.fail(f"There is no command {name!r}{self._hint(name)}")
+        return super().resolve_command(ctx, args)
+
+    def _hint(self, name: str) -> str:
+        if name in _ELSEWHERE:
+            return f": {_ELSEWHERE[name]}."
+        near = difflib.get_close_matches(name, self.commands, n=1, cutoff=0.65)  # "serve" and "merge" are 0.6 alike
+        near = near or [command for command in self.commands if len(name) > 2 and command.startswith(name)]
+        return f"; did you mean {near[0]!r}?" if near else f"; the commands are {', '.join(sorted(self.commands))}."
+
 
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
-    help="Quantized local language models in LangChain, and what they take.",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 out = Console()
 err = Console(stderr=True)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"langchain-quantllm {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Quantized local language models in LangChain, and what they take."""
+
 
 Model = Annotated[
     str | None, typer.Option("--model", "-m", help="Folder, or repository on the Hub. Default: a small demo model.")
 ]
 Quantization = Annotated[
     str | None,
-    typer.Option("--quantization", "-q", help="none, int8, nf4, nf4-double, fp4, gptq. Default: as the checkpoint is."),
+    typer.Option(
+        "--quantization", "-q", help=f"{', '.join(SCHEMES)}. Default: nf4, or what the checkpoint is quantized with."
+    ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda:0, ... Default: the first GPU, else the CPU.")]
-MaxNewTokens = Annotated[int | None, typer.Option(help="Most tokens of an answer.")]
-Temperature = Annotated[float | None, typer.Option(help="0 is greedy.")]
+MaxNewTokens = Annotated[int | None, typer.Option(help="Most tokens of an answer. Default: the checkpoint's, or 256.")]
+Temperature = Annotated[
+    float | None, typer.Option(help="Randomness of the answer; 0 is greedy. Default: the checkpoint's, or 0.")
+]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
-TrustRemoteCode = Annotated[bool, typer.Option(help="Run Python code that comes with the checkpoint.")]
-ShowMemory = Annotated[bool, typer.Option("--memory", help="Show the memory report afterwards.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the checkpoint.")
+]
 
 
 @contextlib.contextmanager
 def errors() -> Iterator[None]:
     """Print an error of the package as the sentence that it is; exit with 1, or 130 after Ctrl-C."""
     try:
-        yield
+        with without_torchao():
+            yield
     except KeyboardInterrupt:
-        err.print("stopped")
+        say("stopped")
         raise typer.Exit(130) from None
-    except (QuantLLMError, ValueError) as error:
+    except BrokenPipeError:  # whoever read the output has enough
+        raise
+    except (QuantLLMError, ValueError, OSError) as error:
         print_error(str(error))
         raise typer.Exit(1) from None
 
@@ -51,6 +116,70 @@ def print_error(text: str) -> None:
     """Print a sentence as an error."""
     err.print("error: ", style="bold red", end="")
     err.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """Print a remark to standard error."""
+    err.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_stream(chunks: Any, *, shown: list[str] | None = None, thoughts: Console = out) -> None:
+    """Print an answer as it comes, what the model thinks before it dimmed.
+
+    Args:
+        chunks: What `stream` gave; closed however this ends, so that the model stops.
+        shown: Takes the pieces of text, thoughts left out.
+        thoughts: Where the thoughts go.
+    """
+    thinks = False
+    with contextlib.closing(chunks):
+        for chunk in chunks:
+            if thought := "" if isinstance(chunk, str) else chunk.additional_kwargs.get("reasoning_content", ""):
+                thoughts.print(thought, end="", style="dim", markup=False, highlight=False, soft_wrap=True)
+                thinks = True
+            text = chunk if isinstance(chunk, str) else str(chunk.text)
+            if text and thinks:
+                thoughts.print("\n")
+                thinks = False
+            if shown is not None:
+                shown.append(text)
+            out.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+    out.print()
+
+
+def check_file(option: str, file: Path | None) -> None:
+    """Check that a file can be written, before the work that it is for.
+
+    Raises:
+        InvalidOptionError: If there is no such folder, or the name is that of one.
+    """
+    if file is not None and (file.is_dir() or not file.parent.is_dir()):
+        why = "it is a folder" if file.is_dir() else f"there is no folder {file.parent}"
+        msg = f"{option} {file} cannot be written: {why}; name a file in a folder that exists."
+        raise InvalidOptionError(msg)
+
+
+def find_model(model: str, **options: Any) -> Any:
+    """Find a checkpoint and read its config.
+
+    A wrong path is told before torch is imported, which takes seconds.
+
+    Args:
+        model: Folder, or repository on the Hub.
+        **options: Further ones of `LoadSpec`.
+    """
+    from langchain_quantllm.checkpoint import LoadSpec, find_checkpoint
+
+    with err.status(Text(f"looking for {model}")):
+        return find_checkpoint(LoadSpec(model_id=model, **options))
+
+
+def demo_folder() -> str:
+    """Make the demo model where it is not there yet, and give its folder."""
+    from langchain_quantllm.demo_model import demo_model
+
+    with err.status("getting the demo model, SmolLM2-135M-Instruct"):
+        return str(demo_model(progress=False))
 
 
 def accelerators() -> list[str]:

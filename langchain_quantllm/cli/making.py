@@ -8,22 +8,23 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from langchain_quantllm.cli.console import Device, TrustRemoteCode, app, err, errors, out
-from langchain_quantllm.errors import InvalidOptionError
+from langchain_quantllm.cli.console import Device, Revision, TrustRemoteCode, app, err, errors, find_model, out
+from langchain_quantllm.errors import InvalidOptionError, nearest
+from langchain_quantllm.schemes import GPTQ_BITS, SCHEMES
 
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write. Default: one named after both.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is there already.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.")]
+_WRITTEN = [name for name in SCHEMES if name != "none"]
+"""Schemes that `quantize` writes."""
+_BITS = ", ".join(map(str, GPTQ_BITS))
 
 
 @app.command()
 def quantize(
     model: Annotated[str, typer.Argument(help="Folder, or repository on the Hub, unquantized.")],
-    scheme: Annotated[
-        str, typer.Option("--scheme", "-s", help="gptq, int8, nf4, nf4-double, fp4 or fp4-double.")
-    ] = "gptq",
+    scheme: Annotated[str, typer.Option("--scheme", "-s", help=f"{', '.join(_WRITTEN)}.")] = "gptq",
     output: Output = None,
-    bits: Annotated[int, typer.Option(help="GPTQ: 2, 3, 4 or 8.")] = 4,
+    bits: Annotated[int, typer.Option(help=f"GPTQ: {_BITS}.")] = 4,
     group_size: Annotated[
         int | None, typer.Option(help="GPTQ: inputs that share a scale; -1 is all. Default: 128, or what divides.")
     ] = None,
@@ -48,10 +49,18 @@ def quantize(
 ) -> None:
     """Quantize a checkpoint and write it. What GPTQ finished is kept: the same command goes on after Ctrl-C."""
     with errors():
-        from langchain_quantllm.memory import format_bytes
-        from langchain_quantllm.quantization.calibration import BUILT_IN, Calibration
-        from langchain_quantllm.quantization.quantizing import quantize as quantize_checkpoint
-        from langchain_quantllm.schemes import GPTQ
+        if scheme not in _WRITTEN:
+            msg = f"--scheme {scheme!r} is not a scheme to quantize with{nearest(scheme, _WRITTEN)}"
+            raise InvalidOptionError(msg)
+        if bits not in GPTQ_BITS:
+            msg = f"--bits {bits} is not allowed; GPTQ takes one of {_BITS}."
+            raise InvalidOptionError(msg)
+        find_model(model, revision=revision, trust_remote_code=trust_remote_code)
+        with err.status("importing PyTorch and transformers"):
+            from langchain_quantllm.memory import format_bytes
+            from langchain_quantllm.quantization.calibration import BUILT_IN, Calibration
+            from langchain_quantllm.quantization.quantizing import quantize as quantize_checkpoint
+            from langchain_quantllm.schemes import GPTQ
 
         options: dict[str, Any] = {}
         wanted: Any = scheme
@@ -116,6 +125,7 @@ def merge(
 ) -> None:
     """Merge an adapter into its base model and write the result, unquantized."""
     with errors():
+        find_model(model, revision=revision, trust_remote_code=trust_remote_code)
         from langchain_quantllm.merging import merge_adapter
 
         folder = merge_adapter(

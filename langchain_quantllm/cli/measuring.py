@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
+from langchain_quantllm.benchmarks.random_models import SHAPES
 from langchain_quantllm.cli.benches import (
     Job,
     bench_memory,
@@ -19,8 +21,20 @@ from langchain_quantllm.cli.benches import (
     show,
     words,
 )
-from langchain_quantllm.cli.console import Device, TrustRemoteCode, accelerators, app, errors, out
+from langchain_quantllm.cli.console import (
+    Device,
+    Revision,
+    TrustRemoteCode,
+    accelerators,
+    app,
+    err,
+    errors,
+    find_model,
+    out,
+)
 from langchain_quantllm.errors import InvalidOptionError, nearest
+from langchain_quantllm.packages import label_of
+from langchain_quantllm.schemes import SCHEMES
 
 
 @app.command()
@@ -28,53 +42,69 @@ def memory(
     model: Annotated[str, typer.Argument(help="Folder, or repository on the Hub; only its config is read.")],
     tokens: Annotated[int, typer.Option(help="Length of a sequence in tokens, for the KV cache.")] = 4096,
     batch: Annotated[int, typer.Option(help="Sequences at once, for the KV cache.")] = 1,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Estimate what a model takes in every scheme, and which of them fit on this machine."""
     with errors():
-        from langchain_quantllm.checkpoint import LoadSpec, find_checkpoint
-        from langchain_quantllm.memory import available_memory, estimate_memory, format_bytes
-        from langchain_quantllm.placement import default_device_map
-        from langchain_quantllm.schemes import SCHEMES
+        if tokens < 0 or batch < 0:
+            msg = f"--tokens {tokens} and --batch {batch} must not be negative."
+            raise InvalidOptionError(msg)
+        checkpoint = find_model(model, revision=revision, trust_remote_code=trust_remote_code)
+        with err.status("computing the estimates"):
+            from langchain_quantllm.checkpoint import LoadSpec
+            from langchain_quantllm.memory import available_memory, estimate_memory, format_bytes
+            from langchain_quantllm.placement import default_device_map
 
-        spec = LoadSpec(model_id=model, revision=revision, trust_remote_code=trust_remote_code)
-        config = find_checkpoint(spec).config
-        estimate = estimate_memory(config, trust_remote_code=trust_remote_code)
-        device = str(next(iter(default_device_map(spec).values())))
-        device = f"cuda:{device}" if device.isdigit() else device
-        free_bytes = available_memory(device)
+            config, stored = checkpoint.config, checkpoint.quantization
+            if stored is not None:  # it may come from a file beside config.json
+                config.quantization_config = dict(stored)
+            estimate = estimate_memory(config, trust_remote_code=trust_remote_code)
+            sizes = dict(estimate.bytes_by_scheme) or {_name_of(estimate.scheme): estimate.total_bytes}
+            for name in SCHEMES if stored is None else ():
+                if name not in sizes:
+                    made = estimate_memory(config, name, trust_remote_code=trust_remote_code)
+                    sizes[name] = made.total_bytes
+            place = next(iter(default_device_map(LoadSpec(model_id=model)).values()))
+            device = f"cuda:{place}" if isinstance(place, int) else str(place)
+            free_bytes = available_memory(device)
+        cache_bytes = estimate.kv_cache_bytes(tokens, batch)
         table = Table(title=f"{model}: estimate, {format_bytes(free_bytes)} free on {device}", title_justify="left")
-        for column in (
-            "scheme",
-            "weights",
-            "against 16 bits",
-            f"KV cache, {batch} x {tokens} tokens",
-            "in all",
-            "fits",
-        ):
-            table.add_column(column, justify="left" if column == "scheme" else "right")
-        known: dict[str, Any] = {name: SCHEMES[name] for name in estimate.bytes_by_scheme} or {
-            estimate.scheme.name: None
-        }
-        for name, scheme in known.items():
-            one = estimate_memory(config, scheme, trust_remote_code=trust_remote_code)
-            cache_bytes = one.kv_cache_bytes(tokens, batch)
-            whole_bytes = one.total_bytes + cache_bytes
+        heads = ("scheme", "weights", "against 16 bits", f"KV cache, {batch} x {tokens} tokens", "in all", "fits")
+        for head in heads:
+            table.add_column(head, justify="left" if head == "scheme" else "right")
+        for name, size_bytes in sizes.items():
             table.add_row(
                 name,
-                format_bytes(one.total_bytes),
-                f"{round(-100 * one.saving):+d}%",
+                format_bytes(size_bytes),
+                f"{round(100 * (size_bytes / estimate.bytes_16bit - 1)):+d}%",
                 format_bytes(cache_bytes),
-                format_bytes(whole_bytes),
-                "yes" if whole_bytes <= free_bytes else "no",
+                format_bytes(size_bytes + cache_bytes),
+                "yes" if size_bytes + cache_bytes <= free_bytes else "no",
             )
         out.print(table)
         context = f"; the model's context is {estimate.context_tokens} tokens" if estimate.context_tokens else ""
-        out.print(f"{estimate.parameters:,} parameters{context}. 1 MB is 1,000,000 bytes.", highlight=False)
+        lines = [f"{estimate.parameters:,} parameters{context}. 1 MB is 1,000,000 bytes."]
+        if stored is None:
+            lines.append("gptq is for 4 bits in groups of 128, and needs calibration: langchain-quantllm quantize")
+        else:
+            lines.append("The checkpoint is quantized already, and is loaded as it is.")
+        out.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
-Scheme = Annotated[str | None, typer.Option(help="Names of schemes, with commas. Default: none, int8 and nf4.")]
+def _name_of(scheme: Any) -> str:
+    """Name the scheme of a checkpoint as `SCHEMES` does; with its bits where the name does not say them."""
+    if scheme.calibrated:
+        return f"{label_of(scheme)}, {scheme.weight_bits} bits"
+    return f"{scheme.name}-double" if getattr(scheme, "double_quantization", False) else str(scheme.name)
+
+
+Schemes = Annotated[
+    str | None,
+    typer.Option(
+        help=f"With commas: {', '.join(SCHEMES)}. Default: none,int8,nf4; with --memory or --speed nf4-double, too."
+    ),
+]
 Parts = Annotated[
     str, typer.Option(help="Parts to leave out, with commas: prefill, batches, lengths, cache, training, quality.")
 ]
@@ -82,9 +112,13 @@ Parts = Annotated[
 
 @app.command()
 def bench(
-    model: Annotated[str | None, typer.Argument(help="Folder, or repository on the Hub.")] = None,
-    shape: Annotated[str | None, typer.Option(help="Random weights of this shape instead: llama-2-7b or tiny.")] = None,
-    schemes: Scheme = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Folder, or repository on the Hub. Default: a small demo model.")
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option(help=f"Random weights of this shape instead: {', '.join(SHAPES)}.")
+    ] = None,
+    schemes: Schemes = None,
     checkpoint: Annotated[
         list[str] | None, typer.Option(help="A quantized checkpoint as label=FOLDER, one more row; may be repeated.")
     ] = None,
@@ -138,19 +172,15 @@ def bench(
         if from_json is not None:
             show(read_document(from_json), None, plots, plot_format)
             return
-        from langchain_quantllm.benchmarks.memory import check_device
-
         if memory and speed:
             msg = "--memory and --speed are two benches; give one of them."
             raise InvalidOptionError(msg)
-        job = Job(
-            model=model,
-            shape=shape,
-            schemes=schemes,
-            device=check_device(device or ([*accelerators(), "cpu"])[0]),
-            kernel=kernel,
-            json_file=json_file,
-        )
+        job = Job(model=model, shape=shape, schemes=schemes, device=device or "", kernel=kernel, json_file=json_file)
+        job.check()
+        with err.status("importing PyTorch and transformers"):
+            from langchain_quantllm.memory.snapshot import device_name
+
+            job = replace(job, device=device_name(device or [*accelerators(), "cpu"][0]))
         if memory:
             bench_memory(job, new_tokens=new_tokens, batch=batch)
         elif speed:

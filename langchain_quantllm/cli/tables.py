@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 _RUNNERS = {"engine": "langchain-quantllm", "generate": "generate"}
 
@@ -137,7 +138,19 @@ def _failure_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = _table("Not measured", ("scheme", "part", "why"), ("scheme", "part", "why"))
     for row in rows:
         for failure in row["failures"]:
-            table.add_row(row["label"], failure["part"], failure["reason"])
+            table.add_row(row["label"], failure["part"], Text(failure["reason"]))
+    return table
+
+
+def failure_table(failures: Sequence[Mapping[str, str]]) -> Table:
+    """Lay out which schemes could not be measured.
+
+    Args:
+        failures: `scheme` and `reason` of each.
+    """
+    table = _table("Not measured", ("scheme", "why"), ("scheme", "why"))
+    for failure in failures:
+        table.add_row(failure["scheme"], Text(failure["reason"]))
     return table
 
 

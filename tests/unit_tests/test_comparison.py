@@ -13,7 +13,7 @@ from langchain_quantllm import QuantizedHuggingFaceLLM
 from langchain_quantllm.benchmarks.random_models import random_checkpoint
 from langchain_quantllm.cli import app
 from langchain_quantllm.comparison import Comparison, as_document, compare
-from langchain_quantllm.errors import InvalidOptionError, ModelNotFoundError
+from langchain_quantllm.errors import CheckpointError, InvalidOptionError, ModelNotFoundError
 
 PROMPTS = ["What is the capital of France?", "Count to five.", "Name three colours of the rainbow."]
 
@@ -136,3 +136,29 @@ def test_errors_of_the_command_are_a_sentence(tmp_path: Path) -> None:
         result = cli(*words)
         assert result.exit_code == 1
         assert said in result.stderr
+
+
+def test_a_side_that_cannot_be_is_told_before_one_is_loaded(smollm2: Path) -> None:
+    lines: list[str] = []
+    with pytest.raises(CheckpointError, match="is not quantized, and GPTQ takes calibration data"):
+        compare("none", "gptq", PROMPTS, model=str(smollm2), device="cpu", report=lines.append)
+    with pytest.raises(ModelNotFoundError, match="no folder /no/such/folder"):
+        compare(str(smollm2), "/no/such/folder", PROMPTS, device="cpu", report=lines.append)
+    assert lines == []
+
+
+def test_answers_of_one_side_are_shown_where_the_other_fails(tmp_path: Path) -> None:
+    sound, damaged = (random_checkpoint("tiny", tmp_path / name) for name in ("sound", "damaged"))
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    file = tmp_path / "out.json"
+    words = ("--prompt", "One, two", "--max-new-tokens", 4, "--raw", "--json", file)
+    result = cli(sound, damaged, *words)
+    assert result.exit_code == 1
+    assert "is damaged" in result.stderr
+    assert "One, two" in result.stdout
+    document = json.loads(file.read_text(encoding="utf-8"))
+    assert document["a"]["label"] == str(sound)
+    [row] = document["rows"]
+    assert row["prompt"] == "One, two"
+    assert len(row["a"]["tokens"]) == 4

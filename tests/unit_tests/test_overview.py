@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -384,10 +385,15 @@ def test_errors_are_a_sentence(words: list[str], said: str) -> None:
     assert said in result.stderr
 
 
-def test_a_model_that_no_scheme_loads_is_an_error(tmp_path: Path) -> None:
-    result = bench(tmp_path, "--schemes", "none", "--without", "training")
+def test_a_model_that_no_scheme_loads_is_an_error(tiny: str, tmp_path: Path) -> None:
+    words = (tmp_path, "--schemes", "none", "--without", "training")
+    result = bench(*words)
     assert result.exit_code == 1
-    assert "no scheme could be loaded" in result.stderr
+    assert "has no config.json" in result.stderr  # before anything is measured
+    shutil.copy(Path(tiny, "config.json"), tmp_path)  # and no weights
+    result = bench(*words)
+    assert result.exit_code == 1
+    assert "no scheme could be loaded; the first: " in result.stderr
 
 
 def test_torch_is_not_left_without_gradients(measured: tuple[list[SchemeOverview], list[str]]) -> None:

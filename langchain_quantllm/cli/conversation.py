@@ -1,0 +1,105 @@
+"""A conversation with a model in a terminal or through a pipe, as `chat` leads it.
+
+Owns its commands, its history and what Ctrl-C means. Answers and results of commands go to standard output, all else to
+standard error. Loads no model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import Any
+
+from langchain_quantllm.cli.console import err, out, print_error, print_stream, say
+from langchain_quantllm.cli.last_answer import LastAnswer
+from langchain_quantllm.errors import QuantLLMError
+
+COMMANDS = {
+    "/help": "list these commands",
+    "/clear": "forget the conversation",
+    "/system TEXT": "tell the model about its role; without TEXT show what it was told",
+    "/memory": "show the memory that the model takes",
+    "/exit": "leave, as do /quit, /bye and Ctrl-D",
+}
+"""Commands of a conversation, and what each does."""
+
+_LEAVING = ("/exit", "/quit", "/bye")
+
+
+class Conversation:
+    """The turns so far, and the model that answers the next one."""
+
+    def __init__(self, llm: Any, system: str | None = None) -> None:
+        """Begin with nothing said.
+
+        Args:
+            llm: A chat model, or a model that continues texts.
+            system: The role of the model; None says nothing.
+        """
+        self._llm = llm
+        self._system = system
+        self._turns: list[dict[str, str]] = []
+
+    def run(self) -> None:
+        """Read lines and answer them until one leaves or the input ends."""
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (with it `input` edits lines and remembers them)
+        is_typed = sys.stdin.isatty()
+        say("/help lists the commands, Ctrl-C stops an answer, /exit or Ctrl-D leaves.")
+        while True:
+            try:
+                line = input(">>> " if is_typed and sys.stdout.isatty() else "")
+            except EOFError:
+                if is_typed:
+                    err.print()
+                return
+            except KeyboardInterrupt:
+                if not is_typed:
+                    raise
+                say("\n/exit or Ctrl-D leaves.")
+                continue
+            if line.strip() in _LEAVING:
+                return
+            if line.startswith("/"):
+                command, _, text = line.partition(" ")
+                self._obey(command.strip(), text.strip())
+            elif text := line.strip():
+                self._answer(text)
+
+    def _obey(self, command: str, text: str) -> None:
+        """Carry out one of `COMMANDS`."""
+        if command == "/help":
+            lines = [f"{name:<14}{meaning}" for name, meaning in COMMANDS.items()]
+            out.print("\n".join(lines), markup=False, highlight=False)
+        elif command == "/clear":
+            self._turns.clear()
+            say("The conversation is forgotten.")
+        elif command == "/memory":
+            out.print(str(self._llm.memory_report()), markup=False, highlight=False, soft_wrap=True)
+        elif command != "/system":
+            say(f"There is no command {command}; /help lists them. With a space before it, a line is sent as it is.")
+        elif text:
+            self._system = text
+            say("The model is told so from now on.")
+        else:
+            say(self._system or "The model is told nothing about its role.")
+
+    def _answer(self, text: str) -> None:
+        """Stream one answer and keep the turn: stopped, with what was shown; failed or without a word, not at all."""
+        turns = [*self._turns, {"role": "user", "content": text}]
+        system = [{"role": "system", "content": self._system}] if self._system else []
+        answer, shown = LastAnswer(), list[str]()
+        try:
+            print_stream(self._llm.stream([*system, *turns], {"callbacks": [answer]}), shown=shown)
+            note = answer.line()
+        except KeyboardInterrupt:
+            out.print()
+            note = "stopped; what was written stays in the conversation"
+            if not "".join(shown).strip():
+                say("stopped; the turn is forgotten")
+                return
+        except QuantLLMError as error:
+            print_error(str(error))
+            return
+        self._turns = [*turns, {"role": "assistant", "content": "".join(shown)}]
+        say(note)
