@@ -7,16 +7,9 @@ same cases themselves, compiled.
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
 import random
-import subprocess
-import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,10 +17,10 @@ import torch
 
 from langchain_quantllm.engine.batch_sampler import MASKS, SAMPLES, SORTS, BatchSampler, needs_of
 from langchain_quantllm.engine.fused_drawing import draws_alike, find_drawing
+from tests.unit_tests.interpreter import report_cases
 from tests.unit_tests.test_batch_sampler import COMBINATIONS, VOCAB, Batch, Only, logits_of
 from tests.unit_tests.test_sampler import request_of
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROWS = 600 if DEVICE.type == "cuda" else 40
 
@@ -233,39 +226,14 @@ CHECKS: dict[str, Callable[[], None]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def reports() -> dict[str, str]:
-    """What each check said: nothing, or why it failed."""
-    if DEVICE.type == "cuda":
-        return run_checks()
-    done = subprocess.run(  # this very file
-        [sys.executable, "-m", "tests.unit_tests.test_drawing"],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+def run(name: str, device: str) -> None:
+    """Make a check; the device is `DEVICE`."""
+    CHECKS[name]()
 
 
-def run_checks() -> dict[str, str]:
-    said = {}
-    for name, check in CHECKS.items():
-        try:
-            check()
-            said[name] = ""
-        except Exception:
-            said[name] = traceback.format_exc(limit=-4)
-    return said
-
-
-@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 @pytest.mark.parametrize("name", list(CHECKS))
-def test_kernel(name: str, reports: dict[str, str]) -> None:
-    assert reports[name] == ""
+def test_kernel(found: Any, name: str) -> None:
+    found(name)
 
 
 def test_none_on_a_cpu() -> None:
@@ -273,4 +241,4 @@ def test_none_on_a_cpu() -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run_checks()))
+    report_cases(lambda name: run(name, "cpu"))
