@@ -29,7 +29,16 @@ from langchain_quantllm.errors import (
 )
 from tests.unit_tests.checkpoints import run_python
 from tests.unit_tests.families import FAST, Family, family_model, generated_ids, likeliest_ids
-from tests.unit_tests.models import fail_at, forwards, greedy_text, llm_of, slowly, tiny_model
+from tests.unit_tests.models import (
+    fail_at,
+    forwards,
+    greedy_text,
+    llm_of,
+    slowly,
+    tiny_model,
+    wait_for_rest,
+    wait_until,
+)
 
 PROMPTS = [
     "The capital of France is",
@@ -113,18 +122,6 @@ class Background:
             assert not self._thread.is_alive()
             if self._error is not None:
                 raise self._error
-
-
-def wait_until(is_true: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not is_true():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-def rest() -> None:
-    """Let an engine come to the end of its work: a call has its text a little before."""
-    time.sleep(0.05)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -767,9 +764,9 @@ class TestCancelling:
             next(iter(stream))
             assert engine._pages.held >= 3
             stream.close()
+            count = seen.count
             wait_until(lambda: engine._pages.held == 0, 1.0)
-            count = seen.settle()
-            assert seen.count == count
+            assert seen.settle() <= count + 2  # the forward that ran, and one begun before the next look
         assert len(ids_after(tiny, ids_of(40))) == 12
 
     def test_beside_others(self, tiny: QuantizedHuggingFaceLLM) -> None:
@@ -908,16 +905,16 @@ class TestChanges:
         model = llm.pipeline.model
         before = ids_after(llm, ids_of(40))
         weight = model.model.layers[0].self_attn.v_proj.weight
-        rest()
+        wait_for_rest()
         with torch.no_grad():
             weight.mul_(-1.5)
         after = ids_after(llm, ids_of(40))
         assert after == generated_ids(model, ids_of(40), 12)
         assert after != before
-        rest()
+        wait_for_rest()
         weight.data = weight.data / -1.5
         assert ids_after(llm, ids_of(40)) == before
-        rest()
+        wait_for_rest()
         model.load_state_dict({name: -value for name, value in model.state_dict().items()})
         assert ids_after(llm, ids_of(40)) == generated_ids(model, ids_of(40), 12)
 
@@ -929,10 +926,10 @@ class TestChanges:
         handle = model.model.layers[0].register_forward_hook(lambda module, args, output: output + shift)
         steered = generated_ids(model, ids_of(40), 12)
         assert steered != before
-        rest()
+        wait_for_rest()
         assert ids_after(llm, ids_of(40)) == steered
         handle.remove()
-        rest()
+        wait_for_rest()
         assert ids_after(llm, ids_of(40)) == before
 
     def test_at_once_after_a_call(self, make_tiny: Callable[..., QuantizedHuggingFaceLLM]) -> None:
@@ -969,7 +966,7 @@ class TestChanges:
         llm = llm_of(model, tokenizer)
 
         def check(what: str, expected: Sequence[int] | None = None) -> None:
-            rest()
+            wait_for_rest()
             assert ids_after(llm, ids_of(40)) == (expected or generated_ids(model, ids_of(40), 12)), what
 
         check("before", plain)  # its keys are in the prefix cache now
@@ -1030,10 +1027,10 @@ class TestCallers:
 
     def test_the_thread_is_idle_without_work(self, tiny: QuantizedHuggingFaceLLM) -> None:
         tiny.invoke("Sea")
-        time.sleep(0.2)
+        wait_for_rest()
         began = time.process_time()
-        time.sleep(1.0)
-        assert time.process_time() - began < 0.05
+        time.sleep(0.5)  # the time in which it is watched
+        assert time.process_time() - began < 0.025
 
     def test_info(self, tiny: QuantizedHuggingFaceLLM) -> None:
         info, engine = tiny.engine_info, tiny._engine()

@@ -8,7 +8,6 @@ import json
 import mmap
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +48,7 @@ from langchain_quantllm.memory import (
 from langchain_quantllm.memory.snapshot import _container_left_bytes
 from langchain_quantllm.schemes import GPTQ, NF4, SCHEMES, Int8, Scheme
 from tests.gptq_checkpoints import make_gptq_checkpoint
+from tests.unit_tests.models import wait_until
 
 MB = 10**6
 SCHEME_NAMES = ["none", "int8", "nf4", "nf4-double", "fp4"]
@@ -337,7 +337,8 @@ class TestMeasuring:
             with track_memory() as inner:
                 passing = resident(200 * MB)
                 assert inner.before.reading("cpu").used_bytes > 0
-                time.sleep(0.3)  # long enough for the sampler
+                seen_bytes = take_snapshot().reading("cpu").used_bytes
+                wait_until(lambda: min(t.peak.get("cpu", 0) for t in (tracked, inner)) > seen_bytes - 20 * MB)
                 passing.close()
         assert tracked.after is not None
         for measured in (tracked, inner):
