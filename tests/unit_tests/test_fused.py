@@ -25,6 +25,7 @@ from langchain_quantllm.engine.fusion import PRODUCT, Fusion
 from langchain_quantllm.kernels import fused_reference as reference
 from tests.unit_tests.families import FAST, family_model
 from tests.unit_tests.interpreter import report_cases
+from tests.unit_tests.selecting import covering, slow_but
 
 ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 """The largest relative error of rounding to a dtype: half of its machine epsilon."""
@@ -98,6 +99,15 @@ def _cases() -> Iterator[Case]:
 
 
 CASES = {case.name: case for case in _cases()}
+
+
+def _features(case: Case) -> list[Any]:
+    options = tuple(case.options.items())
+    parts = {"shape": case.shape, "dtype": case.dtype, "options": options, "strided": case.is_strided}
+    return [(case.call, *part) for part in parts.items()]
+
+
+QUICK = covering(CASES, _features)
 
 MODELS = ("llama-grouped", "llama-head-80", "qwen3", "gemma2", "phi3", "stablelm", "glm4")
 """Families of which every step is fused, with what it takes: all kinds of norms, gates and rotations."""
@@ -204,7 +214,7 @@ def run(name: str, device: str) -> dict[str, Any]:
     return run_model(name, device) if name in MODELS else run_case(CASES[name], device)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(QUICK, CASES))
 def test_kernels_are_the_reference(found: Any, name: str) -> None:
     report, case = found(name), CASES[name]
     assert report["like"]
@@ -223,7 +233,7 @@ def test_kernels_are_the_reference(found: Any, name: str) -> None:
         assert min(report["equal"]) > 0.9  # those differences hardly ever show
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but(("llama-grouped", "gemma2"), MODELS))
 def test_kernels_are_what_models_do(found: Any, name: str) -> None:
     """They take the tensors of models as these have them, and give the same."""
     report = found(name)

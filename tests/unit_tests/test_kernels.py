@@ -16,6 +16,7 @@ import torch
 
 from langchain_quantllm.kernels import reference
 from tests.unit_tests.interpreter import report_cases
+from tests.unit_tests.selecting import covering, slow_but
 
 ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 """The largest relative error of rounding to a dtype: half of its machine epsilon."""
@@ -87,6 +88,24 @@ def _cases() -> Iterator[Case]:
 
 
 CASES = {case.name: case for case in _cases()}
+
+
+def _features(case: Case) -> list[Any]:
+    way = "decode" if case.chunks is None else "prefill"
+    return [
+        (way, case.dtype),
+        ("heads", way, case.heads > 1, case.kv_heads > 1),
+        ("scores", way, case.window > 0, case.softcap > 0),
+        ("values", way, case.key_dim == case.value_dim),
+        ("dim", case.key_dim),
+        ("splits", case.splits),
+        ("block", case.block),
+        ("page", case.page_tokens),
+        ("window", case.window),
+    ]
+
+
+QUICK = covering(CASES, _features)
 
 
 class Rows:
@@ -243,7 +262,7 @@ def tolerance(case: Case, largest: float) -> float:
     return largest * (3 * ROUNDING[case.dtype] + 128 * ROUNDING[torch.float32])
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(QUICK, CASES))
 def test_kernels_are_the_reference(found: Any, name: str) -> None:
     report, case = found(name), CASES[name]
     assert report["written"], "the pool differs, though nothing is computed"

@@ -23,6 +23,7 @@ from langchain_quantllm.kernels.codebook_ptx import CODEBOOKS, GROUPS_SHUFFLED, 
 from langchain_quantllm.kernels.weights import FourBitWeight, GPTQWeight, Int8Weight, Weight, weight_of
 from langchain_quantllm.quantization.packing import RoundedLinear, pack_bits
 from tests.unit_tests.interpreter import report_cases
+from tests.unit_tests.selecting import covering, slow_but
 
 ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 """The largest relative error of rounding to a dtype: half of its machine epsilon."""
@@ -123,6 +124,24 @@ def _whole(case: Case) -> Case:
 
 
 CASES = {case.name: _whole(case) for case in _cases()}
+
+
+def _features(case: Case) -> list[Any]:
+    way = "rule" if case.config is None else case.config["regime"]
+    kind = (case.kind, case.nested)
+    return [
+        (kind, way),
+        (kind, case.dtype),
+        ("several", case.kind, len(case.outputs) > 1),
+        ("order", case.kind, case.act_order, case.symmetric),
+        ("bias", way, case.bias),
+        ("block", way, case.block),
+        ("many rows", way, case.rows > 16),
+        ("splits", way, (case.config or {}).get("splits")),
+    ]
+
+
+QUICK = covering(CASES, _features)
 LARGE = {
     case.name: _whole(case)
     for kind, decode, rows in itertools.product(
@@ -328,17 +347,19 @@ def check(report: dict[str, Any], case: Case) -> None:
     assert report["alone"] <= (16 * ROUNDING[torch.float32] if case.config else 2 * tolerance(case))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(QUICK, CASES))
 def test_products_are_the_reference(found: Any, name: str) -> None:
     check(found(name), CASES[name])
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("name", LARGE)
 def test_large_products_are_the_reference(name: str) -> None:
     check(run_case(LARGE[name], "cuda"), LARGE[name])
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("kind", ["nf4", "int8", "gptq4"])
 def test_a_captured_product_is_that_of_new_inputs(kind: str) -> None:

@@ -1,0 +1,32 @@
+"""Choose the few cases of a large set that `make test` runs; `make test-all` runs all of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import pytest
+
+T = TypeVar("T")
+
+
+def covering(cases: Mapping[str, T], features: Callable[[T], Collection[Hashable]]) -> set[str]:
+    """Choose cases that together have every feature that any case has, greedily."""
+    left = {feature for case in cases.values() for feature in features(case)}
+    chosen = set()
+    while left:
+        name = max(cases, key=lambda name: len(left.intersection(features(cases[name]))))
+        left.difference_update(features(cases[name]))
+        chosen.add(name)
+    return chosen
+
+
+def pairs(properties: Mapping[str, Hashable]) -> list[Hashable]:
+    """List every two properties together, as features: those who cover them have tried each beside each other."""
+    return list(itertools.combinations(properties.items(), 2))
+
+
+def slow_but(quick: Collection[str], names: Iterable[str]) -> list[Any]:
+    """Mark all names but the quick ones as slow, for `parametrize`."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
