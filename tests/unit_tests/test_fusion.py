@@ -409,6 +409,9 @@ def test_changed_weights_are_checked_anew(tokenizer: Any) -> None:
     engine.close()
 
 
+@pytest.mark.gpu
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("name", ["llama-grouped", "llama-head-96", "qwen3", "gemma2", "glm", "phi3", "cohere", "phi"])
 def test_graphs_of_fused_steps_write_the_same(name: str) -> None:

@@ -466,6 +466,9 @@ def test_importing_loads_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.gpu
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 class TestCuda:
     @pytest.mark.parametrize("name", ["none", "int8", "nf4", "nf4-double"])
