@@ -65,6 +65,7 @@ class _Standard(ChatModelIntegrationTests):
         return full
 
 
+@pytest.mark.slow
 class TestOnQwenCoder(_Standard):
     @pytest.fixture(autouse=True)
     def _folder(self, qwen_coder: Path) -> None:

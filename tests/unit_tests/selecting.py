@@ -10,6 +10,10 @@ import pytest
 
 T = TypeVar("T")
 
+QUICK_FAMILIES = ("llama-grouped", "mistral-window", "qwen3", "gemma2", "phi", "gpt_neox", "gpt2", "opt-350m")
+QUICK_FAMILIES += ("falcon-40b", "mixtral", "cohere2", "falcon-alibi", "mamba", "llama-dynamic-rope", "llama4")
+"""Families of models with one of each kind of attention, positions, norms, experts, and reasons to be refused."""
+
 
 def covering(cases: Mapping[str, T], features: Callable[[T], Collection[Hashable]]) -> set[str]:
     """Choose cases that together have every feature that any case has, greedily."""

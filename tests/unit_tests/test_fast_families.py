@@ -16,13 +16,9 @@ from langchain_quantllm.engine.request import Usage, plan_requests
 from langchain_quantllm.errors import UnsupportedError
 from tests.unit_tests.families import FAST, NAMED, PLAIN, family_model, generated_ids, likeliest_ids, random_ids
 from tests.unit_tests.models import forwards, llm_of, slowly
-from tests.unit_tests.selecting import slow_but
+from tests.unit_tests.selecting import QUICK_FAMILIES, slow_but
 
 SHARED = random_ids(40, seed=7)
-
-QUICK = ("llama-grouped", "mistral-window", "qwen3", "gemma2", "phi", "gpt_neox", "gpt2", "opt-350m", "falcon-40b")
-QUICK += ("mixtral", "cohere2", "falcon-alibi", "mamba", "llama-dynamic-rope", "llama4")
-"""One of each kind of attention, positions, norms, experts and refusals."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +71,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module", params=slow_but(QUICK, FAST))
+@pytest.fixture(scope="module", params=slow_but(QUICK_FAMILIES, FAST))
 def case(request: pytest.FixtureRequest, tokenizer: Any) -> Iterator[Case]:
     model = family_model(FAST[request.param])
     llm = llm_of(model, tokenizer)
@@ -83,7 +79,7 @@ def case(request: pytest.FixtureRequest, tokenizer: Any) -> Iterator[Case]:
     llm.unload()
 
 
-@pytest.fixture(scope="module", params=slow_but(QUICK, PLAIN))
+@pytest.fixture(scope="module", params=slow_but(QUICK_FAMILIES, PLAIN))
 def refused(request: pytest.FixtureRequest, tokenizer: Any) -> Iterator[Case]:
     model = family_model(PLAIN[request.param][0])
     llm = llm_of(model, tokenizer)

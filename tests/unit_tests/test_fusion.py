@@ -28,6 +28,7 @@ from langchain_quantllm.kernels import fused_reference, weight_reference
 from tests.unit_tests.adapters import make_adapter, quietly
 from tests.unit_tests.families import FAST, family_model, generated_ids, random_ids
 from tests.unit_tests.models import byte_fallback_tokenizer, pipeline_of, tiny_model
+from tests.unit_tests.selecting import QUICK_FAMILIES, slow_but
 
 WHOLE = {
     "llama",
@@ -111,7 +112,7 @@ def is_whole(name: str, kind: FusedKind) -> bool:
     return kind.fused > 0 and not kind.left
 
 
-@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("name", slow_but(QUICK_FAMILIES, FAST))
 def test_every_family_writes_the_same(name: str, tokenizer: Any) -> None:
     model = family_model(FAST[name])
     prompts = [random_ids(count) for count in (23, 5, 40)]
@@ -410,8 +411,6 @@ def test_changed_weights_are_checked_anew(tokenizer: Any) -> None:
 
 
 @pytest.mark.gpu
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("name", ["llama-grouped", "llama-head-96", "qwen3", "gemma2", "glm", "phi3", "cohere", "phi"])
 def test_graphs_of_fused_steps_write_the_same(name: str) -> None:

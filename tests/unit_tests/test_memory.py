@@ -49,6 +49,7 @@ from langchain_quantllm.memory.snapshot import _container_left_bytes
 from langchain_quantllm.schemes import GPTQ, NF4, SCHEMES, Int8, Scheme
 from tests.gptq_checkpoints import make_gptq_checkpoint
 from tests.unit_tests.models import wait_until
+from tests.unit_tests.selecting import slow_but
 
 MB = 10**6
 SCHEME_NAMES = ["none", "int8", "nf4", "nf4-double", "fp4"]
@@ -93,7 +94,7 @@ def assert_estimated(estimated: WeightBytes, loaded: WeightBytes) -> None:
 
 
 class TestEstimate:
-    @pytest.mark.parametrize("name", SCHEME_NAMES)
+    @pytest.mark.parametrize("name", slow_but(("none", "int8", "nf4"), SCHEME_NAMES))
     def test_smollm2_as_loaded(self, smollm2: Path, name: str) -> None:
         estimate = estimate_memory(str(smollm2), name)
         assert estimate.dtype == "bfloat16"
@@ -102,6 +103,7 @@ class TestEstimate:
         assert_estimated(estimate.weights, weights_by_kind(load(smollm2, SCHEMES[name])))
         assert estimate.total_bytes == estimate.bytes_by_scheme[name]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["none", "int8", "nf4"])
     def test_qwen_as_loaded(self, qwen_coder: Path, name: str) -> None:
         assert_estimated(
@@ -467,8 +469,6 @@ def test_importing_loads_no_torch() -> None:
 
 
 @pytest.mark.gpu
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 class TestCuda:
     @pytest.mark.parametrize("name", ["none", "int8", "nf4", "nf4-double"])
