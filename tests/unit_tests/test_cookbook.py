@@ -7,7 +7,6 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 COOKBOOK = Path(__file__).parents[2] / "cookbook"
 MARKS = {"01_quickstart": [pytest.mark.slow, pytest.mark.compat]}
@@ -40,11 +39,8 @@ def test_notebook_runs(path: Path, request: pytest.FixtureRequest, monkeypatch: 
 @pytest.mark.slow
 @pytest.mark.compat
 @pytest.mark.enable_socket
-def test_the_recipe_runs_on_two_layers(smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_recipe_runs_on_two_layers(short_smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every stage of the longest notebook, in a fraction of its time."""
-    config = AutoConfig.from_pretrained(smollm2, num_hidden_layers=2)
-    AutoModelForCausalLM.from_pretrained(smollm2, config=config, dtype="bfloat16").save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(smollm2).save_pretrained(tmp_path)
-    monkeypatch.setenv("MODEL", str(tmp_path))
+    monkeypatch.setenv("MODEL", str(short_smollm2))
     monkeypatch.setenv("RECIPE_STEPS", "3")
     run_notebook(COOKBOOK / "04_recipe.ipynb")
