@@ -230,6 +230,7 @@ def test_forced_calls_match_their_schema(chat: Any, choice: Any) -> None:
     assert sum(len(chunk.tool_call_chunks) for chunk in chunks) > 2  # the arguments come piece by piece
 
 
+@pytest.mark.slow
 def test_no_call_where_none_is_wanted(coder: Any) -> None:
     answer = coder.bind_tools([weather], tool_choice="none").invoke("What is the weather in Oslo?", max_tokens=20)
     assert not answer.tool_calls
@@ -255,6 +256,7 @@ def test_a_call_that_is_cut_off_is_invalid(chat: Any) -> None:
             assert answer.invalid_tool_calls
 
 
+@pytest.mark.slow
 def test_a_model_calls_by_itself_and_reads_the_result(coder: Any) -> None:
     bound = coder.bind_tools([weather])
     question = HumanMessage("What is the weather in Oslo? Use the tool.")
@@ -333,6 +335,7 @@ def test_wrong_formats_say_what_is_allowed(chat: Any) -> None:
         chat.with_structured_output(method="json_schema")
 
 
+@pytest.mark.slow
 def test_tools_and_a_format_together(coder: Any) -> None:
     wanted = {"type": "json_schema", "json_schema": {"name": "person", "schema": Person.model_json_schema()}}
     bound = coder.bind_tools([weather], response_format=wanted)

@@ -157,6 +157,7 @@ def make_tiny(tokenizer: Any) -> Iterator[Callable[..., QuantizedHuggingFaceLLM]
 
 
 class TestGreedy:
+    @pytest.mark.slow
     def test_smollm2_writes_what_generate_writes(self, llm: QuantizedHuggingFaceLLM) -> None:
         assert llm.engine_info.name == "fast"
         model, tokenizer = llm.pipeline.model, llm.pipeline.tokenizer
@@ -169,6 +170,7 @@ class TestGreedy:
         for prompt, answer in zip(prompts, answers, strict=True):
             assert answer.token_ids == likeliest_ids(model, prompt, answer.token_ids)
 
+    @pytest.mark.slow
     def test_qwen_coder_writes_what_generate_writes(self, qwen_coder: Path) -> None:
         """Half a second a token where the machine is busy: first beside another row, then alone."""
         llm = QuantizedHuggingFaceLLM(model_id=str(qwen_coder), dtype="float32", progress=False)

@@ -139,7 +139,7 @@ def test_sharded_old_names_load(smollm2: Path, tmp_path: Path, four_bit: Path) -
     assert relative_error(model, load_float_twin(smollm2, small=True)) < 0.012
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_greedy_text_is_sensible(smollm2: Path, tmp_path: Path, bits: int) -> None:
     from transformers import AutoTokenizer
 
@@ -404,6 +404,7 @@ def test_loading_leaves_the_process_as_it_was(four_bit: Path, tmp_path: Path) ->
     assert "gptqmodel" not in done.stderr.lower()
 
 
+@pytest.mark.slow
 def test_the_thread_that_imports_gptqmodel_never_ends() -> None:
     """Its end crashed the process now and then: seen with Python 3.12 and torch 2.11, in every second run or so."""
     script = """
