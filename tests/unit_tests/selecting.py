@@ -31,6 +31,6 @@ def pairs(properties: Mapping[str, Hashable]) -> list[Hashable]:
     return list(itertools.combinations(properties.items(), 2))
 
 
-def slow_but(quick: Collection[str], names: Iterable[str]) -> list[Any]:
-    """Mark all names but the quick ones as slow, for `parametrize`."""
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+def slow_but(quick: Collection[str], names: Iterable[str], *marks: pytest.MarkDecorator) -> list[Any]:
+    """Mark all names but the quick ones as slow, for `parametrize`, and those with the given marks."""
+    return [pytest.param(name, marks=marks if name in quick else [pytest.mark.slow]) for name in names]

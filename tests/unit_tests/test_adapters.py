@@ -99,6 +99,7 @@ def expected(root: Path, reference: Reference) -> dict[tuple[str, str], str]:
 Texts = dict[tuple[str, str], str]
 
 
+@pytest.mark.compat
 class TestCalls:
     @pytest.mark.parametrize("prompt", [PROMPT, LONG])
     def test_each_adapter_alone(self, either: QuantizedHuggingFaceLLM, expected: Texts, prompt: str) -> None:
@@ -354,6 +355,7 @@ class TestTheModelItself:
         assert model.model.layers[0].self_attn.q_proj.disable_adapters
 
     @pytest.mark.parametrize("engine", ["fast", "pipeline"])
+    @pytest.mark.compat
     def test_switching_by_hand_changes_no_call(
         self, own: QuantizedHuggingFaceLLM, expected: Texts, engine: str
     ) -> None:
@@ -379,6 +381,7 @@ class TestTheModelItself:
         assert own.invoke(LONG, adapter="chat") == expected["chat", LONG]
 
     @pytest.mark.parametrize("engine", ["fast", "pipeline"])
+    @pytest.mark.compat
     def test_merged_by_hand(self, own: QuantizedHuggingFaceLLM, expected: Texts, engine: str) -> None:
         own.engine = engine
         assert own.invoke(PROMPT) == expected["sql", PROMPT]
@@ -479,6 +482,7 @@ class TestKinds:
             ("gpt_neox", ["query_key_value", "dense_h_to_4h"]),
         ],
     )
+    @pytest.mark.compat
     def test_families(self, tmp_path: Path, family: str, targets: Any) -> None:
         base = tmp_path / family
         tiny_model(512, family, context_tokens=256).save_pretrained(base)

@@ -85,7 +85,10 @@ class Calls(AgentMiddleware):
         return handler(request.override(tool_choice=choice, model_settings=settings))
 
 
-@pytest.fixture(scope="module", params=["tiny", pytest.param("smollm2", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param("tiny", marks=pytest.mark.compat), pytest.param("smollm2", marks=pytest.mark.slow)],
+)
 def chat(request: pytest.FixtureRequest, tokenizer: Any, smollm2: Path) -> Iterator[ChatQuantizedHuggingFace]:
     """In float32, in which a row alone and one of eight round far below what lies between the best two logits."""
     fields: dict[str, Any] = {"model": str(smollm2), "dtype": "float32", "device": "cpu", "progress": False}

@@ -77,6 +77,7 @@ def folded(chunks: Any) -> AIMessageChunk:
 # --- calls ---
 
 
+@pytest.mark.compat
 def test_the_prompt_is_the_templates_and_all_ways_of_calling_agree(chat: Any, short_smollm2: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(short_smollm2)
     messages = [("system", "You are terse."), ("human", "Name a colour.")]
@@ -136,6 +137,7 @@ def test_options_of_a_call(chat: Any) -> None:
         chat.invoke("word " * 9000)
 
 
+@pytest.mark.compat
 def test_the_beginning_of_a_conversation_is_found_again(chat: Any) -> None:
     messages: list[Any] = [("system", "You are a patient teacher of geography. " * 6), ("human", "Where is Oslo?")]
     first = chat.invoke(messages)
@@ -215,6 +217,7 @@ def test_closing_a_stream_stops_the_model(chat: Any) -> None:
 
 
 @pytest.mark.parametrize("choice", ["any", "weather", True, {"type": "function", "function": {"name": "weather"}}])
+@pytest.mark.compat
 def test_forced_calls_match_their_schema(chat: Any, choice: Any) -> None:
     bound = chat.bind_tools([weather], tool_choice=choice, parallel_tool_calls=False)
     answer = bound.invoke("What about Oslo?", max_tokens=80, temperature=1.0, seed=2)
@@ -296,6 +299,7 @@ class Point(TypedDict):
 
 
 @pytest.mark.parametrize("method", ["json_schema", "function_calling"])
+@pytest.mark.compat
 def test_structured_output(chat: Any, method: Any) -> None:
     structured = chat.with_structured_output(Person, method=method)
     found = structured.invoke("Ada is 36 and glad.", max_tokens=120, temperature=1.0, seed=1)

@@ -350,6 +350,7 @@ class TestSampling:
     # Tokens of a random model have tiny probabilities, so that without a cut its draws hang on rounding now and then.
 
     @pytest.mark.parametrize("options", OPTIONS, ids=str)
+    @pytest.mark.compat
     def test_a_seed_gives_the_same_text_on_both_engines(
         self, tiny: QuantizedHuggingFaceLLM, options: dict[str, Any]
     ) -> None:
@@ -403,6 +404,7 @@ class TestOptions:
         ],
         ids=str,
     )
+    @pytest.mark.compat
     def test_the_text_of_the_pipeline_engine(self, tiny: QuantizedHuggingFaceLLM, options: dict[str, Any]) -> None:
         options = {"max_new_tokens": 24, **options}
         plain, encode = on_pipeline(tiny), tiny.pipeline.tokenizer
@@ -579,6 +581,7 @@ def cached_tokens(llm: QuantizedHuggingFaceLLM, prompt_ids: Sequence[int], **opt
 
 
 class TestPrefixes:
+    @pytest.mark.compat
     def test_over_turns(self, make_tiny: Callable[..., QuantizedHuggingFaceLLM]) -> None:
         llm = make_tiny()
         first = ids_of(21)
@@ -899,6 +902,7 @@ print("done")
         assert run_python(code, tmp_path).stdout.strip().endswith("done")
 
 
+@pytest.mark.compat
 class TestChanges:
     """Keys and values that were computed with other weights are no use."""
 

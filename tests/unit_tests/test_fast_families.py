@@ -71,7 +71,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module", params=slow_but(QUICK_FAMILIES, FAST))
+@pytest.fixture(scope="module", params=slow_but(QUICK_FAMILIES, FAST, pytest.mark.compat))
 def case(request: pytest.FixtureRequest, tokenizer: Any) -> Iterator[Case]:
     model = family_model(FAST[request.param])
     llm = llm_of(model, tokenizer)
@@ -79,7 +79,7 @@ def case(request: pytest.FixtureRequest, tokenizer: Any) -> Iterator[Case]:
     llm.unload()
 
 
-@pytest.fixture(scope="module", params=slow_but(QUICK_FAMILIES, PLAIN))
+@pytest.fixture(scope="module", params=slow_but(QUICK_FAMILIES, PLAIN, pytest.mark.compat))
 def refused(request: pytest.FixtureRequest, tokenizer: Any) -> Iterator[Case]:
     model = family_model(PLAIN[request.param][0])
     llm = llm_of(model, tokenizer)

@@ -112,7 +112,7 @@ def is_whole(name: str, kind: FusedKind) -> bool:
     return kind.fused > 0 and not kind.left
 
 
-@pytest.mark.parametrize("name", slow_but(QUICK_FAMILIES, FAST))
+@pytest.mark.parametrize("name", slow_but(QUICK_FAMILIES, FAST, pytest.mark.compat))
 def test_every_family_writes_the_same(name: str, tokenizer: Any) -> None:
     model = family_model(FAST[name])
     prompts = [random_ids(count) for count in (23, 5, 40)]
@@ -141,6 +141,7 @@ def test_what_does_not_match_is_left_alone_with_the_reason(name: str, kind: str)
 
 @pytest.mark.parametrize("name", ["llama-grouped", "gemma2", "glm4", "phi3", "cohere", "starcoder2"])
 @pytest.mark.parametrize("kinds", [*((kind,) for kind in KINDS), KINDS])
+@pytest.mark.compat
 def test_same_logits_outside_of_pages(name: str, kinds: tuple[str, ...]) -> None:
     model = family_model(FAST[name])
     ids = random_ids(19)
@@ -367,6 +368,7 @@ class TestFormulas:
         engine.close()
 
 
+@pytest.mark.compat
 def test_adapters_of_several_rows(tmp_path: Path, smollm2: Path, tokenizer: Any) -> None:
     """LoRA inside of MLP and attention, a different one for each row."""
     pytest.importorskip("peft")

@@ -111,6 +111,7 @@ def test_logits_are_those_of_the_dequantized_weights(
 
 @pytest.mark.parametrize("layout", ["config", "quantize_config", "old_name"])
 @pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
+@pytest.mark.compat
 def test_every_layout_loads(smollm2: Path, tmp_path: Path, layout: Any, checkpoint_format: Any) -> None:
     """Random weights, which transformers gives without a word where it sees no config, would give an error of 1."""
     folder = make_gptq_checkpoint(smollm2, tmp_path, layout=layout, checkpoint_format=checkpoint_format, small=True)

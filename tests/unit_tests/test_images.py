@@ -108,6 +108,7 @@ def folded(chunks: Any) -> Any:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.compat
 def test_an_answer_is_that_of_generate(chats: Any, family: str) -> None:
     chat = chats[family]
     text, prompt_tokens = by_hand(chat, [turn("user", "Look:", 0, "What is this?")])

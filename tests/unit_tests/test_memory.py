@@ -94,7 +94,7 @@ def assert_estimated(estimated: WeightBytes, loaded: WeightBytes) -> None:
 
 
 class TestEstimate:
-    @pytest.mark.parametrize("name", slow_but(("none", "int8", "nf4"), SCHEME_NAMES))
+    @pytest.mark.parametrize("name", slow_but(("none", "int8", "nf4"), SCHEME_NAMES, pytest.mark.compat))
     def test_smollm2_as_loaded(self, smollm2: Path, name: str) -> None:
         estimate = estimate_memory(str(smollm2), name)
         assert estimate.dtype == "bfloat16"

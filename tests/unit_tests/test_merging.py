@@ -53,6 +53,7 @@ def logits(model: Any, folder: Path) -> torch.Tensor:
         return model(ids).logits.float()
 
 
+@pytest.mark.compat
 def test_merged_is_base_plus_adapter(root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = merge(root, tmp_path / "new" / "merged")
     assert capfd.readouterr() == ("", "")
@@ -88,6 +89,7 @@ def test_in_another_dtype(root: Path, tmp_path: Path, exact: dict[str, torch.Ten
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "nf4-double", "fp4", "int8"])
+@pytest.mark.compat
 def test_a_quantized_base(root: Path, tmp_path: Path, exact: dict[str, torch.Tensor], quantization: str) -> None:
     llm = QuantizedHuggingFaceLLM(model_id=str(root / "tiny"), quantization=quantization, progress=False, cache_dir="x")
     stored = tmp_path / "stored"

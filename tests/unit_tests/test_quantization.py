@@ -319,6 +319,7 @@ def run(plain: Path, output: Path, scheme: Any = GPTQ(bits=4, group_size=32), **
         ("gptq", 64),
     ],
 )
+@pytest.mark.compat
 def test_what_is_written_loads_and_computes_what_the_codes_stand_for(
     plain: Path, tmp_path: Path, scheme: Any, group_size: int
 ) -> None:
@@ -494,7 +495,10 @@ print("FOUND" + json.dumps(found))
 
 @pytest.mark.parametrize(
     "names",
-    [("nf4",), pytest.param(tuple(name for name in SCHEMES if name != "none"), marks=pytest.mark.slow, id="every")],
+    [
+        pytest.param(("nf4",), marks=pytest.mark.compat),
+        pytest.param(tuple(name for name in SCHEMES if name != "none"), marks=pytest.mark.slow, id="every"),
+    ],
 )
 def test_every_scheme_is_saved_and_loaded_in_a_new_process(plain: Path, tmp_path: Path, names: tuple[str, ...]) -> None:
     """Ours and plain transformers read the same tokens out of each of them."""

@@ -33,6 +33,7 @@ LONG = 4000
 """New tokens that no test waits for."""
 
 
+@pytest.mark.compat
 class TestPieces:
     def test_the_first_chunk_comes_before_the_third_forward(self, llm: QuantizedHuggingFaceLLM) -> None:
         assert llm.engine_info.name == "fast"  # which has run the model for its own check by now
@@ -133,6 +134,7 @@ class TestStopping:
             self.check_stopped(seen, seen.count)
 
     @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}], ids=str)
+    @pytest.mark.compat
     def test_timeout(self, tiny_llm: QuantizedHuggingFaceLLM, options: dict[str, Any]) -> None:
         with forwards(tiny_llm, slowly()) as seen:
             began = time.monotonic()
