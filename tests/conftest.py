@@ -46,6 +46,12 @@ def short_smollm2(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
+@pytest.fixture(scope="session", params=["two layers", pytest.param("whole", marks=pytest.mark.slow)])
+def any_smollm2(request: pytest.FixtureRequest) -> Path:
+    """SmolLM2's folder, for tests that hold whatever it writes: with two layers in `make test`, whole beside that."""
+    return Path(request.getfixturevalue("smollm2" if request.param == "whole" else "short_smollm2"))
+
+
 @pytest.fixture(scope="session")
 def qwen_coder() -> Path:
     """The folder of Qwen2.5-Coder-0.5B-Instruct in bfloat16."""

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from langchain_quantllm import QuantizedHuggingFaceLLM
 from tests.unit_tests.interpreter import interpret, selected_names
 from tests.unit_tests.models import llm_of, tiny_model
+from tests.unit_tests.selecting import slow_but
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +36,7 @@ def tiny_llm(tokenizer: Any) -> QuantizedHuggingFaceLLM:
     return llm_of(tiny_model(len(tokenizer)), tokenizer, max_new_tokens=12)
 
 
-@pytest.fixture(scope="session", params=["nf4", "int8", pytest.param("fp4", marks=pytest.mark.slow)])
+@pytest.fixture(scope="session", params=slow_but(["nf4"], ["nf4", "int8", "fp4"]))
 def quantized_llm(request: pytest.FixtureRequest, smollm2: Path) -> QuantizedHuggingFaceLLM:
     """SmolLM2 in each scheme that bitsandbytes quantizes while it loads."""
     model = QuantizedHuggingFaceLLM(model_id=str(smollm2), quantization=request.param, max_new_tokens=8, progress=False)

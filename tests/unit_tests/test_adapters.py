@@ -499,10 +499,10 @@ class TestKinds:
         llm.unload()
 
     @pytest.mark.parametrize("quantization", ["nf4", "int8"])
-    def test_over_a_quantized_model(self, smollm2: Path, tmp_path: Path, quantization: str) -> None:
-        folders = [make_adapter(smollm2, tmp_path / str(i), seed=i, scale=0.7) for i in range(2)]
+    def test_over_a_quantized_model(self, any_smollm2: Path, tmp_path: Path, quantization: str) -> None:
+        folders = [make_adapter(any_smollm2, tmp_path / str(i), seed=i, scale=0.7) for i in range(2)]
         llm = QuantizedHuggingFaceLLM(
-            model_id=str(smollm2),
+            model_id=str(any_smollm2),
             quantization=quantization,
             dtype="float32",
             adapters={f"a{i}": str(folder) for i, folder in enumerate(folders)},

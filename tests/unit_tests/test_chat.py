@@ -50,9 +50,9 @@ class Person(BaseModel):
 
 
 @pytest.fixture(scope="module")
-def chat(short_smollm2: Path) -> Iterator[ChatQuantizedHuggingFace]:
+def chat(any_smollm2: Path) -> Iterator[ChatQuantizedHuggingFace]:
     chat = ChatQuantizedHuggingFace(
-        model=str(short_smollm2), dtype="float32", device="cpu", max_tokens=16, progress=False
+        model=str(any_smollm2), dtype="float32", device="cpu", max_tokens=16, progress=False
     )
     yield chat
     chat.unload()
@@ -78,8 +78,8 @@ def folded(chunks: Any) -> AIMessageChunk:
 
 
 @pytest.mark.compat
-def test_the_prompt_is_the_templates_and_all_ways_of_calling_agree(chat: Any, short_smollm2: Path) -> None:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(short_smollm2)
+def test_the_prompt_is_the_templates_and_all_ways_of_calling_agree(chat: Any, any_smollm2: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(any_smollm2)
     messages = [("system", "You are terse."), ("human", "Name a colour.")]
     answer = chat.invoke(messages)
     turns = [{"role": "system", "content": "You are terse."}, {"role": "user", "content": "Name a colour."}]
@@ -146,9 +146,9 @@ def test_the_beginning_of_a_conversation_is_found_again(chat: Any) -> None:
     assert found >= first.usage_metadata["input_tokens"] // 16 * 16 - 16
 
 
-def test_a_loaded_llm_is_taken_over(short_smollm2: Path, chat: Any) -> None:
+def test_a_loaded_llm_is_taken_over(any_smollm2: Path, chat: Any) -> None:
     llm = QuantizedHuggingFaceLLM(
-        model_id=str(short_smollm2), dtype="float32", device="cpu", max_new_tokens=7, progress=False
+        model_id=str(any_smollm2), dtype="float32", device="cpu", max_new_tokens=7, progress=False
     )
     over = ChatQuantizedHuggingFace(llm=llm)
     assert over.max_new_tokens == 7
@@ -171,7 +171,7 @@ def test_other_providers_names_and_wrong_ones() -> None:
         ChatQuantizedHuggingFace(model="x/y", return_full_text=True)
 
 
-def test_langchain_conventions(chat: Any, short_smollm2: Path) -> None:
+def test_langchain_conventions(chat: Any, any_smollm2: Path) -> None:
     path = ("langchain_quantllm", "chat_models", "ChatQuantizedHuggingFace")
     options = {"valid_namespaces": ["langchain_quantllm"], "additional_import_mappings": {path: path}}
     twin = load(dumpd(chat), allowed_objects=[ChatQuantizedHuggingFace], **options)
@@ -184,7 +184,7 @@ def test_langchain_conventions(chat: Any, short_smollm2: Path) -> None:
     short = configurable.with_config(configurable={"length": 2}).invoke("Hi.")
     assert short.usage_metadata["output_tokens"] == 2
     cached = ChatQuantizedHuggingFace(
-        model=str(short_smollm2), dtype="float32", device="cpu", max_tokens=8, progress=False, cache=InMemoryCache()
+        model=str(any_smollm2), dtype="float32", device="cpu", max_tokens=8, progress=False, cache=InMemoryCache()
     )
     first = cached.invoke("Hi.", temperature=1.0)
     assert cached.invoke("Hi.", temperature=1.0).content == first.content
@@ -193,7 +193,7 @@ def test_langchain_conventions(chat: Any, short_smollm2: Path) -> None:
     assert len(cached.cache._cache) == 2
 
 
-def test_a_model_without_a_template(short_smollm2: Path, chat: Any) -> None:
+def test_a_model_without_a_template(any_smollm2: Path, chat: Any) -> None:
     import copy
 
     pipe = copy.copy(chat.load().pipeline)
@@ -374,8 +374,8 @@ def test_a_copy_that_names_another_model_loads_it(chat: Any) -> None:
     assert chat.model_copy(update={"max_new_tokens": 1}).pipeline.model is chat.pipeline.model
 
 
-def test_what_is_given_beside_an_llm_counts_under_any_name(short_smollm2: Path, chat: Any) -> None:
-    fields: dict[str, Any] = {"model_id": str(short_smollm2), "dtype": "float32", "device": "cpu", "progress": False}
+def test_what_is_given_beside_an_llm_counts_under_any_name(any_smollm2: Path, chat: Any) -> None:
+    fields: dict[str, Any] = {"model_id": str(any_smollm2), "dtype": "float32", "device": "cpu", "progress": False}
     llm = QuantizedHuggingFaceLLM(**fields, max_tokens=16, n=2, return_full_text=True)
     given: Any = {"llm": llm, "max_tokens": 3, "num_return_sequences": 1}
     found = ChatQuantizedHuggingFace(**given)
@@ -463,8 +463,8 @@ def test_several_answers_where_langchain_streams_inwardly(chat: Any) -> None:
         list(chat.stream("hi", n=2))
 
 
-def test_the_event_loop_goes_on_while_the_engine_is_made(short_smollm2: Path) -> None:
-    fresh = ChatQuantizedHuggingFace(model=str(short_smollm2), dtype="float32", device="cpu", seed=77, progress=False)
+def test_the_event_loop_goes_on_while_the_engine_is_made(any_smollm2: Path) -> None:
+    fresh = ChatQuantizedHuggingFace(model=str(any_smollm2), dtype="float32", device="cpu", seed=77, progress=False)
     fresh.load().unload()
     fresh.load()
     threads: list[str] = []

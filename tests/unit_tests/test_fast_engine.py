@@ -248,10 +248,10 @@ class TestQuantized:
         if llm is not quantized_llm:
             llm.unload()
 
-    def test_kernels_for_one_row_may_round_otherwise(self, smollm2: Path) -> None:
+    def test_kernels_for_one_row_may_round_otherwise(self, any_smollm2: Path) -> None:
         """On CPUs with AVX512-BF16, bitsandbytes' product of a single row is another than that of several."""
         given = {"quantization": NF4(compute_dtype="float32"), "dtype": "float32", "device": "cpu", "progress": False}
-        llm = QuantizedHuggingFaceLLM(model_id=str(smollm2), engine="fast", max_new_tokens=4, **given)
+        llm = QuantizedHuggingFaceLLM(model_id=str(any_smollm2), engine="fast", max_new_tokens=4, **given)
         assert llm.invoke("The capital of France is")
         llm.unload()
 

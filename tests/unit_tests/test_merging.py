@@ -229,9 +229,9 @@ class TestErrors:
         assert not (tmp_path / "merged").exists()
 
 
-def test_smollm2(smollm2: Path, tmp_path: Path) -> None:
-    adapter = make_adapter(smollm2, tmp_path / "adapter", seed=1, scale=0.7)
-    folder = merge(tmp_path, tmp_path / "merged", model_id=smollm2, adapter=adapter, dtype="float32")
-    reference = Reference(smollm2)
+def test_smollm2(any_smollm2: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(any_smollm2, tmp_path / "adapter", seed=1, scale=0.7)
+    folder = merge(tmp_path, tmp_path / "merged", model_id=any_smollm2, adapter=adapter, dtype="float32")
+    reference = Reference(any_smollm2)
     assert Reference(folder).text(None, PROMPT, 5) == reference.text(adapter, PROMPT, 5)
     assert AutoTokenizer.from_pretrained(folder).chat_template == reference.tokenizer.chat_template

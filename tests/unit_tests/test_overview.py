@@ -166,6 +166,7 @@ def test_parts_can_be_left_out(tiny: str) -> None:
     assert [call.runner for call in row.by_length] == ["engine"]
 
 
+@pytest.mark.slow
 def test_smollm2_in_nf4(smollm2: Path) -> None:
     options = OverviewOptions(**{**SMALL, "batches": (1,), "parts": ("batches", "training", "quality")})
     [row] = measure_overview(
