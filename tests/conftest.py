@@ -34,6 +34,25 @@ def smollm2() -> Path:
 
 
 @pytest.fixture(scope="session")
+def short_smollm2(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of SmolLM2's first two layers: it writes no sense, but the same tokens and formats, much sooner."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("short") / "smollm2"
+    config = transformers.AutoConfig.from_pretrained(smollm2, num_hidden_layers=2)
+    model = transformers.AutoModelForCausalLM.from_pretrained(smollm2, config=config, dtype="bfloat16")
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(smollm2).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session", params=["two layers", pytest.param("whole", marks=pytest.mark.slow)])
+def any_smollm2(request: pytest.FixtureRequest) -> Path:
+    """SmolLM2's folder, for tests that hold whatever it writes: with two layers in `make test`, whole beside that."""
+    return Path(request.getfixturevalue("smollm2" if request.param == "whole" else "short_smollm2"))
+
+
+@pytest.fixture(scope="session")
 def qwen_coder() -> Path:
     """The folder of Qwen2.5-Coder-0.5B-Instruct in bfloat16."""
     folder = _model("qwen2.5-coder-0.5b")

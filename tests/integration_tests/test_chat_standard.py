@@ -65,12 +65,32 @@ class _Standard(ChatModelIntegrationTests):
         return full
 
 
+@pytest.mark.slow
 class TestOnQwenCoder(_Standard):
     @pytest.fixture(autouse=True)
     def _folder(self, qwen_coder: Path) -> None:
         type(self).folder = str(qwen_coder)
 
 
+NEED_SENSE = ("test_tool_calling", "test_tool_calling_async", "test_bind_runnables_as_tools", "test_json_mode")
+NEED_SENSE += ("test_agent_loop", "test_unicode_tool_call_integration")
+
+
+class TestOnTwoLayers(_Standard):
+    """Of SmolLM2, in a fraction of its time."""
+
+    @pytest.fixture(autouse=True)
+    def _folder(self, request: pytest.FixtureRequest, short_smollm2: Path) -> None:
+        if request.function.__name__ in NEED_SENSE:
+            pytest.skip("two layers write no sense; the tests on whole models have it")
+        type(self).folder = str(short_smollm2)
+
+    @property
+    def standard_chat_model_params(self) -> dict[str, Any]:
+        return {"temperature": 0, "max_tokens": 60}
+
+
+@pytest.mark.slow
 class TestOnSmolLM2(_Standard):
     @pytest.fixture(autouse=True)
     def _folder(self, smollm2: Path) -> None:

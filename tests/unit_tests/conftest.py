@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from langchain_quantllm import QuantizedHuggingFaceLLM
+from tests.unit_tests.interpreter import interpret, selected_names
 from tests.unit_tests.models import llm_of, tiny_model
+from tests.unit_tests.selecting import slow_but
 
 
 @pytest.fixture(scope="session")
@@ -31,8 +36,41 @@ def tiny_llm(tokenizer: Any) -> QuantizedHuggingFaceLLM:
     return llm_of(tiny_model(len(tokenizer)), tokenizer, max_new_tokens=12)
 
 
-@pytest.fixture(scope="session", params=["nf4", "int8", "fp4"])
+@pytest.fixture(scope="session", params=slow_but(["nf4"], ["nf4", "int8", "fp4"]))
 def quantized_llm(request: pytest.FixtureRequest, smollm2: Path) -> QuantizedHuggingFaceLLM:
     """SmolLM2 in each scheme that bitsandbytes quantizes while it loads."""
     model = QuantizedHuggingFaceLLM(model_id=str(smollm2), quantization=request.param, max_new_tokens=8, progress=False)
     return model.load()
+
+
+@pytest.fixture(scope="module")
+def interpreted(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """What a module's kernels do in Triton's interpreter: the report of each selected case, and of its `OTHERS`."""
+    names = [*selected_names(request, "found"), *getattr(request.module, "OTHERS", ())]
+    return interpret(request.module.__name__, names)
+
+
+KERNEL_DEVICES = [
+    pytest.param(
+        "cpu",
+        marks=pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton's interpreter"),
+    ),
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")],
+    ),
+]
+
+
+@pytest.fixture(params=KERNEL_DEVICES)
+def found(request: pytest.FixtureRequest) -> Callable[[str], Any]:
+    """A function that gives the report of a module's case, from the interpreter and from the GPU."""
+    if request.param == "cuda":
+        return lambda name: request.module.run(name, "cuda")
+    reports = request.getfixturevalue("interpreted")
+
+    def report(name: str) -> Any:
+        assert "failed" not in (reports[name] or {}), reports[name]["failed"]
+        return reports[name]
+
+    return report

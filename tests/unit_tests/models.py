@@ -6,6 +6,7 @@ Sizes are multiples of 64, as bitsandbytes' CPU kernels need them.
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from tokenizers import Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
 
 from langchain_quantllm import QuantizedHuggingFaceLLM
+from langchain_quantllm.engine import worker
 from langchain_quantllm.errors import UnsupportedError
 
 TINY = {
@@ -134,16 +136,36 @@ class Forwards:
 
     def wait_for(self, count: int, timeout_s: float = 20.0) -> None:
         """Wait until so many were made."""
-        deadline = time.monotonic() + timeout_s
-        while self.count < count:
-            assert time.monotonic() < deadline, f"{self.count} forwards within {timeout_s} s, waited for {count}"
-            time.sleep(0.002)
+        wait_until(lambda: self.count >= count, timeout_s)
 
-    def settle(self, quiet_s: float = 0.25) -> int:
-        """Wait a little, in which a model that still runs would make many forwards; give their number before."""
-        before = self.count
-        time.sleep(quiet_s)
-        return before
+    def settle(self, timeout_s: float = 20.0) -> int:
+        """Wait until no engine has work left, after which no more are made; gives their number."""
+        wait_for_rest(timeout_s)
+        return self.count
+
+
+def wait_until(is_true: Callable[[], Any], timeout_s: float = 10.0) -> None:
+    """Wait for a condition."""
+    deadline = time.monotonic() + timeout_s
+    while not is_true():
+        assert time.monotonic() < deadline, f"not so within {timeout_s} s"
+        time.sleep(0.002)
+
+
+def wait_for_rest(timeout_s: float = 20.0) -> None:
+    """Wait until the thread of every engine sleeps and nothing is queued: a call has its text a little before."""
+    wait_until(lambda: all(map(_is_at_rest, list(worker._workers))), timeout_s)
+
+
+def _is_at_rest(one: worker.Worker) -> bool:
+    if one._waiting:  # looked at first: the thread takes rows off the queue after it has woken
+        return False
+    frame = None if one._thread is None else sys._current_frames().get(one._thread.ident or 0)
+    codes = set()
+    while frame is not None:
+        codes.add(frame.f_code)
+        frame = frame.f_back
+    return not codes or worker.Worker._gather.__code__ in codes
 
 
 @contextlib.contextmanager
@@ -168,7 +190,7 @@ def forwards(llm: QuantizedHuggingFaceLLM, before: Callable[[int], None] | None 
 
 def slowly(seconds: float = 0.01) -> Callable[[int], None]:
     """Make every forward take a while, so that a test can step in between."""
-    return lambda number: time.sleep(seconds)
+    return lambda number: time.sleep(seconds)  # a slow model, on purpose
 
 
 def fail_at(number: int, error: Exception) -> Callable[[int], None]:

@@ -107,6 +107,7 @@ def expected(root: Path, reference: Reference) -> dict[tuple[str, str], str]:
 Texts = dict[tuple[str, str], str]
 
 
+@pytest.mark.compat
 class TestCalls:
     @pytest.mark.parametrize("prompt", [PROMPT, LONG])
     def test_each_adapter_alone(self, either: QuantizedHuggingFaceLLM, expected: Texts, prompt: str) -> None:
@@ -362,6 +363,7 @@ class TestTheModelItself:
         assert model.model.layers[0].self_attn.q_proj.disable_adapters
 
     @pytest.mark.parametrize("engine", ["fast", "pipeline"])
+    @pytest.mark.compat
     def test_switching_by_hand_changes_no_call(
         self, own: QuantizedHuggingFaceLLM, expected: Texts, engine: str
     ) -> None:
@@ -391,6 +393,7 @@ class TestTheModelItself:
         assert own.invoke(LONG, adapter="chat") == expected["chat", LONG]
 
     @pytest.mark.parametrize("engine", ["fast", "pipeline"])
+    @pytest.mark.compat
     def test_merged_by_hand(self, own: QuantizedHuggingFaceLLM, expected: Texts, engine: str) -> None:
         own.engine = engine
         assert own.invoke(PROMPT) == expected["sql", PROMPT]
@@ -491,6 +494,7 @@ class TestKinds:
             ("gpt_neox", ["query_key_value", "dense_h_to_4h"]),
         ],
     )
+    @pytest.mark.compat
     def test_families(self, tmp_path: Path, family: str, targets: Any) -> None:
         base = tmp_path / family
         tiny_model(512, family, context_tokens=256).save_pretrained(base)
@@ -507,10 +511,10 @@ class TestKinds:
         llm.unload()
 
     @pytest.mark.parametrize("quantization", ["nf4", "int8"])
-    def test_over_a_quantized_model(self, smollm2: Path, tmp_path: Path, quantization: str) -> None:
-        folders = [make_adapter(smollm2, tmp_path / str(i), seed=i, scale=0.7) for i in range(2)]
+    def test_over_a_quantized_model(self, any_smollm2: Path, tmp_path: Path, quantization: str) -> None:
+        folders = [make_adapter(any_smollm2, tmp_path / str(i), seed=i, scale=0.7) for i in range(2)]
         llm = QuantizedHuggingFaceLLM(
-            model_id=str(smollm2),
+            model_id=str(any_smollm2),
             quantization=quantization,
             dtype="float32",
             adapters={f"a{i}": str(folder) for i, folder in enumerate(folders)},

@@ -95,6 +95,7 @@ def test_an_agent_answers_a_question_of_two_steps(chat: ChatQuantizedHuggingFace
     assert usage["input_token_details"]["cache_read"] > 0
 
 
+@pytest.mark.slow
 def test_a_seed_repeats_an_agent(chat: ChatQuantizedHuggingFace) -> None:
     def once(seed: int) -> list[Any]:
         return steps(ask(chat.model_copy(update={"temperature": 0.9, "top_p": 0.95, "seed": seed}))[0])

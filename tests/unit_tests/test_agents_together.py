@@ -15,6 +15,7 @@ from langchain_core.messages import AIMessage, BaseMessage, ToolMessage
 from pydantic import Field
 
 from langchain_quantllm import ChatQuantizedHuggingFace
+from tests.unit_tests.models import pipeline_of, tiny_model
 
 pytest.importorskip("xgrammar")
 
@@ -80,14 +81,20 @@ class Calls(AgentMiddleware):
     def wrap_model_call(self, request: Any, handler: Callable[[Any], Any]) -> Any:
         done = sum(isinstance(message, ToolMessage) for message in request.messages)
         choice = "any" if done < self.calls else "none"
-        settings = {"max_tokens": 32 if done < self.calls else 4, "parallel_tool_calls": False}
+        settings = {"max_tokens": 64 if done < self.calls else 4, "parallel_tool_calls": False}
         return handler(request.override(tool_choice=choice, model_settings=settings))
 
 
-@pytest.fixture(scope="module")
-def chat(smollm2: Path) -> Iterator[ChatQuantizedHuggingFace]:
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param("tiny", marks=pytest.mark.compat), pytest.param("smollm2", marks=pytest.mark.slow)],
+)
+def chat(request: pytest.FixtureRequest, tokenizer: Any, smollm2: Path) -> Iterator[ChatQuantizedHuggingFace]:
     """In float32, in which a row alone and one of eight round far below what lies between the best two logits."""
-    chat = ChatQuantizedHuggingFace(model=str(smollm2), dtype="float32", device="cpu", temperature=0, progress=False)
+    fields: dict[str, Any] = {"model": str(smollm2), "dtype": "float32", "device": "cpu", "progress": False}
+    if request.param == "tiny":
+        fields = {"pipeline": pipeline_of(tiny_model(len(tokenizer)), tokenizer)}
+    chat = ChatQuantizedHuggingFace(**fields, temperature=0)
     yield chat
     chat.unload()
 

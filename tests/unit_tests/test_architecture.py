@@ -40,7 +40,6 @@ LEVELS = {
     "compat.transformers_auto": 2,
     "compat.transformers_models": 2,
     "compat.transformers_quantizers": 2,
-    "containment": 2,
     "gguf": 2,
     "gptq": 2,
     "memory": 2,

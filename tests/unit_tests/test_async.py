@@ -14,7 +14,7 @@ from langchain_core.exceptions import ModelTimeoutError
 
 from langchain_quantllm import QuantizedHuggingFaceLLM
 from langchain_quantllm.errors import GenerationError
-from tests.unit_tests.models import fail_at, forwards, llm_of, slowly, tiny_model
+from tests.unit_tests.models import fail_at, forwards, llm_of, slowly, tiny_model, wait_for_rest, wait_until
 
 PROMPT = "The sea is"
 LONG = 4000
@@ -22,11 +22,7 @@ LONG = 4000
 
 async def check_stopped(seen: Any, before: int) -> None:
     """At most the forward that ran, and the one begun before the next look, come after the end."""
-    await asyncio.sleep(0.1)
-    settled = seen.count
-    await asyncio.sleep(0.25)
-    assert seen.count == settled
-    assert settled <= before + 2
+    assert await asyncio.to_thread(seen.settle) <= before + 2  # the loop may have something to close meanwhile
 
 
 class TestStopping:
@@ -43,8 +39,7 @@ class TestStopping:
 
         with forwards(tiny_llm, slowly()) as seen:
             task = asyncio.create_task(call())
-            while seen.count < 4:
-                await asyncio.sleep(0.005)
+            await asyncio.to_thread(seen.wait_for, 4)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
@@ -83,8 +78,7 @@ class TestStopping:
         expected = [tiny_llm.invoke(f"{PROMPT} {i}", max_new_tokens=30) for i in range(3)]
         with forwards(tiny_llm, slowly()) as seen:
             tasks = [asyncio.create_task(tiny_llm.ainvoke(f"{PROMPT} {i}", max_new_tokens=30)) for i in range(3)]
-            while seen.count < 4:
-                await asyncio.sleep(0.005)
+            await asyncio.to_thread(seen.wait_for, 4)
             tasks[1].cancel()
             results = await asyncio.gather(*tasks, return_exceptions=True)
         assert isinstance(results[1], asyncio.CancelledError)
@@ -119,7 +113,7 @@ class TestErrors:
 
         watching = asyncio.create_task(watch())
         with forwards(tiny_llm, slowly(0.3)):
-            await tiny_llm.ainvoke(PROMPT, max_new_tokens=4)
+            await tiny_llm.ainvoke(PROMPT, max_new_tokens=2)
         watching.cancel()
         assert longest < 0.29  # a loop that waited for a forward would have stood for 0.3 s
 
@@ -208,9 +202,10 @@ class TestThread:
         (thread,) = mine()
         assert thread.name == "quantllm-engine"
         assert thread.daemon
+        wait_for_rest()
         used = time.process_time()
-        time.sleep(0.5)
-        assert time.process_time() - used < 0.1  # a thread that polls or spins takes more
+        time.sleep(0.3)  # the time in which it is watched
+        assert time.process_time() - used < 0.06  # a thread that polls or spins takes more
         assert llm.invoke(PROMPT) == text
         assert mine() == [thread]
 
@@ -237,9 +232,4 @@ class TestThread:
         llm.invoke(PROMPT)
         gone = weakref.ref(llm.pipeline.model)
         del llm
-        gc.collect()
-        deadline = time.monotonic() + 2  # far less than the thread's idle time
-        while gone() is not None:
-            assert time.monotonic() < deadline
-            gc.collect()
-            time.sleep(0.02)
+        wait_until(lambda: gc.collect() is not None and gone() is None, 2.0)  # far less than the thread's idle time

@@ -198,7 +198,7 @@ class TestRows:
             nonlocal inside, most
             inside += 1
             most = max(most, inside)
-            time.sleep(0.01)
+            time.sleep(0.01)  # a slow model, on purpose: the other call comes meanwhile
 
         def leave(module: Any, args: Any, output: Any) -> None:
             nonlocal inside
@@ -277,7 +277,7 @@ class TestErrors:
                 tiny_llm.batch(list(self.PROMPTS))
             with pytest.raises(InvalidOptionError, match="at least one character"):
                 await tiny_llm.abatch(list(self.PROMPTS))
-            assert seen.settle() == seen.count  # nothing was begun that would run on
+            assert seen.settle() == 0  # nothing was begun
 
     def test_the_rest_is_cancelled(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
         """Rows that wait behind a failed batch of the same call are not begun."""
@@ -285,8 +285,7 @@ class TestErrors:
         with forwards(llm, fail_at(3, ValueError("cosmic ray"))) as seen:
             with pytest.raises(GenerationError, match="cosmic ray"):
                 llm.batch(TWENTY)
-            before = seen.settle()
-            assert before == seen.count <= 4
+            assert seen.settle() <= 4
         assert llm.batch(TWENTY[:2]) == [llm.invoke(prompt) for prompt in TWENTY[:2]]
 
     def test_a_failing_model_fails_each_of_a_batch_with_an_error_of_its_own(
@@ -308,8 +307,8 @@ class TestErrors:
             results = tiny_llm.batch(TWENTY[:3], return_exceptions=True, timeout=0.3, max_new_tokens=2000)
             assert all(isinstance(error, TimeoutError) for error in results)
             assert time.monotonic() - began < 5
-            time.sleep(0.1)
-            assert seen.settle() == seen.count
+            before = seen.count
+            assert seen.settle() <= before + 2  # the forward that ran, and one begun before the next look
 
 
 def _spoil_first_row(model: Any) -> Any:

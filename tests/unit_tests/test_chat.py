@@ -50,8 +50,10 @@ class Person(BaseModel):
 
 
 @pytest.fixture(scope="module")
-def chat(smollm2: Path) -> Iterator[ChatQuantizedHuggingFace]:
-    chat = ChatQuantizedHuggingFace(model=str(smollm2), dtype="float32", device="cpu", max_tokens=16, progress=False)
+def chat(any_smollm2: Path) -> Iterator[ChatQuantizedHuggingFace]:
+    chat = ChatQuantizedHuggingFace(
+        model=str(any_smollm2), dtype="float32", device="cpu", max_tokens=16, progress=False
+    )
     yield chat
     chat.unload()
 
@@ -75,8 +77,9 @@ def folded(chunks: Any) -> AIMessageChunk:
 # --- calls ---
 
 
-def test_the_prompt_is_the_templates_and_all_ways_of_calling_agree(chat: Any, smollm2: Path) -> None:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
+@pytest.mark.compat
+def test_the_prompt_is_the_templates_and_all_ways_of_calling_agree(chat: Any, any_smollm2: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(any_smollm2)
     messages = [("system", "You are terse."), ("human", "Name a colour.")]
     answer = chat.invoke(messages)
     turns = [{"role": "system", "content": "You are terse."}, {"role": "user", "content": "Name a colour."}]
@@ -134,6 +137,7 @@ def test_options_of_a_call(chat: Any) -> None:
         chat.invoke("word " * 9000)
 
 
+@pytest.mark.compat
 def test_the_beginning_of_a_conversation_is_found_again(chat: Any) -> None:
     messages: list[Any] = [("system", "You are a patient teacher of geography. " * 6), ("human", "Where is Oslo?")]
     first = chat.invoke(messages)
@@ -142,9 +146,9 @@ def test_the_beginning_of_a_conversation_is_found_again(chat: Any) -> None:
     assert found >= first.usage_metadata["input_tokens"] // 16 * 16 - 16
 
 
-def test_a_loaded_llm_is_taken_over(smollm2: Path, chat: Any) -> None:
+def test_a_loaded_llm_is_taken_over(any_smollm2: Path, chat: Any) -> None:
     llm = QuantizedHuggingFaceLLM(
-        model_id=str(smollm2), dtype="float32", device="cpu", max_new_tokens=7, progress=False
+        model_id=str(any_smollm2), dtype="float32", device="cpu", max_new_tokens=7, progress=False
     )
     over = ChatQuantizedHuggingFace(llm=llm)
     assert over.max_new_tokens == 7
@@ -167,7 +171,7 @@ def test_other_providers_names_and_wrong_ones() -> None:
         ChatQuantizedHuggingFace(model="x/y", return_full_text=True)
 
 
-def test_langchain_conventions(chat: Any, smollm2: Path) -> None:
+def test_langchain_conventions(chat: Any, any_smollm2: Path) -> None:
     path = ("langchain_quantllm", "chat_models", "ChatQuantizedHuggingFace")
     options = {"valid_namespaces": ["langchain_quantllm"], "additional_import_mappings": {path: path}}
     twin = load(dumpd(chat), allowed_objects=[ChatQuantizedHuggingFace], **options)
@@ -180,7 +184,7 @@ def test_langchain_conventions(chat: Any, smollm2: Path) -> None:
     short = configurable.with_config(configurable={"length": 2}).invoke("Hi.")
     assert short.usage_metadata["output_tokens"] == 2
     cached = ChatQuantizedHuggingFace(
-        model=str(smollm2), dtype="float32", device="cpu", max_tokens=8, progress=False, cache=InMemoryCache()
+        model=str(any_smollm2), dtype="float32", device="cpu", max_tokens=8, progress=False, cache=InMemoryCache()
     )
     first = cached.invoke("Hi.", temperature=1.0)
     assert cached.invoke("Hi.", temperature=1.0).content == first.content
@@ -189,7 +193,7 @@ def test_langchain_conventions(chat: Any, smollm2: Path) -> None:
     assert len(cached.cache._cache) == 2
 
 
-def test_a_model_without_a_template(smollm2: Path, chat: Any) -> None:
+def test_a_model_without_a_template(any_smollm2: Path, chat: Any) -> None:
     import copy
 
     pipe = copy.copy(chat.load().pipeline)
@@ -213,6 +217,7 @@ def test_closing_a_stream_stops_the_model(chat: Any) -> None:
 
 
 @pytest.mark.parametrize("choice", ["any", "weather", True, {"type": "function", "function": {"name": "weather"}}])
+@pytest.mark.compat
 def test_forced_calls_match_their_schema(chat: Any, choice: Any) -> None:
     bound = chat.bind_tools([weather], tool_choice=choice, parallel_tool_calls=False)
     answer = bound.invoke("What about Oslo?", max_tokens=80, temperature=1.0, seed=2)
@@ -228,6 +233,7 @@ def test_forced_calls_match_their_schema(chat: Any, choice: Any) -> None:
     assert sum(len(chunk.tool_call_chunks) for chunk in chunks) > 2  # the arguments come piece by piece
 
 
+@pytest.mark.slow
 def test_no_call_where_none_is_wanted(coder: Any) -> None:
     answer = coder.bind_tools([weather], tool_choice="none").invoke("What is the weather in Oslo?", max_tokens=20)
     assert not answer.tool_calls
@@ -253,6 +259,7 @@ def test_a_call_that_is_cut_off_is_invalid(chat: Any) -> None:
             assert answer.invalid_tool_calls
 
 
+@pytest.mark.slow
 def test_a_model_calls_by_itself_and_reads_the_result(coder: Any) -> None:
     bound = coder.bind_tools([weather])
     question = HumanMessage("What is the weather in Oslo? Use the tool.")
@@ -292,6 +299,7 @@ class Point(TypedDict):
 
 
 @pytest.mark.parametrize("method", ["json_schema", "function_calling"])
+@pytest.mark.compat
 def test_structured_output(chat: Any, method: Any) -> None:
     structured = chat.with_structured_output(Person, method=method)
     found = structured.invoke("Ada is 36 and glad.", max_tokens=120, temperature=1.0, seed=1)
@@ -331,6 +339,7 @@ def test_wrong_formats_say_what_is_allowed(chat: Any) -> None:
         chat.with_structured_output(method="json_schema")
 
 
+@pytest.mark.slow
 def test_tools_and_a_format_together(coder: Any) -> None:
     wanted = {"type": "json_schema", "json_schema": {"name": "person", "schema": Person.model_json_schema()}}
     bound = coder.bind_tools([weather], response_format=wanted)
@@ -365,8 +374,8 @@ def test_a_copy_that_names_another_model_loads_it(chat: Any) -> None:
     assert chat.model_copy(update={"max_new_tokens": 1}).pipeline.model is chat.pipeline.model
 
 
-def test_what_is_given_beside_an_llm_counts_under_any_name(smollm2: Path, chat: Any) -> None:
-    fields: dict[str, Any] = {"model_id": str(smollm2), "dtype": "float32", "device": "cpu", "progress": False}
+def test_what_is_given_beside_an_llm_counts_under_any_name(any_smollm2: Path, chat: Any) -> None:
+    fields: dict[str, Any] = {"model_id": str(any_smollm2), "dtype": "float32", "device": "cpu", "progress": False}
     llm = QuantizedHuggingFaceLLM(**fields, max_tokens=16, n=2, return_full_text=True)
     given: Any = {"llm": llm, "max_tokens": 3, "num_return_sequences": 1}
     found = ChatQuantizedHuggingFace(**given)
@@ -454,8 +463,8 @@ def test_several_answers_where_langchain_streams_inwardly(chat: Any) -> None:
         list(chat.stream("hi", n=2))
 
 
-def test_the_event_loop_goes_on_while_the_engine_is_made(smollm2: Path) -> None:
-    fresh = ChatQuantizedHuggingFace(model=str(smollm2), dtype="float32", device="cpu", seed=77, progress=False)
+def test_the_event_loop_goes_on_while_the_engine_is_made(any_smollm2: Path) -> None:
+    fresh = ChatQuantizedHuggingFace(model=str(any_smollm2), dtype="float32", device="cpu", seed=77, progress=False)
     fresh.load().unload()
     fresh.load()
     threads: list[str] = []

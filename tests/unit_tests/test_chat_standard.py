@@ -17,6 +17,7 @@ loading = importlib.import_module("langchain_core.load.load")
 PATH = ("langchain_quantllm", "chat_models", "ChatQuantizedHuggingFace")
 
 
+@pytest.mark.compat
 class TestChatQuantizedHuggingFaceUnit(ChatModelUnitTests):
     @pytest.fixture(autouse=True)
     def _known_to_load(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -676,8 +676,8 @@ class TestTools:
 
 
 class TestEngine:
-    def test_real_answers_in_one_batch(self, smollm2: Path) -> None:
-        llm = QuantizedHuggingFaceLLM(model_id=str(smollm2), quantization=None, dtype="float32", device="cpu")
+    def test_real_answers_in_one_batch(self, any_smollm2: Path) -> None:
+        llm = QuantizedHuggingFaceLLM(model_id=str(any_smollm2), quantization=None, dtype="float32", device="cpu")
         tokenizer = llm.pipeline.tokenizer
         prompt = tokenizer.encode("<|im_start|>user\nDescribe a blue triangle.<|im_end|>\n<|im_start|>assistant\n")
         options = GenerationOptions(max_new_tokens=120, do_sample=True, temperature=1.0, top_k=0, seed=3, n=2)

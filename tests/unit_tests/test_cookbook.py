@@ -10,7 +10,6 @@ from typing import Any
 
 import nbformat
 import pytest
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 COOKBOOK = Path(__file__).parents[2] / "cookbook"
 NOTEBOOKS = sorted(COOKBOOK.glob("*.ipynb"))
@@ -125,9 +124,6 @@ def test_notebook_runs(path: Path, request: pytest.FixtureRequest) -> None:
 @pytest.mark.slow
 @pytest.mark.compat
 @pytest.mark.enable_socket
-def test_the_recipe_runs_on_two_layers(smollm2: Path, tmp_path: Path) -> None:
+def test_the_recipe_runs_on_two_layers(short_smollm2: Path) -> None:
     """Every stage of the longest notebook, in a fraction of its time."""
-    config = AutoConfig.from_pretrained(smollm2, num_hidden_layers=2)
-    AutoModelForCausalLM.from_pretrained(smollm2, config=config, dtype="bfloat16").save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(smollm2).save_pretrained(tmp_path)
-    runs(COOKBOOK / "04_recipe.ipynb", MODEL=str(tmp_path), RECIPE_STEPS="3")
+    runs(COOKBOOK / "04_recipe.ipynb", MODEL=str(short_smollm2), RECIPE_STEPS="3")

@@ -45,6 +45,7 @@ def repacked(folder: Path, quantization: Any = "nf4") -> QuantizedHuggingFaceLLM
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", NF4(double_quantization=True)])
+@pytest.mark.compat
 def test_texts_are_the_same_with_fewer_calls(folder: Path, quantization: Any) -> None:
     repacked(folder, quantization)
     plain = make(folder, quantization, fuse=False, engine="fast")

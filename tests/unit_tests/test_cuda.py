@@ -17,7 +17,7 @@ from langchain_quantllm.benchmarks.random_models import SHAPES, random_checkpoin
 from langchain_quantllm.errors import NotEnoughMemoryError
 from langchain_quantllm.quantization.packing import TENSORS, RoundedLinear
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 PROMPT = "Some text of no great length"
 SCHEMES = ("none", "int8", "nf4", "nf4-double", "fp4")

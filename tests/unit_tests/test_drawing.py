@@ -7,16 +7,10 @@ same cases themselves, compiled.
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
+import functools
 import random
-import subprocess
-import sys
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,10 +18,11 @@ import torch
 
 from langchain_quantllm.engine.batch_sampler import MASKS, SAMPLES, SORTS, BatchSampler, needs_of
 from langchain_quantllm.engine.fused_drawing import draws_alike, find_drawing
+from tests.unit_tests.interpreter import report_cases
+from tests.unit_tests.selecting import covering, slow_but
 from tests.unit_tests.test_batch_sampler import COMBINATIONS, VOCAB, Batch, Only, logits_of
 from tests.unit_tests.test_sampler import request_of
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROWS = 600 if DEVICE.type == "cuda" else 40
 
@@ -66,23 +61,31 @@ def check_rows(requests: list[Any], steps: int = 4, **options: Any) -> None:
     assert not wrong, wrong[:3]
 
 
-def check_combinations() -> None:
+def check_combinations(rows: int = ROWS) -> None:
     """Rows with options of all kinds, each in its own combination, side by side."""
-    check_rows(random.Random(3).sample(COMBINATIONS, ROWS), 3)
+    check_rows(random.Random(3).sample(COMBINATIONS, rows), 3)
 
 
-def check_no_more_than_needed() -> None:
+def check_every_option() -> None:
+    """As `check_combinations`, with the fewest rows that have every value of every option."""
+    names = ("temperature", "do_sample", "top_k", "top_p", "min_p", "repetition_penalty", "ignore_eos")
+    rows = {str(i): row for i, row in enumerate(COMBINATIONS)}
+    chosen = covering(rows, lambda row: [(name, getattr(row.options, name)) for name in names])
+    check_rows([rows[i] for i in sorted(chosen)], 2)
+
+
+def check_no_more_than_needed(rows: int = ROWS // 2) -> None:
     """Each row by itself: what the kernel leaves out by its flags is nothing that a row needs."""
-    for request in random.Random(4).sample(COMBINATIONS, ROWS // 2):
+    for request in random.Random(4).sample(COMBINATIONS, rows):
         check_rows([request], 2)
 
 
-def check_masks() -> None:
-    rows = random.Random(5).sample(COMBINATIONS, ROWS // 2)
+def check_masks(count: int = ROWS // 2) -> None:
+    rows = random.Random(5).sample(COMBINATIONS, count)
     check_rows([replace(row, mask=None if i % 3 == 0 else lambda i=i: Only(i)) for i, row in enumerate(rows)], 3)
 
 
-def check_vocabularies() -> None:
+def check_vocabularies(sizes: Sequence[int] = (2, 31, 33, 1000, 8192, 20_011)) -> None:
     """Of one block, of several, with a last one that is not full."""
     options: list[dict[str, Any]] = [
         {},
@@ -92,12 +95,12 @@ def check_vocabularies() -> None:
         {"top_k": 900, "top_p": 0.95},
         {"min_p": 0.01},
     ]
-    for vocab in (2, 31, 33, 1000, 8192, 20_011):
+    for vocab in sizes:
         requests = [request_of(seed=i, prompt_ids=(1,), **options[i % 6]) for i in range(6)]
         check_rows(requests, 2, vocab=vocab)
 
 
-def check_flat() -> None:
+def check_flat(scales: Sequence[float] = (0.01, 3.0, 6.0, 40.0), uniforms: Sequence[float] = (0.01, 0.7)) -> None:
     """Rows of which more lies near the best than can be set aside, or less than top_p wants."""
     vocab = 40_000
     options: list[dict[str, Any]] = [
@@ -107,12 +110,12 @@ def check_flat() -> None:
         {"top_k": 900},
         {"top_k": 25_000, "top_p": 0.5},
     ]
-    for scale in (0.01, 3.0, 6.0, 40.0):
+    for scale in scales:
         for i, chosen in enumerate(options):
             request = request_of(seed=i, temperature=1.0, **chosen)
             pair = [OnDevice(1, vocab), OnDevice(1, vocab, by_kernel=False)]
             logits = logits_of(i, 1, vocab, scale)
-            for uniform in (0.01, 0.7):
+            for uniform in uniforms:
                 given = (logits, torch.tensor([0]), torch.tensor([uniform]), torch.tensor([False]), SAMPLES | SORTS)
                 found = []
                 for sampler in pair:
@@ -141,7 +144,7 @@ def check_few_allowed() -> None:
             assert found[0] in allowed
 
 
-def check_dtypes() -> None:
+def check_dtypes(steps: int = 10) -> None:
     """Logits of 16 bits have ties: all that tie with the last that is kept are kept, in both."""
     options: list[dict[str, Any]] = [
         {},
@@ -156,7 +159,7 @@ def check_dtypes() -> None:
             one, other = OnDevice(1, VOCAB), OnDevice(1, VOCAB, by_kernel=False)
             for sampler in (one, other):
                 sampler.set([0], [request], [(1, 2)])
-            for step in range(10):
+            for step in range(steps):
                 given = (logits_of(step, 1).to(dtype), torch.tensor([0]), torch.tensor([0.1 * step]))
                 given = (*given, torch.tensor([False]), needs_of(request))  # type: ignore[assignment]
                 assert torch.equal(one.draw(*given), other.draw(*given))
@@ -195,9 +198,9 @@ def check_infinite() -> None:
     assert int(sampler.draw(logits, *(torch.tensor([v]) for v in (0, 0.7, False)), SAMPLES)) == 7
 
 
-def check_shares() -> None:
+def check_shares(count: int = 400) -> None:
     """Uniform numbers in order give tokens in order, each its share."""
-    logits, count = logits_of(2, 1, 10, 1.0), 400
+    logits = logits_of(2, 1, 10, 1.0)
     sampler = OnDevice(1, 10)
     sampler.set([0], [request_of(do_sample=True)], [(1,)])
     uniforms = (torch.arange(count) + 0.5) / count
@@ -231,41 +234,26 @@ CHECKS: dict[str, Callable[[], None]] = {
     for name, check in list(globals().items())
     if name.startswith("check_") and name != "check_rows"
 }
+SHORT: dict[str, Callable[[], None]] = {
+    "no_more_than_needed, short": functools.partial(check_no_more_than_needed, 4),
+    "masks, short": functools.partial(check_masks, 4),
+    "vocabularies, short": functools.partial(check_vocabularies, (31, 8192)),
+    "flat, short": functools.partial(check_flat, (3.0,), (0.7,)),
+    "dtypes, short": functools.partial(check_dtypes, 1),
+    "shares, short": functools.partial(check_shares, 60),
+}
+CHECKS |= SHORT
+LONG = {"combinations", *(name.removesuffix(", short") for name in SHORT)}
 
 
-@pytest.fixture(scope="module")
-def reports() -> dict[str, str]:
-    """What each check said: nothing, or why it failed."""
-    if DEVICE.type == "cuda":
-        return run_checks()
-    done = subprocess.run(  # this very file
-        [sys.executable, "-m", "tests.unit_tests.test_drawing"],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+def run(name: str, device: str) -> None:
+    """Make a check; the device is `DEVICE`."""
+    CHECKS[name]()
 
 
-def run_checks() -> dict[str, str]:
-    said = {}
-    for name, check in CHECKS.items():
-        try:
-            check()
-            said[name] = ""
-        except Exception:
-            said[name] = traceback.format_exc(limit=-4)
-    return said
-
-
-@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
-@pytest.mark.parametrize("name", list(CHECKS))
-def test_kernel(name: str, reports: dict[str, str]) -> None:
-    assert reports[name] == ""
+@pytest.mark.parametrize("name", slow_but(CHECKS.keys() - LONG, CHECKS))
+def test_kernel(found: Any, name: str) -> None:
+    found(name)
 
 
 def test_none_on_a_cpu() -> None:
@@ -273,4 +261,4 @@ def test_none_on_a_cpu() -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run_checks()))
+    report_cases(lambda name: run(name, "cpu"))

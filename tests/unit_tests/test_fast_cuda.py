@@ -19,7 +19,7 @@ from langchain_quantllm.engine.prefill_graphs import PrefillGraphs
 from tests.unit_tests.adapters import add_adapter, choose_adapter, enable_adapters, make_adapter
 from tests.unit_tests.models import llm_of, tiny_model
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 PROMPTS = ["w1", "some words of a prompt that is longer than a page or two " * 3, "x y z", "a" * 15, "b" * 16, "c" * 17]
 

@@ -32,7 +32,16 @@ from langchain_quantllm.errors import (
 from tests.unit_tests.adapters import add_adapter, enable_adapters
 from tests.unit_tests.checkpoints import run_python
 from tests.unit_tests.families import FAST, Family, family_model, generated_ids, likeliest_ids
-from tests.unit_tests.models import fail_at, forwards, greedy_text, llm_of, slowly, tiny_model
+from tests.unit_tests.models import (
+    fail_at,
+    forwards,
+    greedy_text,
+    llm_of,
+    slowly,
+    tiny_model,
+    wait_for_rest,
+    wait_until,
+)
 
 PROMPTS = [
     "The capital of France is",
@@ -118,18 +127,6 @@ class Background:
                 raise self._error
 
 
-def wait_until(is_true: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not is_true():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-def rest() -> None:
-    """Let an engine come to the end of its work: a call has its text a little before."""
-    time.sleep(0.05)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     """Products of such sizes take longer when several cores share them, and much longer when these are busy."""
@@ -163,6 +160,7 @@ def make_tiny(tokenizer: Any) -> Iterator[Callable[..., QuantizedHuggingFaceLLM]
 
 
 class TestGreedy:
+    @pytest.mark.slow
     def test_smollm2_writes_what_generate_writes(self, llm: QuantizedHuggingFaceLLM) -> None:
         assert llm.engine_info.name == "fast"
         model, tokenizer = llm.pipeline.model, llm.pipeline.tokenizer
@@ -175,6 +173,7 @@ class TestGreedy:
         for prompt, answer in zip(prompts, answers, strict=True):
             assert answer.token_ids == likeliest_ids(model, prompt, answer.token_ids)
 
+    @pytest.mark.slow
     def test_qwen_coder_writes_what_generate_writes(self, qwen_coder: Path) -> None:
         """Half a second a token where the machine is busy: first beside another row, then alone."""
         llm = QuantizedHuggingFaceLLM(model_id=str(qwen_coder), dtype="float32", progress=False)
@@ -252,10 +251,10 @@ class TestQuantized:
         if llm is not quantized_llm:
             llm.unload()
 
-    def test_kernels_for_one_row_may_round_otherwise(self, smollm2: Path) -> None:
+    def test_kernels_for_one_row_may_round_otherwise(self, any_smollm2: Path) -> None:
         """On CPUs with AVX512-BF16, bitsandbytes' product of a single row is another than that of several."""
         given = {"quantization": NF4(compute_dtype="float32"), "dtype": "float32", "device": "cpu", "progress": False}
-        llm = QuantizedHuggingFaceLLM(model_id=str(smollm2), engine="fast", max_new_tokens=4, **given)
+        llm = QuantizedHuggingFaceLLM(model_id=str(any_smollm2), engine="fast", max_new_tokens=4, **given)
         assert llm.invoke("The capital of France is")
         llm.unload()
 
@@ -354,6 +353,7 @@ class TestSampling:
     # Tokens of a random model have tiny probabilities, so that without a cut its draws hang on rounding now and then.
 
     @pytest.mark.parametrize("options", OPTIONS, ids=str)
+    @pytest.mark.compat
     def test_a_seed_gives_the_same_text_on_both_engines(
         self, tiny: QuantizedHuggingFaceLLM, options: dict[str, Any]
     ) -> None:
@@ -407,6 +407,7 @@ class TestOptions:
         ],
         ids=str,
     )
+    @pytest.mark.compat
     def test_the_text_of_the_pipeline_engine(self, tiny: QuantizedHuggingFaceLLM, options: dict[str, Any]) -> None:
         options = {"max_new_tokens": 24, **options}
         plain, encode = on_pipeline(tiny), tiny.pipeline.tokenizer
@@ -583,6 +584,7 @@ def cached_tokens(llm: QuantizedHuggingFaceLLM, prompt_ids: Sequence[int], **opt
 
 
 class TestPrefixes:
+    @pytest.mark.compat
     def test_over_turns(self, make_tiny: Callable[..., QuantizedHuggingFaceLLM]) -> None:
         llm = make_tiny()
         first = ids_of(21)
@@ -786,9 +788,9 @@ class TestCancelling:
             next(iter(stream))
             assert engine._pages.held >= 3
             stream.close()
+            count = seen.count
             wait_until(lambda: engine._pages.held == 0, 1.0)
-            count = seen.settle()
-            assert seen.count == count
+            assert seen.settle() <= count + 2  # the forward that ran, and one begun before the next look
         assert len(ids_after(tiny, ids_of(40))) == 12
 
     def test_beside_others(self, tiny: QuantizedHuggingFaceLLM) -> None:
@@ -919,6 +921,7 @@ print("done")
         assert run_python(code, tmp_path).stdout.strip().endswith("done")
 
 
+@pytest.mark.compat
 class TestChanges:
     """Keys and values that were computed with other weights are no use."""
 
@@ -927,16 +930,16 @@ class TestChanges:
         model = llm.pipeline.model
         before = ids_after(llm, ids_of(40))
         weight = model.model.layers[0].self_attn.v_proj.weight
-        rest()
+        wait_for_rest()
         with torch.no_grad():
             weight.mul_(-1.5)
         after = ids_after(llm, ids_of(40))
         assert after == generated_ids(model, ids_of(40), 12)
         assert after != before
-        rest()
+        wait_for_rest()
         weight.data = weight.data / -1.5
         assert ids_after(llm, ids_of(40)) == before
-        rest()
+        wait_for_rest()
         model.load_state_dict({name: -value for name, value in model.state_dict().items()})
         assert ids_after(llm, ids_of(40)) == generated_ids(model, ids_of(40), 12)
 
@@ -948,10 +951,10 @@ class TestChanges:
         handle = model.model.layers[0].register_forward_hook(lambda module, args, output: output + shift)
         steered = generated_ids(model, ids_of(40), 12)
         assert steered != before
-        rest()
+        wait_for_rest()
         assert ids_after(llm, ids_of(40)) == steered
         handle.remove()
-        rest()
+        wait_for_rest()
         assert ids_after(llm, ids_of(40)) == before
 
     def test_at_once_after_a_call(self, make_tiny: Callable[..., QuantizedHuggingFaceLLM]) -> None:
@@ -988,7 +991,7 @@ class TestChanges:
         llm = llm_of(model, tokenizer)
 
         def check(what: str, expected: Sequence[int] | None = None) -> None:
-            rest()
+            wait_for_rest()
             assert ids_after(llm, ids_of(40)) == (expected or generated_ids(model, ids_of(40), 12)), what
 
         check("before", plain)  # its keys are in the prefix cache now
@@ -1049,10 +1052,10 @@ class TestCallers:
 
     def test_the_thread_is_idle_without_work(self, tiny: QuantizedHuggingFaceLLM) -> None:
         tiny.invoke("Sea")
-        time.sleep(0.2)
+        wait_for_rest()
         began = time.process_time()
-        time.sleep(1.0)
-        assert time.process_time() - began < 0.05
+        time.sleep(0.5)  # the time in which it is watched
+        assert time.process_time() - began < 0.025
 
     def test_info(self, tiny: QuantizedHuggingFaceLLM) -> None:
         info, engine = tiny.engine_info, tiny._engine()

@@ -16,6 +16,7 @@ from langchain_quantllm.engine.request import Usage, plan_requests
 from langchain_quantllm.errors import UnsupportedError
 from tests.unit_tests.families import FAST, NAMED, PLAIN, family_model, generated_ids, likeliest_ids, random_ids
 from tests.unit_tests.models import forwards, llm_of, slowly
+from tests.unit_tests.selecting import QUICK_FAMILIES, slow_but
 
 SHARED = random_ids(40, seed=7)
 
@@ -70,7 +71,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module", params=list(FAST))
+@pytest.fixture(scope="module", params=slow_but(QUICK_FAMILIES, FAST, pytest.mark.compat))
 def case(request: pytest.FixtureRequest, tokenizer: Any) -> Iterator[Case]:
     model = family_model(FAST[request.param])
     llm = llm_of(model, tokenizer)
@@ -78,7 +79,7 @@ def case(request: pytest.FixtureRequest, tokenizer: Any) -> Iterator[Case]:
     llm.unload()
 
 
-@pytest.fixture(scope="module", params=list(PLAIN))
+@pytest.fixture(scope="module", params=slow_but(QUICK_FAMILIES, PLAIN, pytest.mark.compat))
 def refused(request: pytest.FixtureRequest, tokenizer: Any) -> Iterator[Case]:
     model = family_model(PLAIN[request.param][0])
     llm = llm_of(model, tokenizer)

@@ -7,15 +7,8 @@ the same cases themselves, compiled.
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,11 +24,12 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from langchain_quantllm.engine.fusion import PRODUCT, Fusion
 from langchain_quantllm.kernels import fused_reference as reference
 from tests.unit_tests.families import FAST, family_model
+from tests.unit_tests.interpreter import report_cases
+from tests.unit_tests.selecting import covering, slow_but
 
 ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 """The largest relative error of rounding to a dtype: half of its machine epsilon."""
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 PAGE_TOKENS = 16
 
 
@@ -105,6 +99,15 @@ def _cases() -> Iterator[Case]:
 
 
 CASES = {case.name: case for case in _cases()}
+
+
+def _features(case: Case) -> list[Any]:
+    options = tuple(case.options.items())
+    parts = {"shape": case.shape, "dtype": case.dtype, "options": options, "strided": case.is_strided}
+    return [(case.call, *part) for part in parts.items()]
+
+
+QUICK = covering(CASES, _features)
 
 MODELS = ("llama-grouped", "llama-head-80", "qwen3", "gemma2", "phi3", "stablelm", "glm4")
 """Families of which every step is fused, with what it takes: all kinds of norms, gates and rotations."""
@@ -211,51 +214,7 @@ def run(name: str, device: str) -> dict[str, Any]:
     return run_model(name, device) if name in MODELS else run_case(CASES[name], device)
 
 
-def main() -> None:
-    """Run every case on the device that was named, and report them as JSON."""
-    device = sys.argv[1]
-    torch.set_num_threads(1)
-    report = {}
-    for name in (*CASES, *MODELS):
-        try:
-            report[name] = run(name, device)
-        except Exception:
-            report[name] = {"failed": traceback.format_exc()}
-    print(json.dumps(report))
-
-
-@pytest.fixture(scope="session")
-def interpreted() -> dict[str, dict[str, Any]]:
-    """What the kernels do in the interpreter, of each case."""
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", __name__, "cpu"]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-BOTH = [
-    pytest.param("cpu", marks=pytest.mark.skipif(not HAS_TRITON, reason="needs triton, for its interpreter")),
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")),
-]
-
-
-@pytest.fixture(params=BOTH)
-def found(request: pytest.FixtureRequest) -> Callable[[str], dict[str, Any]]:
-    """A function that gives a case's report, from the interpreter and from the GPU."""
-    if request.param == "cuda":
-        return lambda name: run(name, "cuda")
-    reports = request.getfixturevalue("interpreted")
-
-    def report(name: str) -> dict[str, Any]:
-        assert "failed" not in reports[name], reports[name]["failed"]
-        return reports[name]
-
-    return report
-
-
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(QUICK, CASES))
 def test_kernels_are_the_reference(found: Any, name: str) -> None:
     report, case = found(name), CASES[name]
     assert report["like"]
@@ -274,7 +233,7 @@ def test_kernels_are_the_reference(found: Any, name: str) -> None:
         assert min(report["equal"]) > 0.9  # those differences hardly ever show
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but(("llama-grouped", "gemma2"), MODELS))
 def test_kernels_are_what_models_do(found: Any, name: str) -> None:
     """They take the tensors of models as these have them, and give the same."""
     report = found(name)
@@ -344,4 +303,4 @@ class TestReference:
 
 
 if __name__ == "__main__":
-    main()
+    report_cases(lambda name: run(name, "cpu"))

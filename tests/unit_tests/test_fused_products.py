@@ -75,6 +75,7 @@ def fuse(model: Any, products: Any, **options: Any) -> Fusion:
     return Fusion(model, kernels=fused_reference, products=products, **options)
 
 
+@pytest.mark.compat
 def test_texts_are_those_of_the_dequantized_weights(loaded: Any) -> None:
     model, prompts = loaded.model, [random_ids(count) for count in (23, 5)]
     expected = [generated_ids(dense_twin(model), prompt, 16) for prompt in prompts]
@@ -187,6 +188,7 @@ def test_an_input_that_was_written_over_is_multiplied_anew(loaded: Any) -> None:
     fusion.close()
 
 
+@pytest.mark.compat
 def test_adapters_over_quantized_layers(tmp_path: Path, tokenizer: Any) -> None:
     """Each row with its own adapter, over products of ours."""
     pytest.importorskip("peft")

@@ -28,6 +28,7 @@ from langchain_quantllm.kernels import fused_reference, weight_reference
 from tests.unit_tests.adapters import choose_adapter, enable_adapters, make_adapter, quietly
 from tests.unit_tests.families import FAST, family_model, generated_ids, random_ids
 from tests.unit_tests.models import byte_fallback_tokenizer, pipeline_of, tiny_model
+from tests.unit_tests.selecting import QUICK_FAMILIES, slow_but
 
 WHOLE = {
     "llama",
@@ -111,7 +112,7 @@ def is_whole(name: str, kind: FusedKind) -> bool:
     return kind.fused > 0 and not kind.left
 
 
-@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("name", slow_but(QUICK_FAMILIES, FAST, pytest.mark.compat))
 def test_every_family_writes_the_same(name: str, tokenizer: Any) -> None:
     model = family_model(FAST[name])
     prompts = [random_ids(count) for count in (23, 5, 40)]
@@ -140,6 +141,7 @@ def test_what_does_not_match_is_left_alone_with_the_reason(name: str, kind: str)
 
 @pytest.mark.parametrize("name", ["llama-grouped", "gemma2", "glm4", "phi3", "cohere", "starcoder2"])
 @pytest.mark.parametrize("kinds", [*((kind,) for kind in KINDS), KINDS])
+@pytest.mark.compat
 def test_same_logits_outside_of_pages(name: str, kinds: tuple[str, ...]) -> None:
     model = family_model(FAST[name])
     ids = random_ids(19)
@@ -366,6 +368,7 @@ class TestFormulas:
         engine.close()
 
 
+@pytest.mark.compat
 def test_adapters_of_several_rows(tmp_path: Path, smollm2: Path, tokenizer: Any) -> None:
     """LoRA inside of MLP and attention, a different one for each row."""
     pytest.importorskip("peft")
@@ -409,6 +412,7 @@ def test_changed_weights_are_checked_anew(tokenizer: Any) -> None:
     engine.close()
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("name", ["llama-grouped", "llama-head-96", "qwen3", "gemma2", "glm", "phi3", "cohere", "phi"])
 def test_graphs_of_fused_steps_write_the_same(name: str) -> None:

@@ -56,6 +56,7 @@ class TestText:
         assert await all_ways(llm, prompt, max_new_tokens=4) == [expected] * 8
 
     @pytest.mark.parametrize("family", sorted(TINY))
+    @pytest.mark.compat
     async def test_families_of_models(self, tokenizer: Any, family: str) -> None:
         llm = llm_of(tiny_model(len(tokenizer), family), tokenizer, max_new_tokens=30)
         expected = greedy_text(llm, "The sea is", max_new_tokens=30)
@@ -153,6 +154,7 @@ class TestTransformersOptions:
         ],
         ids=str,
     )
+    @pytest.mark.compat
     def test_the_text_is_generate_s(
         self, repeating: QuantizedHuggingFaceLLM, tokenizer: Any, options: dict[str, Any], changes: bool
     ) -> None:

@@ -109,6 +109,7 @@ def test_logits_are_those_of_the_dequantized_weights(
 
 @pytest.mark.parametrize("layout", ["config", "quantize_config", "old_name"])
 @pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
+@pytest.mark.compat
 def test_every_layout_loads(smollm2: Path, tmp_path: Path, layout: Any, checkpoint_format: Any) -> None:
     """Random weights, which transformers gives without a word where it sees no config, would give an error of 1."""
     folder = make_gptq_checkpoint(smollm2, tmp_path, layout=layout, checkpoint_format=checkpoint_format, small=True)
@@ -137,7 +138,7 @@ def test_sharded_old_names_load(smollm2: Path, tmp_path: Path, four_bit: Path) -
     assert relative_error(model, load_float_twin(smollm2, small=True)) < 0.012
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_greedy_text_is_sensible(smollm2: Path, tmp_path: Path, bits: int) -> None:
     from transformers import AutoTokenizer
 

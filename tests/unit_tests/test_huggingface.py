@@ -67,6 +67,7 @@ def both(folder: Path, **kwargs: Any) -> tuple[Any, QuantizedHuggingFaceLLM]:
         "nf4-double",
     ],
 )  # fmt: skip
+@pytest.mark.compat
 def test_the_same_arguments_give_the_same_completion(tiny: Path, kwargs: dict[str, Any]) -> None:
     theirs, ours = both(tiny, **kwargs)
     expected = theirs.invoke(PROMPT, skip_prompt=True)

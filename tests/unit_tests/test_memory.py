@@ -10,7 +10,6 @@ import mmap
 import re
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -59,6 +58,8 @@ from langchain_quantllm.memory.snapshot import _container_left_bytes, _resident_
 from langchain_quantllm.schemes import GPTQ, NF4, SCHEMES, Int8, Scheme
 from tests.gptq_checkpoints import make_gptq_checkpoint
 from tests.unit_tests.checkpoints import run_python
+from tests.unit_tests.models import wait_until
+from tests.unit_tests.selecting import slow_but
 
 MB = 10**6
 SCHEME_NAMES = ["none", "int8", "nf4", "nf4-double", "fp4"]
@@ -103,7 +104,7 @@ def assert_estimated(estimated: WeightBytes, loaded: WeightBytes) -> None:
 
 
 class TestEstimate:
-    @pytest.mark.parametrize("name", SCHEME_NAMES)
+    @pytest.mark.parametrize("name", slow_but(("none", "int8", "nf4"), SCHEME_NAMES, pytest.mark.compat))
     def test_smollm2_as_loaded(self, smollm2: Path, name: str) -> None:
         estimate = estimate_memory(str(smollm2), name)
         assert estimate.dtype == "bfloat16"
@@ -112,6 +113,7 @@ class TestEstimate:
         assert_estimated(estimate.weights, weights_by_kind(load(smollm2, SCHEMES[name])))
         assert estimate.total_bytes == estimate.bytes_by_scheme[name]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["none", "int8", "nf4"])
     def test_qwen_as_loaded(self, qwen_coder: Path, name: str) -> None:
         assert_estimated(
@@ -387,7 +389,8 @@ class TestMeasuring:
             with track_memory() as inner:
                 passing = resident(200 * MB)
                 assert inner.before.reading("cpu").used_bytes > 0
-                time.sleep(0.3)  # long enough for the sampler
+                seen_bytes = take_snapshot().reading("cpu").used_bytes
+                wait_until(lambda: min(t.peak.get("cpu", 0) for t in (tracked, inner)) > seen_bytes - 20 * MB)
                 passing.close()
         assert tracked.after is not None
         for measured in (tracked, inner):
@@ -645,6 +648,7 @@ def test_importing_loads_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 class TestCuda:
     @pytest.mark.parametrize("name", ["none", "int8", "nf4", "nf4-double"])

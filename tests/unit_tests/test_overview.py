@@ -167,6 +167,7 @@ def test_parts_can_be_left_out(tiny: str) -> None:
     assert [call.runner for call in row.by_length] == ["engine"]
 
 
+@pytest.mark.slow
 def test_smollm2_in_nf4(smollm2: Path) -> None:
     options = OverviewOptions(**{**SMALL, "batches": (1,), "parts": ("batches", "training", "quality")})
     [row] = measure_overview(
@@ -331,6 +332,7 @@ def test_the_document_says_what_was_measured_and_how(measured: tuple[list[Scheme
     assert document["rows"][1]["quality"]["loss_increase_nats"] != 0
 
 
+@pytest.mark.slow
 def test_bench_gives_an_overview(tmp_path: Path, tiny_gptq: str) -> None:
     words = ("--batches", "1,2", "--new-tokens", 4, "--lengths", 3, "--prefill-batches", 1, "--prefill-tokens", 16)
     more = ("--peer-new-tokens", 2, "--repeats", 1, "--train-batch", 1, "--train-tokens", 8, "--quality-tokens", 64)

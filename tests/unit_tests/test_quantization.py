@@ -319,6 +319,7 @@ def run(plain: Path, output: Path, scheme: Any = GPTQ(bits=4, group_size=32), **
         ("gptq", 64),
     ],
 )
+@pytest.mark.compat
 def test_what_is_written_loads_and_computes_what_the_codes_stand_for(
     plain: Path, tmp_path: Path, scheme: Any, group_size: int
 ) -> None:
@@ -492,20 +493,25 @@ print("FOUND" + json.dumps(found))
 """
 
 
-def test_every_scheme_is_saved_and_loaded_in_a_new_process(plain: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(("nf4",), marks=pytest.mark.compat),
+        pytest.param(tuple(name for name in SCHEMES if name != "none"), marks=pytest.mark.slow, id="every"),
+    ],
+)
+def test_every_scheme_is_saved_and_loaded_in_a_new_process(plain: Path, tmp_path: Path, names: tuple[str, ...]) -> None:
     """Ours and plain transformers read the same tokens out of each of them."""
     prompt = "The capital of France is"
     expected: dict[str, str] = {}
-    for name, scheme in SCHEMES.items():
-        if name == "none":
-            continue
+    for name in names:
         folder = tmp_path / name
         options: dict[str, Any] = {"progress": False, "device": "cpu"}
         if name == "gptq":
             run(plain, folder)
             expected[str(folder)] = ""
             continue
-        assert isinstance(scheme, Int8 | NF4 | FP4)
+        assert isinstance(SCHEMES[name], Int8 | NF4 | FP4)
         quantize(plain, name, output=folder, **options)
         llm = QuantizedHuggingFaceLLM(
             model_id=str(plain), quantization=name, device="cpu", max_new_tokens=12, engine="pipeline", progress=False

@@ -70,7 +70,7 @@ def is_gone(reference: Callable[[], Any], within_s: float = 5) -> bool:
     deadline = time.monotonic() + within_s
     while reference() is not None and time.monotonic() < deadline:
         gc.collect()
-        time.sleep(0.05)
+        time.sleep(0.01)
     return reference() is None
 
 
@@ -446,6 +446,7 @@ def test_threads_that_unload_and_call_at_once(tiny: Path) -> None:
     llms = [make_llm(tiny, max_new_tokens=4) for _ in range(3)]
     expected = llms[0].invoke(PROMPT)
     unexpected: list[BaseException] = []
+    ended = threading.Semaphore(0)
 
     def call(llm: QuantizedHuggingFaceLLM) -> None:
         for _ in range(8):
@@ -455,12 +456,13 @@ def test_threads_that_unload_and_call_at_once(tiny: Path) -> None:
                 assert "unloaded" in str(error)  # noqa: PT017
             except Exception as error:
                 unexpected.append(error)
+            ended.release()
 
     threads = [threading.Thread(target=call, args=(llm,)) for llm in llms for _ in range(2)]
     for thread in threads:
         thread.start()
     for _ in range(10):
-        time.sleep(0.02)
+        assert ended.acquire(timeout=60)
         llms[0].unload()
     for thread in threads:
         thread.join(60)

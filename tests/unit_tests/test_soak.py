@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_hundreds_of_requests_of_every_kind_leave_nothing_behind() -> None:
     # A process of its own: what is counted are all tensors, threads and files, and other tests have theirs.
     done = subprocess.run(

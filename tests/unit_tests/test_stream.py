@@ -17,6 +17,7 @@ from langchain_quantllm.engine.request import Chunk, ChunkStream, Request
 from langchain_quantllm.engine.stopping import Row
 from langchain_quantllm.engine.worker import Worker
 from langchain_quantllm.errors import GenerationError, GenerationTimeoutError
+from tests.unit_tests.models import wait_until
 
 
 def chunks(count: int, row: int = 0) -> list[Chunk]:
@@ -138,7 +139,7 @@ class TestChunkStream:
         def feed() -> None:
             while not stream.cancelled:
                 stream.put(Chunk(row=0, text="x"))
-                time.sleep(0.01)
+                time.sleep(0.01)  # the pace of a model
 
         later(0, feed)
         with pytest.raises(GenerationTimeoutError):
@@ -148,7 +149,7 @@ class TestChunkStream:
     def test_what_was_done_in_time_is_not_timed_out_by_a_slow_reader(self) -> None:
         stream = ChunkStream(1, timeout_s=0.05)
         stream.put(chunks(1)[0])
-        time.sleep(0.1)
+        time.sleep(0.1)  # longer than its timeout
         assert len(list(stream)) == 1
 
     async def test_a_cancelled_task_leaves_the_stream_usable_for_closing(self) -> None:
@@ -160,7 +161,7 @@ class TestChunkStream:
                     pass
 
         task = asyncio.create_task(read())
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0)  # it reads now
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -171,7 +172,7 @@ class TestChunkStream:
         stream = ChunkStream(1)
         loop = asyncio.new_event_loop()
         loop.create_task(read_one(stream))  # noqa: RUF006  (dropped on purpose)
-        loop.run_until_complete(asyncio.sleep(0.01))
+        loop.run_until_complete(asyncio.sleep(0))
         loop.close()
         stream.put(Chunk(row=0, text="x"))
         assert stream.cancelled
@@ -216,13 +217,6 @@ class Echo:
         stream = ChunkStream(rows)
         self.worker.submit([row_of(i) for i in range(rows)], stream)
         return stream
-
-
-def wait_until(true: Any, timeout_s: float = 5.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 class TestWorker:

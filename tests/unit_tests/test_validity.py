@@ -10,14 +10,18 @@ import pytest
 from pydantic import BaseModel
 
 from langchain_quantllm import ChatQuantizedHuggingFace
+from tests.unit_tests.models import pipeline_of, tiny_model
 from tests.validity import CASES, FORCED, STRUCTURED, Case, Question, Unconstrained, ask, ask_all, questions
 
 pytest.importorskip("xgrammar")
 
 
-@pytest.fixture(scope="module")
-def chat(smollm2: Path) -> Iterator[ChatQuantizedHuggingFace]:
-    chat = ChatQuantizedHuggingFace(model=str(smollm2), quantization="nf4", device="cpu", progress=False)
+@pytest.fixture(scope="module", params=["tiny", pytest.param("smollm2", marks=pytest.mark.slow)])
+def chat(request: pytest.FixtureRequest, tokenizer: Any, smollm2: Path) -> Iterator[ChatQuantizedHuggingFace]:
+    fields: dict[str, Any] = {"model": str(smollm2), "quantization": "nf4", "device": "cpu", "progress": False}
+    if request.param == "tiny":
+        fields = {"pipeline": pipeline_of(tiny_model(len(tokenizer)), tokenizer)}
+    chat = ChatQuantizedHuggingFace(**fields)
     yield chat
     chat.unload()
 

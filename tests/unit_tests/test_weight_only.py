@@ -9,15 +9,9 @@ from __future__ import annotations
 import copy
 import importlib.util
 import itertools
-import json
-import os
 import re
-import subprocess
-import sys
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,11 +22,11 @@ from langchain_quantllm.kernels import weight_reference
 from langchain_quantllm.kernels.codebook_ptx import CODEBOOKS, GROUPS_SHUFFLED, instructions
 from langchain_quantllm.kernels.weights import FourBitWeight, GPTQWeight, Int8Weight, Weight, weight_of
 from langchain_quantllm.quantization.packing import RoundedLinear, pack_bits
+from tests.unit_tests.interpreter import report_cases
+from tests.unit_tests.selecting import covering, slow_but
 
 ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 """The largest relative error of rounding to a dtype: half of its machine epsilon."""
-
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 class PackedLinear(torch.nn.Module):
@@ -130,6 +124,24 @@ def _whole(case: Case) -> Case:
 
 
 CASES = {case.name: _whole(case) for case in _cases()}
+
+
+def _features(case: Case) -> list[Any]:
+    way = "rule" if case.config is None else case.config["regime"]
+    kind = (case.kind, case.nested)
+    return [
+        (kind, way),
+        (kind, case.dtype),
+        ("several", case.kind, len(case.outputs) > 1),
+        ("order", case.kind, case.act_order, case.symmetric),
+        ("bias", way, case.bias),
+        ("block", way, case.block),
+        ("many rows", way, case.rows > 16),
+        ("splits", way, (case.config or {}).get("splits")),
+    ]
+
+
+QUICK = covering(CASES, _features)
 LARGE = {
     case.name: _whole(case)
     for kind, decode, rows in itertools.product(
@@ -307,50 +319,6 @@ def run(name: str, device: str) -> dict[str, Any]:
     return OTHERS[name](device) if name in OTHERS else run_case(CASES[name], device)
 
 
-def main() -> None:
-    """Run every case on the device that was named, and report them as JSON."""
-    device = sys.argv[1]
-    torch.set_num_threads(1)
-    report = {}
-    for name in [*CASES, *OTHERS]:
-        try:
-            report[name] = run(name, device)
-        except Exception:
-            report[name] = {"failed": traceback.format_exc()}
-    print(json.dumps(report))
-
-
-@pytest.fixture(scope="session")
-def interpreted_products() -> dict[str, dict[str, Any]]:
-    """What the kernels do in the interpreter, of each case."""
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", __name__, "cpu"]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-BOTH = [
-    pytest.param("cpu", marks=pytest.mark.skipif(not HAS_TRITON, reason="needs triton, for its interpreter")),
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")),
-]
-
-
-@pytest.fixture(params=BOTH)
-def found(request: pytest.FixtureRequest) -> Any:
-    """A function that gives a case's report, from the interpreter and from the GPU."""
-    if request.param == "cuda":
-        return lambda name: run(name, "cuda")
-    reports = request.getfixturevalue("interpreted_products")
-
-    def report(name: str) -> dict[str, Any]:
-        assert "failed" not in reports[name], reports[name]["failed"]
-        return reports[name]
-
-    return report
-
-
 def tolerance(case: Case) -> float:
     """Bound the error, in units of the root of the sum of the squared terms.
 
@@ -379,17 +347,19 @@ def check(report: dict[str, Any], case: Case) -> None:
     assert report["alone"] <= (16 * ROUNDING[torch.float32] if case.config else 2 * tolerance(case))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(QUICK, CASES))
 def test_products_are_the_reference(found: Any, name: str) -> None:
     check(found(name), CASES[name])
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("name", LARGE)
 def test_large_products_are_the_reference(name: str) -> None:
     check(run_case(LARGE[name], "cuda"), LARGE[name])
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("kind", ["nf4", "int8", "gptq4"])
 def test_a_captured_product_is_that_of_new_inputs(kind: str) -> None:
@@ -584,4 +554,4 @@ def test_instructions_look_up_every_index_in_every_place(way: str, kind: str, dt
 
 
 if __name__ == "__main__":
-    main()
+    report_cases(lambda name: run(name, "cpu"))

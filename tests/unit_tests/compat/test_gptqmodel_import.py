@@ -128,6 +128,7 @@ def test_loading_leaves_the_process_as_it_was(four_bit: Path, tmp_path: Path) ->
     assert "gptqmodel" not in done.stderr.lower()
 
 
+@pytest.mark.slow
 def test_the_thread_that_imports_gptqmodel_never_ends() -> None:
     """Its end crashed the process now and then: seen with Python 3.12 and torch 2.11, in every second run or so."""
     script = """
