@@ -30,9 +30,9 @@ DEMO_QUESTION = "Why is the sky blue? Answer in two sentences."
 
 def _load(model: str | None, quantization: str | None, **fields: Any) -> Any:
     """Load the model of a command, with its engine, and say meanwhile what takes time."""
+    from langchain_quantllm.compat.bitsandbytes import import_quietly
     from langchain_quantllm.llms import QuantizedHuggingFaceLLM
     from langchain_quantllm.packages import is_installed
-    from langchain_quantllm.silence import import_quietly
 
     if model is None:
         say("model SmolLM2-135M-Instruct (default; -m names another)")
