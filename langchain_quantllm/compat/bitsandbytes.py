@@ -120,11 +120,11 @@ def four_bit_state(weight: Any) -> FourBitState | None:
     if state is None:
         return None
     nested = None
-    if state.state2 is not None:
+    if (of_scales := getattr(state, "state2", None)) is not None:  # which repacking takes away
         nested = NestedScales(
-            code=state.state2.code,
-            scales=state.state2.absmax,
-            block_size=state.state2.blocksize,
+            code=of_scales.code,
+            scales=of_scales.absmax,
+            block_size=of_scales.blocksize,
             offset=state.offset,
         )
     return FourBitState(

@@ -237,6 +237,9 @@ class FastEngine:
         if self._runner.sampler.draws_at_once:
             fused["drawing"] = 1
         notes = [*self._notes, *([f"decode steps are no CUDA graphs: {why_not}"] if why_not else [])]
+        if self._fusion is not None:
+            kinds = [kind for kind in self._fusion.summary if kind.left and not kind.fused]
+            notes += [f"no {kind.kind} steps are fused: {max(kind.left, key=kind.left.__getitem__)}" for kind in kinds]
         return EngineInfo(
             name="fast",
             reason="; ".join(["one running batch over pages", *notes]),

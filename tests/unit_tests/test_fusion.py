@@ -132,11 +132,15 @@ def test_every_family_writes_the_same(name: str, tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize(("name", "kind"), LEFT)
-def test_what_does_not_match_is_left_alone_with_the_reason(name: str, kind: str) -> None:
-    fusion = fuse(family_model(FAST[name]))
+def test_what_does_not_match_is_left_alone_with_the_reason(name: str, kind: str, tokenizer: Any) -> None:
+    model = family_model(FAST[name])
+    fusion = fuse(model)
     [found] = [found for found in fusion.summary if found.kind == kind]
     assert found.fused == 0
     assert any(LEFT[name, kind] in reason for reason in found.left)
+    engine = FastEngine(pipeline_of(model, tokenizer), fusion=fusion)
+    assert f"no {kind} steps are fused: " in engine.info.reason
+    engine.close()
 
 
 @pytest.mark.parametrize("name", ["llama-grouped", "gemma2", "glm4", "phi3", "cohere", "starcoder2"])

@@ -128,9 +128,9 @@ def test_plain_layers() -> None:
     assert compat.states_of(layer.weight) == []
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_product_of_a_repacked_weight(dtype: torch.dtype) -> None:
-    layer = layer_of("nf4").to(dtype)
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_product_of_a_repacked_weight(nested: bool) -> None:
+    layer = layer_of("nf4", nested=nested)
     x = torch.randn(1, INPUTS, dtype=torch.bfloat16)
     layer.compute_dtype = torch.bfloat16
     layer.eval()
@@ -140,6 +140,8 @@ def test_the_product_of_a_repacked_weight(dtype: torch.dtype) -> None:
     assert state is not None
     if not state.repacked:
         pytest.skip("this CPU has no AVX512-BF16, for which bitsandbytes repacks")
+    assert state.nested is None
+    assert state.shape == (OUTPUTS, INPUTS)
     shape = (OUTPUTS, INPUTS)
     found = compat.four_bit_product(x, layer.weight.data, shape, state.scales, state.code, state.block_size)
     torch.testing.assert_close(found.float(), layer(x).float(), rtol=0.02, atol=0.02)
