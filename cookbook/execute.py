@@ -89,15 +89,17 @@ def clean(notebook: NotebookNode, names: Mapping[str, str]) -> NotebookNode:
         NotebookError: If an output is an error, a warning, or holds a path of this machine all the same.
     """
     notebook.metadata = nbformat.from_dict(METADATA)
+    faults = []
     for cell in notebook.cells:
         cell.metadata = nbformat.from_dict({})
         if cell.cell_type != "code":
             continue
         cell.outputs = [_named(_plain(output), names) for output in cell.outputs if not _is_widget(output)]
-        for output in cell.outputs:
-            if fault := _fault(output):
-                msg = f"a cell gives {fault}; change the cell, so that readers do not meet it:\n{cell.source}"
-                raise NotebookError(msg)
+        found = list(filter(None, map(_fault, cell.outputs)))
+        faults += [f"\n\na cell gives {fault}:\n\n{cell.source}" for fault in found]
+    if faults:
+        msg = "readers would meet what they should not; change the cells." + "".join(faults)
+        raise NotebookError(msg)
     return notebook
 
 
@@ -141,12 +143,12 @@ def _fault(output: NotebookNode) -> str | None:
     return None
 
 
-def _folders() -> dict[str, str]:
+def folders(chat_model: str | None) -> dict[str, str]:
     """Name the folders that outputs may hold, as a reader would know them."""
     from langchain_quantllm.demo_model import demo_model
 
     names = {str(demo_model()): "SmolLM2-135M-Instruct", tempfile.gettempdir(): "tmp", str(Path.home()): "~"}
-    if chat_model := _chat_model():
+    if chat_model:
         names[chat_model] = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
     return names
 
@@ -161,8 +163,9 @@ def main() -> int:
     """Run and write the notebooks that are named, else all."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("notebooks", nargs="*", type=Path, help="Default: all in this folder.")
-    names = _folders()
-    environment = {"CHAT_MODEL": chat_model} if (chat_model := _chat_model()) else {}
+    chat_model = _chat_model()
+    names = folders(chat_model)
+    environment = {"CHAT_MODEL": chat_model} if chat_model else {}
     faults = 0
     for path in parser.parse_args().notebooks or sorted(HERE.glob("*.ipynb")):
         started = time.perf_counter()
