@@ -628,7 +628,7 @@ print(json.dumps({"report": report, "loaded": loaded_bytes, "generated": generat
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the parts of the resident memory")
-@pytest.mark.parametrize("engine", ["fast", "pipeline"])
+@pytest.mark.parametrize("engine", slow_but(("fast",), ["fast", "pipeline"]))
 def test_what_the_first_call_takes_is_named_and_given_back(smollm2: Path, engine: str) -> None:
     ran = run_python(_FIRST_CALL, smollm2, engine, env={"OMP_NUM_THREADS": "1"}, timeout_s=500)
     found = json.loads(ran.stdout.splitlines()[-1])
