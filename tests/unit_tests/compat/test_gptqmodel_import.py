@@ -116,6 +116,7 @@ model.generate(model.dummy_inputs["input_ids"], max_new_tokens=2, do_sample=Fals
 """
 
 
+@pytest.mark.slow
 def test_loading_leaves_the_process_as_it_was(four_bit: Path, tmp_path: Path) -> None:
     script = textwrap.dedent(CONTAINMENT) % {"root": os.getcwd(), "folder": str(four_bit)}
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "PYTEST", "CUDA_", "PYTORCH_"))}
