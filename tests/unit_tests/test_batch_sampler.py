@@ -190,7 +190,7 @@ class TestAgainstThePlainSampler:
             batch = requests[i : i + size]
             assert Batch(batch).run() == [alone(request) for request in batch]
 
-    @pytest.mark.parametrize("share", [0.05, 0.5])
+    @pytest.mark.parametrize("share", [0.05, pytest.param(0.5, marks=pytest.mark.slow)])
     def test_with_masks(self, share: float) -> None:
         """Beside rows that have none, together with every other option."""
         requests = [

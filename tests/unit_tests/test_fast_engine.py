@@ -894,6 +894,7 @@ class TestFailures:
         assert greedy_text(llm, "Sea") == expected
         assert llm.invoke("Sea") == expected
 
+    @pytest.mark.slow
     def test_a_forked_process_is_told_so(self, tmp_path: Path, tokenizer: Any) -> None:
         tiny_model(len(tokenizer)).save_pretrained(tmp_path)
         tokenizer.save_pretrained(tmp_path)
