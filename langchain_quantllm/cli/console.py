@@ -25,7 +25,7 @@ _ELSEWHERE = {
     "ps": "a model lives in the process that loaded it and ends with it; `doctor` shows the free memory",
     "rm": "models from the Hub lie in its cache, from which `hf cache rm` removes them",
     "generate": "`run` answers a prompt",
-    "convert": "`quantize` writes GPTQ and bitsandbytes checkpoints, and nothing writes GGUF files",
+    "convert": "`quantize` writes GPTQ and bitsandbytes, and `python -m langchain_quantllm.gguf` reads GGUF files",
     "embed": "the package runs models that write text and computes no embeddings",
 }
 _ELSEWHERE |= {"download": _ELSEWHERE["pull"], "ls": _ELSEWHERE["list"]}

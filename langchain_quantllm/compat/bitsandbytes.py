@@ -10,11 +10,12 @@ import logging
 import sys
 import threading
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from langchain_quantllm.silence import quiet_logger
+
+if TYPE_CHECKING:
+    import torch
 
 _import_lock = threading.Lock()
 _CASTS = "bitsandbytes.autograd._functions"
@@ -67,6 +68,8 @@ def is_int8_layer(module: Any) -> bool:
 
 def is_quantized(weight: Any) -> bool:
     """Say whether a weight is one of bitsandbytes, in 4 bits or 8, quantized already."""
+    import torch
+
     in_8_bits = hasattr(weight, "SCB") and weight.dtype == torch.int8
     return getattr(weight, "quant_state", None) is not None or in_8_bits
 
@@ -143,6 +146,8 @@ def int8_scales(module: Any) -> torch.Tensor | None:
 
     They move from the weight into the layer's state with its first forward.
     """
+    import torch
+
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor) or not hasattr(weight, "SCB"):
         return None
@@ -198,6 +203,8 @@ def four_bit_product(
     block_size: int,
 ) -> torch.Tensor:
     """Multiply by a weight that is repacked for this CPU."""
+    import torch
+
     return torch.ops.bitsandbytes.gemv_4bit.default(x, words, shape, scales, code, block_size)
 
 
@@ -205,4 +212,6 @@ def dequantized(
     octets: torch.Tensor, scales: torch.Tensor, block_size: int, kind: str, shape: tuple[int, int], dtype: torch.dtype
 ) -> torch.Tensor:
     """Unpack a weight in 4 bits, or a part of one that whole blocks make up."""
+    import torch
+
     return torch.ops.bitsandbytes.dequantize_4bit.default(octets, scales, block_size, kind, shape, dtype)

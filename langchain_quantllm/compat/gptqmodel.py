@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 BACKEND_PREFIX = "gptq_"
 """What the names of backends for GPTQ begin with."""
@@ -121,6 +122,8 @@ class StoredTensors:
 
 def stored_tensors(module: Any) -> StoredTensors | None:
     """Read a layer's tensors; None where it is none of GPTQModel's, or lays them out anew."""
+    import torch
+
     tensors = [getattr(module, name, None) for name in ("qweight", "qzeros", "scales", "g_idx")]
     if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
         return None

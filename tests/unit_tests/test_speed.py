@@ -243,8 +243,10 @@ def test_what_was_measured_survives_a_scheme_that_cannot_be(tiny: str, tmp_path:
     file = tmp_path / "speed.json"
     sizes = ["--batches", 1, "--prompt-tokens", 8, "--new-tokens", 2, "--repeats", 1, "--shared", 0, "--no-peer"]
     result = bench(tiny, "--schemes", "none,gptq", *sizes, "--json", file)
-    assert result.exit_code
-    assert [row["scheme"] for row in json.loads(file.read_text(encoding="utf-8"))["rows"]] == ["none"]
+    assert result.exit_code == 0, result.output
+    document = json.loads(file.read_text(encoding="utf-8"))
+    assert [row["scheme"] for row in document["rows"]] == ["none"]
+    assert [failure["scheme"] for failure in document["failures"]] == ["gptq"]
 
 
 @pytest.mark.parametrize(
