@@ -26,6 +26,7 @@ from langchain_quantllm.cli import app
 from langchain_quantllm.compat.versions import TRIED
 from tests.unit_tests.adapters import make_adapter
 from tests.unit_tests.models import tiny_model
+from tests.unit_tests.selecting import slow_but
 from tests.unit_tests.vision import make_vision_checkpoint, picture
 
 if sys.version_info >= (3, 11):
@@ -126,7 +127,10 @@ class StandIn(ast.NodeTransformer):
         return ast.copy_location(ast.Constant(STAND_INS[node.value]), node) if known else node
 
 
-@pytest.mark.parametrize("document", dict.fromkeys(block.document for block in blocks("python")))
+PYTHON_DOCUMENTS = dict.fromkeys(block.document for block in blocks("python"))
+
+
+@pytest.mark.parametrize("document", slow_but(PYTHON_DOCUMENTS.keys() - {"README.ja.md"}, PYTHON_DOCUMENTS))
 def test_the_blocks_of_a_document_run_in_their_order(
     document: str, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -313,9 +313,9 @@ def run(plain: Path, output: Path, scheme: Any = GPTQ(bits=4, group_size=32), **
     [
         (GPTQ(bits=4, group_size=32), 32),
         (GPTQ(bits=4, sym=False, desc_act=True), 64),
-        (GPTQ(bits=8, group_size=-1), -1),
+        pytest.param(GPTQ(bits=8, group_size=-1), -1, marks=pytest.mark.slow),
         (GPTQ(bits=3, group_size=16, sym=False), 16),
-        (GPTQ(bits=2, group_size=16, sym=False), 16),
+        pytest.param(GPTQ(bits=2, group_size=16, sym=False), 16, marks=pytest.mark.slow),
         ("gptq", 64),
     ],
 )

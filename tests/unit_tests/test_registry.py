@@ -223,6 +223,7 @@ def test_one_instance_in_many_threads_loads_once(fresh: Path, loads: list[str]) 
     assert len(loads) == 1
 
 
+@pytest.mark.slow
 def test_different_models_loaded_at_once_leave_transformers_whole(tiny: Path, tmp_path: Path) -> None:
     """`from_pretrained` swaps functions of transformers, and torch's default dtype, while it runs.
 

@@ -391,6 +391,7 @@ class TestProcess:
         assert interrupted["fork"].startswith("UnsupportedError: this model was loaded before the process was forked")
         assert interrupted["parent after fork"] == interrupted["next"]
 
+    @pytest.mark.slow
     def test_the_interpreter_ends_promptly_while_a_generation_runs(self, smollm2: Path) -> None:
         """With an open stream, an invoke in a daemon thread, and a batch that waits behind them."""
         body = """
