@@ -5,7 +5,7 @@
 PYTHON ?= python3
 JOBS ?= 2
 BIN := .venv/bin
-PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder --durations 20 --durations-min 5
 
 .PHONY: help demo test test-all test-newest test-oldest lint format lock notebooks clean
 .DELETE_ON_ERROR:
