@@ -2,16 +2,16 @@
 
     python tools/environment.py VENV LOCK    # such as .venv requirements/test.txt
 
-Run with any Python from 3.10; uses nothing but the standard library.
+Run with Python 3.10 to 3.13, for which the locks hold hashes; uses nothing but the standard library.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
-import venv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -29,24 +29,49 @@ class Environment:
     """
 
     def __init__(self, folder: Path, variables: Mapping[str, str] | None = None) -> None:
-        """Make the environment, if it is not there."""
-        self.python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-        self._variables = {**os.environ, **(variables or {})}
-        if not self.python.is_file():
-            venv.create(folder, with_pip=True)
-
-    def pip_install(self, *arguments: str, quiet: bool = False) -> bool:
-        """Run `pip install`; False if it fails and `quiet` is set, which also hides what it says.
+        """Make the environment, if it is not there or has no pip.
 
         Raises:
-            SystemExit: If it fails and `quiet` is not set.
+            SystemExit: If Python cannot make one.
         """
-        command = [str(self.python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet", *arguments]
-        hidden = subprocess.DEVNULL if quiet else None
-        code = subprocess.run(command, env=self._variables, cwd=ROOT, stderr=hidden, check=False).returncode
-        if code and not quiet:
-            raise SystemExit(f"pip install {' '.join(arguments)} failed")
-        return code == 0
+        self.python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+        self._variables = {**os.environ, **(variables or {})}
+        if self.python.is_file() and self._run("--version").returncode == 0:
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        if subprocess.run([sys.executable, "-m", "venv", str(folder)], check=False).returncode:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise SystemExit("Python cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv")
+
+    def _run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run pip, and keep what it says."""
+        command = [str(self.python), "-m", "pip", "--disable-pip-version-check", *arguments]
+        return subprocess.run(
+            command,
+            env=self._variables,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+
+    def pip_install(self, *arguments: str) -> None:
+        """Run `pip install`.
+
+        Raises:
+            SystemExit: If it fails, with the end of what it says.
+        """
+        if not self._found(*arguments):
+            raise SystemExit(f"pip install {' '.join(arguments)} found no such version")
+
+    def _found(self, *arguments: str) -> bool:
+        """Run `pip install`; False where no index that it asks has such a version."""
+        done = self._run("install", "--quiet", *arguments)
+        if done.returncode and "No matching distribution found" not in done.stdout:
+            end = "\n".join(done.stdout.strip().splitlines()[-20:])
+            raise SystemExit(f"pip install {' '.join(arguments)} failed:\n{end}")
+        return done.returncode == 0
 
     def install_torch(self, cpu: Sequence[str], ordinary: str) -> None:
         """Install the build of torch for CPUs, from where pip looks or from PyTorch's own index; else the ordinary one.
@@ -55,9 +80,10 @@ class Environment:
             cpu: What pip is given to find the build for CPUs.
             ordinary: The requirement for a build with all that it requires.
         """
-        if self.pip_install("--no-deps", *cpu, quiet=True):
+        names_build = sys.platform != "linux" or "torch" not in cpu  # else where pip looks is a build for GPUs
+        if names_build and self._found("--no-deps", *cpu):
             return
-        if self.pip_install("--no-deps", "--retries", "1", "--index-url", CPU_INDEX, *cpu, quiet=True):
+        if self._found("--no-deps", "--retries", "1", "--index-url", CPU_INDEX, *cpu):
             return
         print(f"There is no build of torch for CPUs within reach; installing {ordinary}, which can take gigabytes.")
         self.pip_install(ordinary)
@@ -90,6 +116,6 @@ def main(folder: str, lock: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.version_info < (3, 10):  # noqa: UP036  (it says so to an older one)
-        raise SystemExit("Python 3.10 or newer is needed: make PYTHON=python3.12")
+    if not (3, 10) <= sys.version_info[:2] <= (3, 13):
+        raise SystemExit("The locks are for Python 3.10 to 3.13; name one of these: make PYTHON=python3.12")
     main(*sys.argv[1:])

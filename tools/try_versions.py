@@ -3,8 +3,8 @@
     python tools/try_versions.py newest    # the newest of everything, whatever pyproject.toml allows
     python tools/try_versions.py oldest    # the oldest that pyproject.toml allows (requirements/oldest.txt)
 
-Ends with 1 where a test fails. What fails here and passed in .venv/test-all.xml, which `make test-all` writes, fails
-for these versions alone. `--record` writes the outcome of `newest` into docs/compatibility.md.
+Ends with 1 where a test fails, and says how that test ended in .venv/test-all.xml, which `make test-all` writes.
+`--record` writes the outcome into docs/compatibility.md.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from environment import ROOT, Environment
 from lock import EXTRAS, OLDEST_TORCH
 
 RECORD = ROOT / "docs/compatibility.md"
-BEGIN, END = "<!-- newest: written by make test-newest RECORD=1 -->", "<!-- end of newest -->"
 READ_PROJECT = """
 import json, sys
 try:
@@ -35,10 +34,8 @@ print(json.dumps(tomllib.load(open("pyproject.toml", "rb"))))
 """
 READ_VERSIONS = """
 import json, platform
-from importlib import metadata
-from langchain_quantllm.compat.versions import TRIED
-found = {name: metadata.version(name) for name in TRIED}
-print(json.dumps({"python": platform.python_version(), **found}))
+from langchain_quantllm.compat.versions import TRIED, installed_version
+print(json.dumps({"python": platform.python_version(), **{name: installed_version(name) for name in TRIED}}))
 """
 
 
@@ -93,19 +90,34 @@ def outcomes(report: Path) -> Iterator[tuple[str, str, str]]:
             yield name, "passed", ""
 
 
-def markdown(versions: dict[str, object], results: list[tuple[str, str, str]], only_here: set[str]) -> str:
-    """The outcome as a section of docs/compatibility.md."""
+def markdown(versions: dict[str, object], results: list[tuple[str, str, str]], locked: dict[str, str]) -> str:
+    """Versions and outcome as a section of docs/compatibility.md.
+
+    Args:
+        versions: Those of the environment, None for what is not installed.
+        results: Name, outcome and error of each test.
+        locked: Outcome of the tests with the locked versions, by name; empty where they were not run.
+    """
     counts = {kind: sum(result[1] == kind for result in results) for kind in ("passed", "failure", "error", "skipped")}
-    lines = ["Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".", ""]
+    lines = ["| package | version |", "|---|---|"]
+    lines += [f"| {name} | {version or '-'} |" for name, version in versions.items()]
     counted = (f"{counts['failure'] + counts['error']} failed", f"{counts['skipped']} skipped")
-    lines.append(f"Of {len(results)} tests {counts['passed']} passed, {counted[0]} and {counted[1]}.")
+    lines += ["", f"Of {len(results)} tests {counts['passed']} passed, {counted[0]}, {counted[1]}."]
     failed = [result for result in results if result[1] in ("failure", "error")]
     if failed:
         lines += ["", "| fails | with the locked versions | error |", "|---|---|---|"]
     for name, _, message in failed:
         text = message.replace("|", "\\|").replace("<", "&lt;")
-        lines.append(f"| `{name}` | {'passes' if name in only_here else 'not known'} | {text} |")
+        lines.append(f"| `{name}` | {locked.get(name, 'not run')} | {text} |")
     return "\n".join(lines)
+
+
+def record(which: str, text: str) -> None:
+    """Write a section of docs/compatibility.md anew."""
+    begin, end = f"<!-- {which}: written by make test-{which} RECORD=1 -->", f"<!-- end of {which} -->"
+    document = RECORD.read_text(encoding="utf-8")
+    before, after = document.split(begin)[0], document.split(end)[1]
+    RECORD.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
 
 
 def main() -> int:
@@ -128,20 +140,13 @@ def main() -> int:
         return 1
     versions, results = _read(environment.python, READ_VERSIONS), list(outcomes(report))
     locked = ROOT / ".venv/test-all.xml"
-    passed = {name for name, kind, _ in outcomes(locked) if kind == "passed"} if locked.is_file() else set()
-    failed = {name for name, kind, _ in results if kind in ("failure", "error")}
-    text = markdown(versions, results, passed & failed)
-    print(
-        f"\nThe {options.which} versions ({made - began:.0f} s to install, {time.monotonic() - made:.0f} s to test)\n"
-    )
-    print(text)
-    if options.record and options.which == "newest":
-        before, after = (
-            RECORD.read_text(encoding="utf-8").split(BEGIN)[0],
-            RECORD.read_text(encoding="utf-8").split(END)[1],
-        )
-        RECORD.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
-    return 1 if failed or not results else 0
+    known = {name: kind for name, kind, _ in outcomes(locked)} if locked.is_file() else {}
+    text = markdown(versions, results, known)
+    times = f"{made - began:.0f} s to install, {time.monotonic() - made:.0f} s to test"
+    print(f"\nThe {options.which} versions ({times})\n\n{text}")
+    if options.record:
+        record(options.which, text)
+    return 0 if results and all(kind in ("passed", "skipped") for _, kind, _ in results) else 1
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ TRIED: Mapping[str, Tried] = {
     "accelerate": Tried("1.13.0", "1.15.0"),
     "bitsandbytes": Tried("0.50.0", "0.50.2"),
     "gptqmodel": Tried("7.6.0", "7.7.0"),
+    "huggingface-hub": Tried("1.31.0", "1.33.0"),
     "langchain-core": Tried("1.7.0", "1.8.3"),
     "optimum": Tried("2.3.0", "2.3.0"),
     "peft": Tried("0.20.0", "0.21.2"),

@@ -27,8 +27,8 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(enco
 EXTRAS: dict[str, list[str]] = PROJECT["project"]["optional-dependencies"]
 DECLARED = [Requirement(text) for text in [*PROJECT["project"]["dependencies"], *itertools.chain(*EXTRAS.values())]]
 
-OTHERWISE_THERE = {"datasets", "flash_attn", "fsspec", "kernels", "torchao", "triton"}
-"""Imported where they are installed, for what they alone can do; each use says what is missing, or does without."""
+OPTIONAL_IMPORTS = {"datasets", "flash_attn", "fsspec", "kernels", "torchao", "triton"}
+"""Imported only where installed; each use says what is missing, or goes without."""
 
 IMPORT_NAMES = {"nvidia-ml-py": "pynvml", "pillow": "PIL", "huggingface-hub": "huggingface_hub"}
 
@@ -45,9 +45,13 @@ def upper_bound(requirement: Requirement) -> Version | None:
     return Version(bounds[0]) if bounds else None
 
 
-def next_series(newest: str, bound: Version) -> Version:
-    """The first version after a tried one's series, a series being as fine as the bound tells them apart."""
-    release = Version(newest).release[: len(bound.release)]
+MAJOR = {"accelerate", "huggingface-hub", "langchain-core", "optimum"}
+"""Packages that keep what they promise until their next major version; of others, the next minor one is not allowed."""
+
+
+def next_series(package: str, newest: str) -> Version:
+    """The first version of a package after the series of one that was tried."""
+    release = Version(newest).release[: 1 if package in MAJOR else 2]
     return Version(".".join(map(str, [*release[:-1], release[-1] + 1])))
 
 
@@ -55,7 +59,7 @@ def next_series(newest: str, bound: Version) -> Version:
 def test_a_range_ends_where_nothing_was_tried(requirement: Requirement) -> None:
     bound, tried = upper_bound(requirement), documented()[requirement.name]
     assert bound is not None, f"{requirement.name} has no upper bound"
-    assert bound <= next_series(tried.newest, bound), (
+    assert bound <= next_series(requirement.name, tried.newest), (
         f"pyproject.toml allows {requirement}, but docs/compatibility.md has {tried.newest} as the newest tried: "
         "run make test-newest RECORD=1, and write the result into its table"
     )
@@ -64,10 +68,33 @@ def test_a_range_ends_where_nothing_was_tried(requirement: Requirement) -> None:
     assert Version(lowest) == Version(tried.oldest), "the range begins with a version that was not tried"
 
 
-def test_the_rule_for_ranges_finds_a_bound_that_is_too_high() -> None:
-    assert next_series("5.24.0", Version("5.25")) == Version("5.25")
-    assert Version("5.26") > next_series("5.24.3", Version("5.26"))
-    assert next_series("1.15.0", Version("2")) == Version("2")
+@pytest.mark.parametrize(
+    ("package", "newest", "bound", "is_allowed"),
+    [
+        ("transformers", "5.24.0", "5.25", True),
+        ("transformers", "5.24.3", "5.26", False),
+        ("transformers", "5.24.0", "6", False),
+        ("torch", "2.15.0", "3", False),
+        ("accelerate", "1.15.0", "2", True),
+        ("accelerate", "1.15.0", "3", False),
+    ],
+)
+def test_the_rule_for_ranges(package: str, newest: str, bound: str, is_allowed: bool) -> None:
+    assert (Version(bound) <= next_series(package, newest)) == is_allowed
+
+
+def test_what_was_tried_is_recorded() -> None:
+    text = (ROOT / "docs/compatibility.md").read_text(encoding="utf-8")
+    for which in ("newest", "oldest"):
+        section = text.split(f"<!-- {which}:")[1].split(f"<!-- end of {which} -->")[0]
+        recorded = dict(re.findall(r"^\| ([a-z-]+) \| (\d[\w.+]*) \|$", section, re.MULTILINE))
+        for package, tried in TRIED.items():
+            stated, found = Version(getattr(tried, which)), Version(Version(recorded[package]).public)
+            assert stated <= found if which == "newest" else stated == found, f"make test-{which} RECORD=1: {package}"
+
+
+def test_every_upper_bound_has_its_row() -> None:
+    assert {r.name for r in DECLARED if upper_bound(r) is not None} == set(TRIED)
 
 
 def test_what_changes_results_has_an_upper_bound() -> None:
@@ -112,7 +139,7 @@ def third_party_imports() -> dict[str, set[str]]:
 def test_every_package_that_is_imported_is_declared() -> None:
     declared = {IMPORT_NAMES.get(r.name, r.name.replace("-", "_")) for r in DECLARED}
     undeclared = {name: where for name, where in third_party_imports().items() if name not in declared}
-    assert set(undeclared) <= OTHERWISE_THERE, undeclared
+    assert set(undeclared) <= OPTIONAL_IMPORTS, undeclared
 
 
 def test_every_dependency_is_imported() -> None:
@@ -163,8 +190,12 @@ def test_every_pin_has_a_hash() -> None:
 def test_the_locked_torch_is_in_range() -> None:
     (torch,) = (r for r in DECLARED if r.name == "torch")
     pins = re.findall(r"^torch==([\w.+]+)", (ROOT / "requirements/torch.txt").read_text(encoding="utf-8"), re.MULTILINE)
-    assert {Version(pin).public for pin in pins} == {"2.13.0"}
-    assert all(torch.specifier.contains(Version(pin).public) for pin in pins)
+    (version,) = {Version(pin).public for pin in pins}
+    assert torch.specifier.contains(version)
+    oldest = re.findall(r'^OLDEST_TORCH = "(.+)"$', (ROOT / "tools/lock.py").read_text(encoding="utf-8"), re.MULTILINE)
+    assert oldest == [TRIED["torch"].oldest]
+    described = [table["version"] for table in PROJECT["tool"]["uv"]["dependency-metadata"]]
+    assert sorted(described) == sorted([version, *oldest]), "pyproject.toml describes other versions of torch"
 
 
 def test_help_lists_every_command_of_the_makefile() -> None:
