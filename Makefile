@@ -17,18 +17,18 @@ help: ## list the commands
 demo: .venv/.demo ## answer inside a LangChain chain with a small model in nf4
 	$(BIN)/langchain-quantllm demo
 
-test: .venv/.test lint ## check style and types, and run the tests but for those that take long
+test: .venv/.test lint ## check style and types, run all tests except slow ones
 	$(BIN)/python -m langchain_quantllm.demo_model
 	$(PYTEST) -m "not slow"
 
-test-all: .venv/.test lint ## run all tests: notebooks, soak, every family in every scheme
+test-all: .venv/.test lint ## run all tests; those on a larger model need QUANTLLM_MODELS (CONTRIBUTING.md)
 	$(BIN)/python -m langchain_quantllm.demo_model
 	$(PYTEST) --junitxml .venv/test-all.xml
 
-test-newest: ## run a selection of the tests with the newest version of every package (RECORD=1: and write docs/compatibility.md)
+test-newest: ## run the compat tests with the newest version of every package (RECORD=1 writes docs/compatibility.md)
 	$(PYTHON) tools/try_versions.py newest --jobs $(JOBS) $(if $(RECORD),--record)
 
-test-oldest: ## run the same selection with the oldest versions that pyproject.toml allows
+test-oldest: ## run them with the oldest versions that pyproject.toml allows (RECORD=1 likewise)
 	$(PYTHON) tools/try_versions.py oldest --jobs $(JOBS) $(if $(RECORD),--record)
 
 lint: .venv/.test ## check style and types
@@ -36,7 +36,7 @@ lint: .venv/.test ## check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: .venv/.test ## sort imports, mend what can be mended, lay out the code
+format: .venv/.test ## fix style and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
