@@ -25,6 +25,7 @@ from typing_extensions import Self
 from langchain_quantllm._version import __version__
 from langchain_quantllm.adapter_names import AdapterChoice
 from langchain_quantllm.checkpoint import LoadSpec, stored_quantization
+from langchain_quantllm.compat.transformers_pipelines import options_of
 from langchain_quantllm.engine.counterparts import Kind, written
 from langchain_quantllm.engine.options import (
     BASE_ADAPTER,
@@ -257,7 +258,8 @@ class QuantizedModel(BaseLanguageModel[Any]):
         """Bring every known spelling to the fields, and name the nearest for an unknown one."""
         if not isinstance(values, dict):
             return values
-        values = {k: v for k, v in values.items() if v is not None or k in cls.model_fields}
+        aliases = {*cls._names(), "model", "model_name"} - cls.model_fields.keys()
+        values = {k: v for k, v in values.items() if v is not None or k not in aliases}
         for name in ("model", "model_name"):
             if name in values:
                 alias = values.pop(name)
@@ -683,8 +685,15 @@ def _lift_model_kwargs(values: dict[str, Any]) -> dict[str, Any]:
     rest: dict[str, Any] = {}
     options: dict[str, Any] = {}
     model_kwargs = dict(values.get("model_kwargs") or {})
-    if (quantization := _bitsandbytes_of(model_kwargs)) is not None:
-        model_kwargs["quantization"] = quantization
+    if (scheme := _bitsandbytes_of(model_kwargs)) is not None:
+        if scheme_from(other := model_kwargs.get("quantization")) not in (None, scheme):
+            msg = (
+                f"model_kwargs asks for quantization={other!r} and, by names of bitsandbytes, for {scheme!r}; give one."
+            )
+            raise InvalidOptionError(msg)
+        if scheme_from(values.get("quantization")) == scheme:
+            values["quantization"] = scheme
+        model_kwargs["quantization"] = scheme
     for name, value in model_kwargs.items():
         field = _MODEL_KWARGS_ALIASES.get(name, name)
         if field in (*_SPEC_NAMES, "token", "quantization", "quantization_config"):
@@ -734,9 +743,10 @@ def _bitsandbytes_of(model_kwargs: dict[str, Any]) -> Scheme | None:
 def _invalid_field(error: ValidationError) -> InvalidOptionError:
     """Say in one sentence what pydantic found."""
     found = error.errors(include_url=False)[0]
-    name = str(found["loc"][0]) if found["loc"] else "the value"
     words = str(found["msg"]).replace("Input should", "it must")
-    return InvalidOptionError(f"{written(name, found['input'])} is not allowed; {words[:1].lower()}{words[1:]}.")
+    # Of the fields together, the input is all that was given, secrets too.
+    what = written(str(found["loc"][0]), found["input"]) if found["loc"] else "what was given"
+    return InvalidOptionError(f"{what} is not allowed; {words[:1].lower()}{words[1:]}.")
 
 
 def _device_name(device: int | str) -> str:
@@ -758,38 +768,12 @@ def _device_name(device: int | str) -> str:
     return f"{accelerator.type}:{device}"
 
 
-def flat_options(pipeline: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Bring the options that an image-text-to-text pipeline takes in a dict of their own to the others.
-
-    Args:
-        pipeline: The pipeline; some write their own config into the options that they are given (transformers 5.14).
-        given: The options.
-    """
-    flat = {k: v for k, v in given.items() if k != "generate_kwargs"} | dict(given.get("generate_kwargs") or {})
-    if flat.get("generation_config", given) is getattr(pipeline, "generation_config", None):
-        del flat["generation_config"]
-    return flat
-
-
 def _checkpoint_options(pipeline: Any) -> dict[str, Any]:
     """Read the options that came with the checkpoint or were given to the pipeline when it was made.
 
     The pipeline's own defaults (sampling at 0.7) are none of them.
     """
-    given = {
-        **getattr(pipeline, "_generate_kwargs", {}),
-        **flat_options(pipeline, getattr(pipeline, "_forward_params", {})),
-    }
-    if (mixed := getattr(pipeline, "generation_config", None)) is not None:
-        # Older pipelines (transformers 5.14 to 5.17) keep them in one config with their own and transformers' defaults.
-        defaults = (type(pipeline)._default_generation_config.to_dict(), mixed._get_default_generation_params())
-        own = {k: v for k, v in mixed.to_diff_dict().items() if not any(v == d.get(k) for d in defaults)}
-        own.pop("use_cache", None)
-        if mixed.do_sample and "temperature" in own:  # not the pipeline's, so sampling is not either
-            own["do_sample"] = True
-        given = {**own, **given}
-    if (config := given.pop("generation_config", None)) is not None:
-        given = {**config.to_diff_dict(), **given}
+    given = options_of(pipeline)
     stored = pipeline.model.generation_config.to_diff_dict()
     stored.pop("eos_token_id", None)  # the engine reads it itself
     stored.pop("use_cache", None)  # often False, left over from training

@@ -41,7 +41,7 @@ from langchain_quantllm.schemes import (
     Unquantized,
     scheme_of_config,
 )
-from langchain_quantllm.sources import check_sources, folder_of, wrong_files
+from langchain_quantllm.sources import check_sources, folder_of, wrong_files, wrong_folder
 
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 """What `attn_implementation` takes; transformers chooses SDPA where it is not given."""
@@ -267,10 +267,14 @@ def find_source(spec: LoadSpec) -> str:
         UnsupportedError: If its files are those of a model that writes no text.
     """
     check_sources(spec.model_id)
-    folder = folder_of(spec.model_id) or (None if spec.local_files_only is False else _cached_snapshot(spec))
-    if folder is None:
-        _check_hub(spec)
-    return folder or spec.model_id
+    if (folder := folder_of(spec.model_id)) is not None:
+        return folder
+    if spec.local_files_only is not False and (folder := _cached_snapshot(spec)) is not None:
+        if (error := wrong_folder(Path(folder), repository=spec.model_id)) is not None:
+            raise error
+        return folder
+    _check_hub(spec)
+    return spec.model_id
 
 
 def find_checkpoint(spec: LoadSpec, source: str | None = None) -> Checkpoint:
@@ -383,6 +387,7 @@ def _is_complete(folder: Path, weights: str) -> bool:
 
 def _check_hub(spec: LoadSpec) -> None:
     """Fetch the config from the Hub, to learn in clear words why that may not work."""
+    import httpx
     from huggingface_hub import errors as hub
     from huggingface_hub import hf_hub_download
     from huggingface_hub.constants import is_offline_mode
@@ -396,7 +401,7 @@ def _check_hub(spec: LoadSpec) -> None:
     try:
         check_reachable(name, **options)
         found = Path(hf_hub_download(name, "config.json", cache_dir=spec.cache_dir, **options))
-    except (hub.HfHubHTTPError, hub.EntryNotFoundError, hub.HFValidationError, OSError) as error:
+    except (httpx.HTTPError, hub.EntryNotFoundError, hub.HFValidationError, OSError) as error:
         reasons: tuple[tuple[type[Exception], str], ...] = (  # the first that fits
             (hub.GatedRepoError, "is gated; accept its terms on its page on the Hub and pass token=, or set HF_TOKEN."),
             (hub.RevisionNotFoundError, f"has no revision {spec.revision!r}; check its branches, tags and commits."),
@@ -422,6 +427,7 @@ def _check_hub(spec: LoadSpec) -> None:
 
 def _wrong_repository(spec: LoadSpec, config: Path | None) -> QuantLLMError | None:
     """Find out from its files that a repository is no checkpoint of a language model."""
+    import httpx
     from huggingface_hub import HfApi, hf_hub_download
 
     options = {"revision": spec.revision, "token": spec.token}
@@ -433,7 +439,7 @@ def _wrong_repository(spec: LoadSpec, config: Path | None) -> QuantLLMError | No
         )
         return content if isinstance(content, dict) else {"": content}
 
-    with contextlib.suppress(OSError, ValueError):  # it is asked for a hint alone
+    with contextlib.suppress(OSError, ValueError, httpx.HTTPError):  # it is asked for a hint alone
         files = HfApi(token=spec.token).list_repo_files(spec.model_id, revision=spec.revision)
         if config is not None:
             files = [*files, "config.json"]

@@ -78,15 +78,17 @@ class NamedOptions:
         return super().__new__(cls)
 
 
-def closest(name: str, known: Iterable[str]) -> str | None:
+def closest(name: str, known: Iterable[str], cutoff: float | None = None) -> str | None:
     """Find the known name that a wrong one is most like, whatever its case and its dashes; None if it is like none.
 
     Args:
         name: The unknown name.
         known: The names that are allowed.
+        cutoff: Least likeness, from 0 to 1; None is 0.6 among few names and 0.7 among many.
     """
     names = {_folded(n): n for n in sorted(known, reverse=True)}
-    close = difflib.get_close_matches(_folded(name), names, n=1, cutoff=0.6 if len(names) < 20 else 0.7)
+    cutoff = cutoff or (0.6 if len(names) < 20 else 0.7)
+    close = difflib.get_close_matches(_folded(name), names, n=1, cutoff=cutoff)
     close = close or [n for n in sorted(names) if len(name) > 2 and n.startswith(_folded(name))]
     return names[close[0]] if close else None
 

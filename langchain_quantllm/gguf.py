@@ -23,6 +23,7 @@ from langchain_quantllm.errors import (
     QuantLLMError,
     pip_install,
 )
+from langchain_quantllm.output_folder import written
 from langchain_quantllm.silence import progress_bars, without_torchao
 
 
@@ -40,10 +41,11 @@ def convert_gguf(file: str | Path, folder: str | Path, *, progress: bool = True)
         The folder.
 
     Raises:
-        MissingPackageError: If `gguf` is not installed.
+        MissingPackageError: If `gguf`, or a package that the file's tokenizer needs, is not installed.
         ModelNotFoundError: If there is no such file.
         InvalidOptionError: If the folder is not empty.
         CheckpointError: If transformers cannot read the file.
+        QuantLLMError: If the folder cannot be written; nothing is left of it then.
     """
     file, folder = Path(file).expanduser().resolve(), Path(folder).expanduser()
     if not file.is_file():
@@ -72,14 +74,21 @@ def convert_gguf(file: str | Path, folder: str | Path, *, progress: bool = True)
             model = AutoModelForCausalLM.from_pretrained(
                 file.parent, dtype=torch.bfloat16, **dequantizing_gguf(), **source
             )
+        except ImportError as error:
+            msg = f"{file} needs a further package ({_reason(error)}): {pip_install('sentencepiece', 'tiktoken')}"
+            raise MissingPackageError(msg) from error
         except (ValueError, OSError, LookupError, RuntimeError, struct.error) as error:
-            reason = (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(". ")
-            msg = f"transformers cannot read {file} ({reason}); give the checkpoint that the file was made of."
+            msg = f"transformers cannot read {file} ({_reason(error)}); give the checkpoint that the file was made of."
             raise CheckpointError(msg) from error
         forget_quantization(model)
-        model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        with written(folder) as part:
+            model.save_pretrained(part)
+            tokenizer.save_pretrained(part)
     return folder
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(". ")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

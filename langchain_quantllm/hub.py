@@ -58,10 +58,16 @@ def fetch(repository: str, name: str, *, token: str | None = None, revision: str
         OSError: As `hf_hub_download` raises it, its errors of the Hub among them; `ConnectionError` if there is no
             connection, within seconds.
     """
+    import httpx
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.constants import is_offline_mode
 
     cached = try_to_load_from_cache(repository, name, cache_dir=options.get("cache_dir"), revision=revision)
     if not (isinstance(cached, str) or options.get("local_files_only") or is_offline_mode()):
         check_reachable(repository, revision=revision, token=token)
-    return Path(hf_hub_download(repository, name, revision=revision, token=token, **options))
+    try:
+        return Path(hf_hub_download(repository, name, revision=revision, token=token, **options))
+    except httpx.TransportError as error:  # which huggingface_hub passes on where a proxy cannot be reached
+        if isinstance(cached, str):
+            return Path(cached)
+        raise ConnectionError(str(error)) from error

@@ -6,7 +6,6 @@ become generations. Everything is one stream, folded up where a whole is wanted.
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -21,7 +20,8 @@ from langchain_core.runnables.config import ContextThreadPoolExecutor, get_confi
 from typing_extensions import Self
 
 from langchain_quantllm.answers import Answers, completion_info
-from langchain_quantllm.base import STREAMS, QuantizedModel, flat_options, langchain_errors, noting
+from langchain_quantllm.base import STREAMS, QuantizedModel, langchain_errors, noting
+from langchain_quantllm.compat.transformers_pipelines import flat_options, with_options
 from langchain_quantllm.engine.options import GenerationOptions
 from langchain_quantllm.engine.request import Chunk, ChunkStream, Request
 from langchain_quantllm.errors import InvalidOptionError, MissingPackageError, pip_install
@@ -182,13 +182,11 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         kwargs |= {name: value for name in _LENGTHS if (value := getattr(options, name))}
         if options.do_sample:
             kwargs |= {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-        pipeline = copy.copy(self._loaded_pipeline())
+        pipeline = self._loaded_pipeline()
         if pipeline.task == "image-text-to-text":
             kwargs = {"generate_kwargs": kwargs}
-        # It takes options at the call alone, so they go where a pipeline keeps those it was made with.
-        pipeline._forward_params = {**pipeline._forward_params, **kwargs}
         return HuggingFacePipeline(
-            pipeline=pipeline,
+            pipeline=with_options(pipeline, kwargs),  # as it takes options at the call alone
             model_id=self.model_id,
             batch_size=self.batch_size or DEFAULT_ROWS,
             pipeline_kwargs=kwargs,

@@ -173,9 +173,10 @@ def acquire(spec: LoadSpec) -> LoadedModel:
     Raises:
         QuantLLMError: One of its kinds, as `load` raises it.
     """
-    check_sources(spec.model_id, spec.adapters)
+    source = None
     if "torch" not in sys.modules:  # so nothing is loaded yet, and importing it takes seconds
-        find_source(spec)
+        check_sources(spec.model_id, spec.adapters)
+        source = find_source(spec)
     spec = dataclasses.replace(spec, device_map=default_device_map(spec))
     key = spec.key()
     with _registry_lock:
@@ -183,7 +184,7 @@ def acquire(spec: LoadSpec) -> LoadedModel:
     with lock.lock:
         model = _registry.get(key)
         if model is None or model.closed:
-            model = load(spec)
+            model = load(spec, source)
             _registry[key] = model
         return model
 
@@ -217,11 +218,12 @@ def adopt(pipeline: Any) -> LoadedModel:
         return model
 
 
-def load(spec: LoadSpec) -> LoadedModel:
+def load(spec: LoadSpec, source: str | None = None) -> LoadedModel:
     """Load a checkpoint into a new pipeline.
 
     Args:
         spec: What to load and how.
+        source: What `find_source` has found, if it was called before.
 
     Returns:
         The loaded model, which nobody else holds yet.
@@ -235,7 +237,7 @@ def load(spec: LoadSpec) -> LoadedModel:
     """
     check_sources(spec.model_id, spec.adapters)
     check_packages(spec.scheme)
-    source = find_source(spec)
+    source = find_source(spec) if source is None else source
     import_quietly()
     adapters = find_adapters(spec)
     checkpoint = find_checkpoint(spec, source)

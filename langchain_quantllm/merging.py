@@ -32,6 +32,7 @@ from langchain_quantllm.packages import label_of
 from langchain_quantllm.placement import release_memory
 from langchain_quantllm.schemes import FP4, GPTQ, NF4, Int8, Unquantized, scheme_of_config
 from langchain_quantllm.silence import progress_bars, quiet_logger, without_torchao
+from langchain_quantllm.sources import check_sources
 
 _NAME = "merged"
 _TEXTS = (
@@ -87,6 +88,7 @@ def merge_adapter(
         ModelNotFoundError: If one of them is not there.
         MissingPackageError: If peft, or a package of the base model's format, is not installed.
     """
+    check_sources(model_id, {_NAME: adapter})
     folder = free_folder(output, (model_id, adapter), overwrite=overwrite)
     spec = LoadSpec(
         model_id=model_id,

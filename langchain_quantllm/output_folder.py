@@ -48,8 +48,8 @@ def written(folder: Path) -> Iterator[Path]:
     """
     mark = uuid.uuid4().hex[:8]
     part, old = (folder.parent / f".{folder.name}.{mark}.{what}" for what in ("part", "old"))
-    part.mkdir(parents=True)
     try:
+        part.mkdir(parents=True)
         yield part
         if folder.exists():
             folder.rename(old)

@@ -345,7 +345,9 @@ def scheme_from(value: str | Mapping[str, Any] | Scheme | None) -> Scheme | None
         if name is None and {"load_in_4bit", "load_in_8bit", "quant_method"} & options.keys():
             msg = f"quantization={dict(value)!r} is a transformers config; pass it as quantization_config=."
             raise InvalidOptionError(msg)
-        if name not in _CLASSES:
+        if not options and isinstance(name, str) and name in SCHEMES:
+            return SCHEMES[name]
+        if not isinstance(name, str) or name not in _CLASSES:
             hint = f", as {{'name': 'nf4'}} does{nearest('', _CLASSES)}" if name is None else scheme_hint(name)
             msg = f"quantization={dict(value)!r} names no known scheme{hint}"
             raise InvalidOptionError(msg)
@@ -403,7 +405,8 @@ _MEANINGS: tuple[tuple[str, str], ...] = (
 
 def scheme_hint(value: Any) -> str:
     """Say which scheme is meant by a value that names none, as the end of an error sentence."""
-    text = re.sub(r"[\s()_-]|(?<!\d)\.|\.(?!\d)", "", str(value).lower())
+    text = str(value).lower().removeprefix("torch.").removesuffix(".0")
+    text = re.sub(r"[\s()_-]|(?<!\d)\.|\.(?!\d)", "", text)
     if (name := {name.replace("-", ""): name for name in SCHEMES}.get(text)) is not None:
         return f"; did you mean {name!r}?"
     told = next((told for pattern, told in _MEANINGS if re.fullmatch(pattern, text)), None)

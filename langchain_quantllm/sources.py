@@ -10,7 +10,8 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Callable, Collection, Mapping
+import subprocess
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -79,13 +80,36 @@ _EMBEDDING = (
     "holds an embedding model, which turns texts into vectors and writes none; use HuggingFaceEmbeddings of "
     "langchain-huggingface for it, and a language model such as Llama, Qwen or Mistral here."
 )
+_LONGEST_SHOWN = 80
 _ADVICE = "use a decoder-only language model, such as Llama, Qwen or Mistral."
 
 
 def folder_of(model_id: str) -> str | None:
-    """Give the absolute folder that a model id means, or None if it names no existing one."""
-    path = Path(model_id).expanduser()
+    """Return the absolute folder that a model id means, or None if it names no existing one."""
+    try:
+        path = _path_of(model_id)
+    except ModelNotFoundError:  # check_sources says so
+        return None
     return str(path.resolve()) if path.is_dir() else None
+
+
+def _path_of(name: str, of: str = "") -> Path:
+    """Return the path that a name stands for, once the system was asked whether it can be one.
+
+    Raises:
+        ModelNotFoundError: If it cannot: it is too long, its home is nobody's, or it may not be looked at.
+    """
+    try:
+        path = Path(name).expanduser()
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except (OSError, RuntimeError, ValueError) as error:
+        shown = name if len(name) <= _LONGEST_SHOWN else f"{name[:_LONGEST_SHOWN]}..."
+        reason = (getattr(error, "strerror", None) or str(error)).rstrip(".")
+        msg = f"{shown!r}{of} cannot be a folder ({reason}); check the path, or give a repository on the Hub."
+        raise ModelNotFoundError(msg) from error
+    return path
 
 
 def check_sources(model_id: str, adapters: Mapping[str, str] = MappingProxyType({})) -> None:
@@ -102,11 +126,9 @@ def check_sources(model_id: str, adapters: Mapping[str, str] = MappingProxyType(
     """
     for name, source in adapters.items():
         _check_adapter(name, source)
-    path = Path(model_id).expanduser()
+    path = _path_of(model_id)
     if path.is_dir():
-        folder = path.resolve()
-        error = wrong_files(str(folder), sorted(os.listdir(folder)), lambda name: _read(folder / name))
-        if error is not None:
+        if (error := wrong_folder(path.resolve())) is not None:
             raise error
     elif path.exists():
         raise ModelNotFoundError(_about_file(path))
@@ -126,7 +148,7 @@ def check_sources(model_id: str, adapters: Mapping[str, str] = MappingProxyType(
 
 
 def _check_adapter(name: str, source: str) -> None:
-    path = Path(source).expanduser()
+    path = _path_of(source, f" of adapter {name!r}")
     if path.is_dir() and not (path / ADAPTER_CONFIG).is_file():
         msg = f"the folder {source} of adapter {name!r} has no {ADAPTER_CONFIG}; give a folder that peft has saved."
         raise ModelNotFoundError(msg)
@@ -172,11 +194,29 @@ def _about_file(path: Path) -> str:
 
 def _about_gguf(file: Path) -> str:
     """Say how to turn a GGUF file into a checkpoint."""
-    paths = " ".join(shlex.quote(str(path)) for path in (file, file.with_suffix("")))
+    command = command_line(
+        ["python", "-m", "langchain_quantllm.gguf", str(file), str(file.with_suffix(""))], is_windows=os.name == "nt"
+    )
     return (
-        f"{file.name} is in llama.cpp's format; convert it once: python -m langchain_quantllm.gguf {paths} (it needs "
+        f"{file.name} is in llama.cpp's format; convert it once: {command} (it needs "
         f"{pip_install('langchain-quantllm[demo]')}), or give the checkpoint that it was made of."
     )
+
+
+def command_line(words: Sequence[str], *, is_windows: bool) -> str:
+    """Write a command as a shell takes it, that of Windows or those of other systems."""
+    return subprocess.list2cmdline(words) if is_windows else shlex.join(words)
+
+
+def wrong_folder(folder: Path, repository: str | None = None) -> QuantLLMError | None:
+    """Find out from its files that a folder is no checkpoint of a language model; see `wrong_files`.
+
+    Args:
+        folder: The folder.
+        repository: Name of the repository whose copy it is; None for a user's own folder.
+    """
+    files = sorted(os.listdir(folder))
+    return wrong_files(repository or str(folder), files, lambda name: _read(folder / name), is_local=repository is None)
 
 
 def wrong_files(
@@ -203,7 +243,7 @@ def wrong_files(
     if "model_index.json" in files:
         return UnsupportedError(f"{what} holds a diffusion model, which makes images; load it with diffusers.")
     weights = [file for file in files if Path(file).suffix in _WEIGHTS]
-    ggufs = [file for file in files if file.endswith(".gguf")]
+    ggufs = _ggufs(files)
     is_onnx = any(file.endswith((".onnx", ".onnx_data")) or file.startswith("openvino_model") for file in files)
     if "config.json" not in files:
         return _without_config(name, what, files, read, is_local=is_local)
@@ -223,7 +263,7 @@ def _without_config(
     if ADAPTER_CONFIG in files:
         base = read(ADAPTER_CONFIG).get("base_model_name_or_path") or "the model it was trained on"
         return ModelNotFoundError(f"{what} holds an adapter, no model; write model_id={base!r}, adapter={name!r}.")
-    if ggufs := [file for file in files if file.endswith(".gguf")]:
+    if ggufs := _ggufs(files):
         return _gguf_only(name, ggufs[0], is_local=is_local)
     if not files:
         return ModelNotFoundError(f"{what} is empty; give a folder with config.json, weights and tokenizer.")
@@ -248,6 +288,11 @@ def _without_config(
             f"{what} has weights but no config.json; copy the model's config.json and tokenizer files into it."
         )
     return ModelNotFoundError(f"{what} has no config.json; is it a transformers checkpoint?")
+
+
+def _ggufs(files: Collection[str]) -> list[str]:
+    """List the GGUF files, those last that only project images into a model."""
+    return sorted((f for f in files if f.endswith(".gguf")), key=lambda f: Path(f).name.startswith("mmproj"))
 
 
 def _gguf_only(name: str, file: str, *, is_local: bool) -> QuantLLMError:

@@ -15,7 +15,7 @@ def pytest_runtest_setup() -> None:
 
 
 def _model(name: str) -> Path | None:
-    """Give the folder of a model in `QUANTLLM_MODELS`, which must hold it; None where that is unset."""
+    """Return the folder of a model in `QUANTLLM_MODELS`, which must hold it; None where that is unset."""
     root = os.environ.get("QUANTLLM_MODELS")
     if not root:
         return None
@@ -62,6 +62,6 @@ def qwen_coder() -> Path:
 
 
 def pytest_configure() -> None:
-    """Give each of several test processes one thread: more of them wait for each other."""
+    """Keep each of several test processes to one thread: more of them wait for each other."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -32,7 +32,7 @@ from langchain_quantllm.cli.console import (
     find_model,
     out,
 )
-from langchain_quantllm.errors import InvalidOptionError, nearest
+from langchain_quantllm.errors import InvalidOptionError, UnsupportedError, nearest
 from langchain_quantllm.packages import label_of
 from langchain_quantllm.schemes import SCHEMES
 
@@ -60,11 +60,16 @@ def memory(
             if stored is not None:  # it may come from a file beside config.json
                 config.quantization_config = dict(stored)
             estimate = estimate_memory(config, trust_remote_code=trust_remote_code)
-            sizes = dict(estimate.bytes_by_scheme) or {_name_of(estimate.scheme): estimate.total_bytes}
+            sizes: dict[str, int | None] = {**estimate.bytes_by_scheme}
+            sizes = sizes or {_name_of(estimate.scheme): estimate.total_bytes}
+            notes = []
             for name in SCHEMES if stored is None else ():
                 if name not in sizes:
-                    made = estimate_memory(config, name, trust_remote_code=trust_remote_code)
-                    sizes[name] = made.total_bytes
+                    try:
+                        sizes[name] = estimate_memory(config, name, trust_remote_code=trust_remote_code).total_bytes
+                    except UnsupportedError as error:  # of this scheme alone
+                        sizes[name] = None
+                        notes.append(f"{name}: {error}")
             place = next(iter(default_device_map(LoadSpec(model_id=model)).values()))
             device = f"cuda:{place}" if isinstance(place, int) else str(place)
             free_bytes = available_memory(device)
@@ -74,6 +79,9 @@ def memory(
         for head in heads:
             table.add_column(head, justify="left" if head == "scheme" else "right")
         for name, size_bytes in sizes.items():
+            if size_bytes is None:
+                table.add_row(name, *("-" for _ in heads[1:]))
+                continue
             table.add_row(
                 name,
                 format_bytes(size_bytes),
@@ -85,11 +93,11 @@ def memory(
         out.print(table)
         context = f"; the model's context is {estimate.context_tokens} tokens" if estimate.context_tokens else ""
         lines = [f"{estimate.parameters:,} parameters{context}. 1 MB is 1,000,000 bytes."]
-        if stored is None:
+        if stored is None and sizes["gptq"] is not None:
             lines.append("gptq is for 4 bits in groups of 128, and needs calibration: langchain-quantllm quantize")
-        else:
+        elif stored is not None:
             lines.append("The checkpoint is quantized already, and is loaded as it is.")
-        out.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+        out.print("\n".join([*lines, *notes]), markup=False, highlight=False, soft_wrap=True)
 
 
 def _name_of(scheme: Any) -> str:

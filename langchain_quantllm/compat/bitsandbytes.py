@@ -173,7 +173,7 @@ def block_magnitudes(module: Any) -> tuple[torch.Tensor, int] | None:
 
 
 def shape_of(module: Any) -> tuple[int, ...] | None:
-    """Give the shape that a layer's quantized weight has unpacked; None of a layer that has none."""
+    """Return the shape that a layer's quantized weight has unpacked; None of a layer that has none."""
     weight = getattr(module, "weight", None)
     state = four_bit_state(weight)
     if state is not None:

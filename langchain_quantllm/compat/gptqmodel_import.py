@@ -174,7 +174,7 @@ def _loaded_lazily(value: Any, old: Any) -> bool:
 
 
 def _resolve(path: str) -> Any:
-    """Give the module, class or table under `module:name`, None where this version has none."""
+    """Return the module, class or table under `module:name`, None where this version has none."""
     module, _, name = path.partition(":")
     try:
         owner = importlib.import_module(module)
@@ -199,7 +199,7 @@ def _kept_environment(overlay: Mapping[str, str] | None = None) -> Iterator[None
 
 
 def _neutral_environment() -> dict[str, str]:
-    """Give gptqmodel's variables the values that mean what holds without it.
+    """Set gptqmodel's variables to the values that mean what holds without it.
 
     It only sets those that are unset. Putting them back afterwards is not enough: CUDA or the
     `datasets` package may read them during the import, and keep what they read.
@@ -220,7 +220,7 @@ def _neutral_environment() -> dict[str, str]:
 
 
 def _writable(folder: str) -> str:
-    """Give the folder, made where missing; a temporary one where that is not allowed."""
+    """Return the folder, made where missing; a temporary one where that is not allowed."""
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError:  # a read-only home: gptqmodel's import would fail on it

@@ -12,12 +12,12 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from typing import Any
 
+from packaging.version import Version
+
 from langchain_quantllm.compat.gptqmodel_import import contained
+from langchain_quantllm.compat.versions import TRIED
 from langchain_quantllm.errors import MissingPackageError, pip_install
 from langchain_quantllm.packages import is_installed
-
-SMALLEST_VERSION = "0.20"
-"""The oldest peft that the tests ran with; the same as in pyproject.toml."""
 
 
 def check_peft() -> None:
@@ -30,15 +30,10 @@ def check_peft() -> None:
     if not is_installed("peft"):
         msg = f"adapters need peft: {command}"
         raise MissingPackageError(msg)
-    found = metadata.version("peft")
-    if _release(found) < _release(SMALLEST_VERSION):
-        msg = f"adapters need peft {SMALLEST_VERSION} or newer, and {found} is installed: {command}"
+    found, oldest = metadata.version("peft"), TRIED["peft"].oldest
+    if Version(Version(found).base_version) < Version(oldest):
+        msg = f"adapters need peft {oldest} or newer, and {found} is installed: {command}"
         raise MissingPackageError(msg)
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """Read the first two numbers of a version."""
-    return tuple(int(part) for part in version.split(".")[:2])
 
 
 @contextlib.contextmanager
@@ -121,7 +116,7 @@ _LORA_PARTS = ("base_layer", "lora_A", "lora_B", "lora_variant", "scaling")
 
 
 def why_not_plain_lora(module: Any, names: Sequence[str]) -> str | None:
-    """Give the reason why a module of peft's does not just add `scaling * B(A(x))` to what its base layer gives."""
+    """Say why a module of peft's does not just add `scaling * B(A(x))` to what its base layer gives."""
     kind, package = type(module).__name__, type(module).__module__
     if not package.startswith("peft.tuners.lora.") or kind not in _PLAIN_LORA:
         what = package.removeprefix("peft.").removeprefix("tuners.").partition(".")[0]
@@ -139,12 +134,12 @@ def why_not_plain_lora(module: Any, names: Sequence[str]) -> str | None:
 
 
 def base_layer_of(module: Any) -> Any:
-    """Give the layer of the model that a module of peft's adds to."""
+    """Return the layer of the model that a module of peft's adds to."""
     return module.base_layer
 
 
 def lora_matrices(module: Any, name: str) -> tuple[Any, Any, float] | None:
-    """Give A, `(rank, in_features)`, B, `(out_features, rank)`, and scaling of an adapter; None if it is not here."""
+    """Return A, `(rank, in_features)`, B, `(out_features, rank)`, and scaling of an adapter; None if it is not here."""
     if name not in module.lora_A:
         return None
     return module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]

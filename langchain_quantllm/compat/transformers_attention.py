@@ -61,7 +61,7 @@ def register(name: str, attend: Callable[..., Any], make_mask: Callable[..., Any
 
 
 def attention_of(name: str | None, module: Any) -> Callable[..., Any]:
-    """Give the attention that a module uses under a name: the registered one, or the eager one beside its class."""
+    """Return the attention that a module uses under a name: the registered one, or the eager one beside its class."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
@@ -69,7 +69,7 @@ def attention_of(name: str | None, module: Any) -> Callable[..., Any]:
 
 
 def mask_maker_of(name: str | None) -> Callable[..., Any]:
-    """Give what makes the mask for the attention of a name."""
+    """Return what makes the mask for the attention of a name."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     return ALL_MASK_ATTENTION_FUNCTIONS[name]  # type: ignore[no-any-return]
@@ -111,9 +111,9 @@ class WritingCache(Cache):  # type: ignore[misc]  # transformers is not typed
         return self._write(key_states, value_states, layer_idx), value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Give 0: every token comes with its own position."""
+        """Return 0: every token comes with its own position."""
         return 0
 
     def get_mask_sizes(self, query_length: Any, layer_idx: int) -> tuple[int, int]:
-        """Give the sizes of a mask over the new tokens; whoever keeps the old ones has a rule for what is visible."""
+        """Return the sizes of a mask over the new tokens; whoever keeps the old ones has a rule for what is visible."""
         return (query_length if isinstance(query_length, int) else len(query_length)), 0

@@ -27,7 +27,7 @@ def load_image_processor(source: str, **options: Any) -> Any:
 
 
 def processor_class(config_class: type) -> Any:
-    """Give the class of the processor that belongs to a class of configs; None where there is none."""
+    """Return the class of the processor that belongs to a class of configs; None where there is none."""
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
     return PROCESSOR_MAPPING.get(config_class, None)

@@ -27,7 +27,7 @@ def knows_format(method: str) -> bool:
 
 
 def dequantizing_gguf() -> dict[str, Any]:
-    """Give the options of `from_pretrained` that make plain weights of a GGUF file's.
+    """Return the options of `from_pretrained` that make plain weights of a GGUF file's.
 
     Releases before 5.17 have no config for that, as they do nothing else.
     """
@@ -41,7 +41,7 @@ def dequantizing_gguf() -> dict[str, Any]:
 
 
 def float32_patterns(model: Any, *, strict: bool) -> set[str]:
-    """Give the patterns of names that a model keeps in float32: `strict` those in bfloat16 too, else those in float16.
+    """Return the patterns of names that a model keeps in float32: if `strict` those in bfloat16 too, else in float16.
 
     Source: `_get_dtype_plan` in transformers/modeling_utils.py.
     """

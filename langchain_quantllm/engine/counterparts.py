@@ -143,7 +143,7 @@ COUNTERPARTS: Mapping[str, str | _ByKind] = {
     "stopping_criteria": "it would act on other callers' rows too; use stop=[...] or .pipeline",
     "generation_config": "pass its fields by name: **generation_config.to_diff_dict()",
     "prefix": _ADD_CONTEXT,
-    "batch_size": "it is set when the model is made: batch_size=8",
+    "batch_size": "write batch_size=8",
     "clean_up_tokenization_spaces": "the text comes as the model wrote it",
     "documents": _ADD_CONTEXT,
     "continue_final_message": _ByKind(
@@ -155,9 +155,9 @@ COUNTERPARTS: Mapping[str, str | _ByKind] = {
     "low_cpu_mem_usage": _FETCHING,
     "resume_download": _FETCHING,
     "use_fast": _FETCHING,
-    "force_download": "write model_kwargs={'force_download': True}",
+    "force_download": "delete the repository from the Hub's cache, by `hf cache rm`, and load again",
     "proxies": "set HTTPS_PROXY in the environment",
-    "subfolder": "write model_kwargs={'subfolder': '...'}, or give the folder itself as model_id=",
+    "subfolder": "give the folder itself as model_id=; of a repository, download it first",
     "offload_folder": "write model_kwargs={'offload_folder': '...'}",
     "use_flash_attention_2": "write attn_implementation='flash_attention_2'",
     "flash_attn": "write attn_implementation='flash_attention_2', or leave it out: PyTorch's own is fused too",
@@ -254,6 +254,7 @@ COUNTERPARTS: Mapping[str, str | _ByKind] = {
     "async_client_kwargs": _SERVER,
     "sync_client_kwargs": _SERVER,
     "default_headers": _SERVER,
+    "headers": _SERVER,
     "default_query": _SERVER,
     "extra_headers": _SERVER,
     "extra_body": "give what it holds by name",
@@ -385,7 +386,9 @@ COUNTERPARTS: Mapping[str, str | _ByKind] = {
 }
 """What to do for a name that is none here. A name of ours stands in it as `name=` or `.name(`."""
 
-_SECRET = re.compile(r"(.*_)?(api_key|api_token|auth_token|token)")
+_SECRET = re.compile(
+    r"(.*_)?(key|token|secret|password|credentials?|auth|authorization|headers?|cookies?|proxy|proxies)"
+)
 _OURS = re.compile(r"(?<![\w(])([a-z]\w*)=")
 
 
@@ -407,4 +410,8 @@ def names_advised(text: str) -> list[str]:
 
 def written(name: str, value: object) -> str:
     """Write an option with its value as a user would, a secret without."""
-    return f"{name}=..." if _SECRET.fullmatch(name) else f"{name}={value!r}"
+    is_secret = _SECRET.fullmatch(name.lower()) or COUNTERPARTS.get(name) in (
+        _SERVER,
+        _ACCESS,
+    )  # an address may hold one
+    return f"{name}=..." if is_secret else f"{name}={value!r}"

@@ -262,7 +262,7 @@ class FastEngine:
     @property
     def kv_resident_bytes(self) -> int | None:
         """Bytes of the KV cache that lie in main memory; see `kv_pool.resident_bytes`."""
-        return resident_bytes(self._pools)
+        return resident_bytes(getattr(self, "_pools", ()))  # another thread may have closed it
 
     @property
     def put_back(self) -> int:

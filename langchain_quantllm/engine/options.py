@@ -243,6 +243,9 @@ def normalize(given: Mapping[str, Any], *, lenient: bool = False, place: Place =
     options: dict[str, Any] = {}
     for name, value in given.items():
         if value is None:
+            known = place.calls | place.fields | COUNTERPARTS.keys()
+            if not (lenient or place.at_call or name in known):
+                raise InvalidOptionError(_unknown(name, value, place))
             continue
         if name == "pipeline_kwargs":
             options.update(normalize(value, lenient=lenient, place=place))
@@ -270,6 +273,9 @@ def _normalize_one(name: str, value: Any, place: Place) -> tuple[str, Any]:
         name, value = "return_full_text", not value
     elif name == "handle_long_generation" and value == "hole":
         name, value = "truncation", "left"
+    elif name == "handle_long_generation":
+        msg = f"{name}={value!r} is not allowed; it must be 'hole', which is truncation='left' here."
+        raise InvalidOptionError(msg)
     name = _ALIASES.get(name, name)
     if name == "stop" and isinstance(value, str):
         value = [value]
@@ -297,6 +303,8 @@ def _unknown(name: str, value: Any, place: Place) -> str:
     what = f"unknown option {name!r}" if place.at_call else f"{place.owner} has no field {name!r}"
     known = place.calls if place.at_call else place.calls | place.fields
     meant = closest(name, known | COUNTERPARTS.keys())
+    if meant is not None and meant not in known and closest(name, COUNTERPARTS, cutoff=0.8) is None:
+        meant = closest(name, known)  # of names that are many, and none of ours, the nearest is seldom meant
     if meant is not None and meant not in known and (told := _advice(meant, place)) is not None:
         return f"{what}; if {meant!r} is meant: {told}."
     if meant is not None:

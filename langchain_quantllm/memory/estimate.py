@@ -200,6 +200,7 @@ def estimate_memory(
 
 
 def _read_config(model_id: str, **options: Any) -> PreTrainedConfig:
+    from huggingface_hub.errors import HFValidationError
     from transformers import AutoConfig
 
     check_sources(model_id)
@@ -208,7 +209,7 @@ def _read_config(model_id: str, **options: Any) -> PreTrainedConfig:
             given = ("revision", "token", "cache_dir", "local_files_only")
             fetch(model_id, "config.json", **{name: options[name] for name in given if options.get(name) is not None})
         return AutoConfig.from_pretrained(model_id, **options)
-    except OSError as error:
+    except (OSError, HFValidationError) as error:
         msg = f"No config can be read for model {model_id!r}: {_first_line(error)}"
         raise ModelNotFoundError(msg) from error
     except ValueError as error:

@@ -10,7 +10,7 @@ import ctypes
 
 
 def release_heap() -> None:
-    """Give freed memory of the heap back to the system; does nothing where the C library is not glibc.
+    """Return freed memory of the heap to the system; does nothing where the C library is not glibc.
 
     glibc keeps blocks of up to 32 MB for what comes next. Quantizing and repacking weights goes by way of several
     times their size in such blocks.

@@ -84,8 +84,11 @@ class MemoryReport(Tabular):
         Returns:
             `kv_cache`, `weights`, `workspace` (all the rest: buffers of the engine and of kernels, code that the first
             call loads, heap kept for reuse, and what the program itself made meanwhile) and their sum, `total`. None
-            where no text was generated yet, no weights lie on the CPU, or the system does not tell.
+            where no text was generated yet, no weights lie on the CPU, the model was handed in loaded, or the system
+            does not tell.
         """
+        if self.before is None:
+            return None
         loaded, generated = (
             None if stage is None else stage.reading("cpu") for stage in (self.after_loading, self.after_generating)
         )

@@ -24,6 +24,7 @@ from langchain_quantllm.quantization.calibration import Calibration, calibration
 from langchain_quantllm.quantization.run import GPTQRun, Progress, check_layers
 from langchain_quantllm.schemes import GPTQ, Prequantized, Scheme, Unquantized, scheme_from
 from langchain_quantllm.silence import progress_bars, without_torchao
+from langchain_quantllm.sources import check_sources
 
 DAMPING = 0.01
 """What is added to the diagonal of GPTQ's statistics, as a share of its mean. Source: section 3.3 of the paper."""
@@ -130,6 +131,7 @@ def quantize(
         trust_remote_code=trust_remote_code,
         progress=progress,
     )
+    check_sources(spec.model_id)
     folder = free_folder(output or _named_after(spec.model_id, wanted), [spec.model_id], overwrite=overwrite)
     source = find_source(spec)
     import_quietly()

@@ -29,7 +29,7 @@ def interpret(module: str, names: Iterable[str]) -> dict[str, Any]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=550,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -39,6 +39,7 @@ LEVELS = {
     "compat.transformers_attention": 2,
     "compat.transformers_auto": 2,
     "compat.transformers_models": 2,
+    "compat.transformers_pipelines": 2,
     "compat.transformers_quantizers": 2,
     "gguf": 2,
     "gptq": 2,
@@ -385,6 +386,7 @@ PROMISED: dict[str, tuple[str, ...] | None] = {
 UNPROMISED_NAMES = {
     *("hf_device_map", "_hf_hook", "_no_split_modules"),
     *("hf_quantizer", "quantization_method", "_weight_conversions"),
+    *("_generate_kwargs", "_forward_params", "_default_generation_config", "_get_default_generation_params"),
     *("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"),
     *("_attn_implementation", "eager_attention_forward", "past_key_values", "cache_params"),
     *("quant_state", "SCB", "CB", "Linear8bitLt", "Params4bit", "Int8Params", "QuantState", "packing_format_for_cpu"),

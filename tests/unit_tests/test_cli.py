@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import typer
+from transformers import AutoConfig
 from typer.testing import CliRunner, Result
 
 import langchain_quantllm
@@ -74,6 +75,23 @@ def test_memory_lists_every_scheme(smollm2: Path) -> None:
     assert "134,515,008 parameters" in result.stdout
     assert "gptq is for 4 bits in groups of 128, and needs calibration: langchain-quantllm quantize" in result.stdout
     assert result.stderr == ""
+
+
+@pytest.mark.parametrize("kind", ["mpt", "llama"])
+def test_memory_leaves_out_the_scheme_that_a_model_cannot_have(kind: str, tmp_path: Path) -> None:
+    sizes = {"mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2}, "llama": {"hidden_size": 64, "num_hidden_layers": 2}}
+    AutoConfig.for_model(kind, vocab_size=500, **sizes[kind]).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    result = call("memory", tmp_path, "--tokens", 100)
+    assert result.exit_code == 0, result.output
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if "│" in line]
+    rows = {row[0]: row[1:] for row in cells}
+    assert list(rows) == list(SCHEMES)
+    assert all("MB" in rows[name][0] or "kB" in rows[name][0] for name in SCHEMES if name != "gptq")
+    is_left_out = kind == "mpt"
+    assert (set(rows["gptq"]) == {"-"}) == is_left_out
+    assert ("gptq: " in result.stdout) == is_left_out
+    assert ("gptq is for 4 bits" in result.stdout) != is_left_out
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,15 @@ import inspect
 from typing import Any
 
 import pytest
+from pydantic import model_validator
 
 from langchain_quantllm import FP4, GPTQ, NF4, ChatQuantizedHuggingFace, Int8, QuantizedHuggingFaceLLM
 from langchain_quantllm.constraints import Choice, Constraint, Grammar, JSONSchema, Regex
-from langchain_quantllm.engine.counterparts import COUNTERPARTS, advice, names_advised
+from langchain_quantllm.engine.counterparts import COUNTERPARTS, advice, names_advised, written
 from langchain_quantllm.engine.options import normalize, option_names
 from langchain_quantllm.errors import InvalidOptionError
 from langchain_quantllm.quantization.calibration import Calibration
+from langchain_quantllm.schemes import scheme_from
 from tests.unit_tests.checkpoints import make_checkpoint
 
 CLASSES = [QuantizedHuggingFaceLLM, ChatQuantizedHuggingFace]
@@ -140,6 +142,62 @@ def test_no_error_repeats_a_secret(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "name",
+    [
+        *("default_headers", "extra_headers", "headers", "client_kwargs", "base_url", "openai_proxy", "endpoint_url"),
+        *("http_client", "proxies"),
+    ],
+)
+@pytest.mark.parametrize("cls", CLASSES)
+def test_what_may_hold_a_secret_is_not_repeated(cls: Any, name: str) -> None:
+    for value in ({"Authorization": "Bearer hf_secret"}, "http://me:hf_secret@host"):
+        text = refusal(lambda value=value: cls(model_id="acme/tiny", **{name: value}))  # type: ignore[misc]
+        assert f"{name}=..." in text
+        assert "hf_secret" not in text
+        assert "hf_secret" not in refusal(lambda value=value: normalize({name: value}))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", ["proxy", "password", "key", "secret", "hf_key", "client_secret", "API_KEY"])
+def test_names_of_secrets_are_written_without_them(name: str) -> None:
+    assert written(name, "hf_secret") == f"{name}=..."
+
+
+def test_an_error_about_all_fields_repeats_none() -> None:
+    class Odd(QuantizedHuggingFaceLLM):
+        @model_validator(mode="before")
+        @classmethod
+        def _refuse(cls, values: Any) -> Any:
+            raise ValueError("they do not go together")
+
+    text = refusal(lambda: Odd(model_id="acme/tiny", token="hf_secret"))
+    assert "they do not go together" in text
+    assert "hf_secret" not in text
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_unknown_names_are_told_though_their_value_is_none(cls: Any) -> None:
+    for given, meant in (({"quantisation": None}, "did you mean 'quantization'?"), ({"zzzz": None}, "most used are")):
+        assert meant in refusal(lambda given=given: cls(model_id="acme/tiny", **given))  # type: ignore[misc]
+    for name in ("num_ctx", "max_length", "do_sample", "pipeline", "model", "quantization", "num_beams"):
+        assert cls(model_id="acme/tiny", **{name: None}).model_id == "acme/tiny"
+
+
+def test_the_nearest_name_is_near() -> None:
+    text = refusal(lambda: normalize({"handle_long_generation": "x"}))
+    assert "must be 'hole'" in text
+    assert "did you mean" not in text
+    for name in ("leaders", "readers"):
+        assert "threads" not in refusal(lambda name=name: normalize({name: 1}))  # type: ignore[misc]
+    text = refusal(lambda: normalize({"batch_size": 8}))
+    assert text.endswith("write batch_size=8, when the model is made.")
+
+
+@pytest.mark.parametrize("name", ["force_download", "subfolder"])
+def test_no_advice_is_an_option_that_transformers_drops(name: str) -> None:
+    assert "model_kwargs" not in (advice(name, "llm") or "model_kwargs")
+
+
+@pytest.mark.parametrize(
     "given", [{"presence_penalty": 0}, {"frequency_penalty": 0.0}, {"mirostat": 0}, {"tfs_z": 1.0}, {"best_of": 1}]
 )
 def test_values_that_ask_for_nothing_are_taken(given: dict[str, Any]) -> None:
@@ -181,6 +239,29 @@ def test_model_kwargs_of_bitsandbytes_mean_what_older_transformers_took_them_for
     given = {"load_in_8bit": True, "llm_int8_threshold": 4.0}
     assert QuantizedHuggingFaceLLM(model_id="acme/tiny", model_kwargs=given).scheme == Int8(threshold=4.0)
     assert QuantizedHuggingFaceLLM(model_id="acme/tiny", model_kwargs={"load_in_8bit": False}).quantization is None
+
+
+@pytest.mark.parametrize(
+    ("quantization", "given"),
+    [
+        ("int8", {"load_in_8bit": True}),
+        ({"name": "int8"}, {"load_in_8bit": True}),
+        ("nf4", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
+        (NF4(), {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
+    ],
+)
+def test_the_same_scheme_may_be_said_twice(quantization: Any, given: dict[str, Any]) -> None:
+    for fields in (
+        {"quantization": quantization, "model_kwargs": given},
+        {"model_kwargs": {"quantization": quantization, **given}},
+    ):
+        llm = QuantizedHuggingFaceLLM(model_id="acme/tiny", **fields)
+        assert llm.quantization == scheme_from(quantization).name  # type: ignore[union-attr]
+    text = refusal(lambda: QuantizedHuggingFaceLLM(model_id="a/b", model_kwargs={"quantization": "fp4", **given}))
+    assert "'fp4'" in text
+    assert "give one" in text
+    text = refusal(lambda: QuantizedHuggingFaceLLM(model_id="a/b", quantization="fp4", model_kwargs=given))
+    assert "give it once" in text
 
 
 @pytest.mark.parametrize(

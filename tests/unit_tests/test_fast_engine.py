@@ -877,9 +877,11 @@ class TestFailures:
         llm = QuantizedHuggingFaceLLM(model_id=str(tmp_path), max_new_tokens=12, progress=False)
         expected = llm.invoke("Sea")
         assert llm.engine_info.name == "fast"
+        engine: Any = llm._engine()
         stream = llm.stream("Sea", max_new_tokens=5000)
         next(stream)
         llm.unload()
+        assert not engine.kv_resident_bytes  # as a report finds it that is made meanwhile
         with pytest.raises(GenerationError, match="unloaded"):
             list(stream)
         assert llm.invoke("Sea") == expected

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -655,3 +656,14 @@ def test_dropout_is_off(tmp_path: Path) -> None:
     llm = make_llm(folder).load()
     assert not llm.pipeline.model.training
     assert llm.invoke(PROMPT) == llm.invoke(PROMPT)
+
+
+def test_a_model_in_memory_outlives_its_folder(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "gone")
+    given = {"model_id": str(folder), "progress": False}
+    first = QuantizedHuggingFaceLLM(**given).load()
+    shutil.rmtree(folder)
+    assert QuantizedHuggingFaceLLM(**given).load().pipeline is first.pipeline
+    first.unload()
+    with pytest.raises(ModelNotFoundError, match="there is no folder"):
+        QuantizedHuggingFaceLLM(**given).load()

@@ -383,6 +383,39 @@ class TestMeasuring:
         assert "anonymous" not in str(report)
         assert "anonymous" not in report._repr_html_()
 
+    def test_growth_is_told_of_what_was_seen_before_it_was_loaded(self) -> None:
+        loaded, generated = (
+            MemorySnapshot(
+                readings=(
+                    CpuReading(
+                        name="CPU",
+                        resident_bytes=size,
+                        peak_resident_bytes=size,
+                        available_bytes=1,
+                        total_bytes=2,
+                        anonymous_bytes=size,
+                        file_bytes=0,
+                    ),
+                )
+            )
+            for size in (5 * MB, 9 * MB)
+        )
+        report = MemoryReport(
+            model_id="m",
+            scheme_name="nf4",
+            devices=("cpu",),
+            weights=WeightBytes(quantized_bytes=MB, unquantized_bytes=0, buffers_bytes=0),
+            before=loaded,
+            after_loading=loaded,
+            after_generating=generated,
+            kv_resident_bytes=MB,
+        )
+        assert report.anonymous_growth == {"kv_cache": MB, "weights": 0, "workspace": 3 * MB, "total": 4 * MB}
+        # Of a pipeline of the user's own nobody saw the moment after loading: both are the reading of now.
+        handed_in = replace(report, before=None, after_loading=generated)
+        assert handed_in.anonymous_growth is None
+        assert "since loading" not in str(handed_in)
+
     def test_tracking_sees_a_peak_that_is_gone_afterwards(self) -> None:
         with track_memory() as tracked:
             assert tracked.after is None

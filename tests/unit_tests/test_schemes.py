@@ -244,15 +244,24 @@ def test_options_are_checked(make: Any, words: list[str]) -> None:
         ("nf4_double", ["did you mean 'nf4-double'?"]),
         ("GPTQ", ["did you mean 'gptq'?"]),
         ("None", ["did you mean 'none'?"]),
-        *((v, [repr(v), "'int8'"]) for v in ("8bit", "8-bit", "8", 8, "q8_0", "Q6_K", "bnb-8bit", "llm.int8()", "w8")),
-        *((v, [repr(v), "'nf4'"]) for v in ("4bit", "4", 4, "int4", "Q4_K_M", "q4_0", "IQ4_XS", "bnb_4bit", "Q2_K")),
+        *(
+            (v, [repr(v), "'int8'"])
+            for v in ("8bit", "8-bit", "8", 8, 8.0, "q8_0", "Q6_K", "bnb-8bit", "llm.int8()", "w8")
+        ),
+        *(
+            (v, [repr(v), "'nf4'"])
+            for v in ("4bit", "4", 4, 4.0, "int4", "Q4_K_M", "q4_0", "IQ4_XS", "bnb_4bit", "Q2_K")
+        ),
         *((v, ["'int8'", "'nf4'", "'fp4'"]) for v in ("bnb", "bitsandbytes")),
         *(
             (v, ["its own config", "leave quantization out"])
             for v in ("awq", "AWQ", "fp8", "mxfp4", "w4a16", "torchao")
         ),
         *((v, ["'gptq'", "GPTQ(bits=4)"]) for v in ("gptq-4bit", "gptq-int4", "AutoGPTQ")),
-        *((v, ["is a dtype", "'float16'", "'none'"]) for v in ("float16", "fp16", 16, "half")),
+        *(
+            (v, ["is a dtype", "'float16'", "'none'"])
+            for v in ("float16", "fp16", 16, "half", torch.float16, "torch.float16")
+        ),
         *((v, ["is a dtype", "'bfloat16'"]) for v in ("bf16", "bfloat16")),
         ("fp32", ["is a dtype", "'float32'"]),
         ("gguf", ["python -m langchain_quantllm.gguf"]),
@@ -261,6 +270,8 @@ def test_options_are_checked(make: Any, words: list[str]) -> None:
         (True, ["quantization=True", "'nf4'", "'int8'"]),
         *((v, ["'none'"]) for v in (False, "off", "")),
         ("zzz", ["allowed are", "nf4", "gptq"]),
+        ({"name": ["nf4"]}, ["names no known scheme", "nf4"]),
+        ({"name": "nf4-double", "skip_modules": ["a"]}, ["names no known scheme"]),
         ({"name": "nf5"}, ["'nf5'", "did you mean 'nf4'?"]),
         ({"double_quantization": True}, ["names no known scheme", "'name'"]),
         ({"load_in_4bit": True}, ["quantization_config="]),
@@ -276,6 +287,11 @@ def test_unknown_schemes_name_what_is_meant(tiny: Path, value: Any, words: list[
         assert word in str(caught.value)
     with pytest.raises(ValueError, match="quantization"):  # when the LLM is made, not when it loads
         make_llm(tiny, quantization=value)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_every_name_may_stand_in_a_dictionary(name: str) -> None:
+    assert scheme_from({"name": name}) == SCHEMES[name]
 
 
 def test_both_ways_at_once_are_refused(tiny: Path) -> None:

@@ -18,9 +18,17 @@ import torch
 from safetensors.torch import load_file
 
 from langchain_quantllm import QuantizedHuggingFaceLLM, estimate_memory, quantize
-from langchain_quantllm.errors import CheckpointError, InvalidOptionError, ModelNotFoundError, QuantLLMError
+from langchain_quantllm.checkpoint import LoadSpec, find_source
+from langchain_quantllm.errors import (
+    CheckpointError,
+    InvalidOptionError,
+    MissingPackageError,
+    ModelNotFoundError,
+    QuantLLMError,
+    UnsupportedError,
+)
 from langchain_quantllm.gguf import convert_gguf
-from langchain_quantllm.sources import check_sources
+from langchain_quantllm.sources import check_sources, command_line, folder_of, wrong_files
 from tests.unit_tests.checkpoints import SIZES, FakeHub, make_checkpoint, run_python
 
 LLAMA = {**SIZES, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
@@ -170,13 +178,35 @@ def test_language_models_pass(tmp_path: Path, config: dict[str, Any]) -> None:
 
 
 def test_a_repository_is_told_by_its_files_too(tmp_path: Path) -> None:
-    from langchain_quantllm.sources import wrong_files
-
     error = wrong_files("acme/tiny-GGUF", ["README.md", "tiny.Q4_K_M.gguf"], lambda _: {}, is_local=False)
     assert str(error).startswith("acme/tiny-GGUF holds tiny.Q4_K_M.gguf, which is in llama.cpp's format")
     files = ["adapter_config.json", "adapter_model.safetensors"]
     error = wrong_files("acme/lora", files, lambda _: {"base_model_name_or_path": "acme/base"}, is_local=False)
     assert str(error) == "acme/lora holds an adapter, no model; write model_id='acme/base', adapter='acme/lora'."
+
+
+def test_what_a_gguf_repository_is_told_by_is_the_model() -> None:
+    files = ["config.json", "mmproj-tiny.gguf", "tiny.Q4_K_M.gguf"]
+    for given in (files, files[1:]):
+        error = wrong_files("acme/tiny-GGUF", given, lambda _: {}, is_local=False)
+        assert "holds tiny.Q4_K_M.gguf" in str(error)
+    assert "holds mmproj-tiny.gguf" in str(wrong_files("acme/t", files[1:2], lambda _: {}, is_local=False))
+
+
+def test_a_command_is_written_for_the_shell_that_takes_it() -> None:
+    words = ["python", r"C:\my models\tiny.gguf"]
+    assert command_line(words, is_windows=True) == r'python "C:\my models\tiny.gguf"'
+    assert command_line(words, is_windows=False) == r"python 'C:\my models\tiny.gguf'"
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "~no-such-user-here/model", "/tmp/" + "y" * 5000])
+def test_names_that_no_folder_can_have(name: str) -> None:
+    text = told(name)
+    assert "cannot be a folder" in text
+    assert "check the path" in text
+    assert folder_of(name) is None
+    with pytest.raises(ModelNotFoundError, match="of adapter 'sql' cannot be a folder"):
+        check_sources("acme/tiny", {"sql": name})
 
 
 CODE = """
@@ -252,6 +282,65 @@ def test_an_estimate_from_an_unreachable_hub_is_told_within_seconds(slept: list[
     assert sum(slept) <= 2
 
 
+def cached(cache: Path, repository: str, files: dict[str, Any]) -> None:
+    folder = cache / f"models--{repository.replace('/', '--')}"
+    make(folder / "refs", {"main": "a" * 40})
+    make(folder / "snapshots" / ("a" * 40), files)
+
+
+def test_a_cached_repository_is_told_by_its_files(tmp_path: Path) -> None:
+    files, words = KINDS["sentence-transformers"]
+    cached(tmp_path, "acme/embeds", {**files, "tokenizer.json": {}})
+    with pytest.raises(UnsupportedError, match=f"^acme/embeds .*{words[0]}"):
+        QuantizedHuggingFaceLLM(model_id="acme/embeds", cache_dir=str(tmp_path), progress=False).load()
+    cached(tmp_path, "acme/tiny", {"config.json": LLAMA, "tokenizer.json": {}, **WEIGHTS})
+    assert find_source(LoadSpec(model_id="acme/tiny", cache_dir=str(tmp_path))).endswith("a" * 40)
+
+
+@pytest.mark.enable_socket
+def test_an_estimate_needs_no_hub_where_the_config_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import close_session
+
+    cached(tmp_path, "acme/tiny", {"config.json": LLAMA})
+    FakeHub.point_to("http://hub.invalid", monkeypatch)
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    close_session()
+    try:
+        assert estimate_memory("acme/tiny", cache_dir=str(tmp_path)).total_bytes > 0
+        with pytest.raises(ModelNotFoundError, match="acme/other"):
+            estimate_memory("acme/other", cache_dir=str(tmp_path))
+    finally:
+        close_session()
+
+
+@pytest.mark.parametrize("name", ["my model!", "a--b"])
+def test_an_estimate_of_what_is_no_name(name: str) -> None:
+    with pytest.raises(ModelNotFoundError, match=name):
+        estimate_memory(name)
+
+
+@pytest.mark.enable_socket
+def test_a_list_that_the_hub_does_not_give_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path / "repo", {"config.json": LLAMA, "tokenizer.json": {}, **WEIGHTS})
+    with FakeHub({"acme/tiny": tmp_path / "repo"}) as hub:
+        FakeHub.point_to(hub.url, monkeypatch)
+        answer = hub._answer
+
+        def hang_up(request: Any, *, body: bool) -> None:
+            if request.path.startswith("/api/"):
+                hub.asked.append("the list")
+                request.close_connection = True
+            else:
+                answer(request, body=body)
+
+        monkeypatch.setattr(hub, "_answer", hang_up)
+        assert find_source(LoadSpec(model_id="acme/tiny", cache_dir=str(tmp_path / "cache"))) == "acme/tiny"
+        assert "the list" in hub.asked
+
+
 # GGUF files.
 
 
@@ -311,6 +400,32 @@ def test_the_command_that_the_error_names_converts_a_gguf_file(gguf_file: tuple[
     found = llm.load().pipeline.model.state_dict()
     assert all(torch.equal(found[name].to(torch.bfloat16), weight) for name, weight in expected.items())
     assert llm.pipeline.tokenizer("the lazy dog")["input_ids"]
+
+
+def test_nothing_is_left_of_a_conversion_that_fails(
+    gguf_file: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+    file, _ = gguf_file
+    with pytest.raises(QuantLLMError, match="could not be written"):
+        convert_gguf(file, file / "out", progress=False)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerBase, "save_pretrained", fail)
+        with pytest.raises(QuantLLMError, match="No space left"):
+            convert_gguf(file, tmp_path / "out", progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+    def lack(*_: Any, **__: Any) -> None:
+        raise ImportError("\nit needs the tiktoken library\nand so on")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lack)
+    with pytest.raises(MissingPackageError, match="tiktoken library.*pip install sentencepiece tiktoken"):
+        convert_gguf(file, tmp_path / "out", progress=False)
 
 
 def test_what_cannot_be_converted_is_told(tmp_path: Path) -> None:

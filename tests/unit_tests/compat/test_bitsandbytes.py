@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import re
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -147,26 +151,41 @@ def test_the_product_of_a_repacked_weight(nested: bool) -> None:
     torch.testing.assert_close(found.float(), layer(x).float(), rtol=0.02, atol=0.02)
 
 
-def test_what_it_says_of_casts(caplog: pytest.LogCaptureFixture) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # where it says so
-    layer, x = layer_of("int8").to(device), torch.ones(2, INPUTS, dtype=torch.bfloat16, device=device)
+@pytest.fixture
+def cast_logger() -> Iterator[logging.Logger]:
+    """The logger of casts, not hushed yet."""
     logger = logging.getLogger(compat._CASTS)
-    before = list(logger.filters)
-    try:
-        for kept in before:
-            logger.removeFilter(kept)
-        with caplog.at_level(logging.WARNING), torch.no_grad():
-            layer(x)
-            assert any("MatMul8bitLt" in record.message for record in caplog.records) or device == "cpu"
-            caplog.clear()
-            compat.hush_casts(layer)
-            layer(x)
-            assert caplog.records == []
-    finally:
-        for name in list(logger.filters):
-            logger.removeFilter(name)
-        for kept in before:
-            logger.addFilter(kept)
+    before, logger.filters = logger.filters, []
+    yield logger
+    logger.filters = before
+
+
+def test_casts_alone_are_hushed(cast_logger: logging.Logger, caplog: pytest.LogCaptureFixture) -> None:
+    compat.hush_casts(nn.Linear(4, 4))
+    assert cast_logger.filters == []
+    layer = layer_of("int8")
+    for _ in range(2):
+        compat.hush_casts(layer)
+    assert len(cast_logger.filters) == 1
+    source = inspect.getsource(sys.modules[compat._CASTS])
+    [sentence] = re.findall(r'"(MatMul8bitLt: inputs will be cast[^"]*)"', source)
+    with caplog.at_level(logging.WARNING):
+        cast_logger.warning(sentence)
+        cast_logger.warning("something else")
+    assert [record.message for record in caplog.records] == ["something else"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_what_it_says_of_casts(cast_logger: logging.Logger, caplog: pytest.LogCaptureFixture) -> None:
+    layer, x = layer_of("int8").to("cuda"), torch.ones(2, INPUTS, dtype=torch.bfloat16, device="cuda")
+    with caplog.at_level(logging.WARNING), torch.no_grad():
+        layer(x)
+        assert {record.name for record in caplog.records if "MatMul8bitLt" in record.message} == {cast_logger.name}
+        caplog.clear()
+        compat.hush_casts(layer)
+        layer(x)
+        assert caplog.records == []
 
 
 def test_the_logger_of_kernels_is_there() -> None:

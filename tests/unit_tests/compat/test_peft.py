@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 
 from langchain_quantllm.compat.peft import (
-    SMALLEST_VERSION,
     adapter_modules,
     base_layer_of,
     check_peft,
@@ -26,6 +26,7 @@ from langchain_quantllm.compat.peft import (
     state_of,
     why_not_plain_lora,
 )
+from langchain_quantllm.compat.versions import TRIED
 from langchain_quantllm.errors import MissingPackageError
 from tests.unit_tests.models import tiny_model
 
@@ -43,19 +44,24 @@ def test_another_packages_smallest_version_does_not_count(monkeypatch: pytest.Mo
     check_peft()
 
 
-@pytest.mark.parametrize(("version", "is_new_enough"), [("0.19.9", False), ("0.20.0.dev0", True), ("1.0", True)])
+@pytest.mark.parametrize(
+    ("version", "is_new_enough"),
+    [("0.19.9", False), ("0.20", True), ("0.20.0.dev0", True), ("1.0", True), ("1!0.1+cpu", True)],
+)
 def test_the_smallest_version_is_our_own(monkeypatch: pytest.MonkeyPatch, version: str, is_new_enough: bool) -> None:
     monkeypatch.setattr(metadata, "version", lambda _: version)
     if is_new_enough:
         check_peft()
         return
-    with pytest.raises(MissingPackageError, match=rf"peft 0\.20 or newer, and {version} is installed: .*pip install"):
+    with pytest.raises(
+        MissingPackageError, match=rf"peft 0\.20\.0 or newer, and {version} is installed: .*pip install"
+    ):
         check_peft()
 
 
 def test_it_is_the_one_of_the_extra() -> None:
     project = (Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8")
-    assert set(re.findall(r'"peft>=([\d.]+)', project)) == {SMALLEST_VERSION}
+    assert {Version(v) for v in re.findall(r'"peft>=([\d.]+)', project)} == {Version(TRIED["peft"].oldest)}
 
 
 class TestLayers:
