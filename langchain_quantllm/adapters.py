@@ -30,7 +30,7 @@ from langchain_quantllm.hub import fetch
 from langchain_quantllm.memory import transformers_builds
 from langchain_quantllm.memory.estimate import build_on_meta
 from langchain_quantllm.silence import progress_bars, quiet_logger
-from langchain_quantllm.sources import ADAPTER_CONFIG, check_sources
+from langchain_quantllm.sources import ADAPTER_CONFIG
 
 _WEIGHTS, _PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 _PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "ADAPTION_PROMPT")
@@ -54,7 +54,7 @@ class Adapter:
 
 
 def find_adapters(spec: LoadSpec) -> list[Adapter]:
-    """Find the adapters of a spec and look at their files; those of repositories are fetched.
+    """Find the adapters of a spec, which `check_sources` has passed; those of repositories are fetched.
 
     Raises:
         MissingPackageError: If peft is not installed, or too old.
@@ -64,7 +64,6 @@ def find_adapters(spec: LoadSpec) -> list[Adapter]:
     """
     if not spec.adapters:
         return []
-    check_sources(spec.model_id, spec.adapters)
     check_peft()
     return [_find(name, source, spec) for name, source in spec.adapters.items()]
 

@@ -302,18 +302,19 @@ def test_an_estimate_needs_no_hub_where_the_config_is_here(tmp_path: Path, monke
     from huggingface_hub import close_session
 
     cached(tmp_path, "acme/tiny", {"config.json": LLAMA})
-    FakeHub.point_to("http://hub.invalid", monkeypatch)
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    FakeHub.point_to("https://hub.invalid", monkeypatch)
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
-    close_session()
-    try:
-        assert estimate_memory("acme/tiny", cache_dir=str(tmp_path)).total_bytes > 0
-        with pytest.raises(ModelNotFoundError, match="acme/other"):
-            estimate_memory("acme/other", cache_dir=str(tmp_path))
-    finally:
+    with FakeHub({}) as proxy:  # which connects nobody to anything
+        for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, proxy.url)
         close_session()
+        try:
+            assert estimate_memory("acme/tiny", cache_dir=str(tmp_path)).total_bytes > 0
+            with pytest.raises(ModelNotFoundError, match="acme/other"):
+                estimate_memory("acme/other", cache_dir=str(tmp_path))
+        finally:
+            close_session()
 
 
 @pytest.mark.parametrize("name", ["my model!", "a--b"])
