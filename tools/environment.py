@@ -63,12 +63,14 @@ class Environment:
             SystemExit: If it fails, with the end of what it says.
         """
         if not self._found(*arguments):
-            raise SystemExit(f"pip install {' '.join(arguments)} found no such version")
+            raise SystemExit(f"pip install {' '.join(arguments)} finds no such version, or none that fits the others")
 
     def _found(self, *arguments: str) -> bool:
         """Run `pip install`; False where no index that it asks has such a version."""
         done = self._run("install", "--quiet", *arguments)
-        if done.returncode and "No matching distribution found" not in done.stdout:
+        # With constraints in pip's settings, it says of a version that it does not find that it conflicts with them.
+        lacks = any(text in done.stdout for text in ("No matching distribution found", "ResolutionImpossible"))
+        if done.returncode and not lacks:
             end = "\n".join(done.stdout.strip().splitlines()[-20:])
             raise SystemExit(f"pip install {' '.join(arguments)} failed:\n{end}")
         return done.returncode == 0

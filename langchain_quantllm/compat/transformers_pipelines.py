@@ -6,6 +6,8 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+
 
 def flat_options(pipeline: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """Bring the options that an image-text-to-text pipeline takes in a dict of their own to the others.
@@ -34,8 +36,9 @@ def options_of(pipeline: Any) -> dict[str, Any]:
         defaults = (type(pipeline)._default_generation_config.to_dict(), mixed._get_default_generation_params())
         own = {k: v for k, v in mixed.to_diff_dict().items() if not any(v == d.get(k) for d in defaults)}
         own.pop("use_cache", None)
-        if mixed.do_sample and "temperature" in own:  # not the pipeline's, so sampling is not either
-            own["do_sample"] = True
+        stored = pipeline.model.generation_config
+        if mixed.do_sample and any(own.get(name) not in (None, getattr(stored, name, None)) for name in _SAMPLING):
+            own["do_sample"] = True  # which is the pipeline's default, too: an option of sampling was given beside it
         given = {**own, **given}
     if (config := given.pop("generation_config", None)) is not None:
         given = {**config.to_diff_dict(), **given}

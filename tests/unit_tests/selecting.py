@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import pytest
 
+from langchain_quantllm.packages import is_installed
+
 T = TypeVar("T")
 
 QUICK_FAMILIES = ("llama-grouped", "mistral-window", "qwen3", "gemma2", "phi", "gpt_neox", "gpt2", "opt-350m")
@@ -34,3 +36,9 @@ def pairs(properties: Mapping[str, Hashable]) -> list[Hashable]:
 def slow_but(quick: Collection[str], names: Iterable[str], *marks: pytest.MarkDecorator) -> list[Any]:
     """Mark all names but the quick ones as slow, for `parametrize`, and those with the given marks."""
     return [pytest.param(name, marks=marks if name in quick else [pytest.mark.slow]) for name in names]
+
+
+def skip_without_gptqmodel() -> None:
+    """Skip a test that loads a GPTQ checkpoint where gptqmodel is not installed, as with the oldest torch."""
+    if not is_installed("gptqmodel"):
+        pytest.skip("needs gptqmodel")

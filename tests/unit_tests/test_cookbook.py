@@ -11,6 +11,8 @@ from typing import Any
 import nbformat
 import pytest
 
+from tests.unit_tests.selecting import skip_without_gptqmodel
+
 COOKBOOK = Path(__file__).parents[2] / "cookbook"
 NOTEBOOKS = sorted(COOKBOOK.glob("*.ipynb"))
 execute = SimpleNamespace(**runpy.run_path(str(COOKBOOK / "execute.py")))
@@ -126,4 +128,5 @@ def test_notebook_runs(path: Path, request: pytest.FixtureRequest) -> None:
 @pytest.mark.enable_socket
 def test_the_recipe_runs_on_two_layers(short_smollm2: Path) -> None:
     """Every stage of the longest notebook, in a fraction of its time."""
+    skip_without_gptqmodel()
     runs(COOKBOOK / "04_recipe.ipynb", MODEL=str(short_smollm2), RECIPE_STEPS="3")

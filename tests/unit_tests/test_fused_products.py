@@ -24,6 +24,7 @@ from langchain_quantllm.kernels.weights import weight_of
 from tests.unit_tests.adapters import make_adapter, quietly
 from tests.unit_tests.families import generated_ids, random_ids
 from tests.unit_tests.models import tiny_model
+from tests.unit_tests.selecting import skip_without_gptqmodel
 from tests.unit_tests.test_fusion import forwards_in, logits_of, write
 
 SCHEMES = {"int8": "int8", "gptq4": GPTQ(kernel="torch"), "gptq3": GPTQ(kernel="torch")}
@@ -50,6 +51,8 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """A tiny quantized model in float32, loaded."""
     SHAPES["wide"] = {**SHAPES["tiny"], "num_key_value_heads": 2, "initializer_range": 0.2}
     name = request.param
+    if name.startswith("gptq"):
+        skip_without_gptqmodel()
     options = {"gptq": True, "bits": int(name[4:])} if name.startswith("gptq") else {}
     folder = random_checkpoint("wide", tmp_path_factory.mktemp(name), **options)
     del SHAPES["wide"]

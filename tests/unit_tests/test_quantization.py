@@ -22,6 +22,7 @@ from langchain_quantllm.quantization.packing import TENSORS, RoundedLinear, pack
 from langchain_quantllm.quantization.run import Progress
 from langchain_quantllm.quantization.solver import InputStatistics, Rounding, solve
 from tests.unit_tests import families
+from tests.unit_tests.selecting import skip_without_gptqmodel
 
 TEXTS = [
     "The river had risen in the night, and the bridge stood in brown water up to its rails.",
@@ -323,6 +324,7 @@ def run(plain: Path, output: Path, scheme: Any = GPTQ(bits=4, group_size=32), **
 def test_what_is_written_loads_and_computes_what_the_codes_stand_for(
     plain: Path, tmp_path: Path, scheme: Any, group_size: int
 ) -> None:
+    skip_without_gptqmodel()
     done = run(plain, tmp_path / "out", scheme)
     assert done.folder == tmp_path / "out"
     assert done.scheme.group_size == group_size  # the largest that divides 64 and 192
@@ -502,6 +504,7 @@ print("FOUND" + json.dumps(found))
 )
 def test_every_scheme_is_saved_and_loaded_in_a_new_process(plain: Path, tmp_path: Path, names: tuple[str, ...]) -> None:
     """Ours and plain transformers read the same tokens out of each of them."""
+    skip_without_gptqmodel()
     prompt = "The capital of France is"
     expected: dict[str, str] = {}
     for name in names:
