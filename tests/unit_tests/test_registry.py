@@ -48,9 +48,9 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     noted: list[str] = []
     load = loading_module.load
 
-    def noting(spec: Any) -> Any:
+    def noting(spec: Any, *found: Any) -> Any:
         noted.append(spec.model_id)
-        return load(spec)
+        return load(spec, *found)
 
     monkeypatch.setattr(loading_module, "load", noting)
     return noted
