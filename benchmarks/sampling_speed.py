@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from langchain_quantllm.engine.request import Request
-from langchain_quantllm.engine.batch_sampler import MASKS, BatchSampler, needs_of
+from langchain_quantllm.engine.sampler import MASKS, BatchSampler, needs_of
 from langchain_quantllm.options import normalize, resolve
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -28,7 +28,7 @@ from langchain_quantllm.engine.lora import NO_ADAPTER, LoraStack
 from langchain_quantllm.engine.model_check import fingerprint, probe, why_not_driven
 from langchain_quantllm.engine.model_runner import Chance, Drawn, Launched, Runner
 from langchain_quantllm.engine.request import ChunkStream, EngineInfo, ModelLimits, Request, TokenLogprob
-from langchain_quantllm.engine.batch_sampler import BLOCKS, MASKS, NOTHING_ALLOWED, needs_of
+from langchain_quantllm.engine.sampler import BLOCKS, MASKS, NOTHING_ALLOWED, needs_of
 from langchain_quantllm.engine.scheduler import Decode, Piece, Prefill, RowState, Scheduler
 from langchain_quantllm.engine.verify_engine import try_out
 from langchain_quantllm.engine.worker import UNLOADED, Worker

@@ -31,7 +31,7 @@ from langchain_quantllm.engine.fusion.fuse import Fusion
 from langchain_quantllm.engine.fusion.sampling import find_drawing
 from langchain_quantllm.engine.lora import NO_ADAPTER, LoraStack
 from langchain_quantllm.engine.prefill_graphs import Pack, PrefillGraphs, Run
-from langchain_quantllm.engine.batch_sampler import MASKS, BatchSampler, log_probabilities
+from langchain_quantllm.engine.sampler import MASKS, BatchSampler, log_probabilities
 from langchain_quantllm.engine.scheduler import Piece, RowState
 from langchain_quantllm.kernels.attention_reference import PREFILL_BLOCK
 

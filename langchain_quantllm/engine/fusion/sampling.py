@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from langchain_quantllm.engine.request import Request
-from langchain_quantllm.engine.batch_sampler import SAMPLES, SORTS, BatchSampler
+from langchain_quantllm.engine.sampler import SAMPLES, SORTS, BatchSampler
 from langchain_quantllm.options import GenerationOptions
 
 _OPTIONS = (

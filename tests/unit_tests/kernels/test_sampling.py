@@ -17,11 +17,11 @@ import pytest
 import torch
 
 from langchain_quantllm.engine.fusion.sampling import draws_alike, find_drawing
-from langchain_quantllm.engine.batch_sampler import MASKS, SAMPLES, SORTS, BatchSampler, needs_of
+from langchain_quantllm.engine.sampler import MASKS, SAMPLES, SORTS, BatchSampler, needs_of
 from tests.support.interpreter import report_cases
 from tests.support.selection import covering, slow_but
 from tests.unit_tests.engine.test_generate_sampler import request_of
-from tests.unit_tests.engine.test_batch_sampler import COMBINATIONS, VOCAB, Batch, Only, logits_of
+from tests.unit_tests.engine.test_sampler import COMBINATIONS, VOCAB, Batch, Only, logits_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROWS = 600 if DEVICE.type == "cuda" else 40
