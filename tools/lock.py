@@ -37,7 +37,7 @@ def main() -> None:
     everything = [f"--extra={extra}" for extra in EXTRAS] + ["--group=test"]
     oldest = [argument for argument in everything if argument.removeprefix("--extra=") not in NEWER_TORCH]
     build = "\n".join(BUILD)
-    _compile(uv, "test", f"torch=={locked_torch()}\n{build}\n", *everything)
+    _compile(uv, "test", f"torch=={locked_torch()}\n{build}\n", *everything, "--group=docs")
     _compile(uv, "demo", f"torch=={locked_torch()}\n{build}\n", "--extra=demo", "--constraint=requirements/test.txt")
     # Triton's interpreter of that time does not run with a newer NumPy.
     _compile(uv, "oldest", f"torch=={OLDEST_TORCH}\nnumpy==2.2.6\n{build}\n", *oldest, "--resolution=lowest-direct")
