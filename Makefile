@@ -18,11 +18,11 @@ demo: .venv/.demo ## answer inside a LangChain chain with a small model in nf4
 	$(BIN)/langchain-quantllm demo
 
 test: .venv/.test lint ## check style and types, run all tests except slow ones
-	$(BIN)/python -m langchain_quantllm.demo_model
+	$(BIN)/python -m langchain_quantllm.cli.demo_model
 	$(PYTEST) -m "not slow"
 
 test-all: .venv/.test lint ## run all tests; those on a larger model need QUANTLLM_MODELS (CONTRIBUTING.md)
-	$(BIN)/python -m langchain_quantllm.demo_model
+	$(BIN)/python -m langchain_quantllm.cli.demo_model
 	$(PYTEST) --junitxml .venv/test-all.xml
 
 test-newest: ## run the compat tests with the newest version of every package (RECORD=1 writes docs/compatibility.md)
@@ -31,10 +31,11 @@ test-newest: ## run the compat tests with the newest version of every package (R
 test-oldest: ## run them with the oldest versions that pyproject.toml allows (RECORD=1 likewise)
 	$(PYTHON) tools/try_versions.py oldest --jobs $(JOBS) $(if $(RECORD),--record)
 
-lint: .venv/.test ## check style and types
+lint: .venv/.test ## check style, types and the layers of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: .venv/.test ## fix style and format the code
 	$(BIN)/ruff check --fix .

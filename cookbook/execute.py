@@ -145,7 +145,7 @@ def _fault(output: NotebookNode) -> str | None:
 
 def folders(chat_model: str | None) -> dict[str, str]:
     """Name the folders that outputs may hold, as a reader would know them."""
-    from langchain_quantllm.demo_model import demo_model
+    from langchain_quantllm.cli.demo_model import demo_model
 
     names = {str(demo_model()): "SmolLM2-135M-Instruct", tempfile.gettempdir(): "tmp", str(Path.home()): "~"}
     if chat_model:

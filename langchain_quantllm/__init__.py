@@ -11,25 +11,25 @@ from langchain_quantllm._version import __version__
 from langchain_quantllm.schemes import FP4, GPTQ, NF4, SCHEMES, Int8, Scheme, Unquantized
 
 if TYPE_CHECKING:
+    from langchain_quantllm.bench.compare import compare
     from langchain_quantllm.chat_models import ChatQuantizedHuggingFace
-    from langchain_quantllm.comparison import compare
     from langchain_quantllm.llms import QuantizedHuggingFaceLLM
     from langchain_quantllm.memory import MemoryEstimate, MemoryReport, estimate_memory, take_snapshot, track_memory
-    from langchain_quantllm.merging import merge_adapter
+    from langchain_quantllm.quantization.api import QuantizedCheckpoint, quantize
     from langchain_quantllm.quantization.calibration import Calibration
-    from langchain_quantllm.quantization.quantizing import QuantizedCheckpoint, quantize
+    from langchain_quantllm.quantization.merge import merge_adapter
 
 _LAZY = {
     "Calibration": "langchain_quantllm.quantization.calibration",
     "ChatQuantizedHuggingFace": "langchain_quantllm.chat_models",
     "MemoryEstimate": "langchain_quantllm.memory",
     "MemoryReport": "langchain_quantllm.memory",
-    "QuantizedCheckpoint": "langchain_quantllm.quantization.quantizing",
+    "QuantizedCheckpoint": "langchain_quantllm.quantization.api",
     "QuantizedHuggingFaceLLM": "langchain_quantllm.llms",
-    "compare": "langchain_quantllm.comparison",
+    "compare": "langchain_quantllm.bench.compare",
     "estimate_memory": "langchain_quantllm.memory",
-    "merge_adapter": "langchain_quantllm.merging",
-    "quantize": "langchain_quantllm.quantization.quantizing",
+    "merge_adapter": "langchain_quantllm.quantization.merge",
+    "quantize": "langchain_quantllm.quantization.api",
     "take_snapshot": "langchain_quantllm.memory",
     "track_memory": "langchain_quantllm.memory",
 }

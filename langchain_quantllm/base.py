@@ -23,19 +23,8 @@ from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, ValidationError,
 from typing_extensions import Self
 
 from langchain_quantllm._version import __version__
-from langchain_quantllm.adapter_names import AdapterChoice
-from langchain_quantllm.checkpoint import LoadSpec, stored_quantization
 from langchain_quantllm.compat.transformers_pipelines import options_of
-from langchain_quantllm.engine.counterparts import Kind, written
-from langchain_quantllm.engine.options import (
-    BASE_ADAPTER,
-    OWN,
-    GenerationOptions,
-    Place,
-    normalize,
-    option_names,
-    resolve,
-)
+from langchain_quantllm.data.counterparts import Kind, written
 from langchain_quantllm.engine.request import ChunkStream, Engine, EngineInfo, Request, TokenMask, plan_requests
 from langchain_quantllm.engine.selection import ENGINES, Engines
 from langchain_quantllm.engine.worker import UNLOADED
@@ -47,9 +36,20 @@ from langchain_quantllm.errors import (
     QuantLLMError,
     UnsupportedError,
 )
-from langchain_quantllm.loading import LoadedModel, acquire, adopt, name_of
+from langchain_quantllm.loading.adapter_names import AdapterChoice
+from langchain_quantllm.loading.checkpoint import LoadSpec, stored_quantization
+from langchain_quantllm.loading.processors import process
+from langchain_quantllm.loading.registry import LoadedModel, acquire, adopt, name_of
 from langchain_quantllm.memory import MemoryReport, check_cache_budget
-from langchain_quantllm.processors import process
+from langchain_quantllm.options import (
+    BASE_ADAPTER,
+    OWN,
+    GenerationOptions,
+    Place,
+    normalize,
+    option_names,
+    resolve,
+)
 from langchain_quantllm.schemes import SCHEMES, Scheme, Unquantized, scheme_from, scheme_of_config
 
 

@@ -25,25 +25,25 @@ from langchain_core.tools import BaseTool
 from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import Field, model_validator
 
-from langchain_quantllm.answers import Answers, completion_info
 from langchain_quantllm.base import QuantizedModel, langchain_errors
-from langchain_quantllm.chat_options import CHAT_OPTIONS, ChatOptions, choice_of
-from langchain_quantllm.checkpoint import reads_images, stored_profile
-from langchain_quantllm.constraints import Compiler, Constraint, Either, JSONSchema, ToolCalls
-from langchain_quantllm.descriptions import describe_answer, describe_tool
-from langchain_quantllm.engine.counterparts import Kind
-from langchain_quantllm.engine.options import GenerationOptions, normalize
+from langchain_quantllm.chat.contents import images_in, joined
+from langchain_quantllm.chat.images import FETCH_S, ImageSource, read_image
+from langchain_quantllm.chat.messages import Turn, turns_of
+from langchain_quantllm.chat.options import CHAT_OPTIONS, ChatOptions, choice_of
+from langchain_quantllm.chat.output_parser import AnswerParser, TemplateParser
+from langchain_quantllm.chat.result import Reply
+from langchain_quantllm.chat.template import ChatTemplate
+from langchain_quantllm.chat.tool_schemas import describe_answer, describe_tool
+from langchain_quantllm.compat.packages import is_installed
+from langchain_quantllm.data.counterparts import Kind
 from langchain_quantllm.engine.request import Request, TokenMask
+from langchain_quantllm.engine.result import Answers, completion_info
 from langchain_quantllm.errors import InvalidOptionError, UnsupportedError, nearest
-from langchain_quantllm.messages.contents import images_in, joined
-from langchain_quantllm.messages.formats import FORMATS, HERMES, ToolFormat, format_of, reasoning_of
-from langchain_quantllm.messages.images import FETCH_S, ImageSource, read_image
-from langchain_quantllm.messages.parsing import AnswerParser, TemplateParser
-from langchain_quantllm.messages.templates import ChatTemplate
-from langchain_quantllm.messages.turns import Turn, turns_of
-from langchain_quantllm.packages import is_installed
-from langchain_quantllm.processors import why_blind
-from langchain_quantllm.replies import Reply
+from langchain_quantllm.loading.checkpoint import reads_images, stored_profile
+from langchain_quantllm.loading.processors import why_blind
+from langchain_quantllm.options import GenerationOptions, normalize
+from langchain_quantllm.structured import Compiler, Constraint, Either, JSONSchema, ToolCalls
+from langchain_quantllm.structured.tool_formats import FORMATS, HERMES, ToolFormat, format_of, reasoning_of
 
 _logger = logging.getLogger(__name__)
 

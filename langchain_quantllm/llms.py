@@ -19,12 +19,12 @@ from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import ContextThreadPoolExecutor, get_config_list
 from typing_extensions import Self
 
-from langchain_quantllm.answers import Answers, completion_info
 from langchain_quantllm.base import STREAMS, QuantizedModel, langchain_errors, noting
 from langchain_quantllm.compat.transformers_pipelines import flat_options, with_options
-from langchain_quantllm.engine.options import GenerationOptions
 from langchain_quantllm.engine.request import Chunk, ChunkStream, Request
+from langchain_quantllm.engine.result import Answers, completion_info
 from langchain_quantllm.errors import InvalidOptionError, MissingPackageError, pip_install
+from langchain_quantllm.options import GenerationOptions
 
 _call_options: ContextVar[Mapping[str, Any] | None] = ContextVar("quantllm_call_options", default=None)
 """The options of the call in progress, for the cache key, which LangChain makes of the fields alone."""
@@ -173,7 +173,7 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         try:
             from langchain_huggingface import HuggingFacePipeline
 
-            from langchain_quantllm.engine.pipeline_engine import DEFAULT_ROWS
+            from langchain_quantllm.engine.generate import DEFAULT_ROWS
         except ImportError as error:
             msg = f"HuggingFacePipeline needs its package: {pip_install('langchain-quantllm[huggingface]')}"
             raise MissingPackageError(msg) from error

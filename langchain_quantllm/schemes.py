@@ -373,7 +373,10 @@ _GGUF = "; it is a kind of llama.cpp's GGUF files, whose counterpart here is {}.
 _MEANINGS: tuple[tuple[str, str], ...] = (
     (r"(i|t)?q[1-5]([01]|[a-z].*)?", _GGUF.format("'nf4' (4 bits)")),
     (r"(i|t)?q[6-8]([01]|[a-z].*)?", _GGUF.format("'int8' (8 bits)")),
-    (r".*gg(uf|ml).*", "; llama.cpp's GGUF files are converted first: python -m langchain_quantllm.gguf FILE FOLDER."),
+    (
+        r".*gg(uf|ml).*",
+        "; llama.cpp's GGUF files are converted first: langchain-quantllm convert FILE FOLDER.",
+    ),
     (r"(bf|bfloat)(16(bits?)?)?", _DTYPE.format("bfloat16")),
     (r"((fp|f|float)?16(bits?)?|half|w16a16)", _DTYPE.format("float16")),
     (r"((fp|f|float)?32(bits?)?)", _DTYPE.format("float32")),

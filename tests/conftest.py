@@ -28,7 +28,7 @@ def _model(name: str) -> Path | None:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The folder of SmolLM2-135M-Instruct in bfloat16."""
-    from langchain_quantllm.demo_model import demo_model
+    from langchain_quantllm.cli.demo_model import demo_model
 
     return _model("smollm2-135m") or demo_model(progress=False)
 

@@ -132,7 +132,7 @@ def main() -> int:
     made = time.monotonic()
     report = ROOT / f".venv-{options.which}/results.xml"
     report.unlink(missing_ok=True)
-    subprocess.run([str(environment.python), "-m", "langchain_quantllm.demo_model"], cwd=ROOT, check=True)
+    subprocess.run([str(environment.python), "-m", "langchain_quantllm.cli.demo_model"], cwd=ROOT, check=True)
     command = [str(environment.python), "-m", "pytest", "-m", "compat", "--numprocesses", options.jobs, "--quiet"]
     subprocess.run([*command, "--dist", "loadfile", "--junitxml", str(report)], cwd=ROOT, check=False)
     if not report.is_file():

@@ -14,9 +14,9 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from langchain_quantllm._version import __version__
+from langchain_quantllm.compat.library_logging import without_torchao
 from langchain_quantllm.errors import InvalidOptionError, QuantLLMError
 from langchain_quantllm.schemes import SCHEMES
-from langchain_quantllm.silence import without_torchao
 
 _ELSEWHERE = {
     "serve": "there is no server, as a model runs inside your Python program; `chat` talks with one",
@@ -25,7 +25,6 @@ _ELSEWHERE = {
     "ps": "a model lives in the process that loaded it and ends with it; `doctor` shows the free memory",
     "rm": "models from the Hub lie in its cache, from which `hf cache rm` removes them",
     "generate": "`run` answers a prompt",
-    "convert": "`quantize` writes GPTQ and bitsandbytes, and `python -m langchain_quantllm.gguf` reads GGUF files",
     "embed": "the package runs models that write text and computes no embeddings",
 }
 _ELSEWHERE |= {"download": _ELSEWHERE["pull"], "ls": _ELSEWHERE["list"]}
@@ -168,7 +167,7 @@ def find_model(model: str, **options: Any) -> Any:
         model: Folder, or repository on the Hub.
         **options: Further ones of `LoadSpec`.
     """
-    from langchain_quantllm.checkpoint import LoadSpec, find_checkpoint
+    from langchain_quantllm.loading.checkpoint import LoadSpec, find_checkpoint
 
     with err.status(Text(f"looking for {model}")):
         return find_checkpoint(LoadSpec(model_id=model, **options))
@@ -176,7 +175,7 @@ def find_model(model: str, **options: Any) -> Any:
 
 def demo_folder() -> str:
     """Make the demo model where it is not there yet, and give its folder."""
-    from langchain_quantllm.demo_model import demo_model
+    from langchain_quantllm.cli.demo_model import demo_model
 
     with err.status("getting the demo model, SmolLM2-135M-Instruct"):
         return str(demo_model(progress=False))

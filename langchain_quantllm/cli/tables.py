@@ -20,7 +20,7 @@ def overview_tables(document: Mapping[str, Any]) -> Iterator[Table]:
     Args:
         document: What `overview_results.as_document` gives.
     """
-    from langchain_quantllm.benchmarks.plots import subject_line
+    from langchain_quantllm.bench.plots import subject_line
 
     rows, options = document["rows"], document["options"]
     where = subject_line(document)

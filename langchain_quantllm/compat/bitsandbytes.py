@@ -12,7 +12,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from langchain_quantllm.silence import quiet_logger
+from langchain_quantllm.compat.library_logging import quiet_logger
 
 if TYPE_CHECKING:
     import torch

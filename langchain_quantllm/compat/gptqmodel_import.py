@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from langchain_quantllm.packages import check_packages
+from langchain_quantllm.compat.packages import check_packages
 from langchain_quantllm.schemes import GPTQ
 
 _ABSENT = object()

@@ -15,9 +15,9 @@ from typing import Any
 from packaging.version import Version
 
 from langchain_quantllm.compat.gptqmodel_import import contained
+from langchain_quantllm.compat.packages import is_installed
 from langchain_quantllm.compat.versions import TRIED
 from langchain_quantllm.errors import MissingPackageError, pip_install
-from langchain_quantllm.packages import is_installed
 
 
 def check_peft() -> None:

@@ -26,7 +26,7 @@ from langchain_quantllm.compat.transformers_attention import (
     register,
     set_attention_name,
 )
-from langchain_quantllm.engine.pages import PAGE_TOKENS
+from langchain_quantllm.engine.block_manager import PAGE_TOKENS
 from langchain_quantllm.errors import UnsupportedError
 
 

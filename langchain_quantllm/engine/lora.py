@@ -22,9 +22,9 @@ import torch
 from torch.nn.functional import linear
 
 from langchain_quantllm.compat.peft import adapter_modules, base_layer_of, lora_matrices, why_not_plain_lora
-from langchain_quantllm.engine.adapters import unsupported, why_not_switched
-from langchain_quantllm.engine.options import BASE_ADAPTER
+from langchain_quantllm.engine.adapter_switch import unsupported, why_not_switched
 from langchain_quantllm.errors import UnsupportedError
+from langchain_quantllm.options import BASE_ADAPTER
 
 NO_ADAPTER = -1
 """Number of the model without any adapter."""

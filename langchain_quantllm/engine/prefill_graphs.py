@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from langchain_quantllm.engine.capture import StepGraph, WaitFinder
-from langchain_quantllm.kernels.reference import PREFILL_BLOCK
+from langchain_quantllm.engine.cuda_graphs import StepGraph, WaitFinder
+from langchain_quantllm.kernels.attention_reference import PREFILL_BLOCK
 
 LENGTHS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 640, 768, 1024)
 """Tokens for which there may be a graph; longer steps keep the device busy while the host goes on."""

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 
 from typing_extensions import Self
 
-from langchain_quantllm.engine.options import DEFAULT_MAX_NEW_TOKENS, GenerationOptions
 from langchain_quantllm.errors import GenerationError, GenerationTimeoutError, InvalidOptionError, PromptTooLongError
+from langchain_quantllm.options import DEFAULT_MAX_NEW_TOKENS, GenerationOptions
 
 
 @dataclass(frozen=True, kw_only=True)

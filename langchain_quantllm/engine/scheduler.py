@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from langchain_quantllm.engine.pages import PAGE_TOKENS, PagePool
+from langchain_quantllm.engine.block_manager import PAGE_TOKENS, PagePool
 
 
 class RowState:

@@ -9,13 +9,13 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from langchain_quantllm.engine.adapters import AdapterSwitch
-from langchain_quantllm.engine.options import GenerationOptions, needs_generate
+from langchain_quantllm.engine.adapter_switch import AdapterSwitch
 from langchain_quantllm.engine.request import Engine
 from langchain_quantllm.errors import InvalidOptionError, NotEnoughMemoryError, UnsupportedError
+from langchain_quantllm.options import GenerationOptions, needs_generate
 
 if TYPE_CHECKING:
-    from langchain_quantllm.engine.fusion import Fusion
+    from langchain_quantllm.engine.fusion.fuse import Fusion
 
 ENGINES = ("auto", "fast", "pipeline")
 """Values of `engine`."""
@@ -103,7 +103,7 @@ class Engines:
             return self._pipeline_engine(f"the fast engine cannot drive this model: {self._why_not_fast}")
 
     def _make_fast(self, kv_cache_memory: Any, *, fuse: bool) -> None:
-        from langchain_quantllm.engine.fast_engine import FastEngine
+        from langchain_quantllm.engine.continuous import FastEngine
 
         fusion, why_not_fused = self._fuse() if fuse else (None, None)
         options = {"kv_cache_memory": kv_cache_memory, "adapters": self._switch}
@@ -132,9 +132,10 @@ class Engines:
     def _fuse(self) -> tuple[Fusion | None, str | None]:
         """Find the model's fused steps; gives None where there are none, with the reason where that is of interest."""
         from langchain_quantllm.compat.bitsandbytes import is_quantized
-        from langchain_quantllm.engine.fusion import PRODUCT, Fusion
-        from langchain_quantllm.engine.support import why_not_driven
-        from langchain_quantllm.kernels import cpu_products, fused_reference
+        from langchain_quantllm.engine.fusion.fuse import PRODUCT, Fusion
+        from langchain_quantllm.engine.model_check import why_not_driven
+        from langchain_quantllm.kernels import norms_reference as fused_reference
+        from langchain_quantllm.kernels.linear import cpu as cpu_products
 
         model = self._pipeline.model
         options: dict[str, Any] = {}
@@ -156,7 +157,7 @@ class Engines:
 
     def _pipeline_engine(self, reason: str) -> Engine:
         if self._plain is None:
-            from langchain_quantllm.engine.pipeline_engine import PipelineEngine
+            from langchain_quantllm.engine.generate import PipelineEngine
 
             self._plain = PipelineEngine(self._pipeline, reason, self._switch)
         return self._plain  # type: ignore[no-any-return]

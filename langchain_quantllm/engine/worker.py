@@ -17,8 +17,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from langchain_quantllm.engine.detokenizer import Row
 from langchain_quantllm.engine.request import ChunkStream
-from langchain_quantllm.engine.stopping import Row
 from langchain_quantllm.errors import GenerationError, UnsupportedError
 
 UNLOADED = "the model was unloaded while this call was on its way; call again."

@@ -6,15 +6,15 @@ Owns every number of bytes in the package. Knows nothing of LangChain, pipelines
 from langchain_quantllm.memory.budget import check_cache_budget, check_fits
 from langchain_quantllm.memory.estimate import MemoryEstimate, estimate_memory, transformers_builds
 from langchain_quantllm.memory.heap import release_heap
-from langchain_quantllm.memory.notes import memory_notes
-from langchain_quantllm.memory.report import MemoryReport
-from langchain_quantllm.memory.snapshot import (
+from langchain_quantllm.memory.measure import (
     AcceleratorReading,
     CpuReading,
     MemorySnapshot,
     available_memory,
     take_snapshot,
 )
+from langchain_quantllm.memory.notes import memory_notes
+from langchain_quantllm.memory.report import MemoryReport
 from langchain_quantllm.memory.table import format_bytes
 from langchain_quantllm.memory.tracking import TrackedMemory, track_memory
 from langchain_quantllm.memory.weights import WeightBytes, weights_by_kind

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from langchain_quantllm.compat.packages import is_installed
 from langchain_quantllm.errors import MissingPackageError, pip_install
-from langchain_quantllm.memory.snapshot import CpuReading, MemorySnapshot
+from langchain_quantllm.memory.measure import CpuReading, MemorySnapshot
 from langchain_quantllm.memory.table import Stage, format_bytes
-from langchain_quantllm.packages import is_installed
 
 BEFORE, ANONYMOUS, FILES, ALLOCATED = "before loading", "anonymous", "mapped from files", "allocated"
 IN_USE = "in use, not told apart"

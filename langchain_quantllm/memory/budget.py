@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from langchain_quantllm.compat.accelerate import size_in_bytes
 from langchain_quantllm.errors import InvalidOptionError, NotEnoughMemoryError
 from langchain_quantllm.memory.estimate import MemoryEstimate
-from langchain_quantllm.memory.snapshot import available_memory, device_name
+from langchain_quantllm.memory.measure import available_memory, device_name
 from langchain_quantllm.memory.table import format_bytes
 
 if TYPE_CHECKING:

@@ -22,7 +22,8 @@ from langchain_quantllm.errors import (
     UnsupportedError,
     nearest,
 )
-from langchain_quantllm.hub import fetch
+from langchain_quantllm.loading.hub import fetch
+from langchain_quantllm.loading.sources import check_sources, folder_of
 from langchain_quantllm.memory.layout import weight_bytes
 from langchain_quantllm.memory.weights import WeightBytes
 from langchain_quantllm.schemes import (
@@ -34,7 +35,6 @@ from langchain_quantllm.schemes import (
     scheme_from,
     scheme_of_config,
 )
-from langchain_quantllm.sources import check_sources, folder_of
 
 if TYPE_CHECKING:
     import torch

@@ -5,7 +5,7 @@ Owns the pitfalls of each backend's numbers; a note is given only where it appli
 
 from __future__ import annotations
 
-from langchain_quantllm.memory.snapshot import AcceleratorReading, CpuReading, MemorySnapshot
+from langchain_quantllm.memory.measure import AcceleratorReading, CpuReading, MemorySnapshot
 from langchain_quantllm.memory.weights import WeightBytes
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from langchain_quantllm.memory.bars import SIXTEEN_BITS, WEIGHTS, Bars, stage_bars
-from langchain_quantllm.memory.snapshot import CpuReading, MemorySnapshot
+from langchain_quantllm.memory.measure import CpuReading, MemorySnapshot
 from langchain_quantllm.memory.table import UNITS_NOTE, Stage, Table, Tabular, format_bytes, stage_table
 from langchain_quantllm.memory.weights import WeightBytes
 

@@ -10,7 +10,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from langchain_quantllm.memory.snapshot import AcceleratorReading, CpuReading, MemorySnapshot
+from langchain_quantllm.memory.measure import AcceleratorReading, CpuReading, MemorySnapshot
 
 UNITS_NOTE = "Sizes are decimal: 1 MB = 1,000,000 bytes, 1 GB = 1,000 MB."
 

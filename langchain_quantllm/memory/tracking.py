@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from langchain_quantllm.memory.measure import MemorySnapshot, resident_bytes, take_snapshot
 from langchain_quantllm.memory.notes import memory_notes
-from langchain_quantllm.memory.snapshot import MemorySnapshot, resident_bytes, take_snapshot
 from langchain_quantllm.memory.table import UNITS_NOTE, Stage, Table, Tabular, stage_table
 
 if TYPE_CHECKING:

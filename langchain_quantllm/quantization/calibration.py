@@ -15,8 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from langchain_quantllm.compat.packages import is_installed
 from langchain_quantllm.errors import InvalidOptionError, MissingPackageError, NamedOptions, pip_install
-from langchain_quantllm.packages import is_installed
 
 BUILT_IN = "built-in"
 NONE = "none"

@@ -14,7 +14,7 @@ import pytest
 from langchain_core.language_models import BaseChatModel
 
 from langchain_quantllm import ChatQuantizedHuggingFace
-from tests.unit_tests.vision import make_vision_checkpoint, picture, png
+from tests.support.vision import make_vision_checkpoint, picture, png
 
 pytest.importorskip("langchain_tests")
 from langchain_tests.integration_tests import ChatModelIntegrationTests, chat_models

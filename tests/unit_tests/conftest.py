@@ -12,9 +12,9 @@ import torch
 from transformers import AutoTokenizer
 
 from langchain_quantllm import QuantizedHuggingFaceLLM
-from tests.unit_tests.interpreter import interpret, selected_names
-from tests.unit_tests.models import llm_of, tiny_model
-from tests.unit_tests.selecting import slow_but
+from tests.support.interpreter import interpret, selected_names
+from tests.support.models import llm_of, tiny_model
+from tests.support.selection import slow_but
 
 
 @pytest.fixture(scope="session")

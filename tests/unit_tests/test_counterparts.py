@@ -9,13 +9,13 @@ import pytest
 from pydantic import model_validator
 
 from langchain_quantllm import FP4, GPTQ, NF4, ChatQuantizedHuggingFace, Int8, QuantizedHuggingFaceLLM
-from langchain_quantllm.constraints import Choice, Constraint, Grammar, JSONSchema, Regex
-from langchain_quantllm.engine.counterparts import COUNTERPARTS, advice, names_advised, written
-from langchain_quantllm.engine.options import normalize, option_names
+from langchain_quantllm.data.counterparts import COUNTERPARTS, advice, names_advised, written
 from langchain_quantllm.errors import InvalidOptionError
+from langchain_quantllm.options import normalize, option_names
 from langchain_quantllm.quantization.calibration import Calibration
 from langchain_quantllm.schemes import scheme_from
-from tests.unit_tests.checkpoints import make_checkpoint
+from langchain_quantllm.structured import Choice, Constraint, Grammar, JSONSchema, Regex
+from tests.support.checkpoints import make_checkpoint
 
 CLASSES = [QuantizedHuggingFaceLLM, ChatQuantizedHuggingFace]
 MANY = 400

@@ -11,11 +11,11 @@ from langchain_core.prompts import PromptTemplate
 from transformers import GenerationConfig
 
 from langchain_quantllm import QuantizedHuggingFaceLLM
-from langchain_quantllm.engine import options as opt
-from langchain_quantllm.engine.counterparts import COUNTERPARTS, advice
-from langchain_quantllm.engine.options import DEFAULT_MAX_NEW_TOKENS, GenerationOptions, normalize, resolve
+from langchain_quantllm import options as opt
+from langchain_quantllm.data.counterparts import COUNTERPARTS, advice
 from langchain_quantllm.errors import InvalidOptionError
-from tests.unit_tests.models import forwards, greedy_text, llm_of, tiny_model
+from langchain_quantllm.options import DEFAULT_MAX_NEW_TOKENS, GenerationOptions, normalize, resolve
+from tests.support.models import forwards, greedy_text, llm_of, tiny_model
 
 FIELDS_OF_TRANSFORMERS = sorted(
     name for name in vars(GenerationConfig()) if not name.startswith("_") and name != "transformers_version"

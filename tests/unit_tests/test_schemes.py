@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from langchain_quantllm import FP4, GPTQ, NF4, SCHEMES, Int8, QuantizedHuggingFaceLLM, Scheme, Unquantized
 from langchain_quantllm.errors import InvalidOptionError
 from langchain_quantllm.schemes import Prequantized, scheme_from, scheme_of_config
-from tests.unit_tests.checkpoints import LINEAR_NAMES, make_checkpoint, quicken
+from tests.support.checkpoints import LINEAR_NAMES, make_checkpoint, quicken
 
 PROMPT = "The capital of France"
 
@@ -264,7 +264,7 @@ def test_options_are_checked(make: Any, words: list[str]) -> None:
         ),
         *((v, ["is a dtype", "'bfloat16'"]) for v in ("bf16", "bfloat16")),
         ("fp32", ["is a dtype", "'float32'"]),
-        ("gguf", ["python -m langchain_quantllm.gguf"]),
+        ("gguf", ["langchain-quantllm convert"]),
         *((v, ["no scheme of so many bits"]) for v in (5, "3bit", "int2", 2.5)),
         ("qlora", ["'nf4-double'"]),
         (True, ["quantization=True", "'nf4'", "'int8'"]),

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from langchain_quantllm.compat.accelerate import brings_weights, is_spread, size_in_bytes
-from tests.unit_tests.models import tiny_model
+from tests.support.models import tiny_model
 
 
 @pytest.mark.parametrize(

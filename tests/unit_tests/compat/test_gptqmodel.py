@@ -21,7 +21,7 @@ from langchain_quantllm.compat.gptqmodel import (
     stored_tensors,
 )
 from langchain_quantllm.compat.gptqmodel_import import contained
-from tests.gptq_checkpoints import make_gptq_checkpoint
+from tests.support.gptq_checkpoints import make_gptq_checkpoint
 
 if importlib.util.find_spec("gptqmodel") is None:
     pytest.skip("gptqmodel is not installed", allow_module_level=True)

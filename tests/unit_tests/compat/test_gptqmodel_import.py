@@ -17,7 +17,7 @@ import pytest
 
 from langchain_quantllm.compat import gptqmodel_import
 from langchain_quantllm.errors import MissingPackageError
-from tests.gptq_checkpoints import make_gptq_checkpoint
+from tests.support.gptq_checkpoints import make_gptq_checkpoint
 
 # Not imported here: that is for `contained()` to do.
 if importlib.util.find_spec("gptqmodel") is None:
@@ -82,7 +82,7 @@ stdout = sys.stdout
 
 sys.path.insert(0, %(root)r)
 from pathlib import Path
-from tests.unit_tests.test_gptq import load
+from tests.unit_tests.loading.test_gptq import load
 model, _ = load(Path(%(folder)r))
 assert "gptqmodel" in sys.modules
 model, _ = load(Path(%(folder)r))

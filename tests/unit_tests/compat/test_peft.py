@@ -28,7 +28,7 @@ from langchain_quantllm.compat.peft import (
 )
 from langchain_quantllm.compat.versions import TRIED
 from langchain_quantllm.errors import MissingPackageError
-from tests.unit_tests.models import tiny_model
+from tests.support.models import tiny_model
 
 pytest.importorskip("peft")
 

@@ -19,8 +19,8 @@ from langchain_quantllm.compat.transformers_attention import (
     why_not_offered,
 )
 from langchain_quantllm.compat.transformers_models import cache_name
-from langchain_quantllm.engine.support import why_not_driven
-from tests.unit_tests.models import tiny_model
+from langchain_quantllm.engine.model_check import why_not_driven
+from tests.support.models import tiny_model
 
 IDS = torch.arange(1, 8)[None]
 COMPUTED = {"scaling", "sliding_window", "softcap"}

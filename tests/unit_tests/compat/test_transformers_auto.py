@@ -15,7 +15,7 @@ from langchain_quantllm.compat.transformers_auto import (
     processor_class,
     processor_parts,
 )
-from tests.unit_tests.vision import make_vision_checkpoint, picture
+from tests.support.vision import make_vision_checkpoint, picture
 
 
 @pytest.mark.parametrize(

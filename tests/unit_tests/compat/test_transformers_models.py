@@ -17,7 +17,7 @@ from langchain_quantllm.compat.transformers_models import (
     forward_parameters,
     given_cache_name,
 )
-from tests.unit_tests.models import tiny_model
+from tests.support.models import tiny_model
 
 IDS = torch.arange(1, 8)[None]
 

@@ -8,8 +8,8 @@ import pytest
 import transformers
 
 from langchain_quantllm.compat.transformers_pipelines import flat_options, options_of, with_options
-from tests.unit_tests.checkpoints import make_tokenizer
-from tests.unit_tests.models import tiny_model
+from tests.support.checkpoints import make_tokenizer
+from tests.support.models import tiny_model
 
 
 @pytest.fixture(scope="module")

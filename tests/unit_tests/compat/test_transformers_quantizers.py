@@ -25,7 +25,7 @@ from langchain_quantllm.compat.transformers_quantizers import (
     replaced_by_bitsandbytes,
     was_quantized,
 )
-from tests.unit_tests.models import tiny_model
+from tests.support.models import tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""Developers' benches and long checks. Run from the project's root: python -m benchmarks.NAME."""

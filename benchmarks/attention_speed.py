@@ -1,0 +1,112 @@
+"""What the attention of one decode step takes in a layer, beside PyTorch's over keys that lie dense.
+
+    python -m benchmarks.attention_speed --rows 1 8 64 --lengths 60 512 4096
+
+Needs a CUDA GPU. Microseconds of one call in a CUDA graph of several layers, each with keys of its own, and what
+reading these takes at 4 TB/s. With `--tiles` (keys, warps, stages) and `--alone`, the kernel is timed with each of
+them. Prints lines as they come, and one line of JSON in the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from itertools import product as pairs
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks.sampling_speed import microseconds
+from langchain_quantllm.engine.block_manager import PAGE_TOKENS
+from langchain_quantllm.kernels import attention_reference as reference
+
+SHAPES = {"llama-2-7b": (32, 32, 128), "llama-3-8b": (32, 8, 128), "qwen2.5-1.5b": (12, 2, 128)}
+"""Heads, key heads, and the numbers of each."""
+
+LAYERS = 8
+BYTES_PER_US = 4e6
+
+
+class Layers:
+    """Keys and values of several layers in pages of any order, and queries."""
+
+    def __init__(self, shape: str, rows: int, length: int) -> None:
+        heads, kv_heads, dim = SHAPES[shape]
+        made = {"dtype": torch.bfloat16, "device": "cuda"}
+        width = -(-length // PAGE_TOKENS)
+        self.kv_heads, self.dim, self.length = kv_heads, dim, length
+        self.query = torch.randn(1, rows, heads, dim, **made).transpose(1, 2)
+        self.pools = [torch.randn(rows * width, PAGE_TOKENS, kv_heads, 2 * dim, **made) for _ in range(LAYERS)]
+        self.table = torch.randperm(rows * width, device="cuda").view(rows, width).int()
+        self.rows = torch.arange(rows, dtype=torch.int32, device="cuda")
+        self.positions = torch.full((rows,), length - 1, dtype=torch.int32, device="cuda")
+        self.bytes = rows * length * kv_heads * 2 * dim * 2
+
+    def ours(self) -> float:
+        """Time the kernel, once it gives what the reference does."""
+        from langchain_quantllm.kernels import attention as paged_attention
+
+        multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+        splits = paged_attention.default_splits(len(self.rows), self.kv_heads, multiprocessors)
+        arrivals = paged_attention.arrivals(multiprocessors, torch.device("cuda"))
+        given: dict[str, Any] = {"value_dim": self.dim, "scale": self.dim**-0.5}
+        at = (self.table, self.rows, self.positions)
+
+        def run(pool: torch.Tensor) -> torch.Tensor:
+            return paged_attention.decode_attention(self.query, pool, *at, splits=splits, arrivals=arrivals, **given)
+
+        expected = reference.decode_attention(self.query, self.pools[0], *at, **given)
+        for _ in range(2):
+            torch.testing.assert_close(run(self.pools[0]), expected, rtol=2e-2, atol=2e-2)
+        taken = microseconds(lambda: [run(pool) for pool in self.pools])
+        assert not arrivals.any()
+        return round(taken / LAYERS, 2)
+
+    def dense(self) -> float:
+        """Time PyTorch's attention over keys and values that lie as it likes them."""
+        shape = (len(self.rows), self.kv_heads, self.length, self.dim)
+        made = {"dtype": torch.bfloat16, "device": "cuda"}
+        layers = [(torch.randn(shape, **made), torch.randn(shape, **made)) for _ in range(LAYERS)]
+        query = self.query[0].transpose(0, 1)[:, :, None].contiguous()
+
+        def run(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            return scaled_dot_product_attention(query, key, value, enable_gqa=query.shape[1] > self.kv_heads)
+
+        return round(microseconds(lambda: [run(*layer) for layer in layers]) / LAYERS, 2)
+
+
+def main() -> None:
+    """Time what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 64])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[60, 512, 4096])
+    parser.add_argument("--tiles", nargs="+", help="keys,warps,stages; the module's own without")
+    parser.add_argument("--alone", nargs="+", type=int, help="the module's own without")
+    asked = parser.parse_args()
+    from langchain_quantllm.kernels import attention as paged_attention
+
+    tiles = [tuple(map(int, one.split(","))) for one in asked.tiles or ()] or [None]
+    found = []
+    for shape, rows, length in pairs(asked.shapes, asked.rows, asked.lengths):
+        layers = Layers(shape, rows, length)
+        limit = round(layers.bytes / BYTES_PER_US, 2)
+        line: dict[str, Any] = {"shape": shape, "rows": rows, "length": length, "limit_us": limit}
+        line["dense_us"] = layers.dense()
+        for tile, alone in pairs(tiles, asked.alone or [None]):
+            if tile is not None:
+                paged_attention._decode_tiles = lambda *_, tile=tile: tile
+            if alone is not None:
+                paged_attention._ALONE_TILES = alone
+            try:
+                line[f"ours_us {tile or ''} {alone or ''}".strip()] = layers.ours()
+            except Exception as error:  # too much shared memory, say
+                print(f"{tile}, {alone}: {error!r}"[:200])
+        print(line, flush=True)
+        found.append(line)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

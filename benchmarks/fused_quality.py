@@ -1,0 +1,78 @@
+"""What fused steps do to the perplexity of a text: the model's own modules beside the steps that stand in for them.
+
+    python -m benchmarks.fused_quality FOLDER --schemes none,int8 --max-tokens 4000
+
+Runs on a CPU: the plain torch versions of the kernels compute, products over dequantized weights in float32. A folder
+with a GPTQ checkpoint is measured with `--schemes gptq`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from langchain_quantllm import GPTQ, QuantizedHuggingFaceLLM
+from langchain_quantllm.bench.quality import evaluation_text, perplexity
+from langchain_quantllm.engine.fusion.fuse import PRODUCT, Fusion
+from langchain_quantllm.kernels import norms_reference as fused_reference
+from langchain_quantllm.kernels.linear import reference as weight_reference
+from langchain_quantllm.kernels.linear.weights import Weight
+
+
+class DenseProducts:
+    """The plain products in float32, with weights that are dequantized once."""
+
+    def __init__(self) -> None:
+        """Begin with none dequantized."""
+        self._dense: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def product(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
+        """Multiply; see `weight_reference.product`."""
+        key = weight.words.data_ptr()
+        if key not in self._dense:
+            # With what it was made of, or something else might come to lie there.
+            self._dense[key] = weight.words, weight_reference.dequantize(weight, torch.float32)
+        return torch.nn.functional.linear(x.float(), self._dense[key][1], None if bias is None else bias.float())
+
+    def products_of_one_input(self, x: torch.Tensor, weights: Sequence[Weight]) -> list[torch.Tensor]:
+        """Multiply by several; see `weight_reference.products_of_one_input`."""
+        return [self.product(x, weight, weight.bias) for weight in weights]
+
+
+def main() -> None:
+    """Measure, and print a line for each scheme."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--schemes", default="none,int8")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--max-tokens", type=int, default=4000)
+    asked = parser.parse_args()
+    text = evaluation_text()
+    for scheme in asked.schemes.split(","):
+        llm = QuantizedHuggingFaceLLM(
+            model_id=str(asked.folder),
+            quantization=GPTQ(kernel="torch") if scheme == "gptq" else None if scheme == "none" else scheme,
+            dtype=asked.dtype,
+            device="cpu",
+            progress=False,
+        )
+        model, tokenizer = llm.pipeline.model, llm.pipeline.tokenizer
+        own = perplexity(model, tokenizer, text, max_tokens=asked.max_tokens)
+        fusion = Fusion(model, kernels=fused_reference, products=DenseProducts())
+        with fusion.applied():
+            fused = perplexity(model, tokenizer, text, max_tokens=asked.max_tokens)
+        products = sum(kind.fused for kind in fusion.summary if kind.kind == PRODUCT)
+        print(
+            f"{scheme}: {own.perplexity:.3f} by the model's modules, {fused.perplexity:.3f} by fused steps "
+            f"({products} products), {own.tokens} tokens",
+            flush=True,
+        )
+        fusion.close()
+        llm.unload()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Checkpoints of random weights that stand in for real ones: memory and speed do not depend on what the weights are.
+
+Owns the shapes by name, and how such a checkpoint is written, unquantized or as GPTQ.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from langchain_quantllm.compat.library_logging import progress_bars, without_torchao
+from langchain_quantllm.errors import InvalidOptionError, nearest
+from langchain_quantllm.loading.devices import release_memory
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-2-7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+    },
+    "llama-3-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+    },
+    "qwen2.5-1.5b": {
+        "model_type": "qwen2",
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+    "tiny": {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "vocab_size": 512,
+        "max_position_embeddings": 1024,
+    },
+}
+"""Configs by name, for random weights; of Llama where they name no other type."""
+
+GPTQ_GROUP_SIZE = 128
+
+
+def check_shape(shape: str) -> None:
+    """Check that a shape is known.
+
+    Raises:
+        InvalidOptionError: If it is not.
+    """
+    if shape not in SHAPES:
+        msg = f"shape={shape!r} is not known{nearest(shape, SHAPES)}"
+        raise InvalidOptionError(msg)
+
+
+def random_checkpoint(shape: str, folder: Path, *, gptq: bool = False, bits: int = 4) -> Path:
+    """Write a Llama of random weights, as an ordinary bfloat16 checkpoint or packed as GPTQ; the same with each call.
+
+    Args:
+        shape: A name of `SHAPES`.
+        folder: Where to write it.
+        gptq: Pack the linear layers, in groups of 128, as AutoGPTQ does; no calibration, no use but measuring.
+        bits: Bits of GPTQ: 2, 3, 4 or 8.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InvalidOptionError: If the shape is unknown.
+    """
+    check_shape(shape)
+    import torch
+
+    with without_torchao():
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+    options = {"model_type": "llama", **SHAPES[shape]}
+    config = AutoConfig.for_model(**options, bos_token_id=0, eos_token_id=1, dtype="bfloat16")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    gpus = range(torch.cuda.device_count())
+    with torch.random.fork_rng(gpus), torch.device(device), progress_bars(shown=False):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).to(torch.float16 if gptq else torch.bfloat16)
+        if not gptq:
+            model.save_pretrained(folder)
+        else:
+            _save_random_gptq(model, folder, bits)
+    _tokenizer(SHAPES[shape]["vocab_size"]).save_pretrained(folder)
+    del model
+    release_memory()
+    return folder
+
+
+def _save_random_gptq(model: Any, folder: Path, bits: int) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    from langchain_quantllm.quantization.packing import pack_bits
+
+    middle, step = 1 << bits - 1, 0.032 / (1 << bits)
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        layer = name.removesuffix(".weight")
+        if layer == "lm_head" and model.config.tie_word_embeddings:
+            continue
+        if tensor.dim() != 2 or layer.split(".")[-1] in ("embed_tokens", "lm_head"):
+            tensors[name] = tensor.contiguous().cpu()
+            continue
+        rows, columns = tensor.shape  # out_features, in_features
+        groups = columns // GPTQ_GROUP_SIZE
+        words = {"dtype": torch.int32, "device": tensor.device}
+        packed = torch.randint(-(2**31), 2**31 - 1, (columns * bits // 32, rows), **words)
+        zeros = pack_bits(torch.full((groups, rows), middle - 1, dtype=torch.uint8), bits)  # stored less 1
+        tensors[f"{layer}.qweight"], tensors[f"{layer}.qzeros"] = packed.cpu(), zeros
+        # Of either sign: the mean of all codes is half a step off zero, which would grow from layer to layer.
+        signs = 2 * torch.randint(2, (groups, rows), device=tensor.device) - 1
+        tensors[f"{layer}.scales"] = (step * signs).to(torch.float16).cpu()
+        tensors[f"{layer}.g_idx"] = torch.arange(columns, **words).div(GPTQ_GROUP_SIZE, rounding_mode="floor").cpu()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = model.config.to_dict() | {
+        "architectures": [type(model).__name__],
+        "dtype": "float16",
+        "quantization_config": {
+            "quant_method": "gptq",
+            "bits": bits,
+            "group_size": GPTQ_GROUP_SIZE,
+            "desc_act": False,
+            "sym": True,
+            "checkpoint_format": "gptq",
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str), encoding="utf-8")
+
+
+def _tokenizer(vocab_size: int) -> Any:
+    """Build a tokenizer of bytes with a vocabulary of any size, for random models."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    words += [f"Ġw{i}" for i in range(vocab_size - len(words))]
+    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")  # noqa: S106

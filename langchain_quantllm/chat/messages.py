@@ -1,0 +1,216 @@
+"""From LangChain's messages to the plain dicts that chat templates take.
+
+Owns what each kind of message and content block becomes. Knows no template: what one cannot take is
+`templates`' business.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from langchain_core.messages import (
+    AIMessage,
+    BaseMessage,
+    ChatMessage,
+    FunctionMessage,
+    HumanMessage,
+    SystemMessage,
+    ToolMessage,
+)
+
+from langchain_quantllm.chat.contents import Content, Part, joined
+from langchain_quantllm.chat.images import ImageSource
+from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
+
+Turn = dict[str, Any]
+"""One turn of a conversation: `role` and `content`, with `tool_calls`, `tool_call_id`, `name`, `reasoning_content`."""
+
+_ROLES = {"human": "user", "ai": "assistant", "developer": "system"}
+_SAID_ELSEWHERE = frozenset(
+    {
+        "reasoning",
+        "thinking",
+        "redacted_thinking",
+        "tool_use",
+        "tool_call",
+        "tool_call_chunk",
+        "invalid_tool_call",
+        "input_json_delta",
+        "function_call",
+        "server_tool_call",
+        "server_tool_call_chunk",
+        "server_tool_result",
+        "non_standard",
+    }
+)
+"""Blocks of an answer whose content stands in other fields of the message, or is another provider's own."""
+
+_IMAGES = frozenset({"image", "image_url", "input_image"})
+_MEDIA = _IMAGES | {"audio", "input_audio", "video", "video_url", "file", "media", "document"}
+
+
+def turns_of(messages: Sequence[BaseMessage], *, images: bool = False) -> list[Turn]:
+    """Turn messages into dicts.
+
+    A list of content blocks becomes its texts, a line each; where images are among them, a list of parts. Reasoning
+    of an earlier answer stands in `reasoning_content`, for templates that show it. A call whose arguments were no JSON
+    goes back as the text it was.
+
+    Args:
+        messages: At least one.
+        images: Whether the model reads images.
+
+    Returns:
+        The turns; there are more than messages where one holds results of several tools.
+
+    Raises:
+        InvalidOptionError: If there is no message, or one of an unknown kind.
+        UnsupportedError: If a message holds something that the model does not read.
+    """
+    if not messages:
+        msg = "there are no messages; give at least one, such as HumanMessage('...')."
+        raise InvalidOptionError(msg)
+    names = {c["id"]: c["name"] for m in messages if isinstance(m, AIMessage) for c in m.tool_calls if c["id"]}
+    return [turn for at, message in enumerate(messages) for turn in _turns(message, _Place(at, images), names)]
+
+
+class _Place(NamedTuple):
+    """Which message it is, and whether images may be in it."""
+
+    at: int
+    images: bool
+
+
+def _turns(message: BaseMessage, place: _Place, names: Mapping[str, str]) -> list[Turn]:
+    if isinstance(message, AIMessage):
+        return [_answer(message, place)]
+    if isinstance(message, ToolMessage):
+        turn = {"role": "tool", "content": _content_of(message.content, place), "tool_call_id": message.tool_call_id}
+        name = message.name or names.get(message.tool_call_id)
+        return [turn | ({"name": name} if name else {})]
+    if isinstance(message, FunctionMessage):
+        return [{"role": "tool", "content": _content_of(message.content, place), "name": message.name}]
+    if isinstance(message, SystemMessage):
+        role = "system"
+    elif isinstance(message, ChatMessage):
+        role = _ROLES.get(message.role, message.role)
+    elif isinstance(message, HumanMessage):
+        role = "user"
+    else:
+        msg = f"message {place.at} is a {type(message).__name__}, which is no turn of a conversation; leave it out."
+        raise InvalidOptionError(msg)
+    results, content = _tool_results(message.content, place, names)
+    if results and not content:
+        return results
+    turn = {"role": role, "content": _content_of(content, place)}
+    return [*results, turn | ({"name": message.name} if message.name else {})]
+
+
+def _answer(message: AIMessage, place: _Place) -> Turn:
+    wrong = [f"{call['name'] or ''}{call['args'] or ''}" for call in message.invalid_tool_calls]
+    content = joined([_content_of(message.content, place), *wrong], "\n")
+    turn: Turn = {"role": "assistant", "content": content}
+    for call in message.tool_calls:
+        try:
+            json.dumps(call["args"])
+        except (TypeError, ValueError) as error:
+            msg = f"message {place.at} calls {call['name']!r} with arguments that are no JSON: {error}."
+            raise InvalidOptionError(msg) from error
+    if message.tool_calls:
+        turn["tool_calls"] = [
+            {"type": "function", "id": c["id"] or "", "function": {"name": c["name"], "arguments": c["args"]}}
+            for c in message.tool_calls
+        ]
+    if reasoning := _reasoning(message):
+        turn["reasoning_content"] = reasoning
+    return turn
+
+
+def _reasoning(message: AIMessage) -> str:
+    if found := message.additional_kwargs.get("reasoning_content"):
+        return str(found)
+    blocks = message.content if isinstance(message.content, list) else []
+    found = [b.get(b["type"]) for b in blocks if isinstance(b, dict) and b.get("type") in ("reasoning", "thinking")]
+    return "\n".join(text for text in found if isinstance(text, str))
+
+
+def _tool_results(content: Any, place: _Place, names: Mapping[str, str]) -> tuple[list[Turn], Any]:
+    """Take Anthropic's tool results, which stand in a user's message, out of its content."""
+    if isinstance(content, str):
+        return [], content
+    found = [b for b in content if isinstance(b, dict) and b.get("type") == "tool_result"]
+    turns = [
+        {
+            "role": "tool",
+            "content": _content_of(block.get("content") or "", place),
+            "tool_call_id": block.get("tool_use_id", ""),
+            "name": names.get(block.get("tool_use_id", ""), ""),
+        }
+        for block in found
+    ]
+    return turns, [b for b in content if b not in found]
+
+
+def _content_of(content: Any, place: _Place) -> Content:
+    """Give what a message's content says: its texts, a line each; a list of parts where images are among them."""
+    if isinstance(content, str):
+        return content
+    blocks = content if isinstance(content, list | tuple) else [content]
+    found = [part for block in blocks if (part := _part(block, place)) is not None]
+    if all(isinstance(part, str) for part in found):
+        return "\n".join(found)  # type: ignore[arg-type]
+    return joined([part if isinstance(part, str) else [part] for part in found], "\n")
+
+
+def _part(block: Any, place: _Place) -> str | Part | None:
+    """Give a block's text, or its image; None where it says nothing here."""
+    kind = block.get("type") if isinstance(block, Mapping) else None
+    if isinstance(block, str):
+        return block
+    if kind in _SAID_ELSEWHERE:
+        return None
+    if kind in _IMAGES and place.images:
+        return {"type": "image", "image": _image(block, place.at)}
+    if kind in _MEDIA:
+        reads = "text and images" if place.images else "text"
+        msg = f"message {place.at} holds a block of type {kind!r}, and this model reads {reads} only; leave it out."
+        raise UnsupportedError(msg)
+    if isinstance(block, Mapping) and isinstance(block.get("text"), str):
+        return str(block["text"])
+    if kind == "refusal":
+        return str(block.get("refusal", ""))
+    if kind == "json":
+        return json.dumps(block.get("json"), ensure_ascii=False)
+    msg = f"message {place.at} holds {str(block)[:100]!r}, which is no known content block; give text."
+    raise InvalidOptionError(msg)
+
+
+def _image(block: Mapping[str, Any], at: int) -> ImageSource:
+    """Find out what a block gives for its image, in the words of LangChain, OpenAI or Anthropic."""
+    kind = block["type"]
+    if kind != "image":  # a text in the place of the dict is what OpenAI's other API and old prompts have
+        url = block.get("image_url")
+        block = {"type": "image_url", "image_url": url if isinstance(url, Mapping) else {"url": url}, **_id_of(block)}
+    # LangChain knows all dialects, and asks that a standard block be made of them.
+    standard: Mapping[str, Any] = HumanMessage(content=[dict(block)]).content_blocks[0]
+    source = block.get("source")  # Anthropic's; a file of its own is what LangChain has no standard for
+    file_id = block.get("file_id") or (source.get("file_id") if isinstance(source, Mapping) else None)
+    given = {
+        "data": standard.get("base64"),
+        "url": standard.get("url"),
+        "file_id": standard.get("file_id") or file_id,
+    }
+    texts = {name: value for name, value in given.items() if isinstance(value, str)}
+    if not texts:
+        msg = (
+            f"message {at} holds {str(dict(block))[:100]!r}, an image without its data; give "
+            "{'type': 'image', 'base64': ..., 'mime_type': 'image/png'} or {'type': 'image', 'url': ...}."
+        )
+        raise InvalidOptionError(msg)
+    return ImageSource(message=at, kind=kind, **texts)
+
+
+def _id_of(block: Mapping[str, Any]) -> dict[str, Any]:
+    return {"file_id": block["file_id"]} if "file_id" in block else {}

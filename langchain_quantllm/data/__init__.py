@@ -1,0 +1,1 @@
+"""Tables of words: option names of other libraries with their counterparts here. No logic."""

@@ -1,0 +1,89 @@
+"""Switching between a model's adapters by peft's own means, one adapter for the whole model.
+
+Owns which adapters may be named, the switch and its way back. How rows of several adapters run beside each other is
+`lora`'s business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from langchain_quantllm.compat.peft import (
+    adapter_modules,
+    choice_of,
+    choose_adapter,
+    merged_adapter,
+    restore_choice,
+)
+from langchain_quantllm.errors import GenerationError, UnsupportedError
+from langchain_quantllm.options import BASE_ADAPTER
+
+
+class AdapterSwitch:
+    """The adapters of one model, which runs with one of them at a time wherever this switch is used."""
+
+    def __init__(self, model: Any, names: Sequence[str]) -> None:
+        """Serve the adapters of these names, which were loaded onto the model."""
+        self.names = tuple(names)
+        self._model = model
+        self._lock = threading.RLock()
+
+    @contextlib.contextmanager
+    def chosen(self, name: str | None) -> Iterator[None]:
+        """Run the model with an adapter inside the block; afterwards all is as it was before.
+
+        Blocks of several threads wait for each other.
+
+        Args:
+            name: One of the names, or `"base"`; None for the same.
+
+        Raises:
+            GenerationError: If the adapter was taken off the model, or one was merged into its weights.
+        """
+        with self._lock:
+            if (reason := why_not_switched(self._model, self.names)) is not None:
+                raise GenerationError(changed_by_hand(reason))
+            modules = adapter_modules(self._model)
+            before = [(module, choice_of(module)) for module in modules]
+            trained = {id(p): (p, p.requires_grad) for module in modules for p in module.parameters()}
+            try:
+                activate(self._model, name or BASE_ADAPTER)
+                yield
+            finally:
+                for module, choice in before:
+                    restore_choice(module, choice)
+                for parameter, requires_grad in trained.values():
+                    parameter.requires_grad_(requires_grad)
+
+
+def activate(model: Any, name: str) -> None:
+    """Let a model run with an adapter, or without any, until somebody says otherwise; nothing of it is trained.
+
+    Args:
+        model: The model, with peft's layers in it.
+        name: The adapter's name, or `"base"`.
+    """
+    for module in adapter_modules(model):
+        choose_adapter(module, None if name == BASE_ADAPTER else name)
+
+
+def why_not_switched(model: Any, names: Sequence[str]) -> str | None:
+    """Give the reason why a model cannot run with each of these adapters; None where nothing is against it."""
+    here = getattr(model, "peft_config", None) or {}
+    if gone := [name for name in names if name not in here]:
+        return f"adapter {gone[0]!r} is not on the model any more"
+    merged = next(filter(None, map(merged_adapter, adapter_modules(model))), None)
+    return None if merged is None else f"adapter {merged!r} is merged into the weights"
+
+
+def changed_by_hand(reason: str) -> str:
+    """Say what to do about adapters that somebody has changed on the model itself."""
+    return f"the model's adapters were changed: {reason}; undo that, or call llm.unload() to load them anew."
+
+
+def unsupported(reason: str) -> UnsupportedError:
+    """Give the error of adapters that cannot run beside each other."""
+    return UnsupportedError(f"its adapters cannot run beside each other: {reason}")

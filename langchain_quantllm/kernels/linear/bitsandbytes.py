@@ -1,0 +1,321 @@
+"""Products with weights whose rows lie one behind the other, as bitsandbytes stores them: 4 bits and int8, in Triton.
+
+Owns the kernels. What they compute is `weight_reference`'s to say, and how they are launched `weight_only`'s. A launch
+multiplies the same activations by up to three weights: their programs follow each other in the grid.
+"""
+# No `from __future__ import annotations` here: Triton's interpreter needs `tl.constexpr` as an object.
+
+import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]  # not on every machine, and untyped
+import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+from langchain_quantllm.kernels.launch import let_next_begin, wait_for_inputs
+from langchain_quantllm.kernels.linear.dequantize import (
+    INTERPRETED,
+    all_outputs,
+    all_scaled_codes,
+    all_shuffled,
+    centered,
+    decoded,
+    dot,
+    inverse_units,
+    joined,
+    lane_value,
+    looked_up,
+    pick,
+    program_place,
+    scaled,
+    strided,
+)
+
+_SIGNS = tl.constexpr(-2139062144)
+"""0x80808080: makes four int8 into codes from 0 to 255, with 128 for zero."""
+
+
+@triton.jit(do_not_specialize=["splits"])  # type: ignore[misc,untyped-decorator,unused-ignore]
+def row_vector_kernel(
+    x: tl.tensor,
+    out: tl.tensor,
+    words_1: tl.tensor,
+    scales_1: tl.tensor,
+    nested_code_1: tl.tensor,
+    nested_scales_1: tl.tensor,
+    offset_1: tl.tensor,
+    bias_1: tl.tensor,
+    words_2: tl.tensor,
+    scales_2: tl.tensor,
+    nested_code_2: tl.tensor,
+    nested_scales_2: tl.tensor,
+    offset_2: tl.tensor,
+    bias_2: tl.tensor,
+    words_3: tl.tensor,
+    scales_3: tl.tensor,
+    nested_code_3: tl.tensor,
+    nested_scales_3: tl.tensor,
+    offset_3: tl.tensor,
+    bias_3: tl.tensor,
+    code: tl.tensor,
+    outputs_1: tl.tensor,
+    outputs_2: tl.tensor,
+    outputs_3: tl.tensor,
+    row_words: tl.tensor,
+    row_stride: tl.tensor,
+    splits: tl.tensor,
+    magic: tl.tensor,
+    weights: tl.constexpr,
+    rows: tl.constexpr,
+    bits: tl.constexpr,
+    block_size: tl.constexpr,
+    chunk: tl.constexpr,
+    nested: tl.constexpr,
+    nested_block_size: tl.constexpr,
+    biased: tl.constexpr,
+    outputs: tl.constexpr,
+    words: tl.constexpr,
+    stages: tl.constexpr,
+    decode: tl.constexpr,
+    ptx: tl.constexpr,
+    early: tl.constexpr,
+) -> None:
+    """Multiply up to 4 rows by `outputs` rows of a weight, in float32; grid `(programs of the weights, splits)`.
+
+    Each thread keeps some words of several outputs, and what is found for them is added up at the end.
+    """
+    which, local, before = program_place(outputs_1, outputs_2, outputs_3, weights, outputs)
+    stored = pick(which, words_1, words_2, words_3, weights)
+    scales = pick(which, scales_1, scales_2, scales_3, weights)
+    nested_code = pick(which, nested_code_1, nested_code_2, nested_code_3, weights)
+    nested_scales = pick(which, nested_scales_1, nested_scales_2, nested_scales_3, weights)
+    offset = pick(which, offset_1, offset_2, offset_3, weights)
+    width = pick(which, outputs_1, outputs_2, outputs_3, weights)
+    total = all_outputs(outputs_1, outputs_2, outputs_3, weights)
+    per_word: tl.constexpr = 32 // bits
+    # Four words of a thread become one sum, if there are as many.
+    kept: tl.constexpr = words // 4
+    column = local * outputs + tl.arange(0, outputs)
+    held = tl.minimum(column, width - 1)[:, None] * row_words
+    found_1 = tl.zeros([outputs, kept], tl.float32)
+    found_2 = tl.zeros([outputs, kept], tl.float32)
+    found_3 = tl.zeros([outputs, kept], tl.float32)
+    found_4 = tl.zeros([outputs, kept], tl.float32)
+    value = 0.0
+    if bits == 4 and decode == "shuffle" and not INTERPRETED:
+        value = lane_value(code)
+
+    share = tl.cdiv(tl.cdiv(row_words, words), splits)
+    start = tl.program_id(1) * share * words
+    stop = tl.minimum(start + share * words, row_words)
+    wait_for_inputs(early)
+    for first in tl.range(start, stop, words, num_stages=stages):
+        place = first + tl.arange(0, words)
+        inside = place < row_words
+        loaded = tl.load(stored + held + place[None, :], mask=inside[None, :], other=0)
+        if bits == 4:
+            scale = _scales(
+                scales, nested_code, nested_scales, offset, held, first, row_words,
+                outputs, words, block_size, chunk, nested, nested_block_size,
+            )  # fmt: skip
+        else:
+            loaded = loaded ^ _SIGNS
+            scale = 1.0
+        if bits == 8:
+            values = all_scaled_codes(loaded, magic, 8, 128)
+        elif ptx != "":
+            values = decoded(loaded, code, tl.float16, ptx)
+        elif INTERPRETED or decode == "table":
+            values = looked_up(loaded, code, tl.float32)
+        else:
+            values = all_shuffled(loaded, value)
+        weight = joined(values, outputs, words, per_word).to(tl.float32)
+        at = x + place[:, None] * per_word + tl.arange(0, per_word)[None, :]
+        found_1 += _sums(weight, at, inside, scale, outputs, words, bits)
+        if rows > 1:
+            found_2 += _sums(weight, at + row_stride, inside, scale, outputs, words, bits)
+        if rows > 2:
+            found_3 += _sums(weight, at + 2 * row_stride, inside, scale, outputs, words, bits)
+        if rows > 3:
+            found_4 += _sums(weight, at + 3 * row_stride, inside, scale, outputs, words, bits)
+
+    let_next_begin(early)
+    bias = pick(which, bias_1, bias_2, bias_3, weights)
+    end = out + tl.program_id(1) * (rows * total) + rows * before + column
+    seen = column < width
+    _finish(end, tl.sum(found_1, 1), scales, bias, column, seen, bits, biased)
+    if rows > 1:
+        _finish(end + width, tl.sum(found_2, 1), scales, bias, column, seen, bits, biased)
+    if rows > 2:
+        _finish(end + 2 * width, tl.sum(found_3, 1), scales, bias, column, seen, bits, biased)
+    if rows > 3:
+        _finish(end + 3 * width, tl.sum(found_4, 1), scales, bias, column, seen, bits, biased)
+
+
+@triton.jit(do_not_specialize=["splits", "rows"])  # type: ignore[misc,untyped-decorator,unused-ignore]
+def row_tile_kernel(
+    x: tl.tensor,
+    out: tl.tensor,
+    words_1: tl.tensor,
+    scales_1: tl.tensor,
+    nested_code_1: tl.tensor,
+    nested_scales_1: tl.tensor,
+    offset_1: tl.tensor,
+    bias_1: tl.tensor,
+    words_2: tl.tensor,
+    scales_2: tl.tensor,
+    nested_code_2: tl.tensor,
+    nested_scales_2: tl.tensor,
+    offset_2: tl.tensor,
+    bias_2: tl.tensor,
+    words_3: tl.tensor,
+    scales_3: tl.tensor,
+    nested_code_3: tl.tensor,
+    nested_scales_3: tl.tensor,
+    offset_3: tl.tensor,
+    bias_3: tl.tensor,
+    code: tl.tensor,
+    outputs_1: tl.tensor,
+    outputs_2: tl.tensor,
+    outputs_3: tl.tensor,
+    row_words: tl.tensor,
+    row_stride: tl.tensor,
+    splits: tl.tensor,
+    rows: tl.tensor,
+    weights: tl.constexpr,
+    bits: tl.constexpr,
+    block_size: tl.constexpr,
+    chunk: tl.constexpr,
+    nested: tl.constexpr,
+    nested_block_size: tl.constexpr,
+    biased: tl.constexpr,
+    outputs: tl.constexpr,
+    words: tl.constexpr,
+    padded_rows: tl.constexpr,
+    ptx: tl.constexpr,
+    dtype: tl.constexpr,
+    early: tl.constexpr,
+) -> None:
+    """Multiply `outputs` rows of a weight by up to `padded_rows` rows, on tensor cores.
+
+    Grid `(programs of the weights, splits, blocks of rows)`. The weight is the left operand, which stays in registers;
+    code `j` of every word is one product with every `per_word`-th input.
+    """
+    which, local, before = program_place(outputs_1, outputs_2, outputs_3, weights, outputs)
+    stored = pick(which, words_1, words_2, words_3, weights)
+    scales = pick(which, scales_1, scales_2, scales_3, weights)
+    nested_code = pick(which, nested_code_1, nested_code_2, nested_code_3, weights)
+    nested_scales = pick(which, nested_scales_1, nested_scales_2, nested_scales_3, weights)
+    offset = pick(which, offset_1, offset_2, offset_3, weights)
+    width = pick(which, outputs_1, outputs_2, outputs_3, weights)
+    total = all_outputs(outputs_1, outputs_2, outputs_3, weights)
+    per_word: tl.constexpr = 32 // bits
+    column = local * outputs + tl.arange(0, outputs)
+    held = tl.minimum(column, width - 1)[:, None] * row_words
+    row = tl.program_id(2) * padded_rows + tl.arange(0, padded_rows)
+    found = tl.zeros([outputs, padded_rows], tl.float32)
+    zero = tl.full([1, 1], 128.0, tl.float32)
+
+    share = tl.cdiv(tl.cdiv(row_words, words), splits)
+    start = tl.program_id(1) * share * words
+    stop = tl.minimum(start + share * words, row_words)
+    wait_for_inputs(early)
+    for first in range(start, stop, words):
+        place = first + tl.arange(0, words)
+        loaded = tl.load(stored + held + place[None, :], mask=(place < row_words)[None, :], other=0)
+        element = first * per_word + tl.arange(0, words * per_word)
+        tile = tl.load(
+            x + row[:, None] * row_stride + element[None, :],
+            mask=(row < rows)[:, None] & (element < row_words * per_word)[None, :],
+            other=0.0,
+        )
+        inputs = strided(tile, padded_rows, words, per_word)
+        if bits == 4:
+            values = decoded(loaded, code, dtype, ptx)
+            scale = _scales(
+                scales, nested_code, nested_scales, offset, held, first, row_words,
+                outputs, words, block_size, chunk, nested, nested_block_size,
+            )  # fmt: skip
+            for j in tl.static_range(per_word):
+                found = dot(scaled(values[j], scale, dtype), tl.trans(inputs[j]), found)
+        else:
+            loaded = loaded ^ _SIGNS
+            for j in tl.static_range(per_word):
+                found = dot(centered(loaded, zero, 8 * j, 8, dtype), tl.trans(inputs[j]), found)
+
+    let_next_begin(early)
+    bias = pick(which, bias_1, bias_2, bias_3, weights)
+    if bits == 8:
+        found = found * (tl.load(scales + column, mask=column < width, other=0.0) * (1 / 127))[:, None]
+    if biased:
+        found += tl.load(bias + column, mask=column < width, other=0.0).to(tl.float32)[:, None]
+    end = out + tl.program_id(1).to(tl.int64) * (rows * total) + rows * before
+    tl.store(
+        end + row[None, :] * width + column[:, None],
+        found.to(out.dtype.element_ty),
+        mask=(row < rows)[None, :] & (column < width)[:, None],
+    )
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def _sums(
+    weight: tl.tensor,
+    at: tl.tensor,
+    inside: tl.tensor,
+    scale: tl.tensor,
+    outputs: tl.constexpr,
+    words: tl.constexpr,
+    bits: tl.constexpr,
+) -> tl.tensor:
+    """Multiply a tile of shape `(outputs, words, per_word)` by the inputs at `at`; four words become one sum."""
+    inputs = tl.load(at, mask=inside[:, None], other=0.0).to(tl.float32)
+    if bits == 8:
+        inputs *= inverse_units(bits, 32 // bits)
+    found = tl.sum(weight * inputs[None, :, :], 2) * scale
+    return tl.sum(tl.reshape(found, [outputs, words // 4, 4]), 2)
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def _scales(
+    scales: tl.tensor,
+    nested_code: tl.tensor,
+    nested_scales: tl.tensor,
+    offset: tl.tensor,
+    held: tl.tensor,
+    first: tl.tensor,
+    row_words: tl.tensor,
+    outputs: tl.constexpr,
+    words: tl.constexpr,
+    block_size: tl.constexpr,
+    chunk: tl.constexpr,
+    nested: tl.constexpr,
+    nested_block_size: tl.constexpr,
+) -> tl.tensor:
+    """Load the scale of each word of a tile of shape `(outputs, words)`; `chunk` words that follow have the same."""
+    chunks: tl.constexpr = words // chunk
+    place = first + chunk * tl.arange(0, chunks)
+    index = (held + place[None, :]) // (block_size // 8)
+    inside = (place < row_words)[None, :]
+    if nested:
+        coarse = tl.load(nested_scales + index // nested_block_size, mask=inside, other=0.0)
+        fine = tl.load(nested_code + tl.load(scales + index, mask=inside, other=0).to(tl.int32))
+        # A load of its own for each, as `decoded` wants nothing else.
+        scale = fine * coarse + tl.load(offset + 0 * index)
+    else:
+        scale = tl.load(scales + index, mask=inside, other=0.0)
+    return tl.reshape(tl.broadcast_to(scale[:, :, None], [outputs, chunks, chunk]), [outputs, words])
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def _finish(
+    end: tl.tensor,
+    found: tl.tensor,
+    scales: tl.tensor,
+    bias: tl.tensor,
+    column: tl.tensor,
+    seen: tl.tensor,
+    bits: tl.constexpr,
+    biased: tl.constexpr,
+) -> None:
+    """Scale what is scaled by outputs, add the bias, and store one row of a program."""
+    if bits == 8:
+        found = found * (tl.load(scales + column, mask=seen, other=0.0) * (1 / 127))
+    if biased:
+        found += tl.load(bias + column, mask=seen, other=0.0).to(tl.float32)
+    tl.store(end, found.to(end.dtype.element_ty), mask=seen)

@@ -1,0 +1,388 @@
+"""Steps that the products of every format share, as Triton functions: words become values, inputs are cut to fit.
+
+Owns how codes in words become floating point numbers in registers, and nothing of where they lie. Each word has
+`per_word` codes that belong to inputs which follow each other; code `j` of all words meets every `per_word`-th input,
+so no code ever moves between threads. Of 3 bits, a word is the 3 bytes that hold 8 codes.
+"""
+# No `from __future__ import annotations` here: Triton's interpreter needs `tl.constexpr` as an object.
+
+import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]  # not on every machine, and untyped
+import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+from langchain_quantllm.kernels.linear.codebook import CONSTRAINTS
+
+_CONSTRAINTS = tl.constexpr(CONSTRAINTS)
+MAGIC = 0x4B000000
+"""The bits of 2**23 in float32: a code put into the lowest bits is added to it. Where many are, kernels are given it
+as an argument: an instruction takes one constant, which is the mask of the code."""
+
+_MAGIC_32 = tl.constexpr(MAGIC)
+_MAGIC_FLOAT16 = tl.constexpr(0x6400)  # 1024
+_MAGIC_BFLOAT16 = tl.constexpr(0x4300)  # 128
+_BASE_32 = tl.constexpr(8388608.0)
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def dot(left: tl.tensor, right: tl.tensor, added: tl.tensor) -> tl.tensor:
+    """Multiply in the dtype of both, float32 without shortcuts, and add to `added` in float32."""
+    if INTERPRETED:
+        # The interpreter has bfloat16 as integers and multiplies these. Products of two are exact in float32.
+        left = left.to(tl.float32)
+        right = right.to(tl.float32)
+    return tl.dot(left, right, added, input_precision="ieee")
+
+
+INTERPRETED = tl.constexpr(not isinstance(dot, triton.JITFunction))
+"""Whether there is no GPU to compile for, and no PTX."""
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def pick(index: tl.tensor, first: tl.tensor, second: tl.tensor, third: tl.tensor, count: tl.constexpr) -> tl.tensor:
+    """Choose what belongs to the weight at `index` of `count`, at most three."""
+    chosen = first
+    if count > 1:
+        chosen = tl.where(index == 1, second, chosen)
+    if count > 2:
+        chosen = tl.where(index == 2, third, chosen)
+    return chosen
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def program_place(
+    outputs_1: tl.tensor, outputs_2: tl.tensor, outputs_3: tl.tensor, weights: tl.constexpr, outputs: tl.constexpr
+) -> tl.tensor:
+    """Find this program's weight, its block of that weight's outputs, and the outputs of the weights before it."""
+    program = tl.program_id(0)
+    which = 0
+    local = program
+    before = 0
+    if weights > 1:
+        second = tl.cdiv(outputs_1, outputs)
+        which = tl.where(program >= second, 1, 0)
+        local = tl.where(program >= second, program - second, local)
+        before = tl.where(program >= second, outputs_1, 0)
+    if weights > 2:
+        third = second + tl.cdiv(outputs_2, outputs)
+        which = tl.where(program >= third, 2, which)
+        local = tl.where(program >= third, program - third, local)
+        before = tl.where(program >= third, outputs_1 + outputs_2, before)
+    return which, local, before
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def all_outputs(outputs_1: tl.tensor, outputs_2: tl.tensor, outputs_3: tl.tensor, weights: tl.constexpr) -> tl.tensor:
+    """Count the outputs of all weights of the launch."""
+    total = outputs_1
+    if weights > 1:
+        total += outputs_2
+    if weights > 2:
+        total += outputs_3
+    return total
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def every_fourth(values: tl.tensor, rows: tl.constexpr, words: tl.constexpr) -> tl.tensor:
+    """Cut `(rows, words, 4)` into 4 tensors of shape `(rows, words)`, in order."""
+    even, odd = tl.split(tl.reshape(values, (rows, words, 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def every_eighth(values: tl.tensor, rows: tl.constexpr, words: tl.constexpr) -> tl.tensor:
+    """Cut `(rows, words, 8)` into 8 tensors of shape `(rows, words)`, in order."""
+    even, odd = tl.split(tl.reshape(values, (rows, words, 4, 2)))
+    a, c, e, g = every_fourth(even, rows, words)
+    b, d, f, h = every_fourth(odd, rows, words)
+    return a, b, c, d, e, f, g, h
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def every_sixteenth(values: tl.tensor, rows: tl.constexpr, words: tl.constexpr) -> tl.tensor:
+    """Cut `(rows, words, 16)` into 16 tensors of shape `(rows, words)`, in order."""
+    even, odd = tl.split(tl.reshape(values, (rows, words, 8, 2)))
+    a, c, e, g, i, k, m, o = every_eighth(even, rows, words)
+    b, d, f, h, j, l, n, p = every_eighth(odd, rows, words)  # noqa: E741
+    return a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def strided(values: tl.tensor, rows: tl.constexpr, words: tl.constexpr, per_word: tl.constexpr) -> tl.tensor:
+    """Cut inputs of shape `(rows, words * per_word)` into one tensor of shape `(rows, words)` for each code."""
+    if per_word == 4:
+        return every_fourth(values, rows, words)
+    elif per_word == 8:  # noqa: RET505  # both branches are not compiled only as an else
+        return every_eighth(values, rows, words)
+    else:
+        return every_sixteenth(values, rows, words)
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def lane_value(code: tl.tensor) -> tl.tensor:
+    """Load the one of 16 values that the lane keeps for the others; not the same in each thread, though scalar."""
+    lane = tl.inline_asm_elementwise(
+        "mov.u32 $0, %laneid;", "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=True, pack=1
+    )
+    return tl.load(code + (lane & 15))
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def shuffled(words: tl.tensor, value: tl.tensor, shift: tl.constexpr) -> tl.tensor:
+    """Look up, in float32, the index of 4 bits at `shift` of each word, in the registers of the warp's lanes."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 t; shr.u32 t, $1, $3; shfl.sync.idx.b32 $0, $2, t, 0x100f, 0xffffffff; }",
+        "=f,r,f,r",
+        [words, value, shift],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def looked_up(words: tl.tensor, code: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """Look up the 8 indices of each word in memory: element 0 is in the upper half of the lowest byte."""
+    return (
+        tl.load(code + ((words >> 4) & 15)).to(dtype),
+        tl.load(code + (words & 15)).to(dtype),
+        tl.load(code + ((words >> 12) & 15)).to(dtype),
+        tl.load(code + ((words >> 8) & 15)).to(dtype),
+        tl.load(code + ((words >> 20) & 15)).to(dtype),
+        tl.load(code + ((words >> 16) & 15)).to(dtype),
+        tl.load(code + ((words >> 28) & 15)).to(dtype),
+        tl.load(code + ((words >> 24) & 15)).to(dtype),
+    )
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def decoded(words: tl.tensor, code: tl.tensor, dtype: tl.constexpr, ptx: tl.constexpr) -> tl.tensor:
+    """Look up the 8 indices of each word.
+
+    Nothing that is not made of loads goes in: where `words` are half of a product, Triton moves the load into the
+    layout of tensor cores only then.
+
+    Args:
+        words: Words of shape `(outputs, words)`, int32, of which each thread has an even number along the last axis.
+        code: Where the 16 values are, float32.
+        dtype: float16 or bfloat16, and without `ptx` float32 too.
+        ptx: The instructions, of this `dtype`; empty to look up in memory.
+
+    Returns:
+        8 tensors of the shape of `words`, in `dtype`.
+    """
+    if INTERPRETED or ptx == "":
+        return looked_up(words, code, dtype)
+    elif dtype == tl.float16:  # noqa: RET505  # both branches are not compiled only as an else
+        # The types are named, as a tuple takes no parameter of the kernel.
+        return tl.inline_asm_elementwise(
+            ptx,
+            _CONSTRAINTS,
+            [words],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            ptx,
+            _CONSTRAINTS,
+            [words],
+            dtype=(
+                tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16,
+                tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16,
+            ),
+            is_pure=True,
+            pack=2,
+        )  # fmt: skip
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def joined(values: tl.tensor, rows: tl.constexpr, words: tl.constexpr, per_word: tl.constexpr) -> tl.tensor:
+    """Put `per_word` tensors of shape `(rows, words)` together as `(rows, words, per_word)`; no number moves."""
+    if per_word == 4:
+        found = _four_joined(values[0], values[1], values[2], values[3])
+    elif per_word == 8:
+        even = _four_joined(values[0], values[2], values[4], values[6])
+        found = tl.join(even, _four_joined(values[1], values[3], values[5], values[7]))
+    else:
+        a = _four_joined(values[0], values[4], values[8], values[12])
+        b = _four_joined(values[1], values[5], values[9], values[13])
+        c = _four_joined(values[2], values[6], values[10], values[14])
+        d = _four_joined(values[3], values[7], values[11], values[15])
+        found = _four_joined(a, b, c, d)
+    return tl.reshape(found, [rows, words, per_word])
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def _four_joined(first: tl.tensor, second: tl.tensor, third: tl.tensor, fourth: tl.tensor) -> tl.tensor:
+    return tl.join(tl.join(first, third), tl.join(second, fourth))
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def all_shuffled(words: tl.tensor, value: tl.tensor) -> tl.tensor:
+    """Look up the 8 indices of each word by `shuffled`."""
+    return (
+        shuffled(words, value, 4),
+        shuffled(words, value, 0),
+        shuffled(words, value, 12),
+        shuffled(words, value, 8),
+        shuffled(words, value, 20),
+        shuffled(words, value, 16),
+        shuffled(words, value, 28),
+        shuffled(words, value, 24),
+    )
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def all_scaled_codes(words: tl.tensor, magic: tl.tensor, bits: tl.constexpr, zero: tl.constexpr) -> tl.tensor:
+    """Read all codes of each word by `scaled_code`."""
+    a = scaled_code(words, magic, 0, bits, zero)
+    b = scaled_code(words, magic, bits, bits, zero)
+    c = scaled_code(words, magic, 2 * bits, bits, zero)
+    d = scaled_code(words, magic, 3 * bits, bits, zero)
+    if bits == 8:
+        return a, b, c, d
+    else:  # noqa: RET505  # both branches are not compiled only as an else
+        e = scaled_code(words, magic, 4 * bits, bits, zero)
+        f = scaled_code(words, magic, 5 * bits, bits, zero)
+        g = scaled_code(words, magic, 6 * bits, bits, zero)
+        h = scaled_code(words, magic, 7 * bits, bits, zero)
+        if bits > 2:
+            return a, b, c, d, e, f, g, h
+        else:  # noqa: RET505
+            return (
+                a, b, c, d, e, f, g, h,
+                scaled_code(words, magic, 8 * bits, bits, zero), scaled_code(words, magic, 9 * bits, bits, zero),
+                scaled_code(words, magic, 10 * bits, bits, zero), scaled_code(words, magic, 11 * bits, bits, zero),
+                scaled_code(words, magic, 12 * bits, bits, zero), scaled_code(words, magic, 13 * bits, bits, zero),
+                scaled_code(words, magic, 14 * bits, bits, zero), scaled_code(words, magic, 15 * bits, bits, zero),
+            )  # fmt: skip
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def inverse_units(bits: tl.constexpr, per_word: tl.constexpr) -> tl.tensor:
+    """Give what undoes the `code_unit` of each code of a word, as powers of two of shape `(1, per_word)`, float32."""
+    places = tl.arange(0, per_word) * bits % 16
+    return ((127 - places) << 23).to(tl.float32, bitcast=True)[None, :]
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def scaled_code(
+    words: tl.tensor, magic: tl.tensor, place: tl.constexpr, bits: tl.constexpr, zero: tl.constexpr
+) -> tl.tensor:
+    """Read the code at bit `place` of each word, less `zero`, as float32 times `code_unit(place)`: shifts are saved."""
+    upper: tl.constexpr = place // 16 * 16
+    fields = (words >> upper) & (((1 << bits) - 1) << (place - upper))
+    return (fields | magic).to(tl.float32, bitcast=True) - (_BASE_32 + zero * code_unit(place))
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def code_unit(place: tl.constexpr) -> tl.constexpr:
+    """What `scaled_code` has multiplied by."""
+    return 1.0 * (1 << (place % 16))
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def centered(
+    words: tl.tensor, zero: tl.tensor, place: tl.constexpr, bits: tl.constexpr, dtype: tl.constexpr
+) -> tl.tensor:
+    """Read the code at bit `place` of each word, less `zero` in float32; exact in `dtype`, as both are below 257."""
+    fields = (words >> place) & ((1 << bits) - 1)
+    if INTERPRETED or dtype == tl.float32 or (dtype == tl.bfloat16 and bits == 8):
+        return ((fields | _MAGIC_32).to(tl.float32, bitcast=True) - (_BASE_32 + zero)).to(dtype)
+    elif dtype == tl.float16:  # noqa: RET505  # both branches are not compiled only as an else
+        return (fields | _MAGIC_FLOAT16).to(tl.int16).to(dtype, bitcast=True) - (1024.0 + zero).to(dtype)
+    else:
+        return (fields | _MAGIC_BFLOAT16).to(tl.int16).to(dtype, bitcast=True) - (128.0 + zero).to(dtype)
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def packed_words(
+    stored: tl.tensor, place: tl.tensor, column: tl.tensor, width: tl.tensor, inside: tl.tensor, bits: tl.constexpr
+) -> tl.tensor:
+    """Load words of shape `(words, outputs)` that are packed along the inputs.
+
+    Args:
+        stored: Where the codes are: words of shape `(inputs * bits / 32, width)`.
+        place: Which words of an output, of shape `(words,)`; of 3 bits, which 3 bytes.
+        column: Which outputs, of shape `(outputs,)`.
+        width: All outputs.
+        inside: Which of these there are, of shape `(words, outputs)`.
+        bits: Bits of a code.
+
+    Returns:
+        int32; of 3 bits, the upper 8 bits of it have no meaning.
+    """
+    if bits != 3:
+        return tl.load(stored + place[:, None] * width + column[None, :], mask=inside, other=0)
+    else:  # noqa: RET505  # both branches are not compiled only as an else
+        at = stored + (place * 3 // 4)[:, None] * width + column[None, :]
+        shift = (place * 3 % 4 * 8)[:, None]
+        return _across(at, width, shift, inside, inside & (shift > 8))
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def zero_points(
+    zeros: tl.tensor, group: tl.tensor, column: tl.tensor, width: tl.tensor, inside: tl.tensor, bits: tl.constexpr
+) -> tl.tensor:
+    """Load the zero points of groups, which are packed along the outputs, as int32."""
+    at = zeros + group * (width * bits // 32) + column * bits // 32
+    place = column * bits % 32
+    if bits == 3:
+        packed = _across(at, 1, place, inside, inside & (place > 32 - bits))
+    else:
+        packed = tl.load(at, mask=inside, other=0) >> place
+    return packed & ((1 << bits) - 1)
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def _across(at: tl.tensor, step: tl.tensor, shift: tl.tensor, inside: tl.tensor, crosses: tl.tensor) -> tl.tensor:
+    """Load 32 bits from `shift` on: those of a word, and where they `cross` into it those of the one a `step` on."""
+    low = tl.load(at, mask=inside, other=0).to(tl.uint32, bitcast=True)
+    high = tl.load(at + step, mask=crosses, other=0).to(tl.uint32, bitcast=True)
+    # No shift by 32, which has no meaning: where there are no upper bits, `high` is 0.
+    return ((low >> shift) | (high << (32 - shift & 31))).to(tl.int32, bitcast=True)
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def columns_of(at: tl.tensor, inside: tl.tensor, words: tl.constexpr, per_word: tl.constexpr) -> tl.tensor:
+    """Load inputs of shape `(words, per_word)` as `per_word` tensors of shape `(words,)`, float32."""
+    loaded = tl.load(at, mask=inside[:, None], other=0.0).to(tl.float32)
+    if per_word == 4:
+        return _four(loaded, words)
+    elif per_word == 8:  # noqa: RET505  # both branches are not compiled only as an else
+        return _eight(loaded, words)
+    else:
+        even, odd = tl.split(tl.reshape(loaded, (words, 8, 2)))
+        a, c, e, g, i, k, m, o = _eight(even, words)
+        b, d, f, h, j, l, n, p = _eight(odd, words)  # noqa: E741
+        return a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def _eight(values: tl.tensor, words: tl.constexpr) -> tl.tensor:
+    """Cut `(words, 8)` into its 8 columns, in order."""
+    even, odd = tl.split(tl.reshape(values, (words, 4, 2)))
+    a, c, e, g = _four(even, words)
+    b, d, f, h = _four(odd, words)
+    return a, b, c, d, e, f, g, h
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def _four(values: tl.tensor, words: tl.constexpr) -> tl.tensor:
+    """Cut `(words, 4)` into its 4 columns, in order."""
+    even, odd = tl.split(tl.reshape(values, (words, 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def scaled(values: tl.tensor, scale: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """Multiply values by their scales in `dtype`, which is that of both factors on tensor cores."""
+    if INTERPRETED:
+        # The interpreter has bfloat16 as integers.
+        return (values.to(tl.float32) * scale).to(dtype)
+    else:  # noqa: RET505  # both branches are not compiled only as an else
+        return values * scale.to(dtype)

@@ -1,0 +1,105 @@
+"""What `weight_only` computes, in plain torch: dequantize, then multiply.
+
+Owns the meaning of the products: the Triton kernels are tested against them. Knows tensors and weights; no model, no
+Triton, and neither library that made the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from langchain_quantllm.kernels.linear.weights import FourBitWeight, GPTQWeight, Int8Weight, RepackedWeight, Weight
+
+__all__ = ["MOST_FOUR_BIT_ROWS", "block_scales", "dequantize", "product", "products_of_one_input"]
+
+MOST_FOUR_BIT_ROWS = 64
+"""As of `weight_only`."""
+
+
+def product(
+    x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None, *, dtype: torch.dtype = torch.float64
+) -> torch.Tensor:
+    """Multiply activations by a quantized weight.
+
+    Args:
+        x: Activations of shape `(..., in_features)`, floating.
+        weight: The weight.
+        bias: What is added, of shape `(out_features,)`; None for nothing: the weight's own is not looked at.
+        dtype: What to compute in.
+
+    Returns:
+        `x @ w.T + bias` of shape `(..., out_features)`, in `dtype`.
+    """
+    found = x.to(dtype) @ dequantize(weight, dtype).t()
+    return found if bias is None else found + bias.to(dtype)
+
+
+def products_of_one_input(
+    x: torch.Tensor, weights: Sequence[Weight], *, dtype: torch.dtype = torch.float64
+) -> list[torch.Tensor]:
+    """Multiply the same activations by several weights, and add the bias of each.
+
+    Args:
+        x: Activations of shape `(..., in_features)`, floating.
+        weights: Weights of the same inputs.
+        dtype: What to compute in.
+
+    Returns:
+        A product for each weight, as `product` gives it.
+    """
+    return [product(x, weight, weight.bias, dtype=dtype) for weight in weights]
+
+
+def dequantize(weight: Weight, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Give the weight of shape `(out_features, in_features)`, computed in `dtype`."""
+    if isinstance(weight, FourBitWeight):
+        return _four_bit(weight, dtype)
+    if isinstance(weight, Int8Weight):
+        codes = weight.words.view(torch.int8).reshape(weight.out_features, weight.in_features)
+        return codes.to(dtype) * (weight.scales.to(dtype) / 127)[:, None]
+    return _repacked(weight, dtype) if isinstance(weight, RepackedWeight) else _gptq(weight, dtype)
+
+
+def _repacked(weight: RepackedWeight, dtype: torch.dtype) -> torch.Tensor:
+    octets = weight.words.reshape(-1, weight.in_features // 2, 32)
+    # Of 32 outputs and two inputs: the lower halves are the first 16 outputs, input by input.
+    indices = torch.cat([octets & 15, octets >> 4], dim=-1).reshape(-1, weight.in_features // 2, 32, 2)
+    indices = indices.transpose(1, 2).reshape(weight.out_features, weight.in_features)
+    scales = weight.scales.to(dtype).t().repeat_interleave(weight.block_size, dim=1)
+    return weight.code.to(dtype)[indices.long()] * scales
+
+
+def block_scales(weight: FourBitWeight, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Give the scale of each block of a weight in 4 bits, of shape `(blocks,)`, computed in `dtype`."""
+    if not weight.nested:
+        return weight.scales.to(dtype)
+    outer = weight.nested_scales.to(dtype).repeat_interleave(weight.nested_block_size)[: len(weight.scales)]
+    return weight.nested_code.to(dtype)[weight.scales.int()] * outer + weight.offset.to(dtype)
+
+
+def _four_bit(weight: FourBitWeight, dtype: torch.dtype) -> torch.Tensor:
+    scales = block_scales(weight, dtype)
+    octets = weight.words.view(torch.uint8)
+    indices = torch.stack([octets >> 4, octets & 15], dim=-1).reshape(-1)
+    place = torch.arange(len(indices), device=octets.device) // weight.block_size
+    values = weight.code.to(dtype)[indices.long()] * scales[place]
+    return values.reshape(weight.out_features, weight.in_features)
+
+
+def _gptq(weight: GPTQWeight, dtype: torch.dtype) -> torch.Tensor:
+    codes = _fields(weight.words.t().contiguous(), weight.bits).t()
+    zeros = _fields(weight.zeros, weight.bits)
+    groups = weight.groups.long()
+    return ((codes.to(dtype) - zeros.to(dtype)[groups]) * weight.scales.to(dtype)[groups]).t()
+
+
+def _fields(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """Read the codes along the last axis of words, the lowest bits first."""
+    if bits == 3:  # 32 codes in 3 words: bit by bit
+        single = (words.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32, device=words.device)) & 1
+        places = torch.tensor([1, 2, 4], dtype=torch.int32, device=words.device)
+        return (single.reshape(*words.shape[:-1], -1, 3) * places).sum(-1, dtype=torch.int32)
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
+    return ((words.unsqueeze(-1) >> shifts) & (1 << bits) - 1).flatten(-2)

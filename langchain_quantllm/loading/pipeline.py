@@ -1,0 +1,196 @@
+"""From a checkpoint to a transformers pipeline: reading the weights, and what goes wrong with that.
+
+Owns the call of `from_pretrained`, the checks that its result is what the checkpoint says, and
+its errors in one sentence each. Knows no registry, no engine and no LangChain.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from langchain_quantllm.compat.accelerate import is_spread
+from langchain_quantllm.compat.bitsandbytes import hush_casts, shape_of
+from langchain_quantllm.compat.library_logging import progress_bars
+from langchain_quantllm.errors import (
+    CheckpointError,
+    InvalidOptionError,
+    MissingPackageError,
+    NotEnoughMemoryError,
+    QuantLLMError,
+)
+from langchain_quantllm.loading.checkpoint import Checkpoint, LoadSpec, explain, first_line, hub_options
+from langchain_quantllm.loading.devices import devices_named, release_memory
+from langchain_quantllm.loading.processors import load_processor
+from langchain_quantllm.memory import transformers_builds
+
+
+def load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: Any, device_map: Any) -> Any:
+    """Read a checkpoint's weights and tokenizer into a pipeline.
+
+    Its task is text-generation; or image-text-to-text, with a processor, where the model reads images as well and they
+    can be read here.
+
+    Args:
+        spec: What was asked for.
+        checkpoint: What was found.
+        quantization_config: For `from_pretrained`; None where the checkpoint's own counts.
+        device_map: Where the model goes.
+
+    Raises:
+        CheckpointError: If weights, tokenizer or processor are missing, damaged or of another shape.
+        InvalidOptionError: If `model_kwargs` has a name that nobody takes.
+        MissingPackageError: If transformers needs a package that is not installed.
+        NotEnoughMemoryError: If the memory ran out on the way.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, pipeline
+
+    hub = hub_options(spec, checkpoint.source if checkpoint.local else None)
+    options = {
+        "dtype": _dtype(spec, checkpoint, device_map),
+        "device_map": copy.copy(device_map),  # accelerate writes into both
+        "max_memory": copy.copy(spec.max_memory),
+        "attn_implementation": spec.attn_implementation,
+        "quantization_config": quantization_config,
+    }
+    options = {k: v for k, v in options.items() if v is not None}
+    with progress_bars(spec.progress):
+        try:
+            processor = load_processor(spec, checkpoint)
+        except CheckpointError:
+            _load_tokenizer(spec, checkpoint)  # which has more to say if it is what is wrong
+            raise
+        tokenizer = _load_tokenizer(spec, checkpoint) if processor is None else processor.tokenizer
+        auto_class = AutoModelForCausalLM if processor is None else AutoModelForImageTextToText
+        with transformers_builds, _loading_errors(spec, checkpoint.source):
+            model, info = auto_class.from_pretrained(
+                checkpoint.source,
+                config=checkpoint.config,
+                use_safetensors=spec.use_safetensors or None,
+                output_loading_info=True,
+                **hub,
+                **options,
+                **checkpoint.model_kwargs,
+            )
+    lost = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"]), *_misshapen(model)}
+    if lost:
+        saved = ", ".join(getattr(checkpoint.config, "architectures", None) or ())
+        msg = (
+            f"the checkpoint {spec.model_id} has no fitting weights for {len(lost)} tensors, such as {min(lost)!r}, "
+            f"and they would have been random; is it complete, and of this architecture{saved and f' ({saved})'}?"
+        )
+        raise CheckpointError(msg)
+    model.eval()
+    hush_casts(model)
+    # A pipeline moves a model to the first GPU, unless accelerate has spread it, or a device is named.
+    device = None if is_spread(model) else model.device
+    if processor is not None:
+        return pipeline("image-text-to-text", model=model, processor=processor, device=device)
+    return pipeline("text-generation", model=model, tokenizer=tokenizer, device=device)
+
+
+def _load_tokenizer(spec: LoadSpec, checkpoint: Checkpoint) -> Any:
+    from transformers import AutoTokenizer
+
+    hub = hub_options(spec, checkpoint.source if checkpoint.local else None)
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.source, **hub)
+    except (ValueError, OSError, ImportError) as error:
+        raise CheckpointError(explain(spec, error, "tokenizer")) from error
+
+
+def _dtype(spec: LoadSpec, checkpoint: Checkpoint, device_map: Any) -> Any:
+    """Give the dtype to load in.
+
+    GPTQ checkpoints say float16, in which CPU kernels run ten times slower than in bfloat16.
+    """
+    import torch
+
+    if spec.dtype != "auto":
+        return getattr(torch, spec.dtype)
+    if checkpoint.gptq is not None and devices_named(device_map, spec.max_memory)[:1] == ["cpu"]:
+        return torch.bfloat16
+    return "auto"
+
+
+def _misshapen(model: Any) -> Iterator[str]:
+    """Name bitsandbytes layers whose weights have another shape than the config says: transformers does not check."""
+    for name, module in model.named_modules():
+        shape = shape_of(module)
+        if shape is not None and shape != (module.out_features, module.in_features):
+            yield f"{name}.weight"
+
+
+@contextlib.contextmanager
+def _loading_errors(spec: LoadSpec, source: str) -> Iterator[None]:
+    """Say in one sentence what went wrong where transformers' words do not help."""
+    import torch
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        release_memory()
+        msg = (
+            f"the device ran out of memory while loading {spec.model_id}; use a scheme of fewer bits, "
+            "device_map='auto' to spread it over several devices, or free what other programs hold."
+        )
+        raise NotEnoughMemoryError(msg) from error
+    except SafetensorError as error:
+        msg = f"a weight file of {spec.model_id} is damaged ({first_line(error)}); get it again."
+        raise CheckpointError(msg) from error
+    except ImportError as error:
+        msg = f"{spec.model_id} cannot be loaded without a package: {str(error).strip()}"
+        raise MissingPackageError(msg) from error
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        name = str(error).rpartition("argument ")[2].strip("'")
+        msg = (
+            f"model_kwargs has {name!r}, which neither transformers' from_pretrained nor this model takes; leave it "
+            "out."
+        )
+        raise InvalidOptionError(msg) from error
+    except (RuntimeError, ValueError, OSError) as error:
+        told = _sentence(spec, source, error)
+        if told is None:
+            raise
+        raise told from error
+
+
+def _sentence(spec: LoadSpec, source: str, error: Exception) -> QuantLLMError | None:
+    """Say what an error of transformers or safetensors means here; None where its own words do."""
+    text = str(error)
+    name = spec.model_id
+    if "trust_remote_code" in text:
+        return CheckpointError(explain(spec, error, "model"))
+    if "dispatched on the CPU" in text:
+        return NotEnoughMemoryError(
+            f"{name} does not fit on the GPUs in this scheme, and modules on the CPU were not allowed; use fewer "
+            "bits, or Int8(fp32_cpu_offload=True) with device_map='auto' to keep the rest on the CPU in float32."
+        )
+    if "ignore_mismatched_sizes" in text:
+        return CheckpointError(
+            f"the weights of {name} have other shapes than its config says, and would have been random; is it "
+            "complete, and of this architecture?"
+        )
+    if isinstance(error, OSError) and (missing := _missing_shard(source)):
+        return CheckpointError(f"{name} lacks {missing}, which its index names; get the checkpoint again.")
+    if isinstance(error, OSError) and "safetensors" in text and not any(Path(source).glob("*.safetensors")):
+        return CheckpointError(
+            f"{name} has no weights in safetensors, and pickle files can run code while they load; convert it, or pass "
+            "use_safetensors=False if you trust its maker."
+        )
+    return None
+
+
+def _missing_shard(folder: str) -> str | None:
+    index = Path(folder) / "model.safetensors.index.json"
+    if not index.is_file():
+        return None
+    shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    return next((shard for shard in shards if not (index.parent / shard).is_file()), None)

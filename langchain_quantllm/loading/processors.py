@@ -1,0 +1,210 @@
+"""Processors: what makes a model's inputs of a prompt and its images.
+
+Owns finding and loading a checkpoint's processor, why there is none, and calling it. Knows no message, no engine and no
+LangChain.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from langchain_quantllm.compat.packages import is_installed
+from langchain_quantllm.compat.transformers_auto import (
+    load_image_processor,
+    make_processor,
+    processor_class,
+    processor_parts,
+)
+from langchain_quantllm.errors import (
+    CheckpointError,
+    InvalidOptionError,
+    MissingPackageError,
+    QuantLLMError,
+    UnsupportedError,
+    pip_install,
+)
+from langchain_quantllm.loading.checkpoint import (
+    PROCESSOR_FILES,
+    Checkpoint,
+    LoadSpec,
+    explain,
+    first_line,
+    has_image_processor,
+    hub_options,
+    reads_images,
+    reads_text,
+)
+from langchain_quantllm.loading.hub import fetch
+
+_PILLOW = "langchain-quantllm[vision]"
+
+
+def load_processor(spec: LoadSpec, checkpoint: Checkpoint) -> Any:
+    """Load the processor of a checkpoint that reads images.
+
+    Args:
+        spec: What was asked for.
+        checkpoint: What was found.
+
+    Returns:
+        A transformers processor; None where the checkpoint is loaded to read text only: because it is of that kind, or
+        because its images cannot be read here and its texts can.
+
+    Raises:
+        CheckpointError: If the processor is missing where the model needs one, or cannot be read.
+        MissingPackageError: If it needs a package that is not installed.
+    """
+    if not reads_images(checkpoint.config):
+        return None
+    if not is_installed("PIL"):
+        if reads_text(checkpoint.config):
+            return None
+        msg = f"{_described(spec, checkpoint)} needs pillow: {pip_install(_PILLOW)}"
+        raise MissingPackageError(msg)
+    place = _find(spec, checkpoint)
+    if place is None:
+        if reads_text(checkpoint.config):
+            return None
+        msg = (
+            f"{_described(spec, checkpoint)} has no image processor ({' or '.join(PROCESSOR_FILES)}); copy these files "
+            "from where the model comes from."
+        )
+        raise CheckpointError(msg)
+    from transformers import AutoProcessor
+
+    source, hub = place
+    try:
+        return AutoProcessor.from_pretrained(source, **hub)
+    except ImportError as error:
+        if "torchvision" in str(error).lower() and not is_installed("torchvision"):
+            return _load_without_videos(spec, type(checkpoint.config), place, error)
+        raise MissingPackageError(_missing(spec, error)) from error
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        raise _unreadable(spec, error) from error
+
+
+def _described(spec: LoadSpec, checkpoint: Checkpoint) -> str:
+    return f"{spec.model_id}, a {checkpoint.config.model_type!r} model, which reads text through its processor,"
+
+
+def _find(spec: LoadSpec, checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] | None:
+    """Find where the files of an image processor are: the source, and the Hub's options for it."""
+    from huggingface_hub import errors as hub
+    from huggingface_hub.constants import is_offline_mode
+
+    if checkpoint.local:
+        if has_image_processor(Path(checkpoint.source)):
+            return checkpoint.source, hub_options(spec, checkpoint.source)
+        if spec.local_files_only or is_offline_mode() or Path(spec.model_id).expanduser().is_dir():
+            return None
+    # The Hub's cache may hold no more of a commit than what was once read for its text.
+    revision = Path(checkpoint.source).name if checkpoint.local else spec.revision
+    for name in PROCESSOR_FILES:
+        with contextlib.suppress(hub.HfHubHTTPError, hub.EntryNotFoundError, OSError):
+            fetch(spec.model_id, name, revision=revision, token=spec.token, cache_dir=spec.cache_dir)
+            return spec.model_id, hub_options(dataclasses.replace(spec, revision=revision), None)
+    return None
+
+
+def _load_without_videos(
+    spec: LoadSpec, config_class: type, place: tuple[str, dict[str, Any]], error: ImportError
+) -> Any:
+    """Load a processor without the part for videos: it alone needs torchvision in many families, such as Qwen-VL."""
+    from transformers import AutoTokenizer
+
+    kind = processor_class(config_class)
+    parts = {
+        "tokenizer": AutoTokenizer.from_pretrained,
+        "image_processor": load_image_processor,
+        "video_processor": None,
+    }
+    names = () if kind is None else processor_parts(kind)
+    if "video_processor" not in names or not set(names) <= parts.keys():
+        raise MissingPackageError(_missing(spec, error)) from error
+
+    source, hub = place
+    try:
+        loaded = [load and load(source, **hub) for load in (parts[name] for name in names)]
+        return make_processor(kind, loaded, source, **hub)
+    except ImportError as other:
+        raise MissingPackageError(_missing(spec, other)) from other
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as other:
+        raise _unreadable(spec, other) from other
+
+
+def _unreadable(spec: LoadSpec, error: Exception) -> QuantLLMError:
+    """Say why a processor cannot be read; for want of a package too, which transformers does not always say by type."""
+    if "torchvision" in str(error).lower() and not is_installed("torchvision"):
+        return MissingPackageError(_missing(spec, error))
+    return CheckpointError(explain(spec, error, "processor"))
+
+
+def _missing(spec: LoadSpec, error: Exception) -> str:
+    text = str(error)
+    package = next((name for name in ("torchvision", "num2words") if name in text.lower()), None)
+    if package is None:
+        return f"the processor of {spec.model_id} needs a package: {first_line(error)}"
+    wanted = _torchvision() if package == "torchvision" else package
+    return f"the processor of {spec.model_id} needs {package}: {pip_install(wanted)}"
+
+
+def _torchvision() -> str:
+    """Name the torchvision that belongs to this PyTorch; another one would bring another PyTorch with it."""
+    import torch
+
+    major, minor = torch.__version__.split(".")[:2]
+    return f"torchvision==0.{int(minor) + 15}.*" if major == "2" else "torchvision"
+
+
+def why_blind(pipeline: Any, message: int) -> QuantLLMError | None:
+    """Say why a loaded pipeline does not read the images that its model could; None where it does.
+
+    Args:
+        pipeline: A transformers pipeline over a model that `reads_images`.
+        message: Which message holds an image.
+    """
+    if getattr(getattr(pipeline, "processor", None), "image_processor", None) is not None:
+        return None
+    if not is_installed("PIL"):
+        return MissingPackageError(
+            f"message {message} holds an image, which needs pillow: {pip_install(_PILLOW)}; then load the model again."
+        )
+    return UnsupportedError(
+        f"message {message} holds an image, and the model was loaded without the processor that images need; add "
+        f"{' or '.join(PROCESSOR_FILES)} to its folder, or make your pipeline for the task 'image-text-to-text'."
+    )
+
+
+def process(
+    processor: Any, prompt: str, images: Sequence[Any], *, add_special_tokens: bool
+) -> tuple[list[int], dict[str, Any]]:
+    """Make a model's inputs of a prompt and its images.
+
+    Args:
+        processor: A transformers processor.
+        prompt: The prompt, with the placeholder of each image in its place.
+        images: Pillow images, in the placeholders' order.
+        add_special_tokens: Let the tokenizer add its begin token.
+
+    Returns:
+        The token ids, in which a placeholder has become as many tokens as the image takes, and the other inputs, such
+        as `pixel_values`, by their names.
+
+    Raises:
+        InvalidOptionError: If the processor does not take them.
+    """
+    try:
+        inputs = dict(
+            processor(text=[prompt], images=[list(images)], return_tensors="pt", add_special_tokens=add_special_tokens)
+        )
+    except (ValueError, TypeError, IndexError, RuntimeError, StopIteration) as error:
+        token = getattr(processor, "image_token", None)
+        hint = f"; is {token!r}, which stands for an image, in the text of a message?" if token else ""
+        msg = f"the model's processor does not take this prompt with its images: {first_line(error)}{hint}"
+        raise InvalidOptionError(msg) from error
+    del inputs["attention_mask"]  # all ones: the prompt is alone
+    return inputs.pop("input_ids")[0].tolist(), inputs

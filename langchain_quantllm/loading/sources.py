@@ -1,0 +1,345 @@
+"""What a model id names on this disk, told from names of files and two small JSON files.
+
+Owns the errors for what is there and is no checkpoint of a language model: other formats, other kinds of models,
+single files. Imports the standard library alone, so that a wrong path is told before torch is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from langchain_quantllm.errors import (
+    CheckpointError,
+    ModelNotFoundError,
+    QuantLLMError,
+    UnsupportedError,
+    closest,
+    pip_install,
+)
+
+ADAPTER_CONFIG = "adapter_config.json"
+"""Where peft says what an adapter is."""
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+_ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z")
+_HEADS = {
+    "ForSequenceClassification": "it classifies texts",
+    "ForTokenClassification": "it labels the words of a text",
+    "ForQuestionAnswering": "it marks answers in a text",
+    "ForMultipleChoice": "it chooses among texts",
+    "ForMaskedLM": "it is an encoder, which fills in single masked words",
+    "ForPreTraining": "it is an encoder",
+    "ForImageClassification": "it classifies images",
+    "ForObjectDetection": "it finds objects in images",
+    "ForSemanticSegmentation": "it divides images",
+    "ForAudioClassification": "it classifies sounds",
+    "ForCTC": "it turns speech into text",
+    "ForSpeechSeq2Seq": "it turns speech into text",
+}
+"""What models do whose class ends so, and that they write no text."""
+
+_ENCODERS = frozenset(
+    {
+        "albert",
+        "bert",
+        "camembert",
+        "data2vec-text",
+        "deberta",
+        "deberta-v2",
+        "distilbert",
+        "electra",
+        "ernie",
+        "esm",
+        "eurobert",
+        "longformer",
+        "modernbert",
+        "mpnet",
+        "new",
+        "nomic_bert",
+        "rembert",
+        "roberta",
+        "roformer",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+    }
+)
+"""Model types that turn a text into vectors."""
+
+_SPEECH = frozenset({"whisper", "wav2vec2", "hubert", "wavlm", "moonshine"})
+
+_EMBEDDING = (
+    "holds an embedding model, which turns texts into vectors and writes none; use HuggingFaceEmbeddings of "
+    "langchain-huggingface for it, and a language model such as Llama, Qwen or Mistral here."
+)
+_LONGEST_SHOWN = 80
+_ADVICE = "use a decoder-only language model, such as Llama, Qwen or Mistral."
+
+
+def folder_of(model_id: str) -> str | None:
+    """Return the absolute folder that a model id means, or None if it names no existing one."""
+    try:
+        path = _path_of(model_id)
+    except ModelNotFoundError:  # check_sources says so
+        return None
+    return str(path.resolve()) if path.is_dir() else None
+
+
+def _path_of(name: str, of: str = "") -> Path:
+    """Return the path that a name stands for, once the system was asked whether it can be one.
+
+    Raises:
+        ModelNotFoundError: If it cannot: it is too long, its home is nobody's, or it may not be looked at.
+    """
+    try:
+        path = Path(name).expanduser()
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except (OSError, RuntimeError, ValueError) as error:
+        shown = name if len(name) <= _LONGEST_SHOWN else f"{name[:_LONGEST_SHOWN]}..."
+        reason = (getattr(error, "strerror", None) or str(error)).rstrip(".")
+        msg = f"{shown!r}{of} cannot be a folder ({reason}); check the path, or give a repository on the Hub."
+        raise ModelNotFoundError(msg) from error
+    return path
+
+
+def check_sources(model_id: str, adapters: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Check what a model id and adapters name, as far as this disk tells.
+
+    Args:
+        model_id: A folder, or the name of a repository, of which only the form is checked.
+        adapters: Folder or repository of each adapter, by its name.
+
+    Raises:
+        ModelNotFoundError: If there is no such folder, or no checkpoint of transformers in it.
+        UnsupportedError: If it holds a model that writes no text.
+        CheckpointError: If it is in a format that transformers does not load.
+    """
+    for name, source in adapters.items():
+        _check_adapter(name, source)
+    path = _path_of(model_id)
+    if path.is_dir():
+        if (error := wrong_folder(path.resolve())) is not None:
+            raise error
+    elif path.exists():
+        raise ModelNotFoundError(_about_file(path))
+    elif "://" in model_id or model_id.startswith(("huggingface.co/", "hf.co/", "www.")):
+        parts = model_id.partition("://")[2] or model_id
+        name = "/".join(parts.split("/")[1:3])
+        msg = f"{model_id} is an address; give the name of the repository, model_id={name!r}, or a folder."
+        raise ModelNotFoundError(msg)
+    elif model_id.startswith(("/", "./", "../", "~", ".\\")) or os.path.isabs(model_id) or model_id.count("/") > 1:
+        raise ModelNotFoundError(_about_missing(model_id, path))
+    elif re.fullmatch(r"[\w./-]+:[\w.-]+", model_id):
+        msg = f"{model_id} is a name of Ollama's; give a folder or a repository on the Hub, such as 'Qwen/Qwen3-8B'."
+        raise ModelNotFoundError(msg)
+    elif Path(model_id).suffix in (".gguf", *_WEIGHTS, *_ARCHIVES):
+        msg = f"there is no file {model_id}; check the path, and give a folder or the name of a repository on the Hub."
+        raise ModelNotFoundError(msg)
+
+
+def _check_adapter(name: str, source: str) -> None:
+    path = _path_of(source, f" of adapter {name!r}")
+    if path.is_dir() and not (path / ADAPTER_CONFIG).is_file():
+        msg = f"the folder {source} of adapter {name!r} has no {ADAPTER_CONFIG}; give a folder that peft has saved."
+        raise ModelNotFoundError(msg)
+    if path.is_file():
+        msg = (
+            f"adapter {name!r} is the file {source}; give its folder, which has {ADAPTER_CONFIG}: {str(path.parent)!r}."
+        )
+        raise ModelNotFoundError(msg)
+    if not path.exists() and (source.startswith((".", "/", "~")) or source.count("/") != 1):
+        msg = f"there is no folder {source} for adapter {name!r}; check the path, or give a repository on the Hub."
+        raise ModelNotFoundError(msg)
+
+
+def _about_missing(model_id: str, path: Path) -> str:
+    msg = f"there is no folder {model_id}"
+    try:
+        beside = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
+    except OSError:
+        beside = []
+    if (meant := closest(path.name, beside)) is not None:
+        return f"{msg}; did you mean {path.parent / meant}?"
+    return f"{msg}; check the path, or give the name of a repository on the Hub."
+
+
+def _about_file(path: Path) -> str:
+    """Say what a file is that was given in a folder's place."""
+    kind = path.suffix.lower()
+    if kind == ".gguf":
+        return _about_gguf(path)
+    if kind in _ARCHIVES:
+        return f"{path} is an archive; unpack it, and give the folder with config.json."
+    if kind == ".onnx":
+        return f"{path} is a model for ONNX Runtime; give the folder of the checkpoint that it was made of."
+    if path.parent.joinpath("config.json").is_file():
+        return f"{path} is one file of a checkpoint; give its folder: model_id={str(path.parent)!r}."
+    if kind in _WEIGHTS:
+        return (
+            f"{path} is a file of weights alone; give a folder that has the model's config.json and its tokenizer "
+            "beside them."
+        )
+    return f"{path} is a file; give a folder with config.json, weights and tokenizer."
+
+
+def _about_gguf(file: Path) -> str:
+    """Say how to turn a GGUF file into a checkpoint."""
+    command = command_line(
+        ["langchain-quantllm", "convert", str(file), str(file.with_suffix(""))],
+        is_windows=os.name == "nt",
+    )
+    return (
+        f"{file.name} is in llama.cpp's format; convert it once: {command} (it needs "
+        f"{pip_install('langchain-quantllm[demo]')}), or give the checkpoint that it was made of."
+    )
+
+
+def command_line(words: Sequence[str], *, is_windows: bool) -> str:
+    """Write a command as a shell takes it, that of Windows or those of other systems."""
+    return subprocess.list2cmdline(words) if is_windows else shlex.join(words)
+
+
+def wrong_folder(folder: Path, repository: str | None = None) -> QuantLLMError | None:
+    """Find out from its files that a folder is no checkpoint of a language model; see `wrong_files`.
+
+    Args:
+        folder: The folder.
+        repository: Name of the repository whose copy it is; None for a user's own folder.
+    """
+    files = sorted(os.listdir(folder))
+    return wrong_files(repository or str(folder), files, lambda name: _read(folder / name), is_local=repository is None)
+
+
+def wrong_files(
+    name: str, files: Collection[str], read: Callable[[str], Mapping[str, Any]], *, is_local: bool = True
+) -> QuantLLMError | None:
+    """Find out from its files that a folder or repository is no checkpoint of a language model.
+
+    Args:
+        name: What to call it.
+        files: Names of its files.
+        read: Reads one of its JSON files; empty where it cannot be read.
+        is_local: Whether it is a folder.
+
+    Returns:
+        The error that says what it is; None where nothing is wrong as far as these tell.
+    """
+    what = f"the folder {name}" if is_local else name
+    if "modules.json" in files and "config_sentence_transformers.json" not in files:
+        is_embedding = "sentence_transformers" in json.dumps(read("modules.json"))
+    else:
+        is_embedding = "config_sentence_transformers.json" in files
+    if is_embedding:
+        return UnsupportedError(f"{what} {_EMBEDDING}")
+    if "model_index.json" in files:
+        return UnsupportedError(f"{what} holds a diffusion model, which makes images; load it with diffusers.")
+    weights = [file for file in files if Path(file).suffix in _WEIGHTS]
+    ggufs = _ggufs(files)
+    is_onnx = any(file.endswith((".onnx", ".onnx_data")) or file.startswith("openvino_model") for file in files)
+    if "config.json" not in files:
+        return _without_config(name, what, files, read, is_local=is_local)
+    if not weights and ggufs:
+        return _gguf_only(name, ggufs[0], is_local=is_local)
+    if not weights and is_onnx:
+        return CheckpointError(
+            f"{what} holds a model for ONNX or OpenVINO, and no weights for PyTorch; give the checkpoint that it was "
+            "made of."
+        )
+    return _wrong_config(what, read("config.json"))
+
+
+def _without_config(
+    name: str, what: str, files: Collection[str], read: Callable[[str], Mapping[str, Any]], *, is_local: bool
+) -> QuantLLMError:
+    if ADAPTER_CONFIG in files:
+        base = read(ADAPTER_CONFIG).get("base_model_name_or_path") or "the model it was trained on"
+        return ModelNotFoundError(f"{what} holds an adapter, no model; write model_id={base!r}, adapter={name!r}.")
+    if ggufs := _ggufs(files):
+        return _gguf_only(name, ggufs[0], is_local=is_local)
+    if not files:
+        return ModelNotFoundError(f"{what} is empty; give a folder with config.json, weights and tokenizer.")
+    if is_local and (inner := next((f for f in files if Path(name, f, "config.json").is_file()), None)) is not None:
+        return ModelNotFoundError(
+            f"{what} has no config.json, but the folder {inner} in it has; write model_id={str(Path(name, inner))!r}."
+        )
+    if is_local and "snapshots" in files:
+        inner = next((str(path.parent) for path in Path(name).glob("snapshots/*/config.json")), None)
+        repository = Path(name).name.removeprefix("models--").replace("--", "/")
+        hint = f"write model_id={repository!r}" + (f", or model_id={inner!r}." if inner else ".")
+        return ModelNotFoundError(f"{what} belongs to the Hub's cache; {hint}")
+    if "params.json" in files:
+        return CheckpointError(
+            f"{what} holds the format of the model's maker; give the one for transformers, or convert it by the "
+            "convert_..._to_hf.py of the model in transformers."
+        )
+    if any(Path(file).suffix in (".onnx", ".mlpackage", ".tflite", ".engine") for file in files):
+        return CheckpointError(f"{what} holds a model for another runtime; give the checkpoint that it was made of.")
+    if any(Path(file).suffix in _WEIGHTS for file in files):
+        return ModelNotFoundError(
+            f"{what} has weights but no config.json; copy the model's config.json and tokenizer files into it."
+        )
+    return ModelNotFoundError(f"{what} has no config.json; is it a transformers checkpoint?")
+
+
+def _ggufs(files: Collection[str]) -> list[str]:
+    """List the GGUF files, those last that only project images into a model."""
+    return sorted((f for f in files if f.endswith(".gguf")), key=lambda f: Path(f).name.startswith("mmproj"))
+
+
+def _gguf_only(name: str, file: str, *, is_local: bool) -> QuantLLMError:
+    if is_local:
+        return ModelNotFoundError(_about_gguf(Path(name, file)))
+    return ModelNotFoundError(
+        f"{name} holds {file}, which is in llama.cpp's format; give the repository that it was made of, or convert the "
+        "file once: langchain-quantllm convert FILE FOLDER."
+    )
+
+
+def _wrong_config(what: str, config: Mapping[str, Any]) -> QuantLLMError | None:
+    """Say what a model is whose config.json names another task, or another library's format."""
+    if "_class_name" in config:
+        return UnsupportedError(
+            f"{what} holds a part of a diffusion model, which makes images; load it with diffusers."
+        )
+    if isinstance(own := config.get("quantization"), Mapping) and {"group_size", "bits"} <= own.keys():
+        return CheckpointError(
+            f"{what} holds a model for Apple's MLX, which transformers does not load; give the checkpoint that it was "
+            "made of, with quantization='nf4' for 4 bits."
+        )
+    kind = config.get("model_type")
+    if kind in _SPEECH:
+        return UnsupportedError(f"{what} holds a {kind!r} model, which turns speech into text; {_ADVICE}")
+    named = config.get("architectures")
+    names = [str(name) for name in named] if isinstance(named, list) else []
+    has_code = {"AutoModelForCausalLM", "AutoModelForImageTextToText"} & set(config.get("auto_map") or ())
+    if has_code or config.get("is_decoder") or any(_writes(name) for name in names):
+        return None
+    for name in names:
+        for ending, does in _HEADS.items():
+            if name.endswith(ending) and not (ending == "ForPreTraining" and kind not in _ENCODERS):
+                return UnsupportedError(f"{what} holds a {name}: {does}, and writes no text; {_ADVICE}")
+    if kind in _ENCODERS:
+        return UnsupportedError(f"{what} {_EMBEDDING}")
+    return None
+
+
+def _writes(architecture: str) -> bool:
+    return architecture.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+
+
+def _read(file: Path) -> Mapping[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # who loads it says what is wrong
+        return {}
+    return content if isinstance(content, dict) else {"": content}

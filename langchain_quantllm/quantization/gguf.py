@@ -1,0 +1,86 @@
+"""Conversion of GGUF files, llama.cpp's format, to ordinary checkpoints.
+
+The command line has it as `langchain-quantllm convert FILE FOLDER`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import struct
+from pathlib import Path
+from typing import Any
+
+from langchain_quantllm.compat.library_logging import progress_bars, without_torchao
+from langchain_quantllm.errors import (
+    CheckpointError,
+    InvalidOptionError,
+    MissingPackageError,
+    ModelNotFoundError,
+    pip_install,
+)
+from langchain_quantllm.quantization.output_dir import written
+
+
+def convert_gguf(file: str | Path, folder: str | Path, *, progress: bool = True) -> Path:
+    """Write the weights of a GGUF file, dequantized to bfloat16, and its tokenizer as a checkpoint.
+
+    What quantizing into the file has lost stays lost: the checkpoint that the file was made of is more exact.
+
+    Args:
+        file: The GGUF file.
+        folder: Where the checkpoint goes; it must be new or empty.
+        progress: Show how far it is.
+
+    Returns:
+        The folder.
+
+    Raises:
+        MissingPackageError: If `gguf`, or a package that the file's tokenizer needs, is not installed.
+        ModelNotFoundError: If there is no such file.
+        InvalidOptionError: If the folder is not empty.
+        CheckpointError: If transformers cannot read the file.
+        QuantLLMError: If the folder cannot be written; nothing is left of it then.
+    """
+    file, folder = Path(file).expanduser().resolve(), Path(folder).expanduser()
+    if not file.is_file():
+        msg = f"there is no file {file}; check the path."
+        raise ModelNotFoundError(msg)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        msg = f"{folder} is there already and not empty; name a new folder."
+        raise InvalidOptionError(msg)
+    try:
+        import gguf as _  # noqa: F401
+    except ImportError as error:
+        msg = f"reading a GGUF file needs gguf: {pip_install('langchain-quantllm[demo]')}"
+        raise MissingPackageError(msg) from error
+    with without_torchao():
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from langchain_quantllm.compat.transformers_quantizers import dequantizing_gguf, forget_quantization
+
+    source: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+    # The bar of GGUF's conversion knows no off switch but the stream that it writes to.
+    quiet = contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO())
+    with without_torchao(), progress_bars(progress), quiet:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent, dtype=torch.bfloat16, **dequantizing_gguf(), **source
+            )
+        except ImportError as error:
+            msg = f"{file} needs a further package ({_reason(error)}): {pip_install('sentencepiece', 'tiktoken')}"
+            raise MissingPackageError(msg) from error
+        except (ValueError, OSError, LookupError, RuntimeError, struct.error) as error:
+            msg = f"transformers cannot read {file} ({_reason(error)}); give the checkpoint that the file was made of."
+            raise CheckpointError(msg) from error
+        forget_quantization(model)
+        with written(folder) as part:
+            model.save_pretrained(part)
+            tokenizer.save_pretrained(part)
+    return folder
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(". ")

@@ -1,0 +1,265 @@
+"""Merging an adapter into the model that it was trained on: a checkpoint of its own, in full precision.
+
+Owns the order of steps, the checks of the result and how the folder is written. Finding and loading are those of
+`adapters` and `loading`.
+
+How far the merged model may lie from base with adapter is measured on logits without their mean, relative to those of
+base with adapter: 0.001 in float32; 0.1 in 16 bits, where each sum of weight and adapter is rounded to 3 digits
+(float16) or 2 (bfloat16).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from langchain_quantllm.compat.bitsandbytes import block_magnitudes
+from langchain_quantllm.compat.library_logging import progress_bars, quiet_logger, without_torchao
+from langchain_quantllm.compat.packages import label_of
+from langchain_quantllm.compat.peft import peft_contained
+from langchain_quantllm.compat.transformers_quantizers import (
+    BITSANDBYTES_LOGGER,
+    forget_quantization,
+    was_quantized,
+)
+from langchain_quantllm.errors import CheckpointError, UnsupportedError
+from langchain_quantllm.loading.adapters import Adapter, check_shapes, find_adapters
+from langchain_quantllm.loading.checkpoint import LoadSpec, find_checkpoint, first_line
+from langchain_quantllm.loading.devices import release_memory
+from langchain_quantllm.loading.registry import load
+from langchain_quantllm.loading.sources import check_sources
+from langchain_quantllm.quantization.output_dir import free_folder, written
+from langchain_quantllm.schemes import FP4, GPTQ, NF4, Int8, Unquantized, scheme_of_config
+
+_NAME = "merged"
+_TEXTS = (
+    "The capital of France is Paris, and the capital of Italy is",
+    "SELECT name, age FROM people WHERE",
+    "1, 2, 3, 5, 8, 13,",
+)
+_TOLERANCE, _TOLERANCE_16BIT = 1e-3, 0.1
+_SCALE_TOLERANCE = 0.02  # of the largest weight of a block: bfloat16 rounds to 1/256
+
+
+def merge_adapter(
+    model_id: str,
+    adapter: str,
+    output: str | Path,
+    *,
+    dtype: str = "auto",
+    device: int | str | None = None,
+    overwrite: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | None = None,
+    trust_remote_code: bool = False,
+    use_safetensors: bool = True,
+    local_files_only: bool | None = None,
+    progress: bool = True,
+) -> Path:
+    """Write a model with an adapter merged into its weights.
+
+    Args:
+        model_id: Folder or repository of the base model: unquantized, or quantized by bitsandbytes, which is undone.
+        adapter: Folder or repository of an adapter of peft.
+        output: Folder to write, which appears when all is there.
+        dtype: Dtype of the result: `"auto"` (the checkpoint's), `"float16"`, `"bfloat16"` or `"float32"`.
+        device: Where it is computed, such as `"cpu"` or 0; None is the first GPU, else the CPU.
+        overwrite: Replace what is in the folder.
+        revision: Branch, tag or commit of the base model.
+        token: Access token of the Hub.
+        cache_dir: Folder in which files of the Hub are kept.
+        trust_remote_code: Run Python code that comes with the base model.
+        use_safetensors: Refuse weights in pickle files, which can run code.
+        local_files_only: True never asks the Hub, False always does; None does where files are missing here.
+        progress: Show how far loading is.
+
+    Returns:
+        The folder, with weights in safetensors, config, generation config, tokenizer and chat template.
+
+    Raises:
+        InvalidOptionError: If the folder is not empty, or an option has a value that is not allowed.
+        UnsupportedError: If the base is quantized in a way that cannot be undone, or the adapter cannot be merged.
+        CheckpointError: If base or adapter cannot be used, do not belong together, or the merged model is not what both
+            were.
+        ModelNotFoundError: If one of them is not there.
+        MissingPackageError: If peft, or a package of the base model's format, is not installed.
+    """
+    check_sources(model_id, {_NAME: adapter})
+    folder = free_folder(output, (model_id, adapter), overwrite=overwrite)
+    spec = LoadSpec(
+        model_id=model_id,
+        dtype=dtype,
+        device_map=None if device is None else {"": device},
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        trust_remote_code=trust_remote_code,
+        use_safetensors=use_safetensors,
+        local_files_only=local_files_only,
+        progress=progress,
+        adapters={_NAME: adapter},
+    )
+    found = find_adapters(spec)[0]
+    _check_base(spec, found)
+    loaded = load(dataclasses.replace(spec, adapters={}))
+    try:
+        pipeline = loaded.pipeline
+        model = _dequantized(pipeline.model, model_id)
+        model = _merged(model, pipeline.tokenizer, found)
+        with written(folder) as part, progress_bars(progress):
+            model.save_pretrained(part)
+            (getattr(pipeline, "processor", None) or pipeline.tokenizer).save_pretrained(part)
+    finally:
+        loaded.close()
+        release_memory()
+    return folder
+
+
+def _check_base(spec: LoadSpec, adapter: Adapter) -> None:
+    """Check what can be known before weights are read: the base's format, and whether the adapter fits."""
+    with without_torchao():
+        checkpoint = find_checkpoint(spec)
+        scheme = Unquantized() if checkpoint.quantization is None else scheme_of_config(checkpoint.quantization)
+        if not isinstance(scheme, Unquantized | Int8 | NF4 | FP4):
+            what = "GPTQ" if isinstance(scheme, GPTQ) else label_of(scheme)
+            msg = (
+                f"{spec.model_id} is quantized with {what}, into which no adapter can be merged; merge it into the "
+                "unquantized model, and quantize the result."
+            )
+            raise UnsupportedError(msg)
+        check_shapes([adapter], checkpoint, trust_remote_code=spec.trust_remote_code)
+
+
+# Dequantizing.
+
+
+def _dequantized(model: Any, name: str) -> Any:
+    """Undo the quantization of bitsandbytes, of a model that nothing has run through.
+
+    After a forward on some CPUs the weights are repacked, and come out as garbage; so the largest weight of each block
+    is compared with the scale that the checkpoint has for it.
+    """
+    if not was_quantized(model):
+        return model
+    scales = {path: found for path, module in model.named_modules() if (found := block_magnitudes(module)) is not None}
+    dtype = model.dtype
+    with quiet_logger(BITSANDBYTES_LOGGER):
+        model = model.dequantize(dtype=dtype)
+    layers = dict(model.named_modules())
+    for path, scale in scales.items():
+        _check_scales(layers[path].weight, *scale, f"{path} of {name}")
+    forget_quantization(model)
+    return model
+
+
+def _check_scales(weight: Any, scales: Any, block: int, name: str) -> None:
+    import torch
+
+    found = weight.detach().float().abs()
+    if block:
+        found = torch.nn.functional.pad(found.flatten(), (0, -found.numel() % block)).view(-1, block)
+    largest = found.amax(1)
+    scales = scales.to(largest.device).flatten()
+    if largest.shape != scales.shape or not torch.allclose(largest, scales.abs(), rtol=_SCALE_TOLERANCE, atol=1e-6):
+        msg = f"the weights of {name} do not come out of their quantization as they went in; nothing was written."
+        raise CheckpointError(msg)
+
+
+# Merging.
+
+
+def _merged(model: Any, tokenizer: Any, adapter: Adapter) -> Any:
+    """Merge an adapter into an unquantized model, and check that the two are the same before and after."""
+    with peft_contained(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        _check_tied(model, adapter)
+        try:
+            from peft import PeftModel
+
+            adapted = PeftModel.from_pretrained(model, str(adapter.folder), adapter_name=_NAME).eval()
+        except (ValueError, RuntimeError, KeyError, TypeError, OSError) as error:
+            msg = f"the adapter {adapter.source} does not go onto this model; was it made for it? {first_line(error)}"
+            raise CheckpointError(msg) from error
+        _check_loaded(adapted, adapter)
+        expected = _logits(adapted, tokenizer)
+        try:
+            merged = adapted.merge_and_unload(safe_merge=True)
+        except (ValueError, NotImplementedError, AttributeError, TypeError) as error:
+            msg = f"the adapter {adapter.source} cannot be merged: {first_line(error)}"
+            raise UnsupportedError(msg) from error
+    _check_finite(merged)
+    _check_same(_logits(merged, tokenizer), expected, merged.dtype)
+    return merged
+
+
+def _check_tied(model: Any, adapter: Adapter) -> None:
+    """Refuse an adapter of the output head where the input embeddings are the same tensor."""
+    head = model.get_output_embeddings()
+    if head is None or head.weight is not model.get_input_embeddings().weight:
+        return
+    names = {path.rpartition(".")[2] for path, module in model.named_modules() if module is head}
+    names |= {
+        path.rpartition(".")[2] for path, module in model.named_modules() if module is model.get_input_embeddings()
+    }
+    targets = adapter.config.get("target_modules")
+    touched = [*(targets if isinstance(targets, list) else ()), *(adapter.config.get("modules_to_save") or ())]
+    if names & set(touched):
+        msg = (
+            f"the adapter {adapter.source} changes {min(names & set(touched))!r}, whose weights this model uses twice, "
+            "for its input and its output; they cannot be merged. Use it as adapter=."
+        )
+        raise UnsupportedError(msg)
+
+
+def _check_loaded(adapted: Any, adapter: Adapter) -> None:
+    """Check that every tensor of the adapter came from its file, as peft only warns of others."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    file = adapter.folder / "adapter_model.safetensors"
+    if not file.is_file():
+        return
+    with safe_open(file, framework="pt") as stored:
+        keys = set(stored.keys())
+    wanted = get_peft_model_state_dict(adapted, adapter_name=_NAME, save_embedding_layers=False)
+    if lost := sorted(wanted.keys() - keys):
+        msg = f"the adapter {adapter.source} has no weights for {lost[0]!r}; was it made for this model?"
+        raise CheckpointError(msg)
+
+
+def _check_finite(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            msg = f"the merged weights of {name!r} are not all numbers; try dtype='float32'."
+            raise CheckpointError(msg)
+
+
+def _logits(model: Any, tokenizer: Any) -> list[Any]:
+    import torch
+
+    device = model.get_input_embeddings().weight.device
+    found = []
+    with torch.no_grad():
+        for text in _TEXTS:
+            ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"].to(device)
+            found.append(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].float().cpu())
+    return found
+
+
+def _check_same(found: Sequence[Any], expected: Sequence[Any], dtype: Any) -> None:
+    import torch
+
+    tolerance = _TOLERANCE if dtype in (torch.float32, torch.float64) else _TOLERANCE_16BIT
+    for ours, theirs in zip(found, expected, strict=True):
+        ours, theirs = (logits - logits.mean(-1, keepdim=True) for logits in (ours, theirs))
+        difference = float((ours - theirs).norm() / theirs.norm().clamp(min=1e-12))
+        if not difference <= tolerance:
+            msg = (
+                f"the merged model is not the model with its adapter: its logits differ by {difference:.2g}, where "
+                f"{tolerance:g} is allowed; nothing was written. Try dtype='float32'."
+            )
+            raise CheckpointError(msg)

@@ -1,0 +1,36 @@
+"""Constrained decoding: what a text may be, and the masks that keep a model to it, token by token.
+
+JSON is written in the order of the schema's properties, with at most one blank between its parts. Characters are
+written as themselves, never as the escapes of their code points. What a schema leaves unsaid is closed: an object that
+names properties has no others. `UNENFORCED` lists what a schema may say without effect.
+"""
+
+from __future__ import annotations
+
+from langchain_quantllm.structured.compiler import Compiler
+from langchain_quantllm.structured.constraints import (
+    Choice,
+    Constraint,
+    Either,
+    Grammar,
+    JSONObject,
+    JSONSchema,
+    Regex,
+    ToolCalls,
+)
+from langchain_quantllm.structured.json_schema import UNENFORCED
+from langchain_quantllm.structured.mask import GrammarMask
+
+__all__ = [
+    "UNENFORCED",
+    "Choice",
+    "Compiler",
+    "Constraint",
+    "Either",
+    "Grammar",
+    "GrammarMask",
+    "JSONObject",
+    "JSONSchema",
+    "Regex",
+    "ToolCalls",
+]

@@ -1,0 +1,220 @@
+"""From constraints to grammars: xgrammar's layouts, compiled once for a model and kept.
+
+Owns how each constraint is laid out for xgrammar, and the cache. Knows no engine but for its hook, `TokenMask`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from langchain_quantllm.compat.packages import is_installed
+from langchain_quantllm.engine.request import TokenMask
+from langchain_quantllm.errors import InvalidOptionError, MissingPackageError, UnsupportedError, pip_install
+from langchain_quantllm.structured.constraints import (
+    Choice,
+    Constraint,
+    Either,
+    Grammar,
+    JSONObject,
+    JSONSchema,
+    Regex,
+    ToolCalls,
+)
+from langchain_quantllm.structured.json_schema import StrictSchema, check_pattern, longest
+from langchain_quantllm.structured.mask import GrammarMask, Plan, Vocabulary
+from langchain_quantllm.structured.tool_formats import HERMES, ToolFormat
+
+
+class Compiler:
+    """Makes masks for one model. Any number of threads may ask it.
+
+    Args:
+        tokenizer: The tokenizer of transformers.
+        vocab_size: Width of the model's logits, which may be more than the tokenizer has.
+        eos_token_ids: Tokens that end a text. Without any, a complete text is followed by blanks.
+    """
+
+    def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._eos = tuple(i for i in eos_token_ids if 0 <= i < vocab_size)
+        self._lock = threading.Lock()
+        self._plans: OrderedDict[Constraint, Plan] = OrderedDict()
+        self._compiler: Any = None
+        self._vocabulary: Vocabulary
+
+    def masks(
+        self, constraint: Constraint, max_new_tokens: int, eos_token_ids: Sequence[int] | None = None
+    ) -> Callable[[], TokenMask] | None:
+        """Compile a constraint, or take it from the cache.
+
+        Args:
+            constraint: What the text must be.
+            max_new_tokens: Tokens that it may take; it is closed before they run out.
+            eos_token_ids: The request's own end tokens, where they are not the model's.
+
+        Returns:
+            What makes the mask of a row; None where nothing can be enforced, as in automatic calls of a format that
+            has no mark of its own.
+
+        Raises:
+            InvalidOptionError: If the schema, expression or grammar cannot be enforced.
+            MissingPackageError: If xgrammar is not installed.
+            UnsupportedError: If xgrammar cannot read the tokenizer.
+        """
+        if not is_installed("xgrammar"):
+            msg = f"constrained decoding needs xgrammar: {pip_install('langchain-quantllm[structured]')}."
+            raise MissingPackageError(msg)
+        import xgrammar
+
+        if isinstance(constraint, ToolCalls) and constraint.mode == "auto" and not _has_trigger(constraint.format):
+            return None
+        with self._lock:
+            if self._compiler is None:
+                self._start()
+            plan = self._plans.pop(constraint, None) or self._plan(constraint)
+            self._plans[constraint] = plan
+            if len(self._plans) > _CACHED_PLANS:
+                self._plans.popitem(last=False)
+        own = self._eos if eos_token_ids is None else tuple(i for i in eos_token_ids if i < self._vocab_size)
+        stops = self._vocabulary.bits(own) if own else None
+        override = list(own) if own and own != self._eos else None
+
+        def make() -> TokenMask:
+            matcher = xgrammar.GrammarMatcher(plan.grammar, override_stop_tokens=override)
+            return GrammarMask(plan, self._vocabulary, matcher, max_new_tokens, stops)
+
+        return make
+
+    def _start(self) -> None:
+        import xgrammar
+
+        tokenizer = self._tokenizer
+        try:
+            read = xgrammar.TokenizerInfo.from_huggingface(
+                tokenizer, vocab_size=self._vocab_size, stop_token_ids=list(self._eos) or [0]
+            )
+        except (ValueError, RuntimeError) as error:
+            msg = f"xgrammar cannot read the tokenizer {type(tokenizer).__name__}: {_reason(error)}"
+            raise UnsupportedError(msg) from error
+        tokens = read.decoded_vocab
+        if not self._eos:  # the usual way takes the tokenizer's own, at which the engine would not stop
+            read = xgrammar.TokenizerInfo(tokens, vocab_size=self._vocab_size, stop_token_ids=[])
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+        self._vocabulary = Vocabulary(tokens, (i for i in special if i < self._vocab_size), self._eos)
+        self._compiler = xgrammar.GrammarCompiler(read, max_threads=4, cache_limit_bytes=_CACHE_BYTES)
+
+    def _plan(self, constraint: Constraint) -> Plan:
+        try:
+            layout, reserve, grows = _layout(constraint)
+            style = marks = ""
+            endings: tuple[str, ...] = ()
+            parts = constraint.options if isinstance(constraint, Either) else (constraint,)
+            calls = next((part for part in parts if isinstance(part, ToolCalls)), None)
+            if any(isinstance(part, JSONSchema | JSONObject) for part in parts):
+                style = "json"
+            if calls is not None:
+                written = _writable(calls.format)
+                style, endings = written.style, (written.call_end + written.closing, written.closing)
+                marks = "\n".join((written.opening, written.call, *endings))
+            if constraint.reasoning is not None:
+                layout = _after_thoughts(layout, constraint.reasoning)
+                marks += "\n".join(constraint.reasoning[:2])
+            grammar = self._compiler.compile_structural_tag({"type": "structural_tag", "format": layout})
+        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+            msg = f"{constraint!r} cannot be enforced: {_reason(error)}"
+            raise InvalidOptionError(msg) from error
+        words = self._vocabulary
+        return Plan(
+            grammar=grammar,
+            reserve=reserve,
+            grows=grows,
+            style=style,
+            endings=tuple(e.encode() for e in endings),
+            is_auto=isinstance(constraint, ToolCalls) and constraint.mode == "auto",
+            others=~words.bits(i for i in words.special if words.tokens[i].decode(errors="replace") not in marks),
+            reasoning=constraint.reasoning,
+        )
+
+
+_CACHED_PLANS = 32
+_CACHE_BYTES = 256 << 20
+
+
+def _reason(error: Exception) -> str:
+    """Give an error's message without xgrammar's time and place in its source."""
+    text = re.sub(r"^\[[\d:]+\] \S+:\d+: ", "", str(error)).strip() or type(error).__name__
+    return text if text.endswith(".") else f"{text}."
+
+
+def _has_trigger(tools: ToolFormat) -> bool:
+    return bool(tools.trigger) and _writable(tools) is tools and (tools.opening or tools.call).startswith(tools.trigger)
+
+
+def _writable(tools: ToolFormat) -> ToolFormat:
+    """Give a format that xgrammar can write; every format's answers are also searched for the one of Hermes."""
+    return tools if tools.style in ("json", "qwen_xml") else HERMES
+
+
+def _json(schema: Any, style: str = "json") -> tuple[dict[str, Any], int, bool]:
+    """Give xgrammar's layout for a schema, the tokens that closing it may take, and whether these grow."""
+    strict = StrictSchema(schema)
+    result = strict.result()
+    layout = {"type": "json_schema", "json_schema": result, "style": style, "max_whitespace_cnt": 1}
+    return layout, longest(result, result.get("$defs", {})) // 2 + 12, strict.is_recursive
+
+
+def _layout(constraint: Constraint) -> tuple[dict[str, Any], int, bool]:
+    if isinstance(constraint, JSONSchema):
+        return _json(json.loads(str(constraint.schema)))
+    if isinstance(constraint, JSONObject):
+        return _json({"type": "object"})
+    if isinstance(constraint, Choice):
+        options = [{"type": "const_string", "value": o} for o in constraint.options]
+        return {"type": "or", "elements": options}, max(map(len, constraint.options)), False
+    if isinstance(constraint, Regex):
+        check_pattern(constraint.pattern)
+        return {"type": "regex", "pattern": constraint.pattern}, 16, True
+    if isinstance(constraint, Grammar):
+        return {"type": "grammar", "grammar": constraint.ebnf}, 16, True
+    if isinstance(constraint, Either):
+        layouts, reserves, growing = zip(*map(_layout, constraint.options), strict=True)
+        return {"type": "or", "elements": list(layouts)}, max(reserves), any(growing)
+    if not isinstance(constraint, ToolCalls):
+        msg = f"{type(constraint).__name__} is no known constraint"
+        raise TypeError(msg)
+    tools = _writable(constraint.format)
+    calls, reserve, grows = [], 0, False
+    for text in constraint.tools:
+        function = json.loads(str(text))["function"]
+        parameters = function.get("parameters") or {"type": "object", "properties": {}}
+        content, tokens, more = _json(parameters, tools.style)
+        calls.append({"type": "tag", "begin": tools.begin(function["name"]), "content": content, "end": tools.call_end})
+        reserve, grows = max(reserve, tokens), grows or more
+    marks = tools.call + tools.call_end + tools.separator + tools.closing
+    # A sign outside ASCII may take a token for each of its bytes.
+    reserve += len(marks) // 2 if marks.isascii() else len(marks.encode())
+    once = not constraint.parallel
+    section: dict[str, Any] = {"type": "tags_with_separator", "tags": calls, "separator": tools.separator}
+    section |= {"at_least_one": True, "stop_after_first": once}
+    if tools.opening:
+        section = {"type": "tag", "begin": tools.opening, "content": section, "end": tools.closing}
+    if constraint.mode == "required":
+        return section, reserve, grows
+    tags = [section] if tools.opening else calls
+    free = {"type": "triggered_tags", "triggers": [tools.trigger], "tags": tags, "stop_after_first": once}
+    return free, reserve, grows
+
+
+def _after_thoughts(layout: dict[str, Any], reasoning: tuple[str, str, bool]) -> dict[str, Any]:
+    begin, end, is_open = reasoning
+    thoughts = {"type": "tag", "begin": "" if is_open else begin, "content": {"type": "any_text"}, "end": end}
+    gap = {"type": "regex", "pattern": "[\\n ]{0,2}"}
+    both = {"type": "sequence", "elements": [thoughts, gap]}
+    return {"type": "sequence", "elements": [both if is_open else {"type": "optional", "content": both}, layout]}

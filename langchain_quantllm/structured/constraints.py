@@ -1,0 +1,142 @@
+"""What a text may be made to be: the constraints that a call can ask for.
+
+Owns their values. How a text is kept to them is `compiler`'s and `masks`' business.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from langchain_quantllm.errors import InvalidOptionError, NamedOptions, nearest
+from langchain_quantllm.structured.tool_formats import ToolFormat
+
+
+def frozen_text(value: Any) -> str:
+    """Give JSON text: it can be hashed, and it keeps the order of properties, in which a model writes them."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+@dataclass(frozen=True)
+class Constraint(NamedOptions):
+    """What a text must be. Base of the constraints below.
+
+    Args:
+        reasoning: `(begin, end, already_open)`: the marks around what the model may think before it answers, and
+            whether the prompt has opened them. The constraint holds from the end mark on.
+    """
+
+    _MEANT: ClassVar[Mapping[str, str]] = {
+        "json_schema": "schema",
+        "regex": "pattern",
+        "choices": "options",
+        "values": "options",
+        "grammar": "ebnf",
+        "gbnf": "ebnf",
+    }
+    reasoning: tuple[str, str, bool] | None = field(default=None, kw_only=True)
+
+    def _check_text(self, option: str, example: str) -> None:
+        if not isinstance(value := getattr(self, option), str):
+            msg = f"{type(self).__name__}({option}={value!r}) is not possible; it must be a text, such as {example!r}."
+            raise InvalidOptionError(msg)
+
+
+@dataclass(frozen=True)
+class JSONSchema(Constraint):
+    """JSON that is valid under a schema, given as a dict and kept as its JSON text."""
+
+    schema: Mapping[str, Any] | str
+
+    def __post_init__(self) -> None:
+        """Check the schema and keep its text."""
+        if not isinstance(self.schema, Mapping | str):
+            msg = (
+                f"JSONSchema(schema={self.schema!r}) is not possible; it must be a dict or JSON text, such as "
+                "{'type': 'object'}; a pydantic class gives its own by model_json_schema()."
+            )
+            raise InvalidOptionError(msg)
+        object.__setattr__(self, "schema", frozen_text(self.schema))
+
+
+@dataclass(frozen=True)
+class JSONObject(Constraint):
+    """Any JSON object."""
+
+
+@dataclass(frozen=True)
+class Regex(Constraint):
+    """A text that matches a regular expression from its beginning to its end."""
+
+    pattern: str
+
+    def __post_init__(self) -> None:
+        """Check that it is a text."""
+        self._check_text("pattern", "[0-9]+")
+
+
+@dataclass(frozen=True)
+class Choice(Constraint):
+    """Exactly one of some texts."""
+
+    options: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        """Check the texts."""
+        if isinstance(self.options, str) or not isinstance(self.options, Iterable):
+            msg = (
+                f"Choice(options={self.options!r}) is not possible; it must be a list of texts, such as ['yes', 'no']."
+            )
+            raise InvalidOptionError(msg)
+        object.__setattr__(self, "options", tuple(self.options))
+        if not self.options or not all(isinstance(o, str) and o for o in self.options):
+            msg = f"options={list(self.options)!r} must be texts, at least one, none of them empty."
+            raise InvalidOptionError(msg)
+
+
+@dataclass(frozen=True)
+class Grammar(Constraint):
+    """A text of a context-free grammar in xgrammar's EBNF, which is GBNF; it begins with the rule `root`."""
+
+    ebnf: str
+
+    def __post_init__(self) -> None:
+        """Check that it is a text."""
+        self._check_text("ebnf", 'root ::= "yes" | "no"')
+
+
+@dataclass(frozen=True)
+class ToolCalls(Constraint):
+    """Calls of tools, as a family of models writes them.
+
+    Args:
+        format: How they are written.
+        tools: OpenAI function dicts, `{"type": "function", "function": {"name", "parameters"}}`.
+        mode: `"required"`: the answer is calls and nothing else. `"auto"`: it is any text, and what begins as a call
+            is a valid one.
+        parallel: Whether there may be several; without, the answer ends after the first.
+    """
+
+    format: ToolFormat
+    tools: Sequence[Mapping[str, Any] | str]
+    mode: str = "auto"
+    parallel: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the options and keep the tools' JSON texts."""
+        object.__setattr__(self, "tools", tuple(frozen_text(tool) for tool in self.tools))
+        if self.mode not in ("auto", "required"):
+            msg = f"mode={self.mode!r} is not known{nearest(str(self.mode), ('auto', 'required'))}"
+            raise InvalidOptionError(msg)
+        if not self.tools:
+            msg = "there are no tools to call; give at least one."
+            raise InvalidOptionError(msg)
+
+
+@dataclass(frozen=True)
+class Either(Constraint):
+    """What one of several constraints allows, none of them automatic calls."""
+
+    options: tuple[Constraint, ...]

@@ -1,0 +1,270 @@
+"""From messages to prompts: what each kind of message becomes, and the rules for templates that do not take it.
+
+The templates here are written by hand, after those of the families that they are named for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from langchain_core.messages import (
+    AIMessage,
+    ChatMessage,
+    FunctionMessage,
+    HumanMessage,
+    RemoveMessage,
+    SystemMessage,
+    ToolMessage,
+)
+from transformers import AutoTokenizer
+
+from langchain_quantllm.chat.messages import turns_of
+from langchain_quantllm.chat.template import ChatTemplate
+from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
+
+TOOL = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}
+
+MISTRAL = """{{- bos_token }}
+{%- set system = "" %}
+{%- if messages[0].role == "system" %}
+  {%- set system = messages[0].content + "\n\n" %}{% set messages = messages[1:] %}
+{%- endif %}
+{%- if tools %}[AVAILABLE_TOOLS] {{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}
+{%- set ns = namespace(user=true) %}
+{%- for message in messages %}
+  {%- if message.role in ("user", "assistant") and not message.tool_calls %}
+    {%- if (message.role == "user") != ns.user %}{{ raise_exception("roles must alternate") }}{% endif %}
+    {%- set ns.user = not ns.user %}
+  {%- endif %}
+  {%- if message.role == "user" %}[INST] {{ system if loop.last }}{{ message.content }}[/INST]
+  {%- elif message.tool_calls %}[TOOL_CALLS] [
+    {%- for call in message.tool_calls %}
+      {%- if call.id | length != 9 %}{{ raise_exception("ids must have nine letters") }}{% endif %}
+      {{- {"name": call.function.name, "arguments": call.function.arguments, "id": call.id} | tojson }}
+    {%- endfor %}]{{ eos_token }}
+  {%- elif message.role == "assistant" %} {{ message.content }}{{ eos_token }}
+  {%- elif message.role == "tool" %}[TOOL_RESULTS] {{
+    {"content": message.content, "call_id": message.tool_call_id} | tojson }}[/TOOL_RESULTS]
+  {%- else %}{{ raise_exception("unknown role") }}{% endif %}
+{%- endfor %}"""
+
+GEMMA = """{{ bos_token }}
+{%- if messages[0].role == "system" %}{{ raise_exception("System role not supported") }}{% endif %}
+{%- for message in messages %}
+  {%- if (message.role == "user") != (loop.index0 % 2 == 0) %}{{ raise_exception("roles must alternate") }}{% endif %}
+  {%- set role = "model" if message.role == "assistant" else message.role %}
+  {{- "<start_of_turn>" + role + "\n" + message.content | trim + "<end_of_turn>\n" }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ "<start_of_turn>model\n" }}{% endif %}"""
+
+DEEPSEEK = """{% for message in messages %}
+{%- if message.role == "assistant" and message.tool_calls %}
+{%- for call in message.tool_calls %}
+  {{- "<call>" + call.function.name + "|" + call.function.arguments + "</call>" }}
+{%- endfor %}
+{%- else %}<{{ message.role }}>{{ message.content }}{% endif %}{% endfor %}
+{%- if tools %}<tools>{{ tools | tojson }}{% endif %}"""
+
+SYSTEM_LEFT_OUT = """{% for m in messages if m.role != "system" %}<{{ m.role }}>{{ m.content }}{% endfor %}"""
+FIRST_SYSTEM_ONLY = """{% if messages[0].role == "system" %}<S>{{ messages[0].content }}{% endif %}
+{%- for m in messages if m.role != "system" %}<{{ m.role }}>{{ m.content }}{% endfor %}"""
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2: Path) -> Any:
+    return AutoTokenizer.from_pretrained(smollm2)
+
+
+@pytest.fixture
+def render(tokenizer: Any) -> Any:
+    def render(template: str | None, messages: list[Any], tools: Any = (), **options: Any) -> str:
+        return ChatTemplate(tokenizer, template).render(turns_of(messages), tools, options)
+
+    return render
+
+
+CALL = AIMessage("", tool_calls=[{"name": "add", "args": {"a": 1, "b": "é"}, "id": "call_0123456789"}])
+RESULT = ToolMessage("3", tool_call_id="call_0123456789")
+
+
+# --- messages ---
+
+
+def test_every_kind_of_message() -> None:
+    messages = [
+        SystemMessage("s"),
+        HumanMessage("h", name="Ada"),
+        AIMessage("a", additional_kwargs={"reasoning_content": "r"}),
+        ChatMessage("c", role="developer"),
+        CALL,
+        RESULT,
+        FunctionMessage("f", name="add"),
+    ]
+    call = {"type": "function", "id": "call_0123456789", "function": {"name": "add", "arguments": {"a": 1, "b": "é"}}}
+    assert turns_of(messages) == [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "h", "name": "Ada"},
+        {"role": "assistant", "content": "a", "reasoning_content": "r"},
+        {"role": "system", "content": "c"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "3", "tool_call_id": "call_0123456789", "name": "add"},
+        {"role": "tool", "content": "f", "name": "add"},
+    ]
+
+
+def test_content_blocks_become_their_texts() -> None:
+    blocks = [
+        "one",
+        {"type": "text", "text": "two"},
+        {"type": "text-plain", "text": "three", "mime_type": "text/plain"},
+    ]
+    assert turns_of([HumanMessage(blocks)]) == [{"role": "user", "content": "one\ntwo\nthree"}]
+    answer = AIMessage(
+        [{"type": "reasoning", "reasoning": "hm"}, {"type": "text", "text": "yes"}, {"type": "tool_use", "id": "1"}]
+    )
+    assert turns_of([answer]) == [{"role": "assistant", "content": "yes", "reasoning_content": "hm"}]
+
+
+def test_anthropic_tool_results_become_turns_of_their_own() -> None:
+    blocks = [
+        {"type": "tool_result", "tool_use_id": "call_0123456789", "content": [{"type": "text", "text": "3"}]},
+        {"type": "text", "text": "and now?"},
+    ]
+    turns = turns_of([HumanMessage("1+2"), CALL, HumanMessage(blocks)])
+    assert [turn["role"] for turn in turns] == ["user", "assistant", "tool", "user"]
+    assert turns[2] == {"role": "tool", "content": "3", "tool_call_id": "call_0123456789", "name": "add"}
+
+
+def test_wrong_calls_go_back_as_text() -> None:
+    wrong = [{"name": "add", "args": '{"a": ', "id": "1", "error": "cut off", "type": "invalid_tool_call"}]
+    turn = turns_of([AIMessage("so:", invalid_tool_calls=wrong)])[0]
+    assert turn["content"] == 'so:\nadd{"a": '
+    assert "tool_calls" not in turn
+
+
+@pytest.mark.parametrize(
+    ("messages", "error", "says"),
+    [
+        ([], InvalidOptionError, "there are no messages"),
+        ([HumanMessage("a"), RemoveMessage(id="1")], InvalidOptionError, "message 1 is a RemoveMessage"),
+        ([HumanMessage([{"type": "image_url", "image_url": {"url": "x"}}])], UnsupportedError, "'image_url'"),
+        (
+            [AIMessage("", tool_calls=[{"name": "add", "args": {"a": {1}}, "id": "1"}])],
+            InvalidOptionError,
+            "message 0 calls 'add' with arguments that are no JSON",
+        ),
+        ([HumanMessage([{"type": "hologram"}])], InvalidOptionError, "no known content block"),
+    ],
+)
+def test_what_no_turn_can_be_made_of(messages: list[Any], error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        turns_of(messages)
+
+
+# --- templates ---
+
+
+def test_a_template_that_takes_everything_is_left_alone(qwen_coder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(qwen_coder)
+    messages = [SystemMessage("s"), HumanMessage("a"), HumanMessage("b"), CALL, RESULT]
+    turns = turns_of(messages)
+    found = ChatTemplate(tokenizer).render(turns, [TOOL])
+    expected = tokenizer.apply_chat_template(turns, tools=[TOOL], tokenize=False, add_generation_prompt=True)
+    assert found == expected
+
+
+def test_tools_without_a_template_for_them(render: Any) -> None:
+    prompt = render(None, [SystemMessage("Be brief."), HumanMessage("1+2?"), CALL, RESULT, RESULT], [TOOL])
+    system, user, call, results, answer = prompt.split("<|im_start|>")[1:]
+    assert system.startswith("system\nBe brief.\n\n# Tools")
+    assert '"name": "add"' in system
+    assert user == "user\n1+2?<|im_end|>\n"
+    assert call == (
+        'assistant\n<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "é"}}\n</tool_call><|im_end|>\n'
+    )
+    response = "<tool_response>\n3\n</tool_response>"
+    assert results == f"user\n{response}\n{response}<|im_end|>\n"
+    assert answer == "assistant\n"
+
+
+def test_roles_that_must_alternate(render: Any) -> None:
+    messages = [
+        SystemMessage("s"),
+        HumanMessage("a"),
+        HumanMessage("b"),
+        AIMessage("c"),
+        AIMessage("d"),
+        HumanMessage("e"),
+    ]
+    assert "[INST] a\n\nb[/INST] c\n\nd" in render(MISTRAL, messages)
+    gemma = render(GEMMA, messages)
+    assert "<start_of_turn>user\ns\n\na\n\nb<end_of_turn>\n<start_of_turn>model\nc\n\nd<end_of_turn>" in gemma
+
+
+def test_system_messages_in_the_middle(render: Any) -> None:
+    messages = [SystemMessage("s"), HumanMessage("a"), AIMessage("b"), SystemMessage("t"), HumanMessage("c")]
+    assert render(FIRST_SYSTEM_ONLY, messages) == "<S>s\n\nt<user>a<assistant>b<user>c"
+    assert render(SYSTEM_LEFT_OUT, messages) == "<user>s\n\nt\n\na<assistant>b<user>c"
+    assert render(None, messages).count("<|im_start|>system") == 2  # which this one takes as they are
+
+
+def test_ids_of_calls(render: Any) -> None:
+    prompt = render(MISTRAL, [HumanMessage("1+2?"), CALL, RESULT], [TOOL])
+    call_id = prompt.split('"id": "')[1][:9]
+    assert call_id.isalnum()
+    assert f'"call_id": "{call_id}"' in prompt
+    short = AIMessage("", tool_calls=[{"name": "add", "args": {}, "id": "abcdefghi"}])
+    assert "abcdefghi" in render(
+        MISTRAL, [HumanMessage("a"), short, ToolMessage("3", tool_call_id="abcdefghi")], [TOOL]
+    )
+
+
+def test_arguments_as_text(render: Any) -> None:
+    prompt = render(DEEPSEEK, [HumanMessage("1+2?"), CALL, RESULT], [TOOL])
+    assert '<call>add|{"a": 1, "b": "é"}</call><tool>3' in prompt
+
+
+def test_an_answer_to_continue(render: Any) -> None:
+    assert render(None, [HumanMessage("a"), AIMessage("It is")]).endswith("<|im_start|>assistant\nIt is")
+
+
+def test_calls_at_the_end_are_no_answer_to_continue(render: Any) -> None:
+    prompt = render(None, [HumanMessage("1+2?"), CALL], [TOOL])
+    assert prompt.endswith("</tool_call><|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_blocks_of_other_providers_tools_are_left_out(render: Any) -> None:
+    block = {"type": "server_tool_call", "name": "web_search", "args": {}, "id": "1"}
+    assert "It is" in render(None, [HumanMessage("a"), AIMessage([block, "It is"]), HumanMessage("b")])
+
+
+def test_variables_that_the_call_itself_gives(render: Any) -> None:
+    with pytest.raises(InvalidOptionError, match="'tokenize', which comes from the call"):
+        render(None, [HumanMessage("a")], tokenize=True)
+
+
+def test_a_template_that_is_none(render: Any) -> None:
+    with pytest.raises(InvalidOptionError, match="is no valid Jinja"):
+        render("{% if %}", [HumanMessage("a")])
+
+
+def test_options_reach_the_template(render: Any) -> None:
+    template = "{% if enable_thinking %}think{% endif %}{{ messages[0].content }}"
+    assert render(template, [HumanMessage("a")]) == "a"
+    assert render(template, [HumanMessage("a")], enable_thinking=True) == "thinka"
+
+
+def test_a_conversation_that_a_template_refuses(render: Any) -> None:
+    with pytest.raises(InvalidOptionError, match="roles must alternate"):
+        render(GEMMA, [AIMessage("a"), HumanMessage("b")])
+
+
+def test_no_template_at_all(tokenizer: Any) -> None:
+    import copy
+
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    with pytest.raises(UnsupportedError, match="no chat template.*chat_template=.*QuantizedHuggingFaceLLM"):
+        ChatTemplate(bare).render([{"role": "user", "content": "a"}])

@@ -1,0 +1,321 @@
+"""The Triton kernels against the same functions in plain torch, and those against torch's own attention.
+
+Without a GPU the kernels run in Triton's interpreter, which must be switched on before Triton is imported: one
+subprocess runs this file as a module, all cases, and the tests look at what it reports. On a GPU the tests run
+the same cases themselves, compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+
+from langchain_quantllm.kernels import attention_reference as reference
+from tests.support.interpreter import report_cases
+from tests.support.selection import covering, slow_but
+
+ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
+"""The largest relative error of rounding to a dtype: half of its machine epsilon."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One call of decode or prefill: some rows, each with its length, and the chunk of it that is new."""
+
+    name: str
+    lengths: tuple[int, ...] = (1, 5, 16, 17, 70)
+    chunks: tuple[int, ...] | None = None
+    """New tokens of each row; None is one of each, by `decode_attention`."""
+    block: int = reference.PREFILL_BLOCK
+    dtype: torch.dtype = torch.float32
+    heads: int = 2
+    kv_heads: int = 1
+    key_dim: int = 16
+    value_dim: int = 16
+    window: int = 0
+    softcap: float = 0.0
+    splits: int = 1
+    page_tokens: int = 16
+
+
+def _cases() -> Iterator[Case]:
+    dtypes = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+    variants: dict[str, dict[str, Any]] = {
+        **{f"{name}-64": {"dtype": dtype, "key_dim": 64, "value_dim": 64} for name, dtype in dtypes.items()},
+        **{f"{name}-128": {"dtype": dtype, "key_dim": 128, "value_dim": 128} for name, dtype in dtypes.items()},
+        **{f"{name}-256": {"dtype": dtype, "key_dim": 256, "value_dim": 256} for name, dtype in dtypes.items()},
+        **{f"dim-{dim}": {"key_dim": dim, "value_dim": dim} for dim in (8, 80, 96, 112)},
+        "half-dim-80": {"key_dim": 80, "value_dim": 80, "dtype": torch.float16},
+        "odd-dims": {"key_dim": 33, "value_dim": 19},
+        "values-smaller": {"key_dim": 48, "value_dim": 32, "dtype": torch.bfloat16},
+        "values-larger": {"key_dim": 24, "value_dim": 72},
+        "latent": {"key_dim": 192, "value_dim": 128, "dtype": torch.bfloat16},
+        "one-head": {"heads": 1, "kv_heads": 1},
+        "plain-heads": {"heads": 3, "kv_heads": 3},
+        "grouped-heads": {"heads": 6, "kv_heads": 2},
+        "group-of-7": {"heads": 7},
+        "window-1": {"window": 1},
+        "window-8": {"window": 8, "lengths": (1, 7, 8, 9, 200)},
+        "window-100": {"window": 100, "lengths": (99, 100, 101, 300), "dtype": torch.float16},
+        "softcap": {"softcap": 2.0},
+        "softcap-far-beyond": {"softcap": 0.01},
+        "softcap-window": {"softcap": 20.0, "window": 30, "dtype": torch.bfloat16},
+        "pages-of-32": {"page_tokens": 32},
+    }
+    # From the start and with history; up to the middle of a page, its first place and its last; more than a block.
+    chunks = {"lengths": (5, 130, 33, 32), "chunks": (5, 66, 1, 16)}
+    for name, given in variants.items():
+        yield Case(name=f"decode-{name}", **given)
+        yield Case(name=f"prefill-{name}", **{**given, **chunks})
+    for splits in (2, 4, 8, 16):
+        long = Case(name=f"decode-splits-{splits}", splits=splits, lengths=(1, 64, 65, 700), heads=4)
+        yield long
+        yield replace(long, name=f"{long.name}-window", window=100)
+        yield replace(long, name=f"{long.name}-half-80", dtype=torch.float16, key_dim=80, value_dim=48)
+    yield Case(name="decode-splits-64", splits=64, lengths=(2, 1100), dtype=torch.float16, key_dim=256, value_dim=256)
+    for block in (1, 7, 16):
+        yield Case(name=f"prefill-blocks-of-{block}", block=block, lengths=(30, 17), chunks=(10, 17))
+    # Padded to 32 rows, and shared by two programs.
+    yield Case(name="decode-group-of-20", heads=20)
+    yield Case(name="decode-group-of-71", heads=71)
+    yield Case(name="decode-group-of-71-splits", heads=71, splits=2, lengths=(3, 90))
+    # The first tile holds no key that the last queries of a block see.
+    yield Case(name="prefill-window-hides-a-tile", window=3, lengths=(64, 200), chunks=(64, 66))
+
+
+CASES = {case.name: case for case in _cases()}
+
+
+def _features(case: Case) -> list[Any]:
+    way = "decode" if case.chunks is None else "prefill"
+    return [
+        (way, case.dtype),
+        ("heads", way, case.heads > 1, case.kv_heads > 1),
+        ("scores", way, case.window > 0, case.softcap > 0),
+        ("values", way, case.key_dim == case.value_dim),
+        ("dim", case.key_dim),
+        ("splits", case.splits),
+        ("block", case.block),
+        ("page", case.page_tokens),
+        ("window", case.window),
+    ]
+
+
+QUICK = covering(CASES, _features)
+
+
+class Rows:
+    """Random rows in a pool with pages in any order, and NaN wherever nothing was written."""
+
+    def __init__(self, case: Case, device: str = "cpu") -> None:
+        made = torch.Generator().manual_seed(len(case.name))
+        pieces = [-(-length // case.page_tokens) for length in case.lengths]
+        order = torch.randperm(sum(pieces) + 3, generator=made, dtype=torch.int32)
+        # Behind the end of a row the table points nowhere: reading that would fault.
+        table = torch.full((len(pieces) + 2, max(pieces) + 1), 2**30, dtype=torch.int32)
+        self.slots = torch.randperm(len(pieces) + 2, generator=made)[: len(pieces)].tolist()
+        for slot, pages in zip(self.slots, order[: sum(pieces)].split(pieces), strict=True):
+            table[slot, : len(pages)] = pages
+        tokens = sum(case.lengths)
+        # Strided as models have them: (1, tokens, heads, dim), transposed.
+        made_key = torch.randn(1, tokens, case.kv_heads, case.key_dim, generator=made)
+        made_value = torch.randn(1, tokens, case.kv_heads, case.value_dim, generator=made)
+        self.key = made_key.to(device, case.dtype).transpose(1, 2)
+        self.value = made_value.to(device, case.dtype).transpose(1, 2)
+        rows = [slot for slot, length in zip(self.slots, case.lengths, strict=True) for _ in range(length)]
+        self.rows = torch.tensor(rows, dtype=torch.int32, device=device)
+        self.positions = torch.cat([torch.arange(length, dtype=torch.int32) for length in case.lengths]).to(device)
+        self.table = table.to(device)
+        shape = (len(order), case.page_tokens, case.kv_heads, case.key_dim + case.value_dim)
+        self.empty = torch.full(shape, torch.nan, dtype=case.dtype, device=device)
+        self.kv = self.empty.clone()
+        reference.write_kv(self.key, self.value, self.kv, self.table, self.rows, self.positions)
+        asked = len(case.lengths) if case.chunks is None else sum(case.chunks)
+        made_query = torch.randn(1, asked, case.heads, case.key_dim, generator=made)
+        self.query = made_query.to(device, case.dtype).transpose(1, 2)
+
+
+def blocks_of(case: Case, slots: list[int]) -> torch.Tensor:
+    """Cut each row's chunk into blocks; one more block has no token."""
+    blocks: list[tuple[int, int, int, int]] = []
+    first = 0
+    for slot, length, chunk in zip(slots, case.lengths, case.chunks or (), strict=True):
+        blocks += [
+            (slot, first + done, length - chunk + done, min(case.block, chunk - done))
+            for done in range(0, chunk, case.block)
+        ]
+        first += chunk
+    return torch.tensor([*blocks, (slots[0], 0, 0, 0)], dtype=torch.int32)
+
+
+def attend(module: Any, case: Case, rows: Rows) -> torch.Tensor:
+    """Call `decode_attention` or `prefill_attention` of a module."""
+    given = {"value_dim": case.value_dim, "scale": 0.3, "window": case.window, "softcap": case.softcap}
+    device = rows.kv.device
+    if case.chunks is not None:
+        blocks = blocks_of(case, rows.slots).to(device)
+        return module.prefill_attention(rows.query, rows.kv, rows.table, blocks, **given)
+    positions = torch.tensor(case.lengths, dtype=torch.int32, device=device) - 1
+    slots = torch.tensor(rows.slots, dtype=torch.int32, device=device)
+    arrivals = torch.zeros(len(slots) * case.heads, dtype=torch.int32, device=device)
+    given |= {"splits": case.splits, "arrivals": arrivals}
+    attended = module.decode_attention(rows.query, rows.kv, rows.table, slots, positions, **given)
+    assert not arrivals.any(), "counts are left, which the next call would begin with"
+    return attended
+
+
+def run_case(case: Case, device: str) -> dict[str, Any]:
+    """Compare the kernels with the reference on one case."""
+    from langchain_quantllm.kernels import attention as paged_attention
+
+    rows = Rows(case, device)
+    # Some tokens are enough: the interpreter takes a millisecond for each.
+    few = slice(-len(rows.positions) // 4, None)
+    given = (rows.table, rows.rows[few], rows.positions[few])
+    written, expected = rows.empty.clone(), rows.empty.clone()
+    paged_attention.write_kv(rows.key[:, :, few], rows.value[:, :, few], written, *given)
+    reference.write_kv(rows.key[:, :, few], rows.value[:, :, few], expected, *given)
+    same = torch.equal(written.nan_to_num(nan=99.0), expected.nan_to_num(nan=99.0))
+    found, expected = attend(paged_attention, case, rows), attend(reference, case, rows)
+    return {
+        "written": same,
+        "shape": list(found.shape) == [1, rows.query.shape[2], case.heads, case.value_dim],
+        "dense": found.is_contiguous(),
+        "dtype": str(found.dtype),
+        "error": float((found.float() - expected.float()).abs().nan_to_num(nan=torch.inf).max()),
+        "largest": float(rows.value.float().abs().max()),
+    }
+
+
+def run_strided(device: str) -> dict[str, Any]:
+    """Compare what the kernels make of tensors whose last dimension is strided with what they make of copies."""
+    from langchain_quantllm.kernels import attention as paged_attention
+
+    case = Case(name="strided", heads=4, lengths=(9, 33))
+    rows = Rows(case, device)
+    dense = attend(paged_attention, case, rows)
+    for name in ("query", "key", "value"):
+        setattr(rows, name, getattr(rows, name).repeat_interleave(2, -1)[..., ::2])
+        assert getattr(rows, name).stride(-1) == 2
+    written = rows.empty.clone()
+    paged_attention.write_kv(rows.key, rows.value, written, rows.table, rows.rows, rows.positions)
+    return {
+        "written": torch.equal(written.nan_to_num(nan=99.0), rows.kv.nan_to_num(nan=99.0)),
+        "same": torch.equal(attend(paged_attention, case, rows), dense),
+    }
+
+
+def run_single(device: str) -> dict[str, Any]:
+    """Compare a prefill of one token with a decode of it."""
+    from langchain_quantllm.kernels import attention as paged_attention
+
+    case = Case(name="single", lengths=(1, 16, 17, 90), key_dim=64, value_dim=64)
+    rows = Rows(case, device)
+    chunked = replace(case, chunks=(1,) * len(case.lengths))
+    return {"error": float((attend(paged_attention, case, rows) - attend(paged_attention, chunked, rows)).abs().max())}
+
+
+def run_padding(device: str) -> dict[str, Any]:
+    """Compare a decode with and without rows that are not in use, which all point at position 0 of page 0."""
+    from langchain_quantllm.kernels import attention as paged_attention
+
+    case = Case(name="padding", lengths=(20, 50), splits=2)
+    rows = Rows(case, device)
+    alone = attend(paged_attention, case, rows)
+    idle = next(slot for slot in range(len(rows.table)) if slot not in rows.slots)
+    rows.table[idle] = 0
+    arrivals = torch.zeros(4, dtype=torch.int32, device=device)
+    given = {"value_dim": 16, "scale": 0.3, "splits": 2, "arrivals": arrivals}
+    slots = torch.tensor([*rows.slots, idle, idle], dtype=torch.int32, device=device)
+    positions = torch.tensor([19, 49, 0, 0], dtype=torch.int32, device=device)
+    query = torch.cat([rows.query, rows.query], dim=2)
+    padded = paged_attention.decode_attention(query, rows.kv, rows.table, slots, positions, **given)
+    return {"same": torch.equal(padded[:, :2], alone)}
+
+
+def run_splits(device: str) -> dict[str, Any]:
+    """Ask for the splits of some steps."""
+    from langchain_quantllm.kernels import attention as paged_attention
+
+    asked = [(1, 8, 132), (4, 8, 132), (8, 8, 132), (32, 8, 132), (1000, 8, 132), (1, 1, 132), (1, 2, 4)]
+    return {"splits": [paged_attention.default_splits(*given) for given in asked]}
+
+
+OTHERS = {"strided": run_strided, "single": run_single, "padding": run_padding, "splits": run_splits}
+
+
+def run(name: str, device: str) -> dict[str, Any]:
+    return OTHERS[name](device) if name in OTHERS else run_case(CASES[name], device)
+
+
+def tolerance(case: Case, largest: float) -> float:
+    """Bound the error, for outputs that are averages of values of at most `largest`.
+
+    Shares are rounded to the pool's dtype before they meet the values, the result is rounded by both sides: three
+    times the rounding error. In float32, sums of up to 256 products in another order weigh more: scores of up to some
+    20 that are off by several times their own rounding change shares by as much.
+    """
+    return largest * (3 * ROUNDING[case.dtype] + 128 * ROUNDING[torch.float32])
+
+
+@pytest.mark.parametrize("name", slow_but(QUICK, CASES))
+def test_kernels_are_the_reference(found: Any, name: str) -> None:
+    report, case = found(name), CASES[name]
+    assert report["written"], "the pool differs, though nothing is computed"
+    assert report["shape"]
+    assert report["dense"]
+    assert report["dtype"] == str(case.dtype)
+    assert report["error"] <= tolerance(case, report["largest"])
+
+
+def test_kernels_take_strided_tensors(found: Any) -> None:
+    assert found("strided") == {"written": True, "same": True}
+
+
+def test_prefill_of_one_token_is_decode(found: Any) -> None:
+    # The same sums, in tiles of other sizes.
+    assert found("single")["error"] <= 128 * ROUNDING[torch.float32]
+
+
+def test_rows_that_are_not_in_use_change_nothing(found: Any) -> None:
+    assert found("padding") == {"same": True}
+
+
+def test_splits_fill_the_device(found: Any) -> None:
+    assert found("splits") == {"splits": [64, 16, 8, 2, 1, 64, 8]}
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.softcap])
+def test_reference_is_the_attention_of_torch(name: str) -> None:
+    case = replace(CASES[name], dtype=torch.float32)
+    rows, start, first = Rows(case), 0, 0
+    out = attend(reference, case, rows)[0]
+    for length, chunk in zip(case.lengths, case.chunks or [1] * len(case.lengths), strict=True):
+        ages = torch.arange(length - chunk, length)[:, None] - torch.arange(length)
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            rows.query[:, :, first : first + chunk],
+            rows.key[:, :, start : start + length],
+            rows.value[:, :, start : start + length],
+            attn_mask=(ages >= 0) & (ages < (case.window or length)),
+            scale=0.3,
+            enable_gqa=True,
+        )
+        # Both in float32, with sums in another order.
+        torch.testing.assert_close(out[first : first + chunk].transpose(0, 1), expected[0], rtol=1e-4, atol=1e-5)
+        start, first = start + length, first + chunk
+
+
+def test_softcap_of_the_reference() -> None:
+    case = Case(name="one", lengths=(2,), heads=1, kv_heads=1, softcap=2.0)
+    rows = Rows(case)
+    scores = 2 * torch.tanh(0.3 * (rows.key[0, 0] @ rows.query[0, 0, 0]) / 2)
+    expected = scores.softmax(0) @ rows.value[0, 0]
+    torch.testing.assert_close(attend(reference, case, rows)[0, 0, 0], expected)
+
+
+if __name__ == "__main__":
+    report_cases(lambda name: run(name, "cpu"))

@@ -1,0 +1,557 @@
+"""Products with quantized weights: the Triton kernels against plain torch, and that against the weights' own libraries.
+
+Without a GPU the kernels run in Triton's interpreter, in one subprocess, as in `test_kernels`; the instructions in
+PTX, which it cannot run, are emulated here. On a GPU the tests run the same cases themselves, compiled, and more.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+
+from langchain_quantllm.compat.gptqmodel_import import contained
+from langchain_quantllm.kernels.linear import reference as weight_reference
+from langchain_quantllm.kernels.linear.codebook import CODEBOOKS, GROUPS_SHUFFLED, instructions
+from langchain_quantllm.kernels.linear.weights import FourBitWeight, GPTQWeight, Int8Weight, Weight, weight_of
+from langchain_quantllm.quantization.packing import RoundedLinear, pack_bits
+from tests.support.interpreter import report_cases
+from tests.support.selection import covering, slow_but
+
+ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
+"""The largest relative error of rounding to a dtype: half of its machine epsilon."""
+
+
+class PackedLinear(torch.nn.Module):
+    """A layer of GPTQ as GPTQModel's torch and Triton layers hold it."""
+
+    QUANT_TYPE = "tritonv2"
+
+    def __init__(self, rounded: RoundedLinear, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        packed = rounded.pack()
+        self.bits = rounded.bits
+        self.qweight, self.scales, self.g_idx, self.bias = packed["qweight"], packed["scales"], packed["g_idx"], bias
+        self.qzeros = pack_bits(rounded.zeros, rounded.bits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One product, of weights with the same inputs."""
+
+    name: str
+    kind: str = "nf4"
+    """nf4, fp4, int8, or gptq with the number of bits."""
+    nested: bool = False
+    block: int = 64
+    """Elements of a block, or inputs of a group."""
+    act_order: bool = False
+    symmetric: bool = False
+    rows: int = 1
+    inputs: int = 128
+    outputs: tuple[int, ...] = (24,)
+    bias: bool = False
+    dtype: torch.dtype = torch.float32
+    config: dict[str, Any] | None = None
+    """Options of `ProductConfig`; None for the rule's."""
+
+    @property
+    def bits(self) -> int:
+        return int(self.kind[4:]) if self.kind.startswith("gptq") else 8 if self.kind == "int8" else 4
+
+
+VECTOR = {"regime": "vector", "outputs": 8, "words": 8, "warps": 1}
+TILE = {"regime": "tile", "outputs": 16, "words": 16, "stages": 2, "decode": "table"}
+
+
+def _cases() -> Iterator[Case]:
+    halves = (torch.float16, torch.bfloat16)
+    for kind in ("nf4", "fp4", "int8", "gptq4", "gptq8", "gptq2", "gptq3"):
+        for rows in (1, 3, 8, 17):
+            yield Case(name=f"{kind}-rows-{rows}", kind=kind, rows=rows, dtype=halves[rows % 2], outputs=(32,))
+        yield Case(name=f"{kind}-float32", kind=kind, rows=2, outputs=(32,))
+        yield Case(name=f"{kind}-float32-tile", kind=kind, rows=5, outputs=(32,))
+        # Neither inputs nor outputs fill the tiles; with splits, the last have less to do, or nothing.
+        odd = Case(name=f"{kind}-odd", kind=kind, block=32, inputs=160, outputs=(16 * 3,), bias=True)
+        for splits in (1, 2, 8) if kind in ("nf4", "gptq4") else (2,):
+            vector = {**VECTOR, "outputs": 32, "splits": splits}
+            yield replace(odd, name=f"{odd.name}-vector-{splits}", rows=4, config=vector)
+            tile = {**TILE, "outputs": 32, "splits": splits}
+            yield replace(odd, name=f"{odd.name}-tile-{splits}", rows=9, config=tile)
+        several = replace(odd, name=f"{kind}-several", outputs=(16, 48, 32), block=64, inputs=128)
+        for count, dtype in ((2, torch.float16), (3, torch.bfloat16)):
+            few = replace(several, outputs=several.outputs[:count], dtype=dtype)
+            yield replace(few, name=f"{few.name}-vector-{count}", rows=2, config=VECTOR)
+            yield replace(few, name=f"{few.name}-tile-{count}", rows=20, config={**TILE, "splits": 2})
+    for kind, rows in itertools.product(("nf4", "fp4"), (2, 6)):
+        config = VECTOR if rows == 2 else TILE
+        nested = Case(name=f"{kind}-nested-{rows}", kind=kind, nested=True, rows=rows, config=config)
+        yield replace(nested, inputs=96, outputs=(200,))  # 300 scales: more than one scale of them
+        yield replace(nested, name=f"{nested.name}-several", outputs=(40, 8, 24), dtype=torch.bfloat16)
+        for block in (128, 512):
+            # Blocks that are longer than a row, and that do not end with one.
+            yield replace(nested, name=f"{nested.name}-blocks-{block}", block=block, inputs=192, outputs=(33,))
+        yield replace(nested, name=f"{nested.name}-row-of-words", nested=False, inputs=72, outputs=(19,))
+    yield Case(name="int8-row-of-words", kind="int8", inputs=52, outputs=(19,), config=VECTOR)
+    for bits, rows in itertools.product((2, 3, 4, 8), (1, 9)):
+        config = VECTOR if rows == 1 else TILE
+        gptq = Case(name=f"gptq{bits}-{rows}", kind=f"gptq{bits}", rows=rows, inputs=128, block=32, config=config)
+        gptq = replace(gptq, outputs=(48,), dtype=torch.bfloat16)
+        yield replace(gptq, name=f"{gptq.name}-act-order", act_order=True)
+        yield replace(gptq, name=f"{gptq.name}-act-order-symmetric", act_order=True, symmetric=True)
+        yield replace(gptq, name=f"{gptq.name}-symmetric", symmetric=True)
+        yield replace(gptq, name=f"{gptq.name}-one-group", block=128)
+        yield replace(gptq, name=f"{gptq.name}-one-group-odd", block=96, inputs=96)
+        yield replace(gptq, name=f"{gptq.name}-large-groups", block=256, inputs=512, symmetric=True)
+    many = Case(name="int8-many-rows", kind="int8", rows=70, outputs=(48, 16), bias=True, dtype=torch.bfloat16)
+    yield many
+    for bits in (2, 3, 4, 8):
+        gptq = replace(many, name=f"gptq{bits}-many-rows", kind=f"gptq{bits}", inputs=160, block=32)
+        yield gptq
+        yield replace(gptq, name=f"{gptq.name}-act-order", act_order=True, symmetric=True, dtype=torch.float32)
+
+
+def _whole(case: Case) -> Case:
+    """Fill whole words with the zero points of 3 bits: 32 to 3 words."""
+    return replace(case, outputs=tuple(-(-width // 32) * 32 for width in case.outputs)) if case.bits == 3 else case
+
+
+CASES = {case.name: _whole(case) for case in _cases()}
+
+
+def _features(case: Case) -> list[Any]:
+    way = "rule" if case.config is None else case.config["regime"]
+    kind = (case.kind, case.nested)
+    return [
+        (kind, way),
+        (kind, case.dtype),
+        ("several", case.kind, len(case.outputs) > 1),
+        ("order", case.kind, case.act_order, case.symmetric),
+        ("bias", way, case.bias),
+        ("block", way, case.block),
+        ("many rows", way, case.rows > 16),
+        ("splits", way, (case.config or {}).get("splits")),
+    ]
+
+
+QUICK = covering(CASES, _features)
+LARGE = {
+    case.name: _whole(case)
+    for kind, decode, rows in itertools.product(
+        ("nf4", "fp4", "int8", "gptq4", "gptq8", "gptq2", "gptq3"),
+        ("table", "permute", "mixed", "shuffle"),
+        (1, 4, 8, 64, 100),
+    )
+    for case in [
+        Case(
+            name=f"{kind}-{decode}-{rows}",
+            kind=kind,
+            nested=decode == "permute",
+            rows=rows,
+            inputs=2048 + 64,
+            outputs=(1024, 208, 80) if kind == "gptq2" else (1024, 200, 72),  # whole words of zero points
+            block=64 if kind in ("nf4", "fp4") else 32,
+            dtype=torch.bfloat16 if rows % 8 else torch.float16,
+            bias=decode == "table",
+            config=None
+            if decode == "table"
+            else {"regime": "vector", "outputs": 8, "words": 128, "decode": decode, "splits": 2}
+            if rows <= 4
+            else {"regime": "tile", "outputs": 64, "words": 32, "stages": 3, "decode": decode, "splits": 2},
+        )
+    ]
+    if kind in ("nf4", "fp4") or decode in ("table", "permute")
+}
+"""For a GPU: every way to look up, and configs as they are used."""
+
+
+def layer(case: Case, width: int, seed: int) -> torch.nn.Module:
+    """Quantize random weights, with bitsandbytes itself or with this package's packing."""
+    made = torch.Generator().manual_seed(seed)
+    weight = torch.randn(width, case.inputs, generator=made) / case.inputs**0.5
+    bias = torch.randn(width, generator=made).to(case.dtype) if case.bias else None
+    if case.kind.startswith("gptq"):
+        return PackedLinear(rounded(case, width, made), bias)
+    import bitsandbytes
+
+    if case.kind == "int8":
+        module = bitsandbytes.nn.Linear8bitLt(case.inputs, width, bias=case.bias, has_fp16_weights=False)
+        module.weight = bitsandbytes.nn.Int8Params(weight.half(), requires_grad=False).to("cpu")
+    else:
+        module = bitsandbytes.nn.Linear4bit(case.inputs, width, bias=case.bias, quant_type=case.kind)
+        module.weight = bitsandbytes.nn.Params4bit(
+            weight, blocksize=case.block, compress_statistics=case.nested, quant_type=case.kind
+        ).to("cpu")
+    if bias is not None:
+        module.bias = torch.nn.Parameter(bias)
+    return module
+
+
+def rounded(case: Case, width: int, made: torch.Generator) -> RoundedLinear:
+    """Make codes, zero points and scales at random."""
+    groups = -(-case.inputs // case.block)
+    shape = (groups, width)
+    if case.symmetric:
+        zeros = torch.full(shape, 1 << case.bits - 1, dtype=torch.uint8)
+    else:
+        zeros = torch.randint(1, 1 << case.bits, shape, generator=made, dtype=torch.uint8)
+    index = torch.arange(case.inputs, dtype=torch.int32) // case.block
+    if case.act_order:
+        index = index[torch.randperm(case.inputs, generator=made)]
+    return RoundedLinear(
+        codes=torch.randint(0, 1 << case.bits, (case.inputs, width), generator=made, dtype=torch.uint8),
+        zeros=zeros,
+        scales=((torch.rand(shape, generator=made) + 0.5) / (1 << case.bits) / case.inputs**0.5).half(),
+        g_idx=index,
+        bits=case.bits,
+    )
+
+
+def on(weight: Weight, device: str) -> Weight:
+    """Move the tensors of a weight."""
+    tensors = {name: value.to(device) for name, value in vars(weight).items() if isinstance(value, torch.Tensor)}
+    return replace(weight, **tensors)
+
+
+def run_case(case: Case, device: str) -> dict[str, Any]:
+    """Compare the kernels with the reference, and count what makes their errors."""
+    from langchain_quantllm.kernels.linear import dispatch as weight_only
+
+    weights = []
+    for seed, width in enumerate(case.outputs):
+        weight = weight_of(layer(case, width, seed))
+        assert weight is not None
+        weights.append(on(weight, device))
+    made = torch.Generator().manual_seed(9)
+    # As models have them: a batch, and rows that are a part of something wider.
+    wide = torch.randn(1, case.rows, case.inputs + 16, generator=made).to(device, case.dtype)
+    x = wide[..., 16:]
+    config = None if case.config is None else weight_only.ProductConfig(**case.config)
+    found = weight_only.products_of_one_input(x, weights, config=config)
+    # The interpreter runs programs one after another: it would find no race.
+    again = found if device == "cpu" else weight_only.products_of_one_input(x, weights, config=config)
+    alone = found[0] if len(weights) == 1 else weight_only.product(x, weights[0], weights[0].bias, config=config)
+    expected = weight_reference.products_of_one_input(x, weights)
+    # An error of each term, independent of the others, and that of the result.
+    terms = [x.double().square() @ weight_reference.dequantize(weight).square().t() for weight in weights]
+    rounding = ROUNDING[case.dtype]
+    excess = [
+        ((f.double() - e).abs() - rounding * e.abs()) / t.sqrt() for f, e, t in zip(found, expected, terms, strict=True)
+    ]
+    # Results that lie on both sides of a border are rounded to neighbours.
+    apart = ((alone.double() - found[0].double()).abs() - 2 * rounding * found[0].double().abs()) / terms[0].sqrt()
+    return {
+        "shapes": [list(f.shape) for f in found],
+        "dense": all(f.is_contiguous() for f in found),
+        "dtypes": [str(f.dtype) for f in found],
+        "again": all(map(torch.equal, found, again)),
+        "alone": float(apart.nan_to_num(nan=torch.inf).max()),
+        "excess": max(float(e.nan_to_num(nan=torch.inf).max()) for e in excess),
+    }
+
+
+def run_empty(device: str) -> dict[str, Any]:
+    """Multiply no rows."""
+    from langchain_quantllm.kernels.linear import dispatch as weight_only
+
+    weight = on(weight_of(layer(CASES["nf4-float32"], 8, 0)), device)
+    return {"shape": list(weight_only.product(torch.zeros(2, 0, 128, device=device), weight).shape)}
+
+
+def run_mixed(device: str) -> dict[str, Any]:
+    """Multiply by weights of several formats, and by more than a launch takes."""
+    from langchain_quantllm.kernels.linear import dispatch as weight_only
+
+    cases = [CASES[f"{kind}-float32"] for kind in ("nf4", "int8", "gptq4", "nf4")]
+    weights = [on(weight_of(layer(case, 8 * seed + 8, seed)), device) for seed, case in enumerate(cases)]
+    weights[2] = on(weight_of(layer(cases[2], 16, 2)), device)
+    x = torch.randn(2, 128, generator=torch.Generator().manual_seed(1)).to(device)
+    expected = weight_reference.products_of_one_input(x, weights)
+    found = weight_only.products_of_one_input(x, weights)
+    return {"error": max(float((f - e).abs().max()) for f, e in zip(found, expected, strict=True))}
+
+
+def run_refusals(device: str) -> dict[str, Any]:
+    """Ask for what there is not."""
+    from langchain_quantllm.errors import InvalidOptionError
+    from langchain_quantllm.kernels.linear import dispatch as weight_only
+
+    weight = on(weight_of(layer(CASES["nf4-float32"], 8, 0)), device)
+    refused = []
+    for rows, options in ((5, VECTOR), (1, {**VECTOR, "decode": "guess"}), (1, {**VECTOR, "regime": "scalar"})):
+        try:
+            x = torch.zeros(rows, 128, device=device)
+            weight_only.product(x, weight, config=weight_only.ProductConfig(**options))
+        except InvalidOptionError as error:
+            refused.append(str(error))
+    return {"refused": len(refused)}
+
+
+def run_rule(device: str) -> dict[str, Any]:
+    """Ask for the configs of a small model and of a large one."""
+    from langchain_quantllm.kernels.linear import dispatch as weight_only
+
+    weights = [weight_of(layer(CASES[f"{kind}-float32"], 32, 0)) for kind in ("nf4", "int8", "gptq4", "gptq2")]
+    sound = True
+    for weight, size, rows in itertools.product(weights, (128, 4096, 11008), (1, 4, 5, 64)):
+        large = replace(weight, in_features=size, out_features=size)
+        for dtype in ROUNDING:
+            config = weight_only.config_for(large, rows, 132, dtype=dtype)
+            powers = (config.outputs, config.words, config.splits, config.warps)
+            sound &= all(value & value - 1 == 0 for value in powers)
+            sound &= config.regime == ("vector" if rows <= 2 else "tile")
+            sound &= config.words >= (16 if config.regime == "tile" else 4)
+            sound &= size < 4096 or config.splits * -(-size // config.outputs) >= 0.9 * 132  # nearly all of it
+    return {"sound": bool(sound)}
+
+
+OTHERS = {"empty": run_empty, "mixed": run_mixed, "refusals": run_refusals, "rule": run_rule}
+
+
+def run(name: str, device: str) -> dict[str, Any]:
+    return OTHERS[name](device) if name in OTHERS else run_case(CASES[name], device)
+
+
+def tolerance(case: Case) -> float:
+    """Bound the error, in units of the root of the sum of the squared terms.
+
+    On tensor cores a value, its scale and their product are rounded: three roundings of every term. Values that are
+    looked up two at a time come from float16 in float32 too. The errors of terms are independent, and 5 deviations
+    hold for all outputs. The interpreter cuts results off to bfloat16 where others round: 6 deviations are the largest
+    result. Sums in float32 add up to one rounding of each term.
+    """
+    term = ROUNDING[torch.float32]
+    if case.dtype != torch.float32 and (case.rows > 2 if case.config is None else case.config["regime"] == "tile"):
+        term = 3 * ROUNDING[case.dtype]
+    if case.config is not None and case.config.get("decode") in ("permute", "mixed"):
+        term = max(term, ROUNDING[torch.float16])
+    cut = 6 * ROUNDING[case.dtype] if case.dtype == torch.bfloat16 else 0
+    return 5 * term + cut + 16 * ROUNDING[torch.float32] * case.inputs**0.5
+
+
+def check(report: dict[str, Any], case: Case) -> None:
+    assert report["shapes"] == [[1, case.rows, width] for width in case.outputs]
+    assert report["dense"]
+    assert report["dtypes"] == [str(case.dtype)] * len(case.outputs)
+    assert report["again"], "the same product twice differs"
+    assert report["excess"] <= tolerance(case)
+    # The kernel for one weight is compiled apart from that for several, and may contract other products with their
+    # sums: some roundings of float32. The rule may choose another config for it.
+    assert report["alone"] <= (16 * ROUNDING[torch.float32] if case.config else 2 * tolerance(case))
+
+
+@pytest.mark.parametrize("name", slow_but(QUICK, CASES))
+def test_products_are_the_reference(found: Any, name: str) -> None:
+    check(found(name), CASES[name])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("name", LARGE)
+def test_large_products_are_the_reference(name: str) -> None:
+    check(run_case(LARGE[name], "cuda"), LARGE[name])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("kind", ["nf4", "int8", "gptq4"])
+def test_a_captured_product_is_that_of_new_inputs(kind: str) -> None:
+    from langchain_quantllm.kernels.linear import dispatch as weight_only
+
+    case = replace(LARGE[f"{kind}-table-8"], outputs=(1024,), bias=False)
+    weight = on(weight_of(layer(case, 1024, 0)), "cuda")
+    for rows in (1, 8):
+        x = torch.randn(rows, case.inputs, device="cuda", dtype=torch.bfloat16)
+        weight_only.product(x, weight)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = weight_only.product(x, weight)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert torch.equal(captured, weight_only.product(x, weight))
+
+
+def test_no_rows_make_no_rows(found: Any) -> None:
+    assert found("empty") == {"shape": [2, 0, 8]}
+
+
+def test_weights_of_several_formats_are_multiplied(found: Any) -> None:
+    assert found("mixed")["error"] <= 1e-4
+
+
+def test_what_there_is_not_is_refused(found: Any) -> None:
+    assert found("refusals") == {"refused": 3}
+
+
+def test_the_rule_fits_and_fills_the_device(found: Any) -> None:
+    assert found("rule") == {"sound": True}
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, case in CASES.items() if case.kind in ("nf4", "fp4") and case.config and not case.bias]
+)
+def test_reference_dequantizes_as_bitsandbytes(name: str) -> None:
+    from bitsandbytes.functional import dequantize_4bit
+
+    case = CASES[name]
+    module: Any = layer(case, case.outputs[0], 0)
+    weight = weight_of(module)
+    # In one row: on the CPU bitsandbytes quantizes blocks that go on in the next row, but does not dequantize them.
+    state = copy.copy(module.weight.quant_state)
+    state.shape = torch.Size((1, module.weight.numel() * 2))
+    expected = dequantize_4bit(module.weight.data, state).reshape(case.outputs[0], case.inputs)
+    assert isinstance(weight, FourBitWeight)
+    # Both in float32.
+    torch.testing.assert_close(weight_reference.dequantize(weight).float(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_reference_dequantizes_int8_as_bitsandbytes() -> None:
+    from bitsandbytes.functional import int8_vectorwise_dequant
+
+    module: Any = layer(CASES["int8-float32"], 32, 0)
+    expected = int8_vectorwise_dequant(module.weight.data, module.weight.SCB)
+    torch.testing.assert_close(weight_reference.dequantize(weight_of(module)).float(), expected, rtol=1e-5, atol=1e-7)
+    x = torch.randn(2, 128, dtype=torch.float16, generator=torch.Generator().manual_seed(0))
+    module(x)  # its scales move into its state
+    torch.testing.assert_close(weight_reference.dequantize(weight_of(module)).float(), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.kind.startswith("gptq")])
+def test_reference_dequantizes_what_was_packed(name: str) -> None:
+    case = CASES[name]
+    made = torch.Generator().manual_seed(0)
+    made_of = rounded(case, 32, made)
+    found = weight_reference.dequantize(weight_of(PackedLinear(made_of, None)))
+    assert torch.equal(found.float(), made_of.dequantize())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gptqmodel") is None, reason="needs gptqmodel")
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_layers_of_gptqmodel_are_weights(bits: int) -> None:
+    with contained():
+        from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    made_of = rounded(Case(name="", kind=f"gptq{bits}", block=32), 64, torch.Generator().manual_seed(3))
+    with contained():
+        module = TorchLinear(bits=bits, group_size=32, sym=False, desc_act=False, in_features=128, out_features=64)
+        for name, tensor in {**made_of.pack(), "qzeros": pack_bits(made_of.zeros, bits)}.items():
+            getattr(module, name).copy_(tensor)
+        own = module.dequantize_weight().float().t()
+    weight = weight_of(module)
+    assert isinstance(weight, GPTQWeight)
+    assert weight.group_size == 32
+    # GPTQModel dequantizes in float16.
+    torch.testing.assert_close(weight_reference.dequantize(weight).float(), own, rtol=2e-3, atol=1e-5)
+
+
+def test_weights_are_views() -> None:
+    for kind, name in (("nf4", "weight"), ("int8", "weight"), ("gptq4", "qweight")):
+        module = layer(CASES[f"{kind}-float32"], 32, 0)
+        weight = weight_of(module)
+        assert weight is not None
+        assert weight.words.data_ptr() == getattr(module, name).data_ptr()
+    assert isinstance(weight_of(layer(CASES["int8-float32"], 32, 0)), Int8Weight)
+
+
+def test_what_has_no_kernel_is_none() -> None:
+    assert weight_of(torch.nn.Linear(8, 8)) is None
+    assert weight_of(torch.nn.LayerNorm(8)) is None
+    assert weight_of(layer(replace(CASES["nf4-float32"], inputs=68), 8, 0)) is None  # a word of two rows
+    assert weight_of(layer(replace(CASES["int8-float32"], inputs=66), 8, 0)) is None
+    five: Any = layer(CASES["gptq4-float32"], 32, 0)
+    five.bits = 5
+    assert weight_of(five) is None
+    not_whole: Any = layer(replace(CASES["gptq3-float32"], inputs=96, outputs=(32,)), 32, 0)
+    not_whole.qweight, not_whole.g_idx = not_whole.qweight[:-1].contiguous(), not_whole.g_idx[:85].contiguous()
+    assert weight_of(not_whole) is None
+    uneven: Any = layer(CASES["gptq3-float32"], 32, 0)
+    uneven.qweight, uneven.scales = uneven.qweight[:, :24].contiguous(), uneven.scales[:, :24].contiguous()
+    uneven.qzeros = uneven.qzeros[:, :2].contiguous()
+    assert weight_of(uneven) is None
+    marlin: Any = layer(CASES["gptq4-float32"], 32, 0)
+    marlin.QUANT_TYPE = "marlin"
+    assert weight_of(marlin) is None
+
+
+@pytest.mark.parametrize("kind", CODEBOOKS)
+def test_codebooks_are_those_of_bitsandbytes(kind: str) -> None:
+    from bitsandbytes.functional import get_4bit_type
+
+    assert torch.equal(torch.tensor(CODEBOOKS[kind]), get_4bit_type(kind, device="cpu"))
+
+
+# --- PTX, emulated ----------------------------------------------------------------------------
+
+
+def emulate(ptx: str, words: tuple[int, int]) -> list[int]:
+    """Run the instructions in one lane of a warp, in which `shfl` asks the others what they hold."""
+    lanes: list[dict[str, int]] = [{"%laneid": lane, "$8": words[0], "$9": words[1]} for lane in range(32)]
+    for line in re.findall(r"[a-z][\w.]* [^;{}]+;", ptx.replace("{ .reg", "{;.reg")):
+        name, *operands = re.split(r"[ ,;]+", line.strip(" ;"))
+        if name.startswith("reg"):
+            continue
+        before = [dict(registers) for registers in lanes]
+        for lane, registers in enumerate(lanes):
+            values = [before[lane][o] if o in before[lane] else int(o, 0) for o in operands[1:]]
+            if name == "shfl.sync.idx.b32":
+                held, index, control, _ = values
+                mask = control >> 8
+                source = (lane & mask) | (index & 31 & ~mask)
+                assert source <= (lane & mask) | (control & 31 & ~mask)
+                result = before[source][operands[1]]
+                assert held == before[lane][operands[1]]
+            else:
+                result = OPERATIONS[name](*values)
+            registers[operands[0]] = result & 0xFFFFFFFF
+    return [lanes[5][f"${j}"] for j in range(8)]
+
+
+def _prmt(a: int, b: int, selector: int) -> int:
+    octets = (a | b << 32).to_bytes(8, "little")
+    picked = []
+    for place in range(4):
+        nibble = selector >> 4 * place & 15
+        octet = octets[nibble & 7]
+        picked.append((0xFF if octet & 0x80 else 0) if nibble & 8 else octet)
+    return int.from_bytes(bytes(picked), "little")
+
+
+def _lop3(a: int, b: int, c: int, table: int) -> int:
+    bits = [table >> (4 * (a >> i & 1) + 2 * (b >> i & 1) + (c >> i & 1)) & 1 for i in range(32)]
+    return sum(bit << i for i, bit in enumerate(bits))
+
+
+OPERATIONS = {
+    "mov.b32": lambda a: a,
+    "mov.u32": lambda a: a,
+    "and.b32": lambda a, b: a & b,
+    "shl.b32": lambda a, b: a << b,
+    "shr.u32": lambda a, b: a >> b,
+    "shr.s32": lambda a, b: (a - (a >> 31 << 32)) >> b,
+    "prmt.b32": _prmt,
+    "lop3.b32": _lop3,
+}
+
+
+@pytest.mark.parametrize("way", GROUPS_SHUFFLED)
+@pytest.mark.parametrize("kind", CODEBOOKS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_instructions_look_up_every_index_in_every_place(way: str, kind: str, dtype: torch.dtype) -> None:
+    ptx = instructions(way, kind, str(dtype)[6:])
+    bits = [b & 0xFFFF for b in torch.tensor(CODEBOOKS[kind]).to(dtype).view(torch.int16).tolist()]
+    for turn in range(16):
+        indices = [[(turn + 3 * place + 7 * word) % 16 for place in range(8)] for word in range(2)]
+        # Element 0 is in the upper half of the lowest byte.
+        words = [sum(index << 4 * (place ^ 1) for place, index in enumerate(row)) for row in indices]
+        expected = [bits[indices[0][j]] | bits[indices[1][j]] << 16 for j in range(8)]
+        assert emulate(ptx, (words[0], words[1])) == expected
+
+
+if __name__ == "__main__":
+    report_cases(lambda name: run(name, "cpu"))

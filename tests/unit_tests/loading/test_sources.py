@@ -1,0 +1,462 @@
+"""What is no checkpoint of a language model is told by what it is, from its files alone and before torch is there."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from langchain_quantllm import QuantizedHuggingFaceLLM, estimate_memory, quantize
+from langchain_quantllm.errors import (
+    CheckpointError,
+    InvalidOptionError,
+    MissingPackageError,
+    ModelNotFoundError,
+    QuantLLMError,
+    UnsupportedError,
+)
+from langchain_quantllm.loading.checkpoint import LoadSpec, find_source
+from langchain_quantllm.loading.sources import check_sources, command_line, folder_of, wrong_files
+from langchain_quantllm.quantization.gguf import convert_gguf
+from tests.support.checkpoints import SIZES, FakeHub, make_checkpoint, run_python
+
+LLAMA = {**SIZES, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+WEIGHTS = {"model.safetensors": "no weights"}
+
+
+def make(folder: Path, files: dict[str, Any]) -> str:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    folder.mkdir(exist_ok=True)
+    return str(folder)
+
+
+def told(model_id: str) -> str:
+    """The error for a model id, the same from loading, quantizing and estimating."""
+    with pytest.raises(QuantLLMError) as caught:
+        check_sources(model_id)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert 20 < len(text) < 500
+    for use in (
+        lambda: QuantizedHuggingFaceLLM(model_id=model_id, progress=False).load(),
+        lambda: quantize(model_id, "nf4", progress=False),
+        lambda: estimate_memory(model_id),
+    ):
+        with pytest.raises(type(caught.value), match=re.escape(text)):
+            use()
+    return text
+
+
+KINDS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "empty": ({}, ["is empty", "config.json, weights and tokenizer"]),
+    "gguf": ({"m.gguf": "GGUF"}, ["m.gguf is in llama.cpp's format", "langchain-quantllm convert"]),
+    "gguf with a config": (
+        {"m.gguf": "GGUF", "config.json": LLAMA},
+        ["langchain-quantllm convert"],
+    ),
+    "bert": (
+        {"config.json": {"model_type": "bert", "architectures": ["BertModel"]}, **WEIGHTS},
+        ["embedding model", "HuggingFaceEmbeddings of langchain-huggingface"],
+    ),
+    "bert for masks": (
+        {"config.json": {"model_type": "bert", "architectures": ["BertForMaskedLM"]}, **WEIGHTS},
+        ["BertForMaskedLM", "encoder"],
+    ),
+    "encoder with code of its own": (
+        {"config.json": {"model_type": "nomic_bert", "auto_map": {"AutoModel": "m.M"}}, **WEIGHTS},
+        ["embedding model"],
+    ),
+    "sentence-transformers": (
+        {
+            "config.json": {**LLAMA, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]},
+            "modules.json": [{"type": "sentence_transformers.models.Transformer"}],
+            **WEIGHTS,
+        },
+        ["embedding model", "HuggingFaceEmbeddings"],
+    ),
+    "adapter": (
+        {"adapter_config.json": {"base_model_name_or_path": "acme/base"}, "adapter_model.safetensors": ""},
+        ["holds an adapter", "model_id='acme/base', adapter='"],
+    ),
+    "diffusers": ({"model_index.json": {"_class_name": "FluxPipeline"}}, ["diffusion model", "diffusers"]),
+    "part of diffusers": ({"config.json": {"_class_name": "UNet2DConditionModel"}, **WEIGHTS}, ["diffusers"]),
+    "classifier": (
+        {"config.json": {**LLAMA, "architectures": ["LlamaForSequenceClassification"]}, **WEIGHTS},
+        ["LlamaForSequenceClassification", "classifies texts"],
+    ),
+    "whisper": (
+        {"config.json": {"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"]}, **WEIGHTS},
+        ["'whisper' model", "speech"],
+    ),
+    "onnx": ({"config.json": LLAMA, "model.onnx": ""}, ["ONNX"]),
+    "onnx without a config": ({"model.onnx": ""}, ["another runtime"]),
+    "mlx": (
+        {"config.json": {**LLAMA, "quantization": {"group_size": 64, "bits": 4}}, **WEIGHTS},
+        ["MLX", "quantization='nf4'"],
+    ),
+    "weights alone": (dict(WEIGHTS), ["has weights but no config.json", "tokenizer"]),
+    "a folder too high": ({"inner/config.json": LLAMA}, ["the folder inner in it has", "inner'"]),
+    "the Hub's cache": (
+        {"snapshots/abc/config.json": LLAMA, "refs/main": "abc"},
+        ["belongs to the Hub's cache", "snapshots"],
+    ),
+    "format of the maker": ({"params.json": {}, "consolidated.00.pth": ""}, ["format of the model's maker"]),
+    "something else": ({"notes.txt": "x"}, ["has no config.json"]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_folders_are_told_by_what_they_hold(tmp_path: Path, kind: str) -> None:
+    files, words = KINDS[kind]
+    text = told(make(tmp_path / "model", files))
+    for word in words:
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (
+            "m.gguf",
+            ["llama.cpp's format", "langchain-quantllm convert", "langchain-quantllm[demo]"],
+        ),
+        ("m.zip", ["is an archive", "unpack it"]),
+        ("m.tar.gz", ["is an archive"]),
+        ("m.onnx", ["ONNX"]),
+        ("model.safetensors", ["file of weights alone", "config.json"]),
+        ("pytorch_model.bin", ["file of weights alone"]),
+        ("m.pt", ["file of weights alone"]),
+        ("README.md", ["is a file; give a folder"]),
+    ],
+)
+def test_files_are_told_by_their_kind(tmp_path: Path, name: str, words: list[str]) -> None:
+    (tmp_path / name).write_text("x")
+    text = told(str(tmp_path / name))
+    for word in words:
+        assert word in text
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_file_of_a_checkpoint_names_its_folder(tmp_path: Path, name: str) -> None:
+    make(tmp_path, {"config.json": LLAMA, "tokenizer.json": {}, **WEIGHTS})
+    assert f"model_id={str(tmp_path)!r}" in told(str(tmp_path / name))
+
+
+def test_names_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "llama-7b").mkdir()
+    assert f"did you mean {tmp_path / 'llama-7b'}?" in told(str(tmp_path / "llama-7B-"))
+    assert "there is no folder /no/such/model; check the path" in told("/no/such/model")
+    assert "is a name of Ollama's" in told("llama3:8b")
+    assert "there is no file nothing.gguf" in told("nothing.gguf")
+    assert "model_id='Qwen/Qwen3-8B'" in told("https://huggingface.co/Qwen/Qwen3-8B/tree/main")
+    assert "model_id='Qwen/Qwen3-8B'" in told("hf.co/Qwen/Qwen3-8B")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LLAMA,
+        {**LLAMA, "architectures": None},
+        {**LLAMA, "architectures": ["LlamaModel"]},  # tied, its embeddings are its head
+        {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
+        {"model_type": "bert", "architectures": ["BertLMHeadModel"], "is_decoder": True},
+        {"model_type": "qwen2_vl", "architectures": ["Qwen2VLForConditionalGeneration"]},
+        {"model_type": "chatglm", "architectures": ["ChatGLMModel"], "auto_map": {"AutoModelForCausalLM": "m.M"}},
+        {"model_type": "new-of-tomorrow", "architectures": ["TomorrowModel"]},
+    ],
+)
+def test_language_models_pass(tmp_path: Path, config: dict[str, Any]) -> None:
+    check_sources(make(tmp_path, {"config.json": config, **WEIGHTS}))
+    check_sources("acme/tiny")
+
+
+def test_a_repository_is_told_by_its_files_too(tmp_path: Path) -> None:
+    error = wrong_files("acme/tiny-GGUF", ["README.md", "tiny.Q4_K_M.gguf"], lambda _: {}, is_local=False)
+    assert str(error).startswith("acme/tiny-GGUF holds tiny.Q4_K_M.gguf, which is in llama.cpp's format")
+    files = ["adapter_config.json", "adapter_model.safetensors"]
+    error = wrong_files("acme/lora", files, lambda _: {"base_model_name_or_path": "acme/base"}, is_local=False)
+    assert str(error) == "acme/lora holds an adapter, no model; write model_id='acme/base', adapter='acme/lora'."
+
+
+def test_what_a_gguf_repository_is_told_by_is_the_model() -> None:
+    files = ["config.json", "mmproj-tiny.gguf", "tiny.Q4_K_M.gguf"]
+    for given in (files, files[1:]):
+        error = wrong_files("acme/tiny-GGUF", given, lambda _: {}, is_local=False)
+        assert "holds tiny.Q4_K_M.gguf" in str(error)
+    assert "holds mmproj-tiny.gguf" in str(wrong_files("acme/t", files[1:2], lambda _: {}, is_local=False))
+
+
+def test_a_command_is_written_for_the_shell_that_takes_it() -> None:
+    words = ["python", r"C:\my models\tiny.gguf"]
+    assert command_line(words, is_windows=True) == r'python "C:\my models\tiny.gguf"'
+    assert command_line(words, is_windows=False) == r"python 'C:\my models\tiny.gguf'"
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "~no-such-user-here/model", "/tmp/" + "y" * 5000])
+def test_names_that_no_folder_can_have(name: str) -> None:
+    text = told(name)
+    assert "cannot be a folder" in text
+    assert "check the path" in text
+    assert folder_of(name) is None
+    with pytest.raises(ModelNotFoundError, match="of adapter 'sql' cannot be a folder"):
+        check_sources("acme/tiny", {"sql": name})
+
+
+CODE = """
+import sys
+from langchain_quantllm import QuantizedHuggingFaceLLM
+from langchain_quantllm.errors import QuantLLMError
+gguf = sys.argv[1]
+given = [("/no/such/model", {}), (gguf, {}), ("acme/tiny", {"sql": "/no/such/adapter"}), ("acme/tiny", {})]
+for model_id, adapters in given:
+    try:
+        QuantizedHuggingFaceLLM(model_id=model_id, adapters=adapters).load()
+    except QuantLLMError as error:
+        print(error)
+print(sorted({"torch", "transformers", "bitsandbytes", "peft", "accelerate"} & set(sys.modules)))
+"""
+
+
+def test_a_wrong_name_is_told_before_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_text("x")
+    env = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
+    *errors, imported = run_python(CODE, tmp_path / "m.gguf", env=env).stdout.splitlines()
+    assert len(errors) == 4
+    assert imported == "[]"
+
+
+# The Hub.
+
+
+@pytest.fixture
+def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """No Hub at all, and the seconds that somebody would have waited for it."""
+    FakeHub.point_to("http://127.0.0.1:9", monkeypatch)
+    waited: list[float] = []
+    clock = SimpleNamespace(sleep=waited.append, time=time.time)
+    monkeypatch.setattr("huggingface_hub.utils._http.time", clock)
+    monkeypatch.setattr("langchain_quantllm.loading.hub.time", clock)
+    return waited
+
+
+@pytest.mark.enable_socket
+@pytest.mark.parametrize("cached", [False, True])
+def test_an_unreachable_hub_is_told_within_seconds(tmp_path: Path, slept: list[float], cached: bool) -> None:
+    if cached:  # a download that was broken off: huggingface_hub would begin with what is here, and wait for the rest
+        make(
+            tmp_path / "models--acme--tiny",
+            {"refs/main": "a" * 40, f"snapshots/{'a' * 40}/config.json": LLAMA},
+        )
+    for use in (
+        lambda: QuantizedHuggingFaceLLM(model_id="acme/tiny", cache_dir=str(tmp_path), progress=False).load(),
+        lambda: quantize("acme/tiny", "nf4", output=tmp_path / "out", cache_dir=str(tmp_path), progress=False),
+    ):
+        slept.clear()
+        with pytest.raises(ModelNotFoundError, match="the Hub could not be asked") as caught:
+            use()
+        assert "check the connection, or give a local folder" in str(caught.value)
+        assert sum(slept) <= 2
+
+
+@pytest.mark.enable_socket
+def test_an_adapter_on_an_unreachable_hub_is_told_within_seconds(tmp_path: Path, slept: list[float]) -> None:
+    from langchain_quantllm.loading.adapters import _fetch
+    from langchain_quantllm.loading.checkpoint import LoadSpec
+
+    with pytest.raises(ModelNotFoundError, match="the Hub could not be asked"):
+        _fetch("sql", "acme/lora", LoadSpec(model_id="acme/tiny", cache_dir=str(tmp_path)))
+    assert sum(slept) <= 2
+
+
+@pytest.mark.enable_socket
+def test_an_estimate_from_an_unreachable_hub_is_told_within_seconds(slept: list[float]) -> None:
+    with pytest.raises(ModelNotFoundError, match="acme/tiny-nowhere"):
+        estimate_memory("acme/tiny-nowhere")
+    assert sum(slept) <= 2
+
+
+def cached(cache: Path, repository: str, files: dict[str, Any]) -> None:
+    folder = cache / f"models--{repository.replace('/', '--')}"
+    make(folder / "refs", {"main": "a" * 40})
+    make(folder / "snapshots" / ("a" * 40), files)
+
+
+def test_a_cached_repository_is_told_by_its_files(tmp_path: Path) -> None:
+    files, words = KINDS["sentence-transformers"]
+    cached(tmp_path, "acme/embeds", {**files, "tokenizer.json": {}})
+    with pytest.raises(UnsupportedError, match=f"^acme/embeds .*{words[0]}"):
+        QuantizedHuggingFaceLLM(model_id="acme/embeds", cache_dir=str(tmp_path), progress=False).load()
+    cached(tmp_path, "acme/tiny", {"config.json": LLAMA, "tokenizer.json": {}, **WEIGHTS})
+    assert find_source(LoadSpec(model_id="acme/tiny", cache_dir=str(tmp_path))).endswith("a" * 40)
+
+
+@pytest.mark.enable_socket
+def test_an_estimate_needs_no_hub_where_the_config_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import close_session
+
+    cached(tmp_path, "acme/tiny", {"config.json": LLAMA})
+    FakeHub.point_to("https://hub.invalid", monkeypatch)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with FakeHub({}) as proxy:  # which connects nobody to anything
+        for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, proxy.url)
+        close_session()
+        try:
+            assert estimate_memory("acme/tiny", cache_dir=str(tmp_path)).total_bytes > 0
+            with pytest.raises(ModelNotFoundError, match="acme/other"):
+                estimate_memory("acme/other", cache_dir=str(tmp_path))
+        finally:
+            close_session()
+
+
+@pytest.mark.parametrize("name", ["my model!", "a--b"])
+def test_an_estimate_of_what_is_no_name(name: str) -> None:
+    with pytest.raises(ModelNotFoundError, match=name):
+        estimate_memory(name)
+
+
+@pytest.mark.enable_socket
+def test_a_list_that_the_hub_does_not_give_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path / "repo", {"config.json": LLAMA, "tokenizer.json": {}, **WEIGHTS})
+    with FakeHub({"acme/tiny": tmp_path / "repo"}) as hub:
+        FakeHub.point_to(hub.url, monkeypatch)
+        answer = hub._answer
+
+        def hang_up(request: Any, *, body: bool) -> None:
+            if request.path.startswith("/api/"):
+                hub.asked.append("the list")
+                request.close_connection = True
+            else:
+                answer(request, body=body)
+
+        monkeypatch.setattr(hub, "_answer", hang_up)
+        assert find_source(LoadSpec(model_id="acme/tiny", cache_dir=str(tmp_path / "cache"))) == "acme/tiny"
+        assert "the list" in hub.asked
+
+
+# GGUF files.
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A GGUF file with a space in its name, and the checkpoint that it was made of."""
+    gguf = pytest.importorskip("gguf")
+    folder = tmp_path_factory.mktemp("gguf")
+    source = make_checkpoint(folder / "source", dtype="float32")
+    file = folder / "my tiny.gguf"
+    writer = gguf.GGUFWriter(str(file), "llama")
+    writer.add_block_count(SIZES["num_hidden_layers"])
+    writer.add_context_length(SIZES["max_position_embeddings"])
+    writer.add_embedding_length(SIZES["hidden_size"])
+    writer.add_feed_forward_length(SIZES["intermediate_size"])
+    writer.add_head_count(SIZES["num_attention_heads"])
+    writer.add_head_count_kv(SIZES["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(SIZES["vocab_size"])
+    tokenizer = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    vocab = sorted(tokenizer["vocab"], key=tokenizer["vocab"].__getitem__)
+    vocab += [f"<unused{i}>" for i in range(SIZES["vocab_size"] - len(vocab))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(vocab)
+    writer.add_token_types([3, 3, *[1] * (len(vocab) - 2)])
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in tokenizer["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, SIZES["num_hidden_layers"])
+    for name, tensor in load_file(source / "model.safetensors").items():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):  # as llama.cpp orders the rows of rotary heads
+            heads = SIZES["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
+            rows = tensor.shape[0] // heads
+            tensor = tensor.reshape(heads, 2, rows // 2, -1).swapaxes(1, 2).reshape(tensor.shape)
+        found = names.get_name(name, try_suffixes=(".weight",))
+        writer.add_tensor(found, tensor.numpy().astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file, source
+
+
+def test_the_command_that_the_error_names_converts_a_gguf_file(gguf_file: tuple[Path, Path]) -> None:
+    file, source = gguf_file
+    with pytest.raises(ModelNotFoundError) as caught:
+        QuantizedHuggingFaceLLM(model_id=str(file)).load()
+    command = re.search(r"once: (python -m langchain_quantllm\.gguf .+?) \(it needs", str(caught.value))
+    assert command is not None
+    python, *rest = shlex.split(command[1])
+    assert python == "python"
+    done = subprocess.run([sys.executable, *rest], capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    llm = QuantizedHuggingFaceLLM(model_id=rest[-1], max_new_tokens=6, progress=False, dtype="float32")
+    expected = {k: v.to(torch.bfloat16) for k, v in load_file(source / "model.safetensors").items()}
+    found = llm.load().pipeline.model.state_dict()
+    assert all(torch.equal(found[name].to(torch.bfloat16), weight) for name, weight in expected.items())
+    assert llm.pipeline.tokenizer("the lazy dog")["input_ids"]
+
+
+def test_nothing_is_left_of_a_conversion_that_fails(
+    gguf_file: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+    file, _ = gguf_file
+    with pytest.raises(QuantLLMError, match="could not be written"):
+        convert_gguf(file, file / "out", progress=False)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerBase, "save_pretrained", fail)
+        with pytest.raises(QuantLLMError, match="No space left"):
+            convert_gguf(file, tmp_path / "out", progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+    def lack(*_: Any, **__: Any) -> None:
+        raise ImportError("\nit needs the tiktoken library\nand so on")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lack)
+    with pytest.raises(MissingPackageError, match="tiktoken library.*pip install sentencepiece tiktoken"):
+        convert_gguf(file, tmp_path / "out", progress=False)
+
+
+def test_what_cannot_be_converted_is_told(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF, or so it says")
+    with pytest.raises(CheckpointError, match=r"transformers cannot read .*broken\.gguf"):
+        convert_gguf(tmp_path / "broken.gguf", tmp_path / "out", progress=False)
+    with pytest.raises(InvalidOptionError, match="not empty"):
+        convert_gguf(tmp_path / "broken.gguf", tmp_path, progress=False)
+    with pytest.raises(ModelNotFoundError, match="there is no file"):
+        convert_gguf(tmp_path / "none.gguf", tmp_path / "out", progress=False)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "langchain_quantllm.cli",
+            "convert",
+            str(tmp_path / "none.gguf"),
+            str(tmp_path / "out"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: there is no file")
