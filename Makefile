@@ -7,7 +7,7 @@ JOBS ?= 2
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder --durations 20 --durations-min 5
 
-.PHONY: help demo test test-all test-newest test-oldest lint format lock notebooks clean
+.PHONY: help demo test test-all test-newest test-oldest lint format docs lock notebooks clean
 .DELETE_ON_ERROR:
 
 help: ## list the commands
@@ -41,14 +41,17 @@ format: .venv/.test ## fix style and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: .venv/.test ## build the documentation site into site/, strictly
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 lock: ## renew requirements/*.txt: the newest versions that pyproject.toml allows, and the oldest
 	$(PYTHON) tools/lock.py
 
 notebooks: .venv/.test ## run the notebooks and write what they show into them
 	$(BIN)/python cookbook/execute.py
 
-clean: ## remove the environments
-	rm -rf .venv .venv-lock .venv-newest .venv-oldest
+clean: ## remove the environments and the site
+	rm -rf .venv .venv-lock .venv-newest .venv-oldest site
 
 .venv/.demo: requirements/torch.txt requirements/demo.txt pyproject.toml tools/environment.py
 	$(PYTHON) tools/environment.py .venv requirements/demo.txt

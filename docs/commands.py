@@ -10,9 +10,9 @@ from typer.main import get_command
 from langchain_quantllm.cli import app
 
 DOCUMENT = Path(__file__).with_suffix(".md")
-_TITLE = """# Commands
+_TITLE = """# Command line
 
-What `--help` says of each command. `python docs/commands.py` writes this page; do not edit it.
+The help of each command. `python docs/commands.py` writes this page; do not edit it.
 """
 
 
@@ -61,7 +61,7 @@ def _default(option: Any) -> str:
 
 def _cell(text: str | None) -> str:
     """Put a text of the command line into one line of a table."""
-    return " ".join((text or "").split()).replace("|", "\\|").replace("<", "\\<")
+    return " ".join((text or "").split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 if __name__ == "__main__":

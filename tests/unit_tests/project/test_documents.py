@@ -1,4 +1,4 @@
-"""The README and the documents are true: their code runs, their commands exist, their facts are those of the code."""
+"""README and docs/ are true: their code runs, their commands and links exist, their facts are those of the code."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from typer.main import get_command
 
 import langchain_quantllm
-from langchain_quantllm import SCHEMES
-from langchain_quantllm import structured as constraints
+from langchain_quantllm import SCHEMES, QuantizedHuggingFaceLLM, structured
 from langchain_quantllm.base import QuantizedModel
 from langchain_quantllm.cli import app
 from langchain_quantllm.compat.versions import TRIED
+from langchain_quantllm.errors import InvalidOptionError
 from tests.support.adapters import make_adapter
 from tests.support.models import tiny_model
 from tests.support.selection import slow_but
@@ -36,9 +37,17 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[3]
-DOCUMENTS = [ROOT / "README.md", ROOT / "README.ja.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "README.ja.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in DOCUMENTS}
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+DECLARED = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = DECLARED["project"]
+SITE = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+READMES = ["README.md", "README.ja.md"]
 
 STAND_INS = {
     "elyza/ELYZA-japanese-Llama-2-7b": "text",
@@ -129,9 +138,11 @@ class StandIn(ast.NodeTransformer):
 
 
 PYTHON_DOCUMENTS = dict.fromkeys(block.document for block in blocks("python"))
+REPEATED = {"README.ja.md", "docs/quantize_adapt_merge.md"}
+"""Documents whose code is that of README.md, or nearly so."""
 
 
-@pytest.mark.parametrize("document", slow_but(PYTHON_DOCUMENTS.keys() - {"README.ja.md"}, PYTHON_DOCUMENTS))
+@pytest.mark.parametrize("document", slow_but(PYTHON_DOCUMENTS.keys() - REPEATED, PYTHON_DOCUMENTS))
 def test_the_blocks_of_a_document_run_in_their_order(
     document: str, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,7 +177,7 @@ def calls() -> list[tuple[str, ast.Call]]:
 
 
 def test_arguments_within_sentences_exist() -> None:
-    public = {name: getattr(langchain_quantllm, name) for name in langchain_quantllm.__all__} | vars(constraints)
+    public = {name: getattr(langchain_quantllm, name) for name in langchain_quantllm.__all__} | vars(structured)
     checked, wrong = 0, []
     for document, call in calls():
         target = public.get(ast.unparse(call.func))
@@ -205,7 +216,7 @@ def test_targets_of_make_exist() -> None:
     assert [(where, target) for where, target in found if target not in targets] == []
 
 
-def test_modules_of_the_tests_that_the_documents_run_exist_and_have_the_options() -> None:
+def test_modules_that_the_documents_run_exist_and_have_the_options() -> None:
     found = [(where, words[2:]) for where, words in commands() if words[:2] == ["python", "-m"]]
     assert found
     for where, (module, *words) in found:
@@ -245,13 +256,13 @@ def tables(document: str) -> list[list[list[str]]]:
     return [[row.strip("|").split("|") for row in table.splitlines() if not row.startswith("|--")] for table in found]
 
 
-@pytest.mark.parametrize("document", ["README.md", "README.ja.md"])
+@pytest.mark.parametrize("document", [*READMES, "docs/schemes.md"])
 def test_the_table_of_schemes_has_every_scheme(document: str) -> None:
     table = next(table for table in tables(document) if any("`nf4-double`" in row[0] for row in table))
     assert sorted(re.findall(r"`([\w-]+)`", "".join(row[0] for row in table))) == sorted(SCHEMES)
 
 
-@pytest.mark.parametrize("document", ["README.md", "README.ja.md"])
+@pytest.mark.parametrize("document", READMES)
 def test_the_versions_needed_are_the_lower_bounds_and_what_was_tried(document: str) -> None:
     lower = dict(re.findall(r"^([\w-]+)>=([\d.]+)", "\n".join(PROJECT["dependencies"]), re.MULTILINE))
     python = re.findall(r"Python (\d\.\d+) (?:or newer|以上)", TEXTS[document])
@@ -276,20 +287,160 @@ def test_both_readmes_have_the_same_figures_in_their_tables() -> None:
         assert [FIGURE.findall("|".join(row)) for row in theirs] == [FIGURE.findall("|".join(row)) for row in ours]
 
 
-def anchors(text: str) -> set[str]:
-    """The anchors that GitHub gives to the headings of a document."""
+class WithoutTexts(ast.NodeTransformer):
+    """Takes the texts out of a block, which differ between languages."""
+
+    def visit_Constant(self, node: ast.Constant) -> ast.Constant:
+        """Replace a text."""
+        return ast.Constant("") if isinstance(node.value, str) else node
+
+
+def test_both_readmes_have_the_same_examples() -> None:
+    def examples(document: str, language: str) -> list[str]:
+        return [block.text for block in blocks(language) if block.document == document]
+
+    english, japanese = (
+        [ast.dump(WithoutTexts().visit(ast.parse(text))) for text in examples(document, "python")]
+        for document in READMES
+    )
+    assert english == japanese
+    english, japanese = (
+        [str(shlex.split(line, comments=True)) for text in examples(document, "bash") for line in text.splitlines()]
+        for document in READMES
+    )
+    assert english == japanese
+
+
+def test_both_readmes_have_the_same_sections_and_links() -> None:
+    english, japanese = (re.findall(r"^#+ ", TEXTS[document], re.MULTILINE) for document in READMES)
+    assert english == japanese
+    english, japanese = (
+        sorted(link for link in re.findall(r"\]\(([^)#\s]+)", TEXTS[document]) if not link.startswith("README"))
+        for document in READMES
+    )
+    assert english == japanese
+
+
+@pytest.mark.parametrize("document", READMES)
+def test_a_readme_is_short(document: str) -> None:
+    assert len(TEXTS[document].splitlines()) <= 180
+
+
+def test_figures_that_stand_in_the_readme_are_those_of_the_pages() -> None:
+    def row(document: str, head: str, *places: int) -> list[str]:
+        found = next(row for table in tables(document) for row in table if row[0].strip() == head)
+        return [found[place].strip() for place in places]
+
+    for name in ("`none`", "`int8`", "`nf4`, `fp4`", "`nf4-double`, `fp4-double`", "`gptq`"):
+        assert row("README.md", name, 1, 2) == row("docs/schemes.md", name, 1, 2)
+    same = {head: head for head in ("`nf4`", "`int8`", "`none` (bfloat16)", "vLLM, bitsandbytes nf4", "vLLM, bfloat16")}
+    same |= {"`gptq`, 4 bits": "`gptq`, 4 bits (Triton)", "vLLM, GPTQ, 4 bits": "vLLM, GPTQ, 4 bits (Marlin)"}
+    same |= {"llama.cpp, Q4_0 (another run)": "llama.cpp, Q4_0 (an earlier run)"}
+    speed = next(table for table in tables("README.md") if table[1][1].strip() == "377")
+    page = next(table for table in tables("docs/speed.md") if table[1][1].strip() == "377")
+    ours, theirs = ({row[0].strip(): [cell.strip() for cell in row[1:5]] for row in table} for table in (speed, page))
+    assert {head: ours[head] for head in same} == {head: theirs[other] for head, other in same.items()}
+
+
+def test_options_of_other_libraries_are_answered_as_the_table_says() -> None:
+    table = next(table for table in tables("docs/coming_from.md") if "`num_predict`" in table[1][0])
+    checked = 0
+    for names, _, ours in table[1:]:
+        for name in re.findall(r"`(\w+)`", names):
+            with pytest.raises(InvalidOptionError) as raised:
+                QuantizedHuggingFaceLLM(model_id="folder", **{name: 1})
+            for told in re.findall(r"`([^`]+)`", ours):
+                assert told in str(raised.value), name
+            checked += 1
+    assert checked > 20
+    for name, value in (("max_tokens", 1), ("num_return_sequences", 1), ("stop_strings", ["."]), ("top_logprobs", 1)):
+        assert f"`{name}`" in TEXTS["docs/coming_from.md"]
+        QuantizedHuggingFaceLLM(model_id="folder", **{name: value})
+
+
+def test_the_layers_are_those_of_import_linter() -> None:
+    block = next(block for block in blocks("") if block.document == "CONTRIBUTING.md")
+    contract = next(each for each in DECLARED["tool"]["importlinter"]["contracts"] if each["type"] == "layers")
+    assert block.text.splitlines() == contract["layers"]
+
+
+def test_files_that_the_documents_name_exist() -> None:
+    """Of the package or the repository: `engine/scheduler.py`, `engine/scheduler` or `kernels/linear/`."""
+    named = [
+        (document, code)
+        for document, code in spans()
+        if document in ("CONTRIBUTING.md", "docs/engine.md") and re.fullmatch(r"(\w+/)+(\w+(\.py)?)?|\w+\.py", code)
+    ]
+    assert len(named) > 40
+    found = {code: [base / code for base in (ROOT / "langchain_quantllm", ROOT)] for _, code in named}
+    assert [
+        (document, code)
+        for document, code in named
+        if not any(path.exists() or path.with_suffix(".py").exists() for path in found[code])
+    ] == []
+
+
+# The site
+
+
+def pages(nav: Any) -> list[str]:
+    """The pages of a navigation, in their order."""
+    if isinstance(nav, str):
+        return [nav]
+    return [page for entry in nav for page in pages(entry if isinstance(entry, str) else next(iter(entry.values())))]
+
+
+def test_the_navigation_has_every_page() -> None:
+    found = sorted(path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md"))
+    assert sorted(pages(SITE["nav"])) == found
+
+
+def test_the_reference_has_every_public_name() -> None:
+    text = "".join(TEXTS[document] for document in TEXTS if document.startswith("docs/api/"))
+    named = set(re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE))
+    wanted = {f"langchain_quantllm.{name}" for name in langchain_quantllm.__all__ if name != "__version__"}
+    errors = vars(sys.modules[InvalidOptionError.__module__])
+    wanted |= {
+        f"langchain_quantllm.errors.{name}"
+        for name, value in errors.items()
+        if isinstance(value, type) and issubclass(value, Exception) and value.__module__ == "langchain_quantllm.errors"
+    }
+    kinds = {name for name, value in vars(structured).items() if _is_constraint(value)}
+    wanted |= {f"langchain_quantllm.structured.{name}" for name in {*kinds, "UNENFORCED"}}
+    assert named == wanted
+
+
+def _is_constraint(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, structured.Constraint)
+
+
+def anchors(text: str, *, on_site: bool = False) -> set[str]:
+    """The anchors that GitHub, or the site, gives to the headings of a document."""
     headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    if on_site:  # Source: slugify in markdown/extensions/toc.py
+        return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_links_between_the_documents_lead_somewhere() -> None:
-    broken = []
+    broken, outside = [], []
+    ours = re.escape(f"{SITE['repo_url']}/blob/main/")
     for document, text in TEXTS.items():
         for link in re.findall(r"\]\(([^)\s]+)\)", text):
-            if re.match(r"\w+:", link):
+            if re.match(r"\w+:", link) and not re.match(ours, link):
                 continue
-            name, _, anchor = link.partition("#")
-            path = (ROOT / document).parent / name if name else ROOT / document
-            if not path.exists() or (anchor and anchor not in anchors(path.read_text(encoding="utf-8"))):
+            is_page = document.startswith("docs/")
+            name, _, anchor = re.sub(ours, "", link).partition("#")
+            base = ROOT if re.match(ours, link) else (ROOT / document).parent
+            path = base / name if name else ROOT / document
+            if not path.exists():
                 broken.append((document, link))
+            elif anchor:
+                target = path.read_text(encoding="utf-8")
+                # A link between two pages has to work on GitHub and on the site.
+                known = anchors(target) & anchors(target, on_site=True) if is_page else anchors(target)
+                broken += [] if anchor in known else [(document, link)]
+            if is_page and base != ROOT and not path.resolve().is_relative_to(ROOT / "docs"):
+                outside.append((document, link))
     assert broken == []
+    assert outside == [], "a page of the site links to files outside of docs/ by their address on GitHub"
