@@ -53,7 +53,7 @@ from langchain_quantllm.memory import (
     track_memory,
     weights_by_kind,
 )
-from langchain_quantllm.memory.bars import Bars, stage_bars
+from langchain_quantllm.memory.display import Bars, stage_bars
 from langchain_quantllm.memory.measure import _container_left_bytes, _resident_parts
 from langchain_quantllm.schemes import GPTQ, NF4, SCHEMES, Int8, Scheme
 from tests.support.checkpoints import run_python
