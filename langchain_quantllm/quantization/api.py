@@ -26,13 +26,12 @@ from langchain_quantllm.loading.devices import default_device_map, release_memor
 from langchain_quantllm.loading.registry import load
 from langchain_quantllm.loading.sources import check_sources
 from langchain_quantllm.quantization.calibration import Calibration, calibration_from, read_texts, sequences
-from langchain_quantllm.quantization.gptq import GPTQRun, Progress, check_layers
+from langchain_quantllm.quantization.gptq import SHARD, GPTQRun, Progress, check_layers
 from langchain_quantllm.quantization.output_dir import free_folder, save_checkpoint
 from langchain_quantllm.schemes import GPTQ, Prequantized, Scheme, Unquantized, scheme_from
 
 DAMPING = 0.01
 """Number added to the diagonal of GPTQ's statistics, as a share of its mean. Source: section 3.3 of the paper."""
-_SHARD = "5GB"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,35 +55,6 @@ class QuantizedCheckpoint:
     calibration: str | None = None
     calibration_tokens: int = 0
     resumed_blocks: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class _GPTQOptions:
-    """Options of `quantize` for GPTQ alone, and its device and overwrite, which GPTQ does not pass to loading."""
-
-    calibration: Any
-    skip_modules: Sequence[str]
-    damping: float
-    report: Callable[[Progress], None] | None
-    device: str | None
-    overwrite: bool
-
-    def check(self, scheme: Scheme) -> None:
-        """Check the options that need no checkpoint."""
-        if not 0 < self.damping < 1:
-            msg = f"damping={self.damping!r} is not allowed; it must lie between 0 and 1, and 0.01 is usual."
-            raise InvalidOptionError(msg)
-        if isinstance(scheme, GPTQ):
-            return
-        hint = f" {label_of(scheme)}(skip_modules=...) takes names." if self.skip_modules else ""
-        given = {
-            "calibration": self.calibration is not None,
-            "skip_modules": bool(self.skip_modules),
-            "damping": self.damping != DAMPING,
-        }
-        if name := next((name for name, is_given in given.items() if is_given), None):
-            msg = f"{name} is for GPTQ, and quantization {label_of(scheme)!r} needs none; leave it out.{hint}"
-            raise InvalidOptionError(msg)
 
 
 def quantize(
@@ -146,15 +116,7 @@ def quantize(
     began = time.perf_counter()
     wanted = _wanted(scheme)
     is_gptq = isinstance(wanted, GPTQ)
-    options = _GPTQOptions(
-        calibration=calibration,
-        skip_modules=skip_modules,
-        damping=damping,
-        report=report,
-        device=device,
-        overwrite=overwrite,
-    )
-    options.check(wanted)
+    _check_gptq_options(wanted, calibration, skip_modules, damping)
     spec = LoadSpec(
         model_id=os.fspath(model_id),
         scheme=Unquantized() if is_gptq else wanted,
@@ -182,12 +144,14 @@ def quantize(
         raise CheckpointError(msg)
     about: dict[str, Any] = {"scheme": wanted}
     if isinstance(wanted, GPTQ):
-        about = _write_gptq(spec, checkpoint, wanted, folder, options)
+        options: dict[str, Any] = {"skip_modules": skip_modules, "damping": damping, "device": device, "report": report}
+        about = _write_gptq(spec, checkpoint, wanted, calibration, folder, overwrite=overwrite, **options)
     else:
         _write_bitsandbytes(spec, source, folder)
     release_memory()
     weights_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return QuantizedCheckpoint(folder=folder, weights_bytes=weights_bytes, total_s=time.perf_counter() - began, **about)
+    total_s = time.perf_counter() - began
+    return QuantizedCheckpoint(folder=folder, weights_bytes=weights_bytes, total_s=total_s, **about)
 
 
 def _write_bitsandbytes(spec: LoadSpec, source: str, folder: Path) -> None:
@@ -195,36 +159,42 @@ def _write_bitsandbytes(spec: LoadSpec, source: str, folder: Path) -> None:
     pipeline = loaded.pipeline
     preprocessor = getattr(pipeline, "processor", None) or pipeline.tokenizer
     # Before the first forward, which repacks the weights on some CPUs.
-    save_checkpoint(folder, pipeline.model, preprocessor, progress=spec.progress, max_shard_size=_SHARD)
+    save_checkpoint(folder, pipeline.model, preprocessor, progress=spec.progress, max_shard_size=SHARD)
     loaded.close()
 
 
 def _write_gptq(
-    spec: LoadSpec, checkpoint: Checkpoint, scheme: GPTQ, folder: Path, options: _GPTQOptions
+    spec: LoadSpec,
+    checkpoint: Checkpoint,
+    scheme: GPTQ,
+    calibration: Any,
+    folder: Path,
+    *,
+    skip_modules: Sequence[str],
+    damping: float,
+    device: str | None,
+    report: Callable[[Progress], None] | None,
+    overwrite: bool,
 ) -> dict[str, Any]:
     """Calibrate, quantize and write; returns the fields of the `QuantizedCheckpoint`."""
-    if not reads_text(checkpoint.config):
+    config = checkpoint.config
+    if not reads_text(config):
         msg = f"{spec.model_id} reads images, too, and GPTQ here knows models of text alone; use nf4 or int8."
         raise UnsupportedError(msg)
-    device = _check_device(options.device or _first_device())
-    spec = dataclasses.replace(spec, dtype=_stored_dtype(spec, checkpoint.config))
-    calibration = calibration_from(options.calibration)
+    device = _usable_device(device)
+    spec = dataclasses.replace(spec, dtype=_stored_dtype(spec, config))
+    calibration = calibration_from(calibration)
     texts = read_texts(calibration)
     with without_torchao():
-        layout, scheme = check_layers(
-            checkpoint.config, scheme, options.skip_modules, trust_remote_code=spec.trust_remote_code
-        )
+        layout, scheme = check_layers(config, scheme, skip_modules, trust_remote_code=spec.trust_remote_code)
     loaded = load(spec, checkpoint.source)
-    model, tokenizer = loaded.pipeline.model, loaded.pipeline.tokenizer
-    context = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
+    tokenizer = loaded.pipeline.tokenizer
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
     ids = sequences(calibration, texts, tokenizer, context) if texts else []
     tokens = sum(map(len, ids))
-    run = GPTQRun(model, layout, scheme, damping=options.damping, device=device)
-    journal = run.journal(ids, checkpoint.source, folder, overwrite=options.overwrite)
-    resumed_blocks = run.run(ids, journal, options.report)
-    run.set_config(calibration=calibration.source_label, tokens=tokens)
-    save_checkpoint(folder, model, tokenizer, progress=spec.progress, max_shard_size=_SHARD)
-    journal.remove()
+    run = GPTQRun(loaded.pipeline.model, layout, scheme, damping=damping, device=device, report=report)
+    resumed_blocks = run.run(ids, checkpoint.source, folder, overwrite=overwrite)
+    run.write(folder, tokenizer, calibration=calibration.source_label, tokens=tokens, progress=spec.progress)
     loaded.close()
     return {
         "scheme": scheme,
@@ -234,9 +204,13 @@ def _write_gptq(
     }
 
 
-def _check_device(device: str) -> str:
+def _usable_device(device: str | None) -> str:
+    """Check the device that computes; None chooses the first accelerator, else the CPU."""
     import torch
 
+    if device is None:
+        first = str(next(iter(default_device_map(LoadSpec(model_id="any")).values())))
+        device = f"cuda:{first}" if first.isdigit() else first
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -245,9 +219,17 @@ def _check_device(device: str) -> str:
     return device
 
 
-def _first_device() -> str:
-    device = str(next(iter(default_device_map(LoadSpec(model_id="any")).values())))
-    return f"cuda:{device}" if device.isdigit() else device
+def _check_gptq_options(scheme: Scheme, calibration: Any, skip_modules: Sequence[str], damping: float) -> None:
+    """Check the options that are for GPTQ alone, as far as they need no checkpoint."""
+    if not 0 < damping < 1:
+        msg = f"damping={damping!r} is not allowed; it must lie between 0 and 1, and 0.01 is usual."
+        raise InvalidOptionError(msg)
+    given = {"calibration": calibration is not None, "skip_modules": bool(skip_modules), "damping": damping != DAMPING}
+    wrong = next((name for name, is_given in given.items() if is_given), None)
+    if wrong is not None and not isinstance(scheme, GPTQ):
+        hint = f" {label_of(scheme)}(skip_modules=...) takes names." if skip_modules else ""
+        msg = f"{wrong} is for GPTQ, and quantization {label_of(scheme)!r} needs none; leave it out.{hint}"
+        raise InvalidOptionError(msg)
 
 
 def _wanted(scheme: Any) -> Scheme:

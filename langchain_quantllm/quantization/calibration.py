@@ -162,12 +162,13 @@ def _read_file(source: str, column: str) -> list[str]:
     if path.suffix not in (".json", ".jsonl"):
         return _passages(content)
     try:
-        lines = content.splitlines() if path.suffix == ".jsonl" else [content]
-        parsed = [json.loads(line) for line in lines if line.strip() or path.suffix == ".json"]
+        if path.suffix == ".json":
+            rows = json.loads(content)
+        else:
+            rows = [json.loads(line) for line in content.splitlines() if line.strip()]
     except ValueError as error:
         msg = f"the calibration file {path} is no JSON: {error}."
         raise InvalidOptionError(msg) from error
-    rows = parsed if path.suffix == ".jsonl" else parsed[0]
     if not isinstance(rows, list):
         msg = f"the calibration file {path} holds no list; give texts, or objects with {column!r}."
         raise InvalidOptionError(msg)

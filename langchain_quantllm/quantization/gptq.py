@@ -20,6 +20,7 @@ from langchain_quantllm._version import __version__
 from langchain_quantllm.errors import InvalidOptionError
 from langchain_quantllm.memory.estimate import build_on_meta
 from langchain_quantllm.quantization.blocks import Blocks, Layout, find_layout
+from langchain_quantllm.quantization.output_dir import save_checkpoint
 from langchain_quantllm.quantization.packing import TENSORS, RoundedLinear
 from langchain_quantllm.quantization.solver import InputStatistics, Rounding, solve
 from langchain_quantllm.schemes import GPTQ
@@ -30,6 +31,7 @@ GROUP_SIZE = 128
 _COMMON_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 _KNOWN_BLOCKS = ("transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.layers")
 """Names of blocks that transformers finds by itself. Source: BLOCK_PATTERNS in optimum/gptq/constants.py."""
+SHARD = "5GB"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,64 +125,11 @@ def _check_packable(name: str, which: str, size: int, bits: int) -> None:
         raise InvalidOptionError(msg)
 
 
-# --- finished blocks on the disk ---
-
-
-class Journal:
-    """Folder of the finished blocks of one run, beside its output, so that an interrupted run can be resumed."""
-
-    def __init__(self, output: Path, about: Mapping[str, Any], *, overwrite: bool) -> None:
-        """Open the journal of a run, or begin one.
-
-        Args:
-            output: The output folder of the run.
-            about: Everything that the blocks depend on, ready for JSON.
-            overwrite: Delete the blocks of another run.
-
-        Raises:
-            InvalidOptionError: If the folder holds blocks of another run.
-        """
-        self._folder = output.with_name(f"{output.name}.partial")
-        text = json.dumps(about, sort_keys=True, indent=1)
-        known = self._folder / "about.json"
-        if known.is_file() and known.read_text(encoding="utf-8") != text:
-            if not overwrite:
-                msg = (
-                    f"{self._folder} holds finished blocks of a quantization with other settings; give it the same "
-                    "settings to go on, another output, or overwrite=True to throw these blocks away."
-                )
-                raise InvalidOptionError(msg)
-            shutil.rmtree(self._folder)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        known.write_text(text, encoding="utf-8")
-
-    def read(self, index: int) -> dict[str, torch.Tensor] | None:
-        """Read the tensors of a finished block; None if it is not finished."""
-        try:
-            with safe_open(self._path(index), framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
-        except (OSError, SafetensorError):
-            return None
-
-    def write(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Write the tensors of a block; a block that was interrupted while it was written does not count."""
-        unfinished = self._path(index).with_suffix(".unfinished")
-        save_file(tensors, unfinished)
-        unfinished.replace(self._path(index))
-
-    def remove(self) -> None:
-        """Remove the folder."""
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _path(self, index: int) -> Path:
-        return self._folder / f"block-{index:04}.safetensors"
-
-
 # --- the run ---
 
 
 class PackedLinear(nn.Module):  # type: ignore[misc]
-    """A layer's tensors in the checkpoint, in the layer's place in a finished block."""
+    """The packed tensors of a layer, in its place in a finished block."""
 
     def __init__(self, tensors: dict[str, torch.Tensor], bias: torch.Tensor | None) -> None:
         """Hold the tensors."""
@@ -192,23 +141,23 @@ class PackedLinear(nn.Module):  # type: ignore[misc]
 
 
 class GPTQRun:
-    """The quantization of one model."""
+    """The quantization of one model, whose layers are replaced block by block."""
 
-    def __init__(self, model: Any, layout: Layout, scheme: GPTQ, *, damping: float, device: str) -> None:
-        """Take a model over.
-
-        Args:
-            model: The model, on the CPU; its layers are replaced.
-            layout: Layers to quantize.
-            scheme: The scheme, with all options set.
-            damping: Number added to the diagonal of the statistics, as a share of its mean.
-            device: The device that computes.
-        """
-        assert scheme.bits is not None
-        assert scheme.group_size is not None
+    def __init__(
+        self,
+        model: Any,
+        layout: Layout,
+        scheme: GPTQ,
+        *,
+        damping: float,
+        device: str,
+        report: Callable[[Progress], None] | None = None,
+    ) -> None:
+        """Take over a model on the CPU; its blocks go to `device` one at a time, and `report` is called after each."""
         self._model = model
         self._layout = layout
-        self._device = device
+        assert scheme.bits is not None
+        assert scheme.group_size is not None
         self._rounding = Rounding(
             bits=scheme.bits,
             group_size=scheme.group_size,
@@ -216,15 +165,20 @@ class GPTQRun:
             desc_act=bool(scheme.desc_act),
             damping=damping,
         )
+        self._device = device
+        self._report = report
 
-    def journal(self, sequences: Sequence[Sequence[int]], source: str, output: Path, *, overwrite: bool) -> Journal:
-        """Open the journal of the run.
+    def run(self, sequences: Sequence[Sequence[int]], source: str, output: Path, *, overwrite: bool) -> int:
+        """Quantize the blocks, except those that an interrupted run has finished.
 
         Args:
-            sequences: Token ids of the calibration.
+            sequences: Token ids to calibrate with; without any, weights are rounded to nearest.
             source: Folder or repository of the checkpoint.
-            output: The output folder.
-            overwrite: Delete the blocks of another run.
+            output: Output folder; finished blocks are kept beside it.
+            overwrite: Delete the blocks of a run with other settings.
+
+        Returns:
+            Number of blocks from an earlier run.
         """
         files = sorted(Path(source).glob("*.safetensors"))
         about = {
@@ -236,31 +190,17 @@ class GPTQRun:
             "dtype": str(self._model.dtype),
             "calibration": hashlib.sha256(json.dumps([list(ids) for ids in sequences]).encode()).hexdigest(),
         }
-        return Journal(output, about, overwrite=overwrite)
-
-    def run(
-        self, sequences: Sequence[Sequence[int]], journal: Journal, report: Callable[[Progress], None] | None = None
-    ) -> int:
-        """Quantize the blocks that are not in the journal.
-
-        Args:
-            sequences: Token ids to calibrate with; without any, weights are rounded to nearest.
-            journal: Finished blocks.
-            report: Called after each block.
-
-        Returns:
-            Number of blocks from an earlier run.
-        """
+        self._journal = _Journal(output, about, overwrite=overwrite)
         blocks = Blocks(self._model, self._layout, sequences, self._device)
         began = time.perf_counter()
         resumed, solved_s = 0, 0.0
         for index, names in enumerate(self._layout.layers):
             started = time.perf_counter()
-            found = journal.read(index)
+            found = self._journal.read(index)
             with blocks.on_device(index) as block:
                 if found is None:
                     found = self._quantize(blocks, block, index, names)
-                    journal.write(index, found)
+                    self._journal.write(index, found)
                     solved_s += time.perf_counter() - started
                 else:
                     self._restore(block, names, found)
@@ -268,11 +208,11 @@ class GPTQRun:
                 if index + 1 < self._layout.count:
                     blocks.advance(index)
             self._pack(block, names, found)
-            if report is not None:
+            if self._report is not None:
                 done, total = index + 1, self._layout.count
-                remaining_s = (total - done) * solved_s / (done - resumed) if done > resumed else None
+                left_s = (total - done) * solved_s / (done - resumed) if done > resumed else None
                 elapsed_s = time.perf_counter() - began
-                report(Progress(done=done, total=total, resumed=resumed, elapsed_s=elapsed_s, remaining_s=remaining_s))
+                self._report(Progress(done=done, total=total, resumed=resumed, elapsed_s=elapsed_s, remaining_s=left_s))
         return resumed
 
     def _quantize(self, blocks: Blocks, block: Any, index: int, names: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -301,17 +241,21 @@ class GPTQRun:
             block.get_submodule(name).weight.data.copy_(rounded.dequantize())
 
     def _pack(self, block: Any, names: Sequence[str], packed: dict[str, torch.Tensor]) -> None:
-        """Replace the layers of a finished block by their tensors in the checkpoint."""
+        """Replace the layers of a finished block by their packed tensors."""
         for name in names:
             bias = block.get_submodule(name).bias
-            block.set_submodule(name, PackedLinear(_tensors_of(name, packed), None if bias is None else bias.detach()))
+            bias = None if bias is None else bias.detach()
+            block.set_submodule(name, PackedLinear(_tensors_of(name, packed), bias))
 
-    def set_config(self, *, calibration: str, tokens: int) -> None:
-        """Describe the quantization in the model's config.
+    def write(self, folder: Path, tokenizer: Any, *, calibration: str, tokens: int, progress: bool) -> None:
+        """Write the checkpoint and remove the finished blocks beside it.
 
         Args:
+            folder: Output folder.
+            tokenizer: The model's tokenizer.
             calibration: Name of the calibration's source.
             tokens: Number of its tokens.
+            progress: Show progress bars.
         """
         config: dict[str, Any] = {
             "quant_method": "gptq",
@@ -336,7 +280,48 @@ class GPTQRun:
         if self._layout.prefix not in _KNOWN_BLOCKS:
             config["block_name_to_quantize"] = self._layout.prefix
         self._model.config.quantization_config = config
+        save_checkpoint(folder, self._model, tokenizer, progress=progress, max_shard_size=SHARD)
+        self._journal.remove()
 
 
 def _tensors_of(name: str, packed: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: packed[f"{name}.{key}"] for key in TENSORS}
+
+
+class _Journal:
+    """Folder of the finished blocks of one run, named `OUTPUT.partial`."""
+
+    def __init__(self, output: Path, about: Mapping[str, Any], *, overwrite: bool) -> None:
+        """Open the journal of the run that `about` describes, or begin one."""
+        self._folder = output.with_name(f"{output.name}.partial")
+        text = json.dumps(about, sort_keys=True, indent=1)
+        known = self._folder / "about.json"
+        if known.is_file() and known.read_text(encoding="utf-8") != text:
+            if not overwrite:
+                msg = (
+                    f"{self._folder} holds finished blocks of a quantization with other settings; give it the same "
+                    "settings to go on, another output, or overwrite=True to throw these blocks away."
+                )
+                raise InvalidOptionError(msg)
+            shutil.rmtree(self._folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        known.write_text(text, encoding="utf-8")
+
+    def read(self, index: int) -> dict[str, torch.Tensor] | None:
+        """Read the tensors of a finished block; None if it is not finished, or its file is damaged."""
+        try:
+            with safe_open(self._path(index), framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+        except (OSError, SafetensorError):
+            return None
+
+    def write(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
+        unfinished = self._path(index).with_suffix(".unfinished")
+        save_file(tensors, unfinished)
+        unfinished.replace(self._path(index))
+
+    def remove(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _path(self, index: int) -> Path:
+        return self._folder / f"block-{index:04}.safetensors"
