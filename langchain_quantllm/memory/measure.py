@@ -155,7 +155,7 @@ def available_memory(device: str | torch.device) -> int:
         return _read_cpu().available_bytes
     reading = _read_accelerator(name)
     if reading.driver_total_bytes is None or reading.driver_used_bytes is None:
-        msg = f"Device {name!r} does not tell how much memory it has free; pass max_memory for it."
+        msg = f"Device {name!r} does not report its free memory; pass max_memory for it."
         raise UnsupportedError(msg)
     cached_bytes = reading.reserved_bytes - reading.allocated_bytes
     return max(0, reading.driver_total_bytes - reading.driver_used_bytes + cached_bytes)
@@ -296,7 +296,7 @@ def _read_cpu() -> CpuReading:
 
     memory = psutil.virtual_memory()
     left_bytes = _container_left_bytes()
-    parts = _resident_parts()
+    parts: dict[str, Any] = _resident_parts()
     now_bytes = sum(parts.values()) if parts else resident_bytes()
     return CpuReading(
         name=platform.processor() or platform.machine() or "CPU",

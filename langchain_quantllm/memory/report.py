@@ -244,9 +244,7 @@ class MemoryReport(_Report):
     def summary(self) -> str:
         """Summarize in one line: `cpu: 163 MB weights (int8), 40% less than 16 bits`."""
         line = f"{', '.join(self.devices)}: {format_bytes(self.weights.total_bytes)} weights ({self.scheme_name})"
-        if self.saving is None or self.scheme_name == "none":
-            return line
-        return f"{line}, {abs(self.saving):.0%} {'less' if self.saving >= 0 else 'more'} than 16 bits"
+        return line if self.saving is None or self.scheme_name == "none" else f"{line}, {self._difference} than 16 bits"
 
     @property
     def headline(self) -> str:
@@ -256,8 +254,12 @@ class MemoryReport(_Report):
             return line
         if abs(self.saving) < 0.005:
             return f"{line}, as in 16 bits"
-        more_or_less = "less" if self.saving > 0 else "more"
-        return f"{line} instead of {format_bytes(self.bytes_16bit)} in 16 bits: {abs(self.saving):.0%} {more_or_less}"
+        return f"{line} instead of {format_bytes(self.bytes_16bit)} in 16 bits: {self._difference}"
+
+    @property
+    def _difference(self) -> str:
+        saving = self.saving or 0
+        return f"{abs(saving):.0%} {'less' if saving >= 0 else 'more'}"
 
     @property
     def anonymous_growth(self) -> dict[str, int] | None:

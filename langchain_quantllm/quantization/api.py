@@ -138,8 +138,8 @@ def quantize(
         checkpoint = find_checkpoint(spec, source)
     if checkpoint.quantization is not None:
         msg = (
-            f"{spec.model_id} is quantized already, and what that lost cannot be had back; give the unquantized "
-            "checkpoint."
+            f"{spec.model_id} is quantized already, and the precision that this lost cannot be restored; give the "
+            "unquantized checkpoint."
         )
         raise CheckpointError(msg)
     about: dict[str, Any] = {"scheme": wanted}
@@ -179,7 +179,7 @@ def _write_gptq(
     """Calibrate, quantize and write; returns the fields of the `QuantizedCheckpoint`."""
     config = checkpoint.config
     if not reads_text(config):
-        msg = f"{spec.model_id} reads images, too, and GPTQ here knows models of text alone; use nf4 or int8."
+        msg = f"{spec.model_id} also reads images, and GPTQ is supported for models of text alone; use nf4 or int8."
         raise UnsupportedError(msg)
     device = _usable_device(device)
     spec = dataclasses.replace(spec, dtype=_stored_dtype(spec, config))
@@ -252,7 +252,7 @@ def _wanted(scheme: Any) -> Scheme:
 def _stored_dtype(spec: LoadSpec, config: Any) -> str:
     """Choose the dtype of the unquantized part: GPTQ's kernels take 16 bits only."""
     if spec.dtype == "float32":
-        msg = "dtype='float32' is not known to GPTQ's kernels; use 'float16' or 'bfloat16'."
+        msg = "dtype='float32' is not supported by GPTQ's kernels; use 'float16' or 'bfloat16'."
         raise InvalidOptionError(msg)
     stored = str(getattr(config, "dtype", None) or config.get_text_config().dtype).removeprefix("torch.")
     return spec.dtype if spec.dtype != "auto" else stored if stored in ("float16", "bfloat16") else "float16"

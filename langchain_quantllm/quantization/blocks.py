@@ -50,7 +50,7 @@ def find_layout(model: Any) -> Layout:
         if isinstance(module, nn.ModuleList) and len(module) == count
     ]
     if not lists:
-        msg = f"{type(model).__name__} has no list of {count} decoder blocks, which GPTQ goes through; use nf4 or int8."
+        msg = f"{type(model).__name__} has no list of {count} decoder blocks, which GPTQ needs; use nf4 or int8."
         raise UnsupportedError(msg)
     prefix, blocks = max(lists, key=lambda found: sum(p.numel() for p in found[1].parameters()))
     layers = tuple(
@@ -109,7 +109,7 @@ class Blocks:
             state = self._run(block, state, call)
         if not torch.allclose(state.float(), expected, rtol=1e-2, atol=1e-3 * expected.abs().max().item()):
             msg = (
-                f"the blocks of {type(self._model).__name__} cannot be run one by one: what comes out differs from the "
+                f"the blocks of {type(self._model).__name__} cannot be run one by one: their output differs from the "
                 "model's; use nf4 or int8."
             )
             raise UnsupportedError(msg)

@@ -106,7 +106,7 @@ def _without(layout: Layout, skip_modules: Sequence[str]) -> Layout:
     for ending in skip_modules:
         ending_so = [name for name in known if f".{name}".endswith(f".{ending}")]
         if not ending_so:
-            msg = f"skip_modules={ending!r} is the name of no linear layer; there are {', '.join(known)}."
+            msg = f"skip_modules={ending!r} is not the name of a linear layer; there are {', '.join(known)}."
             raise InvalidOptionError(msg)
         skipped.update(ending_so)
     if not set(known) - skipped:
@@ -119,7 +119,7 @@ def _without(layout: Layout, skip_modules: Sequence[str]) -> Layout:
 def _check_packable(name: str, which: str, size: int, bits: int) -> None:
     if size * bits % 32:
         msg = (
-            f"{which}={size} of layer {name!r} cannot be packed in {bits} bits: it takes a multiple of "
+            f"{which}={size} of layer {name!r} cannot be packed in {bits} bits: it must be a multiple of "
             f"{32 // bits if 32 % bits == 0 else 32}; name the layer in skip_modules."
         )
         raise InvalidOptionError(msg)
@@ -299,8 +299,8 @@ class _Journal:
         if known.is_file() and known.read_text(encoding="utf-8") != text:
             if not overwrite:
                 msg = (
-                    f"{self._folder} holds finished blocks of a quantization with other settings; give it the same "
-                    "settings to go on, another output, or overwrite=True to throw these blocks away."
+                    f"{self._folder} holds finished blocks of a quantization with other settings; give the same "
+                    "settings to resume it, another output, or overwrite=True to delete these blocks."
                 )
                 raise InvalidOptionError(msg)
             shutil.rmtree(self._folder)

@@ -159,7 +159,7 @@ def _check_scales(weight: Any, scales: Any, block: int, name: str) -> None:
     largest = found.amax(1)
     scales = scales.to(largest.device).flatten()
     if largest.shape != scales.shape or not torch.allclose(largest, scales.abs(), rtol=_SCALE_TOLERANCE, atol=1e-6):
-        msg = f"the weights of {name} do not come out of their quantization as they went in; nothing was written."
+        msg = f"the dequantized weights of {name} do not match their scales in the checkpoint; nothing was written."
         raise CheckpointError(msg)
 
 
@@ -176,7 +176,7 @@ def _merged(model: Any, tokenizer: Any, adapter: Adapter) -> Any:
 
             adapted = PeftModel.from_pretrained(model, str(adapter.folder), adapter_name=_NAME).eval()
         except (ValueError, RuntimeError, KeyError, TypeError, OSError) as error:
-            msg = f"the adapter {adapter.source} does not go onto this model; was it made for it? {first_line(error)}"
+            msg = f"the adapter {adapter.source} does not fit this model; was it made for another one? {first_line(error)}"
             raise CheckpointError(msg) from error
         _check_loaded(adapted, adapter)
         expected = _logits(adapted, tokenizer)
@@ -187,7 +187,7 @@ def _merged(model: Any, tokenizer: Any, adapter: Adapter) -> Any:
             raise UnsupportedError(msg) from error
     for name, parameter in merged.named_parameters():
         if not parameter.isfinite().all():
-            msg = f"the merged weights of {name!r} are not all numbers; try dtype='float32'."
+            msg = f"the merged weights of {name!r} are not all finite; try dtype='float32'."
             raise CheckpointError(msg)
     _check_same(_logits(merged, tokenizer), expected, merged.dtype)
     return merged
@@ -247,7 +247,7 @@ def _check_same(found: list[Any], expected: list[Any], dtype: Any) -> None:
         difference = float((ours - theirs).norm() / theirs.norm().clamp(min=1e-12))
         if not difference <= tolerance:
             msg = (
-                f"the merged model is not the model with its adapter: its logits differ by {difference:.2g}, where "
-                f"{tolerance:g} is allowed; nothing was written. Try dtype='float32'."
+                "the merged model does not compute the same as the model with its adapter: its logits differ by "
+                f"{difference:.2g}, and {tolerance:g} is allowed; nothing was written. Try dtype='float32'."
             )
             raise CheckpointError(msg)

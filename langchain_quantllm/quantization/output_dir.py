@@ -27,13 +27,13 @@ def free_folder(output: str | os.PathLike[str], sources: Sequence[str], *, overw
     """
     folder = Path(output).expanduser().resolve()
     if any(Path(source).expanduser().resolve() == folder for source in sources):
-        msg = f"output={str(folder)!r} is what it is to be made of; give another folder."
+        msg = f"output={str(folder)!r} is one of the sources; give another folder."
         raise InvalidOptionError(msg)
     if folder.exists() and not folder.is_dir():
         msg = f"output={str(folder)!r} is a file; give a folder."
         raise InvalidOptionError(msg)
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        msg = f"output={str(folder)!r} is not empty; give another folder, or overwrite=True to replace what is there."
+        msg = f"output={str(folder)!r} is not empty; give another folder, or overwrite=True to replace its content."
         raise InvalidOptionError(msg)
     return folder
 
