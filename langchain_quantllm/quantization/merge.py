@@ -176,7 +176,7 @@ def _merged(model: Any, tokenizer: Any, adapter: Adapter) -> Any:
 
             adapted = PeftModel.from_pretrained(model, str(adapter.folder), adapter_name=_NAME).eval()
         except (ValueError, RuntimeError, KeyError, TypeError, OSError) as error:
-            msg = f"the adapter {adapter.source} does not fit this model; was it made for another one? {first_line(error)}"
+            msg = f"the adapter {adapter.source} does not fit this model; was it made for it? {first_line(error)}"
             raise CheckpointError(msg) from error
         _check_loaded(adapted, adapter)
         expected = _logits(adapted, tokenizer)
