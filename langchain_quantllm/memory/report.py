@@ -238,7 +238,7 @@ class MemoryReport(_Report):
 
     @property
     def saving(self) -> float | None:
-        """Share of the 16-bit bytes that the weights save, 0.6 for 60%; None where those are not known."""
+        """Share of the 16-bit bytes that the weights save, 0.6 for 60%; None where they are not known."""
         return 1 - self.weights.total_bytes / self.bytes_16bit if self.bytes_16bit else None
 
     def summary(self) -> str:
@@ -338,7 +338,7 @@ class MemoryReport(_Report):
 
 
 def _plain(value: Any) -> Any:
-    """Convert a record, mapping or tuple to what JSON holds."""
+    """Convert a record, mapping or tuple to JSON's dicts and lists."""
     if isinstance(value, MemorySnapshot | WeightBytes):
         return value.to_dict()
     if isinstance(value, Mapping):

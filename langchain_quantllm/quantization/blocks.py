@@ -216,7 +216,7 @@ def _forwards_replaced(modules: Any, function: Callable[..., Any]) -> Iterator[N
 
 
 def _moved(value: Any, like: torch.Tensor) -> Any:
-    """Move the tensors in tuples, lists and dicts to a tensor's device, those of numbers to its dtype too."""
+    """Move the tensors in tuples, lists and dicts to a tensor's device, floats to its dtype too."""
     if isinstance(value, torch.Tensor):
         return value.to(like) if value.is_floating_point() else value.to(like.device)
     if isinstance(value, tuple | list):

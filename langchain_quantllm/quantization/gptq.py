@@ -169,7 +169,7 @@ class GPTQRun:
         self._report = report
 
     def run(self, sequences: Sequence[Sequence[int]], source: str, output: Path, *, overwrite: bool) -> int:
-        """Quantize the blocks, except those that an interrupted run has finished.
+        """Quantize the blocks, except the ones from an interrupted run.
 
         Args:
             sequences: Token ids to calibrate with; without any, weights are rounded to nearest.
@@ -235,7 +235,7 @@ class GPTQRun:
         return packed
 
     def _restore(self, block: Any, names: Sequence[str], packed: dict[str, torch.Tensor]) -> None:
-        """Set the weights of a block to those from an earlier run."""
+        """Set the weights of a block to the ones from an earlier run."""
         for name in names:
             rounded = RoundedLinear.unpack(_tensors_of(name, packed), self._rounding.bits)
             block.get_submodule(name).weight.data.copy_(rounded.dequantize())
