@@ -126,14 +126,7 @@ class Table:
 
 
 def stage_table(title: str, stages: Mapping[str, Stage | None], lines: Sequence[str] = (), headline: str = "") -> Table:
-    """Lay out stages as columns and the measured numbers of each device as rows.
-
-    Args:
-        title: Text above the table.
-        stages: Stages by name; None leaves one out.
-        lines: Sentences under the table.
-        headline: A line above the title; empty for none.
-    """
+    """Lay out stages as columns, without those that are None, and the measured numbers of each device as rows."""
     shown = {name: stage for name, stage in stages.items() if stage is not None}
     snapshots = [stage for stage in shown.values() if isinstance(stage, MemorySnapshot)]
     devices: dict[str, Reading] = {reading.device: reading for snapshot in snapshots for reading in snapshot.readings}

@@ -269,11 +269,7 @@ def _linears(model: PreTrainedModel) -> Iterator[tuple[str, tuple[int, int]]]:
 def _linear_bytes(scheme: Scheme, in_features: int, out_features: int, options: Mapping[str, Any]) -> tuple[int, ...]:
     """Compute the bytes of the tensors of one quantized weight: packed weight, then scales, codes and zero points.
 
-    Args:
-        scheme: A bitsandbytes or GPTQ scheme.
-        in_features: Columns of the weight.
-        out_features: Rows of the weight.
-        options: For GPTQ, the checkpoint's `quantization_config`; 4 bits and groups of 128 by default.
+    For GPTQ, `options` is the checkpoint's `quantization_config`; 4 bits and groups of 128 by default.
 
     Source: `Int8Params._quantize` (bitsandbytes/nn/modules.py), `quantize_4bit` and `quantize_blockwise`
     (bitsandbytes/functional.py), `GPTQQuantLinear` (gptqmodel/nn_modules/qlinear/__init__.py).

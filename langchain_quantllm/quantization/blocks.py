@@ -72,11 +72,7 @@ class Blocks:
     def __init__(self, model: Any, layout: Layout, sequences: Sequence[Sequence[int]], device: str) -> None:
         """Run the part of the model before the first block.
 
-        Args:
-            model: The model, on the CPU or on the device that computes.
-            layout: Its layout.
-            sequences: Token ids, all of one length; may be empty.
-            device: The device that computes; blocks go there one at a time.
+        Sequences of token ids have one length; there may be none. Blocks go to `device` one at a time to compute.
 
         Raises:
             UnsupportedError: If the blocks run one by one compute something else than the model.

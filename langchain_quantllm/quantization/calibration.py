@@ -72,11 +72,7 @@ class Calibration(NamedOptions):
 
 
 def calibration_from(value: Any) -> Calibration:
-    """Convert an option of the user to a calibration.
-
-    Args:
-        value: A `Calibration`, or its source; None is the built-in one.
-    """
+    """Convert a `Calibration`, its source, or None for the built-in one to a calibration."""
     if value is None or isinstance(value, Calibration):
         return value or Calibration()
     return Calibration(source=Path(value) if isinstance(value, os.PathLike) else value)

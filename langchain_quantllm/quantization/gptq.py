@@ -248,15 +248,7 @@ class GPTQRun:
             block.set_submodule(name, PackedLinear(_tensors_of(name, packed), bias))
 
     def write(self, folder: Path, tokenizer: Any, *, calibration: str, tokens: int, progress: bool) -> None:
-        """Write the checkpoint and remove the finished blocks beside it.
-
-        Args:
-            folder: Output folder.
-            tokenizer: The model's tokenizer.
-            calibration: Name of the calibration's source.
-            tokens: Number of its tokens.
-            progress: Show progress bars.
-        """
+        """Write the checkpoint, with the name of the calibration and its number of tokens, and remove the journal."""
         config: dict[str, Any] = {
             "quant_method": "gptq",
             "bits": self._rounding.bits,
