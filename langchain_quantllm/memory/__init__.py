@@ -1,22 +1,17 @@
-"""Memory of a model: estimated before loading, measured while it lives, and reported.
-
-Owns every number of bytes in the package. Knows nothing of LangChain, pipelines or loading.
-"""
+"""Memory of a model: estimated before loading, measured while it lives, and reported."""
 
 from langchain_quantllm.memory.budget import check_cache_budget, check_fits
+from langchain_quantllm.memory.display import format_bytes
 from langchain_quantllm.memory.estimate import MemoryEstimate, estimate_memory, transformers_builds
-from langchain_quantllm.memory.heap import release_heap
 from langchain_quantllm.memory.measure import (
     AcceleratorReading,
     CpuReading,
     MemorySnapshot,
     available_memory,
+    release_heap,
     take_snapshot,
 )
-from langchain_quantllm.memory.notes import memory_notes
-from langchain_quantllm.memory.report import MemoryReport
-from langchain_quantllm.memory.table import format_bytes
-from langchain_quantllm.memory.tracking import TrackedMemory, track_memory
+from langchain_quantllm.memory.report import MemoryReport, TrackedMemory, memory_notes, track_memory
 from langchain_quantllm.memory.weights import WeightBytes, weights_by_kind
 
 __all__ = [

@@ -1,7 +1,4 @@
-"""Whether a model fits into the memory at hand, asked before loading it.
-
-Owns the comparison and the advice. Takes its numbers from `estimate` and `snapshot`.
-"""
+"""Check that a model fits into the free memory, before it is loaded."""
 
 from __future__ import annotations
 
@@ -11,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from langchain_quantllm.compat.accelerate import size_in_bytes
 from langchain_quantllm.errors import InvalidOptionError, NotEnoughMemoryError
+from langchain_quantllm.memory.display import format_bytes
 from langchain_quantllm.memory.estimate import MemoryEstimate
 from langchain_quantllm.memory.measure import available_memory, device_name
-from langchain_quantllm.memory.table import format_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -29,11 +26,11 @@ def check_fits(
 ) -> int:
     """Check that a model fits into the free memory of the devices that it may be spread over.
 
-    Only weights and KV cache are compared: activations, the CUDA context of a device not yet used, and what
-    is lost in splitting layers over devices come on top.
+    Only weights and KV cache are compared: activations, the CUDA context of a device not yet used, and losses from
+    splitting layers over devices come on top.
 
     Args:
-        estimate: What the model takes.
+        estimate: Estimate of the model.
         devices: Devices for the weights, such as `["cuda:0"]` or `["cuda:0", "cpu"]`.
         max_memory: Most that may be used, by device, as accelerate takes it: `{0: "10GiB", "cpu": 8 * 10**9}`;
             a number stands for that CUDA device. Where given, only the devices named in it count.
@@ -46,20 +43,46 @@ def check_fits(
     Raises:
         NotEnoughMemoryError: If it does not fit; the message names the schemes that would.
         InvalidOptionError: If a device or a size is not understood.
-        UnsupportedError: If a device is not there, does not tell its free memory, or the cache has no known size.
+        UnsupportedError: If a device is not there, does not report its free memory, or the cache has no known size.
     """
     cache_bytes = estimate.kv_cache_bytes(tokens, batch) if tokens else 0
-    free_bytes = _free_bytes(devices, max_memory)
-    left_bytes = sum(free_bytes.values()) - estimate.total_bytes - cache_bytes
+    free_by_device = _free_bytes(devices, max_memory)
+    free_bytes = sum(free_by_device.values())
+    left_bytes = free_bytes - estimate.total_bytes - cache_bytes
     if left_bytes >= 0:
         return left_bytes
     cache = f" and {format_bytes(cache_bytes)} for a KV cache of {batch} x {tokens} tokens" if cache_bytes else ""
-    free = " and ".join(f"{format_bytes(size)} on {device}" for device, size in free_bytes.items()) or "no device"
+    free = " and ".join(f"{format_bytes(size)} on {device}" for device, size in free_by_device.items()) or "no device"
+    by_size = sorted(estimate.bytes_by_scheme.items(), key=lambda item: -item[1])
+    fitting = [f"{name!r} ({format_bytes(size)})" for name, size in by_size if size + cache_bytes <= free_bytes]
+    if fitting:
+        advice = f"use quantization={' or '.join(fitting)}"
+    elif cache_bytes and min(estimate.bytes_by_scheme.values(), default=estimate.total_bytes) <= free_bytes:
+        advice = "hold fewer tokens or sequences at once"
+    else:
+        advice = "no other scheme fits either: free memory, add a device, or take a smaller model"
     msg = (
         f"{estimate.model_id!r} with quantization={estimate.scheme.name!r} needs {format_bytes(estimate.total_bytes)}"
-        f" for its weights{cache}, but free are {free}; {_advice(estimate, sum(free_bytes.values()), cache_bytes)}."
+        f" for its weights{cache}, but free are {free}; {advice}."
     )
     raise NotEnoughMemoryError(msg)
+
+
+def _free_bytes(
+    devices: Sequence[str | torch.device], max_memory: Mapping[int | str, int | str] | None
+) -> dict[str, int]:
+    free_bytes = {name: available_memory(name) for name in dict.fromkeys(map(device_name, devices))}
+    if max_memory is None:
+        return free_bytes
+    limits = {}
+    for key, limit in max_memory.items():
+        name = device_name(f"cuda:{key}" if isinstance(key, int) else key)
+        try:
+            limits[name] = size_in_bytes(limit)
+        except ValueError as error:
+            msg = f"max_memory={limit!r} is no size; use bytes, or a text such as '10GiB' or '500MB'."
+            raise InvalidOptionError(msg) from error
+    return {name: min(size, limits[name]) for name, size in free_bytes.items() if name in limits}
 
 
 def check_cache_budget(budget: Any) -> float | int | None:
@@ -89,36 +112,3 @@ def check_cache_budget(budget: Any) -> float | int | None:
         "bytes, or a text such as '4GiB'."
     )
     raise InvalidOptionError(msg)
-
-
-def _advice(estimate: MemoryEstimate, free_bytes: int, cache_bytes: int) -> str:
-    fitting = [
-        f"{name!r} ({format_bytes(size)})"
-        for name, size in sorted(estimate.bytes_by_scheme.items(), key=lambda item: -item[1])
-        if size + cache_bytes <= free_bytes
-    ]
-    if fitting:
-        return f"use quantization={' or '.join(fitting)}"
-    if cache_bytes and min(estimate.bytes_by_scheme.values(), default=estimate.total_bytes) <= free_bytes:
-        return "hold fewer tokens or sequences at once"
-    return "no other scheme fits either: free memory, add a device, or take a smaller model"
-
-
-def _free_bytes(
-    devices: Sequence[str | torch.device], max_memory: Mapping[int | str, int | str] | None
-) -> dict[str, int]:
-    free_bytes = {name: available_memory(name) for name in dict.fromkeys(map(device_name, devices))}
-    if max_memory is None:
-        return free_bytes
-    limits = {
-        device_name(f"cuda:{key}" if isinstance(key, int) else key): _size(limit) for key, limit in max_memory.items()
-    }
-    return {name: min(size, limits[name]) for name, size in free_bytes.items() if name in limits}
-
-
-def _size(limit: int | str) -> int:
-    try:
-        return size_in_bytes(limit)
-    except ValueError as error:
-        msg = f"max_memory={limit!r} is no size; use bytes, or a text such as '10GiB' or '500MB'."
-        raise InvalidOptionError(msg) from error

@@ -1,7 +1,7 @@
 """What a model will take, computed from its config alone.
 
 Owns reading the config, building the model on the meta device and the size of its KV cache. Reads no
-weights; the bytes of the formats are in `layout`.
+weights; the bytes of the formats are in `weights`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from langchain_quantllm.errors import (
 )
 from langchain_quantllm.loading.hub import fetch
 from langchain_quantllm.loading.sources import check_sources, folder_of
-from langchain_quantllm.memory.layout import weight_bytes
-from langchain_quantllm.memory.weights import WeightBytes
+from langchain_quantllm.memory.weights import WeightBytes, weight_bytes
 from langchain_quantllm.schemes import (
     FLOAT_DTYPES,
     GPTQ,

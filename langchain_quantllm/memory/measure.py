@@ -1,11 +1,12 @@
-"""Memory in use at one moment, device by device, and what is still free.
+"""Measurement of the memory in use and still free, device by device: PyTorch's allocators, drivers, operating system.
 
-Owns the readings of PyTorch's allocators, of the drivers and of the operating system. Knows no model.
-The pitfalls of each number stand with its field; `notes` turns those that apply into sentences.
+The limits of each number are documented with its field.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import platform
 import sys
@@ -22,22 +23,23 @@ if TYPE_CHECKING:
 _CGROUP = Path("/sys/fs/cgroup")
 _STATUS = Path("/proc/self/status")
 _PARTS = {"anonymous_bytes": "RssAnon", "file_bytes": "RssFile", "shared_bytes": "RssShmem"}
+_ACCELERATORS = ("cuda", "xpu", "mps")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AcceleratorReading:
-    """Memory of one accelerator at one moment; None marks what this backend does not say.
+    """Memory of one accelerator at one moment; None where the backend does not report a number.
 
     Args:
         device: Name as torch knows it, such as `"cuda:0"`.
         name: Name of the hardware.
         allocated_bytes: Tensors of this process, as its PyTorch allocator counts them.
-        reserved_bytes: What that allocator holds of the driver, cached free blocks included.
-        peak_allocated_bytes: Most allocated since the counter was last reset by anybody in this process.
+        reserved_bytes: Memory that the allocator holds from the driver, cached free blocks included.
+        peak_allocated_bytes: Largest `allocated_bytes` since the counter was last reset anywhere in this process.
         driver_used_bytes: In use on the whole device: other processes and the CUDA context included.
         driver_total_bytes: Size of the device's memory.
-        process_bytes: What NVML says that this process uses, the CUDA context included; None where NVML sees
-            no processes, as in most containers.
+        process_bytes: Memory of this process by NVML, the CUDA context included; None where NVML sees no processes, as
+            in most containers.
     """
 
     device: str
@@ -51,12 +53,12 @@ class AcceleratorReading:
 
     @property
     def used_bytes(self) -> int:
-        """What this process's tensors take."""
+        """Bytes of this process's tensors."""
         return self.allocated_bytes
 
     @property
     def peak_bytes(self) -> int | None:
-        """Most that this process's tensors took since the counter was reset."""
+        """Most bytes of this process's tensors since the counter was reset."""
         return self.peak_allocated_bytes
 
 
@@ -69,13 +71,13 @@ class CpuReading:
         name: Name of the processor.
         resident_bytes: Resident memory of this whole process, interpreter and libraries included.
         anonymous_bytes: The part of it that no file backs: tensors, objects, the heap. None where the system does not
-            tell, as outside Linux.
+            report it, as outside Linux.
         file_bytes: The part that maps files, such as weights in safetensors and libraries: the system takes these
             pages back when memory is short, and reads them again. None likewise.
         shared_bytes: The part that is shared memory (shmem, tmpfs). None likewise. The three add up to
             `resident_bytes`.
         peak_resident_bytes: Most resident since the process started; the system offers no reset.
-        available_bytes: What new allocations may take without swapping, a container's limit respected.
+        available_bytes: Memory for new allocations without swapping, a container's limit respected.
         total_bytes: Size of the main memory.
     """
 
@@ -91,12 +93,12 @@ class CpuReading:
 
     @property
     def used_bytes(self) -> int:
-        """What this process takes."""
+        """Resident bytes of this process."""
         return self.resident_bytes
 
     @property
     def peak_bytes(self) -> int:
-        """Most that this process took since it started."""
+        """Most resident bytes of this process since it started."""
         return self.peak_resident_bytes
 
 
@@ -110,11 +112,11 @@ class MemorySnapshot:
     readings: tuple[Reading, ...]
 
     def reading(self, device: str) -> Reading | None:
-        """Give the reading of a device, or None if it was not read."""
+        """Return the reading of a device, or None if it was not read."""
         return next((r for r in self.readings if r.device == device), None)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Give the readings by device, ready for JSON."""
+        """Return the readings by device, ready for JSON."""
         return {r.device: asdict(r) for r in self.readings}
 
 
@@ -135,33 +137,45 @@ def take_snapshot(devices: Iterable[str | torch.device] | None = None) -> Memory
 
 
 def available_memory(device: str | torch.device) -> int:
-    """Give the bytes that new tensors may take on a device.
+    """Return the bytes that new tensors may take on a device.
 
     Args:
         device: `"cpu"`, `"cuda:0"`, `"xpu:0"` or `"mps"`.
 
     Returns:
-        On an accelerator, what its driver has free and what this process's allocator has cached but not in use;
-        that part may be fragmented. On the CPU, what the system calls available, or what is left of the
-        container's limit if that is less.
+        On an accelerator, the driver's free memory and the free blocks cached by this process's allocator, which may be
+        fragmented. On the CPU, the system's available memory, or the rest of the container's limit if that is less.
 
     Raises:
         InvalidOptionError: If the device name is not understood.
-        UnsupportedError: If the device is not there, or does not tell.
+        UnsupportedError: If the device is not there, or does not report its free memory.
     """
     name = device_name(device)
     if name == "cpu":
         return _read_cpu().available_bytes
     reading = _read_accelerator(name)
     if reading.driver_total_bytes is None or reading.driver_used_bytes is None:
-        msg = f"Device {name!r} does not tell how much memory it has free; pass max_memory for it."
+        msg = f"Device {name!r} does not report its free memory; pass max_memory for it."
         raise UnsupportedError(msg)
     cached_bytes = reading.reserved_bytes - reading.allocated_bytes
     return max(0, reading.driver_total_bytes - reading.driver_used_bytes + cached_bytes)
 
 
+def release_heap() -> None:
+    """Return freed memory of the heap to the system; does nothing where the C library is not glibc.
+
+    glibc keeps freed blocks of up to 32 MB for reuse. Quantizing and repacking weights frees several times their size
+    in such blocks.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+# --- devices ---
+
+
 def device_name(device: str | torch.device) -> str:
-    """Give the one name of a device that readings use: `"cpu"`, `"mps"`, or a type with its number.
+    """Return the one name of a device that readings use: `"cpu"`, `"mps"`, or a type with its number.
 
     Raises:
         InvalidOptionError: If the name is not understood.
@@ -176,10 +190,10 @@ def device_name(device: str | torch.device) -> str:
         raise InvalidOptionError(msg) from error
     if parsed.type == "cpu":
         return "cpu"
-    if parsed.type not in ("cuda", "xpu", "mps"):
+    if parsed.type not in _ACCELERATORS:
         msg = f"device={str(device)!r} has no memory that can be measured; use 'cpu', 'cuda:0', 'xpu:0' or 'mps'."
         raise InvalidOptionError(msg)
-    backend = getattr(torch, parsed.type)
+    backend = backend_of(parsed.type)
     count = backend.device_count() if backend.is_available() else 0
     if (parsed.index or 0) >= count:
         msg = f"Device {str(device)!r} is not there: torch sees {count} of type {parsed.type!r} on this machine."
@@ -189,11 +203,16 @@ def device_name(device: str | torch.device) -> str:
     return f"{parsed.type}:{backend.current_device() if parsed.index is None else parsed.index}"
 
 
-def _default_accelerators() -> list[str]:
+def backend_of(device: str) -> Any:
+    """Return torch's module for a type of accelerator; `torch.cuda` and `torch.xpu` have the same functions."""
     import torch
 
-    for kind in ("cuda", "xpu", "mps"):
-        backend = getattr(torch, kind)
+    return getattr(torch, device.split(":")[0])
+
+
+def _default_accelerators() -> list[str]:
+    for kind in _ACCELERATORS:
+        backend = backend_of(kind)
         if backend.is_available():
             if kind == "mps":
                 return ["mps"]
@@ -204,32 +223,29 @@ def _default_accelerators() -> list[str]:
 
 
 def _read_accelerator(name: str) -> AcceleratorReading:
-    import torch
-
+    backend = backend_of(name)
     if name == "mps":
-        reserved_bytes = torch.mps.driver_allocated_memory()
+        reserved_bytes = backend.driver_allocated_memory()
         return AcceleratorReading(
             device=name,
             name="Apple GPU",
-            allocated_bytes=torch.mps.current_allocated_memory(),
+            allocated_bytes=backend.current_allocated_memory(),
             reserved_bytes=reserved_bytes,
             peak_allocated_bytes=None,
-            driver_used_bytes=reserved_bytes,  # Metal tells of this process only
-            driver_total_bytes=torch.mps.recommended_max_memory(),
+            driver_used_bytes=reserved_bytes,  # Metal reports this process only
+            driver_total_bytes=backend.recommended_max_memory(),
         )
-    kind, index = name.split(":")
-    backend = getattr(torch, kind)  # torch.cuda and torch.xpu have the same functions
-    properties = backend.get_device_properties(int(index))
-    free_bytes, total_bytes = backend.mem_get_info(int(index))
+    properties = backend.get_device_properties(name)
+    free_bytes, total_bytes = backend.mem_get_info(name)
     return AcceleratorReading(
         device=name,
         name=properties.name,
-        allocated_bytes=backend.memory_allocated(int(index)),
-        reserved_bytes=backend.memory_reserved(int(index)),
-        peak_allocated_bytes=backend.max_memory_allocated(int(index)),
+        allocated_bytes=backend.memory_allocated(name),
+        reserved_bytes=backend.memory_reserved(name),
+        peak_allocated_bytes=backend.max_memory_allocated(name),
         driver_used_bytes=total_bytes - free_bytes,
         driver_total_bytes=total_bytes,
-        process_bytes=_nvml_process_bytes(str(getattr(properties, "uuid", ""))) if kind == "cuda" else None,
+        process_bytes=_nvml_process_bytes(str(getattr(properties, "uuid", ""))) if name.startswith("cuda") else None,
     )
 
 
@@ -253,15 +269,18 @@ def _nvml_process_bytes(uuid: str) -> int | None:
     return next((p.usedGpuMemory for p in processes if p.pid == os.getpid()), None)
 
 
+# --- main memory ---
+
+
 def resident_bytes() -> int:
-    """Give the resident memory of this process."""
+    """Return the resident memory of this process."""
     import psutil
 
     return int(psutil.Process().memory_info().rss)
 
 
 def _resident_parts(status: Path = _STATUS) -> dict[str, int]:
-    """Read the parts of the resident memory, which the kernel adds up to VmRSS; empty where it does not tell them.
+    """Read the parts of the resident memory, which the kernel adds up to VmRSS; empty where it does not report them.
 
     Source: RssAnon, RssFile and RssShmem of proc_pid_status(5), in kB of 1,024 bytes.
     """
@@ -277,17 +296,15 @@ def _read_cpu() -> CpuReading:
 
     memory = psutil.virtual_memory()
     left_bytes = _container_left_bytes()
-    parts = _resident_parts()
+    parts: dict[str, Any] = _resident_parts()
     now_bytes = sum(parts.values()) if parts else resident_bytes()
     return CpuReading(
         name=platform.processor() or platform.machine() or "CPU",
         resident_bytes=now_bytes,
-        peak_resident_bytes=max(now_bytes, _peak_resident_bytes()),  # Linux brings its peak up to date late
+        peak_resident_bytes=max(now_bytes, _peak_resident_bytes()),  # Linux updates its peak late
         available_bytes=memory.available if left_bytes is None else min(memory.available, left_bytes),
         total_bytes=memory.total,
-        anonymous_bytes=parts.get("anonymous_bytes"),
-        file_bytes=parts.get("file_bytes"),
-        shared_bytes=parts.get("shared_bytes"),
+        **parts,
     )
 
 
@@ -303,7 +320,7 @@ def _peak_resident_bytes() -> int:
 
 
 def _container_left_bytes(folder: Path = _CGROUP) -> int | None:
-    """Give what a container's memory limit leaves; None without one. File pages that can be dropped count as free.
+    """Compute the rest of a container's memory limit; None without one. File pages that can be dropped count as free.
 
     Source: memory.max, memory.current and memory.stat of https://docs.kernel.org/admin-guide/cgroup-v2.html.
     """

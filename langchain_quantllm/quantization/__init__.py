@@ -1,1 +1,1 @@
-"""Making quantized checkpoints: calibration texts, GPTQ, and what is written down of it."""
+"""Quantized and merged checkpoints: calibration, GPTQ, bitsandbytes, adapters, GGUF."""

@@ -1,7 +1,4 @@
-"""From an unquantized checkpoint to a quantized one on the disk.
-
-Owns the order of checks, the work block by block with its progress, and what is written. Knows no LangChain.
-"""
+"""`quantize`: writes a quantized checkpoint made of an unquantized one."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from langchain_quantllm.compat.bitsandbytes import import_quietly
-from langchain_quantllm.compat.library_logging import progress_bars, without_torchao
+from langchain_quantllm.compat.library_logging import without_torchao
 from langchain_quantllm.compat.packages import check_packages, label_of
 from langchain_quantllm.errors import CheckpointError, InvalidOptionError, UnsupportedError
 from langchain_quantllm.loading.checkpoint import (
@@ -29,27 +26,26 @@ from langchain_quantllm.loading.devices import default_device_map, release_memor
 from langchain_quantllm.loading.registry import load
 from langchain_quantllm.loading.sources import check_sources
 from langchain_quantllm.quantization.calibration import Calibration, calibration_from, read_texts, sequences
-from langchain_quantllm.quantization.gptq import GPTQRun, Progress, check_layers
-from langchain_quantllm.quantization.output_dir import free_folder, written
+from langchain_quantllm.quantization.gptq import SHARD, GPTQRun, Progress, check_layers
+from langchain_quantllm.quantization.output_dir import free_folder, save_checkpoint
 from langchain_quantllm.schemes import GPTQ, Prequantized, Scheme, Unquantized, scheme_from
 
 DAMPING = 0.01
-"""What is added to the diagonal of GPTQ's statistics, as a share of its mean. Source: section 3.3 of the paper."""
-_SHARD = "5GB"
+"""Number added to the diagonal of GPTQ's statistics, as a share of its mean. Source: section 3.3 of the paper."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedCheckpoint:
-    """What `quantize` wrote.
+    """A checkpoint that `quantize` wrote.
 
     Args:
-        folder: Where.
-        scheme: How its weights are held.
-        weights_bytes: Of the weight files.
-        total_s: Seconds that it took.
-        calibration: What GPTQ was calibrated with, in words; None for schemes that need none.
-        calibration_tokens: Tokens of it; 0 where weights were rounded to nearest.
-        resumed_blocks: Blocks that an earlier run had finished.
+        folder: Its folder.
+        scheme: Scheme of its weights.
+        weights_bytes: Size of the weight files.
+        total_s: Seconds that quantizing took.
+        calibration: Description of GPTQ's calibration; None for schemes that need none.
+        calibration_tokens: Number of its tokens; 0 where weights were rounded to nearest.
+        resumed_blocks: Number of blocks that came from an earlier run.
     """
 
     folder: Path
@@ -82,9 +78,9 @@ def quantize(
 ) -> QuantizedCheckpoint:
     """Quantize a checkpoint and write it as one that transformers, vLLM and this package load.
 
-    GPTQ goes through the blocks one by one, each with the inputs that the quantized ones before it give. Only one block
-    is on the device at a time, so that a GPU needs room for one block and its inputs. Finished blocks are kept beside
-    the output, in a folder that ends in `.partial`: the same call goes on there after it was broken off.
+    GPTQ quantizes the blocks one by one, each with the outputs of the quantized ones before it as its inputs. Only one
+    block is on the device at a time, so a GPU needs room for one block and its inputs. Finished blocks are kept beside
+    the output, in a folder that ends in `.partial`: the same call resumes there after an interruption.
 
     Args:
         model_id: A folder, or the name of a repository on the Hub, with an unquantized decoder-only model.
@@ -92,40 +88,35 @@ def quantize(
             `"fp4"`, `"fp4-double"`, or such a scheme with its options.
         calibration: For GPTQ: a `Calibration`, or its source: texts, a file, a data set's name, `"none"` for rounding
             to nearest; None is the text that comes with the package. It is not written into the checkpoint.
-        output: The folder to write; None is one in the current folder, named after model and scheme.
-        skip_modules: For GPTQ: endings of the names of layers that stay as they are, such as `"mlp.down_proj"`.
+        output: Folder to write; None is one in the current folder, named after model and scheme.
+        skip_modules: For GPTQ: endings of the names of layers that stay unquantized, such as `"mlp.down_proj"`.
         damping: For GPTQ: added to the diagonal of the statistics, as a share of its mean.
-        device: What computes: `"cpu"`, `"cuda"`, `"cuda:1"`; None is the first accelerator, else the CPU.
-        dtype: Of what is not quantized; `"auto"` is the checkpoint's, but float16 in the place of float32.
+        device: Device that computes: `"cpu"`, `"cuda"`, `"cuda:1"`; None is the first accelerator, else the CPU.
+        dtype: Dtype of the unquantized part; `"auto"` is the checkpoint's, but float16 in place of float32.
         overwrite: Replace an output that is there, and blocks of another run beside it.
         report: Called after each block of GPTQ.
-        progress: Show how far loading is.
+        progress: Show progress bars of loading and writing.
         revision: Branch, tag or commit.
         token: Access token of the Hub.
-        cache_dir: Where files of the Hub are kept.
+        cache_dir: Folder in which files of the Hub are kept.
         local_files_only: True never asks the Hub, False always does; None does where files are missing here.
         trust_remote_code: Run Python code that comes with the checkpoint.
 
     Returns:
-        What was written, and how.
+        The checkpoint that was written.
 
     Raises:
         InvalidOptionError: If an option is not allowed, or a group size does not divide a layer.
         CheckpointError: If the checkpoint is quantized already, or cannot be read.
         ModelNotFoundError: If there is no such checkpoint.
         MissingPackageError: If the scheme needs a package that is not installed.
-        UnsupportedError: If the model cannot be quantized so.
-        NotEnoughMemoryError: If it does not fit.
+        UnsupportedError: If the model cannot be quantized in this scheme.
+        NotEnoughMemoryError: If the model does not fit into the memory.
     """
     began = time.perf_counter()
     wanted = _wanted(scheme)
     is_gptq = isinstance(wanted, GPTQ)
-    if not is_gptq:
-        _refuse_gptq_options(wanted, calibration, skip_modules, damping)
-        check_packages(wanted)
-    if not 0 < damping < 1:
-        msg = f"damping={damping!r} is not allowed; it must lie between 0 and 1, and 0.01 is usual."
-        raise InvalidOptionError(msg)
+    _check_gptq_options(wanted, calibration, skip_modules, damping)
     spec = LoadSpec(
         model_id=os.fspath(model_id),
         scheme=Unquantized() if is_gptq else wanted,
@@ -138,6 +129,7 @@ def quantize(
         trust_remote_code=trust_remote_code,
         progress=progress,
     )
+    check_packages(spec.scheme)
     check_sources(spec.model_id)
     folder = free_folder(output or _named_after(spec.model_id, wanted), [spec.model_id], overwrite=overwrite)
     source = find_source(spec)
@@ -146,32 +138,29 @@ def quantize(
         checkpoint = find_checkpoint(spec, source)
     if checkpoint.quantization is not None:
         msg = (
-            f"{spec.model_id} is quantized already, and what that lost cannot be had back; give the unquantized "
-            "checkpoint."
+            f"{spec.model_id} is quantized already, and the precision that this lost cannot be restored; give the "
+            "unquantized checkpoint."
         )
         raise CheckpointError(msg)
-    about: dict[str, Any] = {}
+    about: dict[str, Any] = {"scheme": wanted}
     if isinstance(wanted, GPTQ):
         options: dict[str, Any] = {"skip_modules": skip_modules, "damping": damping, "device": device, "report": report}
-        wanted, about = _write_gptq(spec, checkpoint, wanted, calibration, folder, overwrite=overwrite, **options)
+        about = _write_gptq(spec, checkpoint, wanted, calibration, folder, overwrite=overwrite, **options)
     else:
-        _write_bitsandbytes(spec, folder)
+        _write_bitsandbytes(spec, source, folder)
     release_memory()
-    return QuantizedCheckpoint(
-        folder=folder,
-        scheme=wanted,
-        weights_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
-        total_s=time.perf_counter() - began,
-        **about,
-    )
+    weights_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    total_s = time.perf_counter() - began
+    return QuantizedCheckpoint(folder=folder, weights_bytes=weights_bytes, total_s=total_s, **about)
 
 
-def _write_bitsandbytes(spec: LoadSpec, folder: Path) -> None:
-    model = load(spec)
-    with written(folder) as unfinished, progress_bars(spec.progress):
-        model.pipeline.model.save_pretrained(unfinished, max_shard_size=_SHARD)  # before the first forward repacks it
-        (getattr(model.pipeline, "processor", None) or model.pipeline.tokenizer).save_pretrained(unfinished)
-    model.close()
+def _write_bitsandbytes(spec: LoadSpec, source: str, folder: Path) -> None:
+    loaded = load(spec, source)
+    pipeline = loaded.pipeline
+    preprocessor = getattr(pipeline, "processor", None) or pipeline.tokenizer
+    # Before the first forward, which repacks the weights on some CPUs.
+    save_checkpoint(folder, pipeline.model, preprocessor, progress=spec.progress, max_shard_size=SHARD)
+    loaded.close()
 
 
 def _write_gptq(
@@ -186,44 +175,65 @@ def _write_gptq(
     device: str | None,
     report: Callable[[Progress], None] | None,
     overwrite: bool,
-) -> tuple[GPTQ, dict[str, Any]]:
-    """Calibrate, quantize and write; gives the scheme with its group size, and what is to be told of it."""
-    if not reads_text(checkpoint.config):
-        msg = f"{spec.model_id} reads images, too, and GPTQ here knows models of text alone; use nf4 or int8."
+) -> dict[str, Any]:
+    """Calibrate, quantize and write; returns the fields of the `QuantizedCheckpoint`."""
+    config = checkpoint.config
+    if not reads_text(config):
+        msg = f"{spec.model_id} also reads images, and GPTQ is supported for models of text alone; use nf4 or int8."
         raise UnsupportedError(msg)
-    compute = device or _first_device()
-    _check_device(compute)
-    dtype = _stored_dtype(spec, checkpoint.config)
-    calibrated = calibration_from(calibration)
-    texts = read_texts(calibrated)
+    device = _usable_device(device)
+    spec = dataclasses.replace(spec, dtype=_stored_dtype(spec, config))
+    calibration = calibration_from(calibration)
+    texts = read_texts(calibration)
     with without_torchao():
-        layout, scheme = check_layers(checkpoint.config, scheme, skip_modules, trust_remote_code=spec.trust_remote_code)
-    model = load(dataclasses.replace(spec, dtype=dtype))
-    context = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
-    ids = sequences(calibrated, texts, model.pipeline.tokenizer, context) if texts else []
-    run = GPTQRun(model.pipeline.model, layout, scheme, damping=damping, device=compute, report=report)
-    resumed = run.run(ids, checkpoint.source, folder, overwrite=overwrite)
+        layout, scheme = check_layers(config, scheme, skip_modules, trust_remote_code=spec.trust_remote_code)
+    loaded = load(spec, checkpoint.source)
+    tokenizer = loaded.pipeline.tokenizer
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    ids = sequences(calibration, texts, tokenizer, context) if texts else []
     tokens = sum(map(len, ids))
-    with written(folder) as unfinished, progress_bars(spec.progress):
-        run.write(unfinished, calibration=calibrated.source_label, tokens=tokens)
-        model.pipeline.tokenizer.save_pretrained(unfinished)
-    run.journal.remove()
-    model.close()
-    return scheme, {"calibration": calibrated.label, "calibration_tokens": tokens, "resumed_blocks": resumed}
+    run = GPTQRun(loaded.pipeline.model, layout, scheme, damping=damping, device=device, report=report)
+    resumed_blocks = run.run(ids, checkpoint.source, folder, overwrite=overwrite)
+    run.write(folder, tokenizer, calibration=calibration.source_label, tokens=tokens, progress=spec.progress)
+    loaded.close()
+    return {
+        "scheme": scheme,
+        "calibration": calibration.label,
+        "calibration_tokens": tokens,
+        "resumed_blocks": resumed_blocks,
+    }
 
 
-def _check_device(device: str) -> None:
+def _usable_device(device: str | None) -> str:
+    """Check the device that computes; None chooses the first accelerator, else the CPU."""
     import torch
 
+    if device is None:
+        first = str(next(iter(default_device_map(LoadSpec(model_id="any")).values())))
+        device = f"cuda:{first}" if first.isdigit() else first
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         msg = f"device={device!r} cannot be used here ({first_line(error)}); use 'cpu'."
         raise UnsupportedError(msg) from error
+    return device
+
+
+def _check_gptq_options(scheme: Scheme, calibration: Any, skip_modules: Sequence[str], damping: float) -> None:
+    """Check the options that are for GPTQ alone, as far as they need no checkpoint."""
+    if not 0 < damping < 1:
+        msg = f"damping={damping!r} is not allowed; it must lie between 0 and 1, and 0.01 is usual."
+        raise InvalidOptionError(msg)
+    given = {"calibration": calibration is not None, "skip_modules": bool(skip_modules), "damping": damping != DAMPING}
+    wrong = next((name for name, is_given in given.items() if is_given), None)
+    if wrong is not None and not isinstance(scheme, GPTQ):
+        hint = f" {label_of(scheme)}(skip_modules=...) takes names." if skip_modules else ""
+        msg = f"{wrong} is for GPTQ, and quantization {label_of(scheme)!r} needs none; leave it out.{hint}"
+        raise InvalidOptionError(msg)
 
 
 def _wanted(scheme: Any) -> Scheme:
-    """Give the scheme, with GPTQ's defaults filled in."""
+    """Return the scheme, with GPTQ's defaults filled in."""
     wanted = scheme_from(scheme)
     if wanted is None or isinstance(wanted, Unquantized | Prequantized):
         name = "none" if wanted is None else label_of(wanted)
@@ -239,24 +249,10 @@ def _wanted(scheme: Any) -> Scheme:
     return dataclasses.replace(wanted, **missing)
 
 
-def _refuse_gptq_options(scheme: Scheme, calibration: Any, skip_modules: Sequence[str], damping: float) -> None:
-    hint = f" {label_of(scheme)}(skip_modules=...) takes names." if skip_modules else ""
-    given = {"calibration": calibration is not None, "skip_modules": bool(skip_modules), "damping": damping != DAMPING}
-    for name, is_given in given.items():
-        if is_given:
-            msg = f"{name} is for GPTQ, and quantization {label_of(scheme)!r} needs none; leave it out.{hint}"
-            raise InvalidOptionError(msg)
-
-
-def _first_device() -> str:
-    device = str(next(iter(default_device_map(LoadSpec(model_id="any")).values())))
-    return f"cuda:{device}" if device.isdigit() else device
-
-
 def _stored_dtype(spec: LoadSpec, config: Any) -> str:
-    """Name the dtype that the unquantized part is written in: GPTQ's kernels know 16 bits only."""
+    """Choose the dtype of the unquantized part: GPTQ's kernels take 16 bits only."""
     if spec.dtype == "float32":
-        msg = "dtype='float32' is not known to GPTQ's kernels; use 'float16' or 'bfloat16'."
+        msg = "dtype='float32' is not supported by GPTQ's kernels; use 'float16' or 'bfloat16'."
         raise InvalidOptionError(msg)
     stored = str(getattr(config, "dtype", None) or config.get_text_config().dtype).removeprefix("torch.")
     return spec.dtype if spec.dtype != "auto" else stored if stored in ("float16", "bfloat16") else "float16"

@@ -1,8 +1,4 @@
-"""A model's decoder blocks, run one by one over stored activations.
-
-Owns finding the blocks and their linear layers, what each block is called with, and the activations between two
-blocks. Knows nothing of how weights are rounded, and changes the model only while `Blocks` records.
-"""
+"""A model's decoder blocks, run one by one over stored activations."""
 
 from __future__ import annotations
 
@@ -16,27 +12,33 @@ from torch import nn
 
 from langchain_quantllm.errors import UnsupportedError
 
-_PROBE_TOKENS = 12
-_MOST_TOKENS = 4096  # of the sequences that run beside each other
+_CHECK_TOKENS = 12
+_BATCH_TOKENS = 4096
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments and keyword arguments of a block beside its hidden states."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where the quantizable layers of a model are.
+    """Names of the quantizable layers of a model.
 
     Args:
         prefix: Name of the list of blocks, such as `"model.layers"`.
-        count: Number of blocks.
         layers: Names of the linear layers inside a block, for each block, in the order of the model.
     """
 
     prefix: str
-    count: int
     layers: tuple[tuple[str, ...], ...]
+
+    @property
+    def count(self) -> int:
+        """Number of blocks."""
+        return len(self.layers)
 
 
 def find_layout(model: Any) -> Layout:
-    """Find the blocks of a decoder, on weights or on the meta device.
+    """Find the blocks of a decoder and their linear layers; the model may be on the meta device.
 
     Raises:
         UnsupportedError: If it has no list of blocks, or linear layers of another kind.
@@ -48,7 +50,7 @@ def find_layout(model: Any) -> Layout:
         if isinstance(module, nn.ModuleList) and len(module) == count
     ]
     if not lists:
-        msg = f"{type(model).__name__} has no list of {count} decoder blocks, which GPTQ goes through; use nf4 or int8."
+        msg = f"{type(model).__name__} has no list of {count} decoder blocks, which GPTQ needs; use nf4 or int8."
         raise UnsupportedError(msg)
     prefix, blocks = max(lists, key=lambda found: sum(p.numel() for p in found[1].parameters()))
     layers = tuple(
@@ -61,23 +63,19 @@ def find_layout(model: Any) -> Layout:
             "GPTQ checkpoints hold nothing else; use nf4 or int8."
         )
         raise UnsupportedError(msg)
-    return Layout(prefix=prefix, count=count, layers=layers)
+    return Layout(prefix=prefix, layers=layers)
 
 
 class Blocks:
-    """The blocks of one model with the activations that go into the next of them."""
+    """The blocks of one model, with the inputs of the next one."""
 
     def __init__(self, model: Any, layout: Layout, sequences: Sequence[Sequence[int]], device: str) -> None:
-        """Run what comes before the first block.
+        """Run the part of the model before the first block.
 
-        Args:
-            model: On the CPU, or on the device that computes.
-            layout: Of this model.
-            sequences: Token ids, all of one length; may be empty.
-            device: The device that computes; blocks go there one at a time.
+        Sequences of token ids have one length; there may be none. Blocks go to `device` one at a time to compute.
 
         Raises:
-            UnsupportedError: If the blocks run one by one give something else than the model.
+            UnsupportedError: If the blocks run one by one compute something else than the model.
         """
         self._model = model
         self._blocks: Any = model.get_submodule(layout.prefix)
@@ -85,70 +83,56 @@ class Blocks:
         self._home = next(model.parameters()).device
         self._dtype = torch.float32 if device == "cpu" else model.dtype  # CPUs compute 16 bits slowly, or roughly
         self._own_dtype = model.dtype
-        self._check_probe()
-        rows = max(1, _MOST_TOKENS // len(sequences[0])) if sequences else 1
-        batches = [sequences[at : at + rows] for at in range(0, len(sequences), rows)]
-        self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
-        self.states: list[torch.Tensor] = []
-        """Activations that go into the next block, one tensor of shape `(rows, tokens, hidden)` for each batch."""
-        for batch in batches:
-            state, calls = self._record(torch.tensor(batch))
-            self.states.append(state)
-            self._calls.append(calls)
-
-    def _check_probe(self) -> None:
-        """Compare the blocks one by one with the model as a whole."""
-        ids = torch.arange(_PROBE_TOKENS).unsqueeze(0) % self._model.config.get_text_config().vocab_size
         self._returns_tuple = False
-        outputs: list[torch.Tensor] = []
+        self._check_blocks()
+        rows = max(1, _BATCH_TOKENS // len(sequences[0])) if sequences else 1
+        recorded = [self._record(torch.tensor(sequences[at : at + rows])) for at in range(0, len(sequences), rows)]
+        self._calls = [calls for _, calls in recorded]
+        self.states = [state for state, _ in recorded]
+        """Inputs of the next block, one tensor of shape `(rows, tokens, hidden)` for each batch."""
 
-        def note(_: Any, __: Any, output: Any) -> None:
-            self._returns_tuple = isinstance(output, tuple)
-            outputs.append(output[0] if isinstance(output, tuple) else output)
-
-        handles = [block.register_forward_hook(note) for block in self._blocks]
-        try:
-            with torch.no_grad():
-                self._model(input_ids=ids.to(self._home), use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
+    def _check_blocks(self) -> None:
+        """Compare the blocks run one by one with the model as a whole."""
+        ids = torch.arange(_CHECK_TOKENS).unsqueeze(0) % self._model.config.get_text_config().vocab_size
+        outputs: list[Any] = []
+        hook = self._blocks[-1].register_forward_hook(lambda _, __, output: outputs.append(output))
+        with torch.no_grad(), hook:
+            self._model(input_ids=ids.to(self._home), use_cache=False)
+        self._returns_tuple = isinstance(outputs[0], tuple)
+        expected = _hidden(outputs[0]).float()
         state, calls = self._record(ids)
         for block, call in zip(self._blocks, calls, strict=True):
             state = self._run(block, state, call)
-        if not torch.allclose(
-            state.float(), outputs[-1].float(), rtol=1e-2, atol=1e-3 * outputs[-1].abs().max().item()
-        ):
+        if not torch.allclose(state.float(), expected, rtol=1e-2, atol=1e-3 * expected.abs().max().item()):
             msg = (
-                f"the blocks of {type(self._model).__name__} cannot be run one by one: what comes out differs from the "
+                f"the blocks of {type(self._model).__name__} cannot be run one by one: their output differs from the "
                 "model's; use nf4 or int8."
             )
             raise UnsupportedError(msg)
 
-    def _record(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
-        """Note what each block is called with, without running it; what goes into the first one is the state."""
+    def _record(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[Call]]:
+        """Return the input of the first block, and the call of each block, without running any block."""
         states: list[torch.Tensor] = []
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        calls: list[Call] = []
 
-        def stand_in(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        def record(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             states.append(hidden_states)
             calls.append((args, kwargs))
             return (hidden_states,) if self._returns_tuple else hidden_states
 
-        with torch.no_grad(), _forwards_replaced(self._blocks, stand_in):
+        with torch.no_grad(), _forwards_replaced(self._blocks, record):
             self._model.base_model(input_ids=ids.to(self._home), use_cache=False)
         return states[0].to(self._home), calls
 
-    def _run(self, block: Any, state: torch.Tensor, call: tuple[tuple[Any, ...], dict[str, Any]]) -> torch.Tensor:
+    def _run(self, block: Any, state: torch.Tensor, call: Call) -> torch.Tensor:
         parameter = next(block.parameters())
         args, kwargs = _moved(call, parameter)
         with torch.no_grad():
-            output = block(state.to(parameter), *args, **kwargs)
-        return (output[0] if isinstance(output, tuple) else output).to(self._home)
+            return _hidden(block(state.to(parameter), *args, **kwargs)).to(self._home)
 
     @contextlib.contextmanager
     def on_device(self, index: int) -> Iterator[Any]:
-        """Bring a block to the device that computes, and back."""
+        """Move a block to the device that computes, and back."""
         block = self._blocks[index]
         block.to(self._device, self._dtype)
         try:
@@ -157,51 +141,46 @@ class Blocks:
             block.to(self._home, self._own_dtype)
 
     def groups(self, index: int, names: Sequence[str]) -> list[list[str]]:
-        """Sort the linear layers of a block by what they read: those of one input together, in the order of use.
+        """Group the linear layers of a block that share an input, in the order of use.
 
-        Layers that read nothing in this call, such as experts that no token was sent to, come last, each for itself.
+        Layers that are not called, such as experts without a token, come last, each for itself.
         """
-        order: list[tuple[int, str]] = []
-        kept: list[torch.Tensor] = []  # or a later input could lie where an earlier one did
+        inputs: list[torch.Tensor] = []  # all kept, as a later input could reuse the id of an earlier one
+        order: dict[str, int] = {}
 
         def note(name: str) -> Callable[..., None]:
             def hook(_: Any, args: Any) -> None:
-                kept.append(args[0])
-                order.append((id(args[0]), name))
+                inputs.append(args[0])
+                order.setdefault(name, id(args[0]))
 
             return hook
 
-        self._with_hooks(index, {name: note(name) for name in names}, batches=1)
+        self._run_hooked(index, {name: note(name) for name in names}, batches=1)
         grouped: dict[int, list[str]] = {}
-        seen: set[str] = set()
-        for key, name in order:
-            if name not in seen:
-                grouped.setdefault(key, []).append(name)
-                seen.add(name)
-        return [*grouped.values(), *([name] for name in names if name not in seen)]
+        for name, key in order.items():
+            grouped.setdefault(key, []).append(name)
+        return [*grouped.values(), *([name] for name in names if name not in order)]
 
     def observe(self, index: int, names: Sequence[str], see: Callable[[torch.Tensor], None]) -> None:
-        """Show what the layers of one group read, over all sequences; what comes after them is not computed."""
+        """Pass the inputs of one group of layers to `see`, over all sequences; nothing after them is computed."""
 
         def hook(_: Any, args: Any) -> None:
             see(args[0])
             raise _SeenError
 
-        self._with_hooks(index, {names[0]: hook})
+        self._run_hooked(index, {names[0]: hook})
 
-    def _with_hooks(self, index: int, hooks: dict[str, Callable[..., None]], batches: int | None = None) -> None:
+    def _run_hooked(self, index: int, hooks: dict[str, Callable[..., None]], batches: int | None = None) -> None:
         block = self._blocks[index]
-        handles = [block.get_submodule(name).register_forward_pre_hook(hook) for name, hook in hooks.items()]
-        try:
+        with contextlib.ExitStack() as stack:
+            for name, hook in hooks.items():
+                stack.enter_context(block.get_submodule(name).register_forward_pre_hook(hook))
             for state, calls in list(zip(self.states, self._calls, strict=True))[:batches]:
                 with contextlib.suppress(_SeenError):
                     self._run(block, state, calls[index])
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def advance(self, index: int) -> None:
-        """Run a block as its weights are now, so that `states` goes into the one after it."""
+        """Run a block with its present weights, so that `states` are the inputs of the one after it."""
         block = self._blocks[index]
         self.states = [
             self._run(block, state, calls[index]) for state, calls in zip(self.states, self._calls, strict=True)
@@ -209,12 +188,18 @@ class Blocks:
 
 
 class _SeenError(Exception):
-    """Ends a forward after what was to be seen."""
+    """Ends a forward once its input was seen."""
+
+
+def _hidden(output: Any) -> torch.Tensor:
+    """Return the hidden states in a block's output."""
+    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
 
 
 @contextlib.contextmanager
 def _forwards_replaced(modules: Any, function: Callable[..., Any]) -> Iterator[None]:
-    before = [module.__dict__.get("forward") for module in modules]  # accelerate's hooks put one there
+    before = [module.__dict__.get("forward") for module in modules]  # hooks of accelerate set one
     for module in modules:
         module.forward = function
     try:
@@ -227,7 +212,7 @@ def _forwards_replaced(modules: Any, function: Callable[..., Any]) -> Iterator[N
 
 
 def _moved(value: Any, like: torch.Tensor) -> Any:
-    """Bring the tensors in tuples, lists and dicts to a device, and numbers to a dtype."""
+    """Move the tensors in tuples, lists and dicts to a tensor's device, floats to its dtype too."""
     if isinstance(value, torch.Tensor):
         return value.to(like) if value.is_floating_point() else value.to(like.device)
     if isinstance(value, tuple | list):

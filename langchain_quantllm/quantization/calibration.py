@@ -1,7 +1,4 @@
-"""The texts that GPTQ looks at a model's activations with: where they come from, and how they become tokens.
-
-Owns the text that comes with the package, files, data sets, and the cutting into sequences. Knows no model.
-"""
+"""The calibration of GPTQ: texts of the package, of files or of data sets, cut into sequences of tokens."""
 
 from __future__ import annotations
 
@@ -26,16 +23,16 @@ _MOST_TEXTS = 20_000  # of a data set: enough for the largest calibration, small
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration(NamedOptions):
-    """What a model is calibrated with.
+    """Texts to calibrate with, and how many tokens of them.
 
     Args:
         source: Texts; the name of a text file, or of a JSON or JSON Lines file of texts or of objects; a data set of
             the Hugging Face Hub, as `name`, `name:config` or `name:config:split`; `"built-in"`, some passages in
             several languages and in code; or `"none"`, which makes GPTQ round to nearest.
         samples: Most sequences.
-        tokens: Tokens of each.
+        tokens: Tokens of each sequence.
         column: Key of the text in a JSON object or a data set.
-        seed: Decides which sequences are taken where there are more.
+        seed: Seed of the choice of sequences where there are more.
 
     Raises:
         InvalidOptionError: If a number is too small, or the source is no text.
@@ -61,36 +58,24 @@ class Calibration(NamedOptions):
             object.__setattr__(self, "source", tuple(texts))
 
     @property
-    def is_empty(self) -> bool:
-        """Whether there is none, so that weights are rounded to nearest."""
-        return self.source == NONE
-
-    @property
-    def label(self) -> str:
-        """Say in a few words what it is, without any of it."""
-        return (
-            self.source_label if self.is_empty else f"{self.source_label}, up to {self.samples} x {self.tokens} tokens"
-        )
-
-    @property
     def source_label(self) -> str:
-        """Name the source."""
+        """Name of the source, without any text of it."""
         if isinstance(self.source, tuple):
             return f"{len(self.source)} texts"
         return Path(str(self.source)).name if _is_file(self.source) else str(self.source)
 
+    @property
+    def label(self) -> str:
+        """Description in a few words, without any text of the source."""
+        tokens = "" if self.source == NONE else f", up to {self.samples} x {self.tokens} tokens"
+        return f"{self.source_label}{tokens}"
+
 
 def calibration_from(value: Any) -> Calibration:
-    """Turn what a user gave into a calibration.
-
-    Args:
-        value: A `Calibration`, or its source; None is the built-in one.
-    """
-    if isinstance(value, Calibration):
-        return value
-    if isinstance(value, os.PathLike):
-        value = Path(value)
-    return Calibration() if value is None else Calibration(source=value)
+    """Convert a `Calibration`, its source, or None for the built-in one to a calibration."""
+    if value is None or isinstance(value, Calibration):
+        return value or Calibration()
+    return Calibration(source=Path(value) if isinstance(value, os.PathLike) else value)
 
 
 def read_texts(calibration: Calibration) -> list[str]:
@@ -107,8 +92,8 @@ def read_texts(calibration: Calibration) -> list[str]:
         return []
     if source == BUILT_IN:
         return _passages(resources.files("langchain_quantllm").joinpath("data/calibration.txt").read_text("utf-8"))
-    texts = _read_file(Path(str(source)), calibration) if _is_file(source) else _read_data_set(str(source), calibration)
-    if not texts:
+    read = _read_file if _is_file(source) else _read_data_set
+    if not (texts := read(str(source), calibration.column)):
         msg = f"the calibration {str(source)!r} holds no text."
         raise InvalidOptionError(msg)
     return texts
@@ -117,12 +102,12 @@ def read_texts(calibration: Calibration) -> list[str]:
 def sequences(calibration: Calibration, texts: Sequence[str], tokenizer: Any, longest: int | None) -> list[list[int]]:
     """Cut texts into sequences of tokens of one length.
 
-    Texts follow each other, with the tokenizer's special tokens between them; what is left over at the end is not used.
+    Texts follow each other, with the tokenizer's special tokens between them; the rest at the end is not used.
 
     Args:
-        calibration: How many, and how long.
-        texts: What `read_texts` gave.
-        tokenizer: The model's.
+        calibration: Number and length of the sequences.
+        texts: Texts from `read_texts`.
+        tokenizer: The model's tokenizer.
         longest: Tokens of the model's context, where known.
 
     Returns:
@@ -161,8 +146,8 @@ def _is_file(source: Any) -> bool:
     return isinstance(source, Path) or path.is_file() or path.suffix in _SUFFIXES
 
 
-def _read_file(path: Path, calibration: Calibration) -> list[str]:
-    path = path.expanduser()
+def _read_file(source: str, column: str) -> list[str]:
+    path = Path(source).expanduser()
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -181,12 +166,13 @@ def _read_file(path: Path, calibration: Calibration) -> list[str]:
         msg = f"the calibration file {path} is no JSON: {error}."
         raise InvalidOptionError(msg) from error
     if not isinstance(rows, list):
-        msg = f"the calibration file {path} holds no list; give texts, or objects with {calibration.column!r}."
+        msg = f"the calibration file {path} holds no list; give texts, or objects with {column!r}."
         raise InvalidOptionError(msg)
-    return list(_column(rows, str(path), calibration.column))
+    return list(_column(rows, str(path), column))
 
 
 def _column(rows: Any, source: str, column: str) -> Iterator[str]:
+    """Yield the texts of rows, which are texts or objects with a column of texts."""
     for row in rows:
         if isinstance(row, dict) and column not in row:
             msg = f"{source} has no column {column!r}; its columns are {', '.join(map(repr, row)) or 'none'}."
@@ -199,7 +185,7 @@ def _column(rows: Any, source: str, column: str) -> Iterator[str]:
             yield text
 
 
-def _read_data_set(source: str, calibration: Calibration) -> list[str]:
+def _read_data_set(source: str, column: str) -> list[str]:
     if not is_installed("datasets"):
         msg = (
             f"the calibration {source!r} is no file here, and reading a data set needs the package datasets: "
@@ -214,4 +200,4 @@ def _read_data_set(source: str, calibration: Calibration) -> list[str]:
     except Exception as error:  # of many packages: the Hub's, the file system's, its own
         msg = f"the calibration {source!r} is neither a file nor a data set that can be read here: {error}"
         raise InvalidOptionError(msg) from error
-    return list(islice(_column(rows, source, calibration.column), _MOST_TEXTS))
+    return list(islice(_column(rows, source, column), _MOST_TEXTS))

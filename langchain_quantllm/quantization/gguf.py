@@ -1,7 +1,4 @@
-"""Conversion of GGUF files, llama.cpp's format, to ordinary checkpoints.
-
-The command line has it as `langchain-quantllm convert FILE FOLDER`.
-"""
+"""Conversion of GGUF files, llama.cpp's format, to ordinary checkpoints: `langchain-quantllm convert FILE FOLDER`."""
 
 from __future__ import annotations
 
@@ -19,18 +16,18 @@ from langchain_quantllm.errors import (
     ModelNotFoundError,
     pip_install,
 )
-from langchain_quantllm.quantization.output_dir import written
+from langchain_quantllm.quantization.output_dir import save_checkpoint
 
 
 def convert_gguf(file: str | Path, folder: str | Path, *, progress: bool = True) -> Path:
     """Write the weights of a GGUF file, dequantized to bfloat16, and its tokenizer as a checkpoint.
 
-    What quantizing into the file has lost stays lost: the checkpoint that the file was made of is more exact.
+    The precision that quantizing into the file has lost stays lost: the original checkpoint is more exact.
 
     Args:
         file: The GGUF file.
-        folder: Where the checkpoint goes; it must be new or empty.
-        progress: Show how far it is.
+        folder: Folder to write; it must be new or empty.
+        progress: Show progress bars.
 
     Returns:
         The folder.
@@ -54,32 +51,34 @@ def convert_gguf(file: str | Path, folder: str | Path, *, progress: bool = True)
     except ImportError as error:
         msg = f"reading a GGUF file needs gguf: {pip_install('langchain-quantllm[demo]')}"
         raise MissingPackageError(msg) from error
-    with without_torchao():
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        from langchain_quantllm.compat.transformers_quantizers import dequantizing_gguf, forget_quantization
-
-    source: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
-    # The bar of GGUF's conversion knows no off switch but the stream that it writes to.
+    # The bar of GGUF's conversion has no switch; it writes to the standard error stream.
     quiet = contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO())
     with without_torchao(), progress_bars(progress), quiet:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
-            model = AutoModelForCausalLM.from_pretrained(
-                file.parent, dtype=torch.bfloat16, **dequantizing_gguf(), **source
-            )
-        except ImportError as error:
-            msg = f"{file} needs a further package ({_reason(error)}): {pip_install('sentencepiece', 'tiktoken')}"
-            raise MissingPackageError(msg) from error
-        except (ValueError, OSError, LookupError, RuntimeError, struct.error) as error:
-            msg = f"transformers cannot read {file} ({_reason(error)}); give the checkpoint that the file was made of."
-            raise CheckpointError(msg) from error
-        forget_quantization(model)
-        with written(folder) as part:
-            model.save_pretrained(part)
-            tokenizer.save_pretrained(part)
+        model, tokenizer = _read(file)
+        save_checkpoint(folder, model, tokenizer)
     return folder
+
+
+def _read(file: Path) -> tuple[Any, Any]:
+    """Read a GGUF file into a plain model in bfloat16 and its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from langchain_quantllm.compat.transformers_quantizers import dequantizing_gguf, forget_quantization
+
+    source: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+    options = {"dtype": torch.bfloat16, **dequantizing_gguf(), **source}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
+        model = AutoModelForCausalLM.from_pretrained(file.parent, **options)
+    except ImportError as error:
+        msg = f"{file} needs a further package ({_reason(error)}): {pip_install('sentencepiece', 'tiktoken')}"
+        raise MissingPackageError(msg) from error
+    except (ValueError, OSError, LookupError, RuntimeError, struct.error) as error:
+        msg = f"transformers cannot read {file} ({_reason(error)}); give the checkpoint that the file was made of."
+        raise CheckpointError(msg) from error
+    forget_quantization(model)
+    return model, tokenizer
 
 
 def _reason(error: Exception) -> str:

@@ -1,47 +1,49 @@
-"""GPTQ of a whole model: the blocks in their order, and the checkpoint that comes of them.
-
-Owns which layers are quantized, the checks of their sizes, the loop over blocks, and what goes into config.json.
-"""
+"""GPTQ of a whole model: its blocks in order, kept on the disk as they are finished, and the resulting checkpoint."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from langchain_quantllm._version import __version__
 from langchain_quantllm.errors import InvalidOptionError
 from langchain_quantllm.memory.estimate import build_on_meta
 from langchain_quantllm.quantization.blocks import Blocks, Layout, find_layout
-from langchain_quantllm.quantization.journal import Journal, digest, weights_of
+from langchain_quantllm.quantization.output_dir import save_checkpoint
 from langchain_quantllm.quantization.packing import TENSORS, RoundedLinear
 from langchain_quantllm.quantization.solver import InputStatistics, Rounding, solve
 from langchain_quantllm.schemes import GPTQ
 
 GROUP_SIZE = 128
-"""Where nobody says otherwise, and it divides every layer."""
+"""The default group size, where it divides every layer."""
 
 _COMMON_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 _KNOWN_BLOCKS = ("transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.layers")
-"""Where transformers looks for blocks by itself. Source: BLOCK_PATTERNS in optimum/gptq/constants.py."""
-_SHARD = "5GB"
+"""Names of blocks that transformers finds by itself. Source: BLOCK_PATTERNS in optimum/gptq/constants.py."""
+SHARD = "5GB"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a quantization is.
+    """Progress of a quantization.
 
     Args:
         done: Finished blocks.
         total: All blocks.
-        resumed: Of the finished ones, those that an earlier run had finished.
+        resumed: Finished blocks that came from an earlier run.
         elapsed_s: Seconds since the first block began.
-        remaining_s: Seconds that are left, by the blocks so far; None before the first one.
+        remaining_s: Estimated seconds for the other blocks; None before one was quantized.
     """
 
     done: int
@@ -51,6 +53,9 @@ class Progress:
     remaining_s: float | None
 
 
+# --- checks ---
+
+
 def check_layers(
     config: Any, scheme: GPTQ, skip_modules: Sequence[str], *, trust_remote_code: bool = False
 ) -> tuple[Layout, GPTQ]:
@@ -58,74 +63,73 @@ def check_layers(
 
     Args:
         config: The model's transformers config.
-        scheme: With bits; a group size of None takes 128, or the largest below that divides every layer.
-        skip_modules: Endings of the names of layers that stay as they are.
+        scheme: The scheme, with bits; a group size of None takes 128, or the largest below that divides every layer.
+        skip_modules: Endings of the names of layers that stay unquantized.
         trust_remote_code: Run Python code that comes with the checkpoint.
 
     Returns:
         The layers to quantize, and the scheme with its group size.
 
     Raises:
-        InvalidOptionError: If a group size does not divide a layer, a layer cannot be packed, or a name is of none.
+        InvalidOptionError: If a group size does not divide a layer, a layer cannot be packed, or a name is unknown.
         UnsupportedError: If the model has no blocks of linear layers.
     """
-    bits = scheme.bits
-    assert bits is not None
     model = build_on_meta(config, torch.float16, trust_remote_code, config.model_type)
-    layout = find_layout(model)
-    for ending in skip_modules:
-        if not any(_ends_with(name, [ending]) for names in layout.layers for name in names):
-            known = sorted({name for names in layout.layers for name in names})
-            msg = f"skip_modules={ending!r} is the name of no linear layer; there are {', '.join(known)}."
-            raise InvalidOptionError(msg)
-    kept = tuple(tuple(name for name in names if not _ends_with(name, skip_modules)) for names in layout.layers)
-    layout = Layout(prefix=layout.prefix, count=layout.count, layers=kept)
-    modules = {
-        f"{layout.prefix}.{i}.{name}": model.get_submodule(f"{layout.prefix}.{i}.{name}")
-        for i, names in enumerate(kept)
+    layout = _without(find_layout(model), skip_modules)
+    blocks = model.get_submodule(layout.prefix)
+    linears = {
+        f"{layout.prefix}.{i}.{name}": blocks[i].get_submodule(name)
+        for i, names in enumerate(layout.layers)
         for name in names
     }
-    if not modules:
-        msg = "skip_modules leaves no layer to quantize; leave some names out."
-        raise InvalidOptionError(msg)
-    sizes = {name: module.in_features for name, module in modules.items()}
+    sizes = {name: linear.in_features for name, linear in linears.items()}
     even = [size for size in _COMMON_SIZES if not any(s % size for s in sizes.values())]
     if scheme.group_size is None:
         scheme = replace(scheme, group_size=max((size for size in even if size <= GROUP_SIZE), default=-1))
-    assert scheme.group_size is not None
-    _check_groups(sizes, scheme.group_size, even)
-    for name, module in modules.items():
-        _check_packable(name, module, bits)
+    group_size = scheme.group_size
+    if group_size != -1 and (uneven := next((name for name, size in sizes.items() if size % group_size), None)):
+        msg = (
+            f"group_size={group_size} does not divide in_features={sizes[uneven]} of layer {uneven!r}; use "
+            f"{', '.join([*map(str, even), '-1'])} (-1 is one group for all), or name the layer in skip_modules."
+        )
+        raise InvalidOptionError(msg)
+    for name, linear in linears.items():
+        for which in ("in_features", "out_features"):
+            _check_packable(name, which, getattr(linear, which), scheme.bits or 4)
     return layout, scheme
 
 
-def _check_packable(name: str, module: Any, bits: int) -> None:
-    for which in ("in_features", "out_features"):
-        if (size := getattr(module, which)) * bits % 32:
-            msg = (
-                f"{which}={size} of layer {name!r} cannot be packed in {bits} bits: it takes a multiple of "
-                f"{32 // bits if 32 % bits == 0 else 32}; name the layer in skip_modules."
-            )
+def _without(layout: Layout, skip_modules: Sequence[str]) -> Layout:
+    """Remove the layers whose names end in one of `skip_modules`."""
+    known = sorted({name for names in layout.layers for name in names})
+    skipped: set[str] = set()
+    for ending in skip_modules:
+        ending_so = [name for name in known if f".{name}".endswith(f".{ending}")]
+        if not ending_so:
+            msg = f"skip_modules={ending!r} is not the name of a linear layer; there are {', '.join(known)}."
             raise InvalidOptionError(msg)
+        skipped.update(ending_so)
+    if not set(known) - skipped:
+        msg = "skip_modules leaves no layer to quantize; leave some names out."
+        raise InvalidOptionError(msg)
+    kept = tuple(tuple(name for name in names if name not in skipped) for names in layout.layers)
+    return replace(layout, layers=kept)
 
 
-def _check_groups(sizes: dict[str, int], group_size: int, even: Sequence[int]) -> None:
-    uneven = next(((name, size) for name, size in sizes.items() if group_size != -1 and size % group_size), None)
-    if uneven is None:
-        return
-    msg = (
-        f"group_size={group_size} does not divide in_features={uneven[1]} of layer {uneven[0]!r}; use "
-        f"{', '.join([*map(str, even), '-1'])} (-1 is one group for all), or name the layer in skip_modules."
-    )
-    raise InvalidOptionError(msg)
+def _check_packable(name: str, which: str, size: int, bits: int) -> None:
+    if size * bits % 32:
+        msg = (
+            f"{which}={size} of layer {name!r} cannot be packed in {bits} bits: it must be a multiple of "
+            f"{32 // bits if 32 % bits == 0 else 32}; name the layer in skip_modules."
+        )
+        raise InvalidOptionError(msg)
 
 
-def _ends_with(name: str, endings: Sequence[str]) -> bool:
-    return any(name == ending or name.endswith(f".{ending}") for ending in endings)
+# --- the run ---
 
 
 class PackedLinear(nn.Module):  # type: ignore[misc]
-    """Stands in a finished block for the layer that it was, and holds what a checkpoint has of it."""
+    """The packed tensors of a layer, in its place in a finished block."""
 
     def __init__(self, tensors: dict[str, torch.Tensor], bias: torch.Tensor | None) -> None:
         """Hold the tensors."""
@@ -137,7 +141,7 @@ class PackedLinear(nn.Module):  # type: ignore[misc]
 
 
 class GPTQRun:
-    """One model on its way to a GPTQ checkpoint."""
+    """The quantization of one model, whose layers are replaced block by block."""
 
     def __init__(
         self,
@@ -149,22 +153,11 @@ class GPTQRun:
         device: str,
         report: Callable[[Progress], None] | None = None,
     ) -> None:
-        """Take a model over; it is used up.
-
-        Args:
-            model: With its weights on the CPU.
-            layout: What to quantize.
-            scheme: How, with nothing left open.
-            damping: Added to the diagonal of the statistics, as a share of its mean.
-            device: What computes.
-            report: Called after each block.
-        """
-        assert scheme.bits is not None
-        assert scheme.group_size is not None
+        """Take over a model on the CPU; its blocks go to `device` one at a time, and `report` is called after each."""
         self._model = model
         self._layout = layout
-        self._device = device
-        self._report = report
+        assert scheme.bits is not None
+        assert scheme.group_size is not None
         self._rounding = Rounding(
             bits=scheme.bits,
             group_size=scheme.group_size,
@@ -172,62 +165,58 @@ class GPTQRun:
             desc_act=bool(scheme.desc_act),
             damping=damping,
         )
+        self._device = device
+        self._report = report
 
     def run(self, sequences: Sequence[Sequence[int]], source: str, output: Path, *, overwrite: bool) -> int:
-        """Quantize the blocks, from the one at which an earlier run stopped.
+        """Quantize the blocks, except the ones from an interrupted run.
 
         Args:
-            sequences: Token ids to calibrate with; none rounds to nearest.
-            source: Where the checkpoint was read from.
-            output: The folder that will be written; the journal is beside it.
-            overwrite: Throw away the blocks of another run.
+            sequences: Token ids to calibrate with; without any, weights are rounded to nearest.
+            source: Folder or repository of the checkpoint.
+            output: Output folder; finished blocks are kept beside it.
+            overwrite: Delete the blocks of a run with other settings.
 
         Returns:
-            Blocks that an earlier run had finished.
+            Number of blocks from an earlier run.
         """
+        files = sorted(Path(source).glob("*.safetensors"))
         about = {
             "version": __version__,
             "source": source,
-            "weights": weights_of(Path(source)),
+            "weights": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
             "rounding": vars(self._rounding),
             "layers": self._layout.layers,
             "dtype": str(self._model.dtype),
-            "calibration": digest(sequences),
+            "calibration": hashlib.sha256(json.dumps([list(ids) for ids in sequences]).encode()).hexdigest(),
         }
-        self.journal = Journal(output, about, overwrite=overwrite)
+        self._journal = _Journal(output, about, overwrite=overwrite)
         blocks = Blocks(self._model, self._layout, sequences, self._device)
         began = time.perf_counter()
         resumed, solved_s = 0, 0.0
         for index, names in enumerate(self._layout.layers):
             started = time.perf_counter()
-            found = self.journal.read(index)
+            found = self._journal.read(index)
             with blocks.on_device(index) as block:
                 if found is None:
                     found = self._quantize(blocks, block, index, names)
-                    self.journal.write(index, found)
+                    self._journal.write(index, found)
                     solved_s += time.perf_counter() - started
                 else:
-                    self._put(block, names, found)
+                    self._restore(block, names, found)
                     resumed += 1
                 if index + 1 < self._layout.count:
                     blocks.advance(index)
-            self._pack(index, names, found)
+            self._pack(block, names, found)
             if self._report is not None:
-                solved = index + 1 - resumed
-                left_s = (self._layout.count - index - 1) * solved_s / solved if solved else None
-                self._report(
-                    Progress(
-                        done=index + 1,
-                        total=self._layout.count,
-                        resumed=resumed,
-                        elapsed_s=time.perf_counter() - began,
-                        remaining_s=left_s,
-                    )
-                )
+                done, total = index + 1, self._layout.count
+                left_s = (total - done) * solved_s / (done - resumed) if done > resumed else None
+                elapsed_s = time.perf_counter() - began
+                self._report(Progress(done=done, total=total, resumed=resumed, elapsed_s=elapsed_s, remaining_s=left_s))
         return resumed
 
     def _quantize(self, blocks: Blocks, block: Any, index: int, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Round the layers of a block, group by group: each group reads what the rounded ones before it give."""
+        """Round the layers of a block group by group, each with the outputs of the rounded groups before it."""
         packed: dict[str, torch.Tensor] = {}
         for group in blocks.groups(index, names) if blocks.states else [[name] for name in names]:
             linears = [block.get_submodule(name) for name in group]
@@ -245,38 +234,29 @@ class GPTQRun:
                 first += linear.out_features
         return packed
 
-    def _put(self, block: Any, names: Sequence[str], packed: dict[str, torch.Tensor]) -> None:
-        """Give layers the weights that an earlier run found."""
+    def _restore(self, block: Any, names: Sequence[str], packed: dict[str, torch.Tensor]) -> None:
+        """Set the weights of a block to the ones from an earlier run."""
         for name in names:
-            tensors = {key: packed[f"{name}.{key}"] for key in TENSORS}
-            linear = block.get_submodule(name)
-            linear.weight.data.copy_(RoundedLinear.unpack(tensors, self._rounding.bits).dequantize())
+            rounded = RoundedLinear.unpack(_tensors_of(name, packed), self._rounding.bits)
+            block.get_submodule(name).weight.data.copy_(rounded.dequantize())
 
-    def _pack(self, index: int, names: Sequence[str], packed: dict[str, torch.Tensor]) -> None:
-        """Put what the checkpoint holds into the place of a finished block's layers."""
-        block = self._model.get_submodule(f"{self._layout.prefix}.{index}")
+    def _pack(self, block: Any, names: Sequence[str], packed: dict[str, torch.Tensor]) -> None:
+        """Replace the layers of a finished block by their packed tensors."""
         for name in names:
             bias = block.get_submodule(name).bias
-            tensors = {key: packed[f"{name}.{key}"] for key in TENSORS}
-            block.set_submodule(name, PackedLinear(tensors, None if bias is None else bias.detach()))
+            bias = None if bias is None else bias.detach()
+            block.set_submodule(name, PackedLinear(_tensors_of(name, packed), bias))
 
-    def write(self, folder: Path, *, calibration: str, tokens: int) -> None:
-        """Write weights and config.
-
-        Args:
-            folder: Where.
-            calibration: What was calibrated with, in words.
-            tokens: Tokens of it.
-        """
-        rounding = self._rounding
+    def write(self, folder: Path, tokenizer: Any, *, calibration: str, tokens: int, progress: bool) -> None:
+        """Write the checkpoint, with the name of the calibration and its number of tokens, and remove the journal."""
         config: dict[str, Any] = {
             "quant_method": "gptq",
-            "bits": rounding.bits,
-            "group_size": rounding.group_size,
-            "sym": rounding.sym,
-            "desc_act": rounding.desc_act,
+            "bits": self._rounding.bits,
+            "group_size": self._rounding.group_size,
+            "sym": self._rounding.sym,
+            "desc_act": self._rounding.desc_act,
             "checkpoint_format": "gptq",
-            "damp_percent": rounding.damping,
+            "damp_percent": self._rounding.damping,
             "true_sequential": True,
             "lm_head": False,
             "meta": {
@@ -285,17 +265,55 @@ class GPTQRun:
                 "calibration_tokens": tokens,
             },
         }
-        quantized = sorted({name for names in self._layout.layers for name in names})
-        everything = sorted({name for names in find_linears(self._model, self._layout) for name in names})
-        if everything:  # some layers stay as they are: whoever loads must know which do not
-            config["modules_in_block_to_quantize"] = [quantized]
+        blocks = self._model.get_submodule(self._layout.prefix)
+        if any(isinstance(module, nn.Linear) for module in blocks.modules()):  # layers that were skipped
+            quantized = {name for names in self._layout.layers for name in names}
+            config["modules_in_block_to_quantize"] = [sorted(quantized)]
         if self._layout.prefix not in _KNOWN_BLOCKS:
             config["block_name_to_quantize"] = self._layout.prefix
         self._model.config.quantization_config = config
-        self._model.save_pretrained(folder, max_shard_size=_SHARD)
+        save_checkpoint(folder, self._model, tokenizer, progress=progress, max_shard_size=SHARD)
+        self._journal.remove()
 
 
-def find_linears(model: Any, layout: Layout) -> list[list[str]]:
-    """Name the linear layers that are left in each block."""
-    blocks = model.get_submodule(layout.prefix)
-    return [[name for name, module in block.named_modules() if isinstance(module, nn.Linear)] for block in blocks]
+def _tensors_of(name: str, packed: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: packed[f"{name}.{key}"] for key in TENSORS}
+
+
+class _Journal:
+    """Folder of the finished blocks of one run, named `OUTPUT.partial`."""
+
+    def __init__(self, output: Path, about: Mapping[str, Any], *, overwrite: bool) -> None:
+        """Open the journal of the run that `about` describes, or begin one."""
+        self._folder = output.with_name(f"{output.name}.partial")
+        text = json.dumps(about, sort_keys=True, indent=1)
+        known = self._folder / "about.json"
+        if known.is_file() and known.read_text(encoding="utf-8") != text:
+            if not overwrite:
+                msg = (
+                    f"{self._folder} holds finished blocks of a quantization with other settings; give the same "
+                    "settings to resume it, another output, or overwrite=True to delete these blocks."
+                )
+                raise InvalidOptionError(msg)
+            shutil.rmtree(self._folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        known.write_text(text, encoding="utf-8")
+
+    def read(self, index: int) -> dict[str, torch.Tensor] | None:
+        """Read the tensors of a finished block; None if it is not finished, or its file is damaged."""
+        try:
+            with safe_open(self._path(index), framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+        except (OSError, SafetensorError):
+            return None
+
+    def write(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
+        unfinished = self._path(index).with_suffix(".unfinished")
+        save_file(tensors, unfinished)
+        unfinished.replace(self._path(index))
+
+    def remove(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _path(self, index: int) -> Path:
+        return self._folder / f"block-{index:04}.safetensors"

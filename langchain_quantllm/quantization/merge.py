@@ -1,23 +1,19 @@
-"""Merging an adapter into the model that it was trained on: a checkpoint of its own, in full precision.
+"""`merge_adapter`: merges an adapter into its base model and writes the result, a checkpoint in full precision.
 
-Owns the order of steps, the checks of the result and how the folder is written. Finding and loading are those of
-`adapters` and `loading`.
-
-How far the merged model may lie from base with adapter is measured on logits without their mean, relative to those of
-base with adapter: 0.001 in float32; 0.1 in 16 bits, where each sum of weight and adapter is rounded to 3 digits
-(float16) or 2 (bfloat16).
+The logits of the merged model are compared with those of the base with its adapter, both without their mean. The
+relative difference may be 0.001 in float32, and 0.1 in 16 bits, where each sum of weight and adapter is rounded to 3
+digits (float16) or 2 (bfloat16).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from langchain_quantllm.compat.bitsandbytes import block_magnitudes
-from langchain_quantllm.compat.library_logging import progress_bars, quiet_logger, without_torchao
+from langchain_quantllm.compat.library_logging import quiet_logger, without_torchao
 from langchain_quantllm.compat.packages import label_of
 from langchain_quantllm.compat.peft import peft_contained
 from langchain_quantllm.compat.transformers_quantizers import (
@@ -27,11 +23,11 @@ from langchain_quantllm.compat.transformers_quantizers import (
 )
 from langchain_quantllm.errors import CheckpointError, UnsupportedError
 from langchain_quantllm.loading.adapters import Adapter, check_shapes, find_adapters
-from langchain_quantllm.loading.checkpoint import LoadSpec, find_checkpoint, first_line
+from langchain_quantllm.loading.checkpoint import LoadSpec, find_checkpoint, find_source, first_line
 from langchain_quantllm.loading.devices import release_memory
 from langchain_quantllm.loading.registry import load
 from langchain_quantllm.loading.sources import check_sources
-from langchain_quantllm.quantization.output_dir import free_folder, written
+from langchain_quantllm.quantization.output_dir import free_folder, save_checkpoint
 from langchain_quantllm.schemes import FP4, GPTQ, NF4, Int8, Unquantized, scheme_of_config
 
 _NAME = "merged"
@@ -65,17 +61,17 @@ def merge_adapter(
     Args:
         model_id: Folder or repository of the base model: unquantized, or quantized by bitsandbytes, which is undone.
         adapter: Folder or repository of an adapter of peft.
-        output: Folder to write, which appears when all is there.
+        output: Folder to write; it appears when it is complete.
         dtype: Dtype of the result: `"auto"` (the checkpoint's), `"float16"`, `"bfloat16"` or `"float32"`.
-        device: Where it is computed, such as `"cpu"` or 0; None is the first GPU, else the CPU.
-        overwrite: Replace what is in the folder.
+        device: Device that computes, such as `"cpu"` or 0; None is the first GPU, else the CPU.
+        overwrite: Replace the content of the folder.
         revision: Branch, tag or commit of the base model.
         token: Access token of the Hub.
         cache_dir: Folder in which files of the Hub are kept.
         trust_remote_code: Run Python code that comes with the base model.
         use_safetensors: Refuse weights in pickle files, which can run code.
         local_files_only: True never asks the Hub, False always does; None does where files are missing here.
-        progress: Show how far loading is.
+        progress: Show progress bars of loading and writing.
 
     Returns:
         The folder, with weights in safetensors, config, generation config, tokenizer and chat template.
@@ -83,8 +79,8 @@ def merge_adapter(
     Raises:
         InvalidOptionError: If the folder is not empty, or an option has a value that is not allowed.
         UnsupportedError: If the base is quantized in a way that cannot be undone, or the adapter cannot be merged.
-        CheckpointError: If base or adapter cannot be used, do not belong together, or the merged model is not what both
-            were.
+        CheckpointError: If base or adapter cannot be used, do not belong together, or the merged model does not compute
+            the same as both.
         ModelNotFoundError: If one of them is not there.
         MissingPackageError: If peft, or a package of the base model's format, is not installed.
     """
@@ -104,44 +100,42 @@ def merge_adapter(
         adapters={_NAME: adapter},
     )
     found = find_adapters(spec)[0]
-    _check_base(spec, found)
-    loaded = load(dataclasses.replace(spec, adapters={}))
+    source = find_source(spec)
+    _check_base(spec, source, found)
+    loaded = load(dataclasses.replace(spec, adapters={}), source)
     try:
         pipeline = loaded.pipeline
-        model = _dequantized(pipeline.model, model_id)
-        model = _merged(model, pipeline.tokenizer, found)
-        with written(folder) as part, progress_bars(progress):
-            model.save_pretrained(part)
-            (getattr(pipeline, "processor", None) or pipeline.tokenizer).save_pretrained(part)
+        model = _merged(_dequantized(pipeline.model, model_id), pipeline.tokenizer, found)
+        save_checkpoint(folder, model, getattr(pipeline, "processor", None) or pipeline.tokenizer, progress=progress)
     finally:
         loaded.close()
         release_memory()
     return folder
 
 
-def _check_base(spec: LoadSpec, adapter: Adapter) -> None:
-    """Check what can be known before weights are read: the base's format, and whether the adapter fits."""
+def _check_base(spec: LoadSpec, source: str, adapter: Adapter) -> None:
+    """Check the base's format, and that the adapter fits, before weights are read."""
     with without_torchao():
-        checkpoint = find_checkpoint(spec)
+        checkpoint = find_checkpoint(spec, source)
         scheme = Unquantized() if checkpoint.quantization is None else scheme_of_config(checkpoint.quantization)
         if not isinstance(scheme, Unquantized | Int8 | NF4 | FP4):
-            what = "GPTQ" if isinstance(scheme, GPTQ) else label_of(scheme)
+            method = "GPTQ" if isinstance(scheme, GPTQ) else label_of(scheme)
             msg = (
-                f"{spec.model_id} is quantized with {what}, into which no adapter can be merged; merge it into the "
+                f"{spec.model_id} is quantized with {method}, into which no adapter can be merged; merge it into the "
                 "unquantized model, and quantize the result."
             )
             raise UnsupportedError(msg)
         check_shapes([adapter], checkpoint, trust_remote_code=spec.trust_remote_code)
 
 
-# Dequantizing.
+# --- dequantizing ---
 
 
 def _dequantized(model: Any, name: str) -> Any:
-    """Undo the quantization of bitsandbytes, of a model that nothing has run through.
+    """Undo the quantization of bitsandbytes, before the model's first forward.
 
-    After a forward on some CPUs the weights are repacked, and come out as garbage; so the largest weight of each block
-    is compared with the scale that the checkpoint has for it.
+    A forward on some CPUs repacks the weights, and dequantizing them gives garbage; so the largest weight of each block
+    is compared with its scale in the checkpoint.
     """
     if not was_quantized(model):
         return model
@@ -165,15 +159,15 @@ def _check_scales(weight: Any, scales: Any, block: int, name: str) -> None:
     largest = found.amax(1)
     scales = scales.to(largest.device).flatten()
     if largest.shape != scales.shape or not torch.allclose(largest, scales.abs(), rtol=_SCALE_TOLERANCE, atol=1e-6):
-        msg = f"the weights of {name} do not come out of their quantization as they went in; nothing was written."
+        msg = f"the dequantized weights of {name} do not match their scales in the checkpoint; nothing was written."
         raise CheckpointError(msg)
 
 
-# Merging.
+# --- merging ---
 
 
 def _merged(model: Any, tokenizer: Any, adapter: Adapter) -> Any:
-    """Merge an adapter into an unquantized model, and check that the two are the same before and after."""
+    """Merge an adapter into an unquantized model, and check that the result computes the same."""
     with peft_contained(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         _check_tied(model, adapter)
@@ -182,7 +176,7 @@ def _merged(model: Any, tokenizer: Any, adapter: Adapter) -> Any:
 
             adapted = PeftModel.from_pretrained(model, str(adapter.folder), adapter_name=_NAME).eval()
         except (ValueError, RuntimeError, KeyError, TypeError, OSError) as error:
-            msg = f"the adapter {adapter.source} does not go onto this model; was it made for it? {first_line(error)}"
+            msg = f"the adapter {adapter.source} does not fit this model; was it made for it? {first_line(error)}"
             raise CheckpointError(msg) from error
         _check_loaded(adapted, adapter)
         expected = _logits(adapted, tokenizer)
@@ -191,32 +185,32 @@ def _merged(model: Any, tokenizer: Any, adapter: Adapter) -> Any:
         except (ValueError, NotImplementedError, AttributeError, TypeError) as error:
             msg = f"the adapter {adapter.source} cannot be merged: {first_line(error)}"
             raise UnsupportedError(msg) from error
-    _check_finite(merged)
+    for name, parameter in merged.named_parameters():
+        if not parameter.isfinite().all():
+            msg = f"the merged weights of {name!r} are not all finite; try dtype='float32'."
+            raise CheckpointError(msg)
     _check_same(_logits(merged, tokenizer), expected, merged.dtype)
     return merged
 
 
 def _check_tied(model: Any, adapter: Adapter) -> None:
     """Refuse an adapter of the output head where the input embeddings are the same tensor."""
-    head = model.get_output_embeddings()
-    if head is None or head.weight is not model.get_input_embeddings().weight:
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not embeddings.weight:
         return
-    names = {path.rpartition(".")[2] for path, module in model.named_modules() if module is head}
-    names |= {
-        path.rpartition(".")[2] for path, module in model.named_modules() if module is model.get_input_embeddings()
-    }
+    names = {path.rpartition(".")[2] for path, module in model.named_modules() if module in (head, embeddings)}
     targets = adapter.config.get("target_modules")
-    touched = [*(targets if isinstance(targets, list) else ()), *(adapter.config.get("modules_to_save") or ())]
-    if names & set(touched):
+    touched = {*(targets if isinstance(targets, list) else ()), *(adapter.config.get("modules_to_save") or ())}
+    if names & touched:
         msg = (
-            f"the adapter {adapter.source} changes {min(names & set(touched))!r}, whose weights this model uses twice, "
+            f"the adapter {adapter.source} changes {min(names & touched)!r}, whose weights this model uses twice, "
             "for its input and its output; they cannot be merged. Use it as adapter=."
         )
         raise UnsupportedError(msg)
 
 
 def _check_loaded(adapted: Any, adapter: Adapter) -> None:
-    """Check that every tensor of the adapter came from its file, as peft only warns of others."""
+    """Check that every tensor of the adapter was in its file; peft only warns otherwise."""
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
 
@@ -231,14 +225,8 @@ def _check_loaded(adapted: Any, adapter: Adapter) -> None:
         raise CheckpointError(msg)
 
 
-def _check_finite(model: Any) -> None:
-    for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            msg = f"the merged weights of {name!r} are not all numbers; try dtype='float32'."
-            raise CheckpointError(msg)
-
-
 def _logits(model: Any, tokenizer: Any) -> list[Any]:
+    """Compute the logits of some texts, without their mean."""
     import torch
 
     device = model.get_input_embeddings().weight.device
@@ -246,20 +234,20 @@ def _logits(model: Any, tokenizer: Any) -> list[Any]:
     with torch.no_grad():
         for text in _TEXTS:
             ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"].to(device)
-            found.append(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].float().cpu())
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].float().cpu()
+            found.append(logits - logits.mean(-1, keepdim=True))
     return found
 
 
-def _check_same(found: Sequence[Any], expected: Sequence[Any], dtype: Any) -> None:
+def _check_same(found: list[Any], expected: list[Any], dtype: Any) -> None:
     import torch
 
     tolerance = _TOLERANCE if dtype in (torch.float32, torch.float64) else _TOLERANCE_16BIT
     for ours, theirs in zip(found, expected, strict=True):
-        ours, theirs = (logits - logits.mean(-1, keepdim=True) for logits in (ours, theirs))
         difference = float((ours - theirs).norm() / theirs.norm().clamp(min=1e-12))
         if not difference <= tolerance:
             msg = (
-                f"the merged model is not the model with its adapter: its logits differ by {difference:.2g}, where "
-                f"{tolerance:g} is allowed; nothing was written. Try dtype='float32'."
+                "the merged model does not compute the same as the model with its adapter: its logits differ by "
+                f"{difference:.2g}, and {tolerance:g} is allowed; nothing was written. Try dtype='float32'."
             )
             raise CheckpointError(msg)

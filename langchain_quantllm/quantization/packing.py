@@ -1,7 +1,6 @@
-"""How GPTQ checkpoints hold a linear layer: codes, zero points and scales, packed into words.
+"""Packed linear layers in AutoGPTQ's format (v1): codes, zero points and scales.
 
-Owns AutoGPTQ's format (v1): `qweight` packed along the inputs, `qzeros` along the outputs and one too small, `scales`,
-`g_idx`. Knows no model and no files.
+`qweight` is packed along the inputs, `qzeros` along the outputs and one too small; `scales` and `g_idx` are plain.
 
 Source: AutoGPTQ 0.7.1, auto_gptq/nn_modules/qlinear/qlinear_cuda_old.py, `pack`.
 """
@@ -14,16 +13,16 @@ from dataclasses import dataclass
 import torch
 
 TENSORS = ("qweight", "qzeros", "scales", "g_idx")
-"""What a packed layer consists of."""
+"""Names of a packed layer's tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundedLinear:
-    """A linear layer whose weights are codes.
+    """A linear layer whose weights are rounded to codes.
 
     Args:
         codes: uint8 of shape `(in_features, out_features)`, values below `2**bits`.
-        zeros: uint8 of shape `(groups, out_features)`, the code that stands for 0; from 1 on, which v1 can store.
+        zeros: uint8 of shape `(groups, out_features)`, the code of 0; at least 1, which v1 can store.
         scales: float16 of shape `(groups, out_features)`.
         g_idx: int32 of shape `(in_features,)`, the group of each input.
         bits: Bits of a code.
@@ -36,12 +35,12 @@ class RoundedLinear:
     bits: int
 
     def dequantize(self) -> torch.Tensor:
-        """Give the float32 weight of shape `(out_features, in_features)` that the codes stand for."""
+        """Compute the float32 weight of shape `(out_features, in_features)`."""
         index = self.g_idx.long()
         return ((self.codes.float() - self.zeros.float()[index]) * self.scales.float()[index]).t().contiguous()
 
     def pack(self) -> dict[str, torch.Tensor]:
-        """Give the tensors of the layer as a checkpoint holds them, on the CPU."""
+        """Return the tensors of the layer in a checkpoint, on the CPU."""
         tensors = {
             "qweight": pack_bits(self.codes.t().contiguous(), self.bits).t(),
             "qzeros": pack_bits(self.zeros - 1, self.bits),
@@ -62,7 +61,7 @@ class RoundedLinear:
         )
 
     def rows(self, first: int, last: int) -> RoundedLinear:
-        """Cut out the outputs from `first` to before `last`."""
+        """Return the outputs from `first` to before `last`."""
         return RoundedLinear(
             codes=self.codes[:, first:last],
             zeros=self.zeros[:, first:last],

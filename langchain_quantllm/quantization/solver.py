@@ -1,6 +1,4 @@
-"""GPTQ of one weight: rounding its columns one by one, and making up for each error in the columns after it.
-
-Owns the arithmetic: the statistics of a layer's inputs, its scales, and its codes. Knows no model, no text and no file.
+"""GPTQ of one weight: its columns are rounded one by one, and each error is compensated in the columns after it.
 
 Source: https://arxiv.org/abs/2210.17323, algorithm 1 and section 3.3 (groups of columns, Cholesky, damping).
 """
@@ -13,24 +11,22 @@ import torch
 
 from langchain_quantllm.quantization.packing import RoundedLinear
 
-_CHUNK = 128  # columns whose errors reach the rest of the weight at once
-_SHRINKS = 16
-_LEAST_SHRINK = 0.7
-"""Ranges that are tried for a group: from the whole down to this part of it."""
+_CHUNK = 128  # columns whose errors are applied to the rest of the weight at once
+_SHRINKS, _LEAST_SHRINK = 16, 0.7  # ranges tried for a group: how many, down to which part of the whole
 _MOST_DAMPING = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rounding:
-    """How a weight is rounded.
+    """Options of rounding a weight.
 
     Args:
         bits: Bits of a code: 2, 3, 4 or 8.
         group_size: Inputs that share a scale; -1 takes all of them.
         sym: Put the zero point in the middle of the codes.
-        desc_act: Let the inputs of the largest activations form the first groups, which costs some kernels their speed.
-            Without it groups are neighbours, and the same order decides only which column is rounded first.
-        damping: What is added to the diagonal of the statistics, as a share of its mean.
+        desc_act: Form groups of inputs in the order of their activations, largest first; some kernels are slow then.
+            Otherwise neighbours form groups, and columns are only rounded in this order.
+        damping: Number added to the diagonal of the statistics, as a share of its mean.
     """
 
     bits: int
@@ -44,12 +40,12 @@ class InputStatistics:
     """Twice the mean of `x x^T` over the inputs of a layer, the Hessian of its squared error."""
 
     def __init__(self, in_features: int, device: torch.device | str) -> None:
-        """Begin without inputs."""
+        """Start without inputs."""
         self.hessian = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.rows = 0
 
     def add(self, inputs: torch.Tensor) -> None:
-        """Count inputs of shape `(..., in_features)` in."""
+        """Add inputs of shape `(..., in_features)`."""
         rows = inputs.reshape(-1, inputs.shape[-1]).float()
         self.rows += len(rows)
         if not len(rows):
@@ -62,14 +58,14 @@ def solve(weight: torch.Tensor, statistics: InputStatistics | None, rounding: Ro
     """Round a weight so that the layer's outputs change little.
 
     Args:
-        weight: Of shape `(out_features, in_features)`, on the device that computes.
-        statistics: Of its inputs; None, or those of no input, gives rounding to nearest.
-        rounding: How.
+        weight: Weight of shape `(out_features, in_features)`, on the device that computes.
+        statistics: Statistics of its inputs; without any, weights are rounded to nearest.
+        rounding: Options.
 
     Returns:
         The rounded layer, on the same device.
     """
-    columns = weight.detach().float().t().contiguous()  # (in, out): a column of the weight lies together
+    columns = weight.detach().float().t().contiguous()  # (in, out): a column of the weight is contiguous
     in_features = len(columns)
     group_size = in_features if rounding.group_size == -1 else rounding.group_size
     hessian = None if statistics is None or not statistics.rows else statistics.hessian
@@ -100,8 +96,8 @@ def _scales(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose the scales and zero points of groups of neighbours, float32 of shape `(groups, out_features)`.
 
-    Of several ranges the one with the least squared error counts, weighted by the size of the inputs. Scales are
-    numbers that float16 and bfloat16 both hold, so that kernels of either dtype compute with the same ones.
+    Of several ranges, the one with the least squared error weighted by the size of the inputs is taken. Scales are
+    exact in both float16 and bfloat16, so that kernels of either dtype compute with the same ones.
     """
     padding = -len(columns) % group_size  # the last group may be smaller; zeros change no range
     grouped = torch.nn.functional.pad(columns, (0, 0, 0, padding)).view(-1, group_size, columns.shape[1])
@@ -127,10 +123,10 @@ def _scales(
 
 
 def _inverse_factors(hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """Give the upper Cholesky factor of the damped inverse, with more damping where that is needed to have one."""
+    """Compute the upper Cholesky factor of the damped inverse, with more damping where there is none otherwise."""
     diagonal = hessian.diagonal()
     mean = diagonal.mean().clamp(min=1e-12)
-    # An input that was always 0 says nothing about its column, which then is rounded to nearest.
+    # The column of an input that was always 0 is rounded to nearest.
     hessian = hessian + torch.diag((diagonal == 0).float() * mean)
     unit = torch.eye(len(hessian), device=hessian.device)
     while True:
@@ -152,7 +148,7 @@ def _round(
     factors: torch.Tensor | None,
     bits: int,
 ) -> torch.Tensor:
-    """Give codes of columns of shape `(in_features, out_features)`; without factors each for itself."""
+    """Round columns of shape `(in_features, out_features)` to codes; without factors, each to nearest."""
     top = 2**bits - 1
     scales, zeros = scales[group_of], zeros[group_of]
     if factors is None:

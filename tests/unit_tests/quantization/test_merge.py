@@ -117,7 +117,7 @@ def test_weights_that_were_repacked_are_found_out(root: Path) -> None:
     _check_scales(weight, scales, 32, "layer")
     _check_scales(weight, weight.abs().amax(1), 0, "layer")
     for wrong in (weight.T.contiguous().view(8, 64), weight * 1.1, weight * float("nan")):
-        with pytest.raises(CheckpointError, match="do not come out"):
+        with pytest.raises(CheckpointError, match="do not match their scales"):
             _check_scales(wrong, scales, 32, "layer")
 
 
@@ -158,7 +158,7 @@ class TestOutput:
         with pytest.raises(InvalidOptionError, match="is a file"):
             merge(root, tmp_path / "file")
         for name in ("tiny", "sql"):
-            with pytest.raises(InvalidOptionError, match="is what it is to be made of"):
+            with pytest.raises(InvalidOptionError, match="is one of the sources"):
                 merge(root, root / name, overwrite=True)
 
     @pytest.mark.parametrize("overwrite", [False, True])
