@@ -43,11 +43,11 @@ from langchain_quantllm.loading.registry import LoadedModel, acquire, adopt, nam
 from langchain_quantllm.memory import MemoryReport, check_cache_budget
 from langchain_quantllm.options import (
     BASE_ADAPTER,
+    OPTION_NAMES,
     OWN,
     GenerationOptions,
     Place,
     normalize,
-    option_names,
     resolve,
 )
 from langchain_quantllm.schemes import SCHEMES, Scheme, Unquantized, scheme_from, scheme_of_config
@@ -293,7 +293,7 @@ class QuantizedModel(BaseLanguageModel[Any]):
     @classmethod
     def _place(cls, *, at_call: bool) -> Place:
         """Say where options are given, for the words of an error."""
-        calls = frozenset({*option_names(), *cls._call_options})
+        calls = frozenset({*OPTION_NAMES, *cls._call_options})
         return Place(kind=cls._kind, owner=cls.__name__, fields=cls._names(), calls=calls, at_call=at_call)
 
     @model_validator(mode="after")
@@ -703,7 +703,7 @@ def _lift_model_kwargs(values: dict[str, Any]) -> dict[str, Any]:
                 raise InvalidOptionError(msg)
             if value is not None:
                 values[field] = value
-        elif name in option_names() and name != "use_cache":  # which is a config's field too
+        elif name in OPTION_NAMES and name != "use_cache":  # which is a config's field too
             options[name] = value
         elif name != "low_cpu_mem_usage":  # what transformers 5 always does
             rest[name] = value

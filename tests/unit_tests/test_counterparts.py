@@ -9,9 +9,9 @@ import pytest
 from pydantic import model_validator
 
 from langchain_quantllm import FP4, GPTQ, NF4, ChatQuantizedHuggingFace, Int8, QuantizedHuggingFaceLLM
-from langchain_quantllm.data.counterparts import COUNTERPARTS, advice, names_advised, written
+from langchain_quantllm.data.counterparts import _ROWS, COUNTERPARTS, HARMLESS, advice, names_advised, written
 from langchain_quantllm.errors import InvalidOptionError
-from langchain_quantllm.options import normalize, option_names
+from langchain_quantllm.options import OPTION_NAMES, normalize
 from langchain_quantllm.quantization.calibration import Calibration
 from langchain_quantllm.schemes import scheme_from
 from langchain_quantllm.structured import Choice, Constraint, Grammar, JSONSchema, Regex
@@ -67,9 +67,14 @@ def test_a_counterpart_is_told_for_fields_and_calls_alike(name: str, cls: Any) -
         assert told in refusal(lambda: normalize({name: "x"}, place=cls._place(at_call=True)))
 
 
+def test_no_name_stands_in_two_rows() -> None:
+    assert sum(len(names.split()) for names in _ROWS) == len(COUNTERPARTS)
+    assert HARMLESS.keys() <= COUNTERPARTS.keys()
+
+
 @pytest.mark.parametrize("name", sorted(COUNTERPARTS))
 def test_no_name_of_ours_is_a_foreign_one_too(name: str) -> None:
-    assert name not in option_names()
+    assert name not in OPTION_NAMES
 
 
 @pytest.mark.parametrize(

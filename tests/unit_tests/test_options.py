@@ -11,10 +11,19 @@ from langchain_core.prompts import PromptTemplate
 from transformers import GenerationConfig
 
 from langchain_quantllm import QuantizedHuggingFaceLLM
-from langchain_quantllm import options as opt
 from langchain_quantllm.data.counterparts import COUNTERPARTS, advice
 from langchain_quantllm.errors import InvalidOptionError
-from langchain_quantllm.options import DEFAULT_MAX_NEW_TOKENS, GenerationOptions, normalize, resolve
+from langchain_quantllm.options import (
+    ALIASES,
+    ANY,
+    DEFAULT_MAX_NEW_TOKENS,
+    HANDED_ON,
+    OPTIONS,
+    OWN,
+    GenerationOptions,
+    normalize,
+    resolve,
+)
 from tests.support.models import forwards, greedy_text, llm_of, tiny_model
 
 FIELDS_OF_TRANSFORMERS = sorted(
@@ -70,10 +79,9 @@ class TestNames:
     @pytest.mark.parametrize("name", FIELDS_OF_TRANSFORMERS)
     def test_every_field_of_generation_config_is_known(self, name: str) -> None:
         """Each is carried out, handed to `generate`, an alias, or refused with a reason."""
-        known = {*opt.OWN, *opt.GENERATE, *COUNTERPARTS, *opt._ALIASES}
-        assert name in known
+        assert name in {*OPTIONS, *ALIASES, *COUNTERPARTS}
 
-    @pytest.mark.parametrize("name", sorted(opt.GENERATE))
+    @pytest.mark.parametrize("name", sorted(HANDED_ON))
     def test_handed_on_fields_exist_in_transformers(self, name: str) -> None:
         assert name in FIELDS_OF_TRANSFORMERS
 
@@ -84,7 +92,7 @@ class TestNames:
         assert normalize({name: None}) == {}
 
     def test_no_name_is_in_two_tables(self) -> None:
-        tables = [set(opt.OWN), set(opt.GENERATE), set(COUNTERPARTS), set(opt._ALIASES)]
+        tables = [set(OWN), set(HANDED_ON), set(COUNTERPARTS), set(ALIASES)]
         assert sum(map(len, tables)) == len(set.union(*tables))
 
     @pytest.mark.parametrize(
@@ -134,12 +142,12 @@ class TestNames:
 class TestValues:
     def test_wrong_values_are_listed_for_every_checked_option(self) -> None:
         """So that a new option gets its line in WRONG."""
-        checked = {name for name, check in {**opt.OWN, **opt.GENERATE}.items() if check is not opt._ANY}
+        checked = {name for name, option in OPTIONS.items() if option.check is not ANY}
         assert set(WRONG) == checked
 
     @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
     def test_a_wrong_value_says_what_is_allowed(self, name: str, value: Any) -> None:
-        allowed = {**opt.OWN, **opt.GENERATE}[name].allowed
+        allowed = OPTIONS[name].check.allowed
         with pytest.raises(InvalidOptionError) as error:
             normalize({name: value})
         assert name in str(error.value)
@@ -441,7 +449,7 @@ class TestCheckpointsWithOptionsOfTheirOwn:
 class TestSamplingOverGreedy:
     @pytest.mark.parametrize("call", [{"do_sample": True}, {"top_p": 0.9}, {"top_k": 5}])
     def test_a_call_that_samples_wins_over_a_field_that_does_not(self, call: dict[str, Any]) -> None:
-        options = opt.resolve([opt.normalize(call), opt.normalize({"temperature": 0})], {})
+        options = resolve([normalize(call), normalize({"temperature": 0})], {})
         assert options.do_sample
         assert options.temperature == 1.0
 
@@ -450,9 +458,9 @@ class TestSamplingOverGreedy:
     )
     def test_two_spellings_that_say_two_things_are_refused(self, given: dict[str, Any]) -> None:
         with pytest.raises(InvalidOptionError, match="contradicts"):
-            opt.normalize(given)
+            normalize(given)
 
     @pytest.mark.parametrize("names", [("logprobs", "top_logprobs"), ("top_logprobs", "logprobs")])
     def test_logprobs_and_their_number_may_stand_together(self, names: tuple[str, str]) -> None:
         values = {"logprobs": True, "top_logprobs": 2}
-        assert opt.normalize({name: values[name] for name in names}) == {"logprobs": 2}
+        assert normalize({name: values[name] for name in names}) == {"logprobs": 2}
