@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from langchain_quantllm.data.counterparts import SCHEME_COUNTERPARTS
 from langchain_quantllm.errors import InvalidOptionError, NamedOptions, nearest
 
 FLOAT_DTYPES = ("float16", "bfloat16", "float32")
@@ -66,8 +67,9 @@ class Scheme(NamedOptions):
 
     @property
     def weight_bits(self) -> int | None:
-        """Bits that one quantized weight takes, without its scales; None for unquantized ones."""
-        return None
+        """Bits of one quantized weight, without its scales; None if it is unquantized or they are not known."""
+        bits: int | None = getattr(self, "bits", None)
+        return bits
 
     def to_dict(self) -> dict[str, Any]:
         """Give the name and the options that differ from their defaults, ready for JSON."""
@@ -146,6 +148,7 @@ class Int8(Scheme):
 
     name: ClassVar[str] = "int8"
     packages: ClassVar[tuple[str, ...]] = ("bitsandbytes", "accelerate")
+    bits: ClassVar[int] = 8
     threshold: float = 6.0
     skip_modules: tuple[str, ...] = ()
     fp32_cpu_offload: bool = False
@@ -157,11 +160,6 @@ class Int8(Scheme):
             raise InvalidOptionError(msg)
         self._check_flags("fp32_cpu_offload")
         self._freeze_names("skip_modules")
-
-    @property
-    def weight_bits(self) -> int:
-        """Bits that one quantized weight takes."""
-        return 8
 
     def transformers_config(self, dtype: str) -> Any:
         """Build transformers' `BitsAndBytesConfig(load_in_8bit=True)`."""
@@ -178,6 +176,7 @@ class Int8(Scheme):
 @dataclass(frozen=True, kw_only=True)
 class _BitsAndBytes4bit(Scheme):
     packages: ClassVar[tuple[str, ...]] = ("bitsandbytes", "accelerate")
+    bits: ClassVar[int] = 4
     compute_dtype: str | None = None
     double_quantization: bool = False
     storage_dtype: str = "uint8"
@@ -194,11 +193,6 @@ class _BitsAndBytes4bit(Scheme):
         self._check_choice("storage_dtype", ("uint8", *FLOAT_DTYPES))
         self._check_flags("double_quantization", "fp32_cpu_offload")
         self._freeze_names("skip_modules")
-
-    @property
-    def weight_bits(self) -> int:
-        """Bits that one quantized weight takes."""
-        return 4
 
     def transformers_config(self, dtype: str) -> Any:
         """Build transformers' `BitsAndBytesConfig(load_in_4bit=True)`."""
@@ -283,11 +277,6 @@ class GPTQ(Scheme):
             msg = f"group_size={size!r} must be -1 or a positive number of inputs, such as 64 or 128."
             raise InvalidOptionError(msg)
 
-    @property
-    def weight_bits(self) -> int | None:
-        """Bits that one quantized weight takes, where they are known."""
-        return self.bits
-
 
 @dataclass(frozen=True, kw_only=True)
 class Prequantized(Scheme):
@@ -302,11 +291,6 @@ class Prequantized(Scheme):
     calibrated: ClassVar[bool] = True
     method: str = ""
     bits: int | None = None
-
-    @property
-    def weight_bits(self) -> int | None:
-        """Bits that one quantized weight takes, where the config says so."""
-        return self.bits
 
 
 SCHEMES: Mapping[str, Scheme] = {
@@ -363,57 +347,14 @@ def scheme_from(value: str | Mapping[str, Any] | Scheme | None) -> Scheme | None
     raise InvalidOptionError(msg)
 
 
-_OWN_FORMAT = (
-    "; a checkpoint in this format says so in its own config, so leave quantization out for it; others are quantized "
-    "while they load by 'nf4' (4 bits) or 'int8'."
-)
-_WHICH = "; say which: 'nf4' (4 bits) or 'int8' (8 bits); None takes the checkpoint as it is."
-_DTYPE = "; it is a dtype: write quantization='none' with dtype={!r}."
-_GGUF = "; it is a kind of llama.cpp's GGUF files, whose counterpart here is {}."
-_MEANINGS: tuple[tuple[str, str], ...] = (
-    (r"(i|t)?q[1-5]([01]|[a-z].*)?", _GGUF.format("'nf4' (4 bits)")),
-    (r"(i|t)?q[6-8]([01]|[a-z].*)?", _GGUF.format("'int8' (8 bits)")),
-    (
-        r".*gg(uf|ml).*",
-        "; llama.cpp's GGUF files are converted first: langchain-quantllm convert FILE FOLDER.",
-    ),
-    (r"(bf|bfloat)(16(bits?)?)?", _DTYPE.format("bfloat16")),
-    (r"((fp|f|float)?16(bits?)?|half|w16a16)", _DTYPE.format("float16")),
-    (r"((fp|f|float)?32(bits?)?)", _DTYPE.format("float32")),
-    (r"(auto|opt)?gptq.*|.*gptq", "; write 'gptq', or GPTQ(bits=4) to make sure of the bits that the checkpoint has."),
-    (r"(qlora|nf4)(dq|d|doublequant)?|d(ouble)?q(uant)?(ization)?", "; did you mean 'nf4-double'?"),
-    (
-        r"(bnb|bitsandbytes)",
-        "; bitsandbytes makes 'int8' (8 bits), 'nf4' and 'fp4' (4 bits): write one of these names.",
-    ),
-    (
-        r"(bnb|bitsandbytes|loadin|llm|u?int|i|w)*4(bits?)?(bnb|bitsandbytes)?",
-        "; write 'nf4', the best of 4 bits here.",
-    ),
-    (r"(bnb|bitsandbytes|loadin|llm|u?int|i|w)*8(bits?)?(bnb|bitsandbytes)?", "; did you mean 'int8'?"),
-    (
-        r"(bnb|bitsandbytes|loadin|llm|u?int|i|w)*[\d.]+(bits?)?",
-        "; there is no scheme of so many bits: 'nf4' has 4, 'int8' has 8, a GPTQ checkpoint 2, 3, 4 or 8.",
-    ),
-    (
-        r"(auto)?awq.*|aqlm|hqq|eetq|(optimum)?quanto|torchao|compressedtensors|.*fp8.*|.*(mx|nv)fp[468].*|exl[23]|bitnet"
-        r"|spqr|vptq|higgs|quark|autoround|sinq|w\d+a\d+.*|modelopt|marlin|squeezellm|smoothquant|mlx",
-        _OWN_FORMAT,
-    ),
-    (r"true|yes|on|auto|default|best|quantized?", _WHICH),
-    (r"false|no|off|null|full|unquantized|original|", "; write 'none' for weights as they are."),
-)
-"""What is meant by values that name no scheme, in small letters, without dashes and dots."""
-
-
 def scheme_hint(value: Any) -> str:
     """Say which scheme is meant by a value that names none, as the end of an error sentence."""
     text = str(value).lower().removeprefix("torch.").removesuffix(".0")
     text = re.sub(r"[\s()_-]|(?<!\d)\.|\.(?!\d)", "", text)
     if (name := {name.replace("-", ""): name for name in SCHEMES}.get(text)) is not None:
         return f"; did you mean {name!r}?"
-    told = next((told for pattern, told in _MEANINGS if re.fullmatch(pattern, text)), None)
-    return told if told is not None else nearest(str(value), SCHEMES)
+    told = next((told for pattern, told in SCHEME_COUNTERPARTS.items() if re.fullmatch(pattern, text)), None)
+    return nearest(str(value), SCHEMES) if told is None else f"; {told}"
 
 
 def scheme_of_config(config: Mapping[str, Any]) -> Scheme:

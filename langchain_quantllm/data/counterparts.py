@@ -235,6 +235,41 @@ HARMLESS: Mapping[str, bool | int | str] = {
 }
 """Values of these names that ask for nothing else than what is done anyway; they are taken without an error."""
 
+_OWN_FORMAT = (
+    "a checkpoint in this format says so in its own config, so leave quantization out for it; others are quantized "
+    "while they load by 'nf4' (4 bits) or 'int8'."
+)
+_DTYPE = "it is a dtype: write quantization='none' with dtype={!r}."
+_GGUF = "it is a kind of llama.cpp's GGUF files, whose counterpart here is {}."
+_BITS = r"(bnb|bitsandbytes|loadin|llm|u?int|i|w)*"
+
+SCHEME_COUNTERPARTS: Mapping[str, str] = {
+    r"(i|t)?q[1-5]([01]|[a-z].*)?": _GGUF.format("'nf4' (4 bits)"),
+    r"(i|t)?q[6-8]([01]|[a-z].*)?": _GGUF.format("'int8' (8 bits)"),
+    r".*gg(uf|ml).*": "llama.cpp's GGUF files are converted first: langchain-quantllm convert FILE FOLDER.",
+    r"(bf|bfloat)(16(bits?)?)?": _DTYPE.format("bfloat16"),
+    r"((fp|f|float)?16(bits?)?|half|w16a16)": _DTYPE.format("float16"),
+    r"((fp|f|float)?32(bits?)?)": _DTYPE.format("float32"),
+    r"(auto|opt)?gptq.*|.*gptq": "write 'gptq', or GPTQ(bits=4) to make sure of the bits that the checkpoint has.",
+    r"(qlora|nf4)(dq|d|doublequant)?|d(ouble)?q(uant)?(ization)?": "did you mean 'nf4-double'?",
+    r"(bnb|bitsandbytes)": ("bitsandbytes makes 'int8' (8 bits), 'nf4' and 'fp4' (4 bits): write one of these names."),
+    _BITS + r"4(bits?)?(bnb|bitsandbytes)?": "write 'nf4', the best of 4 bits here.",
+    _BITS + r"8(bits?)?(bnb|bitsandbytes)?": "did you mean 'int8'?",
+    _BITS + r"[\d.]+(bits?)?": (
+        "there is no scheme of so many bits: 'nf4' has 4, 'int8' has 8, a GPTQ checkpoint 2, 3, 4 or 8."
+    ),
+    r"(auto)?awq.*|aqlm|hqq|eetq|(optimum)?quanto|torchao|compressedtensors|.*fp8.*|.*(mx|nv)fp[468].*": _OWN_FORMAT,
+    r"exl[23]|bitnet|spqr|vptq|higgs|quark|autoround|sinq|w\d+a\d+.*|modelopt|marlin|squeezellm|smoothquant|mlx": (
+        _OWN_FORMAT
+    ),
+    r"true|yes|on|auto|default|best|quantized?": (
+        "say which: 'nf4' (4 bits) or 'int8' (8 bits); None takes the checkpoint as it is."
+    ),
+    r"false|no|off|null|full|unquantized|original|": "write 'none' for weights as they are.",
+}
+"""Advice for values of `quantization` that name no scheme, by a pattern of the value in small letters, without dashes,
+brackets and spaces; the first pattern that matches counts."""
+
 _SECRET = re.compile(
     r"(.*_)?(key|token|secret|password|credentials?|auth|authorization|headers?|cookies?|proxy|proxies)"
 )
