@@ -9,28 +9,35 @@ from __future__ import annotations
 import itertools
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-from langchain_core.language_models.base import LangSmithParams, LanguageModelInput
+from langchain_core.language_models.base import LanguageModelInput
 from langchain_core.language_models.llms import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from langchain_core.runnables import RunnableConfig
-from langchain_core.runnables.config import ContextThreadPoolExecutor, get_config_list
+from langchain_core.runnables.config import get_config_list
 from typing_extensions import Self
 
-from langchain_quantllm.base import STREAMS, QuantizedModel, langchain_errors, noting
+from langchain_quantllm.base import Plan, QuantizedModel, langchain_errors
+from langchain_quantllm.base.batch import run_together, setting
 from langchain_quantllm.compat.transformers_pipelines import flat_options, with_options
-from langchain_quantllm.engine.request import Chunk, ChunkStream, Request
+from langchain_quantllm.engine.request import Chunk
 from langchain_quantllm.engine.result import Answers, completion_info
 from langchain_quantllm.errors import InvalidOptionError, MissingPackageError, pip_install
-from langchain_quantllm.options import GenerationOptions
 
 _call_options: ContextVar[Mapping[str, Any] | None] = ContextVar("quantllm_call_options", default=None)
 """The options of the call in progress, for the cache key, which LangChain makes of the fields alone."""
 
-
 _LENGTHS = ("max_new_tokens", "max_length", "min_new_tokens", "repetition_penalty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan(Plan):
+    """One call, ready to run, with its prompts."""
+
+    prompts: Sequence[str]
 
 
 class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
@@ -133,14 +140,8 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         if backend not in ("default", "pt", "ipex"):
             msg = f"backend={backend!r} is not possible; the models run in PyTorch: backend='default'."
             raise InvalidOptionError(msg)
-        given = {
-            "device": device,
-            "device_map": device_map,
-            "model_kwargs": model_kwargs,
-            "pipeline_kwargs": pipeline_kwargs,
-            "batch_size": batch_size,
-        }
-        return cls(model_id=model_id, **{k: v for k, v in given.items() if v is not None}, **kwargs)
+        kwargs |= {"model_kwargs": model_kwargs, "pipeline_kwargs": pipeline_kwargs, "batch_size": batch_size}
+        return cls(model_id=model_id, device=device, device_map=device_map, **kwargs)
 
     @classmethod
     def from_huggingface_pipeline(cls, llm: Any, **kwargs: Any) -> Self:
@@ -182,7 +183,7 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         kwargs |= {name: value for name in _LENGTHS if (value := getattr(options, name))}
         if options.do_sample:
             kwargs |= {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-        pipeline = self._loaded_pipeline()
+        pipeline = self.pipeline
         if pipeline.task == "image-text-to-text":
             kwargs = {"generate_kwargs": kwargs}
         return HuggingFacePipeline(
@@ -202,12 +203,12 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         with langchain_errors():
-            options, requests = self._plan(prompts, stop, kwargs)
-            answers, tokenizer = Answers(requests), self._loaded_pipeline().tokenizer
-            with self._submit(requests, options, in_pieces=False) as stream:
+            plan = self._plan(prompts, stop, kwargs)
+            answers = Answers(plan.requests)
+            with plan.submit(in_pieces=False) as stream:
                 for chunk in stream:
                     answers.add(chunk)
-            return self._result(prompts, options, answers, tokenizer)
+            return self._result(plan, answers)
 
     async def _agenerate(
         self,
@@ -217,12 +218,12 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         with langchain_errors():
-            options, requests = await self._aplan(self._plan, prompts, stop, kwargs)
-            answers, tokenizer = Answers(requests), self._loaded_pipeline().tokenizer
-            with self._submit(requests, options, in_pieces=False) as stream:
+            plan = await self._aplan(self._plan, prompts, stop, kwargs)
+            answers = Answers(plan.requests)
+            with plan.submit(in_pieces=False) as stream:
                 async for chunk in stream:
                     answers.add(chunk)
-            return self._result(prompts, options, answers, tokenizer)
+            return self._result(plan, answers)
 
     def _stream(
         self,
@@ -232,13 +233,12 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
         with langchain_errors():
-            options, requests = self._plan_stream(prompt, stop, kwargs)
-            convert = self._as_langchain(requests)
-            with self._submit(requests, options) as stream:
-                for given in itertools.chain(self._echo(prompt, options), map(convert, stream)):
+            plan = self._plan_stream(prompt, stop, kwargs)
+            with plan.submit() as stream:
+                for made in itertools.chain(self._echo(plan), (self._chunk(plan, chunk) for chunk in stream)):
                     if run_manager:
-                        run_manager.on_llm_new_token(given.text, chunk=given)
-                    yield given
+                        run_manager.on_llm_new_token(made.text, chunk=made)
+                    yield made
 
     async def _astream(
         self,
@@ -248,31 +248,30 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
         with langchain_errors():
-            options, requests = await self._aplan(self._plan_stream, prompt, stop, kwargs)
-            convert = self._as_langchain(requests)
-            with self._submit(requests, options) as stream:
-                for given in self._echo(prompt, options):
+            plan = await self._aplan(self._plan_stream, prompt, stop, kwargs)
+            with plan.submit() as stream:
+                for made in self._echo(plan):
                     if run_manager:
-                        await run_manager.on_llm_new_token(given.text, chunk=given)
-                    yield given
+                        await run_manager.on_llm_new_token(made.text, chunk=made)
+                    yield made
                 async for chunk in stream:
-                    given = convert(chunk)
+                    made = self._chunk(plan, chunk)
                     if run_manager:
-                        await run_manager.on_llm_new_token(given.text, chunk=given)
-                    yield given
+                        await run_manager.on_llm_new_token(made.text, chunk=made)
+                    yield made
 
     def generate(
         self, prompts: list[str], stop: list[str] | None = None, callbacks: Any = None, **kwargs: Any
     ) -> LLMResult:
         """Complete prompts; as `BaseLLM.generate`, with the call's options in the cache's key."""
-        with noting(_call_options, _own_options(kwargs)):
+        with setting(_call_options, _own_options(kwargs)):
             return super().generate(prompts, stop=stop, callbacks=callbacks, **kwargs)
 
     async def agenerate(
         self, prompts: list[str], stop: list[str] | None = None, callbacks: Any = None, **kwargs: Any
     ) -> LLMResult:
         """Complete prompts; as `BaseLLM.agenerate`, with the call's options in the cache's key."""
-        with noting(_call_options, _own_options(kwargs)):
+        with setting(_call_options, _own_options(kwargs)):
             return await super().agenerate(prompts, stop=stop, callbacks=callbacks, **kwargs)
 
     def batch(
@@ -306,15 +305,7 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
             except Exception as error:
                 return error
 
-        streams: list[ChunkStream] = []
-        with noting(STREAMS, streams), ContextThreadPoolExecutor(max_workers=workers) as executor:
-            try:
-                return list(executor.map(complete, inputs, configs))
-            except BaseException:  # Ctrl-C: the threads must not run on to the end of their texts
-                executor.shutdown(wait=False, cancel_futures=True)
-                for stream in streams:
-                    stream.close()
-                raise
+        return run_together(complete, inputs, configs, workers=workers)
 
     async def abatch(
         self,
@@ -329,61 +320,55 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
             return await super().abatch(inputs, config, return_exceptions=return_exceptions, **kwargs)
         return await super(BaseLLM, self).abatch(inputs, config, return_exceptions=True, **kwargs)
 
-    # Requests and answers.
+    # Plans and results.
 
-    def _plan(
-        self, prompts: Sequence[str], stop: Sequence[str] | None, call: Mapping[str, Any]
-    ) -> tuple[GenerationOptions, list[Request]]:
+    def _plan(self, prompts: Sequence[str], stop: Sequence[str] | None, call: Mapping[str, Any]) -> _Plan:
         for prompt in prompts:
             if not isinstance(prompt, str) or not prompt:
                 msg = f"the prompt is {prompt!r}; give a text of at least one character."
                 raise InvalidOptionError(msg)
         options = self._options(stop, call)
-        return options, [request for prompt in prompts for request in self._requests(prompt, options)]
+        engine = self._engine(options)
+        requests = [request for prompt in prompts for request in self._requests(prompt, options, engine=engine)]
+        return _Plan(
+            options=options, engine=engine, tokenizer=self.pipeline.tokenizer, requests=requests, prompts=prompts
+        )
 
-    def _plan_stream(
-        self, prompt: str, stop: Sequence[str] | None, call: Mapping[str, Any]
-    ) -> tuple[GenerationOptions, list[Request]]:
-        options, requests = self._plan([prompt], stop, call)
-        if options.n != 1:
-            msg = f"n={options.n} completions cannot share one stream; pass n=1, or use generate."
+    def _plan_stream(self, prompt: str, stop: Sequence[str] | None, call: Mapping[str, Any]) -> _Plan:
+        plan = self._plan([prompt], stop, call)
+        if plan.options.n != 1:
+            msg = f"n={plan.options.n} completions cannot share one stream; pass n=1, or use generate."
             raise InvalidOptionError(msg)
-        return options, requests
+        return plan
 
-    def _echo(self, prompt: str, options: GenerationOptions) -> list[GenerationChunk]:
-        return [GenerationChunk(text=prompt)] if options.return_full_text else []
+    def _echo(self, plan: _Plan) -> list[GenerationChunk]:
+        return [GenerationChunk(text=plan.prompts[0])] if plan.options.return_full_text else []
 
-    def _as_langchain(self, requests: Sequence[Request]) -> Any:
-        tokenizer = self._loaded_pipeline().tokenizer
+    def _chunk(self, plan: _Plan, chunk: Chunk) -> GenerationChunk:
+        info = completion_info(chunk, plan.requests[chunk.row], plan.tokenizer, self.model_id)
+        return GenerationChunk(text=chunk.text, generation_info=info or None)
 
-        def convert(chunk: Chunk) -> GenerationChunk:
-            info = completion_info(chunk, requests[chunk.row], tokenizer, self.model_id)
-            return GenerationChunk(text=chunk.text, generation_info=info or None)
-
-        return convert
-
-    def _result(
-        self, prompts: Sequence[str], options: GenerationOptions, answers: Answers, tokenizer: Any
-    ) -> LLMResult:
+    def _result(self, plan: _Plan, answers: Answers) -> LLMResult:
+        n = plan.options.n
         generations = [
             Generation(
-                text=(prompts[i // options.n] if options.return_full_text else "") + answer.text,
-                generation_info=completion_info(answer, answer.request, tokenizer, self.model_id),
+                text=(plan.prompts[i // n] if plan.options.return_full_text else "") + answer.text,
+                generation_info=completion_info(answer, answer.request, plan.tokenizer, self.model_id),
             )
             for i, answer in enumerate(answers.rows)
         ]
         usages = [answer.usage for answer in answers.rows if answer.usage]
-        prompt_tokens = sum(usage.prompt_tokens for usage in usages[:: options.n])
+        prompt_tokens = sum(usage.prompt_tokens for usage in usages[::n])
         completion_tokens = sum(usage.completion_tokens for usage in usages)
         return LLMResult(
-            generations=[generations[i : i + options.n] for i in range(0, len(generations), options.n)],
+            generations=[generations[i : i + n] for i in range(0, len(generations), n)],
             llm_output={
                 "model_name": self.model_id,
                 "token_usage": {
                     "prompt_tokens": prompt_tokens,
                     "completion_tokens": completion_tokens,
                     "total_tokens": prompt_tokens + completion_tokens,
-                    "cached_tokens": sum(usage.cached_tokens for usage in usages[:: options.n]),
+                    "cached_tokens": sum(usage.cached_tokens for usage in usages[::n]),
                 },
             },
         )
@@ -399,12 +384,6 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         # LangChain puts the call's stop strings in the place of the field's, so these go under a second name.
         stop = {} if self.stop is None else {"stop_strings": self.stop}
         return {**super().asdict(), **stop, **(_call_options.get() or {})}
-
-    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
-        """Give the standard parameters for tracing."""
-        params = super()._get_ls_params(stop=stop, **kwargs)
-        params["ls_model_type"] = "llm"
-        return params
 
     @classmethod
     def get_lc_namespace(cls) -> list[str]:

@@ -247,6 +247,8 @@ def normalize(given: Mapping[str, Any], *, lenient: bool = False, place: Place =
         if name == "pipeline_kwargs":
             options.update(normalize(value, lenient=lenient, place=place))
             continue
+        if lenient and name not in OPTION_NAMES:
+            continue
         try:
             option, checked = _normalize_one(name, value, place)
         except InvalidOptionError:
