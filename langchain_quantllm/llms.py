@@ -1,7 +1,7 @@
 """`QuantizedHuggingFaceLLM`: a quantized local model as a LangChain LLM.
 
-Owns how LangChain's calls on a text model become requests to the engine and how its chunks
-become generations. Everything is one stream, folded up where a whole is wanted.
+Owns the way from LangChain's calls of a text model to requests, and from the engine's chunks to generations. Every
+call is a stream; `invoke` and `batch` join its chunks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from langchain_quantllm.engine.result import Answers, completion_info
 from langchain_quantllm.errors import InvalidOptionError, MissingPackageError, pip_install
 
 _call_options: ContextVar[Mapping[str, Any] | None] = ContextVar("quantllm_call_options", default=None)
-"""The options of the call in progress, for the cache key, which LangChain makes of the fields alone."""
+"""The options of the call in progress; LangChain makes its cache key of the fields alone."""
 
 _LENGTHS = ("max_new_tokens", "max_length", "min_new_tokens", "repetition_penalty")
 
@@ -54,8 +54,8 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         quantization: `"int8"`, `"nf4"`, `"nf4-double"`, `"fp4"`, `"gptq"`, `"none"`, or a scheme
             such as `NF4(double_quantization=True)`. None takes the checkpoint as it is.
         max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, stop, n:
-            Sampling, with transformers' names. Each may be given at a call as well.
-        adapters, adapter: LoRA adapters by name, and the one of calls that name none; `adapter` may be given at a call.
+            Generation options, with transformers' names. A call takes each of them as well.
+        adapters, adapter: LoRA adapters by name, and the adapter of calls that name none. A call takes `adapter` too.
 
     Instantiate:
         ```python
@@ -92,15 +92,15 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         ```
 
     Response metadata:
-        `generate` gives for each completion, in `generation_info`, its `finish_reason` (`"stop"` or
-        `"length"`), `model_name`, `usage_metadata`, `seed`, `timing` in seconds, and `logprobs` if
-        asked for; `llm_output` sums the usage up.
+        The `generation_info` of each completion of `generate` has its `finish_reason` (`"stop"` or `"length"`),
+        `model_name`, `usage_metadata`, `seed`, `timing` in seconds, and `logprobs` if asked for; `llm_output` has the
+        sums of the usage.
 
-    Which value counts: the call's, else the field's, else the one in the checkpoint's generation
-    config, else greedy decoding with 256 new tokens.
+    Which value counts: the call's, else the field's, else the checkpoint's generation config, else greedy decoding with
+    256 new tokens.
     """
 
-    # Making one.
+    # Constructors, and HuggingFacePipeline.
 
     @classmethod
     def from_model_id(
@@ -115,24 +115,24 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         batch_size: int | None = None,
         **kwargs: Any,
     ) -> Self:
-        """Make an LLM from the arguments that `HuggingFacePipeline.from_model_id` takes.
+        """Make an LLM from the arguments of `HuggingFacePipeline.from_model_id`.
 
         Args:
             model_id: A folder, or the name of a repository on the Hub.
-            task: `"text-generation"`; other tasks have no decoder-only model.
-            backend: `"default"`; transformers is the only one.
+            task: `"text-generation"`, the only task.
+            backend: `"default"`, which is transformers.
             device: Number of a GPU, or -1 for the CPU.
-            device_map: As transformers takes it, in the place of `device`.
+            device_map: As transformers takes it, instead of `device`.
             model_kwargs: Arguments of `from_pretrained`, such as `quantization_config`.
             pipeline_kwargs: Generation options, such as `max_new_tokens`.
-            batch_size: Most rows that run beside each other.
+            batch_size: Maximum number of sequences that run at once.
             **kwargs: Fields of this class.
 
         Returns:
             An LLM that loads its weights on first use.
 
         Raises:
-            InvalidOptionError: If the task or backend is another one.
+            InvalidOptionError: If the task or the backend is another one.
         """
         if task != "text-generation":
             msg = f"task={task!r} is not possible; this class continues texts: task='text-generation'."
@@ -145,14 +145,17 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
 
     @classmethod
     def from_huggingface_pipeline(cls, llm: Any, **kwargs: Any) -> Self:
-        """Take over a langchain-huggingface `HuggingFacePipeline` with the weights it has loaded.
+        """Make an LLM over a langchain-huggingface `HuggingFacePipeline` and its loaded weights.
 
         Args:
-            llm: The `HuggingFacePipeline`; it stays usable.
+            llm: The `HuggingFacePipeline`; it can still be used.
             **kwargs: Fields of this class, such as `max_new_tokens`.
 
         Returns:
-            An LLM over the same pipeline, with its `pipeline_kwargs` as fields.
+            An LLM over the same pipeline, with the options of its `pipeline_kwargs`.
+
+        Raises:
+            InvalidOptionError: If it is no `HuggingFacePipeline`.
         """
         if not hasattr(llm, "pipeline_kwargs") or getattr(llm, "pipeline", None) is None:
             msg = f"from_huggingface_pipeline takes a langchain-huggingface HuggingFacePipeline, not {llm!r}."
@@ -162,11 +165,11 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         return cls(**{"pipeline": llm.pipeline, "model_id": llm.model_id or "", **given})
 
     def to_huggingface_pipeline(self) -> Any:
-        """Give the loaded weights to a langchain-huggingface `HuggingFacePipeline`.
+        """Make a langchain-huggingface `HuggingFacePipeline` over the loaded weights.
 
         Returns:
-            A `HuggingFacePipeline` over the same model, with the options of this instance but for `stop`,
-            `seed` and `n`, which it does not honour.
+            A `HuggingFacePipeline` over the same model, with the options of this instance except `stop`, `seed` and
+            `n`, which it does not support.
 
         Raises:
             MissingPackageError: If langchain-huggingface is not installed.
@@ -187,7 +190,7 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         if pipeline.task == "image-text-to-text":
             kwargs = {"generate_kwargs": kwargs}
         return HuggingFacePipeline(
-            pipeline=with_options(pipeline, kwargs),  # as it takes options at the call alone
+            pipeline=with_options(pipeline, kwargs),  # HuggingFacePipeline passes options to its calls alone
             model_id=self.model_id,
             batch_size=self.batch_size or DEFAULT_ROWS,
             pipeline_kwargs=kwargs,
@@ -263,14 +266,14 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
     def generate(
         self, prompts: list[str], stop: list[str] | None = None, callbacks: Any = None, **kwargs: Any
     ) -> LLMResult:
-        """Complete prompts; as `BaseLLM.generate`, with the call's options in the cache's key."""
+        """Complete prompts like `BaseLLM.generate`, with the call's options in the cache key."""
         with setting(_call_options, _own_options(kwargs)):
             return super().generate(prompts, stop=stop, callbacks=callbacks, **kwargs)
 
     async def agenerate(
         self, prompts: list[str], stop: list[str] | None = None, callbacks: Any = None, **kwargs: Any
     ) -> LLMResult:
-        """Complete prompts; as `BaseLLM.agenerate`, with the call's options in the cache's key."""
+        """Complete prompts like `BaseLLM.agenerate`, with the call's options in the cache key."""
         with setting(_call_options, _own_options(kwargs)):
             return await super().agenerate(prompts, stop=stop, callbacks=callbacks, **kwargs)
 
@@ -286,13 +289,13 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
 
         Args:
             inputs: Prompts.
-            config: As for every Runnable; `max_concurrency` bounds how many run at once.
-            return_exceptions: Give a prompt's error in its place, and the others their texts;
-                otherwise the first error is raised and the rest is cancelled.
+            config: As for every Runnable; `max_concurrency` is the maximum number of prompts that run at once.
+            return_exceptions: Return an error in the place of its prompt's text. Otherwise the first error is raised
+                and the other prompts are cancelled.
             **kwargs: Options of the call.
 
         Returns:
-            The texts, and errors if asked for, in the order of the prompts.
+            The texts, and the errors with `return_exceptions`, in the order of the prompts.
         """
         if not return_exceptions or len(inputs) < 2:
             return super().batch(inputs, config, return_exceptions=return_exceptions, **kwargs)
@@ -380,18 +383,18 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         return "quantized_huggingface"
 
     def asdict(self) -> dict[str, Any]:
-        """Give all that changes the output, the options of the call in progress included."""
-        # LangChain puts the call's stop strings in the place of the field's, so these go under a second name.
+        """Return all fields that change the output, and the options of the call in progress."""
+        # LangChain overwrites `stop` with the call's stop strings, so the field's go under a second name.
         stop = {} if self.stop is None else {"stop_strings": self.stop}
         return {**super().asdict(), **stop, **(_call_options.get() or {})}
 
     @classmethod
     def get_lc_namespace(cls) -> list[str]:
-        """Say where `load` finds the class."""
+        """Return the module where `load` finds the class."""
         return ["langchain_quantllm", "llms"]
 
 
 def _own_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what LangChain itself passes along with a call's options."""
+    """Leave out the arguments of LangChain's own among a call's options."""
     langchain = ("tags", "metadata", "run_name", "run_id")
     return {k: v for k, v in kwargs.items() if k not in langchain}

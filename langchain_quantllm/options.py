@@ -158,36 +158,29 @@ def _handed_on(check: Check = ANY, **more: Any) -> Option:
     return Option(check=check, pipeline_only=True, **more)
 
 
+_CHANGES_SCORES, _INERT = _handed_on(changes_scores=True), _handed_on(inert=True)
+
 HANDED_ON: Mapping[str, Option] = {
     "num_beams": _handed_on(_at_least(1), is_whole=True),
     "prompt_lookup_num_tokens": _handed_on(_at_least(1), is_whole=True),
     "no_repeat_ngram_size": _handed_on(_at_least(0), neutral=(0,), changes_scores=True),
     "encoder_no_repeat_ngram_size": _handed_on(_at_least(0), neutral=(0,), changes_scores=True),
     "encoder_repetition_penalty": _handed_on(_POSITIVE, neutral=(1,), changes_scores=True),
-    "bad_words_ids": _handed_on(changes_scores=True),
-    "sequence_bias": _handed_on(changes_scores=True),
-    "suppress_tokens": _handed_on(changes_scores=True),
-    "begin_suppress_tokens": _handed_on(changes_scores=True),
-    "forced_bos_token_id": _handed_on(changes_scores=True),
-    "forced_eos_token_id": _handed_on(changes_scores=True),
-    "exponential_decay_length_penalty": _handed_on(changes_scores=True),
+    **dict.fromkeys(("bad_words_ids", "sequence_bias", "exponential_decay_length_penalty"), _CHANGES_SCORES),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), _CHANGES_SCORES),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id"), _CHANGES_SCORES),
     "guidance_scale": _handed_on(_NUMBER, neutral=(1,), changes_scores=True),
     "max_time": _handed_on(_POSITIVE),
     "use_cache": _handed_on(_BOOL, neutral=(True,)),
     "remove_invalid_values": _handed_on(_BOOL, neutral=(False,)),
-    "early_stopping": _handed_on(inert=True),
     "length_penalty": _handed_on(_NUMBER, inert=True),
     "max_matching_ngram_size": _handed_on(_at_least(1), inert=True),
     "renormalize_logits": _handed_on(_BOOL, inert=True),
-    "cache_implementation": _handed_on(inert=True),
-    "cache_config": _handed_on(inert=True),
     "max_cache_len": _handed_on(_at_least(1), inert=True),
     "prefill_chunk_size": _handed_on(_at_least(1), inert=True),
-    "compile_config": _handed_on(inert=True),
     "disable_compile": _handed_on(_BOOL, inert=True),
-    "pad_token_id": _handed_on(inert=True),
-    "bos_token_id": _handed_on(inert=True),
-    "decoder_start_token_id": _handed_on(inert=True),
+    **dict.fromkeys(("early_stopping", "cache_implementation", "cache_config", "compile_config"), _INERT),
+    **dict.fromkeys(("pad_token_id", "bos_token_id", "decoder_start_token_id"), _INERT),
 }
 """Fields of transformers' GenerationConfig that the pipeline engine hands to `generate` unchanged."""
 
