@@ -20,8 +20,7 @@ from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import get_config_list
 from typing_extensions import Self
 
-from langchain_quantllm.base import Plan, QuantizedModel, langchain_errors
-from langchain_quantllm.base.batch import run_together, setting
+from langchain_quantllm.base import Plan, QuantizedModel, langchain_errors, run_together, setting
 from langchain_quantllm.compat.transformers_pipelines import flat_options, with_options
 from langchain_quantllm.engine.request import Chunk
 from langchain_quantllm.engine.result import Answers, completion_info

@@ -4,7 +4,22 @@ Owns the fields with their checks, loading on first use, the rule for defaults, 
 errors into LangChain's. Knows no prompt and no message format: the classes above bring those.
 """
 
-from langchain_quantllm.base.errors import PromptOverflowError, RequestTimeoutError, langchain_errors
-from langchain_quantllm.base.model import Plan, QuantizedModel
+from langchain_quantllm.base.calls import (
+    Plan,
+    PromptOverflowError,
+    RequestTimeoutError,
+    langchain_errors,
+    run_together,
+    setting,
+)
+from langchain_quantllm.base.model import QuantizedModel
 
-__all__ = ["Plan", "PromptOverflowError", "QuantizedModel", "RequestTimeoutError", "langchain_errors"]
+__all__ = [
+    "Plan",
+    "PromptOverflowError",
+    "QuantizedModel",
+    "RequestTimeoutError",
+    "langchain_errors",
+    "run_together",
+    "setting",
+]

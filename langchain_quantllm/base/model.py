@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from langchain_core.language_models.base import LangSmithParams
@@ -15,9 +14,8 @@ from langchain_core.runnables.config import run_in_executor
 from pydantic import PrivateAttr, model_validator
 from typing_extensions import Self
 
-from langchain_quantllm.base.batch import noted
 from langchain_quantllm.base.fields import ModelFields
-from langchain_quantllm.engine.request import ChunkStream, Engine, EngineInfo, Request, TokenMask, plan_requests
+from langchain_quantllm.engine.request import Engine, EngineInfo, Request, TokenMask, plan_requests
 from langchain_quantllm.engine.selection import Engines
 from langchain_quantllm.errors import InvalidOptionError
 from langchain_quantllm.loading.arguments import LOADING_FIELDS
@@ -29,27 +27,6 @@ from langchain_quantllm.options import BASE_ADAPTER, GenerationOptions, normaliz
 from langchain_quantllm.schemes import Scheme, Unquantized, scheme_from, scheme_of_config
 
 _instances: weakref.WeakValueDictionary[int, QuantizedModel] = weakref.WeakValueDictionary()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """One call, ready to run.
-
-    Args:
-        options: The resolved options.
-        engine: The engine that runs it.
-        tokenizer: The model's tokenizer.
-        requests: Its requests, one for each completion.
-    """
-
-    options: GenerationOptions
-    engine: Engine
-    tokenizer: Any
-    requests: Sequence[Request]
-
-    def submit(self, *, in_pieces: bool = True) -> ChunkStream:
-        """Submit the requests; see `Engine.submit`."""
-        return noted(self.engine.submit(self.requests, self.options.timeout, in_pieces=in_pieces))
 
 
 class QuantizedModel(ModelFields):
