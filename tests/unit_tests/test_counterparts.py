@@ -106,7 +106,7 @@ def test_no_name_of_ours_is_a_foreign_one_too(name: str) -> None:
     ],
 )
 @pytest.mark.parametrize("cls", CLASSES)
-def test_the_names_that_new_users_bring(cls: Any, given: dict[str, Any], words: list[str]) -> None:
+def test_names_that_new_users_bring_are_told_what_to_write(cls: Any, given: dict[str, Any], words: list[str]) -> None:
     for make in (
         lambda: cls(model_id="acme/tiny", **given),
         lambda: cls(model_id="acme/tiny", model_kwargs={}, generation_kwargs=given),

@@ -174,7 +174,7 @@ class TestValues:
             {"min_new_tokens": 0},
         ],
     )
-    def test_the_edges_of_what_is_allowed(self, given: dict[str, Any]) -> None:
+    def test_the_edges_of_what_is_allowed_are_taken(self, given: dict[str, Any]) -> None:
         (name,) = given
         assert name in normalize(given)
 
@@ -196,7 +196,7 @@ class TestValues:
             ({"min_new_tokens": 9, "max_new_tokens": 8}, "raise the one or lower the other"),
         ],
     )
-    def test_options_that_contradict_each_other(self, given: dict[str, Any], words: str) -> None:
+    def test_options_that_contradict_each_other_are_refused(self, given: dict[str, Any], words: str) -> None:
         with pytest.raises(InvalidOptionError, match=words):
             resolve([normalize(given)], {})
 
@@ -249,7 +249,7 @@ class TestLayers:
             ({"repetition_penalty": 1.2}, {}, {}, False),
         ],
     )
-    def test_when_a_call_samples(
+    def test_a_call_samples_if_a_layer_asks_for_it(
         self, call: dict[str, Any], fields: dict[str, Any], checkpoint: dict[str, Any], sampled: bool
     ) -> None:
         assert resolve([call, fields], checkpoint).do_sample is sampled
@@ -293,7 +293,7 @@ class TestOnTheClass:
         assert injected is not None
         assert injected.do_sample
 
-    def test_256_tokens_by_default(self, tokenizer: Any) -> None:
+    def test_a_call_makes_256_tokens_by_default(self, tokenizer: Any) -> None:
         llm = llm_of(tiny_model(len(tokenizer)), tokenizer)
         info = llm.generate(["The sea is"]).generations[0][0].generation_info
         assert info is not None
@@ -326,7 +326,7 @@ class TestOnTheClass:
         assert llm.invoke("The sea is") == greedy_text(llm, "The sea is", max_new_tokens=3)
         assert llm.invoke("The sea is", max_new_tokens=4) == greedy_text(llm, "The sea is", max_new_tokens=4)
 
-    def test_bind_and_the_call_say_the_same(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+    def test_bound_options_count_like_those_of_the_call(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
         options: dict[str, Any] = {"max_new_tokens": 4, "temperature": 1.2, "seed": 7}
         assert tiny_llm.bind(**options).invoke("The sea is") == tiny_llm.invoke("The sea is", **options)
         assert tiny_llm.bind(max_new_tokens=4).invoke("The sea is", max_new_tokens=2) == greedy_text(
@@ -345,7 +345,9 @@ class TestOnTheClass:
             {"max_new_tokens": 4, "skip_prompt": True},
         ],
     )
-    def test_aliases_as_fields_and_at_the_call(self, tiny_llm: QuantizedHuggingFaceLLM, fields: dict[str, Any]) -> None:
+    def test_aliases_count_as_fields_and_at_the_call(
+        self, tiny_llm: QuantizedHuggingFaceLLM, fields: dict[str, Any]
+    ) -> None:
         expected = greedy_text(tiny_llm, "The sea is", max_new_tokens=4)
         assert QuantizedHuggingFaceLLM(pipeline=tiny_llm.pipeline, **fields).invoke("The sea is") == expected
         if "generation_kwargs" not in fields:

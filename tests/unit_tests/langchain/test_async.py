@@ -27,7 +27,7 @@ async def check_stopped(seen: Any, before: int) -> None:
 
 class TestStopping:
     @pytest.mark.parametrize("way", ["ainvoke", "abatch", "abatch, return_exceptions", "astream"])
-    async def test_cancelling_a_task(self, tiny_llm: QuantizedHuggingFaceLLM, way: str) -> None:
+    async def test_cancelling_a_task_stops_the_model(self, tiny_llm: QuantizedHuggingFaceLLM, way: str) -> None:
         async def call() -> None:
             if way == "ainvoke":
                 await tiny_llm.ainvoke(PROMPT, max_new_tokens=LONG)
@@ -45,13 +45,13 @@ class TestStopping:
                 await task
             await check_stopped(seen, seen.count)
 
-    async def test_wait_for(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+    async def test_a_timeout_of_asyncio_stops_the_model(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
         with forwards(tiny_llm, slowly()) as seen:
             with pytest.raises(asyncio.TimeoutError):
                 await asyncio.wait_for(tiny_llm.ainvoke(PROMPT, max_new_tokens=LONG), 0.2)
             await check_stopped(seen, seen.count)
 
-    async def test_breaking_out_of_the_loop(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+    async def test_breaking_out_of_the_loop_stops_the_model(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
         """Without aclose(), as people write it."""
         with forwards(tiny_llm, slowly()) as seen:
             async for _ in tiny_llm.astream(PROMPT, max_new_tokens=LONG):
@@ -59,14 +59,14 @@ class TestStopping:
                     break
             await check_stopped(seen, seen.count)
 
-    async def test_closing_the_stream(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+    async def test_closing_the_stream_stops_the_model(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
         with forwards(tiny_llm, slowly()) as seen:
             stream = tiny_llm.astream(PROMPT, max_new_tokens=LONG)
             await anext(stream)
             await stream.aclose()  # type: ignore[attr-defined]
             await check_stopped(seen, seen.count)
 
-    async def test_timeout(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+    async def test_timeout_raises_and_stops_the_model(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
         with forwards(tiny_llm, slowly()) as seen:
             with pytest.raises(ModelTimeoutError, match=r"timeout=0\.2 seconds"):
                 await tiny_llm.ainvoke(PROMPT, max_new_tokens=LONG, timeout=0.2)
@@ -189,7 +189,7 @@ class TestManyCallers:
 
 
 class TestThread:
-    def test_it_sleeps_without_work_and_serves_the_next_call(self, tokenizer: Any) -> None:
+    def test_the_engine_s_thread_sleeps_without_work_and_serves_the_next_call(self, tokenizer: Any) -> None:
         before = set(threading.enumerate())
 
         def mine() -> list[threading.Thread]:
@@ -209,7 +209,7 @@ class TestThread:
         assert llm.invoke(PROMPT) == text
         assert mine() == [thread]
 
-    def test_it_ends_with_the_last_instance(self, tokenizer: Any) -> None:
+    def test_the_engine_s_thread_ends_with_the_last_instance(self, tokenizer: Any) -> None:
         before = set(threading.enumerate())
         llm = llm_of(tiny_model(len(tokenizer)), tokenizer, max_new_tokens=2)
         llm.invoke(PROMPT)
@@ -219,7 +219,7 @@ class TestThread:
         thread.join(5)
         assert not thread.is_alive()
 
-    def test_it_ends_with_unload(self, tokenizer: Any) -> None:
+    def test_the_engine_s_thread_ends_with_unload(self, tokenizer: Any) -> None:
         llm = llm_of(tiny_model(len(tokenizer)), tokenizer, max_new_tokens=2)
         llm.invoke(PROMPT)
         thread = llm._engine()._worker._thread  # type: ignore[attr-defined]

@@ -66,7 +66,7 @@ class TestRows:
             llm.batch(LENGTHS, max_new_tokens=4)
         check_one_batch(seen, engine, LENGTHS, tokenizer, steps=4)
 
-    def test_the_same_for_a_checkpoint_from_disk(
+    def test_prompts_for_a_checkpoint_from_disk_run_in_one_batch(
         self, tokenizer: Any, llm: QuantizedHuggingFaceLLM, engine: str
     ) -> None:
         """Whose generation config says `use_cache: true`, as most do."""
@@ -75,7 +75,7 @@ class TestRows:
             other.batch(LENGTHS[:3], max_new_tokens=2)
         check_one_batch(seen, engine, LENGTHS[:3], tokenizer, steps=2)
 
-    async def test_the_same_in_async_and_for_samples(
+    async def test_async_prompts_and_samples_run_in_one_batch(
         self, tiny_llm: QuantizedHuggingFaceLLM, tokenizer: Any, engine: str
     ) -> None:
         llm = engine_of(tiny_llm, engine, prefix_caching=False)
@@ -141,7 +141,7 @@ class TestRows:
         if engine == "pipeline":
             assert max(seen.rows) == 4
 
-    def test_max_concurrency_bounds_the_rows(self, tiny_llm: QuantizedHuggingFaceLLM, engine: str) -> None:
+    def test_max_concurrency_bounds_the_rows_of_batch(self, tiny_llm: QuantizedHuggingFaceLLM, engine: str) -> None:
         llm = engine_of(tiny_llm, engine, prefix_caching=False, max_new_tokens=3)
         expected = [llm.invoke(prompt) for prompt in TWENTY_LONG[:6]]
         for return_exceptions in (False, True):
@@ -150,7 +150,9 @@ class TestRows:
             assert texts == expected
             assert 1 <= max(rows_of_steps(seen, engine)) <= 2
 
-    async def test_max_concurrency_in_async(self, tiny_llm: QuantizedHuggingFaceLLM, engine: str) -> None:
+    async def test_max_concurrency_bounds_the_rows_of_abatch(
+        self, tiny_llm: QuantizedHuggingFaceLLM, engine: str
+    ) -> None:
         llm = engine_of(tiny_llm, engine, prefix_caching=False, max_new_tokens=3)
         expected = [llm.invoke(prompt) for prompt in TWENTY_LONG[:6]]
         for return_exceptions in (False, True):
@@ -248,11 +250,13 @@ class TestErrors:
     async def test_a_bad_prompt_fails_alone_in_async(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
         self.check(tiny_llm, await tiny_llm.abatch(list(self.PROMPTS), return_exceptions=True, max_new_tokens=4))
 
-    def test_of_one_prompt_too(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+    def test_a_single_bad_prompt_returns_its_error(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
         (error,) = tiny_llm.batch([""], return_exceptions=True)
         assert isinstance(error, InvalidOptionError)
 
-    def test_the_good_ones_beside_a_bad_one_are_still_a_batch(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+    def test_good_prompts_beside_a_bad_one_are_one_batch_of_the_pipeline_engine(
+        self, tiny_llm: QuantizedHuggingFaceLLM
+    ) -> None:
         llm = engine_of(tiny_llm, "pipeline")
         prompts = [*TWENTY[:8], ""]
         with forwards(llm) as seen:
@@ -261,7 +265,9 @@ class TestErrors:
         assert len(seen.prefills) <= 3  # one, but for callers that the machine held up
         assert sum(rows for rows, _ in seen.prefills) == 8
 
-    def test_the_same_in_the_fast_engine(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+    def test_good_prompts_beside_a_bad_one_join_the_fast_engine_s_batch(
+        self, tiny_llm: QuantizedHuggingFaceLLM
+    ) -> None:
         """Which waits for nobody: the first of them begins, and the others join it as they come."""
         llm = engine_of(tiny_llm, "fast", prefix_caching=False)
         prompts = [*TWENTY_LONG[:8], ""]
@@ -279,7 +285,7 @@ class TestErrors:
                 await tiny_llm.abatch(list(self.PROMPTS))
             assert seen.settle() == 0  # nothing was begun
 
-    def test_the_rest_is_cancelled(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+    def test_a_failed_batch_cancels_the_prompts_that_wait(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
         """Rows that wait behind a failed batch of the same call are not begun."""
         llm = QuantizedHuggingFaceLLM(pipeline=tiny_llm.pipeline, batch_size=4, max_new_tokens=5)
         with forwards(llm, fail_at(3, ValueError("cosmic ray"))) as seen:

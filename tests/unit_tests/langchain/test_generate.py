@@ -57,7 +57,7 @@ class TestText:
 
     @pytest.mark.parametrize("family", sorted(TINY))
     @pytest.mark.compat
-    async def test_families_of_models(self, tokenizer: Any, family: str) -> None:
+    async def test_families_of_models_give_generate_s_text(self, tokenizer: Any, family: str) -> None:
         llm = llm_of(tiny_model(len(tokenizer), family), tokenizer, max_new_tokens=30)
         expected = greedy_text(llm, "The sea is", max_new_tokens=30)
         assert await all_ways(llm, "The sea is") == [expected] * 8
@@ -71,7 +71,7 @@ class TestText:
         llm = llm_of(model, tokenizer, max_new_tokens=len(script))
         assert await all_ways(llm, prompt) == [completion] * 8
 
-    async def test_schemes(self, quantized_llm: QuantizedHuggingFaceLLM) -> None:
+    async def test_quantized_weights_give_generate_s_text(self, quantized_llm: QuantizedHuggingFaceLLM) -> None:
         """Quantized weights too: one computation, one text, the one of `generate`, and a sensible one."""
         expected = greedy_text(quantized_llm, PROMPTS[0], max_new_tokens=3)
         assert await all_ways(quantized_llm, PROMPTS[0], max_new_tokens=3) == [expected] * 8
@@ -340,7 +340,7 @@ class TestLengths:
         (generation,) = short.generate([" one" * 10], max_length=8, truncation="left").generations[0]
         assert info_of(generation)["usage_metadata"]["total_tokens"] == 8
 
-    def test_no_room_for_any_prompt(self, short: QuantizedHuggingFaceLLM) -> None:
+    def test_new_tokens_that_leave_no_room_for_a_prompt_are_refused(self, short: QuantizedHuggingFaceLLM) -> None:
         with pytest.raises(InvalidOptionError, match="max_new_tokens=64 leaves no room"):
             short.invoke("The sea", max_new_tokens=64, truncation=True)
 
@@ -352,7 +352,9 @@ class TestLengths:
 
 
 class TestAnswers:
-    def test_usage_reason_name_and_timing(self, tiny_llm: QuantizedHuggingFaceLLM, tokenizer: Any) -> None:
+    def test_completions_have_usage_finish_reason_model_name_and_timing(
+        self, tiny_llm: QuantizedHuggingFaceLLM, tokenizer: Any
+    ) -> None:
         result = tiny_llm.generate(PROMPTS[:2], max_new_tokens=4, n=2)
         counts = [len(tokenizer(p)["input_ids"]) for p in PROMPTS[:2]]
         for row, count in zip(result.generations, counts, strict=True):

@@ -117,7 +117,7 @@ def test_a_loaded_instance_carries_no_weights(tiny: Path, way: Any, quantization
 
 
 @pytest.mark.parametrize("loaded", [False, True])
-def test_size_of_a_pickle(tiny: Path, loaded: bool) -> None:
+def test_a_pickle_has_no_weights(tiny: Path, loaded: bool) -> None:
     llm = make_llm(tiny, quantization="nf4")
     if loaded:
         llm.invoke(PROMPT)
@@ -243,7 +243,7 @@ def test_the_token_is_nowhere(tiny: Path) -> None:
     )
 
 
-def test_the_token_in_traces(tiny: Path) -> None:
+def test_the_token_is_in_no_trace(tiny: Path) -> None:
     from langchain_core.callbacks import BaseCallbackHandler
 
     seen: list[Any] = []

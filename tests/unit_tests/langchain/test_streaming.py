@@ -97,7 +97,7 @@ class TestStopping:
         """At most the forward that ran, and the one begun before the next look, come after the end."""
         assert seen.settle() <= before + 2
 
-    def test_closing_a_stream(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+    def test_closing_a_stream_stops_the_model(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
         with forwards(tiny_llm, slowly()) as seen:
             stream = tiny_llm.stream(PROMPT, max_new_tokens=LONG)
             for _ in range(3):
@@ -105,14 +105,14 @@ class TestStopping:
             stream.close()
             self.check_stopped(seen, seen.count)
 
-    def test_breaking_out_of_the_loop(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+    def test_breaking_out_of_the_loop_stops_the_model(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
         with forwards(tiny_llm, slowly()) as seen:
             for number, _ in enumerate(tiny_llm.stream(PROMPT, max_new_tokens=LONG)):
                 if number == 3:
                     break
             self.check_stopped(seen, seen.count)
 
-    def test_an_error_in_the_loop(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+    def test_an_error_in_the_loop_stops_the_model(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
         def read() -> None:
             for _ in tiny_llm.stream(PROMPT, max_new_tokens=LONG):
                 raise KeyError
@@ -122,7 +122,7 @@ class TestStopping:
                 read()
             self.check_stopped(seen, seen.count)
 
-    def test_closing_the_stream_of_a_chain(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+    def test_closing_the_stream_of_a_chain_stops_the_model(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
         from langchain_core.output_parsers import StrOutputParser
         from langchain_core.prompts import PromptTemplate
 
@@ -135,7 +135,9 @@ class TestStopping:
 
     @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}], ids=str)
     @pytest.mark.compat
-    def test_timeout(self, tiny_llm: QuantizedHuggingFaceLLM, options: dict[str, Any]) -> None:
+    def test_timeout_raises_and_stops_the_model(
+        self, tiny_llm: QuantizedHuggingFaceLLM, options: dict[str, Any]
+    ) -> None:
         with forwards(tiny_llm, slowly()) as seen:
             began = time.monotonic()
             with pytest.raises(ModelTimeoutError, match=r"timeout=0\.3 seconds") as error:
@@ -145,7 +147,7 @@ class TestStopping:
             assert time.monotonic() - began < 2
             self.check_stopped(seen, seen.count)
 
-    def test_timeout_of_a_stream_and_as_a_field(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+    def test_timeout_holds_for_streams_and_as_a_field(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
         llm = QuantizedHuggingFaceLLM(pipeline=tiny_llm.pipeline, timeout=0.3, max_new_tokens=LONG)
         with forwards(tiny_llm, slowly()) as seen:
             with pytest.raises(ModelTimeoutError):
@@ -223,7 +225,7 @@ class TestErrors:
             with pytest.raises(GenerationError):
                 next(stream)
 
-    def test_the_next_call_works(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+    def test_the_next_call_after_an_error_works(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
         expected = tiny_llm.invoke(PROMPT)
         with forwards(tiny_llm, fail_at(2, self.CAUSE)), pytest.raises(GenerationError):
             tiny_llm.invoke(PROMPT)
