@@ -1,4 +1,4 @@
-"""Names of other libraries are answered with what to write here, and what that names is there."""
+"""Names of other libraries: errors say what to write here, and every name in that advice exists."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.checkpoints import make_checkpoint
 
 CLASSES = [QuantizedHuggingFaceLLM, ChatQuantizedHuggingFace]
 MANY = 400
-"""Letters of an error that are more than a sentence or two."""
+"""Letters of an error that is longer than two sentences."""
 
 
 def refusal(make: Any) -> str:
@@ -33,7 +33,7 @@ def refusal(make: Any) -> str:
 
 
 def taken_by(cls: type) -> set[str]:
-    """All that may be written with `=` for a class: fields, options of a call, and arguments of `from_model_id`."""
+    """Return all names that a class takes with `=`: fields, options of a call, and arguments of `from_model_id`."""
     place = cls._place(at_call=True)  # type: ignore[attr-defined]
     maker = getattr(cls, "from_model_id", None)
     return {*place.fields, *place.calls, *(inspect.signature(maker).parameters if maker else ())}
@@ -59,7 +59,7 @@ def test_what_an_advice_names_is_there(name: str, cls: Any) -> None:
 def test_a_counterpart_is_told_for_fields_and_calls_alike(name: str, cls: Any) -> None:
     told = advice(name, cls._kind)
     assert told is not None
-    if name not in cls._names() and (cls, name) != (ChatQuantizedHuggingFace, "api_key"):  # which it takes for token
+    if name not in cls._names() and (cls, name) != (ChatQuantizedHuggingFace, "api_key"):  # an alias of token there
         text = refusal(lambda: cls(model_id="acme/tiny", **{name: "x"}))
         assert told in text
         assert name in text

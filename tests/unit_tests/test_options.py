@@ -1,4 +1,4 @@
-"""Options: which are known, what they allow, and which layer wins."""
+"""Options: their names, the values they allow, and which layer's value counts."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ class TestNames:
 
 class TestValues:
     def test_wrong_values_are_listed_for_every_checked_option(self) -> None:
-        """So that a new option gets its line in WRONG."""
+        """A new option needs its line in WRONG."""
         checked = {name for name, option in OPTIONS.items() if option.check is not ANY}
         assert set(WRONG) == checked
 
@@ -279,7 +279,7 @@ class TestLayers:
 
 @pytest.fixture(scope="module")
 def sampling_llm(tokenizer: Any) -> QuantizedHuggingFaceLLM:
-    """A model whose checkpoint says to sample, with five tokens."""
+    """A model whose generation config asks for sampling and five tokens."""
     model = tiny_model(len(tokenizer), seed=3)
     model.generation_config.update(do_sample=True, temperature=1.4, max_new_tokens=5)
     return llm_of(model, tokenizer)
@@ -303,7 +303,7 @@ class TestOnTheClass:
         samples = sampling_llm.generate(["The sea is"], n=4, seed=1).generations[0]
         assert len({g.text for g in samples}) == 4
         assert [g.generation_info["usage_metadata"]["output_tokens"] for g in samples if g.generation_info] == [5] * 4
-        # Its temperature is the one used.
+        # The checkpoint's temperature counts.
         assert sampling_llm.invoke("The sea is", seed=1) == sampling_llm.invoke("The sea is", seed=1, temperature=1.4)
         assert sampling_llm.invoke("The sea is", temperature=0) == greedy_text(
             sampling_llm, "The sea is", max_new_tokens=5
@@ -388,7 +388,7 @@ class TestOnTheClass:
 
 
 class TestCheckpointsWithOptionsOfTheirOwn:
-    """`generate` fills what our config leaves None from the model's generation config; none of that may show."""
+    """`generate` fills fields that we leave None from the generation config; the text must not depend on them."""
 
     @pytest.mark.parametrize(
         "stored",

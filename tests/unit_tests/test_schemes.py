@@ -1,4 +1,4 @@
-"""Every scheme, however it is asked for, against what lies in memory after really loading."""
+"""Every scheme, in each way to ask for it: the weights in memory after loading, values, names and checks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def blocks_and_head(llm: QuantizedHuggingFaceLLM) -> tuple[list[Any], torch.nn.L
 
 
 def greedy_text(folder: Path, config: BitsAndBytesConfig | None, dtype: str = "auto") -> str:
-    """What transformers alone continues the prompt with."""
+    """Continue the prompt with transformers alone."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=config, dtype=dtype, device_map={"": "cpu"}
@@ -192,7 +192,7 @@ def test_fp32_cpu_offload_is_handed_on() -> None:
 
 
 def test_output_differs_between_schemes(tiny: Path) -> None:
-    """The logits show that the schemes really round differently."""
+    """The logits show that each scheme rounds in its own way."""
     ids = torch.arange(2, 34)[None]
     logits = {}
     for name in ("none", "int8", "nf4", "nf4-double", "fp4"):

@@ -1,4 +1,4 @@
-"""Event loops and threads: cancelling, several loops, many callers at once, and the thread that serves them."""
+"""Event loops and threads: cancellation, several loops, many callers at once, and the engine's thread."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LONG = 4000
 
 
 async def check_stopped(seen: Any, before: int) -> None:
-    """At most the forward that ran, and the one begun before the next look, come after the end."""
+    """Check that at most two forwards come after the end: the running one, and one begun meanwhile."""
     assert await asyncio.to_thread(seen.settle) <= before + 2  # the loop may have something to close meanwhile
 
 
@@ -115,7 +115,7 @@ class TestErrors:
         with forwards(tiny_llm, slowly(0.3)):
             await tiny_llm.ainvoke(PROMPT, max_new_tokens=2)
         watching.cancel()
-        assert longest < 0.29  # a loop that waited for a forward would have stood for 0.3 s
+        assert longest < 0.29  # a loop blocked by a forward would stand still for 0.3 s
 
 
 class TestManyCallers:
@@ -174,10 +174,10 @@ class TestManyCallers:
         with forwards(llm) as seen:
             texts = await asyncio.gather(*(llm.ainvoke(prompt, max_new_tokens=4) for prompt in prompts))
         assert texts == expected
-        assert len(seen.prefills) <= 3  # one, but for a loop that the machine held up
+        assert len(seen.prefills) <= 3  # one, or a few if the machine delays a loop
 
     async def test_tasks_join_the_running_batch(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
-        """In the fast engine, which does not wait for them."""
+        """In the fast engine, which begins without waiting for others."""
         llm = QuantizedHuggingFaceLLM(pipeline=tiny_llm.pipeline, engine="fast", max_new_tokens=12)
         prompts = [f"The sea is {i}" for i in range(8)]
         expected = [llm.invoke(prompt) for prompt in prompts]
@@ -204,7 +204,7 @@ class TestThread:
         assert thread.daemon
         wait_for_rest()
         used = time.process_time()
-        time.sleep(0.3)  # the time in which it is watched
+        time.sleep(0.3)  # the observed time
         assert time.process_time() - used < 0.06  # a thread that polls or spins takes more
         assert llm.invoke(PROMPT) == text
         assert mine() == [thread]

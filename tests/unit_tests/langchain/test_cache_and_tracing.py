@@ -73,7 +73,7 @@ class TestCache:
     async def test_an_option_of_the_call_is_part_of_the_key(
         self, tiny_llm: QuantizedHuggingFaceLLM, options: dict[str, Any]
     ) -> None:
-        """In both orders, sync and async: what one call left there is no answer to another."""
+        """In both orders, sync and async: the cached text of one call does not answer the other."""
         plain = tiny_llm.generate([PROMPT])
         with forwards(tiny_llm) as seen:
             given = tiny_llm.generate([PROMPT], **options)
@@ -159,7 +159,7 @@ class TestCache:
 
 
 class Recorder(BaseCallbackHandler):
-    """Notes what LangChain reports."""
+    """Records the callbacks."""
 
     def __init__(self) -> None:
         self.tokens: list[str] = []
@@ -183,7 +183,7 @@ class Recorder(BaseCallbackHandler):
 
 
 class AsyncRecorder(AsyncCallbackHandler):
-    """The same from an event loop."""
+    """Records the callbacks of async calls."""
 
     def __init__(self) -> None:
         self.tokens: list[str] = []
@@ -322,7 +322,7 @@ class TestChains:
             chain.batch([{"x": x} for x in ("sea", "sky", "sun")])
         if engine == "pipeline":
             assert seen.rows == [3] * 12
-        else:  # which packs them
+        else:  # the fast engine packs the prompts into one row
             assert seen.shapes == [(1, 3 * 3), *[(1, 3)] * 11]
 
     async def test_events_stream_the_text(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
@@ -358,7 +358,7 @@ class TestChains:
     def test_configurable_fields_of_a_loaded_model_share_its_weights(self, llm: QuantizedHuggingFaceLLM) -> None:
         """Every use makes a new instance from all fields; `llm` is loaded, with a dtype of its own."""
         configurable = llm.configurable_fields(max_new_tokens=ConfigurableField(id="tokens"))
-        assert llm.engine_info.name == "fast"  # which has run the model for its own check by now
+        assert llm.engine_info.name == "fast"  # its check of the model is done by now
         with forwards(llm) as seen:
             text = configurable.invoke(PROMPT, {"configurable": {"tokens": 2}})
             assert seen.count == 2
