@@ -1,4 +1,4 @@
-"""Eight LangChain agents in threads over one model: one running batch, and each agent takes the steps it takes alone."""
+"""Eight LangChain agents in threads over one model: one running batch, and each agent acts as it does alone."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _calls(i: int) -> int:
 
 
 def run(chat: ChatQuantizedHuggingFace, i: int) -> list[Any]:
-    """Run an agent and return its messages: contents, and names and arguments of calls, without the random ids."""
+    """Run an agent and return its messages: contents, names and arguments of calls, without the random ids."""
     tool, question = TASKS[i]
     agent: Any = create_agent(
         chat, [tool], system_prompt=f"You are agent {i}. Use your tool.", middleware=[Calls(_calls(i))]
