@@ -126,9 +126,7 @@ def test_eight_agents_share_one_batch_and_do_what_they_do_alone(
         return decode(states, *args)
 
     monkeypatch.setattr(runner, "decode", count)
-    by_itself = ChatQuantizedHuggingFace(
-        llm=chat, prefix_caching=False
-    )  # so that no run finds an earlier one's keys and values
+    by_itself = ChatQuantizedHuggingFace(llm=chat, prefix_caching=False)  # no keys and values of an earlier run
     alone = [run(by_itself, i) for i in range(len(TASKS))]
     tokens_alone = list(rows)
     assert set(tokens_alone) == {1}
