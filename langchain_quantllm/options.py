@@ -198,7 +198,7 @@ OPTION_NAMES = frozenset({*OPTIONS, *ALIASES, "pipeline_kwargs", "skip_prompt", 
 
 
 class Place(NamedTuple):
-    """The place where options are given, for the words of an error.
+    """The place of options, for the words of an error: a class, and its constructor or its calls.
 
     Args:
         kind: The kind of the class.
@@ -222,7 +222,7 @@ def normalize(given: Mapping[str, Any], *, lenient: bool = False, place: Place =
         given: Options by any known name; None means not given. `pipeline_kwargs` may hold more of them, which count
             as if given beside it.
         lenient: Leave out unknown names and wrong values instead of raising, for options that a checkpoint stores.
-        place: The place where they are given.
+        place: The class, and whether it is its constructor or a call.
 
     Returns:
         The options under the names of `OPTIONS`.

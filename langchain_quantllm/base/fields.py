@@ -1,7 +1,4 @@
-"""The fields of the LangChain classes, and what follows from their values alone.
-
-Owns the fields, their checks, what is loaded for them, and their serialization.
-"""
+"""The fields of the LangChain classes: their checks, the model that is loaded for them, and their serialization."""
 
 from __future__ import annotations
 
@@ -165,7 +162,7 @@ class ModelFields(BaseLanguageModel[Any]):
 
     @classmethod
     def _place(cls, *, at_call: bool) -> Place:
-        """Return the place where options are given, for the words of an error."""
+        """Return the place of options, for the words of an error."""
         calls = frozenset({*OPTION_NAMES, *cls._call_options})
         return Place(kind=cls._kind, owner=cls.__name__, fields=cls._names(), calls=calls, at_call=at_call)
 
@@ -218,7 +215,7 @@ class ModelFields(BaseLanguageModel[Any]):
         return AdapterChoice.of(self.adapters, self.adapter)
 
     def _spec(self) -> LoadSpec:
-        """Return what to load, and how."""
+        """Return the specification of what is loaded for the fields."""
         choice = self._adapter_choice()
         fields = {name: getattr(self, name) for name in SPEC_FIELDS}
         if self.device is not None:
@@ -284,7 +281,7 @@ OPTION_FIELDS = tuple(name for name in OPTIONS if name in ModelFields.model_fiel
 
 
 def _invalid_field(error: ValidationError) -> InvalidOptionError:
-    """Say in one sentence what pydantic found."""
+    """Turn pydantic's first error into one sentence."""
     found = error.errors(include_url=False)[0]
     words = str(found["msg"]).replace("Input should", "it must")
     # An error of all fields together has every argument as its input, secrets too.

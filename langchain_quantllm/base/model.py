@@ -1,4 +1,4 @@
-"""Loading on first use, and the way of a call to the engine."""
+"""The common behaviour of the LangChain classes: loading on first use, and the way of a call to the engine."""
 
 from __future__ import annotations
 

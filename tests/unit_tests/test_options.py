@@ -11,6 +11,7 @@ from langchain_core.prompts import PromptTemplate
 from transformers import GenerationConfig
 
 from langchain_quantllm import QuantizedHuggingFaceLLM
+from langchain_quantllm.base.fields import OPTION_FIELDS
 from langchain_quantllm.data.counterparts import COUNTERPARTS, advice
 from langchain_quantllm.errors import InvalidOptionError
 from langchain_quantllm.options import (
@@ -90,6 +91,12 @@ class TestNames:
         with pytest.raises(InvalidOptionError, match=re.escape(f"{advice(name, 'llm')}"[:30])):
             normalize({name: "anything"})
         assert normalize({name: None}) == {}
+
+    def test_options_of_every_engine_are_fields_of_the_class(self) -> None:
+        """But for four rare ways of sampling, and `min_length`, which counts the prompt."""
+        rare = {name for name, option in OWN.items() if option.pipeline_only}
+        assert set(OPTION_FIELDS) == OWN.keys() - rare - {"min_length", "adapter"}
+        assert all(QuantizedHuggingFaceLLM.model_fields[name].default is None for name in OPTION_FIELDS)
 
     def test_no_name_is_in_two_tables(self) -> None:
         tables = [set(OWN), set(HANDED_ON), set(COUNTERPARTS), set(ALIASES)]
