@@ -4,15 +4,14 @@ Owns the fields with their checks, loading on first use, the rule for defaults, 
 errors into LangChain's. Knows no prompt and no message format: the classes above bring those.
 """
 
-from langchain_quantllm.base.calls import (
+from langchain_quantllm.base.batch import run_together, setting
+from langchain_quantllm.base.model import (
     Plan,
     PromptOverflowError,
+    QuantizedModel,
     RequestTimeoutError,
     langchain_errors,
-    run_together,
-    setting,
 )
-from langchain_quantllm.base.model import QuantizedModel
 
 __all__ = [
     "Plan",

@@ -6,18 +6,21 @@ import contextlib
 import copy
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
+from langchain_core.exceptions import ContextOverflowError, ModelTimeoutError
 from langchain_core.language_models.base import LangSmithParams
 from langchain_core.runnables.config import run_in_executor
 from pydantic import PrivateAttr, model_validator
 from typing_extensions import Self
 
 from langchain_quantllm.base.fields import ModelFields
-from langchain_quantllm.engine.request import Engine, EngineInfo, Request, TokenMask, plan_requests
+from langchain_quantllm.engine.request import ChunkStream, Engine, EngineInfo, Request, TokenMask, plan_requests
 from langchain_quantllm.engine.selection import Engines
-from langchain_quantllm.errors import InvalidOptionError
+from langchain_quantllm.errors import GenerationTimeoutError, InvalidOptionError, PromptTooLongError
 from langchain_quantllm.loading.arguments import LOADING_FIELDS
 from langchain_quantllm.loading.checkpoint import stored_quantization
 from langchain_quantllm.loading.inputs import prompt_inputs, require_pipeline, stop_token_ids, stored_options, token_ids
@@ -26,7 +29,53 @@ from langchain_quantllm.memory import MemoryReport
 from langchain_quantllm.options import BASE_ADAPTER, GenerationOptions, normalize, resolve
 from langchain_quantllm.schemes import Scheme, Unquantized, scheme_from, scheme_of_config
 
+STREAMS: ContextVar[list[ChunkStream] | None] = ContextVar("quantllm_streams", default=None)
+"""The streams of the batch in progress."""
+
 _instances: weakref.WeakValueDictionary[int, QuantizedModel] = weakref.WeakValueDictionary()
+
+
+class PromptOverflowError(PromptTooLongError, ContextOverflowError):
+    """The prompt leaves no room for a new token; LangChain's `ContextOverflowError`."""
+
+
+class RequestTimeoutError(GenerationTimeoutError, ModelTimeoutError):
+    """A call did not end within its `timeout`; LangChain's `ModelTimeoutError`."""
+
+
+@contextlib.contextmanager
+def langchain_errors() -> Iterator[None]:
+    """Raise an error of this package as LangChain's too, if LangChain has one for the case."""
+    try:
+        yield
+    except PromptTooLongError as error:
+        raise PromptOverflowError(str(error)) from error
+    except GenerationTimeoutError as error:
+        raise RequestTimeoutError(str(error)) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One call, ready to run.
+
+    Args:
+        options: The resolved options.
+        engine: The engine that runs it.
+        tokenizer: The model's tokenizer.
+        requests: Its requests, one for each completion.
+    """
+
+    options: GenerationOptions
+    engine: Engine
+    tokenizer: Any
+    requests: Sequence[Request]
+
+    def submit(self, *, in_pieces: bool = True) -> ChunkStream:
+        """Submit the requests; see `Engine.submit`."""
+        stream = self.engine.submit(self.requests, self.options.timeout, in_pieces=in_pieces)
+        if (streams := STREAMS.get()) is not None:
+            streams.append(stream)
+        return stream
 
 
 class QuantizedModel(ModelFields):
