@@ -1,6 +1,6 @@
 """Quantized local language models for LangChain.
 
-Importing this package imports neither torch nor transformers; they come with the first model.
+Importing this package imports neither torch nor transformers; the first model does.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from langchain_core.tools import BaseTool
 from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import Field, model_validator
 
-from langchain_quantllm.base import QuantizedModel, langchain_errors
+from langchain_quantllm.base import Plan, QuantizedModel, langchain_errors
 from langchain_quantllm.chat.contents import images_in, joined
 from langchain_quantllm.chat.images import FETCH_S, ImageSource, read_image
 from langchain_quantllm.chat.messages import Turn, turns_of
@@ -36,10 +36,11 @@ from langchain_quantllm.chat.template import ChatTemplate
 from langchain_quantllm.chat.tool_schemas import describe_answer, describe_tool
 from langchain_quantllm.compat.packages import is_installed
 from langchain_quantllm.data.counterparts import Kind
-from langchain_quantllm.engine.request import Request, TokenMask
+from langchain_quantllm.engine.request import ModelLimits, TokenMask
 from langchain_quantllm.engine.result import Answers, completion_info
 from langchain_quantllm.errors import InvalidOptionError, UnsupportedError, nearest
 from langchain_quantllm.loading.checkpoint import reads_images, stored_profile
+from langchain_quantllm.loading.inputs import prompt_inputs
 from langchain_quantllm.loading.processors import why_blind
 from langchain_quantllm.options import GenerationOptions, normalize
 from langchain_quantllm.structured import Compiler, Constraint, Either, JSONSchema, ToolCalls
@@ -51,11 +52,9 @@ _SCHEMA_TEXT = "Answer with a JSON object that matches this JSON schema, and wit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Plan:
+class _Plan(Plan):
     """One call, ready for the engine."""
 
-    options: GenerationOptions
-    requests: list[Request]
     make_parser: Callable[[], Any]
     parallel: bool
 
@@ -306,7 +305,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
         with langchain_errors():
             plan = self._plan(messages, stop, kwargs)
             answers = Answers(plan.requests)
-            with self._submit(plan.requests, plan.options, in_pieces=False) as stream:
+            with plan.submit(in_pieces=False) as stream:
                 for chunk in stream:
                     answers.add(chunk)
             return self._result(plan, answers)
@@ -322,7 +321,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
             is_long = self._is_long(messages, kwargs)
             plan = await self._aplan(self._plan, messages, stop, kwargs, is_long=is_long)
             answers = Answers(plan.requests)
-            with self._submit(plan.requests, plan.options, in_pieces=False) as stream:
+            with plan.submit(in_pieces=False) as stream:
                 async for chunk in stream:
                     answers.add(chunk)
             return self._result(plan, answers)
@@ -337,7 +336,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
         with langchain_errors():
             plan = self._plan_stream(messages, stop, kwargs)
             convert = self._converter(plan)
-            with self._submit(plan.requests, plan.options) as stream:
+            with plan.submit() as stream:
                 for chunk in stream:
                     for given in convert(chunk):
                         if run_manager:
@@ -355,7 +354,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
             is_long = self._is_long(messages, kwargs)
             plan = await self._aplan(self._plan_stream, messages, stop, kwargs, is_long=is_long)
             convert = self._converter(plan)
-            with self._submit(plan.requests, plan.options) as stream:
+            with plan.submit() as stream:
                 async for chunk in stream:
                     for given in convert(chunk):
                         if run_manager:
@@ -384,7 +383,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
         template = self._template()
         prompt, sources = self._render(template, self._turns(messages), chat)
         images = self._read(sources, options.timeout)
-        tokenizer = self._loaded_pipeline().tokenizer
+        tokenizer = self.pipeline.tokenizer
         tool_format = self._tool_format(template) if chat.tools else None
         reasoning = reasoning_of(template.text(tools=bool(chat.tools)))
         in_reasoning = reasoning is not None and prompt.rstrip().endswith(reasoning.begin)
@@ -399,11 +398,12 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
             add_special_tokens=self._adds_begin(prompt),
             skip_special_tokens=options.skip_special_tokens and not markers and not reads_template,
         )
-        mask = self._mask(constraint, options, has_media=bool(images))
+        engine = self._engine(options, has_media=bool(images))
+        mask = self._mask(constraint, options, engine.limits)
         if mask is not None and not (isinstance(constraint, ToolCalls) and constraint.mode == "auto"):
             # Where a text is complete, nothing but its end is allowed.
             options = dataclasses.replace(options, min_new_tokens=0, min_length=0)
-        requests = self._requests(prompt, options, mask, images)
+        requests = self._requests(prompt, options, engine=engine, mask=mask, images=images)
 
         def make_parser() -> Any:
             if reads_template:
@@ -411,7 +411,14 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
             parser = AnswerParser(tool_format, chat.tools, reasoning=reasoning, in_reasoning=in_reasoning)
             return _Stripping(parser, tokenizer, markers) if markers else parser
 
-        return _Plan(options=options, requests=requests, make_parser=make_parser, parallel=chat.parallel is not False)
+        return _Plan(
+            options=options,
+            engine=engine,
+            tokenizer=tokenizer,
+            requests=requests,
+            make_parser=make_parser,
+            parallel=chat.parallel is not False,
+        )
 
     def _check_call(self, chat: ChatOptions, options: GenerationOptions) -> None:
         if chat.model not in (None, self.model_id):
@@ -443,10 +450,10 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
 
     def _processor(self) -> Any:
         """Give what makes inputs of images; None where the model was loaded to read text only."""
-        return getattr(self._loaded_pipeline(), "processor", None)
+        return getattr(self.pipeline, "processor", None)
 
     def _turns(self, messages: Sequence[BaseMessage]) -> list[Turn]:
-        pipeline = self._loaded_pipeline()
+        pipeline = self.pipeline
         turns = turns_of(messages, images=self._processor() is not None or reads_images(pipeline.model.config))
         if (found := images_in(turns)) and (error := why_blind(pipeline, found[0].message)) is not None:
             raise error
@@ -460,7 +467,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
 
         Source: `ProcessorMixin.apply_chat_template` in transformers/processing_utils.py.
         """
-        begin = self._loaded_pipeline().tokenizer.bos_token
+        begin = self.pipeline.tokenizer.bos_token
         return self._processor() is not None and not (begin is not None and prompt.startswith(begin))
 
     # Prompts.
@@ -470,7 +477,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
         model = self._loaded()
         found: ChatTemplate = model.remember(
             ("template", self.chat_template),
-            lambda: ChatTemplate(self._loaded_pipeline().tokenizer, self.chat_template, self._processor()),
+            lambda: ChatTemplate(self.pipeline.tokenizer, self.chat_template, self._processor()),
         )
         return found
 
@@ -496,7 +503,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
         return format_of(template.text(tools=True)) if template.takes_tools else HERMES
 
     def _mask(
-        self, constraint: Constraint | None, options: GenerationOptions, *, has_media: bool
+        self, constraint: Constraint | None, options: GenerationOptions, limits: ModelLimits
     ) -> Callable[[], TokenMask] | None:
         if constraint is None:
             return None
@@ -504,10 +511,9 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
         if is_optional and not is_installed("xgrammar"):
             return None  # calls are read all the same; only that they match is not made sure of
         model = self._loaded()
-        limits = self._engine(options, has_media=has_media).limits
         compiler: Compiler = model.remember(
             ("grammars",),
-            lambda: Compiler(self._loaded_pipeline().tokenizer, limits.vocab_size, limits.eos_token_ids),
+            lambda: Compiler(self.pipeline.tokenizer, limits.vocab_size, limits.eos_token_ids),
         )
         most = options.max_new_tokens or limits.context_tokens or 2**31
         try:
@@ -521,12 +527,11 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
     # Answers.
 
     def _result(self, plan: _Plan, answers: Answers) -> ChatResult:
-        tokenizer = self._loaded_pipeline().tokenizer
         generations = []
         for answer in answers.rows:
             reply, parser = Reply(parallel=plan.parallel), plan.make_parser()
             reply.add([*parser.push(answer.text), *parser.finish()])
-            info = completion_info(answer, answer.request, tokenizer, self.model_id)
+            info = completion_info(answer, answer.request, plan.tokenizer, self.model_id)
             usage, metadata = _split(info, reply)
             message = reply.message(usage_metadata=usage, response_metadata=metadata)
             generations.append(ChatGeneration(message=message, generation_info=metadata))
@@ -546,14 +551,13 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
         return {"model_name": self.model_id, "token_usage": {n: sum(usage[n] for usage in usages) for n in names}}
 
     def _converter(self, plan: _Plan) -> Callable[[Any], Iterator[ChatGenerationChunk]]:
-        tokenizer = self._loaded_pipeline().tokenizer
         reply, parser = Reply(parallel=plan.parallel), plan.make_parser()
 
         def convert(chunk: Any) -> Iterator[ChatGenerationChunk]:
             ended = chunk.finish_reason is not None
             pieces = parser.push(chunk.text) + (parser.finish() if ended else [])
             message = reply.add(pieces)
-            info = completion_info(chunk, plan.requests[0], tokenizer, self.model_id)
+            info = completion_info(chunk, plan.requests[0], plan.tokenizer, self.model_id)
             if not ended:
                 if message is not None or info:
                     message = message or AIMessageChunk(content="")
@@ -578,7 +582,8 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
         chat = ChatOptions.of({"tools": tools or ()})
         prompt, sources = self._render(self._template(), self._turns(messages), chat)
         images = self._read(sources, None)
-        return len(self._process(prompt, images, add_special_tokens=self._adds_begin(prompt))[0])
+        ids, _ = prompt_inputs(self._loaded(), prompt, images, add_special_tokens=self._adds_begin(prompt))
+        return len(ids)
 
     # LangChain's conventions.
 
@@ -639,9 +644,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         """Give the standard parameters for tracing."""
         rest = {k: v for k, v in kwargs.items() if k not in CHAT_OPTIONS or k == "model"}
-        params = super()._get_ls_params(stop=stop, **rest)
-        params["ls_model_type"] = "chat"
-        return params
+        return super()._get_ls_params(stop=stop, **rest)
 
     @classmethod
     def get_lc_namespace(cls) -> list[str]:

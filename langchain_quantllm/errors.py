@@ -1,7 +1,6 @@
-"""The errors of the package, and the help they give.
+"""The errors of the package, and the search for the nearest known name.
 
-Owns the exception types and the search for the nearest known name. Knows no other
-module of the package, so that each of them can raise these.
+Imports no other module of the package, so that every module can raise these errors.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class QuantLLMError(Exception):
-    """Base of every error that this package raises on its own account."""
+    """Base of all errors of this package."""
 
 
 class InvalidOptionError(QuantLLMError, ValueError):
@@ -25,48 +24,48 @@ class InvalidOptionError(QuantLLMError, ValueError):
 
 
 class ModelNotFoundError(QuantLLMError, OSError):
-    """No model can be read under the given id or folder."""
+    """There is no model of this id or in this folder, or it cannot be reached."""
 
 
 class CheckpointError(QuantLLMError, ValueError):
-    """The checkpoint is there, but it cannot be loaded as asked."""
+    """The checkpoint exists, but cannot be loaded as asked."""
 
 
 class MissingPackageError(QuantLLMError, ImportError):
-    """A package that the request needs is not installed, or too old."""
+    """A package is not installed, or too old."""
 
 
 class UnsupportedError(QuantLLMError, RuntimeError):
-    """This machine, model or engine cannot do what was asked."""
+    """This machine, model or engine does not support the request."""
 
 
 class NotEnoughMemoryError(QuantLLMError, MemoryError):
-    """The model, or a request, does not fit into the memory at hand."""
+    """The model or a request does not fit into the free memory."""
 
 
 class PromptTooLongError(QuantLLMError, ValueError):
-    """The prompt leaves no room for a single new token."""
+    """The prompt leaves no room for a new token."""
 
 
 class GenerationError(QuantLLMError, RuntimeError):
-    """The model failed while generating; the cause is chained to this error."""
+    """The model failed while generating; the error's cause says how."""
 
 
 class GenerationTimeoutError(QuantLLMError, TimeoutError):
-    """A request did not end within its `timeout`."""
+    """A call did not end within its `timeout`."""
 
 
 class NamedOptions:
-    """Base of value classes: an option that a class does not have names the nearest one that it has."""
+    """Base of dataclasses whose error for an unknown option names the nearest known one."""
 
     _MEANT: ClassVar[Mapping[str, str]] = {}
-    """Names of other libraries for options of the class."""
+    """Other libraries' names for options of the class."""
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
         """Check the names of the options.
 
         Raises:
-            InvalidOptionError: If there is no such option.
+            InvalidOptionError: If a name is unknown.
         """
         known = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
         for name, value in options.items():
@@ -79,12 +78,12 @@ class NamedOptions:
 
 
 def closest(name: str, known: Iterable[str], cutoff: float | None = None) -> str | None:
-    """Find the known name that a wrong one is most like, whatever its case and its dashes; None if it is like none.
+    """Find the known name that is most similar to a wrong one; None if none is similar. Case and dashes do not count.
 
     Args:
         name: The unknown name.
         known: The names that are allowed.
-        cutoff: Least likeness, from 0 to 1; None is 0.6 among few names and 0.7 among many.
+        cutoff: Minimum similarity, from 0 to 1; None is 0.6 for fewer than 20 names, else 0.7.
     """
     names = {_folded(n): n for n in sorted(known, reverse=True)}
     cutoff = cutoff or (0.6 if len(names) < 20 else 0.7)
@@ -98,14 +97,14 @@ def _folded(name: str) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Say which known name is meant, as the end of an error sentence.
+    """Return the end of an error sentence: the known name that is probably meant.
 
     Args:
         name: The unknown name.
         known: The names that are allowed.
 
     Returns:
-        `; did you mean 'X'?`, or the whole list where nothing is near.
+        `; did you mean 'X'?`, or the list of all names if none is similar.
     """
     names = sorted(known)
     if (meant := closest(name, names)) is not None:
@@ -114,5 +113,5 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def pip_install(*packages: str) -> str:
-    """Give the command that installs packages, ready to paste."""
+    """Return the command that installs packages."""
     return "pip install " + " ".join(f'"{p}"' if set(p) & set("[<>=") else p for p in packages)

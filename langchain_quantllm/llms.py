@@ -1,7 +1,7 @@
 """`QuantizedHuggingFaceLLM`: a quantized local model as a LangChain LLM.
 
-Owns how LangChain's calls on a text model become requests to the engine and how its chunks
-become generations. Everything is one stream, folded up where a whole is wanted.
+Owns the way from LangChain's calls of a text model to requests, and from the engine's chunks to generations. Every
+call is a stream; `invoke` and `batch` join its chunks.
 """
 
 from __future__ import annotations
@@ -9,28 +9,34 @@ from __future__ import annotations
 import itertools
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-from langchain_core.language_models.base import LangSmithParams, LanguageModelInput
+from langchain_core.language_models.base import LanguageModelInput
 from langchain_core.language_models.llms import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from langchain_core.runnables import RunnableConfig
-from langchain_core.runnables.config import ContextThreadPoolExecutor, get_config_list
+from langchain_core.runnables.config import get_config_list
 from typing_extensions import Self
 
-from langchain_quantllm.base import STREAMS, QuantizedModel, langchain_errors, noting
+from langchain_quantllm.base import Plan, QuantizedModel, langchain_errors, run_together, setting
 from langchain_quantllm.compat.transformers_pipelines import flat_options, with_options
-from langchain_quantllm.engine.request import Chunk, ChunkStream, Request
+from langchain_quantllm.engine.request import Chunk
 from langchain_quantllm.engine.result import Answers, completion_info
 from langchain_quantllm.errors import InvalidOptionError, MissingPackageError, pip_install
-from langchain_quantllm.options import GenerationOptions
 
 _call_options: ContextVar[Mapping[str, Any] | None] = ContextVar("quantllm_call_options", default=None)
-"""The options of the call in progress, for the cache key, which LangChain makes of the fields alone."""
-
+"""The options of the call in progress; LangChain makes its cache key of the fields alone."""
 
 _LENGTHS = ("max_new_tokens", "max_length", "min_new_tokens", "repetition_penalty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan(Plan):
+    """One call, ready to run, with its prompts."""
+
+    prompts: Sequence[str]
 
 
 class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
@@ -47,8 +53,8 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         quantization: `"int8"`, `"nf4"`, `"nf4-double"`, `"fp4"`, `"gptq"`, `"none"`, or a scheme
             such as `NF4(double_quantization=True)`. None takes the checkpoint as it is.
         max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, stop, n:
-            Sampling, with transformers' names. Each may be given at a call as well.
-        adapters, adapter: LoRA adapters by name, and the one of calls that name none; `adapter` may be given at a call.
+            Generation options, with transformers' names. A call takes each of them as well.
+        adapters, adapter: LoRA adapters by name, and the adapter of calls that name none. A call takes `adapter` too.
 
     Instantiate:
         ```python
@@ -85,15 +91,15 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         ```
 
     Response metadata:
-        `generate` gives for each completion, in `generation_info`, its `finish_reason` (`"stop"` or
-        `"length"`), `model_name`, `usage_metadata`, `seed`, `timing` in seconds, and `logprobs` if
-        asked for; `llm_output` sums the usage up.
+        The `generation_info` of each completion of `generate` has its `finish_reason` (`"stop"` or `"length"`),
+        `model_name`, `usage_metadata`, `seed`, `timing` in seconds, and `logprobs` if asked for; `llm_output` has the
+        sums of the usage.
 
-    Which value counts: the call's, else the field's, else the one in the checkpoint's generation
-    config, else greedy decoding with 256 new tokens.
+    Which value counts: the call's, else the field's, else the checkpoint's generation config, else greedy decoding with
+    256 new tokens.
     """
 
-    # Making one.
+    # Constructors, and HuggingFacePipeline.
 
     @classmethod
     def from_model_id(
@@ -108,24 +114,24 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         batch_size: int | None = None,
         **kwargs: Any,
     ) -> Self:
-        """Make an LLM from the arguments that `HuggingFacePipeline.from_model_id` takes.
+        """Make an LLM from the arguments of `HuggingFacePipeline.from_model_id`.
 
         Args:
             model_id: A folder, or the name of a repository on the Hub.
-            task: `"text-generation"`; other tasks have no decoder-only model.
-            backend: `"default"`; transformers is the only one.
+            task: `"text-generation"`, the only task.
+            backend: `"default"`, which is transformers.
             device: Number of a GPU, or -1 for the CPU.
-            device_map: As transformers takes it, in the place of `device`.
+            device_map: As transformers takes it, instead of `device`.
             model_kwargs: Arguments of `from_pretrained`, such as `quantization_config`.
             pipeline_kwargs: Generation options, such as `max_new_tokens`.
-            batch_size: Most rows that run beside each other.
+            batch_size: Maximum number of sequences that run at once.
             **kwargs: Fields of this class.
 
         Returns:
             An LLM that loads its weights on first use.
 
         Raises:
-            InvalidOptionError: If the task or backend is another one.
+            InvalidOptionError: If the task or the backend is another one.
         """
         if task != "text-generation":
             msg = f"task={task!r} is not possible; this class continues texts: task='text-generation'."
@@ -133,25 +139,22 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         if backend not in ("default", "pt", "ipex"):
             msg = f"backend={backend!r} is not possible; the models run in PyTorch: backend='default'."
             raise InvalidOptionError(msg)
-        given = {
-            "device": device,
-            "device_map": device_map,
-            "model_kwargs": model_kwargs,
-            "pipeline_kwargs": pipeline_kwargs,
-            "batch_size": batch_size,
-        }
-        return cls(model_id=model_id, **{k: v for k, v in given.items() if v is not None}, **kwargs)
+        kwargs |= {"model_kwargs": model_kwargs, "pipeline_kwargs": pipeline_kwargs, "batch_size": batch_size}
+        return cls(model_id=model_id, device=device, device_map=device_map, **kwargs)
 
     @classmethod
     def from_huggingface_pipeline(cls, llm: Any, **kwargs: Any) -> Self:
-        """Take over a langchain-huggingface `HuggingFacePipeline` with the weights it has loaded.
+        """Make an LLM over a langchain-huggingface `HuggingFacePipeline` and its loaded weights.
 
         Args:
-            llm: The `HuggingFacePipeline`; it stays usable.
+            llm: The `HuggingFacePipeline`; it can still be used.
             **kwargs: Fields of this class, such as `max_new_tokens`.
 
         Returns:
-            An LLM over the same pipeline, with its `pipeline_kwargs` as fields.
+            An LLM over the same pipeline, with the options of its `pipeline_kwargs`.
+
+        Raises:
+            InvalidOptionError: If it is no `HuggingFacePipeline`.
         """
         if not hasattr(llm, "pipeline_kwargs") or getattr(llm, "pipeline", None) is None:
             msg = f"from_huggingface_pipeline takes a langchain-huggingface HuggingFacePipeline, not {llm!r}."
@@ -161,11 +164,11 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         return cls(**{"pipeline": llm.pipeline, "model_id": llm.model_id or "", **given})
 
     def to_huggingface_pipeline(self) -> Any:
-        """Give the loaded weights to a langchain-huggingface `HuggingFacePipeline`.
+        """Make a langchain-huggingface `HuggingFacePipeline` over the loaded weights.
 
         Returns:
-            A `HuggingFacePipeline` over the same model, with the options of this instance but for `stop`,
-            `seed` and `n`, which it does not honour.
+            A `HuggingFacePipeline` over the same model, with the options of this instance except `stop`, `seed` and
+            `n`, which it does not support.
 
         Raises:
             MissingPackageError: If langchain-huggingface is not installed.
@@ -182,11 +185,11 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         kwargs |= {name: value for name in _LENGTHS if (value := getattr(options, name))}
         if options.do_sample:
             kwargs |= {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-        pipeline = self._loaded_pipeline()
+        pipeline = self.pipeline
         if pipeline.task == "image-text-to-text":
             kwargs = {"generate_kwargs": kwargs}
         return HuggingFacePipeline(
-            pipeline=with_options(pipeline, kwargs),  # as it takes options at the call alone
+            pipeline=with_options(pipeline, kwargs),  # HuggingFacePipeline passes options to its calls alone
             model_id=self.model_id,
             batch_size=self.batch_size or DEFAULT_ROWS,
             pipeline_kwargs=kwargs,
@@ -202,12 +205,12 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         with langchain_errors():
-            options, requests = self._plan(prompts, stop, kwargs)
-            answers, tokenizer = Answers(requests), self._loaded_pipeline().tokenizer
-            with self._submit(requests, options, in_pieces=False) as stream:
+            plan = self._plan(prompts, stop, kwargs)
+            answers = Answers(plan.requests)
+            with plan.submit(in_pieces=False) as stream:
                 for chunk in stream:
                     answers.add(chunk)
-            return self._result(prompts, options, answers, tokenizer)
+            return self._result(plan, answers)
 
     async def _agenerate(
         self,
@@ -217,12 +220,12 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         with langchain_errors():
-            options, requests = await self._aplan(self._plan, prompts, stop, kwargs)
-            answers, tokenizer = Answers(requests), self._loaded_pipeline().tokenizer
-            with self._submit(requests, options, in_pieces=False) as stream:
+            plan = await self._aplan(self._plan, prompts, stop, kwargs)
+            answers = Answers(plan.requests)
+            with plan.submit(in_pieces=False) as stream:
                 async for chunk in stream:
                     answers.add(chunk)
-            return self._result(prompts, options, answers, tokenizer)
+            return self._result(plan, answers)
 
     def _stream(
         self,
@@ -232,13 +235,12 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
         with langchain_errors():
-            options, requests = self._plan_stream(prompt, stop, kwargs)
-            convert = self._as_langchain(requests)
-            with self._submit(requests, options) as stream:
-                for given in itertools.chain(self._echo(prompt, options), map(convert, stream)):
+            plan = self._plan_stream(prompt, stop, kwargs)
+            with plan.submit() as stream:
+                for made in itertools.chain(self._echo(plan), (self._chunk(plan, chunk) for chunk in stream)):
                     if run_manager:
-                        run_manager.on_llm_new_token(given.text, chunk=given)
-                    yield given
+                        run_manager.on_llm_new_token(made.text, chunk=made)
+                    yield made
 
     async def _astream(
         self,
@@ -248,31 +250,30 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
         with langchain_errors():
-            options, requests = await self._aplan(self._plan_stream, prompt, stop, kwargs)
-            convert = self._as_langchain(requests)
-            with self._submit(requests, options) as stream:
-                for given in self._echo(prompt, options):
+            plan = await self._aplan(self._plan_stream, prompt, stop, kwargs)
+            with plan.submit() as stream:
+                for made in self._echo(plan):
                     if run_manager:
-                        await run_manager.on_llm_new_token(given.text, chunk=given)
-                    yield given
+                        await run_manager.on_llm_new_token(made.text, chunk=made)
+                    yield made
                 async for chunk in stream:
-                    given = convert(chunk)
+                    made = self._chunk(plan, chunk)
                     if run_manager:
-                        await run_manager.on_llm_new_token(given.text, chunk=given)
-                    yield given
+                        await run_manager.on_llm_new_token(made.text, chunk=made)
+                    yield made
 
     def generate(
         self, prompts: list[str], stop: list[str] | None = None, callbacks: Any = None, **kwargs: Any
     ) -> LLMResult:
-        """Complete prompts; as `BaseLLM.generate`, with the call's options in the cache's key."""
-        with noting(_call_options, _own_options(kwargs)):
+        """Complete prompts like `BaseLLM.generate`, with the call's options in the cache key."""
+        with setting(_call_options, _own_options(kwargs)):
             return super().generate(prompts, stop=stop, callbacks=callbacks, **kwargs)
 
     async def agenerate(
         self, prompts: list[str], stop: list[str] | None = None, callbacks: Any = None, **kwargs: Any
     ) -> LLMResult:
-        """Complete prompts; as `BaseLLM.agenerate`, with the call's options in the cache's key."""
-        with noting(_call_options, _own_options(kwargs)):
+        """Complete prompts like `BaseLLM.agenerate`, with the call's options in the cache key."""
+        with setting(_call_options, _own_options(kwargs)):
             return await super().agenerate(prompts, stop=stop, callbacks=callbacks, **kwargs)
 
     def batch(
@@ -287,13 +288,13 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
 
         Args:
             inputs: Prompts.
-            config: As for every Runnable; `max_concurrency` bounds how many run at once.
-            return_exceptions: Give a prompt's error in its place, and the others their texts;
-                otherwise the first error is raised and the rest is cancelled.
+            config: As for every Runnable; `max_concurrency` is the maximum number of prompts that run at once.
+            return_exceptions: Return an error in the place of its prompt's text. Otherwise the first error is raised
+                and the other prompts are cancelled.
             **kwargs: Options of the call.
 
         Returns:
-            The texts, and errors if asked for, in the order of the prompts.
+            The texts, and the errors with `return_exceptions`, in the order of the prompts.
         """
         if not return_exceptions or len(inputs) < 2:
             return super().batch(inputs, config, return_exceptions=return_exceptions, **kwargs)
@@ -306,15 +307,7 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
             except Exception as error:
                 return error
 
-        streams: list[ChunkStream] = []
-        with noting(STREAMS, streams), ContextThreadPoolExecutor(max_workers=workers) as executor:
-            try:
-                return list(executor.map(complete, inputs, configs))
-            except BaseException:  # Ctrl-C: the threads must not run on to the end of their texts
-                executor.shutdown(wait=False, cancel_futures=True)
-                for stream in streams:
-                    stream.close()
-                raise
+        return run_together(complete, inputs, configs, workers=workers)
 
     async def abatch(
         self,
@@ -329,61 +322,55 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
             return await super().abatch(inputs, config, return_exceptions=return_exceptions, **kwargs)
         return await super(BaseLLM, self).abatch(inputs, config, return_exceptions=True, **kwargs)
 
-    # Requests and answers.
+    # Plans and results.
 
-    def _plan(
-        self, prompts: Sequence[str], stop: Sequence[str] | None, call: Mapping[str, Any]
-    ) -> tuple[GenerationOptions, list[Request]]:
+    def _plan(self, prompts: Sequence[str], stop: Sequence[str] | None, call: Mapping[str, Any]) -> _Plan:
         for prompt in prompts:
             if not isinstance(prompt, str) or not prompt:
                 msg = f"the prompt is {prompt!r}; give a text of at least one character."
                 raise InvalidOptionError(msg)
         options = self._options(stop, call)
-        return options, [request for prompt in prompts for request in self._requests(prompt, options)]
+        engine = self._engine(options)
+        requests = [request for prompt in prompts for request in self._requests(prompt, options, engine=engine)]
+        return _Plan(
+            options=options, engine=engine, tokenizer=self.pipeline.tokenizer, requests=requests, prompts=prompts
+        )
 
-    def _plan_stream(
-        self, prompt: str, stop: Sequence[str] | None, call: Mapping[str, Any]
-    ) -> tuple[GenerationOptions, list[Request]]:
-        options, requests = self._plan([prompt], stop, call)
-        if options.n != 1:
-            msg = f"n={options.n} completions cannot share one stream; pass n=1, or use generate."
+    def _plan_stream(self, prompt: str, stop: Sequence[str] | None, call: Mapping[str, Any]) -> _Plan:
+        plan = self._plan([prompt], stop, call)
+        if plan.options.n != 1:
+            msg = f"n={plan.options.n} completions cannot share one stream; pass n=1, or use generate."
             raise InvalidOptionError(msg)
-        return options, requests
+        return plan
 
-    def _echo(self, prompt: str, options: GenerationOptions) -> list[GenerationChunk]:
-        return [GenerationChunk(text=prompt)] if options.return_full_text else []
+    def _echo(self, plan: _Plan) -> list[GenerationChunk]:
+        return [GenerationChunk(text=plan.prompts[0])] if plan.options.return_full_text else []
 
-    def _as_langchain(self, requests: Sequence[Request]) -> Any:
-        tokenizer = self._loaded_pipeline().tokenizer
+    def _chunk(self, plan: _Plan, chunk: Chunk) -> GenerationChunk:
+        info = completion_info(chunk, plan.requests[chunk.row], plan.tokenizer, self.model_id)
+        return GenerationChunk(text=chunk.text, generation_info=info or None)
 
-        def convert(chunk: Chunk) -> GenerationChunk:
-            info = completion_info(chunk, requests[chunk.row], tokenizer, self.model_id)
-            return GenerationChunk(text=chunk.text, generation_info=info or None)
-
-        return convert
-
-    def _result(
-        self, prompts: Sequence[str], options: GenerationOptions, answers: Answers, tokenizer: Any
-    ) -> LLMResult:
+    def _result(self, plan: _Plan, answers: Answers) -> LLMResult:
+        n = plan.options.n
         generations = [
             Generation(
-                text=(prompts[i // options.n] if options.return_full_text else "") + answer.text,
-                generation_info=completion_info(answer, answer.request, tokenizer, self.model_id),
+                text=(plan.prompts[i // n] if plan.options.return_full_text else "") + answer.text,
+                generation_info=completion_info(answer, answer.request, plan.tokenizer, self.model_id),
             )
             for i, answer in enumerate(answers.rows)
         ]
         usages = [answer.usage for answer in answers.rows if answer.usage]
-        prompt_tokens = sum(usage.prompt_tokens for usage in usages[:: options.n])
+        prompt_tokens = sum(usage.prompt_tokens for usage in usages[::n])
         completion_tokens = sum(usage.completion_tokens for usage in usages)
         return LLMResult(
-            generations=[generations[i : i + options.n] for i in range(0, len(generations), options.n)],
+            generations=[generations[i : i + n] for i in range(0, len(generations), n)],
             llm_output={
                 "model_name": self.model_id,
                 "token_usage": {
                     "prompt_tokens": prompt_tokens,
                     "completion_tokens": completion_tokens,
                     "total_tokens": prompt_tokens + completion_tokens,
-                    "cached_tokens": sum(usage.cached_tokens for usage in usages[:: options.n]),
+                    "cached_tokens": sum(usage.cached_tokens for usage in usages[::n]),
                 },
             },
         )
@@ -395,24 +382,18 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         return "quantized_huggingface"
 
     def asdict(self) -> dict[str, Any]:
-        """Give all that changes the output, the options of the call in progress included."""
-        # LangChain puts the call's stop strings in the place of the field's, so these go under a second name.
+        """Return all fields that change the output, and the options of the call in progress."""
+        # LangChain overwrites `stop` with the call's stop strings, so the field's go under a second name.
         stop = {} if self.stop is None else {"stop_strings": self.stop}
         return {**super().asdict(), **stop, **(_call_options.get() or {})}
 
-    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
-        """Give the standard parameters for tracing."""
-        params = super()._get_ls_params(stop=stop, **kwargs)
-        params["ls_model_type"] = "llm"
-        return params
-
     @classmethod
     def get_lc_namespace(cls) -> list[str]:
-        """Say where `load` finds the class."""
+        """Return the module where `load` finds the class."""
         return ["langchain_quantllm", "llms"]
 
 
 def _own_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what LangChain itself passes along with a call's options."""
+    """Leave out the arguments of LangChain's own among a call's options."""
     langchain = ("tags", "metadata", "run_name", "run_id")
     return {k: v for k, v in kwargs.items() if k not in langchain}

@@ -1,28 +1,30 @@
-"""Generation options: every name that is known, what it allows, and which layer wins.
+"""The generation options: their table, their checks, and which layer's value counts.
 
-Owns the table of options, their checks and aliases, and the one rule for defaults: the
-call's value, else the field's, else the checkpoint's generation config, else greedy with
-256 new tokens. Knows neither LangChain nor torch, and no tokenizer.
+Owns one table of options, `OPTIONS`, and the rule for defaults: the call's value, else the field's, else the
+checkpoint's generation config, else greedy decoding with 256 new tokens. Knows neither LangChain, torch nor a
+tokenizer.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
-from langchain_quantllm.data.counterparts import COUNTERPARTS, Kind, advice, names_advised, written
+from langchain_quantllm.data.counterparts import COUNTERPARTS, HARMLESS, Kind, advice, names_advised, written
 from langchain_quantllm.errors import InvalidOptionError, closest
 
 DEFAULT_MAX_NEW_TOKENS = 256
-"""Most tokens that a request makes where nothing else says how many."""
+"""New tokens of a request at most, if neither call, field nor checkpoint says."""
 
 BASE_ADAPTER = "base"
-"""Name that stands for the model without any adapter."""
+"""The adapter name that stands for the model without any adapter."""
 
 
-class _Check(NamedTuple):
+class Check(NamedTuple):
+    """A test of a value, and the values that pass it, in words."""
+
     passes: Callable[[Any], bool]
     allowed: str
 
@@ -44,183 +46,172 @@ def _is_strings(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(v, str) and v for v in value)
 
 
-def _at_least(low: int) -> _Check:
-    return _Check(lambda v: _is_int(v) and v >= low, f"a whole number of at least {low}")
+def _at_least(low: int) -> Check:
+    return Check(lambda v: _is_int(v) and v >= low, f"a whole number of at least {low}")
 
 
-_BOOL = _Check(lambda v: isinstance(v, bool), "True or False")
-_FRACTION = _Check(lambda v: _is_number(v) and 0 < v <= 1, "a number above 0 and up to 1")
-_CUTOFF = _Check(lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 to below 1")
-_POSITIVE = _Check(lambda v: _is_number(v) and v > 0, "a number above 0")
-_ANY = _Check(lambda v: True, "what transformers' GenerationConfig takes")
-
-OWN: Mapping[str, _Check] = {
-    "max_new_tokens": _at_least(1),
-    "max_length": _at_least(1),
-    "min_new_tokens": _at_least(0),
-    "min_length": _at_least(0),
-    "do_sample": _BOOL,
-    "temperature": _Check(lambda v: _is_number(v) and v >= 0, "a number of at least 0, where 0 is greedy"),
-    "top_k": _Check(lambda v: _is_int(v) and v >= 0, "a whole number of at least 0, where 0 keeps every token"),
-    "top_p": _FRACTION,
-    "min_p": _Check(lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1"),
-    "top_h": _FRACTION,
-    "typical_p": _FRACTION,
-    "epsilon_cutoff": _CUTOFF,
-    "eta_cutoff": _CUTOFF,
-    "repetition_penalty": _POSITIVE,
-    "seed": _Check(_is_int, "a whole number"),
-    "n": _at_least(1),
-    "stop": _Check(_is_strings, "a list of strings, none of them empty"),
-    "ignore_eos": _BOOL,
-    "logprobs": _Check(
-        lambda v: isinstance(v, bool) or (_is_int(v) and v >= 0), "True, or how many alternatives to list as well"
-    ),
-    "truncation": _Check(lambda v: isinstance(v, bool) or v in ("left", "right"), "True, False, 'left' or 'right'"),
-    "return_full_text": _BOOL,
-    "add_special_tokens": _BOOL,
-    "skip_special_tokens": _BOOL,
-    "timeout": _Check(lambda v: _is_number(v) and v > 0, "a number of seconds above 0"),
-    "eos_token_id": _Check(_is_ids, "a token id, or a list of them"),
-    "adapter": _Check(lambda v: isinstance(v, str) and bool(v), f"the name of an adapter, or {BASE_ADAPTER!r}"),
-}
-"""Options that every engine carries out itself, row by row."""
-
-GENERATE: Mapping[str, _Check] = {
-    "num_beams": _at_least(1),
-    "early_stopping": _ANY,
-    "length_penalty": _Check(_is_number, "a number"),
-    "no_repeat_ngram_size": _at_least(0),
-    "encoder_no_repeat_ngram_size": _at_least(0),
-    "encoder_repetition_penalty": _POSITIVE,
-    "bad_words_ids": _ANY,
-    "sequence_bias": _ANY,
-    "suppress_tokens": _ANY,
-    "begin_suppress_tokens": _ANY,
-    "forced_bos_token_id": _ANY,
-    "forced_eos_token_id": _ANY,
-    "exponential_decay_length_penalty": _ANY,
-    "remove_invalid_values": _BOOL,
-    "renormalize_logits": _BOOL,
-    "guidance_scale": _Check(_is_number, "a number"),
-    "prompt_lookup_num_tokens": _at_least(1),
-    "max_matching_ngram_size": _at_least(1),
-    "max_time": _POSITIVE,
-    "use_cache": _BOOL,
-    "cache_implementation": _ANY,
-    "cache_config": _ANY,
-    "max_cache_len": _at_least(1),
-    "prefill_chunk_size": _at_least(1),
-    "compile_config": _ANY,
-    "disable_compile": _BOOL,
-    "pad_token_id": _ANY,
-    "bos_token_id": _ANY,
-    "decoder_start_token_id": _ANY,
-}
-"""Fields of transformers' GenerationConfig that the pipeline engine hands to `generate` as they are."""
-
-INERT = frozenset(
-    {
-        "early_stopping",
-        "length_penalty",
-        "max_matching_ngram_size",
-        "renormalize_logits",
-        "cache_implementation",
-        "cache_config",
-        "max_cache_len",
-        "prefill_chunk_size",
-        "compile_config",
-        "disable_compile",
-        "pad_token_id",
-        "bos_token_id",
-        "decoder_start_token_id",
-    }
+_BOOL = Check(lambda v: isinstance(v, bool), "True or False")
+_INT = Check(_is_int, "a whole number")
+_NUMBER = Check(_is_number, "a number")
+_FRACTION = Check(lambda v: _is_number(v) and 0 < v <= 1, "a number above 0 and up to 1")
+_CUTOFF = Check(lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 to below 1")
+_POSITIVE = Check(lambda v: _is_number(v) and v > 0, "a number above 0")
+_SECONDS = Check(_POSITIVE.passes, "a number of seconds above 0")
+_TEMPERATURE = Check(lambda v: _is_number(v) and v >= 0, "a number of at least 0, where 0 is greedy")
+_TOP_K = Check(lambda v: _is_int(v) and v >= 0, "a whole number of at least 0, where 0 keeps every token")
+_MIN_P = Check(lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1")
+_STRINGS = Check(_is_strings, "a list of strings, none of them empty")
+_LOGPROBS = Check(
+    lambda v: isinstance(v, bool) or (_is_int(v) and v >= 0), "True, or how many alternatives to list as well"
 )
-"""Fields about caches, padding, compiling and beams: no token of a row that runs without beams depends on them."""
+_SIDE = Check(lambda v: isinstance(v, bool) or v in ("left", "right"), "True, False, 'left' or 'right'")
+_IDS = Check(_is_ids, "a token id, or a list of them")
+_ADAPTER = Check(lambda v: isinstance(v, str) and bool(v), f"the name of an adapter, or {BASE_ADAPTER!r}")
+ANY = Check(lambda v: True, "a value that transformers' GenerationConfig takes")
 
-_WITHOUT_EFFECT: Mapping[str, tuple[Any, ...] | None] = {
-    "use_cache": (True,),
-    "remove_invalid_values": (False,),
-    "guidance_scale": (1, 1.0),
-    "no_repeat_ngram_size": (0,),
-    "encoder_no_repeat_ngram_size": (0,),
-    "encoder_repetition_penalty": (1, 1.0),
-    **dict.fromkeys(INERT),
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """An option: its check, and who carries it out.
+
+    Args:
+        check: The values that are allowed.
+        aliases: Other names of it.
+        samples: A layer that names it asks for sampling.
+        pipeline_only: Only the pipeline engine carries it out, by transformers' `generate`.
+        neutral: Values of a pipeline-only option that change no text, so that any engine may run the request.
+        inert: No text depends on it without beam search: it is about caches, padding, compiling or beams.
+        changes_scores: It changes the scores before a token is chosen, so `logprobs` would report other ones.
+        is_whole: The pipeline engine runs a sequence with it alone, in one `generate` without a sampler of ours.
+    """
+
+    check: Check = ANY
+    aliases: tuple[str, ...] = ()
+    samples: bool = False
+    pipeline_only: bool = False
+    neutral: tuple[Any, ...] = ()
+    inert: bool = False
+    changes_scores: bool = False
+    is_whole: bool = False
+
+
+def _option(default: Any, check: Check, **more: Any) -> Any:
+    """Declare a field of `GenerationOptions` and its entry in `OPTIONS`."""
+    return field(default=default, metadata={"option": Option(check=check, **more)})
+
+
+def _sampling(default: Any, check: Check, **more: Any) -> Any:
+    return _option(default, check, samples=True, **more)
+
+
+def _rare_sampling(default: float, check: Check) -> Any:
+    return _sampling(default, check, pipeline_only=True, neutral=(default,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """The options of one call, with every default in place. Lengths are in tokens.
+
+    Each field but the last two is an option, with its check, in `OPTIONS`.
+    """
+
+    max_new_tokens: int | None = _option(DEFAULT_MAX_NEW_TOKENS, _at_least(1), aliases=("max_tokens",))
+    """None if `max_length` alone bounds the text."""
+    max_length: int | None = _option(None, _at_least(1))
+    min_new_tokens: int = _option(0, _at_least(0))
+    min_length: int = _option(0, _at_least(0))
+    do_sample: bool = _option(False, _BOOL)
+    temperature: float = _sampling(1.0, _TEMPERATURE)
+    top_k: int = _sampling(0, _TOP_K)
+    top_p: float = _sampling(1.0, _FRACTION)
+    min_p: float = _sampling(0.0, _MIN_P)
+    top_h: float = _rare_sampling(1.0, _FRACTION)
+    typical_p: float = _rare_sampling(1.0, _FRACTION)
+    epsilon_cutoff: float = _rare_sampling(0.0, _CUTOFF)
+    eta_cutoff: float = _rare_sampling(0.0, _CUTOFF)
+    repetition_penalty: float = _option(1.0, _POSITIVE)
+    seed: int | None = _option(None, _INT)
+    n: int = _option(1, _at_least(1), aliases=("num_return_sequences",))
+    stop: tuple[str, ...] = _option((), _STRINGS, aliases=("stop_sequence", "stop_strings"))
+    ignore_eos: bool = _option(False, _BOOL)
+    logprobs: int | None = _option(None, _LOGPROBS, aliases=("top_logprobs",))
+    """How many alternatives to report for each token; None reports no log probabilities."""
+    truncation: bool | str = _option(False, _SIDE)
+    return_full_text: bool = _option(False, _BOOL)
+    add_special_tokens: bool = _option(True, _BOOL)
+    skip_special_tokens: bool = _option(True, _BOOL)
+    timeout: float | None = _option(None, _SECONDS)
+    eos_token_id: tuple[int, ...] | None = _option(None, _IDS)
+    adapter: str | None = _option(None, _ADAPTER)
+    """The adapter's name or `BASE_ADAPTER`; None runs the model as it is."""
+    asked_new_tokens: bool = False
+    """Whether the user, and not a default, chose `max_new_tokens`."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Options that are handed to transformers' `generate`, by name."""
+
+
+OWN: Mapping[str, Option] = {f.name: f.metadata["option"] for f in fields(GenerationOptions) if "option" in f.metadata}
+"""Options that are fields of `GenerationOptions`."""
+
+
+def _handed_on(check: Check = ANY, **more: Any) -> Option:
+    return Option(check=check, pipeline_only=True, **more)
+
+
+_CHANGES_SCORES, _INERT = _handed_on(changes_scores=True), _handed_on(inert=True)
+
+HANDED_ON: Mapping[str, Option] = {
+    "num_beams": _handed_on(_at_least(1), is_whole=True),
+    "prompt_lookup_num_tokens": _handed_on(_at_least(1), is_whole=True),
+    "no_repeat_ngram_size": _handed_on(_at_least(0), neutral=(0,), changes_scores=True),
+    "encoder_no_repeat_ngram_size": _handed_on(_at_least(0), neutral=(0,), changes_scores=True),
+    "encoder_repetition_penalty": _handed_on(_POSITIVE, neutral=(1,), changes_scores=True),
+    **dict.fromkeys(("bad_words_ids", "sequence_bias", "exponential_decay_length_penalty"), _CHANGES_SCORES),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), _CHANGES_SCORES),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id"), _CHANGES_SCORES),
+    "guidance_scale": _handed_on(_NUMBER, neutral=(1,), changes_scores=True),
+    "max_time": _handed_on(_POSITIVE),
+    "use_cache": _handed_on(_BOOL, neutral=(True,)),
+    "remove_invalid_values": _handed_on(_BOOL, neutral=(False,)),
+    "length_penalty": _handed_on(_NUMBER, inert=True),
+    "max_matching_ngram_size": _handed_on(_at_least(1), inert=True),
+    "renormalize_logits": _handed_on(_BOOL, inert=True),
+    "max_cache_len": _handed_on(_at_least(1), inert=True),
+    "prefill_chunk_size": _handed_on(_at_least(1), inert=True),
+    "disable_compile": _handed_on(_BOOL, inert=True),
+    **dict.fromkeys(("early_stopping", "cache_implementation", "cache_config", "compile_config"), _INERT),
+    **dict.fromkeys(("pad_token_id", "bos_token_id", "decoder_start_token_id"), _INERT),
 }
-"""Fields that do not change the text where there are neither beams nor padding; None stands for every value."""
+"""Fields of transformers' GenerationConfig that the pipeline engine hands to `generate` unchanged."""
 
-_RARE_SAMPLERS = {"top_h": 1.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+OPTIONS: Mapping[str, Option] = {**OWN, **HANDED_ON}
+"""Every option, by its name."""
 
-_PROCESSORS = frozenset(
-    {
-        "no_repeat_ngram_size",
-        "encoder_no_repeat_ngram_size",
-        "encoder_repetition_penalty",
-        "bad_words_ids",
-        "sequence_bias",
-        "suppress_tokens",
-        "begin_suppress_tokens",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "exponential_decay_length_penalty",
-        "guidance_scale",
-    }
-)
-"""Those of them that change the scores before a token is chosen."""
+INERT = frozenset(name for name, option in OPTIONS.items() if option.inert)
+"""Options about caches, padding, compiling and beams: without beams, no text depends on them."""
 
-_ALIASES: Mapping[str, str] = {
-    "max_tokens": "max_new_tokens",
-    "num_return_sequences": "n",
-    "stop_sequence": "stop",
-    "stop_strings": "stop",
-    "top_logprobs": "logprobs",
-}
-_SAMPLERS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-_HARMLESS: Mapping[str, tuple[Any, ...]] = {  # values that ask for what happens anyway
-    "clean_up_tokenization_spaces": (False,),
-    "return_text": (True,),
-    "return_tensors": (False,),
-    "return_dict_in_generate": (False,),
-    "output_scores": (False,),
-    "output_attentions": (False,),
-    "output_hidden_states": (False,),
-    "output_logits": (False,),
-    "prefix": ("",),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "mirostat": (0,),
-    "tfs_z": (1,),
-    "best_of": (1,),
-    "echo": (False,),
-}
+ALIASES: Mapping[str, str] = {alias: name for name, option in OPTIONS.items() for alias in option.aliases}
+"""Other names of options."""
 
-_COMMON = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")
-"""The options that most calls are content with."""
-
-
-def option_names() -> list[str]:
-    """List every option that may be given at a call, aliases included."""
-    return [*OWN, *GENERATE, *_ALIASES, "pipeline_kwargs", "skip_prompt", "handle_long_generation"]
-
-
-_KNOWN = frozenset(option_names())
+OPTION_NAMES = frozenset({*OPTIONS, *ALIASES, "pipeline_kwargs", "skip_prompt", "handle_long_generation"})
+"""Every name that a call takes, aliases included."""
 
 
 class Place(NamedTuple):
-    """Where options are given, for the words of an error.
+    """The place of options, for the words of an error: a class, and its constructor or its calls.
 
     Args:
-        kind: The class that is asked.
-        owner: Its name.
+        kind: The kind of the class.
+        owner: Name of the class.
         fields: Names of its fields.
         calls: Names of the options of a call.
-        at_call: Whether it is a call's options, or what the object is made with.
+        at_call: True for the options of a call, False for the arguments of the constructor.
     """
 
     kind: Kind = "llm"
     owner: str = "QuantizedHuggingFaceLLM"
     fields: frozenset[str] = frozenset()
-    calls: frozenset[str] = _KNOWN
+    calls: frozenset[str] = OPTION_NAMES
     at_call: bool = True
 
 
@@ -228,17 +219,16 @@ def normalize(given: Mapping[str, Any], *, lenient: bool = False, place: Place =
     """Check options and translate their aliases.
 
     Args:
-        given: Options by any known name; None means not given. `pipeline_kwargs` may hold
-            more of them, which count as if given beside it.
-        lenient: Leave out what is unknown or not allowed instead of raising. For values that
-            come out of a checkpoint, not from a user.
-        place: Where they are given.
+        given: Options by any known name; None means not given. `pipeline_kwargs` may hold more of them, which count
+            as if given beside it.
+        lenient: Leave out unknown names and wrong values instead of raising, for options that a checkpoint stores.
+        place: The class, and whether it is its constructor or a call.
 
     Returns:
-        The options under the names of `OWN` and `GENERATE`.
+        The options under the names of `OPTIONS`.
 
     Raises:
-        InvalidOptionError: If a name is unknown or refused, or a value is not allowed.
+        InvalidOptionError: If a name is unknown, a value is not allowed, or two names of one option contradict.
     """
     options: dict[str, Any] = {}
     for name, value in given.items():
@@ -250,52 +240,49 @@ def normalize(given: Mapping[str, Any], *, lenient: bool = False, place: Place =
         if name == "pipeline_kwargs":
             options.update(normalize(value, lenient=lenient, place=place))
             continue
-        if lenient and name not in _KNOWN:
+        if lenient and name not in OPTION_NAMES:
             continue
         try:
-            canonical, checked = _normalize_one(name, value, place)
+            option, checked = _normalize_one(name, value, place)
         except InvalidOptionError:
             if lenient:
                 continue
             raise
-        if canonical == "logprobs" and checked is True and options.get(canonical):
-            continue  # top_logprobs said it already, and how many
-        if canonical in options and options[canonical] not in (checked, True) and not lenient:
-            msg = f"{name}={value!r} contradicts {canonical}={options[canonical]!r}; give one of them."
+        if option is None or (option == "logprobs" and checked is True and options.get(option)):
+            continue  # a value without effect, or logprobs=True after top_logprobs, which says how many
+        if option in options and options[option] not in (checked, True) and not lenient:
+            msg = f"{name}={value!r} contradicts {option}={options[option]!r}; give one of them."
             raise InvalidOptionError(msg)
-        if canonical:
-            options[canonical] = checked
+        options[option] = checked
     return options
 
 
-def _normalize_one(name: str, value: Any, place: Place) -> tuple[str, Any]:
+def _normalize_one(name: str, value: Any, place: Place) -> tuple[str | None, Any]:
+    """Return the option's own name and its value; None as the name if the value changes nothing."""
     if name == "skip_prompt":
         name, value = "return_full_text", not value
-    elif name == "handle_long_generation" and value == "hole":
-        name, value = "truncation", "left"
     elif name == "handle_long_generation":
-        msg = f"{name}={value!r} is not allowed; it must be 'hole', which is truncation='left' here."
-        raise InvalidOptionError(msg)
-    name = _ALIASES.get(name, name)
+        if value != "hole":
+            msg = f"{name}={value!r} is not allowed; it must be 'hole', which is truncation='left' here."
+            raise InvalidOptionError(msg)
+        name, value = "truncation", "left"
+    name = ALIASES.get(name, name)
     if name == "stop" and isinstance(value, str):
         value = [value]
-    if name == "top_k" and value == -1:  # how other servers say that every token stays
+    if name == "top_k" and value == -1:  # other servers' way to keep every token
         value = 0
-    if name in _HARMLESS and value in _HARMLESS[name]:
-        return "", None
-    check = OWN.get(name) or GENERATE.get(name)
-    if check is None:
+    if name in HARMLESS and value == HARMLESS[name]:
+        return None, None
+    if (option := OPTIONS.get(name)) is None:
         raise InvalidOptionError(_unknown(name, value, place))
-    if not check.passes(value):
-        msg = f"{name}={value!r} is not allowed; it must be {check.allowed}."
+    if not option.check.passes(value):
+        msg = f"{name}={value!r} is not allowed; it must be {option.check.allowed}."
         raise InvalidOptionError(msg)
-    if isinstance(value, list) and name in OWN:
-        value = tuple(value)
-    return name, value
+    return name, tuple(value) if isinstance(value, list) and name in OWN else value
 
 
 def _unknown(name: str, value: Any, place: Place) -> str:
-    """Say what to do for a name that is no option: the counterpart of another library's, or the nearest name."""
+    """Say what to do about an unknown name: the advice for another library's name, or the nearest known name."""
     if (told := _advice(name, place)) is not None:
         return f"{written(name, value)} is no option here; {told}."
     if place.at_call and name in place.fields:
@@ -304,13 +291,14 @@ def _unknown(name: str, value: Any, place: Place) -> str:
     known = place.calls if place.at_call else place.calls | place.fields
     meant = closest(name, known | COUNTERPARTS.keys())
     if meant is not None and meant not in known and closest(name, COUNTERPARTS, cutoff=0.8) is None:
-        meant = closest(name, known)  # of names that are many, and none of ours, the nearest is seldom meant
+        meant = closest(name, known)  # other libraries' names are many, so only a very near one is meant
     if meant is not None and meant not in known and (told := _advice(meant, place)) is not None:
         return f"{what}; if {meant!r} is meant: {told}."
     if meant is not None:
         return f"{what}; did you mean {meant!r}?"
-    common = (*(() if place.at_call else ("model_id", "quantization")), *_COMMON)
-    return f"{what}; the most used are {', '.join(common)}, and help({place.owner}) has them all."
+    common = "max_new_tokens, temperature, top_p, top_k, seed, stop"
+    common = common if place.at_call else f"model_id, quantization, {common}"
+    return f"{what}; the most used are {common}, and help({place.owner}) has them all."
 
 
 def _advice(name: str, place: Place) -> str | None:
@@ -320,57 +308,16 @@ def _advice(name: str, place: Place) -> str | None:
     return told
 
 
-@dataclass(frozen=True, kw_only=True)
-class GenerationOptions:
-    """What one call asks for, with every default in place. Lengths are in tokens.
-
-    `max_new_tokens` is None where only `max_length` bounds the text. `logprobs` is None where
-    none were asked for, else how many alternatives to list. `extra` holds the fields of
-    transformers' GenerationConfig that only the pipeline engine carries out.
-    """
-
-    max_new_tokens: int | None = DEFAULT_MAX_NEW_TOKENS
-    max_length: int | None = None
-    min_new_tokens: int = 0
-    min_length: int = 0
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    top_h: float = 1.0
-    typical_p: float = 1.0
-    epsilon_cutoff: float = 0.0
-    eta_cutoff: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    n: int = 1
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
-    logprobs: int | None = None
-    truncation: bool | str = False
-    return_full_text: bool = False
-    add_special_tokens: bool = True
-    skip_special_tokens: bool = True
-    timeout: float | None = None
-    eos_token_id: tuple[int, ...] | None = None
-    adapter: str | None = None
-    """Name of the adapter that the row runs with, or `BASE_ADAPTER`; None takes the model as it is."""
-    asked_new_tokens: bool = False
-    """Whether the user, and not a default, chose `max_new_tokens`."""
-    extra: Mapping[str, Any] = field(default_factory=dict)
-
-
 def resolve(layers: Sequence[Mapping[str, Any]], checkpoint: Mapping[str, Any]) -> GenerationOptions:
-    """Put layers of options over each other and fill in what none of them says.
+    """Merge layers of options and fill in the defaults.
 
-    A layer that names a temperature above 0, or another sampling option, without `do_sample`
-    asks for sampling; temperature 0 asks for none, whatever else its layer says. In one layer `max_new_tokens` and
+    A layer that names a temperature above 0, or another sampling option, without `do_sample` asks for sampling;
+    temperature 0 asks for greedy decoding, whatever else its layer says. In one layer `max_new_tokens` and
     `max_length` may stand together; a layer that names either hides both of those below.
 
     Args:
-        layers: Normalized options, the strongest first: the call's, then the fields'.
-        checkpoint: The checkpoint's generation config, normalized; weakest of all.
+        layers: Normalized options, the strongest layer first: the call's, then the fields'.
+        checkpoint: The checkpoint's generation config, normalized; the weakest layer.
 
     Returns:
         The options with every default in place.
@@ -382,11 +329,8 @@ def resolve(layers: Sequence[Mapping[str, Any]], checkpoint: Mapping[str, Any]) 
     asked_new_tokens = False
     for layer in reversed([*layers, checkpoint]):
         values = dict(layer)
-        if "do_sample" not in values and layer is not checkpoint and (given := values.keys() & set(_SAMPLERS)):
-            if values.get("temperature") == 0:
-                values["do_sample"] = False
-            elif given:
-                values["do_sample"] = True
+        if "do_sample" not in values and layer is not checkpoint and any(OPTIONS[name].samples for name in values):
+            values["do_sample"] = values.get("temperature") != 0
         if values.get("do_sample") and merged.get("temperature") == 0:  # of a weaker layer
             del merged["temperature"]
         if "max_new_tokens" in values or "max_length" in values:
@@ -401,7 +345,7 @@ def resolve(layers: Sequence[Mapping[str, Any]], checkpoint: Mapping[str, Any]) 
         merged["logprobs"] = 0 if logprobs else None
     if isinstance(eos := merged.get("eos_token_id"), int):
         merged["eos_token_id"] = (eos,)
-    extra = {name: merged.pop(name) for name in list(merged) if name in GENERATE}
+    extra = {name: merged.pop(name) for name in list(merged) if name in HANDED_ON}
     if extra.get("num_beams") == 1:
         del extra["num_beams"]
     if not {"max_new_tokens", "max_length"} & merged.keys():
@@ -418,29 +362,29 @@ def needs_generate(options: GenerationOptions) -> str | None:
         options: The options of a call.
 
     Returns:
-        It with its value, as a user would write it; None where there is none.
+        The option and its value, as a user would write them; None if there is none.
     """
-    for name, value in options.extra.items():
-        harmless = _WITHOUT_EFFECT.get(name, ())
-        if harmless is not None and value not in harmless:
+    rare = {name: getattr(options, name) for name in _RARE_SAMPLING} if options.do_sample else {}
+    for name, value in {**options.extra, **rare}.items():
+        if not OPTIONS[name].inert and value not in OPTIONS[name].neutral:
             return f"{name}={value!r}"
-    for name, default in _RARE_SAMPLERS.items():
-        if options.do_sample and getattr(options, name) != default:
-            return f"{name}={getattr(options, name)!r}"
     return None
 
 
+_RARE_SAMPLING = tuple(name for name, option in OWN.items() if option.pipeline_only)
+
+
 def _check_together(options: GenerationOptions) -> None:
-    whole = [name for name in ("num_beams", "prompt_lookup_num_tokens") if name in options.extra]
-    if whole and options.do_sample:
-        msg = f"{whole[0]}={options.extra[whole[0]]} cannot sample with a seed of its own; add do_sample=False."
+    whole = next((name for name in HANDED_ON if name in options.extra and OPTIONS[name].is_whole), None)
+    if whole is not None and options.do_sample:
+        msg = f"{whole}={options.extra[whole]} cannot sample with a seed of its own; add do_sample=False."
         raise InvalidOptionError(msg)
-    if whole and options.logprobs is not None:
-        msg = f"logprobs and {whole[0]} do not go together; leave one of them out."
+    if whole is not None and options.logprobs is not None:
+        msg = f"logprobs and {whole} do not go together; leave one of them out."
         raise InvalidOptionError(msg)
-    processed = sorted(options.extra.keys() & _PROCESSORS)
-    if processed and options.logprobs is not None:
-        msg = f"logprobs would be those after {processed[0]}; leave one of the two out."
+    changed = min((name for name in options.extra if OPTIONS[name].changes_scores), default=None)
+    if changed is not None and options.logprobs is not None:
+        msg = f"logprobs would be those after {changed}; leave one of the two out."
         raise InvalidOptionError(msg)
     if options.max_new_tokens is not None and options.min_new_tokens > options.max_new_tokens:
         msg = (

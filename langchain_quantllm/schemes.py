@@ -1,8 +1,7 @@
-"""Quantization schemes: small frozen values, and the table that names them.
+"""The quantization schemes: frozen values, and the table of their names.
 
-Owns what a scheme is called, its options with their checks, the packages it needs, and
-how transformers is told to load it. Imports neither torch nor transformers until a
-transformers config is asked for, and reads no checkpoint.
+Owns a scheme's name, its options with their checks, the packages it needs, and its transformers config. Imports torch
+and transformers only to make such a config, and reads no checkpoint.
 """
 
 from __future__ import annotations
@@ -13,10 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from langchain_quantllm.data.counterparts import SCHEME_COUNTERPARTS
 from langchain_quantllm.errors import InvalidOptionError, NamedOptions, nearest
 
 FLOAT_DTYPES = ("float16", "bfloat16", "float32")
-"""Names of the dtypes that weights may be held or computed in."""
+"""Names of the dtypes of unquantized weights and of computations."""
 
 BITSANDBYTES_OPTIONS = (
     "quant_method",
@@ -36,12 +36,12 @@ BITSANDBYTES_OPTIONS = (
 """Keys of transformers' `BitsAndBytesConfig` in its dict form."""
 
 GPTQ_BITS = (2, 3, 4, 8)
-"""Bits that a weight of a GPTQ checkpoint may have."""
+"""Bits of a weight that GPTQ checkpoints have."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme(NamedOptions):
-    """How the weights of a model are held in memory. Base of the schemes below."""
+    """The form of a model's weights in memory. Base of the schemes below."""
 
     _MEANT: ClassVar[Mapping[str, str]] = {
         "llm_int8_threshold": "threshold",
@@ -62,15 +62,16 @@ class Scheme(NamedOptions):
     packages: ClassVar[tuple[str, ...]] = ()
     """Import names of the packages that loading needs."""
     calibrated: ClassVar[bool] = False
-    """Whether making such a checkpoint takes calibration data, so it cannot be made while loading."""
+    """Whether quantizing takes calibration data, so that a checkpoint cannot be quantized while it loads."""
 
     @property
     def weight_bits(self) -> int | None:
-        """Bits that one quantized weight takes, without its scales; None for unquantized ones."""
-        return None
+        """Bits of one quantized weight, without its scales; None if it is unquantized or they are not known."""
+        bits: int | None = getattr(self, "bits", None)
+        return bits
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the name and the options that differ from their defaults, ready for JSON."""
+        """Return the name and the options that differ from their defaults, ready for JSON."""
         options = {
             f.name: list(value) if isinstance(value := getattr(self, f.name), tuple) else value
             for f in dataclasses.fields(self)
@@ -85,12 +86,12 @@ class Scheme(NamedOptions):
             dtype: Name of the dtype that the rest of the model is loaded in, such as `"bfloat16"`.
 
         Returns:
-            The config object, or None where the weights stay unquantized.
+            The config; None if transformers needs none.
         """
         return None
 
     def _check_choice(self, option: str, allowed: tuple[Any, ...], none: str | None = None) -> None:
-        """Check an option's value; `none` says what None stands for, where it is allowed."""
+        """Check an option's value; `none` is the meaning of None, if None is allowed."""
         value = getattr(self, option)
         if value not in allowed and (value is not None or none is None):
             listed = ", ".join(repr(a) for a in allowed) + (f", or None for {none}" if none else "")
@@ -115,9 +116,9 @@ _HEADS = ("lm_head", "embed_out")
 
 
 def _with_heads(skip_modules: tuple[str, ...]) -> list[str] | None:
-    """Keep the output head unquantized beside what a user names.
+    """Add the output head to the modules that stay unquantized.
 
-    transformers leaves it out by itself only where no list is given.
+    transformers leaves it out by itself only if no list is given.
     Source: HfQuantizer.get_modules_to_not_convert in transformers/quantizers/base.py.
     """
     return list(dict.fromkeys([*skip_modules, *_HEADS])) if skip_modules else None
@@ -125,7 +126,7 @@ def _with_heads(skip_modules: tuple[str, ...]) -> list[str] | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Unquantized(Scheme):
-    """Weights as they are, in the `dtype` of the model."""
+    """Unquantized weights, in the `dtype` of the model."""
 
     name: ClassVar[str] = "none"
 
@@ -135,33 +136,29 @@ class Int8(Scheme):
     """LLM.int8() of bitsandbytes: 8-bit rows, outlier features in 16 bits.
 
     Args:
-        threshold: Activations of at least this magnitude are multiplied in 16 bits. 0 turns
-            the split off. Source: https://arxiv.org/abs/2208.07339, section 3.2.
-        skip_modules: Names of modules left unquantized, beside the output head.
-        fp32_cpu_offload: Let modules that `device_map` puts on the CPU stay there in float32.
+        threshold: Activations of at least this magnitude are multiplied in 16 bits; 0 multiplies all in 8 bits.
+            Source: https://arxiv.org/abs/2208.07339, section 3.2.
+        skip_modules: Names of modules that stay unquantized, as the output head does.
+        fp32_cpu_offload: Keep modules that `device_map` puts on the CPU in float32.
 
     Raises:
-        InvalidOptionError: If the threshold is negative, or names are no list of strings.
+        InvalidOptionError: If the threshold is negative, or `skip_modules` is no list of strings.
     """
 
     name: ClassVar[str] = "int8"
     packages: ClassVar[tuple[str, ...]] = ("bitsandbytes", "accelerate")
+    bits: ClassVar[int] = 8
     threshold: float = 6.0
     skip_modules: tuple[str, ...] = ()
     fp32_cpu_offload: bool = False
 
     def __post_init__(self) -> None:
         """Check the options."""
-        if not isinstance(self.threshold, int | float) or not self.threshold >= 0:  # nan is not
+        if not isinstance(self.threshold, int | float) or not self.threshold >= 0:  # False for nan too
             msg = f"threshold={self.threshold!r} must be a number of at least 0; bitsandbytes' own is 6.0."
             raise InvalidOptionError(msg)
         self._check_flags("fp32_cpu_offload")
         self._freeze_names("skip_modules")
-
-    @property
-    def weight_bits(self) -> int:
-        """Bits that one quantized weight takes."""
-        return 8
 
     def transformers_config(self, dtype: str) -> Any:
         """Build transformers' `BitsAndBytesConfig(load_in_8bit=True)`."""
@@ -178,6 +175,7 @@ class Int8(Scheme):
 @dataclass(frozen=True, kw_only=True)
 class _BitsAndBytes4bit(Scheme):
     packages: ClassVar[tuple[str, ...]] = ("bitsandbytes", "accelerate")
+    bits: ClassVar[int] = 4
     compute_dtype: str | None = None
     double_quantization: bool = False
     storage_dtype: str = "uint8"
@@ -186,7 +184,7 @@ class _BitsAndBytes4bit(Scheme):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        for option in ("compute_dtype", "storage_dtype"):  # torch dtypes are welcome, their names are kept
+        for option in ("compute_dtype", "storage_dtype"):  # torch's dtypes are taken as well, by their names
             value = getattr(self, option)
             if value is not None:
                 object.__setattr__(self, option, str(value).removeprefix("torch."))
@@ -194,11 +192,6 @@ class _BitsAndBytes4bit(Scheme):
         self._check_choice("storage_dtype", ("uint8", *FLOAT_DTYPES))
         self._check_flags("double_quantization", "fp32_cpu_offload")
         self._freeze_names("skip_modules")
-
-    @property
-    def weight_bits(self) -> int:
-        """Bits that one quantized weight takes."""
-        return 4
 
     def transformers_config(self, dtype: str) -> Any:
         """Build transformers' `BitsAndBytesConfig(load_in_4bit=True)`."""
@@ -221,11 +214,11 @@ class NF4(_BitsAndBytes4bit):
     """4-bit NormalFloat of bitsandbytes, with one scale per 64 weights.
 
     Args:
-        compute_dtype: Dtype of the products; None takes the dtype of the model.
-        double_quantization: Hold the scales in 8 bits too, about 0.4 bits a weight less.
-        storage_dtype: Dtype of the tensor that the packed weights lie in.
-        skip_modules: Names of modules left unquantized, beside the output head.
-        fp32_cpu_offload: Let modules that `device_map` puts on the CPU stay there in float32.
+        compute_dtype: Dtype of the matrix products; None takes the dtype of the model.
+        double_quantization: Quantize the scales to 8 bits too, which saves about 0.4 bits a weight.
+        storage_dtype: Dtype of the tensor of the packed weights.
+        skip_modules: Names of modules that stay unquantized, as the output head does.
+        fp32_cpu_offload: Keep modules that `device_map` puts on the CPU in float32.
 
     Raises:
         InvalidOptionError: If an option has a value that is not allowed.
@@ -238,29 +231,31 @@ class NF4(_BitsAndBytes4bit):
 
 @dataclass(frozen=True, kw_only=True)
 class FP4(_BitsAndBytes4bit):
-    """4-bit floating point of bitsandbytes; options as in `NF4`, somewhat less accurate."""
+    """4-bit floating point of bitsandbytes: the options of `NF4`, somewhat less accurate."""
 
     name: ClassVar[str] = "fp4"
 
 
 @dataclass(frozen=True, kw_only=True)
 class GPTQ(Scheme):
-    """A checkpoint that was quantized with GPTQ (AutoGPTQ, GPTQModel, optimum, `quantize`).
+    """A checkpoint quantized by GPTQ (AutoGPTQ, GPTQModel, optimum, `quantize`).
+
+    When a checkpoint is loaded, an option is a requirement, and None accepts the checkpoint's value. For `quantize`, it
+    is a setting, and None is the default that stands below.
 
     Args:
-        bits: Bits of a weight: 2, 3, 4 or 8. While loading, what the checkpoint must have; None accepts what it says.
-            For `quantize`, what it shall have; None is 4.
-        group_size: Inputs that share a scale, or -1 for all of them; None as above; for `quantize`, 128, or less
-            where that does not divide every layer.
-        sym: Whether the zero point is in the middle of the codes; None as above, True for `quantize`.
-        desc_act: Whether groups are made by the size of the activations, which costs some kernels their speed; None as
-            above, False for `quantize`.
-        kernel: The kernel of gptqmodel that runs the products, by its backend name
-            (`"marlin"`, `"exllama_v2"`, `"triton"`, `"torch"`, ...). `"auto"` is, on CUDA, the one that keeps the
-            weights as they are stored, for the fast engine's own kernels; elsewhere the fastest that works.
+        bits: Bits of a weight: 2, 3, 4 (default) or 8.
+        group_size: Number of inputs that share a scale, or -1 for all; the default is 128, or less if that does not
+            divide every layer.
+        sym: Whether the zero point is in the middle of the codes; the default is True.
+        desc_act: Whether groups follow the size of the activations, which makes some kernels slower; the default is
+            False.
+        kernel: The kernel of gptqmodel for the matrix products, by its backend name (`"marlin"`, `"exllama_v2"`,
+            `"triton"`, `"torch"`, ...). `"auto"` is, on CUDA, the one that keeps the weights as they are stored, for
+            the fast engine's own kernels; on other devices the fastest that works.
 
     Raises:
-        InvalidOptionError: If bits is none of 2, 3, 4 and 8, or the group size is neither -1 nor positive.
+        InvalidOptionError: If `bits` or `group_size` has a value that is not allowed.
 
     Source: https://arxiv.org/abs/2210.17323
     """
@@ -283,30 +278,20 @@ class GPTQ(Scheme):
             msg = f"group_size={size!r} must be -1 or a positive number of inputs, such as 64 or 128."
             raise InvalidOptionError(msg)
 
-    @property
-    def weight_bits(self) -> int | None:
-        """Bits that one quantized weight takes, where they are known."""
-        return self.bits
-
 
 @dataclass(frozen=True, kw_only=True)
 class Prequantized(Scheme):
-    """A checkpoint in another format that transformers loads from the checkpoint's own config.
+    """A checkpoint in another format, which transformers loads by the checkpoint's own config.
 
     Args:
         method: transformers' `quant_method`, such as `"awq"`, `"torchao"` or `"compressed-tensors"`.
-        bits: Bits of a weight where the config says so.
+        bits: Bits of a weight, if the config says so.
     """
 
     name: ClassVar[str] = "prequantized"
     calibrated: ClassVar[bool] = True
     method: str = ""
     bits: int | None = None
-
-    @property
-    def weight_bits(self) -> int | None:
-        """Bits that one quantized weight takes, where the config says so."""
-        return self.bits
 
 
 SCHEMES: Mapping[str, Scheme] = {
@@ -318,22 +303,22 @@ SCHEMES: Mapping[str, Scheme] = {
     "fp4-double": FP4(double_quantization=True),
     "gptq": GPTQ(),
 }
-"""Every name that `quantization=` takes, with the scheme it stands for."""
+"""Every name that `quantization=` takes, with its scheme."""
 
 _CLASSES = {cls.name: cls for cls in (Unquantized, Int8, NF4, FP4, GPTQ, Prequantized)}
 
 
 def scheme_from(value: str | Mapping[str, Any] | Scheme | None) -> Scheme | None:
-    """Turn what a user gave as `quantization` into a scheme.
+    """Turn a value of `quantization` into a scheme.
 
     Args:
         value: A name of `SCHEMES`, a scheme, its `to_dict()`, or None.
 
     Returns:
-        The scheme; None if none was asked for, so that the checkpoint's own counts.
+        The scheme; None for None, which takes the checkpoint as it is.
 
     Raises:
-        InvalidOptionError: If the name, an option or its value is not known.
+        InvalidOptionError: If the name, an option or its value is unknown.
     """
     if value is None or isinstance(value, Scheme):
         return value
@@ -363,67 +348,24 @@ def scheme_from(value: str | Mapping[str, Any] | Scheme | None) -> Scheme | None
     raise InvalidOptionError(msg)
 
 
-_OWN_FORMAT = (
-    "; a checkpoint in this format says so in its own config, so leave quantization out for it; others are quantized "
-    "while they load by 'nf4' (4 bits) or 'int8'."
-)
-_WHICH = "; say which: 'nf4' (4 bits) or 'int8' (8 bits); None takes the checkpoint as it is."
-_DTYPE = "; it is a dtype: write quantization='none' with dtype={!r}."
-_GGUF = "; it is a kind of llama.cpp's GGUF files, whose counterpart here is {}."
-_MEANINGS: tuple[tuple[str, str], ...] = (
-    (r"(i|t)?q[1-5]([01]|[a-z].*)?", _GGUF.format("'nf4' (4 bits)")),
-    (r"(i|t)?q[6-8]([01]|[a-z].*)?", _GGUF.format("'int8' (8 bits)")),
-    (
-        r".*gg(uf|ml).*",
-        "; llama.cpp's GGUF files are converted first: langchain-quantllm convert FILE FOLDER.",
-    ),
-    (r"(bf|bfloat)(16(bits?)?)?", _DTYPE.format("bfloat16")),
-    (r"((fp|f|float)?16(bits?)?|half|w16a16)", _DTYPE.format("float16")),
-    (r"((fp|f|float)?32(bits?)?)", _DTYPE.format("float32")),
-    (r"(auto|opt)?gptq.*|.*gptq", "; write 'gptq', or GPTQ(bits=4) to make sure of the bits that the checkpoint has."),
-    (r"(qlora|nf4)(dq|d|doublequant)?|d(ouble)?q(uant)?(ization)?", "; did you mean 'nf4-double'?"),
-    (
-        r"(bnb|bitsandbytes)",
-        "; bitsandbytes makes 'int8' (8 bits), 'nf4' and 'fp4' (4 bits): write one of these names.",
-    ),
-    (
-        r"(bnb|bitsandbytes|loadin|llm|u?int|i|w)*4(bits?)?(bnb|bitsandbytes)?",
-        "; write 'nf4', the best of 4 bits here.",
-    ),
-    (r"(bnb|bitsandbytes|loadin|llm|u?int|i|w)*8(bits?)?(bnb|bitsandbytes)?", "; did you mean 'int8'?"),
-    (
-        r"(bnb|bitsandbytes|loadin|llm|u?int|i|w)*[\d.]+(bits?)?",
-        "; there is no scheme of so many bits: 'nf4' has 4, 'int8' has 8, a GPTQ checkpoint 2, 3, 4 or 8.",
-    ),
-    (
-        r"(auto)?awq.*|aqlm|hqq|eetq|(optimum)?quanto|torchao|compressedtensors|.*fp8.*|.*(mx|nv)fp[468].*|exl[23]|bitnet"
-        r"|spqr|vptq|higgs|quark|autoround|sinq|w\d+a\d+.*|modelopt|marlin|squeezellm|smoothquant|mlx",
-        _OWN_FORMAT,
-    ),
-    (r"true|yes|on|auto|default|best|quantized?", _WHICH),
-    (r"false|no|off|null|full|unquantized|original|", "; write 'none' for weights as they are."),
-)
-"""What is meant by values that name no scheme, in small letters, without dashes and dots."""
-
-
 def scheme_hint(value: Any) -> str:
-    """Say which scheme is meant by a value that names none, as the end of an error sentence."""
+    """Return the end of an error sentence: the scheme that is probably meant by a value that names none."""
     text = str(value).lower().removeprefix("torch.").removesuffix(".0")
     text = re.sub(r"[\s()_-]|(?<!\d)\.|\.(?!\d)", "", text)
     if (name := {name.replace("-", ""): name for name in SCHEMES}.get(text)) is not None:
         return f"; did you mean {name!r}?"
-    told = next((told for pattern, told in _MEANINGS if re.fullmatch(pattern, text)), None)
-    return told if told is not None else nearest(str(value), SCHEMES)
+    told = next((told for pattern, told in SCHEME_COUNTERPARTS.items() if re.fullmatch(pattern, text)), None)
+    return nearest(str(value), SCHEMES) if told is None else f"; {told}"
 
 
 def scheme_of_config(config: Mapping[str, Any]) -> Scheme:
-    """Read the scheme out of a transformers `quantization_config` in its dict form.
+    """Return the scheme of a transformers `quantization_config` in its dict form.
 
     Args:
         config: `quantization_config.to_dict()`, or the same key of a checkpoint's `config.json`.
 
     Returns:
-        The scheme that it stands for; `Prequantized` for methods without one of their own.
+        Its scheme; `Prequantized` for methods without a class of their own.
     """
     method = config.get("quant_method", "")
     method = str(getattr(method, "value", method)).lower()

@@ -1,1 +1,1 @@
-"""Tables of words: option names of other libraries with their counterparts here. No logic."""
+"""Tables and texts: advice for names of other libraries, and texts for calibration and evaluation."""

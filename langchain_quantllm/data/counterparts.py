@@ -1,390 +1,274 @@
-"""Option names of other libraries, and what to write for them here.
+"""Names and values of other libraries, and what to write for them here.
 
-Owns one table for the fields of the classes and the options of a call: names of transformers, HuggingFacePipeline,
-OpenAI, Ollama, llama.cpp and vLLM that are no names here, each with what to do. Checks no value.
+Owns the advice for option names of transformers, HuggingFacePipeline, OpenAI, Ollama, llama.cpp and vLLM that are no
+names here, and for values of `quantization` that name no scheme. Checks no option.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Literal
 
 Kind = Literal["llm", "chat"]
-"""The class that is asked: the LLM, or the chat model."""
+"""The kind of a class: the LLM, or the chat model."""
 
-
-class _ByKind(NamedTuple):
-    """Advice that differs between the classes."""
-
-    llm: str
-    chat: str
-
-
-_NOT_TEXT = "text is returned; call .pipeline yourself for other outputs (logprobs=True gives the probabilities)"
-_REMOTE = "transformers moved this strategy out to code on the Hub, which is not run here"
-_ASSISTED = "decoding with a second model is not offered; prompt_lookup_num_tokens=10 needs none"
-_PENALTY = (
-    "it subtracts from scores, and repetition_penalty= is another formula, which divides them: 1.0 changes nothing, "
-    "1.1 is usual, below 1 invites repetition; leave it out, or try repetition_penalty=1.1"
-)
 _SERVER = "the model runs in this process and there is no server; leave it out"
 _ACCESS = "a model in this process needs no key; token= is for the Hub alone"
-_REQUEST = "there is no request over a network; leave it out"
-_CONTEXT = (
-    "the checkpoint says how long its context is and the KV cache grows by need; max_length= bounds prompt and "
-    "completion together, kv_cache_memory= the cache"
-)
-_LENGTH = "write max_new_tokens="
-_MIN_LENGTH = "write min_new_tokens="
-_STOP = "write stop=, a list of strings"
-_MIROSTAT = "mirostat is not offered; min_p=0.05 keeps samples sensible in a like way"
-_TAIL = "tail-free sampling is not offered; min_p=0.05 cuts the unlikely tail as well"
-_LAYERS = (
-    "the whole model goes onto one device; device=-1 is the CPU, device_map='auto' spreads it over several devices"
-)
-_SPREAD = "write device_map='auto', which spreads the layers over the GPUs"
-_THREADS = "call torch.set_num_threads, or set OMP_NUM_THREADS, before the model is loaded"
-_BATCH = "the engine batches by itself; batch_size= bounds the rows that run beside each other"
-_MAPPED = "weights are read from safetensors, which are mapped into memory anyway; leave it out"
-_ROPE = "the checkpoint's config says how positions turn; change rope_parameters in its config.json"
-_LORA = "write adapters={'name': 'folder'} and adapter='name'"
-_CACHE_DTYPE = "the KV cache has the dtype of the model; kv_cache_memory= bounds it"
-_BIAS = "write sequence_bias={(token_id,): 2.0}, whose keys are tuples of token ids"
-_LAST_N = "repetition_penalty= looks at the whole text; leave it out"
-_NO_BEST = "write n=, and choose among the completions yourself"
-_4BIT = "write quantization=NF4({}) after `from langchain_quantllm import NF4`"
-_INT8 = "write quantization=Int8({}) after `from langchain_quantllm import Int8`"
-_ADD_CONTEXT = "put it into the prompt"
-_FETCHING = "transformers 5 does this by itself; leave it out"
-_QUANTIZED = "write quantization='gptq', or quantization=GPTQ(bits=4) to make sure of what the checkpoint has"
-_STRUCTURED = _ByKind(
-    "an LLM returns any text; use ChatQuantizedHuggingFace and its with_structured_output(schema)",
-    "use .with_structured_output(schema), or give constraint= at the call, of langchain_quantllm.structured",
-)
-_SYSTEM = _ByKind("put it into the prompt", "put it into the messages: [('system', '...'), ('human', '...')]")
-_MESSAGES = _ByKind(
-    "an LLM takes a text; use ChatQuantizedHuggingFace for messages",
-    "messages are the input of a call: .invoke(messages)",
-)
-_TEMPLATE = _ByKind(
-    "an LLM takes the text as it is; ChatQuantizedHuggingFace has chat_template", "write chat_template="
-)
-_THINKING = _ByKind(
-    "an LLM continues a text; ChatQuantizedHuggingFace has chat_template_kwargs",
-    "write chat_template_kwargs={'enable_thinking': False}, or the variable that the model's template has",
-)
-_STREAM = _ByKind("use .stream(prompt)", "use .stream(messages), or streaming=True")
-_RETRIES = _ByKind(_REQUEST, "write max_retries=, which is taken and does nothing: " + _REQUEST)
+_NO_TOOLS = "an LLM takes a text and has no tools; use ChatQuantizedHuggingFace and its bind_tools(tools)"
 
-
-def _chat_call(name: str) -> _ByKind:
-    return _ByKind(
-        f"an LLM takes a text and has no {name}; use ChatQuantizedHuggingFace",
-        f"it is an option of a call: .bind({name}=...)",
-    )
-
-
-COUNTERPARTS: Mapping[str, str | _ByKind] = {
+_ROWS: Mapping[str, str | tuple[str, str]] = {
     # transformers: generate, its pipelines, from_pretrained.
-    **dict.fromkeys(
-        (
-            "output_attentions",
-            "output_hidden_states",
-            "output_scores",
-            "output_logits",
-            "return_dict_in_generate",
-            "return_tensors",
-            "return_text",
-            "return_type",
-        ),
-        _NOT_TEXT,
-    ),
-    **dict.fromkeys(
-        (
-            "penalty_alpha",
-            "dola_layers",
-            "low_memory",
-            "diversity_penalty",
-            "num_beam_groups",
-            "constraints",
-            "force_words_ids",
-            "custom_generate",
-        ),
-        _REMOTE,
-    ),
-    **dict.fromkeys(
-        (
-            "is_assistant",
-            "assistant_model",
-            "assistant_tokenizer",
-            "num_assistant_tokens",
-            "num_assistant_tokens_schedule",
-            "assistant_confidence_threshold",
-            "assistant_early_exit",
-            "assistant_lookbehind",
-            "target_lookbehind",
-            "assistant_ensemble_weight",
-            "speculation_type",
-            "use_mtp",
-            "draft_model",
-            "speculative_model",
-            "speculative_config",
-        ),
-        _ASSISTED,
-    ),
-    "watermarking_config": "a watermark would come after the token is drawn; use .pipeline for it",
-    "watermark": "a watermark would come after the token is drawn; use .pipeline for it",
+    (
+        "output_attentions output_hidden_states output_scores output_logits return_dict_in_generate return_tensors "
+        "return_text return_type detokenize"
+    ): "only text is returned; call .pipeline yourself for other outputs (logprobs=True gives the probabilities)",
+    (
+        "penalty_alpha dola_layers low_memory diversity_penalty num_beam_groups constraints force_words_ids "
+        "custom_generate"
+    ): "transformers moved this strategy to code on the Hub, which is not run here",
+    (
+        "is_assistant assistant_model assistant_tokenizer num_assistant_tokens num_assistant_tokens_schedule "
+        "assistant_confidence_threshold assistant_early_exit assistant_lookbehind target_lookbehind "
+        "assistant_ensemble_weight speculation_type use_mtp draft_model speculative_model speculative_config"
+    ): "decoding with a second model is not offered; prompt_lookup_num_tokens=10 needs none",
+    "watermarking_config watermark": "a watermark would come after the token is sampled; use .pipeline for it",
     "token_healing": "it changes the prompt's own tokens; end the prompt at a word instead",
     "continuous_batching_config": "the engine batches by itself",
-    "streamer": _STREAM,
-    "logits_processor": "it would act on other callers' rows too; use .pipeline for it",
-    "logits_processors": "it would act on other callers' rows too; use .pipeline for it",
-    "stopping_criteria": "it would act on other callers' rows too; use stop=[...] or .pipeline",
+    "streamer stream": ("use .stream(prompt)", "use .stream(messages), or streaming=True"),
+    "logits_processor logits_processors": "it would act on other callers' sequences too; use .pipeline for it",
+    "stopping_criteria": "it would act on other callers' sequences too; use stop=[...] or .pipeline",
     "generation_config": "pass its fields by name: **generation_config.to_diff_dict()",
-    "prefix": _ADD_CONTEXT,
+    "prefix documents": "put it into the prompt",
     "batch_size": "write batch_size=8",
-    "clean_up_tokenization_spaces": "the text comes as the model wrote it",
-    "documents": _ADD_CONTEXT,
-    "continue_final_message": _ByKind(
+    "clean_up_tokenization_spaces spaces_between_special_tokens": "the text comes as the model wrote it",
+    "continue_final_message": (
         "an LLM takes a prompt, not messages",
         "a chat model answers with a message of its own; use QuantizedHuggingFaceLLM",
     ),
     "tokenizer_encode_kwargs": "use add_special_tokens= and truncation=",
     "torch_dtype": "transformers 5 calls it dtype: write dtype=",
-    "low_cpu_mem_usage": _FETCHING,
-    "resume_download": _FETCHING,
-    "use_fast": _FETCHING,
+    "low_cpu_mem_usage resume_download use_fast": "transformers 5 does this by itself; leave it out",
     "force_download": "delete the repository from the Hub's cache, by `hf cache rm`, and load again",
     "proxies": "set HTTPS_PROXY in the environment",
     "subfolder": "give the folder itself as model_id=; of a repository, download it first",
     "offload_folder": "write model_kwargs={'offload_folder': '...'}",
     "use_flash_attention_2": "write attn_implementation='flash_attention_2'",
-    "flash_attn": "write attn_implementation='flash_attention_2', or leave it out: PyTorch's own is fused too",
-    "flash_attention": "write attn_implementation='flash_attention_2', or leave it out: PyTorch's own is fused too",
-    "tokenizer": "it comes with the checkpoint; give one of your own by pipeline=",
-    "tokenizer_id": "it comes with the checkpoint; give one of your own by pipeline=",
+    "flash_attn flash_attention": (
+        "write attn_implementation='flash_attention_2', or leave it out: PyTorch's own is fused too"
+    ),
+    "tokenizer tokenizer_id": "it comes with the checkpoint; give one of your own by pipeline=",
     "config": "it comes with the checkpoint; change fields of it by model_kwargs={...}",
     "framework": "the models run in PyTorch; leave it out",
     "gguf_file": "convert the file once, langchain-quantllm convert FILE FOLDER, and give model_id='FOLDER'",
-    "load_in_4bit": "write quantization='nf4'",
-    "load_in_8bit": "write quantization='int8'",
-    "use_4bit": "write quantization='nf4'",
-    "use_8bit": "write quantization='int8'",
+    "load_in_4bit use_4bit": "write quantization='nf4'",
+    "load_in_8bit use_8bit": "write quantization='int8'",
     "bnb_4bit_quant_type": "write quantization='nf4' or quantization='fp4'",
-    "bnb_4bit_compute_dtype": _4BIT.format("compute_dtype='bfloat16'"),
+    "bnb_4bit_compute_dtype": (
+        "write quantization=NF4(compute_dtype='bfloat16') after `from langchain_quantllm import NF4`"
+    ),
     "bnb_4bit_use_double_quant": "write quantization='nf4-double'",
-    "bnb_4bit_quant_storage": _4BIT.format("storage_dtype='bfloat16'"),
-    "llm_int8_threshold": _INT8.format("threshold=6.0"),
-    "llm_int8_skip_modules": _INT8.format("skip_modules=['lm_head']"),
-    "llm_int8_enable_fp32_cpu_offload": _INT8.format("fp32_cpu_offload=True"),
+    "bnb_4bit_quant_storage": (
+        "write quantization=NF4(storage_dtype='bfloat16') after `from langchain_quantllm import NF4`"
+    ),
+    "llm_int8_threshold": "write quantization=Int8(threshold=6.0) after `from langchain_quantllm import Int8`",
+    "llm_int8_skip_modules": (
+        "write quantization=Int8(skip_modules=['lm_head']) after `from langchain_quantllm import Int8`"
+    ),
+    "llm_int8_enable_fp32_cpu_offload": (
+        "write quantization=Int8(fp32_cpu_offload=True) after `from langchain_quantllm import Int8`"
+    ),
     "llm_int8_has_fp16_weight": "it is for training; leave it out",
-    "bits": _QUANTIZED,
-    "wbits": _QUANTIZED,
-    "group_size": _QUANTIZED,
-    "desc_act": _QUANTIZED,
+    "bits wbits group_size desc_act": (
+        "write quantization='gptq', or quantization=GPTQ(bits=4) to make sure of what the checkpoint has"
+    ),
     # HuggingFacePipeline, HuggingFaceEndpoint, ChatHuggingFace.
-    "backend": _ByKind("it belongs to from_model_id: from_model_id(model_id, backend='default')", "leave it out"),
-    "task": _ByKind("it belongs to from_model_id: from_model_id(model_id, task='text-generation')", "leave it out"),
-    "repo_id": "write model_id=",
-    "endpoint_url": _SERVER,
-    "inference_server_url": _SERVER,
-    "provider": _SERVER,
-    "server_kwargs": _SERVER,
-    "huggingfacehub_api_token": _ACCESS,
-    "hf_token": _ACCESS,
-    "use_auth_token": _ACCESS,
+    "backend": ("it belongs to from_model_id: from_model_id(model_id, backend='default')", "leave it out"),
+    "task": ("it belongs to from_model_id: from_model_id(model_id, task='text-generation')", "leave it out"),
+    "repo_id checkpoint model_dir path": "write model_id=",
+    (
+        "endpoint_url inference_server_url provider server_kwargs base_url openai_api_base api_base host port "
+        "organization openai_organization openai_proxy http_client http_async_client client_kwargs "
+        "async_client_kwargs sync_client_kwargs default_headers headers default_query extra_headers service_tier "
+        "store"
+    ): _SERVER,
+    "huggingfacehub_api_token hf_token use_auth_token api_key openai_api_key": _ACCESS,
     "streaming": "use .stream(prompt)",
-    "stop_sequences": _STOP,
-    # What a chat model has and an LLM has not, and options of a chat model's calls that are no fields.
-    "tools": _ByKind(
-        "an LLM takes a text and has no tools; use ChatQuantizedHuggingFace and its bind_tools(tools)",
-        "give them to .bind_tools(tools)",
+    "stop_sequences": "write stop=, a list of strings",
+    # Fields and call options of a chat model.
+    "tools functions": (_NO_TOOLS, "give them to .bind_tools(tools)"),
+    "function_call": (_NO_TOOLS, "write .bind_tools(tools, tool_choice='name')"),
+    "tool_choice": (_NO_TOOLS, "give it to .bind_tools(tools, tool_choice='any')"),
+    "parallel_tool_calls": (_NO_TOOLS, "give it to .bind_tools(tools, parallel_tool_calls=False)"),
+    "constraint": (
+        "an LLM takes a text and has no constraint; use ChatQuantizedHuggingFace",
+        "it is an option of a call: .bind(constraint=...)",
     ),
-    "functions": _ByKind(
-        "an LLM takes a text and has no tools; use ChatQuantizedHuggingFace and its bind_tools(tools)",
-        "give them to .bind_tools(tools)",
+    "strict": (
+        "an LLM takes a text and has no strict; use ChatQuantizedHuggingFace",
+        "it is an option of a call: .bind(strict=...)",
     ),
-    "function_call": _ByKind(
-        "an LLM takes a text and has no tools; use ChatQuantizedHuggingFace and its bind_tools(tools)",
-        "write .bind_tools(tools, tool_choice='name')",
+    (
+        "response_format format grammar grammar_path guided_json guided_regex guided_choice guided_grammar "
+        "guided_decoding_backend structured_outputs"
+    ): (
+        "an LLM returns any text; use ChatQuantizedHuggingFace and its with_structured_output(schema)",
+        "use .with_structured_output(schema), or give constraint= at the call, of langchain_quantllm.structured",
     ),
-    "tool_choice": _ByKind(
-        "an LLM takes a text and has no tools; use ChatQuantizedHuggingFace and its bind_tools(tools)",
-        "give it to .bind_tools(tools, tool_choice='any')",
+    "chat_template template chat_format": (
+        "an LLM takes the text as it is; ChatQuantizedHuggingFace has chat_template",
+        "write chat_template=",
     ),
-    "parallel_tool_calls": _ByKind(
-        "an LLM takes a text and has no tools; use ChatQuantizedHuggingFace and its bind_tools(tools)",
-        "give it to .bind_tools(tools, parallel_tool_calls=False)",
+    "chat_template_kwargs reasoning reasoning_effort think enable_thinking": (
+        "an LLM continues a text; ChatQuantizedHuggingFace has chat_template_kwargs",
+        "write chat_template_kwargs={'enable_thinking': False}, or the variable that the model's template has",
     ),
-    "constraint": _chat_call("constraint"),
-    "strict": _chat_call("strict"),
-    "response_format": _STRUCTURED,
-    "chat_template": _TEMPLATE,
-    "chat_template_kwargs": _THINKING,
-    "template": _TEMPLATE,
-    "chat_format": _TEMPLATE,
     "tool_format": "an LLM takes a text and has no tools; use ChatQuantizedHuggingFace",
-    "messages": _MESSAGES,
-    "prompt": _ByKind(
-        "it is the input of a call: .invoke(prompt)", "messages are the input of a call: .invoke(messages)"
+    "messages": (
+        "an LLM takes a text; use ChatQuantizedHuggingFace for messages",
+        "messages are the input of a call: .invoke(messages)",
     ),
-    "system": _SYSTEM,
-    "system_prompt": _SYSTEM,
-    "reasoning": _THINKING,
-    "reasoning_effort": _THINKING,
-    "think": _THINKING,
-    "enable_thinking": _THINKING,
-    "rate_limiter": _REQUEST,
+    "prompt": ("it is the input of a call: .invoke(prompt)", "messages are the input of a call: .invoke(messages)"),
+    "system system_prompt": (
+        "put it into the prompt",
+        "put it into the messages: [('system', '...'), ('human', '...')]",
+    ),
+    # LangChain's classes over servers, and OpenAI's API.
+    "rate_limiter": "there is no request over a network; leave it out",
     "disable_streaming": "use .invoke(prompt), which does not stream",
-    # OpenAI's API, and LangChain's classes over it.
-    "api_key": _ACCESS,
-    "openai_api_key": _ACCESS,
-    "base_url": _SERVER,
-    "openai_api_base": _SERVER,
-    "api_base": _SERVER,
-    "host": _SERVER,
-    "port": _SERVER,
-    "organization": _SERVER,
-    "openai_organization": _SERVER,
-    "openai_proxy": _SERVER,
-    "http_client": _SERVER,
-    "http_async_client": _SERVER,
-    "client_kwargs": _SERVER,
-    "async_client_kwargs": _SERVER,
-    "sync_client_kwargs": _SERVER,
-    "default_headers": _SERVER,
-    "headers": _SERVER,
-    "default_query": _SERVER,
-    "extra_headers": _SERVER,
-    "extra_body": "give what it holds by name",
-    "service_tier": _SERVER,
-    "store": _SERVER,
+    "extra_body vllm_kwargs llm_kwargs": "give what it holds by name",
     "user": "leave it out; the metadata of a call's config takes notes",
-    "presence_penalty": _PENALTY,
-    "frequency_penalty": _PENALTY,
-    "logit_bias": _BIAS,
-    "max_completion_tokens": _LENGTH,
-    "max_output_tokens": _LENGTH,
-    "best_of": _NO_BEST,
-    "echo": _ByKind("write return_full_text=True", "a chat model returns messages; leave it out"),
+    "presence_penalty frequency_penalty": (
+        "it subtracts from scores, and repetition_penalty= is another formula, which divides them: 1.0 changes "
+        "nothing, 1.1 is usual, below 1 invites repetition; leave it out, or try repetition_penalty=1.1"
+    ),
+    "logit_bias": "write sequence_bias={(token_id,): 2.0}, whose keys are tuples of token ids",
+    "max_completion_tokens max_output_tokens num_predict n_predict": "write max_new_tokens=",
+    "best_of": "write n=, and choose among the completions yourself",
+    "echo": ("write return_full_text=True", "a chat model returns messages; leave it out"),
     "suffix": "write the prompt that the model was trained with for filling in, and put the suffix there",
-    "stream": _STREAM,
-    "stream_options": "streams report their usage anyway; leave it out",
-    "stream_usage": "streams report their usage anyway; leave it out",
+    "stream_options stream_usage": "streams report their usage anyway; leave it out",
     "request_timeout": "write timeout=, in seconds",
-    "max_retries": _RETRIES,
+    "max_retries": (
+        "there is no request over a network; leave it out",
+        "write max_retries=, which is taken and does nothing: there is no request over a network; leave it out",
+    ),
     "tiktoken_model_name": "tokens are counted by the model's own tokenizer; leave it out",
     # Ollama and llama.cpp.
     "model_path": "write model_id=, a folder or a repository's name; a .gguf file is converted first",
-    "num_ctx": _CONTEXT,
-    "n_ctx": _CONTEXT,
-    "context_length": _CONTEXT,
-    "context_window": _CONTEXT,
-    "max_context_length": _CONTEXT,
-    "num_predict": _LENGTH,
-    "n_predict": _LENGTH,
-    "num_gpu": _LAYERS,
-    "n_gpu_layers": _LAYERS,
-    "gpu_layers": _LAYERS,
+    "num_ctx n_ctx context_length context_window max_context_length max_model_len": (
+        "the checkpoint says how long its context is and the KV cache grows by need; max_length= bounds prompt and "
+        "completion together, kv_cache_memory= the cache"
+    ),
+    "num_gpu n_gpu_layers gpu_layers": (
+        "the whole model goes onto one device; device=-1 is the CPU, device_map='auto' spreads it over several devices"
+    ),
     "main_gpu": "write device='cuda:0'",
-    "tensor_split": _SPREAD + "; max_memory={0: '10GiB'} bounds each",
-    "split_mode": _SPREAD,
-    "num_thread": _THREADS,
-    "n_threads": _THREADS,
-    "threads": _THREADS,
-    "num_batch": _BATCH,
-    "n_batch": _BATCH,
-    "n_ubatch": _BATCH,
-    "use_mmap": _MAPPED,
-    "use_mlock": _MAPPED,
+    "tensor_split": (
+        "write device_map='auto', which spreads the layers over the GPUs; max_memory={0: '10GiB'} bounds each"
+    ),
+    "split_mode tensor_parallel_size pipeline_parallel_size device_ids": (
+        "write device_map='auto', which spreads the layers over the GPUs"
+    ),
+    "num_thread n_threads threads": "call torch.set_num_threads, or set OMP_NUM_THREADS, before the model is loaded",
+    "num_batch n_batch n_ubatch max_num_seqs max_num_batched_tokens": (
+        "the engine batches by itself; batch_size= bounds how many sequences run at once"
+    ),
+    "use_mmap use_mlock": "weights are read from safetensors, which are mapped into memory anyway; leave it out",
     "low_vram": "write quantization='nf4', or device_map='auto'",
     "vocab_only": "leave it out",
-    "f16_kv": _CACHE_DTYPE,
-    "cache_type_k": _CACHE_DTYPE,
-    "cache_type_v": _CACHE_DTYPE,
-    "type_k": _CACHE_DTYPE,
-    "type_v": _CACHE_DTYPE,
-    "offload_kqv": _CACHE_DTYPE,
+    "f16_kv cache_type_k cache_type_v type_k type_v offload_kqv kv_cache_dtype": (
+        "the KV cache has the dtype of the model; kv_cache_memory= bounds it"
+    ),
     "logits_all": "write logprobs=True",
     "repeat_penalty": "write repetition_penalty=, the same formula over the whole text",
-    "repeat_last_n": _LAST_N,
-    "last_n_tokens_size": _LAST_N,
-    "penalize_newline": _LAST_N,
-    "mirostat": _MIROSTAT,
-    "mirostat_mode": _MIROSTAT,
-    "mirostat_eta": _MIROSTAT,
-    "mirostat_tau": _MIROSTAT,
-    "tfs_z": _TAIL,
-    "top_a": _TAIL,
+    "repeat_last_n last_n_tokens_size penalize_newline": "repetition_penalty= looks at the whole text; leave it out",
+    "mirostat mirostat_mode mirostat_eta mirostat_tau": ("mirostat is not offered; min_p=0.05 has a similar effect"),
+    "tfs_z top_a": "tail-free sampling is not offered; min_p=0.05 cuts the unlikely tail as well",
     "typical": "write typical_p=",
-    "format": _STRUCTURED,
-    "grammar": _STRUCTURED,
-    "grammar_path": _STRUCTURED,
     "keep_alive": "the model stays in memory until .unload() or the last object that holds it goes; leave it out",
-    "raw": _ByKind(
-        "an LLM takes the text as it is; leave it out", "use QuantizedHuggingFaceLLM, which uses no template"
+    "raw": ("an LLM takes the text as it is; leave it out", "use QuantizedHuggingFaceLLM, which uses no template"),
+    "rope_freq_base rope_freq_scale rope_scaling": (
+        "the checkpoint's config sets the rotary embedding; change rope_parameters in its config.json"
     ),
-    "rope_freq_base": _ROPE,
-    "rope_freq_scale": _ROPE,
-    "rope_scaling": _ROPE,
-    "lora_path": _LORA,
-    "lora_base": _LORA,
+    "lora_path lora_base enable_lora max_loras lora peft_model_id": (
+        "write adapters={'name': 'folder'} and adapter='name'"
+    ),
     # vLLM.
-    "tensor_parallel_size": _SPREAD,
-    "pipeline_parallel_size": _SPREAD,
     "gpu_memory_utilization": "write kv_cache_memory=0.5, the fraction of the free memory that the KV cache may take",
-    "kv_cache_dtype": _CACHE_DTYPE,
-    "max_model_len": _CONTEXT,
-    "max_num_seqs": _BATCH,
-    "max_num_batched_tokens": _BATCH,
     "swap_space": "leave it out; requests wait where the KV cache is full",
     "block_size": "leave it out; the engine chooses it",
     "cpu_offload_gb": "write device_map='auto' with max_memory={0: '10GiB', 'cpu': '30GiB'}",
     "enforce_eager": "leave it out; graphs are used where they give the same, and engine_info says so",
     "enable_prefix_caching": "write prefix_caching=",
-    "enable_lora": _LORA,
-    "max_loras": _LORA,
     "lora_request": "write adapter='name', one of adapters=",
     "download_dir": "write cache_dir=",
     "load_format": "write use_safetensors=",
-    "vllm_kwargs": "give what it holds by name",
-    "llm_kwargs": "give what it holds by name",
-    "use_beam_search": "write num_beams=",
-    "beam_width": "write num_beams=",
+    "use_beam_search beam_width": "write num_beams=",
     "stop_token_ids": "write eos_token_id=[...], which replaces the checkpoint's, so list these too",
-    "min_tokens": _MIN_LENGTH,
+    "min_tokens": "write min_new_tokens=",
     "prompt_logprobs": "only the completion's are reported: logprobs=",
     "include_stop_str_in_output": "stop strings are cut off; add them yourself",
-    "spaces_between_special_tokens": "the text comes as the model wrote it",
-    "detokenize": _NOT_TEXT,
     "bad_words": "write bad_words_ids=[[...]], lists of token ids",
     "allowed_token_ids": "it is not offered; suppress_tokens=[...] lists those that are not allowed",
     "truncate_prompt_tokens": "write truncation='left' with max_length=",
-    "guided_json": _STRUCTURED,
-    "guided_regex": _STRUCTURED,
-    "guided_choice": _STRUCTURED,
-    "guided_grammar": _STRUCTURED,
-    "guided_decoding_backend": _STRUCTURED,
-    "structured_outputs": _STRUCTURED,
-    # Names that many use for the same things.
-    "checkpoint": "write model_id=",
-    "model_dir": "write model_id=",
-    "path": "write model_id=",
-    "device_id": "write device=0",
-    "device_ids": _SPREAD,
-    "gpu": "write device=0",
-    "use_gpu": "a GPU is used where there is one; device=-1 is the CPU",
-    "cuda": "a GPU is used where there is one; device=-1 is the CPU",
-    "fp16": "write dtype='float16'",
+    # Other names for the same things.
+    "device_id gpu": "write device=0",
+    "use_gpu cuda": "a GPU is used where there is one; device=-1 is the CPU",
+    "fp16 half": "write dtype='float16'",
     "bf16": "write dtype='bfloat16'",
-    "half": "write dtype='float16'",
     "precision": "write dtype='bfloat16', or quantization= for fewer bits",
-    "lora": _LORA,
-    "peft_model_id": _LORA,
     "adapter_name": "write adapter='name'",
 }
-"""What to do for a name that is none here. A name of ours stands in it as `name=` or `.name(`."""
+"""Advice by names. Of two texts, the first is the LLM's and the second the chat model's."""
+
+COUNTERPARTS: Mapping[str, str | tuple[str, str]] = {n: told for names, told in _ROWS.items() for n in names.split()}
+"""Advice by name. A name of ours stands in it as `name=` or `.name(`."""
+
+HARMLESS: Mapping[str, bool | int | str] = {
+    **dict.fromkeys(("output_scores", "output_attentions", "output_hidden_states", "output_logits"), False),
+    **dict.fromkeys(("return_tensors", "return_dict_in_generate", "clean_up_tokenization_spaces", "echo"), False),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "mirostat"), 0),
+    **dict.fromkeys(("tfs_z", "best_of"), 1),
+    "return_text": True,
+    "prefix": "",
+}
+"""Values of these names that ask for nothing else than what is done anyway; they are taken without an error."""
+
+_OWN_FORMAT = (
+    "a checkpoint in this format says so in its own config, so leave quantization out for it; others are quantized "
+    "while they load by 'nf4' (4 bits) or 'int8'."
+)
+_DTYPE = "it is a dtype: write quantization='none' with dtype={!r}."
+_GGUF = "it is a kind of llama.cpp's GGUF files, whose counterpart here is {}."
+_BITS = r"(bnb|bitsandbytes|loadin|llm|u?int|i|w)*"
+
+SCHEME_COUNTERPARTS: Mapping[str, str] = {
+    r"(i|t)?q[1-5]([01]|[a-z].*)?": _GGUF.format("'nf4' (4 bits)"),
+    r"(i|t)?q[6-8]([01]|[a-z].*)?": _GGUF.format("'int8' (8 bits)"),
+    r".*gg(uf|ml).*": "llama.cpp's GGUF files are converted first: langchain-quantllm convert FILE FOLDER.",
+    r"(bf|bfloat)(16(bits?)?)?": _DTYPE.format("bfloat16"),
+    r"((fp|f|float)?16(bits?)?|half|w16a16)": _DTYPE.format("float16"),
+    r"((fp|f|float)?32(bits?)?)": _DTYPE.format("float32"),
+    r"(auto|opt)?gptq.*|.*gptq": "write 'gptq', or GPTQ(bits=4) to make sure of the bits that the checkpoint has.",
+    r"(qlora|nf4)(dq|d|doublequant)?|d(ouble)?q(uant)?(ization)?": "did you mean 'nf4-double'?",
+    r"(bnb|bitsandbytes)": ("bitsandbytes makes 'int8' (8 bits), 'nf4' and 'fp4' (4 bits): write one of these names."),
+    _BITS + r"4(bits?)?(bnb|bitsandbytes)?": "write 'nf4', the best of 4 bits here.",
+    _BITS + r"8(bits?)?(bnb|bitsandbytes)?": "did you mean 'int8'?",
+    _BITS + r"[\d.]+(bits?)?": (
+        "there is no scheme of so many bits: 'nf4' has 4, 'int8' has 8, a GPTQ checkpoint 2, 3, 4 or 8."
+    ),
+    r"(auto)?awq.*|aqlm|hqq|eetq|(optimum)?quanto|torchao|compressedtensors|.*fp8.*|.*(mx|nv)fp[468].*": _OWN_FORMAT,
+    r"exl[23]|bitnet|spqr|vptq|higgs|quark|autoround|sinq|w\d+a\d+.*|modelopt|marlin|squeezellm|smoothquant|mlx": (
+        _OWN_FORMAT
+    ),
+    r"true|yes|on|auto|default|best|quantized?": (
+        "say which: 'nf4' (4 bits) or 'int8' (8 bits); None takes the checkpoint as it is."
+    ),
+    r"false|no|off|null|full|unquantized|original|": "write 'none' for weights as they are.",
+}
+"""Advice for values of `quantization` that name no scheme, by a pattern of the value in small letters, without dashes,
+brackets and spaces; the first pattern that matches counts."""
 
 _SECRET = re.compile(
     r"(.*_)?(key|token|secret|password|credentials?|auth|authorization|headers?|cookies?|proxy|proxies)"
@@ -393,25 +277,23 @@ _OURS = re.compile(r"(?<![\w(])([a-z]\w*)=")
 
 
 def advice(name: str, kind: Kind) -> str | None:
-    """Say what to do for an option name of another library; None where the name is unknown.
+    """Return what to do about an option name of another library; None if the name is unknown.
 
     Args:
         name: The name.
-        kind: The class that is asked.
+        kind: The kind of the class that got it.
     """
-    found = COUNTERPARTS.get(name)
-    return getattr(found, kind) if isinstance(found, _ByKind) else found
+    told = COUNTERPARTS.get(name)
+    return told[kind == "chat"] if isinstance(told, tuple) else told
 
 
 def names_advised(text: str) -> list[str]:
-    """List the options that an advice names, but for those inside of a call's brackets."""
+    """List the options that an advice names, except those inside the brackets of a call."""
     return _OURS.findall(text)
 
 
 def written(name: str, value: object) -> str:
-    """Write an option with its value as a user would, a secret without."""
-    is_secret = _SECRET.fullmatch(name.lower()) or COUNTERPARTS.get(name) in (
-        _SERVER,
-        _ACCESS,
-    )  # an address may hold one
+    """Return an option with its value as a user would write it, but a secret as `...`."""
+    # The address of a server may hold a password.
+    is_secret = _SECRET.fullmatch(name.lower()) or COUNTERPARTS.get(name) in (_SERVER, _ACCESS)
     return f"{name}=..." if is_secret else f"{name}={value!r}"

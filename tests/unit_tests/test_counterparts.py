@@ -1,4 +1,4 @@
-"""Names of other libraries are answered with what to write here, and what that names is there."""
+"""Names of other libraries: errors say what to write here, and every name in that advice exists."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 from pydantic import model_validator
 
 from langchain_quantllm import FP4, GPTQ, NF4, ChatQuantizedHuggingFace, Int8, QuantizedHuggingFaceLLM
-from langchain_quantllm.data.counterparts import COUNTERPARTS, advice, names_advised, written
+from langchain_quantllm.data.counterparts import _ROWS, COUNTERPARTS, HARMLESS, advice, names_advised, written
 from langchain_quantllm.errors import InvalidOptionError
-from langchain_quantllm.options import normalize, option_names
+from langchain_quantllm.options import OPTION_NAMES, normalize
 from langchain_quantllm.quantization.calibration import Calibration
 from langchain_quantllm.schemes import scheme_from
 from langchain_quantllm.structured import Choice, Constraint, Grammar, JSONSchema, Regex
@@ -19,7 +19,7 @@ from tests.support.checkpoints import make_checkpoint
 
 CLASSES = [QuantizedHuggingFaceLLM, ChatQuantizedHuggingFace]
 MANY = 400
-"""Letters of an error that are more than a sentence or two."""
+"""Letters of an error that is longer than two sentences."""
 
 
 def refusal(make: Any) -> str:
@@ -33,7 +33,7 @@ def refusal(make: Any) -> str:
 
 
 def taken_by(cls: type) -> set[str]:
-    """All that may be written with `=` for a class: fields, options of a call, and arguments of `from_model_id`."""
+    """Return all names that a class takes with `=`: fields, options of a call, and arguments of `from_model_id`."""
     place = cls._place(at_call=True)  # type: ignore[attr-defined]
     maker = getattr(cls, "from_model_id", None)
     return {*place.fields, *place.calls, *(inspect.signature(maker).parameters if maker else ())}
@@ -59,7 +59,7 @@ def test_what_an_advice_names_is_there(name: str, cls: Any) -> None:
 def test_a_counterpart_is_told_for_fields_and_calls_alike(name: str, cls: Any) -> None:
     told = advice(name, cls._kind)
     assert told is not None
-    if name not in cls._names() and (cls, name) != (ChatQuantizedHuggingFace, "api_key"):  # which it takes for token
+    if name not in cls._names() and (cls, name) != (ChatQuantizedHuggingFace, "api_key"):  # an alias of token there
         text = refusal(lambda: cls(model_id="acme/tiny", **{name: "x"}))
         assert told in text
         assert name in text
@@ -67,9 +67,14 @@ def test_a_counterpart_is_told_for_fields_and_calls_alike(name: str, cls: Any) -
         assert told in refusal(lambda: normalize({name: "x"}, place=cls._place(at_call=True)))
 
 
+def test_no_name_stands_in_two_rows() -> None:
+    assert sum(len(names.split()) for names in _ROWS) == len(COUNTERPARTS)
+    assert HARMLESS.keys() <= COUNTERPARTS.keys()
+
+
 @pytest.mark.parametrize("name", sorted(COUNTERPARTS))
 def test_no_name_of_ours_is_a_foreign_one_too(name: str) -> None:
-    assert name not in option_names()
+    assert name not in OPTION_NAMES
 
 
 @pytest.mark.parametrize(
@@ -101,7 +106,7 @@ def test_no_name_of_ours_is_a_foreign_one_too(name: str) -> None:
     ],
 )
 @pytest.mark.parametrize("cls", CLASSES)
-def test_the_names_that_new_users_bring(cls: Any, given: dict[str, Any], words: list[str]) -> None:
+def test_names_that_new_users_bring_are_told_what_to_write(cls: Any, given: dict[str, Any], words: list[str]) -> None:
     for make in (
         lambda: cls(model_id="acme/tiny", **given),
         lambda: cls(model_id="acme/tiny", model_kwargs={}, generation_kwargs=given),

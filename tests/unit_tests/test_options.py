@@ -1,4 +1,4 @@
-"""Options: which are known, what they allow, and which layer wins."""
+"""Options: their names, the values they allow, and which layer's value counts."""
 
 from __future__ import annotations
 
@@ -11,10 +11,20 @@ from langchain_core.prompts import PromptTemplate
 from transformers import GenerationConfig
 
 from langchain_quantllm import QuantizedHuggingFaceLLM
-from langchain_quantllm import options as opt
+from langchain_quantllm.base.fields import OPTION_FIELDS
 from langchain_quantllm.data.counterparts import COUNTERPARTS, advice
 from langchain_quantllm.errors import InvalidOptionError
-from langchain_quantllm.options import DEFAULT_MAX_NEW_TOKENS, GenerationOptions, normalize, resolve
+from langchain_quantllm.options import (
+    ALIASES,
+    ANY,
+    DEFAULT_MAX_NEW_TOKENS,
+    HANDED_ON,
+    OPTIONS,
+    OWN,
+    GenerationOptions,
+    normalize,
+    resolve,
+)
 from tests.support.models import forwards, greedy_text, llm_of, tiny_model
 
 FIELDS_OF_TRANSFORMERS = sorted(
@@ -70,10 +80,9 @@ class TestNames:
     @pytest.mark.parametrize("name", FIELDS_OF_TRANSFORMERS)
     def test_every_field_of_generation_config_is_known(self, name: str) -> None:
         """Each is carried out, handed to `generate`, an alias, or refused with a reason."""
-        known = {*opt.OWN, *opt.GENERATE, *COUNTERPARTS, *opt._ALIASES}
-        assert name in known
+        assert name in {*OPTIONS, *ALIASES, *COUNTERPARTS}
 
-    @pytest.mark.parametrize("name", sorted(opt.GENERATE))
+    @pytest.mark.parametrize("name", sorted(HANDED_ON))
     def test_handed_on_fields_exist_in_transformers(self, name: str) -> None:
         assert name in FIELDS_OF_TRANSFORMERS
 
@@ -83,8 +92,14 @@ class TestNames:
             normalize({name: "anything"})
         assert normalize({name: None}) == {}
 
+    def test_options_of_every_engine_are_fields_of_the_class(self) -> None:
+        """But for four rare ways of sampling, and `min_length`, which counts the prompt."""
+        rare = {name for name, option in OWN.items() if option.pipeline_only}
+        assert set(OPTION_FIELDS) == OWN.keys() - rare - {"min_length", "adapter"}
+        assert all(QuantizedHuggingFaceLLM.model_fields[name].default is None for name in OPTION_FIELDS)
+
     def test_no_name_is_in_two_tables(self) -> None:
-        tables = [set(opt.OWN), set(opt.GENERATE), set(COUNTERPARTS), set(opt._ALIASES)]
+        tables = [set(OWN), set(HANDED_ON), set(COUNTERPARTS), set(ALIASES)]
         assert sum(map(len, tables)) == len(set.union(*tables))
 
     @pytest.mark.parametrize(
@@ -133,13 +148,13 @@ class TestNames:
 
 class TestValues:
     def test_wrong_values_are_listed_for_every_checked_option(self) -> None:
-        """So that a new option gets its line in WRONG."""
-        checked = {name for name, check in {**opt.OWN, **opt.GENERATE}.items() if check is not opt._ANY}
+        """A new option needs its line in WRONG."""
+        checked = {name for name, option in OPTIONS.items() if option.check is not ANY}
         assert set(WRONG) == checked
 
     @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
     def test_a_wrong_value_says_what_is_allowed(self, name: str, value: Any) -> None:
-        allowed = {**opt.OWN, **opt.GENERATE}[name].allowed
+        allowed = OPTIONS[name].check.allowed
         with pytest.raises(InvalidOptionError) as error:
             normalize({name: value})
         assert name in str(error.value)
@@ -166,7 +181,7 @@ class TestValues:
             {"min_new_tokens": 0},
         ],
     )
-    def test_the_edges_of_what_is_allowed(self, given: dict[str, Any]) -> None:
+    def test_the_edges_of_what_is_allowed_are_taken(self, given: dict[str, Any]) -> None:
         (name,) = given
         assert name in normalize(given)
 
@@ -188,7 +203,7 @@ class TestValues:
             ({"min_new_tokens": 9, "max_new_tokens": 8}, "raise the one or lower the other"),
         ],
     )
-    def test_options_that_contradict_each_other(self, given: dict[str, Any], words: str) -> None:
+    def test_options_that_contradict_each_other_are_refused(self, given: dict[str, Any], words: str) -> None:
         with pytest.raises(InvalidOptionError, match=words):
             resolve([normalize(given)], {})
 
@@ -241,7 +256,7 @@ class TestLayers:
             ({"repetition_penalty": 1.2}, {}, {}, False),
         ],
     )
-    def test_when_a_call_samples(
+    def test_a_call_samples_if_a_layer_asks_for_it(
         self, call: dict[str, Any], fields: dict[str, Any], checkpoint: dict[str, Any], sampled: bool
     ) -> None:
         assert resolve([call, fields], checkpoint).do_sample is sampled
@@ -271,7 +286,7 @@ class TestLayers:
 
 @pytest.fixture(scope="module")
 def sampling_llm(tokenizer: Any) -> QuantizedHuggingFaceLLM:
-    """A model whose checkpoint says to sample, with five tokens."""
+    """A model whose generation config asks for sampling and five tokens."""
     model = tiny_model(len(tokenizer), seed=3)
     model.generation_config.update(do_sample=True, temperature=1.4, max_new_tokens=5)
     return llm_of(model, tokenizer)
@@ -285,7 +300,7 @@ class TestOnTheClass:
         assert injected is not None
         assert injected.do_sample
 
-    def test_256_tokens_by_default(self, tokenizer: Any) -> None:
+    def test_a_call_makes_256_tokens_by_default(self, tokenizer: Any) -> None:
         llm = llm_of(tiny_model(len(tokenizer)), tokenizer)
         info = llm.generate(["The sea is"]).generations[0][0].generation_info
         assert info is not None
@@ -295,7 +310,7 @@ class TestOnTheClass:
         samples = sampling_llm.generate(["The sea is"], n=4, seed=1).generations[0]
         assert len({g.text for g in samples}) == 4
         assert [g.generation_info["usage_metadata"]["output_tokens"] for g in samples if g.generation_info] == [5] * 4
-        # Its temperature is the one used.
+        # The checkpoint's temperature counts.
         assert sampling_llm.invoke("The sea is", seed=1) == sampling_llm.invoke("The sea is", seed=1, temperature=1.4)
         assert sampling_llm.invoke("The sea is", temperature=0) == greedy_text(
             sampling_llm, "The sea is", max_new_tokens=5
@@ -318,7 +333,7 @@ class TestOnTheClass:
         assert llm.invoke("The sea is") == greedy_text(llm, "The sea is", max_new_tokens=3)
         assert llm.invoke("The sea is", max_new_tokens=4) == greedy_text(llm, "The sea is", max_new_tokens=4)
 
-    def test_bind_and_the_call_say_the_same(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+    def test_bound_options_count_like_those_of_the_call(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
         options: dict[str, Any] = {"max_new_tokens": 4, "temperature": 1.2, "seed": 7}
         assert tiny_llm.bind(**options).invoke("The sea is") == tiny_llm.invoke("The sea is", **options)
         assert tiny_llm.bind(max_new_tokens=4).invoke("The sea is", max_new_tokens=2) == greedy_text(
@@ -337,7 +352,9 @@ class TestOnTheClass:
             {"max_new_tokens": 4, "skip_prompt": True},
         ],
     )
-    def test_aliases_as_fields_and_at_the_call(self, tiny_llm: QuantizedHuggingFaceLLM, fields: dict[str, Any]) -> None:
+    def test_aliases_count_as_fields_and_at_the_call(
+        self, tiny_llm: QuantizedHuggingFaceLLM, fields: dict[str, Any]
+    ) -> None:
         expected = greedy_text(tiny_llm, "The sea is", max_new_tokens=4)
         assert QuantizedHuggingFaceLLM(pipeline=tiny_llm.pipeline, **fields).invoke("The sea is") == expected
         if "generation_kwargs" not in fields:
@@ -378,7 +395,7 @@ class TestOnTheClass:
 
 
 class TestCheckpointsWithOptionsOfTheirOwn:
-    """`generate` fills what our config leaves None from the model's generation config; none of that may show."""
+    """`generate` fills fields that we leave None from the generation config; the text must not depend on them."""
 
     @pytest.mark.parametrize(
         "stored",
@@ -441,7 +458,7 @@ class TestCheckpointsWithOptionsOfTheirOwn:
 class TestSamplingOverGreedy:
     @pytest.mark.parametrize("call", [{"do_sample": True}, {"top_p": 0.9}, {"top_k": 5}])
     def test_a_call_that_samples_wins_over_a_field_that_does_not(self, call: dict[str, Any]) -> None:
-        options = opt.resolve([opt.normalize(call), opt.normalize({"temperature": 0})], {})
+        options = resolve([normalize(call), normalize({"temperature": 0})], {})
         assert options.do_sample
         assert options.temperature == 1.0
 
@@ -450,9 +467,9 @@ class TestSamplingOverGreedy:
     )
     def test_two_spellings_that_say_two_things_are_refused(self, given: dict[str, Any]) -> None:
         with pytest.raises(InvalidOptionError, match="contradicts"):
-            opt.normalize(given)
+            normalize(given)
 
     @pytest.mark.parametrize("names", [("logprobs", "top_logprobs"), ("top_logprobs", "logprobs")])
     def test_logprobs_and_their_number_may_stand_together(self, names: tuple[str, str]) -> None:
         values = {"logprobs": True, "top_logprobs": 2}
-        assert opt.normalize({name: values[name] for name in names}) == {"logprobs": 2}
+        assert normalize({name: values[name] for name in names}) == {"logprobs": 2}

@@ -1,4 +1,4 @@
-"""Every scheme, however it is asked for, against what lies in memory after really loading."""
+"""Every scheme, in each way to ask for it: the weights in memory after loading, values, names and checks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def blocks_and_head(llm: QuantizedHuggingFaceLLM) -> tuple[list[Any], torch.nn.L
 
 
 def greedy_text(folder: Path, config: BitsAndBytesConfig | None, dtype: str = "auto") -> str:
-    """What transformers alone continues the prompt with."""
+    """Continue the prompt with transformers alone."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=config, dtype=dtype, device_map={"": "cpu"}
@@ -87,7 +87,7 @@ def test_dtype_is_that_of_unquantized_weights(tiny: Path, dtype: str) -> None:
     ],
     ids=["name", "value", "dict", "config", "config_dict", "load_in_8bit", "in_model_kwargs"],
 )
-def test_int8(tiny: Path, how: dict[str, Any]) -> None:
+def test_int8_weights_are_held_in_8_bits_and_give_transformers_text(tiny: Path, how: dict[str, Any]) -> None:
     llm = make_llm(tiny, **how)
     assert llm.scheme == Int8()  # known before loading
     blocks, head = blocks_and_head(llm)
@@ -101,7 +101,7 @@ def test_int8(tiny: Path, how: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_4bit(tiny: Path, kind: str, double: bool) -> None:
+def test_4bit_weights_are_held_in_4_bits_and_give_transformers_text(tiny: Path, kind: str, double: bool) -> None:
     scheme = {"nf4": NF4, "fp4": FP4}[kind](double_quantization=double)
     config = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -144,7 +144,7 @@ def test_load_in_4bit_alone_is_transformers_default(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize("given", ["float32", torch.float32, "torch.float32"])
-def test_compute_dtype(tiny: Path, given: Any) -> None:
+def test_compute_dtype_is_that_of_the_layers(tiny: Path, given: Any) -> None:
     blocks, _ = blocks_and_head(make_llm(tiny, quantization=NF4(compute_dtype=given)))
     assert {layer.compute_dtype for layer in blocks} == {torch.float32}
 
@@ -157,14 +157,14 @@ def test_compute_dtype_follows_the_model(tiny: Path) -> None:
     assert llm.invoke(PROMPT)
 
 
-def test_storage_dtype(tiny: Path) -> None:
+def test_storage_dtype_is_that_of_the_weights_and_changes_no_text(tiny: Path) -> None:
     llm = make_llm(tiny, quantization=NF4(storage_dtype="bfloat16"))
     blocks, _ = blocks_and_head(llm)
     assert {layer.weight.dtype for layer in blocks} == {torch.bfloat16}
     assert llm.invoke(PROMPT) == make_llm(tiny, quantization="nf4").invoke(PROMPT)
 
 
-def test_threshold(tiny: Path) -> None:
+def test_threshold_is_that_of_the_layers(tiny: Path) -> None:
     llm = make_llm(tiny, quantization=Int8(threshold=0))
     blocks, _ = blocks_and_head(llm)
     assert {layer.state.threshold for layer in blocks} == {0.0}
@@ -192,7 +192,7 @@ def test_fp32_cpu_offload_is_handed_on() -> None:
 
 
 def test_output_differs_between_schemes(tiny: Path) -> None:
-    """The logits show that the schemes really round differently."""
+    """The logits show that each scheme rounds in its own way."""
     ids = torch.arange(2, 34)[None]
     logits = {}
     for name in ("none", "int8", "nf4", "nf4-double", "fp4"):
@@ -227,7 +227,7 @@ def test_output_differs_between_schemes(tiny: Path) -> None:
         (lambda: GPTQ(sym="yes"), ["sym=", "True or False"]),  # type: ignore[arg-type]
     ],
 )
-def test_options_are_checked(make: Any, words: list[str]) -> None:
+def test_wrong_options_are_refused_with_what_is_allowed(make: Any, words: list[str]) -> None:
     with pytest.raises(InvalidOptionError) as caught:
         make()
     for word in words:
@@ -324,7 +324,7 @@ def test_names_stand_for_the_schemes(name: str) -> None:
     ("name", "bits"),
     [("none", None), ("int8", 8), ("nf4", 4), ("nf4-double", 4), ("fp4", 4), ("fp4-double", 4), ("gptq", None)],
 )
-def test_weight_bits(name: str, bits: int | None) -> None:
+def test_schemes_tell_the_bits_of_a_weight(name: str, bits: int | None) -> None:
     assert SCHEMES[name].weight_bits == bits
     assert GPTQ(bits=3).weight_bits == 3
 

@@ -43,7 +43,7 @@ class Answer(BaseModel):
 
 @wrap_model_call
 def two_steps(request: Any, handler: Callable[[Any], Any]) -> Any:
-    """Lead a model that does not know when it has done enough: each tool once, and after two only the answer."""
+    """Restrict the tool choice of a small model: each tool once, and after two calls only the answer."""
     used = {message.name for message in request.messages if isinstance(message, ToolMessage)}
     if len(used) == 2:
         return handler(request.override(tools=[]))
@@ -54,7 +54,7 @@ def two_steps(request: Any, handler: Callable[[Any], Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def chat(qwen_coder: Path) -> Iterator[ChatQuantizedHuggingFace]:
-    # Computed in float32, so that what is found in the cache and what is computed anew give the same tokens.
+    # In float32, keys and values from the cache and computed ones give the same tokens.
     scheme = NF4(compute_dtype="float32")
     chat = ChatQuantizedHuggingFace(
         model=str(qwen_coder), quantization=scheme, dtype="float32", device="cpu", max_tokens=60, progress=False

@@ -1,4 +1,4 @@
-"""Eight LangChain agents in threads over one model: one running batch, and each does what it does alone."""
+"""Eight LangChain agents in threads over one model: one running batch, and each agent acts as it does alone."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ TASKS: list[tuple[Callable[..., Any], str]] = [
 
 
 class Calls(AgentMiddleware):
-    """Forces so many calls and then an answer, as small models do neither by themselves."""
+    """Forces a number of calls and then an answer, because small models do neither by themselves."""
 
     def __init__(self, calls: int) -> None:
         self.calls = calls
@@ -90,7 +90,7 @@ class Calls(AgentMiddleware):
     params=[pytest.param("tiny", marks=pytest.mark.compat), pytest.param("smollm2", marks=pytest.mark.slow)],
 )
 def chat(request: pytest.FixtureRequest, tokenizer: Any, smollm2: Path) -> Iterator[ChatQuantizedHuggingFace]:
-    """In float32, in which a row alone and one of eight round far below what lies between the best two logits."""
+    """In float32, where batching changes logits by far less than the best two differ."""
     fields: dict[str, Any] = {"model": str(smollm2), "dtype": "float32", "device": "cpu", "progress": False}
     if request.param == "tiny":
         fields = {"pipeline": pipeline_of(tiny_model(len(tokenizer)), tokenizer)}
@@ -104,7 +104,7 @@ def _calls(i: int) -> int:
 
 
 def run(chat: ChatQuantizedHuggingFace, i: int) -> list[Any]:
-    """Run an agent and give what was said: contents, and names and arguments of calls; ids are random."""
+    """Run an agent and return its messages: contents, names and arguments of calls, without the random ids."""
     tool, question = TASKS[i]
     agent: Any = create_agent(
         chat, [tool], system_prompt=f"You are agent {i}. Use your tool.", middleware=[Calls(_calls(i))]
@@ -126,7 +126,7 @@ def test_eight_agents_share_one_batch_and_do_what_they_do_alone(
         return decode(states, *args)
 
     monkeypatch.setattr(runner, "decode", count)
-    by_itself = ChatQuantizedHuggingFace(llm=chat, prefix_caching=False)  # nothing of one run is found by the next
+    by_itself = ChatQuantizedHuggingFace(llm=chat, prefix_caching=False)  # no keys and values of an earlier run
     alone = [run(by_itself, i) for i in range(len(TASKS))]
     tokens_alone = list(rows)
     assert set(tokens_alone) == {1}
@@ -145,6 +145,6 @@ def test_eight_agents_share_one_batch_and_do_what_they_do_alone(
         assert [name for name, _ in called] == [TASKS[i][0].__name__] * _calls(i)
         assert one[-1][0] == "ai"
         assert one[-1][1]
-    assert sum(rows) == len(tokens_alone)  # the same tokens, drawn in far fewer steps
+    assert sum(rows) == len(tokens_alone)  # the same tokens, sampled in far fewer steps
     assert max(rows) == len(TASKS)
     assert len(rows) < len(tokens_alone) / 3

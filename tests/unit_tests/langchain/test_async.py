@@ -1,4 +1,4 @@
-"""Event loops and threads: cancelling, several loops, many callers at once, and the thread that serves them."""
+"""Event loops and threads: cancellation, several loops, many callers at once, and the engine's thread."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ LONG = 4000
 
 
 async def check_stopped(seen: Any, before: int) -> None:
-    """At most the forward that ran, and the one begun before the next look, come after the end."""
+    """Check that at most two forwards come after the end: the running one, and one begun meanwhile."""
     assert await asyncio.to_thread(seen.settle) <= before + 2  # the loop may have something to close meanwhile
 
 
 class TestStopping:
     @pytest.mark.parametrize("way", ["ainvoke", "abatch", "abatch, return_exceptions", "astream"])
-    async def test_cancelling_a_task(self, tiny_llm: QuantizedHuggingFaceLLM, way: str) -> None:
+    async def test_cancelling_a_task_stops_the_model(self, tiny_llm: QuantizedHuggingFaceLLM, way: str) -> None:
         async def call() -> None:
             if way == "ainvoke":
                 await tiny_llm.ainvoke(PROMPT, max_new_tokens=LONG)
@@ -45,13 +45,13 @@ class TestStopping:
                 await task
             await check_stopped(seen, seen.count)
 
-    async def test_wait_for(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+    async def test_a_timeout_of_asyncio_stops_the_model(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
         with forwards(tiny_llm, slowly()) as seen:
             with pytest.raises(asyncio.TimeoutError):
                 await asyncio.wait_for(tiny_llm.ainvoke(PROMPT, max_new_tokens=LONG), 0.2)
             await check_stopped(seen, seen.count)
 
-    async def test_breaking_out_of_the_loop(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+    async def test_breaking_out_of_the_loop_stops_the_model(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
         """Without aclose(), as people write it."""
         with forwards(tiny_llm, slowly()) as seen:
             async for _ in tiny_llm.astream(PROMPT, max_new_tokens=LONG):
@@ -59,14 +59,14 @@ class TestStopping:
                     break
             await check_stopped(seen, seen.count)
 
-    async def test_closing_the_stream(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+    async def test_closing_the_stream_stops_the_model(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
         with forwards(tiny_llm, slowly()) as seen:
             stream = tiny_llm.astream(PROMPT, max_new_tokens=LONG)
             await anext(stream)
             await stream.aclose()  # type: ignore[attr-defined]
             await check_stopped(seen, seen.count)
 
-    async def test_timeout(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+    async def test_timeout_raises_and_stops_the_model(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
         with forwards(tiny_llm, slowly()) as seen:
             with pytest.raises(ModelTimeoutError, match=r"timeout=0\.2 seconds"):
                 await tiny_llm.ainvoke(PROMPT, max_new_tokens=LONG, timeout=0.2)
@@ -115,7 +115,7 @@ class TestErrors:
         with forwards(tiny_llm, slowly(0.3)):
             await tiny_llm.ainvoke(PROMPT, max_new_tokens=2)
         watching.cancel()
-        assert longest < 0.29  # a loop that waited for a forward would have stood for 0.3 s
+        assert longest < 0.29  # a loop blocked by a forward would stand still for 0.3 s
 
 
 class TestManyCallers:
@@ -174,10 +174,10 @@ class TestManyCallers:
         with forwards(llm) as seen:
             texts = await asyncio.gather(*(llm.ainvoke(prompt, max_new_tokens=4) for prompt in prompts))
         assert texts == expected
-        assert len(seen.prefills) <= 3  # one, but for a loop that the machine held up
+        assert len(seen.prefills) <= 3  # one, or a few if the machine delays a loop
 
     async def test_tasks_join_the_running_batch(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
-        """In the fast engine, which does not wait for them."""
+        """In the fast engine, which begins without waiting for others."""
         llm = QuantizedHuggingFaceLLM(pipeline=tiny_llm.pipeline, engine="fast", max_new_tokens=12)
         prompts = [f"The sea is {i}" for i in range(8)]
         expected = [llm.invoke(prompt) for prompt in prompts]
@@ -189,7 +189,7 @@ class TestManyCallers:
 
 
 class TestThread:
-    def test_it_sleeps_without_work_and_serves_the_next_call(self, tokenizer: Any) -> None:
+    def test_the_engine_s_thread_sleeps_without_work_and_serves_the_next_call(self, tokenizer: Any) -> None:
         before = set(threading.enumerate())
 
         def mine() -> list[threading.Thread]:
@@ -204,12 +204,12 @@ class TestThread:
         assert thread.daemon
         wait_for_rest()
         used = time.process_time()
-        time.sleep(0.3)  # the time in which it is watched
+        time.sleep(0.3)  # the observed time
         assert time.process_time() - used < 0.06  # a thread that polls or spins takes more
         assert llm.invoke(PROMPT) == text
         assert mine() == [thread]
 
-    def test_it_ends_with_the_last_instance(self, tokenizer: Any) -> None:
+    def test_the_engine_s_thread_ends_with_the_last_instance(self, tokenizer: Any) -> None:
         before = set(threading.enumerate())
         llm = llm_of(tiny_model(len(tokenizer)), tokenizer, max_new_tokens=2)
         llm.invoke(PROMPT)
@@ -219,7 +219,7 @@ class TestThread:
         thread.join(5)
         assert not thread.is_alive()
 
-    def test_it_ends_with_unload(self, tokenizer: Any) -> None:
+    def test_the_engine_s_thread_ends_with_unload(self, tokenizer: Any) -> None:
         llm = llm_of(tiny_model(len(tokenizer)), tokenizer, max_new_tokens=2)
         llm.invoke(PROMPT)
         thread = llm._engine()._worker._thread  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Batches: really run beside each other, equal to single calls, and one bad prompt fails alone."""
+"""Batches: prompts run in one batch, give the texts of single calls, and a bad prompt fails alone."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ LENGTHS = [
 ]
 TWENTY = [f"Number {i} of the list is" for i in range(20)]
 TWENTY_LONG = [f"Number {i}" + " of the list" * 10 for i in range(20)]
-"""Each with more tokens than there are prompts."""
+"""Prompts with more tokens each than there are prompts."""
 
 ENGINES = ("fast", "pipeline")
 
 
 def engine_of(llm: QuantizedHuggingFaceLLM, engine: str, **fields: Any) -> QuantizedHuggingFaceLLM:
-    """Make an LLM over the same model that runs on one engine, which has checked the model by then."""
+    """Make an LLM over the same model with one engine, whose check of the model is done."""
     other = QuantizedHuggingFaceLLM(pipeline=llm.load().pipeline, engine=engine, **fields)
     assert other.engine_info.name == engine
     return other
 
 
 def check_one_batch(seen: Forwards, engine: str, prompts: list[str], tokenizer: Any, *, steps: int, n: int = 1) -> None:
-    """Check that prompts ran side by side from the first to the last token.
+    """Check that prompts ran in one batch from the first to the last token.
 
-    The plain engine pads them to rows of one length; the fast one packs them behind each other, and so their tokens.
-    Without prefix caching, or a beginning that an earlier call has left in the cache is not run again.
+    The pipeline engine pads them to rows of one length; the fast engine packs their tokens into one row. Only without
+    prefix caching: with it, tokens that an earlier call left in the cache are not run again.
     """
     rows = len(prompts) * n
     if engine == "pipeline":
@@ -49,7 +49,7 @@ def check_one_batch(seen: Forwards, engine: str, prompts: list[str], tokenizer: 
 
 
 def rows_of_steps(seen: Forwards, engine: str) -> list[int]:
-    """Give how many rows ran side by side in each step after a prompt's; for prompts of `TWENTY_LONG`, unshared."""
+    """Return the number of rows in each decode step; for prompts of `TWENTY_LONG`, without prefix caching."""
     assert seen.count
     if engine == "pipeline":
         return [rows for rows, tokens in seen.shapes if tokens == 1]
@@ -66,16 +66,16 @@ class TestRows:
             llm.batch(LENGTHS, max_new_tokens=4)
         check_one_batch(seen, engine, LENGTHS, tokenizer, steps=4)
 
-    def test_the_same_for_a_checkpoint_from_disk(
+    def test_prompts_for_a_checkpoint_from_disk_run_in_one_batch(
         self, tokenizer: Any, llm: QuantizedHuggingFaceLLM, engine: str
     ) -> None:
-        """Whose generation config says `use_cache: true`, as most do."""
+        """Its generation config says `use_cache: true`, as most do."""
         other = engine_of(llm, engine, prefix_caching=False)
         with forwards(other) as seen:
             other.batch(LENGTHS[:3], max_new_tokens=2)
         check_one_batch(seen, engine, LENGTHS[:3], tokenizer, steps=2)
 
-    async def test_the_same_in_async_and_for_samples(
+    async def test_async_prompts_and_samples_run_in_one_batch(
         self, tiny_llm: QuantizedHuggingFaceLLM, tokenizer: Any, engine: str
     ) -> None:
         llm = engine_of(tiny_llm, engine, prefix_caching=False)
@@ -94,7 +94,7 @@ class TestRows:
         singles = [llm.invoke(prompt) for prompt in LENGTHS]
         with forwards(llm) as seen:
             assert llm.batch(LENGTHS) == singles
-        check_one_batch(seen, engine, LENGTHS, tokenizer, steps=24)  # else this has compared nothing
+        check_one_batch(seen, engine, LENGTHS, tokenizer, steps=24)  # else nothing was compared
 
     def test_a_batch_equals_the_single_calls_on_a_trained_model(
         self, llm: QuantizedHuggingFaceLLM, tokenizer: Any, engine: str
@@ -121,7 +121,7 @@ class TestRows:
         assert llm.batch(LENGTHS, max_new_tokens=10, stop=stop) == expected
 
     def test_the_batch_ends_with_its_last_row(self, tiny_llm: QuantizedHuggingFaceLLM, engine: str) -> None:
-        """Not with the most tokens that were allowed."""
+        """It does not run on to `max_new_tokens`."""
         llm = engine_of(tiny_llm, engine)
         singles = [llm.invoke(prompt, max_new_tokens=10) for prompt in LENGTHS[:2]]
         with forwards(llm) as seen:
@@ -141,7 +141,7 @@ class TestRows:
         if engine == "pipeline":
             assert max(seen.rows) == 4
 
-    def test_max_concurrency_bounds_the_rows(self, tiny_llm: QuantizedHuggingFaceLLM, engine: str) -> None:
+    def test_max_concurrency_bounds_the_rows_of_batch(self, tiny_llm: QuantizedHuggingFaceLLM, engine: str) -> None:
         llm = engine_of(tiny_llm, engine, prefix_caching=False, max_new_tokens=3)
         expected = [llm.invoke(prompt) for prompt in TWENTY_LONG[:6]]
         for return_exceptions in (False, True):
@@ -150,7 +150,9 @@ class TestRows:
             assert texts == expected
             assert 1 <= max(rows_of_steps(seen, engine)) <= 2
 
-    async def test_max_concurrency_in_async(self, tiny_llm: QuantizedHuggingFaceLLM, engine: str) -> None:
+    async def test_max_concurrency_bounds_the_rows_of_abatch(
+        self, tiny_llm: QuantizedHuggingFaceLLM, engine: str
+    ) -> None:
         llm = engine_of(tiny_llm, engine, prefix_caching=False, max_new_tokens=3)
         expected = [llm.invoke(prompt) for prompt in TWENTY_LONG[:6]]
         for return_exceptions in (False, True):
@@ -198,7 +200,7 @@ class TestRows:
             nonlocal inside, most
             inside += 1
             most = max(most, inside)
-            time.sleep(0.01)  # a slow model, on purpose: the other call comes meanwhile
+            time.sleep(0.01)  # a slow model, so that the other call comes meanwhile
 
         def leave(module: Any, args: Any, output: Any) -> None:
             nonlocal inside
@@ -248,21 +250,25 @@ class TestErrors:
     async def test_a_bad_prompt_fails_alone_in_async(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
         self.check(tiny_llm, await tiny_llm.abatch(list(self.PROMPTS), return_exceptions=True, max_new_tokens=4))
 
-    def test_of_one_prompt_too(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+    def test_a_single_bad_prompt_returns_its_error(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
         (error,) = tiny_llm.batch([""], return_exceptions=True)
         assert isinstance(error, InvalidOptionError)
 
-    def test_the_good_ones_beside_a_bad_one_are_still_a_batch(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+    def test_good_prompts_beside_a_bad_one_are_one_batch_of_the_pipeline_engine(
+        self, tiny_llm: QuantizedHuggingFaceLLM
+    ) -> None:
         llm = engine_of(tiny_llm, "pipeline")
         prompts = [*TWENTY[:8], ""]
         with forwards(llm) as seen:
             results = llm.batch(prompts, return_exceptions=True, max_new_tokens=4)
         assert results[:8] == [llm.invoke(prompt, max_new_tokens=4) for prompt in TWENTY[:8]]
-        assert len(seen.prefills) <= 3  # one, but for callers that the machine held up
+        assert len(seen.prefills) <= 3  # one, or a few if the machine delays a caller
         assert sum(rows for rows, _ in seen.prefills) == 8
 
-    def test_the_same_in_the_fast_engine(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
-        """Which waits for nobody: the first of them begins, and the others join it as they come."""
+    def test_good_prompts_beside_a_bad_one_join_the_fast_engine_s_batch(
+        self, tiny_llm: QuantizedHuggingFaceLLM
+    ) -> None:
+        """It begins with the first prompt, and the others join the running batch."""
         llm = engine_of(tiny_llm, "fast", prefix_caching=False)
         prompts = [*TWENTY_LONG[:8], ""]
         with forwards(llm, slowly(0.02)) as seen:
@@ -277,10 +283,10 @@ class TestErrors:
                 tiny_llm.batch(list(self.PROMPTS))
             with pytest.raises(InvalidOptionError, match="at least one character"):
                 await tiny_llm.abatch(list(self.PROMPTS))
-            assert seen.settle() == 0  # nothing was begun
+            assert seen.settle() == 0  # no forward ran
 
-    def test_the_rest_is_cancelled(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
-        """Rows that wait behind a failed batch of the same call are not begun."""
+    def test_a_failed_batch_cancels_the_prompts_that_wait(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+        """Prompts that wait behind a failed batch of the same call do not run."""
         llm = QuantizedHuggingFaceLLM(pipeline=tiny_llm.pipeline, batch_size=4, max_new_tokens=5)
         with forwards(llm, fail_at(3, ValueError("cosmic ray"))) as seen:
             with pytest.raises(GenerationError, match="cosmic ray"):
@@ -308,7 +314,7 @@ class TestErrors:
             assert all(isinstance(error, TimeoutError) for error in results)
             assert time.monotonic() - began < 5
             before = seen.count
-            assert seen.settle() <= before + 2  # the forward that ran, and one begun before the next look
+            assert seen.settle() <= before + 2  # the running forward, and one begun before the engine looked
 
 
 def _spoil_first_row(model: Any) -> Any:
@@ -331,6 +337,6 @@ class TestNoNumbers:
         texts = llm.batch(["The sea is"] * 4, return_exceptions=True, **options)
         hook.remove()
         failed = [text for text in texts if isinstance(text, GenerationError)]
-        assert failed  # one for each batch that the calls met in
+        assert failed  # one for each batch of these calls
         assert [text for text in texts if isinstance(text, str)] == [expected] * (4 - len(failed))
         assert llm.invoke("The sea is", **options) == expected

@@ -41,7 +41,7 @@ class TestCache:
             assert tiny_llm.batch([PROMPT, PROMPT], return_exceptions=True, max_new_tokens=4) == [first] * 2
             assert seen.count == 0
 
-    async def test_a_cache_of_the_instance(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+    async def test_a_cache_of_the_instance_answers_a_repeated_call(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
         llm = QuantizedHuggingFaceLLM(pipeline=tiny_llm.pipeline, max_new_tokens=4, cache=InMemoryCache())
         first = await llm.ainvoke(PROMPT)
         with forwards(llm) as seen:
@@ -73,7 +73,7 @@ class TestCache:
     async def test_an_option_of_the_call_is_part_of_the_key(
         self, tiny_llm: QuantizedHuggingFaceLLM, options: dict[str, Any]
     ) -> None:
-        """In both orders, sync and async: what one call left there is no answer to another."""
+        """In both orders, sync and async: the cached text of one call does not answer the other."""
         plain = tiny_llm.generate([PROMPT])
         with forwards(tiny_llm) as seen:
             given = tiny_llm.generate([PROMPT], **options)
@@ -159,7 +159,7 @@ class TestCache:
 
 
 class Recorder(BaseCallbackHandler):
-    """Notes what LangChain reports."""
+    """Records the callbacks."""
 
     def __init__(self) -> None:
         self.tokens: list[str] = []
@@ -183,7 +183,7 @@ class Recorder(BaseCallbackHandler):
 
 
 class AsyncRecorder(AsyncCallbackHandler):
-    """The same from an event loop."""
+    """Records the callbacks of async calls."""
 
     def __init__(self) -> None:
         self.tokens: list[str] = []
@@ -251,7 +251,7 @@ class TestCallbacks:
 
 
 class TestTracing:
-    def test_the_standard_parameters(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+    def test_traces_have_the_standard_parameters(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
         llm = QuantizedHuggingFaceLLM(pipeline=tiny_llm.pipeline, temperature=0.5, max_new_tokens=3, stop=["x"])
         params = llm._get_ls_params()
         assert params == {
@@ -299,7 +299,9 @@ class TestTracing:
 
 
 class TestChains:
-    async def test_prompt_llm_parser(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+    async def test_a_chain_of_prompt_llm_and_parser_gives_the_text_in_every_way(
+        self, tiny_llm: QuantizedHuggingFaceLLM
+    ) -> None:
         chain = PromptTemplate.from_template("The {x} is") | tiny_llm | StrOutputParser()
         expected = tiny_llm.invoke(PROMPT)
         assert chain.invoke({"x": "sea"}) == expected
@@ -320,10 +322,10 @@ class TestChains:
             chain.batch([{"x": x} for x in ("sea", "sky", "sun")])
         if engine == "pipeline":
             assert seen.rows == [3] * 12
-        else:  # which packs them
+        else:  # the fast engine packs the prompts into one row
             assert seen.shapes == [(1, 3 * 3), *[(1, 3)] * 11]
 
-    async def test_events(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+    async def test_events_stream_the_text(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
         chain = PromptTemplate.from_template("The {x} is") | tiny_llm
         text = ""
         async for event in chain.astream_events({"x": "sea"}, version="v2"):
@@ -335,7 +337,7 @@ class TestChains:
         chain = ChatPromptTemplate.from_messages([("human", "The sea is")]) | tiny_llm
         assert chain.invoke({}) == tiny_llm.invoke("Human: The sea is")
 
-    def test_parallel_branches(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+    def test_parallel_branches_keep_their_own_options(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
         both = RunnableParallel(a=tiny_llm.bind(max_new_tokens=3), b=tiny_llm.bind(max_new_tokens=5))
         assert both.invoke(PROMPT) == {
             "a": tiny_llm.invoke(PROMPT, max_new_tokens=3),
@@ -356,13 +358,13 @@ class TestChains:
     def test_configurable_fields_of_a_loaded_model_share_its_weights(self, llm: QuantizedHuggingFaceLLM) -> None:
         """Every use makes a new instance from all fields; `llm` is loaded, with a dtype of its own."""
         configurable = llm.configurable_fields(max_new_tokens=ConfigurableField(id="tokens"))
-        assert llm.engine_info.name == "fast"  # which has run the model for its own check by now
+        assert llm.engine_info.name == "fast"  # its check of the model is done by now
         with forwards(llm) as seen:
             text = configurable.invoke(PROMPT, {"configurable": {"tokens": 2}})
             assert seen.count == 2
         assert text == llm.invoke(PROMPT, max_new_tokens=2)
 
-    def test_configurable_alternatives(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+    def test_configurable_alternatives_choose_the_llm(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
         short = QuantizedHuggingFaceLLM(pipeline=tiny_llm.pipeline, max_new_tokens=2)
         llm = tiny_llm.configurable_alternatives(ConfigurableField(id="which"), default_key="long", short=short)
         assert llm.invoke(PROMPT, {"configurable": {"which": "short"}}) == short.invoke(PROMPT)

@@ -1,4 +1,4 @@
-"""What a call gives: the text of transformers' own `generate`, samples, limits, logprobs and usage."""
+"""The results of calls: the text of transformers' own `generate`, samples, limits, logprobs and usage."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class TestText:
 
     @pytest.mark.parametrize("family", sorted(TINY))
     @pytest.mark.compat
-    async def test_families_of_models(self, tokenizer: Any, family: str) -> None:
+    async def test_families_of_models_give_generate_s_text(self, tokenizer: Any, family: str) -> None:
         llm = llm_of(tiny_model(len(tokenizer), family), tokenizer, max_new_tokens=30)
         expected = greedy_text(llm, "The sea is", max_new_tokens=30)
         assert await all_ways(llm, "The sea is") == [expected] * 8
@@ -71,8 +71,8 @@ class TestText:
         llm = llm_of(model, tokenizer, max_new_tokens=len(script))
         assert await all_ways(llm, prompt) == [completion] * 8
 
-    async def test_schemes(self, quantized_llm: QuantizedHuggingFaceLLM) -> None:
-        """Quantized weights too: one computation, one text, the one of `generate`, and a sensible one."""
+    async def test_quantized_weights_give_generate_s_text(self, quantized_llm: QuantizedHuggingFaceLLM) -> None:
+        """Exactly `generate`'s text, and a sensible one."""
         expected = greedy_text(quantized_llm, PROMPTS[0], max_new_tokens=3)
         assert await all_ways(quantized_llm, PROMPTS[0], max_new_tokens=3) == [expected] * 8
         assert "Paris" in expected
@@ -98,7 +98,7 @@ class TestText:
         assert [[g.text[:7] for g in row] for row in result.generations] == [["The sea"] * 2, ["The sky"] * 2]
 
     def test_special_tokens_of_a_prompt_are_not_doubled(self, tokenizer: Any) -> None:
-        """A prompt with its begin token, from a chat template perhaps, gets no second one."""
+        """A prompt that has its begin token, from a chat template say, gets no second one."""
         from tokenizers.processors import TemplateProcessing
 
         class_ = type(tokenizer)
@@ -116,9 +116,9 @@ class TestText:
 
 @pytest.fixture(scope="module")
 def repeating(tokenizer: Any) -> QuantizedHuggingFaceLLM:
-    """A random model that repeats itself, so that penalties and n-gram options have something to do."""
+    """A random model that repeats itself, so that penalties and n-gram options change its text."""
     model = tiny_model(len(tokenizer), seed=2)
-    with torch.no_grad():  # the current token's own embedding decides most
+    with torch.no_grad():  # the logits follow the current token's embedding
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight.mul_(0.2)
             layer.mlp.down_proj.weight.mul_(0.2)
@@ -163,7 +163,7 @@ class TestTransformersOptions:
         forms = {"sequence_bias": [[[first], -500.0]], "bad_words_ids": [[first]]}
         options = {k: forms.get(k, [first]) if v == "FIRST" else v for k, v in options.items()}
         expected = greedy_text(repeating, self.PROMPT, max_new_tokens=10, **options)
-        assert (expected != plain) is changes  # so that the option is known to do something here
+        assert (expected != plain) is changes  # the option has an effect on this text
         assert repeating.invoke(self.PROMPT, max_new_tokens=10, **options) == expected
 
     def test_beams_of_a_trained_model(self, llm: QuantizedHuggingFaceLLM) -> None:
@@ -180,7 +180,7 @@ class TestTransformersOptions:
         assert texts == [expected] * 8
 
     def test_a_batch_with_transformers_options_equals_single_calls(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
-        """Their processors see padding, so rows of other lengths must not run beside each other."""
+        """Their processors see padding, so prompts of different lengths must not share a batch."""
         for options in ({"no_repeat_ngram_size": 1}, {"num_beams": 2}, {"encoder_repetition_penalty": 2.0}):
             singles = [tiny_llm.invoke(p, max_new_tokens=6, **options) for p in PROMPTS]
             assert tiny_llm.batch(PROMPTS, max_new_tokens=6, **options) == singles
@@ -210,7 +210,7 @@ class TestSamples:
         assert all(len(set(row)) == 3 for row in first)
         assert texts(n=3, seed=5) == first
         assert texts(n=3, seed=6) != first
-        # Sample i has its own numbers, whatever n is.
+        # Sample i has random numbers of its own, whatever n is.
         assert [row[:1] for row in first] == texts(n=1, seed=5)
         assert [row[:2] for row in first] == texts(n=2, seed=5)
 
@@ -229,7 +229,7 @@ class TestSamples:
         assert len(set(await all_ways(tiny_llm, "The sea", seed=11, **SAMPLED))) == 1
 
     def test_a_seeded_text_does_not_depend_on_what_else_runs(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
-        """Rows with options of their own, alone and beside each other: sampling is per row."""
+        """Each prompt has sampling options of its own, alone and in a batch."""
         import threading
 
         rows: list[tuple[str, dict[str, Any]]] = [
@@ -255,7 +255,7 @@ class TestSamples:
                 thread.start()
             for thread in threads:
                 thread.join()
-            assert seen.count < (5 * 6 + 3) / 2  # 33 one by one, 6 at best: else this has shown nothing
+            assert seen.count < (5 * 6 + 3) / 2  # 33 one by one, 6 in one batch
         assert together == alone
 
     def test_torch_s_global_generator_is_untouched(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
@@ -294,7 +294,7 @@ class TestLengths:
         self, short: QuantizedHuggingFaceLLM, long_prompt: str
     ) -> None:
         words = "80 tokens .* allows 64 .*truncation='left'"
-        assert short.engine_info.name == "fast"  # which has run the model for its own check by now
+        assert short.engine_info.name == "fast"  # its check of the model is done by now
         with forwards(short) as seen:
             with pytest.raises(ContextOverflowError, match=words) as error:
                 short.invoke(long_prompt)
@@ -340,7 +340,7 @@ class TestLengths:
         (generation,) = short.generate([" one" * 10], max_length=8, truncation="left").generations[0]
         assert info_of(generation)["usage_metadata"]["total_tokens"] == 8
 
-    def test_no_room_for_any_prompt(self, short: QuantizedHuggingFaceLLM) -> None:
+    def test_new_tokens_that_leave_no_room_for_a_prompt_are_refused(self, short: QuantizedHuggingFaceLLM) -> None:
         with pytest.raises(InvalidOptionError, match="max_new_tokens=64 leaves no room"):
             short.invoke("The sea", max_new_tokens=64, truncation=True)
 
@@ -352,7 +352,9 @@ class TestLengths:
 
 
 class TestAnswers:
-    def test_usage_reason_name_and_timing(self, tiny_llm: QuantizedHuggingFaceLLM, tokenizer: Any) -> None:
+    def test_completions_have_usage_finish_reason_model_name_and_timing(
+        self, tiny_llm: QuantizedHuggingFaceLLM, tokenizer: Any
+    ) -> None:
         result = tiny_llm.generate(PROMPTS[:2], max_new_tokens=4, n=2)
         counts = [len(tokenizer(p)["input_ids"]) for p in PROMPTS[:2]]
         for row, count in zip(result.generations, counts, strict=True):
@@ -436,14 +438,14 @@ class TestAnswers:
                 tiny_llm.invoke(prompt)
 
     def test_an_end_token_outside_the_vocabulary_is_refused(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
-        """In words, and before the model fails over it."""
+        """The error comes before the model runs."""
         with pytest.raises(InvalidOptionError, match="99999999"):
             tiny_llm.invoke("The sea", eos_token_id=99999999, min_new_tokens=2)
 
 
 class TestRoom:
     def test_truncation_leaves_room_for_a_text(self, tokenizer: Any) -> None:
-        """The error about a long prompt recommends it, so it must not end in a single token."""
+        """The error about a long prompt recommends truncation, so more than one new token must fit."""
         llm = llm_of(tiny_model(len(tokenizer), context_tokens=64), tokenizer)
         (generation,) = llm.generate(["sea " * 100], truncation="left").generations[0]
         usage = info_of(generation)["usage_metadata"]

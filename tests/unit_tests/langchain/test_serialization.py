@@ -23,7 +23,7 @@ from langchain_quantllm.loading.registry import LoadSpec
 from tests.support.checkpoints import FakeHub, make_checkpoint, quicken
 
 PROMPT = "The capital of France"
-SECRET = "hf_verySecretToken"  # no real one
+SECRET = "hf_verySecretToken"  # not a real token
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_settings_come_back(tiny: Path, way: Any, given: dict[str, Any]) -> None
     assert type(twin) is QuantizedHuggingFaceLLM
     assert twin is not llm
     ours, theirs = settings(llm), settings(twin)
-    if way in (by_dumpd, by_dumps):  # LangChain leaves those out that are about the run, not the model
+    if way in (by_dumpd, by_dumps):  # LangChain leaves out the fields about runs
         for name in ("tags", "metadata", "cache", "verbose"):
             ours.pop(name), theirs.pop(name)
     assert theirs == ours
@@ -117,7 +117,7 @@ def test_a_loaded_instance_carries_no_weights(tiny: Path, way: Any, quantization
 
 
 @pytest.mark.parametrize("loaded", [False, True])
-def test_size_of_a_pickle(tiny: Path, loaded: bool) -> None:
+def test_a_pickle_has_no_weights(tiny: Path, loaded: bool) -> None:
     llm = make_llm(tiny, quantization="nf4")
     if loaded:
         llm.invoke(PROMPT)
@@ -174,7 +174,7 @@ def test_load_needs_the_class_allowed(tiny: Path) -> None:
         load(dumped, allowed_objects="core")
 
 
-# A pipeline of one's own.
+# A pipeline of the user's own.
 
 
 @pytest.fixture
@@ -243,7 +243,7 @@ def test_the_token_is_nowhere(tiny: Path) -> None:
     )
 
 
-def test_the_token_in_traces(tiny: Path) -> None:
+def test_the_token_is_in_no_trace(tiny: Path) -> None:
     from langchain_core.callbacks import BaseCallbackHandler
 
     seen: list[Any] = []

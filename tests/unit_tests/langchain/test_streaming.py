@@ -1,4 +1,4 @@
-"""Streams on real models: pieces as soon as they are certain, errors at once, and nothing runs on unread."""
+"""Streams on real models: pieces come as soon as they are certain, errors at once, and an unread stream stops."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from tests.support.models import (
 
 PROMPT = "The sea is"
 LONG = 4000
-"""New tokens that no test waits for."""
+"""More new tokens than any test waits for."""
 
 
 @pytest.mark.compat
 class TestPieces:
     def test_the_first_chunk_comes_before_the_third_forward(self, llm: QuantizedHuggingFaceLLM) -> None:
-        assert llm.engine_info.name == "fast"  # which has run the model for its own check by now
+        assert llm.engine_info.name == "fast"  # its check of the model is done by now
         with forwards(llm, slowly(0.02)) as seen:
             stream = llm.stream("The capital of France is")
             assert next(stream) == " Paris"
@@ -91,13 +91,13 @@ class TestPieces:
 
 
 class TestStopping:
-    """The count of forwards stands still soon after nobody reads on."""
+    """The model stops soon after its stream is not read any more."""
 
     def check_stopped(self, seen: Any, before: int) -> None:
-        """At most the forward that ran, and the one begun before the next look, come after the end."""
+        """Check that at most two forwards come after the end: the running one, and one begun meanwhile."""
         assert seen.settle() <= before + 2
 
-    def test_closing_a_stream(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+    def test_closing_a_stream_stops_the_model(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
         with forwards(tiny_llm, slowly()) as seen:
             stream = tiny_llm.stream(PROMPT, max_new_tokens=LONG)
             for _ in range(3):
@@ -105,14 +105,14 @@ class TestStopping:
             stream.close()
             self.check_stopped(seen, seen.count)
 
-    def test_breaking_out_of_the_loop(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+    def test_breaking_out_of_the_loop_stops_the_model(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
         with forwards(tiny_llm, slowly()) as seen:
             for number, _ in enumerate(tiny_llm.stream(PROMPT, max_new_tokens=LONG)):
                 if number == 3:
                     break
             self.check_stopped(seen, seen.count)
 
-    def test_an_error_in_the_loop(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+    def test_an_error_in_the_loop_stops_the_model(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
         def read() -> None:
             for _ in tiny_llm.stream(PROMPT, max_new_tokens=LONG):
                 raise KeyError
@@ -122,7 +122,7 @@ class TestStopping:
                 read()
             self.check_stopped(seen, seen.count)
 
-    def test_closing_the_stream_of_a_chain(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+    def test_closing_the_stream_of_a_chain_stops_the_model(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
         from langchain_core.output_parsers import StrOutputParser
         from langchain_core.prompts import PromptTemplate
 
@@ -135,7 +135,9 @@ class TestStopping:
 
     @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}], ids=str)
     @pytest.mark.compat
-    def test_timeout(self, tiny_llm: QuantizedHuggingFaceLLM, options: dict[str, Any]) -> None:
+    def test_timeout_raises_and_stops_the_model(
+        self, tiny_llm: QuantizedHuggingFaceLLM, options: dict[str, Any]
+    ) -> None:
         with forwards(tiny_llm, slowly()) as seen:
             began = time.monotonic()
             with pytest.raises(ModelTimeoutError, match=r"timeout=0\.3 seconds") as error:
@@ -145,7 +147,7 @@ class TestStopping:
             assert time.monotonic() - began < 2
             self.check_stopped(seen, seen.count)
 
-    def test_timeout_of_a_stream_and_as_a_field(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+    def test_timeout_holds_for_streams_and_as_a_field(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
         llm = QuantizedHuggingFaceLLM(pipeline=tiny_llm.pipeline, timeout=0.3, max_new_tokens=LONG)
         with forwards(tiny_llm, slowly()) as seen:
             with pytest.raises(ModelTimeoutError):
@@ -169,7 +171,7 @@ class TestStopping:
 
     @pytest.mark.parametrize("name", ["fast", "pipeline"])
     def test_others_in_the_batch_run_on(self, tiny_llm: QuantizedHuggingFaceLLM, name: str) -> None:
-        """One closes its stream, the other, in the same batch, reads to its end."""
+        """One stream of a batch is closed, the other is read to its end."""
         llm = QuantizedHuggingFaceLLM(pipeline=tiny_llm.pipeline, engine=name)
         engine = llm._engine()
         options = llm._options(None, {"max_new_tokens": 40})
@@ -178,10 +180,10 @@ class TestStopping:
             one, two = engine.submit([request]), engine.submit([request])
             next(iter(one))
             if name == "fast":
-                seen.wait_for(4)  # by then both have decoded beside each other
+                seen.wait_for(4)  # both decode in one batch by then
             one.close()
             text = "".join(chunk.text for chunk in two)
-            if name == "fast":  # a row that nobody reads leaves the batch
+            if name == "fast":  # a sequence without a reader leaves the batch
                 assert (1, 2) in seen.shapes
                 assert seen.shapes[-20:] == [(1, 1)] * 20
                 assert seen.count <= 41
@@ -223,7 +225,7 @@ class TestErrors:
             with pytest.raises(GenerationError):
                 next(stream)
 
-    def test_the_next_call_works(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+    def test_the_next_call_after_an_error_works(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
         expected = tiny_llm.invoke(PROMPT)
         with forwards(tiny_llm, fail_at(2, self.CAUSE)), pytest.raises(GenerationError):
             tiny_llm.invoke(PROMPT)
@@ -282,7 +284,7 @@ SETUP = """
 
 
 def run_script(body: str, smollm2: Path, timeout_s: float = 120) -> tuple[subprocess.CompletedProcess[str], float]:
-    """Run a program over a tiny model in an interpreter of its own; give when it ended as well."""
+    """Run a program over a tiny model in an interpreter of its own; return its result and the time of its end."""
     root = Path(__file__).parents[3]
     script = textwrap.dedent(SETUP) + textwrap.dedent(body)
     done = subprocess.run(
@@ -299,9 +301,9 @@ def run_script(body: str, smollm2: Path, timeout_s: float = 120) -> tuple[subpro
 
 @pytest.fixture(scope="module")
 def interrupted(smollm2: Path) -> dict[str, Any]:
-    """What Ctrl-C does in each way of calling: the exception, after how long, and whether the model ran on."""
+    """The effect of Ctrl-C on each way of calling: the exception, its delay, and the forwards after it."""
     body = """
-        llm.engine_info  # the engine runs the model for its own check, which is not to be counted
+        llm.engine_info  # the engine's check of the model, which is not counted
 
         def interrupt(call):
             with forwards(llm, slowly(0.01)) as seen:
@@ -380,7 +382,7 @@ class TestProcess:
         result = interrupted[call]
         assert result["raised"] == "KeyboardInterrupt"
         assert result["after_s"] < 1.5
-        assert result["ran_on"] <= 2  # the forward that ran, and one begun before the next look
+        assert result["ran_on"] <= 2  # the running forward, and one begun before the engine looked
 
     def test_the_next_call_after_ctrl_c_works(
         self, interrupted: dict[str, Any], tiny_llm: QuantizedHuggingFaceLLM
@@ -395,7 +397,7 @@ class TestProcess:
     def test_the_interpreter_ends_promptly_while_a_generation_runs(self, smollm2: Path) -> None:
         """With an open stream, an invoke in a daemon thread, and a batch that waits behind them."""
         body = """
-            llm.engine_info  # the engine runs the model for its own check, which is not to be counted
+            llm.engine_info  # the engine's check of the model, which is not counted
             counting = forwards(llm, slowly(0.01))
             seen = counting.__enter__()
             stream = llm.stream("The sea is")

@@ -498,7 +498,7 @@ def test_a_loading_field_that_is_set_later_counts(tiny: Path) -> None:
 
 def test_an_engine_whose_model_was_unloaded_says_so(tiny: Path) -> None:
     llm = make_llm(tiny).load()
-    engine, requests = llm._engine(), llm._plan([PROMPT], None, {})[1]
+    engine, requests = llm._engine(), llm._plan([PROMPT], None, {}).requests
     llm.unload()
     with pytest.raises(GenerationError, match="unloaded"):
         engine.submit(requests)

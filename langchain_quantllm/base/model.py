@@ -1,0 +1,318 @@
+"""The common behaviour of the LangChain classes: loading on first use, and the way of a call to the engine."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from langchain_core.exceptions import ContextOverflowError, ModelTimeoutError
+from langchain_core.language_models.base import LangSmithParams
+from langchain_core.runnables.config import run_in_executor
+from pydantic import PrivateAttr, model_validator
+from typing_extensions import Self
+
+from langchain_quantllm.base.fields import ModelFields
+from langchain_quantllm.engine.request import ChunkStream, Engine, EngineInfo, Request, TokenMask, plan_requests
+from langchain_quantllm.engine.selection import Engines
+from langchain_quantllm.errors import GenerationTimeoutError, InvalidOptionError, PromptTooLongError
+from langchain_quantllm.loading.arguments import LOADING_FIELDS
+from langchain_quantllm.loading.checkpoint import stored_quantization
+from langchain_quantllm.loading.inputs import prompt_inputs, require_pipeline, stop_token_ids, stored_options, token_ids
+from langchain_quantllm.loading.registry import LoadedModel, acquire, adopt
+from langchain_quantllm.memory import MemoryReport
+from langchain_quantllm.options import BASE_ADAPTER, GenerationOptions, normalize, resolve
+from langchain_quantllm.schemes import Scheme, Unquantized, scheme_from, scheme_of_config
+
+STREAMS: ContextVar[list[ChunkStream] | None] = ContextVar("quantllm_streams", default=None)
+"""The streams of the batch in progress."""
+
+_instances: weakref.WeakValueDictionary[int, QuantizedModel] = weakref.WeakValueDictionary()
+
+
+class PromptOverflowError(PromptTooLongError, ContextOverflowError):
+    """The prompt leaves no room for a new token; LangChain's `ContextOverflowError`."""
+
+
+class RequestTimeoutError(GenerationTimeoutError, ModelTimeoutError):
+    """A call did not end within its `timeout`; LangChain's `ModelTimeoutError`."""
+
+
+@contextlib.contextmanager
+def langchain_errors() -> Iterator[None]:
+    """Raise an error of this package as LangChain's too, if LangChain has one for the case."""
+    try:
+        yield
+    except PromptTooLongError as error:
+        raise PromptOverflowError(str(error)) from error
+    except GenerationTimeoutError as error:
+        raise RequestTimeoutError(str(error)) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One call, ready to run.
+
+    Args:
+        options: The resolved options.
+        engine: The engine that runs it.
+        tokenizer: The model's tokenizer.
+        requests: Its requests, one for each completion.
+    """
+
+    options: GenerationOptions
+    engine: Engine
+    tokenizer: Any
+    requests: Sequence[Request]
+
+    def submit(self, *, in_pieces: bool = True) -> ChunkStream:
+        """Submit the requests; see `Engine.submit`."""
+        stream = self.engine.submit(self.requests, self.options.timeout, in_pieces=in_pieces)
+        if (streams := STREAMS.get()) is not None:
+            streams.append(stream)
+        return stream
+
+
+class QuantizedModel(ModelFields):
+    """A quantized local model, loaded on first use and run by one engine for all callers."""
+
+    _model: LoadedModel | None = PrivateAttr(default=None)
+
+    # Loading.
+
+    @model_validator(mode="after")
+    def _register(self) -> Self:
+        _instances[id(self)] = self
+        return self
+
+    def load(self) -> Self:
+        """Load the weights now instead of at the first use.
+
+        Returns:
+            The same instance.
+
+        Raises:
+            QuantLLMError: A subclass of it, which says what to do; see `langchain_quantllm.errors`.
+        """
+        self._loaded()
+        return self
+
+    def unload(self) -> None:
+        """Stop running calls and free the memory; the next call loads again.
+
+        Instances that share the model lose it too, and load it again when they are called. The weights of a pipeline
+        of your own stay in memory: only the engine over it ends.
+        """
+        model, self._model = self._model, None
+        if model is not None:
+            model.close()
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the weights are in memory."""
+        return self._model is not None and not self._model.closed
+
+    def _loaded(self) -> LoadedModel:
+        """Return the model, loaded if it is not."""
+        model = self._model
+        if model is None or model.closed:
+            if self.own_pipeline is not None:
+                model = adopt(self.own_pipeline)
+            else:
+                spec = self._spec()
+                model = acquire(spec)
+                self._share(spec.key(), model)
+            self._model = model
+        return model
+
+    def _share(self, key: str, model: LoadedModel) -> None:
+        """Let every instance with the same settings hold the model, whether it was called or not.
+
+        `configurable_fields` makes an instance for each call. If only these held the model, each call would load it
+        again.
+        """
+        for other in list(_instances.values()):
+            waits = other.own_pipeline is None and (other._model is None or other._model.closed)
+            if waits and other is not self and other._spec().key() == key:
+                other._model = model
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field; after a field that says what to load, the next call loads that."""
+        super().__setattr__(name, value)
+        self._forget([name])
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Copy the instance; after an update of a field that says what to load, the copy's next call loads that."""
+        copied = super().model_copy(update=update, deep=deep)
+        copied._forget(update or ())
+        return copied
+
+    def _forget(self, changed: Iterable[str]) -> None:
+        """Let go of a model that is not the one of the changed fields."""
+        self.__dict__.pop("_serialized", None)  # the serialized form, which langchain-core keeps
+        if not {"adapters", "adapter"}.isdisjoint(changed) and self._model is not None:
+            with contextlib.suppress(InvalidOptionError):  # the next call raises it
+                if not self._adapter_choice().sources.items() <= self._model.adapters.items():
+                    self._model = None
+        if not {"model_id", "own_pipeline", *LOADING_FIELDS}.isdisjoint(changed):
+            self._model = None
+
+    def __getstate__(self) -> dict[Any, Any]:
+        """Return the fields, without the weights.
+
+        Raises:
+            TypeError: If the instance stands over a pipeline of your own.
+        """
+        if self.own_pipeline is not None:
+            msg = (
+                "an LLM over a pipeline= of your own cannot be pickled: its weights are not this object's to copy; "
+                "use model_id=."
+            )
+            raise TypeError(msg)
+        state = super().__getstate__()
+        private = {**(state["__pydantic_private__"] or {}), "_model": None}
+        return {**state, "__pydantic_private__": private}
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """Copy the fields; the copy finds the loaded weights through the registry."""
+        state = copy.deepcopy(self.__getstate__(), memo)
+        twin = type(self).__new__(type(self))
+        twin.__setstate__(state)
+        return twin
+
+    # The loaded model.
+
+    @property
+    def pipeline(self) -> Any:
+        """The transformers pipeline that holds the weights; loads them if they are not loaded."""
+        return require_pipeline(self._loaded())
+
+    @property
+    def engine_info(self) -> EngineInfo:
+        """The engine for calls with the options of this object, and why; loads the model if it is not loaded."""
+        return self._engine(self._options(None, {})).info
+
+    def memory_report(self) -> MemoryReport:
+        """Report the memory before and after loading, and while generating; loads the model if it is not loaded.
+
+        Returns:
+            A report that prints as a table, shows with bars in Jupyter, draws them by `.plot()`, and makes a dict by
+            `to_dict()`.
+        """
+        return self._loaded().memory_report(self.model_id)
+
+    @property
+    def scheme(self) -> Scheme:
+        """The scheme that the weights have, or will have, in memory."""
+        if self._model is not None:
+            return self._model.scheme
+        if self.own_pipeline is not None:
+            return adopt(self.own_pipeline).scheme
+        config = self.quantization_config or stored_quantization(self.model_id)
+        if config is not None:
+            return scheme_of_config(config if isinstance(config, Mapping) else config.to_dict())
+        return scheme_from(self.quantization) or Unquantized()
+
+    # The way of a call: options, engine, requests; then the engine's `submit`.
+
+    def _options(self, stop: Sequence[str] | None, call: Mapping[str, Any]) -> GenerationOptions:
+        """Resolve a call's options: the call's value, else the field's, the checkpoint's, the default."""
+        given = normalize({**call, "stop": stop} if stop is not None else call, place=self._place(at_call=True))
+        asked = given.pop("adapter", None)
+        adapter = self._adapter_choice().choose(asked)  # before any weight is read
+        model = self._loaded()
+        pipeline = require_pipeline(model)
+        if adapter is None and model.adapters:  # the fields were set anew since it was loaded
+            adapter = BASE_ADAPTER
+        elif adapter is None and asked is not None and getattr(pipeline.model, "peft_config", None):
+            msg = (
+                f"adapter={asked!r} chooses among the adapters that this object has loaded, and those of this model "
+                "were put there by hand; switch them with peft: llm.pipeline.model.disable_adapters()."
+            )
+            raise InvalidOptionError(msg)
+        options = resolve([given, self._field_options()], stored_options(pipeline))
+        return dataclasses.replace(options, adapter=adapter)
+
+    def _engine(self, options: GenerationOptions | None = None, *, has_media: bool = False) -> Engine:
+        """Return the engine for a call's options; None asks for the engine of ordinary calls."""
+        model = self._loaded()
+        with model.lock:
+            if model.engines is None:
+                model.engines = Engines(require_pipeline(model), list(model.adapters))
+            engine: Engine = model.engines.choose(
+                self.engine, self.kv_cache_memory, options, has_media=has_media, fuse=self.fuse
+            )
+        return engine
+
+    def _requests(
+        self,
+        prompt: str,
+        options: GenerationOptions,
+        *,
+        engine: Engine | None = None,
+        mask: Callable[[], TokenMask] | None = None,
+        images: Sequence[Any] = (),
+    ) -> list[Request]:
+        """Make the requests of one prompt, one for each of the `n` samples.
+
+        Args:
+            prompt: The prompt, with a placeholder for each image.
+            options: The resolved options of the call.
+            engine: The engine of the call; None resolves it.
+            mask: Makes the mask of a sequence's allowed tokens.
+            images: Pillow images, in the placeholders' order.
+        """
+        model = self._loaded()
+        tokenizer = require_pipeline(model).tokenizer
+        ids, media = prompt_inputs(model, prompt, images, add_special_tokens=options.add_special_tokens)
+        return plan_requests(
+            ids,
+            options,
+            (engine or self._engine(options, has_media=media is not None)).limits,
+            truncation_side=tokenizer.truncation_side,
+            stop_token_ids=stop_token_ids(tokenizer, options.stop),
+            max_rows=self.batch_size,
+            shares_prefix=self.prefix_caching,
+            mask=mask,
+            media=media,
+        )
+
+    async def _aplan(self, plan: Callable[..., Any], *call: Any, is_long: bool = False) -> Any:
+        """Plan a call, in another thread if that takes long.
+
+        Args:
+            plan: Makes the plan, and loads the weights and makes the engine if they are not there yet.
+            *call: Its arguments.
+            is_long: Whether it takes long even with a loaded model.
+        """
+        if is_long or not self.is_loaded or self._loaded().engines is None:
+            return await run_in_executor(None, plan, *call)
+        return plan(*call)
+
+    # LangChain's conventions.
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """Return the model's own token ids of a text, without special tokens; loads the model if needed."""
+        if self.custom_get_token_ids is not None:
+            return self.custom_get_token_ids(text)
+        return token_ids(self._loaded(), text, add_special_tokens=False)
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        """Return the standard parameters for tracing."""
+        name = str(kwargs.get("model") or self.model_id)
+        params = LangSmithParams(ls_provider="quantllm", ls_model_name=name, ls_model_type=self._kind)
+        given = normalize(kwargs, lenient=True)
+        if (temperature := given.get("temperature", self.temperature)) is not None:
+            params["ls_temperature"] = temperature
+        if (max_tokens := given.get("max_new_tokens", self.max_new_tokens)) is not None:
+            params["ls_max_tokens"] = max_tokens
+        if stops := stop or given.get("stop") or self.stop:
+            params["ls_stop"] = list(stops)
+        if self._model is not None:  # a line in the metadata of every run
+            params["memory"] = self._model.summary  # type: ignore[typeddict-unknown-key]
+        return params

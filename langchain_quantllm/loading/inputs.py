@@ -1,0 +1,74 @@
+"""The inputs of a loaded model: token ids of prompts, tensors of images, and the options stored with a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from langchain_quantllm.compat.transformers_pipelines import options_of
+from langchain_quantllm.engine.worker import UNLOADED
+from langchain_quantllm.errors import GenerationError
+from langchain_quantllm.loading.processors import process
+from langchain_quantllm.loading.registry import LoadedModel
+from langchain_quantllm.options import normalize
+
+
+def require_pipeline(model: LoadedModel) -> Any:
+    """Return the pipeline of a loaded model.
+
+    Raises:
+        GenerationError: If another thread has unloaded the model meanwhile.
+    """
+    pipeline = model.pipeline
+    if pipeline is None:
+        raise GenerationError(UNLOADED)
+    return pipeline
+
+
+def token_ids(model: LoadedModel, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    """Tokenize a text; a begin token that the text already has, from a chat template say, is not doubled."""
+    tokenizer = require_pipeline(model).tokenizer
+    with model.lock:  # a tokenizer's settings change during a call, so two threads may not use it at once
+        ids = list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+    bos = tokenizer.bos_token_id
+    return ids[1:] if add_special_tokens and bos is not None and ids[:2] == [bos, bos] else ids
+
+
+def prompt_inputs(
+    model: LoadedModel, prompt: str, images: Sequence[Any] = (), *, add_special_tokens: bool = True
+) -> tuple[list[int], dict[str, Any] | None]:
+    """Turn a prompt into token ids, and its images into the model's other inputs, by the names of its arguments.
+
+    Args:
+        model: The loaded model.
+        prompt: The prompt, with a placeholder for each image.
+        images: Pillow images, in the placeholders' order.
+        add_special_tokens: Let the tokenizer add its begin token.
+
+    Returns:
+        The token ids, and the other inputs; None without images.
+    """
+    if not images:
+        return token_ids(model, prompt, add_special_tokens=add_special_tokens), None
+    processor = require_pipeline(model).processor
+    with model.lock:  # the processor uses the same tokenizer
+        return process(processor, prompt, images, add_special_tokens=add_special_tokens)
+
+
+def stop_token_ids(tokenizer: Any, stop: Sequence[str]) -> tuple[int, ...]:
+    """Return the ids of the stop strings that are one special token each; these never appear as text."""
+    vocabulary: dict[str, int] = tokenizer.get_added_vocab() if stop else {}
+    return tuple(vocabulary[s] for s in stop if s in vocabulary)
+
+
+def stored_options(pipeline: Any) -> dict[str, Any]:
+    """Read the options that came with the checkpoint or were given to the pipeline when it was made.
+
+    The pipeline's own defaults (sampling at temperature 0.7) are not among them.
+    """
+    stored = pipeline.model.generation_config.to_diff_dict()
+    stored.pop("eos_token_id", None)  # the engine reads it itself
+    stored.pop("use_cache", None)  # often False, left over from training
+    options = normalize({**stored, **options_of(pipeline)}, lenient=True)
+    options.pop("adapter", None)  # no option of transformers
+    return options
