@@ -116,3 +116,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def pip_install(*packages: str) -> str:
     """Give the command that installs packages, ready to paste."""
     return "pip install " + " ".join(f'"{p}"' if set(p) & set("[<>=") else p for p in packages)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, without its full stop; its type where it has no message."""
+    return (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(". ")

@@ -1,8 +1,4 @@
-"""Adapters of peft: finding them, checking what can be checked before any weight is read, and loading them.
-
-Owns the files of an adapter, their errors in one sentence each, and the call of transformers' `load_adapter`. Knows no
-engine's forward and no LangChain.
-"""
+"""Adapters of peft: finding them, checking them before any weight is read, and loading them."""
 
 from __future__ import annotations
 
@@ -25,10 +21,12 @@ from langchain_quantllm.errors import (
     InvalidOptionError,
     ModelNotFoundError,
     UnsupportedError,
+    first_line,
 )
-from langchain_quantllm.loading.checkpoint import Checkpoint, LoadSpec, first_line
-from langchain_quantllm.loading.hub import fetch
+from langchain_quantllm.loading.checkpoint import Checkpoint
+from langchain_quantllm.loading.hub import MissingFileError, Repository
 from langchain_quantllm.loading.sources import ADAPTER_CONFIG
+from langchain_quantllm.loading.spec import LoadSpec
 from langchain_quantllm.memory import transformers_builds
 from langchain_quantllm.memory.estimate import build_on_meta
 
@@ -41,10 +39,10 @@ class Adapter:
     """An adapter that was found.
 
     Args:
-        name: What calls name it by.
-        source: The folder or repository, as it was given.
-        folder: Where its files are.
-        config: What its config says.
+        name: Its name in calls.
+        source: The folder or repository that the user gave.
+        folder: The folder of its files.
+        config: Content of its adapter_config.json.
     """
 
     name: str
@@ -54,12 +52,12 @@ class Adapter:
 
 
 def find_adapters(spec: LoadSpec) -> list[Adapter]:
-    """Find the adapters of a spec, which `check_sources` has passed; those of repositories are fetched.
+    """Find the adapters of a spec, and download those of repositories. `check_sources` must have passed.
 
     Raises:
         MissingPackageError: If peft is not installed, or too old.
         ModelNotFoundError: If there is no such folder or repository, or no adapter in it.
-        CheckpointError: If it cannot be used: a damaged config, weights in a pickle file, prompts in place of weights.
+        CheckpointError: If it cannot be used: a damaged config, weights in a pickle file, prompts instead of weights.
         InvalidOptionError: If peft cannot use its name.
     """
     if not spec.adapters:
@@ -71,7 +69,7 @@ def find_adapters(spec: LoadSpec) -> list[Adapter]:
 def _find(name: str, source: str, spec: LoadSpec) -> Adapter:
     from torch.nn import ModuleDict
 
-    if hasattr(ModuleDict(), name) or name in ("weight", "bias"):  # where peft keeps them, under their names
+    if hasattr(ModuleDict(), name) or name in ("weight", "bias"):  # peft keeps them under their names in one
         msg = f"{name!r} cannot be the name of an adapter, as modules of PyTorch have it already; choose another."
         raise InvalidOptionError(msg)
     path = Path(source).expanduser()
@@ -113,37 +111,19 @@ def _check_weights(name: str, source: str, folder: Path, spec: LoadSpec) -> None
 
 
 def _fetch(name: str, source: str, spec: LoadSpec) -> Path:
-    """Bring an adapter's files from the Hub, or find them in its cache."""
-    from huggingface_hub import errors as hub
-    from huggingface_hub.constants import is_offline_mode
-
-    options: dict[str, Any] = {
-        "token": spec.token,
-        "cache_dir": spec.cache_dir,
-        "local_files_only": bool(spec.local_files_only),
-    }
+    """Download an adapter's files from the Hub, or find them in its cache; returns their folder."""
+    repository = Repository(
+        name=source, token=spec.token, cache_dir=spec.cache_dir, local_files_only=bool(spec.local_files_only)
+    )
     try:
-        folder = fetch(source, ADAPTER_CONFIG, **options).parent
-        with contextlib.suppress(hub.EntryNotFoundError):
-            fetch(source, _WEIGHTS, **options)
-            return folder
-        if not spec.use_safetensors:
-            with contextlib.suppress(hub.EntryNotFoundError):
-                fetch(source, _PICKLE, **options)
-            return folder
-    except (hub.HfHubHTTPError, hub.EntryNotFoundError, hub.HFValidationError, OSError) as error:
-        if isinstance(error, hub.GatedRepoError):
-            why = "is gated; accept its terms on its page on the Hub and pass token=, or set HF_TOKEN."
-        elif isinstance(error, hub.RemoteEntryNotFoundError):
-            why = f"has no {ADAPTER_CONFIG}; it is no adapter of peft."
-        elif isinstance(error, hub.RepositoryNotFoundError | hub.HFValidationError):
-            why = "is neither a folder here nor a repository on the Hub; a private one needs token= or HF_TOKEN."
-        elif spec.local_files_only or is_offline_mode():
-            why = "is not on this machine, and the Hub may not be asked; give a local folder."
-        else:
-            why = f"is not on this machine and the Hub could not be asked ({first_line(error)}); give a local folder."
-        msg = f"adapter {name!r}: {source} {why}"
-        raise ModelNotFoundError(msg) from error
+        folder = repository.fetch(ADAPTER_CONFIG, purpose="it is no adapter of peft").parent
+        for file in (_WEIGHTS,) if spec.use_safetensors else (_WEIGHTS, _PICKLE):
+            with contextlib.suppress(MissingFileError):
+                repository.fetch(file)
+                return folder
+    except ModelNotFoundError as error:
+        msg = f"adapter {name!r}: {error}"
+        raise ModelNotFoundError(msg) from error.__cause__
     msg = (
         f"adapter {name!r} ({source}) has no weights in safetensors; pass use_safetensors=False if you trust its maker."
     )
@@ -154,11 +134,11 @@ def _fetch(name: str, source: str, spec: LoadSpec) -> Path:
 
 
 def check_shapes(adapters: Sequence[Adapter], checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> None:
-    """Compare what LoRA adapters are made for with the model that a config describes; reads headers only.
+    """Check that LoRA adapters have the layers and sizes of a model, from its config and their files' headers.
 
     Args:
-        adapters: What was found.
-        checkpoint: The model's.
+        adapters: The adapters; other kinds than LoRA are skipped.
+        checkpoint: The model's checkpoint.
         trust_remote_code: Whether the model may be built by code that comes with it.
 
     Raises:
@@ -220,9 +200,9 @@ def _sizes_of(adapter: Adapter) -> dict[str, tuple[int | None, int | None]]:
 
 
 def _layers_of(checkpoint: Checkpoint, trust_remote_code: bool) -> dict[str, tuple[int, int] | None] | None:
-    """List a model's modules with (in_features, out_features), None for others than linear ones.
+    """List a model's modules with (in_features, out_features), None for modules that are not linear.
 
-    None in the place of all where the model cannot be built without weights: then loading tells.
+    Returns None if the model cannot be built without weights; loading reports what does not fit then.
     """
     import torch
     from transformers import Conv1D
@@ -246,7 +226,7 @@ def _layers_of(checkpoint: Checkpoint, trust_remote_code: bool) -> dict[str, tup
 
 
 def load_adapters(model: Any, adapters: Sequence[Adapter], spec: LoadSpec) -> None:
-    """Put adapters into a loaded model, and let it run with the spec's default.
+    """Put adapters into a loaded model, and activate the spec's default.
 
     Raises:
         CheckpointError: If one does not belong to the model.
@@ -260,9 +240,9 @@ def load_adapters(model: Any, adapters: Sequence[Adapter], spec: LoadSpec) -> No
 
 
 def _load(model: Any, adapter: Adapter) -> None:
-    said = f"adapter {adapter.name!r} ({adapter.source})"
+    described = f"adapter {adapter.name!r} ({adapter.source})"
     try:
-        # Its report calls the adapters that are there already newly initialized.
+        # Its report calls adapters loaded before newly initialized.
         with transformers_builds, quiet_logger(PEFT_LOGGER), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             info = model.load_adapter(
@@ -271,29 +251,29 @@ def _load(model: Any, adapter: Adapter) -> None:
                 adapter_kwargs={"local_files_only": True},
                 use_safetensors=(adapter.folder / _WEIGHTS).is_file(),
             )
-            lost = _lost(getattr(info, "missing_keys", ()), adapter)
-            if lost:  # by transformers, which does not know the names of all kinds: peft may
-                lost = _lost(_load_by_peft(model, adapter), adapter)
+            lost = _own_tensors(getattr(info, "missing_keys", ()), adapter)
+            if lost:  # transformers does not know the names of all kinds; peft may
+                lost = _own_tensors(_load_by_peft(model, adapter), adapter)
     except (ValueError, RuntimeError, KeyError, TypeError, OSError, ImportError) as error:
-        msg = f"{said} cannot be loaded onto this model; was it made for it? {first_line(error)}"
+        msg = f"{described} cannot be loaded onto this model; was it made for it? {first_line(error)}"
         raise CheckpointError(msg) from error
     if lost:
-        msg = f"{said} has no weights for {len(lost)} tensors, such as {lost[0]!r}; was it made for this model?"
+        msg = f"{described} has no weights for {len(lost)} tensors, such as {lost[0]!r}; was it made for this model?"
         raise CheckpointError(msg)
     left = sorted(key for key in getattr(info, "unexpected_keys", ()) if ".lora_A" in key or ".lora_B" in key)
     if left:
-        msg = f"{said} has weights that this model has no place for, such as {left[0]!r}; was it made for it?"
+        msg = f"{described} has weights that this model has no place for, such as {left[0]!r}; was it made for it?"
         raise CheckpointError(msg)
 
 
-def _lost(missing: Iterable[str], adapter: Adapter) -> list[str]:
-    """Pick an adapter's own tensors out of those that were found in no file."""
+def _own_tensors(missing: Iterable[str], adapter: Adapter) -> list[str]:
+    """Pick the tensors of an adapter out of all missing ones."""
     own = re.compile(rf"\.{re.escape(adapter.name)}(\.\w+)?$")
     return sorted(key for key in missing if own.search(key))
 
 
 def _load_by_peft(model: Any, adapter: Adapter) -> list[str]:
-    """Load the weights of an adapter whose layers are there; gives the tensors that were not in its file."""
+    """Load the weights of an adapter whose layers are there; returns the tensors that its file lacks."""
     import torch
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
@@ -303,6 +283,6 @@ def _load_by_peft(model: Any, adapter: Adapter) -> list[str]:
         tensors = load_file(weights)
     else:
         tensors = torch.load(adapter.folder / _PICKLE, map_location="cpu", weights_only=True)
-    # Under the names of the model itself: peft wrote them under those of its wrapper.
+    # Renamed to the model's own names: peft wrote those of its wrapper.
     tensors = {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}
     return list(set_peft_model_state_dict(model, tensors, adapter_name=adapter.name).missing_keys)

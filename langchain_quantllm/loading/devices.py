@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from langchain_quantllm.loading.checkpoint import LoadSpec
+from langchain_quantllm.loading.spec import LoadSpec
 from langchain_quantllm.memory import release_heap
 
 SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")

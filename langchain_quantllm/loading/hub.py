@@ -1,73 +1,230 @@
-"""Asking the Hugging Face Hub: whether it can be reached, before anything waits for it.
+"""Repositories on the Hugging Face Hub: their files, the cache of these on this machine, and errors in one sentence.
 
-huggingface_hub asks six times with pauses of 23 s in all where there is no connection. Owns one question before its
-own, which waits only for a Hub that answers slowly.
+huggingface_hub tries six times, with pauses of 23 s in all, where there is no connection. So `Repository.fetch` sends
+one request of its own first, which waits only for a Hub that answers slowly.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from langchain_quantllm.errors import ModelNotFoundError, QuantLLMError, first_line
+from langchain_quantllm.loading.sources import wrong_files
+from langchain_quantllm.loading.spec import LoadSpec
+
 _PAUSE_S = 1.0
-"""Before the one further try, for a connection that comes back at once."""
+"""Before the second and last try, for a connection that comes back at once."""
+
+_NO_CHECKPOINT = "it is no transformers checkpoint"
 
 
-def check_reachable(repository: str, *, revision: str | None = None, token: str | None = None) -> None:
-    """Ask the Hub for the head of a repository's config, to learn whether there is a connection at all.
-
-    What the Hub answers is not looked at, nor that it takes its time: whoever fetches a file next is told.
-
-    Raises:
-        ConnectionError: If no connection comes about, a second later neither.
-    """
-    import httpx
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    for is_last in (False, True):
-        try:
-            url = hf_hub_url(repository, "config.json", revision=revision)
-            get_hf_file_metadata(url, token=token, timeout=HF_HUB_ETAG_TIMEOUT)
-        except httpx.ConnectTimeout as error:
-            msg = f"no answer within {HF_HUB_ETAG_TIMEOUT} s, which HF_HUB_ETAG_TIMEOUT raises"
-            raise ConnectionError(msg) from error
-        except (httpx.ConnectError, httpx.ProxyError) as error:
-            if is_last:
-                raise ConnectionError(str(error)) from error
-            time.sleep(_PAUSE_S)
-            continue
-        except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError):
-            pass
-        return
+class MissingFileError(ModelNotFoundError):
+    """The repository, or its copy in the cache where the Hub cannot be asked, has no such file."""
 
 
-def fetch(repository: str, name: str, *, token: str | None = None, revision: str | None = None, **options: Any) -> Path:
-    """Bring a file from the Hub, or find it in its cache.
+@dataclass(frozen=True, kw_only=True)
+class Repository:
+    """A repository on the Hub.
 
     Args:
-        repository: Its name.
-        name: Of the file.
+        name: Such as `"Qwen/Qwen3-8B"`.
+        revision: Branch, tag or commit; None is the main branch.
         token: Access token.
-        revision: Branch, tag or commit.
-        **options: Others of `hf_hub_download`.
-
-    Raises:
-        OSError: As `hf_hub_download` raises it, its errors of the Hub among them; `ConnectionError` if there is no
-            connection, within seconds.
+        cache_dir: Folder in which files are kept; None is the Hub's own.
+        local_files_only: Never ask the Hub.
     """
-    import httpx
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.constants import is_offline_mode
 
-    cached = try_to_load_from_cache(repository, name, cache_dir=options.get("cache_dir"), revision=revision)
-    if not (isinstance(cached, str) or options.get("local_files_only") or is_offline_mode()):
-        check_reachable(repository, revision=revision, token=token)
-    try:
-        return Path(hf_hub_download(repository, name, revision=revision, token=token, **options))
-    except httpx.TransportError as error:  # which huggingface_hub passes on where a proxy cannot be reached
-        if isinstance(cached, str):
-            return Path(cached)
-        raise ConnectionError(str(error)) from error
+    name: str
+    revision: str | None = None
+    token: str | bool | None = field(default=None, repr=False)
+    cache_dir: str | None = None
+    local_files_only: bool = False
+
+    @classmethod
+    def of(cls, spec: LoadSpec, *, revision: str | None = None) -> Repository:
+        """Return the repository that a spec's model id names, at another revision if one is given."""
+        return cls(
+            name=spec.model_id,
+            revision=revision or spec.revision,
+            token=spec.token,
+            cache_dir=spec.cache_dir,
+            local_files_only=bool(spec.local_files_only),
+        )
+
+    def cached(self, file: str) -> Path | None:
+        """Return the path of a file in the cache; None if it is not there."""
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            found = try_to_load_from_cache(self.name, file, cache_dir=self.cache_dir, revision=self.revision)
+        except HFValidationError:
+            return None
+        return Path(found) if isinstance(found, str) else None
+
+    def fetch(self, file: str, *, purpose: str = _NO_CHECKPOINT, must_ask: bool = False) -> Path:
+        """Download a file, or find it in the cache.
+
+        Args:
+            file: Name of the file.
+            purpose: What a repository without this file is not, to end the error's sentence.
+            must_ask: Check the connection even if the file is cached, for callers that need further files.
+
+        Raises:
+            MissingFileError: If the repository has no such file, or the Hub cannot be asked and the cache has none.
+            ModelNotFoundError: If there is no such repository, or the Hub refuses it, or cannot be asked.
+        """
+        import httpx
+        from huggingface_hub import errors, hf_hub_download
+
+        cached = self.cached(file)
+        try:
+            if must_ask or not (cached is not None or self._offline()):
+                self._check_reachable()
+            return Path(
+                hf_hub_download(
+                    self.name,
+                    file,
+                    revision=self.revision,
+                    token=self.token,
+                    cache_dir=self.cache_dir,
+                    local_files_only=self.local_files_only,
+                )
+            )
+        except (httpx.HTTPError, errors.EntryNotFoundError, errors.HFValidationError, OSError) as error:
+            if cached is not None and isinstance(error, httpx.TransportError):  # raised where no proxy answers
+                return cached
+            kind = MissingFileError if isinstance(error, errors.EntryNotFoundError) else ModelNotFoundError
+            raise kind(f"{self.name} {self._reason(error, file, purpose)}") from error
+
+    def list_files(self) -> list[str]:
+        """List the names of the repository's files.
+
+        Raises:
+            ModelNotFoundError: If there is no such repository, or the Hub refuses it, or cannot be asked.
+        """
+        import httpx
+        from huggingface_hub import HfApi
+
+        try:
+            return list(HfApi(token=self.token).list_repo_files(self.name, revision=self.revision))
+        except (httpx.HTTPError, OSError) as error:
+            raise ModelNotFoundError(f"{self.name} {self._reason(error, '', '')}") from error
+
+    def check_offline(self) -> None:
+        """Check that the Hub may be asked.
+
+        Raises:
+            ModelNotFoundError: If it may not.
+        """
+        if reason := self._offline():
+            raise ModelNotFoundError(f"{self.name} {_forbidden(reason)}")
+
+    def wrong_repository(self, config: Path | None) -> QuantLLMError | None:
+        """Find out from its files that the repository is no checkpoint of a language model; None if nothing says so.
+
+        Args:
+            config: Its config.json; None if it has none.
+        """
+        offered = config
+
+        def read(name: str) -> Mapping[str, Any]:
+            path = offered if name == "config.json" and offered is not None else self.fetch(name)
+            content = json.loads(path.read_text("utf-8"))
+            return content if isinstance(content, dict) else {"": content}
+
+        with contextlib.suppress(OSError, ValueError):  # the answer is a hint only
+            files = [*self.list_files(), *(["config.json"] if config is not None else [])]
+            return wrong_files(self.name, files, read, is_local=False) if files else None
+        return None
+
+    def _offline(self) -> str | None:
+        """Say what forbids asking the Hub; None if nothing does."""
+        from huggingface_hub.constants import is_offline_mode
+
+        if self.local_files_only:
+            return "local_files_only=True"
+        return "HF_HUB_OFFLINE" if is_offline_mode() else None
+
+    def _reason(self, error: Exception, file: str, purpose: str) -> str:
+        """Say why the Hub's answer is an error, to follow the repository's name. The first kind that fits counts."""
+        from huggingface_hub import errors
+
+        reasons: tuple[tuple[type[Exception], str], ...] = (
+            (
+                errors.GatedRepoError,
+                "is gated; accept its terms on its page on the Hub and pass token=, or set HF_TOKEN.",
+            ),
+            (errors.RevisionNotFoundError, f"has no revision {self.revision!r}; check its branches, tags and commits."),
+            (
+                errors.RepositoryNotFoundError,
+                "is neither a folder here nor a repository on the Hub; a private one needs token= or HF_TOKEN.",
+            ),
+            (errors.RemoteEntryNotFoundError, f"has no {file}; {purpose}."),
+            (
+                errors.HFValidationError,
+                "is neither a folder here nor a repository's name, which looks like 'owner/name'.",
+            ),
+        )
+        for kind, reason in reasons:
+            if isinstance(error, kind):
+                return reason
+        if offline := self._offline():
+            return _forbidden(offline)
+        return (
+            f"is not, or not wholly, on this machine and the Hub could not be asked ({first_line(error)}); check the "
+            "connection, or give a local folder."
+        )
+
+    def _check_reachable(self) -> None:
+        """Request the head of the config, to learn whether there is a connection at all.
+
+        The Hub's answer does not matter, nor a slow one: the download that follows raises its own errors.
+
+        Raises:
+            ConnectionError: If there is no connection, and none a second later.
+        """
+        import httpx
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+        from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        for is_last in (False, True):
+            try:
+                url = hf_hub_url(self.name, "config.json", revision=self.revision)
+                get_hf_file_metadata(url, token=self.token, timeout=HF_HUB_ETAG_TIMEOUT)
+            except httpx.ConnectTimeout as error:
+                msg = f"no answer within {HF_HUB_ETAG_TIMEOUT} s, which HF_HUB_ETAG_TIMEOUT raises"
+                raise ConnectionError(msg) from error
+            except (httpx.ConnectError, httpx.ProxyError) as error:
+                if is_last:
+                    raise ConnectionError(str(error)) from error
+                time.sleep(_PAUSE_S)
+                continue
+            except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError):
+                pass
+            return
+
+
+def _forbidden(reason: str) -> str:
+    return f"is not, or not wholly, on this machine, and the Hub may not be asked ({reason}); give a local folder."
+
+
+def hub_options(spec: LoadSpec, folder: str | None) -> dict[str, Any]:
+    """Return the options of `from_pretrained` about the Hub; for a folder, that the Hub is not asked."""
+    options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
+    if folder is not None:
+        return {**options, "local_files_only": True}
+    given = {
+        "revision": spec.revision,
+        "token": spec.token,
+        "cache_dir": spec.cache_dir,
+        "local_files_only": spec.local_files_only or None,
+    }
+    return {**options, **{k: v for k, v in given.items() if v is not None}}

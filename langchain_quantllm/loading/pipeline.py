@@ -1,7 +1,6 @@
-"""From a checkpoint to a transformers pipeline: reading the weights, and what goes wrong with that.
+"""Reading a checkpoint's weights into a transformers pipeline.
 
-Owns the call of `from_pretrained`, the checks that its result is what the checkpoint says, and
-its errors in one sentence each. Knows no registry, no engine and no LangChain.
+Calls `from_pretrained`, checks that its result is the checkpoint's model, and says its errors in one sentence each.
 """
 
 from __future__ import annotations
@@ -22,10 +21,13 @@ from langchain_quantllm.errors import (
     MissingPackageError,
     NotEnoughMemoryError,
     QuantLLMError,
+    first_line,
 )
-from langchain_quantllm.loading.checkpoint import Checkpoint, LoadSpec, explain, first_line, hub_options
+from langchain_quantllm.loading.checkpoint import Checkpoint, explain
 from langchain_quantllm.loading.devices import devices_named, release_memory
+from langchain_quantllm.loading.hub import hub_options
 from langchain_quantllm.loading.processors import load_processor
+from langchain_quantllm.loading.spec import LoadSpec
 from langchain_quantllm.memory import transformers_builds
 
 

@@ -1,8 +1,4 @@
-"""Processors: what makes a model's inputs of a prompt and its images.
-
-Owns finding and loading a checkpoint's processor, why there is none, and calling it. Knows no message, no engine and no
-LangChain.
-"""
+"""Processors, which turn a prompt and its images into a model's inputs: finding, loading and calling them."""
 
 from __future__ import annotations
 
@@ -23,22 +19,22 @@ from langchain_quantllm.errors import (
     CheckpointError,
     InvalidOptionError,
     MissingPackageError,
+    ModelNotFoundError,
     QuantLLMError,
     UnsupportedError,
+    first_line,
     pip_install,
 )
 from langchain_quantllm.loading.checkpoint import (
     PROCESSOR_FILES,
     Checkpoint,
-    LoadSpec,
     explain,
-    first_line,
     has_image_processor,
-    hub_options,
     reads_images,
     reads_text,
 )
-from langchain_quantllm.loading.hub import fetch
+from langchain_quantllm.loading.hub import Repository, hub_options
+from langchain_quantllm.loading.spec import LoadSpec
 
 _PILLOW = "langchain-quantllm[vision]"
 
@@ -47,12 +43,12 @@ def load_processor(spec: LoadSpec, checkpoint: Checkpoint) -> Any:
     """Load the processor of a checkpoint that reads images.
 
     Args:
-        spec: What was asked for.
-        checkpoint: What was found.
+        spec: The options of loading.
+        checkpoint: The checkpoint.
 
     Returns:
-        A transformers processor; None where the checkpoint is loaded to read text only: because it is of that kind, or
-        because its images cannot be read here and its texts can.
+        A transformers processor; None if the checkpoint is loaded for text only: because it reads no images, or because
+        they cannot be read here.
 
     Raises:
         CheckpointError: If the processor is missing where the model needs one, or cannot be read.
@@ -92,8 +88,7 @@ def _described(spec: LoadSpec, checkpoint: Checkpoint) -> str:
 
 
 def _find(spec: LoadSpec, checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] | None:
-    """Find where the files of an image processor are: the source, and the Hub's options for it."""
-    from huggingface_hub import errors as hub
+    """Find the files of an image processor: returns their source, and the Hub's options for it."""
     from huggingface_hub.constants import is_offline_mode
 
     if checkpoint.local:
@@ -101,11 +96,11 @@ def _find(spec: LoadSpec, checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] 
             return checkpoint.source, hub_options(spec, checkpoint.source)
         if spec.local_files_only or is_offline_mode() or Path(spec.model_id).expanduser().is_dir():
             return None
-    # The Hub's cache may hold no more of a commit than what was once read for its text.
+    # The cached copy of a commit may lack these files, if the model was loaded for text before.
     revision = Path(checkpoint.source).name if checkpoint.local else spec.revision
     for name in PROCESSOR_FILES:
-        with contextlib.suppress(hub.HfHubHTTPError, hub.EntryNotFoundError, OSError):
-            fetch(spec.model_id, name, revision=revision, token=spec.token, cache_dir=spec.cache_dir)
+        with contextlib.suppress(ModelNotFoundError):
+            Repository.of(spec, revision=revision).fetch(name)
             return spec.model_id, hub_options(dataclasses.replace(spec, revision=revision), None)
     return None
 
@@ -113,7 +108,7 @@ def _find(spec: LoadSpec, checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] 
 def _load_without_videos(
     spec: LoadSpec, config_class: type, place: tuple[str, dict[str, Any]], error: ImportError
 ) -> Any:
-    """Load a processor without the part for videos: it alone needs torchvision in many families, such as Qwen-VL."""
+    """Load a processor without its video part: in many families, such as Qwen-VL, only that needs torchvision."""
     from transformers import AutoTokenizer
 
     kind = processor_class(config_class)
@@ -137,7 +132,7 @@ def _load_without_videos(
 
 
 def _unreadable(spec: LoadSpec, error: Exception) -> QuantLLMError:
-    """Say why a processor cannot be read; for want of a package too, which transformers does not always say by type."""
+    """Return the error for a processor that cannot be read; transformers does not always raise ImportError."""
     if "torchvision" in str(error).lower() and not is_installed("torchvision"):
         return MissingPackageError(_missing(spec, error))
     return CheckpointError(explain(spec, error, "processor"))
@@ -153,7 +148,7 @@ def _missing(spec: LoadSpec, error: Exception) -> str:
 
 
 def _torchvision() -> str:
-    """Name the torchvision that belongs to this PyTorch; another one would bring another PyTorch with it."""
+    """Return the requirement of the torchvision made for this PyTorch; another one would replace PyTorch."""
     import torch
 
     major, minor = torch.__version__.split(".")[:2]
@@ -161,11 +156,11 @@ def _torchvision() -> str:
 
 
 def why_blind(pipeline: Any, message: int) -> QuantLLMError | None:
-    """Say why a loaded pipeline does not read the images that its model could; None where it does.
+    """Return the error for a loaded pipeline that cannot read images although its model can; None if it can.
 
     Args:
         pipeline: A transformers pipeline over a model that `reads_images`.
-        message: Which message holds an image.
+        message: Number of the message that holds an image.
     """
     if getattr(getattr(pipeline, "processor", None), "image_processor", None) is not None:
         return None
@@ -182,20 +177,20 @@ def why_blind(pipeline: Any, message: int) -> QuantLLMError | None:
 def process(
     processor: Any, prompt: str, images: Sequence[Any], *, add_special_tokens: bool
 ) -> tuple[list[int], dict[str, Any]]:
-    """Make a model's inputs of a prompt and its images.
+    """Turn a prompt and its images into a model's inputs.
 
     Args:
         processor: A transformers processor.
-        prompt: The prompt, with the placeholder of each image in its place.
+        prompt: The prompt, with a placeholder for each image.
         images: Pillow images, in the placeholders' order.
         add_special_tokens: Let the tokenizer add its begin token.
 
     Returns:
-        The token ids, in which a placeholder has become as many tokens as the image takes, and the other inputs, such
-        as `pixel_values`, by their names.
+        The token ids, in which each placeholder is expanded to the image's tokens, and the other inputs, such as
+        `pixel_values`, by their names.
 
     Raises:
-        InvalidOptionError: If the processor does not take them.
+        InvalidOptionError: If the processor rejects them.
     """
     try:
         inputs = dict(

@@ -93,6 +93,13 @@ def folder_of(model_id: str) -> str | None:
     return str(path.resolve()) if path.is_dir() else None
 
 
+def stored_quantization(model_id: str) -> dict[str, Any] | None:
+    """Return the quantization config in a local folder's config.json; None if there is none, or no folder."""
+    folder = folder_of(model_id)
+    quantization = None if folder is None else _read(Path(folder) / "config.json").get("quantization_config")
+    return quantization if isinstance(quantization, dict) else None
+
+
 def _path_of(name: str, of: str = "") -> Path:
     """Return the path that a name stands for, once the system was asked whether it can be one.
 

@@ -3,8 +3,11 @@
 Owns every number of bytes in the package. Knows nothing of LangChain, pipelines or loading.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from langchain_quantllm.memory.budget import check_cache_budget, check_fits
-from langchain_quantllm.memory.estimate import MemoryEstimate, estimate_memory, transformers_builds
+from langchain_quantllm.memory.estimate import MemoryEstimate, estimate_config, transformers_builds
 from langchain_quantllm.memory.heap import release_heap
 from langchain_quantllm.memory.measure import (
     AcceleratorReading,
@@ -19,6 +22,11 @@ from langchain_quantllm.memory.table import format_bytes
 from langchain_quantllm.memory.tracking import TrackedMemory, track_memory
 from langchain_quantllm.memory.weights import WeightBytes, weights_by_kind
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    estimate_memory: Callable[..., MemoryEstimate]
+
 __all__ = [
     "AcceleratorReading",
     "CpuReading",
@@ -30,6 +38,7 @@ __all__ = [
     "available_memory",
     "check_cache_budget",
     "check_fits",
+    "estimate_config",
     "estimate_memory",
     "format_bytes",
     "memory_notes",
@@ -39,3 +48,11 @@ __all__ = [
     "transformers_builds",
     "weights_by_kind",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import `estimate_memory` from `loading`, the layer above, at its first use: it finds the model's config first."""
+    if name == "estimate_memory":
+        return getattr(importlib.import_module("langchain_quantllm.loading.estimate"), name)
+    msg = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(msg)

@@ -356,7 +356,7 @@ def test_nothing_is_left_behind_by_a_life(fresh: Path) -> None:
     llm.invoke(PROMPT)
     llm.unload()
     assert set(threading.enumerate()) <= threads
-    assert not [key for key in loading_module._registry if str(fresh) in str(key)]
+    assert not [key for key in loading_module._handles if str(fresh) in str(key)]
 
 
 # unload.

@@ -26,8 +26,9 @@ from langchain_quantllm.errors import (
     QuantLLMError,
     UnsupportedError,
 )
-from langchain_quantllm.loading.checkpoint import LoadSpec, find_source
+from langchain_quantllm.loading.checkpoint import find_source
 from langchain_quantllm.loading.sources import check_sources, command_line, folder_of, wrong_files
+from langchain_quantllm.loading.spec import LoadSpec
 from langchain_quantllm.quantization.gguf import convert_gguf
 from tests.support.checkpoints import SIZES, FakeHub, make_checkpoint, run_python
 
@@ -274,7 +275,7 @@ def test_an_unreachable_hub_is_told_within_seconds(tmp_path: Path, slept: list[f
 @pytest.mark.enable_socket
 def test_an_adapter_on_an_unreachable_hub_is_told_within_seconds(tmp_path: Path, slept: list[float]) -> None:
     from langchain_quantllm.loading.adapters import _fetch
-    from langchain_quantllm.loading.checkpoint import LoadSpec
+    from langchain_quantllm.loading.spec import LoadSpec
 
     with pytest.raises(ModelNotFoundError, match="the Hub could not be asked"):
         _fetch("sql", "acme/lora", LoadSpec(model_id="acme/tiny", cache_dir=str(tmp_path)))
@@ -396,11 +397,12 @@ def test_the_command_that_the_error_names_converts_a_gguf_file(gguf_file: tuple[
     file, source = gguf_file
     with pytest.raises(ModelNotFoundError) as caught:
         QuantizedHuggingFaceLLM(model_id=str(file)).load()
-    command = re.search(r"once: (python -m langchain_quantllm\.gguf .+?) \(it needs", str(caught.value))
+    command = re.search(r"once: (langchain-quantllm convert .+?) \(it needs", str(caught.value))
     assert command is not None
-    python, *rest = shlex.split(command[1])
-    assert python == "python"
-    done = subprocess.run([sys.executable, *rest], capture_output=True, text=True, check=False, timeout=240)
+    program, *rest = shlex.split(command[1])
+    assert program == "langchain-quantllm"
+    convert = [sys.executable, "-m", "langchain_quantllm.cli", *rest]
+    done = subprocess.run(convert, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr
     llm = QuantizedHuggingFaceLLM(model_id=rest[-1], max_new_tokens=6, progress=False, dtype="float32")
     expected = {k: v.to(torch.bfloat16) for k, v in load_file(source / "model.safetensors").items()}
