@@ -36,10 +36,10 @@ from langchain_quantllm.errors import (
     QuantLLMError,
     UnsupportedError,
 )
-from langchain_quantllm.loading.adapter_names import AdapterChoice
-from langchain_quantllm.loading.checkpoint import LoadSpec, stored_quantization
 from langchain_quantllm.loading.processors import process
-from langchain_quantllm.loading.registry import LoadedModel, acquire, adopt, name_of
+from langchain_quantllm.loading.registry import LoadedModel, get_or_load, pipeline_name, wrap_pipeline
+from langchain_quantllm.loading.sources import stored_quantization
+from langchain_quantllm.loading.spec import AdapterChoice, LoadSpec
 from langchain_quantllm.memory import MemoryReport, check_cache_budget
 from langchain_quantllm.options import (
     BASE_ADAPTER,
@@ -375,7 +375,7 @@ class QuantizedModel(BaseLanguageModel[Any]):
                 "peft.functional.set_adapter(pipeline.model, name)."
             )
             raise InvalidOptionError(msg)
-        self.model_id = self.model_id or pipe.model.name_or_path or name_of(pipe)
+        self.model_id = self.model_id or pipe.model.name_or_path or pipeline_name(pipe)
 
     def _adapter_choice(self) -> AdapterChoice:
         return AdapterChoice.of(self.adapters, self.adapter)
@@ -428,10 +428,10 @@ class QuantizedModel(BaseLanguageModel[Any]):
         model = self._model
         if model is None or model.closed:
             if self.own_pipeline is not None:
-                model = adopt(self.own_pipeline)
+                model = wrap_pipeline(self.own_pipeline)
             else:
                 spec = self._spec()
-                model = acquire(spec)
+                model = get_or_load(spec)
                 self._share(spec.key(), model)
             self._model = model
         return model
@@ -498,7 +498,7 @@ class QuantizedModel(BaseLanguageModel[Any]):
         if self._model is not None:
             return self._model.scheme
         if self.own_pipeline is not None:
-            return adopt(self.own_pipeline).scheme
+            return wrap_pipeline(self.own_pipeline).scheme
         config = self.quantization_config or stored_quantization(self.model_id)
         if config is not None:
             return scheme_of_config(config if isinstance(config, Mapping) else config.to_dict())
@@ -601,7 +601,10 @@ class QuantizedModel(BaseLanguageModel[Any]):
             "adapter": self.adapter,
         }
         if self.own_pipeline is not None:  # whose weights and options this class knows nothing of
-            params |= {"pipeline": name_of(self.own_pipeline), "of_pipeline": _checkpoint_options(self.own_pipeline)}
+            params |= {
+                "pipeline": pipeline_name(self.own_pipeline),
+                "of_pipeline": _checkpoint_options(self.own_pipeline),
+            }
         return {name: value for name, value in params.items() if value is not None}
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:

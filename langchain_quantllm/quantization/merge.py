@@ -25,12 +25,13 @@ from langchain_quantllm.compat.transformers_quantizers import (
     forget_quantization,
     was_quantized,
 )
-from langchain_quantllm.errors import CheckpointError, UnsupportedError
+from langchain_quantllm.errors import CheckpointError, UnsupportedError, first_line
 from langchain_quantllm.loading.adapters import Adapter, check_shapes, find_adapters
-from langchain_quantllm.loading.checkpoint import LoadSpec, find_checkpoint, first_line
+from langchain_quantllm.loading.checkpoint import find_checkpoint
 from langchain_quantllm.loading.devices import release_memory
 from langchain_quantllm.loading.registry import load
 from langchain_quantllm.loading.sources import check_sources
+from langchain_quantllm.loading.spec import LoadSpec
 from langchain_quantllm.quantization.output_dir import free_folder, written
 from langchain_quantllm.schemes import FP4, GPTQ, NF4, Int8, Unquantized, scheme_of_config
 

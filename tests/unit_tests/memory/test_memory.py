@@ -39,6 +39,7 @@ from langchain_quantllm.errors import (
     NotEnoughMemoryError,
     UnsupportedError,
 )
+from langchain_quantllm.loading.estimate import estimate_memory
 from langchain_quantllm.memory import (
     CpuReading,
     MemoryReport,
@@ -46,7 +47,6 @@ from langchain_quantllm.memory import (
     WeightBytes,
     available_memory,
     check_fits,
-    estimate_memory,
     format_bytes,
     memory_notes,
     take_snapshot,
