@@ -40,7 +40,7 @@ from langchain_quantllm.engine.request import Request, TokenMask
 from langchain_quantllm.engine.result import Answers, completion_info
 from langchain_quantllm.errors import InvalidOptionError, UnsupportedError, nearest
 from langchain_quantllm.loading.checkpoint import reads_images, stored_profile
-from langchain_quantllm.loading.processors import why_blind
+from langchain_quantllm.loading.processors import no_images_reason
 from langchain_quantllm.options import GenerationOptions, normalize
 from langchain_quantllm.structured import Compiler, Constraint, Either, JSONSchema, ToolCalls
 from langchain_quantllm.structured.tool_formats import FORMATS, HERMES, ToolFormat, format_of, reasoning_of
@@ -448,7 +448,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
     def _turns(self, messages: Sequence[BaseMessage]) -> list[Turn]:
         pipeline = self._loaded_pipeline()
         turns = turns_of(messages, images=self._processor() is not None or reads_images(pipeline.model.config))
-        if (found := images_in(turns)) and (error := why_blind(pipeline, found[0].message)) is not None:
+        if (found := images_in(turns)) and (error := no_images_reason(pipeline, found[0].message)) is not None:
             raise error
         return turns
 

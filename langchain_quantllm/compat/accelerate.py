@@ -16,12 +16,12 @@ def size_in_bytes(size: int | str) -> int:
     return int(convert_file_size_to_int(size))
 
 
-def is_spread(model: Any) -> bool:
+def has_device_map(model: Any) -> bool:
     """Say whether a model was loaded by a map of devices, so that nothing else may move it."""
     return getattr(model, "hf_device_map", None) is not None
 
 
-def brings_weights(module: Any) -> bool:
+def offloads_weights(module: Any) -> bool:
     """Say whether a module's weights are brought to its device as they are needed, and lie elsewhere meanwhile."""
     return _offloads(getattr(module, "_hf_hook", None))
 

@@ -44,7 +44,7 @@ def import_quietly() -> None:
                 sys.modules["kernels"] = before
 
 
-def hush_casts(model: Any) -> None:
+def filter_cast_warnings(model: Any) -> None:
     """Keep bitsandbytes from saying at every int8 product of a model that it casts bfloat16 to float16.
 
     Source: MatMul8bitLt in bitsandbytes/autograd/_functions.py.

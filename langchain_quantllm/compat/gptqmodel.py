@@ -1,6 +1,6 @@
 """GPTQModel's kernels and layers: which there are, whether one takes a checkpoint, and what a layer holds.
 
-What asks GPTQModel itself runs inside of `gptqmodel_import.contained()`; layers are told by what they carry.
+What asks GPTQModel itself runs inside of `gptqmodel_import.gptqmodel_imported()`; layers are told by what they carry.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def backend_names() -> list[str]:
     return sorted(backend.value for backend in BACKEND if backend.value.startswith(BACKEND_PREFIX))
 
 
-def refusal(backend: str, config: Mapping[str, Any], device_kind: str) -> str | None:
+def unsupported_reason(backend: str, config: Mapping[str, Any], device_kind: str) -> str | None:
     """Ask GPTQModel, as optimum does while loading, whether a backend takes a checkpoint; gives the reason if not.
 
     Args:
@@ -72,7 +72,7 @@ def refusal(backend: str, config: Mapping[str, Any], device_kind: str) -> str | 
     return None
 
 
-def settle_gptq_model(model: Any) -> str:
+def uncompile_gptq_model(model: Any) -> str:
     """Undo the compiling of the slow kernel, and say which kernel runs.
 
     The `torch` kernel compiles its dequantization once for each layer at the first forward pass: minutes, with a C++

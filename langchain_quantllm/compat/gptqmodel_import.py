@@ -80,7 +80,7 @@ _depth = 0
 
 
 @contextlib.contextmanager
-def contained() -> Iterator[None]:
+def gptqmodel_imported() -> Iterator[None]:
     """Import gptqmodel where needed, and keep what it does to the process inside the block.
 
     Importing it changes methods of transformers, accelerate and safetensors, environment

@@ -14,7 +14,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from langchain_quantllm.compat.gptqmodel_import import contained
+from langchain_quantllm.compat.gptqmodel_import import gptqmodel_imported
 from langchain_quantllm.compat.packages import is_installed
 from langchain_quantllm.compat.versions import TRIED
 from langchain_quantllm.errors import MissingPackageError, pip_install
@@ -37,10 +37,10 @@ def check_peft() -> None:
 
 
 @contextlib.contextmanager
-def peft_contained() -> Iterator[None]:
+def peft_imported() -> Iterator[None]:
     """Run peft with what it imports kept in its place: where gptqmodel is installed, peft brings it along."""
     if is_installed("gptqmodel") and is_installed("optimum"):
-        with contained():
+        with gptqmodel_imported():
             yield
     else:
         yield
@@ -88,7 +88,7 @@ def merged_adapter(module: Any) -> str | None:
     return next(iter(module.merged_adapters), None)
 
 
-def is_kind_of_layers(kind: type) -> bool:
+def is_peft_layer_class(kind: type) -> bool:
     """Say whether a class is one of peft's layers, without importing peft."""
     return isinstance(getattr(kind, "disable_adapters", None), property)
 
@@ -115,7 +115,7 @@ _PLAIN_LORA = ("Linear", "Linear4bit", "Linear8bitLt", "GPTQLoraLinear", "AwqLor
 _LORA_PARTS = ("base_layer", "lora_A", "lora_B", "lora_variant", "scaling")
 
 
-def why_not_plain_lora(module: Any, names: Sequence[str]) -> str | None:
+def unsupported_lora_reason(module: Any, names: Sequence[str]) -> str | None:
     """Say why a module of peft's does not just add `scaling * B(A(x))` to what its base layer gives."""
     kind, package = type(module).__name__, type(module).__module__
     if not package.startswith("peft.tuners.lora.") or kind not in _PLAIN_LORA:

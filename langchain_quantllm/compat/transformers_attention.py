@@ -1,7 +1,7 @@
 """How an attention of our own gets into a model of transformers: registries, the name in a config, the cache object.
 
 Registering is promised; what the registries hold, how a model finds its attention in them, and which arguments it hands
-on are not. `why_not_offered` says what is missing, and then nothing here may be used.
+on are not. `missing_attention_api` says what is missing, and then nothing here may be used.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ INERT_ARGUMENTS = frozenset(
 
 
 @functools.cache
-def why_not_offered() -> str | None:
+def missing_attention_api() -> str | None:
     """Say what this transformers lacks for an attention of our own; None where all is there."""
     try:
         from transformers import AttentionInterface, AttentionMaskInterface

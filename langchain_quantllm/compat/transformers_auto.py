@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 
-def continues_texts(model_type: str) -> bool:
+def has_causal_lm(model_type: str) -> bool:
     """Say whether transformers has a causal language model of a type."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
-def continues_texts_with_images(model_type: str) -> bool:
+def has_image_text_to_text(model_type: str) -> bool:
     """Say whether transformers has a model of a type that continues texts with images in them."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 

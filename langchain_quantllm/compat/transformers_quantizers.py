@@ -12,7 +12,7 @@ PEFT_LOGGER = "transformers.integrations.peft"
 """Logger of the report that follows the loading of an adapter."""
 
 
-def config_of(settings: dict[str, Any]) -> Any:
+def quantization_config_from(settings: dict[str, Any]) -> Any:
     """Make the quantization config that a dictionary describes."""
     from transformers.quantizers.auto import AutoQuantizationConfig
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from langchain_quantllm.compat.library_logging import progress_bars, quiet_logger
-from langchain_quantllm.compat.peft import check_peft, peft_contained
+from langchain_quantllm.compat.peft import check_peft, peft_imported
 from langchain_quantllm.compat.transformers_quantizers import PEFT_LOGGER
 from langchain_quantllm.engine.adapter_switch import activate
 from langchain_quantllm.errors import (
@@ -233,7 +233,7 @@ def load_adapters(model: Any, adapters: Sequence[Adapter], spec: LoadSpec) -> No
     """
     if not adapters:
         return
-    with peft_contained(), progress_bars(spec.progress):
+    with peft_imported(), progress_bars(spec.progress):
         for adapter in adapters:
             _load(model, adapter)
     activate(model, spec.adapter)

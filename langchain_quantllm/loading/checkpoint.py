@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from langchain_quantllm.compat.packages import is_installed, label_of
-from langchain_quantllm.compat.transformers_auto import continues_texts, continues_texts_with_images
+from langchain_quantllm.compat.transformers_auto import has_causal_lm, has_image_text_to_text
 from langchain_quantllm.compat.transformers_quantizers import knows_format
 from langchain_quantllm.errors import (
     CheckpointError,
@@ -249,13 +249,13 @@ def explain(spec: LoadSpec, error: Exception, part: str) -> str:
 def reads_text(config: Any) -> bool:
     """Say whether transformers has a model for a config that is loaded to continue texts."""
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    return continues_texts(config.model_type) or remote
+    return has_causal_lm(config.model_type) or remote
 
 
 def reads_images(config: Any) -> bool:
     """Say whether transformers has a model for a config that continues texts with images in them."""
     remote = "AutoModelForImageTextToText" in (getattr(config, "auto_map", None) or {})
-    return continues_texts_with_images(config.model_type) or remote
+    return has_image_text_to_text(config.model_type) or remote
 
 
 def _check_task(spec: LoadSpec, config: Any) -> None:

@@ -2,7 +2,7 @@
 
 Owns where a GPTQ checkpoint says what it is, the names of its weight files, and which
 kernel of gptqmodel runs it on which kind of device. Loads no model: the loader does, inside
-`contained()`. Reads no tensor, only their shapes.
+`gptqmodel_imported()`. Reads no tensor, only their shapes.
 
 What runs on the CPU (gptqmodel 7.6, torch 2.13; symmetric or not, `desc_act` or not):
 
@@ -29,8 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from langchain_quantllm.compat.gptqmodel import BACKEND_PREFIX, backend_names, refusal
-from langchain_quantllm.compat.gptqmodel_import import contained
+from langchain_quantllm.compat.gptqmodel import BACKEND_PREFIX, backend_names, unsupported_reason
+from langchain_quantllm.compat.gptqmodel_import import gptqmodel_imported
 from langchain_quantllm.errors import (
     CheckpointError,
     InvalidOptionError,
@@ -287,7 +287,7 @@ def check_gptq(
         )
         raise CheckpointError(msg)
     uneven = _uneven_layer(config["group_size"], layer_sizes or {})
-    with contained():
+    with gptqmodel_imported():
         backend = _backend(scheme.kernel)
         if backend == "auto":
             fits = not any(size % 32 for size in (layer_sizes or {}).values())
@@ -300,7 +300,7 @@ def check_gptq(
                 f"which kernel {_short(backend)!r} cannot run; use kernel 'torch', or another checkpoint."
             )
             raise UnsupportedError(msg)
-        reason = refusal(backend, config, device_kind)
+        reason = unsupported_reason(backend, config, device_kind)
     if reason is not None:
         msg = (
             f"Kernel {_short(backend)!r} cannot run this checkpoint ({config['bits']} bits, "
@@ -319,7 +319,7 @@ def kernel_names() -> list[str]:
     Raises:
         MissingPackageError: If gptqmodel, optimum or accelerate is not installed.
     """
-    with contained():
+    with gptqmodel_imported():
         return sorted({"auto", *map(_short, backend_names())})
 
 
@@ -356,7 +356,7 @@ def _choose_backend(config: Mapping[str, Any], device_kind: str, *, uneven: bool
             return "gptq_torch_int8"
     if device_kind == "cuda" and config["bits"] == 3:
         return "gptq_torch"  # no other takes 3 bits; the fast engine's own kernels take its place
-    if device_kind == "cuda" and fits and _runs_triton() and not refusal("gptq_triton", config, "cuda"):
+    if device_kind == "cuda" and fits and _runs_triton() and not unsupported_reason("gptq_triton", config, "cuda"):
         # It keeps the weights as the checkpoint has them, for the fast engine's own kernels, and compiles no CUDA.
         return "gptq_triton"
     return "auto"

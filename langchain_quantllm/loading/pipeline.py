@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from langchain_quantllm.compat.accelerate import is_spread
-from langchain_quantllm.compat.bitsandbytes import hush_casts, shape_of
+from langchain_quantllm.compat.accelerate import has_device_map
+from langchain_quantllm.compat.bitsandbytes import filter_cast_warnings, shape_of
 from langchain_quantllm.compat.library_logging import progress_bars
 from langchain_quantllm.errors import (
     CheckpointError,
@@ -87,9 +87,9 @@ def load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: A
         )
         raise CheckpointError(msg)
     model.eval()
-    hush_casts(model)
+    filter_cast_warnings(model)
     # A pipeline moves a model to the first GPU, unless accelerate has spread it, or a device is named.
-    device = None if is_spread(model) else model.device
+    device = None if has_device_map(model) else model.device
     if processor is not None:
         return pipeline("image-text-to-text", model=model, processor=processor, device=device)
     return pipeline("text-generation", model=model, tokenizer=tokenizer, device=device)

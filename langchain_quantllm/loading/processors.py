@@ -155,7 +155,7 @@ def _torchvision() -> str:
     return f"torchvision==0.{int(minor) + 15}.*" if major == "2" else "torchvision"
 
 
-def why_blind(pipeline: Any, message: int) -> QuantLLMError | None:
+def no_images_reason(pipeline: Any, message: int) -> QuantLLMError | None:
     """Return the error for a loaded pipeline that cannot read images although its model can; None if it can.
 
     Args:

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from langchain_quantllm.compat.bitsandbytes import import_quietly
-from langchain_quantllm.compat.gptqmodel import settle_gptq_model
-from langchain_quantllm.compat.gptqmodel_import import contained
+from langchain_quantllm.compat.gptqmodel import uncompile_gptq_model
+from langchain_quantllm.compat.gptqmodel_import import gptqmodel_imported
 from langchain_quantllm.compat.library_logging import without_torchao
 from langchain_quantllm.compat.packages import check_packages, label_of
 from langchain_quantllm.errors import UnsupportedError
@@ -259,7 +259,7 @@ def load(spec: LoadSpec, source: str | None = None) -> LoadedModel:
     devices = devices_named(device_map, spec.max_memory)
     quiet = contextlib.nullcontext() if isinstance(scheme, Prequantized) else without_torchao()
     # gptqmodel is imported before the first measurement, and works only inside its block.
-    with contained() if _needs_gptqmodel(scheme) else contextlib.nullcontext(), quiet:
+    with gptqmodel_imported() if _needs_gptqmodel(scheme) else contextlib.nullcontext(), quiet:
         if isinstance(scheme, GPTQ):
             scheme = _prepare_gptq(checkpoint, scheme, devices)
         check_shapes(adapters, checkpoint, trust_remote_code=spec.trust_remote_code)
@@ -269,7 +269,7 @@ def load(spec: LoadSpec, source: str | None = None) -> LoadedModel:
         with track_memory([d for d in devices if d != "cpu"]) as tracked:
             pipeline = load_pipeline(spec, checkpoint, quantization_config, device_map)
             if isinstance(scheme, GPTQ):
-                settle_gptq_model(pipeline.model)
+                uncompile_gptq_model(pipeline.model)
             load_adapters(pipeline.model, adapters, spec)
             release_memory(collect=False)  # quantizing leaves several times the weights in freed blocks
     model = LoadedModel(pipeline, scheme, estimate=estimate, tracked=tracked, adapters=spec.adapters)

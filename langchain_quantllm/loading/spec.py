@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from langchain_quantllm.compat.transformers_quantizers import config_of
+from langchain_quantllm.compat.transformers_quantizers import quantization_config_from
 from langchain_quantllm.errors import InvalidOptionError, nearest
 from langchain_quantllm.loading.sources import folder_of, stored_quantization
 from langchain_quantllm.options import BASE_ADAPTER
@@ -104,7 +104,7 @@ class LoadSpec:
         """Return a string that is equal for specs that load the same weights onto the same devices."""
         config = self.quantization_config
         if config is not None:
-            config = config_of(config) if isinstance(config, dict) else config
+            config = quantization_config_from(config) if isinstance(config, dict) else config
             config = config.to_dict()
         scheme = self.scheme
         if config is not None and _is_scheme(config):

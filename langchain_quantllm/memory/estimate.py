@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from langchain_quantllm.compat.transformers_auto import continues_texts_with_images
+from langchain_quantllm.compat.transformers_auto import has_image_text_to_text
 from langchain_quantllm.compat.transformers_models import cache_of
 from langchain_quantllm.errors import (
     CheckpointError,
@@ -225,7 +225,7 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_cod
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    if not config.is_encoder_decoder and continues_texts_with_images(config.model_type):
+    if not config.is_encoder_decoder and has_image_text_to_text(config.model_type):
         auto_class = AutoModelForImageTextToText
     try:
         with transformers_builds, torch.device("meta"):

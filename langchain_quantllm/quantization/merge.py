@@ -19,7 +19,7 @@ from typing import Any
 from langchain_quantllm.compat.bitsandbytes import block_magnitudes
 from langchain_quantllm.compat.library_logging import progress_bars, quiet_logger, without_torchao
 from langchain_quantllm.compat.packages import label_of
-from langchain_quantllm.compat.peft import peft_contained
+from langchain_quantllm.compat.peft import peft_imported
 from langchain_quantllm.compat.transformers_quantizers import (
     BITSANDBYTES_LOGGER,
     forget_quantization,
@@ -175,7 +175,7 @@ def _check_scales(weight: Any, scales: Any, block: int, name: str) -> None:
 
 def _merged(model: Any, tokenizer: Any, adapter: Adapter) -> Any:
     """Merge an adapter into an unquantized model, and check that the two are the same before and after."""
-    with peft_contained(), warnings.catch_warnings():
+    with peft_imported(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         _check_tied(model, adapter)
         try:

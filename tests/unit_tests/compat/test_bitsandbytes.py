@@ -161,11 +161,11 @@ def cast_logger() -> Iterator[logging.Logger]:
 
 
 def test_casts_alone_are_hushed(cast_logger: logging.Logger, caplog: pytest.LogCaptureFixture) -> None:
-    compat.hush_casts(nn.Linear(4, 4))
+    compat.filter_cast_warnings(nn.Linear(4, 4))
     assert cast_logger.filters == []
     layer = layer_of("int8")
     for _ in range(2):
-        compat.hush_casts(layer)
+        compat.filter_cast_warnings(layer)
     assert len(cast_logger.filters) == 1
     source = inspect.getsource(sys.modules[compat._CASTS])
     [sentence] = re.findall(r'"(MatMul8bitLt: inputs will be cast[^"]*)"', source)
@@ -183,7 +183,7 @@ def test_what_it_says_of_casts(cast_logger: logging.Logger, caplog: pytest.LogCa
         layer(x)
         assert {record.name for record in caplog.records if "MatMul8bitLt" in record.message} == {cast_logger.name}
         caplog.clear()
-        compat.hush_casts(layer)
+        compat.filter_cast_warnings(layer)
         layer(x)
         assert caplog.records == []
 

@@ -19,7 +19,7 @@ from langchain_quantllm.compat import gptqmodel_import
 from langchain_quantllm.errors import MissingPackageError
 from tests.support.gptq_checkpoints import make_gptq_checkpoint
 
-# Not imported here: that is for `contained()` to do.
+# Not imported here: that is for `gptqmodel_imported()` to do.
 if importlib.util.find_spec("gptqmodel") is None:
     pytest.skip("gptqmodel is not installed", allow_module_level=True)
 
@@ -34,7 +34,7 @@ def four_bit(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 def test_all_that_it_changes_is_known() -> None:
     """A name that is gone from these libraries is one whose change would not be undone elsewhere either."""
-    with gptqmodel_import.contained():
+    with gptqmodel_import.gptqmodel_imported():
         pass
     lost = [path for path in gptqmodel_import._PATCHED_OWNERS if gptqmodel_import._resolve(path) is None]
     assert lost == []
@@ -43,7 +43,7 @@ def test_all_that_it_changes_is_known() -> None:
 def test_a_missing_package_names_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = {"accelerate", "optimum", "auto_gptq"}
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name in installed else None)
-    with pytest.raises(MissingPackageError) as caught, gptqmodel_import.contained():
+    with pytest.raises(MissingPackageError) as caught, gptqmodel_import.gptqmodel_imported():
         pass
     assert 'pip install "langchain-quantllm[gptq]"' in str(caught.value)
     assert "needs gptqmodel:" in str(caught.value)
@@ -106,9 +106,9 @@ assert not added, added
 from langchain_quantllm import gptq
 from langchain_quantllm.compat import gptqmodel_import
 original = accelerate.utils.modeling.clear_device_cache
-with gptqmodel_import.contained():
+with gptqmodel_import.gptqmodel_imported():
     assert accelerate.utils.modeling.clear_device_cache is not original
-    with gptqmodel_import.contained():
+    with gptqmodel_import.gptqmodel_imported():
         pass
     assert accelerate.utils.modeling.clear_device_cache is not original
 assert accelerate.utils.modeling.clear_device_cache is original
@@ -141,7 +141,7 @@ def test_the_thread_that_imports_gptqmodel_never_ends() -> None:
         def find_spec(self, name, path=None, target=None):
             importing.append(threading.current_thread())
     sys.meta_path.insert(0, Watch())
-    with gptqmodel_import.contained():
+    with gptqmodel_import.gptqmodel_imported():
         pass
     sys.meta_path.pop(0)
     threads = set(importing)
@@ -156,10 +156,10 @@ def test_the_thread_that_imports_gptqmodel_never_ends() -> None:
 def test_a_failing_block_puts_everything_back() -> None:
     import accelerate.utils.modeling as modeling
 
-    with gptqmodel_import.contained():
+    with gptqmodel_import.gptqmodel_imported():
         pass
 
-    @gptqmodel_import.contained()
+    @gptqmodel_import.gptqmodel_imported()
     def fail() -> None:
         os.environ["TVM_TARGET"] = "cuda"
         raise ZeroDivisionError

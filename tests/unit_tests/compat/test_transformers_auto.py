@@ -8,8 +8,8 @@ import pytest
 import transformers
 
 from langchain_quantllm.compat.transformers_auto import (
-    continues_texts,
-    continues_texts_with_images,
+    has_causal_lm,
+    has_image_text_to_text,
     load_image_processor,
     make_processor,
     processor_class,
@@ -33,7 +33,7 @@ from tests.support.vision import make_vision_checkpoint, picture
     ],
 )
 def test_what_continues_texts(model_type: str, texts: bool, images: bool) -> None:
-    assert (continues_texts(model_type), continues_texts_with_images(model_type)) == (texts, images)
+    assert (has_causal_lm(model_type), has_image_text_to_text(model_type)) == (texts, images)
 
 
 def test_processors_belong_to_configs() -> None:

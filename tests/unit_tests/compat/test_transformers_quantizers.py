@@ -13,15 +13,15 @@ import transformers
 from packaging.version import Version
 from torch import nn
 
-from langchain_quantllm.compat.peft import peft_contained
+from langchain_quantllm.compat.peft import peft_imported
 from langchain_quantllm.compat.transformers_quantizers import (
     BITSANDBYTES_LOGGER,
     PEFT_LOGGER,
-    config_of,
     dequantizing_gguf,
     float32_patterns,
     forget_quantization,
     knows_format,
+    quantization_config_from,
     replaced_by_bitsandbytes,
     was_quantized,
 )
@@ -50,10 +50,10 @@ class TestFormats:
         assert not knows_format("of_tomorrow")
 
     def test_a_config_of_a_dictionary(self) -> None:
-        config = config_of({"quant_method": "bitsandbytes", "load_in_4bit": True})
+        config = quantization_config_from({"quant_method": "bitsandbytes", "load_in_4bit": True})
         assert isinstance(config, transformers.BitsAndBytesConfig)
         assert config.load_in_4bit
-        assert isinstance(config_of({"quant_method": "gptq", "bits": 4}), transformers.GPTQConfig)
+        assert isinstance(quantization_config_from({"quant_method": "gptq", "bits": 4}), transformers.GPTQConfig)
 
     def test_gguf_becomes_plain(self) -> None:
         """No release is asked for what it lacks; `test_sources` converts a file."""
@@ -115,7 +115,7 @@ def test_what_the_loggers_say(folder: Path, tmp_path: Path, caplog: pytest.LogCa
         load_nf4(folder).dequantize()
         assert {record.name for record in caplog.records} == {BITSANDBYTES_LOGGER}
         caplog.clear()
-        with peft_contained():
+        with peft_imported():
             import peft
 
             config = peft.LoraConfig(r=2, target_modules=["q_proj"])

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from langchain_quantllm.compat import gptqmodel_import
-from langchain_quantllm.compat.gptqmodel import settle_gptq_model
+from langchain_quantllm.compat.gptqmodel import uncompile_gptq_model
 from langchain_quantllm.errors import CheckpointError, InvalidOptionError, UnsupportedError
 from langchain_quantllm.loading import gptq
 from langchain_quantllm.schemes import GPTQ
 
-# Not imported here: that is for `contained()` to do.
+# Not imported here: that is for `gptqmodel_imported()` to do.
 if importlib.util.find_spec("gptqmodel") is None:
     pytest.skip("gptqmodel is not installed", allow_module_level=True)
 torch = pytest.importorskip("torch")
@@ -47,11 +47,11 @@ def load(folder: Path, scheme: GPTQ | None = None, **options: Any) -> tuple[Any,
     config.quantization_config = gptq.check_gptq(found.quantization_config, scheme or GPTQ(), "cpu", sizes)
     if found.weights_name is not None:
         config.transformers_weights = found.weights_name
-    with gptqmodel_import.contained():
+    with gptqmodel_import.gptqmodel_imported():
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, config=config, device_map="cpu", dtype=torch.bfloat16, output_loading_info=True, **options
         )
-        settle_gptq_model(model)
+        uncompile_gptq_model(model)
     return model, info
 
 
@@ -101,7 +101,7 @@ def test_logits_are_those_of_the_dequantized_weights(
     model, info = load(folder, GPTQ(bits=bits, kernel=kernel))
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    assert settle_gptq_model(model) == runs
+    assert uncompile_gptq_model(model) == runs
     # bfloat16 holds 8 bits, so each rounding errs by up to 2**-9 = 0.002 of its value; a block rounds a dozen times.
     # Measured: 0.003 to 0.005, 0.008 for torch_int8. A zero point off by one, or a wrong order of groups, gives 0.5.
     assert relative_error(model, load_float_twin(smollm2, small=True, **options)) < 0.012

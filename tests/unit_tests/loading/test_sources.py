@@ -461,4 +461,4 @@ def test_what_cannot_be_converted_is_told(tmp_path: Path) -> None:
         timeout=240,
     )
     assert done.returncode == 1
-    assert done.stderr.startswith("Error: there is no file")
+    assert done.stderr.startswith("error: there is no file")
