@@ -103,7 +103,6 @@ added = [k for k in after if k not in before[0] and len(k) == 3 and k[:2] in bef
 added = [k for k in added if not any(part.endswith(own) for part in k[1:])]
 assert not added, added
 
-from langchain_quantllm import gptq
 from langchain_quantllm.compat import gptqmodel_import
 original = accelerate.utils.modeling.clear_device_cache
 with gptqmodel_import.gptqmodel_imported():
