@@ -39,7 +39,7 @@ _FLASH_PACKAGES = {
 
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-"""Where a checkpoint says how its images are prepared."""
+"""Files with the settings of a checkpoint's image processor."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +47,13 @@ class Checkpoint:
     """A checkpoint that was found: its config, and where its files are.
 
     Args:
-        source: What `from_pretrained` reads: a local folder wherever all files are here, so that
-            the Hub is not asked.
-        config: The transformers config, this object's own.
+        source: For `from_pretrained`: a local folder if all files are on this machine, so that the Hub is not asked;
+            else the name of a repository.
+        config: The transformers config, not shared with others.
         quantization: The quantization config in its dict form; None for an unquantized checkpoint.
-        gptq: What is to be known of a GPTQ checkpoint; None for others.
+        gptq: The settings of a GPTQ checkpoint; None for others.
         local: Whether `source` is a folder.
-        model_kwargs: What the config did not take of the spec's.
+        model_kwargs: Those of the spec that are no fields of the config.
     """
 
     source: str
@@ -127,7 +127,7 @@ def read_config(spec: LoadSpec, source: str) -> tuple[Any, dict[str, Any]]:
     """Read a checkpoint's config.
 
     Args:
-        spec: What is asked for.
+        spec: The options of loading.
         source: A folder, or the name of a repository.
 
     Returns:
@@ -151,7 +151,7 @@ def find_checkpoint(spec: LoadSpec, source: str | None = None) -> Checkpoint:
     """Find a checkpoint and read its config, from the disk where possible.
 
     Args:
-        spec: What is asked for.
+        spec: The options of loading.
         source: Result of `find_source`, if that was called before.
 
     Raises:
@@ -223,7 +223,7 @@ def _is_complete(folder: Path, weights: str) -> bool:
 
 
 def explain(spec: LoadSpec, error: Exception, part: str) -> str:
-    """Say in one sentence why a part of a checkpoint, its config or tokenizer, cannot be read."""
+    """Say in one sentence why a part of a checkpoint, such as its tokenizer, cannot be read."""
     text = str(error)
     if "trust_remote_code" in text:
         return (
@@ -247,13 +247,13 @@ def explain(spec: LoadSpec, error: Exception, part: str) -> str:
 
 
 def reads_text(config: Any) -> bool:
-    """Say whether transformers has a model for a config that is loaded to continue texts."""
+    """Say whether transformers, or the checkpoint's own code, has a causal language model for a config."""
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     return has_causal_lm(config.model_type) or remote
 
 
 def reads_images(config: Any) -> bool:
-    """Say whether transformers has a model for a config that continues texts with images in them."""
+    """Say whether transformers, or the checkpoint's own code, has a model for a config that reads text and images."""
     remote = "AutoModelForImageTextToText" in (getattr(config, "auto_map", None) or {})
     return has_image_text_to_text(config.model_type) or remote
 
@@ -268,13 +268,13 @@ def _check_task(spec: LoadSpec, config: Any) -> None:
 
 
 def reconcile(spec: LoadSpec, checkpoint: Checkpoint) -> tuple[Scheme, Any]:
-    """Bring together what was asked for and what the checkpoint already is.
+    """Combine the scheme asked for with that of the checkpoint.
 
     Returns:
-        The scheme that results, and the `quantization_config` for `from_pretrained`, or None.
+        The scheme to load in, and the `quantization_config` for `from_pretrained`, or None.
 
     Raises:
-        CheckpointError: If the checkpoint is quantized otherwise, or not quantized where it should be.
+        CheckpointError: If the checkpoint is quantized in another scheme, or not quantized although it has to be.
     """
     given = spec.quantization_config
     asked = spec.scheme
@@ -312,7 +312,7 @@ def reconcile(spec: LoadSpec, checkpoint: Checkpoint) -> tuple[Scheme, Any]:
 
 
 def dtype_name(spec: LoadSpec, config: Any) -> str:
-    """Name the dtype that the unquantized part of the model is loaded in."""
+    """Return the name of the dtype for the unquantized part of the model."""
     if spec.dtype != "auto":
         return spec.dtype
     text_config = config.get_text_config()

@@ -34,20 +34,20 @@ from langchain_quantllm.memory import transformers_builds
 def load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: Any, device_map: Any) -> Any:
     """Read a checkpoint's weights and tokenizer into a pipeline.
 
-    Its task is text-generation; or image-text-to-text, with a processor, where the model reads images as well and they
-    can be read here.
+    Its task is image-text-to-text, with a processor, if the model reads images and they can be read here; else
+    text-generation.
 
     Args:
-        spec: What was asked for.
-        checkpoint: What was found.
-        quantization_config: For `from_pretrained`; None where the checkpoint's own counts.
-        device_map: Where the model goes.
+        spec: The options of loading.
+        checkpoint: The checkpoint.
+        quantization_config: For `from_pretrained`; None to use the checkpoint's own.
+        device_map: The device map of the model.
 
     Raises:
         CheckpointError: If weights, tokenizer or processor are missing, damaged or of another shape.
-        InvalidOptionError: If `model_kwargs` has a name that nobody takes.
+        InvalidOptionError: If neither transformers nor the model knows a name in `model_kwargs`.
         MissingPackageError: If transformers needs a package that is not installed.
-        NotEnoughMemoryError: If the memory ran out on the way.
+        NotEnoughMemoryError: If the memory runs out while loading.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, pipeline
 
@@ -64,7 +64,7 @@ def load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: A
         try:
             processor = load_processor(spec, checkpoint)
         except CheckpointError:
-            _load_tokenizer(spec, checkpoint)  # which has more to say if it is what is wrong
+            _load_tokenizer(spec, checkpoint)  # its error says more if the tokenizer is the reason
             raise
         tokenizer = _load_tokenizer(spec, checkpoint) if processor is None else processor.tokenizer
         auto_class = AutoModelForCausalLM if processor is None else AutoModelForImageTextToText
@@ -78,17 +78,18 @@ def load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: A
                 **options,
                 **checkpoint.model_kwargs,
             )
-    lost = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"]), *_misshapen(model)}
-    if lost:
+    missing = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"]), *_misshapen(model)}
+    if missing:
         saved = ", ".join(getattr(checkpoint.config, "architectures", None) or ())
         msg = (
-            f"the checkpoint {spec.model_id} has no fitting weights for {len(lost)} tensors, such as {min(lost)!r}, "
-            f"and they would have been random; is it complete, and of this architecture{saved and f' ({saved})'}?"
+            f"the checkpoint {spec.model_id} has no fitting weights for {len(missing)} tensors, such as "
+            f"{min(missing)!r}, and they would have been random; is it complete, and of this "
+            f"architecture{saved and f' ({saved})'}?"
         )
         raise CheckpointError(msg)
     model.eval()
     filter_cast_warnings(model)
-    # A pipeline moves a model to the first GPU, unless accelerate has spread it, or a device is named.
+    # Without a device, a pipeline moves a model to the first GPU, unless the model has a device map.
     device = None if has_device_map(model) else model.device
     if processor is not None:
         return pipeline("image-text-to-text", model=model, processor=processor, device=device)
@@ -106,9 +107,9 @@ def _load_tokenizer(spec: LoadSpec, checkpoint: Checkpoint) -> Any:
 
 
 def _dtype(spec: LoadSpec, checkpoint: Checkpoint, device_map: Any) -> Any:
-    """Give the dtype to load in.
+    """Return the dtype to load in.
 
-    GPTQ checkpoints say float16, in which CPU kernels run ten times slower than in bfloat16.
+    On the CPU, GPTQ checkpoints are loaded in bfloat16: their own float16 is ten times slower in its kernels.
     """
     import torch
 
@@ -120,7 +121,7 @@ def _dtype(spec: LoadSpec, checkpoint: Checkpoint, device_map: Any) -> Any:
 
 
 def _misshapen(model: Any) -> Iterator[str]:
-    """Name bitsandbytes layers whose weights have another shape than the config says: transformers does not check."""
+    """Yield names of bitsandbytes weights of another shape than the config's, which transformers does not check."""
     for name, module in model.named_modules():
         shape = shape_of(module)
         if shape is not None and shape != (module.out_features, module.in_features):
@@ -129,7 +130,7 @@ def _misshapen(model: Any) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _loading_errors(spec: LoadSpec, source: str) -> Iterator[None]:
-    """Say in one sentence what went wrong where transformers' words do not help."""
+    """Turn errors of transformers, torch and safetensors into this package's, where their message does not help."""
     import torch
     from safetensors import SafetensorError
 
@@ -158,14 +159,14 @@ def _loading_errors(spec: LoadSpec, source: str) -> Iterator[None]:
         )
         raise InvalidOptionError(msg) from error
     except (RuntimeError, ValueError, OSError) as error:
-        told = _sentence(spec, source, error)
-        if told is None:
+        clearer = _clearer_error(spec, source, error)
+        if clearer is None:
             raise
-        raise told from error
+        raise clearer from error
 
 
-def _sentence(spec: LoadSpec, source: str, error: Exception) -> QuantLLMError | None:
-    """Say what an error of transformers or safetensors means here; None where its own words do."""
+def _clearer_error(spec: LoadSpec, source: str, error: Exception) -> QuantLLMError | None:
+    """Return this package's error for one of transformers; None if its own message is clear."""
     text = str(error)
     name = spec.model_id
     if "trust_remote_code" in text:
