@@ -96,22 +96,8 @@ def _find(name: str, source: str, spec: LoadSpec) -> Adapter:
     return Adapter(name=name, source=source, folder=folder, config=config)
 
 
-def _check_weights(name: str, source: str, folder: Path, spec: LoadSpec) -> None:
-    if (folder / _WEIGHTS).is_file():
-        return
-    if not (folder / _PICKLE).is_file():
-        msg = f"adapter {name!r} ({source}) has no weights: there is no {_WEIGHTS} in it."
-        raise CheckpointError(msg)
-    if spec.use_safetensors:
-        msg = (
-            f"adapter {name!r} ({source}) has its weights in {_PICKLE}, and pickle files can run code while they load; "
-            "save it anew with peft, or pass use_safetensors=False if you trust its maker."
-        )
-        raise CheckpointError(msg)
-
-
 def _fetch(name: str, source: str, spec: LoadSpec) -> Path:
-    """Download an adapter's files from the Hub, or find them in its cache; returns their folder."""
+    """Download an adapter's files from the Hub, or find them in its cache; return their folder."""
     repository = Repository(
         name=source, token=spec.token, cache_dir=spec.cache_dir, local_files_only=bool(spec.local_files_only)
     )
@@ -120,14 +106,23 @@ def _fetch(name: str, source: str, spec: LoadSpec) -> Path:
         for file in (_WEIGHTS,) if spec.use_safetensors else (_WEIGHTS, _PICKLE):
             with contextlib.suppress(MissingFileError):
                 repository.fetch(file)
-                return folder
+                break
     except ModelNotFoundError as error:
         msg = f"adapter {name!r}: {error}"
         raise ModelNotFoundError(msg) from error.__cause__
-    msg = (
-        f"adapter {name!r} ({source}) has no weights in safetensors; pass use_safetensors=False if you trust its maker."
-    )
-    raise CheckpointError(msg)
+    return folder
+
+
+def _check_weights(name: str, source: str, folder: Path, spec: LoadSpec) -> None:
+    if (folder / _WEIGHTS).is_file() or ((folder / _PICKLE).is_file() and not spec.use_safetensors):
+        return
+    msg = f"adapter {name!r} ({source}) has no weights: there is no {_WEIGHTS} in it"
+    if spec.use_safetensors:
+        msg += (
+            f", and a {_PICKLE} is not read, as pickle files can run code while they load; save it anew with peft, or "
+            "pass use_safetensors=False if you trust its maker"
+        )
+    raise CheckpointError(f"{msg}.")
 
 
 # Shapes.

@@ -113,7 +113,7 @@ def find_source(spec: LoadSpec) -> str:
             raise error
         return folder
     repository = Repository.of(spec)
-    repository.check_offline()
+    repository.check_may_ask()
     try:
         config = repository.fetch("config.json", must_ask=True)
     except MissingFileError as error:
@@ -248,14 +248,16 @@ def explain(spec: LoadSpec, error: Exception, part: str) -> str:
 
 def reads_text(config: Any) -> bool:
     """Say whether transformers, or the checkpoint's own code, has a causal language model for a config."""
-    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    return has_causal_lm(config.model_type) or remote
+    return has_causal_lm(config.model_type) or _has_code(config, "AutoModelForCausalLM")
 
 
 def reads_images(config: Any) -> bool:
     """Say whether transformers, or the checkpoint's own code, has a model for a config that reads text and images."""
-    remote = "AutoModelForImageTextToText" in (getattr(config, "auto_map", None) or {})
-    return has_image_text_to_text(config.model_type) or remote
+    return has_image_text_to_text(config.model_type) or _has_code(config, "AutoModelForImageTextToText")
+
+
+def _has_code(config: Any, auto_class: str) -> bool:
+    return auto_class in (getattr(config, "auto_map", None) or {})
 
 
 def _check_task(spec: LoadSpec, config: Any) -> None:

@@ -43,6 +43,9 @@ EXTRA = "langchain-quantllm[gptq]"
 FORMATS = ("gptq", "gptq_v2")
 """Formats of packed tensors that load; the zero points of v1 are one too small, those of v2 are exact."""
 
+_INT4_GROUP_SIZES = (32, 64, 128)
+"""Group sizes of torch's int4 product on the CPU."""
+
 _STANDARD_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _WEIGHT_SUFFIXES = (".safetensors.index.json", ".safetensors")
 _PICKLED_SUFFIXES = (".bin", ".pt", ".pth")
@@ -279,8 +282,16 @@ def check_gptq(
         if backend == "auto":
             fits = not any(size % 32 for size in (layer_sizes or {}).values())
             backend = _choose_backend(config, device_kind, uneven=uneven is not None, fits=fits)
-        elif backend == "gptq_torch_aten" or backend == "gptq_torch_fused":
-            _check_int4pack(backend, config["group_size"], device_kind)
+        elif (
+            backend in ("gptq_torch_aten", "gptq_torch_fused")
+            and device_kind == "cpu"
+            and config["group_size"] not in _INT4_GROUP_SIZES
+        ):
+            msg = (
+                f"Kernel {_short(backend)!r} takes group_size 32, 64 or 128 on the CPU, not {config['group_size']}; "
+                "use kernel 'torch' or 'auto'."
+            )
+            raise UnsupportedError(msg)
         if uneven is not None and backend not in ("gptq_torch", "gptq_torch_int8"):
             msg = (
                 f"group_size={config['group_size']} does not divide in_features={uneven[1]} of layer {uneven[0]!r}, "
@@ -336,7 +347,7 @@ def _choose_backend(config: Mapping[str, Any], device_kind: str, *, uneven: bool
     if uneven:
         return "gptq_torch"  # the others fail in the first forward pass
     if device_kind == "cpu":
-        if config["bits"] == 4 and config["group_size"] not in (32, 64, 128):
+        if config["bits"] == 4 and config["group_size"] not in _INT4_GROUP_SIZES:
             return "gptq_torch"  # gptqmodel would choose torch's int4 product, which fails for other group sizes
         if config["bits"] == 8 and config["group_size"] in (-1, 16, 32, 64, 128):
             # Ten times faster than 'torch', which gptqmodel prefers; both err like bfloat16 does.
@@ -356,12 +367,3 @@ def _runs_triton() -> bool:
     if importlib.util.find_spec("triton") is None or torch.version.hip is not None or not torch.cuda.is_available():
         return False
     return all(torch.cuda.get_device_capability(i) >= (7, 5) for i in range(torch.cuda.device_count()))
-
-
-def _check_int4pack(backend: str, group_size: int, device_kind: str) -> None:
-    if device_kind == "cpu" and group_size not in (32, 64, 128):
-        msg = (
-            f"Kernel {_short(backend)!r} takes group_size 32, 64 or 128 on the CPU, not {group_size}; "
-            f"use kernel 'torch' or 'auto'."
-        )
-        raise UnsupportedError(msg)

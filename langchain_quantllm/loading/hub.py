@@ -117,12 +117,8 @@ class Repository:
         except (httpx.HTTPError, OSError) as error:
             raise ModelNotFoundError(f"{self.name} {self._reason(error, '', '')}") from error
 
-    def check_offline(self) -> None:
-        """Check that the Hub may be asked.
-
-        Raises:
-            ModelNotFoundError: If it may not.
-        """
+    def check_may_ask(self) -> None:
+        """Raise a ModelNotFoundError if the Hub may not be asked."""
         if reason := self._offline():
             raise ModelNotFoundError(f"{self.name} {_forbidden(reason)}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +73,16 @@ def load_processor(spec: LoadSpec, checkpoint: Checkpoint) -> Any:
     from transformers import AutoProcessor
 
     source, hub = place
-    try:
-        return AutoProcessor.from_pretrained(source, **hub)
-    except ImportError as error:
-        if "torchvision" in str(error).lower() and not is_installed("torchvision"):
-            return _load_without_videos(spec, type(checkpoint.config), place, error)
-        raise MissingPackageError(_missing(spec, error)) from error
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-        raise _unreadable(spec, error) from error
+    with _processor_errors(spec):
+        try:
+            return AutoProcessor.from_pretrained(source, **hub)
+        except ImportError as error:
+            kind = processor_class(type(checkpoint.config))
+            is_torchvision = "torchvision" in str(error).lower() and not is_installed("torchvision")
+            if not is_torchvision or kind is None or not _works_without_videos(kind):
+                raise
+            loaded = [load and load(source, **hub) for load in map(_part_loaders().get, processor_parts(kind))]
+            return make_processor(kind, loaded, source, **hub)
 
 
 def _described(spec: LoadSpec, checkpoint: Checkpoint) -> str:
@@ -105,46 +107,39 @@ def _find(spec: LoadSpec, checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] 
     return None
 
 
-def _load_without_videos(
-    spec: LoadSpec, config_class: type, place: tuple[str, dict[str, Any]], error: ImportError
-) -> Any:
-    """Load a processor without its video part: in many families, such as Qwen-VL, only that needs torchvision."""
+def _works_without_videos(kind: Any) -> bool:
+    """Say whether a class of processors needs torchvision for its video part only, as in Qwen-VL."""
+    names = processor_parts(kind)
+    return "video_processor" in names and set(names) <= _part_loaders().keys()
+
+
+def _part_loaders() -> dict[str, Any]:
+    """Return the functions that load the parts of a processor without torchvision; None for the video part."""
     from transformers import AutoTokenizer
 
-    kind = processor_class(config_class)
-    parts = {
+    return {
         "tokenizer": AutoTokenizer.from_pretrained,
         "image_processor": load_image_processor,
         "video_processor": None,
     }
-    names = () if kind is None else processor_parts(kind)
-    if "video_processor" not in names or not set(names) <= parts.keys():
-        raise MissingPackageError(_missing(spec, error)) from error
 
-    source, hub = place
+
+@contextlib.contextmanager
+def _processor_errors(spec: LoadSpec) -> Iterator[None]:
+    """Turn errors while a processor is read into this package's; a missing package is not always an ImportError."""
     try:
-        loaded = [load and load(source, **hub) for load in (parts[name] for name in names)]
-        return make_processor(kind, loaded, source, **hub)
-    except ImportError as other:
-        raise MissingPackageError(_missing(spec, other)) from other
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as other:
-        raise _unreadable(spec, other) from other
-
-
-def _unreadable(spec: LoadSpec, error: Exception) -> QuantLLMError:
-    """Return the error for a processor that cannot be read; transformers does not always raise ImportError."""
-    if "torchvision" in str(error).lower() and not is_installed("torchvision"):
-        return MissingPackageError(_missing(spec, error))
-    return CheckpointError(explain(spec, error, "processor"))
-
-
-def _missing(spec: LoadSpec, error: Exception) -> str:
-    text = str(error)
-    package = next((name for name in ("torchvision", "num2words") if name in text.lower()), None)
-    if package is None:
-        return f"the processor of {spec.model_id} needs a package: {first_line(error)}"
-    wanted = _torchvision() if package == "torchvision" else package
-    return f"the processor of {spec.model_id} needs {package}: {pip_install(wanted)}"
+        yield
+    except (ImportError, ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        package = next((name for name in ("torchvision", "num2words") if name in str(error).lower()), None)
+        lacks_torchvision = package == "torchvision" and not is_installed("torchvision")
+        if not isinstance(error, ImportError) and not lacks_torchvision:
+            raise CheckpointError(explain(spec, error, "processor")) from error
+        if package is None:
+            msg = f"the processor of {spec.model_id} needs a package: {first_line(error)}"
+        else:
+            wanted = _torchvision() if package == "torchvision" else package
+            msg = f"the processor of {spec.model_id} needs {package}: {pip_install(wanted)}"
+        raise MissingPackageError(msg) from error
 
 
 def _torchvision() -> str:

@@ -258,12 +258,17 @@ def load(spec: LoadSpec, source: str | None = None) -> LoadedModel:
     device_map = default_device_map(spec)
     devices = devices_named(device_map, spec.max_memory)
     quiet = contextlib.nullcontext() if isinstance(scheme, Prequantized) else without_torchao()
+    needs_gptqmodel = isinstance(scheme, GPTQ) or (isinstance(scheme, Prequantized) and scheme.method == "awq")
     # gptqmodel is imported before the first measurement, and works only inside its block.
-    with gptqmodel_imported() if _needs_gptqmodel(scheme) else contextlib.nullcontext(), quiet:
+    with gptqmodel_imported() if needs_gptqmodel else contextlib.nullcontext(), quiet:
         if isinstance(scheme, GPTQ):
             scheme = _prepare_gptq(checkpoint, scheme, devices)
         check_shapes(adapters, checkpoint, trust_remote_code=spec.trust_remote_code)
-        estimate = _estimate(checkpoint, scheme, spec)
+        estimate = None
+        with contextlib.suppress(UnsupportedError):  # a model or format without a formula is measured only
+            estimate = estimate_config(
+                checkpoint.config, scheme, dtype=spec.dtype, trust_remote_code=spec.trust_remote_code
+            )
         if estimate is not None:
             check_fits(estimate, devices, max_memory=spec.max_memory)
         with track_memory([d for d in devices if d != "cpu"]) as tracked:
@@ -275,10 +280,6 @@ def load(spec: LoadSpec, source: str | None = None) -> LoadedModel:
     model = LoadedModel(pipeline, scheme, estimate=estimate, tracked=tracked, adapters=spec.adapters)
     reset_peaks(model.devices)
     return model
-
-
-def _needs_gptqmodel(scheme: Scheme) -> bool:
-    return isinstance(scheme, GPTQ) or (isinstance(scheme, Prequantized) and scheme.method == "awq")
 
 
 def _prepare_gptq(checkpoint: Checkpoint, scheme: GPTQ, devices: Sequence[str]) -> GPTQ:
@@ -297,10 +298,3 @@ def _prepare_gptq(checkpoint: Checkpoint, scheme: GPTQ, devices: Sequence[str]) 
     if gptq.weights_name:
         checkpoint.config.transformers_weights = gptq.weights_name
     return dataclasses.replace(scheme, kernel=checkpoint.config.quantization_config["backend"])
-
-
-def _estimate(checkpoint: Checkpoint, scheme: Scheme, spec: LoadSpec) -> MemoryEstimate | None:
-    try:
-        return estimate_config(checkpoint.config, scheme, dtype=spec.dtype, trust_remote_code=spec.trust_remote_code)
-    except UnsupportedError:  # a model or format without a formula is loaded and measured instead
-        return None

@@ -110,17 +110,10 @@ class MemoryEstimate:
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as a dict of JSON values."""
         return {
-            "model_id": self.model_id,
+            **vars(self),
             "scheme": self.scheme.to_dict(),
-            "dtype": self.dtype,
-            "parameters": self.parameters,
             "weights": self.weights.to_dict(),
-            "bytes_16bit": self.bytes_16bit,
             "saving": self.saving,
-            "kv_cache_bytes_per_token": self.kv_cache_bytes_per_token,
-            "sliding_bytes_per_token": self.sliding_bytes_per_token,
-            "sliding_window_tokens": self.sliding_window_tokens,
-            "context_tokens": self.context_tokens,
             "bytes_by_scheme": dict(self.bytes_by_scheme),
         }
 
