@@ -50,6 +50,14 @@ class Adapter:
     folder: Path
     config: Mapping[str, Any]
 
+    def __str__(self) -> str:
+        return f"adapter {self.name!r} ({self.source})"
+
+    @property
+    def weights(self) -> Path:
+        """The path of its weights in safetensors."""
+        return self.folder / _WEIGHTS
+
 
 def find_adapters(spec: LoadSpec) -> list[Adapter]:
     """Find the adapters of a spec, and download those of repositories. `check_sources` must have passed.
@@ -80,20 +88,28 @@ def _find(name: str, source: str, spec: LoadSpec) -> Adapter:
     except (OSError, ValueError, KeyError, TypeError) as error:
         msg = f"the {ADAPTER_CONFIG} of adapter {name!r} ({source}) cannot be read: {first_line(error)}"
         raise CheckpointError(msg) from error
+    adapter = Adapter(name=name, source=source, folder=folder, config=config)
     if kind in _PROMPTS:
         msg = (
-            f"adapter {name!r} ({source}) is of the kind {kind}, which transformers cannot put into a model; give "
-            "LoRA, or another kind that changes weights."
+            f"{adapter} is of the kind {kind}, which transformers cannot put into a model; give LoRA, or another kind "
+            "that changes weights."
         )
         raise CheckpointError(msg)
     if config.get("bias", "none") != "none":
         msg = (
-            f"adapter {name!r} ({source}) was trained with bias={config['bias']!r}, which changes the base model for "
-            "all others too; train it with bias='none', or give a model into which it was merged."
+            f"{adapter} was trained with bias={config['bias']!r}, which changes the base model for all others too; "
+            "train it with bias='none', or give a model into which it was merged."
         )
         raise CheckpointError(msg)
-    _check_weights(name, source, folder, spec)
-    return Adapter(name=name, source=source, folder=folder, config=config)
+    if not adapter.weights.is_file() and (spec.use_safetensors or not (folder / _PICKLE).is_file()):
+        msg = f"{adapter} has no weights: there is no {_WEIGHTS} in it"
+        if spec.use_safetensors:
+            msg += (
+                f", and a {_PICKLE} is not read, as pickle files can run code while they load; save it anew with peft, "
+                "or pass use_safetensors=False if you trust its maker"
+            )
+        raise CheckpointError(f"{msg}.")
+    return adapter
 
 
 def _fetch(name: str, source: str, spec: LoadSpec) -> Path:
@@ -102,7 +118,7 @@ def _fetch(name: str, source: str, spec: LoadSpec) -> Path:
         name=source, token=spec.token, cache_dir=spec.cache_dir, local_files_only=bool(spec.local_files_only)
     )
     try:
-        folder = repository.fetch(ADAPTER_CONFIG, purpose="it is no adapter of peft").parent
+        folder = repository.fetch(ADAPTER_CONFIG, if_missing="it is no adapter of peft").parent
         for file in (_WEIGHTS,) if spec.use_safetensors else (_WEIGHTS, _PICKLE):
             with contextlib.suppress(MissingFileError):
                 repository.fetch(file)
@@ -111,18 +127,6 @@ def _fetch(name: str, source: str, spec: LoadSpec) -> Path:
         msg = f"adapter {name!r}: {error}"
         raise ModelNotFoundError(msg) from error.__cause__
     return folder
-
-
-def _check_weights(name: str, source: str, folder: Path, spec: LoadSpec) -> None:
-    if (folder / _WEIGHTS).is_file() or ((folder / _PICKLE).is_file() and not spec.use_safetensors):
-        return
-    msg = f"adapter {name!r} ({source}) has no weights: there is no {_WEIGHTS} in it"
-    if spec.use_safetensors:
-        msg += (
-            f", and a {_PICKLE} is not read, as pickle files can run code while they load; save it anew with peft, or "
-            "pass use_safetensors=False if you trust its maker"
-        )
-    raise CheckpointError(f"{msg}.")
 
 
 # Shapes.
@@ -143,7 +147,7 @@ def check_shapes(adapters: Sequence[Adapter], checkpoint: Checkpoint, *, trust_r
     if not adapters or (layers := _layers_of(checkpoint, trust_remote_code)) is None:
         return
     for adapter in adapters:
-        if (adapter.folder / _WEIGHTS).is_file():
+        if adapter.weights.is_file():
             _check_shapes(adapter, layers)
 
 
@@ -152,22 +156,16 @@ def _check_shapes(adapter: Adapter, layers: Mapping[str, tuple[int, int] | None]
     patterns = {re.sub(r"\d+", "*", name) for name in layers}
     sizes = _sizes_of(adapter)
     if sizes and not any(name.rpartition(".")[2] in kinds for name in sizes):
-        msg = (
-            f"adapter {adapter.name!r} ({adapter.source}) was made for another architecture: the model has no layer "
-            f"such as {min(sizes)!r}."
-        )
+        msg = f"{adapter} was made for another architecture: the model has no layer such as {min(sizes)!r}."
         raise CheckpointError(msg)
     for name, (inputs, outputs) in sizes.items():
         if name not in layers and re.sub(r"\d+", "*", name) in patterns:
-            msg = (
-                f"adapter {adapter.name!r} ({adapter.source}) was made for another model: it changes {name!r}, which "
-                "this one has not."
-            )
+            msg = f"{adapter} was made for another model: it changes {name!r}, which this one has not."
             raise CheckpointError(msg)
         size = layers.get(name)
         if size is not None and any(a is not None and a != b for a, b in zip((inputs, outputs), size, strict=True)):
             msg = (
-                f"adapter {adapter.name!r} ({adapter.source}) was made for another model: its {name!r} takes {inputs} "
+                f"{adapter} was made for another model: its {name!r} takes {inputs} "
                 f"and gives {outputs} numbers, where this model's takes {size[0]} and gives {size[1]}."
             )
             raise CheckpointError(msg)
@@ -179,7 +177,7 @@ def _sizes_of(adapter: Adapter) -> dict[str, tuple[int | None, int | None]]:
 
     found: dict[str, tuple[int | None, int | None]] = {}
     try:
-        with safe_open(adapter.folder / _WEIGHTS, framework="pt") as file:
+        with safe_open(adapter.weights, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118  (no dict)
                 layer, mark, matrix = key.removeprefix("base_model.model.").rpartition(".lora_")
                 if not mark or matrix not in ("A.weight", "B.weight"):
@@ -189,7 +187,7 @@ def _sizes_of(adapter: Adapter) -> dict[str, tuple[int | None, int | None]]:
                 if len(shape) == 2:
                     found[layer] = (shape[1], outputs) if matrix[0] == "A" else (inputs, shape[0])
     except (SafetensorError, OSError) as error:
-        msg = f"the weights of adapter {adapter.name!r} ({adapter.source}) are damaged: {first_line(error)}"
+        msg = f"the weights of {adapter} are damaged: {first_line(error)}"
         raise CheckpointError(msg) from error
     return found
 
@@ -235,7 +233,6 @@ def load_adapters(model: Any, adapters: Sequence[Adapter], spec: LoadSpec) -> No
 
 
 def _load(model: Any, adapter: Adapter) -> None:
-    described = f"adapter {adapter.name!r} ({adapter.source})"
     try:
         # Its report calls adapters loaded before newly initialized.
         with transformers_builds, quiet_logger(PEFT_LOGGER), warnings.catch_warnings():
@@ -244,20 +241,20 @@ def _load(model: Any, adapter: Adapter) -> None:
                 str(adapter.folder),
                 adapter_name=adapter.name,
                 adapter_kwargs={"local_files_only": True},
-                use_safetensors=(adapter.folder / _WEIGHTS).is_file(),
+                use_safetensors=adapter.weights.is_file(),
             )
             lost = _own_tensors(getattr(info, "missing_keys", ()), adapter)
             if lost:  # transformers does not know the names of all kinds; peft may
                 lost = _own_tensors(_load_by_peft(model, adapter), adapter)
     except (ValueError, RuntimeError, KeyError, TypeError, OSError, ImportError) as error:
-        msg = f"{described} cannot be loaded onto this model; was it made for it? {first_line(error)}"
+        msg = f"{adapter} cannot be loaded onto this model; was it made for it? {first_line(error)}"
         raise CheckpointError(msg) from error
     if lost:
-        msg = f"{described} has no weights for {len(lost)} tensors, such as {lost[0]!r}; was it made for this model?"
+        msg = f"{adapter} has no weights for {len(lost)} tensors, such as {lost[0]!r}; was it made for this model?"
         raise CheckpointError(msg)
     left = sorted(key for key in getattr(info, "unexpected_keys", ()) if ".lora_A" in key or ".lora_B" in key)
     if left:
-        msg = f"{described} has weights that this model has no place for, such as {left[0]!r}; was it made for it?"
+        msg = f"{adapter} has weights that this model has no place for, such as {left[0]!r}; was it made for it?"
         raise CheckpointError(msg)
 
 
@@ -273,9 +270,8 @@ def _load_by_peft(model: Any, adapter: Adapter) -> list[str]:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    weights = adapter.folder / _WEIGHTS
-    if weights.is_file():
-        tensors = load_file(weights)
+    if adapter.weights.is_file():
+        tensors = load_file(adapter.weights)
     else:
         tensors = torch.load(adapter.folder / _PICKLE, map_location="cpu", weights_only=True)
     # Renamed to the model's own names: peft wrote those of its wrapper.

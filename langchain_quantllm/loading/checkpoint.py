@@ -115,7 +115,7 @@ def find_source(spec: LoadSpec) -> str:
     repository = Repository.of(spec)
     repository.check_may_ask()
     try:
-        config = repository.fetch("config.json", must_ask=True)
+        config = repository.fetch("config.json", check_connection=True)
     except MissingFileError as error:
         raise (repository.wrong_repository(None) or error) from error.__cause__
     if (wrong := repository.wrong_repository(config)) is not None:

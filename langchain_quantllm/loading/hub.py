@@ -68,13 +68,13 @@ class Repository:
             return None
         return Path(found) if isinstance(found, str) else None
 
-    def fetch(self, file: str, *, purpose: str = _NO_CHECKPOINT, must_ask: bool = False) -> Path:
+    def fetch(self, file: str, *, if_missing: str = _NO_CHECKPOINT, check_connection: bool = False) -> Path:
         """Download a file, or find it in the cache.
 
         Args:
             file: Name of the file.
-            purpose: What a repository without this file is not, to end the error's sentence.
-            must_ask: Check the connection even if the file is cached, for callers that need further files.
+            if_missing: Conclusion for the error if the repository has no such file.
+            check_connection: Check the connection even if the file is cached, for callers that need further files.
 
         Raises:
             MissingFileError: If the repository has no such file, or the Hub cannot be asked and the cache has none.
@@ -85,7 +85,7 @@ class Repository:
 
         cached = self.cached(file)
         try:
-            if must_ask or not (cached is not None or self._offline()):
+            if check_connection or not (cached is not None or self._offline()):
                 self._check_reachable()
             return Path(
                 hf_hub_download(
@@ -98,10 +98,10 @@ class Repository:
                 )
             )
         except (httpx.HTTPError, errors.EntryNotFoundError, errors.HFValidationError, OSError) as error:
-            if cached is not None and isinstance(error, httpx.TransportError):  # raised where no proxy answers
-                return cached
+            if cached is not None and not check_connection and isinstance(error, httpx.TransportError):
+                return cached  # huggingface_hub raises this one if a proxy does not answer
             kind = MissingFileError if isinstance(error, errors.EntryNotFoundError) else ModelNotFoundError
-            raise kind(f"{self.name} {self._reason(error, file, purpose)}") from error
+            raise kind(f"{self.name} {self._reason(error, file, if_missing)}") from error
 
     def list_files(self) -> list[str]:
         """List the names of the repository's files.
@@ -123,15 +123,14 @@ class Repository:
             raise ModelNotFoundError(f"{self.name} {_forbidden(reason)}")
 
     def wrong_repository(self, config: Path | None) -> QuantLLMError | None:
-        """Find out from its files that the repository is no checkpoint of a language model; None if nothing says so.
+        """Return the error if the repository's files are no checkpoint of a language model; see `wrong_files`.
 
         Args:
             config: Its config.json; None if it has none.
         """
-        offered = config
 
         def read(name: str) -> Mapping[str, Any]:
-            path = offered if name == "config.json" and offered is not None else self.fetch(name)
+            path = config if name == "config.json" and config is not None else self.fetch(name)
             content = json.loads(path.read_text("utf-8"))
             return content if isinstance(content, dict) else {"": content}
 
@@ -141,15 +140,15 @@ class Repository:
         return None
 
     def _offline(self) -> str | None:
-        """Say what forbids asking the Hub; None if nothing does."""
+        """Return the setting that forbids asking the Hub; None if there is none."""
         from huggingface_hub.constants import is_offline_mode
 
         if self.local_files_only:
             return "local_files_only=True"
         return "HF_HUB_OFFLINE" if is_offline_mode() else None
 
-    def _reason(self, error: Exception, file: str, purpose: str) -> str:
-        """Say why the Hub's answer is an error, to follow the repository's name. The first kind that fits counts."""
+    def _reason(self, error: Exception, file: str, if_missing: str) -> str:
+        """Return the rest of the error's sentence, after the repository's name; the first kind that fits counts."""
         from huggingface_hub import errors
 
         reasons: tuple[tuple[type[Exception], str], ...] = (
@@ -162,7 +161,7 @@ class Repository:
                 errors.RepositoryNotFoundError,
                 "is neither a folder here nor a repository on the Hub; a private one needs token= or HF_TOKEN.",
             ),
-            (errors.RemoteEntryNotFoundError, f"has no {file}; {purpose}."),
+            (errors.RemoteEntryNotFoundError, f"has no {file}; {if_missing}."),
             (
                 errors.HFValidationError,
                 "is neither a folder here nor a repository's name, which looks like 'owner/name'.",
