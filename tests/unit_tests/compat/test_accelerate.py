@@ -1,4 +1,4 @@
-"""What accelerate leaves on a model and how it reads sizes, looked for in accelerate itself."""
+"""accelerate's marks on a model and its parser of sizes, checked on accelerate itself."""
 
 from __future__ import annotations
 

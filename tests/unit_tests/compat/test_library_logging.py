@@ -1,4 +1,4 @@
-"""Loggers and progress bars of other libraries, looked for in the libraries themselves."""
+"""Loggers and progress bars of other libraries, checked on the libraries themselves."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def bars_shown() -> tuple[bool, bool]:
 
 @pytest.fixture
 def bars_restored() -> Iterator[None]:
-    """Progress bars after the test as they were before it."""
+    """Restores the progress bars after the test."""
     models, hub = bars_shown()
     yield
     (transformers_logging.enable_progress_bar if models else transformers_logging.disable_progress_bar)()

@@ -1,4 +1,4 @@
-"""What is used of peft, looked for in peft itself."""
+"""peft's layers and adapters, checked on peft itself."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_it_is_the_one_of_the_extra() -> None:
 
 
 class TestLayers:
-    """Of a model that has LoRA of two kinds and a whole module."""
+    """Layers of a model with LoRA of two kinds and a copy of a whole module."""
 
     @pytest.fixture
     def model(self) -> Any:

@@ -1,4 +1,4 @@
-"""An attention of our own in a model of transformers: that it is found, and what it is handed."""
+"""Our own attention in a model of transformers: the model finds it, and passes the expected arguments."""
 
 from __future__ import annotations
 

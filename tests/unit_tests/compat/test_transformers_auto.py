@@ -1,4 +1,4 @@
-"""Mappings of transformers by model type, and how a processor is put together, looked for in transformers itself."""
+"""transformers' mappings by model type and the parts of its processors, checked on transformers itself."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_processors_belong_to_configs() -> None:
 
 
 def test_a_processor_without_one_of_its_parts(tmp_path: Path) -> None:
-    """As where torchvision, which the part for videos needs, is not installed."""
+    """The video part is None if torchvision is not installed."""
     pytest.importorskip("PIL")
     folder = str(make_vision_checkpoint(tmp_path / "vision", "qwen2_5_vl"))
     options = {"local_files_only": True}

@@ -1,4 +1,4 @@
-"""What quantizers of transformers know and leave behind, looked for in transformers itself."""
+"""The formats, layers and marks of transformers' quantizers, checked on transformers itself."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class TestFormats:
         assert isinstance(quantization_config_from({"quant_method": "gptq", "bits": 4}), transformers.GPTQConfig)
 
     def test_gguf_becomes_plain(self) -> None:
-        """No release is asked for what it lacks; `test_sources` converts a file."""
+        """Older releases get no option; `test_sources` converts a file."""
         options = dequantizing_gguf()
         if Version(transformers.__version__) < Version("5.17"):
             assert options == {}
@@ -106,7 +106,7 @@ class TestTraces:
 
 
 def test_what_the_loggers_say(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """By these names they are kept quiet; who else speaks would be heard."""
+    """`quiet_logger` uses these names; messages of other loggers would be shown."""
     pytest.importorskip("peft")
     transformers.utils.logging.warning_once.cache_clear()  # another test may have heard it
     root = logging.getLogger("transformers")

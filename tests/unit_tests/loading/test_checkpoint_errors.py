@@ -27,7 +27,7 @@ from langchain_quantllm.errors import (
 from tests.support.checkpoints import FakeHub, edit_json
 from tests.support.loading import load, sentence
 
-# Where the checkpoint should be.
+# The place of the checkpoint.
 
 
 @pytest.mark.parametrize("model_id", ["/no/such/folder", "./no/such/folder", "~/no/such/folder", "no/such/folder"])
@@ -94,7 +94,9 @@ def hub(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
         ({"model_id": "acme/empty"}, ["acme/empty has no config.json"]),
     ],
 )
-def test_what_the_hub_refuses(hub: FakeHub, tmp_path: Path, kwargs: dict[str, Any], words: list[str]) -> None:
+def test_refusals_of_the_hub_have_a_reason(
+    hub: FakeHub, tmp_path: Path, kwargs: dict[str, Any], words: list[str]
+) -> None:
     with pytest.raises(ModelNotFoundError) as caught:
         load(**kwargs, cache_dir=str(tmp_path / "cache"))
     for word in words:
@@ -114,7 +116,7 @@ def test_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_offline_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What HF_HUB_OFFLINE=1 sets when huggingface_hub is imported; sockets are off here."""
+    """The constant is the effect of HF_HUB_OFFLINE=1 at the import of huggingface_hub; sockets are off here."""
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -129,7 +131,7 @@ def test_local_files_only_asks_nobody(tmp_path: Path) -> None:
     assert "on this machine, and the Hub may not be asked (local_files_only=True)" in sentence(caught.value)
 
 
-# What the model is.
+# The kind of the model.
 
 
 @pytest.mark.parametrize(
@@ -164,7 +166,7 @@ def test_config_without_a_model_type(unreadable: Path) -> None:
 @pytest.fixture
 def no_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     def ask(*_: Any) -> str:
-        pytest.fail("somebody was asked at the terminal")
+        pytest.fail("the terminal was asked for input")
 
     monkeypatch.setattr("builtins.input", ask)
 
@@ -208,7 +210,7 @@ def test_no_tokenizer(unreadable: Path) -> None:
     sentence(caught.value)
 
 
-# What was asked for.
+# The options of loading.
 
 
 @pytest.mark.parametrize("quantization", ["gptq", GPTQ(bits=4)])
@@ -277,7 +279,7 @@ def test_options_that_a_stored_scheme_cannot_take_are_not_dropped_in_silence(
 
 
 def test_unknown_quantization_method_is_no_plain_model(fresh: Path) -> None:
-    """Transformers ignores a method that it does not know, and reads what is there as plain weights."""
+    """transformers ignores an unknown method, and reads the packed weights as plain ones."""
     edit_json(fresh / "config.json", quantization_config={"quant_method": "frobq", "bits": 4})
     with pytest.raises(QuantLLMError, match="frobq") as caught:
         load(fresh)
@@ -314,7 +316,7 @@ def test_device_that_is_not_there(unreadable: Path, device: int | str) -> None:
     sentence(caught.value)
 
 
-def test_device_that_is_none(unreadable: Path) -> None:
+def test_unknown_devices_are_refused(unreadable: Path) -> None:
     for given in ({"device": "cdua"}, {"device_map": "cdua"}):
         with pytest.raises((InvalidOptionError, ValueError), match="cdua"):
             load(unreadable, **given)
@@ -359,7 +361,7 @@ def test_unknown_model_kwargs(unreadable: Path, kwargs: dict[str, Any]) -> None:
 
 
 def test_a_generation_option_in_model_kwargs_is_honoured_or_refused(fresh: Path) -> None:
-    """Many a HuggingFacePipeline tutorial says model_kwargs={"temperature": 0, "max_length": 64}."""
+    """Tutorials of HuggingFacePipeline pass model_kwargs={"temperature": 0, "max_length": 64}."""
     try:
         llm = load(fresh, model_kwargs={"temperature": 0, "max_new_tokens": 3})
     except (QuantLLMError, ValueError) as error:

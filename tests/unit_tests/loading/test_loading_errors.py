@@ -99,7 +99,7 @@ def test_damaged_weights(fresh: Path, damage: str) -> None:
 
 
 def test_after_an_error_the_same_model_loads(fresh: Path) -> None:
-    """A failed load leaves nothing in the registry, and no lock held."""
+    """A failed load leaves no model in the registry and holds no lock."""
     file = fresh / "model.safetensors"
     content = file.read_bytes()
     llm = QuantizedHuggingFaceLLM(model_id=str(fresh), progress=False, max_new_tokens=3)
@@ -198,7 +198,7 @@ def test_wrong_fields_are_refused_when_the_llm_is_made(
 
 
 def test_a_wrong_field_is_one_of_the_package_s_errors(unreadable: Path) -> None:
-    """Whoever writes `except QuantLLMError` gets them all, without pydantic's four lines around them."""
+    """`except QuantLLMError` catches it, and its message is one sentence, not pydantic's four lines."""
     with pytest.raises(InvalidOptionError) as caught:
         QuantizedHuggingFaceLLM(model_id=str(unreadable), dtype="float61")
     sentence(caught.value)

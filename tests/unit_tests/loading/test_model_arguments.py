@@ -91,7 +91,7 @@ def test_the_token_in_model_kwargs_becomes_the_field() -> None:
 
 
 def test_other_model_kwargs_reach_from_pretrained(tiny: Path) -> None:
-    """Fields of the config among them, which `from_pretrained(folder, use_cache=False)` takes."""
+    """Also fields of the config, as in `from_pretrained(folder, use_cache=False)`."""
     llm = make_llm(tiny, model_kwargs={"use_cache": False, "max_position_embeddings": 128})
     config = llm.load().pipeline.model.config
     assert config.use_cache is False

@@ -79,7 +79,7 @@ def test_the_pipeline_s_injected_sampling_never_shows(tiny: Path) -> None:
 
 
 def test_end_tokens_given_to_the_pipeline_count(tiny: Path) -> None:
-    """As the model cards of Llama 3 do it: pipeline(..., eos_token_id=terminators)."""
+    """The model cards of Llama 3 write pipeline(..., eos_token_id=terminators)."""
     (whole,) = make_llm(tiny).generate([PROMPT], logprobs=True).generations[0]
     assert whole.generation_info is not None
     third = whole.generation_info["logprobs"]["content"][2]["token_id"]
@@ -130,7 +130,7 @@ def test_own_quantized_model(tiny: Path) -> None:
     ],
     ids=lambda field: next(iter(field)),
 )
-def test_loading_fields_mean_nothing_beside_a_pipeline(tiny: Path, field: dict[str, Any]) -> None:
+def test_loading_fields_are_refused_beside_a_pipeline(tiny: Path, field: dict[str, Any]) -> None:
     pipe = make_pipeline(tiny)
     with pytest.raises(ValueError, match="already loaded") as caught:
         QuantizedHuggingFaceLLM(pipeline=pipe, **field)

@@ -45,7 +45,7 @@ from tests.support.loading import PROMPT, is_gone, make_llm, model_of
     ],
     ids=str,
 )
-def test_what_does_not_change_the_weights_is_shared(fresh: Path, other: dict[str, Any], loads: list[str]) -> None:
+def test_other_options_share_the_weights(fresh: Path, other: dict[str, Any], loads: list[str]) -> None:
     if torch.accelerator.is_available() and other.keys() & {"device", "device_map"}:
         pytest.skip("on a machine with an accelerator the CPU is another device")
     one, two = make_llm(fresh), make_llm(fresh, **other)
@@ -100,7 +100,7 @@ def test_one_folder_by_several_paths_is_shared(tiny: Path, tmp_path: Path, monke
     ],
     ids=str,
 )
-def test_what_changes_the_weights_is_not_shared(tiny: Path, other: dict[str, Any]) -> None:
+def test_options_that_change_the_weights_share_none(tiny: Path, other: dict[str, Any]) -> None:
     assert model_of(make_llm(tiny)) is not model_of(two := make_llm(tiny, **other))
     assert two.invoke(PROMPT)
 
@@ -119,7 +119,7 @@ def test_another_model_or_revision_is_not_shared(tiny: Path, tmp_path: Path) -> 
 
 
 def test_max_memory_stays_shared_over_a_reload(fresh: Path, loads: list[str]) -> None:
-    """accelerate turns "20GB" into a number, in the dict that it is given."""
+    """accelerate replaces "20GB" by a number in its argument."""
     one, two = (make_llm(fresh, max_memory={"cpu": "20GB"}) for _ in range(2))
     assert model_of(one) is model_of(two)
     assert len(loads) == 1
@@ -152,7 +152,7 @@ def test_many_threads_load_once(fresh: Path, loads: list[str]) -> None:
     with ThreadPoolExecutor(8) as executor:
         texts = list(executor.map(work, range(8)))
     assert len(set(texts)) == 1
-    # An instance is dropped when its thread is done, so that only those that overlap must share.
+    # An instance is freed at the end of its thread, so that only overlapping ones must share.
     assert len(loads) <= 2
 
 
@@ -222,7 +222,7 @@ def test_configurable_fields_share(fresh: Path, quantization: str | None, loaded
 
 @pytest.mark.parametrize("loaded", [False, True])
 def test_configurable_scheme(tiny: Path, loaded: bool) -> None:
-    """A loaded instance hands its fields on, but not its weights to another scheme."""
+    """A configured instance has the fields of a loaded one, but loads its own weights in another scheme."""
     llm = make_llm(tiny, max_new_tokens=30)
     texts = {name: make_llm(tiny, quantization=name, max_new_tokens=30).invoke(PROMPT) for name in ("none", "nf4")}
     assert texts["none"] != texts["nf4"]
@@ -317,8 +317,8 @@ def test_an_instance_that_never_runs_keeps_what_its_configured_ones_load(fresh: 
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_limits_of_both_kinds_of_names_are_understood(tiny: Path) -> None:
-    """As accelerate takes them, numbers and texts; what this machine has not is said in words."""
+def test_memory_limits_take_numbers_and_names_of_devices(tiny: Path) -> None:
+    """Devices are numbers and names, as for accelerate; one that this machine lacks is an error."""
     limits = {0: "10GiB", "cpu": "10GiB"}
     with pytest.raises(UnsupportedError, match="cuda:0"):
         make_llm(tiny, device_map="auto", max_memory=limits).load()

@@ -25,7 +25,7 @@ STORED: dict[str, Scheme] = {
 
 @pytest.fixture(scope="module")
 def stored(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The checkpoint, quantized and saved; saved before the first forward, which repacks 4-bit weights on CPUs."""
+    """The tiny checkpoint in each scheme, saved before the first forward, which repacks 4-bit weights on CPUs."""
     folders = {}
     for name in STORED:
         folders[name] = tmp_path_factory.mktemp("stored") / name
@@ -39,9 +39,9 @@ def stored(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
 def clean_run(
     tiny: Path, stored: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[dict[str, Any], str]:
-    """What a new process reports that loads from folders, with the package `kernels` there and a Hub that is not.
+    """A new process that loads from folders, with the package `kernels` installed and no Hub.
 
-    Gives its report, and all that it wrote to its terminal.
+    Returns its report, and its output to the terminal.
     """
     root = tmp_path_factory.mktemp("clean")
     (root / "kernels.py").write_text(
@@ -103,8 +103,8 @@ def test_stored_scheme_is_recognized(tiny: Path, stored: dict[str, Path], name: 
 
 
 @pytest.mark.parametrize("name", STORED)
-def test_scheme_of_a_stored_checkpoint_is_said_before_loading(stored: dict[str, Path], name: str) -> None:
-    """`scheme` is "how the weights are, or will be, held"; unquantized is not what they will be."""
+def test_scheme_of_a_stored_checkpoint_is_known_before_loading(stored: dict[str, Path], name: str) -> None:
+    """`scheme` is the scheme of the weights after loading, not `Unquantized`."""
     assert type(make_llm(stored[name]).scheme) is type(STORED[name])
 
 
@@ -142,7 +142,7 @@ def test_torchao_checkpoint(tmp_path: Path) -> None:
     assert llm.invoke(PROMPT) == AutoTokenizer.from_pretrained(source).decode(expected, skip_special_tokens=True)
 
 
-def test_local_folders_ask_nobody(clean_run: tuple[dict[str, Any], str]) -> None:
+def test_loading_a_local_folder_sends_no_request(clean_run: tuple[dict[str, Any], str]) -> None:
     report, _ = clean_run
     assert report["asked"] == []
     assert report["kernels"] is False  # bitsandbytes would have asked the Hub through it

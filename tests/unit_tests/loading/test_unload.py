@@ -21,7 +21,7 @@ from tests.support.loading import PROMPT, is_gone, make_llm, model_of
 def test_unload_frees_and_the_next_call_loads_again(fresh: Path, loads: list[str]) -> None:
     llm = make_llm(fresh, quantization="nf4")
     assert not llm.is_loaded
-    llm.unload()  # of what is not loaded: nothing happens
+    llm.unload()  # no effect: it is not loaded
     text = llm.invoke(PROMPT)
     assert llm.is_loaded
     gone = weakref.ref(llm.pipeline.model)
@@ -49,7 +49,7 @@ def test_unload_takes_the_model_from_all_who_share_it(fresh: Path, loads: list[s
 
 
 def test_unload_gives_memory_back(smollm2: Path) -> None:
-    """SmolLM2 takes 538 MB in float32; at least two thirds of it must come back to the system."""
+    """SmolLM2 takes 538 MB in float32; at least two thirds of it must be released to the system."""
     process = psutil.Process(os.getpid())
     make_llm(smollm2, dtype="float32").load().unload()  # what the first load of all keeps is not counted
     gc.collect()
@@ -99,7 +99,7 @@ def test_unload_by_another_thread_while_waiting(tiny: Path) -> None:
 
 
 def test_threads_that_unload_and_call_at_once(tiny: Path) -> None:
-    """Nothing but an answer or the error in words may come of it."""
+    """Each call must return its text or raise GenerationError."""
     llms = [make_llm(tiny, max_new_tokens=4) for _ in range(3)]
     expected = llms[0].invoke(PROMPT)
     unexpected: list[BaseException] = []
