@@ -113,7 +113,6 @@ def find_source(spec: LoadSpec) -> str:
             raise error
         return folder
     repository = Repository.of(spec)
-    repository.check_may_ask()
     try:
         config = repository.fetch("config.json", check_connection=True)
     except MissingFileError as error:

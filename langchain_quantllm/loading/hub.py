@@ -74,7 +74,7 @@ class Repository:
         Args:
             file: Name of the file.
             if_missing: Conclusion for the error if the repository has no such file.
-            check_connection: Check the connection even if the file is cached, for callers that need further files.
+            check_connection: Ask the Hub even if the file is cached, for callers that need further files.
 
         Raises:
             MissingFileError: If the repository has no such file, or the Hub cannot be asked and the cache has none.
@@ -83,20 +83,14 @@ class Repository:
         import httpx
         from huggingface_hub import errors, hf_hub_download
 
-        cached = self.cached(file)
+        cached, offline = self.cached(file), self._offline()
+        if check_connection and offline:
+            raise ModelNotFoundError(f"{self.name} {_may_not_ask(offline)}")
+        options = {"cache_dir": self.cache_dir, "local_files_only": self.local_files_only}
         try:
-            if check_connection or not (cached is not None or self._offline()):
+            if check_connection or (cached is None and not offline):
                 self._check_reachable()
-            return Path(
-                hf_hub_download(
-                    self.name,
-                    file,
-                    revision=self.revision,
-                    token=self.token,
-                    cache_dir=self.cache_dir,
-                    local_files_only=self.local_files_only,
-                )
-            )
+            return Path(hf_hub_download(self.name, file, revision=self.revision, token=self.token, **options))
         except (httpx.HTTPError, errors.EntryNotFoundError, errors.HFValidationError, OSError) as error:
             if cached is not None and not check_connection and isinstance(error, httpx.TransportError):
                 return cached  # huggingface_hub raises this one if a proxy does not answer
@@ -116,11 +110,6 @@ class Repository:
             return list(HfApi(token=self.token).list_repo_files(self.name, revision=self.revision))
         except (httpx.HTTPError, OSError) as error:
             raise ModelNotFoundError(f"{self.name} {self._reason(error, '', '')}") from error
-
-    def check_may_ask(self) -> None:
-        """Raise a ModelNotFoundError if the Hub may not be asked."""
-        if reason := self._offline():
-            raise ModelNotFoundError(f"{self.name} {_forbidden(reason)}")
 
     def wrong_repository(self, config: Path | None) -> QuantLLMError | None:
         """Return the error if the repository's files are no checkpoint of a language model; see `wrong_files`.
@@ -148,30 +137,21 @@ class Repository:
         return "HF_HUB_OFFLINE" if is_offline_mode() else None
 
     def _reason(self, error: Exception, file: str, if_missing: str) -> str:
-        """Return the rest of the error's sentence, after the repository's name; the first kind that fits counts."""
+        """Return the end of an error's sentence, after the repository's name."""
         from huggingface_hub import errors
 
-        reasons: tuple[tuple[type[Exception], str], ...] = (
-            (
-                errors.GatedRepoError,
-                "is gated; accept its terms on its page on the Hub and pass token=, or set HF_TOKEN.",
-            ),
-            (errors.RevisionNotFoundError, f"has no revision {self.revision!r}; check its branches, tags and commits."),
-            (
-                errors.RepositoryNotFoundError,
-                "is neither a folder here nor a repository on the Hub; a private one needs token= or HF_TOKEN.",
-            ),
-            (errors.RemoteEntryNotFoundError, f"has no {file}; {if_missing}."),
-            (
-                errors.HFValidationError,
-                "is neither a folder here nor a repository's name, which looks like 'owner/name'.",
-            ),
-        )
-        for kind, reason in reasons:
-            if isinstance(error, kind):
-                return reason
+        if isinstance(error, errors.GatedRepoError):
+            return "is gated; accept its terms on its page on the Hub and pass token=, or set HF_TOKEN."
+        if isinstance(error, errors.RevisionNotFoundError):
+            return f"has no revision {self.revision!r}; check its branches, tags and commits."
+        if isinstance(error, errors.RepositoryNotFoundError):
+            return "is neither a folder here nor a repository on the Hub; a private one needs token= or HF_TOKEN."
+        if isinstance(error, errors.RemoteEntryNotFoundError):
+            return f"has no {file}; {if_missing}."
+        if isinstance(error, errors.HFValidationError):
+            return "is neither a folder here nor a repository's name, which looks like 'owner/name'."
         if offline := self._offline():
-            return _forbidden(offline)
+            return _may_not_ask(offline)
         return (
             f"is not, or not wholly, on this machine and the Hub could not be asked ({first_line(error)}); check the "
             "connection, or give a local folder."
@@ -207,8 +187,8 @@ class Repository:
             return
 
 
-def _forbidden(reason: str) -> str:
-    return f"is not, or not wholly, on this machine, and the Hub may not be asked ({reason}); give a local folder."
+def _may_not_ask(setting: str) -> str:
+    return f"is not, or not wholly, on this machine, and the Hub may not be asked ({setting}); give a local folder."
 
 
 def hub_options(spec: LoadSpec, folder: str | None) -> dict[str, Any]:

@@ -51,15 +51,15 @@ def load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: A
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, pipeline
 
-    hub = hub_options(spec, checkpoint.source if checkpoint.local else None)
     options = {
+        **hub_options(spec, checkpoint.source if checkpoint.local else None),
         "dtype": _dtype(spec, checkpoint, device_map),
         "device_map": copy.copy(device_map),  # accelerate writes into both
         "max_memory": copy.copy(spec.max_memory),
         "attn_implementation": spec.attn_implementation,
         "quantization_config": quantization_config,
     }
-    options = {k: v for k, v in options.items() if v is not None}
+    options = {name: value for name, value in options.items() if value is not None}
     with progress_bars(spec.progress):
         try:
             processor = load_processor(spec, checkpoint)
@@ -74,19 +74,10 @@ def load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: A
                 config=checkpoint.config,
                 use_safetensors=spec.use_safetensors or None,
                 output_loading_info=True,
-                **hub,
                 **options,
                 **checkpoint.model_kwargs,
             )
-    missing = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"]), *_misshapen(model)}
-    if missing:
-        saved = ", ".join(getattr(checkpoint.config, "architectures", None) or ())
-        msg = (
-            f"the checkpoint {spec.model_id} has no fitting weights for {len(missing)} tensors, such as "
-            f"{min(missing)!r}, and they would have been random; is it complete, and of this "
-            f"architecture{saved and f' ({saved})'}?"
-        )
-        raise CheckpointError(msg)
+    _check_complete(spec, checkpoint, model, info)
     model.eval()
     filter_cast_warnings(model)
     # Without a device, a pipeline moves a model to the first GPU, unless the model has a device map.
@@ -120,12 +111,20 @@ def _dtype(spec: LoadSpec, checkpoint: Checkpoint, device_map: Any) -> Any:
     return "auto"
 
 
-def _misshapen(model: Any) -> Iterator[str]:
-    """Yield names of bitsandbytes weights of another shape than the config's, which transformers does not check."""
-    for name, module in model.named_modules():
-        shape = shape_of(module)
-        if shape is not None and shape != (module.out_features, module.in_features):
-            yield f"{name}.weight"
+def _check_complete(spec: LoadSpec, checkpoint: Checkpoint, model: Any, info: Any) -> None:
+    """Check that every tensor of a model was in the checkpoint's files, in the shape of its config."""
+    missing = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    for name, module in model.named_modules():  # transformers does not check the shapes of bitsandbytes' weights
+        if shape_of(module) not in (None, (getattr(module, "out_features", 0), getattr(module, "in_features", 0))):
+            missing.add(f"{name}.weight")
+    if missing:
+        saved = ", ".join(getattr(checkpoint.config, "architectures", None) or ())
+        msg = (
+            f"the checkpoint {spec.model_id} has no fitting weights for {len(missing)} tensors, such as "
+            f"{min(missing)!r}, and they would have been random; is it complete, and of this "
+            f"architecture{saved and f' ({saved})'}?"
+        )
+        raise CheckpointError(msg)
 
 
 @contextlib.contextmanager
