@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+from langchain_quantllm.errors import first_line
+
 if TYPE_CHECKING:
     import torch
 
@@ -69,7 +71,7 @@ def unsupported_reason(backend: str, config: Mapping[str, Any], device_kind: str
             pack=False,
         )
     except (ValueError, NotImplementedError, ImportError, RuntimeError) as error:
-        return str(error).strip().partition("\n")[0].rstrip(".")
+        return first_line(error)
     return None
 
 

@@ -144,7 +144,8 @@ def _import_gptqmodel() -> list[_Patch]:
     modules = set(sys.modules)
     with _kept_environment(_neutral_environment()), _quiet_logging(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _quiet_logbar()
+        with contextlib.redirect_stdout(io.StringIO()):  # the logger writes an empty line when created
+            importlib.import_module("logbar").LogBar.shared().setLevel(logging.ERROR)
         importlib.import_module("gptqmodel")
         importlib.import_module("optimum.gptq")
     patches = []
@@ -264,10 +265,3 @@ def _quiet_loading() -> Iterator[None]:
     finally:
         models.removeFilter(not_about_loss)
         logbar.setLevel(level)
-
-
-def _quiet_logbar() -> None:
-    """Create the logger by which gptqmodel writes to stdout, at level ERROR."""
-    with contextlib.redirect_stdout(io.StringIO()):  # it writes an empty line when created
-        logbar = importlib.import_module("logbar")
-        logbar.LogBar.shared().setLevel(logging.ERROR)

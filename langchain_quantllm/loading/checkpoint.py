@@ -289,7 +289,7 @@ def reconcile(spec: LoadSpec, checkpoint: Checkpoint) -> tuple[Scheme, Any]:
             )
             raise CheckpointError(msg)
         asked = asked or Unquantized()
-        return asked, given if given is not None else asked.transformers_config(dtype_name(spec, checkpoint.config))
+        return asked, given if given is not None else asked.transformers_config(_dtype_name(spec, checkpoint.config))
     stored = scheme_of_config(checkpoint.quantization)
     if asked is None:
         return stored, None
@@ -312,7 +312,7 @@ def reconcile(spec: LoadSpec, checkpoint: Checkpoint) -> tuple[Scheme, Any]:
     return stored, None
 
 
-def dtype_name(spec: LoadSpec, config: Any) -> str:
+def _dtype_name(spec: LoadSpec, config: Any) -> str:
     """Return the name of the dtype for the unquantized part of the model."""
     if spec.dtype != "auto":
         return spec.dtype

@@ -37,14 +37,11 @@ from langchain_quantllm.errors import (
 )
 from langchain_quantllm.schemes import GPTQ, GPTQ_BITS
 
-EXTRA = "langchain-quantllm[gptq]"
-"""The package to install for GPTQ."""
-
 FORMATS = ("gptq", "gptq_v2")
 """Formats of packed tensors that load; the zero points of v1 are one too small, those of v2 are exact."""
 
-_INT4_GROUP_SIZES = (32, 64, 128)
-"""Group sizes of torch's int4 product on the CPU."""
+_INT4_BACKENDS, _INT4_GROUP_SIZES = ("gptq_torch_aten", "gptq_torch_fused"), (32, 64, 128)
+"""Kernels with torch's int4 product, and its group sizes on the CPU."""
 
 _STANDARD_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _WEIGHT_SUFFIXES = (".safetensors.index.json", ".safetensors")
@@ -270,23 +267,21 @@ def check_gptq(
         InvalidOptionError: If gptqmodel has no kernel of that name.
         UnsupportedError: If the kernel cannot run this checkpoint on that device.
     """
-    if scheme.bits is not None and scheme.bits != config["bits"]:
+    if scheme.bits not in (None, config["bits"]):
         msg = (
             f"quantization asks for GPTQ with bits={scheme.bits}, but the checkpoint has bits={config['bits']}; "
             f"use bits={config['bits']}, bits=None, or another checkpoint."
         )
         raise CheckpointError(msg)
-    uneven = _uneven_layer(config["group_size"], layer_sizes or {})
+    uneven, sizes = None, layer_sizes or {}
+    if config["group_size"] != -1:  # the first layer whose last group is smaller than the others
+        uneven = next(((name, size) for name, size in sizes.items() if size % config["group_size"]), None)
     with gptqmodel_imported():
         backend = _backend(scheme.kernel)
         if backend == "auto":
-            fits = not any(size % 32 for size in (layer_sizes or {}).values())
+            fits = not any(size % 32 for size in sizes.values())
             backend = _choose_backend(config, device_kind, uneven=uneven is not None, fits=fits)
-        elif (
-            backend in ("gptq_torch_aten", "gptq_torch_fused")
-            and device_kind == "cpu"
-            and config["group_size"] not in _INT4_GROUP_SIZES
-        ):
+        elif backend in _INT4_BACKENDS and device_kind == "cpu" and config["group_size"] not in _INT4_GROUP_SIZES:
             msg = (
                 f"Kernel {_short(backend)!r} takes group_size 32, 64 or 128 on the CPU, not {config['group_size']}; "
                 "use kernel 'torch' or 'auto'."
@@ -308,19 +303,6 @@ def check_gptq(
     return {**config, "backend": backend}
 
 
-def kernel_names() -> list[str]:
-    """List the values of `kernel=`: gptqmodel's GPTQ backends without their prefix, and `auto`.
-
-    Returns:
-        The names, sorted.
-
-    Raises:
-        MissingPackageError: If gptqmodel, optimum or accelerate is not installed.
-    """
-    with gptqmodel_imported():
-        return sorted({"auto", *map(_short, backend_names())})
-
-
 def _short(backend: str) -> str:
     return backend.removeprefix(BACKEND_PREFIX)
 
@@ -328,18 +310,11 @@ def _short(backend: str) -> str:
 def _backend(kernel: str) -> str:
     """Return gptqmodel's name of a kernel, from its name with or without the prefix."""
     name = _short(kernel.lower().replace("-", "_"))
-    known = kernel_names()
+    known = ["auto", *map(_short, backend_names())]
     if name not in known:
         msg = f"kernel={kernel!r} is not a GPTQ kernel of gptqmodel{nearest(name, known)}"
         raise InvalidOptionError(msg)
     return name if name == "auto" else BACKEND_PREFIX + name
-
-
-def _uneven_layer(group_size: int, layer_sizes: Mapping[str, int]) -> tuple[str, int] | None:
-    """Return the name and the in_features of the first layer whose last group is smaller than the others."""
-    if group_size == -1:
-        return None
-    return next(((name, size) for name, size in layer_sizes.items() if size % group_size), None)
 
 
 def _choose_backend(config: Mapping[str, Any], device_kind: str, *, uneven: bool, fits: bool) -> str:

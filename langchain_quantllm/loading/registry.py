@@ -113,6 +113,9 @@ class LoadedModel:
         tracked, estimate, engines = self.tracked, self.estimate, self.engines
         cached_tokens = engines.peak_cache_tokens if engines is not None else 0
         token_bytes = estimate.kv_cache_bytes_per_token if estimate is not None else None
+        pipeline, grown_bytes = self.pipeline, 0
+        if cached_tokens and pipeline is not None:
+            grown_bytes = weights_by_kind(pipeline.model).total_bytes - self.weights.total_bytes
         now = take_snapshot(self.devices)
         peaks = {r.device: r.peak_bytes for r in now.readings if r.device != "cpu" and r.peak_bytes is not None}
         return MemoryReport(
@@ -129,13 +132,9 @@ class LoadedModel:
             kv_cache_bytes=cached_tokens * token_bytes if cached_tokens and token_bytes else None,
             kv_pool_bytes=engines.kv_cache_bytes if engines is not None else None,
             kv_resident_bytes=engines.kv_resident_bytes if engines is not None and cached_tokens else None,
-            weights_grown_bytes=self._grown_bytes() if cached_tokens else 0,
+            weights_grown_bytes=grown_bytes,
             notes=memory_notes(now, self.weights),
         )
-
-    def _grown_bytes(self) -> int:
-        pipeline = self.pipeline
-        return 0 if pipeline is None else weights_by_kind(pipeline.model).total_bytes - self.weights.total_bytes
 
     @cached_property
     def summary(self) -> str:

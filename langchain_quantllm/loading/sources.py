@@ -46,6 +46,9 @@ _HEADS = {
 }
 """Tasks of models that write no text, by the end of their class's name."""
 
+_WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+"""Ends of the names of classes that write texts."""
+
 _ENCODERS = frozenset(
     {
         "albert",
@@ -329,7 +332,7 @@ def _wrong_config(what: str, config: Mapping[str, Any]) -> QuantLLMError | None:
     named = config.get("architectures")
     names = [str(name) for name in named] if isinstance(named, list) else []
     has_code = {"AutoModelForCausalLM", "AutoModelForImageTextToText"} & set(config.get("auto_map") or ())
-    if has_code or config.get("is_decoder") or any(_writes(name) for name in names):
+    if has_code or config.get("is_decoder") or any(name.endswith(_WRITERS) for name in names):
         return None
     for name in names:
         for ending, does in _HEADS.items():
@@ -338,10 +341,6 @@ def _wrong_config(what: str, config: Mapping[str, Any]) -> QuantLLMError | None:
     if kind in _ENCODERS:
         return UnsupportedError(f"{what} {_EMBEDDING}")
     return None
-
-
-def _writes(architecture: str) -> bool:
-    return architecture.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
 
 
 def _read(file: Path) -> Mapping[str, Any]:
