@@ -160,7 +160,7 @@ class LoadedModel:
 
 
 class _Handle:
-    """A model's entry in the registry: the lock of its loading, and the model for as long as anybody holds it."""
+    """A model's entry in the registry: the lock of its loading, a name, and a weak reference to the model."""
 
     def __init__(self) -> None:
         self.name = f"pipeline-{uuid.uuid4().hex[:8]}"
@@ -198,8 +198,9 @@ def get_or_load(spec: LoadSpec) -> LoadedModel:
     if "torch" not in sys.modules:  # nothing is loaded yet, and importing torch takes seconds
         source = find_source(spec)
     spec = dataclasses.replace(spec, device_map=default_device_map(spec))
+    key = spec.key()
     with _lock:
-        handle = _handles.setdefault(spec.key(), _Handle())
+        handle = _handles.setdefault(key, _Handle())
     return handle.get(lambda: load(spec, source))
 
 
