@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from langchain_quantllm.bench.compare import compare
     from langchain_quantllm.chat_models import ChatQuantizedHuggingFace
     from langchain_quantllm.llms import QuantizedHuggingFaceLLM
-    from langchain_quantllm.memory import MemoryEstimate, MemoryReport, estimate_memory, take_snapshot, track_memory
+    from langchain_quantllm.loading.estimate import estimate_memory
+    from langchain_quantllm.memory import MemoryEstimate, MemoryReport, take_snapshot, track_memory
     from langchain_quantllm.quantization.api import QuantizedCheckpoint, quantize
     from langchain_quantllm.quantization.calibration import Calibration
     from langchain_quantllm.quantization.merge import merge_adapter
@@ -27,7 +28,7 @@ _LAZY = {
     "QuantizedCheckpoint": "langchain_quantllm.quantization.api",
     "QuantizedHuggingFaceLLM": "langchain_quantllm.llms",
     "compare": "langchain_quantllm.bench.compare",
-    "estimate_memory": "langchain_quantllm.memory",
+    "estimate_memory": "langchain_quantllm.loading.estimate",
     "merge_adapter": "langchain_quantllm.quantization.merge",
     "quantize": "langchain_quantllm.quantization.api",
     "take_snapshot": "langchain_quantllm.memory",

@@ -30,7 +30,8 @@ from langchain_quantllm.chat.contents import images_in, joined
 from langchain_quantllm.chat.images import FETCH_S, ImageSource, read_image
 from langchain_quantllm.chat.messages import Turn, turns_of
 from langchain_quantllm.chat.options import CHAT_OPTIONS, ChatOptions, choice_of
-from langchain_quantllm.chat.output_parser import AnswerParser, TemplateParser
+from langchain_quantllm.chat.output_parser import AnswerParser
+from langchain_quantllm.chat.response_template import TemplateParser
 from langchain_quantllm.chat.result import Reply
 from langchain_quantllm.chat.template import ChatTemplate
 from langchain_quantllm.chat.tool_schemas import describe_answer, describe_tool
@@ -41,7 +42,7 @@ from langchain_quantllm.engine.result import Answers, completion_info
 from langchain_quantllm.errors import InvalidOptionError, UnsupportedError, nearest
 from langchain_quantllm.loading.checkpoint import reads_images, stored_profile
 from langchain_quantllm.loading.inputs import prompt_inputs
-from langchain_quantllm.loading.processors import why_blind
+from langchain_quantllm.loading.processors import no_images_reason
 from langchain_quantllm.options import GenerationOptions, normalize
 from langchain_quantllm.structured import Compiler, Constraint, Either, JSONSchema, ToolCalls
 from langchain_quantllm.structured.tool_formats import FORMATS, HERMES, ToolFormat, format_of, reasoning_of
@@ -455,7 +456,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BaseChatModel):
     def _turns(self, messages: Sequence[BaseMessage]) -> list[Turn]:
         pipeline = self.pipeline
         turns = turns_of(messages, images=self._processor() is not None or reads_images(pipeline.model.config))
-        if (found := images_in(turns)) and (error := why_blind(pipeline, found[0].message)) is not None:
+        if (found := images_in(turns)) and (error := no_images_reason(pipeline, found[0].message)) is not None:
             raise error
         return turns
 

@@ -115,3 +115,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def pip_install(*packages: str) -> str:
     """Return the command that installs packages."""
     return "pip install " + " ".join(f'"{p}"' if set(p) & set("[<>=") else p for p in packages)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, without its full stop; its type where it has no message."""
+    return (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(". ")

@@ -14,11 +14,10 @@ from langchain_quantllm._version import __version__
 from langchain_quantllm.data.counterparts import Kind, written
 from langchain_quantllm.engine.selection import ENGINES
 from langchain_quantllm.errors import InvalidOptionError, QuantLLMError
-from langchain_quantllm.loading.adapter_names import AdapterChoice
 from langchain_quantllm.loading.arguments import LOADING_FIELDS, SPEC_FIELDS, check_pipeline, device_name, translate
-from langchain_quantllm.loading.checkpoint import LoadSpec
 from langchain_quantllm.loading.inputs import stored_options
-from langchain_quantllm.loading.registry import name_of
+from langchain_quantllm.loading.registry import pipeline_name
+from langchain_quantllm.loading.spec import AdapterChoice, LoadSpec
 from langchain_quantllm.memory import check_cache_budget
 from langchain_quantllm.options import OPTION_NAMES, OPTIONS, Place, normalize, resolve
 from langchain_quantllm.schemes import SCHEMES, scheme_from
@@ -182,7 +181,7 @@ class ModelFields(BaseLanguageModel[Any]):
             defaults = {n: type(self).model_fields[n].get_default(call_default_factory=True) for n in LOADING_FIELDS}
             given = {n: getattr(self, n) for n in LOADING_FIELDS if getattr(self, n) != defaults[n]}
             check_pipeline(pipe, given, has_adapters=bool(self.adapters or self.adapter is not None))
-            self.model_id = self.model_id or pipe.model.name_or_path or name_of(pipe)
+            self.model_id = self.model_id or pipe.model.name_or_path or pipeline_name(pipe)
         elif not self.model_id:
             msg = (
                 "give model_id=, a folder or a repository's name such as 'HuggingFaceTB/SmolLM2-135M-Instruct', or "
@@ -250,7 +249,7 @@ class ModelFields(BaseLanguageModel[Any]):
             "adapter": self.adapter,
         }
         if self.own_pipeline is not None:  # no field says which weights and options it has
-            params |= {"pipeline": name_of(self.own_pipeline), "of_pipeline": stored_options(self.own_pipeline)}
+            params |= {"pipeline": pipeline_name(self.own_pipeline), "of_pipeline": stored_options(self.own_pipeline)}
         return {name: value for name, value in params.items() if value is not None}
 
     @property

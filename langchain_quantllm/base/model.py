@@ -22,9 +22,9 @@ from langchain_quantllm.engine.request import ChunkStream, Engine, EngineInfo, R
 from langchain_quantllm.engine.selection import Engines
 from langchain_quantllm.errors import GenerationTimeoutError, InvalidOptionError, PromptTooLongError
 from langchain_quantllm.loading.arguments import LOADING_FIELDS
-from langchain_quantllm.loading.checkpoint import stored_quantization
 from langchain_quantllm.loading.inputs import prompt_inputs, require_pipeline, stop_token_ids, stored_options, token_ids
-from langchain_quantllm.loading.registry import LoadedModel, acquire, adopt
+from langchain_quantllm.loading.registry import LoadedModel, get_or_load, wrap_pipeline
+from langchain_quantllm.loading.sources import stored_quantization
 from langchain_quantllm.memory import MemoryReport
 from langchain_quantllm.options import BASE_ADAPTER, GenerationOptions, normalize, resolve
 from langchain_quantllm.schemes import Scheme, Unquantized, scheme_from, scheme_of_config
@@ -122,10 +122,10 @@ class QuantizedModel(ModelFields):
         model = self._model
         if model is None or model.closed:
             if self.own_pipeline is not None:
-                model = adopt(self.own_pipeline)
+                model = wrap_pipeline(self.own_pipeline)
             else:
                 spec = self._spec()
-                model = acquire(spec)
+                model = get_or_load(spec)
                 self._share(spec.key(), model)
             self._model = model
         return model
@@ -212,7 +212,7 @@ class QuantizedModel(ModelFields):
         if self._model is not None:
             return self._model.scheme
         if self.own_pipeline is not None:
-            return adopt(self.own_pipeline).scheme
+            return wrap_pipeline(self.own_pipeline).scheme
         config = self.quantization_config or stored_quantization(self.model_id)
         if config is not None:
             return scheme_of_config(config if isinstance(config, Mapping) else config.to_dict())

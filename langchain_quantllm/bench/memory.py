@@ -18,7 +18,8 @@ from langchain_quantllm.compat.packages import is_installed
 from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.llms import QuantizedHuggingFaceLLM
 from langchain_quantllm.loading.devices import release_memory
-from langchain_quantllm.memory import estimate_memory, take_snapshot
+from langchain_quantllm.loading.estimate import estimate_memory
+from langchain_quantllm.memory import take_snapshot
 from langchain_quantllm.schemes import GPTQ
 
 _LEAST_CACHE_TOKENS = 256

@@ -36,10 +36,11 @@ from langchain_quantllm.compat.library_logging import without_torchao
 from langchain_quantllm.compat.packages import label_of
 from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
 from langchain_quantllm.llms import QuantizedHuggingFaceLLM
-from langchain_quantllm.loading.checkpoint import stored_quantization
 from langchain_quantllm.loading.devices import release_memory
+from langchain_quantllm.loading.estimate import estimate_memory
 from langchain_quantllm.loading.gptq import read_gptq_folder
-from langchain_quantllm.memory import estimate_memory, track_memory
+from langchain_quantllm.loading.sources import stored_quantization
+from langchain_quantllm.memory import track_memory
 from langchain_quantllm.memory.measure import device_name
 from langchain_quantllm.schemes import GPTQ, scheme_from
 

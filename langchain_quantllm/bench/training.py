@@ -17,7 +17,7 @@ from typing import Any
 from langchain_quantllm.bench.calls import synchronize
 from langchain_quantllm.compat.gptqmodel import can_train
 from langchain_quantllm.compat.packages import is_installed
-from langchain_quantllm.compat.peft import peft_contained
+from langchain_quantllm.compat.peft import peft_imported
 from langchain_quantllm.errors import GenerationError, MissingPackageError, UnsupportedError, pip_install
 from langchain_quantllm.memory import track_memory
 
@@ -159,7 +159,7 @@ def _adapter(model: Any, rank: int) -> Iterator[tuple[Any, str]]:
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     targets: Any = list(_ATTENTION) if names.issuperset(_ATTENTION) else _ALL_LINEAR
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    with peft_contained():
+    with peft_imported():
         from peft import LoraConfig, get_peft_model
 
         config = LoraConfig(

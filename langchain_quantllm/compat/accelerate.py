@@ -1,4 +1,4 @@
-"""What accelerate leaves on a model that it has spread, and how it reads sizes."""
+"""accelerate: its marks on models that it has spread over devices, and its parser of sizes."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from typing import Any
 
 
 def size_in_bytes(size: int | str) -> int:
-    """Read a size such as `"10GiB"`, as `max_memory` takes it.
+    """Parse a size as `max_memory` takes it, such as `"10GiB"`.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If it is no size.
     """
     from accelerate.utils import convert_file_size_to_int
 
     return int(convert_file_size_to_int(size))
 
 
-def is_spread(model: Any) -> bool:
-    """Say whether a model was loaded by a map of devices, so that nothing else may move it."""
+def has_device_map(model: Any) -> bool:
+    """Say whether a model was loaded with a device map, so that nothing else may move it."""
     return getattr(model, "hf_device_map", None) is not None
 
 
-def brings_weights(module: Any) -> bool:
-    """Say whether a module's weights are brought to its device as they are needed, and lie elsewhere meanwhile."""
+def offloads_weights(module: Any) -> bool:
+    """Say whether a module's weights are offloaded: brought to its device for each forward, and kept elsewhere."""
     return _offloads(getattr(module, "_hf_hook", None))
 
 

@@ -1,6 +1,6 @@
-"""bitsandbytes' layers and operations: what their weights carry, its products on a CPU, and what it says at import.
+"""bitsandbytes: the state of its quantized layers, its operations on a CPU, its import and its messages.
 
-Layers are told by what they carry; only `import_quietly` imports bitsandbytes.
+Layers are recognized by their attributes and class names; only `import_quietly` imports bitsandbytes.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _KERNELS = "bitsandbytes.backends.cpu.ops"
 
 
 def import_quietly() -> None:
-    """Import transformers and bitsandbytes without anything going to the network.
+    """Import bitsandbytes without a request to the network.
 
-    On some CPUs bitsandbytes asks the Hub for a kernel while it is imported, if the package
-    `kernels` is installed. Source: bitsandbytes/backends/cpu/ops.py.
+    On some CPUs it asks the Hub for a kernel while it is imported, if the package `kernels` is installed.
+    Source: bitsandbytes/backends/cpu/ops.py.
     """
     with _import_lock:
         if "bitsandbytes" in sys.modules or importlib.util.find_spec("bitsandbytes") is None:
@@ -36,7 +36,7 @@ def import_quietly() -> None:
         try:
             with quiet_logger(_KERNELS):
                 import bitsandbytes  # noqa: F401
-        except (ImportError, OSError, RuntimeError):  # a broken install: transformers says what is wrong, when needed
+        except (ImportError, OSError, RuntimeError):  # a broken install: transformers reports it when needed
             pass
         finally:
             del sys.modules["kernels"]
@@ -44,17 +44,17 @@ def import_quietly() -> None:
                 sys.modules["kernels"] = before
 
 
-def hush_casts(model: Any) -> None:
-    """Keep bitsandbytes from saying at every int8 product of a model that it casts bfloat16 to float16.
+def filter_cast_warnings(model: Any) -> None:
+    """Drop bitsandbytes' warning, at every int8 product of a model, that it casts bfloat16 to float16.
 
     Source: MatMul8bitLt in bitsandbytes/autograd/_functions.py.
     """
     logger = logging.getLogger(_CASTS)
-    if any(map(is_int8_layer, model.modules())) and _not_about_casts not in logger.filters:
-        logger.addFilter(_not_about_casts)
+    if any(map(is_int8_layer, model.modules())):
+        logger.addFilter(_is_no_cast_warning)  # once, however often it is called
 
 
-def _not_about_casts(record: logging.LogRecord) -> bool:
+def _is_no_cast_warning(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith("MatMul8bitLt: inputs will be cast")
 
 
@@ -62,12 +62,12 @@ def _not_about_casts(record: logging.LogRecord) -> bool:
 
 
 def is_int8_layer(module: Any) -> bool:
-    """Say whether a module is a layer in 8 bits."""
+    """Say whether a module is an 8-bit layer."""
     return type(module).__name__ == "Linear8bitLt"
 
 
 def is_quantized(weight: Any) -> bool:
-    """Say whether a weight is one of bitsandbytes, in 4 bits or 8, quantized already."""
+    """Say whether a weight is quantized by bitsandbytes, to 4 or 8 bits."""
     import torch
 
     in_8_bits = hasattr(weight, "SCB") and weight.dtype == torch.int8
@@ -76,13 +76,13 @@ def is_quantized(weight: Any) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class NestedScales:
-    """Scales of 4-bit blocks that are quantized themselves, as `code[scales] * own_scales + offset`.
+    """Scales of 4-bit blocks that are quantized themselves, as `code[indices] * scales + offset`.
 
     Args:
         code: 256 values, float32.
         scales: Scales of the scales, float32.
-        block_size: Scales that share one.
-        offset: What is added to every scale.
+        block_size: Number of scales that share one.
+        offset: Added to every scale.
     """
 
     code: torch.Tensor
@@ -93,16 +93,16 @@ class NestedScales:
 
 @dataclass(frozen=True, kw_only=True)
 class FourBitState:
-    """What a weight in 4 bits says of itself.
+    """The quantization state of a 4-bit weight.
 
     Args:
-        shape: Outputs and inputs; what else it has where it was made by hand.
+        shape: `(out_features, in_features)`; another one if the weight was made by hand.
         kind: "nf4" or "fp4".
-        code: The 16 values of shape `(16,)`.
-        scales: The largest magnitude of each block; indices into `nested.code` where there is that.
-        block_size: Weights that share a scale.
-        nested: How scales are quantized; None where they are not.
-        repacked: Whether it is laid out anew for a CPU's own product, as a first forward does on some.
+        code: The 16 values, of shape `(16,)`.
+        scales: The largest magnitude of each block; indices into `nested.code` if the scales are quantized.
+        block_size: Number of weights that share a scale.
+        nested: The quantization of the scales; None if they are not quantized.
+        repacked: Whether the layout is that of a CPU's own product, into which the first forward repacks on some CPUs.
     """
 
     shape: tuple[int, ...]
@@ -115,7 +115,7 @@ class FourBitState:
 
 
 def four_bit_state(weight: Any) -> FourBitState | None:
-    """Read what a weight in 4 bits says of itself; None of any other.
+    """Return the quantization state of a 4-bit weight; None for any other weight.
 
     Source: `QuantState` and `_convert_weight_packed_for_cpu` in bitsandbytes/functional.py.
     """
@@ -123,7 +123,7 @@ def four_bit_state(weight: Any) -> FourBitState | None:
     if state is None:
         return None
     nested = None
-    if (of_scales := getattr(state, "state2", None)) is not None:  # which repacking takes away
+    if (of_scales := getattr(state, "state2", None)) is not None:  # repacking removes it
         nested = NestedScales(
             code=of_scales.code,
             scales=of_scales.absmax,
@@ -142,9 +142,9 @@ def four_bit_state(weight: Any) -> FourBitState | None:
 
 
 def int8_scales(module: Any) -> torch.Tensor | None:
-    """Read the largest magnitude of each row of a layer in 8 bits; None of any other.
+    """Return the largest magnitude of each row of an 8-bit layer; None for any other layer.
 
-    They move from the weight into the layer's state with its first forward.
+    The first forward moves them from the weight into the layer's state.
     """
     import torch
 
@@ -156,9 +156,9 @@ def int8_scales(module: Any) -> torch.Tensor | None:
 
 
 def block_magnitudes(module: Any) -> tuple[torch.Tensor, int] | None:
-    """Compute the largest magnitude of each block of a layer's weight, and the weights of a block; 0 for a row.
+    """Compute the largest magnitude of each block of a layer's weight, and the block size; 0 if a block is a row.
 
-    None of a layer that is not quantized by bitsandbytes.
+    None for a layer that bitsandbytes did not quantize.
     """
     state = four_bit_state(getattr(module, "weight", None))
     if state is None:
@@ -173,7 +173,7 @@ def block_magnitudes(module: Any) -> tuple[torch.Tensor, int] | None:
 
 
 def shape_of(module: Any) -> tuple[int, ...] | None:
-    """Return the shape that a layer's quantized weight has unpacked; None of a layer that has none."""
+    """Return the unpacked shape of a layer's quantized weight; None for other layers."""
     weight = getattr(module, "weight", None)
     state = four_bit_state(weight)
     if state is not None:
@@ -182,12 +182,12 @@ def shape_of(module: Any) -> tuple[int, ...] | None:
 
 
 def states_of(weight: Any) -> list[Any]:
-    """List what a weight carries beside its own numbers: scales, codes, and state objects (see `is_state`)."""
+    """List a weight's scales, codes and state objects (see `is_state`)."""
     return [state for name in ("quant_state", "CB", "SCB") if (state := getattr(weight, name, None)) is not None]
 
 
 def is_state(value: Any) -> bool:
-    """Say whether an object holds the state of a quantized weight, among its attributes."""
+    """Say whether an object is the state of a quantized weight, with tensors among its attributes."""
     return type(value).__name__ in ("QuantState", "MatmulLtState")
 
 
@@ -202,7 +202,7 @@ def four_bit_product(
     code: torch.Tensor,
     block_size: int,
 ) -> torch.Tensor:
-    """Multiply by a weight that is repacked for this CPU."""
+    """Multiply by a 4-bit weight that is repacked for this CPU."""
     import torch
 
     return torch.ops.bitsandbytes.gemv_4bit.default(x, words, shape, scales, code, block_size)
@@ -211,7 +211,7 @@ def four_bit_product(
 def dequantized(
     octets: torch.Tensor, scales: torch.Tensor, block_size: int, kind: str, shape: tuple[int, int], dtype: torch.dtype
 ) -> torch.Tensor:
-    """Unpack a weight in 4 bits, or a part of one that whole blocks make up."""
+    """Dequantize a 4-bit weight, or a part of it that consists of whole blocks."""
     import torch
 
     return torch.ops.bitsandbytes.dequantize_4bit.default(octets, scales, block_size, kind, shape, dtype)

@@ -1,6 +1,7 @@
-"""GPTQModel's kernels and layers: which there are, whether one takes a checkpoint, and what a layer holds.
+"""GPTQModel: its kernels, whether a kernel takes a checkpoint, and the tensors of its layers.
 
-What asks GPTQModel itself runs inside of `gptqmodel_import.contained()`; layers are told by what they carry.
+Call `backend_names` and `unsupported_reason` inside `gptqmodel_import.gptqmodel_imported()`. Layers are recognized by
+their attributes.
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+from langchain_quantllm.errors import first_line
+
 if TYPE_CHECKING:
     import torch
 
 BACKEND_PREFIX = "gptq_"
-"""What the names of backends for GPTQ begin with."""
+"""Prefix of the names of backends for GPTQ."""
 
 _AS_STORED = ("torch", "tritonv2")
-"""What layers are called that keep the tensors as they were loaded, with zero points as they are."""
+"""`QUANT_TYPE` of layers that keep the tensors of the checkpoint, with zero points of format v2."""
 
 
 def backend_names() -> list[str]:
@@ -26,8 +29,8 @@ def backend_names() -> list[str]:
     return sorted(backend.value for backend in BACKEND if backend.value.startswith(BACKEND_PREFIX))
 
 
-def refusal(backend: str, config: Mapping[str, Any], device_kind: str) -> str | None:
-    """Ask GPTQModel, as optimum does while loading, whether a backend takes a checkpoint; gives the reason if not.
+def unsupported_reason(backend: str, config: Mapping[str, Any], device_kind: str) -> str | None:
+    """Ask GPTQModel, as optimum does while loading, whether a backend takes a checkpoint; return the reason if not.
 
     Args:
         backend: One of `backend_names`, or `"auto"`.
@@ -45,7 +48,7 @@ def refusal(backend: str, config: Mapping[str, Any], device_kind: str) -> str | 
             kernel = get_kernel_for_backend(BACKEND(backend), METHOD.GPTQ, FORMAT(config["checkpoint_format"]))
         except (ValueError, KeyError) as error:
             return f"it does not read checkpoint_format={config['checkpoint_format']!r} ({error})"
-        for attribute, value, words in (
+        for attribute, value, sentence in (
             ("SUPPORTS_BITS", config["bits"], "it takes bits {}"),
             ("SUPPORTS_GROUP_SIZE", config["group_size"], "it takes group sizes {}"),
             ("SUPPORTS_SYM", config["sym"], "it takes sym {}"),
@@ -54,7 +57,7 @@ def refusal(backend: str, config: Mapping[str, Any], device_kind: str) -> str | 
         ):
             allowed = [getattr(a, "value", a) for a in cast(Iterable[Any], getattr(kernel, attribute, None) or ())]
             if allowed and "all" not in allowed and value not in allowed:
-                return words.format(", ".join(map(str, allowed)))
+                return sentence.format(", ".join(map(str, allowed)))
     try:
         hf_select_quant_linear_v2(
             bits=config["bits"],
@@ -68,16 +71,15 @@ def refusal(backend: str, config: Mapping[str, Any], device_kind: str) -> str | 
             pack=False,
         )
     except (ValueError, NotImplementedError, ImportError, RuntimeError) as error:
-        return str(error).strip().partition("\n")[0].rstrip(".")
+        return first_line(error)
     return None
 
 
-def settle_gptq_model(model: Any) -> str:
-    """Undo the compiling of the slow kernel, and say which kernel runs.
+def uncompile_gptq_model(model: Any) -> str:
+    """Keep the `torch` kernel of a loaded model from compiling, and name the model's kernels.
 
-    The `torch` kernel compiles its dequantization once for each layer at the first forward pass: minutes, with a C++
-    compiler, and up to torch's limit of recompilations. Called after loading, this leaves it uncompiled. Other kernels
-    are left alone.
+    That kernel compiles its dequantization once for each layer at the first forward pass: minutes, with a C++ compiler,
+    and up to torch's limit of recompilations. Other kernels are left alone.
 
     Args:
         model: The loaded transformers model.
@@ -90,18 +92,18 @@ def settle_gptq_model(model: Any) -> str:
         kernel = type(module)
         if kernel.__module__.startswith("gptqmodel.") and kernel.__name__.endswith("Linear"):
             kernels.add(kernel.__name__)
-            module.__dict__.pop("dequantize_weight", None)  # the compiled one hides the method of the class
+            module.__dict__.pop("dequantize_weight", None)  # the compiled function hides the method of the class
     return ", ".join(sorted(kernels))
 
 
 def can_train(module: Any) -> bool:
-    """Say whether gradients go through a layer; True of layers that are none of GPTQModel's."""
+    """Say whether gradients go through a layer; True for layers of other libraries."""
     return getattr(module, "SUPPORTS_TRAINING", None) is not False
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensors:
-    """The tensors of a layer as the checkpoint has them, zero points as they are (v2).
+    """The tensors of a layer in the checkpoint's layout, with zero points of format v2.
 
     Args:
         bits: Bits of a code.
@@ -109,7 +111,7 @@ class StoredTensors:
         zeros: The zero points, packed along the outputs.
         scales: Scales of shape `(groups, out_features)`.
         groups: The group of each input, of shape `(in_features,)`.
-        in_features: Inputs, as the layer says; None where it does not.
+        in_features: The layer's attribute of this name; None if it has none.
     """
 
     bits: int
@@ -121,13 +123,13 @@ class StoredTensors:
 
 
 def stored_tensors(module: Any) -> StoredTensors | None:
-    """Read a layer's tensors; None where it is none of GPTQModel's, or lays them out anew."""
+    """Return a layer's tensors; None if it is no layer of GPTQModel, or has another layout than the checkpoint."""
     import torch
 
     tensors = [getattr(module, name, None) for name in ("qweight", "qzeros", "scales", "g_idx")]
     if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
         return None
-    if getattr(module, "QUANT_TYPE", None) not in _AS_STORED:  # others lay them out anew under the same names
+    if getattr(module, "QUANT_TYPE", None) not in _AS_STORED:  # others use the same names for another layout
         return None
     words, zeros, scales, groups = cast("list[torch.Tensor]", tensors)
     return StoredTensors(

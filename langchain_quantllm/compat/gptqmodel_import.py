@@ -1,7 +1,4 @@
-"""gptqmodel kept in its place: imported where a GPTQ model is loaded, and without a trace elsewhere.
-
-Owns what importing gptqmodel does to the process, and undoing it. Loads no model.
-"""
+"""Importing gptqmodel, and undoing its global side effects."""
 
 from __future__ import annotations
 
@@ -48,13 +45,13 @@ _PATCHED_OWNERS = (
     "transformers.utils.generic",
     "transformers.utils.import_utils",
 )
-"""Modules, classes and tables that importing gptqmodel 7.6 changes: among others the model class,
-the cache choice of `generate`, and accelerate's `clear_device_cache`, which it makes do nothing."""
+"""Modules, classes and tables that importing gptqmodel 7.6 changes: among others the model class, the choice of the
+cache in `generate`, and accelerate's `clear_device_cache`, which then does nothing."""
 
 
 @dataclass(frozen=True)
 class _Patch:
-    """One name that gptqmodel changed, with both values; `_ABSENT` where there is none."""
+    """One name that gptqmodel changed, with its values before and after; `_ABSENT` for none."""
 
     owner: Any
     name: str
@@ -74,25 +71,23 @@ class _Patch:
 
 
 _import: Future[list[_Patch]] | None = None
-"""Importing gptqmodel, and what that changed; None before, and where somebody else did it."""
+"""The import and its changes; None before it, and if the user's program imported gptqmodel itself."""
 
 _depth = 0
 
 
 @contextlib.contextmanager
-def contained() -> Iterator[None]:
-    """Import gptqmodel where needed, and keep what it does to the process inside the block.
+def gptqmodel_imported() -> Iterator[None]:
+    """Import gptqmodel if needed, and undo its global side effects at the end of the block.
 
-    Importing it changes methods of transformers, accelerate and safetensors, environment
-    variables, the root logger and warning filters, and prints a banner. Inside the block its
-    changes to those libraries count; after it all is as it was before, so generation runs on
-    unchanged transformers, whose models do not need them. Load models inside the block. Blocks
-    nest, and wait for each other across threads; other threads see the changes while one is open.
+    Importing it changes methods of transformers, accelerate and safetensors, environment variables, the root logger and
+    warning filters, and prints a banner. Its changes to those libraries are active inside the block only; load models
+    there. Generation runs on unchanged transformers, as loaded models do not need the changes. Blocks nest, and exclude
+    each other across threads; other threads see the changes while a block is open.
 
-    What stays: its modules, its idle threads and the one that imported it (daemons), what importing
-    torch's compiler does, and its logger `logbar` at level ERROR, since that logger writes to
-    stdout. A process that imported gptqmodel by itself before keeps all that it got from that, but
-    for silence inside the block.
+    These effects stay: its modules, its idle threads and the importing thread (daemons), the effects of importing
+    torch's compiler, and its logger `logbar` at level ERROR, since that logger writes to stdout. If the user's program
+    imported gptqmodel itself, everything stays, and the block only keeps gptqmodel quiet.
 
     Raises:
         MissingPackageError: If gptqmodel, optimum or accelerate is not installed.
@@ -122,11 +117,11 @@ def contained() -> Iterator[None]:
 
 
 def _start_import() -> Future[list[_Patch]]:
-    """Begin to import gptqmodel in a thread of its own, which never ends.
+    """Start importing gptqmodel in a new thread, which never ends.
 
-    Not in the caller's: what it imports keeps frames, which would hold the callers' frames, and through them whatever
-    model is loaded, for as long as the process lives. And when a thread ends that has imported all this, some of
-    it tidies up after the thread without holding Python's lock, which now and then destroys objects in use.
+    In the caller's thread the imported modules would keep the callers' frames, and through them a loaded model, for as
+    long as the process lives. And if the importing thread ended, some of these modules would clean up after it without
+    holding Python's lock, which now and then destroys objects in use.
     """
     imported: Future[list[_Patch]] = Future()
 
@@ -142,14 +137,15 @@ def _start_import() -> Future[list[_Patch]]:
 
 
 def _import_gptqmodel() -> list[_Patch]:
-    """Import gptqmodel without a sound, and list what it changed."""
-    # First everything that reads the environment at its import, or is changed: as it should be.
+    """Import gptqmodel without output, and list its changes."""
+    # First import everything that reads the environment while it is imported, or is changed.
     owners = [owner for path in _PATCHED_OWNERS if (owner := _resolve(path)) is not None]
     before = [dict(vars(owner)) if not isinstance(owner, dict) else dict(owner) for owner in owners]
     modules = set(sys.modules)
     with _kept_environment(_neutral_environment()), _quiet_logging(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _silence_logbar()
+        with contextlib.redirect_stdout(io.StringIO()):  # the logger writes an empty line when created
+            importlib.import_module("logbar").LogBar.shared().setLevel(logging.ERROR)
         importlib.import_module("gptqmodel")
         importlib.import_module("optimum.gptq")
     patches = []
@@ -160,13 +156,13 @@ def _import_gptqmodel() -> list[_Patch]:
             if isinstance(owner, dict) or not _loaded_lazily(value, old.get(name, _ABSENT)):
                 patches.append(_Patch(owner, name, old.get(name, _ABSENT), value))
     if "causal_conv1d" not in modules and "causal_conv1d" in sys.modules:
-        # A stand-in of gptqmodel's under the name of another package.
+        # gptqmodel registers a stand-in under the name of another package.
         patches.append(_Patch(sys.modules, "causal_conv1d", _ABSENT, sys.modules["causal_conv1d"]))
     return patches
 
 
 def _loaded_lazily(value: Any, old: Any) -> bool:
-    """Tell a name that a module of transformers fetched on first use from a patch."""
+    """Say whether a changed name is no patch, but was imported at its first use by a module of transformers."""
     if isinstance(value, ModuleType):
         return True
     home = str(getattr(getattr(value, "__func__", value), "__module__", None))
@@ -174,7 +170,7 @@ def _loaded_lazily(value: Any, old: Any) -> bool:
 
 
 def _resolve(path: str) -> Any:
-    """Return the module, class or table under `module:name`, None where this version has none."""
+    """Return the module, class or table under `module:name`; None if this version has none."""
     module, _, name = path.partition(":")
     try:
         owner = importlib.import_module(module)
@@ -185,7 +181,7 @@ def _resolve(path: str) -> Any:
 
 @contextlib.contextmanager
 def _kept_environment(overlay: Mapping[str, str] | None = None) -> Iterator[None]:
-    """Put the environment back as it was, with `overlay` counting meanwhile."""
+    """Restore the environment at the end of the block, and set `overlay` inside it."""
     before = dict(os.environ)
     try:
         os.environ.update(overlay or {})
@@ -199,10 +195,10 @@ def _kept_environment(overlay: Mapping[str, str] | None = None) -> Iterator[None
 
 
 def _neutral_environment() -> dict[str, str]:
-    """Set gptqmodel's variables to the values that mean what holds without it.
+    """Return the variables that gptqmodel would set, with the values that are the defaults without it.
 
-    It only sets those that are unset. Putting them back afterwards is not enough: CUDA or the
-    `datasets` package may read them during the import, and keep what they read.
+    It sets only unset variables. Restoring them afterwards is not enough: CUDA or the `datasets` package may read them
+    during the import, and keep the values.
     """
     from huggingface_hub import constants
 
@@ -220,7 +216,7 @@ def _neutral_environment() -> dict[str, str]:
 
 
 def _writable(folder: str) -> str:
-    """Return the folder, made where missing; a temporary one where that is not allowed."""
+    """Create the folder and return it; return a temporary one if that is not allowed."""
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError:  # a read-only home: gptqmodel's import would fail on it
@@ -252,7 +248,7 @@ def _quiet_logging() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_loading() -> Iterator[None]:
-    """Silence what gptqmodel and optimum say while a model is loaded, and nobody else."""
+    """Drop the messages of gptqmodel and optimum while a model is loaded, and no others."""
     logbar, models = logging.getLogger("logbar"), logging.getLogger("transformers.modeling_utils")
     level = logbar.level
 
@@ -260,7 +256,7 @@ def _quiet_loading() -> Iterator[None]:
         return "`loss_type=None`" not in record.getMessage()
 
     logbar.setLevel(logging.ERROR)
-    # optimum reads every attribute of every module, and with them properties that warn.
+    # optimum reads every attribute of every module, also properties that warn.
     models.addFilter(not_about_loss)
     try:
         with warnings.catch_warnings():
@@ -269,10 +265,3 @@ def _quiet_loading() -> Iterator[None]:
     finally:
         models.removeFilter(not_about_loss)
         logbar.setLevel(level)
-
-
-def _silence_logbar() -> None:
-    """Make the logger that gptqmodel writes to stdout with, and leave it only errors to say."""
-    with contextlib.redirect_stdout(io.StringIO()):  # it writes an empty line when made
-        logbar = importlib.import_module("logbar")
-        logbar.LogBar.shared().setLevel(logging.ERROR)

@@ -1,7 +1,4 @@
-"""What other libraries say and ask while a model is loaded, kept to what helps the user.
-
-Owns loggers and progress bars of third parties, and puts each back as it was. Knows no model.
-"""
+"""Loggers and progress bars of other libraries: quiet inside a block, and restored after it."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet_logger(name: str, level: int = logging.ERROR) -> Iterator[None]:
-    """Keep a logger's messages below a level quiet inside the block."""
+    """Drop a logger's messages below a level inside the block."""
     logger = logging.getLogger(name)
     before = logger.level
     logger.setLevel(level)
@@ -24,14 +21,14 @@ def quiet_logger(name: str, level: int = logging.ERROR) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_torchao() -> Iterator[None]:
-    """Keep quiet what torchao, which transformers imports wherever it is installed, says of its own build."""
+    """Drop the warnings of torchao about its own build; transformers imports it wherever it is installed."""
     with quiet_logger("torchao"), quiet_logger("torch.utils._pytree"):
         yield
 
 
 @contextlib.contextmanager
 def progress_bars(shown: bool) -> Iterator[None]:
-    """Keep transformers' and the Hub's progress bars quiet inside the block unless shown."""
+    """Hide the progress bars of transformers and the Hub inside the block, unless `shown`."""
     if shown:
         yield
         return
@@ -45,6 +42,5 @@ def progress_bars(shown: bool) -> Iterator[None]:
         yield
     finally:
         if model_bars:
-            transformers_logging.enable_progress_bar()
-        if hub_bars:
-            enable_progress_bars()
+            transformers_logging.enable_progress_bar()  # enables the Hub's bars, too
+        (enable_progress_bars if hub_bars else disable_progress_bars)()

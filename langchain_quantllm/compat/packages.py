@@ -1,7 +1,4 @@
-"""Which packages a scheme needs, and the command that installs what is missing.
-
-Owns the names under which they are imported and installed. Imports none of them.
-"""
+"""The packages that each scheme needs, and the commands that install them. Imports none of them."""
 
 from __future__ import annotations
 
@@ -29,7 +26,7 @@ def label_of(scheme: Scheme) -> str:
 
 
 def check_packages(scheme: Scheme | None) -> None:
-    """Check that what a scheme needs is installed.
+    """Check that the packages of a scheme are installed.
 
     Raises:
         MissingPackageError: If a package is missing, with the command that installs it.

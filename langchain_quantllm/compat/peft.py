@@ -1,7 +1,7 @@
-"""What adapters need of peft: a version, its import without what comes along, and what its layers carry.
+"""peft: its version, its import without side effects, and the adapters in its layers.
 
-Which version will do is checked by this package's own lower bound. The one that transformers names is no guide: 5.24
-names one that was never released, and all that it calls is in older ones.
+The oldest version is this package's own lower bound, not that of transformers: 5.24 asks for a version that was never
+released, while older ones have all that it calls.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 
 from packaging.version import Version
 
-from langchain_quantllm.compat.gptqmodel_import import contained
+from langchain_quantllm.compat.gptqmodel_import import gptqmodel_imported
 from langchain_quantllm.compat.packages import is_installed
 from langchain_quantllm.compat.versions import TRIED
 from langchain_quantllm.errors import MissingPackageError, pip_install
 
 
 def check_peft() -> None:
-    """Check that peft is there, and new enough.
+    """Check that peft is installed, and new enough.
 
     Raises:
         MissingPackageError: If it is missing or too old.
@@ -37,16 +37,16 @@ def check_peft() -> None:
 
 
 @contextlib.contextmanager
-def peft_contained() -> Iterator[None]:
-    """Run peft with what it imports kept in its place: where gptqmodel is installed, peft brings it along."""
+def peft_imported() -> Iterator[None]:
+    """Undo the side effects of importing peft, which imports gptqmodel if that is installed."""
     if is_installed("gptqmodel") and is_installed("optimum"):
-        with contained():
+        with gptqmodel_imported():
             yield
     else:
         yield
 
 
-# Layers of a model that adapters are in.
+# Modules with adapters.
 
 
 def adapter_modules(model: Any) -> list[Any]:
@@ -60,9 +60,9 @@ def adapter_modules(model: Any) -> list[Any]:
 
 
 def choose_adapter(module: Any, name: str | None) -> None:
-    """Let a module of peft's run with an adapter if it has that, else without any; nothing of it is trained."""
+    """Activate an adapter in a module of peft if it has it, else none; no parameter of the module is trained."""
     has_it = name is not None
-    if has_it and hasattr(module, "check_set_adapter"):  # a whole module of an adapter's own, which others have not
+    if has_it and hasattr(module, "check_set_adapter"):  # a copy of a whole module, which only some adapters have
         has_it = module.check_set_adapter([name]) is not None
     if has_it:
         module.set_adapter(name)
@@ -72,29 +72,29 @@ def choose_adapter(module: Any, name: str | None) -> None:
 
 
 def choice_of(module: Any) -> tuple[list[str], bool]:
-    """Read which adapters a module of peft's runs with, and whether they are switched off; see `restore_choice`."""
+    """Return the active adapters of a module of peft, and whether they are disabled; see `restore_choice`."""
     return list(module.active_adapters), module.disable_adapters
 
 
 def restore_choice(module: Any, choice: tuple[list[str], bool]) -> None:
-    """Let a module of peft's run as `choice_of` found it."""
+    """Restore the result of `choice_of`."""
     names, is_disabled = choice
     module.set_adapter(names)
     module.enable_adapters(not is_disabled)
 
 
 def merged_adapter(module: Any) -> str | None:
-    """Name an adapter that is merged into the weights of a module; None for none."""
+    """Return the name of an adapter that is merged into the weights of a module; None if none is."""
     return next(iter(module.merged_adapters), None)
 
 
-def is_kind_of_layers(kind: type) -> bool:
-    """Say whether a class is one of peft's layers, without importing peft."""
+def is_peft_layer_class(kind: type) -> bool:
+    """Say whether a class is a layer of peft, without importing peft."""
     return isinstance(getattr(kind, "disable_adapters", None), property)
 
 
 def state_of(module: Any, *, names_adapters: bool) -> list[Any]:
-    """List what changes the output of a module of peft's, beside its tensors.
+    """List all that changes the output of a module of peft, beside its tensors.
 
     Args:
         module: The module.
@@ -110,13 +110,13 @@ def state_of(module: Any, *, names_adapters: bool) -> list[Any]:
 # LoRA.
 
 _PLAIN_LORA = ("Linear", "Linear4bit", "Linear8bitLt", "GPTQLoraLinear", "AwqLoraLinear")
-"""Layers of peft.tuners.lora that add B(A(x)) to what their base layer gives."""
+"""Layers of peft.tuners.lora that add B(A(x)) to the output of their base layer."""
 
 _LORA_PARTS = ("base_layer", "lora_A", "lora_B", "lora_variant", "scaling")
 
 
-def why_not_plain_lora(module: Any, names: Sequence[str]) -> str | None:
-    """Say why a module of peft's does not just add `scaling * B(A(x))` to what its base layer gives."""
+def unsupported_lora_reason(module: Any, names: Sequence[str]) -> str | None:
+    """Return why a module of peft does more than add `scaling * B(A(x))` to its base layer; None if it does not."""
     kind, package = type(module).__name__, type(module).__module__
     if not package.startswith("peft.tuners.lora.") or kind not in _PLAIN_LORA:
         what = package.removeprefix("peft.").removeprefix("tuners.").partition(".")[0]
@@ -134,7 +134,7 @@ def why_not_plain_lora(module: Any, names: Sequence[str]) -> str | None:
 
 
 def base_layer_of(module: Any) -> Any:
-    """Return the layer of the model that a module of peft's adds to."""
+    """Return the layer of the model that is inside a module of peft."""
     return module.base_layer
 
 

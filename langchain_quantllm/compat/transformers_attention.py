@@ -1,7 +1,7 @@
-"""How an attention of our own gets into a model of transformers: registries, the name in a config, the cache object.
+"""Our own attention in models of transformers: its registries, the name in a config, and the cache object.
 
-Registering is promised; what the registries hold, how a model finds its attention in them, and which arguments it hands
-on are not. `why_not_offered` says what is missing, and then nothing here may be used.
+transformers promises that one can register an attention, but not the registries' content, the way a model looks its
+attention up, or the arguments that it passes. If `missing_attention_api` names something, use nothing else here.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ INERT_ARGUMENTS = frozenset(
         "num_items_in_batch",
     }
 )
-"""Arguments that models hand to their attention, and that change nothing of what it gives from a whole cache."""
+"""Arguments that models pass to their attention and that do not change its output over a whole cache."""
 
 
 @functools.cache
-def why_not_offered() -> str | None:
-    """Say what this transformers lacks for an attention of our own; None where all is there."""
+def missing_attention_api() -> str | None:
+    """Return the part of the API for an attention of our own that this transformers lacks; None if it lacks none."""
     try:
         from transformers import AttentionInterface, AttentionMaskInterface
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -47,13 +47,13 @@ def why_not_offered() -> str | None:
         (type(ALL_ATTENTION_FUNCTIONS), "get_interface"),
         (type(ALL_MASK_ATTENTION_FUNCTIONS), "__getitem__"),
     )
-    # Not by `hasattr`, which would find what their metaclass has.
+    # `hasattr` would also find the attributes of their metaclass.
     lost = [f"{kind.__name__}.{name}" for kind, name in needed if not any(name in vars(base) for base in kind.__mro__)]
     return f"this transformers has no {lost[0]}" if lost else None
 
 
 def register(name: str, attend: Callable[..., Any], make_mask: Callable[..., Any]) -> None:
-    """Register an attention, and what makes the mask for it."""
+    """Register an attention and the function that makes its mask."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(name, attend)
@@ -69,7 +69,7 @@ def attention_of(name: str | None, module: Any) -> Callable[..., Any]:
 
 
 def mask_maker_of(name: str | None) -> Callable[..., Any]:
-    """Return what makes the mask for the attention of a name."""
+    """Return the function that makes the mask for an attention, by its name."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     return ALL_MASK_ATTENTION_FUNCTIONS[name]  # type: ignore[no-any-return]
@@ -79,17 +79,17 @@ def mask_maker_of(name: str | None) -> Callable[..., Any]:
 
 
 def names_attention(config: Any) -> bool:
-    """Say whether a config is one by which modules look their attention up."""
+    """Say whether a config has the name by which modules look up their attention."""
     return hasattr(config, "_attn_implementation")
 
 
 def attention_name(config: Any) -> str | None:
-    """Read the name of the attention in a config, such as `"sdpa"`."""
+    """Return the name of the attention in a config, such as `"sdpa"`."""
     return config._attn_implementation  # type: ignore[no-any-return]
 
 
 def set_attention_name(config: Any, name: str | None) -> None:
-    """Put the name of an attention into a config."""
+    """Set the name of the attention in a config."""
     config._attn_implementation = name
 
 
@@ -97,23 +97,23 @@ def set_attention_name(config: Any, name: str | None) -> None:
 
 
 class WritingCache(Cache):  # type: ignore[misc]  # transformers is not typed
-    """What a model takes for its cache: it hands new keys and values on, and keeps none."""
+    """A cache object for a model that passes new keys and values on to a function, and keeps none."""
 
     def __init__(self, write: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]) -> None:
-        """Hand on to a function of keys, values and the layer's number, which gives the keys to go on with."""
+        """Pass keys, values and the number of the layer to `write`, which returns the keys for the attention."""
         super().__init__(layers=[])
         self._write = write
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hand a layer's new keys and values on, each of shape `(1, kv_heads, tokens, dim)`."""
+        """Pass a layer's new keys and values on, each of shape `(1, kv_heads, tokens, dim)`."""
         return self._write(key_states, value_states, layer_idx), value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return 0: every token comes with its own position."""
+        """Return 0: the caller gives the position of every token."""
         return 0
 
     def get_mask_sizes(self, query_length: Any, layer_idx: int) -> tuple[int, int]:
-        """Return the sizes of a mask over the new tokens; whoever keeps the old ones has a rule for what is visible."""
+        """Return the sizes of a mask over the new tokens only; the attention itself masks the cached ones."""
         return (query_length if isinstance(query_length, int) else len(query_length)), 0

@@ -1,45 +1,45 @@
-"""Which models and processors transformers has for a config: its mappings by model type, and parts of a processor."""
+"""transformers' mappings from model types to models and processors, and the parts of a processor."""
 
 from __future__ import annotations
 
 from typing import Any
 
 
-def continues_texts(model_type: str) -> bool:
-    """Say whether transformers has a causal language model of a type."""
+def has_causal_lm(model_type: str) -> bool:
+    """Say whether transformers has a causal language model for a model type."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
-def continues_texts_with_images(model_type: str) -> bool:
-    """Say whether transformers has a model of a type that continues texts with images in them."""
+def has_image_text_to_text(model_type: str) -> bool:
+    """Say whether transformers has a model for a model type that continues texts with images in them."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     return model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
 def load_image_processor(source: str, **options: Any) -> Any:
-    """Load the image processor of a checkpoint, where `transformers.AutoImageProcessor` would ask for torchvision."""
+    """Load the image processor of a checkpoint; `transformers.AutoImageProcessor` would require torchvision."""
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     return AutoImageProcessor.from_pretrained(source, **options)
 
 
 def processor_class(config_class: type) -> Any:
-    """Return the class of the processor that belongs to a class of configs; None where there is none."""
+    """Return the class of the processor for a class of configs; None if there is none."""
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
     return PROCESSOR_MAPPING.get(config_class, None)
 
 
 def processor_parts(kind: Any) -> tuple[str, ...]:
-    """Name the parts that a class of processors is made of, such as `tokenizer`."""
+    """List the names of the parts of a class of processors, such as `tokenizer`."""
     return tuple(kind.get_attributes())
 
 
 def make_processor(kind: Any, parts: list[Any], source: str, **options: Any) -> Any:
-    """Make a processor of parts that are loaded, some of them None, with the settings of a checkpoint."""
+    """Make a processor from loaded parts, some of them None, with the settings of a checkpoint."""
 
     def check(processor: Any, name: str, part: Any) -> Any:
         return None if part is None else kind.check_argument_for_proper_class(processor, name, part)

@@ -1,4 +1,4 @@
-"""What transformers' quantizers know and leave on a model: formats, which layers they replace, and their traces."""
+"""transformers' quantizers: the formats they know, the layers they replace, and their marks on a model."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Iterable
 from typing import Any
 
 BITSANDBYTES_LOGGER = "transformers.integrations.bitsandbytes"
-"""Logger of what is said when a model of bitsandbytes is dequantized."""
+"""Logger of the messages while a model of bitsandbytes is dequantized."""
 
 PEFT_LOGGER = "transformers.integrations.peft"
-"""Logger of the report that follows the loading of an adapter."""
+"""Logger of the report after an adapter is loaded."""
 
 
-def config_of(settings: dict[str, Any]) -> Any:
-    """Make the quantization config that a dictionary describes."""
+def quantization_config_from(settings: dict[str, Any]) -> Any:
+    """Make a quantization config from its dict form."""
     from transformers.quantizers.auto import AutoQuantizationConfig
 
     return AutoQuantizationConfig.from_dict(settings)
@@ -27,9 +27,9 @@ def knows_format(method: str) -> bool:
 
 
 def dequantizing_gguf() -> dict[str, Any]:
-    """Return the options of `from_pretrained` that make plain weights of a GGUF file's.
+    """Return the options of `from_pretrained` that dequantize the weights of a GGUF file.
 
-    Releases before 5.17 have no config for that, as they do nothing else.
+    Releases before 5.17 always do that, and need no option.
     """
     import transformers
 
@@ -41,7 +41,7 @@ def dequantizing_gguf() -> dict[str, Any]:
 
 
 def float32_patterns(model: Any, *, strict: bool) -> set[str]:
-    """Return the patterns of names that a model keeps in float32: if `strict` those in bfloat16 too, else in float16.
+    """Return the patterns of names that a model keeps in float32: in float16, or if `strict` in both 16-bit dtypes.
 
     Source: `_get_dtype_plan` in transformers/modeling_utils.py.
     """
@@ -49,11 +49,11 @@ def float32_patterns(model: Any, *, strict: bool) -> set[str]:
 
 
 def replaced_by_bitsandbytes(model: Any, paths: Iterable[str], skipped: list[str] | None) -> set[str]:
-    """Find the layers that are replaced when a model is quantized by bitsandbytes.
+    """Find the layers that bitsandbytes' quantizer replaces in a model.
 
     Args:
         model: A model of transformers, on any device.
-        paths: Where its linear layers are.
+        paths: Names of its linear layers.
         skipped: `llm_int8_skip_modules` of the config.
 
     Source: `get_modules_to_not_convert` in transformers/quantizers/base.py, and `replace_with_bnb_linear` in
@@ -66,18 +66,18 @@ def replaced_by_bitsandbytes(model: Any, paths: Iterable[str], skipped: list[str
     return {path for path in paths if should_convert_module(path, kept)}
 
 
-# Traces on a loaded model.
+# Marks on a loaded model.
 
 
 def was_quantized(model: Any) -> bool:
-    """Say whether a model was loaded in, or into, a quantized format."""
+    """Say whether a model is, or was, quantized while it was loaded."""
     return any(getattr(model, name, None) is not None for name in ("quantization_method", "hf_quantizer"))
 
 
 def forget_quantization(model: Any) -> None:
-    """Let a model whose weights are plain now be saved as what it is.
+    """Remove the marks of quantization from a dequantized model, so that it is saved as a plain one.
 
-    What was done to packed weights of bitsandbytes while loading is not undone while saving.
+    Saving would otherwise revert the conversions of packed weights that loading made.
     """
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -89,5 +89,5 @@ def forget_quantization(model: Any) -> None:
 
 
 def _unpacks(conversion: Any) -> bool:
-    """Whether a conversion is about bitsandbytes' packed weights."""
+    """Say whether a conversion unpacks weights of bitsandbytes."""
     return any("bitsandbytes" in type(op).__module__ for op in getattr(conversion, "operations", None) or ())

@@ -1,6 +1,6 @@
-"""Versions of other packages that this one was tried with. docs/compatibility.md has the same table, with the reasons.
+"""The tried versions of other packages, and the comparison with the installed ones. Imports none of the packages.
 
-Owns the table and the comparison with what is installed. Imports none of the packages.
+docs/compatibility.md has the same table, with the reasons.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from packaging.version import Version
 
 @dataclass(frozen=True)
 class Tried:
-    """The oldest and the newest version of a package that all tests for such versions passed with."""
+    """The oldest and the newest version of a package with which all compatibility tests passed."""
 
     oldest: str
     newest: str
@@ -32,11 +32,11 @@ TRIED: Mapping[str, Tried] = {
     "transformers": Tried("5.14.0", "5.24.0"),
     "xgrammar": Tried("0.2.8", "0.2.9"),
 }
-"""By the names under which they are installed."""
+"""Tried versions, by the name under which pip installs the package."""
 
 
 def installed_version(package: str) -> str | None:
-    """Version of an installed package; None where it is not installed."""
+    """Return the version of an installed package; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -44,7 +44,7 @@ def installed_version(package: str) -> str | None:
 
 
 def compared(package: str, version: str) -> str | None:
-    """How a version lies outside those tried: `"newer than tried"` or `"older than tried"`; None where it does not."""
+    """Return `"newer than tried"` or `"older than tried"` for a version outside the tried ones, else None."""
     tried = TRIED.get(package)
     if tried is None:
         return None

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from langchain_quantllm.compat.accelerate import brings_weights
+from langchain_quantllm.compat.accelerate import offloads_weights
 from langchain_quantllm.compat.bitsandbytes import is_int8_layer
 from langchain_quantllm.compat.transformers_models import is_idle_hook
 
@@ -68,7 +68,7 @@ def why_not_captured(model: torch.nn.Module, whole: Collection[int] = ()) -> str
     if len(devices) > 1:
         return f"weights on {len(devices)} GPUs"
     for module in model.modules():
-        if brings_weights(module):
+        if offloads_weights(module):
             return "weights that are brought to the GPU as they are needed"
         if id(module) in whole:
             continue

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from langchain_quantllm.compat.peft import adapter_modules, base_layer_of, lora_matrices, why_not_plain_lora
+from langchain_quantllm.compat.peft import adapter_modules, base_layer_of, lora_matrices, unsupported_lora_reason
 from langchain_quantllm.engine.adapter_switch import unsupported, why_not_switched
 from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.options import BASE_ADAPTER
@@ -185,7 +185,7 @@ def why_not_stacked(model: Any, names: Sequence[str]) -> str | None:
     """Give the reason why a model's adapters cannot be stacked; None where nothing is against it."""
     if (reason := why_not_switched(model, names)) is not None:
         return reason
-    reasons = (why_not_plain_lora(module, names) for module in adapter_modules(model))
+    reasons = (unsupported_lora_reason(module, names) for module in adapter_modules(model))
     return next(filter(None, reasons), None)
 
 

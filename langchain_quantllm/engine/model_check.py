@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from langchain_quantllm.compat.peft import is_kind_of_layers, state_of
-from langchain_quantllm.compat.transformers_attention import why_not_offered
+from langchain_quantllm.compat.peft import is_peft_layer_class, state_of
+from langchain_quantllm.compat.transformers_attention import missing_attention_api
 from langchain_quantllm.compat.transformers_models import cache_name, cache_of
 from langchain_quantllm.engine.attention import without_gradients
 from langchain_quantllm.engine.cuda_graphs import hooks_of
@@ -34,7 +34,7 @@ LONG, SHORT = 21, 5
 
 def why_not_driven(model: Any) -> str | None:
     """Give the reason, as far as its config tells, why a model cannot be driven; None where nothing is against it."""
-    if (reason := why_not_offered()) is not None:
+    if (reason := missing_attention_api()) is not None:
         return reason
     config = model.config
     text = config.get_text_config()
@@ -210,7 +210,7 @@ def fingerprint(model: Any, *, names_adapters: bool = False) -> int:
         if module._forward_hooks or module._forward_pre_hooks:
             parts += hooks_of(module)
         if kind not in is_peft:
-            is_peft[kind] = is_kind_of_layers(kind)
+            is_peft[kind] = is_peft_layer_class(kind)
         if is_peft[kind]:
             parts += state_of(module, names_adapters=names_adapters)
     return hash(tuple(parts))

@@ -1,8 +1,4 @@
-"""Adapters of peft: finding them, checking what can be checked before any weight is read, and loading them.
-
-Owns the files of an adapter, their errors in one sentence each, and the call of transformers' `load_adapter`. Knows no
-engine's forward and no LangChain.
-"""
+"""Adapters of peft: finding them, checking them before any weight is read, and loading them."""
 
 from __future__ import annotations
 
@@ -17,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from langchain_quantllm.compat.library_logging import progress_bars, quiet_logger
-from langchain_quantllm.compat.peft import check_peft, peft_contained
+from langchain_quantllm.compat.peft import check_peft, peft_imported
 from langchain_quantllm.compat.transformers_quantizers import PEFT_LOGGER
 from langchain_quantllm.engine.adapter_switch import activate
 from langchain_quantllm.errors import (
@@ -25,10 +21,12 @@ from langchain_quantllm.errors import (
     InvalidOptionError,
     ModelNotFoundError,
     UnsupportedError,
+    first_line,
 )
-from langchain_quantllm.loading.checkpoint import Checkpoint, LoadSpec, first_line
-from langchain_quantllm.loading.hub import fetch
+from langchain_quantllm.loading.checkpoint import Checkpoint
+from langchain_quantllm.loading.hub import MissingFileError, Repository
 from langchain_quantllm.loading.sources import ADAPTER_CONFIG
+from langchain_quantllm.loading.spec import LoadSpec
 from langchain_quantllm.memory import transformers_builds
 from langchain_quantllm.memory.estimate import build_on_meta
 
@@ -41,10 +39,10 @@ class Adapter:
     """An adapter that was found.
 
     Args:
-        name: What calls name it by.
-        source: The folder or repository, as it was given.
-        folder: Where its files are.
-        config: What its config says.
+        name: Its name in calls.
+        source: The folder or repository that the user gave.
+        folder: The folder of its files.
+        config: Content of its adapter_config.json.
     """
 
     name: str
@@ -52,14 +50,22 @@ class Adapter:
     folder: Path
     config: Mapping[str, Any]
 
+    def __str__(self) -> str:
+        return f"adapter {self.name!r} ({self.source})"
+
+    @property
+    def weights(self) -> Path:
+        """The path of its weights in safetensors."""
+        return self.folder / _WEIGHTS
+
 
 def find_adapters(spec: LoadSpec) -> list[Adapter]:
-    """Find the adapters of a spec, which `check_sources` has passed; those of repositories are fetched.
+    """Find the adapters of a spec, and download those of repositories. `check_sources` must have passed.
 
     Raises:
         MissingPackageError: If peft is not installed, or too old.
         ModelNotFoundError: If there is no such folder or repository, or no adapter in it.
-        CheckpointError: If it cannot be used: a damaged config, weights in a pickle file, prompts in place of weights.
+        CheckpointError: If it cannot be used: a damaged config, weights in a pickle file, prompts instead of weights.
         InvalidOptionError: If peft cannot use its name.
     """
     if not spec.adapters:
@@ -71,7 +77,7 @@ def find_adapters(spec: LoadSpec) -> list[Adapter]:
 def _find(name: str, source: str, spec: LoadSpec) -> Adapter:
     from torch.nn import ModuleDict
 
-    if hasattr(ModuleDict(), name) or name in ("weight", "bias"):  # where peft keeps them, under their names
+    if hasattr(ModuleDict(), name) or name in ("weight", "bias"):  # peft keeps them under their names in one
         msg = f"{name!r} cannot be the name of an adapter, as modules of PyTorch have it already; choose another."
         raise InvalidOptionError(msg)
     path = Path(source).expanduser()
@@ -82,83 +88,56 @@ def _find(name: str, source: str, spec: LoadSpec) -> Adapter:
     except (OSError, ValueError, KeyError, TypeError) as error:
         msg = f"the {ADAPTER_CONFIG} of adapter {name!r} ({source}) cannot be read: {first_line(error)}"
         raise CheckpointError(msg) from error
+    adapter = Adapter(name=name, source=source, folder=folder, config=config)
     if kind in _PROMPTS:
         msg = (
-            f"adapter {name!r} ({source}) is of the kind {kind}, which transformers cannot put into a model; give "
-            "LoRA, or another kind that changes weights."
+            f"{adapter} is of the kind {kind}, which transformers cannot put into a model; give LoRA, or another kind "
+            "that changes weights."
         )
         raise CheckpointError(msg)
     if config.get("bias", "none") != "none":
         msg = (
-            f"adapter {name!r} ({source}) was trained with bias={config['bias']!r}, which changes the base model for "
-            "all others too; train it with bias='none', or give a model into which it was merged."
+            f"{adapter} was trained with bias={config['bias']!r}, which changes the base model for all others too; "
+            "train it with bias='none', or give a model into which it was merged."
         )
         raise CheckpointError(msg)
-    _check_weights(name, source, folder, spec)
-    return Adapter(name=name, source=source, folder=folder, config=config)
-
-
-def _check_weights(name: str, source: str, folder: Path, spec: LoadSpec) -> None:
-    if (folder / _WEIGHTS).is_file():
-        return
-    if not (folder / _PICKLE).is_file():
-        msg = f"adapter {name!r} ({source}) has no weights: there is no {_WEIGHTS} in it."
-        raise CheckpointError(msg)
-    if spec.use_safetensors:
-        msg = (
-            f"adapter {name!r} ({source}) has its weights in {_PICKLE}, and pickle files can run code while they load; "
-            "save it anew with peft, or pass use_safetensors=False if you trust its maker."
-        )
-        raise CheckpointError(msg)
+    if not adapter.weights.is_file() and (spec.use_safetensors or not (folder / _PICKLE).is_file()):
+        msg = f"{adapter} has no weights: there is no {_WEIGHTS} in it"
+        if spec.use_safetensors:
+            msg += (
+                f", and a {_PICKLE} is not read, as pickle files can run code while they load; save it anew with peft, "
+                "or pass use_safetensors=False if you trust its maker"
+            )
+        raise CheckpointError(f"{msg}.")
+    return adapter
 
 
 def _fetch(name: str, source: str, spec: LoadSpec) -> Path:
-    """Bring an adapter's files from the Hub, or find them in its cache."""
-    from huggingface_hub import errors as hub
-    from huggingface_hub.constants import is_offline_mode
-
-    options: dict[str, Any] = {
-        "token": spec.token,
-        "cache_dir": spec.cache_dir,
-        "local_files_only": bool(spec.local_files_only),
-    }
-    try:
-        folder = fetch(source, ADAPTER_CONFIG, **options).parent
-        with contextlib.suppress(hub.EntryNotFoundError):
-            fetch(source, _WEIGHTS, **options)
-            return folder
-        if not spec.use_safetensors:
-            with contextlib.suppress(hub.EntryNotFoundError):
-                fetch(source, _PICKLE, **options)
-            return folder
-    except (hub.HfHubHTTPError, hub.EntryNotFoundError, hub.HFValidationError, OSError) as error:
-        if isinstance(error, hub.GatedRepoError):
-            why = "is gated; accept its terms on its page on the Hub and pass token=, or set HF_TOKEN."
-        elif isinstance(error, hub.RemoteEntryNotFoundError):
-            why = f"has no {ADAPTER_CONFIG}; it is no adapter of peft."
-        elif isinstance(error, hub.RepositoryNotFoundError | hub.HFValidationError):
-            why = "is neither a folder here nor a repository on the Hub; a private one needs token= or HF_TOKEN."
-        elif spec.local_files_only or is_offline_mode():
-            why = "is not on this machine, and the Hub may not be asked; give a local folder."
-        else:
-            why = f"is not on this machine and the Hub could not be asked ({first_line(error)}); give a local folder."
-        msg = f"adapter {name!r}: {source} {why}"
-        raise ModelNotFoundError(msg) from error
-    msg = (
-        f"adapter {name!r} ({source}) has no weights in safetensors; pass use_safetensors=False if you trust its maker."
+    """Download an adapter's files from the Hub, or find them in its cache; return their folder."""
+    repository = Repository(
+        name=source, token=spec.token, cache_dir=spec.cache_dir, local_files_only=bool(spec.local_files_only)
     )
-    raise CheckpointError(msg)
+    try:
+        folder = repository.fetch(ADAPTER_CONFIG, if_missing="it is no adapter of peft").parent
+        for file in (_WEIGHTS,) if spec.use_safetensors else (_WEIGHTS, _PICKLE):
+            with contextlib.suppress(MissingFileError):
+                repository.fetch(file)
+                break
+    except ModelNotFoundError as error:
+        msg = f"adapter {name!r}: {error}"
+        raise ModelNotFoundError(msg) from error.__cause__
+    return folder
 
 
 # Shapes.
 
 
 def check_shapes(adapters: Sequence[Adapter], checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> None:
-    """Compare what LoRA adapters are made for with the model that a config describes; reads headers only.
+    """Check that LoRA adapters have the layers and sizes of a model, from its config and their files' headers.
 
     Args:
-        adapters: What was found.
-        checkpoint: The model's.
+        adapters: The adapters; other kinds than LoRA are skipped.
+        checkpoint: The model's checkpoint.
         trust_remote_code: Whether the model may be built by code that comes with it.
 
     Raises:
@@ -168,7 +147,7 @@ def check_shapes(adapters: Sequence[Adapter], checkpoint: Checkpoint, *, trust_r
     if not adapters or (layers := _layers_of(checkpoint, trust_remote_code)) is None:
         return
     for adapter in adapters:
-        if (adapter.folder / _WEIGHTS).is_file():
+        if adapter.weights.is_file():
             _check_shapes(adapter, layers)
 
 
@@ -177,22 +156,16 @@ def _check_shapes(adapter: Adapter, layers: Mapping[str, tuple[int, int] | None]
     patterns = {re.sub(r"\d+", "*", name) for name in layers}
     sizes = _sizes_of(adapter)
     if sizes and not any(name.rpartition(".")[2] in kinds for name in sizes):
-        msg = (
-            f"adapter {adapter.name!r} ({adapter.source}) was made for another architecture: the model has no layer "
-            f"such as {min(sizes)!r}."
-        )
+        msg = f"{adapter} was made for another architecture: the model has no layer such as {min(sizes)!r}."
         raise CheckpointError(msg)
     for name, (inputs, outputs) in sizes.items():
         if name not in layers and re.sub(r"\d+", "*", name) in patterns:
-            msg = (
-                f"adapter {adapter.name!r} ({adapter.source}) was made for another model: it changes {name!r}, which "
-                "this one has not."
-            )
+            msg = f"{adapter} was made for another model: it changes {name!r}, which this one has not."
             raise CheckpointError(msg)
         size = layers.get(name)
         if size is not None and any(a is not None and a != b for a, b in zip((inputs, outputs), size, strict=True)):
             msg = (
-                f"adapter {adapter.name!r} ({adapter.source}) was made for another model: its {name!r} takes {inputs} "
+                f"{adapter} was made for another model: its {name!r} takes {inputs} "
                 f"and gives {outputs} numbers, where this model's takes {size[0]} and gives {size[1]}."
             )
             raise CheckpointError(msg)
@@ -204,7 +177,7 @@ def _sizes_of(adapter: Adapter) -> dict[str, tuple[int | None, int | None]]:
 
     found: dict[str, tuple[int | None, int | None]] = {}
     try:
-        with safe_open(adapter.folder / _WEIGHTS, framework="pt") as file:
+        with safe_open(adapter.weights, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118  (no dict)
                 layer, mark, matrix = key.removeprefix("base_model.model.").rpartition(".lora_")
                 if not mark or matrix not in ("A.weight", "B.weight"):
@@ -214,15 +187,15 @@ def _sizes_of(adapter: Adapter) -> dict[str, tuple[int | None, int | None]]:
                 if len(shape) == 2:
                     found[layer] = (shape[1], outputs) if matrix[0] == "A" else (inputs, shape[0])
     except (SafetensorError, OSError) as error:
-        msg = f"the weights of adapter {adapter.name!r} ({adapter.source}) are damaged: {first_line(error)}"
+        msg = f"the weights of {adapter} are damaged: {first_line(error)}"
         raise CheckpointError(msg) from error
     return found
 
 
 def _layers_of(checkpoint: Checkpoint, trust_remote_code: bool) -> dict[str, tuple[int, int] | None] | None:
-    """List a model's modules with (in_features, out_features), None for others than linear ones.
+    """List a model's modules with (in_features, out_features), None for modules that are not linear.
 
-    None in the place of all where the model cannot be built without weights: then loading tells.
+    Returns None if the model cannot be built without weights; loading reports what does not fit then.
     """
     import torch
     from transformers import Conv1D
@@ -246,63 +219,61 @@ def _layers_of(checkpoint: Checkpoint, trust_remote_code: bool) -> dict[str, tup
 
 
 def load_adapters(model: Any, adapters: Sequence[Adapter], spec: LoadSpec) -> None:
-    """Put adapters into a loaded model, and let it run with the spec's default.
+    """Put adapters into a loaded model, and activate the spec's default.
 
     Raises:
         CheckpointError: If one does not belong to the model.
     """
     if not adapters:
         return
-    with peft_contained(), progress_bars(spec.progress):
+    with peft_imported(), progress_bars(spec.progress):
         for adapter in adapters:
             _load(model, adapter)
     activate(model, spec.adapter)
 
 
 def _load(model: Any, adapter: Adapter) -> None:
-    said = f"adapter {adapter.name!r} ({adapter.source})"
     try:
-        # Its report calls the adapters that are there already newly initialized.
+        # Its report calls adapters loaded before newly initialized.
         with transformers_builds, quiet_logger(PEFT_LOGGER), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             info = model.load_adapter(
                 str(adapter.folder),
                 adapter_name=adapter.name,
                 adapter_kwargs={"local_files_only": True},
-                use_safetensors=(adapter.folder / _WEIGHTS).is_file(),
+                use_safetensors=adapter.weights.is_file(),
             )
-            lost = _lost(getattr(info, "missing_keys", ()), adapter)
-            if lost:  # by transformers, which does not know the names of all kinds: peft may
-                lost = _lost(_load_by_peft(model, adapter), adapter)
+            lost = _own_tensors(getattr(info, "missing_keys", ()), adapter)
+            if lost:  # transformers does not know the names of all kinds; peft may
+                lost = _own_tensors(_load_by_peft(model, adapter), adapter)
     except (ValueError, RuntimeError, KeyError, TypeError, OSError, ImportError) as error:
-        msg = f"{said} cannot be loaded onto this model; was it made for it? {first_line(error)}"
+        msg = f"{adapter} cannot be loaded onto this model; was it made for it? {first_line(error)}"
         raise CheckpointError(msg) from error
     if lost:
-        msg = f"{said} has no weights for {len(lost)} tensors, such as {lost[0]!r}; was it made for this model?"
+        msg = f"{adapter} has no weights for {len(lost)} tensors, such as {lost[0]!r}; was it made for this model?"
         raise CheckpointError(msg)
     left = sorted(key for key in getattr(info, "unexpected_keys", ()) if ".lora_A" in key or ".lora_B" in key)
     if left:
-        msg = f"{said} has weights that this model has no place for, such as {left[0]!r}; was it made for it?"
+        msg = f"{adapter} has weights that this model has no place for, such as {left[0]!r}; was it made for it?"
         raise CheckpointError(msg)
 
 
-def _lost(missing: Iterable[str], adapter: Adapter) -> list[str]:
-    """Pick an adapter's own tensors out of those that were found in no file."""
+def _own_tensors(missing: Iterable[str], adapter: Adapter) -> list[str]:
+    """Pick the tensors of an adapter out of all missing ones."""
     own = re.compile(rf"\.{re.escape(adapter.name)}(\.\w+)?$")
     return sorted(key for key in missing if own.search(key))
 
 
 def _load_by_peft(model: Any, adapter: Adapter) -> list[str]:
-    """Load the weights of an adapter whose layers are there; gives the tensors that were not in its file."""
+    """Load the weights of an adapter whose layers are there; returns the tensors that its file lacks."""
     import torch
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    weights = adapter.folder / _WEIGHTS
-    if weights.is_file():
-        tensors = load_file(weights)
+    if adapter.weights.is_file():
+        tensors = load_file(adapter.weights)
     else:
         tensors = torch.load(adapter.folder / _PICKLE, map_location="cpu", weights_only=True)
-    # Under the names of the model itself: peft wrote them under those of its wrapper.
+    # Renamed to the model's own names: peft wrote those of its wrapper.
     tensors = {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}
     return list(set_peft_model_state_dict(model, tensors, adapter_name=adapter.name).missing_keys)

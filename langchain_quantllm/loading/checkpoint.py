@@ -1,7 +1,6 @@
 """Finding a checkpoint and deciding how it is loaded, before any weight is read.
 
-Owns what a user may ask of loading, where the files are, what the checkpoint already is, and
-every check that needs no weights. Knows no engine and no LangChain, and reads no tensors.
+The checks here need the config at most. No tensor is read.
 """
 
 from __future__ import annotations
@@ -10,41 +9,27 @@ import contextlib
 import copy
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from langchain_quantllm.compat.packages import is_installed, label_of
-from langchain_quantllm.compat.transformers_auto import continues_texts, continues_texts_with_images
-from langchain_quantllm.compat.transformers_quantizers import config_of, knows_format
+from langchain_quantllm.compat.transformers_auto import has_causal_lm, has_image_text_to_text
+from langchain_quantllm.compat.transformers_quantizers import knows_format
 from langchain_quantllm.errors import (
     CheckpointError,
-    InvalidOptionError,
     MissingPackageError,
-    ModelNotFoundError,
-    QuantLLMError,
     UnsupportedError,
-    nearest,
+    first_line,
     pip_install,
 )
-from langchain_quantllm.loading.adapter_names import AdapterChoice
 from langchain_quantllm.loading.gptq import GPTQCheckpoint, read_gptq_checkpoint, read_gptq_folder
-from langchain_quantllm.loading.hub import check_reachable
-from langchain_quantllm.loading.sources import check_sources, folder_of, wrong_files, wrong_folder
-from langchain_quantllm.options import BASE_ADAPTER
-from langchain_quantllm.schemes import (
-    BITSANDBYTES_OPTIONS,
-    FLOAT_DTYPES,
-    GPTQ,
-    Prequantized,
-    Scheme,
-    Unquantized,
-    scheme_of_config,
-)
-
-ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
-"""What `attn_implementation` takes; transformers chooses SDPA where it is not given."""
+from langchain_quantllm.loading.hub import MissingFileError, Repository, hub_options
+from langchain_quantllm.loading.sources import check_sources, folder_of, wrong_folder
+from langchain_quantllm.loading.spec import LoadSpec
+from langchain_quantllm.schemes import GPTQ, Prequantized, Scheme, Unquantized, scheme_of_config
 
 _FLASH_PACKAGES = {
     "flash_attention_2": ("flash_attn", "flash-attn"),
@@ -54,130 +39,7 @@ _FLASH_PACKAGES = {
 
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-"""Where a checkpoint says how its images are prepared."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadSpec:
-    """What to load and how: all that makes two loaded models different.
-
-    Args:
-        model_id: A folder, or the name of a repository on the Hugging Face Hub.
-        scheme: The scheme asked for; None takes the checkpoint as it is.
-        quantization_config: A transformers quantization config in the scheme's place.
-        dtype: `"auto"` (the checkpoint's), or one of `FLOAT_DTYPES`.
-        device_map: As transformers takes it; None is the first accelerator, else the CPU.
-        max_memory: Most memory per device, such as `{0: "10GiB", "cpu": "30GiB"}`.
-        attn_implementation: One of `ATTENTIONS`, or None.
-        revision: Branch, tag or commit.
-        token: Access token of the Hub.
-        cache_dir: Where files of the Hub are kept.
-        trust_remote_code: Run Python code that comes with the checkpoint.
-        use_safetensors: Refuse weights in pickle files, which can run code.
-        local_files_only: True never asks the Hub, False always does; None does where files are missing here.
-        progress: Show how far loading is.
-        model_kwargs: Further keyword arguments of `from_pretrained`.
-        adapters: Folder or repository of each adapter of peft, by its name.
-        adapter: Name of the one that the model runs with by itself, or `"base"`; it makes no other model.
-
-    Raises:
-        InvalidOptionError: If a value is not allowed or two contradict each other.
-    """
-
-    model_id: str
-    scheme: Scheme | None = None
-    quantization_config: Any = field(default=None, hash=False)
-    dtype: str = "auto"
-    device_map: Any = field(default=None, hash=False)
-    max_memory: Any = field(default=None, hash=False)
-    attn_implementation: str | None = None
-    revision: str | None = None
-    token: str | None = field(default=None, repr=False)
-    cache_dir: str | None = None
-    trust_remote_code: bool = False
-    use_safetensors: bool = True
-    local_files_only: bool | None = None
-    progress: bool = True
-    model_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    adapters: Mapping[str, str] = field(default_factory=dict, hash=False)
-    adapter: str = field(default=BASE_ADAPTER, compare=False)
-
-    def __post_init__(self) -> None:
-        """Check what can be checked without looking at the checkpoint or the machine."""
-        if not self.model_id:
-            msg = (
-                "model_id is empty; give a folder or a repository's name such as 'HuggingFaceTB/SmolLM2-135M-Instruct'."
-            )
-            raise InvalidOptionError(msg)
-        if self.scheme is not None and self.quantization_config is not None:
-            msg = "quantization and quantization_config say the same thing twice; give one of them."
-            raise InvalidOptionError(msg)
-        if self.dtype not in ("auto", *FLOAT_DTYPES):
-            msg = f"dtype={self.dtype!r} is not known{nearest(self.dtype, ('auto', *FLOAT_DTYPES))}"
-            raise InvalidOptionError(msg)
-        if self.attn_implementation is not None and self.attn_implementation not in ATTENTIONS:
-            msg = (
-                f"attn_implementation={self.attn_implementation!r} is not "
-                f"known{nearest(self.attn_implementation, ATTENTIONS)}"
-            )
-            raise InvalidOptionError(msg)
-        _check_config(self.quantization_config)
-        if self.max_memory is not None and not isinstance(self.max_memory, Mapping):
-            msg = f"max_memory={self.max_memory!r} is no dict; name the devices, {{0: '10GiB', 'cpu': '30GiB'}}."
-            raise InvalidOptionError(msg)
-        AdapterChoice.of(self.adapters, self.adapter)
-
-    def key(self) -> str:
-        """Say in one string what decides the loaded weights and where they lie."""
-        config = self.quantization_config
-        if config is not None:
-            config = config_of(config) if isinstance(config, dict) else config
-            config = config.to_dict()
-        scheme = self.scheme
-        if config is not None and _says_no_more(config):
-            scheme, config = scheme_of_config(config), None
-        if scheme == Unquantized() and stored_quantization(self.model_id) is None:
-            scheme = None
-        return json.dumps(
-            {
-                "model_id": folder_of(self.model_id) or self.model_id,
-                "revision": self.revision,
-                "scheme": scheme and scheme.to_dict(),
-                "quantization_config": config,
-                "dtype": self.dtype,
-                "device_map": self.device_map,
-                "max_memory": self.max_memory and {str(device): size for device, size in self.max_memory.items()},
-                "attn_implementation": self.attn_implementation,
-                "cache_dir": self.cache_dir,
-                "trust_remote_code": self.trust_remote_code,
-                "use_safetensors": self.use_safetensors,
-                "model_kwargs": dict(self.model_kwargs),
-                "adapters": {name: folder_of(source) or source for name, source in self.adapters.items()},
-            },
-            sort_keys=True,
-            default=str,
-        )
-
-
-def _check_config(config: Any) -> None:
-    """Check that a quantization config is one, and that none of its names would be passed over in silence."""
-    if config is None or (hasattr(config, "to_dict") and not isinstance(config, Scheme)):
-        return
-    if not isinstance(config, Mapping):
-        msg = f"quantization_config={config!r} is no config of transformers; names and schemes go into quantization=."
-        raise InvalidOptionError(msg)
-    if config.get("quant_method", "bitsandbytes") not in ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"):
-        return
-    for name in config:
-        if name not in BITSANDBYTES_OPTIONS:
-            msg = f"quantization_config has the unknown key {name!r}{nearest(str(name), BITSANDBYTES_OPTIONS)}"
-            raise InvalidOptionError(msg)
-    if not (config.get("load_in_4bit") or config.get("load_in_8bit")):
-        msg = (
-            f"quantization_config={dict(config)!r} asks for no scheme: load_in_4bit or load_in_8bit must be True, or "
-            "quant_method must name one; the short way is quantization='nf4' or 'int8'."
-        )
-        raise InvalidOptionError(msg)
+"""Files with the settings of a checkpoint's image processor."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,13 +47,13 @@ class Checkpoint:
     """A checkpoint that was found: its config, and where its files are.
 
     Args:
-        source: What `from_pretrained` reads: a local folder wherever all files are here, so that
-            the Hub is not asked.
-        config: The transformers config, this object's own.
+        source: For `from_pretrained`: a local folder if all files are on this machine, so that the Hub is not asked;
+            else the name of a repository.
+        config: The transformers config, not shared with others.
         quantization: The quantization config in its dict form; None for an unquantized checkpoint.
-        gptq: What is to be known of a GPTQ checkpoint; None for others.
+        gptq: The settings of a GPTQ checkpoint; None for others.
         local: Whether `source` is a folder.
-        model_kwargs: What the config did not take of the spec's.
+        model_kwargs: Those of the spec that are no fields of the config.
     """
 
     source: str
@@ -202,87 +64,94 @@ class Checkpoint:
     model_kwargs: Mapping[str, Any]
 
 
-def _says_no_more(config: Mapping[str, Any]) -> bool:
-    """Say whether a transformers config in its dict form is wholly expressed by a scheme."""
-    scheme = scheme_of_config(config)
-    again = None if scheme.calibrated else scheme.transformers_config("float32")
-    return again is not None and json.dumps(again.to_dict(), default=str) == json.dumps(config, default=str)
-
-
-def stored_quantization(model_id: str) -> dict[str, Any] | None:
-    """Read the quantization config out of a local folder's config.json; None where there is none, or no folder."""
-    folder = folder_of(model_id)
-    if folder is None:
-        return None
-    try:
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        quantization = config.get("quantization_config")
-    except (OSError, ValueError, AttributeError):  # find_checkpoint says what is wrong, when it is loaded
-        return None
-    return quantization if isinstance(quantization, dict) else None
-
-
 def stored_profile(model_id: str) -> tuple[dict[str, Any], str | None, bool]:
-    """Read the config and the chat template of a local folder, or of a repository that the Hub's cache has.
+    """Read the config and the chat template of a local folder, or of a repository in the Hub's cache.
 
     Returns:
-        The config, empty where there is none; the template; and whether the model reads images, as far as the names of
+        The config, empty if there is none; the template; and whether the model reads images, as far as the names of
         its config's fields and its files tell.
     """
     folder = folder_of(model_id) or _cached_snapshot(LoadSpec(model_id=model_id))
     if folder is None:
         return {}, None, False
-    found: dict[str, Any] = {}
-    for name in ("config.json", "tokenizer_config.json"):
-        try:
-            found[name] = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            found[name] = {}
-    template = found["tokenizer_config.json"].get("chat_template")
+    config, tokenizer = (_read_json(Path(folder) / name) for name in ("config.json", "tokenizer_config.json"))
+    template = tokenizer.get("chat_template")
     with contextlib.suppress(OSError):
         template = (Path(folder) / "chat_template.jinja").read_text(encoding="utf-8")
-    config = found["config.json"]
     sees = any(word in name for name in config for word in ("vision", "image")) and has_image_processor(Path(folder))
     return config, None if template is None else str(template), sees
 
 
 def has_image_processor(folder: Path) -> bool:
-    """Say whether an image processor is in a folder: in a file of its own, or in that of the processor."""
-    if (folder / PROCESSOR_FILES[0]).is_file():
-        return True
+    """Say whether a folder holds an image processor: in a file of its own, or in the processor's."""
+    return (folder / PROCESSOR_FILES[0]).is_file() or "image_processor" in _read_json(folder / PROCESSOR_FILES[1])
+
+
+def _read_json(file: Path) -> Any:
+    """Read a JSON file; an empty dict if it is missing or damaged."""
     try:
-        return "image_processor" in json.loads((folder / PROCESSOR_FILES[1]).read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
+        return {}
 
 
 def find_source(spec: LoadSpec) -> str:
-    """Find where a checkpoint's files are: a folder, or a repository of which the Hub has been asked.
+    """Find where a checkpoint's files are: a folder, or a repository that the Hub has.
 
-    Needs neither torch nor transformers, so that what is wrong with a name is told before these are imported.
+    Needs neither torch nor transformers, so that a wrong name is reported before these are imported.
 
     Raises:
-        ModelNotFoundError: If there is no such folder or repository, or the Hub cannot be reached.
+        ModelNotFoundError: If there is no such folder or repository, or the Hub cannot be reached; of the adapters too.
         CheckpointError: If it is in a format that transformers does not load.
         UnsupportedError: If its files are those of a model that writes no text.
     """
-    check_sources(spec.model_id)
+    check_sources(spec.model_id, spec.adapters)
     if (folder := folder_of(spec.model_id)) is not None:
         return folder
     if spec.local_files_only is not False and (folder := _cached_snapshot(spec)) is not None:
         if (error := wrong_folder(Path(folder), repository=spec.model_id)) is not None:
             raise error
         return folder
-    _check_hub(spec)
+    repository = Repository.of(spec)
+    try:
+        config = repository.fetch("config.json", check_connection=True)
+    except MissingFileError as error:
+        raise (repository.wrong_repository(None) or error) from error.__cause__
+    if (wrong := repository.wrong_repository(config)) is not None:
+        raise wrong
     return spec.model_id
+
+
+def read_config(spec: LoadSpec, source: str) -> tuple[Any, dict[str, Any]]:
+    """Read a checkpoint's config.
+
+    Args:
+        spec: The options of loading.
+        source: A folder, or the name of a repository.
+
+    Returns:
+        The transformers config, and those of the spec's `model_kwargs` that are no fields of it.
+
+    Raises:
+        CheckpointError: If the config cannot be read, or needs code that is not trusted.
+    """
+    from transformers import AutoConfig
+
+    options = {**hub_options(spec, folder_of(source)), **copy.deepcopy(dict(spec.model_kwargs))}
+    try:
+        config, unused = AutoConfig.from_pretrained(source, return_unused_kwargs=True, **options)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(explain(spec, error, "config")) from error
+    # from_pretrained gets the Hub's options anyway.
+    return config, {name: value for name, value in unused.items() if name in spec.model_kwargs}
 
 
 def find_checkpoint(spec: LoadSpec, source: str | None = None) -> Checkpoint:
     """Find a checkpoint and read its config, from the disk where possible.
 
     Args:
-        spec: What is asked for.
-        source: What `find_source` has found, if it was called before.
+        spec: The options of loading.
+        source: Result of `find_source`, if that was called before.
 
     Raises:
         ModelNotFoundError: If there is no such folder or repository.
@@ -291,22 +160,20 @@ def find_checkpoint(spec: LoadSpec, source: str | None = None) -> Checkpoint:
     """
     source = find_source(spec) if source is None else source
     folder = folder_of(source)
-    from transformers import AutoConfig
-
-    try:
-        config, model_kwargs = AutoConfig.from_pretrained(
-            source, return_unused_kwargs=True, **hub_options(spec, folder), **copy.deepcopy(dict(spec.model_kwargs))
-        )
-    except (ValueError, OSError) as error:
-        raise CheckpointError(explain(spec, error, "config")) from error
+    config, model_kwargs = read_config(spec, source)
     _check_task(spec, config)
-    gptq = read_gptq_folder(Path(folder)) if folder is not None else _read_gptq_repository(spec, config)
-    quantization = gptq.quantization_config if gptq is not None else getattr(config, "quantization_config", None)
+    quantization = getattr(config, "quantization_config", None)
     if quantization is not None and not isinstance(quantization, dict):
         quantization = quantization.to_dict()
-    _check_method(spec, quantization)
-    # What the Hub's options leave over is handed to from_pretrained beside these anyway.
-    model_kwargs = {name: value for name, value in model_kwargs.items() if name in spec.model_kwargs}
+    gptq = None
+    if folder is not None:
+        gptq = read_gptq_folder(Path(folder))
+    elif quantization is None or quantization.get("quant_method") == "gptq":
+        repository = Repository.of(spec)
+        gptq = read_gptq_checkpoint(repository.list_files(), repository.fetch)
+    if gptq is not None:
+        quantization = gptq.quantization_config
+    _check_format(spec, quantization)
     return Checkpoint(
         source=source,
         config=config,
@@ -317,23 +184,7 @@ def find_checkpoint(spec: LoadSpec, source: str | None = None) -> Checkpoint:
     )
 
 
-def _read_gptq_repository(spec: LoadSpec, config: Any) -> GPTQCheckpoint | None:
-    """Look for a GPTQ checkpoint in a repository on the Hub, whose config says nothing or GPTQ."""
-    from huggingface_hub import HfApi, hf_hub_download
-
-    stored = getattr(config, "quantization_config", None)
-    stored = stored if stored is None or isinstance(stored, dict) else stored.to_dict()
-    if stored is not None and stored.get("quant_method") != "gptq":
-        return None
-
-    def fetch(name: str) -> Path:
-        path = hf_hub_download(spec.model_id, name, revision=spec.revision, token=spec.token, cache_dir=spec.cache_dir)
-        return Path(path)
-
-    return read_gptq_checkpoint(HfApi(token=spec.token).list_repo_files(spec.model_id, revision=spec.revision), fetch)
-
-
-def _check_method(spec: LoadSpec, quantization: Mapping[str, Any] | None) -> None:
+def _check_format(spec: LoadSpec, quantization: Mapping[str, Any] | None) -> None:
     """Refuse a format that transformers does not know: it would read the packed weights as plain ones."""
     if not quantization:
         return
@@ -349,27 +200,12 @@ def _check_method(spec: LoadSpec, quantization: Mapping[str, Any] | None) -> Non
         raise CheckpointError(msg)
 
 
-def hub_options(spec: LoadSpec, folder: str | None) -> dict[str, Any]:
-    """Give what `from_pretrained` must know about the Hub; of a folder, that it is not to be asked."""
-    options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
-    if folder is not None:
-        return {**options, "local_files_only": True}
-    given = {"revision": spec.revision, "token": spec.token, "cache_dir": spec.cache_dir}
-    return {**options, **{k: v for k, v in given.items() if v is not None}}
-
-
 def _cached_snapshot(spec: LoadSpec) -> str | None:
     """Find a complete copy of a repository in the Hub's cache, weights and all."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(spec.model_id, "config.json", cache_dir=spec.cache_dir, revision=spec.revision)
-    except HFValidationError:
+    config = Repository.of(spec).cached("config.json")
+    if config is None:
         return None
-    if not isinstance(found, str):
-        return None
-    folder = Path(found).parent
+    folder = config.parent
     names = ["model.safetensors"] if spec.use_safetensors else ["model.safetensors", "pytorch_model.bin"]
     complete = any(_is_complete(folder, name) for name in names)
     has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
@@ -385,70 +221,8 @@ def _is_complete(folder: Path, weights: str) -> bool:
     return all((folder / shard).exists() for shard in shards)
 
 
-def _check_hub(spec: LoadSpec) -> None:
-    """Fetch the config from the Hub, to learn in clear words why that may not work."""
-    import httpx
-    from huggingface_hub import errors as hub
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.constants import is_offline_mode
-
-    name = spec.model_id
-    if spec.local_files_only or is_offline_mode():
-        why = "local_files_only=True" if spec.local_files_only else "HF_HUB_OFFLINE"
-        msg = f"{name} is not, or not wholly, on this machine, and {why} forbids asking the Hub; give a local folder."
-        raise ModelNotFoundError(msg)
-    options = {"revision": spec.revision, "token": spec.token}
-    try:
-        check_reachable(name, **options)
-        found = Path(hf_hub_download(name, "config.json", cache_dir=spec.cache_dir, **options))
-    except (httpx.HTTPError, hub.EntryNotFoundError, hub.HFValidationError, OSError) as error:
-        reasons: tuple[tuple[type[Exception], str], ...] = (  # the first that fits
-            (hub.GatedRepoError, "is gated; accept its terms on its page on the Hub and pass token=, or set HF_TOKEN."),
-            (hub.RevisionNotFoundError, f"has no revision {spec.revision!r}; check its branches, tags and commits."),
-            (
-                hub.RepositoryNotFoundError,
-                "is neither a folder here nor a model on the Hub; a private one needs token= or HF_TOKEN.",
-            ),
-            (hub.RemoteEntryNotFoundError, "has no config.json; it is no transformers checkpoint."),
-            (hub.HFValidationError, "is neither a folder here nor a repository's name, which looks like 'owner/name'."),
-        )
-        reason = next(
-            (text for kind, text in reasons if isinstance(error, kind)),
-            f"is not, or not wholly, on this machine and the Hub could not be asked ({first_line(error)}); check the "
-            "connection, or give a local folder.",
-        )
-        if isinstance(error, hub.RemoteEntryNotFoundError) and (told := _wrong_repository(spec, None)) is not None:
-            raise told from error
-        msg = f"{name} {reason}"
-        raise ModelNotFoundError(msg) from error
-    if (told := _wrong_repository(spec, found)) is not None:
-        raise told
-
-
-def _wrong_repository(spec: LoadSpec, config: Path | None) -> QuantLLMError | None:
-    """Find out from its files that a repository is no checkpoint of a language model."""
-    import httpx
-    from huggingface_hub import HfApi, hf_hub_download
-
-    options = {"revision": spec.revision, "token": spec.token}
-
-    def read(name: str) -> Mapping[str, Any]:
-        path = config if name == "config.json" and config is not None else None
-        content = json.loads(
-            Path(path or hf_hub_download(spec.model_id, name, cache_dir=spec.cache_dir, **options)).read_text("utf-8")
-        )
-        return content if isinstance(content, dict) else {"": content}
-
-    with contextlib.suppress(OSError, ValueError, httpx.HTTPError):  # it is asked for a hint alone
-        files = HfApi(token=spec.token).list_repo_files(spec.model_id, revision=spec.revision)
-        if config is not None:
-            files = [*files, "config.json"]
-        return wrong_files(spec.model_id, files, read, is_local=False) if files else None
-    return None
-
-
 def explain(spec: LoadSpec, error: Exception, part: str) -> str:
-    """Say in one sentence why a part of a checkpoint, its config or tokenizer, cannot be read."""
+    """Say in one sentence why a part of a checkpoint, such as its tokenizer, cannot be read."""
     text = str(error)
     if "trust_remote_code" in text:
         return (
@@ -458,9 +232,10 @@ def explain(spec: LoadSpec, error: Exception, part: str) -> str:
     if "does not recognize this architecture" in text:
         from transformers import __version__
 
+        kind = re.search(r"model type `([^`]+)`", text)
         return (
-            f"transformers {__version__} does not know the architecture of {spec.model_id}; "
-            f"a newer one may: {pip_install('--upgrade', 'transformers')}"
+            f"transformers {__version__} does not know the architecture {f'{kind[1]!r} ' if kind else ''}of "
+            f"{spec.model_id}; a newer one may: {pip_install('--upgrade', 'transformers')}"
         )
     if part == "tokenizer":
         return (
@@ -470,21 +245,18 @@ def explain(spec: LoadSpec, error: Exception, part: str) -> str:
     return f"the {part} of {spec.model_id} cannot be read: {first_line(error)}"
 
 
-def first_line(error: BaseException) -> str:
-    """Give the first line of an error's words, without its full stop."""
-    return (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(". ")
-
-
 def reads_text(config: Any) -> bool:
-    """Say whether transformers has a model for a config that is loaded to continue texts."""
-    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    return continues_texts(config.model_type) or remote
+    """Say whether transformers, or the checkpoint's own code, has a causal language model for a config."""
+    return has_causal_lm(config.model_type) or _has_code(config, "AutoModelForCausalLM")
 
 
 def reads_images(config: Any) -> bool:
-    """Say whether transformers has a model for a config that continues texts with images in them."""
-    remote = "AutoModelForImageTextToText" in (getattr(config, "auto_map", None) or {})
-    return continues_texts_with_images(config.model_type) or remote
+    """Say whether transformers, or the checkpoint's own code, has a model for a config that reads text and images."""
+    return has_image_text_to_text(config.model_type) or _has_code(config, "AutoModelForImageTextToText")
+
+
+def _has_code(config: Any, auto_class: str) -> bool:
+    return auto_class in (getattr(config, "auto_map", None) or {})
 
 
 def _check_task(spec: LoadSpec, config: Any) -> None:
@@ -497,13 +269,13 @@ def _check_task(spec: LoadSpec, config: Any) -> None:
 
 
 def reconcile(spec: LoadSpec, checkpoint: Checkpoint) -> tuple[Scheme, Any]:
-    """Bring together what was asked for and what the checkpoint already is.
+    """Combine the scheme asked for with that of the checkpoint.
 
     Returns:
-        The scheme that results, and the `quantization_config` for `from_pretrained`, or None.
+        The scheme to load in, and the `quantization_config` for `from_pretrained`, or None.
 
     Raises:
-        CheckpointError: If the checkpoint is quantized otherwise, or not quantized where it should be.
+        CheckpointError: If the checkpoint is quantized in another scheme, or not quantized although it has to be.
     """
     given = spec.quantization_config
     asked = spec.scheme
@@ -517,7 +289,7 @@ def reconcile(spec: LoadSpec, checkpoint: Checkpoint) -> tuple[Scheme, Any]:
             )
             raise CheckpointError(msg)
         asked = asked or Unquantized()
-        return asked, given if given is not None else asked.transformers_config(dtype_name(spec, checkpoint.config))
+        return asked, given if given is not None else asked.transformers_config(_dtype_name(spec, checkpoint.config))
     stored = scheme_of_config(checkpoint.quantization)
     if asked is None:
         return stored, None
@@ -540,8 +312,8 @@ def reconcile(spec: LoadSpec, checkpoint: Checkpoint) -> tuple[Scheme, Any]:
     return stored, None
 
 
-def dtype_name(spec: LoadSpec, config: Any) -> str:
-    """Name the dtype that the unquantized part of the model is loaded in."""
+def _dtype_name(spec: LoadSpec, config: Any) -> str:
+    """Return the name of the dtype for the unquantized part of the model."""
     if spec.dtype != "auto":
         return spec.dtype
     text_config = config.get_text_config()

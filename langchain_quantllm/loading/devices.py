@@ -1,7 +1,4 @@
-"""Where a model goes, and what it leaves behind: device maps, devices, freed memory.
-
-Owns the choice of devices and giving memory back. Loads nothing.
-"""
+"""Devices: the device map of a model, the devices of its weights, and memory that is released."""
 
 from __future__ import annotations
 
@@ -10,18 +7,18 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from langchain_quantllm.loading.checkpoint import LoadSpec
+from langchain_quantllm.loading.spec import LoadSpec
 from langchain_quantllm.memory import release_heap
 
 SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
-"""Values of `device_map` that let accelerate spread a model over the devices."""
+"""Values of `device_map` with which accelerate spreads a model over the devices."""
 
 
 def default_device_map(spec: LoadSpec) -> Any:
-    """Choose where a model goes if nobody said: the first accelerator, else the CPU.
+    """Return a spec's device map, by default the first accelerator, else the CPU.
 
     Returns:
-        A dict, in which a device alone stands for the whole model, or the name of a way to spread it.
+        A dict, with the key `""` for the whole model; or one of `SPREADS`.
     """
     device_map = spec.device_map
     if isinstance(device_map, str | int) and device_map not in SPREADS:
@@ -39,7 +36,7 @@ def default_device_map(spec: LoadSpec) -> Any:
 
 
 def devices_of(model: Any) -> tuple[str, ...]:
-    """List the devices that a loaded model's weights lie on."""
+    """List the devices of a loaded model's weights."""
     return tuple(dict.fromkeys(str(p.device) for p in model.parameters() if p.device.type != "meta"))
 
 
@@ -60,10 +57,10 @@ def devices_named(device_map: Any, max_memory: Any) -> list[str]:
 
 
 def release_memory(*, collect: bool = True) -> None:
-    """Give freed memory back to the device and the system, so that others see it.
+    """Release freed memory to the device and the system.
 
     Args:
-        collect: Look for unreachable cycles first, which takes some tenths of a second.
+        collect: Run the garbage collector first, which takes some tenths of a second.
     """
     if collect:
         gc.collect()
@@ -74,7 +71,7 @@ def release_memory(*, collect: bool = True) -> None:
 
 
 def reset_peaks(devices: Sequence[str]) -> None:
-    """Let the allocator's peak counters, which belong to the whole process, begin anew."""
+    """Reset the peak counters of the devices' allocators, which are those of the whole process."""
     import torch
 
     for device in devices:

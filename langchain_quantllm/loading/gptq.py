@@ -1,10 +1,8 @@
-"""GPTQ: the checkpoints as they are found, and the kernels that can run them.
+"""GPTQ checkpoints: their settings and weight files, and the kernel of gptqmodel that runs them on a device.
 
-Owns where a GPTQ checkpoint says what it is, the names of its weight files, and which
-kernel of gptqmodel runs it on which kind of device. Loads no model: the loader does, inside
-`contained()`. Reads no tensor, only their shapes.
+Reads the shapes of tensors, not the tensors.
 
-What runs on the CPU (gptqmodel 7.6, torch 2.13; symmetric or not, `desc_act` or not):
+Kernels on the CPU (gptqmodel 7.6, torch 2.13; symmetric or not, `desc_act` or not):
 
 | bits | group size | kernel chosen | other kernels |
 |---|---|---|---|
@@ -15,8 +13,8 @@ What runs on the CPU (gptqmodel 7.6, torch 2.13; symmetric or not, `desc_act` or
 | 2 | -1, 16 to 1024 | `torch` | `torch_int8` up to 128 |
 | 3 | -1, 16 to 1024 | `torch` | |
 
-`torch` dequantizes each layer in each forward pass: right, and ten times slower than the others.
-Use bfloat16 on the CPU: there float16 products run ten times slower in most of these kernels.
+`torch` dequantizes each layer in each forward pass: correct, and ten times slower than the others.
+Use bfloat16 on the CPU, where most of these kernels are ten times slower in float16.
 """
 
 from __future__ import annotations
@@ -29,8 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from langchain_quantllm.compat.gptqmodel import BACKEND_PREFIX, backend_names, refusal
-from langchain_quantllm.compat.gptqmodel_import import contained
+from langchain_quantllm.compat.gptqmodel import BACKEND_PREFIX, backend_names, unsupported_reason
+from langchain_quantllm.compat.gptqmodel_import import gptqmodel_imported
 from langchain_quantllm.errors import (
     CheckpointError,
     InvalidOptionError,
@@ -39,29 +37,29 @@ from langchain_quantllm.errors import (
 )
 from langchain_quantllm.schemes import GPTQ, GPTQ_BITS
 
-EXTRA = "langchain-quantllm[gptq]"
-"""What to install for GPTQ."""
-
 FORMATS = ("gptq", "gptq_v2")
-"""Formats of packed tensors that load; v1 stores the zero points one too small, v2 as they are."""
+"""Formats of packed tensors that load; the zero points of v1 are one too small, those of v2 are exact."""
+
+_INT4_BACKENDS, _INT4_GROUP_SIZES = ("gptq_torch_aten", "gptq_torch_fused"), (32, 64, 128)
+"""Kernels with torch's int4 product, and its group sizes on the CPU."""
 
 _STANDARD_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _WEIGHT_SUFFIXES = (".safetensors.index.json", ".safetensors")
 _PICKLED_SUFFIXES = (".bin", ".pt", ".pth")
 
 
-# --- checkpoints ------------------------------------------------------------------------------
+# Checkpoints.
 
 
 @dataclass(frozen=True, kw_only=True)
 class GPTQCheckpoint:
-    """A GPTQ checkpoint as it was found.
+    """The settings of a GPTQ checkpoint.
 
     Args:
-        quantization_config: What transformers takes as `config.quantization_config`.
-        weights_name: What transformers takes as `config.transformers_weights`: the file name, or
-            that of the index of its shards, where it is not the usual one; else None.
-        found_in: Name of the file that said so.
+        quantization_config: For transformers' `config.quantization_config`.
+        weights_name: For transformers' `config.transformers_weights`: the name of the weight file, or of the index of
+            its shards; None if it is the usual one.
+        found_in: Name of the file with the settings.
     """
 
     quantization_config: dict[str, Any]
@@ -70,15 +68,14 @@ class GPTQCheckpoint:
 
 
 def read_gptq_checkpoint(file_names: Collection[str], fetch: Callable[[str], Path | None]) -> GPTQCheckpoint | None:
-    """Find out whether a checkpoint is GPTQ, and how to load it.
+    """Read the settings of a GPTQ checkpoint.
 
     Args:
         file_names: Names of the files of the folder or Hub repository.
-        fetch: Gives the local path of one of them, downloading it if need be. Called for
-            small JSON files only, never for weights.
+        fetch: Returns the local path of one of them, after a download if needed. Called for small JSON files only.
 
     Returns:
-        The checkpoint; None if neither config.json nor quantize_config.json says that it is GPTQ.
+        The settings; None if neither config.json nor quantize_config.json says that the checkpoint is GPTQ.
 
     Raises:
         CheckpointError: If a file is no JSON, the settings are not readable, or the weights are
@@ -93,7 +90,7 @@ def read_gptq_checkpoint(file_names: Collection[str], fetch: Callable[[str], Pat
             content = content.get("quantization_config") or {}
             if content and content.get("quant_method", "gptq") != "gptq":
                 return None
-        # Other tools write files of these names too: a GPTQ one says at least how many bits.
+        # Other tools write files of these names too; those of GPTQ have at least the number of bits.
         if isinstance(content.get("bits"), int) and content.get("quant_method", "gptq") == "gptq":
             config = _normalized(content, name)
             return GPTQCheckpoint(
@@ -105,17 +102,7 @@ def read_gptq_checkpoint(file_names: Collection[str], fetch: Callable[[str], Pat
 
 
 def read_gptq_folder(folder: Path) -> GPTQCheckpoint | None:
-    """Find out whether a local folder, or a snapshot in the Hub's cache, is GPTQ.
-
-    Args:
-        folder: The folder that holds config.json.
-
-    Returns:
-        As `read_gptq_checkpoint`.
-
-    Raises:
-        CheckpointError: As `read_gptq_checkpoint`.
-    """
+    """Read the settings of a GPTQ checkpoint in a local folder; see `read_gptq_checkpoint`."""
     return read_gptq_checkpoint(os.listdir(folder), lambda name: folder / name)
 
 
@@ -132,10 +119,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _normalized(content: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Keep what loading depends on, under the names that transformers' `GPTQConfig` reads.
+    """Check the settings and keep those for loading, under the names of transformers' `GPTQConfig`.
 
-    Left out is what only quantizing needs, such as calibration texts, and what would make
-    transformers warn: `act_group_aware` beside `desc_act`.
+    Drops those that only quantizing needs, such as calibration texts, and `act_group_aware` beside `desc_act`, of which
+    transformers would warn.
     """
     bits, group_size = content["bits"], content.get("group_size", 128)
     packed = content.get("checkpoint_format") or content.get("format") or "gptq"
@@ -178,7 +165,7 @@ def _normalized(content: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def _weights_name(file_names: Collection[str], content: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
-    """Name the weight file where it is not the one that transformers looks for."""
+    """Return the name of the weight file; None if it is the one that transformers looks for."""
     if any(name in file_names for name in _STANDARD_WEIGHTS):
         return None
     bases = [content.get("model_file_base_name"), content.get("model_basename")]
@@ -204,11 +191,11 @@ def _weights_name(file_names: Collection[str], content: Mapping[str, Any], confi
     raise CheckpointError(msg)
 
 
-# --- layers -----------------------------------------------------------------------------------
+# Layers.
 
 
 def read_layer_sizes(weight_files: Iterable[Path], config: Mapping[str, Any]) -> dict[str, int]:
-    """Read how many inputs each quantized layer has, and check that it is packed as the config says.
+    """Read the number of inputs of each quantized layer, and check that its packing agrees with the config.
 
     Args:
         weight_files: All safetensors files of the checkpoint; only their headers are read.
@@ -254,7 +241,7 @@ def _read_shapes(path: Path) -> dict[str, list[int]]:
         raise CheckpointError(msg) from error
 
 
-# --- kernels ----------------------------------------------------------------------------------
+# Kernels.
 
 
 def check_gptq(
@@ -263,13 +250,13 @@ def check_gptq(
     device_kind: str,
     layer_sizes: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """Check before any weight is read that a checkpoint can be loaded as asked, and choose its kernel.
+    """Check that a checkpoint can be loaded as a scheme, and choose its kernel, before any weight is read.
 
     Args:
         config: `GPTQCheckpoint.quantization_config`.
-        scheme: What was asked for.
-        device_kind: `"cpu"`, `"cuda"`, `"xpu"` or `"mps"`; where most of the layers go.
-        layer_sizes: What `read_layer_sizes` gave, where the weights are at hand.
+        scheme: The scheme asked for.
+        device_kind: Kind of the device of most layers: `"cpu"`, `"cuda"`, `"xpu"` or `"mps"`.
+        layer_sizes: Result of `read_layer_sizes`; None if the weights are not on this machine.
 
     Returns:
         The config with the kernel filled in as `backend`.
@@ -280,27 +267,33 @@ def check_gptq(
         InvalidOptionError: If gptqmodel has no kernel of that name.
         UnsupportedError: If the kernel cannot run this checkpoint on that device.
     """
-    if scheme.bits is not None and scheme.bits != config["bits"]:
+    if scheme.bits not in (None, config["bits"]):
         msg = (
             f"quantization asks for GPTQ with bits={scheme.bits}, but the checkpoint has bits={config['bits']}; "
             f"use bits={config['bits']}, bits=None, or another checkpoint."
         )
         raise CheckpointError(msg)
-    uneven = _uneven_layer(config["group_size"], layer_sizes or {})
-    with contained():
+    uneven, sizes = None, layer_sizes or {}
+    if config["group_size"] != -1:  # the first layer whose last group is smaller than the others
+        uneven = next(((name, size) for name, size in sizes.items() if size % config["group_size"]), None)
+    with gptqmodel_imported():
         backend = _backend(scheme.kernel)
         if backend == "auto":
-            fits = not any(size % 32 for size in (layer_sizes or {}).values())
+            fits = not any(size % 32 for size in sizes.values())
             backend = _choose_backend(config, device_kind, uneven=uneven is not None, fits=fits)
-        elif backend == "gptq_torch_aten" or backend == "gptq_torch_fused":
-            _check_int4pack(backend, config["group_size"], device_kind)
+        elif backend in _INT4_BACKENDS and device_kind == "cpu" and config["group_size"] not in _INT4_GROUP_SIZES:
+            msg = (
+                f"Kernel {_short(backend)!r} takes group_size 32, 64 or 128 on the CPU, not {config['group_size']}; "
+                "use kernel 'torch' or 'auto'."
+            )
+            raise UnsupportedError(msg)
         if uneven is not None and backend not in ("gptq_torch", "gptq_torch_int8"):
             msg = (
                 f"group_size={config['group_size']} does not divide in_features={uneven[1]} of layer {uneven[0]!r}, "
                 f"which kernel {_short(backend)!r} cannot run; use kernel 'torch', or another checkpoint."
             )
             raise UnsupportedError(msg)
-        reason = refusal(backend, config, device_kind)
+        reason = unsupported_reason(backend, config, device_kind)
     if reason is not None:
         msg = (
             f"Kernel {_short(backend)!r} cannot run this checkpoint ({config['bits']} bits, "
@@ -310,71 +303,42 @@ def check_gptq(
     return {**config, "backend": backend}
 
 
-def kernel_names() -> list[str]:
-    """List what `kernel=` takes: gptqmodel's GPTQ backends without their prefix, and `auto`.
-
-    Returns:
-        The names, sorted.
-
-    Raises:
-        MissingPackageError: If gptqmodel, optimum or accelerate is not installed.
-    """
-    with contained():
-        return sorted({"auto", *map(_short, backend_names())})
-
-
 def _short(backend: str) -> str:
     return backend.removeprefix(BACKEND_PREFIX)
 
 
 def _backend(kernel: str) -> str:
-    """Turn a kernel's name, with or without its prefix, into gptqmodel's name of it."""
+    """Return gptqmodel's name of a kernel, from its name with or without the prefix."""
     name = _short(kernel.lower().replace("-", "_"))
-    known = kernel_names()
+    known = ["auto", *map(_short, backend_names())]
     if name not in known:
         msg = f"kernel={kernel!r} is not a GPTQ kernel of gptqmodel{nearest(name, known)}"
         raise InvalidOptionError(msg)
     return name if name == "auto" else BACKEND_PREFIX + name
 
 
-def _uneven_layer(group_size: int, layer_sizes: Mapping[str, int]) -> tuple[str, int] | None:
-    """Give the first layer whose last group is smaller than the others."""
-    if group_size == -1:
-        return None
-    return next(((name, size) for name, size in layer_sizes.items() if size % group_size), None)
-
-
 def _choose_backend(config: Mapping[str, Any], device_kind: str, *, uneven: bool, fits: bool) -> str:
-    """Choose as gptqmodel does, but where its choice fails or crawls."""
+    """Choose as gptqmodel does, except where its choice fails or is slow."""
     if uneven:
         return "gptq_torch"  # the others fail in the first forward pass
     if device_kind == "cpu":
-        if config["bits"] == 4 and config["group_size"] not in (32, 64, 128):
-            return "gptq_torch"  # the int4 product of torch takes no other; gptqmodel chooses it all the same
+        if config["bits"] == 4 and config["group_size"] not in _INT4_GROUP_SIZES:
+            return "gptq_torch"  # gptqmodel would choose torch's int4 product, which fails for other group sizes
         if config["bits"] == 8 and config["group_size"] in (-1, 16, 32, 64, 128):
             # Ten times faster than 'torch', which gptqmodel prefers; both err like bfloat16 does.
             return "gptq_torch_int8"
     if device_kind == "cuda" and config["bits"] == 3:
-        return "gptq_torch"  # no other takes 3 bits; the fast engine's own kernels take its place
-    if device_kind == "cuda" and fits and _runs_triton() and not refusal("gptq_triton", config, "cuda"):
-        # It keeps the weights as the checkpoint has them, for the fast engine's own kernels, and compiles no CUDA.
+        return "gptq_torch"  # the only one for 3 bits; the fast engine replaces it by its own kernels
+    if device_kind == "cuda" and fits and _runs_triton() and not unsupported_reason("gptq_triton", config, "cuda"):
+        # It keeps the checkpoint's layout, which the fast engine's own kernels need, and compiles no CUDA.
         return "gptq_triton"
     return "auto"
 
 
 def _runs_triton() -> bool:
-    """Whether Triton runs on every GPU here: not on those before Turing, and GPTQModel's was not tried with ROCm."""
+    """Say whether Triton runs on every GPU here: Turing or newer; GPTQModel's kernel was not tried with ROCm."""
     import torch
 
     if importlib.util.find_spec("triton") is None or torch.version.hip is not None or not torch.cuda.is_available():
         return False
     return all(torch.cuda.get_device_capability(i) >= (7, 5) for i in range(torch.cuda.device_count()))
-
-
-def _check_int4pack(backend: str, group_size: int, device_kind: str) -> None:
-    if device_kind == "cpu" and group_size not in (32, 64, 128):
-        msg = (
-            f"Kernel {_short(backend)!r} takes group_size 32, 64 or 128 on the CPU, not {group_size}; "
-            f"use kernel 'torch' or 'auto'."
-        )
-        raise UnsupportedError(msg)

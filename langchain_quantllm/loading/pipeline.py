@@ -1,7 +1,6 @@
-"""From a checkpoint to a transformers pipeline: reading the weights, and what goes wrong with that.
+"""Reading a checkpoint's weights into a transformers pipeline.
 
-Owns the call of `from_pretrained`, the checks that its result is what the checkpoint says, and
-its errors in one sentence each. Knows no registry, no engine and no LangChain.
+Calls `from_pretrained`, checks that its result is the checkpoint's model, and says its errors in one sentence each.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from langchain_quantllm.compat.accelerate import is_spread
-from langchain_quantllm.compat.bitsandbytes import hush_casts, shape_of
+from langchain_quantllm.compat.accelerate import has_device_map
+from langchain_quantllm.compat.bitsandbytes import filter_cast_warnings, shape_of
 from langchain_quantllm.compat.library_logging import progress_bars
 from langchain_quantllm.errors import (
     CheckpointError,
@@ -22,47 +21,50 @@ from langchain_quantllm.errors import (
     MissingPackageError,
     NotEnoughMemoryError,
     QuantLLMError,
+    first_line,
 )
-from langchain_quantllm.loading.checkpoint import Checkpoint, LoadSpec, explain, first_line, hub_options
+from langchain_quantllm.loading.checkpoint import Checkpoint, explain
 from langchain_quantllm.loading.devices import devices_named, release_memory
+from langchain_quantllm.loading.hub import hub_options
 from langchain_quantllm.loading.processors import load_processor
+from langchain_quantllm.loading.spec import LoadSpec
 from langchain_quantllm.memory import transformers_builds
 
 
 def load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: Any, device_map: Any) -> Any:
     """Read a checkpoint's weights and tokenizer into a pipeline.
 
-    Its task is text-generation; or image-text-to-text, with a processor, where the model reads images as well and they
-    can be read here.
+    Its task is image-text-to-text, with a processor, if the model reads images and they can be read here; else
+    text-generation.
 
     Args:
-        spec: What was asked for.
-        checkpoint: What was found.
-        quantization_config: For `from_pretrained`; None where the checkpoint's own counts.
-        device_map: Where the model goes.
+        spec: The options of loading.
+        checkpoint: The checkpoint.
+        quantization_config: For `from_pretrained`; None to use the checkpoint's own.
+        device_map: The device map of the model.
 
     Raises:
         CheckpointError: If weights, tokenizer or processor are missing, damaged or of another shape.
-        InvalidOptionError: If `model_kwargs` has a name that nobody takes.
+        InvalidOptionError: If neither transformers nor the model knows a name in `model_kwargs`.
         MissingPackageError: If transformers needs a package that is not installed.
-        NotEnoughMemoryError: If the memory ran out on the way.
+        NotEnoughMemoryError: If the memory runs out while loading.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, pipeline
 
-    hub = hub_options(spec, checkpoint.source if checkpoint.local else None)
     options = {
+        **hub_options(spec, checkpoint.source if checkpoint.local else None),
         "dtype": _dtype(spec, checkpoint, device_map),
         "device_map": copy.copy(device_map),  # accelerate writes into both
         "max_memory": copy.copy(spec.max_memory),
         "attn_implementation": spec.attn_implementation,
         "quantization_config": quantization_config,
     }
-    options = {k: v for k, v in options.items() if v is not None}
+    options = {name: value for name, value in options.items() if value is not None}
     with progress_bars(spec.progress):
         try:
             processor = load_processor(spec, checkpoint)
         except CheckpointError:
-            _load_tokenizer(spec, checkpoint)  # which has more to say if it is what is wrong
+            _load_tokenizer(spec, checkpoint)  # its error says more if the tokenizer is the reason
             raise
         tokenizer = _load_tokenizer(spec, checkpoint) if processor is None else processor.tokenizer
         auto_class = AutoModelForCausalLM if processor is None else AutoModelForImageTextToText
@@ -72,22 +74,14 @@ def load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: A
                 config=checkpoint.config,
                 use_safetensors=spec.use_safetensors or None,
                 output_loading_info=True,
-                **hub,
                 **options,
                 **checkpoint.model_kwargs,
             )
-    lost = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"]), *_misshapen(model)}
-    if lost:
-        saved = ", ".join(getattr(checkpoint.config, "architectures", None) or ())
-        msg = (
-            f"the checkpoint {spec.model_id} has no fitting weights for {len(lost)} tensors, such as {min(lost)!r}, "
-            f"and they would have been random; is it complete, and of this architecture{saved and f' ({saved})'}?"
-        )
-        raise CheckpointError(msg)
+    _check_complete(spec, checkpoint, model, info)
     model.eval()
-    hush_casts(model)
-    # A pipeline moves a model to the first GPU, unless accelerate has spread it, or a device is named.
-    device = None if is_spread(model) else model.device
+    filter_cast_warnings(model)
+    # Without a device, a pipeline moves a model to the first GPU, unless the model has a device map.
+    device = None if has_device_map(model) else model.device
     if processor is not None:
         return pipeline("image-text-to-text", model=model, processor=processor, device=device)
     return pipeline("text-generation", model=model, tokenizer=tokenizer, device=device)
@@ -104,9 +98,9 @@ def _load_tokenizer(spec: LoadSpec, checkpoint: Checkpoint) -> Any:
 
 
 def _dtype(spec: LoadSpec, checkpoint: Checkpoint, device_map: Any) -> Any:
-    """Give the dtype to load in.
+    """Return the dtype to load in.
 
-    GPTQ checkpoints say float16, in which CPU kernels run ten times slower than in bfloat16.
+    On the CPU, GPTQ checkpoints are loaded in bfloat16: their own float16 is ten times slower in its kernels.
     """
     import torch
 
@@ -117,17 +111,25 @@ def _dtype(spec: LoadSpec, checkpoint: Checkpoint, device_map: Any) -> Any:
     return "auto"
 
 
-def _misshapen(model: Any) -> Iterator[str]:
-    """Name bitsandbytes layers whose weights have another shape than the config says: transformers does not check."""
-    for name, module in model.named_modules():
-        shape = shape_of(module)
-        if shape is not None and shape != (module.out_features, module.in_features):
-            yield f"{name}.weight"
+def _check_complete(spec: LoadSpec, checkpoint: Checkpoint, model: Any, info: Any) -> None:
+    """Check that every tensor of a model was in the checkpoint's files, in the shape of its config."""
+    missing = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    for name, module in model.named_modules():  # transformers does not check the shapes of bitsandbytes' weights
+        if shape_of(module) not in (None, (getattr(module, "out_features", 0), getattr(module, "in_features", 0))):
+            missing.add(f"{name}.weight")
+    if missing:
+        saved = ", ".join(getattr(checkpoint.config, "architectures", None) or ())
+        msg = (
+            f"the checkpoint {spec.model_id} has no fitting weights for {len(missing)} tensors, such as "
+            f"{min(missing)!r}, and they would have been random; is it complete, and of this "
+            f"architecture{saved and f' ({saved})'}?"
+        )
+        raise CheckpointError(msg)
 
 
 @contextlib.contextmanager
 def _loading_errors(spec: LoadSpec, source: str) -> Iterator[None]:
-    """Say in one sentence what went wrong where transformers' words do not help."""
+    """Turn errors of transformers, torch and safetensors into this package's, where their message does not help."""
     import torch
     from safetensors import SafetensorError
 
@@ -156,14 +158,14 @@ def _loading_errors(spec: LoadSpec, source: str) -> Iterator[None]:
         )
         raise InvalidOptionError(msg) from error
     except (RuntimeError, ValueError, OSError) as error:
-        told = _sentence(spec, source, error)
-        if told is None:
+        clearer = _clearer_error(spec, source, error)
+        if clearer is None:
             raise
-        raise told from error
+        raise clearer from error
 
 
-def _sentence(spec: LoadSpec, source: str, error: Exception) -> QuantLLMError | None:
-    """Say what an error of transformers or safetensors means here; None where its own words do."""
+def _clearer_error(spec: LoadSpec, source: str, error: Exception) -> QuantLLMError | None:
+    """Return this package's error for one of transformers; None if its own message is clear."""
     text = str(error)
     name = spec.model_id
     if "trust_remote_code" in text:

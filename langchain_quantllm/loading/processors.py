@@ -1,14 +1,10 @@
-"""Processors: what makes a model's inputs of a prompt and its images.
-
-Owns finding and loading a checkpoint's processor, why there is none, and calling it. Knows no message, no engine and no
-LangChain.
-"""
+"""Processors, which turn a prompt and its images into a model's inputs: finding, loading and calling them."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +19,22 @@ from langchain_quantllm.errors import (
     CheckpointError,
     InvalidOptionError,
     MissingPackageError,
+    ModelNotFoundError,
     QuantLLMError,
     UnsupportedError,
+    first_line,
     pip_install,
 )
 from langchain_quantllm.loading.checkpoint import (
     PROCESSOR_FILES,
     Checkpoint,
-    LoadSpec,
     explain,
-    first_line,
     has_image_processor,
-    hub_options,
     reads_images,
     reads_text,
 )
-from langchain_quantllm.loading.hub import fetch
+from langchain_quantllm.loading.hub import Repository, hub_options
+from langchain_quantllm.loading.spec import LoadSpec
 
 _PILLOW = "langchain-quantllm[vision]"
 
@@ -47,12 +43,12 @@ def load_processor(spec: LoadSpec, checkpoint: Checkpoint) -> Any:
     """Load the processor of a checkpoint that reads images.
 
     Args:
-        spec: What was asked for.
-        checkpoint: What was found.
+        spec: The options of loading.
+        checkpoint: The checkpoint.
 
     Returns:
-        A transformers processor; None where the checkpoint is loaded to read text only: because it is of that kind, or
-        because its images cannot be read here and its texts can.
+        A transformers processor; None if the checkpoint is loaded for text only: because it reads no images, or because
+        they cannot be read here.
 
     Raises:
         CheckpointError: If the processor is missing where the model needs one, or cannot be read.
@@ -77,14 +73,16 @@ def load_processor(spec: LoadSpec, checkpoint: Checkpoint) -> Any:
     from transformers import AutoProcessor
 
     source, hub = place
-    try:
-        return AutoProcessor.from_pretrained(source, **hub)
-    except ImportError as error:
-        if "torchvision" in str(error).lower() and not is_installed("torchvision"):
-            return _load_without_videos(spec, type(checkpoint.config), place, error)
-        raise MissingPackageError(_missing(spec, error)) from error
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-        raise _unreadable(spec, error) from error
+    with _processor_errors(spec):
+        try:
+            return AutoProcessor.from_pretrained(source, **hub)
+        except ImportError as error:
+            kind = processor_class(type(checkpoint.config))
+            is_torchvision = "torchvision" in str(error).lower() and not is_installed("torchvision")
+            if not is_torchvision or kind is None or not _works_without_videos(kind):
+                raise
+            loaded = [load and load(source, **hub) for load in map(_part_loaders().get, processor_parts(kind))]
+            return make_processor(kind, loaded, source, **hub)
 
 
 def _described(spec: LoadSpec, checkpoint: Checkpoint) -> str:
@@ -92,8 +90,7 @@ def _described(spec: LoadSpec, checkpoint: Checkpoint) -> str:
 
 
 def _find(spec: LoadSpec, checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] | None:
-    """Find where the files of an image processor are: the source, and the Hub's options for it."""
-    from huggingface_hub import errors as hub
+    """Find the files of an image processor: returns their source, and the Hub's options for it."""
     from huggingface_hub.constants import is_offline_mode
 
     if checkpoint.local:
@@ -101,71 +98,64 @@ def _find(spec: LoadSpec, checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] 
             return checkpoint.source, hub_options(spec, checkpoint.source)
         if spec.local_files_only or is_offline_mode() or Path(spec.model_id).expanduser().is_dir():
             return None
-    # The Hub's cache may hold no more of a commit than what was once read for its text.
+    # The cached copy of a commit may lack these files, if the model was loaded for text before.
     revision = Path(checkpoint.source).name if checkpoint.local else spec.revision
     for name in PROCESSOR_FILES:
-        with contextlib.suppress(hub.HfHubHTTPError, hub.EntryNotFoundError, OSError):
-            fetch(spec.model_id, name, revision=revision, token=spec.token, cache_dir=spec.cache_dir)
+        with contextlib.suppress(ModelNotFoundError):
+            Repository.of(spec, revision=revision).fetch(name)
             return spec.model_id, hub_options(dataclasses.replace(spec, revision=revision), None)
     return None
 
 
-def _load_without_videos(
-    spec: LoadSpec, config_class: type, place: tuple[str, dict[str, Any]], error: ImportError
-) -> Any:
-    """Load a processor without the part for videos: it alone needs torchvision in many families, such as Qwen-VL."""
+def _works_without_videos(kind: Any) -> bool:
+    """Say whether a class of processors needs torchvision for its video part only, as in Qwen-VL."""
+    names = processor_parts(kind)
+    return "video_processor" in names and set(names) <= _part_loaders().keys()
+
+
+def _part_loaders() -> dict[str, Any]:
+    """Return the functions that load the parts of a processor without torchvision; None for the video part."""
     from transformers import AutoTokenizer
 
-    kind = processor_class(config_class)
-    parts = {
+    return {
         "tokenizer": AutoTokenizer.from_pretrained,
         "image_processor": load_image_processor,
         "video_processor": None,
     }
-    names = () if kind is None else processor_parts(kind)
-    if "video_processor" not in names or not set(names) <= parts.keys():
-        raise MissingPackageError(_missing(spec, error)) from error
 
-    source, hub = place
+
+@contextlib.contextmanager
+def _processor_errors(spec: LoadSpec) -> Iterator[None]:
+    """Turn errors while a processor is read into this package's; a missing package is not always an ImportError."""
     try:
-        loaded = [load and load(source, **hub) for load in (parts[name] for name in names)]
-        return make_processor(kind, loaded, source, **hub)
-    except ImportError as other:
-        raise MissingPackageError(_missing(spec, other)) from other
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as other:
-        raise _unreadable(spec, other) from other
-
-
-def _unreadable(spec: LoadSpec, error: Exception) -> QuantLLMError:
-    """Say why a processor cannot be read; for want of a package too, which transformers does not always say by type."""
-    if "torchvision" in str(error).lower() and not is_installed("torchvision"):
-        return MissingPackageError(_missing(spec, error))
-    return CheckpointError(explain(spec, error, "processor"))
-
-
-def _missing(spec: LoadSpec, error: Exception) -> str:
-    text = str(error)
-    package = next((name for name in ("torchvision", "num2words") if name in text.lower()), None)
-    if package is None:
-        return f"the processor of {spec.model_id} needs a package: {first_line(error)}"
-    wanted = _torchvision() if package == "torchvision" else package
-    return f"the processor of {spec.model_id} needs {package}: {pip_install(wanted)}"
+        yield
+    except (ImportError, ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        package = next((name for name in ("torchvision", "num2words") if name in str(error).lower()), None)
+        lacks_torchvision = package == "torchvision" and not is_installed("torchvision")
+        if not isinstance(error, ImportError) and not lacks_torchvision:
+            raise CheckpointError(explain(spec, error, "processor")) from error
+        if package is None:
+            msg = f"the processor of {spec.model_id} needs a package: {first_line(error)}"
+        else:
+            wanted = _torchvision() if package == "torchvision" else package
+            msg = f"the processor of {spec.model_id} needs {package}: {pip_install(wanted)}"
+        raise MissingPackageError(msg) from error
 
 
 def _torchvision() -> str:
-    """Name the torchvision that belongs to this PyTorch; another one would bring another PyTorch with it."""
+    """Return the requirement of the torchvision made for this PyTorch; another one would replace PyTorch."""
     import torch
 
     major, minor = torch.__version__.split(".")[:2]
     return f"torchvision==0.{int(minor) + 15}.*" if major == "2" else "torchvision"
 
 
-def why_blind(pipeline: Any, message: int) -> QuantLLMError | None:
-    """Say why a loaded pipeline does not read the images that its model could; None where it does.
+def no_images_reason(pipeline: Any, message: int) -> QuantLLMError | None:
+    """Return the error for a loaded pipeline that cannot read images although its model can; None if it can.
 
     Args:
         pipeline: A transformers pipeline over a model that `reads_images`.
-        message: Which message holds an image.
+        message: Number of the message that holds an image.
     """
     if getattr(getattr(pipeline, "processor", None), "image_processor", None) is not None:
         return None
@@ -182,20 +172,20 @@ def why_blind(pipeline: Any, message: int) -> QuantLLMError | None:
 def process(
     processor: Any, prompt: str, images: Sequence[Any], *, add_special_tokens: bool
 ) -> tuple[list[int], dict[str, Any]]:
-    """Make a model's inputs of a prompt and its images.
+    """Turn a prompt and its images into a model's inputs.
 
     Args:
         processor: A transformers processor.
-        prompt: The prompt, with the placeholder of each image in its place.
+        prompt: The prompt, with a placeholder for each image.
         images: Pillow images, in the placeholders' order.
         add_special_tokens: Let the tokenizer add its begin token.
 
     Returns:
-        The token ids, in which a placeholder has become as many tokens as the image takes, and the other inputs, such
-        as `pixel_values`, by their names.
+        The token ids, in which each placeholder is expanded to the image's tokens, and the other inputs, such as
+        `pixel_values`, by their names.
 
     Raises:
-        InvalidOptionError: If the processor does not take them.
+        InvalidOptionError: If the processor rejects them.
     """
     try:
         inputs = dict(

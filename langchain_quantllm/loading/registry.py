@@ -1,7 +1,7 @@
-"""From a model id and a scheme to a loaded transformers pipeline, shared by all who ask for it.
+"""Loading a model once for everybody who asks for it, and the registry of loaded models.
 
-Owns the order of checks, measurements and loading, and the registry through which instances
-share one loaded model. Knows no engine and no LangChain.
+`load` runs the checks, the measurements and the loading, in this order. `get_or_load` and `wrap_pipeline` share the
+result: one handle for each model in memory, which dies with the last object that holds the model.
 """
 
 from __future__ import annotations
@@ -18,20 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from langchain_quantllm.compat.bitsandbytes import import_quietly
-from langchain_quantllm.compat.gptqmodel import settle_gptq_model
-from langchain_quantllm.compat.gptqmodel_import import contained
+from langchain_quantllm.compat.gptqmodel import uncompile_gptq_model
+from langchain_quantllm.compat.gptqmodel_import import gptqmodel_imported
 from langchain_quantllm.compat.library_logging import without_torchao
 from langchain_quantllm.compat.packages import check_packages, label_of
 from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.loading.adapters import check_shapes, find_adapters, load_adapters
-from langchain_quantllm.loading.checkpoint import (
-    Checkpoint,
-    LoadSpec,
-    check_attention,
-    find_checkpoint,
-    find_source,
-    reconcile,
-)
+from langchain_quantllm.loading.checkpoint import Checkpoint, check_attention, find_checkpoint, find_source, reconcile
 from langchain_quantllm.loading.devices import (
     default_device_map,
     devices_named,
@@ -41,13 +34,13 @@ from langchain_quantllm.loading.devices import (
 )
 from langchain_quantllm.loading.gptq import check_gptq, read_layer_sizes
 from langchain_quantllm.loading.pipeline import load_pipeline
-from langchain_quantllm.loading.sources import check_sources
+from langchain_quantllm.loading.spec import LoadSpec
 from langchain_quantllm.memory import (
     MemoryEstimate,
     MemoryReport,
     TrackedMemory,
     check_fits,
-    estimate_memory,
+    estimate_config,
     memory_notes,
     take_snapshot,
     track_memory,
@@ -57,7 +50,7 @@ from langchain_quantllm.schemes import GPTQ, Prequantized, Scheme, Unquantized, 
 
 
 class LoadedModel:
-    """A pipeline with its weights in memory, shared by every instance with the same spec."""
+    """A pipeline with its weights in memory, shared by all instances with the same spec."""
 
     def __init__(
         self,
@@ -72,9 +65,9 @@ class LoadedModel:
 
         Args:
             pipeline: The transformers pipeline.
-            scheme: How its weights are held.
-            estimate: What it was estimated to take; None where that is not known.
-            tracked: The memory before, while and after loading; None where nobody measured.
+            scheme: Scheme of its weights.
+            estimate: The estimate of its memory; None if unknown.
+            tracked: The memory before, while and after loading; None if it was not measured.
             adapters: Folder or repository of each adapter that was loaded with it, by its name.
         """
         self.pipeline: Any = pipeline
@@ -86,15 +79,17 @@ class LoadedModel:
         self.devices = devices_of(pipeline.model)
         self.lock = threading.RLock()
         self.engines: Any = None
-        """The engines that run it, once one was asked for; set under `lock`."""
+        """The engines over it, once an engine was asked for; set under `lock`."""
+        self.handle: _Handle | None = None
+        """Its entry in the registry, kept alive by it."""
         self._remembered: dict[Any, Any] = {}
 
     def remember(self, key: Any, make: Callable[[], Any]) -> Any:
-        """Give what was made of the model under a key, making it the first time.
+        """Return the object that belongs to the model under a key; make it at the first call.
 
         Args:
-            key: What it is.
-            make: Makes it.
+            key: The key.
+            make: Makes the object.
         """
         with self.lock:
             if key not in self._remembered:
@@ -103,21 +98,24 @@ class LoadedModel:
 
     @property
     def closed(self) -> bool:
-        """Whether the weights were given back."""
+        """Whether the weights were released."""
         return self.pipeline is None
 
     def memory_report(self, model_id: str) -> MemoryReport:
-        """Put together what is known of the model's memory, the present readings included.
+        """Report the model's memory: before, while and after loading, and now.
 
         Args:
-            model_id: What to call the model.
+            model_id: Name of the model in the report.
         """
-        if self.estimate is None and not self.closed:  # a pipeline that somebody else loaded
+        if self.estimate is None and not self.closed:  # a user's own pipeline
             with contextlib.suppress(UnsupportedError):
-                self.estimate = estimate_memory(self.pipeline.model.config)
+                self.estimate = estimate_config(self.pipeline.model.config)
         tracked, estimate, engines = self.tracked, self.estimate, self.engines
         cached_tokens = engines.peak_cache_tokens if engines is not None else 0
         token_bytes = estimate.kv_cache_bytes_per_token if estimate is not None else None
+        pipeline, grown_bytes = self.pipeline, 0
+        if cached_tokens and pipeline is not None:
+            grown_bytes = weights_by_kind(pipeline.model).total_bytes - self.weights.total_bytes
         now = take_snapshot(self.devices)
         peaks = {r.device: r.peak_bytes for r in now.readings if r.device != "cpu" and r.peak_bytes is not None}
         return MemoryReport(
@@ -134,17 +132,13 @@ class LoadedModel:
             kv_cache_bytes=cached_tokens * token_bytes if cached_tokens and token_bytes else None,
             kv_pool_bytes=engines.kv_cache_bytes if engines is not None else None,
             kv_resident_bytes=engines.kv_resident_bytes if engines is not None and cached_tokens else None,
-            weights_grown_bytes=self._grown_bytes() if cached_tokens else 0,
+            weights_grown_bytes=grown_bytes,
             notes=memory_notes(now, self.weights),
         )
 
-    def _grown_bytes(self) -> int:
-        pipeline = self.pipeline
-        return 0 if pipeline is None else weights_by_kind(pipeline.model).total_bytes - self.weights.total_bytes
-
     @cached_property
     def summary(self) -> str:
-        """Devices, bytes of weights and saving, in one line."""
+        """Devices, bytes of weights and saving in one line."""
         return MemoryReport(
             model_id="",
             scheme_name=label_of(self.scheme),
@@ -154,7 +148,7 @@ class LoadedModel:
         ).summary()
 
     def close(self) -> None:
-        """Stop the engines and let go of the weights; whoever shares the model loads it anew."""
+        """Stop the engines and release the weights; instances that share the model load it again at their next call."""
         with self.lock:
             engines, self.engines = self.engines, None
             self.pipeline = None
@@ -165,70 +159,75 @@ class LoadedModel:
         release_memory()
 
 
-_registry: weakref.WeakValueDictionary[str, LoadedModel] = weakref.WeakValueDictionary()
-_registry_lock = threading.Lock()
-_loading: weakref.WeakValueDictionary[str, _Lock] = weakref.WeakValueDictionary()
-
-
-class _Lock:
-    """A lock that a weak dictionary can hold."""
+class _Handle:
+    """A model's entry in the registry: the lock of its loading, a name, and a weak reference to the model."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.name = f"pipeline-{uuid.uuid4().hex[:8]}"
+        self._lock = threading.Lock()
+        self._model: weakref.ref[LoadedModel] | None = None
+
+    def get(self, make: Callable[[], LoadedModel]) -> LoadedModel:
+        """Return the model; make it if there is none, or its weights were released."""
+        with self._lock:
+            model = None if self._model is None else self._model()
+            if model is None or model.closed:
+                model = make()
+                model.handle = self
+                self._model = weakref.ref(model)
+            return model
 
 
-def acquire(spec: LoadSpec) -> LoadedModel:
-    """Give the model of a spec: the one in memory if there is one, else a fresh one.
+_lock = threading.Lock()
+_handles: weakref.WeakValueDictionary[str, _Handle] = weakref.WeakValueDictionary()
+"""Handles of models that this package loads, by `LoadSpec.key`. The loading thread and then the model hold a handle."""
 
-    Safe from many threads; the weights are read once. The model lives as long as somebody
-    holds what this returns.
+_pipeline_handles: weakref.WeakKeyDictionary[Any, _Handle] = weakref.WeakKeyDictionary()
+"""Handles of users' pipelines. A pipeline keeps its handle, and so its name, even while no model wraps it."""
+
+
+def get_or_load(spec: LoadSpec) -> LoadedModel:
+    """Return the model of a spec; load it if it is not in memory.
+
+    Safe to call from many threads; the weights are read once. The model lives as long as anybody holds the result.
 
     Raises:
-        QuantLLMError: One of its kinds, as `load` raises it.
+        QuantLLMError: As `load` raises it.
     """
     source = None
-    if "torch" not in sys.modules:  # so nothing is loaded yet, and importing it takes seconds
-        check_sources(spec.model_id, spec.adapters)
+    if "torch" not in sys.modules:  # nothing is loaded yet, and importing torch takes seconds
         source = find_source(spec)
     spec = dataclasses.replace(spec, device_map=default_device_map(spec))
     key = spec.key()
-    with _registry_lock:
-        lock = _loading.setdefault(key, _Lock())
-    with lock.lock:
-        model = _registry.get(key)
-        if model is None or model.closed:
-            model = load(spec, source)
-            _registry[key] = model
-        return model
+    with _lock:
+        handle = _handles.setdefault(key, _Handle())
+    return handle.get(lambda: load(spec, source))
 
 
-_adopted: weakref.WeakValueDictionary[int, LoadedModel] = weakref.WeakValueDictionary()
+def pipeline_name(pipeline: Any) -> str:
+    """Return a name for a user's pipeline, the same at every call and unique in this process."""
+    return _pipeline_handle(pipeline).name
 
 
-_names: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
-
-
-def name_of(pipeline: Any) -> str:
-    """Give a pipeline a name of its own, the same at every call."""
-    with _registry_lock:
-        return _names.setdefault(pipeline, f"pipeline-{uuid.uuid4().hex[:8]}")
-
-
-def adopt(pipeline: Any) -> LoadedModel:
-    """Give the model of a user's own pipeline, the same one to all who bring this pipeline.
+def wrap_pipeline(pipeline: Any) -> LoadedModel:
+    """Return the model of a user's pipeline, the same to all callers.
 
     Args:
         pipeline: A loaded transformers pipeline; it is not changed.
     """
-    with _registry_lock:
-        model = _adopted.get(id(pipeline))  # which lives as long as the model that holds it
-        if model is None or model.pipeline is not pipeline:
-            config = getattr(pipeline.model.config, "quantization_config", None)
-            if config is not None and not isinstance(config, Mapping):
-                config = config.to_dict()
-            model = LoadedModel(pipeline, Unquantized() if config is None else scheme_of_config(config))
-            _adopted[id(pipeline)] = model
-        return model
+
+    def wrap() -> LoadedModel:
+        config = getattr(pipeline.model.config, "quantization_config", None)
+        if config is not None and not isinstance(config, Mapping):
+            config = config.to_dict()
+        return LoadedModel(pipeline, Unquantized() if config is None else scheme_of_config(config))
+
+    return _pipeline_handle(pipeline).get(wrap)
+
+
+def _pipeline_handle(pipeline: Any) -> _Handle:
+    with _lock:
+        return _pipeline_handles.setdefault(pipeline, _Handle())
 
 
 def load(spec: LoadSpec, source: str | None = None) -> LoadedModel:
@@ -236,10 +235,10 @@ def load(spec: LoadSpec, source: str | None = None) -> LoadedModel:
 
     Args:
         spec: What to load and how.
-        source: What `find_source` has found, if it was called before.
+        source: Result of `find_source`, if that was called before.
 
     Returns:
-        The loaded model, which nobody else holds yet.
+        The loaded model, not shared with anybody.
 
     Raises:
         ModelNotFoundError: If there is no such model here or on the Hub.
@@ -248,9 +247,8 @@ def load(spec: LoadSpec, source: str | None = None) -> LoadedModel:
         UnsupportedError: If this machine cannot run it.
         NotEnoughMemoryError: If it does not fit.
     """
-    check_sources(spec.model_id, spec.adapters)
-    check_packages(spec.scheme)
     source = find_source(spec) if source is None else source
+    check_packages(spec.scheme)
     import_quietly()
     adapters = find_adapters(spec)
     checkpoint = find_checkpoint(spec, source)
@@ -260,18 +258,23 @@ def load(spec: LoadSpec, source: str | None = None) -> LoadedModel:
     device_map = default_device_map(spec)
     devices = devices_named(device_map, spec.max_memory)
     quiet = contextlib.nullcontext() if isinstance(scheme, Prequantized) else without_torchao()
-    # gptqmodel comes before the first measurement, and works only inside its block.
-    with contained() if _needs_gptqmodel(scheme) else contextlib.nullcontext(), quiet:
+    needs_gptqmodel = isinstance(scheme, GPTQ) or (isinstance(scheme, Prequantized) and scheme.method == "awq")
+    # gptqmodel is imported before the first measurement, and works only inside its block.
+    with gptqmodel_imported() if needs_gptqmodel else contextlib.nullcontext(), quiet:
         if isinstance(scheme, GPTQ):
             scheme = _prepare_gptq(checkpoint, scheme, devices)
         check_shapes(adapters, checkpoint, trust_remote_code=spec.trust_remote_code)
-        estimate = _estimate(checkpoint, scheme, spec)
+        estimate = None
+        with contextlib.suppress(UnsupportedError):  # a model or format without a formula is measured only
+            estimate = estimate_config(
+                checkpoint.config, scheme, dtype=spec.dtype, trust_remote_code=spec.trust_remote_code
+            )
         if estimate is not None:
             check_fits(estimate, devices, max_memory=spec.max_memory)
         with track_memory([d for d in devices if d != "cpu"]) as tracked:
             pipeline = load_pipeline(spec, checkpoint, quantization_config, device_map)
             if isinstance(scheme, GPTQ):
-                settle_gptq_model(pipeline.model)
+                uncompile_gptq_model(pipeline.model)
             load_adapters(pipeline.model, adapters, spec)
             release_memory(collect=False)  # quantizing leaves several times the weights in freed blocks
     model = LoadedModel(pipeline, scheme, estimate=estimate, tracked=tracked, adapters=spec.adapters)
@@ -279,12 +282,8 @@ def load(spec: LoadSpec, source: str | None = None) -> LoadedModel:
     return model
 
 
-def _needs_gptqmodel(scheme: Scheme) -> bool:
-    return isinstance(scheme, GPTQ) or (isinstance(scheme, Prequantized) and scheme.method == "awq")
-
-
 def _prepare_gptq(checkpoint: Checkpoint, scheme: GPTQ, devices: Sequence[str]) -> GPTQ:
-    """Write onto a GPTQ checkpoint's config what transformers must know, and choose the kernel."""
+    """Write the quantization and the weights' file name into a GPTQ checkpoint's config, and choose the kernel."""
     gptq = checkpoint.gptq
     if gptq is None:
         return scheme
@@ -299,10 +298,3 @@ def _prepare_gptq(checkpoint: Checkpoint, scheme: GPTQ, devices: Sequence[str]) 
     if gptq.weights_name:
         checkpoint.config.transformers_weights = gptq.weights_name
     return dataclasses.replace(scheme, kernel=checkpoint.config.quantization_config["backend"])
-
-
-def _estimate(checkpoint: Checkpoint, scheme: Scheme, spec: LoadSpec) -> MemoryEstimate | None:
-    try:
-        return estimate_memory(checkpoint.config, scheme, dtype=spec.dtype, trust_remote_code=spec.trust_remote_code)
-    except UnsupportedError:  # a model or format without a formula: it is loaded and measured instead
-        return None

@@ -1,7 +1,7 @@
-"""What a model id names on this disk, told from names of files and two small JSON files.
+"""Model ids: the folder or file that one names, and the error if that is no checkpoint of a language model.
 
-Owns the errors for what is there and is no checkpoint of a language model: other formats, other kinds of models,
-single files. Imports the standard library alone, so that a wrong path is told before torch is imported.
+Other formats, other kinds of models and single files are recognized by names of files and two small JSON files. Imports
+the standard library only, so that a wrong path is reported before torch is imported.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from langchain_quantllm.errors import (
 )
 
 ADAPTER_CONFIG = "adapter_config.json"
-"""Where peft says what an adapter is."""
+"""peft's file with the settings of an adapter."""
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z")
@@ -44,7 +44,10 @@ _HEADS = {
     "ForCTC": "it turns speech into text",
     "ForSpeechSeq2Seq": "it turns speech into text",
 }
-"""What models do whose class ends so, and that they write no text."""
+"""Tasks of models that write no text, by the end of their class's name."""
+
+_WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+"""Ends of the names of classes that write texts."""
 
 _ENCODERS = frozenset(
     {
@@ -72,7 +75,7 @@ _ENCODERS = frozenset(
         "xmod",
     }
 )
-"""Model types that turn a text into vectors."""
+"""Model types of text encoders, which turn a text into vectors."""
 
 _SPEECH = frozenset({"whisper", "wav2vec2", "hubert", "wavlm", "moonshine"})
 
@@ -88,16 +91,23 @@ def folder_of(model_id: str) -> str | None:
     """Return the absolute folder that a model id means, or None if it names no existing one."""
     try:
         path = _path_of(model_id)
-    except ModelNotFoundError:  # check_sources says so
+    except ModelNotFoundError:  # check_sources reports it
         return None
     return str(path.resolve()) if path.is_dir() else None
 
 
+def stored_quantization(model_id: str) -> dict[str, Any] | None:
+    """Return the quantization config in a local folder's config.json; None if there is none, or no folder."""
+    folder = folder_of(model_id)
+    quantization = None if folder is None else _read(Path(folder) / "config.json").get("quantization_config")
+    return quantization if isinstance(quantization, dict) else None
+
+
 def _path_of(name: str, of: str = "") -> Path:
-    """Return the path that a name stands for, once the system was asked whether it can be one.
+    """Return a name as a path.
 
     Raises:
-        ModelNotFoundError: If it cannot: it is too long, its home is nobody's, or it may not be looked at.
+        ModelNotFoundError: If it cannot be one: it is too long, has the home of an unknown user, or is not accessible.
     """
     try:
         path = Path(name).expanduser()
@@ -113,14 +123,14 @@ def _path_of(name: str, of: str = "") -> Path:
 
 
 def check_sources(model_id: str, adapters: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Check what a model id and adapters name, as far as this disk tells.
+    """Check a model id and adapters on this disk.
 
     Args:
-        model_id: A folder, or the name of a repository, of which only the form is checked.
+        model_id: A folder, or the name of a repository, whose form alone is checked.
         adapters: Folder or repository of each adapter, by its name.
 
     Raises:
-        ModelNotFoundError: If there is no such folder, or no checkpoint of transformers in it.
+        ModelNotFoundError: If there is no such folder, or no transformers checkpoint in it.
         UnsupportedError: If it holds a model that writes no text.
         CheckpointError: If it is in a format that transformers does not load.
     """
@@ -131,14 +141,14 @@ def check_sources(model_id: str, adapters: Mapping[str, str] = MappingProxyType(
         if (error := wrong_folder(path.resolve())) is not None:
             raise error
     elif path.exists():
-        raise ModelNotFoundError(_about_file(path))
+        raise ModelNotFoundError(_describe_file(path))
     elif "://" in model_id or model_id.startswith(("huggingface.co/", "hf.co/", "www.")):
         parts = model_id.partition("://")[2] or model_id
         name = "/".join(parts.split("/")[1:3])
         msg = f"{model_id} is an address; give the name of the repository, model_id={name!r}, or a folder."
         raise ModelNotFoundError(msg)
     elif model_id.startswith(("/", "./", "../", "~", ".\\")) or os.path.isabs(model_id) or model_id.count("/") > 1:
-        raise ModelNotFoundError(_about_missing(model_id, path))
+        raise ModelNotFoundError(_missing_folder(model_id, path))
     elif re.fullmatch(r"[\w./-]+:[\w.-]+", model_id):
         msg = f"{model_id} is a name of Ollama's; give a folder or a repository on the Hub, such as 'Qwen/Qwen3-8B'."
         raise ModelNotFoundError(msg)
@@ -162,7 +172,7 @@ def _check_adapter(name: str, source: str) -> None:
         raise ModelNotFoundError(msg)
 
 
-def _about_missing(model_id: str, path: Path) -> str:
+def _missing_folder(model_id: str, path: Path) -> str:
     msg = f"there is no folder {model_id}"
     try:
         beside = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
@@ -173,11 +183,11 @@ def _about_missing(model_id: str, path: Path) -> str:
     return f"{msg}; check the path, or give the name of a repository on the Hub."
 
 
-def _about_file(path: Path) -> str:
-    """Say what a file is that was given in a folder's place."""
+def _describe_file(path: Path) -> str:
+    """Describe a file that was given instead of a folder, and say what to give."""
     kind = path.suffix.lower()
     if kind == ".gguf":
-        return _about_gguf(path)
+        return _describe_gguf(path)
     if kind in _ARCHIVES:
         return f"{path} is an archive; unpack it, and give the folder with config.json."
     if kind == ".onnx":
@@ -192,8 +202,8 @@ def _about_file(path: Path) -> str:
     return f"{path} is a file; give a folder with config.json, weights and tokenizer."
 
 
-def _about_gguf(file: Path) -> str:
-    """Say how to turn a GGUF file into a checkpoint."""
+def _describe_gguf(file: Path) -> str:
+    """Describe a GGUF file, with the command that converts it."""
     command = command_line(
         ["langchain-quantllm", "convert", str(file), str(file.with_suffix(""))],
         is_windows=os.name == "nt",
@@ -205,16 +215,16 @@ def _about_gguf(file: Path) -> str:
 
 
 def command_line(words: Sequence[str], *, is_windows: bool) -> str:
-    """Write a command as a shell takes it, that of Windows or those of other systems."""
+    """Quote a command for the shell of Windows, or those of other systems."""
     return subprocess.list2cmdline(words) if is_windows else shlex.join(words)
 
 
 def wrong_folder(folder: Path, repository: str | None = None) -> QuantLLMError | None:
-    """Find out from its files that a folder is no checkpoint of a language model; see `wrong_files`.
+    """Return the error if a folder's files are no checkpoint of a language model; see `wrong_files`.
 
     Args:
         folder: The folder.
-        repository: Name of the repository whose copy it is; None for a user's own folder.
+        repository: Name of the repository that it is a copy of; None for a user's own folder.
     """
     files = sorted(os.listdir(folder))
     return wrong_files(repository or str(folder), files, lambda name: _read(folder / name), is_local=repository is None)
@@ -223,16 +233,16 @@ def wrong_folder(folder: Path, repository: str | None = None) -> QuantLLMError |
 def wrong_files(
     name: str, files: Collection[str], read: Callable[[str], Mapping[str, Any]], *, is_local: bool = True
 ) -> QuantLLMError | None:
-    """Find out from its files that a folder or repository is no checkpoint of a language model.
+    """Return the error if the files of a folder or repository are no checkpoint of a language model.
 
     Args:
-        name: What to call it.
+        name: The folder or repository.
         files: Names of its files.
-        read: Reads one of its JSON files; empty where it cannot be read.
+        read: Returns the content of one of its JSON files; empty if it cannot be read.
         is_local: Whether it is a folder.
 
     Returns:
-        The error that says what it is; None where nothing is wrong as far as these tell.
+        The error, which says what the files are; None if they look like a language model's.
     """
     what = f"the folder {name}" if is_local else name
     if "modules.json" in files and "config_sentence_transformers.json" not in files:
@@ -292,13 +302,13 @@ def _without_config(
 
 
 def _ggufs(files: Collection[str]) -> list[str]:
-    """List the GGUF files, those last that only project images into a model."""
+    """List the GGUF files; those that only project images into a model come last."""
     return sorted((f for f in files if f.endswith(".gguf")), key=lambda f: Path(f).name.startswith("mmproj"))
 
 
 def _gguf_only(name: str, file: str, *, is_local: bool) -> QuantLLMError:
     if is_local:
-        return ModelNotFoundError(_about_gguf(Path(name, file)))
+        return ModelNotFoundError(_describe_gguf(Path(name, file)))
     return ModelNotFoundError(
         f"{name} holds {file}, which is in llama.cpp's format; give the repository that it was made of, or convert the "
         "file once: langchain-quantllm convert FILE FOLDER."
@@ -306,7 +316,7 @@ def _gguf_only(name: str, file: str, *, is_local: bool) -> QuantLLMError:
 
 
 def _wrong_config(what: str, config: Mapping[str, Any]) -> QuantLLMError | None:
-    """Say what a model is whose config.json names another task, or another library's format."""
+    """Return the error if a config.json has another task, or another library's format."""
     if "_class_name" in config:
         return UnsupportedError(
             f"{what} holds a part of a diffusion model, which makes images; load it with diffusers."
@@ -322,7 +332,7 @@ def _wrong_config(what: str, config: Mapping[str, Any]) -> QuantLLMError | None:
     named = config.get("architectures")
     names = [str(name) for name in named] if isinstance(named, list) else []
     has_code = {"AutoModelForCausalLM", "AutoModelForImageTextToText"} & set(config.get("auto_map") or ())
-    if has_code or config.get("is_decoder") or any(_writes(name) for name in names):
+    if has_code or config.get("is_decoder") or any(name.endswith(_WRITERS) for name in names):
         return None
     for name in names:
         for ending, does in _HEADS.items():
@@ -333,13 +343,9 @@ def _wrong_config(what: str, config: Mapping[str, Any]) -> QuantLLMError | None:
     return None
 
 
-def _writes(architecture: str) -> bool:
-    return architecture.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
-
-
 def _read(file: Path) -> Mapping[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # who loads it says what is wrong
+    except (OSError, ValueError):  # loading reports it
         return {}
     return content if isinstance(content, dict) else {"": content}

@@ -1,8 +1,11 @@
 """Memory of a model: estimated before loading, measured while it lives, and reported."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from langchain_quantllm.memory.budget import check_cache_budget, check_fits
 from langchain_quantllm.memory.display import format_bytes
-from langchain_quantllm.memory.estimate import MemoryEstimate, estimate_memory, transformers_builds
+from langchain_quantllm.memory.estimate import MemoryEstimate, estimate_config, transformers_builds
 from langchain_quantllm.memory.measure import (
     AcceleratorReading,
     CpuReading,
@@ -13,6 +16,11 @@ from langchain_quantllm.memory.measure import (
 )
 from langchain_quantllm.memory.report import MemoryReport, TrackedMemory, memory_notes, track_memory
 from langchain_quantllm.memory.weights import WeightBytes, weights_by_kind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    estimate_memory: Callable[..., MemoryEstimate]
 
 __all__ = [
     "AcceleratorReading",
@@ -25,6 +33,7 @@ __all__ = [
     "available_memory",
     "check_cache_budget",
     "check_fits",
+    "estimate_config",
     "estimate_memory",
     "format_bytes",
     "memory_notes",
@@ -34,3 +43,11 @@ __all__ = [
     "transformers_builds",
     "weights_by_kind",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import `estimate_memory` from `loading`, the layer above, at its first use: it finds the model's config first."""
+    if name == "estimate_memory":
+        return getattr(importlib.import_module("langchain_quantllm.loading.estimate"), name)
+    msg = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(msg)

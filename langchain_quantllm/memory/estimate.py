@@ -1,7 +1,6 @@
-"""What a model will take, computed from its config alone.
+"""The memory that a model will take, computed from its config without reading weights.
 
-Owns reading the config, building the model on the meta device and the size of its KV cache. Reads no
-weights; the bytes of the formats are in `weights`.
+Builds the model on the meta device and runs one token for the size of its KV cache. `weights` has the bytes of formats.
 """
 
 from __future__ import annotations
@@ -13,17 +12,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from langchain_quantllm.compat.transformers_auto import continues_texts_with_images
+from langchain_quantllm.compat.transformers_auto import has_image_text_to_text
 from langchain_quantllm.compat.transformers_models import cache_of
 from langchain_quantllm.errors import (
     CheckpointError,
     InvalidOptionError,
-    ModelNotFoundError,
     UnsupportedError,
+    first_line,
     nearest,
 )
-from langchain_quantllm.loading.hub import fetch
-from langchain_quantllm.loading.sources import check_sources, folder_of
 from langchain_quantllm.memory.weights import WeightBytes, weight_bytes
 from langchain_quantllm.schemes import (
     FLOAT_DTYPES,
@@ -43,12 +40,12 @@ logger = logging.getLogger(__name__)
 
 
 transformers_builds = threading.RLock()
-"""Held while transformers builds a model: it swaps methods and torch's defaults in the whole process meanwhile."""
+"""Lock for building a model of transformers, which swaps methods and torch's defaults in the whole process."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
-    """What a model takes under one scheme, before it is loaded.
+    """The memory of a model under one scheme, before it is loaded.
 
     Args:
         model_id: Hub id or folder; the model type where a config was given.
@@ -59,8 +56,8 @@ class MemoryEstimate:
         bytes_16bit: Bytes of the same model unquantized in 16 bits.
         kv_cache_bytes_per_token: Bytes that one token of one sequence adds to the KV cache; None where the
             model's forward does not run on the meta device. Layers with a state of fixed size add nothing.
-        sliding_bytes_per_token: The part of it in layers that keep the last `sliding_window_tokens` only.
-        sliding_window_tokens: Tokens that those layers keep; None without such layers.
+        sliding_bytes_per_token: The part of it in layers with a sliding window.
+        sliding_window_tokens: Tokens that these layers keep; None without such layers.
         context_tokens: Longest sequence that the config allows; None if it says nothing.
         bytes_by_scheme: Total bytes under each scheme of `SCHEMES` that needs no calibration; empty for a
             checkpoint that is already quantized.
@@ -110,73 +107,42 @@ class MemoryEstimate:
         return self.total_bytes + self.kv_cache_bytes(tokens, batch)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give everything, ready for JSON."""
+        """Return all fields as a dict of JSON values."""
         return {
-            "model_id": self.model_id,
+            **vars(self),
             "scheme": self.scheme.to_dict(),
-            "dtype": self.dtype,
-            "parameters": self.parameters,
             "weights": self.weights.to_dict(),
-            "bytes_16bit": self.bytes_16bit,
             "saving": self.saving,
-            "kv_cache_bytes_per_token": self.kv_cache_bytes_per_token,
-            "sliding_bytes_per_token": self.sliding_bytes_per_token,
-            "sliding_window_tokens": self.sliding_window_tokens,
-            "context_tokens": self.context_tokens,
             "bytes_by_scheme": dict(self.bytes_by_scheme),
         }
 
 
-def estimate_memory(
-    model_id: str | PreTrainedConfig,
+def estimate_config(
+    config: PreTrainedConfig,
     scheme: str | Mapping[str, Any] | Scheme | None = None,
     *,
     dtype: str | torch.dtype | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | None = None,
+    name: str | None = None,
     trust_remote_code: bool = False,
-    local_files_only: bool = False,
 ) -> MemoryEstimate:
-    """Compute what a model will take, from its config, without reading any weights.
+    """Compute the memory of the model that a config describes.
 
     Args:
-        model_id: Hub id, folder, or a transformers config. An AutoGPTQ folder that has only a
-            `quantize_config.json` must come as a config with `quantization_config` set.
-        scheme: Name of a scheme or a scheme. None takes the checkpoint's own `quantization_config`, or else
-            leaves the weights unquantized. `"gptq"` for an unquantized checkpoint says what quantizing it
-            would give, in groups of 128.
-        dtype: Dtype to load in; None or `"auto"` takes the config's, or float32 where it names none.
-        revision: Branch, tag or commit on the Hub.
-        token: Hub token.
-        cache_dir: Folder of downloaded files.
-        trust_remote_code: Let code of the checkpoint run.
-        local_files_only: Do not ask the Hub.
-
-    Returns:
-        The bytes by kind, and what each token adds to the KV cache.
+        config: The transformers config; not changed.
+        scheme: As `estimate_memory` takes it.
+        dtype: As `estimate_memory` takes it.
+        name: Name of the model in the result and in errors; None is the config's.
+        trust_remote_code: Run Python code that comes with the checkpoint.
 
     Raises:
-        ModelNotFoundError: If there is no config under the id.
         InvalidOptionError: If the scheme or the dtype is unknown.
         CheckpointError: If the checkpoint is already quantized in another scheme than the one asked for.
         UnsupportedError: If the model type is no language model, cannot be built on the meta device, or its
             format has no known formula.
     """
     asked = scheme_from(scheme)
-    if isinstance(model_id, str):
-        config = _read_config(
-            model_id,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            trust_remote_code=trust_remote_code,
-            local_files_only=local_files_only,
-        )
-        name = model_id
-    else:
-        config = copy.deepcopy(model_id)
-        name = config.name_or_path or config.model_type
+    name = name or config.name_or_path or config.model_type
+    config = copy.deepcopy(config)
     options = _pop_quantization(config)
     used = _choose_scheme(asked, options, name)
     torch_dtype = _choose_dtype(dtype, config)
@@ -198,26 +164,8 @@ def estimate_memory(
     )
 
 
-def _read_config(model_id: str, **options: Any) -> PreTrainedConfig:
-    from huggingface_hub.errors import HFValidationError
-    from transformers import AutoConfig
-
-    check_sources(model_id)
-    try:
-        if folder_of(model_id) is None:  # asked first, as transformers waits long where there is no connection
-            given = ("revision", "token", "cache_dir", "local_files_only")
-            fetch(model_id, "config.json", **{name: options[name] for name in given if options.get(name) is not None})
-        return AutoConfig.from_pretrained(model_id, **options)
-    except (OSError, HFValidationError) as error:
-        msg = f"No config can be read for model {model_id!r}: {_first_line(error)}"
-        raise ModelNotFoundError(msg) from error
-    except ValueError as error:
-        msg = f"The config of model {model_id!r} cannot be used: {_first_line(error)}"
-        raise UnsupportedError(msg) from error
-
-
 def _pop_quantization(config: PreTrainedConfig) -> dict[str, Any]:
-    """Take the quantization out of a config, so that its model can be built plain; empty if there is none."""
+    """Remove and return a config's quantization, so that its model can be built plain; empty if it has none."""
     found = config.__dict__.pop("quantization_config", None)
     if found is None:
         return {}
@@ -260,16 +208,16 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_cod
         config: The transformers config.
         dtype: Of the weights that it would have.
         trust_remote_code: Run Python code that comes with the checkpoint.
-        name: What to call it in an error.
+        name: Name of the model in errors.
 
     Raises:
-        UnsupportedError: If it cannot be built so.
+        UnsupportedError: If the model cannot be built on the meta device.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    if not config.is_encoder_decoder and continues_texts_with_images(config.model_type):
+    if not config.is_encoder_decoder and has_image_text_to_text(config.model_type):
         auto_class = AutoModelForImageTextToText
     try:
         with transformers_builds, torch.device("meta"):
@@ -280,16 +228,16 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_cod
     except (ValueError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         msg = (
             f"Model {name!r} (type {config.model_type!r}) cannot be built on the meta device as a language model, so"
-            f" its memory cannot be estimated: {_first_line(error)}"
+            f" its memory cannot be estimated: {first_line(error)}"
         )
         raise UnsupportedError(msg) from error
 
 
 def _cache_bytes(model: PreTrainedModel) -> dict[str, Any]:
-    """Run one token through the model on the meta device, and read what it leaves in the KV cache.
+    """Run one token through the model on the meta device, and measure its KV cache.
 
-    This follows whatever the model caches (grouped heads, compressed latents, sliding windows, shared layers)
-    in the transformers version at hand, which no formula over the config does.
+    Unlike a formula over the config, this is right for grouped heads, compressed latents, sliding windows and shared
+    layers, in any version of transformers.
     """
     import torch
 
@@ -318,7 +266,3 @@ def _cache_bytes(model: PreTrainedModel) -> dict[str, Any]:
         "sliding_bytes_per_token": sliding_bytes,
         "sliding_window_tokens": window_tokens,
     }
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

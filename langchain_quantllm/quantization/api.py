@@ -13,18 +13,12 @@ from typing import Any
 from langchain_quantllm.compat.bitsandbytes import import_quietly
 from langchain_quantllm.compat.library_logging import without_torchao
 from langchain_quantllm.compat.packages import check_packages, label_of
-from langchain_quantllm.errors import CheckpointError, InvalidOptionError, UnsupportedError
-from langchain_quantllm.loading.checkpoint import (
-    Checkpoint,
-    LoadSpec,
-    find_checkpoint,
-    find_source,
-    first_line,
-    reads_text,
-)
+from langchain_quantllm.errors import CheckpointError, InvalidOptionError, UnsupportedError, first_line
+from langchain_quantllm.loading.checkpoint import Checkpoint, find_checkpoint, find_source, reads_text
 from langchain_quantllm.loading.devices import default_device_map, release_memory
 from langchain_quantllm.loading.registry import load
 from langchain_quantllm.loading.sources import check_sources
+from langchain_quantllm.loading.spec import LoadSpec
 from langchain_quantllm.quantization.calibration import Calibration, calibration_from, read_texts, sequences
 from langchain_quantllm.quantization.gptq import SHARD, GPTQRun, Progress, check_layers
 from langchain_quantllm.quantization.output_dir import free_folder, save_checkpoint

@@ -15,18 +15,19 @@ from typing import Any
 from langchain_quantllm.compat.bitsandbytes import block_magnitudes
 from langchain_quantllm.compat.library_logging import quiet_logger, without_torchao
 from langchain_quantllm.compat.packages import label_of
-from langchain_quantllm.compat.peft import peft_contained
+from langchain_quantllm.compat.peft import peft_imported
 from langchain_quantllm.compat.transformers_quantizers import (
     BITSANDBYTES_LOGGER,
     forget_quantization,
     was_quantized,
 )
-from langchain_quantllm.errors import CheckpointError, UnsupportedError
+from langchain_quantllm.errors import CheckpointError, UnsupportedError, first_line
 from langchain_quantllm.loading.adapters import Adapter, check_shapes, find_adapters
-from langchain_quantllm.loading.checkpoint import LoadSpec, find_checkpoint, find_source, first_line
+from langchain_quantllm.loading.checkpoint import find_checkpoint, find_source
 from langchain_quantllm.loading.devices import release_memory
 from langchain_quantllm.loading.registry import load
 from langchain_quantllm.loading.sources import check_sources
+from langchain_quantllm.loading.spec import LoadSpec
 from langchain_quantllm.quantization.output_dir import free_folder, save_checkpoint
 from langchain_quantllm.schemes import FP4, GPTQ, NF4, Int8, Unquantized, scheme_of_config
 
@@ -168,7 +169,7 @@ def _check_scales(weight: Any, scales: Any, block: int, name: str) -> None:
 
 def _merged(model: Any, tokenizer: Any, adapter: Adapter) -> Any:
     """Merge an adapter into an unquantized model, and check that the result computes the same."""
-    with peft_contained(), warnings.catch_warnings():
+    with peft_imported(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         _check_tied(model, adapter)
         try:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from langchain_quantllm.compat.peft import adapter_modules, peft_contained
+from langchain_quantllm.compat.peft import adapter_modules, peft_imported
 
 ATTENTION = ["q_proj", "v_proj"]
 
@@ -19,7 +19,7 @@ ATTENTION = ["q_proj", "v_proj"]
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
     """Use peft without what it brings along, and without its advice."""
-    with peft_contained(), warnings.catch_warnings():
+    with peft_imported(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 

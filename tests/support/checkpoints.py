@@ -1,4 +1,4 @@
-"""Tiny random Llama checkpoints with a real tokenizer, made in a fraction of a second, and child processes.
+"""Tiny random Llama checkpoints with a real tokenizer, a Hub that serves them, and child processes.
 
 Sizes are multiples of 64, which bitsandbytes' 4-bit layers need on CPUs with AVX512-BF16.
 """
@@ -63,7 +63,7 @@ def make_tokenizer() -> Any:
 def make_checkpoint(
     folder: Path, *, seed: int = 0, dtype: str = "bfloat16", generation: dict[str, Any] | None = None, **sizes: Any
 ) -> Path:
-    """Write a random Llama and its tokenizer into a folder, which it gives back."""
+    """Write a random Llama and its tokenizer into a folder; return the folder."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -77,27 +77,27 @@ def make_checkpoint(
 
 
 def quicken() -> None:
-    """Spare the garbage collector what is imported by now: each load and unload looks through all else."""
+    """Exclude the objects of imported modules from garbage collection, which each load and unload runs."""
     gc.collect()
     gc.freeze()
 
 
 def spoil_weights(folder: Path) -> Path:
-    """Put garbage in the place of the weights, so that whoever reads them fails."""
+    """Replace the weights by garbage, which cannot be read."""
     for file in [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
         file.write_bytes(b"these are no weights")
     return folder
 
 
 def edit_json(file: Path, **changes: Any) -> None:
-    """Change keys of a JSON file; None takes a key out."""
+    """Change keys of a JSON file; None removes a key."""
     content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     content.update(changes)
     file.write_text(json.dumps({k: v for k, v in content.items() if v is not None}), encoding="utf-8")
 
 
 def make_cached(cache: Path, checkpoint: Path, repo: str, *, commit: str = "a" * 40, ref: str = "main") -> Path:
-    """Lay a checkpoint out in a folder as the Hub's cache holds it; gives the folder of the snapshot."""
+    """Link a checkpoint into a folder with the layout of the Hub's cache; return the folder of the snapshot."""
     root = cache / f"models--{repo.replace('/', '--')}"
     snapshot = root / "snapshots" / commit
     snapshot.parent.mkdir(parents=True, exist_ok=True)
@@ -125,10 +125,9 @@ def run_python(
 
 
 class FakeHub:
-    """A Hub on this machine that serves folders as repositories, and remembers what it was asked.
+    """A Hub on this machine that serves folders as repositories, and records the requests.
 
-    Use it in a test marked `enable_socket`. A repository is open to all unless it is `gated`,
-    which takes the token `"hf_open_sesame"`.
+    Use it in a test marked `enable_socket`. `gated` repositories require the token `"hf_open_sesame"`.
     """
 
     TOKEN = "hf_open_sesame"
@@ -159,7 +158,7 @@ class FakeHub:
 
     @staticmethod
     def point_to(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Make this process take the server at a URL for the Hub, which HF_ENDPOINT does at the start of a process."""
+        """Make this process use the server at a URL as the Hub, as HF_ENDPOINT does at the start of a process."""
         import huggingface_hub.constants
 
         monkeypatch.delenv("HF_TOKEN", raising=False)

@@ -1,4 +1,4 @@
-"""Tiny random models of every family of decoder-only models that transformers has, and of some others.
+"""Tiny random models of every family of decoder-only models in transformers, and of some others.
 
 Two layers of 64 or what the family needs, in float32. The weights are wide, so that the likeliest token changes
 from step to step and lies far above the second.
@@ -39,14 +39,14 @@ _LONGROPE = {
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """How a tiny model of a family is made.
+    """The recipe of a tiny model of a family.
 
     Args:
         config: Name of the config's class in transformers.
-        options: What its config is given.
-        gain: Standard deviation of the weights; such that texts neither stand still nor hang on rounding.
+        options: Options of the config.
+        gain: Standard deviation of the weights; chosen so that texts vary and do not depend on rounding.
         attention: `attn_implementation`.
-        seed: Of the weights; another one where a text comes upon a tie.
+        seed: Seed of the weights; not 0 if a text would meet a tie between two tokens.
     """
 
     config: str
@@ -173,17 +173,17 @@ FAST: dict[str, Family] = {
         layer_types=["sliding_attention", "full_attention"],
     ),
 }
-"""Families whose attention and cache are the common ones."""
+"""Families with the common attention and cache."""
 
 _LATE: Mapping[str, Family] = {
     "gptj": _family("GPTJ", _GPT2, rotary_dim=8),
     "codegen": _family("CodeGen", _GPT2, n_ctx=CONTEXT, rotary_dim=8),
 }
-"""Families whose attention became the common one with a release of transformers, 5.24."""
+"""Families with the common attention since transformers 5.24."""
 
 
 def _lets_attention_be_chosen(family: Family) -> bool:
-    """Whether this transformers lets one choose the attention of a family."""
+    """Say whether the attention of a family can be chosen in this transformers."""
     model = getattr(transformers, f"{family.config.removesuffix('Config')}ForCausalLM")
     return bool(model._supports_attention_backend)
 
@@ -192,7 +192,7 @@ FAST |= {name: family for name, family in _LATE.items() if _lets_attention_be_ch
 
 NAMED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "gpt_neox", "gpt2", "opt", "falcon-7b", "falcon-40b")
 NAMED += ("stablelm", "granite", "olmo")
-"""Those that must be fast, whatever becomes of the others."""
+"""Families that the fast engine must always drive."""
 
 PLAIN: dict[str, tuple[Family, str]] = {
     "falcon-eager": (_family("Falcon", ffn_hidden_size=128, multi_query=True, attention="eager"), ""),
@@ -264,7 +264,7 @@ PLAIN: dict[str, tuple[Family, str]] = {
         "",
     ),
 }
-"""Families that the fast engine cannot drive, with a word of the reason."""
+"""Families that the fast engine cannot drive, each with a word of the reason."""
 
 PLAIN |= {name: (family, "") for name, family in _LATE.items() if name not in FAST}
 
@@ -295,13 +295,13 @@ def family_model(family: Family) -> Any:
 
 
 def random_ids(count: int, *, seed: int = 0) -> list[int]:
-    """Give token ids at random, none of them the first ones, which are special in some tokenizers."""
+    """Return random token ids, without the first ones, which are special in some tokenizers."""
     generator = torch.Generator().manual_seed(seed * 1009 + count)
     return torch.randint(10, VOCAB, (count,), generator=generator).tolist()
 
 
 def generated_ids(model: Any, prompt_ids: Sequence[int], max_new_tokens: int) -> list[int]:
-    """Continue a text greedily with transformers' own `generate`, the reference, past end tokens too."""
+    """Continue a text greedily with transformers' `generate`, the reference, beyond end tokens."""
     given = torch.tensor([list(prompt_ids)])
     output = model.generate(
         given,
@@ -315,10 +315,10 @@ def generated_ids(model: Any, prompt_ids: Sequence[int], max_new_tokens: int) ->
 
 
 def likeliest_ids(model: Any, prompt_ids: Sequence[int], text_ids: Sequence[int]) -> list[int]:
-    """Give the token that the model likes best at each place of a text, computed in one forward without a cache.
+    """Return the most likely token at each position of a text, computed in one forward without a cache.
 
-    A greedy text is its own: the same as what `generate` writes, in a hundredth of the time. Asserts that nowhere
-    the best two logits are as close as float32 rounds, which would make the comparison a matter of luck.
+    Equal to a greedy text itself, and so to the text of `generate`, in a hundredth of the time. Asserts that the best
+    two logits are further apart than float32 rounds, so that the comparison is not left to chance.
     """
     with torch.no_grad():
         given = torch.tensor([[*prompt_ids, *text_ids]])

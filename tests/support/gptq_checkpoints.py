@@ -33,10 +33,10 @@ def round_linear(
     Args:
         weight: [out_features, in_features].
         bits: 2, 3, 4 or 8.
-        group_size: Inputs that share a scale; -1 takes all of them.
+        group_size: Number of inputs that share a scale; -1 for all.
         desc_act: Spread the inputs over the groups in a random order, as sorting by activation does.
         sym: Put the zero point in the middle of the codes.
-        seed: Of that order.
+        seed: Seed of the random order.
 
     Returns:
         The rounded layer.
@@ -58,7 +58,7 @@ def round_linear(
         high = torch.maximum(-low, high)
         low = -high
     scales = ((high - low) / top).clamp(min=1e-5).bfloat16().half()
-    # A zero point of 0 cannot be stored by v1, which takes one off.
+    # v1 stores the zero point minus one, so that it cannot store 0.
     zeros = torch.full_like(low, 2 ** (bits - 1)) if sym else (-low / scales.float()).round().clamp(1, top)
     codes = (grouped / scales.float().unsqueeze(1) + zeros.unsqueeze(1)).round().clamp(0, top)
     unordered = torch.empty(in_features, out_features, dtype=torch.uint8)
@@ -67,7 +67,7 @@ def round_linear(
 
 
 def packed_as(rounded: RoundedLinear, checkpoint_format: str) -> dict[str, torch.Tensor]:
-    """Give the tensors of a layer in one of the two formats; v2 stores the zero points as they are."""
+    """Return the tensors of a layer in format `"gptq"`, with zero points minus one, or `"gptq_v2"`."""
     own = {"qzeros": pack_bits(rounded.zeros, rounded.bits)} if checkpoint_format == "gptq_v2" else {}
     return {**rounded.pack(), **own}
 
@@ -109,14 +109,14 @@ def make_gptq_checkpoint(
 
     Args:
         source: Folder of an unquantized checkpoint in one safetensors file.
-        dest: Folder to write; created where missing.
+        dest: Folder to write; created if missing.
         bits: 2, 3, 4 or 8.
-        group_size: Inputs that share a scale, or -1. 32 and 64 divide all layers of SmolLM2 (hidden size 576).
+        group_size: Inputs that share a scale, or -1 for all. 32 and 64 divide all layers of SmolLM2 (hidden size 576).
         desc_act: Spread the inputs over the groups.
         sym: Symmetric codes.
-        layout: Where a reader finds out that it is GPTQ: `quantization_config` in config.json;
-            only quantize_config.json; or that, with AutoGPTQ's old name of the weight file.
-        checkpoint_format: Whether the zero points are stored one too small (v1) or as they are.
+        layout: Place of the settings: `quantization_config` in config.json; quantize_config.json; or the latter with
+            AutoGPTQ's old name of the weight file.
+        checkpoint_format: Whether the zero points are stored minus one (v1) or exactly.
         small: Keep only the first block and `SMALL_VOCABULARY` tokens, for tests of numbers instead of text.
 
     Returns:
@@ -167,18 +167,9 @@ def load_float_twin(
     sym: bool = True,
     small: bool = False,
 ) -> Any:
-    """Build the float32 model that holds the dequantized weights of such a checkpoint.
+    """Build the float32 model with the dequantized weights of a checkpoint of `make_gptq_checkpoint`.
 
-    Args:
-        source: As for `make_gptq_checkpoint`, like the options.
-        bits: As there.
-        group_size: As there.
-        desc_act: As there.
-        sym: As there.
-        small: As there.
-
-    Returns:
-        The transformers model, on the CPU, in evaluation mode.
+    The arguments are the same. The transformers model is on the CPU, in evaluation mode.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -1,4 +1,4 @@
-"""Small real models built in code, and a count of the forwards that a model makes.
+"""Small real models built in code, and the count of a model's forwards.
 
 Sizes are multiples of 64, as bitsandbytes' CPU kernels need them.
 """
@@ -58,9 +58,8 @@ def tiny_model(vocab_size: int, family: str = "llama", *, seed: int = 0, context
 def scripted_model(vocab_size: int, script: Sequence[int], prompt_tokens: int, *, context_tokens: int = 256) -> Any:
     """Make a real GPT-2 that writes a given sequence of ids after a prompt of a given length.
 
-    Its position embedding is the identity, its blocks add nothing, and its head has a 1 where
-    a position's next token stands: so what it writes depends on the position alone. After the
-    script it goes on with token 0.
+    Its position embedding is the identity, its blocks add nothing, and its head has a 1 at the next token of each
+    position, so that its text depends on the position only. After the script it writes token 0.
     """
     config = transformers.GPT2Config(
         vocab_size=vocab_size,
@@ -88,10 +87,10 @@ def scripted_model(vocab_size: int, script: Sequence[int], prompt_tokens: int, *
 
 
 def byte_fallback_tokenizer() -> Any:
-    """Make a tokenizer as SentencePiece models have it: `▁` for spaces, one token a byte for what is not in it."""
+    """Make a tokenizer like those of SentencePiece: `▁` for spaces, one token per byte for unknown characters."""
     letters = [*"▁abcdefghijklmnopqrstuvwxyz,.!", "▁the", "▁cat", "こ", "に", "日", "本"]
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
-    # Merges only so that the two words above can come out of encoding as one token each.
+    # With these merges, each of the two words above is encoded as one token.
     merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("c", "a"), ("ca", "t"), ("▁", "cat")]
     pieces += ["th", "the", "ca", "cat"]
     vocab = {piece: i for i, piece in enumerate(pieces)}
@@ -106,7 +105,7 @@ def byte_fallback_tokenizer() -> Any:
 
 
 def pipeline_of(model: Any, tokenizer: Any) -> Any:
-    """Wrap a model as a user would."""
+    """Make a text-generation pipeline, as a user does."""
     return transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
 
 
@@ -117,7 +116,7 @@ def llm_of(model: Any, tokenizer: Any, **fields: Any) -> QuantizedHuggingFaceLLM
 
 @dataclass
 class Forwards:
-    """The forwards that a model made: rows and new tokens of each, in order."""
+    """The forwards of a model: rows and new tokens of each, in order."""
 
     shapes: list[tuple[int, int]] = field(default_factory=list)
 
@@ -131,15 +130,15 @@ class Forwards:
 
     @property
     def prefills(self) -> list[tuple[int, int]]:
-        """The forwards that took a prompt, rather than one token a row."""
+        """The forwards of prompts, with more than one token per row."""
         return [shape for shape in self.shapes if shape[1] > 1]
 
     def wait_for(self, count: int, timeout_s: float = 20.0) -> None:
-        """Wait until so many were made."""
+        """Wait for this number of forwards."""
         wait_until(lambda: self.count >= count, timeout_s)
 
     def settle(self, timeout_s: float = 20.0) -> int:
-        """Wait until no engine has work left, after which no more are made; gives their number."""
+        """Wait until no engine has work left; return the number of forwards."""
         wait_for_rest(timeout_s)
         return self.count
 
@@ -153,12 +152,12 @@ def wait_until(is_true: Callable[[], Any], timeout_s: float = 10.0) -> None:
 
 
 def wait_for_rest(timeout_s: float = 20.0) -> None:
-    """Wait until the thread of every engine sleeps and nothing is queued: a call has its text a little before."""
+    """Wait until the thread of every engine sleeps and nothing is queued; a call returns a little earlier."""
     wait_until(lambda: all(map(_is_at_rest, list(worker._workers))), timeout_s)
 
 
 def _is_at_rest(one: worker.Worker) -> bool:
-    if one._waiting:  # looked at first: the thread takes rows off the queue after it has woken
+    if one._waiting:  # checked first: the thread takes rows off the queue after it wakes up
         return False
     frame = None if one._thread is None else sys._current_frames().get(one._thread.ident or 0)
     codes = set()
@@ -170,7 +169,7 @@ def _is_at_rest(one: worker.Worker) -> bool:
 
 @contextlib.contextmanager
 def forwards(llm: QuantizedHuggingFaceLLM, before: Callable[[int], None] | None = None) -> Iterator[Forwards]:
-    """Count the forwards of an LLM's model; `before` is called with each one's number, from 1."""
+    """Count the forwards of an LLM's model; `before` is called with the number of each forward, from 1."""
     seen = Forwards()
 
     def note(module: Any, args: Any, kwargs: Any) -> None:
@@ -180,7 +179,7 @@ def forwards(llm: QuantizedHuggingFaceLLM, before: Callable[[int], None] | None 
             before(seen.count)
 
     with contextlib.suppress(UnsupportedError):
-        _ = llm.engine_info  # an engine makes some forwards of its own when it is made
+        _ = llm.engine_info  # the making of an engine runs some forwards
     handle = llm.load().pipeline.model.register_forward_pre_hook(note, with_kwargs=True)
     try:
         yield seen
@@ -189,12 +188,12 @@ def forwards(llm: QuantizedHuggingFaceLLM, before: Callable[[int], None] | None 
 
 
 def slowly(seconds: float = 0.01) -> Callable[[int], None]:
-    """Make every forward take a while, so that a test can step in between."""
-    return lambda number: time.sleep(seconds)  # a slow model, on purpose
+    """Delay every forward, so that a test can act between two."""
+    return lambda number: time.sleep(seconds)
 
 
 def fail_at(number: int, error: Exception) -> Callable[[int], None]:
-    """Make one forward raise."""
+    """Raise an error in one forward."""
 
     def before(count: int) -> None:
         if count == number:
@@ -204,7 +203,7 @@ def fail_at(number: int, error: Exception) -> Callable[[int], None]:
 
 
 def greedy_text(llm: QuantizedHuggingFaceLLM, prompt: str, **options: Any) -> str:
-    """Complete a prompt with transformers' own `generate`, the reference for every greedy text."""
+    """Complete a prompt greedily with transformers' `generate`, the reference."""
     model, tokenizer = llm.load().pipeline.model, llm.pipeline.tokenizer
     inputs = tokenizer(prompt, return_tensors="pt")
     options = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 12, **options}

@@ -1,4 +1,4 @@
-"""Choose the few cases of a large set that `make test` runs; `make test-all` runs all of them."""
+"""The choice of a few cases of a large set for `make test`; `make test-all` runs all of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ QUICK_FAMILIES += ("falcon-40b", "mixtral", "cohere2", "falcon-alibi", "mamba", 
 
 
 def covering(cases: Mapping[str, T], features: Callable[[T], Collection[Hashable]]) -> set[str]:
-    """Choose cases that together have every feature that any case has, greedily."""
+    """Choose cases greedily until they have all features of all cases."""
     left = {feature for case in cases.values() for feature in features(case)}
     chosen = set()
     while left:
@@ -29,12 +29,12 @@ def covering(cases: Mapping[str, T], features: Callable[[T], Collection[Hashable
 
 
 def pairs(properties: Mapping[str, Hashable]) -> list[Hashable]:
-    """List every two properties together, as features: those who cover them have tried each beside each other."""
+    """List all pairs of properties, as features: cases that cover them combine each property with each other one."""
     return list(itertools.combinations(properties.items(), 2))
 
 
 def slow_but(quick: Collection[str], names: Iterable[str], *marks: pytest.MarkDecorator) -> list[Any]:
-    """Mark all names but the quick ones as slow, for `parametrize`, and those with the given marks."""
+    """Make parameters of names: the quick ones with the given marks, all others marked slow."""
     return [pytest.param(name, marks=marks if name in quick else [pytest.mark.slow]) for name in names]
 
 

@@ -1,7 +1,7 @@
 """Tiny random vision-language checkpoints with their processors, made in code, and pictures to show them.
 
-Sizes are multiples of 64, as bitsandbytes' CPU kernels need them. The weights are wide, so that what is written
-changes with the picture.
+Sizes are multiples of 64, as bitsandbytes' CPU kernels need them. The weights are wide, so that the text depends on the
+picture.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ _SPECIAL = {
 
 
 def _tokenizer(family: str) -> Any:
-    """Give the tests' tokenizer with a family's special tokens, and a begin token before every text as Llama's."""
+    """Return the tests' tokenizer with a family's special tokens, and a begin token before every text, as Llama has."""
     from tokenizers.processors import TemplateProcessing
 
     source = make_tokenizer()
@@ -227,7 +227,7 @@ FAMILIES = tuple(f for f in _BUILDERS if f != "idefics3" or _can_be_built("Idefi
 
 
 def make_vision_checkpoint(folder: Path, family: str = "llava", *, seed: int = 0, dtype: str = "float32") -> Path:
-    """Write a random vision-language model and its processor into a folder, which it gives back."""
+    """Write a random vision-language model and its processor into a folder; return the folder."""
     tokenizer = _tokenizer(family)
     config, processor = _BUILDERS[family](tokenizer)
     with torch.random.fork_rng(devices=[]):
@@ -239,12 +239,10 @@ def make_vision_checkpoint(folder: Path, family: str = "llava", *, seed: int = 0
                     weight.normal_(0.0, 0.3)
     model.generation_config.update(eos_token_id=1, pad_token_id=1)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
-    if family == "qwen2_5_vl":  # whose processor cannot be made without torchvision, for its videos
-        processor.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    if family == "qwen2_5_vl":  # only an image processor: the whole one needs torchvision, for videos
         tokenizer.chat_template = TEMPLATES[family]
         tokenizer.save_pretrained(folder)
-    else:
-        processor.save_pretrained(folder)
     return folder
 
 
@@ -256,7 +254,7 @@ def picture(seed: int = 0, size: tuple[int, int] = (40, 40)) -> Image.Image:
 
 
 def png(image: Image.Image, kind: str = "PNG") -> str:
-    """Give a picture's file in base64."""
+    """Return a picture's file in base64."""
     stream = io.BytesIO()
     image.save(stream, kind)
     return base64.b64encode(stream.getvalue()).decode()

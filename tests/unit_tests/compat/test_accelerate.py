@@ -1,4 +1,4 @@
-"""What accelerate leaves on a model and how it reads sizes, looked for in accelerate itself."""
+"""accelerate's marks on a model and its parser of sizes, checked on accelerate itself."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from accelerate import cpu_offload
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from langchain_quantllm.compat.accelerate import brings_weights, is_spread, size_in_bytes
+from langchain_quantllm.compat.accelerate import has_device_map, offloads_weights, size_in_bytes
 from tests.support.models import tiny_model
 
 
@@ -29,13 +29,15 @@ def test_no_size(text: str) -> None:
 
 def test_spread_models_are_known(tmp_path: Path) -> None:
     tiny_model(512).save_pretrained(tmp_path)
-    assert not is_spread(AutoModelForCausalLM.from_pretrained(tmp_path))
+    assert not has_device_map(AutoModelForCausalLM.from_pretrained(tmp_path))
     places = {"model": "cpu", "lm_head": "disk"}
-    assert is_spread(AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "off"))
+    assert has_device_map(
+        AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "off")
+    )
 
 
 def test_weights_that_lie_elsewhere_are_known() -> None:
     layer = nn.Sequential(nn.Linear(4, 4))
-    assert not any(map(brings_weights, layer.modules()))
+    assert not any(map(offloads_weights, layer.modules()))
     cpu_offload(layer, execution_device=torch.device("cpu"))
-    assert any(map(brings_weights, layer.modules()))
+    assert any(map(offloads_weights, layer.modules()))

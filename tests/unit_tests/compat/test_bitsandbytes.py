@@ -1,4 +1,4 @@
-"""What bitsandbytes' layers carry and its operations compute, looked for in bitsandbytes itself."""
+"""The state of bitsandbytes' layers and the results of its operations, checked on bitsandbytes itself."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def layer_of(kind: str, *, nested: bool = False) -> Any:
 
 
 def _quantized(layer: Any) -> Any:
-    """A move to the CPU quantizes."""
+    """Quantize a layer by moving its weight to the CPU."""
     layer.weight = type(layer.weight)(layer.plain.clone(), **_options(layer)).to("cpu")
     return layer
 
@@ -153,19 +153,19 @@ def test_the_product_of_a_repacked_weight(nested: bool) -> None:
 
 @pytest.fixture
 def cast_logger() -> Iterator[logging.Logger]:
-    """The logger of casts, not hushed yet."""
+    """The logger of cast warnings, without the filter."""
     logger = logging.getLogger(compat._CASTS)
     before, logger.filters = logger.filters, []
     yield logger
     logger.filters = before
 
 
-def test_casts_alone_are_hushed(cast_logger: logging.Logger, caplog: pytest.LogCaptureFixture) -> None:
-    compat.hush_casts(nn.Linear(4, 4))
+def test_only_cast_warnings_are_dropped(cast_logger: logging.Logger, caplog: pytest.LogCaptureFixture) -> None:
+    compat.filter_cast_warnings(nn.Linear(4, 4))
     assert cast_logger.filters == []
     layer = layer_of("int8")
     for _ in range(2):
-        compat.hush_casts(layer)
+        compat.filter_cast_warnings(layer)
     assert len(cast_logger.filters) == 1
     source = inspect.getsource(sys.modules[compat._CASTS])
     [sentence] = re.findall(r'"(MatMul8bitLt: inputs will be cast[^"]*)"', source)
@@ -177,13 +177,15 @@ def test_casts_alone_are_hushed(cast_logger: logging.Logger, caplog: pytest.LogC
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_what_it_says_of_casts(cast_logger: logging.Logger, caplog: pytest.LogCaptureFixture) -> None:
+def test_bitsandbytes_logs_cast_warnings_by_this_logger(
+    cast_logger: logging.Logger, caplog: pytest.LogCaptureFixture
+) -> None:
     layer, x = layer_of("int8").to("cuda"), torch.ones(2, INPUTS, dtype=torch.bfloat16, device="cuda")
     with caplog.at_level(logging.WARNING), torch.no_grad():
         layer(x)
         assert {record.name for record in caplog.records if "MatMul8bitLt" in record.message} == {cast_logger.name}
         caplog.clear()
-        compat.hush_casts(layer)
+        compat.filter_cast_warnings(layer)
         layer(x)
         assert caplog.records == []
 

@@ -1,4 +1,4 @@
-"""GPTQModel's kernels and layers, looked for in GPTQModel itself."""
+"""GPTQModel's kernels and layers, checked on GPTQModel itself."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from langchain_quantllm.compat.gptqmodel import (
     BACKEND_PREFIX,
     backend_names,
     can_train,
-    refusal,
-    settle_gptq_model,
     stored_tensors,
+    uncompile_gptq_model,
+    unsupported_reason,
 )
-from langchain_quantllm.compat.gptqmodel_import import contained
+from langchain_quantllm.compat.gptqmodel_import import gptqmodel_imported
 from tests.support.gptq_checkpoints import make_gptq_checkpoint
 
 if importlib.util.find_spec("gptqmodel") is None:
@@ -31,7 +31,7 @@ CONFIG = {"bits": 4, "group_size": 32, "sym": True, "desc_act": False, "checkpoi
 
 @pytest.fixture(scope="module")
 def layers(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[Any]]]:
-    """Give the layers of a small checkpoint, by the kernel that they were loaded with."""
+    """The layers of a small checkpoint, by the kernel that it was loaded with."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = make_gptq_checkpoint(smollm2, tmp_path_factory.mktemp("gptq") / "new", small=True)
@@ -39,16 +39,16 @@ def layers(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     for kernel in ("torch", "torch_aten"):
         config = AutoConfig.from_pretrained(folder)
         config.quantization_config = {**config.quantization_config, "backend": BACKEND_PREFIX + kernel}
-        with contained():
+        with gptqmodel_imported():
             model = AutoModelForCausalLM.from_pretrained(folder, config=config, device_map="cpu", dtype=torch.bfloat16)
-            names = settle_gptq_model(model)
+            names = uncompile_gptq_model(model)
         found[kernel] = [m for m in model.modules() if type(m).__name__ in names.split(", ")]
     yield found
     shutil.rmtree(folder)
 
 
 def test_backends() -> None:
-    with contained():
+    with gptqmodel_imported():
         names = backend_names()
     assert {"gptq_torch", "gptq_torch_aten", "gptq_torch_int8", "gptq_triton", "gptq_marlin"} <= set(names)
     assert names == sorted(names)
@@ -66,9 +66,9 @@ def test_backends() -> None:
         ("gptq_torch", {"checkpoint_format": "marlin"}, "checkpoint_format"),
     ],
 )
-def test_what_a_backend_takes(backend: str, changed: dict[str, Any], words: str | None) -> None:
-    with contained():
-        found = refusal(backend, {**CONFIG, **changed}, "cpu")
+def test_a_backend_takes_a_checkpoint_or_says_why_not(backend: str, changed: dict[str, Any], words: str | None) -> None:
+    with gptqmodel_imported():
+        found = unsupported_reason(backend, {**CONFIG, **changed}, "cpu")
     assert found is None if words is None else words in str(found).lower()
 
 
@@ -86,15 +86,15 @@ def test_layers_that_keep_their_tensors(layers: dict[str, list[Any]]) -> None:
         assert "dequantize_weight" not in vars(layer)
 
 
-def test_layers_that_lay_them_out_anew(layers: dict[str, list[Any]]) -> None:
+def test_layers_with_another_layout_have_no_stored_tensors(layers: dict[str, list[Any]]) -> None:
     assert layers["torch_aten"]
     assert all(stored_tensors(layer) is None for layer in layers["torch_aten"])
     assert stored_tensors(nn.Linear(4, 4)) is None
 
 
-def test_which_train(layers: dict[str, list[Any]]) -> None:
+def test_layers_that_can_be_trained(layers: dict[str, list[Any]]) -> None:
     assert layers["torch"][0].SUPPORTS_TRAINING is True
-    with contained():
+    with gptqmodel_imported():
         from gptqmodel.nn_modules.qlinear.marlin import MarlinLinear
     assert MarlinLinear.SUPPORTS_TRAINING is False
     assert can_train(layers["torch"][0])

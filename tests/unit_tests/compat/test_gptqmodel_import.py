@@ -1,4 +1,4 @@
-"""gptqmodel's import, and that nothing of it is left behind."""
+"""Importing gptqmodel leaves no side effects."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from langchain_quantllm.compat import gptqmodel_import
 from langchain_quantllm.errors import MissingPackageError
 from tests.support.gptq_checkpoints import make_gptq_checkpoint
 
-# Not imported here: that is for `contained()` to do.
+# Not imported here: only `gptqmodel_imported()` imports it.
 if importlib.util.find_spec("gptqmodel") is None:
     pytest.skip("gptqmodel is not installed", allow_module_level=True)
 
 
 @pytest.fixture(scope="module")
 def four_bit(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Give one block of SmolLM2 in 4 bits, with only quantize_config.json and the old file name."""
+    """One block of SmolLM2 in 4 bits, with quantize_config.json and the old name of the weight file."""
     folder = tmp_path_factory.mktemp("gptq") / "old"
     yield make_gptq_checkpoint(smollm2, folder, layout="old_name", small=True)
     shutil.rmtree(folder)
 
 
-def test_all_that_it_changes_is_known() -> None:
-    """A name that is gone from these libraries is one whose change would not be undone elsewhere either."""
-    with gptqmodel_import.contained():
+def test_all_patched_owners_exist() -> None:
+    """If a library drops one of these names, gptqmodel may change another one instead, which would stay."""
+    with gptqmodel_import.gptqmodel_imported():
         pass
     lost = [path for path in gptqmodel_import._PATCHED_OWNERS if gptqmodel_import._resolve(path) is None]
     assert lost == []
@@ -43,14 +43,14 @@ def test_all_that_it_changes_is_known() -> None:
 def test_a_missing_package_names_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = {"accelerate", "optimum", "auto_gptq"}
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name in installed else None)
-    with pytest.raises(MissingPackageError) as caught, gptqmodel_import.contained():
+    with pytest.raises(MissingPackageError) as caught, gptqmodel_import.gptqmodel_imported():
         pass
     assert 'pip install "langchain-quantllm[gptq]"' in str(caught.value)
     assert "needs gptqmodel:" in str(caught.value)
     assert "auto-gptq" in str(caught.value)
 
 
-CONTAINMENT = """
+SIDE_EFFECTS = """
 import logging, os, sys, threading, warnings
 import accelerate.utils.modeling, safetensors.torch, transformers
 import transformers.cache_utils, transformers.generation.utils, transformers.integrations.hub_kernels
@@ -103,12 +103,11 @@ added = [k for k in after if k not in before[0] and len(k) == 3 and k[:2] in bef
 added = [k for k in added if not any(part.endswith(own) for part in k[1:])]
 assert not added, added
 
-from langchain_quantllm import gptq
 from langchain_quantllm.compat import gptqmodel_import
 original = accelerate.utils.modeling.clear_device_cache
-with gptqmodel_import.contained():
+with gptqmodel_import.gptqmodel_imported():
     assert accelerate.utils.modeling.clear_device_cache is not original
-    with gptqmodel_import.contained():
+    with gptqmodel_import.gptqmodel_imported():
         pass
     assert accelerate.utils.modeling.clear_device_cache is not original
 assert accelerate.utils.modeling.clear_device_cache is original
@@ -118,7 +117,7 @@ model.generate(model.dummy_inputs["input_ids"], max_new_tokens=2, do_sample=Fals
 
 @pytest.mark.slow
 def test_loading_leaves_the_process_as_it_was(four_bit: Path, tmp_path: Path) -> None:
-    script = textwrap.dedent(CONTAINMENT) % {"root": os.getcwd(), "folder": str(four_bit)}
+    script = textwrap.dedent(SIDE_EFFECTS) % {"root": os.getcwd(), "folder": str(four_bit)}
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "PYTEST", "CUDA_", "PYTORCH_"))}
     environment |= {"HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
@@ -131,7 +130,7 @@ def test_loading_leaves_the_process_as_it_was(four_bit: Path, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_the_thread_that_imports_gptqmodel_never_ends() -> None:
-    """Its end crashed the process now and then: seen with Python 3.12 and torch 2.11, in every second run or so."""
+    """Its end crashed the process in about every second run with Python 3.12 and torch 2.11."""
     script = """
     import sys, threading
     from langchain_quantllm.compat import gptqmodel_import
@@ -141,7 +140,7 @@ def test_the_thread_that_imports_gptqmodel_never_ends() -> None:
         def find_spec(self, name, path=None, target=None):
             importing.append(threading.current_thread())
     sys.meta_path.insert(0, Watch())
-    with gptqmodel_import.contained():
+    with gptqmodel_import.gptqmodel_imported():
         pass
     sys.meta_path.pop(0)
     threads = set(importing)
@@ -156,10 +155,10 @@ def test_the_thread_that_imports_gptqmodel_never_ends() -> None:
 def test_a_failing_block_puts_everything_back() -> None:
     import accelerate.utils.modeling as modeling
 
-    with gptqmodel_import.contained():
+    with gptqmodel_import.gptqmodel_imported():
         pass
 
-    @gptqmodel_import.contained()
+    @gptqmodel_import.gptqmodel_imported()
     def fail() -> None:
         os.environ["TVM_TARGET"] = "cuda"
         raise ZeroDivisionError

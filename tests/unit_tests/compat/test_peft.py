@@ -1,4 +1,4 @@
-"""What is used of peft, looked for in peft itself."""
+"""peft's layers and adapters, checked on peft itself."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from langchain_quantllm.compat.peft import (
     check_peft,
     choice_of,
     choose_adapter,
-    is_kind_of_layers,
+    is_peft_layer_class,
     lora_matrices,
     merged_adapter,
-    peft_contained,
+    peft_imported,
     restore_choice,
     state_of,
-    why_not_plain_lora,
+    unsupported_lora_reason,
 )
 from langchain_quantllm.compat.versions import TRIED
 from langchain_quantllm.errors import MissingPackageError
@@ -65,11 +65,11 @@ def test_it_is_the_one_of_the_extra() -> None:
 
 
 class TestLayers:
-    """Of a model that has LoRA of two kinds and a whole module."""
+    """Layers of a model with LoRA of two kinds and a copy of a whole module."""
 
     @pytest.fixture
     def model(self) -> Any:
-        with peft_contained():
+        with peft_imported():
             import peft
             from peft.functional import inject_adapter_in_model
 
@@ -85,8 +85,8 @@ class TestLayers:
         modules = adapter_modules(model)
         kinds = {type(module).__name__ for module in modules}
         assert kinds == {"Linear", "ModulesToSaveWrapper"}
-        assert all(is_kind_of_layers(type(module)) for module in modules)
-        assert not any(is_kind_of_layers(type(m)) for m in model.modules() if m not in modules)
+        assert all(is_peft_layer_class(type(module)) for module in modules)
+        assert not any(is_peft_layer_class(type(m)) for m in model.modules() if m not in modules)
 
     def test_choosing_and_going_back(self, model: Any) -> None:
         modules = adapter_modules(model)
@@ -104,7 +104,7 @@ class TestLayers:
 
     def test_lora_is_scaled_b_of_a(self, model: Any) -> None:
         layer = model.model.layers[0].self_attn.q_proj
-        assert why_not_plain_lora(layer, ("one", "two", "whole")) is None
+        assert unsupported_lora_reason(layer, ("one", "two", "whole")) is None
         assert lora_matrices(layer, "whole") is None
         choose_adapter(layer, "one")
         down, up, scaling = lora_matrices(layer, "one") or (None, None, None)
@@ -114,7 +114,7 @@ class TestLayers:
             torch.testing.assert_close(layer(x), base_layer_of(layer)(x) + scaling * (x @ down.T @ up.T))
 
     def test_what_is_no_plain_lora(self, model: Any) -> None:
-        assert "ModulesToSaveWrapper" in str(why_not_plain_lora(model.lm_head, ("whole",)))
+        assert "ModulesToSaveWrapper" in str(unsupported_lora_reason(model.lm_head, ("whole",)))
 
     def test_what_changes_its_output_is_seen(self, model: Any) -> None:
         layer = model.model.layers[0].self_attn.q_proj

@@ -1,4 +1,4 @@
-"""An attention of our own in a model of transformers: that it is found, and what it is handed."""
+"""Our own attention in a model of transformers: the model finds it, and passes the expected arguments."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from langchain_quantllm.compat.transformers_attention import (
     attention_name,
     attention_of,
     mask_maker_of,
+    missing_attention_api,
     names_attention,
     register,
     set_attention_name,
-    why_not_offered,
 )
 from langchain_quantllm.compat.transformers_models import cache_name
 from langchain_quantllm.engine.model_check import why_not_driven
@@ -32,7 +32,7 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 
 def test_all_is_there() -> None:
-    assert why_not_offered() is None
+    assert missing_attention_api() is None
 
 
 @torch.no_grad()
@@ -92,11 +92,11 @@ def test_without_the_registry_the_fast_engine_says_so(monkeypatch: pytest.Monkey
     from transformers import AttentionMaskInterface
 
     [home] = [base for base in AttentionMaskInterface.__mro__ if "register" in vars(base)]
-    why_not_offered.cache_clear()
+    missing_attention_api.cache_clear()
     monkeypatch.delattr(home, "register")
     try:
-        assert why_not_offered() == "this transformers has no AttentionInterface.register"
-        assert why_not_driven(tiny_model(512)) == why_not_offered()
+        assert missing_attention_api() == "this transformers has no AttentionInterface.register"
+        assert why_not_driven(tiny_model(512)) == missing_attention_api()
     finally:
         monkeypatch.undo()
-        why_not_offered.cache_clear()
+        missing_attention_api.cache_clear()

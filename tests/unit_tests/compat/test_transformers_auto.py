@@ -1,4 +1,4 @@
-"""Mappings of transformers by model type, and how a processor is put together, looked for in transformers itself."""
+"""transformers' mappings by model type and the parts of its processors, checked on transformers itself."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import transformers
 
 from langchain_quantllm.compat.transformers_auto import (
-    continues_texts,
-    continues_texts_with_images,
+    has_causal_lm,
+    has_image_text_to_text,
     load_image_processor,
     make_processor,
     processor_class,
@@ -33,7 +33,7 @@ from tests.support.vision import make_vision_checkpoint, picture
     ],
 )
 def test_what_continues_texts(model_type: str, texts: bool, images: bool) -> None:
-    assert (continues_texts(model_type), continues_texts_with_images(model_type)) == (texts, images)
+    assert (has_causal_lm(model_type), has_image_text_to_text(model_type)) == (texts, images)
 
 
 def test_processors_belong_to_configs() -> None:
@@ -45,7 +45,7 @@ def test_processors_belong_to_configs() -> None:
 
 
 def test_a_processor_without_one_of_its_parts(tmp_path: Path) -> None:
-    """As where torchvision, which the part for videos needs, is not installed."""
+    """The video part is None if torchvision is not installed."""
     pytest.importorskip("PIL")
     folder = str(make_vision_checkpoint(tmp_path / "vision", "qwen2_5_vl"))
     options = {"local_files_only": True}

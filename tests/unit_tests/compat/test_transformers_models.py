@@ -1,4 +1,4 @@
-"""How models of transformers are called, looked for in transformers itself."""
+"""The call of transformers' models, checked on transformers itself."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class TestCache:
 
     @pytest.mark.parametrize("name", CACHE_NAMES)
     def test_code_of_a_models_own(self, name: str) -> None:
-        """Whatever the release: what its forward names counts, and outputs need not be those of transformers."""
+        """In every release, the names in the forward count, and outputs need not be those of transformers."""
         scope: dict[str, Any] = {}
         exec(f"def forward(input_ids, {name}=None): ...", scope)
         assert cache_name(types.SimpleNamespace(forward=scope["forward"])) == name

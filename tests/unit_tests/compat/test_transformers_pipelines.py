@@ -1,4 +1,4 @@
-"""Where transformers' pipelines keep options, looked for in real pipelines."""
+"""The options that transformers' pipelines store, checked on real pipelines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What quantizers of transformers know and leave behind, looked for in transformers itself."""
+"""The formats, layers and marks of transformers' quantizers, checked on transformers itself."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import transformers
 from packaging.version import Version
 from torch import nn
 
-from langchain_quantllm.compat.peft import peft_contained
+from langchain_quantllm.compat.peft import peft_imported
 from langchain_quantllm.compat.transformers_quantizers import (
     BITSANDBYTES_LOGGER,
     PEFT_LOGGER,
-    config_of,
     dequantizing_gguf,
     float32_patterns,
     forget_quantization,
     knows_format,
+    quantization_config_from,
     replaced_by_bitsandbytes,
     was_quantized,
 )
@@ -50,13 +50,13 @@ class TestFormats:
         assert not knows_format("of_tomorrow")
 
     def test_a_config_of_a_dictionary(self) -> None:
-        config = config_of({"quant_method": "bitsandbytes", "load_in_4bit": True})
+        config = quantization_config_from({"quant_method": "bitsandbytes", "load_in_4bit": True})
         assert isinstance(config, transformers.BitsAndBytesConfig)
         assert config.load_in_4bit
-        assert isinstance(config_of({"quant_method": "gptq", "bits": 4}), transformers.GPTQConfig)
+        assert isinstance(quantization_config_from({"quant_method": "gptq", "bits": 4}), transformers.GPTQConfig)
 
     def test_gguf_becomes_plain(self) -> None:
-        """No release is asked for what it lacks; `test_sources` converts a file."""
+        """Older releases get no option; `test_sources` converts a file."""
         options = dequantizing_gguf()
         if Version(transformers.__version__) < Version("5.17"):
             assert options == {}
@@ -106,7 +106,7 @@ class TestTraces:
 
 
 def test_what_the_loggers_say(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """By these names they are kept quiet; who else speaks would be heard."""
+    """`quiet_logger` uses these names; messages of other loggers would be shown."""
     pytest.importorskip("peft")
     transformers.utils.logging.warning_once.cache_clear()  # another test may have heard it
     root = logging.getLogger("transformers")
@@ -115,7 +115,7 @@ def test_what_the_loggers_say(folder: Path, tmp_path: Path, caplog: pytest.LogCa
         load_nf4(folder).dequantize()
         assert {record.name for record in caplog.records} == {BITSANDBYTES_LOGGER}
         caplog.clear()
-        with peft_contained():
+        with peft_imported():
             import peft
 
             config = peft.LoraConfig(r=2, target_modules=["q_proj"])

@@ -30,7 +30,7 @@ from langchain_quantllm.errors import (
     ModelNotFoundError,
     UnsupportedError,
 )
-from langchain_quantllm.loading.adapter_names import AdapterChoice
+from langchain_quantllm.loading.spec import AdapterChoice
 from tests.support.adapters import (
     ATTENTION,
     Reference,

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from langchain_quantllm.compat.gptqmodel_import import contained
+from langchain_quantllm.compat.gptqmodel_import import gptqmodel_imported
 from langchain_quantllm.kernels.linear import reference as weight_reference
 from langchain_quantllm.kernels.linear.codebook import CODEBOOKS, GROUPS_SHUFFLED, instructions
 from langchain_quantllm.kernels.linear.weights import FourBitWeight, GPTQWeight, Int8Weight, Weight, weight_of
@@ -435,10 +435,10 @@ def test_reference_dequantizes_what_was_packed(name: str) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("gptqmodel") is None, reason="needs gptqmodel")
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_layers_of_gptqmodel_are_weights(bits: int) -> None:
-    with contained():
+    with gptqmodel_imported():
         from gptqmodel.nn_modules.qlinear.torch import TorchLinear
     made_of = rounded(Case(name="", kind=f"gptq{bits}", block=32), 64, torch.Generator().manual_seed(3))
-    with contained():
+    with gptqmodel_imported():
         module = TorchLinear(bits=bits, group_size=32, sym=False, desc_act=False, in_features=128, out_features=64)
         for name, tensor in {**made_of.pack(), "qzeros": pack_bits(made_of.zeros, bits)}.items():
             getattr(module, name).copy_(tensor)

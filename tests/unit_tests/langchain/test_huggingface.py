@@ -1,4 +1,4 @@
-"""Coming from langchain-huggingface, and going back: the same weights, the same completions."""
+"""Migrating from langchain-huggingface and back: the same weights, the same completions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def both(folder: Path, **kwargs: Any) -> tuple[Any, QuantizedHuggingFaceLLM]:
-    """The same call on either class: what changing the import does."""
+    """Make the same call of both classes, as after a change of the import."""
     arguments = {"model_id": str(folder), "task": "text-generation", **kwargs}
     return HuggingFacePipeline.from_model_id(**arguments), QuantizedHuggingFaceLLM.from_model_id(**arguments)
 
@@ -179,7 +179,7 @@ def test_give_back(tiny: Path) -> None:
 
 
 def test_give_back_keeps_the_options(tiny: Path) -> None:
-    """What is given back writes what this one writes, without saying its options once more."""
+    """The returned pipeline writes the same text, without its options being repeated."""
     ours = QuantizedHuggingFaceLLM(model_id=str(tiny), progress=False, **GREEDY)
     assert ours.to_huggingface_pipeline().invoke(PROMPT, skip_prompt=True) == ours.invoke(PROMPT)
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from langchain_quantllm import NF4, Int8, QuantizedHuggingFaceLLM
 from langchain_quantllm.errors import QuantLLMError
-from langchain_quantllm.loading.registry import LoadSpec
+from langchain_quantllm.loading.spec import LoadSpec
 from tests.support.checkpoints import FakeHub, make_checkpoint, quicken
 
 PROMPT = "The capital of France"

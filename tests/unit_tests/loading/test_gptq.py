@@ -1,4 +1,4 @@
-"""GPTQ: the checkpoints, the kernels, and gptqmodel kept in its place."""
+"""GPTQ checkpoints: their formats, their settings, their kernels, and the numbers after loading."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from langchain_quantllm.compat import gptqmodel_import
-from langchain_quantllm.compat.gptqmodel import settle_gptq_model
+from langchain_quantllm.compat.gptqmodel import uncompile_gptq_model
 from langchain_quantllm.errors import CheckpointError, InvalidOptionError, UnsupportedError
 from langchain_quantllm.loading import gptq
 from langchain_quantllm.schemes import GPTQ
 
-# Not imported here: that is for `contained()` to do.
+# Not imported here: only `gptqmodel_imported()` imports it.
 if importlib.util.find_spec("gptqmodel") is None:
     pytest.skip("gptqmodel is not installed", allow_module_level=True)
 torch = pytest.importorskip("torch")
@@ -30,14 +30,14 @@ PROMPT = "The capital of France is"
 
 @pytest.fixture(scope="module")
 def four_bit(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Give one block of SmolLM2 in 4 bits, with only quantize_config.json and the old file name."""
+    """One block of SmolLM2 in 4 bits, with quantize_config.json and the old name of the weight file."""
     folder = tmp_path_factory.mktemp("gptq") / "old"
     yield make_gptq_checkpoint(smollm2, folder, layout="old_name", small=True)
     shutil.rmtree(folder)
 
 
 def load(folder: Path, scheme: GPTQ | None = None, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """Load as the loader does; returns the model and what transformers says of the loading."""
+    """Load as the loader does; return the model and the loading info of transformers."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     found = gptq.read_gptq_folder(folder)
@@ -47,23 +47,23 @@ def load(folder: Path, scheme: GPTQ | None = None, **options: Any) -> tuple[Any,
     config.quantization_config = gptq.check_gptq(found.quantization_config, scheme or GPTQ(), "cpu", sizes)
     if found.weights_name is not None:
         config.transformers_weights = found.weights_name
-    with gptqmodel_import.contained():
+    with gptqmodel_import.gptqmodel_imported():
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, config=config, device_map="cpu", dtype=torch.bfloat16, output_loading_info=True, **options
         )
-        settle_gptq_model(model)
+        uncompile_gptq_model(model)
     return model, info
 
 
 def relative_error(model: Any, twin: Any) -> float:
-    """Compare the logits of 40 tokens, as one number."""
+    """Return the relative error of the logits of 40 tokens."""
     ids = torch.arange(100, 140)[None]
     with torch.no_grad():
         logits, expected = model(ids).logits.float(), twin(ids).logits
     return float((logits - expected).norm() / expected.norm())
 
 
-# --- the packed format ---
+# The packed format.
 
 
 def test_v1_stores_zero_points_one_too_small() -> None:
@@ -72,7 +72,7 @@ def test_v1_stores_zero_points_one_too_small() -> None:
     assert packed_as(rounded, "gptq_v2")["qzeros"].view(torch.uint8).unique().tolist() == [0x88]
 
 
-# --- loading: numbers ---
+# Numbers after loading.
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_logits_are_those_of_the_dequantized_weights(
     model, info = load(folder, GPTQ(bits=bits, kernel=kernel))
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    assert settle_gptq_model(model) == runs
+    assert uncompile_gptq_model(model) == runs
     # bfloat16 holds 8 bits, so each rounding errs by up to 2**-9 = 0.002 of its value; a block rounds a dozen times.
     # Measured: 0.003 to 0.005, 0.008 for torch_int8. A zero point off by one, or a wrong order of groups, gives 0.5.
     assert relative_error(model, load_float_twin(smollm2, small=True, **options)) < 0.012
@@ -111,7 +111,7 @@ def test_logits_are_those_of_the_dequantized_weights(
 @pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
 @pytest.mark.compat
 def test_every_layout_loads(smollm2: Path, tmp_path: Path, layout: Any, checkpoint_format: Any) -> None:
-    """Random weights, which transformers gives without a word where it sees no config, would give an error of 1."""
+    """Where transformers sees no config, it silently makes random weights, whose error would be 1."""
     folder = make_gptq_checkpoint(smollm2, tmp_path, layout=layout, checkpoint_format=checkpoint_format, small=True)
     model, info = load(folder)
     assert not info["missing_keys"]
@@ -149,11 +149,11 @@ def test_greedy_text_is_sensible(smollm2: Path, tmp_path: Path, bits: int) -> No
     assert tokenizer.decode(out[0][encoded.input_ids.shape[1] :]).startswith(" Paris")
 
 
-# --- finding out what a checkpoint is ---
+# Settings.
 
 
 def write(folder: Path, **files: Any) -> Path:
-    """Write JSON files, named without their ending, and empty weights."""
+    """Write JSON files, each named by a keyword."""
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     return folder
@@ -244,7 +244,7 @@ def test_broken_json_is_refused_in_words(tmp_path: Path) -> None:
         gptq.read_gptq_folder(tmp_path)
 
 
-# --- layers ---
+# Layers.
 
 
 def test_layer_sizes(four_bit: Path) -> None:
@@ -267,7 +267,7 @@ def test_a_cut_off_file_is_refused_in_words(tmp_path: Path) -> None:
             gptq.read_layer_sizes([path], {"bits": 4, "group_size": 64})
 
 
-# --- checks before loading ---
+# Checks before loading.
 
 CONFIG = {
     "quant_method": "gptq",

@@ -1,20 +1,15 @@
-"""Instances of the same model share its weights, which go with the last of them."""
+"""Instances of the same model share its weights, which are freed with the last of them."""
 
 from __future__ import annotations
 
 import copy
 import gc
-import os
-import shutil
 import threading
-import time
 import weakref
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from langchain_core.output_parsers import StrOutputParser
@@ -23,58 +18,12 @@ from langchain_core.runnables import ConfigurableField
 from transformers import BitsAndBytesConfig
 
 from langchain_quantllm import NF4, Int8, QuantizedHuggingFaceLLM
-from langchain_quantllm.errors import GenerationError, UnsupportedError
-from langchain_quantllm.loading import registry as loading_module
-from tests.support.checkpoints import make_cached, make_checkpoint, quicken, run_python
+from langchain_quantllm.errors import UnsupportedError
+from langchain_quantllm.loading import registry
+from tests.support.checkpoints import make_cached, make_checkpoint, run_python
+from tests.support.loading import PROMPT, is_gone, make_llm, model_of
 
-PROMPT = "The capital of France"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    quicken()
-    return make_checkpoint(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture
-def fresh(tiny: Path, tmp_path: Path) -> Path:
-    """A checkpoint of the test's own, which no other test can hold: pytest keeps the frames of failed ones."""
-    return Path(shutil.copytree(tiny, tmp_path / "fresh"))
-
-
-@pytest.fixture
-def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The model ids that were really loaded, in their order."""
-    noted: list[str] = []
-    load = loading_module.load
-
-    def noting(spec: Any, *found: Any) -> Any:
-        noted.append(spec.model_id)
-        return load(spec, *found)
-
-    monkeypatch.setattr(loading_module, "load", noting)
-    return noted
-
-
-def make_llm(folder: Path | str, **kwargs: Any) -> QuantizedHuggingFaceLLM:
-    return QuantizedHuggingFaceLLM(**{"model_id": str(folder), "progress": False, "max_new_tokens": 8, **kwargs})
-
-
-def model_of(llm: QuantizedHuggingFaceLLM) -> torch.nn.Module:
-    model: torch.nn.Module = llm.load().pipeline.model
-    return model
-
-
-def is_gone(reference: Callable[[], Any], within_s: float = 5) -> bool:
-    """Whether what a weak reference means is freed, within the time that an idle thread lives."""
-    deadline = time.monotonic() + within_s
-    while reference() is not None and time.monotonic() < deadline:
-        gc.collect()
-        time.sleep(0.01)
-    return reference() is None
-
-
-# Who shares.
+# What is shared, and what is not.
 
 
 @pytest.mark.parametrize(
@@ -96,7 +45,7 @@ def is_gone(reference: Callable[[], Any], within_s: float = 5) -> bool:
     ],
     ids=str,
 )
-def test_what_does_not_change_the_weights_is_shared(fresh: Path, other: dict[str, Any], loads: list[str]) -> None:
+def test_other_options_share_the_weights(fresh: Path, other: dict[str, Any], loads: list[str]) -> None:
     if torch.accelerator.is_available() and other.keys() & {"device", "device_map"}:
         pytest.skip("on a machine with an accelerator the CPU is another device")
     one, two = make_llm(fresh), make_llm(fresh, **other)
@@ -151,7 +100,7 @@ def test_one_folder_by_several_paths_is_shared(tiny: Path, tmp_path: Path, monke
     ],
     ids=str,
 )
-def test_what_changes_the_weights_is_not_shared(tiny: Path, other: dict[str, Any]) -> None:
+def test_options_that_change_the_weights_share_none(tiny: Path, other: dict[str, Any]) -> None:
     assert model_of(make_llm(tiny)) is not model_of(two := make_llm(tiny, **other))
     assert two.invoke(PROMPT)
 
@@ -170,7 +119,7 @@ def test_another_model_or_revision_is_not_shared(tiny: Path, tmp_path: Path) -> 
 
 
 def test_max_memory_stays_shared_over_a_reload(fresh: Path, loads: list[str]) -> None:
-    """accelerate turns "20GB" into a number, in the dict that it is given."""
+    """accelerate replaces "20GB" by a number in its argument."""
     one, two = (make_llm(fresh, max_memory={"cpu": "20GB"}) for _ in range(2))
     assert model_of(one) is model_of(two)
     assert len(loads) == 1
@@ -203,7 +152,7 @@ def test_many_threads_load_once(fresh: Path, loads: list[str]) -> None:
     with ThreadPoolExecutor(8) as executor:
         texts = list(executor.map(work, range(8)))
     assert len(set(texts)) == 1
-    # An instance is dropped when its thread is done, so that only those that overlap must share.
+    # An instance is freed at the end of its thread, so that only overlapping ones must share.
     assert len(loads) <= 2
 
 
@@ -273,7 +222,7 @@ def test_configurable_fields_share(fresh: Path, quantization: str | None, loaded
 
 @pytest.mark.parametrize("loaded", [False, True])
 def test_configurable_scheme(tiny: Path, loaded: bool) -> None:
-    """A loaded instance hands its fields on, but not its weights to another scheme."""
+    """A configured instance has the fields of a loaded one, but loads its own weights in another scheme."""
     llm = make_llm(tiny, max_new_tokens=30)
     texts = {name: make_llm(tiny, quantization=name, max_new_tokens=30).invoke(PROMPT) for name in ("none", "nf4")}
     assert texts["none"] != texts["nf4"]
@@ -356,119 +305,7 @@ def test_nothing_is_left_behind_by_a_life(fresh: Path) -> None:
     llm.invoke(PROMPT)
     llm.unload()
     assert set(threading.enumerate()) <= threads
-    assert not [key for key in loading_module._registry if str(fresh) in str(key)]
-
-
-# unload.
-
-
-def test_unload_frees_and_the_next_call_loads_again(fresh: Path, loads: list[str]) -> None:
-    llm = make_llm(fresh, quantization="nf4")
-    assert not llm.is_loaded
-    llm.unload()  # of what is not loaded: nothing happens
-    text = llm.invoke(PROMPT)
-    assert llm.is_loaded
-    gone = weakref.ref(llm.pipeline.model)
-    llm.unload()
-    assert not llm.is_loaded
-    assert not llm.is_loaded
-    assert gone() is None  # at once: an idle engine's thread must not keep it
-    llm.unload()
-    assert llm.invoke(PROMPT) == text
-    assert len(loads) == 2
-
-
-def test_unload_takes_the_model_from_all_who_share_it(fresh: Path, loads: list[str]) -> None:
-    one, two, three = (make_llm(fresh) for _ in range(3))
-    text = one.invoke(PROMPT)
-    assert two.invoke(PROMPT) == three.invoke(PROMPT) == text
-    gone = weakref.ref(one.pipeline.model)
-    one.unload()
-    assert not two.is_loaded
-    assert is_gone(gone, within_s=1), "instances that share the model hold its weights on"
-    assert two.invoke(PROMPT) == text
-    assert three.invoke(PROMPT) == text
-    assert two.pipeline.model is three.pipeline.model
-    assert len(loads) == 2
-
-
-def test_unload_gives_memory_back(smollm2: Path) -> None:
-    """SmolLM2 takes 538 MB in float32; at least two thirds of it must come back to the system."""
-    process = psutil.Process(os.getpid())
-    make_llm(smollm2, dtype="float32").load().unload()  # what the first load of all keeps is not counted
-    gc.collect()
-    before = process.memory_info().rss
-    llm = make_llm(smollm2, dtype="float32").load()
-    model_of(llm)(torch.tensor([[1, 2, 3]]))
-    held = process.memory_info().rss - before
-    llm.unload()
-    freed = before + held - process.memory_info().rss
-    assert held > 350 * 2**20
-    assert freed > held * 2 / 3
-
-
-def test_unload_while_generating_says_so(tiny: Path) -> None:
-    llm = make_llm(tiny, max_new_tokens=200, ignore_eos=True)
-    stream = llm.stream(PROMPT)
-    next(stream)
-    began = time.monotonic()
-    llm.unload()
-    assert time.monotonic() - began < 3  # at the next token, not at the end of the text
-    with pytest.raises(GenerationError, match="unloaded while"):
-        list(stream)
-    assert llm.invoke(PROMPT, max_new_tokens=3)
-
-
-def test_unload_by_another_thread_while_waiting(tiny: Path) -> None:
-    llm, other = make_llm(tiny, max_new_tokens=200, ignore_eos=True), make_llm(tiny)
-    llm.load()
-    other.load()
-    started = threading.Event()
-    caught: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            for _ in llm.stream(PROMPT):
-                started.set()
-        except GenerationError as error:
-            caught.append(error)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    assert started.wait(10)
-    other.unload()
-    thread.join(10)
-    assert not thread.is_alive()
-    assert "unloaded while" in str(caught[0])
-
-
-def test_threads_that_unload_and_call_at_once(tiny: Path) -> None:
-    """Nothing but an answer or the error in words may come of it."""
-    llms = [make_llm(tiny, max_new_tokens=4) for _ in range(3)]
-    expected = llms[0].invoke(PROMPT)
-    unexpected: list[BaseException] = []
-    ended = threading.Semaphore(0)
-
-    def call(llm: QuantizedHuggingFaceLLM) -> None:
-        for _ in range(8):
-            try:
-                assert llm.invoke(PROMPT) == expected
-            except GenerationError as error:
-                assert "unloaded" in str(error)  # noqa: PT017
-            except Exception as error:
-                unexpected.append(error)
-            ended.release()
-
-    threads = [threading.Thread(target=call, args=(llm,)) for llm in llms for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for _ in range(10):
-        assert ended.acquire(timeout=60)
-        llms[0].unload()
-    for thread in threads:
-        thread.join(60)
-    assert not any(thread.is_alive() for thread in threads)
-    assert unexpected == []
+    assert not [key for key in registry._handles if str(fresh) in str(key)]
 
 
 def test_an_instance_that_never_runs_keeps_what_its_configured_ones_load(fresh: Path, loads: list[str]) -> None:
@@ -480,8 +317,8 @@ def test_an_instance_that_never_runs_keeps_what_its_configured_ones_load(fresh: 
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_limits_of_both_kinds_of_names_are_understood(tiny: Path) -> None:
-    """As accelerate takes them, numbers and texts; what this machine has not is said in words."""
+def test_memory_limits_take_numbers_and_names_of_devices(tiny: Path) -> None:
+    """Devices are numbers and names, as for accelerate; one that this machine lacks is an error."""
     limits = {0: "10GiB", "cpu": "10GiB"}
     with pytest.raises(UnsupportedError, match="cuda:0"):
         make_llm(tiny, device_map="auto", max_memory=limits).load()
@@ -494,11 +331,3 @@ def test_a_loading_field_that_is_set_later_counts(tiny: Path) -> None:
     llm.quantization = "int8"
     assert not llm.is_loaded
     assert llm.memory_report().scheme_name == "int8"
-
-
-def test_an_engine_whose_model_was_unloaded_says_so(tiny: Path) -> None:
-    llm = make_llm(tiny).load()
-    engine, requests = llm._engine(), llm._plan([PROMPT], None, {}).requests
-    llm.unload()
-    with pytest.raises(GenerationError, match="unloaded"):
-        engine.submit(requests)

@@ -1,4 +1,4 @@
-"""What is no checkpoint of a language model is told by what it is, from its files alone and before torch is there."""
+"""Model ids that name no checkpoint of a language model: the error says what they name, before torch is imported."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ from langchain_quantllm.errors import (
     QuantLLMError,
     UnsupportedError,
 )
-from langchain_quantllm.loading.checkpoint import LoadSpec, find_source
+from langchain_quantllm.loading.checkpoint import find_source
 from langchain_quantllm.loading.sources import check_sources, command_line, folder_of, wrong_files
+from langchain_quantllm.loading.spec import LoadSpec
 from langchain_quantllm.quantization.gguf import convert_gguf
 from tests.support.checkpoints import SIZES, FakeHub, make_checkpoint, run_python
 
@@ -43,8 +44,8 @@ def make(folder: Path, files: dict[str, Any]) -> str:
     return str(folder)
 
 
-def told(model_id: str) -> str:
-    """The error for a model id, the same from loading, quantizing and estimating."""
+def error_for(model_id: str) -> str:
+    """Return the error for a model id, after checking that loading, quantizing and estimating raise the same."""
     with pytest.raises(QuantLLMError) as caught:
         check_sources(model_id)
     text = str(caught.value)
@@ -119,9 +120,9 @@ KINDS: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_folders_are_told_by_what_they_hold(tmp_path: Path, kind: str) -> None:
+def test_the_error_says_what_a_folder_holds(tmp_path: Path, kind: str) -> None:
     files, words = KINDS[kind]
-    text = told(make(tmp_path / "model", files))
+    text = error_for(make(tmp_path / "model", files))
     for word in words:
         assert word in text
 
@@ -142,9 +143,9 @@ def test_folders_are_told_by_what_they_hold(tmp_path: Path, kind: str) -> None:
         ("README.md", ["is a file; give a folder"]),
     ],
 )
-def test_files_are_told_by_their_kind(tmp_path: Path, name: str, words: list[str]) -> None:
+def test_the_error_says_what_kind_of_file_it_is(tmp_path: Path, name: str, words: list[str]) -> None:
     (tmp_path / name).write_text("x")
-    text = told(str(tmp_path / name))
+    text = error_for(str(tmp_path / name))
     for word in words:
         assert word in text
 
@@ -152,17 +153,17 @@ def test_files_are_told_by_their_kind(tmp_path: Path, name: str, words: list[str
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_a_file_of_a_checkpoint_names_its_folder(tmp_path: Path, name: str) -> None:
     make(tmp_path, {"config.json": LLAMA, "tokenizer.json": {}, **WEIGHTS})
-    assert f"model_id={str(tmp_path)!r}" in told(str(tmp_path / name))
+    assert f"model_id={str(tmp_path)!r}" in error_for(str(tmp_path / name))
 
 
-def test_names_that_are_none(tmp_path: Path) -> None:
+def test_wrong_names_get_a_hint(tmp_path: Path) -> None:
     (tmp_path / "llama-7b").mkdir()
-    assert f"did you mean {tmp_path / 'llama-7b'}?" in told(str(tmp_path / "llama-7B-"))
-    assert "there is no folder /no/such/model; check the path" in told("/no/such/model")
-    assert "is a name of Ollama's" in told("llama3:8b")
-    assert "there is no file nothing.gguf" in told("nothing.gguf")
-    assert "model_id='Qwen/Qwen3-8B'" in told("https://huggingface.co/Qwen/Qwen3-8B/tree/main")
-    assert "model_id='Qwen/Qwen3-8B'" in told("hf.co/Qwen/Qwen3-8B")
+    assert f"did you mean {tmp_path / 'llama-7b'}?" in error_for(str(tmp_path / "llama-7B-"))
+    assert "there is no folder /no/such/model; check the path" in error_for("/no/such/model")
+    assert "is a name of Ollama's" in error_for("llama3:8b")
+    assert "there is no file nothing.gguf" in error_for("nothing.gguf")
+    assert "model_id='Qwen/Qwen3-8B'" in error_for("https://huggingface.co/Qwen/Qwen3-8B/tree/main")
+    assert "model_id='Qwen/Qwen3-8B'" in error_for("hf.co/Qwen/Qwen3-8B")
 
 
 @pytest.mark.parametrize(
@@ -183,7 +184,7 @@ def test_language_models_pass(tmp_path: Path, config: dict[str, Any]) -> None:
     check_sources("acme/tiny")
 
 
-def test_a_repository_is_told_by_its_files_too(tmp_path: Path) -> None:
+def test_the_error_says_what_a_repository_holds(tmp_path: Path) -> None:
     error = wrong_files("acme/tiny-GGUF", ["README.md", "tiny.Q4_K_M.gguf"], lambda _: {}, is_local=False)
     assert str(error).startswith("acme/tiny-GGUF holds tiny.Q4_K_M.gguf, which is in llama.cpp's format")
     files = ["adapter_config.json", "adapter_model.safetensors"]
@@ -191,7 +192,7 @@ def test_a_repository_is_told_by_its_files_too(tmp_path: Path) -> None:
     assert str(error) == "acme/lora holds an adapter, no model; write model_id='acme/base', adapter='acme/lora'."
 
 
-def test_what_a_gguf_repository_is_told_by_is_the_model() -> None:
+def test_the_error_for_a_gguf_repository_names_the_model_file() -> None:
     files = ["config.json", "mmproj-tiny.gguf", "tiny.Q4_K_M.gguf"]
     for given in (files, files[1:]):
         error = wrong_files("acme/tiny-GGUF", given, lambda _: {}, is_local=False)
@@ -199,7 +200,7 @@ def test_what_a_gguf_repository_is_told_by_is_the_model() -> None:
     assert "holds mmproj-tiny.gguf" in str(wrong_files("acme/t", files[1:2], lambda _: {}, is_local=False))
 
 
-def test_a_command_is_written_for_the_shell_that_takes_it() -> None:
+def test_commands_are_quoted_for_the_shell() -> None:
     words = ["python", r"C:\my models\tiny.gguf"]
     assert command_line(words, is_windows=True) == r'python "C:\my models\tiny.gguf"'
     assert command_line(words, is_windows=False) == r"python 'C:\my models\tiny.gguf'"
@@ -207,7 +208,7 @@ def test_a_command_is_written_for_the_shell_that_takes_it() -> None:
 
 @pytest.mark.parametrize("name", ["x" * 300, "~no-such-user-here/model", "/tmp/" + "y" * 5000])
 def test_names_that_no_folder_can_have(name: str) -> None:
-    text = told(name)
+    text = error_for(name)
     assert "cannot be a folder" in text
     assert "check the path" in text
     assert folder_of(name) is None
@@ -230,7 +231,7 @@ print(sorted({"torch", "transformers", "bitsandbytes", "peft", "accelerate"} & s
 """
 
 
-def test_a_wrong_name_is_told_before_torch_is_imported(tmp_path: Path) -> None:
+def test_a_wrong_name_is_reported_before_torch_is_imported(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_text("x")
     env = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
     *errors, imported = run_python(CODE, tmp_path / "m.gguf", env=env).stdout.splitlines()
@@ -243,7 +244,7 @@ def test_a_wrong_name_is_told_before_torch_is_imported(tmp_path: Path) -> None:
 
 @pytest.fixture
 def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """No Hub at all, and the seconds that somebody would have waited for it."""
+    """The seconds of all pauses while waiting for a Hub that is not there."""
     FakeHub.point_to("http://127.0.0.1:9", monkeypatch)
     waited: list[float] = []
     clock = SimpleNamespace(sleep=waited.append, time=time.time)
@@ -254,8 +255,8 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest.mark.enable_socket
 @pytest.mark.parametrize("cached", [False, True])
-def test_an_unreachable_hub_is_told_within_seconds(tmp_path: Path, slept: list[float], cached: bool) -> None:
-    if cached:  # a download that was broken off: huggingface_hub would begin with what is here, and wait for the rest
+def test_an_unreachable_hub_is_reported_within_seconds(tmp_path: Path, slept: list[float], cached: bool) -> None:
+    if cached:  # an interrupted download: huggingface_hub would use its files, and wait for the rest
         make(
             tmp_path / "models--acme--tiny",
             {"refs/main": "a" * 40, f"snapshots/{'a' * 40}/config.json": LLAMA},
@@ -272,9 +273,9 @@ def test_an_unreachable_hub_is_told_within_seconds(tmp_path: Path, slept: list[f
 
 
 @pytest.mark.enable_socket
-def test_an_adapter_on_an_unreachable_hub_is_told_within_seconds(tmp_path: Path, slept: list[float]) -> None:
+def test_an_adapter_on_an_unreachable_hub_is_reported_within_seconds(tmp_path: Path, slept: list[float]) -> None:
     from langchain_quantllm.loading.adapters import _fetch
-    from langchain_quantllm.loading.checkpoint import LoadSpec
+    from langchain_quantllm.loading.spec import LoadSpec
 
     with pytest.raises(ModelNotFoundError, match="the Hub could not be asked"):
         _fetch("sql", "acme/lora", LoadSpec(model_id="acme/tiny", cache_dir=str(tmp_path)))
@@ -282,7 +283,7 @@ def test_an_adapter_on_an_unreachable_hub_is_told_within_seconds(tmp_path: Path,
 
 
 @pytest.mark.enable_socket
-def test_an_estimate_from_an_unreachable_hub_is_told_within_seconds(slept: list[float]) -> None:
+def test_an_estimate_from_an_unreachable_hub_is_reported_within_seconds(slept: list[float]) -> None:
     with pytest.raises(ModelNotFoundError, match="acme/tiny-nowhere"):
         estimate_memory("acme/tiny-nowhere")
     assert sum(slept) <= 2
@@ -294,7 +295,7 @@ def cached(cache: Path, repository: str, files: dict[str, Any]) -> None:
     make(folder / "snapshots" / ("a" * 40), files)
 
 
-def test_a_cached_repository_is_told_by_its_files(tmp_path: Path) -> None:
+def test_the_error_says_what_a_cached_repository_holds(tmp_path: Path) -> None:
     files, words = KINDS["sentence-transformers"]
     cached(tmp_path, "acme/embeds", {**files, "tokenizer.json": {}})
     with pytest.raises(UnsupportedError, match=f"^acme/embeds .*{words[0]}"):
@@ -311,7 +312,7 @@ def test_an_estimate_needs_no_hub_where_the_config_is_here(tmp_path: Path, monke
     FakeHub.point_to("https://hub.invalid", monkeypatch)
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
-    with FakeHub({}) as proxy:  # which connects nobody to anything
+    with FakeHub({}) as proxy:  # refuses all connections
         for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
             monkeypatch.setenv(name, proxy.url)
         close_session()
@@ -324,13 +325,13 @@ def test_an_estimate_needs_no_hub_where_the_config_is_here(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("name", ["my model!", "a--b"])
-def test_an_estimate_of_what_is_no_name(name: str) -> None:
+def test_an_estimate_refuses_impossible_names(name: str) -> None:
     with pytest.raises(ModelNotFoundError, match=name):
         estimate_memory(name)
 
 
 @pytest.mark.enable_socket
-def test_a_list_that_the_hub_does_not_give_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repository_is_found_without_the_list_of_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(tmp_path / "repo", {"config.json": LLAMA, "tokenizer.json": {}, **WEIGHTS})
     with FakeHub({"acme/tiny": tmp_path / "repo"}) as hub:
         FakeHub.point_to(hub.url, monkeypatch)
@@ -353,7 +354,7 @@ def test_a_list_that_the_hub_does_not_give_stops_nothing(tmp_path: Path, monkeyp
 
 @pytest.fixture(scope="module")
 def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A GGUF file with a space in its name, and the checkpoint that it was made of."""
+    """A GGUF file with a space in its name, and the checkpoint that it was made from."""
     gguf = pytest.importorskip("gguf")
     folder = tmp_path_factory.mktemp("gguf")
     source = make_checkpoint(folder / "source", dtype="float32")
@@ -396,11 +397,12 @@ def test_the_command_that_the_error_names_converts_a_gguf_file(gguf_file: tuple[
     file, source = gguf_file
     with pytest.raises(ModelNotFoundError) as caught:
         QuantizedHuggingFaceLLM(model_id=str(file)).load()
-    command = re.search(r"once: (python -m langchain_quantllm\.gguf .+?) \(it needs", str(caught.value))
+    command = re.search(r"once: (langchain-quantllm convert .+?) \(it needs", str(caught.value))
     assert command is not None
-    python, *rest = shlex.split(command[1])
-    assert python == "python"
-    done = subprocess.run([sys.executable, *rest], capture_output=True, text=True, check=False, timeout=240)
+    program, *rest = shlex.split(command[1])
+    assert program == "langchain-quantllm"
+    convert = [sys.executable, "-m", "langchain_quantllm.cli", *rest]
+    done = subprocess.run(convert, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr
     llm = QuantizedHuggingFaceLLM(model_id=rest[-1], max_new_tokens=6, progress=False, dtype="float32")
     expected = {k: v.to(torch.bfloat16) for k, v in load_file(source / "model.safetensors").items()}
@@ -435,7 +437,7 @@ def test_nothing_is_left_of_a_conversion_that_fails(
         convert_gguf(file, tmp_path / "out", progress=False)
 
 
-def test_what_cannot_be_converted_is_told(tmp_path: Path) -> None:
+def test_files_that_cannot_be_converted_are_reported(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     (tmp_path / "broken.gguf").write_bytes(b"GGUF, or so it says")
     with pytest.raises(CheckpointError, match=r"transformers cannot read .*broken\.gguf"):
@@ -459,4 +461,4 @@ def test_what_cannot_be_converted_is_told(tmp_path: Path) -> None:
         timeout=240,
     )
     assert done.returncode == 1
-    assert done.stderr.startswith("Error: there is no file")
+    assert done.stderr.startswith("error: there is no file")

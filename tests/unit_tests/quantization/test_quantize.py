@@ -209,14 +209,14 @@ import json, sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from langchain_quantllm import QuantizedHuggingFaceLLM
-from langchain_quantllm.compat.gptqmodel_import import contained
+from langchain_quantllm.compat.gptqmodel_import import gptqmodel_imported
 
 found = {}
 for folder in sys.argv[2:]:
     llm = QuantizedHuggingFaceLLM(model_id=folder, device="cpu", max_new_tokens=12, engine="pipeline", progress=False)
     ours = llm.invoke(sys.argv[1])
     llm.unload()
-    with contained():
+    with gptqmodel_imported():
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype=torch.bfloat16)
         ids = tokenizer(sys.argv[1], return_tensors="pt")
