@@ -22,7 +22,7 @@ from pydantic import BaseModel
 
 from langchain_quantllm import ChatQuantizedHuggingFace, QuantizedHuggingFaceLLM, estimate_memory
 from langchain_quantllm.chat import images
-from langchain_quantllm.chat.messages import turns_of
+from langchain_quantllm.chat.messages import template_messages
 from langchain_quantllm.chat.template import ChatTemplate
 from langchain_quantllm.errors import (
     CheckpointError,
@@ -385,7 +385,9 @@ def test_templates_of_texts_get_the_image_token(chat: Any) -> None:
     template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
     given = ChatQuantizedHuggingFace(pipeline=chat.pipeline, chat_template=template, max_tokens=6)
     assert given.profile["image_inputs"]
-    found = given._template().render(turns_of([HumanMessage(["a", block(0), "b"]), AIMessage("c")], images=True))
+    found = given._template().render(
+        template_messages([HumanMessage(["a", block(0), "b"]), AIMessage("c")], images=True)
+    )
     assert found == "[user] a\n<image>\nb\n[assistant] c"
     inputs = chat.pipeline.processor(
         text=["[user] <image>\nWhat is this?\n"], images=[[picture(0)]], return_tensors="pt"
@@ -399,7 +401,7 @@ def test_images_of_joined_turns_keep_their_order(chats: Any) -> None:
     """As Gemma's template wants turns that alternate, the system message goes into the first of the user's."""
     chat = chats["gemma3"]
     messages = [SystemMessage("Be brief."), ask(0, text="one"), ask(1, text="two"), AIMessage("c"), ask(2, text="d")]
-    prompt, sources = chat._template().compose(turns_of(messages, images=True))
+    prompt, sources = chat._template().render(template_messages(messages, images=True))
     assert prompt.count("<start_of_image>") == 3
     assert [source.message for source in sources] == [1, 2, 4]
     assert "Be brief.\n\n<start_of_image>one<start_of_image>two" in prompt
@@ -436,7 +438,7 @@ def test_images_of_tools(chats: Any) -> None:
         other = ToolMessage([block(6), {"type": "text", "text": "Oslo"}], tool_call_id="call00001")
         assert bound.invoke([HumanMessage("Oslo?"), call, other]).content not in answers
     template = ChatTemplate(chats["qwen2_5_vl"].pipeline.tokenizer, None, chats["qwen2_5_vl"].pipeline.processor)
-    prompt = template.render(turns_of([HumanMessage("Oslo?"), call, result], images=True))
+    prompt, _ = template.render(template_messages([HumanMessage("Oslo?"), call, result], images=True))
     assert "<tool_response>\n<|vision_start|><|image_pad|><|vision_end|>Oslo\n</tool_response>" in prompt
 
 

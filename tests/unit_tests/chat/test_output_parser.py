@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
-from langchain_quantllm.chat.output_parser import AnswerParser, Piece, TemplateParser
+from langchain_quantllm.chat.output_parser import AnswerParser
+from langchain_quantllm.chat.response_template import TemplateParser
+from langchain_quantllm.chat.tool_calls import Piece
 from langchain_quantllm.structured.tool_formats import FORMATS, HERMES, REASONING, ToolFormat, format_of, reasoning_of
 
 FORMAT = {entry.name: entry for entry in FORMATS}

@@ -20,7 +20,7 @@ from langchain_core.messages import (
 )
 from transformers import AutoTokenizer
 
-from langchain_quantllm.chat.messages import turns_of
+from langchain_quantllm.chat.messages import template_messages
 from langchain_quantllm.chat.template import ChatTemplate
 from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
 
@@ -80,7 +80,7 @@ def tokenizer(smollm2: Path) -> Any:
 @pytest.fixture
 def render(tokenizer: Any) -> Any:
     def render(template: str | None, messages: list[Any], tools: Any = (), **options: Any) -> str:
-        return ChatTemplate(tokenizer, template).render(turns_of(messages), tools, options)
+        return ChatTemplate(tokenizer, template).render(template_messages(messages), tools, options)[0]
 
     return render
 
@@ -103,7 +103,7 @@ def test_every_kind_of_message() -> None:
         FunctionMessage("f", name="add"),
     ]
     call = {"type": "function", "id": "call_0123456789", "function": {"name": "add", "arguments": {"a": 1, "b": "é"}}}
-    assert turns_of(messages) == [
+    assert template_messages(messages) == [
         {"role": "system", "content": "s"},
         {"role": "user", "content": "h", "name": "Ada"},
         {"role": "assistant", "content": "a", "reasoning_content": "r"},
@@ -120,26 +120,26 @@ def test_content_blocks_become_their_texts() -> None:
         {"type": "text", "text": "two"},
         {"type": "text-plain", "text": "three", "mime_type": "text/plain"},
     ]
-    assert turns_of([HumanMessage(blocks)]) == [{"role": "user", "content": "one\ntwo\nthree"}]
+    assert template_messages([HumanMessage(blocks)]) == [{"role": "user", "content": "one\ntwo\nthree"}]
     answer = AIMessage(
         [{"type": "reasoning", "reasoning": "hm"}, {"type": "text", "text": "yes"}, {"type": "tool_use", "id": "1"}]
     )
-    assert turns_of([answer]) == [{"role": "assistant", "content": "yes", "reasoning_content": "hm"}]
+    assert template_messages([answer]) == [{"role": "assistant", "content": "yes", "reasoning_content": "hm"}]
 
 
-def test_anthropic_tool_results_become_turns_of_their_own() -> None:
+def test_anthropic_tool_results_become_template_messages_their_own() -> None:
     blocks = [
         {"type": "tool_result", "tool_use_id": "call_0123456789", "content": [{"type": "text", "text": "3"}]},
         {"type": "text", "text": "and now?"},
     ]
-    turns = turns_of([HumanMessage("1+2"), CALL, HumanMessage(blocks)])
+    turns = template_messages([HumanMessage("1+2"), CALL, HumanMessage(blocks)])
     assert [turn["role"] for turn in turns] == ["user", "assistant", "tool", "user"]
     assert turns[2] == {"role": "tool", "content": "3", "tool_call_id": "call_0123456789", "name": "add"}
 
 
 def test_wrong_calls_go_back_as_text() -> None:
     wrong = [{"name": "add", "args": '{"a": ', "id": "1", "error": "cut off", "type": "invalid_tool_call"}]
-    turn = turns_of([AIMessage("so:", invalid_tool_calls=wrong)])[0]
+    turn = template_messages([AIMessage("so:", invalid_tool_calls=wrong)])[0]
     assert turn["content"] == 'so:\nadd{"a": '
     assert "tool_calls" not in turn
 
@@ -160,7 +160,7 @@ def test_wrong_calls_go_back_as_text() -> None:
 )
 def test_what_no_turn_can_be_made_of(messages: list[Any], error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
-        turns_of(messages)
+        template_messages(messages)
 
 
 # --- templates ---
@@ -169,8 +169,8 @@ def test_what_no_turn_can_be_made_of(messages: list[Any], error: type[Exception]
 def test_a_template_that_takes_everything_is_left_alone(qwen_coder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(qwen_coder)
     messages = [SystemMessage("s"), HumanMessage("a"), HumanMessage("b"), CALL, RESULT]
-    turns = turns_of(messages)
-    found = ChatTemplate(tokenizer).render(turns, [TOOL])
+    turns = template_messages(messages)
+    found, _ = ChatTemplate(tokenizer).render(turns, [TOOL])
     expected = tokenizer.apply_chat_template(turns, tools=[TOOL], tokenize=False, add_generation_prompt=True)
     assert found == expected
 
