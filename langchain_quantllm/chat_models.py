@@ -234,7 +234,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
         run_manager: CallbackManagerForLLMRun | AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> bool:
-        """Say whether a call streams inwardly; several answers do not, unless a stream was asked for."""
+        """Whether a call streams inwardly; several answers do so only where a stream was asked for."""
         n = next((kwargs[name] for name in ("n", "num_return_sequences") if kwargs.get(name)), self.n)
         if n not in (None, 1) and not kwargs.get("stream"):
             return False

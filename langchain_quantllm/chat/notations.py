@@ -1,6 +1,6 @@
-"""Arguments that are not written as JSON: from XML, Gemma's notation and Python to JSON text.
+"""The notations of arguments: JSON, and XML, Gemma's notation and Python turned into JSON text.
 
-Owns these three notations. Each reader raises a `ValueError` that says what is wrong.
+Each reader raises a `ValueError` with the error of the arguments.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _JSON_WORDS = {"True": "true", "False": "false", "None": "null"}
 _PYTHON_WORDS = {"true": True, "false": False, "null": None}
 
 JSON_FAILURES = (ValueError, RecursionError)
-"""What reading JSON can raise: a deep nesting ends the interpreter's patience."""
+"""The errors of reading JSON; a deep nesting raises `RecursionError`."""
 
 
 def checked(raw: str) -> str:
-    """Give arguments as the text of a JSON object, which they may contain as a string.
+    """Return arguments as the text of a JSON object, which may come as a JSON string.
 
     Raises:
         ValueError: They are no JSON, or another value.
@@ -42,7 +42,7 @@ def loaded(raw: str) -> Any:
     """Read JSON.
 
     Raises:
-        ValueError: It is none.
+        ValueError: It is not valid.
     """
     try:
         return json.loads(raw)
@@ -54,7 +54,7 @@ def from_qwen_xml(body: str, parameters: Mapping[str, Any]) -> str:
     """Read `<parameter=key>` elements, typed by the JSON schema of the function's parameters.
 
     Raises:
-        ValueError: There is something else between them.
+        ValueError: There is other text between them.
     """
     values: dict[str, Any] = {}
     at = 0
@@ -71,7 +71,7 @@ def from_qwen_xml(body: str, parameters: Mapping[str, Any]) -> str:
 
 
 def _typed(text: str, key: str, parameters: Mapping[str, Any]) -> Any:
-    """Read a text as the schema says, or leave it where it does not fit."""
+    """Read a text as a value of the schema's type; a text that is none stays a text."""
     properties = parameters.get("properties")
     types = _types(properties.get(key) if isinstance(properties, Mapping) else None)
     if not types or (types == {"string"}):
@@ -108,7 +108,7 @@ def from_gemma(body: str) -> str:
     """Read `{key:<escape>text<escape>,n:3}`, or the same with Gemma 4's marks around strings.
 
     Raises:
-        ValueError: It is not written so.
+        ValueError: It is written otherwise.
     """
     parts = _GEMMA_DELIMITER.split(body)
     if len(parts) % 2 == 0:
@@ -134,10 +134,10 @@ def _gemma_token(found: re.Match[str]) -> str:
 
 
 def from_python(arguments: str) -> str:
-    """Read the arguments of a Python call, keywords with literals only.
+    """Read the arguments of a Python call: keywords with literals.
 
     Raises:
-        ValueError: They are something else.
+        ValueError: They are anything else.
     """
     try:
         call = ast.parse(f"f{arguments}", mode="eval").body

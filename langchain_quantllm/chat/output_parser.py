@@ -4,7 +4,7 @@ Owns the places of these parts in an answer. Calls themselves are read by `tool_
 families are in `structured.tool_formats`; messages are made by `result`.
 
 Answers of tokenizers with a response template of their own go to transformers' parser, in `response_template`. It is no
-replacement for this one: it gives calls whole, and drops or misreads what small models write beside their format.
+replacement for this one: it does not stream arguments, and misreads calls that small models write otherwise.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class AnswerParser(CallReader):
         if self._tools:
             yield from self._whole()
         yield from self._content()
-        self._give("text", self._space)
+        self._emit("text", self._space)
 
     def _thinks(self, reasoning: ReasoningFormat) -> Wait[bool]:
         start = self._scan.at
@@ -104,7 +104,7 @@ class AnswerParser(CallReader):
         return False
 
     def _think(self, reasoning: ReasoningFormat) -> Wait[None]:
-        """Give reasoning to its end, without the line ends around it and the blank lines after it."""
+        """Emit reasoning to its end, without the line ends around it and the blank lines after it."""
         scan = self._scan
         begun = prefixes([reasoning.end])
         yield from scan.skip("\r\n")
@@ -112,12 +112,12 @@ class AnswerParser(CallReader):
             cut = len(scan.text) if scan.ended else len(scan.text) - held(scan.text[scan.at :], begun)
             part = scan.text[scan.at : cut]
             part = part if scan.ended else part.rstrip("\r\n")
-            self._give("reasoning", part)
+            self._emit("reasoning", part)
             scan.at += len(part)
             scan.forget()
             if not (yield from scan.more()):
                 return
-        self._give("reasoning", scan.text[scan.at : end].rstrip("\r\n"))
+        self._emit("reasoning", scan.text[scan.at : end].rstrip("\r\n"))
         scan.at = start = end + len(reasoning.end)
         yield from scan.skip()
         scan.at = max(start, scan.text.rfind("\n", start, scan.at) + 1)

@@ -33,7 +33,7 @@ class _Notation(NamedTuple):
 
 
 _JSON = _Notation(
-    re.compile(r"[^\s\w+\-.,:]"),  # what JSON never has outside strings, too: a closing tag ends an open value
+    re.compile(r"[^\s\w+\-.,:]"),  # other than JSON's own outside strings: a closing tag ends an open value
     "{[",
     {'"': re.compile(r'["\\\x00-\x1f]')},
     NOT_JSON,

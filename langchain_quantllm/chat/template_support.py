@@ -1,4 +1,4 @@
-"""What a chat template can express, found by rendering small conversations with it.
+"""The abilities of a chat template, found by rendering small conversations with it.
 
 Owns these trials and the forms of content that a template takes. Renders no conversation of a user.
 """

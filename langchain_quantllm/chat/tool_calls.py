@@ -84,7 +84,7 @@ class CallReader:
 
     # Pieces.
 
-    def _give(self, kind: str, text: str, index: int = 0, error: str = "") -> None:
+    def _emit(self, kind: str, text: str, index: int = 0, error: str = "") -> None:
         last = self._pieces[-1] if self._pieces else None
         if last and kind in ("text", "reasoning", "arguments") and (last.kind, last.index) == (kind, index):
             self._pieces[-1] = replace(last, text=last.text + text)
@@ -92,9 +92,9 @@ class CallReader:
             self._pieces.append(Piece(kind=kind, text=text, index=index, error=error))
 
     def _text(self, text: str) -> None:
-        """Give text without the space after a call; space at its end waits, as a call may follow."""
+        """Emit text without the space after a call; space at its end waits, as a call may follow."""
         if not self._tools:
-            self._give("text", text)
+            self._emit("text", text)
             return
         text = text.lstrip() if self._after_call else self._space + text
         if not text:
@@ -102,7 +102,7 @@ class CallReader:
         shown = text.rstrip()
         self._space = text[len(shown) :]
         self._after_call = self._after_call and not shown
-        self._give("text", shown)
+        self._emit("text", shown)
 
     def _enter(self, call: Call) -> None:
         if call.index < 0:
@@ -110,28 +110,28 @@ class CallReader:
         self._space, self._after_call = "", True
 
     def _name(self, call: Call) -> None:
-        """Give the call's name, which makes it a call."""
+        """Emit the call's name, which makes it a call."""
         self._enter(call)
-        self._give("call", call.name, call.index)
+        self._emit("call", call.name, call.index)
 
     def _complete(self, call: Call) -> str:
-        """Give the rest of the call; returns its error, if any."""
+        """Emit the rest of the call; returns its error, if any."""
         if not call.name:
             return _NO_NAME
         if call.index < 0:
             self._name(call)
         if not call.given:
-            self._give("arguments", "{}" if call.arguments is None else call.arguments, call.index)
+            self._emit("arguments", "{}" if call.arguments is None else call.arguments, call.index)
         return ""
 
     def _finish(self, call: Call, written: int, error: str, *ends: str) -> Wait[bool]:
-        """Give the rest of the call, or all of it as an invalid one; tell whether it was a call."""
+        """Emit the rest of the call, or all of it as an invalid one; tell whether it was a call."""
         if error := error or self._complete(call):
             yield from self._spoil(call, written, error, *ends)
         return not error
 
     def _spoil(self, call: Call, written: int, error: str, *ends: str) -> Wait[None]:
-        """Give all text to the closing tag, or to the next call, as an invalid call."""
+        """Emit all text to the closing tag, or to the next call, as an invalid call."""
         scan = self._scan
         named = call.index >= 0 and call.start >= 0
         end = call.end
@@ -139,7 +139,7 @@ class CallReader:
         yield from scan.until(*ends)
         end = end if named and end >= 0 else scan.at
         self._enter(call)
-        self._give("invalid", scan.text[start:end].strip(), call.index, error)
+        self._emit("invalid", scan.text[start:end].strip(), call.index, error)
         if ends:
             yield from scan.take(ends[0])
 
@@ -216,7 +216,7 @@ class CallReader:
 
         def seen() -> None:
             if streams:
-                self._give("arguments", scan.text[call.start + call.given : scan.at], call.index)
+                self._emit("arguments", scan.text[call.start + call.given : scan.at], call.index)
                 call.given = scan.at - call.start
 
         error = yield from scan.value(seen)

@@ -385,9 +385,8 @@ def test_templates_of_texts_get_the_image_token(chat: Any) -> None:
     template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
     given = ChatQuantizedHuggingFace(pipeline=chat.pipeline, chat_template=template, max_tokens=6)
     assert given.profile["image_inputs"]
-    found = given._template().render(
-        template_messages([HumanMessage(["a", block(0), "b"]), AIMessage("c")], images=True)
-    )
+    messages = template_messages([HumanMessage(["a", block(0), "b"]), AIMessage("c")], images=True)
+    found, _ = given._template().render(messages)
     assert found == "[user] a\n<image>\nb\n[assistant] c"
     inputs = chat.pipeline.processor(
         text=["[user] <image>\nWhat is this?\n"], images=[[picture(0)]], return_tensors="pt"

@@ -456,14 +456,14 @@ class TestConstraints:
         assert JSONObject() != JSONObject(reasoning=("<think>", "</think>", False))
         assert hash(ToolCalls(HERMES, TOOLS)) == hash(ToolCalls(HERMES, list(TOOLS)))
         compiler.masks(one, 10)
-        count = len(compiler._plans)
+        count = len(compiler._compiled)
         compiler.masks(JSONSchema(Node.model_json_schema()), 20)
-        assert len(compiler._plans) == count
+        assert len(compiler._compiled) == count
 
     def test_the_cache_is_bounded(self, compiler: Compiler) -> None:
         for i in range(40):
             compiler.masks(Choice((str(i),)), 10)
-        assert len(compiler._plans) <= 32
+        assert len(compiler._compiled) <= 32
 
     def test_from_many_threads(self, small: Any) -> None:
         compiler = Compiler(small, len(small), (small.eos_token_id,))
