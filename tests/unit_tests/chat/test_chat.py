@@ -17,7 +17,7 @@ from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import UsageMetadataCallbackHandler
 from langchain_core.exceptions import ContextOverflowError
 from langchain_core.load import dumpd, load
-from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, ToolMessage
+from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_core.runnables import ConfigurableField
 from langchain_core.tools import StructuredTool
 from pydantic import BaseModel, Field
@@ -26,6 +26,7 @@ from typing_extensions import TypedDict
 from langchain_quantllm import ChatQuantizedHuggingFace, QuantizedHuggingFaceLLM
 from langchain_quantllm.errors import InvalidOptionError, ModelNotFoundError, UnsupportedError
 from langchain_quantllm.structured import Choice, Regex
+from tests.support.chat_messages import folded
 
 pytest.importorskip("xgrammar")
 
@@ -65,13 +66,6 @@ def coder(qwen_coder: Path) -> Iterator[ChatQuantizedHuggingFace]:
     )
     yield chat
     chat.unload()
-
-
-def folded(chunks: Any) -> AIMessageChunk:
-    full: Any = None
-    for chunk in chunks:
-        full = chunk if full is None else full + chunk
-    return full
 
 
 # --- calls ---
