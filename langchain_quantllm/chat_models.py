@@ -60,26 +60,14 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
             `{"enable_thinking": False}`.
         llm: A `QuantizedHuggingFaceLLM` whose settings and weights the chat model takes over.
 
-    Instantiate:
+    Instantiate, invoke and stream:
         ```python
         from langchain_quantllm import ChatQuantizedHuggingFace
 
         chat = ChatQuantizedHuggingFace(model="Qwen/Qwen2.5-7B-Instruct", quantization="nf4")
-        ```
-
-    Invoke:
-        ```python
         chat.invoke([("system", "You translate to French."), ("human", "Good morning.")]).content
-        ```
-
-    Stream:
-        ```python
         for chunk in chat.stream("Tell me a story."):
             print(chunk.text, end="", flush=True)
-        ```
-
-    Async:
-        ```python
         await chat.ainvoke("Good morning.")
         ```
 
@@ -259,11 +247,11 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
         prompt = write_prompt(
             messages, chat, template, pipeline, variables=self.chat_template_kwargs, timeout_s=options.timeout
         )
-        answer = AnswerFormat.of(chat, template, prompt.text, pipeline.tokenizer, self.tool_format)
+        answer = AnswerFormat(chat, template, prompt.text, pipeline.tokenizer, self.tool_format)
         options = dataclasses.replace(
             options,
             add_special_tokens=prompt.adds_begin,
-            skip_special_tokens=options.skip_special_tokens and not answer.has_special_tokens,
+            skip_special_tokens=options.skip_special_tokens and not answer.shows_special_tokens,
         )
         mask = self._mask(answer, options, has_media=bool(prompt.images))
         if mask is not None and not answer.is_optional:
@@ -271,11 +259,9 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
             options = dataclasses.replace(options, min_new_tokens=0, min_length=0)
 
         def new_reader() -> ResultReader:
-            parser = answer.parser(pipeline.tokenizer)
-            return ResultReader(parser, pipeline.tokenizer, self.model_id, parallel=chat.parallel is not False)
+            return ResultReader(answer.parser(), pipeline.tokenizer, self.model_id, parallel=chat.parallel is not False)
 
-        requests = self._requests(prompt.text, options, mask, prompt.images)
-        return ChatPlan(options=options, requests=requests, new_reader=new_reader)
+        return ChatPlan(options, self._requests(prompt.text, options, mask, prompt.images), new_reader)
 
     def _plan_stream(
         self, messages: Sequence[BaseMessage], stop: Sequence[str] | None, call: Mapping[str, Any]

@@ -9,8 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from langchain_core.messages import BaseMessage
 
@@ -38,35 +37,20 @@ from langchain_quantllm.structured.tool_formats import (
 _SCHEMA_TEXT = "Answer with a JSON object that matches this JSON schema, and with nothing else:\n{schema}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class ChatPlan:
-    """One call, ready for the engine.
-
-    Args:
-        options: The options of generating.
-        requests: One for each answer.
-        new_reader: Makes the reader of an answer.
-    """
+class ChatPlan(NamedTuple):
+    """One call, ready for the engine: a request for each answer, and a function that makes the reader of an answer."""
 
     options: GenerationOptions
     requests: list[Request]
     new_reader: Callable[[], ResultReader]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """A prompt.
-
-    Args:
-        text: The rendered conversation.
-        images: Its Pillow images, in the order of their placeholders.
-        adds_begin: Whether the tokenizer is to add its begin token: most templates write it, but not those made for
-            processors. Source: `ProcessorMixin.apply_chat_template` in transformers/processing_utils.py.
-    """
+class Prompt(NamedTuple):
+    """A rendered conversation, and its Pillow images in the order of their placeholders."""
 
     text: str
     images: list[Any]
-    adds_begin: bool
+    adds_begin: bool  # whether the tokenizer is to add its begin token
 
 
 def write_prompt(
@@ -99,12 +83,11 @@ def write_prompt(
     if isinstance(chat.constraint, JSONSchema):
         plain = _with_schema(plain, chat.constraint)
     text, sources = template.render(plain, chat.tools, {**variables, **(chat.template_kwargs or {})})
+    images = [read_image(source, min(timeout_s or FETCH_S, FETCH_S)) for source in sources]
+    # Most templates write the begin token, but not those made for processors.
+    # Source: `ProcessorMixin.apply_chat_template` in transformers/processing_utils.py.
     begin = pipeline.tokenizer.bos_token
-    return Prompt(
-        text=text,
-        images=[read_image(source, min(timeout_s or FETCH_S, FETCH_S)) for source in sources],
-        adds_begin=processor is not None and not (begin is not None and text.startswith(begin)),
-    )
+    return Prompt(text, images, processor is not None and not (begin is not None and text.startswith(begin)))
 
 
 def _with_schema(messages: list[Message], constraint: JSONSchema) -> list[Message]:
@@ -115,33 +98,19 @@ def _with_schema(messages: list[Message], constraint: JSONSchema) -> list[Messag
     return [{"role": "system", "content": joined([messages[0]["content"], text], "\n\n")}, *messages[1:]]
 
 
-@dataclass(frozen=True, kw_only=True)
 class AnswerFormat:
     """The format of a call's answers, and the constraint that keeps them to it.
 
-    Args:
-        tools: Functions that the model may call, as OpenAI's API takes them.
-        tool_format: The model's format of calls; None without tools.
-        reasoning: Its format of reasoning, if it has one.
-        in_reasoning: Whether the prompt has begun the reasoning already.
-        constraint: Keeps the answers to the format; None where anything is one.
-        response_prefix: The prompt, where the tokenizer has a response template of its own that reads the answers.
-        markers: Special tokens that the parser must see.
+    Attributes:
+        constraint: None where any text is an answer.
+        is_optional: Whether the constraint only holds calls that the model may leave out.
+        shows_special_tokens: Whether the parser must see special tokens.
     """
 
-    tools: tuple[dict[str, Any], ...]
-    tool_format: ToolFormat | None
-    reasoning: ReasoningFormat | None
-    in_reasoning: bool
-    constraint: Constraint | None
-    response_prefix: str | None
-    markers: tuple[str, ...]
-
-    @classmethod
-    def of(
-        cls, chat: ChatOptions, template: ChatTemplate, prompt: str, tokenizer: Any, format_name: str | None
-    ) -> AnswerFormat:
-        """Find the format of a call's answers.
+    def __init__(
+        self, chat: ChatOptions, template: ChatTemplate, prompt: str, tokenizer: Any, format_name: str | None
+    ) -> None:
+        """Find the format.
 
         Args:
             chat: The call's own options.
@@ -150,50 +119,40 @@ class AnswerFormat:
             tokenizer: The model's tokenizer.
             format_name: A name of `FORMATS` in place of the template's format.
         """
-        takes_tools = template.support.tools
-        tool_format = None
+        self._tokenizer = tokenizer
+        self._tools = chat.tools
+        self._tool_format = None
         if chat.tools and format_name is not None:
-            tool_format = next(known for known in FORMATS if known.name == format_name)
+            self._tool_format = next(known for known in FORMATS if known.name == format_name)
         elif chat.tools:
-            tool_format = format_of(template.text(tools=True)) if takes_tools else HERMES
-        reasoning = reasoning_of(template.text(tools=bool(chat.tools)))
-        in_reasoning = reasoning is not None and prompt.rstrip().endswith(reasoning.begin)
-        # A model that was not made for tools calls the same one again and again, if it may.
-        constraint = _constraint(chat, tool_format, parallel=takes_tools if chat.parallel is None else chat.parallel)
-        if constraint is not None and reasoning is not None:
-            constraint = dataclasses.replace(constraint, reasoning=(reasoning.begin, reasoning.end, in_reasoning))
+            self._tool_format = format_of(template.text(tools=True)) if template.support.tools else HERMES
+        self._reasoning = reasoning_of(template.text(tools=bool(chat.tools)))
+        self._in_reasoning = self._reasoning is not None and prompt.rstrip().endswith(self._reasoning.begin)
+        # A tokenizer's own response template reads the answer together with the prompt.
         has_own = getattr(tokenizer, "response_template", None) is not None and format_name is None
-        return cls(
-            tools=chat.tools,
-            tool_format=tool_format,
-            reasoning=reasoning,
-            in_reasoning=in_reasoning,
-            constraint=constraint,
-            response_prefix=prompt if has_own else None,
-            markers=_markers(tokenizer, tool_format, reasoning),
-        )
+        self._own_prefix = prompt if has_own else None
+        # A model that was not made for tools calls the same one again and again, if it may.
+        parallel = template.support.tools if chat.parallel is None else chat.parallel
+        self.constraint = _constraint(chat, self._tool_format, parallel=parallel)
+        if self.constraint is not None and (marks := self._reasoning) is not None:
+            reasoning = (marks.begin, marks.end, self._in_reasoning)
+            self.constraint = dataclasses.replace(self.constraint, reasoning=reasoning)
+        self.is_optional = isinstance(self.constraint, ToolCalls) and self.constraint.mode == "auto"
+        self._markers = _markers(tokenizer, self._tool_format, self._reasoning)
+        self.shows_special_tokens = bool(self._markers) or has_own
 
-    @property
-    def is_optional(self) -> bool:
-        """Whether the constraint only holds calls that the model may leave out."""
-        return isinstance(self.constraint, ToolCalls) and self.constraint.mode == "auto"
-
-    @property
-    def has_special_tokens(self) -> bool:
-        """Whether the parser must see special tokens."""
-        return bool(self.markers) or self.response_prefix is not None
-
-    def parser(self, tokenizer: Any) -> AnswerParser | TemplateParser:
+    def parser(self) -> AnswerParser | TemplateParser:
         """Make the parser of one answer."""
-        if self.response_prefix is not None:
-            return TemplateParser(tokenizer, self.response_prefix, self.tools)
-        hidden = [t for t in tokenizer.all_special_tokens if not any(t in m or m in t for m in self.markers)]
+        if self._own_prefix is not None:
+            return TemplateParser(self._tokenizer, self._own_prefix, self._tools)
+        tokens = self._tokenizer.all_special_tokens if self._markers else []
+        hidden = [token for token in tokens if not any(token in mark or mark in token for mark in self._markers)]
         return AnswerParser(
-            self.tool_format,
-            self.tools,
-            reasoning=self.reasoning,
-            in_reasoning=self.in_reasoning,
-            hidden=re.compile("|".join(map(re.escape, hidden))) if self.markers and hidden else None,
+            self._tool_format,
+            self._tools,
+            reasoning=self._reasoning,
+            in_reasoning=self._in_reasoning,
+            hidden=re.compile("|".join(map(re.escape, hidden))) if hidden else None,
         )
 
 
@@ -207,10 +166,10 @@ def _constraint(chat: ChatOptions, tool_format: ToolFormat | None, *, parallel: 
     return calls if chat.choice is not None or chat.constraint is None else Either((calls, chat.constraint))
 
 
-def _markers(tokenizer: Any, tool_format: ToolFormat | None, reasoning: ReasoningFormat | None) -> tuple[str, ...]:
+def _markers(tokenizer: Any, tool_format: ToolFormat | None, reasoning: ReasoningFormat | None) -> list[str]:
     """List the special tokens that the parser must see."""
     texts = [] if reasoning is None else [reasoning.begin, reasoning.end]
     if tool_format is not None:
         texts += [tool_format.opening, tool_format.trigger, tool_format.call, tool_format.call_end, tool_format.closing]
         texts += tool_format.inner
-    return tuple(token for token in tokenizer.all_special_tokens if any(token in text for text in texts))
+    return [token for token in tokenizer.all_special_tokens if any(token in text for text in texts)]

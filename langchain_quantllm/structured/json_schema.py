@@ -223,12 +223,8 @@ def _number(schema: dict[str, Any]) -> dict[str, Any]:
     if schema["type"] == "number":
         return schema
     # xgrammar refuses fractions as bounds of integers, which pydantic writes.
-    for key, rounded in (("minimum", math.ceil), ("exclusiveMinimum", math.floor)):
-        if key in schema:
-            schema[key] = rounded(schema[key])
-    for key, rounded in (("maximum", math.floor), ("exclusiveMaximum", math.ceil)):
-        if key in schema:
-            schema[key] = rounded(schema[key])
+    for key in schema.keys() & _KINDS["number"]:
+        schema[key] = (math.ceil if key in ("minimum", "exclusiveMaximum") else math.floor)(schema[key])
     if step is None:
         return schema
     step = Fraction(str(step)).numerator  # of the integers, the multiples of 2.5 are those of 5
