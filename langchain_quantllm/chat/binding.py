@@ -19,7 +19,7 @@ from langchain_core.tools import BaseTool
 from langchain_core.utils.pydantic import is_basemodel_subclass
 
 from langchain_quantllm.chat.options import choice_of
-from langchain_quantllm.chat.tool_schemas import describe_answer, describe_tool
+from langchain_quantllm.chat.tool_schemas import answer_schema, tool_schema
 from langchain_quantllm.errors import InvalidOptionError
 
 
@@ -53,7 +53,7 @@ class BindingChatModel(BaseChatModel):
         Raises:
             InvalidOptionError: If the choice is none of the tools.
         """
-        described = [describe_tool(tool, strict) for tool in tools]
+        described = [tool_schema(tool, strict) for tool in tools]
         choice_of(tool_choice, described)
         given = {"tool_choice": tool_choice, "parallel_tool_calls": parallel_tool_calls}
         return self.bind(tools=described, **{k: v for k, v in given.items() if v is not None}, **kwargs)
@@ -124,7 +124,7 @@ def _structured(
     tools = list(given.pop("tools", None) or ())
     model: Any = schema if isinstance(schema, type) and is_basemodel_subclass(schema) else None
     if method == "function_calling":
-        wanted = describe_tool(schema)
+        wanted = tool_schema(schema)
         name = wanted["function"]["name"]
         given = {"tool_choice": name, "parallel_tool_calls": False, "strict": strict, **given}
         if model is not None:
@@ -132,7 +132,7 @@ def _structured(
         return [wanted, *tools], given, JsonOutputKeyToolsParser(key_name=name, first_tool_only=True)
     response_format: dict[str, Any] = {"type": "json_object"}
     if method == "json_schema":
-        name, described = describe_answer(schema, strict)
+        name, described = answer_schema(schema, strict)
         response_format = {"type": "json_schema", "json_schema": {"name": name, "schema": described}}
     parser: Any = PydanticOutputParser(pydantic_object=model) if model is not None else JsonOutputParser()
     given = {"response_format": response_format, **given}

@@ -11,7 +11,7 @@ from typing import Any
 
 from typing_extensions import Self
 
-from langchain_quantllm.chat.tool_schemas import describe_tool
+from langchain_quantllm.chat.tool_schemas import tool_schema
 from langchain_quantllm.errors import InvalidOptionError
 from langchain_quantllm.structured import Constraint, JSONObject, JSONSchema
 
@@ -59,7 +59,7 @@ class ChatOptions:
             InvalidOptionError: If the choice is none of the tools, or the form of the answer cannot be understood.
         """
         given = {name: call[name] for name in CHAT_OPTIONS if call.get(name) is not None}
-        tools = tuple(describe_tool(tool) for tool in given.get("tools", ()))
+        tools = tuple(tool_schema(tool) for tool in given.get("tools", ()))
         choice = choice_of(given.get("tool_choice"), tools)
         variables = given.get("chat_template_kwargs")
         if variables is not None and not isinstance(variables, Mapping):

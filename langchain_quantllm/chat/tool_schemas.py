@@ -20,7 +20,7 @@ _ENVELOPES = ("schema", "parameters", "input_schema")
 """The keys of a schema beside a name: in OpenAI's formats and functions, in Anthropic's tools."""
 
 
-def describe_tool(tool: Any, strict: bool | None = None) -> dict[str, Any]:
+def tool_schema(tool: Any, strict: bool | None = None) -> dict[str, Any]:
     """Describe a function as OpenAI's API takes it.
 
     Args:
@@ -55,7 +55,7 @@ def describe_tool(tool: Any, strict: bool | None = None) -> dict[str, Any]:
     return described
 
 
-def describe_answer(schema: Any, strict: bool | None = None) -> tuple[str, dict[str, Any]]:
+def answer_schema(schema: Any, strict: bool | None = None) -> tuple[str, dict[str, Any]]:
     """Describe a wanted answer.
 
     Args:

@@ -27,19 +27,19 @@ def ask(*seeds: int, text: str = "What is this?") -> HumanMessage:
     return HumanMessage([*map(block, seeds), {"type": "text", "text": text}])
 
 
-def turn(role: str, *parts: Any) -> dict[str, Any]:
-    """Give a turn in transformers' words: pictures by their seeds, and texts."""
+def plain(role: str, *parts: Any) -> dict[str, Any]:
+    """Make a message in transformers' words: pictures by their seeds, and texts."""
     names = [
         {"type": "text", "text": p} if isinstance(p, str) else {"type": "image", "image": picture(p)} for p in parts
     ]
     return {"role": role, "content": names}
 
 
-def by_hand(chat: Any, turns: list[dict[str, Any]], new_tokens: int = TOKENS) -> tuple[str, int]:
-    """Answer as transformers' documentation does, with the processor and `generate`; and count the prompt's tokens."""
+def transformers_answer(chat: Any, messages: list[dict[str, Any]], new_tokens: int = TOKENS) -> tuple[str, int]:
+    """Answer with the processor and `generate`, as transformers' documentation does; and count the prompt's tokens."""
     processor, model = chat.pipeline.processor, chat.pipeline.model
     inputs = processor.apply_chat_template(
-        turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
     prompt_tokens = inputs["input_ids"].shape[1]

@@ -76,8 +76,8 @@ def test_the_prompt_is_the_templates_and_all_ways_of_calling_agree(chat: Any, an
     tokenizer = transformers.AutoTokenizer.from_pretrained(any_smollm2)
     messages = [("system", "You are terse."), ("human", "Name a colour.")]
     answer = chat.invoke(messages)
-    turns = [{"role": "system", "content": "You are terse."}, {"role": "user", "content": "Name a colour."}]
-    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    plain = [{"role": "system", "content": "You are terse."}, {"role": "user", "content": "Name a colour."}]
+    ids = tokenizer.apply_chat_template(plain, add_generation_prompt=True, return_tensors="pt")["input_ids"]
     output = chat.pipeline.model.generate(ids, max_new_tokens=16, do_sample=False)
     assert answer.content == tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
     assert answer.usage_metadata["input_tokens"] == ids.shape[1]

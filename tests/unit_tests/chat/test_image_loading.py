@@ -16,7 +16,7 @@ from langchain_quantllm.errors import (
     QuantLLMError,
     UnsupportedError,
 )
-from tests.support.chat_images import ask, by_hand, chat_of, turn
+from tests.support.chat_images import ask, chat_of, plain, transformers_answer
 from tests.support.checkpoints import FakeHub, edit_json, make_cached, run_python
 from tests.support.vision import without
 
@@ -30,7 +30,7 @@ def test_a_pipeline_of_ones_own(folders: Any) -> None:
     pipe = transformers.pipeline("image-text-to-text", model=model, processor=processor, max_new_tokens=5)
     chat = ChatQuantizedHuggingFace(pipeline=pipe)
     answer = chat.invoke([ask(0)])
-    assert answer.content == by_hand(chat, [turn("user", 0, "What is this?")], 5)[0]
+    assert answer.content == transformers_answer(chat, [plain("user", 0, "What is this?")], 5)[0]
     assert answer.usage_metadata["output_tokens"] == 5
     assert QuantizedHuggingFaceLLM(pipeline=pipe).invoke("The quick")
     tokenizer = processor.tokenizer
@@ -148,7 +148,7 @@ def test_a_snapshot_that_was_fetched_for_its_text(
     with FakeHub({"acme/seer": folders["gemma3"]}) as hub:
         FakeHub.point_to(hub.url, monkeypatch)
         chat = chat_of(Path(), **fields)
-        expected = by_hand(chat, [turn("user", 0, "What is this?")])[0]
+        expected = transformers_answer(chat, [plain("user", 0, "What is this?")])[0]
         assert chat.invoke([ask(0)]).content == expected
         assert not [path for path in hub.asked if path.startswith("GET") and path.endswith("safetensors")]
         chat.unload()

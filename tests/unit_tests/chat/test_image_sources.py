@@ -17,7 +17,7 @@ from PIL import Image
 
 from langchain_quantllm.chat import images
 from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
-from tests.support.chat_images import ask, block, by_hand, chat_of, turn
+from tests.support.chat_images import ask, block, chat_of, plain, transformers_answer
 from tests.support.models import forwards
 from tests.support.vision import picture, png
 
@@ -58,7 +58,7 @@ def web() -> Iterator[str]:
 
 @pytest.mark.enable_socket
 def test_urls_are_fetched(chat: Any, web: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = by_hand(chat, [turn("user", 4, "Hm?")])[0]
+    expected = transformers_answer(chat, [plain("user", 4, "Hm?")])[0]
     for path in ("/picture.png", "/moved"):
         for dialect in (
             {"type": "image", "url": web + path},

@@ -17,7 +17,7 @@ from langchain_quantllm import ChatQuantizedHuggingFace, QuantizedHuggingFaceLLM
 from langchain_quantllm.chat.messages import template_messages
 from langchain_quantllm.chat.template import ChatTemplate
 from langchain_quantllm.errors import QuantLLMError, UnsupportedError
-from tests.support.chat_images import TOKENS, ask, block, by_hand, chat_of, turn
+from tests.support.chat_images import TOKENS, ask, block, chat_of, plain, transformers_answer
 from tests.support.chat_messages import folded
 from tests.support.models import fail_at, forwards, slowly
 from tests.support.vision import FAMILIES, picture, png, without
@@ -29,7 +29,7 @@ from tests.support.vision import FAMILIES, picture, png, without
 @pytest.mark.compat
 def test_an_answer_is_that_of_generate(chats: Any, family: str) -> None:
     chat = chats[family]
-    text, prompt_tokens = by_hand(chat, [turn("user", "Look:", 0, "What is this?")])
+    text, prompt_tokens = transformers_answer(chat, [plain("user", "Look:", 0, "What is this?")])
     message = HumanMessage([{"type": "text", "text": "Look:"}, block(0), {"type": "text", "text": "What is this?"}])
     answer = chat.invoke([message])
     assert answer.content == text
@@ -50,15 +50,15 @@ def test_an_answer_is_that_of_generate(chats: Any, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_several_images_and_turns(chats: Any, family: str) -> None:
+def test_several_images_and_messages(chats: Any, family: str) -> None:
     chat = chats[family]
-    turns = [turn("user", 1, 2, "Compare."), turn("assistant", "Blue."), turn("user", "And", 3, "?")]
+    messages_by_hand = [plain("user", 1, 2, "Compare."), plain("assistant", "Blue."), plain("user", "And", 3, "?")]
     messages: list[BaseMessage] = [
         ask(1, 2, text="Compare."),
         AIMessage("Blue."),
         HumanMessage(["And", block(3), "?"]),
     ]
-    text, prompt_tokens = by_hand(chat, turns)
+    text, prompt_tokens = transformers_answer(chat, messages_by_hand)
     answer = chat.invoke(messages)
     assert (answer.content, answer.usage_metadata["input_tokens"]) == (text, prompt_tokens)
     messages[0] = ask(2, 1, text="Compare.")
@@ -70,7 +70,7 @@ def test_several_images_and_turns(chats: Any, family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_text_alone_on_a_model_that_reads_images(chats: Any, folders: Any, family: str) -> None:
     chat = chats[family]
-    text, prompt_tokens = by_hand(chat, [turn("user", "What is the capital of Norway?")])
+    text, prompt_tokens = transformers_answer(chat, [plain("user", "What is the capital of Norway?")])
     answer = chat.invoke("What is the capital of Norway?")
     assert (answer.content, answer.usage_metadata["input_tokens"]) == (text, prompt_tokens)
     llm = QuantizedHuggingFaceLLM(model_id=str(folders[family]), device="cpu", max_new_tokens=TOKENS, progress=False)
@@ -101,7 +101,7 @@ def test_images_in_every_dialect(chat: Any) -> None:
         {"type": "input_image", "image_url": url},
         {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}},
     ]
-    expected = by_hand(chat, [turn("user", 4, "Hm?")])[0]
+    expected = transformers_answer(chat, [plain("user", 4, "Hm?")])[0]
     for dialect in dialects:
         assert chat.invoke([HumanMessage([dialect, {"type": "text", "text": "Hm?"}])]).content == expected, dialect
     assert chat.invoke([HumanMessage([{"type": "image", "base64": jpeg, "mime_type": "image/jpeg"}, "Hm?"])]).content
@@ -135,7 +135,7 @@ def test_sampling_and_generates_own_options(chat: Any) -> None:
     assert [generation.text for generation in again.generations[0]] == texts
     assert texts[0] == chat.invoke([ask(0)], temperature=1.0, seed=3).content
     inputs = chat.pipeline.processor.apply_chat_template(
-        [turn("user", 0, "What is this?")],
+        [plain("user", 0, "What is this?")],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
@@ -153,10 +153,10 @@ def test_quantized(folders: Any, quantization: str) -> None:
     assert ("Linear4bit" if quantization == "nf4" else "Linear8bitLt") in kinds
     assert type(chat.pipeline.model.lm_head) is torch.nn.Linear  # what transformers leaves out itself
     answer = chat.invoke([ask(0)], logprobs=0)
-    assert answer.content == by_hand(chat, [turn("user", 0, "What is this?")])[0]
+    assert answer.content == transformers_answer(chat, [plain("user", 0, "What is this?")])[0]
     other = chat.invoke([ask(1)], logprobs=0)
     assert other.response_metadata["logprobs"] != answer.response_metadata["logprobs"]
-    assert chat.invoke("Hello.").content == by_hand(chat, [turn("user", "Hello.")])[0]
+    assert chat.invoke("Hello.").content == transformers_answer(chat, [plain("user", "Hello.")])[0]
     loaded = chat._loaded()
     assert loaded.estimate is not None
     assert loaded.weights.total_bytes == loaded.estimate.weights.total_bytes
@@ -166,7 +166,7 @@ def test_quantized(folders: Any, quantization: str) -> None:
 
 def test_quantized_qwen(folders: Any) -> None:
     chat = chat_of(folders["qwen2_5_vl"], quantization="nf4", dtype="bfloat16")
-    assert chat.invoke([ask(0, 1)]).content == by_hand(chat, [turn("user", 0, 1, "What is this?")])[0]
+    assert chat.invoke([ask(0, 1)]).content == transformers_answer(chat, [plain("user", 0, 1, "What is this?")])[0]
     chat.unload()
 
 
@@ -271,8 +271,8 @@ def test_templates_of_texts_get_the_image_token(chat: Any) -> None:
     assert given.invoke([ask(0)]).content == expected
 
 
-def test_images_of_joined_turns_keep_their_order(chats: Any) -> None:
-    """As Gemma's template wants turns that alternate, the system message goes into the first of the user's."""
+def test_images_of_joined_messages_keep_their_order(chats: Any) -> None:
+    """As Gemma's template wants roles that alternate, the system message goes into the first of the user's."""
     chat = chats["gemma3"]
     messages = [SystemMessage("Be brief."), ask(0, text="one"), ask(1, text="two"), AIMessage("c"), ask(2, text="d")]
     prompt, sources = chat._template().render(template_messages(messages, images=True))
@@ -280,13 +280,13 @@ def test_images_of_joined_turns_keep_their_order(chats: Any) -> None:
     assert [source.message for source in sources] == [1, 2, 4]
     assert "Be brief.\n\n<start_of_image>one<start_of_image>two" in prompt
     answer = chat.invoke(messages).content
-    turns = [
-        turn("system", "Be brief."),
-        turn("user", 0, "one", 1, "two"),
-        turn("assistant", "c"),
-        turn("user", 2, "d"),
+    messages_by_hand = [
+        plain("system", "Be brief."),
+        plain("user", 0, "one", 1, "two"),
+        plain("assistant", "c"),
+        plain("user", 2, "d"),
     ]
-    assert answer == by_hand(chat, turns)[0]
+    assert answer == transformers_answer(chat, messages_by_hand)[0]
 
 
 def test_roles_without_a_place_for_images(chats: Any) -> None:
@@ -295,7 +295,7 @@ def test_roles_without_a_place_for_images(chats: Any) -> None:
     with pytest.raises(UnsupportedError, match="message 0 holds an image.* none in system messages.*the user's"):
         gemma.invoke([system, HumanMessage("What?")])
     llava = chats["llava"]
-    expected = by_hand(llava, [turn("system", 0, "You see this."), turn("user", "What?")])[0]
+    expected = transformers_answer(llava, [plain("system", 0, "You see this."), plain("user", "What?")])[0]
     assert llava.invoke([system, HumanMessage("What?")]).content == expected
 
 

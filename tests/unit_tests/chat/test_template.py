@@ -132,16 +132,16 @@ def test_anthropic_tool_results_become_template_messages_their_own() -> None:
         {"type": "tool_result", "tool_use_id": "call_0123456789", "content": [{"type": "text", "text": "3"}]},
         {"type": "text", "text": "and now?"},
     ]
-    turns = template_messages([HumanMessage("1+2"), CALL, HumanMessage(blocks)])
-    assert [turn["role"] for turn in turns] == ["user", "assistant", "tool", "user"]
-    assert turns[2] == {"role": "tool", "content": "3", "tool_call_id": "call_0123456789", "name": "add"}
+    plain = template_messages([HumanMessage("1+2"), CALL, HumanMessage(blocks)])
+    assert [message["role"] for message in plain] == ["user", "assistant", "tool", "user"]
+    assert plain[2] == {"role": "tool", "content": "3", "tool_call_id": "call_0123456789", "name": "add"}
 
 
 def test_wrong_calls_go_back_as_text() -> None:
     wrong = [{"name": "add", "args": '{"a": ', "id": "1", "error": "cut off", "type": "invalid_tool_call"}]
-    turn = template_messages([AIMessage("so:", invalid_tool_calls=wrong)])[0]
-    assert turn["content"] == 'so:\nadd{"a": '
-    assert "tool_calls" not in turn
+    plain = template_messages([AIMessage("so:", invalid_tool_calls=wrong)])[0]
+    assert plain["content"] == 'so:\nadd{"a": '
+    assert "tool_calls" not in plain
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_wrong_calls_go_back_as_text() -> None:
         ([HumanMessage([{"type": "hologram"}])], InvalidOptionError, "no known content block"),
     ],
 )
-def test_what_no_turn_can_be_made_of(messages: list[Any], error: type[Exception], says: str) -> None:
+def test_messages_that_no_prompt_can_hold(messages: list[Any], error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         template_messages(messages)
 
@@ -169,9 +169,9 @@ def test_what_no_turn_can_be_made_of(messages: list[Any], error: type[Exception]
 def test_a_template_that_takes_everything_is_left_alone(qwen_coder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(qwen_coder)
     messages = [SystemMessage("s"), HumanMessage("a"), HumanMessage("b"), CALL, RESULT]
-    turns = template_messages(messages)
-    found, _ = ChatTemplate(tokenizer).render(turns, [TOOL])
-    expected = tokenizer.apply_chat_template(turns, tools=[TOOL], tokenize=False, add_generation_prompt=True)
+    plain = template_messages(messages)
+    found, _ = ChatTemplate(tokenizer).render(plain, [TOOL])
+    expected = tokenizer.apply_chat_template(plain, tools=[TOOL], tokenize=False, add_generation_prompt=True)
     assert found == expected
 
 
