@@ -66,7 +66,6 @@ class AnswerParser(CallReader):
         self._opener = re.compile("|".join(map(re.escape, tags)) or r"(?!)")
         self._begun = prefixes(tags)
         self._fenced = False  # inside a fenced block which is text
-        self._is_cut = False  # within the last of several calls that had to prove to be some
         self._steps = self._answer()
 
     def push(self, text: str) -> list[Piece]:
@@ -91,7 +90,7 @@ class AnswerParser(CallReader):
                 yield from self._think(self._reasoning)
                 inside = yield from self._thinks(self._reasoning)
         if self._tools:
-            yield from self._whole()
+            yield from self._whole(self._scan.at)
         yield from self._content()
         self._emit("text", self._space)
 
@@ -145,34 +144,26 @@ class AnswerParser(CallReader):
         elif tag == _TOOLS[0]:
             yield from self._proven(scan.at - len(tag), _TOOLS[1])
         elif tag == _PYTHON_TAG:
-            yield from self._tagged_whole(scan.at - len(tag))
+            yield from self._whole(scan.at - len(tag), tagged=True)
         elif tag not in _SILENT.get(self._format.trigger, ()):
             yield from self._region(tag)
 
     # JSON that must prove to be a call.
 
-    def _whole(self) -> Wait[None]:
-        """Read an answer that is nothing but calls, if it begins like one."""
-        start = self._scan.at
+    def _whole(self, start: int, *, tagged: bool = False) -> Wait[None]:
+        """Read an answer that is nothing but calls, if it begins like one, or begins with Llama's tag."""
         first = yield from self._scan.skip()
-        python = self._format.style == "python" and not self._format.trigger
-        if first == "[" and python:
+        bare, python = tagged or not self._format.trigger, self._format.style == "python"
+        if first == "[" and bare and (tagged or python):
             yield from self._python_calls(start, whole=True)
-        elif first == "{" and not python and not self._format.trigger:
+        elif first == "{" and bare and (tagged or not python):
             yield from self._llama_calls(start)
+        elif tagged:
+            self._text(self._scan.text[start : self._scan.at])
         elif first and first in "{[":
             yield from self._proven(start, "")
         else:
             self._scan.at = start
-
-    def _tagged_whole(self, start: int) -> Wait[None]:
-        first = yield from self._scan.skip()
-        if first == "{":
-            yield from self._llama_calls(start)
-        elif first == "[":
-            yield from self._python_calls(start, whole=True)
-        else:
-            self._text(self._scan.text[start : self._scan.at])
 
     def _fence(self) -> Wait[None]:
         """Read a fenced block: a call, a fence around a call's tags, or text."""
@@ -195,46 +186,44 @@ class AnswerParser(CallReader):
     def _proven(self, start: int, closing: str) -> Wait[bool]:
         """Read JSON that is a call or calls and then the closing text or the answer's end; else it is text."""
         scan = self._scan
-        calls = yield from self._candidates()
-        cut = scan.at
-        if calls:
-            last = yield from scan.skip()
-            if last and not self._is_cut and not (closing and (yield from scan.take(closing))):
-                calls, scan.at = [], cut
+        calls, is_cut = yield from self._candidates()
+        end = scan.at
+        last = (yield from scan.skip()) if calls else ""
+        if last and not is_cut and not (closing and (yield from scan.take(closing))):
+            calls, scan.at = [], end
         for call in calls:
             self._complete(call)
-        if calls and self._is_cut:
-            yield from self._spoil(Call(), cut, CUT_OFF)
+        if is_cut:
+            yield from self._spoil(Call(), end, CUT_OFF)
         if not calls and closing:
             self._text(scan.text[start : scan.at])
         elif not calls:
             scan.at = start  # the bracket may be a tag's
         return bool(calls)
 
-    def _candidates(self) -> Wait[list[Call]]:
+    def _candidates(self) -> Wait[tuple[list[Call], bool]]:
+        """Read objects that may be calls; tell whether the tokens ran out behind the first of them."""
         scan = self._scan
         calls: list[Call] = []
-        first = yield from scan.skip()
-        if in_list := first == "[":
-            scan.at += 1
+        yield from scan.skip()
+        in_list = yield from scan.take("[")
         while (yield from scan.skip()) == "{":
             call, start = Call(keys=_PLAIN_KEYS, streams=False), scan.at
             error = yield from self._object(call)
-            self._is_cut = error == CUT_OFF
-            if self._is_cut and calls:  # the tokens ran out in a list of calls
+            if error == CUT_OFF and calls:
                 scan.at = start
-                return calls
+                return calls, True
             if error or call.name not in self._tools:
-                return []
+                return [], False
             calls.append(call)
-            at = scan.at
+            end = scan.at
             yield from scan.skip()
             if in_list and (yield from scan.take("]")):
-                return calls
+                return calls, False
             if not (yield from scan.take(",")) and (yield from scan.peek()) != "{":
-                scan.at = at
+                scan.at = end
                 break
-        return [] if in_list else calls
+        return [] if in_list else calls, False
 
     def _llama_calls(self, start: int) -> Wait[None]:
         """Read objects with `;` between them; the first that names no tool is text."""
