@@ -23,13 +23,13 @@ from pydantic import Field, model_validator
 from langchain_quantllm.base import QuantizedModel, langchain_errors
 from langchain_quantllm.chat.binding import BindingChatModel
 from langchain_quantllm.chat.options import CHAT_OPTIONS, ChatOptions
-from langchain_quantllm.chat.plan import AnswerFormat, ChatPlan, write_prompt
+from langchain_quantllm.chat.plan import AnswerFormat, write_prompt
 from langchain_quantllm.chat.profile import checkpoint_profile, pipeline_profile
 from langchain_quantllm.chat.result import ResultReader, chat_result, combined_output
 from langchain_quantllm.chat.template import ChatTemplate
 from langchain_quantllm.compat.packages import is_installed
 from langchain_quantllm.data.counterparts import Kind
-from langchain_quantllm.engine.request import TokenMask
+from langchain_quantllm.engine.request import ModelLimits, Request, TokenMask
 from langchain_quantllm.engine.result import Answers
 from langchain_quantllm.errors import InvalidOptionError, UnsupportedError, nearest
 from langchain_quantllm.options import GenerationOptions, normalize
@@ -37,6 +37,21 @@ from langchain_quantllm.structured import Compiler
 from langchain_quantllm.structured.tool_formats import FORMATS
 
 _logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """One call, ready for the engine.
+
+    Args:
+        options: The options of generating.
+        requests: One for each answer.
+        new_reader: Makes the reader of an answer.
+    """
+
+    options: GenerationOptions
+    requests: Sequence[Request]
+    new_reader: Callable[[], ResultReader]
 
 
 class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
@@ -233,7 +248,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
 
     # The plan of a call.
 
-    def _plan(self, messages: Sequence[BaseMessage], stop: Sequence[str] | None, call: Mapping[str, Any]) -> ChatPlan:
+    def _plan(self, messages: Sequence[BaseMessage], stop: Sequence[str] | None, call: Mapping[str, Any]) -> _Plan:
         chat = ChatOptions.of(call)
         options = self._options(stop, {k: v for k, v in call.items() if k not in CHAT_OPTIONS})
         if chat.model not in (None, self.model_id):
@@ -243,7 +258,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
             )
             raise InvalidOptionError(msg)
         _refuse_full_text(options.return_full_text)
-        pipeline, template = self._loaded_pipeline(), self._template()
+        pipeline, template = self.pipeline, self._template()
         prompt = write_prompt(
             messages, chat, template, pipeline, variables=self.chat_template_kwargs, timeout_s=options.timeout
         )
@@ -253,7 +268,8 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
             add_special_tokens=prompt.adds_begin,
             skip_special_tokens=options.skip_special_tokens and not answer.shows_special_tokens,
         )
-        mask = self._mask(answer, options, has_media=bool(prompt.images))
+        engine = self._engine(options, has_media=bool(prompt.images))
+        mask = self._mask(answer, options, engine.limits)
         if mask is not None and not answer.is_optional:
             # A complete text may only end.
             options = dataclasses.replace(options, min_new_tokens=0, min_length=0)
@@ -261,11 +277,12 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
         def new_reader() -> ResultReader:
             return ResultReader(answer.parser(), pipeline.tokenizer, self.model_id, parallel=chat.parallel is not False)
 
-        return ChatPlan(options, self._requests(prompt.text, options, mask, prompt.images), new_reader)
+        requests = self._requests(prompt.text, options, mask=mask, images=prompt.images)
+        return _Plan(options=options, requests=requests, new_reader=new_reader)
 
     def _plan_stream(
         self, messages: Sequence[BaseMessage], stop: Sequence[str] | None, call: Mapping[str, Any]
-    ) -> ChatPlan:
+    ) -> _Plan:
         plan = self._plan(messages, stop, call)
         if plan.options.n != 1:
             msg = f"n={plan.options.n} answers cannot share one stream; pass n=1, or use generate."
@@ -274,7 +291,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
 
     def _template(self) -> ChatTemplate:
         """Return the chat template; all instances over the model share it, with the results of its trials."""
-        pipeline = self._loaded_pipeline()
+        pipeline = self.pipeline
         found: ChatTemplate = self._loaded().remember(
             ("template", self.chat_template),
             lambda: ChatTemplate(pipeline.tokenizer, self.chat_template, getattr(pipeline, "processor", None)),
@@ -282,15 +299,14 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
         return found
 
     def _mask(
-        self, answer: AnswerFormat, options: GenerationOptions, *, has_media: bool
+        self, answer: AnswerFormat, options: GenerationOptions, limits: ModelLimits
     ) -> Callable[[], TokenMask] | None:
         """Compile the constraint of an answer; None where there is none, or an optional one cannot be enforced."""
         if answer.constraint is None or (answer.is_optional and not is_installed("xgrammar")):
             return None
-        limits = self._engine(options, has_media=has_media).limits
         compiler: Compiler = self._loaded().remember(
             ("grammars",),
-            lambda: Compiler(self._loaded_pipeline().tokenizer, limits.vocab_size, limits.eos_token_ids),
+            lambda: Compiler(self.pipeline.tokenizer, limits.vocab_size, limits.eos_token_ids),
         )
         most = options.max_new_tokens or limits.context_tokens or 2**31
         try:
@@ -309,7 +325,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
             tools: Tools that the prompt describes.
         """
         chat = ChatOptions.of({"tools": tools or ()})
-        pipeline = self._loaded_pipeline()
+        pipeline = self.pipeline
         prompt = write_prompt(messages, chat, self._template(), pipeline, variables=self.chat_template_kwargs)
         return len(self._process(prompt.text, prompt.images, add_special_tokens=prompt.adds_begin)[0])
 

@@ -1,4 +1,4 @@
-"""The plan of a chat call: its prompt, and the format of its answers.
+"""The prompt of a chat call, and the format of its answers.
 
 Owns the choice of formats and constraints for a call's tools, choice and wanted answer. Loads no model, compiles no
 grammar and runs no engine.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from langchain_core.messages import BaseMessage
@@ -18,12 +18,9 @@ from langchain_quantllm.chat.messages import Message, images_in, joined, templat
 from langchain_quantllm.chat.options import ChatOptions
 from langchain_quantllm.chat.output_parser import AnswerParser
 from langchain_quantllm.chat.response_template import TemplateParser
-from langchain_quantllm.chat.result import ResultReader
 from langchain_quantllm.chat.template import ChatTemplate
-from langchain_quantllm.engine.request import Request
 from langchain_quantllm.loading.checkpoint import reads_images
 from langchain_quantllm.loading.processors import why_blind
-from langchain_quantllm.options import GenerationOptions
 from langchain_quantllm.structured import Constraint, Either, JSONSchema, ToolCalls
 from langchain_quantllm.structured.tool_formats import (
     FORMATS,
@@ -35,14 +32,6 @@ from langchain_quantllm.structured.tool_formats import (
 )
 
 _SCHEMA_TEXT = "Answer with a JSON object that matches this JSON schema, and with nothing else:\n{schema}"
-
-
-class ChatPlan(NamedTuple):
-    """One call, ready for the engine: a request for each answer, and a function that makes the reader of an answer."""
-
-    options: GenerationOptions
-    requests: list[Request]
-    new_reader: Callable[[], ResultReader]
 
 
 class Prompt(NamedTuple):
