@@ -2,7 +2,7 @@
 
 One call: `bind_tools` and `with_structured_output` (`chat.binding`) make options of it; `_plan` writes the prompt
 (`chat.plan.write_prompt`), finds the format of the answer (`chat.plan.AnswerFormat`) and makes the engine's requests;
-`_submit` returns the stream of their chunks; `chat.result.ResultReader` reads them into messages, whole in `_generate`
+`_submit` streams their chunks; `chat.result.ResultReader` reads them into messages, whole in `_generate`
 and `_agenerate`, chunk by chunk in `_stream` and `_astream`.
 """
 
