@@ -98,7 +98,7 @@ def test_the_prompt_is_the_templates_and_all_ways_of_calling_agree(chat: Any, an
     asyncio.run(run())
 
 
-def test_what_comes_with_an_answer(chat: Any) -> None:
+def test_metadata_comes_with_an_answer(chat: Any) -> None:
     usage = UsageMetadataCallbackHandler()
     answer = chat.invoke("Hi.", {"callbacks": [usage]}, temperature=1.0, seed=3, logprobs=2, max_tokens=4)
     assert answer.response_metadata["model_name"] == chat.model_id
@@ -112,7 +112,7 @@ def test_what_comes_with_an_answer(chat: Any) -> None:
     assert len(streamed.response_metadata["logprobs"]["content"]) == 4
 
 
-def test_options_of_a_call(chat: Any) -> None:
+def test_options_of_a_call_hold_and_wrong_ones_are_refused(chat: Any) -> None:
     full = chat.invoke("Count from one to ten.").content
     assert chat.invoke("Count from one to ten.", stop=[full[5:8]]).content == full[: full.index(full[5:8])]
     result = chat.generate([[HumanMessage("Hi.")]], n=3, temperature=1.0, seed=1)
@@ -152,7 +152,7 @@ def test_a_loaded_llm_is_taken_over(any_smollm2: Path, chat: Any) -> None:
         ChatQuantizedHuggingFace(llm=3)
 
 
-def test_other_providers_names_and_wrong_ones() -> None:
+def test_names_of_other_providers_are_taken_and_wrong_ones_refused() -> None:
     chat = ChatQuantizedHuggingFace(
         model="x/y", max_tokens=5, api_key="hf_secret", max_retries=2, temperature=0, stop=["a"]
     )
@@ -165,7 +165,7 @@ def test_other_providers_names_and_wrong_ones() -> None:
         ChatQuantizedHuggingFace(model="x/y", return_full_text=True)
 
 
-def test_langchain_conventions(chat: Any, any_smollm2: Path) -> None:
+def test_loading_profile_configurable_fields_and_cache_of_langchain(chat: Any, any_smollm2: Path) -> None:
     path = ("langchain_quantllm", "chat_models", "ChatQuantizedHuggingFace")
     options = {"valid_namespaces": ["langchain_quantllm"], "additional_import_mappings": {path: path}}
     twin = load(dumpd(chat), allowed_objects=[ChatQuantizedHuggingFace], **options)
@@ -187,7 +187,7 @@ def test_langchain_conventions(chat: Any, any_smollm2: Path) -> None:
     assert len(cached.cache._cache) == 2
 
 
-def test_a_model_without_a_template(any_smollm2: Path, chat: Any) -> None:
+def test_a_model_without_a_template_takes_one(any_smollm2: Path, chat: Any) -> None:
     import copy
 
     pipe = copy.copy(chat.load().pipeline)
@@ -294,7 +294,7 @@ class Point(TypedDict):
 
 @pytest.mark.parametrize("method", ["json_schema", "function_calling"])
 @pytest.mark.compat
-def test_structured_output(chat: Any, method: Any) -> None:
+def test_structured_output_is_of_its_schema(chat: Any, method: Any) -> None:
     structured = chat.with_structured_output(Person, method=method)
     found = structured.invoke("Ada is 36 and glad.", max_tokens=120, temperature=1.0, seed=1)
     assert isinstance(found, Person)
@@ -309,11 +309,11 @@ def test_structured_output(chat: Any, method: Any) -> None:
     assert raw["parsing_error"] is None
 
 
-def test_json_mode(chat: Any) -> None:
+def test_json_mode_gives_an_object(chat: Any) -> None:
     assert isinstance(chat.with_structured_output(method="json_mode").invoke("Give JSON.", max_tokens=60), dict)
 
 
-def test_regex_and_choice(chat: Any) -> None:
+def test_regex_and_choice_hold(chat: Any) -> None:
     assert chat.invoke("Is the sky blue?", constraint=Choice(("yes", "no"))).content in ("yes", "no")
     date = chat.invoke("When?", constraint=Regex(r"\d{4}-\d{2}-\d{2}"), temperature=1.0, seed=1).content
     assert len(date) == 10
@@ -430,7 +430,7 @@ def test_tools_keep_schemas_that_refer_to_themselves(chat: Any) -> None:
         ({"title": "xs", "description": "Many.", "type": "array", "items": {}}, "must be an object"),
     ],
 )
-def test_a_tool_that_is_none_says_so(chat: Any, tool: Any, said: str) -> None:
+def test_what_is_no_tool_is_refused(chat: Any, tool: Any, said: str) -> None:
     with pytest.raises(InvalidOptionError, match=said):
         chat.bind_tools([tool])
 
@@ -442,7 +442,7 @@ def test_the_raw_message_comes_with_the_options_of_the_call(chat: Any) -> None:
         raw.invoke("Ada", max_tokes=3)
 
 
-def test_a_tool_called_in_place_of_an_object(chat: Any) -> None:
+def test_a_tool_called_in_place_of_an_object_gives_none(chat: Any) -> None:
     options: dict[str, Any] = {"tools": [weather], "tool_choice": "weather"}
     assert chat.with_structured_output(Person, **options).invoke("Oslo?", max_tokens=60) is None
     found = chat.with_structured_output(Person, include_raw=True, **options).invoke("Oslo?", max_tokens=60)

@@ -66,7 +66,7 @@ def test_the_fast_engine_never_gets_an_image(folders: Any, chat: Any) -> None:
 # --- loading ---
 
 
-def test_without_its_processor(folders: Any, tmp_path: Path) -> None:
+def test_a_model_without_its_processor(folders: Any, tmp_path: Path) -> None:
     """A model that transformers loads for text alone stays one of text; another cannot be loaded."""
     gemma = chat_of(without(folders["gemma3"], tmp_path / "gemma", "processor_config.json"))
     assert gemma.pipeline.task == "text-generation"
@@ -103,7 +103,7 @@ def test_weights_that_are_missing(folders: Any, tmp_path: Path) -> None:
         chat_of(folder).load()
 
 
-def test_without_pillow(folders: Any) -> None:
+def test_a_missing_pillow_names_the_command(folders: Any) -> None:
     code = """
 import importlib.machinery, importlib.util, sys
 class NoPillow:

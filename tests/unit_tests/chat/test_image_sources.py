@@ -127,7 +127,7 @@ _TRUNCATED = base64.b64encode(base64.b64decode(png(picture(0, (200, 200))))[:200
         ({}, InvalidOptionError, "message 1 holds .* an image without its data"),
     ],
 )
-def test_what_is_no_image(chat: Any, given: dict[str, Any], error: type[Exception], says: str) -> None:
+def test_sources_that_are_no_image(chat: Any, given: dict[str, Any], error: type[Exception], says: str) -> None:
     # LangChain itself wants a type beside base64.
     given = {"type": "image", "mime_type": "image/png", **given} if "base64" in given else {"type": "image", **given}
     message = HumanMessage([given, {"type": "text", "text": "What?"}])

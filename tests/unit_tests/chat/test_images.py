@@ -50,7 +50,7 @@ def test_an_answer_is_that_of_generate(chats: Any, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_several_images_and_messages(chats: Any, family: str) -> None:
+def test_several_images_in_several_messages(chats: Any, family: str) -> None:
     chat = chats[family]
     messages_by_hand = [plain("user", 1, 2, "Compare."), plain("assistant", "Blue."), plain("user", "And", 3, "?")]
     messages: list[BaseMessage] = [
@@ -147,7 +147,7 @@ def test_sampling_and_generates_own_options(chat: Any) -> None:
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
-def test_quantized(folders: Any, quantization: str) -> None:
+def test_quantized_models_answer_as_generate(folders: Any, quantization: str) -> None:
     chat = chat_of(folders["llava"], quantization=quantization)
     kinds = {type(module).__name__ for module in chat.pipeline.model.modules()}
     assert ("Linear4bit" if quantization == "nf4" else "Linear8bitLt") in kinds
@@ -164,7 +164,7 @@ def test_quantized(folders: Any, quantization: str) -> None:
     chat.unload()
 
 
-def test_quantized_qwen(folders: Any) -> None:
+def test_a_quantized_qwen_answers_as_generate(folders: Any) -> None:
     chat = chat_of(folders["qwen2_5_vl"], quantization="nf4", dtype="bfloat16")
     assert chat.invoke([ask(0, 1)]).content == transformers_answer(chat, [plain("user", 0, 1, "What is this?")])[0]
     chat.unload()
@@ -240,7 +240,7 @@ def test_other_images_are_other_entries_of_the_cache(folders: Any, chats: Any) -
         assert seen.count == 0
 
 
-def test_the_profile_says_so(folders: Any, chats: Any, tiny: Path, tmp_path: Path) -> None:
+def test_the_profile_says_whether_images_are_read(folders: Any, chats: Any, tiny: Path, tmp_path: Path) -> None:
     for chat in chats.values():
         assert chat.profile["image_inputs"]
         assert chat.profile["image_url_inputs"]
@@ -299,7 +299,7 @@ def test_roles_without_a_place_for_images(chats: Any) -> None:
     assert llava.invoke([system, HumanMessage("What?")]).content == expected
 
 
-def test_images_of_tools(chats: Any) -> None:
+def test_results_of_tools_hold_images(chats: Any) -> None:
     call = AIMessage(
         "", tool_calls=[{"name": "show", "args": {"city": "Oslo"}, "id": "call00001", "type": "tool_call"}]
     )

@@ -1,4 +1,4 @@
-"""From messages to prompts: what each kind of message becomes, and the rules for templates that do not take it.
+"""Messages and prompts: the conversion of each kind of message, and the rules for templates that do not take it.
 
 The templates here are written by hand, after those of the families that they are named for.
 """
@@ -92,7 +92,7 @@ RESULT = ToolMessage("3", tool_call_id="call_0123456789")
 # --- messages ---
 
 
-def test_every_kind_of_message() -> None:
+def test_every_kind_of_message_is_converted() -> None:
     messages = [
         SystemMessage("s"),
         HumanMessage("h", name="Ada"),
@@ -175,7 +175,7 @@ def test_a_template_that_takes_everything_is_left_alone(qwen_coder: Path) -> Non
     assert found == expected
 
 
-def test_tools_without_a_template_for_them(render: Any) -> None:
+def test_tools_are_described_where_the_template_has_none(render: Any) -> None:
     prompt = render(None, [SystemMessage("Be brief."), HumanMessage("1+2?"), CALL, RESULT, RESULT], [TOOL])
     system, user, call, results, answer = prompt.split("<|im_start|>")[1:]
     assert system.startswith("system\nBe brief.\n\n# Tools")
@@ -189,7 +189,7 @@ def test_tools_without_a_template_for_them(render: Any) -> None:
     assert answer == "assistant\n"
 
 
-def test_roles_that_must_alternate(render: Any) -> None:
+def test_messages_are_joined_where_roles_must_alternate(render: Any) -> None:
     messages = [
         SystemMessage("s"),
         HumanMessage("a"),
@@ -203,14 +203,14 @@ def test_roles_that_must_alternate(render: Any) -> None:
     assert "<start_of_turn>user\ns\n\na\n\nb<end_of_turn>\n<start_of_turn>model\nc\n\nd<end_of_turn>" in gemma
 
 
-def test_system_messages_in_the_middle(render: Any) -> None:
+def test_system_messages_in_the_middle_join_the_first(render: Any) -> None:
     messages = [SystemMessage("s"), HumanMessage("a"), AIMessage("b"), SystemMessage("t"), HumanMessage("c")]
     assert render(FIRST_SYSTEM_ONLY, messages) == "<S>s\n\nt<user>a<assistant>b<user>c"
     assert render(SYSTEM_LEFT_OUT, messages) == "<user>s\n\nt\n\na<assistant>b<user>c"
     assert render(None, messages).count("<|im_start|>system") == 2  # which this one takes as they are
 
 
-def test_ids_of_calls(render: Any) -> None:
+def test_ids_of_calls_become_short_where_the_template_insists(render: Any) -> None:
     prompt = render(MISTRAL, [HumanMessage("1+2?"), CALL, RESULT], [TOOL])
     call_id = prompt.split('"id": "')[1][:9]
     assert call_id.isalnum()
@@ -221,12 +221,12 @@ def test_ids_of_calls(render: Any) -> None:
     )
 
 
-def test_arguments_as_text(render: Any) -> None:
+def test_arguments_become_text_where_the_template_wants_it(render: Any) -> None:
     prompt = render(DEEPSEEK, [HumanMessage("1+2?"), CALL, RESULT], [TOOL])
     assert '<call>add|{"a": 1, "b": "é"}</call><tool>3' in prompt
 
 
-def test_an_answer_to_continue(render: Any) -> None:
+def test_a_last_answer_is_continued(render: Any) -> None:
     assert render(None, [HumanMessage("a"), AIMessage("It is")]).endswith("<|im_start|>assistant\nIt is")
 
 
@@ -240,12 +240,12 @@ def test_blocks_of_other_providers_tools_are_left_out(render: Any) -> None:
     assert "It is" in render(None, [HumanMessage("a"), AIMessage([block, "It is"]), HumanMessage("b")])
 
 
-def test_variables_that_the_call_itself_gives(render: Any) -> None:
+def test_variables_that_the_call_sets_are_refused(render: Any) -> None:
     with pytest.raises(InvalidOptionError, match="'tokenize', which comes from the call"):
         render(None, [HumanMessage("a")], tokenize=True)
 
 
-def test_a_template_that_is_none(render: Any) -> None:
+def test_a_broken_template_says_so(render: Any) -> None:
     with pytest.raises(InvalidOptionError, match="is no valid Jinja"):
         render("{% if %}", [HumanMessage("a")])
 
@@ -256,12 +256,12 @@ def test_options_reach_the_template(render: Any) -> None:
     assert render(template, [HumanMessage("a")], enable_thinking=True) == "thinka"
 
 
-def test_a_conversation_that_a_template_refuses(render: Any) -> None:
+def test_the_refusal_of_a_template_is_told(render: Any) -> None:
     with pytest.raises(InvalidOptionError, match="roles must alternate"):
         render(GEMMA, [AIMessage("a"), HumanMessage("b")])
 
 
-def test_no_template_at_all(tokenizer: Any) -> None:
+def test_a_tokenizer_without_a_template_says_so(tokenizer: Any) -> None:
     import copy
 
     bare = copy.deepcopy(tokenizer)

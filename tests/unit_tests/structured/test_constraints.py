@@ -56,13 +56,15 @@ REFUSED = [
 
 class TestConstraints:
     @pytest.mark.parametrize(("constraint", "reason"), REFUSED, ids=lambda v: str(v)[:50])
-    def test_refused(self, compiler: Compiler, constraint: Constraint, reason: str) -> None:
+    def test_constraints_that_cannot_be_enforced_say_so(
+        self, compiler: Compiler, constraint: Constraint, reason: str
+    ) -> None:
         with pytest.raises(InvalidOptionError, match=reason) as caught:
             compiler.masks(constraint, 100)
         assert "cannot be enforced" in str(caught.value)
         assert "/project/" not in str(caught.value)
 
-    def test_options_of_their_own(self) -> None:
+    def test_wrong_options_are_refused(self) -> None:
         with pytest.raises(InvalidOptionError, match="did you mean 'auto'"):
             ToolCalls(HERMES, TOOLS, "autos")
         with pytest.raises(InvalidOptionError, match="no tools"):
@@ -71,11 +73,11 @@ class TestConstraints:
             Choice(())
 
     @pytest.mark.parametrize("pattern", [r"[a-f]{2,4}-\d+", r"^(yes|no)!$", r'"[^"]*";', r"(ab)*c"])
-    def test_regex(self, compiler: Compiler, pattern: str) -> None:
+    def test_texts_match_a_regex(self, compiler: Compiler, pattern: str) -> None:
         for seed in range(20):
             assert re.fullmatch(pattern, Writer(compiler, Regex(pattern), max_new_tokens=60, seed=seed).rest())
 
-    def test_choice(self, compiler: Compiler) -> None:
+    def test_texts_are_choices(self, compiler: Compiler) -> None:
         options = ("positive", "posit", "négatif", "a b\n<|im_start|>")
         found = {Writer(compiler, Choice(options), seed=seed).rest() for seed in range(20)}
         assert found <= set(options)
@@ -84,12 +86,12 @@ class TestConstraints:
         writer.write("posit")
         assert writer.may_stop
 
-    def test_grammar(self, compiler: Compiler) -> None:
+    def test_texts_follow_a_grammar(self, compiler: Compiler) -> None:
         grammar = Grammar('root ::= "(" root ")" | [0-9]+')
         for seed in range(20):
             assert re.fullmatch(r"(\(*)\d+(\)*)", Writer(compiler, grammar, max_new_tokens=100, seed=seed).rest())
 
-    def test_equal_ones_are_one(self, compiler: Compiler) -> None:
+    def test_equal_constraints_are_compiled_once(self, compiler: Compiler) -> None:
         one = JSONSchema(Node.model_json_schema())
         assert one == JSONSchema(Node.model_json_schema())
         assert hash(one) == hash(JSONSchema(Node.model_json_schema()))
@@ -106,7 +108,7 @@ class TestConstraints:
             compiler.masks(Choice((str(i),)), 10)
         assert len(compiler._compiled) <= 32
 
-    def test_from_many_threads(self, small: Any) -> None:
+    def test_a_compiler_serves_many_threads(self, small: Any) -> None:
         compiler = Compiler(small, len(small), (small.eos_token_id,))
         texts: dict[int, str] = {}
 
@@ -121,13 +123,13 @@ class TestConstraints:
             thread.join()
         assert [list(json.loads(texts[i])) for i in range(8)] == [[f"p{i}"] for i in range(8)]
 
-    def test_without_xgrammar(self, compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_missing_xgrammar_names_the_command(self, compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
         find = importlib.util.find_spec
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "xgrammar" else find(name))
         with pytest.raises(MissingPackageError, match=re.escape('pip install "langchain-quantllm[structured]"')):
             compiler.masks(JSONObject(), 10)
 
-    def test_a_token_that_is_not_allowed(self, compiler: Compiler) -> None:
+    def test_a_token_that_is_not_allowed_raises(self, compiler: Compiler) -> None:
         writer = Writer(compiler, JSONObject())
         with pytest.raises(GenerationError, match="does not allow"):
             writer.mask.accept(writer.tokenizer.encode("x")[0])
@@ -166,7 +168,7 @@ THINK = ("<think>", "</think>")
 
 class TestReasoning:
     @pytest.mark.parametrize("is_open", [False, True])
-    def test_thoughts_come_first(self, compiler: Compiler, is_open: bool) -> None:
+    def test_reasoning_comes_first(self, compiler: Compiler, is_open: bool) -> None:
         writer = Writer(compiler, Choice(("yes", "no"), reasoning=(*THINK, is_open)))
         writer.write('Hm {"x"' if is_open else '<think>Hm {"x"')
         assert not writer.may_stop
@@ -174,13 +176,13 @@ class TestReasoning:
         writer.write("</think>\n\n")
         assert writer.rest().rpartition("\n\n")[2] in ("yes", "no")
 
-    def test_none_at_all(self, compiler: Compiler) -> None:
+    def test_reasoning_may_be_left_out(self, compiler: Compiler) -> None:
         writer = Writer(compiler, JSONSchema({"const": "yes"}, reasoning=(*THINK, False)))
         writer.write('"yes"')
         assert writer.may_stop
 
     @pytest.mark.parametrize("is_open", [False, True])
-    def test_they_leave_room_for_the_answer(self, compiler: Compiler, is_open: bool) -> None:
+    def test_reasoning_leaves_room_for_the_answer(self, compiler: Compiler, is_open: bool) -> None:
         for seed in range(5):
             writer = Writer(compiler, JSONSchema(Point.model_json_schema(), reasoning=(*THINK, is_open)), seed=seed)
             if not is_open:
@@ -189,7 +191,7 @@ class TestReasoning:
 
 
 class TestEngine:
-    def test_real_answers_in_one_batch(self, any_smollm2: Path) -> None:
+    def test_constraints_hold_side_by_side_in_one_batch(self, any_smollm2: Path) -> None:
         llm = QuantizedHuggingFaceLLM(model_id=str(any_smollm2), quantization=None, dtype="float32", device="cpu")
         tokenizer = llm.pipeline.tokenizer
         prompt = tokenizer.encode("<|im_start|>user\nDescribe a blue triangle.<|im_end|>\n<|im_start|>assistant\n")

@@ -94,7 +94,7 @@ LESS_THAN_A_KEYWORD_SAYS: list[tuple[dict[str, Any], str, str]] = [
 
 class TestSchemas:
     @pytest.mark.parametrize("model", MODELS, ids=lambda m: m.__name__)
-    def test_models(self, compiler: Compiler, model: type[BaseModel]) -> None:
+    def test_texts_are_valid_under_pydantic_models(self, compiler: Compiler, model: type[BaseModel]) -> None:
         schema = model.model_json_schema()
         texts = [Writer(compiler, JSONSchema(schema), seed=seed).rest() for seed in range(20)]
         for text in texts:
@@ -104,12 +104,14 @@ class TestSchemas:
         assert len(set(texts)) > 8
 
     @pytest.mark.parametrize("schema", SCHEMAS, ids=lambda s: next(iter(s)) + str(len(str(s))))
-    def test_keywords(self, compiler: Compiler, schema: dict[str, Any]) -> None:
+    def test_texts_are_valid_under_single_keywords(self, compiler: Compiler, schema: dict[str, Any]) -> None:
         for seed in range(20):
             check_schema(schema, json.loads(Writer(compiler, JSONSchema(schema), seed=seed).rest()))
 
     @pytest.mark.parametrize(("schema", "good", "bad"), LESS_THAN_A_KEYWORD_SAYS, ids=lambda v: str(v)[:60])
-    def test_keywords_beside_each_other(self, compiler: Compiler, schema: dict[str, Any], good: str, bad: str) -> None:
+    def test_keywords_hold_beside_each_other(
+        self, compiler: Compiler, schema: dict[str, Any], good: str, bad: str
+    ) -> None:
         check_schema(schema, json.loads(good))
         writer = Writer(compiler, JSONSchema(schema))
         writer.write(good)
@@ -136,7 +138,7 @@ class TestSchemas:
         for seed in range(8):
             model.model_validate_json(Writer(wide, JSONSchema(model.model_json_schema()), seed=seed).rest())
 
-    def test_any_object(self, compiler: Compiler) -> None:
+    def test_json_object_gives_objects(self, compiler: Compiler) -> None:
         for seed in range(20):
             assert isinstance(json.loads(Writer(compiler, JSONObject(), seed=seed).rest()), dict)
 
@@ -197,7 +199,7 @@ class TestSchemas:
                 writer.put(writer.random.choice([i for i in allowed if tokens[i] == deepest]))
             model.model_validate_json(writer.text)
 
-    def test_what_is_cut_short_by_its_budget_is_closed(self, compiler: Compiler) -> None:
+    def test_a_text_is_closed_before_its_tokens_run_out(self, compiler: Compiler) -> None:
         for seed in range(10):
             text = Writer(compiler, JSONSchema(Free.model_json_schema()), max_new_tokens=90, seed=seed).rest()
             Free.model_validate_json(text)

@@ -21,13 +21,13 @@ JSON_FORMATS = [entry for entry in FORMATS if entry.style == "json"]
 class TestTools:
     @pytest.mark.parametrize("parallel", [False, True])
     @pytest.mark.parametrize("tools", JSON_FORMATS, ids=lambda f: f.name)
-    def test_required(self, compiler: Compiler, tools: ToolFormat, parallel: bool) -> None:
+    def test_required_calls_stand_alone(self, compiler: Compiler, tools: ToolFormat, parallel: bool) -> None:
         constraint = ToolCalls(tools, TOOLS, "required", parallel)
         found = [calls_in(Writer(compiler, constraint, 300, seed).rest(), tools) for seed in range(6)]
         assert parallel or max(map(len, found)) == 1
 
     @pytest.mark.parametrize("tools", [f for f in JSON_FORMATS if f.trigger], ids=lambda f: f.name)
-    def test_auto(self, compiler: Compiler, tools: ToolFormat) -> None:
+    def test_automatic_calls_stand_amid_text(self, compiler: Compiler, tools: ToolFormat) -> None:
         writer = Writer(compiler, ToolCalls(tools, TOOLS), 400)
         writer.write('I "think" {that} [this] helps: ')
         assert writer.may_stop
@@ -39,7 +39,7 @@ class TestTools:
         writer.write("\nfree again")
         assert writer.may_stop
 
-    def test_auto_once(self, compiler: Compiler) -> None:
+    def test_one_automatic_call_where_several_are_not_wanted(self, compiler: Compiler) -> None:
         writer = Writer(compiler, ToolCalls(HERMES, TOOLS, parallel=False))
         writer.write("Hi " + HERMES.begin("now") + "{}" + HERMES.call_end)
         assert writer.allowed() == [writer.tokenizer.eos_token_id]
@@ -54,7 +54,7 @@ class TestTools:
             text = writer.text.split('arguments": ')[1].split("}\n</tool_call>")[0]
             Shape.model_validate_json(text)
 
-    def test_xml(self, compiler: Compiler) -> None:
+    def test_calls_in_xml_are_valid(self, compiler: Compiler) -> None:
         tools = next(f for f in FORMATS if f.style == "qwen_xml")
         parameters = {
             "type": "object",
@@ -70,7 +70,7 @@ class TestTools:
             int(values["n"])
             Point.model_validate_json(values["at"])
 
-    def test_formats_that_cannot_be_written(self, compiler: Compiler) -> None:
+    def test_formats_that_cannot_be_written_are_free_or_hermes(self, compiler: Compiler) -> None:
         for tools in FORMATS:
             if tools.style not in ("json", "qwen_xml") or not tools.trigger:
                 assert compiler.masks(ToolCalls(tools, TOOLS), 100) is None
@@ -93,7 +93,7 @@ class TestTools:
 
     @pytest.mark.parametrize("name", ["mistral_tekken", "mistral_args"])
     @pytest.mark.parametrize("mode", ["auto", "required"])
-    def test_marks_that_were_added(self, smollm2: Path, name: str, mode: str) -> None:
+    def test_marks_added_to_a_tokenizer_are_special_tokens(self, smollm2: Path, name: str, mode: str) -> None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
         tokenizer.add_special_tokens({"additional_special_tokens": ["[TOOL_CALLS]", "[ARGS]", "[OTHER]"]})
         mark, args, other = tokenizer.convert_tokens_to_ids(["[TOOL_CALLS]", "[ARGS]", "[OTHER]"])
