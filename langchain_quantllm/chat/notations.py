@@ -11,6 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from langchain_quantllm.structured.schema_merge import IS_TYPE
+
 _PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>(.*?)(?:</parameter>|(?=\s*<parameter=)|\s*\Z)", re.DOTALL)
 _GEMMA_DELIMITER = re.compile(r'<escape>|<\|"\|>')
 _GEMMA_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[^\s{}\[\]:,"]+(?P<key>\s*:)?')
@@ -80,7 +82,7 @@ def _typed(text: str, key: str, parameters: Mapping[str, Any]) -> Any:
         value = json.loads(_JSON_WORDS.get(text.strip(), text))
     except JSON_FAILURES:
         return text
-    return value if _type_of(value) & types else text
+    return value if any(IS_TYPE[kind](value) for kind in types & IS_TYPE.keys()) else text
 
 
 def _types(schema: Any) -> set[str]:
@@ -91,17 +93,6 @@ def _types(schema: Any) -> set[str]:
     for choice in [*(schema.get("anyOf") or ()), *(schema.get("oneOf") or ())]:
         types |= _types(choice)
     return types
-
-
-def _type_of(value: Any) -> set[str]:
-    if isinstance(value, bool):
-        return {"boolean"}
-    if isinstance(value, int):
-        return {"integer", "number"}
-    if isinstance(value, float):
-        return {"number", "integer"} if value.is_integer() else {"number"}
-    names = {str: "string", dict: "object", list: "array", type(None): "null"}
-    return {names[type(value)]}
 
 
 def from_gemma(body: str) -> str:

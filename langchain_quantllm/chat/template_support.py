@@ -5,7 +5,6 @@ Owns these trials and the forms of content that a template takes. Renders no con
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -109,11 +108,14 @@ class TemplateSupport:
         return _call({"x": "y"} if self.arguments == "dict" else '{"x": "y"}', call_id)
 
     def _shows(self, messages: list[Message], wanted: Sequence[str], tools: Sequence[Any] = ()) -> bool:
+        text = self._try(self.written(messages), tools)
+        return text is not None and all(mark in text for mark in wanted)
+
+    def _try(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> str | None:
         try:
-            text = self._render(self.written(messages), tools)
+            return self._render(messages, tools)
         except template_errors():
-            return False
-        return all(mark in text for mark in wanted)
+            return None
 
     # Content.
 
@@ -184,8 +186,7 @@ class TemplateSupport:
         else:
             tried = [[_user(asked), message, _user(asked)]]
         for messages in tried:
-            with contextlib.suppress(*template_errors()):
-                text = self._render(messages, [])
+            if (text := self._try(messages)) is not None:
                 # Some templates write the list itself, as Python or JSON.
                 quoted = ("'type': 'text'", '"type": "text"', '"type":"text"')
                 return text if _MARK in text and not any(mark in text for mark in quoted) else None

@@ -168,7 +168,7 @@ class GrammarMask(TokenMask):
             return
         token = self._vocabulary.tokens[token_id]
         if not self._matcher.accept_token(token_id):
-            msg = f"the token {token_id} ({token!r}) was drawn although the constraint does not allow it."
+            msg = f"the token {token_id} ({token!r}) was sampled although the constraint does not allow it."
             raise GenerationError(msg)
         self._pending = self._pending[len(token) :] if token and self._pending.startswith(token) else b""
         backslashes = len(token) - len(token.rstrip(b"\\"))

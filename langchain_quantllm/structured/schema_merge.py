@@ -99,15 +99,17 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-_IS_TYPE: dict[str, Callable[[Any], bool]] = {
+IS_TYPE: dict[str, Callable[[Any], bool]] = {
     "object": lambda value: isinstance(value, dict),
     "array": lambda value: isinstance(value, list),
     "string": lambda value: isinstance(value, str),
     "number": _is_number,
-    "integer": lambda value: _is_number(value) and value == int(value),
+    "integer": lambda value: _is_number(value) and (isinstance(value, int) or value.is_integer()),
     "boolean": lambda value: isinstance(value, bool),
     "null": lambda value: value is None,
 }
+"""Whether a value is of a type of JSON schema."""
+
 _OF_NUMBERS: dict[str, Callable[[Any, Any], bool]] = {
     "minimum": lambda value, bound: value >= bound,
     "maximum": lambda value, bound: value <= bound,
@@ -126,7 +128,7 @@ def fits(value: Any, schema: Mapping[str, Any]) -> bool:
     """Whether a value is valid under the keywords for types, numbers, texts, enum and const; others are ignored."""
     kinds = schema.get("type", [])
     kinds = [kinds] if isinstance(kinds, str) else kinds
-    if kinds and not any(_IS_TYPE[kind](value) for kind in kinds if kind in _IS_TYPE):
+    if kinds and not any(IS_TYPE[kind](value) for kind in kinds if kind in IS_TYPE):
         return False
     if value not in schema.get("enum", [value]) or value != schema.get("const", value):
         return False
