@@ -99,20 +99,7 @@ class BindingChatModel(BaseChatModel):
 def _structured(
     schema: dict[str, Any] | type | None, method: str, strict: bool | None, options: Mapping[str, Any]
 ) -> tuple[list[Any], dict[str, Any], Runnable[Any, Any]]:
-    """Write the options of a call whose answer is an object.
-
-    Args:
-        schema: A pydantic class, a TypedDict, or a JSON schema.
-        method: `"json_schema"`, `"function_calling"` or `"json_mode"`.
-        strict: Written into the descriptions.
-        options: Further options of the call, which come first.
-
-    Returns:
-        The tools to bind, the options, and the parser of the message.
-
-    Raises:
-        InvalidOptionError: If the method is unknown, or needs a schema and has none.
-    """
+    """Return the tools to bind, the options and the parser of a call whose answer is an object."""
     if method not in ("json_schema", "function_calling", "json_mode"):
         msg = f"method={method!r} is not known; it must be 'json_schema', 'function_calling' or 'json_mode'."
         raise InvalidOptionError(msg)
