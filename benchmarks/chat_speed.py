@@ -1,11 +1,11 @@
-"""What constraints cost, and what a shared beginning saves: the chat model's own speed, in one run.
+"""The cost of constraints and the gain of shared prefixes, measured in one run of the chat model.
 
     python -m benchmarks.chat_speed FOLDER --quantization nf4
 
-Rows that write JSON of a schema beside the same rows that write what they like: same prompts, same token counts,
-by turns. And the time to the first text of a chat's fifth turn, with prefix sharing and without, by turns. With
-`--shape`, random weights of that shape stand in for the folder's, whose tokenizer and template alone are used.
-Prints medians and ratios as one line of JSON. Times are those of this machine.
+Alternates rows that write JSON of a schema with the same rows without a constraint: same prompts, same token counts.
+Alternates the first text of a chat's fifth answer with prefix caching and without it. With `--shape`, random weights of
+that shape replace the folder's, of which only tokenizer and template are used. Prints medians and ratios as one line of
+JSON.
 """
 
 from __future__ import annotations
@@ -70,28 +70,28 @@ def random_model(shape: str, source: Path, folder: Path) -> Path:
 
 
 class Rows:
-    """Rows that meet in one batch, each with its seed and its number of tokens."""
+    """Rows of one batch, each with its seed and its number of tokens."""
 
     def __init__(self, chat: ChatQuantizedHuggingFace, count: int, new_tokens: int) -> None:
-        """Ask `count` times for `new_tokens` tokens at most."""
+        """Make `count` prompts for at most `new_tokens` tokens each."""
         self._chat = chat
         self._prompts = [f"Write down order number {i} of our shop." for i in range(count)]
         self._new_tokens = [new_tokens] * count
 
     def settle(self, constraint: JSONSchema) -> int:
-        """Write once under the constraint, keep how many tokens each row took, and give their sum."""
+        """Write once under the constraint, keep the token count of each row, and return their sum."""
         self._new_tokens, _ = self.write(constraint)
         return sum(self._new_tokens)
 
     def write_s(self, constraint: JSONSchema | None) -> float:
-        """Write all rows, and give the seconds."""
+        """Write all rows and return the seconds."""
         tokens, seconds = self.write(constraint)
         if tokens != self._new_tokens:
             raise SystemExit("the rows have written other numbers of tokens than the first time")
         return seconds
 
     def write(self, constraint: JSONSchema | None) -> tuple[list[int], float]:
-        """Write all rows, and give their numbers of tokens and the seconds."""
+        """Write all rows and return their token counts and the seconds."""
         options: dict[str, Any] = {"ignore_eos": True} if constraint is None else {"constraint": constraint}
 
         async def write_all() -> list[BaseMessage]:
@@ -107,7 +107,7 @@ class Rows:
 
 
 def first_text_s(chat: ChatQuantizedHuggingFace, texts: Sequence[str], answer_tokens: int) -> tuple[float, int]:
-    """Hold a chat and give the seconds to the first text of its last answer, and its cached tokens."""
+    """Hold a chat and return the seconds to the first text of its last answer, and its cached tokens."""
     messages: list[BaseMessage] = []
     for text in texts:
         messages.append(HumanMessage(text))
@@ -121,8 +121,8 @@ def first_text_s(chat: ChatQuantizedHuggingFace, texts: Sequence[str], answer_to
     return first, whole.usage_metadata["input_token_details"]["cache_read"]
 
 
-def by_turns(measures: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[Any]]:
-    """Call each in turn, once to warm up and then `repeats` times."""
+def alternate(measures: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[Any]]:
+    """Call all, one after the other: once to warm up and then `repeats` times."""
     found: dict[str, list[Any]] = {name: [] for name in measures}
     for repeat in range(repeats + 1):
         for name, measure in measures.items():
@@ -157,7 +157,7 @@ def main() -> None:
         for count in (1, given.rows):
             rows = Rows(chat, count, given.new_tokens)
             tokens = rows.settle(constraint)
-            times = by_turns(
+            times = alternate(
                 {"json": partial(rows.write_s, constraint), "free": partial(rows.write_s, None)}, given.repeats
             )
             rates = {name: round(tokens / statistics.median(seconds), 1) for name, seconds in times.items()}
@@ -168,7 +168,7 @@ def main() -> None:
         def hold(model: ChatQuantizedHuggingFace) -> tuple[float, int]:
             return first_text_s(model, prompts.draw(TURNS, given.turn_tokens), 32)
 
-        turns = by_turns({"shared": partial(hold, chat), "not shared": partial(hold, alone)}, given.repeats)
+        turns = alternate({"shared": partial(hold, chat), "not shared": partial(hold, alone)}, given.repeats)
         medians = {name: statistics.median(s for s, _ in values) for name, values in turns.items()}
         found[f"turn {TURNS}, s"] = {name: round(seconds, 4) for name, seconds in medians.items()}
         found[f"turn {TURNS}, cached tokens"] = {name: values[-1][1] for name, values in turns.items()}

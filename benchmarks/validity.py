@@ -1,14 +1,14 @@
-"""Do constrained answers match their schemas? Hundreds of them, sampled at temperature 1, beside unconstrained ones.
+"""The validity of constrained answers: hundreds of them, sampled at temperature 1, beside unconstrained ones.
 
     python -m benchmarks.validity FOLDER --quantization nf4 --count 200
 
-Makes so many forced tool calls and so many structured outputs over `CASES`, all at once, so that rows with different
+Makes `--count` forced tool calls and as many structured outputs over `CASES`, all at once, so that rows with different
 schemas share the engine's batch. Each is read strictly and checked twice: by its pydantic class, where it has one,
-and by the `jsonschema` package with dates checked. "Without" are the same prompts, seeds and parsers with the masks
-off, read as leniently as LangChain's parsers read. That is what `tool_choice="auto"` gives where the extra
-`structured` is not installed, and what a schema in the prompt alone gives.
+and by the `jsonschema` package with dates checked. "Without" are the same prompts, seeds and parsers without masks,
+read as leniently as LangChain's parsers read: the validity of `tool_choice="auto"` without the extra `structured`, and
+of a schema in the prompt alone.
 
-Prints a table as Markdown and what was invalid, and fails if a constrained answer was.
+Prints a table in Markdown and the invalid answers, and fails if a constrained answer is invalid.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from pydantic import BaseModel, Field, TypeAdapter
 from langchain_quantllm import ChatQuantizedHuggingFace
 
 MAX_NEW_TOKENS = 256
-"""Of which closing a value may take half; each of the schemas fits into that."""
+"""Closing a value may take half of them; each of the schemas fits into that."""
 
 # --- schemas ---
 
@@ -209,12 +209,12 @@ FOLDERS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A schema and what is asked of the model.
+    """A schema and a prompt for it.
 
     Args:
-        name: Of the tool.
-        features: What the schema has, for the table.
-        prompt: What the user says.
+        name: The name of the tool.
+        features: The features of the schema, for the table.
+        prompt: The user's words.
         schema: A pydantic class or a JSON schema.
     """
 
@@ -229,7 +229,7 @@ class Case:
         return self.schema if isinstance(self.schema, dict) else self.schema.model_json_schema()
 
     def error(self, value: Any) -> str:
-        """Say what is wrong with a value; empty if nothing is."""
+        """Return the errors of a value; empty for a valid one."""
         validator = jsonschema.Draft202012Validator(self.json_schema, format_checker=FORMATS)
         errors = [e.message for e in validator.iter_errors(value)]
         if not isinstance(self.schema, dict):
@@ -276,7 +276,7 @@ STRUCTURED = ("json_schema", "function_calling")
 
 
 class Unconstrained(ChatQuantizedHuggingFace):
-    """The same prompts and the same reading of answers, without masks."""
+    """The same prompts and parsers, without masks."""
 
     def _mask(self, *args: Any, **kwargs: Any) -> None:
         return None
@@ -295,7 +295,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back: the value as JSON text, what is wrong with it, and what was written."""
+    """An answer: the value as JSON text, its errors, and the message."""
 
     question: Question
     value: str
@@ -304,16 +304,16 @@ class Answer:
 
 
 def questions(count: int, kinds: Sequence[str], cases: Sequence[Case] = CASES) -> list[Question]:
-    """Spread so many calls over kinds and schemas, each with a seed of its own."""
-    turns = itertools.cycle(range(len(cases)))
+    """Spread calls over kinds and schemas, each with a seed of its own."""
+    numbers = itertools.cycle(range(len(cases)))
     return [
         Question(cases[i], kinds[n // len(cases) % len(kinds)], n, cases[(i + 1) % len(cases)])
-        for n, i in zip(range(count), turns, strict=False)
+        for n, i in zip(range(count), numbers, strict=False)
     ]
 
 
 def ask(chat: ChatQuantizedHuggingFace, question: Question, **options: Any) -> Answer:
-    """Make a call and check what comes back."""
+    """Make a call and check its answer."""
     case, kind = question.case, question.kind
     options = {"temperature": 1.0, "seed": question.seed, "max_tokens": MAX_NEW_TOKENS, **options}
     bound: Runnable[Any, Any]

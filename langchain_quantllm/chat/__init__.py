@@ -1,1 +1,1 @@
-"""Messages: what goes to a model by its chat template, and what its answer says."""
+"""The parts of the chat model: options, prompts by chat templates, parsers of answers, results."""

@@ -1,7 +1,7 @@
-"""Images of messages: what was given for one, and how it is read.
+"""The images of messages: their sources, and reading them.
 
-Owns decoding base64, fetching from the web, the bounds of both, and what is said when it does not work. Knows no
-message format, no template and no model.
+Owns decoding base64, fetching from the web, the bounds of both, and their errors. Knows no message format, no template
+and no model.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from langchain_quantllm._version import __version__
 from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
 
 FETCH_S = 20.0
-"""Seconds after which fetching an image is given up."""
+"""Seconds after which fetching an image ends with an error."""
 
 _MOST_BYTES = 64 * 2**20
 
-# No EPS, for which Pillow starts another program, and nothing else that a picture rarely is.
+# Without EPS, for which Pillow starts another program, and without rare formats.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSource:
-    """An image as a message gives it, not read yet: one of its three last fields.
+    """An image in a message, not read yet: one of the three last fields.
 
     Args:
-        message: Which message it stands in, for errors.
+        message: The number of the message, for errors.
         kind: The type of its content block.
         data: The file in base64.
         url: An `http(s):` or `data:` URL.
-        file_id: The name that another provider keeps it under.
+        file_id: The name of a file at another provider.
     """
 
     message: int
@@ -48,19 +48,19 @@ class ImageSource:
 def read_image(source: ImageSource, timeout_s: float = FETCH_S) -> Any:
     """Read an image.
 
-    A URL is fetched, as the program that made the message asked for that. Files of this machine are not read by their
-    names: messages often repeat what somebody else wrote, and their answer would tell what the file shows.
+    URLs are fetched. Files of this machine are not read by their path: messages often repeat the words of strangers,
+    and the answer would tell them the content of the file.
 
     Args:
-        source: What the message gives.
-        timeout_s: Seconds after which fetching is given up.
+        source: The image in the message.
+        timeout_s: Seconds after which fetching ends with an error.
 
     Returns:
         A Pillow image in RGB, upright; the first frame of several.
 
     Raises:
         InvalidOptionError: If it cannot be fetched or decoded, is damaged, or has too many pixels.
-        UnsupportedError: If it is given by something that cannot be read here.
+        UnsupportedError: If the source is of a kind that is not read here.
     """
     name = f"the image of message {source.message}"
     if source.data is not None:
@@ -98,7 +98,7 @@ def _decode(data: str, name: str) -> bytes:
 
 
 def _fetch(url: str, name: str, timeout_s: float) -> bytes:
-    import httpx  # which huggingface_hub stands on
+    import httpx  # a requirement of huggingface_hub
 
     deadline = time.monotonic() + timeout_s
     content = bytearray()
@@ -111,7 +111,7 @@ def _fetch(url: str, name: str, timeout_s: float) -> bytes:
                 if len(content) > _MOST_BYTES:
                     msg = f"{name}, {url[:200]}, is larger than {_MOST_BYTES >> 20} MiB; give a smaller one."
                     raise InvalidOptionError(msg)
-                if time.monotonic() > deadline:  # httpx bounds each wait, not their sum
+                if time.monotonic() > deadline:  # httpx limits each wait, not their sum
                     msg = f"it took longer than {timeout_s:g} seconds"
                     raise httpx.ReadTimeout(msg)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -127,11 +127,11 @@ def _open(content: bytes, name: str) -> Any:
     too_large = f"which Pillow takes for a decompression bomb (Image.MAX_IMAGE_PIXELS={Image.MAX_IMAGE_PIXELS})"
     try:
         image = Image.open(io.BytesIO(content), formats=_FORMATS)
-        # Pillow raises at twice the bound, and warns from the bound on.
+        # Pillow warns at this bound and raises at twice of it.
         if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
             msg = f"{name} has {image.width} x {image.height} pixels, {too_large}; give a smaller one."
             raise InvalidOptionError(msg)
-        # Source: `load_image` in transformers/image_utils.py, which every processor's pictures go through.
+        # Source: `load_image` in transformers/image_utils.py, which processors use.
         return ImageOps.exif_transpose(image).convert("RGB")
     except UnidentifiedImageError as error:
         msg = (

@@ -1,7 +1,7 @@
-"""From LangChain's messages to the plain dicts that chat templates take.
+"""LangChain's messages as the plain dicts that chat templates take.
 
-Owns what each kind of message and content block becomes. Knows no template: what one cannot take is
-`templates`' business.
+Owns the conversion of each kind of message and content block, and the joining of contents. The limits of a single
+template are `template`'s.
 """
 
 from __future__ import annotations
@@ -20,12 +20,17 @@ from langchain_core.messages import (
     ToolMessage,
 )
 
-from langchain_quantllm.chat.contents import Content, Part, joined
 from langchain_quantllm.chat.images import ImageSource
 from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
 
-Turn = dict[str, Any]
-"""One turn of a conversation: `role` and `content`, with `tool_calls`, `tool_call_id`, `name`, `reasoning_content`."""
+Part = dict[str, Any]
+"""`{"type": "text", "text": ...}` or `{"type": "image", "image": ImageSource}`."""
+
+Content = str | list[Part]
+"""The content of a message; a list where images are part of it."""
+
+Message = dict[str, Any]
+"""`role` and `content`, with `tool_calls`, `tool_call_id`, `name`, `reasoning_content`."""
 
 _ROLES = {"human": "user", "ai": "assistant", "developer": "system"}
 _SAID_ELSEWHERE = frozenset(
@@ -45,25 +50,52 @@ _SAID_ELSEWHERE = frozenset(
         "non_standard",
     }
 )
-"""Blocks of an answer whose content stands in other fields of the message, or is another provider's own."""
+"""Blocks whose content stands in other fields of the message, or is another provider's own."""
 
 _IMAGES = frozenset({"image", "image_url", "input_image"})
 _MEDIA = _IMAGES | {"audio", "input_audio", "video", "video_url", "file", "media", "document"}
 
 
-def turns_of(messages: Sequence[BaseMessage], *, images: bool = False) -> list[Turn]:
-    """Turn messages into dicts.
+def joined(contents: Sequence[Content], between: str) -> Content:
+    """Join contents, leaving out empty ones.
+
+    Args:
+        contents: Texts and lists of parts.
+        between: Stands between two texts; images need nothing around them.
+    """
+    filled = [content for content in contents if content]
+    parts: list[Part] = []
+    for content in filled:
+        for i, part in enumerate([{"type": "text", "text": content}] if isinstance(content, str) else content):
+            last = parts[-1] if parts else None
+            if i == 0 and last is not None and last["type"] == part["type"] == "text":
+                parts[-1] = {"type": "text", "text": f"{last['text']}{between}{part['text']}"}
+            else:
+                parts.append(part)
+    if all(isinstance(content, str) for content in filled):
+        return "".join(part["text"] for part in parts)
+    return parts
+
+
+def images_in(messages: Sequence[Mapping[str, Any]]) -> list[ImageSource]:
+    """List the images of messages, in their order."""
+    lists = [message["content"] for message in messages if isinstance(message.get("content"), list)]
+    return [part["image"] for content in lists for part in content if part["type"] == "image"]
+
+
+def template_messages(messages: Sequence[BaseMessage], *, images: bool = False) -> list[Message]:
+    """Turn LangChain's messages into dicts for a template.
 
     A list of content blocks becomes its texts, a line each; where images are among them, a list of parts. Reasoning
     of an earlier answer stands in `reasoning_content`, for templates that show it. A call whose arguments were no JSON
-    goes back as the text it was.
+    goes back as the text that it was.
 
     Args:
         messages: At least one.
         images: Whether the model reads images.
 
     Returns:
-        The turns; there are more than messages where one holds results of several tools.
+        The dicts, one more for each further tool result in a message.
 
     Raises:
         InvalidOptionError: If there is no message, or one of an unknown kind.
@@ -73,25 +105,25 @@ def turns_of(messages: Sequence[BaseMessage], *, images: bool = False) -> list[T
         msg = "there are no messages; give at least one, such as HumanMessage('...')."
         raise InvalidOptionError(msg)
     names = {c["id"]: c["name"] for m in messages if isinstance(m, AIMessage) for c in m.tool_calls if c["id"]}
-    return [turn for at, message in enumerate(messages) for turn in _turns(message, _Place(at, images), names)]
+    return [made for at, message in enumerate(messages) for made in _convert(message, _Place(at, images), names)]
 
 
 class _Place(NamedTuple):
-    """Which message it is, and whether images may be in it."""
+    """The number of a message, and whether images may be in it."""
 
     at: int
     images: bool
 
 
-def _turns(message: BaseMessage, place: _Place, names: Mapping[str, str]) -> list[Turn]:
+def _convert(message: BaseMessage, place: _Place, names: Mapping[str, str]) -> list[Message]:
     if isinstance(message, AIMessage):
-        return [_answer(message, place)]
+        return [_from_ai(message, place)]
     if isinstance(message, ToolMessage):
-        turn = {"role": "tool", "content": _content_of(message.content, place), "tool_call_id": message.tool_call_id}
+        made = {"role": "tool", "content": _content(message.content, place), "tool_call_id": message.tool_call_id}
         name = message.name or names.get(message.tool_call_id)
-        return [turn | ({"name": name} if name else {})]
+        return [made | ({"name": name} if name else {})]
     if isinstance(message, FunctionMessage):
-        return [{"role": "tool", "content": _content_of(message.content, place), "name": message.name}]
+        return [{"role": "tool", "content": _content(message.content, place), "name": message.name}]
     if isinstance(message, SystemMessage):
         role = "system"
     elif isinstance(message, ChatMessage):
@@ -104,14 +136,14 @@ def _turns(message: BaseMessage, place: _Place, names: Mapping[str, str]) -> lis
     results, content = _tool_results(message.content, place, names)
     if results and not content:
         return results
-    turn = {"role": role, "content": _content_of(content, place)}
-    return [*results, turn | ({"name": message.name} if message.name else {})]
+    made = {"role": role, "content": _content(content, place)}
+    return [*results, made | ({"name": message.name} if message.name else {})]
 
 
-def _answer(message: AIMessage, place: _Place) -> Turn:
+def _from_ai(message: AIMessage, place: _Place) -> Message:
     wrong = [f"{call['name'] or ''}{call['args'] or ''}" for call in message.invalid_tool_calls]
-    content = joined([_content_of(message.content, place), *wrong], "\n")
-    turn: Turn = {"role": "assistant", "content": content}
+    content = joined([_content(message.content, place), *wrong], "\n")
+    made: Message = {"role": "assistant", "content": content}
     for call in message.tool_calls:
         try:
             json.dumps(call["args"])
@@ -119,13 +151,13 @@ def _answer(message: AIMessage, place: _Place) -> Turn:
             msg = f"message {place.at} calls {call['name']!r} with arguments that are no JSON: {error}."
             raise InvalidOptionError(msg) from error
     if message.tool_calls:
-        turn["tool_calls"] = [
+        made["tool_calls"] = [
             {"type": "function", "id": c["id"] or "", "function": {"name": c["name"], "arguments": c["args"]}}
             for c in message.tool_calls
         ]
     if reasoning := _reasoning(message):
-        turn["reasoning_content"] = reasoning
-    return turn
+        made["reasoning_content"] = reasoning
+    return made
 
 
 def _reasoning(message: AIMessage) -> str:
@@ -136,25 +168,25 @@ def _reasoning(message: AIMessage) -> str:
     return "\n".join(text for text in found if isinstance(text, str))
 
 
-def _tool_results(content: Any, place: _Place, names: Mapping[str, str]) -> tuple[list[Turn], Any]:
+def _tool_results(content: Any, place: _Place, names: Mapping[str, str]) -> tuple[list[Message], Any]:
     """Take Anthropic's tool results, which stand in a user's message, out of its content."""
     if isinstance(content, str):
         return [], content
     found = [b for b in content if isinstance(b, dict) and b.get("type") == "tool_result"]
-    turns = [
+    results = [
         {
             "role": "tool",
-            "content": _content_of(block.get("content") or "", place),
+            "content": _content(block.get("content") or "", place),
             "tool_call_id": block.get("tool_use_id", ""),
             "name": names.get(block.get("tool_use_id", ""), ""),
         }
         for block in found
     ]
-    return turns, [b for b in content if b not in found]
+    return results, [b for b in content if b not in found]
 
 
-def _content_of(content: Any, place: _Place) -> Content:
-    """Give what a message's content says: its texts, a line each; a list of parts where images are among them."""
+def _content(content: Any, place: _Place) -> Content:
+    """Convert a message's content: its texts, a line each; a list of parts where images are among them."""
     if isinstance(content, str):
         return content
     blocks = content if isinstance(content, list | tuple) else [content]
@@ -165,7 +197,7 @@ def _content_of(content: Any, place: _Place) -> Content:
 
 
 def _part(block: Any, place: _Place) -> str | Part | None:
-    """Give a block's text, or its image; None where it says nothing here."""
+    """Convert a block to its text or its image; None for one that has no place in a prompt."""
     kind = block.get("type") if isinstance(block, Mapping) else None
     if isinstance(block, str):
         return block
@@ -188,15 +220,17 @@ def _part(block: Any, place: _Place) -> str | Part | None:
 
 
 def _image(block: Mapping[str, Any], at: int) -> ImageSource:
-    """Find out what a block gives for its image, in the words of LangChain, OpenAI or Anthropic."""
+    """Find the source of an image in a block of LangChain's, OpenAI's or Anthropic's."""
     kind = block["type"]
-    if kind != "image":  # a text in the place of the dict is what OpenAI's other API and old prompts have
+    file_id = block.get("file_id")
+    if kind != "image":  # OpenAI's other API, and old prompts, have a text in place of the dict
         url = block.get("image_url")
-        block = {"type": "image_url", "image_url": url if isinstance(url, Mapping) else {"url": url}, **_id_of(block)}
-    # LangChain knows all dialects, and asks that a standard block be made of them.
+        block = {"type": "image_url", "image_url": url if isinstance(url, Mapping) else {"url": url}}
+        block |= {} if file_id is None else {"file_id": file_id}
+    # LangChain reads all dialects of a standard block.
     standard: Mapping[str, Any] = HumanMessage(content=[dict(block)]).content_blocks[0]
-    source = block.get("source")  # Anthropic's; a file of its own is what LangChain has no standard for
-    file_id = block.get("file_id") or (source.get("file_id") if isinstance(source, Mapping) else None)
+    source = block.get("source")  # Anthropic's; LangChain has no standard for a file of its own
+    file_id = file_id or (source.get("file_id") if isinstance(source, Mapping) else None)
     given = {
         "data": standard.get("base64"),
         "url": standard.get("url"),
@@ -210,7 +244,3 @@ def _image(block: Mapping[str, Any], at: int) -> ImageSource:
         )
         raise InvalidOptionError(msg)
     return ImageSource(message=at, kind=kind, **texts)
-
-
-def _id_of(block: Mapping[str, Any]) -> dict[str, Any]:
-    return {"file_id": block["file_id"]} if "file_id" in block else {}

@@ -1,6 +1,6 @@
-"""Arguments that are not written as JSON: from XML, Gemma's notation and Python to JSON text.
+"""The notations of arguments: JSON, and XML, Gemma's notation and Python turned into JSON text.
 
-Owns these three notations. Each reader raises a `ValueError` that says what is wrong.
+Each reader raises a `ValueError` with the error of the arguments.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from langchain_quantllm.structured.schema_merge import IS_TYPE
+
 _PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>(.*?)(?:</parameter>|(?=\s*<parameter=)|\s*\Z)", re.DOTALL)
 _GEMMA_DELIMITER = re.compile(r'<escape>|<\|"\|>')
 _GEMMA_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[^\s{}\[\]:,"]+(?P<key>\s*:)?')
@@ -18,11 +20,11 @@ _JSON_WORDS = {"True": "true", "False": "false", "None": "null"}
 _PYTHON_WORDS = {"true": True, "false": False, "null": None}
 
 JSON_FAILURES = (ValueError, RecursionError)
-"""What reading JSON can raise: a deep nesting ends the interpreter's patience."""
+"""The errors of reading JSON; a deep nesting raises `RecursionError`."""
 
 
 def checked(raw: str) -> str:
-    """Give arguments as the text of a JSON object, which they may contain as a string.
+    """Return arguments as the text of a JSON object, which may come as a JSON string.
 
     Raises:
         ValueError: They are no JSON, or another value.
@@ -42,7 +44,7 @@ def loaded(raw: str) -> Any:
     """Read JSON.
 
     Raises:
-        ValueError: It is none.
+        ValueError: It is not valid.
     """
     try:
         return json.loads(raw)
@@ -54,7 +56,7 @@ def from_qwen_xml(body: str, parameters: Mapping[str, Any]) -> str:
     """Read `<parameter=key>` elements, typed by the JSON schema of the function's parameters.
 
     Raises:
-        ValueError: There is something else between them.
+        ValueError: There is other text between them.
     """
     values: dict[str, Any] = {}
     at = 0
@@ -71,7 +73,7 @@ def from_qwen_xml(body: str, parameters: Mapping[str, Any]) -> str:
 
 
 def _typed(text: str, key: str, parameters: Mapping[str, Any]) -> Any:
-    """Read a text as the schema says, or leave it where it does not fit."""
+    """Read a text as a value of the schema's type; a text that is none stays a text."""
     properties = parameters.get("properties")
     types = _types(properties.get(key) if isinstance(properties, Mapping) else None)
     if not types or (types == {"string"}):
@@ -80,7 +82,7 @@ def _typed(text: str, key: str, parameters: Mapping[str, Any]) -> Any:
         value = json.loads(_JSON_WORDS.get(text.strip(), text))
     except JSON_FAILURES:
         return text
-    return value if _type_of(value) & types else text
+    return value if any(IS_TYPE[kind](value) for kind in types & IS_TYPE.keys()) else text
 
 
 def _types(schema: Any) -> set[str]:
@@ -93,22 +95,11 @@ def _types(schema: Any) -> set[str]:
     return types
 
 
-def _type_of(value: Any) -> set[str]:
-    if isinstance(value, bool):
-        return {"boolean"}
-    if isinstance(value, int):
-        return {"integer", "number"}
-    if isinstance(value, float):
-        return {"number", "integer"} if value.is_integer() else {"number"}
-    names = {str: "string", dict: "object", list: "array", type(None): "null"}
-    return {names[type(value)]}
-
-
 def from_gemma(body: str) -> str:
     """Read `{key:<escape>text<escape>,n:3}`, or the same with Gemma 4's marks around strings.
 
     Raises:
-        ValueError: It is not written so.
+        ValueError: It is written otherwise.
     """
     parts = _GEMMA_DELIMITER.split(body)
     if len(parts) % 2 == 0:
@@ -134,10 +125,10 @@ def _gemma_token(found: re.Match[str]) -> str:
 
 
 def from_python(arguments: str) -> str:
-    """Read the arguments of a Python call, keywords with literals only.
+    """Read the arguments of a Python call: keywords with literals.
 
     Raises:
-        ValueError: They are something else.
+        ValueError: They are anything else.
     """
     try:
         call = ast.parse(f"f{arguments}", mode="eval").body

@@ -1,4 +1,4 @@
-"""What a call of a chat model may ask for beside sampling: tools, the choice among them, and a form of the answer.
+"""The options of a chat call beside sampling: tools, the choice among them, and the form of the answer.
 
 Owns reading these options as LangChain's and OpenAI's users write them. Knows no model.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 from typing_extensions import Self
 
-from langchain_quantllm.chat.tool_schemas import describe_tool
+from langchain_quantllm.chat.tool_schemas import tool_schema
 from langchain_quantllm.errors import InvalidOptionError
 from langchain_quantllm.structured import Constraint, JSONObject, JSONSchema
 
@@ -28,7 +28,7 @@ CHAT_OPTIONS = (
     "stream_usage",
     "ls_structured_output_format",
 )
-"""Options of a call that a chat model has beside those of generating."""
+"""Options of a chat call that do not control generating."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +36,12 @@ class ChatOptions:
     """The chat model's own options of one call.
 
     Args:
-        tools: The functions that the model is told of, as OpenAI's API takes them.
+        tools: The functions that the prompt describes, as OpenAI's API takes them.
         choice: `"any"`, a function's name, or None where the model decides.
         parallel: Whether there may be several calls in one answer; None leaves it to the template.
-        constraint: What the answer must be, if it is no call.
+        constraint: The form of an answer that is no call.
         template_kwargs: Variables for the template.
-        model: The model that was asked for, if any.
+        model: The model asked for, if any.
     """
 
     tools: tuple[dict[str, Any], ...] = ()
@@ -53,13 +53,13 @@ class ChatOptions:
 
     @classmethod
     def of(cls, call: Mapping[str, Any]) -> Self:
-        """Read them from a call's options, of which there may be others.
+        """Read them from a call's options, among others.
 
         Raises:
             InvalidOptionError: If the choice is none of the tools, or the form of the answer cannot be understood.
         """
         given = {name: call[name] for name in CHAT_OPTIONS if call.get(name) is not None}
-        tools = tuple(describe_tool(tool) for tool in given.get("tools", ()))
+        tools = tuple(tool_schema(tool) for tool in given.get("tools", ()))
         choice = choice_of(given.get("tool_choice"), tools)
         variables = given.get("chat_template_kwargs")
         if variables is not None and not isinstance(variables, Mapping):

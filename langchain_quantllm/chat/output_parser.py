@@ -1,7 +1,10 @@
-"""From an answer as it is being written to its parts: text, reasoning and calls of tools.
+"""The parser of answers as they are written: their text, reasoning and tool calls.
 
-Owns where in an answer these stand. Gives pieces, and leaves messages to `chat_models`; what stands between tags is
-in `tagged`, a single call in `calls`, what the families write in `formats`.
+Owns the places of these parts in an answer. Calls themselves are read by `tool_calls`; the formats of the model
+families are in `structured.tool_formats`; messages are made by `result`.
+
+Answers of tokenizers with a response template of their own go to transformers' parser, in `response_template`. It is no
+replacement for this one: it does not stream arguments, and misreads calls that small models write otherwise.
 """
 
 from __future__ import annotations
@@ -10,13 +13,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from langchain_quantllm.chat.response_template import TemplateParser
 from langchain_quantllm.chat.scanner import CUT_OFF, Wait, held, prefixes
-from langchain_quantllm.chat.tagged_calls import CALL, FENCE, FUNCTION, TaggedReader
-from langchain_quantllm.chat.tool_calls import ARGUMENTS, Call, Piece
+from langchain_quantllm.chat.tool_calls import ARGUMENTS, CALL, FENCE, FUNCTION, Call, CallReader, Piece
 from langchain_quantllm.structured.tool_formats import HERMES, ReasoningFormat, ToolFormat
-
-__all__ = ["AnswerParser", "Piece", "TemplateParser"]
 
 _PLAIN_KEYS = frozenset({"name", *ARGUMENTS})
 _LLAMA_KEYS = _PLAIN_KEYS | {"type", "id", "function"}
@@ -24,22 +23,21 @@ _TOOLS = ("<tools>", "</tools>")
 _FENCE_WORDS = ("json", "xml", "tool_call", "tool_code", "python")
 _PYTHON_TAG = "<|python_tag|>"
 _CALLS = "<｜tool▁calls▁begin｜>"
-# They say nothing beyond what the pieces say.
-_SILENT = {
+_SILENT = {  # tags that carry nothing beyond the pieces
     _CALLS: (_CALLS, "<｜tool▁calls▁end｜>"),
     "<|START_ACTION|>": ("<|START_RESPONSE|>", "<|END_RESPONSE|>"),
 }
 
 
-class AnswerParser(TaggedReader):
-    """Reads an answer that comes in parts of any size and gives its pieces as soon as they are certain.
+class AnswerParser(CallReader):
+    """Reads an answer in parts of any size and gives its pieces as soon as they are certain.
 
-    The parts' borders change nothing but where the pieces end. Reasoning is looked for where the answer begins.
+    The borders of the parts change nothing but the ends of the pieces. Reasoning stands at the beginning of an answer.
 
-    Small models do not keep to their format, so in every format these are calls as well: `<tool_call>` tags, with
-    what any format puts inside; JSON in `<tools>` tags, in a fenced block or as the whole answer, if it has nothing
-    but the name of one of the tools and arguments. Other such JSON is text, unchanged. Where the tokens ran out within
-    such calls, those that are whole are calls and the last one is an invalid call.
+    Small models do not keep to their format, so in every format these are calls as well: `<tool_call>` tags around
+    a call in any format; JSON in `<tools>` tags, in a fenced block or as the whole answer, if it has nothing but the
+    name of one of the tools and arguments. Other such JSON is text, unchanged. Where the tokens ran out within such
+    calls, whole ones are calls and the last one is an invalid call.
     """
 
     def __init__(
@@ -49,32 +47,34 @@ class AnswerParser(TaggedReader):
         *,
         reasoning: ReasoningFormat | None = None,
         in_reasoning: bool = False,
+        hidden: re.Pattern[str] | None = None,
     ) -> None:
         """Begin an answer.
 
         Args:
-            tool_format: How the model writes calls; with `None` there are none.
-            tools: The functions it may call, as OpenAI's API takes them; without any there are no calls.
-            reasoning: How it writes reasoning, if it does.
+            tool_format: The model's format of calls; None reads none.
+            tools: The functions that it may call, as OpenAI's API takes them; without any there are no calls.
+            reasoning: The model's format of reasoning, if it has one.
             in_reasoning: The prompt has begun the reasoning already.
+            hidden: Special tokens to leave out, each of which comes within one part.
         """
         super().__init__(tool_format or HERMES, _parameters(tools) if tool_format else {})
         self._reasoning = reasoning
         self._in_reasoning = in_reasoning
+        self._hidden = hidden
         tags = _openers(self._format) if self._tools else []
         self._opener = re.compile("|".join(map(re.escape, tags)) or r"(?!)")
         self._begun = prefixes(tags)
         self._fenced = False  # inside a fenced block which is text
-        self._is_cut = False  # within the last of several calls that had to prove to be some
         self._steps = self._answer()
 
     def push(self, text: str) -> list[Piece]:
-        """Take the next part of the answer and give what has become certain."""
-        self._scan.text += text
+        """Take the next part of the answer and return the pieces that have become certain."""
+        self._scan.text += text if self._hidden is None else self._hidden.sub("", text)
         return self._step()
 
     def finish(self) -> list[Piece]:
-        """End the answer and give everything held back."""
+        """End the answer and return the rest of its pieces."""
         self._scan.ended = True
         return self._step()
 
@@ -90,9 +90,9 @@ class AnswerParser(TaggedReader):
                 yield from self._think(self._reasoning)
                 inside = yield from self._thinks(self._reasoning)
         if self._tools:
-            yield from self._whole()
+            yield from self._whole(self._scan.at)
         yield from self._content()
-        self._give("text", self._space)
+        self._emit("text", self._space)
 
     def _thinks(self, reasoning: ReasoningFormat) -> Wait[bool]:
         start = self._scan.at
@@ -103,7 +103,7 @@ class AnswerParser(TaggedReader):
         return False
 
     def _think(self, reasoning: ReasoningFormat) -> Wait[None]:
-        """Give reasoning to its end, without the line ends around it and the blank lines after it."""
+        """Emit reasoning to its end, without the line ends around it and the blank lines after it."""
         scan = self._scan
         begun = prefixes([reasoning.end])
         yield from scan.skip("\r\n")
@@ -111,12 +111,12 @@ class AnswerParser(TaggedReader):
             cut = len(scan.text) if scan.ended else len(scan.text) - held(scan.text[scan.at :], begun)
             part = scan.text[scan.at : cut]
             part = part if scan.ended else part.rstrip("\r\n")
-            self._give("reasoning", part)
+            self._emit("reasoning", part)
             scan.at += len(part)
             scan.forget()
             if not (yield from scan.more()):
                 return
-        self._give("reasoning", scan.text[scan.at : end].rstrip("\r\n"))
+        self._emit("reasoning", scan.text[scan.at : end].rstrip("\r\n"))
         scan.at = start = end + len(reasoning.end)
         yield from scan.skip()
         scan.at = max(start, scan.text.rfind("\n", start, scan.at) + 1)
@@ -137,44 +137,36 @@ class AnswerParser(TaggedReader):
                 return
 
     def _opened(self, tag: str) -> Wait[None]:
-        """Read what a tag opens."""
+        """Read from behind an opening tag."""
         scan = self._scan
         if tag == FENCE:
             yield from self._fence()
         elif tag == _TOOLS[0]:
             yield from self._proven(scan.at - len(tag), _TOOLS[1])
         elif tag == _PYTHON_TAG:
-            yield from self._tagged_whole(scan.at - len(tag))
+            yield from self._whole(scan.at - len(tag), tagged=True)
         elif tag not in _SILENT.get(self._format.trigger, ()):
             yield from self._region(tag)
 
-    # Calls that have to prove that they are some.
+    # JSON that must prove to be a call.
 
-    def _whole(self) -> Wait[None]:
-        """Read an answer that is nothing but calls, if it is."""
-        start = self._scan.at
+    def _whole(self, start: int, *, tagged: bool = False) -> Wait[None]:
+        """Read an answer that is nothing but calls, if it begins like one, or begins with Llama's tag."""
         first = yield from self._scan.skip()
-        python = self._format.style == "python" and not self._format.trigger
-        if first == "[" and python:
+        bare, python = tagged or not self._format.trigger, self._format.style == "python"
+        if first == "[" and bare and (tagged or python):
             yield from self._python_calls(start, whole=True)
-        elif first == "{" and not python and not self._format.trigger:
+        elif first == "{" and bare and (tagged or not python):
             yield from self._llama_calls(start)
+        elif tagged:
+            self._text(self._scan.text[start : self._scan.at])
         elif first and first in "{[":
             yield from self._proven(start, "")
         else:
             self._scan.at = start
 
-    def _tagged_whole(self, start: int) -> Wait[None]:
-        first = yield from self._scan.skip()
-        if first == "{":
-            yield from self._llama_calls(start)
-        elif first == "[":
-            yield from self._python_calls(start, whole=True)
-        else:
-            self._text(self._scan.text[start : self._scan.at])
-
     def _fence(self) -> Wait[None]:
-        """Read a fenced block: a call, tags around which the fence says nothing, or text."""
+        """Read a fenced block: a call, a fence around a call's tags, or text."""
         scan = self._scan
         start = scan.at - len(FENCE)
         if self._fenced:
@@ -194,46 +186,44 @@ class AnswerParser(TaggedReader):
     def _proven(self, start: int, closing: str) -> Wait[bool]:
         """Read JSON that is a call or calls and then the closing text or the answer's end; else it is text."""
         scan = self._scan
-        calls = yield from self._candidates()
-        cut = scan.at
-        if calls:
-            last = yield from scan.skip()
-            if last and not self._is_cut and not (closing and (yield from scan.take(closing))):
-                calls, scan.at = [], cut
+        calls, is_cut = yield from self._candidates()
+        end = scan.at
+        last = (yield from scan.skip()) if calls else ""
+        if last and not is_cut and not (closing and (yield from scan.take(closing))):
+            calls, scan.at = [], end
         for call in calls:
             self._complete(call)
-        if calls and self._is_cut:
-            yield from self._spoil(Call(), cut, CUT_OFF)
+        if is_cut:
+            yield from self._spoil(Call(), end, CUT_OFF)
         if not calls and closing:
             self._text(scan.text[start : scan.at])
         elif not calls:
             scan.at = start  # the bracket may be a tag's
         return bool(calls)
 
-    def _candidates(self) -> Wait[list[Call]]:
+    def _candidates(self) -> Wait[tuple[list[Call], bool]]:
+        """Read objects that may be calls; tell whether the tokens ran out behind the first of them."""
         scan = self._scan
         calls: list[Call] = []
-        first = yield from scan.skip()
-        if in_list := first == "[":
-            scan.at += 1
+        yield from scan.skip()
+        in_list = yield from scan.take("[")
         while (yield from scan.skip()) == "{":
             call, start = Call(keys=_PLAIN_KEYS, streams=False), scan.at
             error = yield from self._object(call)
-            self._is_cut = error == CUT_OFF
-            if self._is_cut and calls:  # the tokens ran out in a list of calls, most of which are there
+            if error == CUT_OFF and calls:
                 scan.at = start
-                return calls
+                return calls, True
             if error or call.name not in self._tools:
-                return []
+                return [], False
             calls.append(call)
-            at = scan.at
+            end = scan.at
             yield from scan.skip()
             if in_list and (yield from scan.take("]")):
-                return calls
+                return calls, False
             if not (yield from scan.take(",")) and (yield from scan.peek()) != "{":
-                scan.at = at
+                scan.at = end
                 break
-        return [] if in_list else calls
+        return [] if in_list else calls, False
 
     def _llama_calls(self, start: int) -> Wait[None]:
         """Read objects with `;` between them; the first that names no tool is text."""
@@ -245,8 +235,7 @@ class AnswerParser(TaggedReader):
             if call.index < 0:
                 self._text(scan.text[start : scan.at])
                 return
-            if error or (error := self._complete(call)):
-                yield from self._spoil(call, written, error)
+            if not (yield from self._finish(call, written, error)):
                 return
             start = scan.at
             yield from scan.skip()
@@ -257,13 +246,13 @@ class AnswerParser(TaggedReader):
 
 
 def _parameters(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """Give the schema of each function's parameters by its name."""
+    """Map the name of each function to the schema of its parameters."""
     functions = [tool.get("function", tool) for tool in tools]
     return {str(function["name"]): function.get("parameters") or {} for function in functions if "name" in function}
 
 
 def _openers(tool_format: ToolFormat) -> list[str]:
-    """Collect what may open a call, or look so."""
+    """List the tags that may open a call, or look so."""
     tags = [HERMES.trigger, _TOOLS[0], FENCE, tool_format.trigger or _PYTHON_TAG]
     tags += _SILENT.get(tool_format.trigger, ())
     tags += [CALL] if tool_format.trigger == _CALLS else []

@@ -1,6 +1,6 @@
-"""The same pieces of an answer from a tokenizer's own response template.
+"""The parser of answers by a tokenizer's own response template.
 
-Owns the reading of transformers' events; the reading without such a template is in `parsing`.
+Owns the translation of transformers' events into pieces. `output_parser` reads answers without such a template.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ _KINDS = {"content": "text", "thinking": "reasoning", "reasoning": "reasoning", 
 
 
 class TemplateParser:
-    """Reads an answer as a tokenizer's response template says, with `AnswerParser`'s interface.
+    """Reads an answer by a tokenizer's response template, with `AnswerParser`'s interface.
 
-    Calls come whole, when they end. Where transformers cannot read a call, it becomes an invalid piece.
+    Calls come whole, when they end. A call that transformers cannot read becomes an invalid piece.
     """
 
     def __init__(self, tokenizer: Any, prefix: str, tools: Sequence[Mapping[str, Any]] = ()) -> None:
@@ -26,7 +26,7 @@ class TemplateParser:
 
         Args:
             tokenizer: A tokenizer that has a response template.
-            prefix: The prompt, which may have begun a region.
+            prefix: The prompt, which may open a region.
             tools: The functions that the model may call, as OpenAI's API takes them.
         """
         self._tokenizer = tokenizer
@@ -38,7 +38,7 @@ class TemplateParser:
         self._shown = False
 
     def push(self, text: str) -> list[Piece]:
-        """Take the next part of the answer and give what has become certain."""
+        """Take the next part of the answer and return the pieces that have become certain."""
         pieces: list[Piece] = []
         while text:
             given, read = self._feed(text)
@@ -47,10 +47,10 @@ class TemplateParser:
         return pieces
 
     def finish(self) -> list[Piece]:
-        """End the answer and give everything held back."""
+        """End the answer and return the rest of its pieces."""
         try:
             _, events = self._parser.finalize()
-        except Exception as error:  # of any kind: a template's own patterns and readers raise what they like
+        except Exception as error:  # a template's patterns and readers may raise any
             return [self._invalid(error)]
         return self._pieces(events)
 
@@ -69,7 +69,7 @@ class TemplateParser:
         return self._pieces(events), len(text)
 
     def _feed_slowly(self, text: str) -> tuple[list[Piece], int]:
-        """Find the character at which a region fails, as its failure has lost the events before it."""
+        """Find the character at which a region fails: its error has lost the events before it."""
         parser = self._tokenizer.get_response_parser(prefix=self._prefix, tools=self._tools)
         parser.feed("".join(self._fed))
         pieces: list[Piece] = []
@@ -78,7 +78,7 @@ class TemplateParser:
                 events = parser.feed(character)
             except Exception as error:
                 pieces.append(self._invalid(error))
-                self._restart("")  # which is after the region
+                self._restart("")  # behind the region
                 return pieces, read
             pieces += self._pieces(events)
         self._parser = parser
@@ -99,12 +99,12 @@ class TemplateParser:
             elif event["field"] == "tool_calls":
                 pieces += self._called(event["value"])
             elif kind and not self._shown and event["value"]:
-                value = event["value"]  # of a region that is read at its end
+                value = event["value"]  # of a region that comes at its end
                 pieces.append(Piece(kind=kind, text=value if isinstance(value, str) else json.dumps(value)))
         return pieces
 
     def _trimmed(self, text: str) -> str:
-        """Take the space from a region's beginning and, as long as nothing follows, from its end."""
+        """Drop the space at a region's beginning; space at its end waits for more text."""
         text = self._space + text
         text = text if self._shown else text.lstrip()
         shown = text.rstrip()

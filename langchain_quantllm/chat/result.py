@@ -1,6 +1,6 @@
-"""From the pieces of an answer to LangChain's messages.
+"""LangChain's results of a call: messages and chunks, from the engine's chunks through the parser's pieces.
 
-Owns what becomes of text, reasoning and tool calls, whole and in a stream. Knows no model and no template.
+Owns the messages' fields for text, reasoning, tool calls and metadata. Knows no model and no template.
 """
 
 from __future__ import annotations
@@ -8,16 +8,20 @@ from __future__ import annotations
 import json
 import secrets
 import string
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from langchain_core.messages import AIMessage, AIMessageChunk, InvalidToolCall, ToolCall
 from langchain_core.messages.tool import ToolCallChunk, invalid_tool_call, tool_call, tool_call_chunk
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 
-from langchain_quantllm.chat.output_parser import Piece
+from langchain_quantllm.chat.tool_calls import Piece
+from langchain_quantllm.engine.request import Chunk, Request
+from langchain_quantllm.engine.result import Answer, Answers, completion_info
 
 _ID_LETTERS = string.ascii_letters + string.digits
+_COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
 
 
 @dataclass
@@ -28,14 +32,14 @@ class _Call:
     error: str | None = None
 
 
-class Reply:
-    """One answer on its way to a message. Give it pieces, and take a chunk for each lot or the message at the end."""
+class MessageBuilder:
+    """Builds the message of one answer from its pieces, chunk by chunk or whole."""
 
     def __init__(self, *, parallel: bool = True) -> None:
-        """Begin with nothing said.
+        """Begin an empty message.
 
         Args:
-            parallel: Whether there may be several calls; without, those after the first are dropped.
+            parallel: Whether there may be several calls; without, calls after the first are dropped.
         """
         self._parallel = parallel
         self._text = ""
@@ -44,11 +48,11 @@ class Reply:
 
     @property
     def has_calls(self) -> bool:
-        """Whether a call was read, a wrong one included."""
+        """Whether there is a call, valid or not."""
         return bool(self._calls)
 
     def add(self, pieces: Iterable[Piece]) -> AIMessageChunk | None:
-        """Take pieces, and give what they add to the message; None if nothing."""
+        """Add pieces and return them as a chunk; None if they add nothing."""
         text, reasoning = "", ""
         chunks: dict[int, ToolCallChunk] = {}
         for piece in pieces:
@@ -58,7 +62,7 @@ class Reply:
                 reasoning += piece.text
             elif self._parallel or not piece.index:
                 chunk = self._add_to_call(piece)
-                if begun := chunks.get(piece.index):  # LangChain joins those of several chunks, but not of one
+                if begun := chunks.get(piece.index):  # LangChain joins a call's parts over chunks, not within one
                     begun["args"] = (begun["args"] or "") + (chunk["args"] or "")
                     begun["name"] = begun["name"] or chunk["name"]
                 else:
@@ -75,7 +79,7 @@ class Reply:
 
     def _add_to_call(self, piece: Piece) -> ToolCallChunk:
         known = self._calls.get(piece.index)
-        # Nine letters and digits: what the strictest templates take for an id.
+        # Nine letters and digits: the strictest templates take no other id.
         call = known or _Call("".join(secrets.choice(_ID_LETTERS) for _ in range(9)))
         self._calls[piece.index] = call
         call_id = None if known else call.id
@@ -91,7 +95,7 @@ class Reply:
         return tool_call_chunk(name=None, args=rest + _breaking(given + rest), id=call_id, index=piece.index)
 
     def message(self, **fields: Any) -> AIMessage:
-        """Give the whole message.
+        """Return the whole message.
 
         Args:
             **fields: Further fields of the message, such as `usage_metadata`.
@@ -121,10 +125,10 @@ class Reply:
 
 
 def _breaking(arguments: str) -> str:
-    """Give an end that keeps arguments from being read.
+    """Make an end that keeps arguments from being read.
 
-    LangChain closes what was cut off in a stream, and would make a valid call of half of one: a bracket that closes
-    nothing is what it gives up at.
+    LangChain closes the open brackets of a streamed call, and would make a valid call of half of one. A bracket that
+    closes nothing stops it.
     """
     stack = []
     in_string = escaped = False
@@ -140,3 +144,68 @@ def _breaking(arguments: str) -> str:
             stack.pop()
     closing = "}" if stack and stack[-1] == "]" else "]"
     return ("\\" if escaped else "") + ('"' if in_string else "") + closing
+
+
+class ResultReader:
+    """Reads one answer of the engine into LangChain's results."""
+
+    def __init__(self, parser: Any, tokenizer: Any, model_name: str, *, parallel: bool) -> None:
+        """Begin an answer.
+
+        Args:
+            parser: Its `AnswerParser` or `TemplateParser`.
+            tokenizer: Gives the texts of tokens.
+            model_name: The model, for the metadata.
+            parallel: Whether there may be several calls.
+        """
+        self._parser = parser
+        self._tokenizer = tokenizer
+        self._model_name = model_name
+        self._builder = MessageBuilder(parallel=parallel)
+
+    def whole(self, answer: Answer) -> ChatGeneration:
+        """Read a whole answer."""
+        self._builder.add([*self._parser.push(answer.text), *self._parser.finish()])
+        usage, metadata = self._last(completion_info(answer, answer.request, self._tokenizer, self._model_name))
+        message = self._builder.message(usage_metadata=usage, response_metadata=metadata)
+        return ChatGeneration(message=message, generation_info=metadata)
+
+    def chunks(self, chunk: Chunk, request: Request) -> Iterator[ChatGenerationChunk]:
+        """Read the next chunk of an answer; the last one gives the metadata a chunk of its own."""
+        ended = chunk.finish_reason is not None
+        message = self._builder.add(self._parser.push(chunk.text) + (self._parser.finish() if ended else []))
+        info = completion_info(chunk, request, self._tokenizer, self._model_name)
+        if info and not ended:
+            message = message or AIMessageChunk(content="")
+            message.response_metadata = info
+        if message is not None:
+            yield ChatGenerationChunk(message=message)
+        if ended:
+            usage, metadata = self._last(info)
+            last = AIMessageChunk(content="", usage_metadata=usage, response_metadata=metadata, chunk_position="last")
+            yield ChatGenerationChunk(message=last, generation_info=metadata)
+
+    def _last(self, info: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Take the usage out of the completion's description, and name calls as the reason for its end."""
+        usage = info.pop("usage_metadata", None)
+        if info.get("finish_reason") == "stop" and self._builder.has_calls:
+            info["finish_reason"] = "tool_calls"
+        return usage, {**info, "model_provider": "quantllm"}
+
+
+def chat_result(answers: Answers, new_reader: Callable[[], ResultReader], model_name: str) -> ChatResult:
+    """Read all answers of a call, which share its prompt."""
+    usages = [answer.usage for answer in answers.rows if answer.usage]
+    prompt_tokens = usages[0].prompt_tokens if usages else 0
+    completion_tokens = sum(usage.completion_tokens for usage in usages)
+    counts = dict(zip(_COUNTS, (prompt_tokens, completion_tokens, prompt_tokens + completion_tokens), strict=True))
+    return ChatResult(
+        generations=[new_reader().whole(answer) for answer in answers.rows],
+        llm_output={"model_name": model_name, "token_usage": counts},
+    )
+
+
+def combined_output(outputs: Iterable[dict[str, Any] | None], model_name: str) -> dict[str, Any]:
+    """Add up the token counts of several calls' `llm_output`."""
+    usages = [output["token_usage"] for output in outputs if output]
+    return {"model_name": model_name, "token_usage": {name: sum(u[name] for u in usages) for name in _COUNTS}}

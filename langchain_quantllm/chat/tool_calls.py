@@ -1,20 +1,29 @@
-"""One call of an answer: its name, its arguments, what is wrong with it, and the pieces that tell so.
+"""The reader of tool calls: JSON, XML, Gemma's notation and Python, with and without tags.
 
-Owns the pieces and the reading of a call's JSON. Where calls stand is for `tagged` and `parsing` to know.
+Owns the pieces of an answer and all that stands within calls. The places of calls in an answer are `output_parser`'s.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from langchain_quantllm.chat.notations import checked, loaded
+from langchain_quantllm.chat.notations import checked, from_gemma, from_python, from_qwen_xml, loaded
 from langchain_quantllm.chat.scanner import CUT_OFF, NOT_JSON, Scanner, Wait
+from langchain_quantllm.structured.tool_formats import HERMES, ToolFormat
 
 ARGUMENTS = ("arguments", "parameters")
+FENCE = "```"
+FUNCTION = "<function="
+CALL = "<｜tool▁call▁begin｜>"
+
 _NAMES = ("name", "tool_name", "function")
+_SEPARATOR = "<｜tool▁sep｜>"
+_MISTRAL = "[TOOL_CALLS]"
 _NOT_A_CALL = "it is not a call"
+_NO_NAME = "it has no name"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +32,11 @@ class Piece:
 
     Args:
         kind: `"text"`, `"reasoning"`, `"call"`, `"arguments"` or `"invalid"`. An `"invalid"` piece replaces the
-            `"call"` and `"arguments"` pieces that its call may have given before.
-        text: The text; of a call the function's name; of arguments the next part of their JSON; of an invalid
-            call what was written, without the name where a `"call"` piece has told it.
-        index: Which call of the answer it belongs to, from 0.
-        error: What is wrong with an invalid call.
+            `"call"` and `"arguments"` pieces of its call.
+        text: The text; of a call the function's name; of arguments the next part of their JSON; of an invalid call the
+            model's words, without the name where a `"call"` piece has it.
+        index: The number of the call in the answer, from 0.
+        error: The error of an invalid call.
     """
 
     kind: str
@@ -38,36 +47,44 @@ class Piece:
 
 @dataclass
 class Call:
-    """What is known of the call being read."""
+    """The call being read."""
 
-    keys: frozenset[str] | None = None  # the only ones that a call may have, where it must prove to be one
+    keys: frozenset[str] | None = None  # the only ones of a call that must prove to be one
     streams: bool = True  # else its pieces come when it has proved to be one
     name: str = ""
     nested: bool = False  # it stands in the member "function" of an object, as in OpenAI's API
     arguments: str | None = None
-    index: int = -1  # none yet: it has given no piece
+    index: int = -1  # -1 before its first piece
     start: int = -1  # of the arguments in the text
     end: int = -1
     given: int = 0  # characters of the arguments
 
 
 class CallReader:
-    """Reads single calls from a text, and collects pieces."""
+    """Reads calls from a text, once their beginning is found, and collects pieces.
 
-    def __init__(self, tools: Mapping[str, Mapping[str, Any]]) -> None:
+    Arguments in JSON are streamed as they are written, others come whole.
+    """
+
+    def __init__(self, tool_format: ToolFormat, tools: Mapping[str, Mapping[str, Any]]) -> None:
         """Begin with nothing read.
 
         Args:
+            tool_format: The model's format of calls.
             tools: The schema of each function's parameters by its name.
         """
         self._scan = Scanner()
+        self._format = tool_format
+        self._end_tag = _end_tag(tool_format)
         self._tools = tools
         self._pieces: list[Piece] = []
         self._calls = 0
-        self._space = ""  # at the end of the text so far; a call would drop it
+        self._space = ""  # at the end of the text so far; a call drops it
         self._after_call = False
 
-    def _give(self, kind: str, text: str, index: int = 0, error: str = "") -> None:
+    # Pieces.
+
+    def _emit(self, kind: str, text: str, index: int = 0, error: str = "") -> None:
         last = self._pieces[-1] if self._pieces else None
         if last and kind in ("text", "reasoning", "arguments") and (last.kind, last.index) == (kind, index):
             self._pieces[-1] = replace(last, text=last.text + text)
@@ -75,9 +92,9 @@ class CallReader:
             self._pieces.append(Piece(kind=kind, text=text, index=index, error=error))
 
     def _text(self, text: str) -> None:
-        """Give text, but for the space at its end as long as a call may follow, and the space after a call."""
+        """Emit text without the space after a call; space at its end waits, as a call may follow."""
         if not self._tools:
-            self._give("text", text)
+            self._emit("text", text)
             return
         text = text.lstrip() if self._after_call else self._space + text
         if not text:
@@ -85,10 +102,51 @@ class CallReader:
         shown = text.rstrip()
         self._space = text[len(shown) :]
         self._after_call = self._after_call and not shown
-        self._give("text", shown)
+        self._emit("text", shown)
+
+    def _enter(self, call: Call) -> None:
+        if call.index < 0:
+            call.index, self._calls = self._calls, self._calls + 1
+        self._space, self._after_call = "", True
+
+    def _name(self, call: Call) -> None:
+        """Emit the call's name, which makes it a call."""
+        self._enter(call)
+        self._emit("call", call.name, call.index)
+
+    def _complete(self, call: Call) -> str:
+        """Emit the rest of the call; returns its error, if any."""
+        if not call.name:
+            return _NO_NAME
+        if call.index < 0:
+            self._name(call)
+        if not call.given:
+            self._emit("arguments", "{}" if call.arguments is None else call.arguments, call.index)
+        return ""
+
+    def _finish(self, call: Call, written: int, error: str, *ends: str) -> Wait[bool]:
+        """Emit the rest of the call, or all of it as an invalid one; tell whether it was a call."""
+        if error := error or self._complete(call):
+            yield from self._spoil(call, written, error, *ends)
+        return not error
+
+    def _spoil(self, call: Call, written: int, error: str, *ends: str) -> Wait[None]:
+        """Emit all text to the closing tag, or to the next call, as an invalid call."""
+        scan = self._scan
+        named = call.index >= 0 and call.start >= 0
+        end = call.end
+        scan.at = start = call.start if named else written
+        yield from scan.until(*ends)
+        end = end if named and end >= 0 else scan.at
+        self._enter(call)
+        self._emit("invalid", scan.text[start:end].strip(), call.index, error)
+        if ends:
+            yield from scan.take(ends[0])
+
+    # JSON.
 
     def _object(self, call: Call) -> Wait[str]:
-        """Read a call's object and give what is wrong with it, if anything."""
+        """Read a call's object and return its error, if any."""
         scan = self._scan
         scan.at += 1
         while True:
@@ -149,7 +207,7 @@ class CallReader:
         return ""
 
     def _arguments(self, call: Call) -> Wait[str]:
-        """Read the arguments, giving them as they come if the name is known."""
+        """Read the arguments; they stream if the name is known."""
         scan = self._scan
         if call.arguments is not None:
             return "it has arguments twice"
@@ -158,7 +216,7 @@ class CallReader:
 
         def seen() -> None:
             if streams:
-                self._give("arguments", scan.text[call.start + call.given : scan.at], call.index)
+                self._emit("arguments", scan.text[call.start + call.given : scan.at], call.index)
                 call.given = scan.at - call.start
 
         error = yield from scan.value(seen)
@@ -166,49 +224,177 @@ class CallReader:
         if error:
             return error
         call.end = scan.at
+        return self._convert(call, checked, scan.at)
+
+    def _convert(self, call: Call, reader: Callable[[str], str], end: int) -> str:
+        """Make JSON of the arguments, which end here; returns their error, if any."""
         try:
-            call.arguments = checked(scan.text[call.start : call.end])
+            call.arguments = reader(self._scan.text[call.start : end])
         except ValueError as problem:
             return str(problem)
         return ""
 
-    def _convert(self, call: Call, reader: Callable[[str], str], body: str) -> str:
-        """Read arguments that are no JSON and give the call; or what is wrong."""
-        try:
-            call.arguments = reader(body)
-        except ValueError as problem:
-            return str(problem)
-        return self._complete(call)
+    # Calls in tags.
 
-    def _name(self, call: Call) -> None:
-        """Give the call's name, which makes it a call."""
-        self._enter(call)
-        self._give("call", call.name, call.index)
-
-    def _enter(self, call: Call) -> None:
-        if call.index < 0:
-            call.index, self._calls = self._calls, self._calls + 1
-        self._space, self._after_call = "", True
-
-    def _complete(self, call: Call) -> str:
-        """Give what of the call has not been given; or what is wrong with it."""
-        if not call.name:
-            return "it has no name"
-        if call.index < 0:
-            self._name(call)
-        if not call.given:
-            self._give("arguments", "{}" if call.arguments is None else call.arguments, call.index)
-        return ""
-
-    def _spoil(self, call: Call, written: int, error: str, *ends: str) -> Wait[None]:
-        """Give all to the closing tag, or to where another call opens, as an invalid call."""
+    def _region(self, tag: str) -> Wait[None]:
+        """Read calls from behind a tag to its closing one, in any format."""
         scan = self._scan
-        named = call.index >= 0 and call.start >= 0
-        end = call.end
-        scan.at = start = call.start if named else written
-        yield from scan.until(*ends)
-        end = end if named and end >= 0 else scan.at
-        self._enter(call)
-        self._give("invalid", scan.text[start:end].strip(), call.index, error)
-        if ends:
-            yield from scan.take(ends[0])
+        end = HERMES.call_end.rpartition("\n")[2] if tag == HERMES.trigger else self._end_tag
+        ends = tuple(text for text in (end, tag) if text)
+        written = scan.at
+        if tag == FUNCTION:
+            yield from self._qwen_xml(written, end)
+        elif tag == CALL:
+            yield from self._deepseek(end)
+        elif (first := (yield from scan.skip())) and first in "{[":
+            if (yield from self._objects(ends)):
+                yield from self._close(end)
+        elif tag == _MISTRAL:
+            yield from self._mistral()
+        elif (yield from scan.take(FUNCTION)):
+            yield from self._qwen_xml(written, end)
+        elif (yield from scan.take("call:")):
+            yield from self._gemma(written, ends)
+        else:
+            yield from self._spoil(Call(), written, NOT_JSON if first else CUT_OFF, *ends)
+
+    def _close(self, end: str) -> Wait[None]:
+        """Go past the closing tag, and the superfluous bracket that small models write before it."""
+        at = self._scan.at
+        if end:
+            yield from self._scan.skip(" \r\n}]")
+            if not (yield from self._scan.take(end)):
+                self._scan.at = at
+
+    def _objects(self, ends: tuple[str, ...]) -> Wait[bool]:
+        """Read objects, in a list or behind each other; False after one that is no call."""
+        scan = self._scan
+        start = scan.at
+        in_list = yield from scan.take("[")
+        first = yield from scan.skip()
+        if in_list and first.isidentifier():
+            scan.at = start
+            yield from self._python_calls(start, ends=ends)
+            return True
+        if in_list and first not in ("{", "]"):
+            yield from self._spoil(Call(), start, NOT_JSON if first else CUT_OFF, *ends)
+            return False
+        while first == "{":
+            call, written = Call(), scan.at
+            error = yield from self._object(call)
+            if not (yield from self._finish(call, written, error, *ends)):
+                return False
+            first = yield from scan.skip()
+            if in_list:
+                yield from scan.take(",")
+                first = yield from scan.skip()
+        if in_list:
+            yield from scan.take("]")
+        return True
+
+    def _mistral(self) -> Wait[None]:
+        """Read `f[ARGS]{...}`, with or without `[ARGS]` and a call's id before it."""
+        scan = self._scan
+        written = scan.at
+        yield from scan.until("[ARGS]", "[CALL_ID]", "{", _MISTRAL, "\n")
+        name = scan.text[written : scan.at].strip()
+        if (yield from scan.take("[CALL_ID]")):
+            yield from scan.until("[ARGS]", "{", _MISTRAL, "\n")
+        found = yield from scan.take("[ARGS]")
+        known = bool(found or (yield from scan.peek()) == "{")
+        yield from self._named(name if known else "", written, _MISTRAL)
+
+    def _deepseek(self, end: str) -> Wait[None]:
+        """Read `function<sep>NAME` and fenced arguments, or `NAME<sep>` and arguments."""
+        scan = self._scan
+        written = scan.at
+        yield from scan.until(_SEPARATOR, end, "\n")
+        name = scan.text[written : scan.at].strip()
+        if not (yield from scan.take(_SEPARATOR)):
+            name = ""
+        elif (yield from scan.skip()) != "{" and name == "function":
+            start = scan.at
+            yield from scan.until("\n", "{", FENCE, end)
+            name = scan.text[start : scan.at].strip()
+            yield from scan.skip()
+            yield from scan.take("```json", FENCE)
+        if (yield from self._named(name, written, end, CALL)):
+            yield from scan.skip()
+            yield from scan.take(FENCE)
+            yield from self._close(end)
+
+    def _named(self, name: str, written: int, *ends: str) -> Wait[bool]:
+        """Read the arguments of a call whose name stands before them; tell whether it was one."""
+        call = Call(name=name)
+        error = ""
+        first = yield from self._scan.skip()
+        if name:
+            self._name(call)
+            error = yield from self._arguments(call)
+        elif not first:
+            error = CUT_OFF
+        return (yield from self._finish(call, written, error, *ends))
+
+    def _qwen_xml(self, written: int, end: str) -> Wait[None]:
+        scan = self._scan
+        start = scan.at
+        yield from scan.until(">", "\n", "<")
+        call = Call(name=scan.text[start : scan.at].strip())
+        error = "" if (yield from scan.take(">")) and call.name else _NO_NAME
+        if not error:
+            self._name(call)
+            call.start = scan.at
+            error = "" if (yield from scan.until("</function>", end)) else CUT_OFF
+            parameters = self._tools.get(call.name, {})
+            error = error or self._convert(call, lambda text: from_qwen_xml(text, parameters), scan.at)
+        if (yield from self._finish(call, written, error, end)):
+            yield from scan.take("</function>")
+            yield from self._close(end)
+
+    def _gemma(self, written: int, ends: tuple[str, ...]) -> Wait[None]:
+        scan = self._scan
+        call = Call(name=(yield from scan.word()))
+        error = "" if (yield from scan.skip()) == "{" and call.name else _NO_NAME
+        if not error:
+            self._name(call)
+            call.start = scan.at
+            yield from scan.until(*ends)
+            error = self._convert(call, from_gemma, scan.at)
+        if (yield from self._finish(call, written, error, *ends)):
+            yield from self._close(ends[0])
+
+    def _python_calls(self, start: int, *, whole: bool = False, ends: tuple[str, ...] = ()) -> Wait[None]:
+        """Read `[f(a=1), g()]`; a whole answer is text unless it begins with the name of a tool."""
+        scan = self._scan
+        before = self._calls
+        scan.at += 1
+        while True:
+            yield from scan.skip()
+            written = scan.at
+            call = Call(name=(yield from scan.word()))
+            bracket = yield from scan.peek()
+            if whole and self._calls == before and (bracket != "(" or call.name not in self._tools):
+                self._text(scan.text[start : scan.at])
+                return
+            if bracket == "]" and not call.name:
+                scan.at += 1
+                return
+            if bracket != "(" or not call.name:
+                yield from self._spoil(call, written, "it is not a call in Python" if bracket else CUT_OFF, *ends)
+                return
+            self._name(call)
+            call.start = scan.at
+            error = yield from scan.python_call()
+            error = error or self._convert(call, from_python, scan.at)
+            if not (yield from self._finish(call, written, error, *ends)):
+                return
+            yield from scan.skip()
+            if not (yield from scan.take(",")):
+                yield from scan.take("]")
+                return
+
+
+def _end_tag(tool_format: ToolFormat) -> str:
+    """Find the tag that ends a call, or all of them, if the format has one."""
+    texts = (tool_format.call_end, tool_format.closing)
+    return next((found.group() for text in texts if (found := re.search(r"<[^<>]*>\Z", text))), "")

@@ -1,7 +1,7 @@
-"""Descriptions of tools and of wanted answers: from whatever LangChain's users give to JSON schema.
+"""The schemas of tools and wanted answers: from functions, classes and dicts to OpenAI's descriptions.
 
-Owns what LangChain's own conversion loses: schemas that are no plain object, and classes that refer to themselves, for
-which it writes `{}`, under which anything is valid. Knows no model.
+Keeps the schemas that LangChain's conversion loses: those that are no plain object, and those of classes that refer to
+themselves, for which it writes `{}`, under which anything is valid. Knows no model.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from langchain_quantllm.errors import InvalidOptionError
 
 _OF_OBJECTS = ("type", "properties", "required", "additionalProperties", "$defs")
 _ENVELOPES = ("schema", "parameters", "input_schema")
-"""Where a description keeps its schema, beside a name: OpenAI's formats and functions, Anthropic's tools."""
+"""The keys of a schema beside a name: in OpenAI's formats and functions, in Anthropic's tools."""
 
 
-def describe_tool(tool: Any, strict: bool | None = None) -> dict[str, Any]:
+def tool_schema(tool: Any, strict: bool | None = None) -> dict[str, Any]:
     """Describe a function as OpenAI's API takes it.
 
     Args:
@@ -28,7 +28,7 @@ def describe_tool(tool: Any, strict: bool | None = None) -> dict[str, Any]:
         strict: Written into the description.
 
     Raises:
-        InvalidOptionError: If it is none of these, is a tool that another provider runs, or takes no object.
+        InvalidOptionError: If it is none of these, another provider's built-in tool, or takes no object.
     """
     try:
         described: dict[str, Any] = convert_to_openai_tool(tool, strict=strict)
@@ -55,12 +55,12 @@ def describe_tool(tool: Any, strict: bool | None = None) -> dict[str, Any]:
     return described
 
 
-def describe_answer(schema: Any, strict: bool | None = None) -> tuple[str, dict[str, Any]]:
-    """Describe what an answer is to be.
+def answer_schema(schema: Any, strict: bool | None = None) -> tuple[str, dict[str, Any]]:
+    """Describe a wanted answer.
 
     Args:
         schema: A pydantic class, a TypedDict, a JSON schema, or one with its name, as OpenAI's API takes it.
-        strict: As in `convert_to_json_schema` of langchain-core; it says nothing of a schema that is given as a dict.
+        strict: As in `convert_to_json_schema` of langchain-core; it does not change a schema that is a dict.
 
     Returns:
         A name and a JSON schema.
@@ -89,7 +89,7 @@ def describe_answer(schema: Any, strict: bool | None = None) -> tuple[str, dict[
 
 
 def _recursive_schema(given: Any) -> dict[str, Any] | None:
-    """Give the JSON schema of a class, or of what a tool or function takes, if it refers to itself."""
+    """Return the JSON schema of a class, or of a tool's or function's arguments, if it refers to itself."""
     if isinstance(given, BaseTool):
         given = given.tool_call_schema
     elif callable(given) and not isinstance(given, type):

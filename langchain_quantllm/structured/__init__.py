@@ -1,8 +1,8 @@
-"""Constrained decoding: what a text may be, and the masks that keep a model to it, token by token.
+"""Constrained decoding: the constraints of a text, and the masks that enforce them token by token.
 
 JSON is written in the order of the schema's properties, with at most one blank between its parts. Characters are
-written as themselves, never as the escapes of their code points. What a schema leaves unsaid is closed: an object that
-names properties has no others. `UNENFORCED` lists what a schema may say without effect.
+written as themselves, never as the escapes of their code points. Schemas are closed: an object that names properties
+has no others. `UNENFORCED` lists the keywords of a schema that have no effect.
 """
 
 from __future__ import annotations

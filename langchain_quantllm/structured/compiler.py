@@ -1,6 +1,6 @@
-"""From constraints to grammars: xgrammar's layouts, compiled once for a model and kept.
+"""The compiler of constraints: xgrammar's grammars, compiled once for a model and cached.
 
-Owns how each constraint is laid out for xgrammar, and the cache. Knows no engine but for its hook, `TokenMask`.
+Owns the layout of each constraint for xgrammar, and the cache. Of the engine it knows the hook, `TokenMask`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from langchain_quantllm.compat.packages import is_installed
 from langchain_quantllm.engine.request import TokenMask
@@ -26,16 +26,27 @@ from langchain_quantllm.structured.constraints import (
     ToolCalls,
 )
 from langchain_quantllm.structured.json_schema import StrictSchema, check_pattern, longest
-from langchain_quantllm.structured.mask import GrammarMask, Plan, Vocabulary
+from langchain_quantllm.structured.mask import CompiledConstraint, GrammarMask, Vocabulary
 from langchain_quantllm.structured.tool_formats import HERMES, ToolFormat
+
+_CACHED = 32
+_CACHE_BYTES = 256 << 20
+
+
+class _Layout(NamedTuple):
+    """A constraint in xgrammar's terms, the tokens that closing it may take, and whether their number grows."""
+
+    format: dict[str, Any]
+    reserve: int
+    grows: bool
 
 
 class Compiler:
-    """Makes masks for one model. Any number of threads may ask it.
+    """Makes masks for one model, for any number of threads.
 
     Args:
         tokenizer: The tokenizer of transformers.
-        vocab_size: Width of the model's logits, which may be more than the tokenizer has.
+        vocab_size: Width of the model's logits, which may be more than the tokenizer's tokens.
         eos_token_ids: Tokens that end a text. Without any, a complete text is followed by blanks.
     """
 
@@ -44,7 +55,7 @@ class Compiler:
         self._vocab_size = vocab_size
         self._eos = tuple(i for i in eos_token_ids if 0 <= i < vocab_size)
         self._lock = threading.Lock()
-        self._plans: OrderedDict[Constraint, Plan] = OrderedDict()
+        self._compiled: OrderedDict[Constraint, CompiledConstraint] = OrderedDict()
         self._compiler: Any = None
         self._vocabulary: Vocabulary
 
@@ -54,13 +65,13 @@ class Compiler:
         """Compile a constraint, or take it from the cache.
 
         Args:
-            constraint: What the text must be.
-            max_new_tokens: Tokens that it may take; it is closed before they run out.
-            eos_token_ids: The request's own end tokens, where they are not the model's.
+            constraint: The constraint of the text.
+            max_new_tokens: Tokens that the text may take; it is closed before they run out.
+            eos_token_ids: The request's own end tokens; None for the model's.
 
         Returns:
-            What makes the mask of a row; None where nothing can be enforced, as in automatic calls of a format that
-            has no mark of its own.
+            A function that makes the mask of a row; None where nothing can be enforced, as in automatic calls of a
+            format without a mark.
 
         Raises:
             InvalidOptionError: If the schema, expression or grammar cannot be enforced.
@@ -77,17 +88,17 @@ class Compiler:
         with self._lock:
             if self._compiler is None:
                 self._start()
-            plan = self._plans.pop(constraint, None) or self._plan(constraint)
-            self._plans[constraint] = plan
-            if len(self._plans) > _CACHED_PLANS:
-                self._plans.popitem(last=False)
+            compiled = self._compiled.pop(constraint, None) or self._compile(constraint)
+            self._compiled[constraint] = compiled
+            if len(self._compiled) > _CACHED:
+                self._compiled.popitem(last=False)
         own = self._eos if eos_token_ids is None else tuple(i for i in eos_token_ids if i < self._vocab_size)
         stops = self._vocabulary.bits(own) if own else None
         override = list(own) if own and own != self._eos else None
 
         def make() -> TokenMask:
-            matcher = xgrammar.GrammarMatcher(plan.grammar, override_stop_tokens=override)
-            return GrammarMask(plan, self._vocabulary, matcher, max_new_tokens, stops)
+            matcher = xgrammar.GrammarMatcher(compiled.grammar, override_stop_tokens=override)
+            return GrammarMask(compiled, self._vocabulary, matcher, max_new_tokens, stops)
 
         return make
 
@@ -103,14 +114,14 @@ class Compiler:
             msg = f"xgrammar cannot read the tokenizer {type(tokenizer).__name__}: {_reason(error)}"
             raise UnsupportedError(msg) from error
         tokens = read.decoded_vocab
-        if not self._eos:  # the usual way takes the tokenizer's own, at which the engine would not stop
+        if not self._eos:  # from_huggingface takes the tokenizer's own, at which the engine does not stop
             read = xgrammar.TokenizerInfo(tokens, vocab_size=self._vocab_size, stop_token_ids=[])
         added = getattr(tokenizer, "added_tokens_decoder", {})
         special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
         self._vocabulary = Vocabulary(tokens, (i for i in special if i < self._vocab_size), self._eos)
         self._compiler = xgrammar.GrammarCompiler(read, max_threads=4, cache_limit_bytes=_CACHE_BYTES)
 
-    def _plan(self, constraint: Constraint) -> Plan:
+    def _compile(self, constraint: Constraint) -> CompiledConstraint:
         try:
             layout, reserve, grows = _layout(constraint)
             style = marks = ""
@@ -124,14 +135,14 @@ class Compiler:
                 style, endings = written.style, (written.call_end + written.closing, written.closing)
                 marks = "\n".join((written.opening, written.call, *endings))
             if constraint.reasoning is not None:
-                layout = _after_thoughts(layout, constraint.reasoning)
+                layout = _after_reasoning(layout, constraint.reasoning)
                 marks += "\n".join(constraint.reasoning[:2])
             grammar = self._compiler.compile_structural_tag({"type": "structural_tag", "format": layout})
         except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
             msg = f"{constraint!r} cannot be enforced: {_reason(error)}"
             raise InvalidOptionError(msg) from error
         words = self._vocabulary
-        return Plan(
+        return CompiledConstraint(
             grammar=grammar,
             reserve=reserve,
             grows=grows,
@@ -143,12 +154,8 @@ class Compiler:
         )
 
 
-_CACHED_PLANS = 32
-_CACHE_BYTES = 256 << 20
-
-
 def _reason(error: Exception) -> str:
-    """Give an error's message without xgrammar's time and place in its source."""
+    """Return an error's message without xgrammar's time and source line."""
     text = re.sub(r"^\[[\d:]+\] \S+:\d+: ", "", str(error)).strip() or type(error).__name__
     return text if text.endswith(".") else f"{text}."
 
@@ -158,37 +165,43 @@ def _has_trigger(tools: ToolFormat) -> bool:
 
 
 def _writable(tools: ToolFormat) -> ToolFormat:
-    """Give a format that xgrammar can write; every format's answers are also searched for the one of Hermes."""
+    """Return a format that xgrammar can write: the given one, or Hermes, which is read in every format's answers."""
     return tools if tools.style in ("json", "qwen_xml") else HERMES
 
 
-def _json(schema: Any, style: str = "json") -> tuple[dict[str, Any], int, bool]:
-    """Give xgrammar's layout for a schema, the tokens that closing it may take, and whether these grow."""
+def _json(schema: Any, style: str = "json") -> _Layout:
+    """Lay out a schema for xgrammar."""
     strict = StrictSchema(schema)
     result = strict.result()
     layout = {"type": "json_schema", "json_schema": result, "style": style, "max_whitespace_cnt": 1}
-    return layout, longest(result, result.get("$defs", {})) // 2 + 12, strict.is_recursive
+    return _Layout(layout, longest(result, result.get("$defs", {})) // 2 + 12, strict.is_recursive)
 
 
-def _layout(constraint: Constraint) -> tuple[dict[str, Any], int, bool]:
+def _layout(constraint: Constraint) -> _Layout:
+    """Lay out a constraint for xgrammar, without its reasoning."""
     if isinstance(constraint, JSONSchema):
         return _json(json.loads(str(constraint.schema)))
     if isinstance(constraint, JSONObject):
         return _json({"type": "object"})
     if isinstance(constraint, Choice):
         options = [{"type": "const_string", "value": o} for o in constraint.options]
-        return {"type": "or", "elements": options}, max(map(len, constraint.options)), False
+        return _Layout({"type": "or", "elements": options}, max(map(len, constraint.options)), False)
     if isinstance(constraint, Regex):
         check_pattern(constraint.pattern)
-        return {"type": "regex", "pattern": constraint.pattern}, 16, True
+        return _Layout({"type": "regex", "pattern": constraint.pattern}, 16, True)
     if isinstance(constraint, Grammar):
-        return {"type": "grammar", "grammar": constraint.ebnf}, 16, True
+        return _Layout({"type": "grammar", "grammar": constraint.ebnf}, 16, True)
     if isinstance(constraint, Either):
         layouts, reserves, growing = zip(*map(_layout, constraint.options), strict=True)
-        return {"type": "or", "elements": list(layouts)}, max(reserves), any(growing)
-    if not isinstance(constraint, ToolCalls):
-        msg = f"{type(constraint).__name__} is no known constraint"
-        raise TypeError(msg)
+        return _Layout({"type": "or", "elements": list(layouts)}, max(reserves), any(growing))
+    if isinstance(constraint, ToolCalls):
+        return _calls(constraint)
+    msg = f"{type(constraint).__name__} is no known constraint"
+    raise TypeError(msg)
+
+
+def _calls(constraint: ToolCalls) -> _Layout:
+    """Lay out tool calls, amid text or alone."""
     tools = _writable(constraint.format)
     calls, reserve, grows = [], 0, False
     for text in constraint.tools:
@@ -198,7 +211,7 @@ def _layout(constraint: Constraint) -> tuple[dict[str, Any], int, bool]:
         calls.append({"type": "tag", "begin": tools.begin(function["name"]), "content": content, "end": tools.call_end})
         reserve, grows = max(reserve, tokens), grows or more
     marks = tools.call + tools.call_end + tools.separator + tools.closing
-    # A sign outside ASCII may take a token for each of its bytes.
+    # A character outside ASCII may take a token for each of its bytes.
     reserve += len(marks) // 2 if marks.isascii() else len(marks.encode())
     once = not constraint.parallel
     section: dict[str, Any] = {"type": "tags_with_separator", "tags": calls, "separator": tools.separator}
@@ -206,15 +219,16 @@ def _layout(constraint: Constraint) -> tuple[dict[str, Any], int, bool]:
     if tools.opening:
         section = {"type": "tag", "begin": tools.opening, "content": section, "end": tools.closing}
     if constraint.mode == "required":
-        return section, reserve, grows
+        return _Layout(section, reserve, grows)
     tags = [section] if tools.opening else calls
     free = {"type": "triggered_tags", "triggers": [tools.trigger], "tags": tags, "stop_after_first": once}
-    return free, reserve, grows
+    return _Layout(free, reserve, grows)
 
 
-def _after_thoughts(layout: dict[str, Any], reasoning: tuple[str, str, bool]) -> dict[str, Any]:
+def _after_reasoning(layout: dict[str, Any], reasoning: tuple[str, str, bool]) -> dict[str, Any]:
+    """Lay out reasoning before an answer; it may be left out where the prompt has not opened it."""
     begin, end, is_open = reasoning
-    thoughts = {"type": "tag", "begin": "" if is_open else begin, "content": {"type": "any_text"}, "end": end}
+    reasoned = {"type": "tag", "begin": "" if is_open else begin, "content": {"type": "any_text"}, "end": end}
     gap = {"type": "regex", "pattern": "[\\n ]{0,2}"}
-    both = {"type": "sequence", "elements": [thoughts, gap]}
+    both = {"type": "sequence", "elements": [reasoned, gap]}
     return {"type": "sequence", "elements": [both if is_open else {"type": "optional", "content": both}, layout]}

@@ -1,6 +1,6 @@
-"""What a text may be made to be: the constraints that a call can ask for.
+"""The constraints that a call can ask for.
 
-Owns their values. How a text is kept to them is `compiler`'s and `masks`' business.
+Owns their values and the checks of these. `compiler` and `mask` enforce them.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from langchain_quantllm.structured.tool_formats import ToolFormat
 
 
 def frozen_text(value: Any) -> str:
-    """Give JSON text: it can be hashed, and it keeps the order of properties, in which a model writes them."""
+    """Write a value as JSON text, which can be hashed and keeps the order of properties."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 @dataclass(frozen=True)
 class Constraint(NamedOptions):
-    """What a text must be. Base of the constraints below.
+    """The base of all constraints.
 
     Args:
-        reasoning: `(begin, end, already_open)`: the marks around what the model may think before it answers, and
+        reasoning: `(begin, end, already_open)`: the marks around the reasoning that may come before the answer, and
             whether the prompt has opened them. The constraint holds from the end mark on.
     """
 
@@ -112,10 +112,10 @@ class ToolCalls(Constraint):
     """Calls of tools, as a family of models writes them.
 
     Args:
-        format: How they are written.
+        format: The format of the calls.
         tools: OpenAI function dicts, `{"type": "function", "function": {"name", "parameters"}}`.
-        mode: `"required"`: the answer is calls and nothing else. `"auto"`: it is any text, and what begins as a call
-            is a valid one.
+        mode: `"required"`: the answer is calls and nothing else. `"auto"`: it is any text, in which the begin of a call
+            leads to a valid one.
         parallel: Whether there may be several; without, the answer ends after the first.
     """
 
@@ -137,6 +137,6 @@ class ToolCalls(Constraint):
 
 @dataclass(frozen=True)
 class Either(Constraint):
-    """What one of several constraints allows, none of them automatic calls."""
+    """A text that one of several constraints allows; calls among them are required ones."""
 
     options: tuple[Constraint, ...]

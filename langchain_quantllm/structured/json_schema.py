@@ -1,6 +1,6 @@
-"""JSON schemas made stricter, so that whatever xgrammar accepts of them is valid.
+"""JSON schemas made stricter, so that every text that xgrammar accepts for them is valid.
 
-Owns the rewriting, and the estimate of how long a value may get. Makes no grammar.
+Owns the rewriting, and the estimate of a value's length. Makes no grammar.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ UNENFORCED = (
     "formats other than date, date-time, time, duration, email, uri, uuid, uuid1 to uuid8, ipv4, ipv6, hostname, "
     "json-pointer and relative-json-pointer",
 )
-"""Keywords of JSON schema that the masks do not enforce; what they say is left to the reader of the answer."""
+"""Keywords of JSON schema that the masks do not enforce; the reader of the answer must check them."""
 
 
 _MONTH_DAYS = (
     r"((0[13578]|1[02])-(0[1-9]|[12]\d|3[01])|(0[469]|11)-(0[1-9]|[12]\d|30)|02-(0[1-9]|1\d|2[0-8]))"
-    # A century is a leap year only if 400 divides it; those are left out.
+    # Leap days of centuries, of which only each fourth has one, are left out.
 )
 _DATE = rf"([12]\d{{3}}-{_MONTH_DAYS}|[12]\d(0[48]|[2468][048]|[13579][26])-02-29)"
 _TIME = r"([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d{1,6})?(Z|[+-]([01]\d|2[0-3]):[0-5]\d)"
@@ -59,7 +59,7 @@ _FORMATS = {
         for v in "12345678"
     },
 }
-"""Formats of strings that xgrammar takes too widely, such as the 31st of February, or does not know."""
+"""Formats of strings that xgrammar accepts too widely, such as the 31st of February, or does not know."""
 
 _KNOWN_FORMATS = ("uuid", "ipv4", "ipv6", "hostname", "json-pointer", "relative-json-pointer")
 _KINDS = {
@@ -72,15 +72,13 @@ _KEYWORDS = {
     *(k for keywords in _KINDS.values() for k in keywords),
     *("type", "enum", "const", "anyOf", "oneOf", "allOf", "$ref", "propertyNames", "maxProperties"),
 }
-_DECIMAL = "(?!^[-+.]*$)"  # in the pattern that pydantic gives a Decimal
-
-
-_MULTIPLES = 10_000  # they are written out
-_SHORT = 64  # of far more repetitions of a pattern, xgrammar fails or takes long
+_DECIMAL = "(?!^[-+.]*$)"  # in the pattern that pydantic writes for a Decimal
+_MULTIPLES = 10_000  # the most that are written out
+_SHORT = 64  # repetitions of a pattern; at far more, xgrammar fails or takes long
 
 
 class StrictSchema:
-    """Rewrites a schema so that what xgrammar accepts of it is valid, all references in one table."""
+    """Rewrites a schema so that every text that xgrammar accepts for it is valid; all references in one table."""
 
     def __init__(self, root: Any) -> None:
         self._root = root
@@ -90,7 +88,7 @@ class StrictSchema:
         self.is_recursive = False
 
     def result(self) -> Any:
-        """Give the schema with its definitions."""
+        """Return the schema with its definitions."""
         schema = self._node(self._root)
         return {"anyOf": [schema], "$defs": self._defs} if self._defs else schema
 
@@ -114,16 +112,16 @@ class StrictSchema:
             try:
                 self._defs[name] = self._node(self._target(ref))
             except NothingValidError:
-                del self._names[ref]  # whoever asks again is to hear it again
+                del self._names[ref]  # the next use of the reference raises, too
                 raise
-        elif self._names[ref] not in self._defs:  # it is being written further up
+        elif self._names[ref] not in self._defs:  # a caller is writing it
             self.is_recursive = True
         return {"$ref": f"#/$defs/{self._names[ref]}"}
 
     def _open(self, given: Any) -> dict[str, Any]:
         """Follow a reference, so that the schema can be merged with another."""
         if given is False:
-            return {"enum": []}  # which xgrammar refuses
+            return {"enum": []}  # xgrammar refuses false here
         schema: dict[str, Any] = {} if given is True else {k: v for k, v in given.items() if k in _KEYWORDS}
         if "oneOf" in schema and "anyOf" not in schema:
             schema["anyOf"] = schema.pop("oneOf")
@@ -166,7 +164,7 @@ class StrictSchema:
         return write[kind](schema) if kind in write else schema
 
     def _any(self, branches: list[Any]) -> dict[str, Any]:
-        """Rewrite branches and leave out those under which nothing is valid."""
+        """Rewrite branches, without those under which nothing is valid."""
         nodes, failure = [], NothingValidError("of no branches one is to be valid")
         for branch in branches:
             try:
@@ -180,12 +178,12 @@ class StrictSchema:
     def _object(self, schema: dict[str, Any]) -> dict[str, Any]:
         required = schema.get("required", [])
         extra = schema.get("additionalProperties", not ({"properties", "patternProperties"} & set(schema)))
-        # xgrammar forgets what is required but not declared.
+        # xgrammar forgets properties that are required but not declared.
         given = {
             **schema.get("properties", {}),
             **{k: extra or {} for k in required if k not in schema.get("properties", {})},
         }
-        # Neither does it hold declared properties against the patterns of names, nor undeclared ones that match them.
+        # Nor does it apply the patterns of names to declared properties, or forbid undeclared ones that match them.
         patterns = schema.get("patternProperties", {})
         names = self._open(schema.get("propertyNames", True))
         for name in given:
@@ -200,7 +198,7 @@ class StrictSchema:
         return schema
 
     def _property(self, schema: Any, is_required: bool) -> Any:
-        """Rewrite a property; False if it is to be left out, as nothing is valid for it."""
+        """Rewrite a property; False to leave it out, as nothing is valid for it."""
         try:
             node = self._node(schema)
         except NothingValidError:
@@ -224,13 +222,9 @@ def _number(schema: dict[str, Any]) -> dict[str, Any]:
     step = schema.pop("multipleOf", None)
     if schema["type"] == "number":
         return schema
-    # xgrammar refuses the fractions that pydantic gives as bounds of integers.
-    for key, rounded in (("minimum", math.ceil), ("exclusiveMinimum", math.floor)):
-        if key in schema:
-            schema[key] = rounded(schema[key])
-    for key, rounded in (("maximum", math.floor), ("exclusiveMaximum", math.ceil)):
-        if key in schema:
-            schema[key] = rounded(schema[key])
+    # xgrammar refuses fractions as bounds of integers, which pydantic writes.
+    for key in schema.keys() & _KINDS["number"]:
+        schema[key] = (math.ceil if key in ("minimum", "exclusiveMaximum") else math.floor)(schema[key])
     if step is None:
         return schema
     step = Fraction(str(step)).numerator  # of the integers, the multiples of 2.5 are those of 5
@@ -241,7 +235,7 @@ def _number(schema: dict[str, Any]) -> dict[str, Any]:
             return {"enum": multiples}
         msg = f"no multiple of {step} lies between {max(least)} and {min(most)}"
         raise NothingValidError(msg)
-    return schema if least or most else {**schema, "multipleOf": step}  # beside bounds, xgrammar leaves it out
+    return schema if least or most else {**schema, "multipleOf": step}  # xgrammar ignores it beside bounds
 
 
 def _string(schema: dict[str, Any]) -> dict[str, Any]:
@@ -251,7 +245,7 @@ def _string(schema: dict[str, Any]) -> dict[str, Any]:
         return {"type": "string", "pattern": _without_optional_groups(f"^{_FORMATS[kind]}$")}
     is_short = max(least, most or 0) <= _SHORT
     if pattern is None and kind not in _KNOWN_FORMATS and most is not None and is_short:
-        # The same as the lengths by themselves, but its masks take microseconds and not milliseconds.
+        # The same as the lengths alone, but with masks that take microseconds in place of milliseconds.
         return {"type": "string", "pattern": rf'^[^"\\]{{{least},{most}}}$'}
     if pattern is None:
         lengths: dict[str, Any] = {k: schema[k] for k in ("minLength", "maxLength") if k in schema}
@@ -262,14 +256,14 @@ def _string(schema: dict[str, Any]) -> dict[str, Any]:
     if re.search(r'["]|\\\\', re.sub(r"\[(\\.|[^\]])*\]", "", pattern)):
         msg = f"the pattern {pattern!r} asks for quotes or backslashes, which a JSON string has only as escapes"
         raise ValueError(msg)
-    # Lengths beside a pattern are ignored, so they become its repetition.
+    # xgrammar ignores lengths beside a pattern, so they become its repetition.
     if is_short and (least or most is not None) and (one := re.fullmatch(r"\^(\[[^\]]+\]|\\?.)([*+])\$", pattern)):
         pattern = f"^{one[1]}{{{max(least, int(one[2] == '+'))},{'' if most is None else most}}}$"
     return {"type": "string", "pattern": _without_optional_groups(pattern)}
 
 
 def _without_optional_groups(pattern: str) -> str:
-    """Write `(a|)` for `(a)?`, after which xgrammar 0.2.8 takes an end of the group for all of it."""
+    """Write `(a|)` for `(a)?`, after which xgrammar 0.2.8 accepts an end of the group in place of the whole group."""
     return re.sub(
         r"\\.|\[(?:\\.|[^\]\\])*\]|\)\?\??",
         lambda found: "|)" if found[0][0] == ")" else found[0],
@@ -279,7 +273,7 @@ def _without_optional_groups(pattern: str) -> str:
 
 
 def check_pattern(pattern: str) -> None:
-    """Refuse what xgrammar would leave out of a regular expression in silence.
+    """Refuse parts of a regular expression that xgrammar ignores silently.
 
     Raises:
         ValueError: If the pattern looks ahead or behind.
@@ -290,7 +284,7 @@ def check_pattern(pattern: str) -> None:
 
 
 def longest(schema: Any, defs: Mapping[str, Any], within: tuple[str, ...] = ()) -> int:
-    """Estimate the characters that one value takes with every property and one element in each array."""
+    """Estimate the characters of a value with every property and one element in each array."""
     if not isinstance(schema, dict):
         return 4
     if ref := schema.get("$ref"):
@@ -305,5 +299,5 @@ def longest(schema: Any, defs: Mapping[str, Any], within: tuple[str, ...] = ()) 
     if schema.get("type") == "array":
         items = [*schema.get("prefixItems", ()), *[schema.get("items")] * max(1, schema.get("minItems", 0))]
         return 4 + sum(2 + longest(s, defs, within) for s in items)
-    # Of a pattern is known only that it seldom asks for more than a time with its date.
+    # A pattern seldom asks for more than a date with its time.
     return 30 if "pattern" in schema or "format" in schema else 8 + int(schema.get("minLength", 0))

@@ -1,4 +1,4 @@
-"""Masks: which tokens a row may take next under its constraint, and how it is brought to its end in time.
+"""The mask of a row: the tokens that its constraint allows next, and the end of its text in time.
 
 Owns the tokens' bytes, and the closing of a text before its tokens run out. Makes no grammar.
 """
@@ -17,26 +17,17 @@ END_STATES = 24  # each takes about a hundred masks
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A compiled constraint, and what its masks know beside the grammar."""
+class CompiledConstraint:
+    """A compiled constraint, and the facts that its masks need beside the grammar."""
 
     grammar: Any
-    reserve: int
-    grows: bool  # what it takes to close grows with what was opened
-    style: str  # "json", "qwen_xml" or "" where only the grammar says what ends a text
-    endings: tuple[bytes, ...]  # what ends all after the last call's arguments, and after the call itself
+    reserve: int  # tokens that closing the text may take
+    grows: bool  # whether that number grows with the brackets that are open
+    style: str  # "json", "qwen_xml" or "" where only the grammar tells the end of a text
+    endings: tuple[bytes, ...]  # the end of the text after the last call's arguments, and after the call
     is_auto: bool
-    others: Any  # all but the special tokens that are no marks of calls or thoughts
+    others: Any  # all tokens but special ones that are no marks of calls or reasoning
     reasoning: tuple[str, str, bool] | None
-
-
-def _set(ids: Iterable[int], vocab_size: int) -> Any:
-    """Give token ids as bits."""
-    import torch
-
-    flags = torch.zeros(-(-vocab_size // 32) * 32, dtype=torch.int64)
-    flags[list(ids)] = 1
-    return (flags.view(1, -1, 32) << torch.arange(32)).sum(-1).to(torch.int32)
 
 
 class Vocabulary:
@@ -77,7 +68,7 @@ class Vocabulary:
             *values,
             *self._by_length(rb'[,:]"?'),
             *self._by_length(rb"[^\s{\[\\][^{\[\\]*", together=True),
-            *self._by_length(rb"[{\[]"),  # alone: some tokens open what is to be in it, too
+            *self._by_length(rb"[{\[]"),  # alone: other tokens open its content, too
         ]
         self.inside = [*self._by_length(rb'"[}\]]*'), *self._by_length(rb"[^\\]+", together=True)]
 
@@ -89,18 +80,22 @@ class Vocabulary:
         return [self.bits(lengths[n]) for n in sorted(lengths, reverse=True)]
 
     def bits(self, ids: Iterable[int]) -> Any:
-        """Give token ids as bits."""
-        return _set(ids, len(self.tokens))
+        """Pack token ids into a row of 32-bit words, one bit a token."""
+        import torch
+
+        flags = torch.zeros(-(-len(self.tokens) // 32) * 32, dtype=torch.int64)
+        flags[list(ids)] = 1
+        return (flags.view(1, -1, 32) << torch.arange(32)).sum(-1).to(torch.int32)
 
 
 _NO_UTF8 = re.compile(rb"[\xc0\xc1\xf5-\xff]|\xe0[\x80-\x9f]|\xed[\xa0-\xbf]|\xf0[\x80-\x8f]|\xf4[\x90-\xbf]")
-"""Bytes that no character has: longer forms of shorter ones, halves of pairs, what lies beyond U+10FFFF."""
+"""Bytes that are no UTF-8: overlong forms, surrogates, code points beyond U+10FFFF."""
 
 _ESCAPE = re.compile(rb"(?:[^\\]|\\[^u])*\\u", re.DOTALL)
 
 
 def _narrow(bits: Any, by: Any) -> bool:
-    """Leave of the allowed tokens those of a set, if there are any."""
+    """Narrow the allowed tokens to a set, unless none would be left; tell whether it was done."""
     both = bits & by
     if found := bool(both.any()):
         bits.copy_(both)
@@ -111,12 +106,14 @@ class GrammarMask(TokenMask):
     """Keeps one row to a constraint.
 
     Attributes:
-        ended: Whether the text is complete where no token could say so. Only blanks are allowed then, and the row ends.
+        ended: Whether the text is complete where no token could end it. Only blanks are allowed then; the row ends.
     """
 
-    def __init__(self, plan: Plan, vocabulary: Vocabulary, matcher: Any, max_new_tokens: int, stops: Any) -> None:
+    def __init__(
+        self, compiled: CompiledConstraint, vocabulary: Vocabulary, matcher: Any, max_new_tokens: int, stops: Any
+    ) -> None:
         self.ended = False
-        self._plan = plan
+        self._compiled = compiled
         self._vocabulary = vocabulary
         self._matcher = matcher
         self._stops = stops
@@ -125,18 +122,18 @@ class GrammarMask(TokenMask):
         self._pending = b""
         self._odd = 0  # whether an escape has begun
         self._last = 0  # byte of the text
-        begin, end, self._is_open = plan.reasoning or ("", "", False)
+        begin, end, self._is_open = compiled.reasoning or ("", "", False)
         self._begin, self._end = begin.encode(), end.encode()
-        self._thoughts = bytearray() if plan.reasoning else None
+        self._reasoned = bytearray() if compiled.reasoning else None
 
     def fill(self, bits: Any) -> bool:
         """Set a bit for each token that may come next."""
         words = self._vocabulary
-        if self.ended or self._matcher.is_terminated():  # the latter with `ignore_eos`
+        if self.ended or self._matcher.is_terminated():  # terminated: with `ignore_eos`
             bits.copy_(words.space)
             return True
         is_limited = bool(self._matcher.fill_next_token_bitmask(bits, 0))
-        if self._stops is None:  # the model's own end tokens would end nothing
+        if self._stops is None:  # the model's end tokens would not end the row
             bits &= words.not_eos
             is_limited = True
         late = self._budget - self._used <= self._reserve()
@@ -145,53 +142,53 @@ class GrammarMask(TokenMask):
                 self._force(bits, self._end)
             return is_limited or late
         if self._matcher.is_completed():
-            if self._plan.is_auto:
+            if self._compiled.is_auto:
                 return is_limited
             if self._stops is None and (late or not bits.any()):
                 self.ended = True
                 bits.copy_(words.space)
                 return True
         inside = bool((bits & words.letters).any())
-        # Special tokens are no text: a decoder drops them, and with them a part of a string.
-        _narrow(bits, words.plain if inside else self._plan.others)
-        # xgrammar takes bytes that are no UTF-8; a decoder puts signs in their place, more of them than were allowed.
+        # A decoder drops special tokens, and with them a part of a string.
+        _narrow(bits, words.plain if inside else self._compiled.others)
+        # xgrammar accepts bytes that are no UTF-8; a decoder writes a sign for each, which makes a string too long.
         _narrow(bits, words.utf8_after.get(self._last, words.utf8))
-        if self._plan.style:
+        if self._compiled.style:
             _narrow(bits, words.escapes[self._odd])
-        if self._plan.style == "json" and inside:
-            _narrow(bits, words.printed)  # xgrammar forgets this of strings with lengths
+        if self._compiled.style == "json" and inside:
+            _narrow(bits, words.printed)  # xgrammar allows control characters in strings with lengths
         if late:
             self._close(bits, inside)
         return True
 
     def accept(self, token_id: int) -> None:
-        """Take note of the token that was drawn."""
+        """Advance by the sampled token."""
         self._used += 1
         if self.ended or self._matcher.is_terminated():
             return
         token = self._vocabulary.tokens[token_id]
         if not self._matcher.accept_token(token_id):
-            msg = f"the token {token_id} ({token!r}) was drawn although the constraint does not allow it."
+            msg = f"the token {token_id} ({token!r}) was sampled although the constraint does not allow it."
             raise GenerationError(msg)
         self._pending = self._pending[len(token) :] if token and self._pending.startswith(token) else b""
         backslashes = len(token) - len(token.rstrip(b"\\"))
         self._last = token[-1] if token else 0
         self._odd = (backslashes + self._odd * (backslashes == len(token))) % 2
-        if self._thoughts is not None:
-            self._thoughts += token
-            tail = self._thoughts[-len(token) - len(self._end) :]
-            opens = self._is_open or self._begin.startswith(self._thoughts[: len(self._begin)])
+        if self._reasoned is not None:
+            self._reasoned += token
+            tail = self._reasoned[-len(token) - len(self._end) :]
+            opens = self._is_open or self._begin.startswith(self._reasoned[: len(self._begin)])
             if self._end in tail or not opens:
-                self._thoughts = None
+                self._reasoned = None
 
     def _is_thinking(self) -> bool:
-        return self._thoughts is not None and (self._is_open or len(self._thoughts) >= len(self._begin))
+        return self._reasoned is not None and (self._is_open or len(self._reasoned) >= len(self._begin))
 
     def _reserve(self) -> int:
-        return min(self._plan.reserve + self._plan.grows * (self._used // 2), self._budget // 2)
+        return min(self._compiled.reserve + self._compiled.grows * (self._used // 2), self._budget // 2)
 
     def _force(self, bits: Any, text: bytes) -> bool:
-        """Allow the longest token that begins a text, or what is left of it, and no other."""
+        """Allow only the longest token that begins a text, or the rest of it."""
         self._pending = self._pending or text
         for n in range(min(len(self._pending), self._vocabulary.longest), 0, -1):
             i = self._vocabulary.ids.get(self._pending[:n])
@@ -203,10 +200,10 @@ class GrammarMask(TokenMask):
         return False
 
     def _close(self, bits: Any, inside: bool) -> None:
-        """Leave of the allowed tokens those that bring the text to its end soonest."""
+        """Narrow the allowed tokens to those that end the text soonest."""
         if self._matcher.is_completed() and self._stops is not None and _narrow(bits, self._stops):
             return
-        for end in (self._pending, *self._plan.endings):
+        for end in (self._pending, *self._compiled.endings):
             if end and self._would_end(end):
                 self._pending = end
                 self._force(bits, end)
@@ -215,9 +212,9 @@ class GrammarMask(TokenMask):
             self._pending = b""
             if self._force(bits, certain):
                 return
-        if self._plan.style == "qwen_xml" and self._ends_value() and self._force(bits, b"</parameter>"):
+        if self._compiled.style == "qwen_xml" and self._ends_value() and self._force(bits, b"</parameter>"):
             return
-        if not self._plan.style:
+        if not self._compiled.style:
             end = self._pending or self._shortest_end()
             if end:
                 self._force(bits, end)
@@ -229,14 +226,14 @@ class GrammarMask(TokenMask):
         return bool(ahead.accept_string(text) and ahead.is_completed())
 
     def _certain(self) -> bytes:
-        """Give the text that has to come next."""
+        """Return the text that must come next."""
         try:
             return str(self._matcher.find_jump_forward_string()).encode()
         except UnicodeDecodeError:  # it begins or ends within a character
             return b""
 
     def _ends_value(self) -> bool:
-        """Say whether a parameter's end mark, or what is left of it, would end a value and not be a part of it."""
+        """Whether a parameter's end mark, or the rest of it, would end a value and not be a part of it."""
         import torch
 
         ahead = self._matcher.fork()
@@ -247,9 +244,9 @@ class GrammarMask(TokenMask):
         return not bool((bits & self._vocabulary.letters).any())
 
     def _shortest_end(self) -> bytes:
-        """Look for a text after which all may end, shorter ones first; empty where none is near.
+        """Find the shortest text after which all may end; empty where none is near.
 
-        Of texts after which the same may come, one is followed.
+        Of texts that allow the same next tokens, one is followed.
         """
         import torch
 

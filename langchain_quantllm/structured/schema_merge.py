@@ -1,6 +1,7 @@
-"""Two JSON schemas as one, and single values beside the keywords that speak of them.
+"""The merge of two JSON schemas into one, and the check of single values against keywords.
 
-Owns what is valid under two schemas at once, as far as one schema can say it. References are followed by `strict`.
+Owns the schema of all values that are valid under two schemas, as far as one schema can express it. References are
+followed by `json_schema`.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ from typing import Any
 
 
 class NothingValidError(ValueError):
-    """No value is valid under all that a schema says, or none that can be enforced."""
+    """No value is valid under a schema, or none that can be enforced."""
 
 
 def merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the schema of what is valid under both.
+    """Merge two schemas into the schema of the values that are valid under both.
 
     Args:
         one: A schema without references at its top.
         other: Another.
 
     Raises:
-        NothingValidError: If they contradict each other, or say of one thing two that one schema cannot say together.
+        NothingValidError: If they contradict each other, or have values that one schema cannot express.
     """
     both = dict(one)
     for key, value in other.items():
@@ -32,7 +33,7 @@ def merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     for some, others in ((one, other), (other, one)):
         if "prefixItems" in some and "prefixItems" not in others and "items" in others:
             both["prefixItems"] = [{"allOf": [item, others["items"]]} for item in some["prefixItems"]]
-    # What one of them does not name has to be as it wants the rest.
+    # A property that one of them does not name must fit its `additionalProperties`.
     for side in (one, other):
         rest = side.get("additionalProperties", True)
         names = set(both.get("properties", ())) - set(side.get("properties", ()))
@@ -82,7 +83,7 @@ def _shared_types(one: Any, other: Any) -> list[str]:
 
 
 def matches(pattern: str, text: str) -> bool:
-    """Say whether a pattern is found in a text.
+    """Whether a pattern is found in a text.
 
     Raises:
         ValueError: If the pattern cannot be read.
@@ -98,15 +99,17 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-_IS_TYPE: dict[str, Callable[[Any], bool]] = {
+IS_TYPE: dict[str, Callable[[Any], bool]] = {
     "object": lambda value: isinstance(value, dict),
     "array": lambda value: isinstance(value, list),
     "string": lambda value: isinstance(value, str),
     "number": _is_number,
-    "integer": lambda value: _is_number(value) and value == int(value),
+    "integer": lambda value: _is_number(value) and (isinstance(value, int) or value.is_integer()),
     "boolean": lambda value: isinstance(value, bool),
     "null": lambda value: value is None,
 }
+"""Whether a value is of a type of JSON schema."""
+
 _OF_NUMBERS: dict[str, Callable[[Any, Any], bool]] = {
     "minimum": lambda value, bound: value >= bound,
     "maximum": lambda value, bound: value <= bound,
@@ -122,10 +125,10 @@ _OF_TEXTS: dict[str, Callable[[Any, Any], bool]] = {
 
 
 def fits(value: Any, schema: Mapping[str, Any]) -> bool:
-    """Say whether a value is valid under the keywords for types, numbers, texts, enum and const; others are ignored."""
+    """Whether a value is valid under the keywords for types, numbers, texts, enum and const; others are ignored."""
     kinds = schema.get("type", [])
     kinds = [kinds] if isinstance(kinds, str) else kinds
-    if kinds and not any(_IS_TYPE[kind](value) for kind in kinds if kind in _IS_TYPE):
+    if kinds and not any(IS_TYPE[kind](value) for kind in kinds if kind in IS_TYPE):
         return False
     if value not in schema.get("enum", [value]) or value != schema.get("const", value):
         return False

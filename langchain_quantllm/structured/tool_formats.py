@@ -1,7 +1,12 @@
-"""How families of models write tool calls and reasoning: one table, and which entry a chat template means.
+"""The formats of tool calls and reasoning, by model family: one table, and the entry that a chat template means.
 
-Owns the formats. Reads no answer and knows no LangChain: `parsing` does the one, `chat_models` the other.
-The texts are those of the chat templates that the models' makers have published.
+Reads no answer (`chat.output_parser` does) and knows no LangChain. The texts are those of the chat templates that the
+models' makers have published.
+
+xgrammar's own structural tags are no replacement (tried with 0.2.9 on the tests of this table): required calls of its
+qwen_3, qwen_3_coder, llama and gemma_4 allow free text after a call; qwen_3_coder wants a line's end before
+`</function>` that a call without parameters does not have; its cohere is the XML of later models; for the others, but
+both of DeepSeek, there is none. The parser and the masks need the marks of every format in any case.
 """
 
 from __future__ import annotations
@@ -12,34 +17,34 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, kw_only=True)
 class ToolFormat:
-    """How a family writes its calls: `opening call arguments call_end [separator call arguments call_end]... closing`.
+    """A family's format of calls: `opening call arguments call_end [separator call arguments call_end]... closing`.
 
     Args:
-        name: What the format is called.
+        name: The name of the format.
         marks: Texts of which a chat template that wants this format has every one.
-        trigger: What opens a call, as a model writes it amid its text; empty where a call is the whole answer.
-        call: What comes before the arguments; `{name}` stands for the function's name.
-        call_end: What comes after them.
-        opening: What comes before the first call.
-        separator: What comes between two calls.
-        closing: What comes after the last call.
-        style: How the arguments are written: `"json"`, or another one that `parsing` knows.
-        inner: Further marks that a call may contain, which have to reach `parsing` if they are special tokens.
+        trigger: The mark that opens a call amid text; empty where calls are the whole answer.
+        call: The text before the arguments; `{name}` stands for the function's name.
+        call_end: The text after them.
+        opening: The text before the first call.
+        separator: The text between two calls.
+        closing: The text after the last call.
+        style: The notation of the arguments: `"json"`, `"qwen_xml"`, `"python"` or `"gemma"`.
+        inner: Further marks that a call may contain; the parser must see those that are special tokens.
     """
 
     name: str
     marks: tuple[str, ...]
-    trigger: str
-    call: str
-    call_end: str
+    trigger: str = ""
+    call: str = '{"name": "{name}", "arguments": '
+    call_end: str = "}"
     opening: str = ""
-    separator: str = ""
+    separator: str = ", "
     closing: str = ""
     style: str = "json"
     inner: tuple[str, ...] = ()
 
     def begin(self, name: str) -> str:
-        """Write what comes before the arguments of a call of a function."""
+        """Write the text before the arguments of a call of a function."""
         quoted = json.dumps(name, ensure_ascii=False)[1:-1] if '"{name}"' in self.call else name
         return self.call.replace("{name}", quoted)
 
@@ -52,74 +57,10 @@ HERMES = ToolFormat(
     call_end="}\n</tool_call>",
     separator="\n",
 )
-"""Qwen 2 to 3, Hermes, Granite 4 and many fine-tuned models; also what a template without tools is taught."""
-
-_LLAMA3 = ToolFormat(
-    name="llama3",
-    marks=('"parameters": dictionary of argument name',),  # 3.1's also has <|python_tag|>, 3.2's has not
-    trigger="",
-    call='{"name": "{name}", "parameters": ',
-    call_end="}",
-    separator="; ",
-    inner=("<|python_tag|>",),
-)
-
-_PYTHONIC = ToolFormat(
-    name="pythonic",
-    marks=("[func_name1(params_name1=params_value1",),
-    trigger="",
-    opening="[",
-    call="{name}(",
-    call_end=")",
-    separator=", ",
-    closing="]",
-    style="python",
-)
-
-_LFM2 = ToolFormat(
-    name="lfm2",
-    marks=("<|tool_list_start|>",),
-    trigger="<|tool_call_start|>",
-    opening="<|tool_call_start|>[",
-    call="{name}(",
-    call_end=")",
-    separator=", ",
-    closing="]<|tool_call_end|>",
-    style="python",
-)
+"""Qwen 2 to 3, Hermes, Granite 4 and many fine-tuned models; also the one that a template without tools is taught."""
 
 _MISTRAL = ToolFormat(
-    name="mistral",
-    marks=("[TOOL_CALLS]",),
-    trigger="[TOOL_CALLS]",
-    opening="[TOOL_CALLS] [",
-    call='{"name": "{name}", "arguments": ',
-    call_end="}",
-    separator=", ",
-    closing="]",
-)
-
-_MISTRAL_TEKKEN = replace(_MISTRAL, name="mistral_tekken", marks=("[TOOL_CALLS][",), opening="[TOOL_CALLS][")
-"""The same without the space, as Mistral Nemo writes it."""
-
-_MISTRAL_ARGS = ToolFormat(
-    name="mistral_args",
-    marks=("[TOOL_CALLS]", "[ARGS]"),
-    trigger="[TOOL_CALLS]",
-    call="[TOOL_CALLS]{name}[ARGS]",
-    call_end="",
-    inner=("[CALL_ID]",),
-)
-
-_PHI4 = ToolFormat(
-    name="phi4",
-    marks=("<|tool|>", "<|/tool|>"),  # the template writes no calls; these go around the tools
-    trigger="<|tool_call|>",
-    opening="<|tool_call|>[",
-    call='{"name": "{name}", "arguments": ',
-    call_end="}",
-    separator=", ",
-    closing="]<|/tool_call|>",
+    name="mistral", marks=("[TOOL_CALLS]",), trigger="[TOOL_CALLS]", opening="[TOOL_CALLS] [", closing="]"
 )
 
 _GRANITE = ToolFormat(
@@ -127,51 +68,28 @@ _GRANITE = ToolFormat(
     marks=("<|start_of_role|>", "<|tool_call|>"),
     trigger="<|tool_call|>",
     opening="<|tool_call|>[",
-    call='{"name": "{name}", "arguments": ',
-    call_end="}",
-    separator=", ",
     closing="]",
 )
 
-_DEEPSEEK_V3 = ToolFormat(
-    name="deepseek_v3",
-    marks=("<｜tool▁calls▁begin｜>", "```json"),
-    trigger="<｜tool▁calls▁begin｜>",
-    opening="<｜tool▁calls▁begin｜>",
-    call="<｜tool▁call▁begin｜>function<｜tool▁sep｜>{name}\n```json\n",
-    call_end="\n```<｜tool▁call▁end｜>",
-    separator="\n",
-    closing="<｜tool▁calls▁end｜>",
-)
-
-_DEEPSEEK_V31 = replace(
-    _DEEPSEEK_V3,
+_DEEPSEEK_V31 = ToolFormat(
     name="deepseek_v31",
     marks=("<｜tool▁calls▁begin｜>",),
+    trigger="<｜tool▁calls▁begin｜>",
+    opening="<｜tool▁calls▁begin｜>",
     call="<｜tool▁call▁begin｜>{name}<｜tool▁sep｜>",
     call_end="<｜tool▁call▁end｜>",
     separator="",
+    closing="<｜tool▁calls▁end｜>",
 )
 
-_COHERE = ToolFormat(
-    name="cohere",
-    marks=("<|START_ACTION|>",),
-    trigger="<|START_ACTION|>",
-    opening="<|START_ACTION|>[\n    ",
-    call='{"tool_call_id": "0", "tool_name": "{name}", "parameters": ',  # of several calls the ids count up
-    call_end="}",
-    separator=",\n    ",
-    closing="\n]<|END_ACTION|>",
-)
-
-_QWEN_CODER = ToolFormat(
-    name="qwen_coder",
-    marks=("<tool_call>", "<function=", "<parameter="),
-    trigger="<tool_call>",
-    call="<tool_call>\n<function={name}>\n",
-    call_end="</function>\n</tool_call>",
-    separator="\n",
-    style="qwen_xml",
+_PYTHONIC = ToolFormat(
+    name="pythonic",
+    marks=("[func_name1(params_name1=params_value1",),
+    opening="[",
+    call="{name}(",
+    call_end=")",
+    closing="]",
+    style="python",
 )
 
 _FUNCTION_GEMMA = ToolFormat(
@@ -180,35 +98,80 @@ _FUNCTION_GEMMA = ToolFormat(
     trigger="<start_function_call>",
     call="<start_function_call>call:{name}{",
     call_end="}<end_function_call>",
+    separator="",
     style="gemma",
     inner=("<escape>",),
 )
 
-_GEMMA4 = replace(
-    _FUNCTION_GEMMA,
-    name="gemma4",
-    marks=("<|tool_call>call:",),
-    trigger="<|tool_call>",
-    call="<|tool_call>call:{name}{",
-    call_end="}<tool_call|>",
-    inner=('<|"|>',),
-)
-
 FORMATS: tuple[ToolFormat, ...] = (
-    _QWEN_CODER,
-    _DEEPSEEK_V3,
+    ToolFormat(
+        name="qwen_coder",
+        marks=("<tool_call>", "<function=", "<parameter="),
+        trigger="<tool_call>",
+        call="<tool_call>\n<function={name}>\n",
+        call_end="</function>\n</tool_call>",
+        separator="\n",
+        style="qwen_xml",
+    ),
+    replace(
+        _DEEPSEEK_V31,
+        name="deepseek_v3",
+        marks=("<｜tool▁calls▁begin｜>", "```json"),
+        call="<｜tool▁call▁begin｜>function<｜tool▁sep｜>{name}\n```json\n",
+        call_end="\n```<｜tool▁call▁end｜>",
+        separator="\n",
+    ),
     _DEEPSEEK_V31,
-    _MISTRAL_ARGS,
-    _MISTRAL_TEKKEN,
+    ToolFormat(
+        name="mistral_args",
+        marks=("[TOOL_CALLS]", "[ARGS]"),
+        trigger="[TOOL_CALLS]",
+        call="[TOOL_CALLS]{name}[ARGS]",
+        call_end="",
+        separator="",
+        inner=("[CALL_ID]",),
+    ),
+    # Mistral Nemo has no space.
+    replace(_MISTRAL, name="mistral_tekken", marks=("[TOOL_CALLS][",), opening="[TOOL_CALLS]["),
     _MISTRAL,
     _GRANITE,
-    _PHI4,
-    _COHERE,
-    _GEMMA4,
+    # The template writes no calls; its marks go around the tools.
+    replace(_GRANITE, name="phi4", marks=("<|tool|>", "<|/tool|>"), closing="]<|/tool_call|>"),
+    ToolFormat(
+        name="cohere",
+        marks=("<|START_ACTION|>",),
+        trigger="<|START_ACTION|>",
+        opening="<|START_ACTION|>[\n    ",
+        call='{"tool_call_id": "0", "tool_name": "{name}", "parameters": ',  # of several calls the ids count up
+        separator=",\n    ",
+        closing="\n]<|END_ACTION|>",
+    ),
+    replace(
+        _FUNCTION_GEMMA,
+        name="gemma4",
+        marks=("<|tool_call>call:",),
+        trigger="<|tool_call>",
+        call="<|tool_call>call:{name}{",
+        call_end="}<tool_call|>",
+        inner=('<|"|>',),
+    ),
     _FUNCTION_GEMMA,
-    _LFM2,
+    replace(
+        _PYTHONIC,
+        name="lfm2",
+        marks=("<|tool_list_start|>",),
+        trigger="<|tool_call_start|>",
+        opening="<|tool_call_start|>[",
+        closing="]<|tool_call_end|>",
+    ),
     _PYTHONIC,
-    _LLAMA3,
+    ToolFormat(
+        name="llama3",
+        marks=('"parameters": dictionary of argument name',),  # 3.1's also has <|python_tag|>, 3.2's has not
+        call='{"name": "{name}", "parameters": ',
+        separator="; ",
+        inner=("<|python_tag|>",),
+    ),
     HERMES,
 )
 """All formats; of two whose marks a template has, the more specific comes first."""
@@ -222,11 +185,11 @@ def format_of(template: str | None) -> ToolFormat:
 
 @dataclass(frozen=True)
 class ReasoningFormat:
-    """How a family sets its reasoning apart from its answer.
+    """A family's marks around its reasoning.
 
     Args:
-        begin: What comes before the reasoning; a prompt may already end with it.
-        end: What comes after it.
+        begin: The mark before the reasoning; a prompt may already end with it.
+        end: The mark after it.
     """
 
     begin: str

@@ -12,6 +12,7 @@ import pytest
 from langchain_core.language_models import BaseChatModel
 
 from langchain_quantllm import ChatQuantizedHuggingFace
+from tests.support.chat_messages import folded
 
 pytest.importorskip("langchain_tests")
 pytest.importorskip("xgrammar")
@@ -59,10 +60,7 @@ class _Standard(ChatModelIntegrationTests):
         chat.invoke(messages)
         if not stream:
             return chat.invoke(messages)
-        full: Any = None
-        for chunk in chat.stream(messages):
-            full = chunk if full is None else full + chunk
-        return full
+        return folded(chat.stream(messages))
 
 
 @pytest.mark.slow

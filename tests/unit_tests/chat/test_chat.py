@@ -17,7 +17,7 @@ from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import UsageMetadataCallbackHandler
 from langchain_core.exceptions import ContextOverflowError
 from langchain_core.load import dumpd, load
-from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, ToolMessage
+from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_core.runnables import ConfigurableField
 from langchain_core.tools import StructuredTool
 from pydantic import BaseModel, Field
@@ -26,6 +26,7 @@ from typing_extensions import TypedDict
 from langchain_quantllm import ChatQuantizedHuggingFace, QuantizedHuggingFaceLLM
 from langchain_quantllm.errors import InvalidOptionError, ModelNotFoundError, UnsupportedError
 from langchain_quantllm.structured import Choice, Regex
+from tests.support.chat_messages import folded
 
 pytest.importorskip("xgrammar")
 
@@ -67,13 +68,6 @@ def coder(qwen_coder: Path) -> Iterator[ChatQuantizedHuggingFace]:
     chat.unload()
 
 
-def folded(chunks: Any) -> AIMessageChunk:
-    full: Any = None
-    for chunk in chunks:
-        full = chunk if full is None else full + chunk
-    return full
-
-
 # --- calls ---
 
 
@@ -82,8 +76,8 @@ def test_the_prompt_is_the_templates_and_all_ways_of_calling_agree(chat: Any, an
     tokenizer = transformers.AutoTokenizer.from_pretrained(any_smollm2)
     messages = [("system", "You are terse."), ("human", "Name a colour.")]
     answer = chat.invoke(messages)
-    turns = [{"role": "system", "content": "You are terse."}, {"role": "user", "content": "Name a colour."}]
-    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    plain = [{"role": "system", "content": "You are terse."}, {"role": "user", "content": "Name a colour."}]
+    ids = tokenizer.apply_chat_template(plain, add_generation_prompt=True, return_tensors="pt")["input_ids"]
     output = chat.pipeline.model.generate(ids, max_new_tokens=16, do_sample=False)
     assert answer.content == tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
     assert answer.usage_metadata["input_tokens"] == ids.shape[1]
@@ -104,7 +98,7 @@ def test_the_prompt_is_the_templates_and_all_ways_of_calling_agree(chat: Any, an
     asyncio.run(run())
 
 
-def test_what_comes_with_an_answer(chat: Any) -> None:
+def test_metadata_comes_with_an_answer(chat: Any) -> None:
     usage = UsageMetadataCallbackHandler()
     answer = chat.invoke("Hi.", {"callbacks": [usage]}, temperature=1.0, seed=3, logprobs=2, max_tokens=4)
     assert answer.response_metadata["model_name"] == chat.model_id
@@ -118,7 +112,7 @@ def test_what_comes_with_an_answer(chat: Any) -> None:
     assert len(streamed.response_metadata["logprobs"]["content"]) == 4
 
 
-def test_options_of_a_call(chat: Any) -> None:
+def test_options_of_a_call_hold_and_wrong_ones_are_refused(chat: Any) -> None:
     full = chat.invoke("Count from one to ten.").content
     assert chat.invoke("Count from one to ten.", stop=[full[5:8]]).content == full[: full.index(full[5:8])]
     result = chat.generate([[HumanMessage("Hi.")]], n=3, temperature=1.0, seed=1)
@@ -158,7 +152,7 @@ def test_a_loaded_llm_is_taken_over(any_smollm2: Path, chat: Any) -> None:
         ChatQuantizedHuggingFace(llm=3)
 
 
-def test_other_providers_names_and_wrong_ones() -> None:
+def test_names_of_other_providers_are_taken_and_wrong_ones_refused() -> None:
     chat = ChatQuantizedHuggingFace(
         model="x/y", max_tokens=5, api_key="hf_secret", max_retries=2, temperature=0, stop=["a"]
     )
@@ -171,7 +165,7 @@ def test_other_providers_names_and_wrong_ones() -> None:
         ChatQuantizedHuggingFace(model="x/y", return_full_text=True)
 
 
-def test_langchain_conventions(chat: Any, any_smollm2: Path) -> None:
+def test_loading_profile_configurable_fields_and_cache_of_langchain(chat: Any, any_smollm2: Path) -> None:
     path = ("langchain_quantllm", "chat_models", "ChatQuantizedHuggingFace")
     options = {"valid_namespaces": ["langchain_quantllm"], "additional_import_mappings": {path: path}}
     twin = load(dumpd(chat), allowed_objects=[ChatQuantizedHuggingFace], **options)
@@ -193,7 +187,7 @@ def test_langchain_conventions(chat: Any, any_smollm2: Path) -> None:
     assert len(cached.cache._cache) == 2
 
 
-def test_a_model_without_a_template(any_smollm2: Path, chat: Any) -> None:
+def test_a_model_without_a_template_takes_one(any_smollm2: Path, chat: Any) -> None:
     import copy
 
     pipe = copy.copy(chat.load().pipeline)
@@ -300,7 +294,7 @@ class Point(TypedDict):
 
 @pytest.mark.parametrize("method", ["json_schema", "function_calling"])
 @pytest.mark.compat
-def test_structured_output(chat: Any, method: Any) -> None:
+def test_structured_output_is_of_its_schema(chat: Any, method: Any) -> None:
     structured = chat.with_structured_output(Person, method=method)
     found = structured.invoke("Ada is 36 and glad.", max_tokens=120, temperature=1.0, seed=1)
     assert isinstance(found, Person)
@@ -315,11 +309,11 @@ def test_structured_output(chat: Any, method: Any) -> None:
     assert raw["parsing_error"] is None
 
 
-def test_json_mode(chat: Any) -> None:
+def test_json_mode_gives_an_object(chat: Any) -> None:
     assert isinstance(chat.with_structured_output(method="json_mode").invoke("Give JSON.", max_tokens=60), dict)
 
 
-def test_regex_and_choice(chat: Any) -> None:
+def test_regex_and_choice_hold(chat: Any) -> None:
     assert chat.invoke("Is the sky blue?", constraint=Choice(("yes", "no"))).content in ("yes", "no")
     date = chat.invoke("When?", constraint=Regex(r"\d{4}-\d{2}-\d{2}"), temperature=1.0, seed=1).content
     assert len(date) == 10
@@ -436,7 +430,7 @@ def test_tools_keep_schemas_that_refer_to_themselves(chat: Any) -> None:
         ({"title": "xs", "description": "Many.", "type": "array", "items": {}}, "must be an object"),
     ],
 )
-def test_a_tool_that_is_none_says_so(chat: Any, tool: Any, said: str) -> None:
+def test_what_is_no_tool_is_refused(chat: Any, tool: Any, said: str) -> None:
     with pytest.raises(InvalidOptionError, match=said):
         chat.bind_tools([tool])
 
@@ -448,7 +442,7 @@ def test_the_raw_message_comes_with_the_options_of_the_call(chat: Any) -> None:
         raw.invoke("Ada", max_tokes=3)
 
 
-def test_a_tool_called_in_place_of_an_object(chat: Any) -> None:
+def test_a_tool_called_in_place_of_an_object_gives_none(chat: Any) -> None:
     options: dict[str, Any] = {"tools": [weather], "tool_choice": "weather"}
     assert chat.with_structured_output(Person, **options).invoke("Oslo?", max_tokens=60) is None
     found = chat.with_structured_output(Person, include_raw=True, **options).invoke("Oslo?", max_tokens=60)

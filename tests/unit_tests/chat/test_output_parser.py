@@ -1,6 +1,6 @@
-"""What the parsers of answers make of every family's format.
+"""The parsers of answers, on every family's format.
 
-The answers are written by hand after the formats that the models' makers have published; none is a model's own.
+The answers are written by hand after the formats that the models' makers have published.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from langchain_quantllm.chat.output_parser import AnswerParser, Piece
+from langchain_quantllm.chat.output_parser import AnswerParser
 from langchain_quantllm.chat.response_template import TemplateParser
+from langchain_quantllm.chat.tool_calls import Piece
 from langchain_quantllm.structured.tool_formats import FORMATS, HERMES, REASONING, ToolFormat, format_of, reasoning_of
 
 FORMAT = {entry.name: entry for entry in FORMATS}
@@ -172,13 +173,13 @@ def new(tool_format: ToolFormat = HERMES, **options: Any) -> AnswerParser:
 
 
 @pytest.mark.parametrize(("name", "answer", "text", "calls"), ANSWERS)
-def test_every_family(name: str, answer: str, text: str, calls: list[Any]) -> None:
+def test_answers_of_every_family_are_read(name: str, answer: str, text: str, calls: list[Any]) -> None:
     for parts in splits(answer):
         assert parse(new(FORMAT[name]), parts) == (text, "", calls, [])
 
 
 @pytest.mark.parametrize("entry", FORMATS, ids=lambda entry: entry.name)
-def test_what_the_table_writes_is_read(entry: ToolFormat) -> None:
+def test_calls_written_by_the_table_are_read(entry: ToolFormat) -> None:
     if entry.style != "json":
         return
     written = [entry.begin(name) + json.dumps(arguments) + entry.call_end for name, arguments in BOTH]
@@ -203,7 +204,7 @@ def test_other_text_stays_as_it_is(entry: ToolFormat, answer: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "answer", "text", "calls"), ANSWERS)
-def test_any_cut(name: str, answer: str, text: str, calls: list[Any]) -> None:
+def test_answers_cut_anywhere_give_their_whole_calls(name: str, answer: str, text: str, calls: list[Any]) -> None:
     for end in range(len(answer)):
         cut = answer[:end]
         whole, by_character = parse(new(FORMAT[name]), [cut]), parse(new(FORMAT[name]), list(cut))
@@ -310,7 +311,9 @@ def test_without_tools_all_is_text(parser: AnswerParser) -> None:
         ("Hello.", False, "Hello.", "", []),
     ],
 )
-def test_reasoning(answer: str, inside: bool, text: str, reasoning: str, calls: list[Any]) -> None:
+def test_reasoning_stands_at_the_beginning(
+    answer: str, inside: bool, text: str, reasoning: str, calls: list[Any]
+) -> None:
     for parts in splits(answer):
         assert parse(new(reasoning=THINK, in_reasoning=inside), parts) == (text, reasoning, calls, [])
         if not calls and "tool_call" not in answer:
@@ -358,11 +361,11 @@ def test_time_grows_with_the_length_only() -> None:
         ("<start_function_call>call:", "function_gemma"),
     ],
 )
-def test_which_format_a_template_wants(template: str | None, name: str) -> None:
+def test_the_format_that_a_template_wants(template: str | None, name: str) -> None:
     assert format_of(template).name == name
 
 
-def test_which_reasoning_a_template_names() -> None:
+def test_the_reasoning_that_a_template_names() -> None:
     assert reasoning_of("x </think>") == THINK
     assert reasoning_of("[THINK]") == REASONING[1]
     assert reasoning_of("nothing") is None
@@ -403,7 +406,7 @@ PROMPT = "<|im_start|>assistant\n"
         (PROMPT + "<think>\n", f"Hm.</think>{HERMES_NOW}", ("", "Hm.", [NOW], [])),
     ],
 )
-def test_response_templates(prompt: str, answer: str, expected: Any) -> None:
+def test_response_templates_give_the_same_pieces(prompt: str, answer: str, expected: Any) -> None:
     for parts in splits(answer):
         assert parse(TemplateParser(Tokenizer(), prompt, TOOLS), parts) == expected
 

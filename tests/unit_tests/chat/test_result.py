@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import reduce
 from operator import add
 
-from langchain_quantllm.chat.output_parser import Piece
-from langchain_quantllm.chat.result import Reply
+from langchain_quantllm.chat.result import MessageBuilder
+from langchain_quantllm.chat.tool_calls import Piece
 
 CALLS = [
     Piece(kind="text", text="Hm."),
@@ -20,7 +20,7 @@ CALLS = [
 
 def test_chunks_add_up_however_the_pieces_come() -> None:
     for size in range(1, len(CALLS) + 1):
-        reply = Reply()
+        reply = MessageBuilder()
         chunks = [reply.add(CALLS[at : at + size]) for at in range(0, len(CALLS), size)]
         whole = reduce(add, [chunk for chunk in chunks if chunk is not None])
         message = reply.message()
@@ -31,7 +31,7 @@ def test_chunks_add_up_however_the_pieces_come() -> None:
 
 
 def test_an_invalid_call_in_one_chunk() -> None:
-    reply = Reply()
+    reply = MessageBuilder()
     chunk = reply.add([*CALLS[:3], Piece(kind="invalid", text='{"a": ', error="it is cut off")])
     assert chunk is not None
     assert chunk.tool_calls == reply.message().tool_calls == []
@@ -40,7 +40,7 @@ def test_an_invalid_call_in_one_chunk() -> None:
 
 
 def test_one_call_where_several_are_not_wanted() -> None:
-    reply = Reply(parallel=False)
+    reply = MessageBuilder(parallel=False)
     chunk = reply.add(CALLS)
     assert chunk is not None
     assert chunk.tool_calls == reply.message().tool_calls

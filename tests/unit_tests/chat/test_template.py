@@ -1,4 +1,4 @@
-"""From messages to prompts: what each kind of message becomes, and the rules for templates that do not take it.
+"""Messages and prompts: the conversion of each kind of message, and the rules for templates that do not take it.
 
 The templates here are written by hand, after those of the families that they are named for.
 """
@@ -20,7 +20,7 @@ from langchain_core.messages import (
 )
 from transformers import AutoTokenizer
 
-from langchain_quantllm.chat.messages import turns_of
+from langchain_quantllm.chat.messages import template_messages
 from langchain_quantllm.chat.template import ChatTemplate
 from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
 
@@ -80,7 +80,7 @@ def tokenizer(smollm2: Path) -> Any:
 @pytest.fixture
 def render(tokenizer: Any) -> Any:
     def render(template: str | None, messages: list[Any], tools: Any = (), **options: Any) -> str:
-        return ChatTemplate(tokenizer, template).render(turns_of(messages), tools, options)
+        return ChatTemplate(tokenizer, template).render(template_messages(messages), tools, options)[0]
 
     return render
 
@@ -92,7 +92,7 @@ RESULT = ToolMessage("3", tool_call_id="call_0123456789")
 # --- messages ---
 
 
-def test_every_kind_of_message() -> None:
+def test_every_kind_of_message_is_converted() -> None:
     messages = [
         SystemMessage("s"),
         HumanMessage("h", name="Ada"),
@@ -103,7 +103,7 @@ def test_every_kind_of_message() -> None:
         FunctionMessage("f", name="add"),
     ]
     call = {"type": "function", "id": "call_0123456789", "function": {"name": "add", "arguments": {"a": 1, "b": "é"}}}
-    assert turns_of(messages) == [
+    assert template_messages(messages) == [
         {"role": "system", "content": "s"},
         {"role": "user", "content": "h", "name": "Ada"},
         {"role": "assistant", "content": "a", "reasoning_content": "r"},
@@ -120,28 +120,28 @@ def test_content_blocks_become_their_texts() -> None:
         {"type": "text", "text": "two"},
         {"type": "text-plain", "text": "three", "mime_type": "text/plain"},
     ]
-    assert turns_of([HumanMessage(blocks)]) == [{"role": "user", "content": "one\ntwo\nthree"}]
+    assert template_messages([HumanMessage(blocks)]) == [{"role": "user", "content": "one\ntwo\nthree"}]
     answer = AIMessage(
         [{"type": "reasoning", "reasoning": "hm"}, {"type": "text", "text": "yes"}, {"type": "tool_use", "id": "1"}]
     )
-    assert turns_of([answer]) == [{"role": "assistant", "content": "yes", "reasoning_content": "hm"}]
+    assert template_messages([answer]) == [{"role": "assistant", "content": "yes", "reasoning_content": "hm"}]
 
 
-def test_anthropic_tool_results_become_turns_of_their_own() -> None:
+def test_anthropic_tool_results_become_template_messages_their_own() -> None:
     blocks = [
         {"type": "tool_result", "tool_use_id": "call_0123456789", "content": [{"type": "text", "text": "3"}]},
         {"type": "text", "text": "and now?"},
     ]
-    turns = turns_of([HumanMessage("1+2"), CALL, HumanMessage(blocks)])
-    assert [turn["role"] for turn in turns] == ["user", "assistant", "tool", "user"]
-    assert turns[2] == {"role": "tool", "content": "3", "tool_call_id": "call_0123456789", "name": "add"}
+    plain = template_messages([HumanMessage("1+2"), CALL, HumanMessage(blocks)])
+    assert [message["role"] for message in plain] == ["user", "assistant", "tool", "user"]
+    assert plain[2] == {"role": "tool", "content": "3", "tool_call_id": "call_0123456789", "name": "add"}
 
 
 def test_wrong_calls_go_back_as_text() -> None:
     wrong = [{"name": "add", "args": '{"a": ', "id": "1", "error": "cut off", "type": "invalid_tool_call"}]
-    turn = turns_of([AIMessage("so:", invalid_tool_calls=wrong)])[0]
-    assert turn["content"] == 'so:\nadd{"a": '
-    assert "tool_calls" not in turn
+    plain = template_messages([AIMessage("so:", invalid_tool_calls=wrong)])[0]
+    assert plain["content"] == 'so:\nadd{"a": '
+    assert "tool_calls" not in plain
 
 
 @pytest.mark.parametrize(
@@ -158,9 +158,9 @@ def test_wrong_calls_go_back_as_text() -> None:
         ([HumanMessage([{"type": "hologram"}])], InvalidOptionError, "no known content block"),
     ],
 )
-def test_what_no_turn_can_be_made_of(messages: list[Any], error: type[Exception], says: str) -> None:
+def test_messages_that_no_prompt_can_hold(messages: list[Any], error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
-        turns_of(messages)
+        template_messages(messages)
 
 
 # --- templates ---
@@ -169,13 +169,13 @@ def test_what_no_turn_can_be_made_of(messages: list[Any], error: type[Exception]
 def test_a_template_that_takes_everything_is_left_alone(qwen_coder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(qwen_coder)
     messages = [SystemMessage("s"), HumanMessage("a"), HumanMessage("b"), CALL, RESULT]
-    turns = turns_of(messages)
-    found = ChatTemplate(tokenizer).render(turns, [TOOL])
-    expected = tokenizer.apply_chat_template(turns, tools=[TOOL], tokenize=False, add_generation_prompt=True)
+    plain = template_messages(messages)
+    found, _ = ChatTemplate(tokenizer).render(plain, [TOOL])
+    expected = tokenizer.apply_chat_template(plain, tools=[TOOL], tokenize=False, add_generation_prompt=True)
     assert found == expected
 
 
-def test_tools_without_a_template_for_them(render: Any) -> None:
+def test_tools_are_described_where_the_template_has_none(render: Any) -> None:
     prompt = render(None, [SystemMessage("Be brief."), HumanMessage("1+2?"), CALL, RESULT, RESULT], [TOOL])
     system, user, call, results, answer = prompt.split("<|im_start|>")[1:]
     assert system.startswith("system\nBe brief.\n\n# Tools")
@@ -189,7 +189,7 @@ def test_tools_without_a_template_for_them(render: Any) -> None:
     assert answer == "assistant\n"
 
 
-def test_roles_that_must_alternate(render: Any) -> None:
+def test_messages_are_joined_where_roles_must_alternate(render: Any) -> None:
     messages = [
         SystemMessage("s"),
         HumanMessage("a"),
@@ -203,14 +203,14 @@ def test_roles_that_must_alternate(render: Any) -> None:
     assert "<start_of_turn>user\ns\n\na\n\nb<end_of_turn>\n<start_of_turn>model\nc\n\nd<end_of_turn>" in gemma
 
 
-def test_system_messages_in_the_middle(render: Any) -> None:
+def test_system_messages_in_the_middle_join_the_first(render: Any) -> None:
     messages = [SystemMessage("s"), HumanMessage("a"), AIMessage("b"), SystemMessage("t"), HumanMessage("c")]
     assert render(FIRST_SYSTEM_ONLY, messages) == "<S>s\n\nt<user>a<assistant>b<user>c"
     assert render(SYSTEM_LEFT_OUT, messages) == "<user>s\n\nt\n\na<assistant>b<user>c"
     assert render(None, messages).count("<|im_start|>system") == 2  # which this one takes as they are
 
 
-def test_ids_of_calls(render: Any) -> None:
+def test_ids_of_calls_become_short_where_the_template_insists(render: Any) -> None:
     prompt = render(MISTRAL, [HumanMessage("1+2?"), CALL, RESULT], [TOOL])
     call_id = prompt.split('"id": "')[1][:9]
     assert call_id.isalnum()
@@ -221,12 +221,12 @@ def test_ids_of_calls(render: Any) -> None:
     )
 
 
-def test_arguments_as_text(render: Any) -> None:
+def test_arguments_become_text_where_the_template_wants_it(render: Any) -> None:
     prompt = render(DEEPSEEK, [HumanMessage("1+2?"), CALL, RESULT], [TOOL])
     assert '<call>add|{"a": 1, "b": "é"}</call><tool>3' in prompt
 
 
-def test_an_answer_to_continue(render: Any) -> None:
+def test_a_last_answer_is_continued(render: Any) -> None:
     assert render(None, [HumanMessage("a"), AIMessage("It is")]).endswith("<|im_start|>assistant\nIt is")
 
 
@@ -240,12 +240,12 @@ def test_blocks_of_other_providers_tools_are_left_out(render: Any) -> None:
     assert "It is" in render(None, [HumanMessage("a"), AIMessage([block, "It is"]), HumanMessage("b")])
 
 
-def test_variables_that_the_call_itself_gives(render: Any) -> None:
+def test_variables_that_the_call_sets_are_refused(render: Any) -> None:
     with pytest.raises(InvalidOptionError, match="'tokenize', which comes from the call"):
         render(None, [HumanMessage("a")], tokenize=True)
 
 
-def test_a_template_that_is_none(render: Any) -> None:
+def test_a_broken_template_says_so(render: Any) -> None:
     with pytest.raises(InvalidOptionError, match="is no valid Jinja"):
         render("{% if %}", [HumanMessage("a")])
 
@@ -256,12 +256,12 @@ def test_options_reach_the_template(render: Any) -> None:
     assert render(template, [HumanMessage("a")], enable_thinking=True) == "thinka"
 
 
-def test_a_conversation_that_a_template_refuses(render: Any) -> None:
+def test_the_refusal_of_a_template_is_told(render: Any) -> None:
     with pytest.raises(InvalidOptionError, match="roles must alternate"):
         render(GEMMA, [AIMessage("a"), HumanMessage("b")])
 
 
-def test_no_template_at_all(tokenizer: Any) -> None:
+def test_a_tokenizer_without_a_template_says_so(tokenizer: Any) -> None:
     import copy
 
     bare = copy.deepcopy(tokenizer)

@@ -129,7 +129,7 @@ def test_threads_that_unload_and_call_at_once(tiny: Path) -> None:
 
 def test_an_engine_whose_model_was_unloaded_says_so(tiny: Path) -> None:
     llm = make_llm(tiny).load()
-    engine, requests = llm._engine(), llm._plan([PROMPT], None, {})[1]
+    engine, requests = llm._engine(), llm._plan([PROMPT], None, {}).requests
     llm.unload()
     with pytest.raises(GenerationError, match="unloaded"):
         engine.submit(requests)

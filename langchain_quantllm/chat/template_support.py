@@ -1,0 +1,215 @@
+"""The abilities of a chat template, found by rendering small conversations with it.
+
+Owns these trials and the forms of content that a template takes. Renders no conversation of a user.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from langchain_quantllm.chat.messages import Content, Message
+from langchain_quantllm.errors import UnsupportedError
+
+CALL_ID = "a1B2c3D4e"  # nine letters and digits, which every template takes
+_MARK = "Kq7Zx"  # appears in no template
+_ROLE_NAMES = {"system": "system", "user": "the user's", "assistant": "the assistant's", "tool": "tool"}
+
+Render = Callable[[Sequence[Mapping[str, Any]], Sequence[Any]], str]
+"""Renders messages and tools as they are given; raises one of `template_errors()` where the template refuses them."""
+
+
+def template_errors() -> tuple[type[Exception], ...]:
+    """List the errors of a template over messages that it refuses; Python's come from the template's own code."""
+    from jinja2.exceptions import TemplateError
+
+    return (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
+
+
+def message_of(role: str, content: Any) -> Message:
+    """Make a message."""
+    return {"role": role, "content": content}
+
+
+class TemplateSupport:
+    """The abilities of one template, each tried once.
+
+    Of content, a template takes these forms, role by role:
+
+    - Where it takes lists of texts and images, an image is an entry of the list, for which the template writes its
+      placeholder. A text alone stays a text, unless the template takes lists only.
+    - Where it takes texts only, an image becomes the processor's image token, in a line of its own.
+    """
+
+    def __init__(self, render: Render, image_token: str | None, *, has_processor: bool) -> None:
+        """Begin with nothing tried.
+
+        Args:
+            render: Renders messages.
+            image_token: The text that the processor replaces by an image's tokens; None where that is unknown.
+            has_processor: Whether the model reads images.
+        """
+        self._render = render
+        self._image_token = image_token
+        self._has_processor = has_processor
+        self._forms: dict[tuple[str, str], str | None] = {}
+
+    # Roles, tools and calls.
+
+    @functools.cached_property
+    def tools(self) -> bool:
+        """Whether the template shows tools to the model."""
+        return self._shows([_user("a")], [f"f{_MARK}"], [_function(f"f{_MARK}")])
+
+    @functools.cached_property
+    def arguments(self) -> str | None:
+        """The form of the arguments of calls: `"dict"`, `"text"`, or None where the template leaves calls out."""
+        for form, arguments in (("dict", {"x": _MARK}), ("text", json.dumps({"x": _MARK}))):
+            if self._shows([_user("a"), _call(arguments), _result("b")], [_MARK], self._some_tool):
+                return form
+        return None
+
+    @functools.cached_property
+    def results(self) -> bool:
+        """Whether it takes the results of calls."""
+        return self._shows([_user("a"), self._some_call(), _result(_MARK)], [_MARK], self._some_tool)
+
+    @functools.cached_property
+    def system(self) -> bool:
+        """Whether it takes a system message."""
+        return self._shows([message_of("system", _MARK), _user("b")], [_MARK])
+
+    @functools.cached_property
+    def late_system(self) -> bool:
+        """Whether it takes a system message amid the others."""
+        messages = [_user("a"), message_of("assistant", "b"), message_of("system", _MARK), _user("c")]
+        return self._shows(messages, [_MARK])
+
+    @functools.cached_property
+    def repeated_roles(self) -> bool:
+        """Whether it takes several messages of one role behind each other."""
+        answers = [message_of("assistant", f"3{_MARK}"), message_of("assistant", f"4{_MARK}")]
+        messages = [_user(f"1{_MARK}"), _user(f"2{_MARK}"), *answers, _user("a")]
+        return self._shows(messages, [f"{i}{_MARK}" for i in (1, 2, 3, 4)])
+
+    @functools.cached_property
+    def long_ids(self) -> bool:
+        """Whether it takes any ids of calls, and not those of nine letters and digits alone."""
+        call_id = f"call_{_MARK * 4}"
+        return self._shows([_user("a"), self._some_call(call_id), _result("b", call_id)], [], self._some_tool)
+
+    @property
+    def _some_tool(self) -> list[Any]:
+        return [_function("f")] if self.tools else []
+
+    def _some_call(self, call_id: str = CALL_ID) -> Message:
+        return _call({"x": "y"} if self.arguments == "dict" else '{"x": "y"}', call_id)
+
+    def _shows(self, messages: list[Message], wanted: Sequence[str], tools: Sequence[Any] = ()) -> bool:
+        text = self._try(self.written(messages), tools)
+        return text is not None and all(mark in text for mark in wanted)
+
+    def _try(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> str | None:
+        try:
+            return self._render(messages, tools)
+        except template_errors():
+            return None
+
+    # Content.
+
+    def images(self, role: str = "user") -> bool:
+        """Whether an image may stand in a message of a role."""
+        return self._has_processor and self._form("image", role) is not None
+
+    def written(self, messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+        """Bring the contents of messages to the forms that the template takes.
+
+        Raises:
+            UnsupportedError: If an image stands in a message of a role in which the template takes none.
+        """
+        if not self._has_processor:
+            return [dict(message) for message in messages]
+        return [{**message, "content": self._written(message["role"], message["content"])} for message in messages]
+
+    def _written(self, role: str, content: Content) -> Any:
+        if isinstance(content, str):
+            return self._written_text(role, content)
+        form = self._form("image", role)
+        if form == "list":
+            return [{"type": "image"} if part["type"] == "image" else part for part in content]
+        if form is None:
+            at = next(part["image"].message for part in content if part["type"] == "image")
+            allowed = [name for known, name in _ROLE_NAMES.items() if self.images(known)]
+            use = f"put it into one of {' or '.join(allowed)} messages" if allowed else "give text"
+            msg = (
+                f"message {at} holds an image, and the model's chat template takes none in "
+                f"{_ROLE_NAMES.get(role, role)} messages; {use}."
+            )
+            raise UnsupportedError(msg)
+        token = self._image_token or ""
+        return self._written_text(
+            role, "\n".join(token if part["type"] == "image" else part["text"] for part in content)
+        )
+
+    def _written_text(self, role: str, text: str) -> Any:
+        return text if self._form("text", role) == "text" else [_text(text)]
+
+    def _form(self, kind: Literal["text", "image"], role: str) -> str | None:
+        if (kind, role) not in self._forms:
+            self._forms[kind, role] = self._form_of_text(role) if kind == "text" else self._form_of_images(role)
+        return self._forms[kind, role]
+
+    def _form_of_text(self, role: str) -> str:
+        takes_lists_only = self._trial(role, _MARK) is None and self._trial(role, [_text(_MARK)]) is not None
+        return "list" if takes_lists_only else "text"
+
+    def _form_of_images(self, role: str) -> str | None:
+        with_image = self._trial(role, [{"type": "image"}, _text(_MARK)])
+        if with_image is not None and with_image != self._trial(role, [_text(_MARK)]):
+            return "list"
+        if self._image_token is None or (role != "user" and self._form("image", "user") != "token"):
+            return None
+        with_token = self._trial(role, self._written_text(role, f"{self._image_token}\n{_MARK}"))
+        return "token" if with_token is not None else None
+
+    def _trial(self, role: str, content: Any) -> str | None:
+        """Render a message of a role with a content in one form; None where the template does not show its text."""
+        asked, message = self._written_text("user", "a") if role != "user" else "a", message_of(role, content)
+        if role == "user":
+            tried = [[message]]
+        elif role == "system":
+            tried = [[message, _user(asked)]]
+        elif role == "tool":
+            tried = [[_user(asked), _call(arguments), _result(content)] for arguments in ({"x": "y"}, '{"x": "y"}')]
+        else:
+            tried = [[_user(asked), message, _user(asked)]]
+        for messages in tried:
+            if (text := self._try(messages)) is not None:
+                # Some templates write the list itself, as Python or JSON.
+                quoted = ("'type': 'text'", '"type": "text"', '"type":"text"')
+                return text if _MARK in text and not any(mark in text for mark in quoted) else None
+        return None
+
+
+def _text(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def _user(content: Any) -> Message:
+    return message_of("user", content)
+
+
+def _function(name: str) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": {"x": {"type": "string", "description": "x"}}, "required": ["x"]}
+    return {"type": "function", "function": {"name": name, "description": "f", "parameters": parameters}}
+
+
+def _call(arguments: Any, call_id: str = CALL_ID) -> Message:
+    call = {"type": "function", "id": call_id, "function": {"name": "f", "arguments": arguments}}
+    return message_of("assistant", "") | {"tool_calls": [call]}
+
+
+def _result(content: Any, call_id: str = CALL_ID) -> Message:
+    return message_of("tool", content) | {"tool_call_id": call_id, "name": "f"}
