@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 
 from langchain_quantllm import ChatQuantizedHuggingFace, QuantizedHuggingFaceLLM
 from langchain_quantllm.cli import app
-from langchain_quantllm.cli.conversation import COMMANDS, Conversation
+from langchain_quantllm.cli.chat import COMMANDS, Conversation
 
 
 class Typed:

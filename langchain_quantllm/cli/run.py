@@ -69,7 +69,7 @@ def demo() -> None:
         from langchain_core.output_parsers import StrOutputParser
         from langchain_core.prompts import ChatPromptTemplate
 
-        from langchain_quantllm.cli.last_answer import LastAnswer
+        from langchain_quantllm.cli.chat import LastAnswer
 
         chain = ChatPromptTemplate.from_messages([("human", "{question}")]) | _as_chat(llm) | StrOutputParser()
         answer = LastAnswer()
@@ -108,7 +108,7 @@ def run(
             stop=stop or None,
             trust_remote_code=trust_remote_code,
         )
-        from langchain_quantllm.cli.last_answer import LastAnswer
+        from langchain_quantllm.cli.chat import LastAnswer
 
         answer = LastAnswer()
         print_stream((llm if raw else _as_chat(llm)).stream(text, {"callbacks": [answer]}), thoughts=err)
@@ -139,7 +139,7 @@ def chat(
             seed=seed,
             trust_remote_code=trust_remote_code,
         )
-        from langchain_quantllm.cli.conversation import Conversation
+        from langchain_quantllm.cli.chat import Conversation
 
         say(f"{model or 'SmolLM2-135M-Instruct'} on {llm.memory_report().summary()}")
         Conversation(_as_chat(llm), system).run()
