@@ -88,11 +88,7 @@ def measure_call(
         InvalidOptionError: If the call does not fit into the model's context.
         GenerationError: If other lengths come back than were asked for.
     """
-    config = loaded.llm.pipeline.model.config.get_text_config()
-    context_tokens = getattr(config, "max_position_embeddings", None)
-    if context_tokens is not None and prompt_tokens + new_tokens > context_tokens:
-        msg = f"{prompt_tokens + new_tokens} tokens do not fit into the model's context of {context_tokens}."
-        raise InvalidOptionError(msg)
+    _check_context(loaded.llm.pipeline.model, prompt_tokens + new_tokens)
     options = loaded.options
     is_ours = runner == ENGINE
 
@@ -125,6 +121,13 @@ def measure_call(
     rate = f"{values['rate_tok_s']:.1f} new and {values['prompt_rate_tok_s']:.1f} prompt tokens/s"
     loaded.report(f"{values['call']}{cache}, {size}: {done.total_s:.3f} s, {rate}")
     return values
+
+
+def _check_context(model: Any, tokens: int) -> None:
+    context_tokens = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context_tokens is not None and tokens > context_tokens:
+        msg = f"{tokens} tokens do not fit into the model's context of {context_tokens}."
+        raise InvalidOptionError(msg)
 
 
 def _call_values(done: Repeated, batch: int, prompt_tokens: int) -> dict[str, Any]:

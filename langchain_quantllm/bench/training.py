@@ -50,8 +50,8 @@ def measure_training(
     """Put a LoRA adapter on a model, measure forward and backward, and take it off again.
 
     Args:
-        model: A causal language model of transformers, loaded in any scheme. Layers of gptqmodel must be of a kernel
-            that can train, and some stay slow after it: load those anew.
+        model: A causal language model of transformers. Layers of gptqmodel must be of a kernel that can train, and some
+            stay slow after it: load those anew.
         device: Where its weights are, such as `"cuda:0"`.
         batch: Texts at once.
         tokens: Length of each.
@@ -79,19 +79,8 @@ def measure_training(
     vocab_size = model.config.get_text_config().vocab_size
     ids = torch.randint(0, vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(0)).to(device)
     with _adapter(model, rank) as (adapted, targets), track_memory([device], interval_s=_LOOK_S) as tracked:
-        trainable = [p for p in adapted.parameters() if p.requires_grad]
-        parameters = sum(p.numel() for p in trainable)
-        began = time.perf_counter()
-        _step(adapted, ids, device)
-        if not any(p.grad is not None and bool(p.grad.any()) for p in trainable):
-            msg = f"no gradient reached the adapter through {kernels or 'the layers'}."
-            raise GenerationError(msg)
-        steps: list[tuple[float, float]] = []
-        while not steps or (len(steps) < repeats and time.perf_counter() - began < limit_s):
-            adapted.zero_grad(set_to_none=True)
-            steps.append(_step(adapted, ids, device))
-        adapted.zero_grad(set_to_none=True)
-        del trainable
+        parameters = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        steps = _time_steps(adapted, ids, device, repeats, limit_s)
     runs_s = [forward_s + backward_s for forward_s, backward_s in steps]
     total_s = statistics.median(runs_s)
     return {
@@ -146,6 +135,21 @@ def _adapter(model: Any, rank: int) -> Iterator[tuple[Any, str]]:
         model.eval()
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+def _time_steps(adapted: Any, ids: Any, device: str, repeats: int, limit_s: float) -> list[tuple[float, float]]:
+    """Time forward and backward of several steps after a warm-up, which checks that gradients reach the adapter."""
+    began = time.perf_counter()
+    _step(adapted, ids, device)
+    if not any(p.grad is not None and bool(p.grad.any()) for p in adapted.parameters() if p.requires_grad):
+        msg = f"no gradient reached the adapter through {kernels_of(adapted) or 'the layers'}."
+        raise GenerationError(msg)
+    steps: list[tuple[float, float]] = []
+    while not steps or (len(steps) < repeats and time.perf_counter() - began < limit_s):
+        adapted.zero_grad(set_to_none=True)
+        steps.append(_step(adapted, ids, device))
+    adapted.zero_grad(set_to_none=True)
+    return steps
 
 
 def _step(adapted: Any, ids: Any, device: str) -> tuple[float, float]:

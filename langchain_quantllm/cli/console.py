@@ -1,4 +1,4 @@
-"""What the commands share: the app, where they print, their common options, and how an error ends them."""
+"""The app, its consoles, the options that commands share, and the handling of errors."""
 
 from __future__ import annotations
 
@@ -28,14 +28,21 @@ _ELSEWHERE = {
     "embed": "the package runs models that write text and computes no embeddings",
 }
 _ELSEWHERE |= {"download": _ELSEWHERE["pull"], "ls": _ELSEWHERE["list"]}
-"""Commands of similar tools, and what stands in their place."""
+"""Commands of similar tools, and what to use in their place."""
+
+_ORDER = ("demo", "run", "chat", "memory", "bench", "compare", "doctor", "quantize", "merge", "convert")
+"""Order of the commands in the help."""
 
 
 class _Commands(TyperGroup):
-    """The commands, with an answer for names that are none."""
+    """The commands in the order of the help, with a hint for unknown names."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """List the names in the order of the help."""
+        return sorted(super().list_commands(ctx), key=_ORDER.index)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Find the command that is meant, or say what could be."""
+        """Find a command, or fail with a hint."""
         name = args[0]
         if name not in self.commands and not name.startswith("-"):
             ctx.fail(f"There is no command {name!r}{self._hint(name)}")
@@ -71,7 +78,7 @@ def main(
         bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Quantized local language models in LangChain, and what they take."""
+    """Quantized local language models in LangChain, with their memory and speed."""
 
 
 Model = Annotated[
@@ -97,14 +104,14 @@ TrustRemoteCode = Annotated[
 
 @contextlib.contextmanager
 def errors() -> Iterator[None]:
-    """Print an error of the package as the sentence that it is; exit with 1, or 130 after Ctrl-C."""
+    """Print an error of the package as a sentence; exit with 1, or 130 after Ctrl-C."""
     try:
         with without_torchao():
             yield
     except KeyboardInterrupt:
         say("stopped")
         raise typer.Exit(130) from None
-    except BrokenPipeError:  # whoever read the output has enough
+    except BrokenPipeError:  # the reader of the output has closed it
         raise
     except (QuantLLMError, ValueError, OSError) as error:
         print_error(str(error))
@@ -123,12 +130,12 @@ def say(text: str) -> None:
 
 
 def print_stream(chunks: Any, *, shown: list[str] | None = None, thoughts: Console = out) -> None:
-    """Print an answer as it comes, what the model thinks before it dimmed.
+    """Print an answer as it comes, with the model's reasoning dimmed before it.
 
     Args:
-        chunks: What `stream` gave; closed however this ends, so that the model stops.
-        shown: Takes the pieces of text, thoughts left out.
-        thoughts: Where the thoughts go.
+        chunks: The iterator of `stream`; closed however this ends, so that the model stops.
+        shown: Takes the pieces of text, without the reasoning.
+        thoughts: The console for the reasoning.
     """
     thinks = False
     with contextlib.closing(chunks):
@@ -150,7 +157,7 @@ def check_file(option: str, file: Path | None) -> None:
     """Check that a file can be written, before the work that it is for.
 
     Raises:
-        InvalidOptionError: If there is no such folder, or the name is that of one.
+        InvalidOptionError: If the folder does not exist, or the path is a folder itself.
     """
     if file is not None and (file.is_dir() or not file.parent.is_dir()):
         why = "it is a folder" if file.is_dir() else f"there is no folder {file.parent}"
@@ -159,13 +166,11 @@ def check_file(option: str, file: Path | None) -> None:
 
 
 def find_model(model: str, **options: Any) -> Any:
-    """Find a checkpoint and read its config.
-
-    A wrong path is told before torch is imported, which takes seconds.
+    """Find a checkpoint and read its config, before torch is imported, which takes seconds.
 
     Args:
         model: Folder, or repository on the Hub.
-        **options: Further ones of `LoadSpec`.
+        **options: Further fields of `LoadSpec`.
     """
     from langchain_quantllm.loading.checkpoint import LoadSpec, find_checkpoint
 
@@ -174,7 +179,7 @@ def find_model(model: str, **options: Any) -> Any:
 
 
 def demo_folder() -> str:
-    """Make the demo model where it is not there yet, and give its folder."""
+    """Make the demo model where it is not there yet; returns its folder."""
     from langchain_quantllm.cli.demo_model import demo_model
 
     with err.status("getting the demo model, SmolLM2-135M-Instruct"):

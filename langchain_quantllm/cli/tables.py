@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rich.table import Table
@@ -11,6 +11,10 @@ from rich.text import Text
 from langchain_quantllm.bench.options import MEMORY, SPEED
 
 _RUNNERS = {"engine": "langchain-quantllm", "generate": "generate"}
+_TEXTS = {"scheme", "with", "layers", "on", "part", "why"}
+"""Heads of columns of text, which is aligned to the left."""
+
+_KINDS = ("allocated", "reserved", "nvidia-smi")
 
 
 def tables(report: Any) -> Iterator[Table]:
@@ -22,187 +26,172 @@ def tables(report: Any) -> Iterator[Table]:
     from langchain_quantllm.bench.plots import subject_line
 
     options, where = report.options, subject_line(report)
+    prompts = f"prompts of {options['prompt_tokens']} tokens"
+    long_prompts = f"prompts of {options['prefill_tokens']} tokens"
+    lengths = f"{options['prompt_tokens']} tokens in, {options['new_tokens']} out"
+    generated = f"{options['memory_batch']} x {options['new_tokens']} tokens"
     if not set(options["measurements"]) & {*MEMORY, *SPEED}:
         yield _weights_table(report, f"{where}: weights and memory, above that before loading")
-    sizes = f"{options['prompt_tokens']} tokens in, {options['new_tokens']} out"
-    layouts: dict[str, tuple[Callable[[Any, str], Table], str]] = {
-        "memory": (_memory_table, f"{where}, generating {options['memory_batch']} x {options['new_tokens']} tokens"),
-        "prefill": (
-            _prefill_table,
-            f"Prefill, prompts of {options['prefill_tokens']} tokens: prompt tokens/s by prompts at once",
-        ),
-        "batches": (
-            _batches_table,
-            f"Generation, prompts of {options['prompt_tokens']} tokens: new tokens/s by texts at once",
-        ),
-        "lengths": (_lengths_table, "Generation of one text: tokens/s by its length in tokens"),
-        "cache": (_cache_table, "generate with and without KV cache: tokens/s"),
-        "training": (_training_table, "Training an adapter of rank {rank}: one step of {batch} x {tokens} tokens"),
-        "quality": (_quality_table, "Quality: perplexity of a text"),
-        "generation": (_generation_table, f"{where}, {sizes}: tokens/s, and a step in ms"),
-    }
-    for measurement, (lay_out, title) in layouts.items():
-        if report.of(measurement):
-            yield lay_out(report, title)
-    if "generation" in options["measurements"] and (report.of("long_prompt") or report.of("shared_prefix")):
-        yield _first_text_table(report, f"{where}: seconds")
-    if report.failures:
-        table = _table("Not measured", ("scheme", "part", "why"), ("scheme", "part", "why"))
-        for record in report.failures:
-            table.add_row(record.scheme, record.title, Text(record.failure))
-        yield table
+    laid_out = (
+        _memory_table(report, f"{where}, generating {generated}"),
+        _rates_table(report, "prefill", f"Prefill, {long_prompts}: prompt tokens/s by prompts at once"),
+        _rates_table(report, "batches", f"Generation, {prompts}: new tokens/s by texts at once"),
+        _rates_table(report, "lengths", "Generation of one text: tokens/s by its length in tokens"),
+        _cache_table(report, "generate with and without KV cache: tokens/s"),
+        _training_table(report),
+        _quality_table(report, "Quality: perplexity of a text"),
+        _generation_table(report, f"{where}, {lengths}: tokens/s, and a step in ms"),
+        _first_text_table(report, f"{where}: seconds"),
+        _table("Not measured", ("scheme", "part", "why"), ((r.scheme, r.title, r.failure) for r in report.failures)),
+    )
+    yield from (table for table in laid_out if table.row_count)
 
 
-def _table(title: str, heads: Sequence[str], texts: Sequence[str] = ("scheme",)) -> Table:
+def _table(title: str, heads: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
     table = Table(title=title, title_justify="left")
     for head in heads:
-        table.add_column(head, justify="left" if head in texts else "right")
+        table.add_column(head, justify="left" if head in _TEXTS else "right")
+    for row in rows:
+        table.add_row(*map(Text, row))
     return table
 
 
 def _weights_table(report: Any, title: str) -> Table:
     heads = ("scheme", "loaded in, s", "weights", "loaded", "nvidia-smi", "peak loading", "peak", "limit, tokens/s")
-    table = _table(title, heads)
-    for scheme in report.schemes:
+
+    def cells(scheme: str) -> Iterable[str]:
         if (loading := report.first("loading", scheme)) is None:
-            table.add_row(scheme, *["-"] * (len(heads) - 1))
-            continue
+            return ["-"] * (len(heads) - 1)
         sizes = [loading[f"{name}_bytes"] for name in ("weights", "allocated", "driver", "peak")]
-        cells = map(_size, [*sizes, report.peak_bytes(scheme)])
-        table.add_row(scheme, _cell(loading["load_s"], 1), *cells, _cell(loading["limit_tok_s"], 1))
-    return table
+        peak = report.peak_bytes(scheme)
+        return _number(loading["load_s"], 1), *map(_size, [*sizes, peak]), _number(loading["limit_tok_s"], 1)
+
+    return _table(title, heads, ((scheme, *cells(scheme)) for scheme in report.schemes))
 
 
 def _memory_table(report: Any, title: str) -> Table:
-    heads = ("scheme", "estimate", "weights", "allocated", "reserved", "nvidia-smi")
-    table = _table(
-        title, (*heads, "generating: allocated", "reserved", "nvidia-smi", "unloaded: allocated", "tokens/s")
-    )
-    kinds = ("allocated_bytes", "reserved_bytes", "driver_bytes")
-    for generating in report.of("memory"):
-        scheme = generating.scheme
+    def sizes(scheme: str, generating: Any) -> Iterator[int | None]:
         estimate, loading, unloading = (report.first(name, scheme) for name in ("estimate", "loading", "unloading"))
-        cells = (
-            estimate and estimate["estimate_bytes"],
-            generating["weights_bytes"],
-            *(loading[kind] for kind in kinds),
-            *(generating[kind] for kind in kinds),
-            unloading and unloading["allocated_bytes"],
-        )
-        table.add_row(scheme, *map(_size, cells), _cell(generating["rate_tok_s"] or None, 1))
-    return table
+        yield estimate and estimate["estimate_bytes"]
+        yield generating["weights_bytes"]
+        for record in (loading, generating):
+            yield from (record[f"{kind}_bytes"] for kind in ("allocated", "reserved", "driver"))
+        yield unloading and unloading["allocated_bytes"]
+
+    heads = ("scheme", "estimate", "weights", *_KINDS, "generating: allocated", *_KINDS[1:], "unloaded: allocated")
+    rows = (
+        (r.scheme, *map(_size, sizes(r.scheme, r)), _number(r["rate_tok_s"] or None, 1)) for r in report.of("memory")
+    )
+    return _table(title, (*heads, "tokens/s"), rows)
 
 
-def _prefill_table(report: Any, title: str) -> Table:
-    return _rates_table(report, title, "prefill", "batch", "prompt_rate_tok_s")
-
-
-def _batches_table(report: Any, title: str) -> Table:
-    return _rates_table(report, title, "batches", "batch", "rate_tok_s")
-
-
-def _lengths_table(report: Any, title: str) -> Table:
-    return _rates_table(report, title, "lengths", "asked_tokens", "rate_tok_s")
-
-
-def _rates_table(report: Any, title: str, measurement: str, size: str, rate: str) -> Table:
+def _rates_table(report: Any, measurement: str, title: str) -> Table:
     """Lay out rates: a row for each scheme and runner, a column for each size."""
-    sizes = sorted({record[size] for record in report.of(measurement)})
-    table = _table(title, ("scheme", "with", *map(str, sizes)), ("scheme", "with"))
-    for scheme in report.schemes:
-        for runner, name in _RUNNERS.items():
-            calls = {call[size]: call for call in report.of(measurement, scheme) if call["runner"] == runner}
-            if calls:
-                table.add_row(scheme, name, *(_rate_cell(calls.get(s), rate) for s in sizes))
-    return table
+    size = "asked_tokens" if measurement == "lengths" else "batch"
+    rate = "prompt_rate_tok_s" if measurement == "prefill" else "rate_tok_s"
+    calls = {(call.scheme, call["runner"], call[size]): call for call in report.of(measurement)}
+    sizes = sorted({key[-1] for key in calls})
 
+    def cell(call: Any) -> str:
+        if call is None:
+            return "-"
+        short = f" ({call['new_tokens']} tokens)" if call["new_tokens"] < call["asked_tokens"] else ""
+        return f"{_rate(call[rate])}{short}"
 
-def _rate_cell(call: Any, rate: str) -> str:
-    if call is None:
-        return "-"
-    short = f" ({call['new_tokens']} tokens)" if call["new_tokens"] < call["asked_tokens"] else ""
-    return f"{_rate(call[rate])}{short}"
+    rows = (
+        (scheme, name, *(cell(calls.get((scheme, runner, s))) for s in sizes))
+        for scheme in report.schemes
+        for runner, name in _RUNNERS.items()
+        if any(key[:2] == (scheme, runner) for key in calls)
+    )
+    return _table(title, ("scheme", "with", *map(str, sizes)), rows)
 
 
 def _cache_table(report: Any, title: str) -> Table:
-    table = _table(title, ("scheme", "new tokens", "with", "without", "times"))
-    for scheme in report.schemes:
-        calls = report.of("cache", scheme)
+    def cells(calls: Any) -> Iterable[str]:
         rates = {call["use_cache"]: call["rate_tok_s"] for call in calls}
-        if rates:
-            ratio = rates[True] / rates[False] if len(rates) == 2 else None
-            cells = (_rate(rates[kept]) if kept in rates else "-" for kept in (True, False))
-            table.add_row(scheme, str(calls[0]["new_tokens"]), *cells, _cell(ratio, 1))
-    return table
+        ratio = rates[True] / rates[False] if len(rates) == 2 else None
+        both = (_rate(rates[kept]) if kept in rates else "-" for kept in (True, False))
+        return str(calls[0]["new_tokens"]), *both, _number(ratio, 1)
+
+    rows = ((scheme, *cells(calls)) for scheme in report.schemes if (calls := report.of("cache", scheme)))
+    return _table(title, ("scheme", "new tokens", "with", "without", "times"), rows)
 
 
-def _training_table(report: Any, title: str) -> Table:
-    steps = report.of("training")
+def _training_table(report: Any) -> Table:
     heads = ("scheme", "layers", "on", "forward, s", "backward, s", "tokens/s", "peak")
-    table = _table(title.format(**steps[0].values), heads, ("scheme", "layers", "on"))
-    for step in steps:
-        times = (_cell(step["forward_s"], 3), _cell(step["backward_s"], 3), _rate(step["rate_tok_s"]))
-        table.add_row(step.scheme, step["kernels"] or "Linear", step["targets"], *times, _size(step["peak_bytes"]))
-    return table
+    steps = report.of("training")
+    rows = (
+        (
+            step.scheme,
+            step["kernels"] or "Linear",
+            step["targets"],
+            _number(step["forward_s"], 3),
+            _number(step["backward_s"], 3),
+            _rate(step["rate_tok_s"]),
+            _size(step["peak_bytes"]),
+        )
+        for step in steps
+    )
+    title = "Training an adapter of rank {rank}: one step of {batch} x {tokens} tokens"
+    return _table(title.format(**steps[0].values) if steps else title, heads, rows)
 
 
 def _quality_table(report: Any, title: str) -> Table:
     heads = ("scheme", "perplexity", "loss, nats", "against 16 bits, nats", "perplexity", "tokens")
-    table = _table(title, heads)
-    for quality in report.of("quality"):
-        nats, percent = quality["loss_increase_nats"], quality["perplexity_increase_percent"]
-        table.add_row(
+    rows = (
+        (
             quality.scheme,
-            _cell(quality["perplexity"], 3),
-            _cell(quality["loss_nats"], 4),
-            "-" if nats is None else f"{nats:+.4f}",
-            "-" if percent is None else f"{percent:+.2f}%",
+            _number(quality["perplexity"], 3),
+            _number(quality["loss_nats"], 4),
+            _number(quality["loss_increase_nats"], "+.4f"),
+            _number(quality["perplexity_increase_percent"], "+.2f", "%"),
             str(quality["tokens"]),
         )
-    return table
+        for quality in report.of("quality")
+    )
+    return _table(title, heads, rows)
 
 
 def _generation_table(report: Any, title: str) -> Table:
     """Lay out our engine in depth: the limit, the bare step, the calls, and the peer."""
     heads = ("scheme", "requests", "limit", "bare step", "step", "step/bare", "first token, s", "decoding", "in all")
-    table = _table(title, (*heads, "spread", "peer", "ours/peer", "peer, all at once", "ours/peer"))
-    for ours in report.of("generation"):
+
+    def cells(ours: Any) -> Iterator[str]:
         peers = [peer for peer in report.of("peer", ours.scheme) if peer["batch"] == ours["batch"]]
-        first, last = (peers[0], peers[-1] if len(peers) > 1 else None) if peers else (None, None)
-        limit_tok_s = report.first("loading", ours.scheme)["limit_tok_s"]
-        table.add_row(
-            ours.scheme,
-            str(ours["batch"]),
-            _cell(limit_tok_s, 1) if ours["batch"] == 1 else "",
-            _cell(ours["bare_step_s"] and 1e3 * ours["bare_step_s"], 2),
-            _cell(1e3 * ours["engine_step_s"], 2),
-            _cell(ours["step_ratio"], 2),
-            _cell(ours["first_token_s"], 3),
-            _cell(ours["decode_rate_tok_s"], 1),
-            _cell(ours["rate_tok_s"], 1),
-            f"{ours.spread:.0%}",
-            *(_cell(peer and peer[name], 1) for peer in (first, last) for name in ("rate_tok_s", "our_ratio")),
-        )
-    return table
+        yield ours.scheme
+        yield str(ours["batch"])
+        yield _number(report.first("loading", ours.scheme)["limit_tok_s"], 1) if ours["batch"] == 1 else ""
+        yield _number(ours["bare_step_s"] and 1e3 * ours["bare_step_s"], 2)
+        yield _number(1e3 * ours["engine_step_s"], 2)
+        yield _number(ours["step_ratio"], 2)
+        yield _number(ours["first_token_s"], 3)
+        yield _number(ours["decode_rate_tok_s"], 1)
+        yield _number(ours["rate_tok_s"], 1)
+        yield f"{ours.spread:.0%}"
+        for peer in (peers[0] if peers else None, peers[-1] if len(peers) > 1 else None):
+            yield from (_number(peer and peer[name], 1) for name in ("rate_tok_s", "our_ratio"))
+
+    heads += ("spread", "peer", "ours/peer", "peer, all at once", "ours/peer")
+    return _table(title, heads, map(cells, report.of("generation")))
 
 
 def _first_text_table(report: Any, title: str) -> Table:
     """Lay out the waits for first texts: of a long prompt, and of prompts that share a prefix."""
     heads = ("scheme", "long prompt, tokens", "first text", "bare prefill", "first text/bare")
-    table = _table(title, (*heads, "requests x shared tokens", "apart", "shared", "apart/shared"))
-    for scheme in report.schemes:
+
+    def cells(scheme: str) -> Iterator[str]:
         long, shared = report.first("long_prompt", scheme), report.first("shared_prefix", scheme)
-        if long or shared:
-            table.add_row(
-                scheme,
-                str(long["prompt_tokens"]) if long else "-",
-                *(_cell(long and long[name], digits) for name, digits in (("first_text_s", 4), ("bare_s", 4))),
-                _cell(long and long["ratio"], 2),
-                f"{shared['requests']} x {shared['prefix_tokens']}" if shared else "-",
-                *(_cell(shared and shared[name], 3) for name in ("apart_s", "shared_s")),
-                _cell(shared and shared["ratio"], 2),
-            )
-    return table
+        yield str(long["prompt_tokens"]) if long else "-"
+        yield from (_number(long and long[name], 4) for name in ("first_text_s", "bare_s"))
+        yield _number(long and long["ratio"], 2)
+        yield f"{shared['requests']} x {shared['prefix_tokens']}" if shared else "-"
+        yield from (_number(shared and shared[name], 3) for name in ("apart_s", "shared_s"))
+        yield _number(shared and shared["ratio"], 2)
+
+    schemes = [s for s in report.schemes if report.of("long_prompt", s) or report.of("shared_prefix", s)]
+    heads += ("requests x shared tokens", "apart", "shared", "apart/shared")
+    return _table(title, heads, ((scheme, *cells(scheme)) for scheme in schemes))
 
 
 def _size(size_bytes: int | None) -> str:
@@ -215,5 +204,7 @@ def _rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
 
 
-def _cell(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def _number(value: float | None, digits: int | str, unit: str = "") -> str:
+    if value is None:
+        return "-"
+    return f"{value:{digits if isinstance(digits, str) else f'.{digits}f'}}{unit}"
