@@ -150,7 +150,7 @@ def time_generate(pipeline: Any, prompts: Sequence[str], new_tokens: int, *, use
         max_new_tokens=new_tokens,
         min_new_tokens=new_tokens,
         do_sample=False,
-        repetition_penalty=1.0,  # whatever the checkpoint says: one kind of step for all
+        repetition_penalty=1.0,  # not the checkpoint's: one kind of step for all
         use_cache=use_cache,
         pad_token_id=tokenizer.pad_token_id or 0,
     )

@@ -199,12 +199,12 @@ def as_document(comparisons: Sequence[Comparison]) -> dict[str, Any]:
     }
 
 
-def _checked(prompts: Any) -> list[str]:
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not prompts or not all(isinstance(prompt, str) and prompt for prompt in prompts):
+def _checked(prompts: str | Sequence[str]) -> list[str]:
+    given = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not given or not all(isinstance(prompt, str) and prompt for prompt in given):
         msg = "prompts must hold at least one text, and no empty ones."
         raise InvalidOptionError(msg)
-    return prompts
+    return given
 
 
 # The two models.
@@ -256,7 +256,7 @@ def _pool_bytes(model_id: str, tokens: int) -> int | None:
     try:
         with without_torchao():
             return estimate_memory(model_id).kv_cache_bytes(tokens)
-    except (UnsupportedError, OSError, ValueError):  # where it matters, loading says what is wrong
+    except (UnsupportedError, OSError, ValueError):  # where it matters, loading fails with a reason
         return None
 
 

@@ -146,7 +146,7 @@ def _call_values(done: Repeated, batch: int, prompt_tokens: int) -> dict[str, An
 
 
 def most_tokens(llm: QuantizedHuggingFaceLLM) -> int:
-    """Most tokens of a prompt and its text: what the context and the KV cache hold."""
+    """Most tokens of a prompt and its text, by the context and the KV cache."""
     limits = llm._engine().limits
     return min((n for n in (limits.context_tokens, limits.cache_tokens) if n is not None), default=sys.maxsize)
 
@@ -173,7 +173,7 @@ def _mean_position(options: BenchOptions) -> int:
 def measure_generation(
     loaded: LoadedModel, batch: int, *, bare_step_s: float | None, limit_tok_s: float | None
 ) -> dict[str, Any]:
-    """Measure our engine through LangChain, with what its steps take.
+    """Measure our engine through LangChain, with the time of its steps.
 
     Args:
         loaded: The model.
@@ -185,8 +185,8 @@ def measure_generation(
         Medians over the repeats. As `measure_call` gives them: `call`, `batch`, `prompt_tokens`, `new_tokens`,
         `total_s`, `runs_s`, `rate_tok_s`, `prompt_rate_tok_s`, `first_token_s`. Beside these `first_text_s`, from the
         call to the first text, None if not streamed; `decode_rate_tok_s`, new tokens but the first, over the time from
-        the first token to the end of the call (its start is the engine's, which leaves out what came before the
-        submission, so that it is a little too long rather than too short); `engine_step_s`, from a text's first token
+        the first token to the end of the call (the first token's time is the engine's, counted from the submission,
+        which makes this time a little too long rather than too short); `engine_step_s`, from a text's first token
         to its last, by step; `bare_step_s`, the same step alone, and `bare_position`, where that was measured;
         `step_ratio`, `engine_step_s / bare_step_s`, which compares like with like while the engine has room for all
         requests at once (128 on a GPU, 32 on the CPU); `limit_share`, `decode_rate_tok_s` of one request as a share of

@@ -1,4 +1,4 @@
-"""Measurements of memory: a device's use at one moment, and what generating takes."""
+"""Measurements of memory: a device's use at one moment, and while generating."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ SPEED = ("generation", "long_prompt", "shared_prefix")
 """Measurements of `bench --speed`: our engine against its own bare step and the device's limit."""
 
 MEMORY = ("memory",)
-"""Measurements of `bench --memory`: the estimate beside what is measured."""
+"""Measurements of `bench --memory`: the estimate beside the measured sizes."""
 
 MEASUREMENTS = (*OVERVIEW, *SPEED, *MEMORY)
 

@@ -1,4 +1,4 @@
-"""Records of a bench and the report that holds them: what `--json` writes and what tables and figures read."""
+"""Records of a bench and the report that holds them: `--json` writes it, tables and figures read it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Record:
 
     Args:
         scheme: Scheme, or label of a checkpoint: one row of the tables.
-        measurement: What was measured: `"loading"`, `"engine"`, one of `options.MEASUREMENTS`, ...
+        measurement: Name of the measurement: `"loading"`, `"engine"`, one of `options.MEASUREMENTS`, ...
         case: The case of that measurement, such as `{"runner": "engine", "batch": 8}`.
         values: The results; medians where `runs_s` has the seconds of every repeat.
         failure: Why it could not be measured; None where it was.
@@ -52,7 +52,7 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchReport:
-    """Records, and what they were measured on and how.
+    """Records, with the model, the machine and the options they were measured with.
 
     Args:
         model: Folder or repository; None for the demo model and random weights.
@@ -85,7 +85,7 @@ class BenchReport:
 
     @property
     def failures(self) -> list[Record]:
-        """Records of what could not be measured."""
+        """Records of the cases that could not be measured."""
         return [record for record in self.records if record.failure is not None]
 
     def of(self, measurement: str, scheme: str | None = None) -> list[Record]:

@@ -55,7 +55,6 @@ def run_bench(
     options: BenchOptions,
     copy: Mapping[str, float] | None = None,
     text: str | None = None,
-    dtype: str = "auto",
     report: Callable[[str], None] = lambda _: None,
 ) -> Iterator[list[Record]]:
     """Load one subject after another and measure it.
@@ -66,7 +65,6 @@ def run_bench(
         options: The measurements.
         copy: The device's copying speed, as `measure_copy` gives it, for the limits; None leaves them out.
         text: Text for the perplexity; None leaves the quality out.
-        dtype: Dtype of the weights that are not quantized.
         report: Called with a line for each finished measurement.
 
     Yields:
@@ -82,16 +80,14 @@ def run_bench(
     warm_up(device, [subject.quantization for subject in subjects], trains=trains, report=report)
     for subject in subjects:
         release_memory()
-        yield _SubjectBench(subject, device, options, dtype, report).run(copy, text)
+        yield _SubjectBench(subject, device, options, report).run(copy, text)
         release_memory()
 
 
 class _SubjectBench:
     """The measurements of one subject."""
 
-    def __init__(
-        self, subject: Subject, device: str, options: BenchOptions, dtype: str, report: Callable[[str], None]
-    ) -> None:
+    def __init__(self, subject: Subject, device: str, options: BenchOptions, report: Callable[[str], None]) -> None:
         self._subject = subject
         self._device = device
         self._options = options
@@ -101,13 +97,12 @@ class _SubjectBench:
             "model_id": subject.model_id,
             "quantization": subject.quantization,
             "device": device,
-            "dtype": dtype,
             "progress": False,
         }
         self._fields: dict[str, Any] = {
             **self._loading_fields,
             "do_sample": False,
-            "repetition_penalty": 1.0,  # whatever the checkpoint says: one kind of step for all
+            "repetition_penalty": 1.0,  # not the checkpoint's: one kind of step for all
             "ignore_eos": True,
             "batch_size": options.memory_batch if "memory" in self._asked else None,
         }
@@ -141,9 +136,9 @@ class _SubjectBench:
         """Run a function; where it fails, record the failure and return None."""
         try:
             return measure()
-        except Exception as error:  # whatever a kernel or a library says belongs into the record
+        except Exception as error:  # any error of a kernel or a library belongs into the record
             reason = reason_of(error)
-        # Outside of the handler, whose error holds on to the tensors of what failed.
+        # Outside of the handler, whose error holds on to the tensors of the failed call.
         release_memory()
         failed = Record(scheme=self._subject.label, measurement=measurement, case=case, failure=reason)
         self._records.append(failed)
@@ -162,7 +157,7 @@ class _SubjectBench:
 
     def _estimate(self) -> dict[str, Any]:
         scheme = None if isinstance(self._subject.quantization, GPTQ) else self._subject.quantization
-        found = estimate_memory(self._subject.model_id, scheme, dtype=self._loading_fields["dtype"])
+        found = estimate_memory(self._subject.model_id, scheme, dtype="auto")
         return {"estimate_bytes": found.total_bytes}
 
     def _pool_bytes(self) -> int | None:
@@ -181,7 +176,7 @@ class _SubjectBench:
             slack = _POOL_SLACK
         try:
             with without_torchao():
-                estimate = estimate_memory(self._subject.model_id, dtype=self._loading_fields["dtype"])
+                estimate = estimate_memory(self._subject.model_id, dtype="auto")
             return int(slack * estimate.kv_cache_bytes(tokens))
         except UnsupportedError:  # a model without a formula
             return None
@@ -259,7 +254,7 @@ class _SubjectBench:
         )
 
     def _engine_info(self, llm: QuantizedHuggingFaceLLM) -> dict[str, Any]:
-        """Name of the engine, the reason for it and what of it could not be used, and whether it has CUDA graphs."""
+        """Name of the engine, the reason for it and for parts that are off, and whether it has CUDA graphs."""
         info = llm.engine_info
         self._report(f"{info.name} engine: {info.reason}")
         return {"name": info.name, "reason": info.reason, "graphs": info.graphs}

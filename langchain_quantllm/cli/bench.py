@@ -55,7 +55,7 @@ def bench(
     ] = None,
     device: Device = None,
     kernel: Annotated[
-        str, typer.Option(help="Kernel for GPTQ, such as marlin; several with commas give a row each.")
+        str, typer.Option(help="Kernel for GPTQ, such as marlin; several with commas make a row each.")
     ] = "auto",
     without: Without = "",
     text: Annotated[Path | None, typer.Option(help="Text for the quality. Default: the package's own.")] = None,
@@ -96,7 +96,7 @@ def bench(
 ) -> None:
     """Measure a model in several schemes: memory, speed, training and quality; the last line is JSON.
 
-    --memory compares estimates with what is measured; --speed measures our engine against the device's limits, with
+    --memory compares estimates with measurements; --speed measures our engine against the device's limits, with
     shared prefixes, and beside langchain-huggingface.
     """
     with errors():
@@ -156,7 +156,7 @@ class _Job:
     json_file: Path | None
 
     def check(self) -> None:
-        """Check what needs neither torch nor weights: where the document goes, names, and where the model is.
+        """Check the arguments that need neither torch nor weights: files, names, and the place of the model.
 
         Raises:
             QuantLLMError: If one is not known or not there.

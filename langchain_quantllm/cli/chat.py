@@ -108,9 +108,9 @@ class Conversation:
             say(f"There is no command {command}; /help lists them. With a space before it, a line is sent as it is.")
         elif text:
             self._system = text
-            say("The model is told so from now on.")
+            say("The model has this role from now on.")
         else:
-            say(self._system or "The model is told nothing about its role.")
+            say(self._system or "The model has no role.")
 
     def _answer(self, text: str) -> None:
         """Stream one answer and keep the turn; of a stopped answer the text shown, of a failed or empty one nothing."""
@@ -122,7 +122,7 @@ class Conversation:
             note = answer.line()
         except KeyboardInterrupt:
             out.print()
-            note = "stopped; what was written stays in the conversation"
+            note = "stopped; the text so far stays in the conversation"
             if not "".join(shown).strip():
                 say("stopped; the turn is forgotten")
                 return

@@ -28,7 +28,7 @@ def quantize(
     output: Output = None,
     bits: Annotated[int, typer.Option(help=f"GPTQ: {_BITS}.")] = 4,
     group_size: Annotated[
-        int | None, typer.Option(help="GPTQ: inputs that share a scale; -1 is all. Default: 128, or what divides.")
+        int | None, typer.Option(help="GPTQ: inputs that share a scale; -1 is all. Default: 128, or a divisor.")
     ] = None,
     desc_act: Annotated[bool, typer.Option("--desc-act", help="GPTQ: groups by the size of the activations.")] = False,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="GPTQ: a zero point for each group.")] = False,

@@ -86,9 +86,7 @@ Model = Annotated[
 ]
 Quantization = Annotated[
     str | None,
-    typer.Option(
-        "--quantization", "-q", help=f"{', '.join(SCHEMES)}. Default: nf4, or what the checkpoint is quantized with."
-    ),
+    typer.Option("--quantization", "-q", help=f"{', '.join(SCHEMES)}. Default: nf4, or the checkpoint's own scheme."),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda:0, ... Default: the first GPU, else the CPU.")]
 MaxNewTokens = Annotated[int | None, typer.Option(help="Most tokens of an answer. Default: the checkpoint's, or 256.")]

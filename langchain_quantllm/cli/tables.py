@@ -172,8 +172,8 @@ def _generation_table(report: Any, title: str) -> Table:
         for peer in (peers[0] if peers else None, peers[-1] if len(peers) > 1 else None):
             yield from (_number(peer and peer[name], 1) for name in ("rate_tok_s", "our_ratio"))
 
-    heads += ("spread", "peer", "ours/peer", "peer, all at once", "ours/peer")
-    return _table(title, heads, map(cells, report.of("generation")))
+    compared = ("spread", "peer", "ours/peer", "peer, all at once", "ours/peer")
+    return _table(title, (*heads, *compared), map(cells, report.of("generation")))
 
 
 def _first_text_table(report: Any, title: str) -> Table:
@@ -190,8 +190,8 @@ def _first_text_table(report: Any, title: str) -> Table:
         yield _number(shared and shared["ratio"], 2)
 
     schemes = [s for s in report.schemes if report.of("long_prompt", s) or report.of("shared_prefix", s)]
-    heads += ("requests x shared tokens", "apart", "shared", "apart/shared")
-    return _table(title, heads, ((scheme, *cells(scheme)) for scheme in schemes))
+    compared = ("requests x shared tokens", "apart", "shared", "apart/shared")
+    return _table(title, (*heads, *compared), ((scheme, *cells(scheme)) for scheme in schemes))
 
 
 def _size(size_bytes: int | None) -> str:

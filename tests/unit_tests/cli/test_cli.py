@@ -221,6 +221,12 @@ def test_help_is_short_and_long(words: tuple[str, ...]) -> None:
     assert "-h" in short.stdout
 
 
+def test_help_lists_the_commands_in_the_order_of_their_use() -> None:
+    listed = re.findall(r"^│ (\w+) ", call("-h").stdout.partition("Commands")[2], re.MULTILINE)
+    assert listed == ["demo", "run", "chat", "memory", "bench", "compare", "doctor", "quantize", "merge", "convert"]
+    assert set(listed) == set(COMMANDS)
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_is_explained(name: str) -> None:
     assert COMMANDS[name].help
