@@ -6,11 +6,11 @@ import os
 import statistics
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from langchain_quantllm.bench.calls import synchronize
+from langchain_quantllm.compat.versions import installed_version
 from langchain_quantllm.loading.devices import release_memory
 from langchain_quantllm.memory import take_snapshot
 from langchain_quantllm.memory.measure import device_name
@@ -42,11 +42,7 @@ def describe_machine(device: str) -> dict[str, Any]:
     import torch
 
     versions: dict[str, str | None] = {"python": sys.version.split()[0], "cuda": torch.version.cuda}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
+    versions |= {package: installed_version(package) for package in _PACKAGES}
     return {"device_name": _device_name(device), "cpu_threads": torch.get_num_threads(), "versions": versions}
 
 
