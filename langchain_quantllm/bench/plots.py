@@ -23,7 +23,6 @@ _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#
 """Distinguishable with any kind of colour vision. Source: Okabe and Ito, https://jfly.uni-koeln.de/color/."""
 
 _GREY = "#595959"
-_GREYS = ("#999999",)
 _GB, _MB = ("GB", 1e9), ("MB", 1e6)
 _HEAD_INCHES = 0.8
 _SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "quantllm", "font.size": 10.0}
@@ -113,7 +112,7 @@ def _draw_memory(report: BenchReport) -> Any:
     }
     unit, factor = _unit(size for sizes in sizes_bytes.values() for size in sizes)
     series = {label: [size / factor for size in sizes] for label, sizes in sizes_bytes.items()}
-    _draw_rows(axes, [row.scheme for row in rows], series, (_COLOURS[0], _COLOURS[4], *_GREYS))
+    _draw_rows(axes, [row.scheme for row in rows], series, ("#0072B2", "#56B4E9", "#999999"))
     axes.set_xlabel(f"{unit} ({factor:,.0f} bytes)")
     _add_legend(figure, axes, len(series))
     return figure
@@ -161,19 +160,23 @@ def _draw_training(report: BenchReport) -> Any:
     )
     figure = _figure(report, "One training step of an adapter", about, 1.1 + 0.5 * len(steps))
     left, right = figure.subplots(1, 2, sharey=True)
-    schemes = [step.scheme for step in steps]
-    forward_s, backward_s = ([step[f"{half}_s"] for step in steps] for half in ("forward", "backward"))
+    places = list(range(len(steps)))[::-1]
+    forward_s = [step["forward_s"] for step in steps]
+    backward_s = [step["backward_s"] for step in steps]
     both_s = [first_s + second_s for first_s, second_s in zip(forward_s, backward_s, strict=True)]
-    # The sum with its label lies below, and the forward over its beginning.
-    labels = [f"{_digits(value)} s" for value in both_s]
-    _draw_rows(left, schemes, {"backward": both_s}, _COLOURS[1:2], labels=labels, room=1.25)
-    _draw_rows(left, schemes, {"forward": forward_s}, _COLOURS[:1], labels=[""] * len(steps), room=1.25)
-    left.set_xlim(0, 1.25 * max(both_s))
+    left.barh(places, forward_s, 0.6, color=_COLOURS[0], label="forward")
+    left.barh(places, backward_s, 0.6, left=forward_s, color=_COLOURS[1], label="backward")
+    left.set_yticks(places, [step.scheme for step in steps])
     left.set_xlabel("seconds")
     unit, factor = _unit(step["peak_bytes"] for step in steps)
     sizes = [step["peak_bytes"] / factor for step in steps]
-    _draw_rows(right, schemes, {"": sizes}, _GREYS, labels=[f"{_digits(size)} {unit}" for size in sizes], room=1.25)
+    right.barh(places, sizes, 0.6, color="#999999")
     right.set_xlabel(f"peak memory in {unit}")
+    for axes, values, of in ((left, both_s, "s"), (right, sizes, unit)):
+        for place, value in zip(places, values, strict=True):
+            _annotate(axes, (value, place), f"{_digits(value)} {of}", across=True)
+        axes.set_xlim(0, 1.25 * max(values))
+        _tidy(axes)
     _add_legend(figure, left, 2)
     return figure
 
@@ -188,15 +191,18 @@ def _draw_quality(report: BenchReport) -> Any:
     axes = figure.subplots()
     weights_bytes = [loading[row.scheme]["weights_bytes"] for row in rows]
     unit, factor = _unit(weights_bytes)
-    schemes = [f"{row.scheme}, {_digits(size / factor)} {unit}" for row, size in zip(rows, weights_bytes, strict=True)]
-    labels = []
-    for row in rows:
-        increase = row["perplexity_increase_percent"]
-        labels.append(f"{row['perplexity']:.2f}" + (f" ({increase:+.1f}%)" if increase else ""))
+    places = range(len(rows) - 1, -1, -1)
     added = [max(0.0, loss - plain) for loss in losses]
-    _draw_rows(axes, schemes, {"": added}, _COLOURS, labels=labels)
+    axes.barh(places, added, 0.6, color=_COLOURS[0])
+    for place, value, row in zip(places, added, rows, strict=True):
+        increase = row["perplexity_increase_percent"]
+        more = f" ({increase:+.1f}%)" if increase else ""
+        _annotate(axes, (value, place), f"{row['perplexity']:.2f}{more}", across=True)
+    labels = [f"{row.scheme}, {_digits(size / factor)} {unit}" for row, size in zip(rows, weights_bytes, strict=True)]
+    axes.set_yticks(list(places), labels)
     axes.set_xlim(0, 1.45 * max(*added, 0.01))
     axes.set_xlabel("nats per token; beside the bars: perplexity")
+    _tidy(axes)
     return figure
 
 
@@ -232,24 +238,16 @@ def _draw_groups(axes: Any, groups: Sequence[str], series: Mapping[str, Sequence
     _tidy(axes)
 
 
-def _draw_rows(
-    axes: Any,
-    groups: Sequence[str],
-    series: Mapping[str, Sequence[float]],
-    colours: Sequence[str],
-    *,
-    labels: Sequence[str] | None = None,
-    room: float = 1.12,
-) -> None:
-    """Draw lying bars, one below the other within each group, with labels: their values, or those of the call."""
-    height = (0.65 if len(series) == 1 else 0.8) / len(series)
-    for i, ((name, values), colour) in enumerate(zip(series.items(), colours, strict=False)):
+def _draw_rows(axes: Any, groups: Sequence[str], series: Mapping[str, Sequence[float]], colours: Sequence[str]) -> None:
+    """Draw lying bars, one below the other within each group, with their values."""
+    height = 0.8 / len(series)
+    for i, ((label, values), colour) in enumerate(zip(series.items(), colours, strict=True)):
         places = [len(groups) - 1 - group + ((len(series) - 1) / 2 - i) * height for group in range(len(groups))]
-        axes.barh(places, values, 0.92 * height, color=colour, label=name)
-        for place, value, label in zip(places, values, labels or map(_digits, values), strict=True):
-            _annotate(axes, (max(0.0, value), place), label, across=True)
+        axes.barh(places, values, 0.92 * height, color=colour, label=label)
+        for place, value in zip(places, values, strict=True):
+            _annotate(axes, (max(0.0, value), place), _digits(value), across=True)
     axes.set_yticks(range(len(groups))[::-1], groups)
-    axes.set_xlim(0, room * max(max(values) for values in series.values()))
+    axes.set_xlim(0, 1.12 * max(max(values) for values in series.values()))
     _tidy(axes)
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +23,7 @@ from langchain_quantllm.cli.console import (
     errors,
     find_model,
     out,
+    read_text,
 )
 from langchain_quantllm.compat.packages import is_installed
 from langchain_quantllm.errors import InvalidOptionError, nearest
@@ -106,8 +106,14 @@ def bench(
         if memory and speed:
             msg = "--memory and --speed are two benches; name one of them."
             raise InvalidOptionError(msg)
-        job = _Job(model=model, shape=shape, schemes=schemes, kernel=kernel, json_file=json_file)
-        job.check()
+        check_file("--json", json_file)
+        names = None if schemes is None else _words(schemes)
+        for name in names or ():
+            scheme_from(name)
+        if shape is not None:
+            check_shape(shape)
+        elif model is not None:
+            find_model(model)
         if peer is None:
             peer = not speed or is_installed("langchain_huggingface")
         options = BenchOptions(
@@ -137,59 +143,38 @@ def bench(
             from langchain_quantllm.bench.plots import check_plots
 
             check_plots(_words(plot_format))
-        evaluated = _read_text(text, shape) if "quality" in options.measurements else None
-        report = _run(job, options, device, own, evaluated)
-        _show(report, plots, plot_format)
-        job.write(report)
-        out.print(json.dumps(report.to_dict()), markup=False, highlight=False, soft_wrap=True)
-        _check_measured(report)
+        about = {"model": model, "shape": shape, "kernel": kernel, "options": options.to_dict()}
+        report = None
+        for report in _measure(about, options, names, own, device, _read_text(text, options, shape)):
+            _write(json_file, report)  # after each scheme, should the next one end the process
+        _finish(report, plots, plot_format)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    """The model of a bench and its schemes."""
-
-    model: str | None
-    shape: str | None
-    schemes: str | None
-    kernel: str
-    json_file: Path | None
-
-    def check(self) -> None:
-        """Check the arguments that need neither torch nor weights: files, names, and the place of the model.
-
-        Raises:
-            QuantLLMError: If one is not known or not there.
-        """
-        check_file("--json", self.json_file)
-        for name in _words(self.schemes or ""):
-            scheme_from(name)
-        if self.shape is not None:
-            check_shape(self.shape)
-        elif self.model is not None:
-            find_model(self.model)
-
-    def checkpoints(self, default: str, folder: Path) -> dict[str, str]:
-        """Find or make the checkpoint of each scheme."""
-        names = _words(default if self.schemes is None else self.schemes)
-        if self.shape is None:
-            model = self.model or demo_folder() if names else ""
-            return dict.fromkeys(names, model)
-        plain = str(random_checkpoint(self.shape, folder / "plain")) if set(names) - {"gptq"} else ""
-        packed = str(random_checkpoint(self.shape, folder / "gptq", gptq=True)) if "gptq" in names else ""
-        return {name: packed if name == "gptq" else plain for name in names}
-
-    def write(self, report: Any) -> None:
-        """Write the document if `--json` names a file."""
-        if self.json_file is not None:
-            self.json_file.write_text(json.dumps(report.to_dict()) + "\n", encoding="utf-8")
+def _finish(report: Any, plots: Path | None, plot_format: str) -> None:
+    """Show a report and print its document; it is an error if nothing was measured."""
+    if report is None:
+        msg = "no schemes were given."
+        raise InvalidOptionError(msg)
+    _show(report, plots, plot_format)
+    out.print(json.dumps(report.to_dict()), markup=False, highlight=False, soft_wrap=True)
+    asked = report.options["measurements"] or ["loading"]
+    if report.failures and not any(report.of(measurement) for measurement in asked):
+        msg = f"no scheme could be measured; the first: {report.failures[0].failure}"
+        raise InvalidOptionError(msg)
 
 
-def _run(job: _Job, options: BenchOptions, device: str | None, own: Mapping[str, str], text: str | None) -> Any:
-    """Measure one scheme after another; the document is written after each, should the next one end the process."""
+def _measure(
+    about: dict[str, Any],
+    options: BenchOptions,
+    names: list[str] | None,
+    own: Mapping[str, str],
+    device: str | None,
+    text: str | None,
+) -> Iterator[Any]:
+    """Measure one scheme after another; yields the report so far after each."""
     with err.status("importing PyTorch and transformers"):
         from langchain_quantllm.bench.machine import describe_machine, measure_copy
-        from langchain_quantllm.bench.records import BenchReport
+        from langchain_quantllm.bench.records import BenchReport, Record
         from langchain_quantllm.bench.runner import run_bench
         from langchain_quantllm.bench.subjects import subjects_of
         from langchain_quantllm.memory.measure import device_name
@@ -199,38 +184,30 @@ def _run(job: _Job, options: BenchOptions, device: str | None, own: Mapping[str,
     if options.measurements != MEMORY:
         copy = measure_copy(device)
         _report(f"{device} copies {copy['rate_byte_s'] / 1e9:.1f} GB/s, read and written")
-    about: dict[str, Any] = {
-        "model": job.model,
-        "shape": job.shape,
-        "device": device,
-        "kernel": job.kernel,
-        "machine": describe_machine(device),
-        "options": options.to_dict(),
-        "copy": copy,
-    }
-    report = BenchReport(**about, records=())
-    default = "none,int8,nf4,nf4-double" if options.measurements in (MEMORY, SPEED) else "none,int8,nf4"
+    about = {**about, "device": device, "machine": describe_machine(device), "copy": copy}
+    if names is None:
+        names = ["none", "int8", "nf4", *(["nf4-double"] if options.measurements in (MEMORY, SPEED) else [])]
+    records: list[Record] = []
     with tempfile.TemporaryDirectory() as scratch:
-        subjects = subjects_of(job.checkpoints(default, Path(scratch)), own, kernel=job.kernel)
+        folders = _checkpoints(names, about["model"], about["shape"], Path(scratch))
+        subjects = subjects_of(folders, own, kernel=about["kernel"])
         for found in run_bench(subjects, device=device, options=options, copy=copy, text=text, report=_report):
-            report = BenchReport(**about, records=(*report.records, *found))
-            job.write(report)
-    return report
+            records += found
+            yield BenchReport(**about, records=tuple(records))
 
 
-def _check_measured(report: Any) -> None:
-    """Check that something was measured.
+def _checkpoints(names: list[str], model: str | None, shape: str | None, folder: Path) -> dict[str, str]:
+    """Find or make the checkpoint of each scheme."""
+    if shape is None:
+        return dict.fromkeys(names, model or demo_folder() if names else "")
+    plain = str(random_checkpoint(shape, folder / "plain")) if set(names) - {"gptq"} else ""
+    packed = str(random_checkpoint(shape, folder / "gptq", gptq=True)) if "gptq" in names else ""
+    return {name: packed if name == "gptq" else plain for name in names}
 
-    Raises:
-        InvalidOptionError: If there were no schemes, or every measurement failed.
-    """
-    if not report.records:
-        msg = "no schemes were given."
-        raise InvalidOptionError(msg)
-    asked = report.options["measurements"] or ["loading"]
-    if report.failures and not any(report.of(measurement) for measurement in asked):
-        msg = f"no scheme could be measured; the first: {report.failures[0].failure}"
-        raise InvalidOptionError(msg)
+
+def _write(file: Path | None, report: Any) -> None:
+    if file is not None:
+        file.write_text(json.dumps(report.to_dict()) + "\n", encoding="utf-8")
 
 
 def _report(line: str) -> None:
@@ -254,24 +231,21 @@ def _read_report(file: Path) -> Any:
     """Read the document of `--json`."""
     from langchain_quantllm.bench.records import BenchReport
 
+    text = read_text("--from-json", file, "file that --json wrote")
     try:
-        return BenchReport.from_dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        msg = f"--from-json {file} cannot be read: {error}"
+        return BenchReport.from_dict(json.loads(text))
+    except ValueError as error:
+        msg = f"--from-json {file} cannot be shown: {error}"
         raise InvalidOptionError(msg) from error
 
 
-def _read_text(file: Path | None, shape: str | None) -> str | None:
-    """Read the text for the quality; None for random weights, whose perplexity says nothing."""
+def _read_text(file: Path | None, options: BenchOptions, shape: str | None) -> str | None:
+    """Read the text for the quality; None without that, and for random weights, whose perplexity is no measure."""
     from langchain_quantllm.bench.quality import evaluation_text
 
-    if file is None:
-        return None if shape is not None else evaluation_text()
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        msg = f"--text {file} cannot be read: {error}; name a text file in UTF-8."
-        raise InvalidOptionError(msg) from error
+    if "quality" not in options.measurements or (file is None and shape is not None):
+        return None
+    return evaluation_text() if file is None else read_text("--text", file)
 
 
 def _parts(without: str) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from langchain_quantllm.cli.console import Device, Model, app, check_file, demo_folder, err, errors, out, say
+from langchain_quantllm.cli.console import Device, Model, app, check_file, demo_folder, err, errors, out, read_text, say
 from langchain_quantllm.errors import InvalidOptionError
 from langchain_quantllm.schemes import SCHEMES
 
@@ -85,11 +85,7 @@ def _show_one(compared: Any, answers: list[Any], prompts: list[str]) -> None:
 
 
 def _lines(file: Path) -> list[str]:
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        msg = f"--file {file} cannot be read: {error}; name a text file in UTF-8, a line for each prompt."
-        raise InvalidOptionError(msg) from error
+    lines = read_text("--file", file, "text file in UTF-8, a line for each prompt").splitlines()
     if not (prompts := [line for line in lines if line.strip()]):
         msg = f"--file {file} holds no prompts; write a line for each."
         raise InvalidOptionError(msg)

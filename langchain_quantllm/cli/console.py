@@ -163,6 +163,19 @@ def check_file(option: str, file: Path | None) -> None:
         raise InvalidOptionError(msg)
 
 
+def read_text(option: str, file: Path, kind: str = "text file in UTF-8") -> str:
+    """Read the file of an option.
+
+    Raises:
+        InvalidOptionError: If it cannot be read.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        msg = f"{option} {file} cannot be read: {error}; name a {kind}."
+        raise InvalidOptionError(msg) from error
+
+
 def find_model(model: str, **options: Any) -> Any:
     """Find a checkpoint and read its config, before torch is imported, which takes seconds.
 
