@@ -4,7 +4,8 @@ Prints everything that the package prints. It shows the results of the public cl
 computes nothing itself.
 """
 
-from langchain_quantllm.cli import bench, checkpoints, compare, doctor, memory, run  # noqa: F401
+# In the order of the help.
+from langchain_quantllm.cli import run, memory, bench, compare, doctor, checkpoints  # noqa: F401, I001
 from langchain_quantllm.cli.console import app
 
 __all__ = ["app"]

@@ -30,16 +30,9 @@ _ELSEWHERE = {
 _ELSEWHERE |= {"download": _ELSEWHERE["pull"], "ls": _ELSEWHERE["list"]}
 """Commands of similar tools, and what to use in their place."""
 
-_ORDER = ("demo", "run", "chat", "memory", "bench", "compare", "doctor", "quantize", "merge", "convert")
-"""Order of the commands in the help."""
-
 
 class _Commands(TyperGroup):
-    """The commands in the order of the help, with a hint for unknown names."""
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        """List the names in the order of the help."""
-        return sorted(super().list_commands(ctx), key=_ORDER.index)
+    """The commands, with a hint for unknown names."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Find a command, or fail with a hint."""
