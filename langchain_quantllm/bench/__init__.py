@@ -1,1 +1,1 @@
-"""Measuring models: memory, speed, and what a scheme costs in quality. Nothing here prints; the command line does."""
+"""Benches of models in their schemes: memory, speed, training and quality. Prints nothing; the command line does."""

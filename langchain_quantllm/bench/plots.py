@@ -1,14 +1,15 @@
-"""Figures of an overview, made from its document alone, so that a JSON file can be drawn long after it was measured.
+"""Figures of a bench, made from its report alone, so that a JSON file can be drawn long after it was measured.
 
-Owns what is drawn and how it looks. Measures nothing, loads no model, and leaves matplotlib's settings as they are.
+Measures nothing, loads no model, and leaves matplotlib's settings as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from langchain_quantllm.bench.records import BenchReport
 from langchain_quantllm.compat.packages import is_installed
 from langchain_quantllm.errors import InvalidOptionError, MissingPackageError, pip_install
 
@@ -16,7 +17,7 @@ FORMATS = ("png", "svg", "pdf")
 """File formats of the figures."""
 
 RUNNERS = {"engine": "langchain-quantllm", "generate": "transformers generate"}
-"""How the two runners are called for readers."""
+"""Names of the two runners in the figures."""
 
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 """Distinguishable with any kind of colour vision. Source: Okabe and Ito, https://jfly.uni-koeln.de/color/."""
@@ -46,12 +47,12 @@ def check_plots(formats: Sequence[str]) -> None:
             raise InvalidOptionError(msg)
 
 
-def save_plots(document: Mapping[str, Any], folder: Path, *, formats: Sequence[str] = ("png",)) -> list[Path]:
-    """Draw all figures that a document has numbers for.
+def save_plots(report: BenchReport, folder: Path, *, formats: Sequence[str] = ("png",)) -> list[Path]:
+    """Draw all figures that a report has records for.
 
     Args:
-        document: What `overview_results.as_document` gives, or what was read from its JSON.
-        folder: Where the files go; made if it is not there.
+        report: A report, measured now or read from its JSON.
+        folder: Folder of the files; made if it is not there.
         formats: Some of `FORMATS`.
 
     Returns:
@@ -59,17 +60,23 @@ def save_plots(document: Mapping[str, Any], folder: Path, *, formats: Sequence[s
 
     Raises:
         MissingPackageError: If matplotlib is not installed.
-        InvalidOptionError: If the document is no overview, or a format is not known.
+        InvalidOptionError: If a format is not known.
     """
     check_plots(formats)
-    if document.get("kind") != "overview" or not isinstance(document.get("rows"), list):
-        msg = "the document is no overview; give the JSON that `langchain-quantllm bench MODEL --json FILE` wrote."
-        raise InvalidOptionError(msg)
     import matplotlib
 
     files = []
     with matplotlib.rc_context(_SETTINGS):  # which puts them back
-        for stem, figure in _figures(document):
+        for stem, measurement, draw in (
+            ("memory", "loading", _draw_memory),
+            ("prefill", "prefill", _draw_prefill),
+            ("generation", "batches", _draw_generation),
+            ("training", "training", _draw_training),
+            ("quality", "quality", _draw_quality),
+        ):
+            if not report.of(measurement):
+                continue
+            figure = draw(report)
             folder.mkdir(parents=True, exist_ok=True)
             for name in formats:
                 file = folder / f"{stem}.{name}"
@@ -81,156 +88,128 @@ def save_plots(document: Mapping[str, Any], folder: Path, *, formats: Sequence[s
 _DATES = {"svg": "Date", "pdf": "CreationDate"}
 
 
-def subject_line(document: Mapping[str, Any]) -> str:
-    """Say which model was measured, and on what."""
-    shape, model = document.get("shape"), document.get("model")
-    name = f"{shape} shape, random weights" if shape else Path(str(model)).name if model else "demo model"
-    return f"{name} on {document.get('device_name') or document.get('device')}"
-
-
-def _figures(document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    drawers: dict[str, Callable[[Mapping[str, Any]], Any]] = {
-        "memory": _draw_memory,
-        "prefill": _draw_prefill,
-        "generation": _draw_generation,
-        "training": _draw_training,
-        "quality": _draw_quality,
-    }
-    for stem, draw in drawers.items():
-        figure = draw(document)
-        if figure is not None:
-            yield stem, figure
+def subject_line(report: BenchReport) -> str:
+    """Name the model that was measured, and the device."""
+    name = Path(report.model).name if report.model else "demo model"
+    if report.shape:
+        name = f"{report.shape} shape, random weights"
+    return f"{name} on {report.machine.get('device_name') or report.device}"
 
 
 # The figures.
 
 
-def _draw_memory(document: Mapping[str, Any]) -> Any:
-    rows = [row for row in document["rows"] if row["memory"]]
-    if not rows:
-        return None
-    kinds = {"weights_bytes": "weights", "loaded_bytes": "after loading", "peak_bytes": "peak while generating"}
-    figure = _figure(document, "Memory by scheme", _memory_note(document), 0.9 + 0.75 * len(rows))
+def _draw_memory(report: BenchReport) -> Any:
+    rows = report.of("loading")
+    kind = "resident memory" if report.device == "cpu" else "memory of tensors"
+    about = f"{kind} above that before loading; smaller is better"
+    figure = _figure(report, "Memory by scheme", about, 0.9 + 0.75 * len(rows))
     axes = figure.subplots()
-    unit, factor = _unit(row["memory"][kind] for row in rows for kind in kinds)
-    series = {label: [row["memory"][kind] / factor for row in rows] for kind, label in kinds.items()}
-    shades = ("#0072B2", "#56B4E9", "#999999")
-    _draw_rows(axes, [row["label"] for row in rows], series, shades)
+    sizes_bytes = {
+        "weights": [row["weights_bytes"] for row in rows],
+        "after loading": [row["allocated_bytes"] for row in rows],
+        "peak while generating": [report.peak_bytes(row.scheme) for row in rows],
+    }
+    unit, factor = _unit(size for sizes in sizes_bytes.values() for size in sizes)
+    series = {label: [size / factor for size in sizes] for label, sizes in sizes_bytes.items()}
+    _draw_rows(axes, [row.scheme for row in rows], series, ("#0072B2", "#56B4E9", "#999999"))
     axes.set_xlabel(f"{unit} ({factor:,.0f} bytes)")
     _add_legend(figure, axes, len(series))
     return figure
 
 
-def _draw_prefill(document: Mapping[str, Any]) -> Any:
-    tokens = document["options"]["prefill_tokens"]
-    about = f"prompts of {tokens} tokens, one new token each; larger is better"
-    return _draw_by_batch(document, "prefill", "prompt_rate_tok_s", "Prefill", about, "prompt tokens/s")
+def _draw_prefill(report: BenchReport) -> Any:
+    about = f"prompts of {report.options['prefill_tokens']} tokens, one new token each; larger is better"
+    return _draw_by_batch(report, "prefill", "Prefill", about, "prompt tokens/s")
 
 
-def _draw_generation(document: Mapping[str, Any]) -> Any:
-    about = f"prompts of {document['options']['prompt_tokens']} tokens; larger is better"
-    return _draw_by_batch(document, "by_batch", "rate_tok_s", "Generation by batch", about, "new tokens/s")
+def _draw_generation(report: BenchReport) -> Any:
+    about = f"prompts of {report.options['prompt_tokens']} tokens; larger is better"
+    return _draw_by_batch(report, "batches", "Generation by batch", about, "new tokens/s")
 
 
-def _draw_by_batch(document: Mapping[str, Any], part: str, rate: str, title: str, about: str, unit: str) -> Any:
+def _draw_by_batch(report: BenchReport, measurement: str, title: str, about: str, unit: str) -> Any:
     """Draw bars grouped by batch, a panel for each runner, on one scale."""
-    rows = [row for row in document["rows"] if row[part]]
-    calls = [call for row in rows for call in row[part]]
+    is_prefill = measurement == "prefill"
+    calls = report.of(measurement)
     runners = [runner for runner in RUNNERS if any(call["runner"] == runner for call in calls)]
     batches = sorted({call["batch"] for call in calls})
-    if not rows:
-        return None
-    figure = _figure(document, title, about, 1.0 + 2.5 * len(runners))
+    schemes = list(dict.fromkeys(call.scheme for call in calls))
+    figure = _figure(report, title, about, 1.0 + 2.5 * len(runners))
     panels = figure.subplots(len(runners), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     for axes, runner in zip(panels, runners, strict=True):
-        series = {}
-        for row in rows:
-            found = {call["batch"]: call[rate] for call in row[part] if call["runner"] == runner}
-            series[row["label"]] = [found.get(batch) for batch in batches]
-        lengths = sorted({call["new_tokens"] for call in calls if call["runner"] == runner})
-        written = "" if part == "prefill" else f", {_span(lengths)} new tokens"
+        run = [call for call in calls if call["runner"] == runner]
+        rate = "prompt_rate_tok_s" if is_prefill else "rate_tok_s"
+        rates = {(call.scheme, call["batch"]): call[rate] for call in run}
+        written = "" if is_prefill else f", {_span(sorted({call['new_tokens'] for call in run}))} new tokens"
         axes.set_title(f"{RUNNERS[runner]}{written}", loc="left", fontsize=10)
+        series = {scheme: [rates.get((scheme, batch)) for batch in batches] for scheme in schemes}
         _draw_groups(axes, [str(batch) for batch in batches], series)
         axes.set_ylabel(unit)
-    panels[-1].set_xlabel("prompts at once" if part == "prefill" else "texts at once")
-    _add_legend(figure, panels[0], len(rows))
+    panels[-1].set_xlabel("prompts at once" if is_prefill else "texts at once")
+    _add_legend(figure, panels[0], len(schemes))
     return figure
 
 
-def _draw_training(document: Mapping[str, Any]) -> Any:
-    rows = [row for row in document["rows"] if row["training"]]
-    if not rows:
-        return None
-    first = rows[0]["training"]
+def _draw_training(report: BenchReport) -> Any:
+    steps = report.of("training")
+    first = steps[0]
     about = (
         f"LoRA of rank {first['rank']} on {first['targets']}, {first['batch']} x {first['tokens']} tokens; "
         "smaller is better"
     )
-    figure = _figure(document, "One training step of an adapter", about, 1.1 + 0.5 * len(rows))
+    figure = _figure(report, "One training step of an adapter", about, 1.1 + 0.5 * len(steps))
     left, right = figure.subplots(1, 2, sharey=True)
-    labels = [row["label"] for row in rows]
-    places = list(range(len(rows)))[::-1]
-    forward_s = [row["training"]["forward_s"] for row in rows]
-    backward_s = [row["training"]["backward_s"] for row in rows]
+    places = list(range(len(steps)))[::-1]
+    forward_s = [step["forward_s"] for step in steps]
+    backward_s = [step["backward_s"] for step in steps]
+    both_s = [first_s + second_s for first_s, second_s in zip(forward_s, backward_s, strict=True)]
     left.barh(places, forward_s, 0.6, color=_COLOURS[0], label="forward")
     left.barh(places, backward_s, 0.6, left=forward_s, color=_COLOURS[1], label="backward")
-    for place, first_s, second_s in zip(places, forward_s, backward_s, strict=True):
-        _annotate(left, (first_s + second_s, place), f"{_digits(first_s + second_s)} s", across=True)
-    left.set_yticks(places, labels)
+    left.set_yticks(places, [step.scheme for step in steps])
     left.set_xlabel("seconds")
-    unit, factor = _unit(row["training"]["peak_bytes"] for row in rows)
-    sizes = [row["training"]["peak_bytes"] / factor for row in rows]
+    unit, factor = _unit(step["peak_bytes"] for step in steps)
+    sizes = [step["peak_bytes"] / factor for step in steps]
     right.barh(places, sizes, 0.6, color="#999999")
-    for place, size in zip(places, sizes, strict=True):
-        _annotate(right, (size, place), f"{_digits(size)} {unit}", across=True)
     right.set_xlabel(f"peak memory in {unit}")
-    for axes, values in ((left, [f + b for f, b in zip(forward_s, backward_s, strict=True)]), (right, sizes)):
+    for axes, values, of in ((left, both_s, "s"), (right, sizes, unit)):
+        for place, value in zip(places, values, strict=True):
+            _annotate(axes, (value, place), f"{_digits(value)} {of}", across=True)
         axes.set_xlim(0, 1.25 * max(values))
         _tidy(axes)
     _add_legend(figure, left, 2)
     return figure
 
 
-def _draw_quality(document: Mapping[str, Any]) -> Any:
-    rows = [row for row in document["rows"] if row["quality"] and row["memory"]]
-    if not rows:
-        return None
-    tokens = rows[0]["quality"]["tokens"]
-    losses = [row["quality"]["loss_nats"] for row in rows]
-    plain = next((row["quality"]["loss_nats"] for row in rows if row["scheme"] == "none"), min(losses))
-    about = f"loss above that of the unquantized model, {tokens:,} tokens; smaller is better"
-    figure = _figure(document, "What a scheme costs in quality", about, 0.9 + 0.34 * len(rows))
+def _draw_quality(report: BenchReport) -> Any:
+    rows = report.of("quality")
+    loading = {row.scheme: row for row in report.of("loading")}
+    losses = [row["loss_nats"] for row in rows]
+    plain = next((row["loss_nats"] for row in rows if loading[row.scheme]["scheme_name"] == "none"), min(losses))
+    about = f"loss above that of the unquantized model, {rows[0]['tokens']:,} tokens; smaller is better"
+    figure = _figure(report, "Quality lost by scheme", about, 0.9 + 0.34 * len(rows))
     axes = figure.subplots()
-    unit, factor = _unit(row["memory"]["weights_bytes"] for row in rows)
+    weights_bytes = [loading[row.scheme]["weights_bytes"] for row in rows]
+    unit, factor = _unit(weights_bytes)
     places = range(len(rows) - 1, -1, -1)
     added = [max(0.0, loss - plain) for loss in losses]
     axes.barh(places, added, 0.6, color=_COLOURS[0])
     for place, value, row in zip(places, added, rows, strict=True):
-        _annotate(axes, (value, place), _quality_text(row), across=True)
-    axes.set_yticks(
-        list(places), [f"{row['label']}, {_digits(row['memory']['weights_bytes'] / factor)} {unit}" for row in rows]
-    )
+        increase = row["perplexity_increase_percent"]
+        more = f" ({increase:+.1f}%)" if increase else ""
+        _annotate(axes, (value, place), f"{row['perplexity']:.2f}{more}", across=True)
+    labels = [f"{row.scheme}, {_digits(size / factor)} {unit}" for row, size in zip(rows, weights_bytes, strict=True)]
+    axes.set_yticks(list(places), labels)
     axes.set_xlim(0, 1.45 * max(*added, 0.01))
     axes.set_xlabel("nats per token; beside the bars: perplexity")
     _tidy(axes)
     return figure
 
 
-def _quality_text(row: Mapping[str, Any]) -> str:
-    increase = row["quality"]["perplexity_increase_percent"]
-    added = f" ({increase:+.1f}%)" if increase else ""
-    return f"{row['quality']['perplexity']:.2f}{added}"
-
-
-def _memory_note(document: Mapping[str, Any]) -> str:
-    kind = "resident memory" if str(document.get("device")) == "cpu" else "memory of tensors"
-    return f"{kind} above that before loading; smaller is better"
-
-
 # How they look.
 
 
-def _figure(document: Mapping[str, Any], title: str, about: str, height: float) -> Any:
+def _figure(report: BenchReport, title: str, about: str, height: float) -> Any:
     """Make an empty figure with its two lines of title; sizes in inches."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -238,7 +217,7 @@ def _figure(document: Mapping[str, Any], title: str, about: str, height: float) 
     whole = height + _HEAD_INCHES
     figure = Figure(figsize=(7.5, whole), layout=ConstrainedLayoutEngine(rect=(0, 0, 1, height / whole)))
     figure.text(0.012, 1 - 0.2 / whole, title, fontsize=13, fontweight="bold", va="center")
-    figure.text(0.012, 1 - 0.44 / whole, subject_line(document), fontsize=9, color=_GREY, va="center")
+    figure.text(0.012, 1 - 0.44 / whole, subject_line(report), fontsize=9, color=_GREY, va="center")
     figure.text(0.012, 1 - 0.62 / whole, about, fontsize=9, color=_GREY, va="center")
     return figure
 

@@ -1,7 +1,4 @@
-"""Random prompts of exact lengths, for measuring.
-
-Owns how they are found for any tokenizer. Knows no model.
-"""
+"""Random prompts of exact lengths in tokens, for any tokenizer."""
 
 from __future__ import annotations
 
@@ -16,10 +13,10 @@ _WORDS = 64
 
 
 class Prompts:
-    """Random texts of exact lengths in tokens, none of them given twice."""
+    """Random texts of exact lengths in tokens, each used once."""
 
     def __init__(self, tokenizer: Any, seed: int = 0) -> None:
-        """Find tokens that stay what they are between others: whole words, or, where there are few, characters."""
+        """Find tokens that stay the same between others: whole words, or characters where there are few words."""
         self._tokenizer = tokenizer
         self._random = random.Random(seed)  # noqa: S311  (no secrets here)
         self._given: set[str] = set()

@@ -1,7 +1,6 @@
-"""What a scheme costs in quality: the perplexity of a text under a loaded model.
+"""The perplexity of a text under a loaded model, the measure of the quality of a scheme.
 
-Owns how the text is cut, which tokens are scored and how their losses are summed. Knows no scheme and no engine: it
-asks a transformers model for logits, whatever its weights are held in.
+Knows no scheme and no engine: it takes the logits of a transformers model.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ _TEXT = "evaluation.txt"
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity:
-    """How well a model foretells a text.
+    """How well a model predicts a text.
 
     Args:
         perplexity: `exp(loss_nats)`.
@@ -60,7 +59,7 @@ def perplexity(
     windows = list(_windows(tokenizer, text, window_tokens, max_tokens))
     if not windows:
         msg = (
-            f"the text of {len(text)} characters is too short: none of its tokens has another before it; give a text "
+            f"the text of {len(text)} characters is too short: none of its tokens has another before it; use a text "
             "of at least a few sentences."
         )
         raise InvalidOptionError(msg)
@@ -81,14 +80,14 @@ def perplexity(
 
 
 def evaluation_text() -> str:
-    """Give the text that comes with this package, for comparing the schemes of a model with each other.
+    """Read the text that comes with this package, for comparing the schemes of a model with each other.
 
     Raises:
         UnsupportedError: If this installation has none.
     """
     file = resources.files("langchain_quantllm") / "data" / _TEXT
     if not file.is_file():
-        msg = f"this installation has no {_TEXT}; give a text file of your own, or leave the quality out."
+        msg = f"this installation has no {_TEXT}; name a text file of your own, or leave the quality out."
         raise UnsupportedError(msg)
     return file.read_text(encoding="utf-8")
 
@@ -107,7 +106,7 @@ def _check(model: Any, window_tokens: int, max_tokens: int | None) -> None:
 
 
 def _windows(tokenizer: Any, text: str, window_tokens: int, max_tokens: int | None) -> Iterator[list[int]]:
-    """Cut a text; windows in which nothing could be scored are left out."""
+    """Cut a text into windows; those without a token to score are left out."""
     ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])[:max_tokens]
     begin = _begin(tokenizer)
     step = window_tokens - len(begin)
@@ -118,7 +117,7 @@ def _windows(tokenizer: Any, text: str, window_tokens: int, max_tokens: int | No
 
 
 def _begin(tokenizer: Any) -> list[int]:
-    """Give the begin token if the tokenizer puts one before texts by itself, as the model was trained to see them."""
+    """The begin token, if the tokenizer puts one before texts by itself, as in training; else nothing."""
     bos = tokenizer.bos_token_id
     found = list(tokenizer("a", verbose=False)["input_ids"])
     return [bos] if bos is not None and found[:1] == [bos] else []

@@ -1,6 +1,6 @@
-"""Checkpoints of random weights that stand in for real ones: memory and speed do not depend on what the weights are.
+"""Checkpoints of random weights in place of real ones, unquantized or as GPTQ.
 
-Owns the shapes by name, and how such a checkpoint is written, unquantized or as GPTQ.
+Memory and speed do not depend on the values of the weights.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""Training an adapter on a quantized model: what one step takes.
+"""Training of an adapter on a quantized model: time and memory of one step.
 
-Owns which layers get an adapter, how a step is timed, and taking the adapter off again. Knows no scheme; which kernels
-can train at all, the weights' own layers say.
+Knows no scheme: the layers of the weights say whether their kernels can train.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import math
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from langchain_quantllm.bench.calls import synchronize
@@ -26,39 +24,6 @@ _ATTENTION = ("q_proj", "v_proj")
 
 _ALL_LINEAR = "all-linear"
 _LOOK_S = 0.05
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingStep:
-    """One step of training an adapter, without the optimizer's; medians over the repeats.
-
-    Args:
-        targets: Names of the layers with an adapter, or `"all-linear"`.
-        rank: Rank of the adapter.
-        batch: Texts at once.
-        tokens: Length of each.
-        trainable_parameters: Parameters of the adapter.
-        forward_s: Forward with the loss.
-        backward_s: Backward.
-        total_s: Both.
-        rate_tok_s: Tokens of the batch / `total_s`.
-        runs_s: `total_s` of every repeat.
-        peak_bytes: Most memory in use meanwhile, on the device of the weights, as the process counts it.
-        kernels: Classes of the quantized layers, with commas in between; empty for plain ones.
-    """
-
-    targets: str
-    rank: int
-    batch: int
-    tokens: int
-    trainable_parameters: int
-    forward_s: float
-    backward_s: float
-    total_s: float
-    rate_tok_s: float
-    runs_s: tuple[float, ...]
-    peak_bytes: int
-    kernels: str
 
 
 def check_peft() -> None:
@@ -81,18 +46,25 @@ def measure_training(
     rank: int = 8,
     repeats: int = 3,
     limit_s: float = math.inf,
-) -> TrainingStep:
+) -> dict[str, Any]:
     """Put a LoRA adapter on a model, measure forward and backward, and take it off again.
 
     Args:
-        model: A causal language model of transformers, loaded in any scheme. Layers of gptqmodel must be of a kernel
-            that can train, and some stay slow after it: load those anew.
+        model: A causal language model of transformers. Layers of gptqmodel must be of a kernel that can train, and some
+            stay slow after it: load those anew.
         device: Where its weights are, such as `"cuda:0"`.
         batch: Texts at once.
         tokens: Length of each.
         rank: Rank of the adapter.
         repeats: Most steps that are measured, after one to warm up.
         limit_s: No further step is begun after so many seconds.
+
+    Returns:
+        One step without the optimizer's, medians over the repeats: `targets`, names of the layers with an adapter or
+        `"all-linear"`; `rank`, `batch` and `tokens`; `trainable_parameters` of the adapter; `forward_s` with the loss,
+        `backward_s`, and `total_s` of both; `rate_tok_s`, tokens of the batch / `total_s`; `runs_s`, `total_s` of
+        every repeat; `peak_bytes`, the most memory in use meanwhile, as the process counts it; `kernels`, classes of
+        the quantized layers with commas in between, empty for plain ones.
 
     Raises:
         MissingPackageError: If peft is not installed.
@@ -107,35 +79,24 @@ def measure_training(
     vocab_size = model.config.get_text_config().vocab_size
     ids = torch.randint(0, vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(0)).to(device)
     with _adapter(model, rank) as (adapted, targets), track_memory([device], interval_s=_LOOK_S) as tracked:
-        trainable = [p for p in adapted.parameters() if p.requires_grad]
-        parameters = sum(p.numel() for p in trainable)
-        began = time.perf_counter()
-        _step(adapted, ids, device)
-        if not any(p.grad is not None and bool(p.grad.any()) for p in trainable):
-            msg = f"no gradient reached the adapter through {kernels or 'the layers'}."
-            raise GenerationError(msg)
-        steps: list[tuple[float, float]] = []
-        while not steps or (len(steps) < repeats and time.perf_counter() - began < limit_s):
-            adapted.zero_grad(set_to_none=True)
-            steps.append(_step(adapted, ids, device))
-        adapted.zero_grad(set_to_none=True)
-        del trainable
-    runs_s = tuple(forward_s + backward_s for forward_s, backward_s in steps)
+        parameters = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        steps = _time_steps(adapted, ids, device, repeats, limit_s)
+    runs_s = [forward_s + backward_s for forward_s, backward_s in steps]
     total_s = statistics.median(runs_s)
-    return TrainingStep(
-        targets=targets,
-        rank=rank,
-        batch=batch,
-        tokens=tokens,
-        trainable_parameters=parameters,
-        forward_s=statistics.median(forward_s for forward_s, _ in steps),
-        backward_s=statistics.median(backward_s for _, backward_s in steps),
-        total_s=total_s,
-        rate_tok_s=batch * tokens / total_s,
-        runs_s=runs_s,
-        peak_bytes=tracked.peak[device],
-        kernels=kernels,
-    )
+    return {
+        "targets": targets,
+        "rank": rank,
+        "batch": batch,
+        "tokens": tokens,
+        "trainable_parameters": parameters,
+        "forward_s": statistics.median(forward_s for forward_s, _ in steps),
+        "backward_s": statistics.median(backward_s for _, backward_s in steps),
+        "total_s": total_s,
+        "rate_tok_s": batch * tokens / total_s,
+        "runs_s": runs_s,
+        "peak_bytes": tracked.peak[device],
+        "kernels": kernels,
+    }
 
 
 def kernels_of(model: Any) -> str:
@@ -174,6 +135,21 @@ def _adapter(model: Any, rank: int) -> Iterator[tuple[Any, str]]:
         model.eval()
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+def _time_steps(adapted: Any, ids: Any, device: str, repeats: int, limit_s: float) -> list[tuple[float, float]]:
+    """Time forward and backward of several steps after a warm-up, which checks that gradients reach the adapter."""
+    began = time.perf_counter()
+    _step(adapted, ids, device)
+    if not any(p.grad is not None and bool(p.grad.any()) for p in adapted.parameters() if p.requires_grad):
+        msg = f"no gradient reached the adapter through {kernels_of(adapted) or 'the layers'}."
+        raise GenerationError(msg)
+    steps: list[tuple[float, float]] = []
+    while not steps or (len(steps) < repeats and time.perf_counter() - began < limit_s):
+        adapted.zero_grad(set_to_none=True)
+        steps.append(_step(adapted, ids, device))
+    adapted.zero_grad(set_to_none=True)
+    return steps
 
 
 def _step(adapted: Any, ids: Any, device: str) -> tuple[float, float]:

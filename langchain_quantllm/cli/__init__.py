@@ -1,10 +1,11 @@
-"""The command line, `langchain-quantllm`.
+"""The command line, `langchain-quantllm`: a module for each command or group of commands.
 
-Prints everything that the package prints. What it shows comes from the public classes and functions; it loads and
+Prints everything that the package prints. It shows the results of the public classes and functions; it loads and
 computes nothing itself.
 """
 
-from langchain_quantllm.cli import compare, doctor, memory_bench, quantize_merge, run_chat_demo  # noqa: F401
+# In the order of the help.
+from langchain_quantllm.cli import run, memory, bench, compare, doctor, checkpoints  # noqa: F401, I001
 from langchain_quantllm.cli.console import app
 
 __all__ = ["app"]

@@ -1,4 +1,4 @@
-"""What the commands share: the app, where they print, their common options, and how an error ends them."""
+"""The app, its consoles, the options that commands share, and the handling of errors."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _ELSEWHERE = {
     "embed": "the package runs models that write text and computes no embeddings",
 }
 _ELSEWHERE |= {"download": _ELSEWHERE["pull"], "ls": _ELSEWHERE["list"]}
-"""Commands of similar tools, and what stands in their place."""
+"""Commands of similar tools, and what to use in their place."""
 
 
 class _Commands(TyperGroup):
-    """The commands, with an answer for names that are none."""
+    """The commands, with a hint for unknown names."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Find the command that is meant, or say what could be."""
+        """Find a command, or fail with a hint."""
         name = args[0]
         if name not in self.commands and not name.startswith("-"):
             ctx.fail(f"There is no command {name!r}{self._hint(name)}")
@@ -71,7 +71,7 @@ def main(
         bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Quantized local language models in LangChain, and what they take."""
+    """Quantized local language models in LangChain, with their memory and speed."""
 
 
 Model = Annotated[
@@ -79,9 +79,7 @@ Model = Annotated[
 ]
 Quantization = Annotated[
     str | None,
-    typer.Option(
-        "--quantization", "-q", help=f"{', '.join(SCHEMES)}. Default: nf4, or what the checkpoint is quantized with."
-    ),
+    typer.Option("--quantization", "-q", help=f"{', '.join(SCHEMES)}. Default: nf4, or the checkpoint's own scheme."),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda:0, ... Default: the first GPU, else the CPU.")]
 MaxNewTokens = Annotated[int | None, typer.Option(help="Most tokens of an answer. Default: the checkpoint's, or 256.")]
@@ -97,14 +95,14 @@ TrustRemoteCode = Annotated[
 
 @contextlib.contextmanager
 def errors() -> Iterator[None]:
-    """Print an error of the package as the sentence that it is; exit with 1, or 130 after Ctrl-C."""
+    """Print an error of the package as a sentence; exit with 1, or 130 after Ctrl-C."""
     try:
         with without_torchao():
             yield
     except KeyboardInterrupt:
         say("stopped")
         raise typer.Exit(130) from None
-    except BrokenPipeError:  # whoever read the output has enough
+    except BrokenPipeError:  # the reader of the output has closed it
         raise
     except (QuantLLMError, ValueError, OSError) as error:
         print_error(str(error))
@@ -123,12 +121,12 @@ def say(text: str) -> None:
 
 
 def print_stream(chunks: Any, *, shown: list[str] | None = None, thoughts: Console = out) -> None:
-    """Print an answer as it comes, what the model thinks before it dimmed.
+    """Print an answer as it comes, with the model's reasoning dimmed before it.
 
     Args:
-        chunks: What `stream` gave; closed however this ends, so that the model stops.
-        shown: Takes the pieces of text, thoughts left out.
-        thoughts: Where the thoughts go.
+        chunks: The iterator of `stream`; closed however this ends, so that the model stops.
+        shown: Takes the pieces of text, without the reasoning.
+        thoughts: The console for the reasoning.
     """
     thinks = False
     with contextlib.closing(chunks):
@@ -150,7 +148,7 @@ def check_file(option: str, file: Path | None) -> None:
     """Check that a file can be written, before the work that it is for.
 
     Raises:
-        InvalidOptionError: If there is no such folder, or the name is that of one.
+        InvalidOptionError: If the folder does not exist, or the path is a folder itself.
     """
     if file is not None and (file.is_dir() or not file.parent.is_dir()):
         why = "it is a folder" if file.is_dir() else f"there is no folder {file.parent}"
@@ -158,14 +156,25 @@ def check_file(option: str, file: Path | None) -> None:
         raise InvalidOptionError(msg)
 
 
-def find_model(model: str, **options: Any) -> Any:
-    """Find a checkpoint and read its config.
+def read_text(option: str, file: Path, kind: str = "text file in UTF-8") -> str:
+    """Read the file of an option.
 
-    A wrong path is told before torch is imported, which takes seconds.
+    Raises:
+        InvalidOptionError: If it cannot be read.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        msg = f"{option} {file} cannot be read: {error}; name a {kind}."
+        raise InvalidOptionError(msg) from error
+
+
+def find_model(model: str, **options: Any) -> Any:
+    """Find a checkpoint and read its config, before torch is imported, which takes seconds.
 
     Args:
         model: Folder, or repository on the Hub.
-        **options: Further ones of `LoadSpec`.
+        **options: Further fields of `LoadSpec`.
     """
     from langchain_quantllm.loading.checkpoint import find_checkpoint
     from langchain_quantllm.loading.spec import LoadSpec
@@ -175,7 +184,7 @@ def find_model(model: str, **options: Any) -> Any:
 
 
 def demo_folder() -> str:
-    """Make the demo model where it is not there yet, and give its folder."""
+    """Make the demo model where it is not there yet; returns its folder."""
     from langchain_quantllm.cli.demo_model import demo_model
 
     with err.status("getting the demo model, SmolLM2-135M-Instruct"):

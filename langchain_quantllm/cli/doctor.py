@@ -1,4 +1,4 @@
-"""The command that looks at the machine: doctor."""
+"""The command that inspects the machine: doctor."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from langchain_quantllm.errors import QuantLLMError
 
 @app.command()
 def doctor() -> None:
-    """Show devices and versions, which schemes can run here, and what would make the others run."""
+    """Show devices and versions, which schemes run here, and what the others need."""
     with errors():
         from langchain_quantllm.memory import format_bytes, take_snapshot
         from langchain_quantllm.schemes import SCHEMES

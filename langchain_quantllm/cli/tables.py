@@ -1,229 +1,210 @@
-"""The tables of the benches.
-
-Owns which numbers stand where. Reads results and documents; measures nothing and prints nothing.
-"""
+"""The tables of a bench: one for each measurement that its report has records of."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
+from langchain_quantllm.bench.options import MEMORY, SPEED
+
 _RUNNERS = {"engine": "langchain-quantllm", "generate": "generate"}
+_TEXTS = {"scheme", "with", "layers", "on", "part", "why"}
+"""Heads of columns of text, which is aligned to the left."""
+
+_KINDS = ("allocated", "reserved", "nvidia-smi")
 
 
-def overview_tables(document: Mapping[str, Any]) -> Iterator[Table]:
-    """Lay out an overview, a table for each part that was measured, and one of what could not be.
+def tables(report: Any) -> Iterator[Table]:
+    """Lay out a report, a table for each measurement, and one of the failures.
 
     Args:
-        document: What `overview_results.as_document` gives.
+        report: A `BenchReport`.
     """
     from langchain_quantllm.bench.plots import subject_line
 
-    rows, options = document["rows"], document["options"]
-    where = subject_line(document)
-    yield _weights_table(rows, f"{where}: weights and memory, above that before loading")
-    prompts = f"prompts of {options['prefill_tokens']} tokens"
-    if any(row["prefill"] for row in rows):
-        yield _rates_table(
-            rows, "prefill", "prompt_rate_tok_s", f"Prefill, {prompts}: prompt tokens/s by prompts at once"
-        )
-    if any(row["by_batch"] for row in rows):
-        title = f"Generation, prompts of {options['prompt_tokens']} tokens: new tokens/s by texts at once"
-        yield _rates_table(rows, "by_batch", "rate_tok_s", title)
-    if any(row["by_length"] for row in rows):
-        yield _rates_table(rows, "by_length", "rate_tok_s", "Generation of one text: tokens/s by its length in tokens")
-    if any(row["by_cache"] for row in rows):
-        yield _cache_table(rows, "generate with and without KV cache: tokens/s")
-    if any(row["training"] for row in rows):
-        yield _training_table(rows)
-    if any(row["quality"] for row in rows):
-        yield _quality_table(rows)
-    if any(row["failures"] for row in rows):
-        yield _failure_table(rows)
+    options, where = report.options, subject_line(report)
+    prompts = f"prompts of {options['prompt_tokens']} tokens"
+    long_prompts = f"prompts of {options['prefill_tokens']} tokens"
+    lengths = f"{options['prompt_tokens']} tokens in, {options['new_tokens']} out"
+    generated = f"{options['memory_batch']} x {options['new_tokens']} tokens"
+    if not set(options["measurements"]) & {*MEMORY, *SPEED}:
+        yield _weights_table(report, f"{where}: weights and memory, above that before loading")
+    laid_out = (
+        _memory_table(report, f"{where}, generating {generated}"),
+        _rates_table(report, "prefill", f"Prefill, {long_prompts}: prompt tokens/s by prompts at once"),
+        _rates_table(report, "batches", f"Generation, {prompts}: new tokens/s by texts at once"),
+        _rates_table(report, "lengths", "Generation of one text: tokens/s by its length in tokens"),
+        _cache_table(report, "generate with and without KV cache: tokens/s"),
+        _training_table(report),
+        _quality_table(report, "Quality: perplexity of a text"),
+        _generation_table(report, f"{where}, {lengths}: tokens/s, and a step in ms"),
+        _first_text_table(report, f"{where}: seconds"),
+        _table("Not measured", ("scheme", "part", "why"), ((r.scheme, r.title, r.failure) for r in report.failures)),
+    )
+    yield from (table for table in laid_out if table.row_count)
 
 
-def _table(title: str, heads: Sequence[str], texts: Sequence[str] = ("scheme",)) -> Table:
+def _table(title: str, heads: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
     table = Table(title=title, title_justify="left")
     for head in heads:
-        table.add_column(head, justify="left" if head in texts else "right")
+        table.add_column(head, justify="left" if head in _TEXTS else "right")
+    for row in rows:
+        table.add_row(*map(Text, row))
     return table
 
 
-def _weights_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
-    from langchain_quantllm.memory import format_bytes
-
+def _weights_table(report: Any, title: str) -> Table:
     heads = ("scheme", "loaded in, s", "weights", "loaded", "nvidia-smi", "peak loading", "peak", "limit, tokens/s")
-    table = _table(title, heads)
-    for row in rows:
-        if (memory := row["memory"]) is None:
-            table.add_row(row["label"], *["-"] * (len(heads) - 1))
-            continue
-        names = ("weights", "loaded", "loaded_driver", "peak_loading", "peak")
-        sizes = [memory[f"{name}_bytes"] for name in names]
-        cells = ["-" if size is None else format_bytes(size) for size in sizes]
-        table.add_row(row["label"], _cell(row["load_s"], 1), *cells, _cell(row["limit_tok_s"], 1))
-    return table
+
+    def cells(scheme: str) -> Iterable[str]:
+        if (loading := report.first("loading", scheme)) is None:
+            return ["-"] * (len(heads) - 1)
+        sizes = [loading[f"{name}_bytes"] for name in ("weights", "allocated", "driver", "peak")]
+        peak = report.peak_bytes(scheme)
+        return _number(loading["load_s"], 1), *map(_size, [*sizes, peak]), _number(loading["limit_tok_s"], 1)
+
+    return _table(title, heads, ((scheme, *cells(scheme)) for scheme in report.schemes))
 
 
-def _rates_table(rows: Sequence[Mapping[str, Any]], part: str, rate: str, title: str) -> Table:
-    """Lay out the rates of one part: a row for each scheme and runner, a column for each size."""
-    size = "asked_tokens" if part == "by_length" else "batch"
-    sizes = sorted({call[size] for row in rows for call in row[part]})
-    table = _table(title, ("scheme", "with", *map(str, sizes)), ("scheme", "with"))
-    for row in rows:
-        for runner, name in _RUNNERS.items():
-            calls = {call[size]: call for call in row[part] if call["runner"] == runner}
-            if calls:
-                table.add_row(row["label"], name, *(_rate_cell(calls.get(s), rate) for s in sizes))
-    return table
+def _memory_table(report: Any, title: str) -> Table:
+    def sizes(scheme: str, generating: Any) -> Iterator[int | None]:
+        estimate, loading, unloading = (report.first(name, scheme) for name in ("estimate", "loading", "unloading"))
+        yield estimate and estimate["estimate_bytes"]
+        yield generating["weights_bytes"]
+        for record in (loading, generating):
+            yield from (record[f"{kind}_bytes"] for kind in ("allocated", "reserved", "driver"))
+        yield unloading and unloading["allocated_bytes"]
+
+    heads = ("scheme", "estimate", "weights", *_KINDS, "generating: allocated", *_KINDS[1:], "unloaded: allocated")
+    rows = (
+        (r.scheme, *map(_size, sizes(r.scheme, r)), _number(r["rate_tok_s"] or None, 1)) for r in report.of("memory")
+    )
+    return _table(title, (*heads, "tokens/s"), rows)
 
 
-def _rate_cell(call: Mapping[str, Any] | None, rate: str) -> str:
-    if call is None:
-        return "-"
-    short = f" ({call['new_tokens']} tokens)" if call["new_tokens"] < call["asked_tokens"] else ""
-    return f"{_rate(call[rate])}{short}"
+def _rates_table(report: Any, measurement: str, title: str) -> Table:
+    """Lay out rates: a row for each scheme and runner, a column for each size."""
+    size = "asked_tokens" if measurement == "lengths" else "batch"
+    rate = "prompt_rate_tok_s" if measurement == "prefill" else "rate_tok_s"
+    calls = {(call.scheme, call["runner"], call[size]): call for call in report.of(measurement)}
+    sizes = sorted({key[-1] for key in calls})
+
+    def cell(call: Any) -> str:
+        if call is None:
+            return "-"
+        short = f" ({call['new_tokens']} tokens)" if call["new_tokens"] < call["asked_tokens"] else ""
+        return f"{_rate(call[rate])}{short}"
+
+    rows = (
+        (scheme, name, *(cell(calls.get((scheme, runner, s))) for s in sizes))
+        for scheme in report.schemes
+        for runner, name in _RUNNERS.items()
+        if any(key[:2] == (scheme, runner) for key in calls)
+    )
+    return _table(title, ("scheme", "with", *map(str, sizes)), rows)
 
 
-def _cache_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
-    table = _table(title, ("scheme", "new tokens", "with", "without", "times"))
-    for row in rows:
-        rates = {call["use_cache"]: call["rate_tok_s"] for call in row["by_cache"]}
-        if rates:
-            ratio = rates[True] / rates[False] if len(rates) == 2 else None
-            tokens = str(row["by_cache"][0]["new_tokens"])
-            cells = (_rate(rates[kept]) if kept in rates else "-" for kept in (True, False))
-            table.add_row(row["label"], tokens, *cells, _cell(ratio, 1))
-    return table
+def _cache_table(report: Any, title: str) -> Table:
+    def cells(calls: Any) -> Iterable[str]:
+        rates = {call["use_cache"]: call["rate_tok_s"] for call in calls}
+        ratio = rates[True] / rates[False] if len(rates) == 2 else None
+        both = (_rate(rates[kept]) if kept in rates else "-" for kept in (True, False))
+        return str(calls[0]["new_tokens"]), *both, _number(ratio, 1)
+
+    rows = ((scheme, *cells(calls)) for scheme in report.schemes if (calls := report.of("cache", scheme)))
+    return _table(title, ("scheme", "new tokens", "with", "without", "times"), rows)
 
 
-def _training_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def _training_table(report: Any) -> Table:
+    heads = ("scheme", "layers", "on", "forward, s", "backward, s", "tokens/s", "peak")
+    steps = report.of("training")
+    rows = (
+        (
+            step.scheme,
+            step["kernels"] or "Linear",
+            step["targets"],
+            _number(step["forward_s"], 3),
+            _number(step["backward_s"], 3),
+            _rate(step["rate_tok_s"]),
+            _size(step["peak_bytes"]),
+        )
+        for step in steps
+    )
+    title = "Training an adapter of rank {rank}: one step of {batch} x {tokens} tokens"
+    return _table(title.format(**steps[0].values) if steps else title, heads, rows)
+
+
+def _quality_table(report: Any, title: str) -> Table:
+    heads = ("scheme", "perplexity", "loss, nats", "against 16 bits, nats", "perplexity", "tokens")
+    rows = (
+        (
+            quality.scheme,
+            _number(quality["perplexity"], 3),
+            _number(quality["loss_nats"], 4),
+            _number(quality["loss_increase_nats"], "+.4f"),
+            _number(quality["perplexity_increase_percent"], "+.2f", "%"),
+            str(quality["tokens"]),
+        )
+        for quality in report.of("quality")
+    )
+    return _table(title, heads, rows)
+
+
+def _generation_table(report: Any, title: str) -> Table:
+    """Lay out our engine in depth: the limit, the bare step, the calls, and the peer."""
+    heads = ("scheme", "requests", "limit", "bare step", "step", "step/bare", "first token, s", "decoding", "in all")
+
+    def cells(ours: Any) -> Iterator[str]:
+        peers = [peer for peer in report.of("peer", ours.scheme) if peer["batch"] == ours["batch"]]
+        yield ours.scheme
+        yield str(ours["batch"])
+        yield _number(report.first("loading", ours.scheme)["limit_tok_s"], 1) if ours["batch"] == 1 else ""
+        yield _number(ours["bare_step_s"] and 1e3 * ours["bare_step_s"], 2)
+        yield _number(1e3 * ours["engine_step_s"], 2)
+        yield _number(ours["step_ratio"], 2)
+        yield _number(ours["first_token_s"], 3)
+        yield _number(ours["decode_rate_tok_s"], 1)
+        yield _number(ours["rate_tok_s"], 1)
+        yield f"{ours.spread:.0%}"
+        for peer in (peers[0] if peers else None, peers[-1] if len(peers) > 1 else None):
+            yield from (_number(peer and peer[name], 1) for name in ("rate_tok_s", "our_ratio"))
+
+    compared = ("spread", "peer", "ours/peer", "peer, all at once", "ours/peer")
+    return _table(title, (*heads, *compared), map(cells, report.of("generation")))
+
+
+def _first_text_table(report: Any, title: str) -> Table:
+    """Lay out the waits for first texts: of a long prompt, and of prompts that share a prefix."""
+    heads = ("scheme", "long prompt, tokens", "first text", "bare prefill", "first text/bare")
+
+    def cells(scheme: str) -> Iterator[str]:
+        long, shared = report.first("long_prompt", scheme), report.first("shared_prefix", scheme)
+        yield str(long["prompt_tokens"]) if long else "-"
+        yield from (_number(long and long[name], 4) for name in ("first_text_s", "bare_s"))
+        yield _number(long and long["ratio"], 2)
+        yield f"{shared['requests']} x {shared['prefix_tokens']}" if shared else "-"
+        yield from (_number(shared and shared[name], 3) for name in ("apart_s", "shared_s"))
+        yield _number(shared and shared["ratio"], 2)
+
+    schemes = [s for s in report.schemes if report.of("long_prompt", s) or report.of("shared_prefix", s)]
+    compared = ("requests x shared tokens", "apart", "shared", "apart/shared")
+    return _table(title, (*heads, *compared), ((scheme, *cells(scheme)) for scheme in schemes))
+
+
+def _size(size_bytes: int | None) -> str:
     from langchain_quantllm.memory import format_bytes
 
-    steps = [row["training"] for row in rows if row["training"]]
-    title = (
-        f"Training an adapter of rank {steps[0]['rank']}: one step of {steps[0]['batch']} x {steps[0]['tokens']} tokens"
-    )
-    heads = ("scheme", "layers", "on", "forward, s", "backward, s", "tokens/s", "peak")
-    table = _table(title, heads, ("scheme", "layers", "on"))
-    for row in rows:
-        if step := row["training"]:
-            times = (_cell(step["forward_s"], 3), _cell(step["backward_s"], 3), _rate(step["rate_tok_s"]))
-            kernels = step["kernels"] or "Linear"
-            table.add_row(row["label"], kernels, step["targets"], *times, format_bytes(step["peak_bytes"]))
-    return table
-
-
-def _quality_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    heads = ("scheme", "perplexity", "loss, nats", "against 16 bits, nats", "perplexity", "tokens")
-    table = _table("Quality: perplexity of a text", heads)
-    for row in rows:
-        if quality := row["quality"]:
-            nats, percent = quality["loss_increase_nats"], quality["perplexity_increase_percent"]
-            table.add_row(
-                row["label"],
-                _cell(quality["perplexity"], 3),
-                _cell(quality["loss_nats"], 4),
-                "-" if nats is None else f"{nats:+.4f}",
-                "-" if percent is None else f"{percent:+.2f}%",
-                str(quality["tokens"]),
-            )
-    return table
-
-
-def _failure_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = _table("Not measured", ("scheme", "part", "why"), ("scheme", "part", "why"))
-    for row in rows:
-        for failure in row["failures"]:
-            table.add_row(row["label"], failure["part"], Text(failure["reason"]))
-    return table
-
-
-def failure_table(failures: Sequence[Mapping[str, str]]) -> Table:
-    """Lay out which schemes could not be measured.
-
-    Args:
-        failures: `scheme` and `reason` of each.
-    """
-    table = _table("Not measured", ("scheme", "why"), ("scheme", "why"))
-    for failure in failures:
-        table.add_row(failure["scheme"], Text(failure["reason"]))
-    return table
+    return "-" if size_bytes is None else format_bytes(size_bytes)
 
 
 def _rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
 
 
-def memory_table(rows: Sequence[Any], title: str) -> Table:
-    """Lay out what `measure_memory` gave."""
-    from langchain_quantllm.memory import format_bytes
-
-    table = Table(title=title, title_justify="left")
-    heads = ("scheme", "estimate", "weights", "allocated", "reserved", "nvidia-smi")
-    for head in (*heads, "generating: allocated", "reserved", "nvidia-smi", "unloaded: allocated", "tokens/s"):
-        table.add_column(head, justify="left" if head == "scheme" else "right")
-    for row in rows:
-        sizes = (
-            row.estimate_bytes,
-            row.weights_bytes,
-            *(getattr(row.loaded, f"{kind}_bytes") for kind in ("allocated", "reserved", "driver")),
-            *(getattr(row.generating, f"{kind}_bytes") for kind in ("allocated", "reserved", "driver")),
-            row.unloaded.allocated_bytes,
-        )
-        cells = ["-" if size is None else format_bytes(size) for size in sizes]
-        table.add_row(row.scheme, *cells, f"{row.rate_tok_s:.1f}" if row.rate_tok_s else "-")
-    return table
-
-
-def generation_table(rows: Sequence[Any], title: str) -> Table:
-    """Lay out how fast texts were written, as `measure_speed` gave it."""
-    table = Table(title=title, title_justify="left")
-    heads = ("scheme", "requests", "limit", "bare step", "step", "step/bare", "first token, s", "decoding", "in all")
-    for head in (*heads, "spread", "peer", "ours/peer", "peer, all at once", "ours/peer"):
-        table.add_column(head, justify="left" if head == "scheme" else "right")
-    for row in rows:
-        for ours in row.generation:
-            peers = [p for p in row.peer if p.batch == ours.batch]
-            first, last = (peers[0], peers[-1] if len(peers) > 1 else None) if peers else (None, None)
-            table.add_row(
-                row.scheme,
-                str(ours.batch),
-                f"{row.limit_tok_s:.1f}" if ours.batch == 1 else "",
-                _cell(ours.bare_step_s and 1e3 * ours.bare_step_s, 2),
-                _cell(1e3 * ours.engine_step_s, 2),
-                _cell(ours.step_ratio, 2),
-                _cell(ours.first_token_s, 3),
-                _cell(ours.decode_rate_tok_s, 1),
-                _cell(ours.rate_tok_s, 1),
-                f"{max(ours.runs_s) / min(ours.runs_s) - 1:.0%}",
-                *(cell for p in (first, last) for cell in (_cell(p and p.rate_tok_s, 1), _cell(p and p.our_ratio, 1))),
-            )
-    return table
-
-
-def prefill_table(rows: Sequence[Any], title: str) -> Table:
-    """Lay out the waits for first texts, as `measure_speed` gave them."""
-    table = Table(title=title, title_justify="left")
-    heads = ("scheme", "long prompt, tokens", "first text", "bare prefill", "first text/bare")
-    for head in (*heads, "requests x shared tokens", "apart", "shared", "apart/shared"):
-        table.add_column(head, justify="left" if head == "scheme" else "right")
-    for row in rows:
-        long, shared = row.prefill, row.shared_prefix
-        table.add_row(
-            row.scheme,
-            str(long.prompt_tokens) if long else "-",
-            *(_cell(long and value, 4) for value in (long and (long.first_text_s, long.bare_s)) or (None, None)),
-            _cell(long and long.ratio, 2),
-            f"{shared.requests} x {shared.prefix_tokens}" if shared else "-",
-            *(_cell(value, 3) for value in (shared and (shared.apart_s, shared.shared_s)) or (None, None)),
-            _cell(shared and shared.ratio, 2),
-        )
-    return table
-
-
-def _cell(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def _number(value: float | None, digits: int | str, unit: str = "") -> str:
+    if value is None:
+        return "-"
+    return f"{value:{digits if isinstance(digits, str) else f'.{digits}f'}}{unit}"

@@ -1,4 +1,4 @@
-"""Two models side by side: who they are, what they wrote, and where they part."""
+"""Two models side by side: who they are, what they wrote, and where they diverge."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def test_it_is_exported() -> None:
     assert langchain_quantllm.compare is compare
 
 
-def test_sides_and_answers(found: list[Comparison], any_smollm2: Path, smollm2: Path) -> None:
+def test_models_and_answers(found: list[Comparison], any_smollm2: Path, smollm2: Path) -> None:
     assert [one.prompt for one in found] == PROMPTS
     for one in found:
-        assert (one.side_a.scheme, one.side_b.scheme) == ("none", "nf4")
-        assert one.side_b.weights_bytes < one.side_a.weights_bytes
+        assert (one.model_a.scheme, one.model_b.scheme) == ("none", "nf4")
+        assert one.model_b.weights_bytes < one.model_a.weights_bytes
         for answer in (one.a, one.b):
             assert len(answer.tokens) <= 16
             assert answer.rate_tok_s is None or answer.rate_tok_s > 0
@@ -52,27 +52,27 @@ def test_answers_are_the_models_own_greedy_ones(found: list[Comparison], any_smo
     llm.unload()
 
 
-def test_they_part_where_they_part(found: list[Comparison]) -> None:
+def test_answers_diverge_at_the_first_token_that_differs(found: list[Comparison]) -> None:
     for one in found:
-        if one.parting is None:
+        if one.divergence is None:
             assert one.agree
             assert one.a.text == one.b.text == one.common_text
             continue
-        n = one.parting.tokens
+        n = one.divergence.tokens
         assert one.a.tokens[:n] == one.b.tokens[:n]
         assert one.common_text.startswith("".join(one.a.tokens[:n]))
         chosen = [answer.tokens[n] if n < len(answer.tokens) else None for answer in (one.a, one.b)]
-        assert [one.parting.chosen_a, one.parting.chosen_b] == chosen
+        assert [one.divergence.chosen_a, one.divergence.chosen_b] == chosen
         assert chosen[0] != chosen[1]
-        for gap in (one.parting.gap_a_nats, one.parting.gap_b_nats):
+        for gap in (one.divergence.gap_a_nats, one.divergence.gap_b_nats):
             assert gap is None or gap >= 0  # greedy: each found its own the likeliest
-    assert any(one.parting is not None and one.parting.gap_a_nats is not None for one in found)
+    assert any(one.divergence is not None and one.divergence.gap_a_nats is not None for one in found)
 
 
 def test_a_model_agrees_with_itself(any_smollm2: Path) -> None:
     [one] = compare("nf4", f"{any_smollm2}:nf4", PROMPTS[:1], model=str(any_smollm2), max_new_tokens=8, device="cpu")
     assert one.agree
-    assert one.parting is None
+    assert one.divergence is None
     assert one.a.tokens == one.b.tokens
     assert len(one.a.tokens) == 8
 
@@ -80,9 +80,9 @@ def test_a_model_agrees_with_itself(any_smollm2: Path) -> None:
 def test_models_with_other_vocabularies_are_compared_by_their_text(any_smollm2: Path, tmp_path: Path) -> None:
     tiny = str(random_checkpoint("tiny", tmp_path))
     [one] = compare(str(any_smollm2), tiny, ["The capital of France is"], max_new_tokens=4, device="cpu", chat=False)
-    assert one.parting is not None
-    assert one.parting.tokens == 0
-    assert one.parting.gap_a_nats is None  # neither has the other's token
+    assert one.divergence is not None
+    assert one.divergence.tokens == 0
+    assert one.divergence.gap_a_nats is None  # neither has the other's token
 
 
 @pytest.mark.parametrize(
@@ -96,9 +96,9 @@ def test_models_with_other_vocabularies_are_compared_by_their_text(any_smollm2: 
     ],
 )
 def test_what_is_not_allowed_is_told(a: str, b: str, prompts: list[str], said: str, short_smollm2: Path) -> None:
-    sides = [side.replace("MODEL", str(short_smollm2)) for side in (a, b)]
+    names = [name.replace("MODEL", str(short_smollm2)) for name in (a, b)]
     with pytest.raises(InvalidOptionError, match=said):
-        compare(*sides, prompts, device="cpu")
+        compare(*names, prompts, device="cpu")
 
 
 def test_a_missing_second_model_is_told(short_smollm2: Path) -> None:
@@ -117,16 +117,16 @@ def test_the_command_shows_both(any_smollm2: Path, tmp_path: Path) -> None:
     assert [row["prompt"] for row in document["rows"]] == [PROMPTS[0], "Count to five."]
     assert "tokens/s" in result.stdout
     assert f"{document['agreeing']} of 2 answers are the same" in result.stdout
-    marks = sum(2 for row in document["rows"] if row["parting"] is not None)
+    marks = sum(2 for row in document["rows"] if row["divergence"] is not None)
     assert result.stdout.count("▸") == marks
     assert "int8: answered 2 prompts" in result.stderr
 
 
-def test_the_document_holds_each_side_once(found: list[Comparison]) -> None:
+def test_the_document_holds_each_model_once(found: list[Comparison]) -> None:
     document = json.loads(json.dumps(as_document(found)))
     assert document["kind"] == "comparison"
     assert document["agreeing"] == sum(one.agree for one in found)
-    assert all("side_a" not in row for row in document["rows"])
+    assert all("model_a" not in row for row in document["rows"])
 
 
 def test_errors_of_the_command_are_a_sentence(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_errors_of_the_command_are_a_sentence(tmp_path: Path) -> None:
         assert said in result.stderr
 
 
-def test_a_side_that_cannot_be_is_told_before_one_is_loaded(smollm2: Path) -> None:
+def test_a_model_that_cannot_be_loaded_is_told_before_the_other_is_loaded(smollm2: Path) -> None:
     lines: list[str] = []
     with pytest.raises(CheckpointError, match="is not quantized, and GPTQ takes calibration data"):
         compare("none", "gptq", PROMPTS, model=str(smollm2), device="cpu", report=lines.append)
@@ -148,7 +148,7 @@ def test_a_side_that_cannot_be_is_told_before_one_is_loaded(smollm2: Path) -> No
     assert lines == []
 
 
-def test_answers_of_one_side_are_shown_where_the_other_fails(tmp_path: Path) -> None:
+def test_answers_of_one_model_are_shown_where_the_other_fails(tmp_path: Path) -> None:
     sound, damaged = (random_checkpoint("tiny", tmp_path / name) for name in ("sound", "damaged"))
     weights = damaged / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])

@@ -10,31 +10,21 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
 
 from langchain_quantllm import QuantizedHuggingFaceLLM
 from langchain_quantllm.bench import training
-from langchain_quantllm.bench.calls import Run
-from langchain_quantllm.bench.overview import measure_overview, subjects_of
-from langchain_quantllm.bench.overview_results import (
-    OverviewOptions,
-    Quality,
-    SchemeOverview,
-    as_document,
-    with_baseline,
-)
-from langchain_quantllm.bench.plain_generation import time_generate
+from langchain_quantllm.bench.calls import Run, repeat, time_generate
+from langchain_quantllm.bench.options import BenchOptions
 from langchain_quantllm.bench.prompts import Prompts
 from langchain_quantllm.bench.quality import perplexity
-from langchain_quantllm.bench.random_models import random_checkpoint
-from langchain_quantllm.bench.speed_results import CopySpeed
-from langchain_quantllm.bench.timing import repeat
+from langchain_quantllm.bench.records import BenchReport
+from langchain_quantllm.bench.runner import run_bench
+from langchain_quantllm.bench.subjects import subjects_of
 from langchain_quantllm.bench.training import measure_training
-from langchain_quantllm.cli import app
 from langchain_quantllm.errors import InvalidOptionError, MissingPackageError, UnsupportedError
 from langchain_quantllm.schemes import GPTQ
+from tests.support.bench import bench, measure
 
-COPY = CopySpeed(buffer_bytes=1_000, rate_byte_s=1e9)
 TEXT = "The river rose in the night, and by morning the lower field was a lake. " * 4
 SMALL: dict[str, Any] = {
     "batches": (1, 3),
@@ -57,127 +47,97 @@ SMALL: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(random_checkpoint("tiny", tmp_path_factory.mktemp("tiny")))
-
-
-@pytest.fixture(scope="module")
-def tiny_gptq(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(random_checkpoint("tiny", tmp_path_factory.mktemp("gptq"), gptq=True))
-
-
-@pytest.fixture(scope="module")
-def measured(tiny: str, tiny_gptq: str) -> tuple[list[SchemeOverview], list[str]]:
-    lines: list[str] = []
-    subjects = subjects_of({"none": tiny, "nf4": tiny}, {"packed": tiny_gptq})
-    options = OverviewOptions(**SMALL)
-    found = measure_overview(subjects, device="cpu", options=options, copy_speed=COPY, text=TEXT, report=lines.append)
-    return list(found), lines
-
-
-def bench(*words: object) -> Result:
-    return CliRunner().invoke(app, ["bench", "--device", "cpu", *(str(word) for word in words)])
+def measured(tiny: str, tiny_gptq: str) -> tuple[BenchReport, list[str]]:
+    return measure(subjects_of({"none": tiny, "nf4": tiny}, {"packed": tiny_gptq}), BenchOptions(**SMALL), text=TEXT)
 
 
 # What is measured.
 
 
-def test_every_subject_gives_a_row(measured: tuple[list[SchemeOverview], list[str]]) -> None:
-    rows, lines = measured
-    assert [(row.label, row.scheme) for row in rows] == [("none", "none"), ("nf4", "nf4"), ("packed", "gptq")]
-    for row in rows:
-        assert row.failures == ()
-        assert row.engine == "fast"
-        assert row.memory is not None
-        assert row.limit_tok_s == pytest.approx(1e9 / row.memory.read_bytes)
-        assert row.memory.peak_bytes >= row.memory.loaded_bytes
-        assert sum(line.startswith(f"{row.label}: ") for line in lines) >= 10
-    none, nf4, packed = (row.memory.weights_bytes for row in rows if row.memory is not None)
+def test_every_subject_is_loaded_with_the_fast_engine(measured: tuple[BenchReport, list[str]]) -> None:
+    report, lines = measured
+    loaded = [(loading.scheme, loading["scheme_name"]) for loading in report.of("loading")]
+    assert loaded == [("none", "none"), ("nf4", "nf4"), ("packed", "gptq")]
+    assert report.failures == []
+    assert [engine["name"] for engine in report.of("engine")] == ["fast"] * 3
+    for loading in report.of("loading"):
+        assert loading["limit_tok_s"] == pytest.approx(1e9 / loading["read_bytes"])
+        assert report.peak_bytes(loading.scheme) >= loading["allocated_bytes"]
+        assert sum(line.startswith(f"{loading.scheme}: ") for line in lines) >= 10
+    none, nf4, packed = (loading["weights_bytes"] for loading in report.of("loading"))
     assert packed < none
     assert nf4 < none
 
 
-def test_calls_count_every_token(measured: tuple[list[SchemeOverview], list[str]]) -> None:
-    for row in measured[0]:
-        shapes = [(c.runner, c.call, c.batch, c.prompt_tokens, c.new_tokens) for c in row.by_batch]
+def test_calls_count_every_token(measured: tuple[BenchReport, list[str]]) -> None:
+    report, _ = measured
+    for scheme in report.schemes:
+        by_batch, prefill, by_length, by_cache = (
+            report.of(measurement, scheme) for measurement in ("batches", "prefill", "lengths", "cache")
+        )
+        shapes = [(c["runner"], c["call"], c["batch"], c["prompt_tokens"], c["new_tokens"]) for c in by_batch]
         assert shapes == [
             ("generate", "generate", 1, 6, 3),
             ("generate", "generate", 3, 6, 3),
             ("engine", "stream", 1, 6, 5),
             ("engine", "abatch", 3, 6, 5),
         ]
-        assert [(c.runner, c.batch, c.prompt_tokens, c.new_tokens) for c in row.prefill] == [
+        assert [(c["runner"], c["batch"], c["prompt_tokens"], c["new_tokens"]) for c in prefill] == [
             ("generate", 2, 24, 1),
             ("engine", 2, 24, 1),
         ]
-        assert [(c.runner, c.new_tokens, c.asked_tokens) for c in row.by_length] == [
+        assert [(c["runner"], c["new_tokens"], c["asked_tokens"]) for c in by_length] == [
             ("generate", 4, 4),
             ("engine", 4, 4),
         ]
-        assert [(c.runner, c.use_cache) for c in row.by_cache] == [("generate", True), ("generate", False)]
-        for call in (*row.prefill, *row.by_batch, *row.by_length, *row.by_cache):
-            assert len(call.runs_s) == 2
-            assert min(call.runs_s) <= call.total_s <= max(call.runs_s)
-            assert call.rate_tok_s == pytest.approx(call.batch * call.new_tokens / call.total_s)
-            assert call.prompt_rate_tok_s == pytest.approx(call.batch * call.prompt_tokens / call.total_s)
-            assert (call.first_token_s is None) == (call.runner == "generate")
+        assert [(c["call"], c["use_cache"]) for c in by_cache] == [("generate", True), ("generate", False)]
+        for call in (*prefill, *by_batch, *by_length, *by_cache):
+            assert len(call["runs_s"]) == 2
+            assert min(call["runs_s"]) <= call["total_s"] <= max(call["runs_s"])
+            assert call["rate_tok_s"] == pytest.approx(call["batch"] * call["new_tokens"] / call["total_s"])
+            assert call["prompt_rate_tok_s"] == pytest.approx(call["batch"] * call["prompt_tokens"] / call["total_s"])
+            assert (call["first_token_s"] is None) == (call["call"] == "generate")
 
 
-def test_training_reaches_the_adapter(measured: tuple[list[SchemeOverview], list[str]]) -> None:
-    kernels = []
-    for row in measured[0]:
-        step = row.training
-        assert step is not None
-        assert (step.targets, step.rank, step.batch, step.tokens) == ("q_proj, v_proj", 2, 1, 12)
-        assert step.trainable_parameters == 2 * 2 * 2 * (256 + 256)  # layers, projections, rank, in and out
-        assert step.total_s == pytest.approx(sum(step.runs_s) / 2)
-        kernels.append(step.kernels)
-    assert kernels == ["", "Linear4bit", "TorchLinear"]  # GPTQ is loaded again with a kernel that can train
+def test_training_reaches_the_adapter(measured: tuple[BenchReport, list[str]]) -> None:
+    steps = measured[0].of("training")
+    for step in steps:
+        assert (step["targets"], step["rank"], step["batch"], step["tokens"]) == ("q_proj, v_proj", 2, 1, 12)
+        assert step["trainable_parameters"] == 2 * 2 * 2 * (256 + 256)  # layers, projections, rank, in and out
+        assert step["total_s"] == pytest.approx(sum(step["runs_s"]) / 2)
+    # GPTQ is loaded again with a kernel that can train.
+    assert [step["kernels"] for step in steps] == ["", "Linear4bit", "TorchLinear"]
 
 
-def test_quality_is_that_of_a_fresh_model(measured: tuple[list[SchemeOverview], list[str]], tiny: str) -> None:
+def test_quality_is_that_of_a_fresh_model(measured: tuple[BenchReport, list[str]], tiny: str) -> None:
     """Training came before it: nothing of the adapter may be left."""
-    rows = with_baseline(measured[0])
-    for row in rows[:2]:
-        llm = QuantizedHuggingFaceLLM(model_id=tiny, quantization=row.label, device="cpu", progress=False)
+    none, nf4, _ = measured[0].of("quality")
+    for quality in (none, nf4):
+        llm = QuantizedHuggingFaceLLM(model_id=tiny, quantization=quality.scheme, device="cpu", progress=False)
         fresh = perplexity(llm.pipeline.model, llm.pipeline.tokenizer, TEXT, window_tokens=32, max_tokens=64)
         llm.unload()
-        assert row.quality is not None
-        assert row.quality.loss_nats == fresh.loss_nats
-        assert row.quality.tokens == fresh.tokens == 62
-    none, nf4 = (row.quality for row in rows[:2])
-    assert none is not None
-    assert nf4 is not None
-    assert (none.loss_increase_nats, none.perplexity_increase_percent) == (0.0, 0.0)
-    assert nf4.loss_increase_nats == nf4.loss_nats - none.loss_nats != 0
-    assert nf4.perplexity_increase_percent == pytest.approx(100 * (nf4.perplexity / none.perplexity - 1))
+        assert quality["loss_nats"] == fresh.loss_nats
+        assert quality["tokens"] == fresh.tokens == 62
+    assert (none["loss_increase_nats"], none["perplexity_increase_percent"]) == (0.0, 0.0)
+    assert nf4["loss_increase_nats"] == nf4["loss_nats"] - none["loss_nats"] != 0
+    assert nf4["perplexity_increase_percent"] == pytest.approx(100 * (nf4["perplexity"] / none["perplexity"] - 1))
 
 
-def test_without_16_bits_there_is_nothing_to_compare_with() -> None:
-    quality = Quality(perplexity=math.e, loss_nats=1.0, tokens=5)
-    rows = [SchemeOverview(label="a", model_id="a", scheme="nf4", quality=quality)]
-    assert with_baseline(rows) == rows
-
-
-def test_parts_can_be_left_out(tiny: str) -> None:
-    options = OverviewOptions(**{**SMALL, "parts": ("lengths",), "peer": False})
-    [row] = measure_overview(subjects_of({"none": tiny}), device="cpu", options=options, copy_speed=COPY, text=TEXT)
-    assert row.prefill == row.by_batch == row.by_cache == ()
-    assert row.training is row.quality is None
-    assert [call.runner for call in row.by_length] == ["engine"]
+def test_measurements_can_be_left_out(tiny: str) -> None:
+    options = BenchOptions(**{**SMALL, "measurements": ("lengths",), "peer": False})
+    report, _ = measure(subjects_of({"none": tiny}), options, text=TEXT)
+    assert [record.measurement for record in report.records] == ["loading", "engine", "lengths", "unloading"]
+    assert [call["runner"] for call in report.of("lengths")] == ["engine"]
 
 
 @pytest.mark.slow
 def test_smollm2_in_nf4(smollm2: Path) -> None:
-    options = OverviewOptions(**{**SMALL, "batches": (1,), "parts": ("batches", "training", "quality")})
-    [row] = measure_overview(
-        subjects_of({"nf4": str(smollm2)}), device="cpu", options=options, copy_speed=COPY, text=TEXT
-    )
-    assert row.failures == ()
-    assert row.quality is not None
-    assert row.quality.perplexity < 40  # English, to a model of English: the weights are as they were
-    assert row.training is not None
-    assert row.training.trainable_parameters == 30 * 2 * ((576 + 576) + (576 + 192))
+    options = BenchOptions(**{**SMALL, "batches": (1,), "measurements": ("batches", "training", "quality")})
+    report, _ = measure(subjects_of({"nf4": str(smollm2)}), options, text=TEXT)
+    assert report.failures == []
+    [quality], [step] = report.of("quality"), report.of("training")
+    assert quality["perplexity"] < 40  # English, to a model of English: the weights are as they were
+    assert step["trainable_parameters"] == 30 * 2 * ((576 + 576) + (576 + 192))
 
 
 # What fails.
@@ -185,18 +145,17 @@ def test_smollm2_in_nf4(smollm2: Path) -> None:
 
 def test_one_failure_leaves_the_rest_standing(tiny: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
-    options = OverviewOptions(**{**SMALL, "parts": ("batches", "lengths"), "peer": False, "lengths": (4, 2000)})
+    given = {**SMALL, "measurements": ("batches", "lengths"), "peer": False, "lengths": (4, 2000)}
     subjects = subjects_of({"none": tiny}, {"broken": str(tmp_path)})[::-1]
-    broken, whole = measure_overview(subjects, device="cpu", options=options, copy_speed=COPY)
-    assert broken.label == "broken"
-    assert broken.memory is broken.scheme is None
-    assert [failure.part for failure in broken.failures] == ["loading"]
-    assert broken.failures[0].reason
-    assert [call.new_tokens for call in whole.by_batch] == [5, 5]
-    assert [call.new_tokens for call in whole.by_length] == [4]
-    [failure] = whole.failures
-    assert failure.part == "lengths, engine, 2000"
-    assert "2006 tokens do not fit into the model's context of 1024" in failure.reason
+    report, _ = measure(subjects, BenchOptions(**given))
+    assert report.schemes == ["broken", "none"]
+    broken, whole = ([r for r in report.records if r.scheme == scheme] for scheme in report.schemes)
+    assert [(record.measurement, bool(record.failure)) for record in broken] == [("loading", True)]
+    assert [call["new_tokens"] for call in report.of("batches", "none")] == [5, 5]
+    assert [call["new_tokens"] for call in report.of("lengths", "none")] == [4]
+    [failed] = [record for record in whole if record.failure is not None]
+    assert failed.title == "lengths, engine, 2000"
+    assert "2006 tokens do not fit into the model's context of 1024" in str(failed.failure)
 
 
 def test_a_kernel_that_cannot_train_is_told(tiny: str) -> None:
@@ -230,13 +189,13 @@ def test_the_adapter_comes_off_again_after_an_error(tiny: str) -> None:
 def test_missing_peft_is_told(monkeypatch: pytest.MonkeyPatch, tiny: str) -> None:
     monkeypatch.setattr(training, "is_installed", lambda _: False)
     with pytest.raises(MissingPackageError, match=r'pip install "langchain-quantllm\[bench\]"'):
-        next(measure_overview(subjects_of({"none": tiny}), device="cpu", options=OverviewOptions(), copy_speed=COPY))
+        next(run_bench(subjects_of({"none": tiny}), device="cpu", options=BenchOptions()))
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"parts": ("prefil",)}, "did you mean 'prefill'"),
+        ({"measurements": ("prefil",)}, "did you mean 'prefill'"),
         ({"batches": (0,)}, r"batches=\(0,\) is not allowed"),
         ({"repeats": 0}, "repeats=0 is not allowed"),
         ({"limit_s": 0}, "limit_s=0 is not allowed"),
@@ -245,10 +204,10 @@ def test_missing_peft_is_told(monkeypatch: pytest.MonkeyPatch, tiny: str) -> Non
 )
 def test_options_are_checked(options: dict[str, Any], said: str) -> None:
     with pytest.raises(InvalidOptionError, match=said):
-        OverviewOptions(**options)
+        BenchOptions(**options)
 
 
-def test_subjects_are_named_once(tiny: str, tiny_gptq: str) -> None:
+def test_each_label_names_one_subject(tiny: str, tiny_gptq: str) -> None:
     found = subjects_of({"nf4": tiny}, {"mine": tiny_gptq, "plain": tiny}, kernel="torch")
     assert [(s.label, s.quantization) for s in found] == [
         ("nf4", "nf4"),
@@ -298,7 +257,7 @@ def test_long_texts_get_shorter_and_run_once() -> None:
 
     found = repeat(run, 100, device="cpu", repeats=3, limit_s=10)
     assert asked == [8, 1, 8, 15]  # the first might have made kernels
-    assert (found.new_tokens, found.runs_s) == (15, (9.5,))
+    assert (found.new_tokens, found.runs_s) == (15, [9.5])
     asked.clear()
     found = repeat(run, 12, device="cpu", repeats=1, limit_s=8.5)
     assert asked == [8, 1, 8, 12]  # it fits: most of the warm-up was the prompt
@@ -319,17 +278,16 @@ def test_training_changes_no_random_numbers_of_the_process(tiny: str) -> None:
 # The document and the command.
 
 
-def test_the_document_says_what_was_measured_and_how(measured: tuple[list[SchemeOverview], list[str]]) -> None:
-    document = as_document(
-        measured[0], options=OverviewOptions(**SMALL), copy_speed=COPY, model=None, shape="tiny", device="cpu"
-    )
+def test_the_document_says_what_was_measured_and_how(measured: tuple[BenchReport, list[str]]) -> None:
+    document = measured[0].to_dict()
     assert json.loads(json.dumps(document, allow_nan=False)) == document
-    assert document["kind"] == "overview"
-    assert document["device_name"]
+    assert (document["kind"], document["version"]) == ("bench", 2)
+    assert document["machine"]["device_name"]
     assert document["options"]["batches"] == [1, 3]
     assert document["options"]["limit_s"] is None
-    assert {"torch", "transformers", "bitsandbytes", "gptqmodel", "peft"} <= set(document["versions"])
-    assert document["rows"][1]["quality"]["loss_increase_nats"] != 0
+    assert {"torch", "transformers", "bitsandbytes", "gptqmodel", "peft"} <= set(document["machine"]["versions"])
+    [nf4] = [r for r in document["records"] if (r["scheme"], r["measurement"]) == ("nf4", "quality")]
+    assert nf4["values"]["loss_increase_nats"] != 0
 
 
 @pytest.mark.slow
@@ -346,8 +304,8 @@ def test_bench_gives_an_overview(tmp_path: Path, tiny_gptq: str) -> None:
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout.splitlines()[-1])
     assert json.loads((tmp_path / "overview.json").read_text(encoding="utf-8")) == document
-    assert [row["label"] for row in document["rows"]] == ["none", "gptq-4"]
-    assert "cache" not in document["options"]["parts"]
+    assert list(dict.fromkeys(record["scheme"] for record in document["records"])) == ["none", "gptq-4"]
+    assert "cache" not in document["options"]["measurements"]
     assert document["copy"]["rate_byte_s"] > 0
     for said in ("Prefill", "Generation", "Training an adapter", "Quality", "langchain-quantllm", "generate"):
         assert said in result.stdout
@@ -365,9 +323,9 @@ def test_random_weights_have_no_quality() -> None:
     words = ("--without", "prefill,batches,cache,training", "--lengths", 3, "--no-peer", "--repeats", 1)
     result = bench("--shape", "tiny", "--schemes", "none", *words)
     assert result.exit_code == 0, result.output
-    [row] = json.loads(result.stdout.splitlines()[-1])["rows"]
-    assert row["quality"] is None
-    assert row["failures"] == []
+    report = BenchReport.from_dict(json.loads(result.stdout.splitlines()[-1]))
+    assert report.schemes == ["none"]
+    assert report.of("quality") == report.failures == []
 
 
 @pytest.mark.parametrize(
@@ -375,7 +333,7 @@ def test_random_weights_have_no_quality() -> None:
     [
         (["--without", "trainng"], "did you mean 'training'"),
         (["--checkpoint", "folder"], "write label=FOLDER"),
-        (["--memory", "--speed"], "give one of them"),
+        (["--memory", "--speed"], "name one of them"),
         (["--text", "/no/such/text"], "--text /no/such/text cannot be read"),
         (["--from-json", "/no/such/file"], "--from-json /no/such/file cannot be read"),
         (["--plots", "figures", "--plot-format", "gif"], "format 'gif' is not allowed"),
@@ -391,12 +349,14 @@ def test_a_model_that_no_scheme_loads_is_an_error(tiny: str, tmp_path: Path) -> 
     words = (tmp_path, "--schemes", "none", "--without", "training")
     result = bench(*words)
     assert result.exit_code == 1
-    assert "no scheme could be loaded" not in result.stderr  # but that the folder is empty, before anything is measured
+    assert (
+        "no scheme could be measured" not in result.stderr
+    )  # but that the folder is empty, before anything is measured
     shutil.copy(Path(tiny, "config.json"), tmp_path)  # and no weights
     result = bench(*words)
     assert result.exit_code == 1
-    assert "no scheme could be loaded; the first: " in result.stderr
+    assert "no scheme could be measured; the first: " in result.stderr
 
 
-def test_torch_is_not_left_without_gradients(measured: tuple[list[SchemeOverview], list[str]]) -> None:
+def test_torch_is_not_left_without_gradients(measured: tuple[BenchReport, list[str]]) -> None:
     assert torch.is_grad_enabled()

@@ -11,14 +11,14 @@ import torch
 from langchain_quantllm import QuantizedHuggingFaceLLM
 from langchain_quantllm.bench.quality import evaluation_text, perplexity
 from langchain_quantllm.errors import GenerationError, InvalidOptionError
+from tests.support.bench import with_begin_token
 from tests.support.models import tiny_model
-from tests.unit_tests.bench.test_speed import with_begin_token
 
 TEXT = "The river rose in the night, and by morning the lower field was a lake. Nobody had moved the sheep. " * 3
 
 
 @pytest.fixture(scope="module")
-def tiny(tokenizer: Any) -> Any:
+def tiny_causal_lm(tokenizer: Any) -> Any:
     return tiny_model(len(tokenizer), context_tokens=64)
 
 
@@ -34,23 +34,23 @@ def count_by_hand(model: Any, windows: list[list[int]]) -> tuple[float, int]:
     return nats / tokens, tokens
 
 
-def test_perplexity_is_what_a_count_by_hand_gives(tiny: Any, tokenizer: Any) -> None:
+def test_perplexity_is_what_a_count_by_hand_gives(tiny_causal_lm: Any, tokenizer: Any) -> None:
     ids = tokenizer(TEXT)["input_ids"]
     windows = [ids[i : i + 16] for i in range(0, len(ids), 16)]
-    loss_nats, tokens = count_by_hand(tiny, windows)
-    found = perplexity(tiny, tokenizer, TEXT, window_tokens=16)
+    loss_nats, tokens = count_by_hand(tiny_causal_lm, windows)
+    found = perplexity(tiny_causal_lm, tokenizer, TEXT, window_tokens=16)
     assert found.tokens == tokens == len(ids) - len(windows)  # the first of a window has nothing before it
     assert found.loss_nats == pytest.approx(loss_nats, rel=1e-5)
     assert found.perplexity == pytest.approx(math.exp(loss_nats), rel=1e-4)
 
 
-def test_every_window_has_the_begin_token(tiny: Any, tokenizer: Any) -> None:
+def test_every_window_has_the_begin_token(tiny_causal_lm: Any, tokenizer: Any) -> None:
     begins = with_begin_token(tokenizer)
     begins.bos_token = begins.convert_ids_to_tokens(0)
     ids = begins(TEXT, add_special_tokens=False)["input_ids"]
     windows = [[0, *ids[i : i + 15]] for i in range(0, len(ids), 15)]
-    loss_nats, tokens = count_by_hand(tiny, windows)
-    found = perplexity(tiny, begins, TEXT, window_tokens=16)
+    loss_nats, tokens = count_by_hand(tiny_causal_lm, windows)
+    found = perplexity(tiny_causal_lm, begins, TEXT, window_tokens=16)
     assert found.tokens == tokens == len(ids)
     assert found.loss_nats == pytest.approx(loss_nats, rel=1e-5)
 
@@ -81,11 +81,11 @@ def test_schemes_lose_little(llm: QuantizedHuggingFaceLLM, quantized_llm: Quanti
     assert found.loss_nats != full.loss_nats
 
 
-def test_max_tokens_cuts_the_text(tiny: Any, tokenizer: Any) -> None:
-    found = perplexity(tiny, tokenizer, TEXT, window_tokens=16, max_tokens=20)
+def test_max_tokens_cuts_the_text(tiny_causal_lm: Any, tokenizer: Any) -> None:
+    found = perplexity(tiny_causal_lm, tokenizer, TEXT, window_tokens=16, max_tokens=20)
     assert found.tokens == 20 - 2
     ids = tokenizer(TEXT)["input_ids"]
-    assert found.loss_nats == pytest.approx(count_by_hand(tiny, [ids[:16], ids[16:20]])[0], rel=1e-5)
+    assert found.loss_nats == pytest.approx(count_by_hand(tiny_causal_lm, [ids[:16], ids[16:20]])[0], rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -99,10 +99,10 @@ def test_max_tokens_cuts_the_text(tiny: Any, tokenizer: Any) -> None:
     ],
 )
 def test_what_cannot_be_scored_is_told(
-    tiny: Any, tokenizer: Any, text: str, options: dict[str, int], said: str
+    tiny_causal_lm: Any, tokenizer: Any, text: str, options: dict[str, int], said: str
 ) -> None:
     with pytest.raises(InvalidOptionError, match=said):
-        perplexity(tiny, tokenizer, text, **{"window_tokens": 16, **options})
+        perplexity(tiny_causal_lm, tokenizer, text, **{"window_tokens": 16, **options})
 
 
 def test_logits_that_are_no_numbers_are_an_error(tokenizer: Any) -> None:

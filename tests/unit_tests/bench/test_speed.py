@@ -7,21 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from langchain_quantllm import QuantizedHuggingFaceLLM
-from langchain_quantllm.bench import calls, speed_results
+from langchain_quantllm.bench import calls, options
+from langchain_quantllm.bench.options import SPEED, BenchOptions
 from langchain_quantllm.bench.prompts import Prompts
-from langchain_quantllm.bench.random_models import random_checkpoint
-from langchain_quantllm.bench.speed import measure_speed
-from langchain_quantllm.bench.speed_results import CopySpeed, SchemeSpeed, SpeedOptions, as_document
-from langchain_quantllm.cli import app
+from langchain_quantllm.bench.records import BenchReport
+from langchain_quantllm.bench.subjects import subjects_of
 from langchain_quantllm.errors import GenerationError, InvalidOptionError, MissingPackageError
+from tests.support.bench import bench, measure, with_begin_token
 
-COPY = CopySpeed(buffer_bytes=1_000, rate_byte_s=1e9)
 SMALL: dict[str, Any] = {
+    "measurements": SPEED,
+    "peer": False,
     "batches": (1, 3),
     "new_tokens": 5,
     "prompt_tokens": 7,
@@ -33,34 +33,15 @@ SMALL: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(random_checkpoint("tiny", tmp_path_factory.mktemp("tiny")))
+def measured(tiny: str) -> tuple[BenchReport, list[str]]:
+    return measure(subjects_of({"none": tiny, "nf4": tiny}), BenchOptions(**SMALL))
 
 
-@pytest.fixture(scope="module")
-def measured(tiny: str) -> tuple[list[SchemeSpeed], list[str]]:
-    lines: list[str] = []
-    options = SpeedOptions(**SMALL)
-    checkpoints = {"none": tiny, "nf4": tiny}
-    return list(measure_speed(checkpoints, device="cpu", options=options, copy_speed=COPY, report=lines.append)), lines
-
-
-def bench(*words: object) -> Result:
-    return CliRunner().invoke(app, ["bench", "--speed", "--device", "cpu", *(str(word) for word in words)])
+def bench_speed(*words: object) -> Result:
+    return bench("--speed", *words)
 
 
 # Prompts.
-
-
-def with_begin_token(tokenizer: Any) -> Any:
-    """A copy that puts its begin token before every text, as Llama's does."""
-    copied = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
-    begin = copied.convert_ids_to_tokens(0)
-    copied.backend_tokenizer.post_processor = TemplateProcessing(
-        single=f"{begin}:0 $A:0", pair=None, special_tokens=[(begin, 0)]
-    )
-    assert copied("a")["input_ids"][0] == 0
-    return copied
 
 
 @pytest.fixture(params=["bytes", "words", "begin token"])
@@ -101,72 +82,80 @@ def test_there_are_only_so_many_prompts(tiny: str) -> None:
 # Measuring.
 
 
-def test_every_scheme_gives_a_row(measured: tuple[list[SchemeSpeed], list[str]]) -> None:
-    rows, lines = measured
-    assert [row.scheme for row in rows] == ["none", "nf4"]
-    for row in rows:
-        assert row.engine == "fast"
-        assert not row.graphs
-        assert row.read_bytes == row.weights_bytes - 512 * 256 * 2  # without the input embedding, in bfloat16
-        assert row.limit_tok_s == pytest.approx(1e9 / row.read_bytes)
-        assert row.peer == ()
-        assert sum(line.startswith(f"{row.scheme}: ") for line in lines) >= 6
-    assert rows[1].read_bytes < rows[0].read_bytes
+def test_every_scheme_is_loaded_with_the_fast_engine(measured: tuple[BenchReport, list[str]]) -> None:
+    report, lines = measured
+    assert report.schemes == ["none", "nf4"]
+    assert report.failures == []
+    for scheme in report.schemes:
+        engine, loading = report.first("engine", scheme), report.first("loading", scheme)
+        assert engine is not None
+        assert loading is not None
+        assert engine["name"] == "fast"
+        assert not engine["graphs"]
+        unread_bytes = 512 * 256 * 2  # the input embedding, in bfloat16
+        assert loading["read_bytes"] == loading["weights_bytes"] - unread_bytes
+        assert loading["limit_tok_s"] == pytest.approx(1e9 / loading["read_bytes"])
+        assert report.of("peer") == []
+        assert sum(line.startswith(f"{scheme}: ") for line in lines) >= 6
+    none, nf4 = report.of("loading")
+    assert nf4["read_bytes"] < none["read_bytes"]
 
 
-def test_generation_counts_every_token(measured: tuple[list[SchemeSpeed], list[str]]) -> None:
-    for row in measured[0]:
-        assert [(found.call, found.batch) for found in row.generation] == [("stream", 1), ("abatch", 3)]
-        for found in row.generation:
-            assert (found.prompt_tokens, found.new_tokens) == (7, 5)
-            assert found.rate_tok_s == pytest.approx(found.batch * 5 / found.total_s)
-            assert len(found.runs_s) == 2
-            assert min(found.runs_s) <= found.total_s <= max(found.runs_s)
-            assert 0 < found.first_token_s < found.total_s
-            assert found.bare_position == 9
-            assert found.bare_step_s is not None
-            assert found.step_ratio == pytest.approx(found.engine_step_s / found.bare_step_s)
-        one, many = row.generation
-        assert one.first_text_s is not None
-        assert one.limit_share == pytest.approx(one.decode_rate_tok_s / row.limit_tok_s)
-        assert many.first_text_s is many.limit_share is None
+def test_generation_counts_every_token(measured: tuple[BenchReport, list[str]]) -> None:
+    report, _ = measured
+    for scheme in report.schemes:
+        one, many = report.of("generation", scheme)
+        assert [(found["call"], found["batch"]) for found in (one, many)] == [("stream", 1), ("abatch", 3)]
+        for found in (one, many):
+            assert (found["prompt_tokens"], found["new_tokens"]) == (7, 5)
+            assert found["rate_tok_s"] == pytest.approx(found["batch"] * 5 / found["total_s"])
+            assert len(found["runs_s"]) == 2
+            assert min(found["runs_s"]) <= found["total_s"] <= max(found["runs_s"])
+            assert 0 < found["first_token_s"] < found["total_s"]
+            assert found["bare_position"] == 9
+            assert found["bare_step_s"] is not None
+            assert found["step_ratio"] == pytest.approx(found["engine_step_s"] / found["bare_step_s"])
+        assert one["first_text_s"] is not None
+        [loading] = report.of("loading", scheme)
+        assert one["limit_share"] == pytest.approx(one["decode_rate_tok_s"] / loading["limit_tok_s"])
+        assert many["first_text_s"] is many["limit_share"] is None
 
 
-def test_prefill_and_shared_prefix(measured: tuple[list[SchemeSpeed], list[str]]) -> None:
-    for row in measured[0]:
-        assert row.prefill is not None
-        assert row.prefill.prompt_tokens == 40
-        assert row.prefill.ratio == pytest.approx(row.prefill.first_text_s / row.prefill.bare_s)
-        shared = row.shared_prefix
-        assert shared is not None
-        assert (shared.requests, shared.prefix_tokens, shared.prompt_tokens) == (3, 70, 78)
-        assert 0 < shared.cached_tokens <= 2 * 70  # whole pages, by all but the one who computes them
-        assert shared.ratio == pytest.approx(shared.apart_s / shared.shared_s)
+def test_long_prompt_and_shared_prefix(measured: tuple[BenchReport, list[str]]) -> None:
+    report, _ = measured
+    assert len(report.of("long_prompt")) == len(report.of("shared_prefix")) == 2
+    for long in report.of("long_prompt"):
+        assert long["prompt_tokens"] == 40
+        assert long["ratio"] == pytest.approx(long["first_text_s"] / long["bare_s"])
+    for shared in report.of("shared_prefix"):
+        assert (shared["requests"], shared["prefix_tokens"], shared["prompt_tokens"]) == (3, 70, 78)
+        assert 0 < shared["cached_tokens"] <= 2 * 70  # whole blocks, by all requests but the one that computes them
+        assert shared["ratio"] == pytest.approx(shared["apart_s"] / shared["shared_s"])
 
 
 def test_what_does_not_fit_is_left_out(tiny: str) -> None:
     small = {"batches": (1,), "new_tokens": 2, "repeats": 1, "shared_tokens": 1020, "long_prompt_tokens": 1022}
-    lines: list[str] = []
-    [row] = measure_speed(
-        {"none": tiny}, device="cpu", options=SpeedOptions(**small), copy_speed=COPY, report=lines.append
-    )
-    assert row.prefill is row.shared_prefix is None
+    report, lines = measure(subjects_of({"none": tiny}), BenchOptions(measurements=SPEED, peer=False, **small))
+    assert report.of("long_prompt") == report.of("shared_prefix") == report.failures == []
     assert sum("the model has room for" in line for line in lines) == 2
 
 
-def test_texts_that_do_not_fit_are_an_error(tiny: str) -> None:
-    options = SpeedOptions(prompt_tokens=1000, new_tokens=128)
-    with pytest.raises(InvalidOptionError, match="do not fit into the 1024 tokens"):
-        next(measure_speed({"none": tiny}, device="cpu", options=options, copy_speed=COPY))
+def test_texts_that_do_not_fit_are_a_failure(tiny: str) -> None:
+    given = BenchOptions(measurements=SPEED, peer=False, prompt_tokens=1000, new_tokens=128)
+    report, _ = measure(subjects_of({"none": tiny}), given)
+    [failure] = report.failures
+    assert failure.measurement == "generation"
+    assert "do not fit into the 1024 tokens" in str(failure.failure)
+    assert not {*SPEED} & {record.measurement for record in report.records if record.failure is None}
     llm = QuantizedHuggingFaceLLM(model_id=tiny, quantization="none", device="cpu", progress=False)
-    assert not llm.is_loaded  # an error leaves no weights behind
+    assert not llm.is_loaded  # a failure leaves no weights behind
 
 
 def test_other_lengths_than_asked_for_are_an_error() -> None:
     info = {"usage_metadata": {"input_tokens": 7, "output_tokens": 4, "input_token_details": {"cache_read": 0}}}
     run = calls.Run([info, info], 1.0, 1.0)
     run.check(2, 7, 4)
-    with pytest.raises(GenerationError, match="2 rows of .* instead of 3"):
+    with pytest.raises(GenerationError, match="2 texts of .* instead of 3"):
         run.check(3, 7, 4)
     with pytest.raises(GenerationError, match="cannot be compared"):
         run.check(2, 7, 5)
@@ -180,26 +169,27 @@ def test_other_lengths_than_asked_for_are_an_error() -> None:
 
 def test_the_peer_over_the_same_weights(tiny: str) -> None:
     pytest.importorskip("langchain_huggingface")
-    options = SpeedOptions(
-        batches=(1, 5), new_tokens=4, prompt_tokens=6, repeats=1, peer=True, peer_new_tokens=2, shared=0,
-        long_prompt_tokens=0,
+    small = BenchOptions(
+        measurements=SPEED, peer=True, batches=(1, 5), new_tokens=4, prompt_tokens=6, repeats=1, peer_new_tokens=2,
+        shared=0, long_prompt_tokens=0,
     )  # fmt: skip
-    [row] = measure_speed({"none": tiny}, device="cpu", options=options, copy_speed=COPY)
-    assert row.prefill is row.shared_prefix is None
-    found = [(p.call, p.batch, p.batch_size, p.new_tokens) for p in row.peer]
+    report, _ = measure(subjects_of({"none": tiny}), small)
+    assert report.of("long_prompt") == report.of("shared_prefix") == report.failures == []
+    peers = report.of("peer")
+    found = [(p["call"], p["batch"], p["batch_size"], p["new_tokens"]) for p in peers]
     assert found == [("invoke", 1, 1, 4), ("batch", 5, 4, 2), ("batch", 5, 5, 4)]
-    ours = {found.batch: found.rate_tok_s for found in row.generation}
-    for p in row.peer:
-        assert p.rate_tok_s == pytest.approx(p.batch * p.new_tokens / p.total_s)
-        assert p.our_ratio == pytest.approx(ours[p.batch] / p.rate_tok_s)
+    ours = {found["batch"]: found["rate_tok_s"] for found in report.of("generation")}
+    for p in peers:
+        assert p["rate_tok_s"] == pytest.approx(p["batch"] * p["new_tokens"] / p["total_s"])
+        assert p["our_ratio"] == pytest.approx(ours[p["batch"]] / p["rate_tok_s"])
 
 
 def test_a_missing_peer_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed_results, "is_installed", lambda _: False)
+    monkeypatch.setattr(options, "is_installed", lambda _: False)
     with pytest.raises(MissingPackageError, match=r'pip install "langchain-quantllm\[huggingface\]"'):
-        SpeedOptions(peer=True)
-    SpeedOptions(peer=False)
-    result = bench("--shape", "tiny", "--peer")
+        BenchOptions(measurements=SPEED, peer=True)
+    BenchOptions(measurements=SPEED, peer=False)
+    result = bench_speed("--shape", "tiny", "--peer")
     assert result.exit_code == 1
     assert "--no-peer" in result.stderr
 
@@ -207,33 +197,30 @@ def test_a_missing_peer_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 # The document and the command.
 
 
-def test_the_document_says_what_was_measured_and_how(
-    measured: tuple[list[SchemeSpeed], list[str]],
-) -> None:
-    text = as_document(
-        measured[0], options=SpeedOptions(**SMALL), copy_speed=COPY, model=None, shape="tiny", device="cpu"
-    )
-    assert "\n" not in text
-    document = json.loads(text)
+def test_the_document_says_what_was_measured_and_how(measured: tuple[BenchReport, list[str]]) -> None:
+    document = json.loads(json.dumps(measured[0].to_dict()))
     assert document["shape"] == "tiny"
-    assert document["device_name"]
+    assert document["machine"]["device_name"]
     assert document["options"]["batches"] == [1, 3]
     assert document["copy"]["rate_byte_s"] == 1e9
-    assert {"python", "cuda", "torch", "transformers", "langchain-core", "bitsandbytes"} <= set(document["versions"])
-    assert document["rows"][1]["generation"][1]["call"] == "abatch"
+    packages = {"python", "cuda", "torch", "transformers", "langchain-core", "bitsandbytes"}
+    assert packages <= set(document["machine"]["versions"])
+    calls_made = [r["values"]["call"] for r in document["records"] if r["measurement"] == "generation"]
+    assert calls_made == ["stream", "abatch", "stream", "abatch"]
 
 
-def test_bench_measures_speed(tmp_path: Path) -> None:
+def test_bench_measures_speed() -> None:
     words = ("--batches", "1,2", "--new-tokens", 4, "--repeats", 1, "--shared", 2, "--shared-tokens", 40)
-    result = bench("--shape", "tiny", "--schemes", "none", "--no-peer", "--long-prompt-tokens", 20, *words)
+    result = bench_speed("--shape", "tiny", "--schemes", "none", "--no-peer", "--long-prompt-tokens", 20, *words)
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout.splitlines()[-1])
-    assert document["options"] == {
-        "batches": [1, 2], "new_tokens": 4, "prompt_tokens": 30, "repeats": 1, "peer": False, "peer_new_tokens": 32,
-        "shared": 2, "shared_tokens": 40, "long_prompt_tokens": 20,
+    given = {
+        "measurements": [*SPEED], "batches": [1, 2], "new_tokens": 4, "prompt_tokens": 30, "repeats": 1, "peer": False,
+        "peer_new_tokens": 32, "shared": 2, "shared_tokens": 40, "long_prompt_tokens": 20,
     }  # fmt: skip
-    [row] = document["rows"]
-    assert [found["batch"] for found in row["generation"]] == [1, 2]
+    assert {name: document["options"][name] for name in given} == given
+    assert {record["scheme"] for record in document["records"]} == {"none"}
+    assert [r["case"]["batch"] for r in document["records"] if r["measurement"] == "generation"] == [1, 2]
     assert document["copy"]["rate_byte_s"] > 0
     assert "first text" in result.stdout
     assert "none: abatch of 2: " in result.stderr
@@ -242,11 +229,11 @@ def test_bench_measures_speed(tmp_path: Path) -> None:
 def test_what_was_measured_survives_a_scheme_that_cannot_be(tiny: str, tmp_path: Path) -> None:
     file = tmp_path / "speed.json"
     sizes = ["--batches", 1, "--prompt-tokens", 8, "--new-tokens", 2, "--repeats", 1, "--shared", 0, "--no-peer"]
-    result = bench(tiny, "--schemes", "none,gptq", *sizes, "--json", file)
+    result = bench_speed(tiny, "--schemes", "none,gptq", *sizes, "--json", file)
     assert result.exit_code == 0, result.output
-    document = json.loads(file.read_text(encoding="utf-8"))
-    assert [row["scheme"] for row in document["rows"]] == ["none"]
-    assert [failure["scheme"] for failure in document["failures"]] == ["gptq"]
+    report = BenchReport.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    assert [record.scheme for record in report.of("generation")] == ["none"]
+    assert [record.scheme for record in report.failures] == ["gptq"]
 
 
 @pytest.mark.parametrize(
@@ -259,6 +246,6 @@ def test_what_was_measured_survives_a_scheme_that_cannot_be(tiny: str, tmp_path:
     ],
 )
 def test_errors_are_a_sentence(words: list[str], said: str) -> None:
-    result = bench("--shape", "tiny", "--no-peer", *words)
+    result = bench_speed("--shape", "tiny", "--no-peer", *words)
     assert result.exit_code == 1
     assert said in result.stderr

@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 import langchain_quantllm
 from langchain_quantllm.bench.random_models import random_checkpoint
+from langchain_quantllm.bench.records import BenchReport
 from langchain_quantllm.cli import app
 from langchain_quantllm.cli.demo_model import demo_model
 from langchain_quantllm.errors import ModelNotFoundError
@@ -154,10 +155,12 @@ def test_bench_ends_in_a_json_document() -> None:
     result = call("bench", "--memory", *words)
     assert result.exit_code == 0
     document = json.loads(result.stdout.splitlines()[-1])
-    none, nf4 = document["rows"]
-    assert nf4["estimate_bytes"] < none["estimate_bytes"]
-    assert none["weights_bytes"] == pytest.approx(none["estimate_bytes"], rel=0.03)
-    assert document["failures"] == []
+    report = BenchReport.from_dict(document)
+    assert report.failures == []
+    none, nf4 = (record["estimate_bytes"] for record in report.of("estimate"))
+    assert nf4 < none
+    assert report.of("memory")[0]["weights_bytes"] == pytest.approx(none, rel=0.03)
+    assert [record.scheme for record in report.of("memory")] == ["none", "nf4"]
 
 
 SPEED = ("--speed", "--batches", 1, "--prompt-tokens", 5, "--repeats", 1, "--shared", 0, "--no-peer")
@@ -171,16 +174,19 @@ def test_one_scheme_that_fails_leaves_the_others(bench: tuple[object, ...], tiny
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout.splitlines()[-1])
     assert json.loads(file.read_text()) == document
-    assert [row["scheme"] for row in document["rows"]] == ["none"]
-    [failure] = document["failures"]
-    assert failure["scheme"] == "gptq"
-    assert "is not quantized, and GPTQ takes calibration data" in failure["reason"]
+    report = BenchReport.from_dict(document)
+    assert {"none"} == {record.scheme for record in report.of("memory") + report.of("generation")}
+    [failed] = report.failures
+    assert (failed.scheme, failed.measurement) == ("gptq", "loading")
+    assert "is not quantized, and GPTQ takes calibration data" in str(failed.failure)
     assert "Not measured" in result.stdout
-    assert "gptq failed: " in result.stderr
+    assert "gptq: loading failed: " in result.stderr
     result = call(*words, "--schemes", "gptq")
     assert result.exit_code == 1
     assert "no scheme could be measured; the first: " in result.stderr
-    assert json.loads(result.stdout.splitlines()[-1])["rows"] == json.loads(file.read_text())["rows"] == []
+    document = json.loads(result.stdout.splitlines()[-1])
+    assert document == json.loads(file.read_text())
+    assert len(BenchReport.from_dict(document).failures) == 1
 
 
 def test_run_quantizes_to_nf4_where_nothing_is_said(tiny: Path, tmp_path: Path) -> None:
@@ -213,6 +219,12 @@ def test_help_is_short_and_long(words: tuple[str, ...]) -> None:
     assert (short.exit_code, long.exit_code) == (0, 0)
     assert short.stdout == long.stdout
     assert "-h" in short.stdout
+
+
+def test_help_lists_the_commands_in_the_order_of_their_use() -> None:
+    listed = re.findall(r"^│ (\w+) ", call("-h").stdout.partition("Commands")[2], re.MULTILINE)
+    assert listed == ["demo", "run", "chat", "memory", "bench", "compare", "doctor", "quantize", "merge", "convert"]
+    assert set(listed) == set(COMMANDS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -253,7 +265,6 @@ def test_bits_that_gptq_lacks_are_told_with_those_it_has(bits: int, tiny: Path) 
         ("ps", "a model lives in the process that loaded it"),
         ("rm", "`hf cache rm`"),
         ("generate", "`run` answers a prompt"),
-        ("convert", "`quantize` writes"),
         ("embed", "computes no embeddings"),
         ("benc", "did you mean 'bench'?"),
         ("quantise", "did you mean 'quantize'?"),

@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 
 from langchain_quantllm import ChatQuantizedHuggingFace, QuantizedHuggingFaceLLM
 from langchain_quantllm.cli import app
-from langchain_quantllm.cli.conversation import COMMANDS, Conversation
+from langchain_quantllm.cli.chat import COMMANDS, Conversation
 
 
 class Typed:
@@ -78,7 +78,7 @@ def test_what_was_shown_of_a_stopped_answer_stays(
     shown = capsys.readouterr()
     assert assistant["content"]
     assert shown.out.startswith(assistant["content"] + "\n")
-    assert "stopped; what was written stays" in shown.err
+    assert "stopped; the text so far stays" in shown.err
     whole = chat_model.invoke(first).content
     assert whole.startswith(assistant["content"])
     assert whole != assistant["content"]
@@ -200,7 +200,7 @@ def test_keys_in_a_terminal(smollm2: Path) -> None:
         wait_for(r">>> $")
         os.write(outer, b"Tell me a very long story.\n")
         wait_for(r"long story\.\r\n\S+ \S+ \S+ ")  # what was typed comes back, and then some words
-        wait_for(r"stopped; what was written stays(.|\n)*>>> $", interrupt=True)
+        wait_for(r"stopped; the text so far stays(.|\n)*>>> $", interrupt=True)
         wait_for(r"/exit or Ctrl-D leaves\.(.|\n)*>>> $", interrupt=True)
         os.write(outer, b"\x04")
         assert process.wait(60) == 0

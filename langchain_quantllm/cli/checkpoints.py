@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,14 +28,14 @@ def quantize(
     output: Output = None,
     bits: Annotated[int, typer.Option(help=f"GPTQ: {_BITS}.")] = 4,
     group_size: Annotated[
-        int | None, typer.Option(help="GPTQ: inputs that share a scale; -1 is all. Default: 128, or what divides.")
+        int | None, typer.Option(help="GPTQ: inputs that share a scale; -1 is all. Default: 128, or a divisor.")
     ] = None,
     desc_act: Annotated[bool, typer.Option("--desc-act", help="GPTQ: groups by the size of the activations.")] = False,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="GPTQ: a zero point for each group.")] = False,
     damping: Annotated[float, typer.Option(help="GPTQ: share of the mean added to the diagonal.")] = 0.01,
     calibration: Annotated[
         str | None,
-        typer.Option(help="GPTQ: text or JSON file, data set (name:config:split), none. Default: a text of ours."),
+        typer.Option(help="GPTQ: text or JSON file, data set (name:config:split), none. Default: the package's text."),
     ] = None,
     samples: Annotated[int, typer.Option(help="GPTQ: most sequences of the calibration.")] = 128,
     tokens: Annotated[int, typer.Option(help="GPTQ: tokens of each.")] = 512,
@@ -42,12 +44,12 @@ def quantize(
         list[str] | None, typer.Option(help="GPTQ: ending of a layer's name to leave out; may be repeated.")
     ] = None,
     device: Device = None,
-    dtype: Annotated[str, typer.Option(help="Of what is not quantized: auto, float16 or bfloat16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Dtype of the unquantized weights: auto, float16 or bfloat16.")] = "auto",
     overwrite: Overwrite = False,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Quantize a checkpoint and write it. What GPTQ finished is kept: the same command goes on after Ctrl-C."""
+    """Quantize a checkpoint and write it. GPTQ keeps finished blocks: the same command goes on after Ctrl-C."""
     with errors():
         if scheme not in _WRITTEN:
             msg = f"--scheme {scheme!r} is not a scheme to quantize with{nearest(scheme, _WRITTEN)}"
@@ -62,48 +64,18 @@ def quantize(
             from langchain_quantllm.quantization.calibration import BUILT_IN, Calibration
             from langchain_quantllm.schemes import GPTQ
 
-        options: dict[str, Any] = {}
+        given: dict[str, Any] = {"output": output, "device": device, "dtype": dtype, "overwrite": overwrite}
+        given |= {"revision": revision, "trust_remote_code": trust_remote_code}
         wanted: Any = scheme
         if scheme == "gptq":
             wanted = GPTQ(bits=bits, group_size=group_size, sym=not asymmetric, desc_act=desc_act)
-            source = calibration or BUILT_IN
-            options["calibration"] = Calibration(source=source, samples=samples, tokens=tokens, column=column)
-            options |= {"skip_modules": skip or (), "damping": damping}
+            texts = Calibration(source=calibration or BUILT_IN, samples=samples, tokens=tokens, column=column)
+            given |= {"calibration": texts, "skip_modules": skip or (), "damping": damping}
         elif calibration or skip:
             msg = f"--calibration and --skip are for gptq, and {scheme} needs none; leave them out."
             raise InvalidOptionError(msg)
-        columns = (
-            TextColumn("blocks"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
-        )
-        with Progress(*columns, console=err) as bar:
-            task = bar.add_task("blocks", total=None, visible=False, left="")
-
-            def report(progress: Any) -> None:
-                left = "" if progress.remaining_s is None else f"{progress.remaining_s:.0f} s left"
-                bar.update(task, completed=progress.done, total=progress.total, left=left, visible=True)
-
-            try:
-                done = quantize_checkpoint(
-                    model,
-                    wanted,
-                    output=output,
-                    device=device,
-                    dtype=dtype,
-                    overwrite=overwrite,
-                    report=report,
-                    progress=False,
-                    revision=revision,
-                    trust_remote_code=trust_remote_code,
-                    **options,
-                )
-            except KeyboardInterrupt:
-                if bar.tasks[0].completed:
-                    bar.console.print("finished blocks are kept; the same command goes on from there")
-                raise
+        with _block_progress() as report:
+            done = quantize_checkpoint(model, wanted, report=report, progress=False, **given)
         if done.resumed_blocks:
             err.print(f"{done.resumed_blocks} blocks were finished already", highlight=False)
         if done.calibration:
@@ -112,12 +84,37 @@ def quantize(
         out.print(str(done.folder), markup=False, highlight=False, soft_wrap=True)
 
 
+@contextlib.contextmanager
+def _block_progress() -> Iterator[Callable[[Any], None]]:
+    """Show a bar of the quantized blocks; yields the function that moves it."""
+    columns = (
+        TextColumn("blocks"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}"),
+    )
+    with Progress(*columns, console=err) as bar:
+        task = bar.add_task("blocks", total=None, visible=False, left="")
+
+        def report(progress: Any) -> None:
+            left = "" if progress.remaining_s is None else f"{progress.remaining_s:.0f} s left"
+            bar.update(task, completed=progress.done, total=progress.total, left=left, visible=True)
+
+        try:
+            yield report
+        except KeyboardInterrupt:
+            if bar.tasks[0].completed:
+                bar.console.print("finished blocks are kept; the same command goes on from there")
+            raise
+
+
 @app.command()
 def merge(
     model: Annotated[str, typer.Argument(help="Folder, or repository on the Hub, of the base model.")],
     adapter: Annotated[str, typer.Argument(help="Folder, or repository on the Hub, of an adapter of peft.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
-    dtype: Annotated[str, typer.Option(help="Of the result: auto, float16, bfloat16 or float32.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Dtype of the result: auto, float16, bfloat16 or float32.")] = "auto",
     device: Device = None,
     overwrite: Overwrite = False,
     revision: Revision = None,
@@ -128,17 +125,8 @@ def merge(
         find_model(model, revision=revision, trust_remote_code=trust_remote_code)
         from langchain_quantllm.quantization.merge import merge_adapter
 
-        folder = merge_adapter(
-            model,
-            adapter,
-            output,
-            dtype=dtype,
-            device=device,
-            overwrite=overwrite,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            progress=False,
-        )
+        given: dict[str, Any] = {"dtype": dtype, "device": device, "overwrite": overwrite, "revision": revision}
+        folder = merge_adapter(model, adapter, output, trust_remote_code=trust_remote_code, progress=False, **given)
         out.print(str(folder), markup=False, highlight=False, soft_wrap=True)
 
 

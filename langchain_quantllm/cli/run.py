@@ -1,4 +1,4 @@
-"""The commands that answer: demo, run and chat."""
+"""The commands that answer prompts: demo, run and chat."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DEMO_QUESTION = "Why is the sky blue? Answer in two sentences."
 
 
 def _load(model: str | None, quantization: str | None, **fields: Any) -> Any:
-    """Load the model of a command, with its engine, and say meanwhile what takes time."""
+    """Load the model of a command, with its engine; the steps that take time are shown meanwhile."""
     from langchain_quantllm.compat.bitsandbytes import import_quietly
     from langchain_quantllm.compat.packages import is_installed
     from langchain_quantllm.llms import QuantizedHuggingFaceLLM
@@ -52,7 +52,7 @@ def _load(model: str | None, quantization: str | None, **fields: Any) -> Any:
 
 
 def _as_chat(llm: Any) -> Any:
-    """Give the chat model over the same weights; the model itself where it has no chat format."""
+    """The chat model over the same weights; the model itself where it has no chat format."""
     from langchain_quantllm.chat_models import ChatQuantizedHuggingFace
 
     fields: dict[str, Any] = {"llm": llm}
@@ -63,13 +63,13 @@ def _as_chat(llm: Any) -> Any:
 
 @app.command()
 def demo() -> None:
-    """Load a small model in nf4 and stream an answer through a LangChain chain, with what it took."""
+    """Load a small model in nf4 and stream an answer through a LangChain chain, with its memory and time."""
     with errors():
         llm = _load(demo_folder(), "nf4", max_new_tokens=120, progress=False)
         from langchain_core.output_parsers import StrOutputParser
         from langchain_core.prompts import ChatPromptTemplate
 
-        from langchain_quantllm.cli.last_answer import LastAnswer
+        from langchain_quantllm.cli.chat import LastAnswer
 
         chain = ChatPromptTemplate.from_messages([("human", "{question}")]) | _as_chat(llm) | StrOutputParser()
         answer = LastAnswer()
@@ -81,7 +81,7 @@ def demo() -> None:
 
 @app.command()
 def run(
-    prompt: Annotated[str, typer.Argument(help="What to ask; - reads it from standard input.")],
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
     model: Model = None,
     quantization: Quantization = None,
     device: Device = None,
@@ -108,7 +108,7 @@ def run(
             stop=stop or None,
             trust_remote_code=trust_remote_code,
         )
-        from langchain_quantllm.cli.last_answer import LastAnswer
+        from langchain_quantllm.cli.chat import LastAnswer
 
         answer = LastAnswer()
         print_stream((llm if raw else _as_chat(llm)).stream(text, {"callbacks": [answer]}), thoughts=err)
@@ -122,7 +122,7 @@ def chat(
     model: Model = None,
     quantization: Quantization = None,
     device: Device = None,
-    system: Annotated[str | None, typer.Option(help="What the model is told about its role.")] = None,
+    system: Annotated[str | None, typer.Option(help="The role of the model, as its system message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 512,
     temperature: Temperature = None,
     seed: Seed = None,
@@ -139,7 +139,7 @@ def chat(
             seed=seed,
             trust_remote_code=trust_remote_code,
         )
-        from langchain_quantllm.cli.conversation import Conversation
+        from langchain_quantllm.cli.chat import Conversation
 
         say(f"{model or 'SmolLM2-135M-Instruct'} on {llm.memory_report().summary()}")
         Conversation(_as_chat(llm), system).run()

@@ -1,0 +1,63 @@
+"""`quantize`, `merge` and `convert`: checkpoints written from the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from langchain_quantllm.cli import app, checkpoints
+from langchain_quantllm.quantization import gguf
+
+
+def call(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_convert_writes_a_checkpoint_and_prints_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The conversion itself has its tests beside the sources of models."""
+    file, asked = tmp_path / "model.gguf", []
+
+    def convert(source: Path, folder: Path) -> Path:
+        asked.append((source, folder))
+        return folder.resolve()
+
+    monkeypatch.setattr(gguf, "convert_gguf", convert)
+    result = call("convert", file, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{(tmp_path / 'out').resolve()}\n"
+    assert asked == [(file, tmp_path / "out")]
+
+
+@pytest.mark.parametrize(
+    ("file", "folder", "said"),
+    [
+        ("none.gguf", "out", "there is no file"),
+        ("broken.gguf", ".", "is there already and not empty"),
+        ("broken.gguf", "out", "transformers cannot read"),
+    ],
+)
+def test_a_file_that_cannot_be_converted_is_told(file: str, folder: str, said: str, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF, or so it says")
+    result = call("convert", tmp_path / file, tmp_path / folder)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+    assert said in " ".join(result.stderr.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.gguf"]  # nothing half written is left
+
+
+def test_quantize_offers_every_scheme_but_none() -> None:
+    assert "none" not in checkpoints._WRITTEN
+    result = call("quantize", "model", "-s", "none")
+    assert result.exit_code == 1
+    assert "is not a scheme to quantize with" in result.stderr
+
+
+def test_options_of_gptq_are_refused_with_other_schemes(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    (tmp_path / "model.safetensors").touch()
+    result = call("quantize", tmp_path, "-s", "nf4", "--calibration", "text.txt")
+    assert result.exit_code == 1
+    assert "--calibration and --skip are for gptq, and nf4 needs none" in result.stderr
