@@ -223,7 +223,7 @@ class TritonAttention:
     """Reads the pages where they lie, by the kernels of this package; lengths stay on the device."""
 
     def __init__(self, kernels: Any, devices: Sequence[torch.device]) -> None:
-        """Use the module `kernels.paged_attention` on these GPUs."""
+        """Use the module `kernels.attention` on these GPUs."""
         properties = torch.cuda.get_device_properties(devices[0])
         self._kernels = kernels
         self._multiprocessors = properties.multi_processor_count
@@ -301,7 +301,7 @@ class TritonAttention:
         )
 
     def _blocks(self, batch: Batch) -> torch.Tensor:
-        size = self._kernels.PREFILL_BLOCK
+        size = self._kernels.PREFILL_TILE
         blocks = [
             (span.slot, span.first + at, span.position + at, min(size, span.count - at))
             for span in batch.spans
@@ -349,13 +349,13 @@ class Forward:
         """Rotate queries and keys and store, in one go; gives the rotated queries.
 
         Args:
-            kernels: `kernels.fused` or `kernels.fused_reference`.
+            kernels: `kernels.fused` or `kernels.reference`.
             states: Queries, keys and values, each of shape `(1, heads of its own, tokens, dim)`, on the device of the
                 batch.
             angles: Cosines and sines of shape `(1, tokens, rotary_dim)`.
             layer: The layer, which is the one that attends next.
-            layout: See `fused_reference.rotate_and_write`.
-            rounds: See `fused_reference.rotate_and_write`.
+            layout: See `reference.rotate_and_write`.
+            rounds: See `reference.rotate_and_write`.
         """
         self._layer = layer
         batch = self._batch

@@ -181,9 +181,9 @@ class ContinuousEngine:
             self._notes.append("attention by gathering pages: heads are larger than 256")
             return GatherAttention(), False
         try:
-            from langchain_quantllm.kernels import attention as paged_attention
+            from langchain_quantllm.kernels import attention as attention_kernels
 
-            attention = TritonAttention(paged_attention, sorted(devices, key=str))
+            attention = TritonAttention(attention_kernels, sorted(devices, key=str))
             attention.try_out(allocate_pools(self._probe.shapes[:1], _TRIED_PAGES)[0])
         except torch.OutOfMemoryError:
             raise
@@ -224,7 +224,7 @@ class ContinuousEngine:
 
     @property
     def _whole(self) -> frozenset[int]:
-        return frozenset() if self._fusion is None else self._fusion.whole
+        return frozenset() if self._fusion is None else self._fusion.replaced_ids
 
     # The protocol.
 

@@ -28,12 +28,12 @@ from langchain_quantllm.engine.attention import (
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.engine.cuda_graphs import StepGraph, WaitFinder
 from langchain_quantllm.engine.fusion.fuse import Fusion
-from langchain_quantllm.engine.fusion.sampling import find_drawing
+from langchain_quantllm.engine.fusion.sampling import find_sampling_kernel
 from langchain_quantllm.engine.lora import NO_ADAPTER, LoraStack
 from langchain_quantllm.engine.prefill_graphs import Pack, PrefillGraphs, Run
 from langchain_quantllm.engine.sampler import MASKS, BatchSampler, log_probabilities
 from langchain_quantllm.engine.scheduler import Piece, RowState
-from langchain_quantllm.kernels.attention_reference import PREFILL_BLOCK
+from langchain_quantllm.kernels.reference import PREFILL_TILE
 
 _BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
 """Row counts for which there is a graph; fewer rows are filled up."""
@@ -155,7 +155,7 @@ class Runner:
         self.device = model.get_input_embeddings().weight.device
         self.is_asynchronous = self.device.type == "cuda"
         self.can_capture = can_capture
-        drawing = None if fusion is None else find_drawing(vocab_size, self.device)
+        drawing = None if fusion is None else find_sampling_kernel(vocab_size, self.device)
         self.sampler = BatchSampler(slots, vocab_size, self.device, drawing=drawing)
         self._padding_slot = slots
         self._table = torch.zeros(slots + 1, pages_per_row, dtype=torch.int32, device=self.device)
@@ -174,7 +174,7 @@ class Runner:
             self._staged = [torch.zeros(_LINES, most, dtype=torch.int32, pin_memory=True) for _ in range(4)]
             self._mask = torch.zeros(most, self._mask_words, dtype=torch.int32, device=self.device)
         self._prefill_graphs: PrefillGraphs | None = None
-        if can_capture and attention.prefills_on_device and pages_per_row * BLOCK_TOKENS >= PREFILL_BLOCK:
+        if can_capture and attention.prefills_on_device and pages_per_row * BLOCK_TOKENS >= PREFILL_TILE:
             self._prefill_graphs = PrefillGraphs(self._forward_pack, self.device)
         self._steps = 0
         self._staged_masks: list[torch.Tensor] = []

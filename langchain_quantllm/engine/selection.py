@@ -134,8 +134,8 @@ class Engines:
         from langchain_quantllm.compat.bitsandbytes import is_quantized
         from langchain_quantllm.engine.fusion.fuse import PRODUCT, Fusion
         from langchain_quantllm.engine.model_check import unsupported_reason
-        from langchain_quantllm.kernels import norms_reference as fused_reference
-        from langchain_quantllm.kernels.linear import cpu as cpu_products
+        from langchain_quantllm.kernels import reference
+        from langchain_quantllm.kernels.linear import cpu as cpu_linear
 
         model = self._pipeline.model
         options: dict[str, Any] = {}
@@ -145,7 +145,7 @@ class Engines:
             # There, only products of bitsandbytes' weights are worth it.
             if not any(map(is_quantized, model.parameters())):
                 return None, None
-            options = {"kernels": fused_reference, "products": cpu_products, "kinds": (PRODUCT,)}
+            options = {"kernels": reference, "linear_kernels": cpu_linear, "kinds": (PRODUCT,)}
         try:
             fusion = Fusion(model, **options)
         except Exception as error:  # memory, say: the model runs without
@@ -153,7 +153,7 @@ class Engines:
         if fusion.steps:
             return fusion, None
         fusion.close()
-        return None, fusion.why_none
+        return None, fusion.unsupported_reason
 
     def _pipeline_engine(self, reason: str) -> Engine:
         if self._plain is None:

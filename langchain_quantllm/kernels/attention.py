@@ -16,10 +16,10 @@ import torch
 import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]  # not on every machine, and untyped
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
-from langchain_quantllm.kernels.attention_reference import PREFILL_BLOCK
 from langchain_quantllm.kernels.launch import launch_options, wait_for_inputs
+from langchain_quantllm.kernels.reference import PREFILL_TILE
 
-__all__ = ["PREFILL_BLOCK", "arrivals", "decode_attention", "default_splits", "prefill_attention", "write_kv"]
+__all__ = ["PREFILL_TILE", "arrivals", "decode_attention", "default_splits", "prefill_attention", "write_kv"]
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _MOST_GROUP_ROWS = 64
@@ -192,7 +192,7 @@ def prefill_attention(
         kv: The pool of one layer, as in `write_kv`; holds the keys and values of these tokens already.
         table: The pages of each row of shape `(slots, max_pages)`, int32, contiguous.
         blocks: Runs of tokens of shape `(n, 4)`, int32, contiguous: the row of `table`, the first token's index in the
-            pack, its position, and the number of tokens, at most `PREFILL_BLOCK`; n is at most 65535.
+            pack, its position, and the number of tokens, at most `PREFILL_TILE`; n is at most 65535.
         value_dim: Size of a value.
         scale: What scores are multiplied by.
         window: How many of the last positions a token sees; 0 for all. Compiled in.
@@ -210,7 +210,7 @@ def prefill_attention(
     _, page_tokens, kv_heads, _ = kv.shape
     queries, keys, warps, stages = _prefill_tiles(key_dim, value_dim, kv.element_size(), kv.device)
     out = query.new_empty((1, tokens, heads, value_dim))
-    _prefill_kernel[(heads, blocks.shape[0], PREFILL_BLOCK // queries)](
+    _prefill_kernel[(heads, blocks.shape[0], PREFILL_TILE // queries)](
         query,
         kv,
         table,
@@ -287,13 +287,13 @@ def _prefill_tiles(key_dim: int, value_dim: int, element_bytes: int, device: tor
     """Choose queries and keys per tile, warps and stages, for 99 KB of shared memory or Hopper's 227."""
     token_bytes = (_padded(key_dim) + _padded(value_dim)) * element_bytes
     if element_bytes == 4:
-        return PREFILL_BLOCK // 2, 16, 8, 2
+        return PREFILL_TILE // 2, 16, 8, 2
     if token_bytes <= 512:
-        return PREFILL_BLOCK, _keys_within(32768, token_bytes, 128), 4, 2
+        return PREFILL_TILE, _keys_within(32768, token_bytes, 128), 4, 2
     # One warpgroup multiplies 64 rows on Hopper, and holds them; elsewhere, they are too many for 4 warps' registers.
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
-        return PREFILL_BLOCK, _keys_within(65536, token_bytes, 64), 4, 2
-    return PREFILL_BLOCK, _keys_within(32768, token_bytes, 64), 8, 2
+        return PREFILL_TILE, _keys_within(65536, token_bytes, 64), 4, 2
+    return PREFILL_TILE, _keys_within(32768, token_bytes, 64), 8, 2
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]

@@ -1,7 +1,7 @@
 """The small steps between the products of a layer, each as one Triton kernel.
 
 Owns the kernels of norms and gates and how they are launched, and offers `fused_rotary`'s beside them. What the
-functions mean is `fused_reference`'s to say, which has them in plain torch. Knows tensors; no model and no engine.
+functions mean is `reference`'s to say, which has them in plain torch. Knows tensors; no model and no engine.
 
 The launchers are lean: they check nothing, and the device of the tensors must be the current one. Grids depend on
 shapes alone, and nothing is read on the host, so that a call can be part of a CUDA graph.
@@ -16,7 +16,7 @@ import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]  # 
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
 from langchain_quantllm.kernels.launch import launch_options, wait_for_inputs
-from langchain_quantllm.kernels.norms_reference import (
+from langchain_quantllm.kernels.reference import (
     GELU,
     GELU_TANH,
     HALVES,
@@ -50,7 +50,7 @@ _ACTIVATIONS = {SILU: 0, GELU: 1, GELU_TANH: 2}
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, *, offset: float = 0.0, rounds_first: bool = True
 ) -> torch.Tensor:
-    """Normalize by the root of the mean square: `fused_reference.rms_norm`.
+    """Normalize by the root of the mean square: `reference.rms_norm`.
 
     Args:
         x: Numbers of shape `(..., width)`, floating, with any strides.
@@ -77,7 +77,7 @@ def add_rms_norm(
     offset: float = 0.0,
     rounds_first: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add, and normalize the sum: `fused_reference.add_rms_norm`.
+    """Add, and normalize the sum: `reference.add_rms_norm`.
 
     Args:
         x: Numbers of shape `(..., width)`, floating, with any strides.
@@ -99,7 +99,7 @@ def add_rms_norm(
 def add_layer_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add, and normalize the sum to mean 0 and variance 1: `fused_reference.add_layer_norm`.
+    """Add, and normalize the sum to mean 0 and variance 1: `reference.add_layer_norm`.
 
     Args:
         x: Numbers of shape `(..., width)`, floating, with any strides.
@@ -118,7 +118,7 @@ def add_layer_norm(
 
 
 def gate(opening: torch.Tensor, values: torch.Tensor, activation: str) -> torch.Tensor:
-    """Multiply values by an activation of others: `fused_reference.gate`.
+    """Multiply values by an activation of others: `reference.gate`.
 
     Args:
         opening: What the activation is taken of, of shape `(..., width)`, floating, with any strides.

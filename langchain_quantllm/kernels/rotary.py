@@ -1,6 +1,6 @@
 """Rotary positions: their cosines and sines, and rotating by them with the writing of keys and values, in Triton.
 
-Owns the kernels and how they are launched. What they mean is `fused_reference`'s to say. Knows tensors, pages and rows;
+Owns the kernels and how they are launched. What they mean is `reference`'s to say. Knows tensors, pages and rows;
 no model and no engine. They are as lean as the others of `fused`.
 """
 # No `from __future__ import annotations` here: Triton's interpreter needs `tl.constexpr` as an object. And its compiler
@@ -13,7 +13,7 @@ import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]  # 
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
 from langchain_quantllm.kernels.launch import launch_options, wait_for_inputs
-from langchain_quantllm.kernels.norms_reference import HALVES, PAIRS_OF_HALVES
+from langchain_quantllm.kernels.reference import HALVES, PAIRS_OF_HALVES
 
 _HALVES, _PAIRS_OF_HALVES = tl.constexpr(HALVES), tl.constexpr(PAIRS_OF_HALVES)
 
@@ -21,7 +21,7 @@ _HALVES, _PAIRS_OF_HALVES = tl.constexpr(HALVES), tl.constexpr(PAIRS_OF_HALVES)
 def angles(
     positions: torch.Tensor, frequencies: torch.Tensor, scale: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give the cosines and sines by which positions are rotated: `fused_reference.angles`.
+    """Give the cosines and sines by which positions are rotated: `reference.angles`.
 
     Args:
         positions: Of shape `(1, tokens)`, int64, contiguous.
@@ -62,7 +62,7 @@ def rotate_and_write(
     layout: int = HALVES,
     rounds: bool = True,
 ) -> torch.Tensor:
-    """Rotate queries and keys, and write keys and values into their pages: `fused_reference.rotate_and_write`.
+    """Rotate queries and keys, and write keys and values into their pages: `reference.rotate_and_write`.
 
     Args:
         query: Queries of shape `(1, heads, tokens, key_dim)`, floating, with any strides.
@@ -70,10 +70,10 @@ def rotate_and_write(
         value: Values of shape `(1, kv_heads, tokens, value_dim)` in the dtype of `query`, with any strides.
         cos: Cosines of shape `(1, tokens, rotary_dim)`, floating.
         sin: Sines in the shape and dtype of `cos`.
-        kv: The pool of one layer, as in `paged_attention.write_kv`. Written to.
-        table: The pages of each row, as in `paged_attention.write_kv`.
-        rows: The row of each token, as in `paged_attention.write_kv`.
-        positions: The place of each token in its row, as in `paged_attention.write_kv`.
+        kv: The pool of one layer, as in `attention.write_kv`. Written to.
+        table: The pages of each row, as in `attention.write_kv`.
+        rows: The row of each token, as in `attention.write_kv`.
+        positions: The place of each token in its row, as in `attention.write_kv`.
         layout: `HALVES`, `PAIRS` or `PAIRS_OF_HALVES`. Compiled in.
         rounds: Whether both products of a rotation are rounded before they are added. Compiled in.
 

@@ -74,14 +74,16 @@ class FusedKind:
 class Fusion:
     """The fused steps of one model."""
 
-    def __init__(self, model: Any, *, kernels: Any = None, products: Any = None, kinds: Sequence[str] = KINDS) -> None:
+    def __init__(
+        self, model: Any, *, kernels: Any = None, linear_kernels: Any = None, kinds: Sequence[str] = KINDS
+    ) -> None:
         """Find what can be fused, and stand in front of it.
 
         Args:
             model: A causal language model of transformers.
-            kernels: `kernels.fused` or `kernels.fused_reference`; None for the first where it runs, and for no fusion
+            kernels: `kernels.fused` or `kernels.reference`; None for the first where it runs, and for no fusion
                 elsewhere.
-            products: `kernels.weight_only` or `kernels.weight_reference`; None likewise.
+            linear_kernels: `kernels.dispatch` or `kernels.linear_reference`; None likewise.
             kinds: What is fused, of `KINDS`.
 
         Raises:
@@ -92,12 +94,12 @@ class Fusion:
             raise InvalidOptionError(msg)
         self._model = model
         self._kernels = kernels
-        self._products = products
+        self._linear_kernels = linear_kernels
         self._kinds = tuple(kinds)
         self._thread = threading.local()
         self._standing: list[_Standing] = []
         self.steps: dict[int, Step] = {}
-        self.why_none: str | None = None
+        self.unsupported_reason: str | None = None
         """What is against fusing anything at all."""
         self.summary: tuple[FusedKind, ...] = ()
         self.build()
@@ -105,18 +107,18 @@ class Fusion:
     def build(self) -> None:
         """Find anew what can be fused, as after a change of the model's modules."""
         self.close()
-        self.why_none = None
+        self.unsupported_reason = None
         home = self._model.get_input_embeddings().weight.device
         try:
             with torch.cuda.device(home) if home.type == "cuda" else contextlib.nullcontext():
-                kernels, products = self._kernels, self._products
+                kernels, products = self._kernels, self._linear_kernels
                 if kernels is None or products is None:
                     there = _kernels_for(home)
                     kernels, products = kernels or there[0], products or there[1]
                 self._fuse(kernels, products, home)
         except UnsupportedError as error:
             self.close()
-            self.why_none = str(error)
+            self.unsupported_reason = str(error)
         except BaseException:
             self.close()
             raise
@@ -148,7 +150,7 @@ class Fusion:
             self._thread.is_exact = False
 
     @property
-    def whole(self) -> frozenset[int]:
+    def replaced_ids(self) -> frozenset[int]:
         """Ids of the layers that are never called where steps are applied."""
         return frozenset(key for key, step in self.steps.items() if isinstance(step, ProductStep) and step.is_whole)
 
@@ -349,7 +351,7 @@ def _kernels_for(home: torch.device) -> tuple[Any, Any]:
         raise UnsupportedError(msg)
     try:
         from langchain_quantllm.kernels import norms as fused
-        from langchain_quantllm.kernels.linear import dispatch as weight_only
+        from langchain_quantllm.kernels.linear import dispatch
 
         fused.rms_norm(torch.ones(1, 16, device=home), torch.ones(16, device=home), 1e-6)
     except torch.OutOfMemoryError:
@@ -357,4 +359,4 @@ def _kernels_for(home: torch.device) -> tuple[Any, Any]:
     except Exception as error:  # not installed, or nothing here to compile with
         msg = f"Triton cannot be used ({error!r})"
         raise UnsupportedError(msg) from error
-    return fused, weight_only
+    return fused, dispatch

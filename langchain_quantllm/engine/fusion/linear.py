@@ -45,7 +45,7 @@ class ProductStep:
     """A linear layer over a quantized weight.
 
     Args:
-        kernels: `kernels.weight_only`, `kernels.weight_reference` or `kernels.cpu_products`.
+        kernels: `kernels.dispatch`, `kernels.linear_reference` or `kernels.cpu_linear`.
         weight: The layer's weight.
         together: Ids and weights of the layers that the model gives the same input, this one among them; empty where
             there are no others, or not of the same layout.
@@ -77,10 +77,10 @@ class ProductStep:
             return forward(*args, **kwargs)
         x = args[0]
         if not self.together:
-            return self.kernels.product(x, self.weight, self.weight.bias).to(x.dtype)
+            return self.kernels.quantized_linear(x, self.weight, self.weight.bias).to(x.dtype)
         found = carried.products.take(x, id(module))
         if found is None:
-            outputs = self.kernels.products_of_one_input(x, [weight for _, weight in self.together])
+            outputs = self.kernels.grouped_linear(x, [weight for _, weight in self.together])
             others = {key: out.to(x.dtype) for (key, _), out in zip(self.together, outputs, strict=True)}
             found = others.pop(id(module))
             carried.products.put(x, others)

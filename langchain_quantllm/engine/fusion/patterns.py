@@ -65,10 +65,10 @@ class NormStep:
     """An RMSNorm, or a LayerNorm behind an addition.
 
     Args:
-        kernels: `kernels.fused` or `kernels.fused_reference`.
+        kernels: `kernels.fused` or `kernels.reference`.
         eps: Of the norm.
-        offset: See `fused_reference.rms_norm`.
-        rounds_first: See `fused_reference.rms_norm`.
+        offset: See `reference.rms_norm`.
+        rounds_first: See `reference.rms_norm`.
         centers: Whether it is a LayerNorm.
         runs_alone: Whether the norm is fused where no addition comes before it, too.
     """
@@ -118,8 +118,8 @@ class GateStep:
     """A gated MLP: down(activation(gate(x)) * up(x)).
 
     Args:
-        kernels: `kernels.fused` or `kernels.fused_reference`.
-        activation: See `fused_reference.gate`.
+        kernels: `kernels.fused` or `kernels.reference`.
+        activation: See `reference.gate`.
         packed: Name of the layer that gives gate and up behind each other; None where they are two layers.
     """
 
@@ -183,11 +183,11 @@ class RotaryStep:
     """An attention whose rotation is one kernel with the writing of keys and values.
 
     Args:
-        kernels: `kernels.fused` or `kernels.fused_reference`.
+        kernels: `kernels.fused` or `kernels.reference`.
         projections: How it gets queries, keys and values.
         output: Name of the layer behind the attention.
-        layout: See `fused_reference.rotate_and_write`.
-        rounds: See `fused_reference.rotate_and_write`.
+        layout: See `reference.rotate_and_write`.
+        rounds: See `reference.rotate_and_write`.
         asked: Scale, window and softcap, as the module hands them on.
     """
 
@@ -222,8 +222,8 @@ class AnglesStep:
     """A module that gives the cosines and sines of positions, by frequencies that stay.
 
     Args:
-        kernels: `kernels.fused` or `kernels.fused_reference`.
-        scale: See `fused_reference.angles`.
+        kernels: `kernels.fused` or `kernels.reference`.
+        scale: See `reference.angles`.
     """
 
     kernels: Any

@@ -22,7 +22,7 @@ _OPTIONS = (
 _SPREAD = 3.0
 
 
-def find_drawing(vocab_size: int, device: torch.device) -> Any:
+def find_sampling_kernel(vocab_size: int, device: torch.device) -> Any:
     """Find what draws in one kernel.
 
     Args:
@@ -38,14 +38,14 @@ def find_drawing(vocab_size: int, device: torch.device) -> Any:
         from langchain_quantllm.kernels import sampling as drawing
 
         with torch.cuda.device(device):
-            return drawing if draws_alike(drawing, vocab_size, device) else None
+            return drawing if samples_alike(drawing, vocab_size, device) else None
     except torch.OutOfMemoryError:
         raise
     except Exception:  # Triton is not installed, or has nothing here to compile with
         return None
 
 
-def draws_alike(drawing: Any, vocab_size: int, device: torch.device) -> bool:
+def samples_alike(drawing: Any, vocab_size: int, device: torch.device) -> bool:
     """Whether the kernel draws the tokens that plain torch draws: at random with all kinds of options, and the best."""
     rows = len(_OPTIONS)
     requests = [

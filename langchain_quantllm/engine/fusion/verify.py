@@ -31,7 +31,7 @@ from langchain_quantllm.engine.fusion.patterns import (
     structure_of,
 )
 from langchain_quantllm.errors import UnsupportedError
-from langchain_quantllm.kernels import norms_reference as reference
+from langchain_quantllm.kernels import reference
 
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
 """Largest difference from a module's own output, relative to its size, by dtype.
@@ -259,7 +259,7 @@ def rotary_step(call: Call, configs: Sequence[Any], kernels: Any, likely: Rotary
     Args:
         call: A call of the attention, without a cache.
         configs: Configs of the model, as `driving` takes them.
-        kernels: `kernels.fused` or `kernels.fused_reference`.
+        kernels: `kernels.fused` or `kernels.reference`.
         likely: What was found in another layer.
 
     Raises:

@@ -14,7 +14,7 @@ from langchain_quantllm.compat.bitsandbytes import is_quantized
 from langchain_quantllm.engine.fusion.linear import ProductStep
 from langchain_quantllm.engine.fusion.verify import TOLERANCES, Call, check_same, output_of
 from langchain_quantllm.errors import UnsupportedError
-from langchain_quantllm.kernels.linear import reference as weight_reference
+from langchain_quantllm.kernels.linear import reference as linear_reference
 from langchain_quantllm.kernels.linear.weights import GPTQWeight, Int8Weight, weight_of
 
 _INT8_TOLERANCE = 0.1
@@ -42,12 +42,14 @@ def product_step(call: Call, kernels: Any) -> ProductStep:
         raise UnsupportedError(msg)
     step = ProductStep(kernels=kernels, weight=weight)
     [x] = call.args
-    found, single = call.run(step), step.kernels.product(x[..., :1, :], weight, weight.bias).to(x.dtype)
+    found, single = call.run(step), step.kernels.quantized_linear(x[..., :1, :], weight, weight.bias).to(x.dtype)
     if isinstance(weight, Int8Weight):
         check_same(found, expected, tolerance=_INT8_TOLERANCE)
         outputs = min(_CHECKED_OUTPUTS, weight.out_features)
         bias = None if weight.bias is None else weight.bias[:outputs]
-        expected = weight_reference.product(x, _first_outputs(weight, outputs), bias, dtype=torch.float32).to(x.dtype)
+        expected = linear_reference.quantized_linear(x, _first_outputs(weight, outputs), bias, dtype=torch.float32).to(
+            x.dtype
+        )
         found, single = found[..., :outputs], single[..., :outputs]
     # GPTQModel rounds dequantized weights to float16, in a model of float32 too.
     tolerance = (

@@ -33,8 +33,8 @@ from langchain_quantllm.engine.fusion.patterns import GateStep, NormStep
 from langchain_quantllm.engine.model_check import fingerprint
 from langchain_quantllm.engine.request import plan_requests
 from langchain_quantllm.errors import InvalidOptionError
-from langchain_quantllm.kernels import norms_reference as fused_reference
-from langchain_quantllm.kernels.linear import reference as weight_reference
+from langchain_quantllm.kernels import reference
+from langchain_quantllm.kernels.linear import reference as linear_reference
 from langchain_quantllm.options import GenerationOptions
 from tests.support.adapters import choose_adapter, enable_adapters, make_adapter, quietly
 from tests.support.families import FAST, family_model, generated_ids, random_ids
@@ -80,7 +80,7 @@ def one_thread() -> Iterator[None]:
 
 
 def fuse(model: Any, **options: Any) -> Fusion:
-    return Fusion(model, kernels=fused_reference, products=weight_reference, **options)
+    return Fusion(model, kernels=reference, linear_kernels=linear_reference, **options)
 
 
 def logits_of(model: Any, ids: list[int]) -> torch.Tensor:
@@ -107,7 +107,7 @@ class Counted:
         self.calls: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
-        function = getattr(fused_reference, name)
+        function = getattr(reference, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             self.calls.append(name)
@@ -129,7 +129,7 @@ def test_every_family_writes_the_same(name: str, tokenizer: Any) -> None:
     prompts = [random_ids(count) for count in (23, 5, 40)]
     expected = [generated_ids(model, prompt, 24) for prompt in prompts]
     fusion = fuse(model)
-    assert fusion.why_none is None
+    assert fusion.unsupported_reason is None
     found = {kind.kind: kind for kind in fusion.summary}
     assert list(found) == list(KINDS)
     if name in WHOLE:
@@ -169,7 +169,7 @@ def test_same_logits_outside_of_pages(name: str, kinds: tuple[str, ...]) -> None
 
 def test_a_step_is_made_of_the_fused_kernels_alone(tokenizer: Any) -> None:
     model, kernels = tiny_model(len(tokenizer)), Counted()
-    fusion = Fusion(model, kernels=kernels, products=weight_reference)
+    fusion = Fusion(model, kernels=kernels, linear_kernels=linear_reference)
     engine = ContinuousEngine(pipeline_of(model, tokenizer), fusion=fusion)
     kernels.calls.clear()
     write(engine, [[5, 6, 7]], 2)
@@ -182,7 +182,7 @@ def test_a_step_is_made_of_the_fused_kernels_alone(tokenizer: Any) -> None:
 class TestStandingIn:
     def test_only_where_it_is_applied(self) -> None:
         model, kernels = tiny_model(300), Counted()
-        fusion = Fusion(model, kernels=kernels, products=weight_reference)
+        fusion = Fusion(model, kernels=kernels, linear_kernels=linear_reference)
         kernels.calls.clear()
         logits_of(model, [1, 2, 3])
         model.generate(torch.tensor([[4, 5]]), max_new_tokens=3, pad_token_id=0)
@@ -194,7 +194,7 @@ class TestStandingIn:
     def test_other_threads_see_the_modules_themselves(self) -> None:
         model, kernels = tiny_model(300), Counted()
         expected = logits_of(model, [1, 2, 3])
-        fusion = Fusion(model, kernels=kernels, products=weight_reference)
+        fusion = Fusion(model, kernels=kernels, linear_kernels=linear_reference)
         kernels.calls.clear()
         found: list[torch.Tensor] = []
         with fusion.applied():
@@ -223,7 +223,7 @@ class TestStandingIn:
     def test_two_on_one_model_close_in_any_order(self) -> None:
         for first_closes in (True, False):
             model, kernels = tiny_model(300), (Counted(), Counted())
-            first, second = (Fusion(model, kernels=counted, products=weight_reference) for counted in kernels)
+            first, second = (Fusion(model, kernels=counted, linear_kernels=linear_reference) for counted in kernels)
             for counted in kernels:
                 counted.calls.clear()
             with first.applied():
@@ -331,7 +331,7 @@ class TestStandingIn:
     def test_on_a_cpu_nothing_is_fused_by_itself(self) -> None:
         model = tiny_model(300)
         fusion = Fusion(model)
-        assert fusion.why_none == "there are no kernels for cpu"
+        assert fusion.unsupported_reason == "there are no kernels for cpu"
         assert forwards_in(model) == []
 
     def test_an_unknown_kind(self) -> None:
@@ -405,7 +405,7 @@ def test_adapters_of_several_rows(tmp_path: Path, smollm2: Path, tokenizer: Any)
     assert len({tuple(ids) for ids in expected.values()}) == 3
     switch = AdapterSwitch(model, ("one", "two"))
     kernels = Counted()
-    fusion = Fusion(model, kernels=kernels, products=weight_reference)
+    fusion = Fusion(model, kernels=kernels, linear_kernels=linear_reference)
     engine = ContinuousEngine(pipeline_of(model, tokenizer), adapters=switch, fusion=fusion)
     kernels.calls.clear()
     for name, ids in expected.items():
@@ -438,7 +438,7 @@ def test_graphs_of_fused_steps_write_the_same(name: str) -> None:
     expected = write(plain, prompts, 24)
     plain.close()
     fusion = Fusion(model)
-    assert fusion.why_none is None
+    assert fusion.unsupported_reason is None
     assert sum(kind.fused for kind in fusion.summary) > 0
     engine = ContinuousEngine(pipeline_of(model, tokenizer), kv_cache_memory="64MiB", fusion=fusion)
     for _ in range(3):  # the later ones from graphs, of prompts too

@@ -19,8 +19,8 @@ from langchain_quantllm.engine.adapter_switch import AdapterSwitch
 from langchain_quantllm.engine.continuous import ContinuousEngine
 from langchain_quantllm.engine.cuda_graphs import no_graph_reason
 from langchain_quantllm.engine.fusion.fuse import PRODUCT, Fusion
-from langchain_quantllm.kernels import norms_reference as fused_reference
-from langchain_quantllm.kernels.linear import reference as weight_reference
+from langchain_quantllm.kernels import reference
+from langchain_quantllm.kernels.linear import reference as linear_reference
 from langchain_quantllm.kernels.linear.weights import weight_of
 from tests.support.adapters import make_adapter, quietly
 from tests.support.families import generated_ids, random_ids
@@ -38,13 +38,13 @@ class Products:
     def __init__(self) -> None:
         self.calls: list[tuple[int, int]] = []
 
-    def product(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
+    def quantized_linear(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
         self.calls.append((1, x.numel() // x.shape[-1]))
-        return weight_reference.product(x, weight, bias, dtype=torch.float32)
+        return linear_reference.quantized_linear(x, weight, bias, dtype=torch.float32)
 
-    def products_of_one_input(self, x: torch.Tensor, weights: Any) -> list[torch.Tensor]:
+    def grouped_linear(self, x: torch.Tensor, weights: Any) -> list[torch.Tensor]:
         self.calls.append((len(weights), x.numel() // x.shape[-1]))
-        return weight_reference.products_of_one_input(x, weights, dtype=torch.float32)
+        return linear_reference.grouped_linear(x, weights, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module", params=SCHEMES)
@@ -70,13 +70,13 @@ def dense_twin(model: Any) -> Any:
     for module in twin.modules():
         weight = weight_of(module)
         if weight is not None:
-            dense, bias = weight_reference.dequantize(weight, torch.float32), weight.bias
+            dense, bias = linear_reference.dequantize(weight, torch.float32), weight.bias
             module.forward = lambda x, dense=dense, bias=bias: linear(x, dense, bias)
     return twin
 
 
 def fuse(model: Any, products: Any, **options: Any) -> Fusion:
-    return Fusion(model, kernels=fused_reference, products=products, **options)
+    return Fusion(model, kernels=reference, linear_kernels=products, **options)
 
 
 @pytest.mark.compat
@@ -143,8 +143,8 @@ def test_a_layer_that_somebody_watches_is_seen(loaded: Any) -> None:
 
 def test_what_gives_something_else_is_left_alone(loaded: Any) -> None:
     class Wrong(Products):
-        def product(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
-            found = super().product(x, weight, bias)
+        def quantized_linear(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
+            found = super().quantized_linear(x, weight, bias)
             # As a kernel that is wrong for a single row would.
             return found * 1.5 if x.shape[-2] == 1 and weight.out_features == 512 else found
 
@@ -159,10 +159,10 @@ def test_what_gives_something_else_is_left_alone(loaded: Any) -> None:
 def test_layers_that_are_never_called_are_known(loaded: Any) -> None:
     fusion = fuse(loaded.model, Products(), kinds=(PRODUCT,))
     linears = {id(module) for module in loaded.model.modules() if weight_of(module) is not None}
-    assert fusion.whole == linears
-    assert no_graph_reason(loaded.model, fusion.whole) == "weights on cpu"
+    assert fusion.replaced_ids == linears
+    assert no_graph_reason(loaded.model, fusion.replaced_ids) == "weights on cpu"
     fusion.close()
-    assert fusion.whole == frozenset()
+    assert fusion.replaced_ids == frozenset()
 
 
 def test_products_are_together_without_other_steps(loaded: Any) -> None:
@@ -188,7 +188,7 @@ def test_an_input_that_was_written_over_is_multiplied_anew(loaded: Any) -> None:
         found = mlp.up_proj(x)
         assert products.calls == [(2, 3), (2, 3)]
     weight = weight_of(mlp.up_proj)
-    torch.testing.assert_close(found, weight_reference.product(x, weight, weight.bias, dtype=torch.float32))
+    torch.testing.assert_close(found, linear_reference.quantized_linear(x, weight, weight.bias, dtype=torch.float32))
     fusion.close()
 
 

@@ -13,7 +13,7 @@ from langchain_quantllm.engine.kv_cache import allocate_pools
 from langchain_quantllm.engine.model_check import probe
 from langchain_quantllm.engine.model_runner import Runner
 from langchain_quantllm.engine.prefill_graphs import LENGTHS, MOST_ROWS, Run, fields, fill, length_for, size
-from langchain_quantllm.kernels import attention_reference as reference
+from langchain_quantllm.kernels import reference
 from tests.support.models import tiny_model
 
 SLOTS, PAGES = 20, 120

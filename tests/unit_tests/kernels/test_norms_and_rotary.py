@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as rot
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from langchain_quantllm.engine.fusion.fuse import PRODUCT, Fusion
-from langchain_quantllm.kernels import norms_reference as reference
+from langchain_quantllm.kernels import reference
 from tests.support.families import FAST, family_model
 from tests.support.interpreter import report_cases
 from tests.support.selection import covering, slow_but
@@ -205,10 +205,13 @@ def run_case(case: Case, device: str) -> dict[str, Any]:
 def run_model(family: str, device: str) -> dict[str, Any]:
     """Fuse a model with the kernels; gives what is not the same then."""
     from langchain_quantllm.kernels import norms as fused
-    from langchain_quantllm.kernels.linear import dispatch as weight_only
+    from langchain_quantllm.kernels.linear import dispatch
 
-    fusion = Fusion(family_model(FAST[family]).to(device), kernels=fused, products=weight_only)
-    return {"why_none": fusion.why_none, "kinds": {k.kind: [k.fused, dict(k.left)] for k in fusion.summary}}
+    fusion = Fusion(family_model(FAST[family]).to(device), kernels=fused, linear_kernels=dispatch)
+    return {
+        "unsupported_reason": fusion.unsupported_reason,
+        "kinds": {k.kind: [k.fused, dict(k.left)] for k in fusion.summary},
+    }
 
 
 def run(name: str, device: str) -> dict[str, Any]:
@@ -238,7 +241,7 @@ def test_kernels_are_the_reference(found: Any, name: str) -> None:
 def test_kernels_are_what_models_do(found: Any, name: str) -> None:
     """They take the tensors of models as these have them, and give the same."""
     report = found(name)
-    assert report["why_none"] is None
+    assert report["unsupported_reason"] is None
     for kind, (fused, left) in report["kinds"].items():
         assert fused > 0 or kind == PRODUCT  # nothing is quantized
         assert left == {}
