@@ -16,7 +16,8 @@ import torch
 
 from langchain_quantllm import GPTQ, QuantizedHuggingFaceLLM
 from langchain_quantllm.bench.quality import evaluation_text, perplexity
-from langchain_quantllm.engine.fusion.fuse import PRODUCT, Fusion
+from langchain_quantllm.engine.forward_context import ForwardContext, forward_context
+from langchain_quantllm.engine.fusion.fuse import LINEAR, Fusion
 from langchain_quantllm.kernels import reference
 from langchain_quantllm.kernels.linear import reference as linear_reference
 from langchain_quantllm.kernels.linear.weights import Weight
@@ -62,9 +63,9 @@ def main() -> None:
         model, tokenizer = llm.pipeline.model, llm.pipeline.tokenizer
         own = perplexity(model, tokenizer, text, max_tokens=asked.max_tokens)
         fusion = Fusion(model, kernels=reference, linear_kernels=DenseProducts())
-        with fusion.applied():
+        with forward_context(ForwardContext(steps=fusion.steps)):
             fused = perplexity(model, tokenizer, text, max_tokens=asked.max_tokens)
-        products = sum(kind.fused for kind in fusion.summary if kind.kind == PRODUCT)
+        products = sum(kind.fused for kind in fusion.summary if kind.kind == LINEAR)
         print(
             f"{scheme}: {own.perplexity:.3f} by the model's modules, {fused.perplexity:.3f} by fused steps "
             f"({products} products), {own.tokens} tokens",

@@ -27,17 +27,17 @@ from langchain_quantllm import GPTQ, QuantizedHuggingFaceLLM
 from langchain_quantllm.bench.random_models import SHAPES, random_checkpoint
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.engine.continuous import ContinuousEngine
-from langchain_quantllm.engine.fusion.fuse import GATE, KINDS, NORM, PRODUCT, RESIDUAL, ROTARY, Fusion
+from langchain_quantllm.engine.fusion.fuse import GATED_MLP, KINDS, LINEAR, NORM, RESIDUAL, ROTARY, Fusion
 from langchain_quantllm.kernels import reference
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "none": (),
     "all": KINDS,
-    "small": tuple(kind for kind in KINDS if kind != PRODUCT),
-    "product": (PRODUCT,),
+    "small": tuple(kind for kind in KINDS if kind != LINEAR),
+    "product": (LINEAR,),
     "norm": (NORM,),
     "rotary": (ROTARY,),
-    "gate": (GATE,),
+    "gate": (GATED_MLP,),
     "norm+residual": (NORM, RESIDUAL),
 }
 STEPS, REPEATS, CALLS = 30, 3, 32
@@ -134,8 +134,8 @@ def measure_kernels(shape: dict[str, int], rows: int, dtype: torch.dtype) -> dic
         "rms_norm": lambda module: lambda i: module.rms_norm(x[i], weight, 1e-5),
         "add_rms_norm": lambda module: lambda i: module.add_rms_norm(x[i], residual[i], weight, 1e-5),
         "add_layer_norm": lambda module: lambda i: module.add_layer_norm(x[i], residual[i], weight, weight, 1e-5),
-        "gate_silu": lambda module: lambda i: module.gate(opening[i], values[i], reference.SILU),
-        "gate_gelu_tanh": lambda module: lambda i: module.gate(opening[i], values[i], reference.GELU_TANH),
+        "gate_silu": lambda module: lambda i: module.activation_mul(opening[i], values[i], reference.SILU),
+        "gate_gelu_tanh": lambda module: lambda i: module.activation_mul(opening[i], values[i], reference.GELU_TANH),
         "rotate_and_write": rotate,
     }
     with torch.no_grad():

@@ -16,7 +16,7 @@ from typing import Any
 from langchain_quantllm import QuantizedHuggingFaceLLM
 from langchain_quantllm.bench.prompts import Prompts
 from langchain_quantllm.engine.continuous import ContinuousEngine
-from langchain_quantllm.engine.fusion.fuse import PRODUCT, Fusion
+from langchain_quantllm.engine.fusion.fuse import LINEAR, Fusion
 from langchain_quantllm.kernels import reference
 from langchain_quantllm.kernels.linear import cpu as cpu_linear
 
@@ -35,7 +35,7 @@ def main() -> None:
     llm = QuantizedHuggingFaceLLM(**fields)
     pipeline = llm.pipeline
     apart = ContinuousEngine(pipeline, kv_cache_memory="64MiB")
-    fusion = Fusion(pipeline.model, kernels=reference, linear_kernels=cpu_linear, kinds=(PRODUCT,))
+    fusion = Fusion(pipeline.model, kernels=reference, linear_kernels=cpu_linear, kinds=(LINEAR,))
     together = ContinuousEngine(pipeline, kv_cache_memory="64MiB", fusion=fusion)
     print(f"{fusion.summary[0].fused} layers")
     for rows in asked.rows:

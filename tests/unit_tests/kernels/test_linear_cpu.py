@@ -11,14 +11,14 @@ import torch
 
 from langchain_quantllm import NF4, QuantizedHuggingFaceLLM
 from langchain_quantllm.bench.random_models import SHAPES, random_checkpoint
-from langchain_quantllm.engine.fusion.fuse import PRODUCT, Fusion
+from langchain_quantllm.engine.fusion.fuse import LINEAR, Fusion
 from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.kernels import reference
 from langchain_quantllm.kernels.linear import cpu as cpu_linear
 from langchain_quantllm.kernels.linear import reference as linear_reference
 from langchain_quantllm.kernels.linear.weights import GPTQWeight, Int8Weight, RepackedWeight, weight_of
 from tests.support.adapters import add_adapter, enable_adapters, quietly
-from tests.unit_tests.engine.test_fusion import forwards_in, logits_of
+from tests.unit_tests.engine.test_fusion import forwards_in, in_engine, logits_of
 from tests.unit_tests.engine.test_fusion_linear import dense_twin
 
 PROMPTS = ["hello", "a longer prompt, of more than a page of tokens", "x"]
@@ -55,7 +55,7 @@ def test_texts_are_the_same_with_fewer_calls(folder: Path, quantization: Any) ->
     assert plain.engine_info.fused == {}
     plain.unload()
     llm = make(folder, quantization, engine="fast")
-    assert llm.engine_info.fused == {PRODUCT: 14}
+    assert llm.engine_info.fused == {LINEAR: 14}
     assert llm.batch(PROMPTS) == expected
     assert [llm.invoke(prompt) for prompt in PROMPTS] == [make(folder, quantization).invoke(p) for p in PROMPTS]
     llm.unload()
@@ -66,17 +66,17 @@ def test_layers_have_their_parts_of_one_memory(folder: Path) -> None:
     model: Any = llm.pipeline.model
     expected = logits_of(model, list(range(5, 17)))
     attention = model.model.layers[1].self_attn
-    fusion = Fusion(model, kernels=reference, linear_kernels=cpu_linear, kinds=(PRODUCT,))
+    fusion = Fusion(model, kernels=reference, linear_kernels=cpu_linear, kinds=(LINEAR,))
     [found] = fusion.summary
     assert (found.fused, found.left) == (14, {})
     query, key, value = (getattr(attention, name).weight.data for name in ("q_proj", "k_proj", "v_proj"))
     assert query.untyped_storage().data_ptr() == key.untyped_storage().data_ptr() == value.untyped_storage().data_ptr()
     assert key.data_ptr() == query.data_ptr() + query.numel()
     assert torch.equal(logits_of(model, list(range(5, 17))), expected)
-    with fusion.applied():
+    with in_engine(fusion):
         assert torch.equal(logits_of(model, list(range(5, 17))), expected)
     fusion.build()  # as after a change of the model's modules
-    with fusion.applied():
+    with in_engine(fusion):
         assert torch.equal(logits_of(model, list(range(5, 17))), expected)
     fusion.close()
     assert forwards_in(model) == []
@@ -87,8 +87,8 @@ def test_layers_have_their_parts_of_one_memory(folder: Path) -> None:
 def test_a_call_for_layers_of_one_input(folder: Path) -> None:
     llm = repacked(folder)
     model: Any = llm.pipeline.model
-    fusion = Fusion(model, kernels=reference, linear_kernels=cpu_linear, kinds=(PRODUCT,))
-    with torch.profiler.profile() as profile, fusion.applied():
+    fusion = Fusion(model, kernels=reference, linear_kernels=cpu_linear, kinds=(LINEAR,))
+    with torch.profiler.profile() as profile, in_engine(fusion):
         logits_of(model, [1])
     calls = [event.name for event in profile.events() if event.name == "bitsandbytes::gemv_4bit"]
     assert len(calls) == 2 * 4
@@ -173,15 +173,15 @@ def test_4_bits_that_are_not_repacked(folder: Path, quantization: Any) -> None:
     if isinstance(weight_of(model.model.layers[0].mlp.up_proj), RepackedWeight):
         pytest.skip("bitsandbytes repacks them on this CPU")
     exact = logits_of(torch.nn.Module.float(dense_twin(model)), ids)
-    fusion = Fusion(model, kernels=reference, linear_kernels=cpu_linear, kinds=(PRODUCT,))
+    fusion = Fusion(model, kernels=reference, linear_kernels=cpu_linear, kinds=(LINEAR,))
     assert [(kind.fused, kind.left) for kind in fusion.summary] == [(14, {})]
-    with fusion.applied():
+    with in_engine(fusion):
         fused = logits_of(model, ids)
     fusion.close()
     assert (fused - exact).norm() < 1.1 * (plain - exact).norm()
     assert not torch.equal(fused, plain)
     assert torch.equal(logits_of(model, ids), plain)
-    assert llm.engine_info.fused == {PRODUCT: 14}
+    assert llm.engine_info.fused == {LINEAR: 14}
     assert len(llm.batch(PROMPTS)) == len(PROMPTS)
     llm.unload()
 
@@ -191,7 +191,7 @@ def test_4_bits_in_float32_are_left_to_the_layer(folder: Path) -> None:
     logits_of(llm.pipeline.model, [1, 2, 3])
     if isinstance(weight_of(llm.pipeline.model.model.layers[0].mlp.up_proj), RepackedWeight):
         pytest.skip("bitsandbytes repacks them on this CPU")
-    fusion = Fusion(llm.pipeline.model, kernels=reference, linear_kernels=cpu_linear, kinds=(PRODUCT,))
+    fusion = Fusion(llm.pipeline.model, kernels=reference, linear_kernels=cpu_linear, kinds=(LINEAR,))
     assert [(kind.fused, kind.left) for kind in fusion.summary] == [
         (0, {"this CPU multiplies float32 as fast in the layer itself": 14})
     ]
@@ -231,11 +231,11 @@ def test_8_bits_are_closer_to_the_weights_than_the_layers_themselves(folder: Pat
     llm = make(folder, "int8", engine="fast")
     model, ids = llm.pipeline.model, list(range(5, 29))
     plain = logits_of(model, ids)
-    assert llm.engine_info.fused == {PRODUCT: 14}
+    assert llm.engine_info.fused == {LINEAR: 14}
     engine_text = llm.invoke(PROMPTS[1])
     exact = logits_of(torch.nn.Module.float(dense_twin(model)), ids)
-    fusion = Fusion(model, kernels=reference, linear_kernels=cpu_linear, kinds=(PRODUCT,))
-    with fusion.applied():
+    fusion = Fusion(model, kernels=reference, linear_kernels=cpu_linear, kinds=(LINEAR,))
+    with in_engine(fusion):
         fused = logits_of(model, ids)
     fusion.close()
     assert (fused - exact).norm() < 0.5 * (plain - exact).norm()
@@ -249,7 +249,7 @@ def test_8_bits_are_closer_to_the_weights_than_the_layers_themselves(folder: Pat
 
 def test_8_bits_in_float32_are_left_to_the_layer(folder: Path) -> None:
     llm = make(folder, "int8", dtype="float32", engine="fast")
-    fusion = Fusion(llm.pipeline.model, kernels=reference, linear_kernels=cpu_linear, kinds=(PRODUCT,))
+    fusion = Fusion(llm.pipeline.model, kernels=reference, linear_kernels=cpu_linear, kinds=(LINEAR,))
     [found] = fusion.summary
     assert found.fused == 0
     assert found.left == {"CPUs have no fast product of 8-bit weights and float32": 14}
@@ -271,12 +271,12 @@ def test_a_small_adapter_of_the_users_own_is_not_left_out(folder: Path) -> None:
             if "lora_B" in name:
                 parameter.mul_(3e-3)
     expected = logits_of(model, [5, 6, 7, 8])
-    fusion = Fusion(model, kernels=reference, linear_kernels=cpu_linear, kinds=(PRODUCT,))
+    fusion = Fusion(model, kernels=reference, linear_kernels=cpu_linear, kinds=(LINEAR,))
     [found] = fusion.summary
     assert found.fused == 14
     assert {type(module).__name__ for module in model.modules() if id(module) in fusion.steps} == {"Linear4bit"}
     assert sorted({len(step.together) for step in fusion.steps.values()}) == [0, 2, 3]
-    with fusion.applied():
+    with in_engine(fusion):
         assert torch.equal(logits_of(model, [5, 6, 7, 8]), expected)
     enable_adapters(model, False)
     fusion.build()  # as if it were for a model whose adapters are off
@@ -289,7 +289,7 @@ def test_a_small_adapter_of_the_users_own_is_not_left_out(folder: Path) -> None:
 def test_a_model_is_pickled_while_its_layers_are_stood_in_for(folder: Path) -> None:
     llm = repacked(folder)
     model: Any = llm.pipeline.model
-    fusion = Fusion(model, kernels=reference, linear_kernels=cpu_linear, kinds=(PRODUCT,))
+    fusion = Fusion(model, kernels=reference, linear_kernels=cpu_linear, kinds=(LINEAR,))
     layer = model.model.layers[0].mlp.up_proj
     twin = pickle.loads(pickle.dumps(layer.__dict__["forward"]))
     assert twin.__func__ is type(layer).forward
