@@ -19,17 +19,16 @@ from langchain_quantllm.compat.transformers_models import cache_name, forward_pa
 from langchain_quantllm.engine.attention import (
     Attention,
     Batch,
-    Forward,
     LayerPool,
     Span,
-    configs_of,
-    driving,
 )
+from langchain_quantllm.engine.attention_interface import PagedForward, configs_of, paged_attention
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.engine.cuda_graphs import StepGraph, WaitFinder
+from langchain_quantllm.engine.forward_context import ForwardContext
 from langchain_quantllm.engine.fusion.fuse import Fusion
 from langchain_quantllm.engine.fusion.sampling import find_sampling_kernel
-from langchain_quantllm.engine.lora import NO_ADAPTER, LoraStack
+from langchain_quantllm.engine.lora import NO_ADAPTER, AdapterChoice, LoraStack
 from langchain_quantllm.engine.prefill_graphs import Pack, PrefillGraphs, Run
 from langchain_quantllm.engine.sampler import MASKS, BatchSampler, log_probabilities
 from langchain_quantllm.engine.scheduler import Piece, RowState
@@ -265,7 +264,7 @@ class Runner:
 
     def _forward_pack(self, pack: Pack) -> torch.Tensor:
         batch = Batch(
-            table=self._table, slots=pack.slots, positions=pack.positions, spans=(), decodes=False, blocks=pack.blocks
+            table=self._table, slots=pack.slots, positions=pack.positions, spans=(), decodes=False, tiles=pack.blocks
         )
         return self._forward(pack.ids.long(), batch, pack.kept.long())
 
@@ -377,14 +376,15 @@ class Runner:
         """Run packed tokens of shape `(tokens,)`; gives logits of shape `(tokens kept, vocab)`."""
         if position_ids is None:
             position_ids = batch.positions.long()
-        forward = Forward(self._attention, self._pools, batch, by_sdpa=self._by_sdpa)
+        forward = PagedForward(self._attention, self._pools, batch, by_sdpa=self._by_sdpa)
+        steps = {} if self._fusion is None else self._fusion.steps
+        context = ForwardContext(attention=forward, steps=steps, adapters=self._adapter_choice(batch, keep))
         # A mask of four dimensions is taken as it is: none has to be made for an attention that ignores it.
         seen = self._ones[: len(ids)] if len(ids) <= len(self._ones) else torch.ones_like(ids)
         mask = seen[None, None, None] if self._by_sdpa else seen[None]
         # A list, as a tensor would be brought to the device of the first layer, when it is needed on that of the last.
         options = {"logits_to_keep": keep} if keep is not None and self._keeps_logits else {}
-        fused = contextlib.nullcontext() if self._fusion is None else self._fusion.applied()
-        with driving(forward, self._configs) as cache, self._adapting(batch, keep), fused:
+        with paged_attention(context, self._configs) as cache:
             output = self._model(
                 input_ids=ids[None],
                 attention_mask=mask,
@@ -397,13 +397,13 @@ class Runner:
         logits: torch.Tensor = output.logits[0]
         return logits[keep] if keep is not None and not self._keeps_logits else logits
 
-    def _adapting(self, batch: Batch, keep: list[int] | torch.Tensor | None) -> contextlib.AbstractContextManager[None]:
-        """Let each token's row run with its adapter; `keep` names the tokens that reach the output head."""
+    def _adapter_choice(self, batch: Batch, keep: list[int] | torch.Tensor | None) -> AdapterChoice | None:
+        """Choose the adapter of each token by its sequence; `keep` are the tokens that reach the output head."""
         if self._adapters is None:
-            return contextlib.nullcontext()
+            return None
         of_tokens = self._row_adapters[batch.slots.long()]
         sees_all = keep is None or not self._keeps_logits
-        return self._adapters.applied(of_tokens, of_tokens if sees_all else of_tokens[keep])
+        return self._adapters.choice(of_tokens, of_tokens if sees_all else of_tokens[keep])
 
     def blank_masks(self, rows: int) -> torch.Tensor:
         """Give masks that allow all, for a step's rows to narrow: `(rows, ceil(vocab / 32))`, int32, on the CPU."""
