@@ -132,7 +132,7 @@ class Engines:
     def _fuse(self) -> tuple[Fusion | None, str | None]:
         """Find the model's fused steps; gives None where there are none, with the reason where that is of interest."""
         from langchain_quantllm.compat.bitsandbytes import is_quantized
-        from langchain_quantllm.engine.fusion.fuse import PRODUCT, Fusion
+        from langchain_quantllm.engine.fusion.fuse import LINEAR, Fusion
         from langchain_quantllm.engine.model_check import unsupported_reason
         from langchain_quantllm.kernels import reference
         from langchain_quantllm.kernels.linear import cpu as cpu_linear
@@ -145,7 +145,7 @@ class Engines:
             # There, only products of bitsandbytes' weights are worth it.
             if not any(map(is_quantized, model.parameters())):
                 return None, None
-            options = {"kernels": reference, "linear_kernels": cpu_linear, "kinds": (PRODUCT,)}
+            options = {"kernels": reference, "linear_kernels": cpu_linear, "kinds": (LINEAR,)}
         try:
             fusion = Fusion(model, **options)
         except Exception as error:  # memory, say: the model runs without
