@@ -20,6 +20,7 @@ import torch
 from langchain_quantllm.compat.gptqmodel_import import contained
 from langchain_quantllm.kernels.linear import reference as linear_reference
 from langchain_quantllm.kernels.linear.codebook import CODEBOOKS, GROUPS_SHUFFLED, instructions
+from langchain_quantllm.kernels.linear.config import LinearConfig, config_for
 from langchain_quantllm.kernels.linear.weights import FourBitWeight, GPTQWeight, Int8Weight, Weight, weight_of
 from langchain_quantllm.quantization.packing import RoundedLinear, pack_bits
 from tests.support.interpreter import report_cases
@@ -233,7 +234,7 @@ def run_case(case: Case, device: str) -> dict[str, Any]:
     # As models have them: a batch, and rows that are a part of something wider.
     wide = torch.randn(1, case.rows, case.inputs + 16, generator=made).to(device, case.dtype)
     x = wide[..., 16:]
-    config = None if case.config is None else dispatch.LinearConfig(**case.config)
+    config = None if case.config is None else LinearConfig(**case.config)
     found = dispatch.grouped_linear(x, weights, config=config)
     # The interpreter runs programs one after another: it would find no race.
     again = found if device == "cpu" else dispatch.grouped_linear(x, weights, config=config)
@@ -288,7 +289,7 @@ def run_refusals(device: str) -> dict[str, Any]:
     for rows, options in ((5, VECTOR), (1, {**VECTOR, "decode": "guess"}), (1, {**VECTOR, "regime": "scalar"})):
         try:
             x = torch.zeros(rows, 128, device=device)
-            dispatch.quantized_linear(x, weight, config=dispatch.LinearConfig(**options))
+            dispatch.quantized_linear(x, weight, config=LinearConfig(**options))
         except InvalidOptionError as error:
             refused.append(str(error))
     return {"refused": len(refused)}
@@ -296,14 +297,12 @@ def run_refusals(device: str) -> dict[str, Any]:
 
 def run_rule(device: str) -> dict[str, Any]:
     """Ask for the configs of a small model and of a large one."""
-    from langchain_quantllm.kernels.linear import dispatch
-
     weights = [weight_of(layer(CASES[f"{kind}-float32"], 32, 0)) for kind in ("nf4", "int8", "gptq4", "gptq2")]
     sound = True
     for weight, size, rows in itertools.product(weights, (128, 4096, 11008), (1, 4, 5, 64)):
         large = replace(weight, in_features=size, out_features=size)
         for dtype in ROUNDING:
-            config = dispatch.config_for(large, rows, 132, dtype=dtype)
+            config = config_for(large, rows, 132, dtype=dtype)
             powers = (config.outputs, config.words, config.splits, config.warps)
             sound &= all(value & value - 1 == 0 for value in powers)
             sound &= config.regime == ("vector" if rows <= 2 else "tile")
