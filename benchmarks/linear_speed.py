@@ -5,8 +5,8 @@
 For each format, shape and number of rows: every config of a small grid, first compared with float64, then timed in a
 CUDA graph over more distinct weights than the L2 cache holds. Beside the best one: the config that the rule chooses,
 the time to read the weights at the bandwidth of a copy, and other libraries (`linear_peers`). Kernels are compiled
-ahead by several processes, into Triton's cache on the disk. A config that fails is reported and skipped; a measurement without
-time is skipped and counted. Prints tables.
+ahead by several processes, into Triton's cache on the disk. A config that fails is reported and skipped; a measurement
+for which there is no time is skipped and counted. Prints tables.
 """
 
 from __future__ import annotations
