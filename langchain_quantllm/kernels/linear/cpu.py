@@ -46,16 +46,10 @@ _HAS_STORED_PRODUCT = hasattr(torch, "_weight_int8pack_mm") and sys.platform != 
 
 
 def quantized_linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Multiply activations by a weight.
+    """Multiply activations by a weight; see `reference.quantized_linear`.
 
-    Args:
-        x: Activations of shape `(..., in_features)`: bfloat16 for 8-bit weights, 16 bits for 4-bit weights that are not
-            repacked, any floating dtype otherwise.
-        weight: The weight.
-        bias: Added to the product, of shape `(out_features,)`; None for no bias. The weight's own bias is ignored.
-
-    Returns:
-        `x @ w.T + bias` of shape `(..., out_features)`, in the dtype of `x`.
+    Activations are bfloat16 for 8-bit weights, 16 bits for 4-bit weights that are not repacked, any floating dtype
+    otherwise; the result has their dtype.
 
     Raises:
         UnsupportedError: If no kernel multiplies by the stored weight, or the layer itself is as fast.
@@ -121,15 +115,7 @@ def _has_16_bit_products() -> bool:
 
 
 def grouped_linear(x: torch.Tensor, weights: Sequence[Weight]) -> list[torch.Tensor]:
-    """Multiply the same activations by several weights, and add the bias of each; in one call if they share memory.
-
-    Args:
-        x: Activations of shape `(..., in_features)`, floating.
-        weights: Weights with the same inputs.
-
-    Returns:
-        The result for each weight, as of `quantized_linear`.
-    """
+    """Multiply the same activations by several weights, and add the bias of each; in one call if they share memory."""
     first = weights[0]
     joined = first.joined if isinstance(first, RepackedWeight) else None
     if joined is None:

@@ -16,16 +16,7 @@ _WORDS, _OUTPUTS = 8, 128
 
 
 def dense_linear(x: torch.Tensor, weight: GPTQWeight | Int8Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Multiply activations by a quantized weight, dequantized in their dtype; see `reference.quantized_linear`.
-
-    Args:
-        x: Activations of shape `(..., in_features)`, float16, bfloat16 or float32.
-        weight: The weight, on the same device.
-        bias: Added to the product, of shape `(out_features,)`; None for no bias. The weight's own bias is ignored.
-
-    Returns:
-        `x @ w.T + bias` of shape `(..., out_features)`, in the dtype of `x`.
-    """
+    """Multiply activations by a quantized weight, dequantized in their dtype; see `reference.quantized_linear`."""
     bias = None if bias is None else bias.to(x.dtype)
     return torch.nn.functional.linear(x, dense(weight, x.dtype), bias)
 

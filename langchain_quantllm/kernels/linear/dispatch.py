@@ -51,17 +51,8 @@ def quantized_linear(
 ) -> torch.Tensor:
     """Multiply activations by a quantized weight; see `reference.quantized_linear`.
 
-    Without a config, a weight of GPTQ or int8 is dequantized for more than 64 rows; see `dense_linear`.
-
-    Args:
-        x: Activations of shape `(..., in_features)`, float16, bfloat16 or float32.
-        weight: The weight, on the same device.
-        bias: Added to the product, of shape `(out_features,)`, contiguous, floating; None for no bias. The weight's own
-            bias is ignored.
-        config: How to compute; None for `config_for`.
-
-    Returns:
-        `x @ w.T + bias` of shape `(..., out_features)`, contiguous, in the dtype of `x`; summed in float32.
+    `config` is how to compute; None takes `config_for`, and dequantizes a weight of GPTQ or int8 for more than 64 rows,
+    see `dense_linear`. Sums are in float32, and the result is contiguous, in the dtype of `x`.
 
     Raises:
         InvalidOptionError: If the config does not fit.
@@ -77,14 +68,7 @@ def grouped_linear(
     """Multiply the same activations by several weights, and add the bias of each.
 
     It is one launch for up to three weights of the same format that all or none have a bias; otherwise one for each.
-
-    Args:
-        x: Activations of shape `(..., in_features)`, float16, bfloat16 or float32.
-        weights: Weights with the same inputs, on the same device.
-        config: How to compute; None for `config_for`.
-
-    Returns:
-        The result for each weight, as of `quantized_linear`.
+    See `quantized_linear`.
 
     Raises:
         InvalidOptionError: If the config does not fit.
