@@ -19,21 +19,20 @@ from langchain_quantllm.compat.transformers_models import cache_name, forward_pa
 from langchain_quantllm.engine.attention import (
     Attention,
     Batch,
-    Forward,
     LayerPool,
     Span,
-    configs_of,
-    driving,
 )
-from langchain_quantllm.engine.block_manager import PAGE_TOKENS
+from langchain_quantllm.engine.attention_interface import PagedForward, configs_of, paged_attention
+from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.engine.cuda_graphs import StepGraph, WaitFinder
+from langchain_quantllm.engine.forward_context import ForwardContext
 from langchain_quantllm.engine.fusion.fuse import Fusion
-from langchain_quantllm.engine.fusion.sampling import find_drawing
-from langchain_quantllm.engine.lora import NO_ADAPTER, LoraStack
+from langchain_quantllm.engine.fusion.sampling import find_sampling_kernel
+from langchain_quantllm.engine.lora import NO_ADAPTER, AdapterChoice, LoraStack
 from langchain_quantllm.engine.prefill_graphs import Pack, PrefillGraphs, Run
 from langchain_quantllm.engine.sampler import MASKS, BatchSampler, log_probabilities
 from langchain_quantllm.engine.scheduler import Piece, RowState
-from langchain_quantllm.kernels.attention_reference import PREFILL_BLOCK
+from langchain_quantllm.kernels.reference import PREFILL_TILE
 
 _BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
 """Row counts for which there is a graph; fewer rows are filled up."""
@@ -155,7 +154,7 @@ class Runner:
         self.device = model.get_input_embeddings().weight.device
         self.is_asynchronous = self.device.type == "cuda"
         self.can_capture = can_capture
-        drawing = None if fusion is None else find_drawing(vocab_size, self.device)
+        drawing = None if fusion is None else find_sampling_kernel(vocab_size, self.device)
         self.sampler = BatchSampler(slots, vocab_size, self.device, drawing=drawing)
         self._padding_slot = slots
         self._table = torch.zeros(slots + 1, pages_per_row, dtype=torch.int32, device=self.device)
@@ -174,7 +173,7 @@ class Runner:
             self._staged = [torch.zeros(_LINES, most, dtype=torch.int32, pin_memory=True) for _ in range(4)]
             self._mask = torch.zeros(most, self._mask_words, dtype=torch.int32, device=self.device)
         self._prefill_graphs: PrefillGraphs | None = None
-        if can_capture and attention.prefills_on_device and pages_per_row * PAGE_TOKENS >= PREFILL_BLOCK:
+        if can_capture and attention.prefills_on_device and pages_per_row * BLOCK_TOKENS >= PREFILL_TILE:
             self._prefill_graphs = PrefillGraphs(self._forward_pack, self.device)
         self._steps = 0
         self._staged_masks: list[torch.Tensor] = []
@@ -265,7 +264,7 @@ class Runner:
 
     def _forward_pack(self, pack: Pack) -> torch.Tensor:
         batch = Batch(
-            table=self._table, slots=pack.slots, positions=pack.positions, spans=(), decodes=False, blocks=pack.blocks
+            table=self._table, slots=pack.slots, positions=pack.positions, spans=(), decodes=False, tiles=pack.blocks
         )
         return self._forward(pack.ids.long(), batch, pack.kept.long())
 
@@ -289,7 +288,7 @@ class Runner:
             positions: Position of that token in each.
             chances: One for each row.
         """
-        pages = [row.pages[position // PAGE_TOKENS] for row, position in zip(rows, positions, strict=True)]
+        pages = [row.pages[position // BLOCK_TOKENS] for row, position in zip(rows, positions, strict=True)]
         inputs = self._lines_of(rows, positions, pages, chances)
         count = len(rows)
         bucket = next((b for b in _BUCKETS if b >= count), None)
@@ -317,7 +316,7 @@ class Runner:
             [
                 [row.slot for row in rows],
                 list(positions),
-                [position // PAGE_TOKENS for position in positions],
+                [position // BLOCK_TOKENS for position in positions],
                 list(pages),
                 [0] * len(rows),
                 [not chance.may_end for chance in chances],
@@ -377,14 +376,15 @@ class Runner:
         """Run packed tokens of shape `(tokens,)`; gives logits of shape `(tokens kept, vocab)`."""
         if position_ids is None:
             position_ids = batch.positions.long()
-        forward = Forward(self._attention, self._pools, batch, by_sdpa=self._by_sdpa)
+        forward = PagedForward(self._attention, self._pools, batch, by_sdpa=self._by_sdpa)
+        steps = {} if self._fusion is None else self._fusion.steps
+        context = ForwardContext(attention=forward, steps=steps, adapters=self._adapter_choice(batch, keep))
         # A mask of four dimensions is taken as it is: none has to be made for an attention that ignores it.
         seen = self._ones[: len(ids)] if len(ids) <= len(self._ones) else torch.ones_like(ids)
         mask = seen[None, None, None] if self._by_sdpa else seen[None]
         # A list, as a tensor would be brought to the device of the first layer, when it is needed on that of the last.
         options = {"logits_to_keep": keep} if keep is not None and self._keeps_logits else {}
-        fused = contextlib.nullcontext() if self._fusion is None else self._fusion.applied()
-        with driving(forward, self._configs) as cache, self._adapting(batch, keep), fused:
+        with paged_attention(context, self._configs) as cache:
             output = self._model(
                 input_ids=ids[None],
                 attention_mask=mask,
@@ -397,13 +397,13 @@ class Runner:
         logits: torch.Tensor = output.logits[0]
         return logits[keep] if keep is not None and not self._keeps_logits else logits
 
-    def _adapting(self, batch: Batch, keep: list[int] | torch.Tensor | None) -> contextlib.AbstractContextManager[None]:
-        """Let each token's row run with its adapter; `keep` names the tokens that reach the output head."""
+    def _adapter_choice(self, batch: Batch, keep: list[int] | torch.Tensor | None) -> AdapterChoice | None:
+        """Choose the adapter of each token by its sequence; `keep` are the tokens that reach the output head."""
         if self._adapters is None:
-            return contextlib.nullcontext()
+            return None
         of_tokens = self._row_adapters[batch.slots.long()]
         sees_all = keep is None or not self._keeps_logits
-        return self._adapters.applied(of_tokens, of_tokens if sees_all else of_tokens[keep])
+        return self._adapters.choice(of_tokens, of_tokens if sees_all else of_tokens[keep])
 
     def blank_masks(self, rows: int) -> torch.Tensor:
         """Give masks that allow all, for a step's rows to narrow: `(rows, ceil(vocab / 32))`, int32, on the CPU."""
@@ -453,7 +453,7 @@ class Runner:
         Returns:
             Seconds per step, forward and greedy drawing.
         """
-        width, pages = position // PAGE_TOKENS + 1, self._pools[0].kv.shape[0] - 1
+        width, pages = position // BLOCK_TOKENS + 1, self._pools[0].kv.shape[0] - 1
         states = [RowState([0], 1) for _ in range(rows)]
         for i, state in enumerate(states):
             state.slot, state.pages = i, [1 + (i * width + j) % pages for j in range(width)]

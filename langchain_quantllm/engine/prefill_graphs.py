@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from langchain_quantllm.engine.cuda_graphs import StepGraph, WaitFinder
-from langchain_quantllm.kernels.attention_reference import PREFILL_BLOCK
+from langchain_quantllm.kernels.reference import PREFILL_TILE
 
 LENGTHS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 640, 768, 1024)
 """Tokens for which there may be a graph; longer steps keep the device busy while the host goes on."""
@@ -22,7 +22,7 @@ LENGTHS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 640, 768, 1024)
 MOST_ROWS = 16
 """Most rows of a step that is a graph."""
 
-_BLOCKS = LENGTHS[-1] // PREFILL_BLOCK + MOST_ROWS + 1
+_BLOCKS = LENGTHS[-1] // PREFILL_TILE + MOST_ROWS + 1
 _USES = 2  # capturing takes about as long as a step does without
 
 
@@ -74,7 +74,7 @@ def fields(memory: torch.Tensor, length: int) -> Pack:
     """Divide memory of `size()` integers into what a graph of a length reads."""
     lines = memory[: 3 * length].view(3, length)
     rest = memory[3 * LENGTHS[-1] :]
-    blocks = length // PREFILL_BLOCK + MOST_ROWS + 1
+    blocks = length // PREFILL_TILE + MOST_ROWS + 1
     return Pack(
         ids=lines[0],
         positions=lines[1],
@@ -103,15 +103,15 @@ def fill(pack: Pack, runs: Sequence[Run], padding_slot: int) -> None:
     tokens = sum(len(run.ids) for run in runs)
     missing = len(pack.ids) - tokens
     parts = [(run.slot, run.position, list(run.ids)) for run in runs]
-    parts += [(padding_slot, 0, [0] * min(PREFILL_BLOCK, missing - at)) for at in range(0, missing, PREFILL_BLOCK)]
+    parts += [(padding_slot, 0, [0] * min(PREFILL_TILE, missing - at)) for at in range(0, missing, PREFILL_TILE)]
     ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
     blocks: list[tuple[int, int, int, int]] = []
     for slot, position, part in parts:
         blocks += [
-            (slot, len(ids) + at, position + at, min(PREFILL_BLOCK, len(part) - at))
-            for at in range(0, len(part), PREFILL_BLOCK)
+            (slot, len(ids) + at, position + at, min(PREFILL_TILE, len(part) - at))
+            for at in range(0, len(part), PREFILL_TILE)
         ]
         ids += part
         positions += range(position, position + len(part))

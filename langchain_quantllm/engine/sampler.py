@@ -168,7 +168,7 @@ class BatchSampler:
         need: int,
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        ids: torch.Tensor = self._drawing.draw(
+        ids: torch.Tensor = self._drawing.sample(
             logits,
             slots,
             uniforms,

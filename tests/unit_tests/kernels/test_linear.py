@@ -1,7 +1,7 @@
-"""Products with quantized weights: the Triton kernels against plain torch, and that against the weights' own libraries.
+"""Quantized linear layers: the Triton kernels against plain torch, and that against the weights' own libraries.
 
-Without a GPU the kernels run in Triton's interpreter, in one subprocess, as in `test_kernels`; the instructions in
-PTX, which it cannot run, are emulated here. On a GPU the tests run the same cases themselves, compiled, and more.
+Without a GPU the kernels run in Triton's interpreter, in one subprocess, except the instructions in PTX, which
+`test_codebook` emulates. On a GPU the tests run the same cases compiled, and more.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import itertools
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,8 +17,8 @@ import pytest
 import torch
 
 from langchain_quantllm.compat.gptqmodel_import import gptqmodel_imported
-from langchain_quantllm.kernels.linear import reference as weight_reference
-from langchain_quantllm.kernels.linear.codebook import CODEBOOKS, GROUPS_SHUFFLED, instructions
+from langchain_quantllm.kernels.linear import reference as linear_reference
+from langchain_quantllm.kernels.linear.config import LinearConfig, config_for
 from langchain_quantllm.kernels.linear.weights import FourBitWeight, GPTQWeight, Int8Weight, Weight, weight_of
 from langchain_quantllm.quantization.packing import RoundedLinear, pack_bits
 from tests.support.interpreter import report_cases
@@ -60,7 +59,7 @@ class Case:
     bias: bool = False
     dtype: torch.dtype = torch.float32
     config: dict[str, Any] | None = None
-    """Options of `ProductConfig`; None for the rule's."""
+    """Options of `LinearConfig`; None for the rule's."""
 
     @property
     def bits(self) -> int:
@@ -222,7 +221,7 @@ def on(weight: Weight, device: str) -> Weight:
 
 def run_case(case: Case, device: str) -> dict[str, Any]:
     """Compare the kernels with the reference, and count what makes their errors."""
-    from langchain_quantllm.kernels.linear import dispatch as weight_only
+    from langchain_quantllm.kernels.linear import dispatch
 
     weights = []
     for seed, width in enumerate(case.outputs):
@@ -233,14 +232,14 @@ def run_case(case: Case, device: str) -> dict[str, Any]:
     # As models have them: a batch, and rows that are a part of something wider.
     wide = torch.randn(1, case.rows, case.inputs + 16, generator=made).to(device, case.dtype)
     x = wide[..., 16:]
-    config = None if case.config is None else weight_only.ProductConfig(**case.config)
-    found = weight_only.products_of_one_input(x, weights, config=config)
+    config = None if case.config is None else LinearConfig(**case.config)
+    found = dispatch.grouped_linear(x, weights, config=config)
     # The interpreter runs programs one after another: it would find no race.
-    again = found if device == "cpu" else weight_only.products_of_one_input(x, weights, config=config)
-    alone = found[0] if len(weights) == 1 else weight_only.product(x, weights[0], weights[0].bias, config=config)
-    expected = weight_reference.products_of_one_input(x, weights)
+    again = found if device == "cpu" else dispatch.grouped_linear(x, weights, config=config)
+    alone = found[0] if len(weights) == 1 else dispatch.quantized_linear(x, weights[0], weights[0].bias, config=config)
+    expected = linear_reference.grouped_linear(x, weights)
     # An error of each term, independent of the others, and that of the result.
-    terms = [x.double().square() @ weight_reference.dequantize(weight).square().t() for weight in weights]
+    terms = [x.double().square() @ linear_reference.dequantize(weight).square().t() for weight in weights]
     rounding = ROUNDING[case.dtype]
     excess = [
         ((f.double() - e).abs() - rounding * e.abs()) / t.sqrt() for f, e, t in zip(found, expected, terms, strict=True)
@@ -259,36 +258,36 @@ def run_case(case: Case, device: str) -> dict[str, Any]:
 
 def run_empty(device: str) -> dict[str, Any]:
     """Multiply no rows."""
-    from langchain_quantllm.kernels.linear import dispatch as weight_only
+    from langchain_quantllm.kernels.linear import dispatch
 
     weight = on(weight_of(layer(CASES["nf4-float32"], 8, 0)), device)
-    return {"shape": list(weight_only.product(torch.zeros(2, 0, 128, device=device), weight).shape)}
+    return {"shape": list(dispatch.quantized_linear(torch.zeros(2, 0, 128, device=device), weight).shape)}
 
 
 def run_mixed(device: str) -> dict[str, Any]:
     """Multiply by weights of several formats, and by more than a launch takes."""
-    from langchain_quantllm.kernels.linear import dispatch as weight_only
+    from langchain_quantllm.kernels.linear import dispatch
 
     cases = [CASES[f"{kind}-float32"] for kind in ("nf4", "int8", "gptq4", "nf4")]
     weights = [on(weight_of(layer(case, 8 * seed + 8, seed)), device) for seed, case in enumerate(cases)]
     weights[2] = on(weight_of(layer(cases[2], 16, 2)), device)
     x = torch.randn(2, 128, generator=torch.Generator().manual_seed(1)).to(device)
-    expected = weight_reference.products_of_one_input(x, weights)
-    found = weight_only.products_of_one_input(x, weights)
+    expected = linear_reference.grouped_linear(x, weights)
+    found = dispatch.grouped_linear(x, weights)
     return {"error": max(float((f - e).abs().max()) for f, e in zip(found, expected, strict=True))}
 
 
 def run_refusals(device: str) -> dict[str, Any]:
     """Ask for what there is not."""
     from langchain_quantllm.errors import InvalidOptionError
-    from langchain_quantllm.kernels.linear import dispatch as weight_only
+    from langchain_quantllm.kernels.linear import dispatch
 
     weight = on(weight_of(layer(CASES["nf4-float32"], 8, 0)), device)
     refused = []
     for rows, options in ((5, VECTOR), (1, {**VECTOR, "decode": "guess"}), (1, {**VECTOR, "regime": "scalar"})):
         try:
             x = torch.zeros(rows, 128, device=device)
-            weight_only.product(x, weight, config=weight_only.ProductConfig(**options))
+            dispatch.quantized_linear(x, weight, config=LinearConfig(**options))
         except InvalidOptionError as error:
             refused.append(str(error))
     return {"refused": len(refused)}
@@ -296,14 +295,12 @@ def run_refusals(device: str) -> dict[str, Any]:
 
 def run_rule(device: str) -> dict[str, Any]:
     """Ask for the configs of a small model and of a large one."""
-    from langchain_quantllm.kernels.linear import dispatch as weight_only
-
     weights = [weight_of(layer(CASES[f"{kind}-float32"], 32, 0)) for kind in ("nf4", "int8", "gptq4", "gptq2")]
     sound = True
     for weight, size, rows in itertools.product(weights, (128, 4096, 11008), (1, 4, 5, 64)):
         large = replace(weight, in_features=size, out_features=size)
         for dtype in ROUNDING:
-            config = weight_only.config_for(large, rows, 132, dtype=dtype)
+            config = config_for(large, rows, 132, dtype=dtype)
             powers = (config.outputs, config.words, config.splits, config.warps)
             sound &= all(value & value - 1 == 0 for value in powers)
             sound &= config.regime == ("vector" if rows <= 2 else "tile")
@@ -363,19 +360,19 @@ def test_large_products_are_the_reference(name: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("kind", ["nf4", "int8", "gptq4"])
 def test_a_captured_product_is_that_of_new_inputs(kind: str) -> None:
-    from langchain_quantllm.kernels.linear import dispatch as weight_only
+    from langchain_quantllm.kernels.linear import dispatch
 
     case = replace(LARGE[f"{kind}-table-8"], outputs=(1024,), bias=False)
     weight = on(weight_of(layer(case, 1024, 0)), "cuda")
     for rows in (1, 8):
         x = torch.randn(rows, case.inputs, device="cuda", dtype=torch.bfloat16)
-        weight_only.product(x, weight)
+        dispatch.quantized_linear(x, weight)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = weight_only.product(x, weight)
+            captured = dispatch.quantized_linear(x, weight)
         x.copy_(torch.randn_like(x))
         graph.replay()
-        assert torch.equal(captured, weight_only.product(x, weight))
+        assert torch.equal(captured, dispatch.quantized_linear(x, weight))
 
 
 def test_no_rows_make_no_rows(found: Any) -> None:
@@ -409,7 +406,7 @@ def test_reference_dequantizes_as_bitsandbytes(name: str) -> None:
     expected = dequantize_4bit(module.weight.data, state).reshape(case.outputs[0], case.inputs)
     assert isinstance(weight, FourBitWeight)
     # Both in float32.
-    torch.testing.assert_close(weight_reference.dequantize(weight).float(), expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(linear_reference.dequantize(weight).float(), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_reference_dequantizes_int8_as_bitsandbytes() -> None:
@@ -417,10 +414,10 @@ def test_reference_dequantizes_int8_as_bitsandbytes() -> None:
 
     module: Any = layer(CASES["int8-float32"], 32, 0)
     expected = int8_vectorwise_dequant(module.weight.data, module.weight.SCB)
-    torch.testing.assert_close(weight_reference.dequantize(weight_of(module)).float(), expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(linear_reference.dequantize(weight_of(module)).float(), expected, rtol=1e-5, atol=1e-7)
     x = torch.randn(2, 128, dtype=torch.float16, generator=torch.Generator().manual_seed(0))
     module(x)  # its scales move into its state
-    torch.testing.assert_close(weight_reference.dequantize(weight_of(module)).float(), expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(linear_reference.dequantize(weight_of(module)).float(), expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.kind.startswith("gptq")])
@@ -428,7 +425,7 @@ def test_reference_dequantizes_what_was_packed(name: str) -> None:
     case = CASES[name]
     made = torch.Generator().manual_seed(0)
     made_of = rounded(case, 32, made)
-    found = weight_reference.dequantize(weight_of(PackedLinear(made_of, None)))
+    found = linear_reference.dequantize(weight_of(PackedLinear(made_of, None)))
     assert torch.equal(found.float(), made_of.dequantize())
 
 
@@ -447,7 +444,7 @@ def test_layers_of_gptqmodel_are_weights(bits: int) -> None:
     assert isinstance(weight, GPTQWeight)
     assert weight.group_size == 32
     # GPTQModel dequantizes in float16.
-    torch.testing.assert_close(weight_reference.dequantize(weight).float(), own, rtol=2e-3, atol=1e-5)
+    torch.testing.assert_close(linear_reference.dequantize(weight).float(), own, rtol=2e-3, atol=1e-5)
 
 
 def test_weights_are_views() -> None:
@@ -477,80 +474,6 @@ def test_what_has_no_kernel_is_none() -> None:
     marlin: Any = layer(CASES["gptq4-float32"], 32, 0)
     marlin.QUANT_TYPE = "marlin"
     assert weight_of(marlin) is None
-
-
-@pytest.mark.parametrize("kind", CODEBOOKS)
-def test_codebooks_are_those_of_bitsandbytes(kind: str) -> None:
-    from bitsandbytes.functional import get_4bit_type
-
-    assert torch.equal(torch.tensor(CODEBOOKS[kind]), get_4bit_type(kind, device="cpu"))
-
-
-# --- PTX, emulated ----------------------------------------------------------------------------
-
-
-def emulate(ptx: str, words: tuple[int, int]) -> list[int]:
-    """Run the instructions in one lane of a warp, in which `shfl` asks the others what they hold."""
-    lanes: list[dict[str, int]] = [{"%laneid": lane, "$8": words[0], "$9": words[1]} for lane in range(32)]
-    for line in re.findall(r"[a-z][\w.]* [^;{}]+;", ptx.replace("{ .reg", "{;.reg")):
-        name, *operands = re.split(r"[ ,;]+", line.strip(" ;"))
-        if name.startswith("reg"):
-            continue
-        before = [dict(registers) for registers in lanes]
-        for lane, registers in enumerate(lanes):
-            values = [before[lane][o] if o in before[lane] else int(o, 0) for o in operands[1:]]
-            if name == "shfl.sync.idx.b32":
-                held, index, control, _ = values
-                mask = control >> 8
-                source = (lane & mask) | (index & 31 & ~mask)
-                assert source <= (lane & mask) | (control & 31 & ~mask)
-                result = before[source][operands[1]]
-                assert held == before[lane][operands[1]]
-            else:
-                result = OPERATIONS[name](*values)
-            registers[operands[0]] = result & 0xFFFFFFFF
-    return [lanes[5][f"${j}"] for j in range(8)]
-
-
-def _prmt(a: int, b: int, selector: int) -> int:
-    octets = (a | b << 32).to_bytes(8, "little")
-    picked = []
-    for place in range(4):
-        nibble = selector >> 4 * place & 15
-        octet = octets[nibble & 7]
-        picked.append((0xFF if octet & 0x80 else 0) if nibble & 8 else octet)
-    return int.from_bytes(bytes(picked), "little")
-
-
-def _lop3(a: int, b: int, c: int, table: int) -> int:
-    bits = [table >> (4 * (a >> i & 1) + 2 * (b >> i & 1) + (c >> i & 1)) & 1 for i in range(32)]
-    return sum(bit << i for i, bit in enumerate(bits))
-
-
-OPERATIONS = {
-    "mov.b32": lambda a: a,
-    "mov.u32": lambda a: a,
-    "and.b32": lambda a, b: a & b,
-    "shl.b32": lambda a, b: a << b,
-    "shr.u32": lambda a, b: a >> b,
-    "shr.s32": lambda a, b: (a - (a >> 31 << 32)) >> b,
-    "prmt.b32": _prmt,
-    "lop3.b32": _lop3,
-}
-
-
-@pytest.mark.parametrize("way", GROUPS_SHUFFLED)
-@pytest.mark.parametrize("kind", CODEBOOKS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_instructions_look_up_every_index_in_every_place(way: str, kind: str, dtype: torch.dtype) -> None:
-    ptx = instructions(way, kind, str(dtype)[6:])
-    bits = [b & 0xFFFF for b in torch.tensor(CODEBOOKS[kind]).to(dtype).view(torch.int16).tolist()]
-    for turn in range(16):
-        indices = [[(turn + 3 * place + 7 * word) % 16 for place in range(8)] for word in range(2)]
-        # Element 0 is in the upper half of the lowest byte.
-        words = [sum(index << 4 * (place ^ 1) for place, index in enumerate(row)) for row in indices]
-        expected = [bits[indices[0][j]] | bits[indices[1][j]] << 16 for j in range(8)]
-        assert emulate(ptx, (words[0], words[1])) == expected
 
 
 if __name__ == "__main__":
