@@ -18,7 +18,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.sampling_speed import microseconds
-from langchain_quantllm.engine.block_manager import PAGE_TOKENS
+from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.kernels import attention_reference as reference
 
 SHAPES = {"llama-2-7b": (32, 32, 128), "llama-3-8b": (32, 8, 128), "qwen2.5-1.5b": (12, 2, 128)}
@@ -34,10 +34,10 @@ class Layers:
     def __init__(self, shape: str, rows: int, length: int) -> None:
         heads, kv_heads, dim = SHAPES[shape]
         made = {"dtype": torch.bfloat16, "device": "cuda"}
-        width = -(-length // PAGE_TOKENS)
+        width = -(-length // BLOCK_TOKENS)
         self.kv_heads, self.dim, self.length = kv_heads, dim, length
         self.query = torch.randn(1, rows, heads, dim, **made).transpose(1, 2)
-        self.pools = [torch.randn(rows * width, PAGE_TOKENS, kv_heads, 2 * dim, **made) for _ in range(LAYERS)]
+        self.pools = [torch.randn(rows * width, BLOCK_TOKENS, kv_heads, 2 * dim, **made) for _ in range(LAYERS)]
         self.table = torch.randperm(rows * width, device="cuda").view(rows, width).int()
         self.rows = torch.arange(rows, dtype=torch.int32, device="cuda")
         self.positions = torch.full((rows,), length - 1, dtype=torch.int32, device="cuda")

@@ -25,8 +25,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from langchain_quantllm import GPTQ, QuantizedHuggingFaceLLM
 from langchain_quantllm.bench.random_models import SHAPES, random_checkpoint
-from langchain_quantllm.engine.block_manager import PAGE_TOKENS
-from langchain_quantllm.engine.continuous import FastEngine
+from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
+from langchain_quantllm.engine.continuous import ContinuousEngine
 from langchain_quantllm.engine.fusion.fuse import GATE, KINDS, NORM, PRODUCT, RESIDUAL, ROTARY, Fusion
 from langchain_quantllm.kernels import norms_reference as fused_reference
 
@@ -69,7 +69,7 @@ def measure_steps(pipeline: Any, kinds: tuple[str, ...], rows: list[int], positi
     began = synchronized_s()
     fusion = Fusion(pipeline.model, kinds=kinds) if kinds else None
     build_s = synchronized_s() - began
-    engine = FastEngine(pipeline, kv_cache_memory=cache, fusion=fusion)
+    engine = ContinuousEngine(pipeline, kv_cache_memory=cache, fusion=fusion)
     try:
         found: dict[str, Any] = {"build_s": round(build_s, 2), "graphs": engine.info.graphs, "step_ms": {}}
         if fusion is not None:
@@ -123,7 +123,7 @@ def measure_kernels(shape: dict[str, int], rows: int, dtype: torch.dtype) -> dic
     query = torch.randn(CALLS, 1, rows, heads, dim, **made).transpose(2, 3)
     key, value = torch.randn(2, CALLS, 1, rows, kv_heads, dim, **made).transpose(3, 4)
     cos, sin = torch.randn(2, 1, rows, dim, **made)
-    kv = torch.zeros(CALLS, rows + 1, PAGE_TOKENS, kv_heads, 2 * dim, **made)
+    kv = torch.zeros(CALLS, rows + 1, BLOCK_TOKENS, kv_heads, 2 * dim, **made)
     slots = torch.arange(rows, dtype=torch.int32, device="cuda")
     pages, positions = (slots + 1)[:, None].contiguous(), torch.zeros_like(slots)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from langchain_quantllm import QuantizedHuggingFaceLLM
 from langchain_quantllm.bench.prompts import Prompts
-from langchain_quantllm.engine.continuous import FastEngine
+from langchain_quantllm.engine.continuous import ContinuousEngine
 from langchain_quantllm.engine.fusion.fuse import PRODUCT, Fusion
 from langchain_quantllm.kernels import norms_reference as fused_reference
 from langchain_quantllm.kernels.linear import cpu as cpu_products
@@ -34,12 +34,12 @@ def main() -> None:
     fields = {"model_id": asked.folder, "quantization": asked.quantization, "device": "cpu", "progress": False}
     llm = QuantizedHuggingFaceLLM(**fields)
     pipeline = llm.pipeline
-    apart = FastEngine(pipeline, kv_cache_memory="64MiB")
+    apart = ContinuousEngine(pipeline, kv_cache_memory="64MiB")
     fusion = Fusion(pipeline.model, kernels=fused_reference, products=cpu_products, kinds=(PRODUCT,))
-    together = FastEngine(pipeline, kv_cache_memory="64MiB", fusion=fusion)
+    together = ContinuousEngine(pipeline, kv_cache_memory="64MiB", fusion=fusion)
     print(f"{fusion.summary[0].fused} layers")
     for rows in asked.rows:
-        times: dict[FastEngine, list[float]] = {apart: [], together: []}
+        times: dict[ContinuousEngine, list[float]] = {apart: [], together: []}
         for _ in range(ROUNDS):
             for engine, taken in times.items():
                 taken.append(engine.time_step(rows, POSITION, STEPS))

@@ -90,7 +90,7 @@ class GenerationSpeed:
             start of that time is the engine's, which leaves out what came before the submission: so it is a little
             too long rather than too short.
         engine_step_s: From a row's first token to its last, by step; median of the rows.
-        bare_step_s: The same step alone, as `FastEngine.time_step` measures it; None with another engine.
+        bare_step_s: The same step alone, as `ContinuousEngine.time_step` measures it; None with another engine.
         bare_position: Position that the bare step was measured at: the mean length of a text while it is written.
         step_ratio: `engine_step_s / bare_step_s`; compares like with like while the engine has room for all rows at
             once (128 on a GPU, 32 on the CPU).

@@ -26,7 +26,7 @@ from langchain_quantllm.compat.transformers_attention import (
     register,
     set_attention_name,
 )
-from langchain_quantllm.engine.block_manager import PAGE_TOKENS
+from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.errors import UnsupportedError
 
 
@@ -72,7 +72,7 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPool:
-    """Keys and values of one layer: `kv` has the shape `(pages, PAGE_TOKENS, kv_heads, key_dim + value_dim)`."""
+    """Keys and values of one layer: `kv` has the shape `(pages, BLOCK_TOKENS, kv_heads, key_dim + value_dim)`."""
 
     kv: torch.Tensor
     key_dim: int
@@ -132,7 +132,7 @@ class GatherAttention:
         for span in batch.spans:
             rows = slice(span.first, span.first + span.count)
             length = span.position + span.count
-            pages = batch.table[span.slot, : -(-length // PAGE_TOKENS)].to(pool.kv.device).long()
+            pages = batch.table[span.slot, : -(-length // BLOCK_TOKENS)].to(pool.kv.device).long()
             key, value = _split(pool, pool.kv.index_select(0, pages).flatten(0, 1)[None, :length])
             groups = query.shape[1] // key.shape[1]
             if groups > 1:
@@ -149,11 +149,11 @@ class GatherAttention:
         rows = query.shape[2]
         device = pool.kv.device
         longest = max(span.position for span in batch.spans) + 1
-        width = -(-longest // PAGE_TOKENS)
+        width = -(-longest // BLOCK_TOKENS)
         pages = _cached(
             batch, (device, "pages"), lambda: batch.table[batch.slots.long(), :width].flatten().to(device).long()
         )
-        gathered = pool.kv.index_select(0, pages).view(rows, width * PAGE_TOKENS, *pool.kv.shape[2:])
+        gathered = pool.kv.index_select(0, pages).view(rows, width * BLOCK_TOKENS, *pool.kv.shape[2:])
         key, value = _split(pool, gathered[:, :longest])
         mask = None
         if rows > 1 or (window and window < longest):
@@ -174,8 +174,8 @@ def _cached(batch: Batch, at: Any, make: Callable[[], torch.Tensor]) -> torch.Te
 def _places(batch: Batch, device: torch.device) -> torch.Tensor:
     """Find where each token's keys and values go, as places of the pool laid flat, of shape `(tokens,)`."""
     positions = batch.positions.long()
-    pages = batch.table[batch.slots.long(), positions // PAGE_TOKENS].long()
-    return (pages * PAGE_TOKENS + positions % PAGE_TOKENS).to(device)
+    pages = batch.table[batch.slots.long(), positions // BLOCK_TOKENS].long()
+    return (pages * BLOCK_TOKENS + positions % BLOCK_TOKENS).to(device)
 
 
 def _split(pool: LayerPool, kv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

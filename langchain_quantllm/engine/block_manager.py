@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
-PAGE_TOKENS = 16
+BLOCK_TOKENS = 16
 """Tokens of one page."""
 
 Key = tuple[int, tuple[int, ...]]
 """What a full page holds: the number of what came before it, and its own tokens."""
 
 
-class PagePool:
+class BlockManager:
     """Pages from 1 on, each free, held by rows, or kept for whoever comes with the same tokens.
 
     Page 0 is never given out: what a forward writes for rows that only fill up a batch goes there.

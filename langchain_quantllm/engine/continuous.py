@@ -18,14 +18,14 @@ import torch
 from langchain_quantllm.compat.transformers_attention import attention_name
 from langchain_quantllm.engine.adapter_switch import AdapterSwitch, changed_by_hand
 from langchain_quantllm.engine.attention import Attention, GatherAttention, TritonAttention
-from langchain_quantllm.engine.block_manager import PAGE_TOKENS, PagePool
-from langchain_quantllm.engine.cuda_graphs import why_not_captured
+from langchain_quantllm.engine.block_manager import BLOCK_TOKENS, BlockManager
+from langchain_quantllm.engine.cuda_graphs import no_graph_reason
 from langchain_quantllm.engine.detokenizer import Row
 from langchain_quantllm.engine.fusion.fuse import Fusion
 from langchain_quantllm.engine.generate import NO_NUMBERS, decoder_of, limits_of
 from langchain_quantllm.engine.kv_cache import allocate_pools, count_pages, resident_bytes
 from langchain_quantllm.engine.lora import NO_ADAPTER, LoraStack
-from langchain_quantllm.engine.model_check import fingerprint, probe, why_not_driven
+from langchain_quantllm.engine.model_check import fingerprint, probe, unsupported_reason
 from langchain_quantllm.engine.model_runner import Chance, Drawn, Launched, Runner
 from langchain_quantllm.engine.request import ChunkStream, EngineInfo, ModelLimits, Request, TokenLogprob
 from langchain_quantllm.engine.sampler import BLOCKS, MASKS, NOTHING_ALLOWED, needs_of
@@ -89,7 +89,7 @@ class _Job:
         )
 
 
-class FastEngine:
+class ContinuousEngine:
     """Runs requests of any number of callers in one batch that rows join and leave at every step."""
 
     def __init__(
@@ -117,7 +117,7 @@ class FastEngine:
         budget = check_cache_budget(kv_cache_memory)
         model = self._model = pipeline.model
         self._tokenizer = pipeline.tokenizer
-        if (reason := why_not_driven(model)) is not None:
+        if (reason := unsupported_reason(model)) is not None:
             raise UnsupportedError(reason)
         is_gpu = model.get_input_embeddings().weight.device.type != "cpu"
         self._slots = SLOTS_GPU if is_gpu else SLOTS_CPU
@@ -161,7 +161,7 @@ class FastEngine:
         shapes = self._probe.shapes
         pages = count_pages(shapes, budget, rows=self._slots, context=self._limits.context_tokens)
         while True:
-            self._limits = replace(self._limits, cache_tokens=(pages - 1) * PAGE_TOKENS)
+            self._limits = replace(self._limits, cache_tokens=(pages - 1) * BLOCK_TOKENS)
             try:
                 self._pools = allocate_pools(shapes, pages)
                 return self._verified_runner(attention, can_capture=can_capture)
@@ -195,8 +195,8 @@ class FastEngine:
     def _verified_runner(self, attention: Attention, *, can_capture: bool) -> Runner:
         """Make the runner that gives the model's own logits: by registered attention, or by catching PyTorch's."""
         context = self._limits.context_tokens
-        cached = (self._limits.cache_tokens or 0) // PAGE_TOKENS
-        pages_per_row = cached if context is None else min(cached, -(-context // PAGE_TOKENS))
+        cached = (self._limits.cache_tokens or 0) // BLOCK_TOKENS
+        pages_per_row = cached if context is None else min(cached, -(-context // BLOCK_TOKENS))
         failure: UnsupportedError | None = None
         for by_sdpa in (False, True):
             if by_sdpa and attention_name(self._model.config) != "sdpa":
@@ -210,7 +210,7 @@ class FastEngine:
                 vocab_size=self._probe.vocab_size,
                 by_sdpa=by_sdpa,
                 can_capture=can_capture,
-                why_no_graphs=why_not_captured(self._model, self._whole) if can_capture else None,
+                why_no_graphs=no_graph_reason(self._model, self._whole) if can_capture else None,
                 adapters=self._stack,
                 fusion=self._fusion,
             )
@@ -245,7 +245,7 @@ class FastEngine:
             reason="; ".join(["one running batch over pages", *notes]),
             graphs=self._runner.captures,
             kv_cache_tokens=self._limits.cache_tokens,
-            kv_cache_bytes=self._pages.pages * PAGE_TOKENS * token_bytes,
+            kv_cache_bytes=self._pages.pages * BLOCK_TOKENS * token_bytes,
             fused=fused,
         )
 
@@ -257,7 +257,7 @@ class FastEngine:
     @property
     def peak_cache_tokens(self) -> int:
         """Most tokens that rows have held in the KV cache at once."""
-        return self._peak_pages * PAGE_TOKENS
+        return self._peak_pages * BLOCK_TOKENS
 
     @property
     def kv_resident_bytes(self) -> int | None:
@@ -524,7 +524,7 @@ class FastEngine:
     def _forget_pages(self) -> None:
         alone, beside = self._prefill_tokens
         self._put_back_before = self.put_back
-        self._pages = PagePool((self._limits.cache_tokens or 0) // PAGE_TOKENS + 1)
+        self._pages = BlockManager((self._limits.cache_tokens or 0) // BLOCK_TOKENS + 1)
         self._shared_roots: dict[int, int] = {}
         self._scheduler = Scheduler(self._pages, slots=self._slots, prefill_tokens=alone, prefill_tokens_beside=beside)
 
@@ -539,7 +539,7 @@ class FastEngine:
         for job in self._jobs.values():
             job.state.keep_to_itself()
         self._fuse_anew()
-        self._runner.take_changes(why_not_captured(self._model, self._whole) if self._runner.can_capture else None)
+        self._runner.take_changes(no_graph_reason(self._model, self._whole) if self._runner.can_capture else None)
         self._restack()
         # At last, for it all to be done again if something fails; fused steps may have moved weights, too.
         self._fingerprint = fingerprint(self._model, names_adapters=self._stack is not None)

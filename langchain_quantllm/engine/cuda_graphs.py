@@ -52,7 +52,7 @@ def hooks_of(module: torch.nn.Module) -> tuple[int, ...]:
     return tuple(key for key, hook in hooks.items() if not is_idle_hook(hook))
 
 
-def why_not_captured(model: torch.nn.Module, whole: Collection[int] = ()) -> str | None:
+def no_graph_reason(model: torch.nn.Module, whole: Collection[int] = ()) -> str | None:
     """Give the reason why steps of a model cannot be CUDA graphs, or None where none is known.
 
     Args:

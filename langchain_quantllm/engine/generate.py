@@ -41,7 +41,7 @@ NO_NUMBERS = "the model gave scores that are no numbers (nan); try another dtype
 _Waiting = deque[tuple[Row, ChunkStream]]
 
 
-class PipelineEngine:
+class GenerateEngine:
     """Runs requests through `generate` of a transformers pipeline's model, in padded batches."""
 
     def __init__(self, pipeline: Any, reason: str = "asked for", adapters: AdapterSwitch | None = None) -> None:

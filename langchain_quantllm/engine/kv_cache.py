@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from langchain_quantllm.engine.attention import LayerPool
-from langchain_quantllm.engine.block_manager import PAGE_TOKENS
+from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.errors import NotEnoughMemoryError
 from langchain_quantllm.memory import available_memory, format_bytes
 
@@ -95,7 +95,7 @@ def count_pages(shapes: Sequence[LayerShape], budget: float | int | None, *, row
         )
         if budget is None:
             tokens = min(tokens, useful)
-    pages = int(min(tokens, rows * (context or tokens))) // PAGE_TOKENS
+    pages = int(min(tokens, rows * (context or tokens))) // BLOCK_TOKENS
     if pages <= _LEAST_PAGES:
         msg = (
             f"kv_cache_memory leaves {format_bytes(tokens * token_bytes)} for the KV cache, which is room for {tokens} "
@@ -114,13 +114,13 @@ def allocate_pools(shapes: Sequence[LayerShape], pages: int) -> list[LayerPool]:
     try:
         return [
             LayerPool(
-                kv=_zeros((pages, PAGE_TOKENS, s.kv_heads, s.key_dim + s.value_dim), s.dtype, s.device),
+                kv=_zeros((pages, BLOCK_TOKENS, s.kv_heads, s.key_dim + s.value_dim), s.dtype, s.device),
                 key_dim=s.key_dim,
             )
             for s in shapes
         ]
     except (torch.OutOfMemoryError, MemoryError, OSError, OverflowError) as error:
-        size = format_bytes(pages * PAGE_TOKENS * sum(shape.token_bytes for shape in shapes))
+        size = format_bytes(pages * BLOCK_TOKENS * sum(shape.token_bytes for shape in shapes))
         msg = f"the KV cache of {size} does not fit; lower kv_cache_memory."
         raise NotEnoughMemoryError(msg) from error
 

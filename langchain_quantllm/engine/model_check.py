@@ -32,7 +32,7 @@ LONG, SHORT = 21, 5
 """Lengths of the two texts of a check, in tokens: one that fills a page and more, one that does not."""
 
 
-def why_not_driven(model: Any) -> str | None:
+def unsupported_reason(model: Any) -> str | None:
     """Give the reason, as far as its config tells, why a model cannot be driven; None where nothing is against it."""
     if (reason := why_not_offered()) is not None:
         return reason

@@ -25,7 +25,7 @@ from langchain_quantllm.engine.attention import (
     configs_of,
     driving,
 )
-from langchain_quantllm.engine.block_manager import PAGE_TOKENS
+from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.engine.cuda_graphs import StepGraph, WaitFinder
 from langchain_quantllm.engine.fusion.fuse import Fusion
 from langchain_quantllm.engine.fusion.sampling import find_drawing
@@ -174,7 +174,7 @@ class Runner:
             self._staged = [torch.zeros(_LINES, most, dtype=torch.int32, pin_memory=True) for _ in range(4)]
             self._mask = torch.zeros(most, self._mask_words, dtype=torch.int32, device=self.device)
         self._prefill_graphs: PrefillGraphs | None = None
-        if can_capture and attention.prefills_on_device and pages_per_row * PAGE_TOKENS >= PREFILL_BLOCK:
+        if can_capture and attention.prefills_on_device and pages_per_row * BLOCK_TOKENS >= PREFILL_BLOCK:
             self._prefill_graphs = PrefillGraphs(self._forward_pack, self.device)
         self._steps = 0
         self._staged_masks: list[torch.Tensor] = []
@@ -289,7 +289,7 @@ class Runner:
             positions: Position of that token in each.
             chances: One for each row.
         """
-        pages = [row.pages[position // PAGE_TOKENS] for row, position in zip(rows, positions, strict=True)]
+        pages = [row.pages[position // BLOCK_TOKENS] for row, position in zip(rows, positions, strict=True)]
         inputs = self._lines_of(rows, positions, pages, chances)
         count = len(rows)
         bucket = next((b for b in _BUCKETS if b >= count), None)
@@ -317,7 +317,7 @@ class Runner:
             [
                 [row.slot for row in rows],
                 list(positions),
-                [position // PAGE_TOKENS for position in positions],
+                [position // BLOCK_TOKENS for position in positions],
                 list(pages),
                 [0] * len(rows),
                 [not chance.may_end for chance in chances],
@@ -453,7 +453,7 @@ class Runner:
         Returns:
             Seconds per step, forward and greedy drawing.
         """
-        width, pages = position // PAGE_TOKENS + 1, self._pools[0].kv.shape[0] - 1
+        width, pages = position // BLOCK_TOKENS + 1, self._pools[0].kv.shape[0] - 1
         states = [RowState([0], 1) for _ in range(rows)]
         for i, state in enumerate(states):
             state.slot, state.pages = i, [1 + (i * width + j) % pages for j in range(width)]

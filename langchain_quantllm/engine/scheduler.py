@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from langchain_quantllm.engine.block_manager import PAGE_TOKENS, PagePool
+from langchain_quantllm.engine.block_manager import BLOCK_TOKENS, BlockManager
 
 
 class RowState:
@@ -67,47 +67,47 @@ class RowState:
         """Whether no more tokens are to be drawn."""
         return self.drawn >= self.max_new_tokens
 
-    def find_shared(self, pages: PagePool) -> tuple[int, int]:
+    def find_shared(self, pages: BlockManager) -> tuple[int, int]:
         """Count the pages that it could share from here on: all of them, and those that rows hold."""
         found = held = 0
         chain, at = self._chain, self.written
         while chain is not None and self._may_share(at):
-            page = pages.find(chain, self.ids[at : at + PAGE_TOKENS])
+            page = pages.find(chain, self.ids[at : at + BLOCK_TOKENS])
             if page is None:
                 break
-            found, held, at = found + 1, held + pages.is_held(page), at + PAGE_TOKENS
+            found, held, at = found + 1, held + pages.is_held(page), at + BLOCK_TOKENS
             chain = pages.serial_of(page)
         return found, held
 
-    def share(self, pages: PagePool) -> None:
+    def share(self, pages: BlockManager) -> None:
         """Take over pages of others that hold its next tokens."""
         while self._chain is not None and self._may_share(self.written):
-            page = pages.find(self._chain, self.ids[self.written : self.written + PAGE_TOKENS])
+            page = pages.find(self._chain, self.ids[self.written : self.written + BLOCK_TOKENS])
             if page is None:
                 break
             self._chain = pages.share(page)
             self.pages.append(page)
             self._chained_pages += 1
-            self.written += PAGE_TOKENS
+            self.written += BLOCK_TOKENS
 
     def _may_share(self, at: int) -> bool:
         # The last token must run through the model, as the next one is drawn from what it gives.
-        return len(self.pages) * PAGE_TOKENS <= at and len(self.ids) - at > PAGE_TOKENS
+        return len(self.pages) * BLOCK_TOKENS <= at and len(self.ids) - at > BLOCK_TOKENS
 
-    def register(self, pages: PagePool) -> None:
+    def register(self, pages: BlockManager) -> None:
         """Let others find its pages that have become full of known tokens."""
         if self._chain is None:
             return
-        while (self._chained_pages + 1) * PAGE_TOKENS <= min(self.written, len(self.ids)):
-            at = self._chained_pages * PAGE_TOKENS
-            self._chain = pages.register(self.pages[self._chained_pages], self._chain, self.ids[at : at + PAGE_TOKENS])
+        while (self._chained_pages + 1) * BLOCK_TOKENS <= min(self.written, len(self.ids)):
+            at = self._chained_pages * BLOCK_TOKENS
+            self._chain = pages.register(self.pages[self._chained_pages], self._chain, self.ids[at : at + BLOCK_TOKENS])
             self._chained_pages += 1
 
     def keep_to_itself(self) -> None:
         """Share no pages any more, and offer none."""
         self.root = self._chain = None
 
-    def put_back(self, pages: PagePool) -> None:
+    def put_back(self, pages: BlockManager) -> None:
         """Give up the pages; all tokens known by then are computed again when it is its turn."""
         pages.release(self.pages)
         self.pages = []
@@ -146,7 +146,7 @@ class Decode:
 class Scheduler:
     """Plans one step after another. First come, first served; nobody starves."""
 
-    def __init__(self, pages: PagePool, *, slots: int, prefill_tokens: int, prefill_tokens_beside: int) -> None:
+    def __init__(self, pages: BlockManager, *, slots: int, prefill_tokens: int, prefill_tokens_beside: int) -> None:
         """Begin with nothing to do.
 
         Args:
@@ -225,14 +225,14 @@ class Scheduler:
         if any(other.max_rows is not None and len(self.running) >= other.max_rows for other in (*self.running, row)):
             return False
         found, held = row.find_shared(self.pages)
-        needed = -(-(len(row.ids) + 1) // PAGE_TOKENS) - held
+        needed = -(-(len(row.ids) + 1) // BLOCK_TOKENS) - held
         # Each running row soon needs a page too; without this margin the newcomer would be put back at once.
         if needed + len(self.running) > self.pages.available and self.running:
             return False
         row.slot = self._slots.pop()
         self.running.append(row)
         if row.cached_tokens is None:
-            row.cached_tokens = found * PAGE_TOKENS
+            row.cached_tokens = found * BLOCK_TOKENS
         return True
 
     def _plan_piece(self, row: RowState, budget: int) -> Piece | None:
@@ -259,7 +259,7 @@ class Scheduler:
             if row.slot >= 0:
                 self._reserve(row, row.written + 1)
         # Whoever lost its pages to an older row is back in the queue by now, itself perhaps too.
-        rows = [row for row in decoding if row.slot >= 0 and len(row.pages) * PAGE_TOKENS > row.written]
+        rows = [row for row in decoding if row.slot >= 0 and len(row.pages) * BLOCK_TOKENS > row.written]
         positions = [row.written for row in rows]
         for row in rows:
             row.written += 1
@@ -271,7 +271,7 @@ class Scheduler:
 
     def _reserve(self, row: RowState, tokens: int) -> bool:
         """Give a row pages for so many tokens, taking them from the youngest rows if need be."""
-        while len(row.pages) * PAGE_TOKENS < tokens:
+        while len(row.pages) * BLOCK_TOKENS < tokens:
             page = self.pages.take()
             if page is not None:
                 row.pages.append(page)

@@ -103,19 +103,19 @@ class Engines:
             return self._pipeline_engine(f"the fast engine cannot drive this model: {self._why_not_fast}")
 
     def _make_fast(self, kv_cache_memory: Any, *, fuse: bool) -> None:
-        from langchain_quantllm.engine.continuous import FastEngine
+        from langchain_quantllm.engine.continuous import ContinuousEngine
 
         fusion, why_not_fused = self._fuse() if fuse else (None, None)
         options = {"kv_cache_memory": kv_cache_memory, "adapters": self._switch}
         try:
             try:
-                self._fast = FastEngine(self._pipeline, fusion=fusion, why_not_fused=why_not_fused, **options)
+                self._fast = ContinuousEngine(self._pipeline, fusion=fusion, why_not_fused=why_not_fused, **options)
                 self._fusion = fusion
             except UnsupportedError as error:
                 if fusion is None:
                     raise
                 fusion.close()
-                self._fast = FastEngine(self._pipeline, why_not_fused=str(error), **options)
+                self._fast = ContinuousEngine(self._pipeline, why_not_fused=str(error), **options)
         except UnsupportedError as error:
             self._why_not_fast = str(error)
         except NotEnoughMemoryError as error:
@@ -133,13 +133,13 @@ class Engines:
         """Find the model's fused steps; gives None where there are none, with the reason where that is of interest."""
         from langchain_quantllm.compat.bitsandbytes import is_quantized
         from langchain_quantllm.engine.fusion.fuse import PRODUCT, Fusion
-        from langchain_quantllm.engine.model_check import why_not_driven
+        from langchain_quantllm.engine.model_check import unsupported_reason
         from langchain_quantllm.kernels import norms_reference as fused_reference
         from langchain_quantllm.kernels.linear import cpu as cpu_products
 
         model = self._pipeline.model
         options: dict[str, Any] = {}
-        if why_not_driven(model) is not None:
+        if unsupported_reason(model) is not None:
             return None, None  # the engine says it
         if model.get_input_embeddings().weight.device.type == "cpu":
             # There, only products of bitsandbytes' weights are worth it.
@@ -157,9 +157,9 @@ class Engines:
 
     def _pipeline_engine(self, reason: str) -> Engine:
         if self._plain is None:
-            from langchain_quantllm.engine.generate import PipelineEngine
+            from langchain_quantllm.engine.generate import GenerateEngine
 
-            self._plain = PipelineEngine(self._pipeline, reason, self._switch)
+            self._plain = GenerateEngine(self._pipeline, reason, self._switch)
         return self._plain  # type: ignore[no-any-return]
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from langchain_quantllm.engine.adapter_switch import AdapterSwitch
 from langchain_quantllm.engine.attention import without_gradients
-from langchain_quantllm.engine.block_manager import PagePool
+from langchain_quantllm.engine.block_manager import BlockManager
 from langchain_quantllm.engine.fusion.fuse import Fusion
 from langchain_quantllm.engine.model_check import LONG, SHORT, Probe, compare, sample_ids
 from langchain_quantllm.engine.model_runner import Chance, Runner
@@ -41,7 +41,7 @@ def try_out(
     Raises:
         UnsupportedError: If the model cannot be driven this way, or gives something else.
     """
-    scheduler = Scheduler(PagePool(_PAGES), slots=2, prefill_tokens=LONG - 6, prefill_tokens_beside=LONG - 6)
+    scheduler = Scheduler(BlockManager(_PAGES), slots=2, prefill_tokens=LONG - 6, prefill_tokens_beside=LONG - 6)
     texts = [sample_ids(model, count) for count in (LONG, SHORT)]
     names = [None, None] if switch is None else [*switch.names, BASE_ADAPTER][:2]
     numbers = [-1 if switch is None or name not in switch.names else switch.names.index(name) for name in names]

@@ -16,7 +16,7 @@ import torch
 
 from langchain_quantllm.compat.transformers_models import given_cache_name
 from langchain_quantllm.engine.attention import Batch, Forward, GatherAttention, LayerPool, Span, driving
-from langchain_quantllm.engine.block_manager import PAGE_TOKENS
+from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.engine.cuda_graphs import hooks_of
 from langchain_quantllm.engine.fusion.patterns import (
     AnglesStep,
@@ -330,7 +330,7 @@ class _OwnPages(Forward):
     def __init__(self, hidden: torch.Tensor, like: Mapping[int, LayerPool] | None = None) -> None:
         """Make room for the tokens of `hidden`, of shape `(1, tokens, width)`, by empty copies of others' pools."""
         tokens, device = hidden.shape[1], hidden.device
-        self.pages = -(-tokens // PAGE_TOKENS)
+        self.pages = -(-tokens // BLOCK_TOKENS)
         self.pools = {i: replace(pool, kv=torch.zeros_like(pool.kv)) for i, pool in (like or {}).items()}
         self.asked: tuple[float | None, int | None, float | None] | None = None
         positions = torch.arange(tokens, dtype=torch.int32, device=device)
@@ -346,7 +346,7 @@ class _OwnPages(Forward):
     def write(self, key: torch.Tensor, value: torch.Tensor, layer: int) -> torch.Tensor:
         """Make the layer's pool if there is none, and store."""
         if layer not in self.pools:
-            shape = (self.pages + 1, PAGE_TOKENS, key.shape[1], key.shape[3] + value.shape[3])
+            shape = (self.pages + 1, BLOCK_TOKENS, key.shape[1], key.shape[3] + value.shape[3])
             kv = torch.zeros(shape, dtype=key.dtype, device=key.device)
             self.pools[layer] = LayerPool(kv=kv, key_dim=key.shape[3])
         return super().write(key, value, layer)

@@ -19,7 +19,7 @@ from langchain_quantllm.compat.transformers_attention import (
     why_not_offered,
 )
 from langchain_quantllm.compat.transformers_models import cache_name
-from langchain_quantllm.engine.model_check import why_not_driven
+from langchain_quantllm.engine.model_check import unsupported_reason
 from tests.support.models import tiny_model
 
 IDS = torch.arange(1, 8)[None]
@@ -96,7 +96,7 @@ def test_without_the_registry_the_fast_engine_says_so(monkeypatch: pytest.Monkey
     monkeypatch.delattr(home, "register")
     try:
         assert why_not_offered() == "this transformers has no AttentionInterface.register"
-        assert why_not_driven(tiny_model(512)) == why_not_offered()
+        assert unsupported_reason(tiny_model(512)) == why_not_offered()
     finally:
         monkeypatch.undo()
         why_not_offered.cache_clear()

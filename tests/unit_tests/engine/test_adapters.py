@@ -20,7 +20,7 @@ from langchain_core.runnables import ConfigurableField
 from transformers import AutoModelForCausalLM, pipeline
 
 from langchain_quantllm import ChatQuantizedHuggingFace, QuantizedHuggingFaceLLM
-from langchain_quantllm.engine.block_manager import PAGE_TOKENS
+from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.engine.cuda_graphs import WaitFinder
 from langchain_quantllm.errors import (
     CheckpointError,
@@ -177,7 +177,7 @@ class TestCalls:
             usage = llm.generate([LONG], adapter=name).generations[0][0].generation_info["usage_metadata"]  # type: ignore[index]
             cached.append(usage["input_token_details"]["cache_read"])
         assert cached[:3] == [0, 0, 0]
-        assert all(tokens >= PAGE_TOKENS for tokens in cached[3:])
+        assert all(tokens >= BLOCK_TOKENS for tokens in cached[3:])
 
     def test_chat(self, root: Path, reference: Reference) -> None:
         fields = {"adapters": {"sql": str(root / "sql"), "chat": str(root / "chat")}, "adapter": "chat"}

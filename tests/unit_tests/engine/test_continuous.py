@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from langchain_quantllm import NF4, Int8, QuantizedHuggingFaceLLM
-from langchain_quantllm.engine.block_manager import PAGE_TOKENS
+from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.engine.kv_cache import LayerShape, allocate_pools, resident_bytes
 from langchain_quantllm.engine.request import Request, TokenLogprob, Usage, plan_requests
 from langchain_quantllm.errors import (
@@ -595,7 +595,7 @@ class TestPrefixes:
         found = ids_after(llm, second, max_new_tokens=20)
         assert found == likeliest_ids(llm.pipeline.model, second, found)
         third = [*second, *found, *ids_of(40, seed=2)]
-        assert cached_tokens(llm, third) == [(len(second) + 19) // PAGE_TOKENS * PAGE_TOKENS]
+        assert cached_tokens(llm, third) == [(len(second) + 19) // BLOCK_TOKENS * BLOCK_TOKENS]
         found = ids_after(llm, third)
         assert found == likeliest_ids(llm.pipeline.model, third, found)
 
@@ -610,7 +610,7 @@ class TestPrefixes:
         llm = make_tiny()
         prompt = "All happy families are alike; each unhappy family is unhappy in its own way. " * 3
         tokens = llm.get_num_tokens(prompt)
-        whole = (tokens - 1) // PAGE_TOKENS * PAGE_TOKENS
+        whole = (tokens - 1) // BLOCK_TOKENS * BLOCK_TOKENS
         for expected in (0, whole):
             result = llm.generate([prompt])
             usage = result.generations[0][0].generation_info["usage_metadata"]
@@ -647,7 +647,7 @@ class TestPrefixes:
             assert answer.token_ids == likeliest_ids(llm.pipeline.model, prompt, answer.token_ids)
 
 
-ONE_ROW = 7 * PAGE_TOKENS * 512  # a tiny Llama's token has 2 layers * 2 * 32 * 4 bytes = 512; page 0 is nobody's
+ONE_ROW = 7 * BLOCK_TOKENS * 512  # a tiny Llama's token has 2 layers * 2 * 32 * 4 bytes = 512; page 0 is nobody's
 
 
 class TestKVCacheMemory:
@@ -655,7 +655,7 @@ class TestKVCacheMemory:
         self, tiny: QuantizedHuggingFaceLLM, make_tiny: Callable[..., QuantizedHuggingFaceLLM]
     ) -> None:
         llm = make_tiny(kv_cache_memory=ONE_ROW)
-        assert llm.engine_info.kv_cache_tokens == 6 * PAGE_TOKENS
+        assert llm.engine_info.kv_cache_tokens == 6 * BLOCK_TOKENS
         requests = [
             *plan(tiny, ids_of(20), max_new_tokens=70),
             *plan(tiny, ids_of(17), max_new_tokens=60, do_sample=True, top_k=30, seed=1, n=2),
@@ -1068,7 +1068,7 @@ class TestCallers:
         assert info.kv_cache_tokens is not None
         assert info.kv_cache_tokens >= 8192  # the whole context
         assert info.kv_cache_bytes is not None
-        assert 0 <= info.kv_cache_bytes - 512 * info.kv_cache_tokens <= 512 * PAGE_TOKENS
+        assert 0 <= info.kv_cache_bytes - 512 * info.kv_cache_tokens <= 512 * BLOCK_TOKENS
 
     def test_the_other_engine_says_that_it_was_asked_for(self, tiny: QuantizedHuggingFaceLLM) -> None:
         info = on_pipeline(tiny).engine_info

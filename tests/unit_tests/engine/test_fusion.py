@@ -16,8 +16,8 @@ import torch
 import transformers
 
 from langchain_quantllm.engine.adapter_switch import AdapterSwitch
-from langchain_quantllm.engine.continuous import FastEngine
-from langchain_quantllm.engine.cuda_graphs import why_not_captured
+from langchain_quantllm.engine.continuous import ContinuousEngine
+from langchain_quantllm.engine.cuda_graphs import no_graph_reason
 from langchain_quantllm.engine.fusion.fuse import (
     ANGLES,
     GATE,
@@ -88,7 +88,7 @@ def logits_of(model: Any, ids: list[int]) -> torch.Tensor:
         return model(torch.tensor([ids])).logits
 
 
-def write(engine: FastEngine, prompts: list[list[int]], tokens: int, **options: Any) -> list[list[int]]:
+def write(engine: ContinuousEngine, prompts: list[list[int]], tokens: int, **options: Any) -> list[list[int]]:
     """Continue prompts beside each other."""
     asked = GenerationOptions(max_new_tokens=tokens, eos_token_id=(), **options)
     streams = [engine.submit(plan_requests(prompt, asked, engine.limits, shares_prefix=True)) for prompt in prompts]
@@ -134,7 +134,7 @@ def test_every_family_writes_the_same(name: str, tokenizer: Any) -> None:
     assert list(found) == list(KINDS)
     if name in WHOLE:
         assert all(is_whole(name, kind) for kind in found.values()), fusion.summary
-    engine = FastEngine(pipeline_of(model, tokenizer), fusion=fusion)
+    engine = ContinuousEngine(pipeline_of(model, tokenizer), fusion=fusion)
     assert write(engine, prompts, 24) == expected
     engine.close()
     fusion.close()
@@ -149,7 +149,7 @@ def test_what_does_not_match_is_left_alone_with_the_reason(name: str, kind: str,
     [found] = [found for found in fusion.summary if found.kind == kind]
     assert found.fused == 0
     assert any(LEFT[name, kind] in reason for reason in found.left)
-    engine = FastEngine(pipeline_of(model, tokenizer), fusion=fusion)
+    engine = ContinuousEngine(pipeline_of(model, tokenizer), fusion=fusion)
     assert f"no {kind} steps are fused: " in engine.info.reason
     engine.close()
 
@@ -170,7 +170,7 @@ def test_same_logits_outside_of_pages(name: str, kinds: tuple[str, ...]) -> None
 def test_a_step_is_made_of_the_fused_kernels_alone(tokenizer: Any) -> None:
     model, kernels = tiny_model(len(tokenizer)), Counted()
     fusion = Fusion(model, kernels=kernels, products=weight_reference)
-    engine = FastEngine(pipeline_of(model, tokenizer), fusion=fusion)
+    engine = ContinuousEngine(pipeline_of(model, tokenizer), fusion=fusion)
     kernels.calls.clear()
     write(engine, [[5, 6, 7]], 2)
     # Two forwards of two layers: the first norm has no addition before it, all others have.
@@ -283,20 +283,20 @@ class TestStandingIn:
     def test_hooks_that_come_later_see_it_too(self, tokenizer: Any) -> None:
         model, seen = tiny_model(len(tokenizer)), []
         fusion = fuse(model)
-        engine = FastEngine(pipeline_of(model, tokenizer), fusion=fusion)
+        engine = ContinuousEngine(pipeline_of(model, tokenizer), fusion=fusion)
         expected = write(engine, [random_ids(9)], 4)
         norm = model.model.layers[0].post_attention_layernorm
         assert id(norm) in fusion.steps
-        without_hook = why_not_captured(model)
+        without_hook = no_graph_reason(model)
         handle = norm.register_forward_hook(lambda module, args, output: seen.append(output.shape))
-        assert why_not_captured(model) == (
+        assert no_graph_reason(model) == (
             "a hook on model.layers.0.post_attention_layernorm, which a graph would not call"
         )
         seen.clear()
         assert write(engine, [random_ids(9)], 4) == expected
         assert len(seen) >= 4
         handle.remove()
-        assert why_not_captured(model) == without_hook
+        assert no_graph_reason(model) == without_hook
         engine.close()
         fusion.close()
 
@@ -317,7 +317,7 @@ class TestStandingIn:
         assert model(torch.tensor([[1, 2, 3]]), output_hidden_states=True).hidden_states
         assert model.model.layers[0]._forward_hooks
         assert fingerprint(model) == before
-        assert why_not_captured(model) == "weights on cpu"
+        assert no_graph_reason(model) == "weights on cpu"
 
     def test_weights_are_read_when_they_are_used(self) -> None:
         model = tiny_model(300)
@@ -379,7 +379,7 @@ class TestFormulas:
         model = family_model(FAST[name]).to(torch.bfloat16)
         fusion = fuse(model)
         assert all(is_whole(name, kind) for kind in fusion.summary), fusion.summary
-        engine = FastEngine(pipeline_of(model, tokenizer), fusion=fusion)  # compares its logits with the model's
+        engine = ContinuousEngine(pipeline_of(model, tokenizer), fusion=fusion)  # compares its logits with the model's
         assert [len(ids) for ids in write(engine, [random_ids(20)], 5)] == [5]
         engine.close()
 
@@ -406,7 +406,7 @@ def test_adapters_of_several_rows(tmp_path: Path, smollm2: Path, tokenizer: Any)
     switch = AdapterSwitch(model, ("one", "two"))
     kernels = Counted()
     fusion = Fusion(model, kernels=kernels, products=weight_reference)
-    engine = FastEngine(pipeline_of(model, tokenizer), adapters=switch, fusion=fusion)
+    engine = ContinuousEngine(pipeline_of(model, tokenizer), adapters=switch, fusion=fusion)
     kernels.calls.clear()
     for name, ids in expected.items():
         assert write(engine, [prompt], 12, adapter=name) == [ids]
@@ -417,7 +417,7 @@ def test_adapters_of_several_rows(tmp_path: Path, smollm2: Path, tokenizer: Any)
 def test_changed_weights_are_checked_anew(tokenizer: Any) -> None:
     model = tiny_model(len(tokenizer))
     fusion = fuse(model)
-    engine = FastEngine(pipeline_of(model, tokenizer), fusion=fusion)
+    engine = ContinuousEngine(pipeline_of(model, tokenizer), fusion=fusion)
     before = write(engine, [[5, 6, 7]], 8)
     with torch.no_grad():
         model.model.layers[0].mlp = copy.deepcopy(model.model.layers[0].mlp)
@@ -434,13 +434,13 @@ def test_changed_weights_are_checked_anew(tokenizer: Any) -> None:
 def test_graphs_of_fused_steps_write_the_same(name: str) -> None:
     model, tokenizer = family_model(FAST[name]).cuda(), byte_fallback_tokenizer()
     prompts = [random_ids(count) for count in (23, 5, 40)]
-    plain = FastEngine(pipeline_of(model, tokenizer), kv_cache_memory="64MiB")
+    plain = ContinuousEngine(pipeline_of(model, tokenizer), kv_cache_memory="64MiB")
     expected = write(plain, prompts, 24)
     plain.close()
     fusion = Fusion(model)
     assert fusion.why_none is None
     assert sum(kind.fused for kind in fusion.summary) > 0
-    engine = FastEngine(pipeline_of(model, tokenizer), kv_cache_memory="64MiB", fusion=fusion)
+    engine = ContinuousEngine(pipeline_of(model, tokenizer), kv_cache_memory="64MiB", fusion=fusion)
     for _ in range(3):  # the later ones from graphs, of prompts too
         assert write(engine, prompts, 24) == expected
     assert engine.info.graphs, engine.info.reason

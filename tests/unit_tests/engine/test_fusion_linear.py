@@ -16,8 +16,8 @@ from torch.nn.functional import linear
 from langchain_quantllm import GPTQ, QuantizedHuggingFaceLLM
 from langchain_quantllm.bench.random_models import SHAPES, random_checkpoint
 from langchain_quantllm.engine.adapter_switch import AdapterSwitch
-from langchain_quantllm.engine.continuous import FastEngine
-from langchain_quantllm.engine.cuda_graphs import why_not_captured
+from langchain_quantllm.engine.continuous import ContinuousEngine
+from langchain_quantllm.engine.cuda_graphs import no_graph_reason
 from langchain_quantllm.engine.fusion.fuse import PRODUCT, Fusion
 from langchain_quantllm.kernels import norms_reference as fused_reference
 from langchain_quantllm.kernels.linear import reference as weight_reference
@@ -86,7 +86,7 @@ def test_texts_are_those_of_the_dequantized_weights(loaded: Any) -> None:
     fusion = fuse(model, Products())
     [found] = [kind for kind in fusion.summary if kind.kind == PRODUCT]
     assert (found.fused, found.left) == (14, {})
-    engine = FastEngine(loaded, fusion=fusion)
+    engine = ContinuousEngine(loaded, fusion=fusion)
     assert engine.info.fused[PRODUCT] == 14
     assert write(engine, prompts, 16) == expected
     engine.close()
@@ -97,7 +97,7 @@ def test_texts_are_those_of_the_dequantized_weights(loaded: Any) -> None:
 def test_layers_of_one_input_are_one_product(loaded: Any) -> None:
     products = Products()
     fusion = fuse(loaded.model, products)
-    engine = FastEngine(loaded, fusion=fusion)
+    engine = ContinuousEngine(loaded, fusion=fusion)
     products.calls.clear()
     write(engine, [random_ids(9)], 2)
     layer = [3, 1, 2, 1]  # query, key and value; output; gate and up; down
@@ -128,7 +128,7 @@ def test_a_layer_that_somebody_watches_is_seen(loaded: Any) -> None:
     handle = watched.register_forward_hook(lambda module, args, output: seen.append(output.shape))
     try:
         fusion = fuse(loaded.model, products)
-        engine = FastEngine(loaded, fusion=fusion)
+        engine = ContinuousEngine(loaded, fusion=fusion)
         products.calls.clear()
         seen.clear()
         write(engine, [random_ids(9)], 1)
@@ -160,7 +160,7 @@ def test_layers_that_are_never_called_are_known(loaded: Any) -> None:
     fusion = fuse(loaded.model, Products(), kinds=(PRODUCT,))
     linears = {id(module) for module in loaded.model.modules() if weight_of(module) is not None}
     assert fusion.whole == linears
-    assert why_not_captured(loaded.model, fusion.whole) == "weights on cpu"
+    assert no_graph_reason(loaded.model, fusion.whole) == "weights on cpu"
     fusion.close()
     assert fusion.whole == frozenset()
 
@@ -213,7 +213,7 @@ def test_adapters_over_quantized_layers(tmp_path: Path, tokenizer: Any) -> None:
     [found] = [kind for kind in fusion.summary if kind.kind == PRODUCT]
     assert found.fused == 14
     prompt, switch = random_ids(9), AdapterSwitch(model, ("one", "two"))
-    engine = FastEngine(llm.pipeline, adapters=switch, fusion=fusion)
+    engine = ContinuousEngine(llm.pipeline, adapters=switch, fusion=fusion)
     products.calls.clear()
     texts = {name: write(engine, [prompt], 12, adapter=name)[0] for name in ("one", "two", "base")}
     assert len({tuple(ids) for ids in texts.values()}) == 3

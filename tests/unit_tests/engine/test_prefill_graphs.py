@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from langchain_quantllm.engine.attention import TritonAttention
-from langchain_quantllm.engine.block_manager import PAGE_TOKENS
+from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.engine.kv_cache import allocate_pools
 from langchain_quantllm.engine.model_check import probe
 from langchain_quantllm.engine.model_runner import Runner
@@ -67,7 +67,7 @@ def test_a_pack_gives_the_logits_of_its_rows(family: str, counts: tuple[int, ...
             runs = runs_of(*counts, position=position)
             for run in runs:
                 first = 1 + run.slot * 6
-                pages = range(first, first + -(-(position + len(run.ids)) // PAGE_TOKENS))
+                pages = range(first, first + -(-(position + len(run.ids)) // BLOCK_TOKENS))
                 runner._table[run.slot, : len(pages)] = torch.tensor(list(pages), dtype=torch.int32)
             expected = runner._prefill_eagerly(runs)
             length = length_for(runs)

@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from langchain_quantllm.engine.batch_sampler import (
+
+from langchain_quantllm.engine.generate_sampler import RowSampler
+from langchain_quantllm.engine.request import Request
+from langchain_quantllm.engine.sampler import (
     BLOCKS,
     MASKS,
     PENALIZES,
@@ -20,9 +23,6 @@ from langchain_quantllm.engine.batch_sampler import (
     log_probabilities,
     needs_of,
 )
-
-from langchain_quantllm.engine.generate_sampler import RowSampler
-from langchain_quantllm.engine.request import Request
 from tests.unit_tests.engine.test_generate_sampler import chi_square, request_of
 
 VOCAB = 101

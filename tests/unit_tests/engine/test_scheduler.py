@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from langchain_quantllm.engine.block_manager import PAGE_TOKENS, PagePool
+from langchain_quantllm.engine.block_manager import BLOCK_TOKENS, BlockManager
 from langchain_quantllm.engine.scheduler import Decode, Piece, Prefill, RowState, Scheduler
 
 VOCAB = 50
@@ -23,16 +23,16 @@ class Device:
     """What a page holds at each place: a number that stands for the token there and all before it."""
 
     def __init__(self, pages: int) -> None:
-        self.memory: list[list[int | None]] = [[None] * PAGE_TOKENS for _ in range(pages)]
+        self.memory: list[list[int | None]] = [[None] * BLOCK_TOKENS for _ in range(pages)]
 
     def write(self, pages: Sequence[int], position: int, value: int) -> None:
-        self.memory[pages[position // PAGE_TOKENS]][position % PAGE_TOKENS] = value
+        self.memory[pages[position // BLOCK_TOKENS]][position % BLOCK_TOKENS] = value
 
     def holds(self, pages: Sequence[int], values: Sequence[int]) -> bool:
         """Whether a row that has these pages reads these values."""
-        for i in range(0, len(values), PAGE_TOKENS):
-            expected = list(values[i : i + PAGE_TOKENS])
-            if self.memory[pages[i // PAGE_TOKENS]][: len(expected)] != expected:
+        for i in range(0, len(values), BLOCK_TOKENS):
+            expected = list(values[i : i + BLOCK_TOKENS])
+            if self.memory[pages[i // BLOCK_TOKENS]][: len(expected)] != expected:
                 return False
         return True
 
@@ -79,7 +79,7 @@ class Simulation:
         prefill_tokens_beside: int = 24,
         is_late: bool = False,
     ) -> None:
-        self.pages = PagePool(pages)
+        self.pages = BlockManager(pages)
         self.scheduler = Scheduler(
             self.pages, slots=slots, prefill_tokens=prefill_tokens, prefill_tokens_beside=prefill_tokens_beside
         )
@@ -177,7 +177,7 @@ class Simulation:
         assert state.ids == row.ids  # nothing is on its way
         if piece.start != row.computed:  # what lies between was found in pages of others
             assert piece.start > row.computed
-            assert piece.start % PAGE_TOKENS == row.computed % PAGE_TOKENS == 0
+            assert piece.start % BLOCK_TOKENS == row.computed % BLOCK_TOKENS == 0
             assert state.root is not None
             if not row.has_begun:
                 assert state.cached_tokens == piece.start
@@ -190,13 +190,13 @@ class Simulation:
         cached = state.cached_tokens
         assert cached is not None
         assert 0 <= cached < state.prompt_tokens
-        assert cached % PAGE_TOKENS == 0
+        assert cached % BLOCK_TOKENS == 0
         if piece.is_last and not row.was_put_back:
             assert cached + row.prompt_tokens_run == state.prompt_tokens
 
     def _compute(self, row: Simulated, start: int, count: int) -> None:
         pages = row.state.pages
-        assert (start + count - 1) // PAGE_TOKENS < len(pages), "a position outside of the row's pages"
+        assert (start + count - 1) // BLOCK_TOKENS < len(pages), "a position outside of the row's pages"
         assert self.device.holds(pages, row.values[:start]), "what is read is not the row's own beginning"
         for position in range(start, start + count):
             self.device.write(pages, position, row.values[position])
@@ -227,7 +227,7 @@ class Simulation:
         return (
             row.is_known
             and len(running) < min([self.slots, *(r.max_rows for r in (*running, row) if r.max_rows is not None)])
-            and len(row.ids) // PAGE_TOKENS + 1 + len(running) <= self.pages.available
+            and len(row.ids) // BLOCK_TOKENS + 1 + len(running) <= self.pages.available
         )
 
     def _note_put_back(self) -> None:
@@ -287,7 +287,7 @@ class Simulation:
         assert all(len(running) <= state.max_rows for state in running if state.max_rows is not None)
         holders: dict[int, list[tuple[Simulated, int]]] = {}
         for state in running:
-            assert len(state.pages) * PAGE_TOKENS >= state.written
+            assert len(state.pages) * BLOCK_TOKENS >= state.written
             assert len(set(state.pages)) == len(state.pages)
             for i, page in enumerate(state.pages):
                 holders.setdefault(page, []).append((self.rows[state], i))
@@ -300,8 +300,8 @@ class Simulation:
         for held in holders.values():
             if len(held) > 1:
                 # The last value of a page stands for all tokens up to it.
-                assert len({(i, row.values[(i + 1) * PAGE_TOKENS - 1]) for row, i in held}) == 1
-                assert all(row.state.written >= (i + 1) * PAGE_TOKENS for row, i in held)
+                assert len({(i, row.values[(i + 1) * BLOCK_TOKENS - 1]) for row, i in held}) == 1
+                assert all(row.state.written >= (i + 1) * BLOCK_TOKENS for row, i in held)
                 assert len({row.state.root for row, _ in held}) == 1
                 assert held[0][0].state.root is not None
 
@@ -325,7 +325,7 @@ def random_simulation(seed: int, *, is_late: bool, is_tight: bool) -> Simulation
     """Make a scenario: rows that come over time, some with common beginnings; with few pages if tight."""
     rng = random.Random(seed)
     longest = rng.choice([20, 60, 150])
-    row_pages = -(-(2 * longest) // PAGE_TOKENS)
+    row_pages = -(-(2 * longest) // BLOCK_TOKENS)
     simulation = Simulation(
         # A tight pool holds the longest row there may be, and little more.
         pages=1 + row_pages + (rng.randrange(3) if is_tight else rng.randrange(4, 40)),
@@ -557,9 +557,9 @@ class TestSharing:
     def test_the_same_tokens_elsewhere_are_something_else(self) -> None:
         """What a page holds depends on all that comes before it."""
         simulation = Simulation(prefill_tokens=1000)
-        page = ids_of(5, PAGE_TOKENS)
+        page = ids_of(5, BLOCK_TOKENS)
         simulation.add(page * 4, 2, root=7)
-        other = simulation.add(ids_of(6, PAGE_TOKENS) + page * 3, 2, root=7)
+        other = simulation.add(ids_of(6, BLOCK_TOKENS) + page * 3, 2, root=7)
         simulation.finish()
         assert other.state.cached_tokens == 0
 
@@ -598,13 +598,13 @@ class TestSharing:
         assert simulation.scheduler.preempted == 0
 
 
-def fill(pages: PagePool, root: int, *tokens: int) -> list[int]:
+def fill(pages: BlockManager, root: int, *tokens: int) -> list[int]:
     """Take and register a page for each number, which stands for its content, and let go of them."""
     taken = []
     for token in tokens:
         page = pages.take()
         assert page is not None
-        root = pages.register(page, root, [token] * PAGE_TOKENS)
+        root = pages.register(page, root, [token] * BLOCK_TOKENS)
         taken.append(page)
     pages.release(taken)
     return taken
@@ -612,14 +612,14 @@ def fill(pages: PagePool, root: int, *tokens: int) -> list[int]:
 
 class TestPages:
     def test_each_page_is_given_out_once_and_page_0_never(self) -> None:
-        pages = PagePool(9)
+        pages = BlockManager(9)
         taken = [pages.take() for _ in range(8)]
         assert taken == list(range(1, 9))  # from the lowest: memory is touched as late as possible
         assert pages.take() is None
         assert (pages.held, pages.available) == (8, 0)
 
     def test_kept_pages_are_given_out_last_and_the_longest_unused_first(self) -> None:
-        pages = PagePool(7)
+        pages = BlockManager(7)
         root = pages.new_root()
         (a,), (b,), (c,) = fill(pages, root, 1), fill(pages, root, 2), fill(pages, root, 3)
         assert (pages.held, pages.available) == (0, 6)
@@ -629,16 +629,16 @@ class TestPages:
         pages.release([a])
         assert [pages.take() for _ in range(3)] == [b, c, a]
         assert pages.take() is None
-        assert all(pages.find(root, [token] * PAGE_TOKENS) is None for token in (1, 2, 3))
+        assert all(pages.find(root, [token] * BLOCK_TOKENS) is None for token in (1, 2, 3))
 
     def test_of_one_row_the_end_goes_before_the_beginning(self) -> None:
         """A chain that has lost its first page is lost as a whole."""
-        pages = PagePool(4)
+        pages = BlockManager(4)
         first, second, third = fill(pages, pages.new_root(), 1, 2, 3)
         assert [pages.take() for _ in range(3)] == [third, second, first]
 
     def test_a_held_page_is_not_given_out(self) -> None:
-        pages = PagePool(3)
+        pages = BlockManager(3)
         root = pages.new_root()
         (a,), (b,) = fill(pages, root, 1), fill(pages, root, 2)
         pages.share(a)
@@ -650,51 +650,51 @@ class TestPages:
         assert pages.take() is None
         pages.release([a])
         assert not pages.is_held(a)
-        assert pages.find(root, [1] * PAGE_TOKENS) == a
+        assert pages.find(root, [1] * BLOCK_TOKENS) == a
         assert pages.take() == a
 
     def test_what_a_page_held_before_is_not_found(self) -> None:
         """Neither it nor what came after it, once its place holds something else."""
-        pages = PagePool(3)
+        pages = BlockManager(3)
         root = pages.new_root()
         a, b = fill(pages, root, 1, 2)
         chain = pages.serial_of(a)
         taken = [page for page in (pages.take(), pages.take()) if page is not None]
         assert taken == [b, a]
-        pages.register(a, root, [9] * PAGE_TOKENS)
-        assert pages.find(root, [1] * PAGE_TOKENS) is None
-        assert pages.find(pages.serial_of(a), [2] * PAGE_TOKENS) is None
+        pages.register(a, root, [9] * BLOCK_TOKENS)
+        assert pages.find(root, [1] * BLOCK_TOKENS) is None
+        assert pages.find(pages.serial_of(a), [2] * BLOCK_TOKENS) is None
         assert pages.serial_of(a) != chain
 
     def test_of_two_equal_pages_one_is_kept(self) -> None:
         """Rows that computed the same beside each other go on as one chain."""
-        pages = PagePool(5)
+        pages = BlockManager(5)
         root = pages.new_root()
         a, b = pages.take(), pages.take()
         assert a is not None
         assert b is not None
-        assert pages.register(a, root, [1] * PAGE_TOKENS) == pages.register(b, root, [1] * PAGE_TOKENS)
-        assert pages.find(root, [1] * PAGE_TOKENS) == a
+        assert pages.register(a, root, [1] * BLOCK_TOKENS) == pages.register(b, root, [1] * BLOCK_TOKENS)
+        assert pages.find(root, [1] * BLOCK_TOKENS) == a
         pages.release([a])
         pages.release([b])
         assert (pages.held, pages.available) == (0, 4)
-        assert pages.find(root, [1] * PAGE_TOKENS) == a
+        assert pages.find(root, [1] * BLOCK_TOKENS) == a
 
     def test_roots_are_numbers_of_nobody_else(self) -> None:
-        pages = PagePool(20)
+        pages = BlockManager(20)
         numbers = []
         for i in range(6):
             numbers.append(pages.new_root())
             page = pages.take()
             assert page is not None
-            numbers.append(pages.register(page, numbers[-1], [i] * PAGE_TOKENS))
+            numbers.append(pages.register(page, numbers[-1], [i] * BLOCK_TOKENS))
         assert len(set(numbers)) == 12
 
     @pytest.mark.parametrize("seed", range(20))
     def test_against_a_plain_model(self, seed: int) -> None:
         """Random takes, shares, registers and releases beside a pool that remembers everything in lists."""
         rng = random.Random(seed)
-        pages, root = PagePool(12), 5
+        pages, root = BlockManager(12), 5
         rows: list[list[int]] = []
         content: dict[int, int] = {}  # what is known of a page; a token stands for its content
         unused: list[int] = []  # known pages that nobody holds, the longest unused first
@@ -717,12 +717,12 @@ class TestPages:
                 row = rng.choice(rows)
                 if row[0] not in content and sum(row[0] in other for other in rows) == 1:
                     token = rng.randrange(8)
-                    pages.register(row[0], root, [token] * PAGE_TOKENS)
+                    pages.register(row[0], root, [token] * BLOCK_TOKENS)
                     if token not in content.values():
                         content[row[0]] = token
             elif action < 0.75:
                 token = rng.randrange(8)
-                found = pages.find(root, [token] * PAGE_TOKENS)
+                found = pages.find(root, [token] * BLOCK_TOKENS)
                 assert found == next((page for page, held_token in content.items() if held_token == token), None)
                 if found is not None:
                     pages.share(found)

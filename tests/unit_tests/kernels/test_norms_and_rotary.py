@@ -30,7 +30,7 @@ from tests.support.selection import covering, slow_but
 ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 """The largest relative error of rounding to a dtype: half of its machine epsilon."""
 
-PAGE_TOKENS = 16
+BLOCK_TOKENS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +163,7 @@ def _rotary_arguments(case: Case, made: torch.Generator, device: str) -> dict[st
     table = torch.tensor([[4, 1], [2**30, 2**30], [3, 0]], dtype=torch.int32, device=device)
     positions = torch.tensor([(13 + i) % 32 for i in range(tokens)], dtype=torch.int32, device=device)
     rows = torch.tensor([2 - 2 * (i % 2) for i in range(tokens)], dtype=torch.int32, device=device)
-    kv = torch.full((6, PAGE_TOKENS, kv_heads, 2 * dim + 4), torch.nan, dtype=case.dtype, device=device)
+    kv = torch.full((6, BLOCK_TOKENS, kv_heads, 2 * dim + 4), torch.nan, dtype=case.dtype, device=device)
     return {
         "query": query,
         "key": key,
@@ -298,8 +298,8 @@ class TestReference:
         assert torch.equal(reference.rotate_and_write(**given), query)
         for token in range(case.shape[0]):
             position = int(given["positions"][token])
-            page = int(given["table"][given["rows"][token], position // PAGE_TOKENS])
-            written = given["kv"][page, position % PAGE_TOKENS]
+            page = int(given["table"][given["rows"][token], position // BLOCK_TOKENS])
+            written = given["kv"][page, position % BLOCK_TOKENS]
             assert torch.equal(written, torch.cat([key[0, :, token], given["value"][0, :, token]], -1))
 
 
