@@ -25,8 +25,9 @@ from typing_extensions import Self
 from langchain_quantllm._version import __version__
 from langchain_quantllm.compat.transformers_pipelines import options_of
 from langchain_quantllm.data.counterparts import Kind, written
-from langchain_quantllm.engine.request import ChunkStream, Engine, EngineInfo, Request, TokenMask, plan_requests
+from langchain_quantllm.engine.request import Engine, EngineInfo, Request, TokenMask, plan_requests
 from langchain_quantllm.engine.selection import ENGINES, Engines
+from langchain_quantllm.engine.stream import ChunkStream
 from langchain_quantllm.engine.worker import UNLOADED
 from langchain_quantllm.errors import (
     GenerationError,

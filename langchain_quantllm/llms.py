@@ -21,8 +21,9 @@ from typing_extensions import Self
 
 from langchain_quantllm.base import STREAMS, QuantizedModel, langchain_errors, noting
 from langchain_quantllm.compat.transformers_pipelines import flat_options, with_options
-from langchain_quantllm.engine.request import Chunk, ChunkStream, Request
+from langchain_quantllm.engine.request import Chunk, Request
 from langchain_quantllm.engine.result import Answers, completion_info
+from langchain_quantllm.engine.stream import ChunkStream
 from langchain_quantllm.errors import InvalidOptionError, MissingPackageError, pip_install
 from langchain_quantllm.options import GenerationOptions
 

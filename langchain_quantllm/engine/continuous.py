@@ -27,9 +27,10 @@ from langchain_quantllm.engine.kv_cache import allocate_pools, count_pages, resi
 from langchain_quantllm.engine.lora import NO_ADAPTER, LoraStack
 from langchain_quantllm.engine.model_check import fingerprint, probe, unsupported_reason
 from langchain_quantllm.engine.model_runner import Chance, Drawn, Launched, Runner
-from langchain_quantllm.engine.request import ChunkStream, EngineInfo, ModelLimits, Request, TokenLogprob
+from langchain_quantllm.engine.request import EngineInfo, ModelLimits, Request, TokenLogprob
 from langchain_quantllm.engine.sampler import BLOCKS, MASKS, NOTHING_ALLOWED, needs_of
 from langchain_quantllm.engine.scheduler import Decode, Piece, Prefill, RowState, Scheduler
+from langchain_quantllm.engine.stream import ChunkStream
 from langchain_quantllm.engine.verify_engine import try_out
 from langchain_quantllm.engine.worker import UNLOADED, Worker
 from langchain_quantllm.errors import (
@@ -363,13 +364,11 @@ class ContinuousEngine:
                 continue
             if self._why_no_rows is not None:
                 stream.fail(GenerationError(self._why_no_rows))
-                stream.close()
                 continue
             try:
                 job = _Job(row, stream, self._root_of(row.request), self._number_of(row.request))
             except Exception as error:  # the request's own mask
                 stream.fail(_failure(error))
-                stream.close()
                 continue
             self._jobs[job.state] = job
             self._scheduler.add(job.state)
@@ -493,7 +492,6 @@ class ContinuousEngine:
 
     def _fail_job(self, job: _Job, error: Exception) -> None:
         job.stream.fail(_failure(error))
-        job.stream.close()
         self._drop(job)
 
     # Failures and changes.
@@ -512,7 +510,6 @@ class ContinuousEngine:
             failure = type(report)(*report.args)  # one of its own for each reader's traceback
             failure.__cause__ = error
             stream.fail(failure)
-            stream.close()
         self._begin_anew()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -24,7 +24,8 @@ from transformers import (
 from langchain_quantllm.engine.adapter_switch import AdapterSwitch
 from langchain_quantllm.engine.detokenizer import Decode, Row
 from langchain_quantllm.engine.generate_sampler import RowSampler
-from langchain_quantllm.engine.request import Chunk, ChunkStream, EngineInfo, ModelLimits, Request, TokenLogprob
+from langchain_quantllm.engine.request import Chunk, EngineInfo, ModelLimits, Request, TokenLogprob
+from langchain_quantllm.engine.stream import ChunkStream
 from langchain_quantllm.engine.worker import UNLOADED, Worker
 from langchain_quantllm.errors import GenerationError, NotEnoughMemoryError
 from langchain_quantllm.memory import release_heap
@@ -282,7 +283,6 @@ class _Steps:
         for (_, stream), is_bad in zip(self._batch, scores.isnan().any(-1).tolist(), strict=True):
             if is_bad and not stream.cancelled:  # the other rows know nothing of it
                 stream.fail(GenerationError(NO_NUMBERS))
-                stream.close()
         if self._plain:
             return scores
         chosen = torch.full_like(scores, -torch.inf)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from langchain_quantllm.engine.detokenizer import Row
-from langchain_quantllm.engine.request import ChunkStream
+from langchain_quantllm.engine.stream import ChunkStream
 from langchain_quantllm.errors import GenerationError, UnsupportedError
 
 UNLOADED = "the model was unloaded while this call was on its way; call again."
@@ -90,8 +90,7 @@ class Worker:
             if not stream.cancelled:
                 failure = GenerationError(reason)
                 failure.__cause__ = cause
-                stream.fail(failure)  # before the stream is closed, or its reader takes this for a cancellation
-                stream.close()
+                stream.fail(failure)
 
     def _serve(self) -> None:
         while self._gather():
