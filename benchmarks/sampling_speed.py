@@ -83,7 +83,7 @@ def measure(kind: str, rows: int, vocab: int, shape: str) -> dict[str, float]:
         sampler = BatchSampler(rows, vocab, device, drawing=way)
         sampler.set(range(rows), [request] * rows, [request.prompt_ids] * rows)
         found[name] = microseconds(
-            lambda sampler=sampler: sampler.draw(logits, slots, uniforms, may_not_end, need, mask)
+            lambda sampler=sampler: sampler.sample(logits, slots, uniforms, may_not_end, need, mask)
         )
     return found
 

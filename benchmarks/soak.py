@@ -176,8 +176,8 @@ def soak(requests: int, threads: int = 8, *, seed: int = 0) -> dict[str, Any]:
         if not known:
             known.update((id(t), weakref.ref(t)) for t in tensors)
         return {
-            "pages held": engine._pages.held,
-            "rows": len(engine._jobs) + len(engine._scheduler.running) + len(engine._scheduler.waiting),
+            "blocks held": engine._blocks.held,
+            "rows": len(engine._scheduler.sequences),
             "threads": threading.active_count(),
             "files": process.num_fds(),
             "tensors": len(tensors),
@@ -198,7 +198,7 @@ def soak(requests: int, threads: int = 8, *, seed: int = 0) -> dict[str, Any]:
         "ended": dict(sorted(counts.items())),
         "halfway": half,
         "at the end": end,
-        "put back": engine.put_back,
+        "preemptions": engine.preemptions,
         "torch": torch.__version__,
     }
     llm.unload()
@@ -233,7 +233,7 @@ def _is_at_rest(engine: Any) -> bool:
 
     Seldom it is wrong: a generator that runs when the thread is looked at may have none before it a moment later.
     """
-    if engine._worker._waiting or engine._jobs:
+    if engine._worker._waiting or engine._scheduler.sequences:
         return False
     frame = sys._current_frames().get(engine._worker._thread.ident)
     names = set()
@@ -250,7 +250,7 @@ def _engine_threads() -> int:
 def left_behind(found: dict[str, Any]) -> list[str]:
     """List what a soak has left: anything held, or more of anything than halfway."""
     half, end = found["halfway"], found["at the end"]
-    left = [name for name in ("pages held", "rows") if end[name]]
+    left = [name for name in ("blocks held", "rows") if end[name]]
     left += [name for name in COUNTED if end[name] > half[name]]
     if end["objects"] > half["objects"] * 1.01:  # caches of the libraries fill up for a while
         left.append("objects")

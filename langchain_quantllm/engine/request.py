@@ -5,6 +5,7 @@ Knows no model, no tensor and no tokenizer.
 
 from __future__ import annotations
 
+import random
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -94,6 +95,15 @@ class Request:
     shares_prefix: bool = True
     mask: Callable[[], TokenMask] | None = None
     media: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """All tokens that end the text."""
+        return self.eos_token_ids + self.stop_token_ids
+
+    def random_numbers(self) -> random.Random:
+        """Make the generator of the request's random numbers: one for each token, the same for the same seed."""
+        return random.Random(f"{self.seed}:{self.sample_index}")  # noqa: S311  (no secrets here)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,7 +341,7 @@ def check_request(request: Request, limits: ModelLimits, *, logits_size: int, ad
     if not ids or min(ids) < 0 or max(ids) >= limits.vocab_size:
         msg = f"prompt_ids must be token ids from 0 to {limits.vocab_size - 1}, and at least one."
         raise InvalidOptionError(msg)
-    if any(not 0 <= i < logits_size for i in request.eos_token_ids + request.stop_token_ids):
+    if any(not 0 <= i < logits_size for i in request.end_token_ids):
         msg = f"the tokens that end a text must lie below {logits_size}."
         raise InvalidOptionError(msg)
     adapter = request.options.adapter

@@ -9,7 +9,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 
 from typing_extensions import Self
 
@@ -139,3 +139,11 @@ class ChunkStream:
 def _set_done(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
+
+
+def fail_streams(streams: Iterable[ChunkStream], error: Exception, cause: BaseException | None) -> None:
+    """End streams with an error and its cause: a copy for each, as each reader adds its own traceback."""
+    for stream in set(streams):
+        failure = type(error)(*error.args)
+        failure.__cause__ = cause
+        stream.fail(failure)

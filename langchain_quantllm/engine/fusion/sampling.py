@@ -68,5 +68,5 @@ def draws_alike(drawing: Any, vocab_size: int, device: torch.device) -> bool:
     for way in (None, drawing):
         sampler = BatchSampler(rows, vocab_size, device, drawing=way)
         sampler.set(range(rows), requests, [(0,)] * rows)
-        found.append([sampler.draw(logits, slots, uniforms, may_not_end, need) for need in (0, SAMPLES | SORTS)])
+        found.append([sampler.sample(logits, slots, uniforms, may_not_end, need) for need in (0, SAMPLES | SORTS)])
     return all(torch.equal(one, other) for one, other in zip(*found, strict=True))

@@ -570,7 +570,7 @@ class TestMasks:
                 ids_after(tiny, ids_of(9), mask=make, max_new_tokens=9)
         assert isinstance(caught.value.__cause__, IndexError if where == "accept" else RuntimeError)
         assert other.result == expected
-        wait_until(lambda: tiny._engine()._pages.held == 0)
+        wait_until(lambda: tiny._engine()._blocks.held == 0)
 
     def test_the_same_under_the_pipeline_engine(self, tiny: QuantizedHuggingFaceLLM) -> None:
         plain = on_pipeline(tiny)
@@ -672,7 +672,7 @@ class TestKVCacheMemory:
         assert [entry.token_id for entry in found[3].logprobs] == found[3].token_ids
         assert [a.finish_reason for a in found] == [a.finish_reason for a in expected]
         assert all(a.usage and a.usage.completion_tokens == len(a.token_ids) for a in found)
-        wait_until(lambda: llm._engine()._pages.held == 0)
+        wait_until(lambda: llm._engine()._blocks.held == 0)
 
     @pytest.mark.parametrize("prefix_caching", [True, False])
     def test_a_crowd_in_little_room(
@@ -686,7 +686,7 @@ class TestKVCacheMemory:
         expected = ask(tiny, [replace(request, shares_prefix=False) for request in requests])
         for _ in range(2):
             assert [a.token_ids for a in ask(llm, requests)] == [a.token_ids for a in expected]
-        wait_until(lambda: llm._engine()._pages.held == 0)
+        wait_until(lambda: llm._engine()._blocks.held == 0)
 
     def test_too_long_is_an_error_at_once(self, make_tiny: Callable[..., QuantizedHuggingFaceLLM]) -> None:
         llm = make_tiny(kv_cache_memory=ONE_ROW)
@@ -769,7 +769,7 @@ class TestWrongRequests:
             engine.submit([good, replace(good, **wrong)])
         assert other.result[0].token_ids == expected
         assert ask(tiny, [good])[0].token_ids == expected
-        wait_until(lambda: engine._pages.held == 0)
+        wait_until(lambda: engine._blocks.held == 0)
 
     def test_a_context_that_is_full(self, tokenizer: Any) -> None:
         llm = llm_of(tiny_model(len(tokenizer), context_tokens=64), tokenizer)
@@ -786,10 +786,10 @@ class TestCancelling:
         with forwards(tiny, slowly(0.003)) as seen:
             stream = engine.submit(plan(tiny, ids_of(40), max_new_tokens=2000))
             next(iter(stream))
-            assert engine._pages.held >= 3
+            assert engine._blocks.held >= 3
             stream.close()
             count = seen.count
-            wait_until(lambda: engine._pages.held == 0, 1.0)
+            wait_until(lambda: engine._blocks.held == 0, 1.0)
             assert seen.settle() <= count + 2  # the forward that ran, and one begun before the next look
         assert len(ids_after(tiny, ids_of(40))) == 12
 
@@ -805,20 +805,20 @@ class TestCancelling:
             seen.wait_for(12)
             for stream in streams:
                 stream.close()
-            wait_until(lambda: engine._pages.held <= 5, 2.0)
+            wait_until(lambda: engine._blocks.held <= 5, 2.0)
         assert other.result == expected
 
     def test_breaking_off_a_langchain_stream(self, tiny: QuantizedHuggingFaceLLM) -> None:
         engine: Any = tiny._engine()
         for _ in tiny.stream("Sea", max_new_tokens=3000):
             break
-        wait_until(lambda: engine._pages.held == 0, 5.0)
+        wait_until(lambda: engine._blocks.held == 0, 5.0)
 
     def test_a_timeout_frees_its_row(self, tiny: QuantizedHuggingFaceLLM) -> None:
         engine: Any = tiny._engine()
         with forwards(tiny, slowly(0.01)), pytest.raises(GenerationTimeoutError):
             tiny.invoke("Sea", max_new_tokens=3000, timeout=0.1)
-        wait_until(lambda: engine._pages.held == 0, 5.0)
+        wait_until(lambda: engine._blocks.held == 0, 5.0)
 
 
 class TestFailures:
@@ -834,7 +834,7 @@ class TestFailures:
                     list(stream)
                 assert caught.value.__cause__ is error
             assert ids_after(tiny, ids_of(9)) == expected
-        assert tiny._engine()._pages.held == 0
+        assert tiny._engine()._blocks.held == 0
 
     @pytest.fixture
     def spoiled(self, tokenizer: Any) -> Iterator[tuple[QuantizedHuggingFaceLLM, Request]]:
@@ -1063,7 +1063,7 @@ class TestCallers:
     def test_info(self, tiny: QuantizedHuggingFaceLLM) -> None:
         info, engine = tiny.engine_info, tiny._engine()
         assert (info.name, info.graphs) == ("fast", False)
-        assert info.reason == "one running batch over pages"
+        assert info.reason == "one running batch over KV cache blocks"
         assert info.kv_cache_tokens == engine.limits.cache_tokens
         assert info.kv_cache_tokens is not None
         assert info.kv_cache_tokens >= 8192  # the whole context
@@ -1153,7 +1153,7 @@ class TestShortMemory:
             handle.remove()
         engine: Any = llm._engine()
         assert engine._scheduler.prefill_tokens <= most
-        assert engine._pages.held == 0
+        assert engine._blocks.held == 0
 
     def test_no_room_for_anything_fails_those_in_flight_in_words(
         self, make_tiny: Callable[..., QuantizedHuggingFaceLLM]

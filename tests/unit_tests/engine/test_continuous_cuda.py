@@ -74,7 +74,7 @@ def test_prompts_run_in_graphs_from_the_second_of_a_length_on(folder: Any) -> No
             prompt = " ".join(f"w{(7 * words + 3 * i + repeat) % 900}" for i in range(words))
             assert llm.invoke(prompt) == generated(llm, prompt, 6)
     assert len(graphs._graphs) == 3  # the last is longer than any
-    assert graphs.why_not is None
+    assert graphs.no_graph_reason is None
     alone = [generated(llm, prompt, 6) for prompt in PROMPTS]
     for _ in range(3):
         assert llm.batch(PROMPTS) == alone
@@ -381,5 +381,5 @@ def test_rows_that_wait_and_are_put_back(byte_tokenizer: Any) -> None:
     assert llm.batch(PROMPTS * 2) == [generated(llm, prompt, 60) for prompt in PROMPTS * 2]
     engine: Any = llm._engine()
     assert engine._scheduler.preempted
-    assert engine._pages.held == 0
+    assert engine._blocks.held == 0
     llm.unload()

@@ -104,7 +104,7 @@ class Batch:
                 if mask is not None and not mask.fill(bits[i : i + 1]):
                     bits[i] = -1
         before = logits.clone()
-        drawn = self.sampler.draw(
+        drawn = self.sampler.sample(
             logits,
             torch.tensor(self.slots),
             torch.tensor(uniforms, dtype=torch.float32),
@@ -295,10 +295,10 @@ class TestIndependence:
         logits = logits_of(0, 4)
         need = PENALIZES | SAMPLES | SORTS | BLOCKS
         args = (torch.tensor([0.0, 0.4, 0.9, 0.9]), torch.tensor([False, False, True, False]), need)
-        ids = sampler.draw(logits, torch.tensor([0, 1, 2, 2]), *args)
+        ids = sampler.sample(logits, torch.tensor([0, 1, 2, 2]), *args)
         other = BatchSampler(2, VOCAB, CPU)
         other.set([0, 1], requests, [(1,), (2,)])
-        expected = other.draw(logits[:2], torch.tensor([0, 1]), args[0][:2], args[1][:2], need)
+        expected = other.sample(logits[:2], torch.tensor([0, 1]), args[0][:2], args[1][:2], need)
         assert ids[:2].tolist() == expected.tolist() == sampler.last_ids[:2].tolist()
 
 
@@ -356,13 +356,13 @@ class TestMasks:
             sampler.set([0], [request], [(1,)])
             need = MASKS | needs_of(request)
             args = (torch.tensor([0]), torch.tensor([0.99]), torch.tensor([False]), need, bits)
-            assert sampler.draw(logits_of(3, 1), *args).tolist() == [token_id]
+            assert sampler.sample(logits_of(3, 1), *args).tolist() == [token_id]
 
     def test_bits_beyond_the_vocabulary_are_ignored(self) -> None:
         batch = Batch([request_of(), request_of(temperature=1.0)])
         args = (torch.tensor([0, 1]), torch.tensor([0.0, 0.999]), torch.tensor([False, False]))
         for bits in (torch.full((2, 4), -1, dtype=torch.int32), None):
-            ids = batch.sampler.draw(logits_of(1, 2), *args, MASKS | SAMPLES, bits)
+            ids = batch.sampler.sample(logits_of(1, 2), *args, MASKS | SAMPLES, bits)
             assert ids.max() < VOCAB
 
     def test_a_mask_counts_before_top_k(self) -> None:
@@ -374,7 +374,7 @@ class TestMasks:
         sampler.set([0], [request], [(1,)])
         found = {
             int(
-                sampler.draw(
+                sampler.sample(
                     logits, torch.tensor([0]), torch.tensor([u]), torch.tensor([False]), MASKS | SAMPLES | SORTS, bits
                 )
             )
@@ -393,7 +393,7 @@ class TestEndTokens:
             logits[:, token_id] = 50.0 - i
         slots = torch.arange(len(requests))
         uniforms = torch.full((len(requests),), 0.5)
-        return sampler.draw(logits, slots, uniforms, torch.tensor(may_not_end), BLOCKS | SAMPLES).tolist()
+        return sampler.sample(logits, slots, uniforms, torch.tensor(may_not_end), BLOCKS | SAMPLES).tolist()
 
     def test_blocked_where_the_row_may_not_end(self) -> None:
         request = replace(request_of(), eos_token_ids=(7,), stop_token_ids=(9,))
@@ -425,10 +425,10 @@ class TestEndTokens:
         logits[2, 5:10] = -1.0
         everyone = torch.tensor([True] * 3)
         # Token 0 is nobody's end, whatever fills the places that a row does not need.
-        assert sampler.draw(logits, slots, uniforms, everyone, BLOCKS).tolist() == [0, 0, 0]
+        assert sampler.sample(logits, slots, uniforms, everyone, BLOCKS).tolist() == [0, 0, 0]
         logits[:, 0] = -1.0
-        assert sampler.draw(logits, slots, uniforms, everyone, BLOCKS).tolist() == [7, 7, 30]
-        assert sampler.draw(logits, slots, uniforms, torch.tensor([False] * 3), BLOCKS).tolist() == [5, 5, 10]
+        assert sampler.sample(logits, slots, uniforms, everyone, BLOCKS).tolist() == [7, 7, 30]
+        assert sampler.sample(logits, slots, uniforms, torch.tensor([False] * 3), BLOCKS).tolist() == [5, 5, 10]
 
     @pytest.mark.parametrize("options", [{"ignore_eos": True}, {"min_new_tokens": 5}], ids=str)
     def test_a_row_without_end_tokens_has_nothing_to_block(self, options: dict[str, Any]) -> None:
@@ -478,9 +478,9 @@ class TestDistribution:
         generator = random.Random(11)
         uniforms = torch.tensor([generator.random() for _ in range(count)])
         slots, ends = torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.bool)
-        drawn = sampler.draw(logits.expand(count, -1), slots, uniforms, ends, needs_of(request))
+        drawn = sampler.sample(logits.expand(count, -1), slots, uniforms, ends, needs_of(request))
         assert [int(i) for i in drawn] == [
-            int(sampler.draw(logits, slots[:1], u[None], ends[:1], needs_of(request))) for u in uniforms[:50]
+            int(sampler.sample(logits, slots[:1], u[None], ends[:1], needs_of(request))) for u in uniforms[:50]
         ] + drawn[50:].tolist()
         return [int(i) for i in drawn]
 
@@ -494,7 +494,7 @@ class TestDistribution:
         for value, token in ((0.0, 5), (0.2689, 5), (0.269, 40), (1 - 2**-24, 40)):
             args = (torch.tensor([0]), torch.tensor([value]), torch.tensor([False]))
             for need in (SAMPLES, SAMPLES | SORTS):
-                assert sampler.draw(logits, *args, need).tolist() == [token]
+                assert sampler.sample(logits, *args, need).tolist() == [token]
 
     def test_tokens_that_tie_with_the_last_kept_are_all_kept(self) -> None:
         """So that which ones are kept does not depend on how a device sorts."""
@@ -518,7 +518,7 @@ class TestDistribution:
         count = 20_000
         uniforms = (torch.arange(count) + 0.5) / count
         slots, ends = torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.bool)
-        drawn = sampler.draw(logits.expand(count, -1), slots, uniforms, ends, SAMPLES)
+        drawn = sampler.sample(logits.expand(count, -1), slots, uniforms, ends, SAMPLES)
         assert drawn.tolist() == sorted(drawn.tolist())
         shares = torch.bincount(drawn.long(), minlength=10) / count
         # Each token's two borders are off by one number at most.

@@ -7,14 +7,15 @@ page that is shared where it should not be, or read before it is written, shows 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections import abc
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS, BlockManager
-from langchain_quantllm.engine.scheduler import Decode, Piece, Prefill, RowState, Scheduler
+from langchain_quantllm.engine.scheduler import Decode, Prefill, PrefillChunk, Scheduler
+from langchain_quantllm.engine.sequence import Sequence, bare_sequence
 
 VOCAB = 50
 
@@ -25,10 +26,10 @@ class Device:
     def __init__(self, pages: int) -> None:
         self.memory: list[list[int | None]] = [[None] * BLOCK_TOKENS for _ in range(pages)]
 
-    def write(self, pages: Sequence[int], position: int, value: int) -> None:
+    def write(self, pages: abc.Sequence[int], position: int, value: int) -> None:
         self.memory[pages[position // BLOCK_TOKENS]][position % BLOCK_TOKENS] = value
 
-    def holds(self, pages: Sequence[int], values: Sequence[int]) -> bool:
+    def holds(self, pages: abc.Sequence[int], values: abc.Sequence[int]) -> bool:
         """Whether a row that has these pages reads these values."""
         for i in range(0, len(values), BLOCK_TOKENS):
             expected = list(values[i : i + BLOCK_TOKENS])
@@ -42,9 +43,9 @@ class Simulated:
     """A row with what the device knows of it."""
 
     number: int
-    state: RowState
+    state: Sequence
     start: int
-    """Stands for the root: rows of different ones hold different values for the same tokens."""
+    """Stands for the prefix_id: rows of different ones hold different values for the same tokens."""
     salt: int
     """Rows of one salt write the same after the same tokens."""
     ends_after: int
@@ -54,7 +55,7 @@ class Simulated:
     computed: int = 0
     """Position that comes next, as far as the device has been told."""
     prompt_tokens_run: int = 0
-    was_put_back: bool = False
+    was_preempted: bool = False
     has_begun: bool = False
     is_gone: bool = False
     was_cancelled: bool = False
@@ -86,7 +87,7 @@ class Simulation:
         self.slots = slots
         self.device = Device(pages)
         self.is_late = is_late
-        self.rows: dict[RowState, Simulated] = {}
+        self.rows: dict[Sequence, Simulated] = {}
         self.all: list[Simulated] = []
         self.steps: list[Prefill | Decode | None] = []
         self.on_way: list[Simulated] = []
@@ -94,17 +95,17 @@ class Simulation:
 
     def add(
         self,
-        prompt_ids: Sequence[int],
+        prompt_ids: abc.Sequence[int],
         max_new_tokens: int,
         *,
-        root: int | None = None,
+        prefix_id: int | None = None,
         max_rows: int | None = None,
         salt: int = 0,
         ends_after: int | None = None,
     ) -> Simulated:
-        state = RowState(prompt_ids, max_new_tokens, root=root, max_rows=max_rows)
+        state = bare_sequence(prompt_ids, max_new_tokens, prefix_id=prefix_id, max_rows=max_rows)
         number = len(self.all)
-        start = hash((0, number) if root is None else (1, root))
+        start = hash((0, number) if prefix_id is None else (1, prefix_id))
         row = Simulated(number, state, start, salt, max_new_tokens if ends_after is None else ends_after)
         for token_id in prompt_ids:
             row.extend(token_id)
@@ -117,15 +118,15 @@ class Simulation:
         row.is_gone, row.was_cancelled = True, cancels
         del self.rows[row.state]
         self.scheduler.remove(row.state)
-        assert row.state.pages == []
+        assert row.state.blocks == []
 
     def finish(self, most_steps: int = 20_000) -> None:
         while self.step():
             assert len(self.steps) < most_steps, "somebody starves"
-        assert not self.scheduler.has_work, "rows are left that cannot run"
+        assert not self.scheduler.sequences, "rows are left that cannot run"
         assert not self.rows
         assert self.pages.held == 0
-        assert self.pages.available == self.pages.pages - 1
+        assert self.pages.available == self.pages.total - 1
 
     # One turn of the engine's loop.
 
@@ -133,7 +134,7 @@ class Simulation:
         before = self._snapshot()
         preempted = self.scheduler.preempted
         plan = self.scheduler.plan()
-        self._note_put_back()
+        self._note_preempted()
         self._check_plan(plan, before, self.scheduler.preempted - preempted)
         self.steps.append(plan)
         if plan is None and not self.on_way:
@@ -150,59 +151,59 @@ class Simulation:
 
     def _run(self, plan: Prefill | Decode) -> list[Simulated]:
         if isinstance(plan, Decode):
-            assert plan.rows
-            assert len(set(plan.rows)) == len(plan.rows)
-            drawing = [self.rows[state] for state in plan.rows]
+            assert plan.sequences
+            assert len(set(plan.sequences)) == len(plan.sequences)
+            drawing = [self.rows[state] for state in plan.sequences]
             for row, position in zip(drawing, plan.positions, strict=True):
                 assert position == len(row.ids) - 1 == row.computed
                 self._compute(row, position, 1)
         else:
             drawing = []
-            for piece in plan.pieces:
-                row = self.rows[piece.row]
-                self._run_piece(row, piece)
-                if piece.is_last:
+            for chunk in plan.chunks:
+                row = self.rows[chunk.sequence]
+                self._run_chunk(row, chunk)
+                if chunk.is_last:
                     drawing.append(row)
-            for piece in plan.pieces:  # one forward has written all of it before any of it is read
-                row = self.rows[piece.row]
-                assert self.device.holds(piece.row.pages, row.values[: piece.start + piece.count])
+            for chunk in plan.chunks:  # one forward has written all of it before any of it is read
+                row = self.rows[chunk.sequence]
+                assert self.device.holds(chunk.sequence.blocks, row.values[: chunk.start + chunk.count])
         for row in drawing:
             row.extend(row.next_id())
-            assert len(row.ids) - row.state.prompt_tokens == row.state.drawn <= row.state.max_new_tokens
+            assert len(row.ids) - row.state.prompt_tokens == row.state.sampled <= row.state.max_new_tokens
         return drawing
 
-    def _run_piece(self, row: Simulated, piece: Piece) -> None:
+    def _run_chunk(self, row: Simulated, chunk: PrefillChunk) -> None:
         state = row.state
-        assert piece.count >= 1
+        assert chunk.count >= 1
         assert state.ids == row.ids  # nothing is on its way
-        if piece.start != row.computed:  # what lies between was found in pages of others
-            assert piece.start > row.computed
-            assert piece.start % BLOCK_TOKENS == row.computed % BLOCK_TOKENS == 0
-            assert state.root is not None
+        if chunk.start != row.computed:  # what lies between was found in pages of others
+            assert chunk.start > row.computed
+            assert chunk.start % BLOCK_TOKENS == row.computed % BLOCK_TOKENS == 0
+            assert state.prefix_id is not None
             if not row.has_begun:
-                assert state.cached_tokens == piece.start
+                assert state.cached_tokens == chunk.start
         row.has_begun = True
-        assert piece.is_last == (piece.start + piece.count == len(row.ids))
-        if state.drawn - piece.is_last == 0:
-            row.prompt_tokens_run += piece.count
-        row.computed = piece.start
-        self._compute(row, piece.start, piece.count)
+        assert chunk.is_last == (chunk.start + chunk.count == len(row.ids))
+        if state.sampled - chunk.is_last == 0:
+            row.prompt_tokens_run += chunk.count
+        row.computed = chunk.start
+        self._compute(row, chunk.start, chunk.count)
         cached = state.cached_tokens
         assert cached is not None
         assert 0 <= cached < state.prompt_tokens
         assert cached % BLOCK_TOKENS == 0
-        if piece.is_last and not row.was_put_back:
+        if chunk.is_last and not row.was_preempted:
             assert cached + row.prompt_tokens_run == state.prompt_tokens
 
     def _compute(self, row: Simulated, start: int, count: int) -> None:
-        pages = row.state.pages
+        pages = row.state.blocks
         assert (start + count - 1) // BLOCK_TOKENS < len(pages), "a position outside of the row's pages"
         assert self.device.holds(pages, row.values[:start]), "what is read is not the row's own beginning"
         for position in range(start, start + count):
             self.device.write(pages, position, row.values[position])
         row.computed = start + count
 
-    def _deliver(self, drawn: Sequence[Simulated]) -> None:
+    def _deliver(self, drawn: abc.Sequence[Simulated]) -> None:
         for row in drawn:
             if row.is_gone:
                 continue
@@ -212,7 +213,7 @@ class Simulation:
 
     # What must hold.
 
-    def _snapshot(self) -> tuple[list[RowState], list[RowState], list[RowState], bool]:
+    def _snapshot(self) -> tuple[list[Sequence], list[Sequence], list[Sequence], bool]:
         running = list(self.scheduler.running)
         decoding = [row for row in running if row.decodes and not row.is_complete]
         prefilling = [row for row in running if not row.decodes]
@@ -230,47 +231,47 @@ class Simulation:
             and len(row.ids) // BLOCK_TOKENS + 1 + len(running) <= self.pages.available
         )
 
-    def _note_put_back(self) -> None:
+    def _note_preempted(self) -> None:
         for state in self.scheduler.waiting:
             row = self.rows[state]
             if row.has_begun:
-                row.was_put_back = True
+                row.was_preempted = True
                 row.computed = 0
-                assert (state.pages, state.slot, state.written, state.decodes) == ([], -1, 0, False)
+                assert (state.blocks, state.slot, state.written, state.decodes) == ([], -1, 0, False)
 
     def _check_plan(
         self,
         plan: Prefill | Decode | None,
-        before: tuple[list[RowState], list[RowState], list[RowState], bool],
-        put_back: int,
+        before: tuple[list[Sequence], list[Sequence], list[Sequence], bool],
+        preempted: int,
     ) -> None:
         running, decoding, prefilling, could_join = before
         scheduler = self.scheduler
         just_prefilled = bool(self.steps) and isinstance(self.steps[-1], Prefill)
         if plan is None:
-            assert not put_back or self.on_way
-            assert put_back or not (decoding or prefilling or could_join)
+            assert not preempted or self.on_way
+            assert preempted or not (decoding or prefilling or could_join)
         elif isinstance(plan, Decode):
             # Whoever can decode does, but for rows that gave their pages to older ones.
-            assert [row for row in decoding if row.slot >= 0] == plan.rows
-            assert len(decoding) - len(plan.rows) <= put_back
+            assert [row for row in decoding if row.slot >= 0] == plan.sequences
+            assert len(decoding) - len(plan.sequences) <= preempted
             if not just_prefilled:
-                assert not prefilling or put_back
+                assert not prefilling or preempted
                 assert not could_join
         else:
             assert not (just_prefilled and decoding), "decoding waits for a second prefill"
             budget = scheduler.prefill_tokens_beside if decoding else scheduler.prefill_tokens
-            spent = sum(piece.count for piece in plan.pieces)
+            spent = sum(chunk.count for chunk in plan.chunks)
             assert 0 < spent <= budget
-            numbers = [self.rows[piece.row].number for piece in plan.pieces]
+            numbers = [self.rows[chunk.sequence].number for chunk in plan.chunks]
             assert numbers == sorted(set(numbers))
             # An older row's prompt is run to its end before a younger one gets any.
-            assert all(piece.is_last for piece in plan.pieces[:-1])
+            assert all(chunk.is_last for chunk in plan.chunks[:-1])
             if prefilling and prefilling[0].slot >= 0:
-                assert plan.pieces[0].row is prefilling[0]
-            if not plan.pieces[-1].is_last:
+                assert plan.chunks[0].sequence is prefilling[0]
+            if not plan.chunks[-1].is_last:
                 assert spent == budget
-        if not put_back:
+        if not preempted:
             assert scheduler.running[: len(running)] == running
 
     def check(self) -> None:
@@ -287,23 +288,23 @@ class Simulation:
         assert all(len(running) <= state.max_rows for state in running if state.max_rows is not None)
         holders: dict[int, list[tuple[Simulated, int]]] = {}
         for state in running:
-            assert len(state.pages) * BLOCK_TOKENS >= state.written
-            assert len(set(state.pages)) == len(state.pages)
-            for i, page in enumerate(state.pages):
+            assert len(state.blocks) * BLOCK_TOKENS >= state.written
+            assert len(set(state.blocks)) == len(state.blocks)
+            for i, page in enumerate(state.blocks):
                 holders.setdefault(page, []).append((self.rows[state], i))
         for state in scheduler.waiting:
-            assert (state.pages, state.slot) == ([], -1)
+            assert (state.blocks, state.slot) == ([], -1)
         assert 0 not in holders
-        assert all(0 < page < pages.pages and pages.is_held(page) for page in holders)
+        assert all(0 < page < pages.total and pages.is_held(page) for page in holders)
         assert pages.held == len(holders)
-        assert pages.held + pages.available == pages.pages - 1
+        assert pages.held + pages.available == pages.total - 1
         for held in holders.values():
             if len(held) > 1:
                 # The last value of a page stands for all tokens up to it.
                 assert len({(i, row.values[(i + 1) * BLOCK_TOKENS - 1]) for row, i in held}) == 1
                 assert all(row.state.written >= (i + 1) * BLOCK_TOKENS for row, i in held)
-                assert len({row.state.root for row, _ in held}) == 1
-                assert held[0][0].state.root is not None
+                assert len({row.state.prefix_id for row, _ in held}) == 1
+                assert held[0][0].state.prefix_id is not None
 
 
 def ids_of(seed: int, count: int) -> list[int]:
@@ -334,7 +335,7 @@ def random_simulation(seed: int, *, is_late: bool, is_tight: bool) -> Simulation
         prefill_tokens_beside=rng.choice([1, 7, 16, 32]),
         is_late=is_late,
     )
-    roots = [None, simulation.pages.new_root(), simulation.pages.new_root()]
+    prefix_ids = [None, simulation.pages.new_prefix_id(), simulation.pages.new_prefix_id()]
     beginnings = [ids_of(seed * 10 + i, longest) for i in range(3)]
     for number in range(rng.randrange(1, 16)):
         ids = rng.choice(beginnings)[: rng.randrange(longest)] + ids_of(seed * 1000 + number, rng.randrange(1, 12))
@@ -343,7 +344,7 @@ def random_simulation(seed: int, *, is_late: bool, is_tight: bool) -> Simulation
         simulation.add(
             ids,
             max_new_tokens,
-            root=rng.choice(roots),
+            prefix_id=rng.choice(prefix_ids),
             max_rows=rng.choice([None] * 30 + [1, 2, 5]),
             salt=rng.choice([0, 0, number]),
             ends_after=rng.choice([max_new_tokens, max_new_tokens, rng.randrange(1, max_new_tokens + 1)]),
@@ -381,14 +382,14 @@ class TestScenarios:
                 assert row.state.ids == expected_ids(row)
 
     def test_scenarios_are_such_as_to_show_something(self, is_late: bool, is_tight: bool) -> None:
-        """Many rows beside each other, shared beginnings, long prompts in pieces; rows put back where it is tight."""
+        """Many rows beside each other, shared beginnings, long prompts in chunks; rows put back where it is tight."""
         simulations = [random_simulation(seed, is_late=is_late, is_tight=is_tight) for seed in range(25)]
         for simulation in simulations:
             simulation.finish()
         steps = [step for simulation in simulations for step in simulation.steps]
         assert max(simulation.most_running for simulation in simulations) >= (3 if is_tight else 6)
         assert sum(bool(row.state.cached_tokens) for simulation in simulations for row in simulation.all) > 10
-        assert sum(not piece.is_last for step in steps if isinstance(step, Prefill) for piece in step.pieces) > 50
+        assert sum(not chunk.is_last for step in steps if isinstance(step, Prefill) for chunk in step.chunks) > 50
         if is_tight:
             assert sum(simulation.scheduler.preempted > 0 for simulation in simulations) >= 5
         if is_late:  # the last rows wait for tokens that are on their way
@@ -407,7 +408,7 @@ class TestOrder:
             simulation.step()
         kinds = [type(step) for step in simulation.steps]
         assert kinds == [Prefill, *[Decode, Prefill] * 15]
-        counts = [sum(p.count for p in step.pieces) for step in simulation.steps if isinstance(step, Prefill)]
+        counts = [sum(chunk.count for chunk in step.chunks) for step in simulation.steps if isinstance(step, Prefill)]
         assert counts == [16] + [8] * 15
         simulation.finish()
 
@@ -417,14 +418,14 @@ class TestOrder:
         simulation.step()
         first = simulation.steps[0]
         assert isinstance(first, Prefill)
-        assert first.pieces == [
-            Piece(rows[0], 0, 20, True),
-            Piece(rows[1], 0, 20, True),
-            Piece(rows[2], 0, 10, False),
+        assert first.chunks == [
+            PrefillChunk(rows[0], 0, 20, True),
+            PrefillChunk(rows[1], 0, 20, True),
+            PrefillChunk(rows[2], 0, 10, False),
         ]
         simulation.step()  # those two decode before the others go on
         assert isinstance(simulation.steps[1], Decode)
-        assert simulation.steps[1].rows == rows[:2]
+        assert simulation.steps[1].sequences == rows[:2]
         simulation.finish()
 
     def test_a_small_row_does_not_overtake_a_large_one(self) -> None:
@@ -465,7 +466,7 @@ class TestOrder:
     def test_an_empty_scheduler_plans_nothing(self) -> None:
         scheduler = Simulation().scheduler
         assert scheduler.plan() is None
-        assert not scheduler.has_work
+        assert not scheduler.sequences
 
 
 @pytest.mark.parametrize("is_late", [False, True], ids=["early", "late"])
@@ -482,14 +483,14 @@ class TestTooFewPages:
             assert len(row.state.ids) == 128
             assert row.state.ids == expected_ids(row)
 
-    def test_the_oldest_is_never_put_back(self, is_late: bool) -> None:
+    def test_the_oldest_is_never_preempted(self, is_late: bool) -> None:
         simulation = Simulation(pages=9, is_late=is_late)
         for i in range(4):
             simulation.add(ids_of(i, 16), 112)
         simulation.finish()
-        assert [row.was_put_back for row in simulation.all] == [False, True, True, True]
+        assert [row.was_preempted for row in simulation.all] == [False, True, True, True]
 
-    def test_a_newcomer_waits_rather_than_be_put_back_at_once(self, is_late: bool) -> None:
+    def test_a_newcomer_waits_rather_than_be_preempted_at_once(self, is_late: bool) -> None:
         """Each row that runs is about to need one page more, and has it before anybody new begins."""
         simulation = Simulation(pages=4, is_late=is_late)
         for i in range(6):
@@ -498,36 +499,36 @@ class TestTooFewPages:
         assert len(simulation.scheduler.running) == 2  # one page each, and one for the first of them to grow
         simulation.finish()
 
-    def test_a_row_that_was_put_back_finds_its_own_pages(self, is_late: bool) -> None:
+    def test_a_row_that_was_preempted_finds_its_own_pages(self, is_late: bool) -> None:
         """As far as nobody else has needed them: only the rest is computed again."""
         simulation = Simulation(pages=10, is_late=is_late)
-        root = simulation.pages.new_root()
-        first = simulation.add(ids_of(0, 16), 60, root=root)
-        second = simulation.add(ids_of(1, 64), 40, root=root)
-        while not second.was_put_back:
+        prefix_id = simulation.pages.new_prefix_id()
+        first = simulation.add(ids_of(0, 16), 60, prefix_id=prefix_id)
+        second = simulation.add(ids_of(1, 64), 40, prefix_id=prefix_id)
+        while not second.was_preempted:
             assert simulation.step()
         begun = len(simulation.steps)
         simulation.finish()
         again = [
-            piece
+            chunk
             for step in simulation.steps[begun - 1 :]
             if isinstance(step, Prefill)
-            for piece in step.pieces
-            if piece.row is second.state
+            for chunk in step.chunks
+            if chunk.sequence is second.state
         ]
         assert again[0].start >= 16
-        assert not first.was_put_back
+        assert not first.was_preempted
         assert second.state.cached_tokens == 0  # it says what was there when it came
 
 
 class TestSharing:
-    def share(self, *lengths: int, roots: Sequence[int | None] = (7, 7), common: int = 64) -> list[Simulated]:
+    def share(self, *lengths: int, prefix_ids: abc.Sequence[int | None] = (7, 7), common: int = 64) -> list[Simulated]:
         """Run rows at once whose prompts agree in their first tokens."""
         simulation = Simulation(prefill_tokens=10_000)
         rows = []
         for i, length in enumerate(lengths):
             ids = ids_of(99, min(common, length)) + ids_of(i, max(0, length - common))
-            rows.append(simulation.add(ids, 3, root=roots[i % len(roots)]))
+            rows.append(simulation.add(ids, 3, prefix_id=prefix_ids[i % len(prefix_ids)]))
         simulation.step()
         simulation.finish()
         return rows
@@ -547,31 +548,31 @@ class TestSharing:
         """Of two equal prompts: the next token is drawn from what the last one gives."""
         assert self.cached(length, length) == [0, expected]
 
-    def test_roots_share_with_their_like_only(self) -> None:
-        assert self.cached(70, 70, 70, 70, roots=(7, 8)) == [0, 0, 64, 64]
+    def test_prefix_ids_share_with_their_like_only(self) -> None:
+        assert self.cached(70, 70, 70, 70, prefix_ids=(7, 8)) == [0, 0, 64, 64]
 
-    def test_without_a_root_nothing_is_shared(self) -> None:
-        assert self.cached(70, 70, 70, roots=(None,)) == [0, 0, 0]
-        assert self.cached(70, 70, 70, roots=(7, None, 7)) == [0, 0, 64]
+    def test_without_a_prefix_id_nothing_is_shared(self) -> None:
+        assert self.cached(70, 70, 70, prefix_ids=(None,)) == [0, 0, 0]
+        assert self.cached(70, 70, 70, prefix_ids=(7, None, 7)) == [0, 0, 64]
 
     def test_the_same_tokens_elsewhere_are_something_else(self) -> None:
         """What a page holds depends on all that comes before it."""
         simulation = Simulation(prefill_tokens=1000)
         page = ids_of(5, BLOCK_TOKENS)
-        simulation.add(page * 4, 2, root=7)
-        other = simulation.add(ids_of(6, BLOCK_TOKENS) + page * 3, 2, root=7)
+        simulation.add(page * 4, 2, prefix_id=7)
+        other = simulation.add(ids_of(6, BLOCK_TOKENS) + page * 3, 2, prefix_id=7)
         simulation.finish()
         assert other.state.cached_tokens == 0
 
     def test_over_time(self) -> None:
         """A page stays known after its row has ended, with the tokens that were written."""
         simulation = Simulation()
-        first = simulation.add(ids_of(0, 40), 30, root=7)
+        first = simulation.add(ids_of(0, 40), 30, prefix_id=7)
         simulation.finish()
-        again = simulation.add(ids_of(0, 40), 3, root=7)
+        again = simulation.add(ids_of(0, 40), 3, prefix_id=7)
         simulation.finish()
         # As the next turn of a chat: what was asked, what was answered, and something more.
-        next_turn = simulation.add([*first.state.ids, *ids_of(1, 10)], 3, root=7)
+        next_turn = simulation.add([*first.state.ids, *ids_of(1, 10)], 3, prefix_id=7)
         simulation.finish()
         assert again.state.cached_tokens == 32
         assert next_turn.state.cached_tokens == 64  # 69 of its 70 tokens are in the pages, 64 in full ones
@@ -580,9 +581,9 @@ class TestSharing:
     def test_with_a_row_that_is_still_at_work(self, is_late: bool) -> None:
         """In the middle of its prompt: full pages are shared as soon as they are planned."""
         simulation = Simulation(prefill_tokens=20, prefill_tokens_beside=20, is_late=is_late)
-        simulation.add(ids_of(0, 60), 50, root=7)
+        simulation.add(ids_of(0, 60), 50, prefix_id=7)
         simulation.step()
-        second = simulation.add(ids_of(0, 60), 50, root=7)
+        second = simulation.add(ids_of(0, 60), 50, prefix_id=7)
         simulation.finish()
         assert second.state.cached_tokens == 48
 
@@ -590,7 +591,7 @@ class TestSharing:
         """Ten rows of 100 common tokens fit where three would alone."""
         simulation = Simulation(pages=26, slots=10, prefill_tokens=10_000)
         for i in range(10):
-            simulation.add([*ids_of(0, 100), i], 8, root=7)
+            simulation.add([*ids_of(0, 100), i], 8, prefix_id=7)
         simulation.step()
         assert len(simulation.scheduler.running) == 10
         assert simulation.pages.held == 6 + 10
@@ -598,13 +599,13 @@ class TestSharing:
         assert simulation.scheduler.preempted == 0
 
 
-def fill(pages: BlockManager, root: int, *tokens: int) -> list[int]:
+def fill(pages: BlockManager, prefix_id: int, *tokens: int) -> list[int]:
     """Take and register a page for each number, which stands for its content, and let go of them."""
     taken = []
     for token in tokens:
         page = pages.take()
         assert page is not None
-        root = pages.register(page, root, [token] * BLOCK_TOKENS)
+        prefix_id = pages.register(page, prefix_id, [token] * BLOCK_TOKENS)
         taken.append(page)
     pages.release(taken)
     return taken
@@ -620,8 +621,8 @@ class TestPages:
 
     def test_kept_pages_are_given_out_last_and_the_longest_unused_first(self) -> None:
         pages = BlockManager(7)
-        root = pages.new_root()
-        (a,), (b,), (c,) = fill(pages, root, 1), fill(pages, root, 2), fill(pages, root, 3)
+        prefix_id = pages.new_prefix_id()
+        (a,), (b,), (c,) = fill(pages, prefix_id, 1), fill(pages, prefix_id, 2), fill(pages, prefix_id, 3)
         assert (pages.held, pages.available) == (0, 6)
         free = [pages.take() for _ in range(3)]
         assert not {a, b, c} & set(free)
@@ -629,18 +630,18 @@ class TestPages:
         pages.release([a])
         assert [pages.take() for _ in range(3)] == [b, c, a]
         assert pages.take() is None
-        assert all(pages.find(root, [token] * BLOCK_TOKENS) is None for token in (1, 2, 3))
+        assert all(pages.find(prefix_id, [token] * BLOCK_TOKENS) is None for token in (1, 2, 3))
 
     def test_of_one_row_the_end_goes_before_the_beginning(self) -> None:
         """A chain that has lost its first page is lost as a whole."""
         pages = BlockManager(4)
-        first, second, third = fill(pages, pages.new_root(), 1, 2, 3)
+        first, second, third = fill(pages, pages.new_prefix_id(), 1, 2, 3)
         assert [pages.take() for _ in range(3)] == [third, second, first]
 
     def test_a_held_page_is_not_given_out(self) -> None:
         pages = BlockManager(3)
-        root = pages.new_root()
-        (a,), (b,) = fill(pages, root, 1), fill(pages, root, 2)
+        prefix_id = pages.new_prefix_id()
+        (a,), (b,) = fill(pages, prefix_id, 1), fill(pages, prefix_id, 2)
         pages.share(a)
         pages.share(a)
         assert pages.take() == b
@@ -650,41 +651,41 @@ class TestPages:
         assert pages.take() is None
         pages.release([a])
         assert not pages.is_held(a)
-        assert pages.find(root, [1] * BLOCK_TOKENS) == a
+        assert pages.find(prefix_id, [1] * BLOCK_TOKENS) == a
         assert pages.take() == a
 
     def test_what_a_page_held_before_is_not_found(self) -> None:
         """Neither it nor what came after it, once its place holds something else."""
         pages = BlockManager(3)
-        root = pages.new_root()
-        a, b = fill(pages, root, 1, 2)
-        chain = pages.serial_of(a)
+        prefix_id = pages.new_prefix_id()
+        a, b = fill(pages, prefix_id, 1, 2)
+        chain = pages.prefix_id_of(a)
         taken = [page for page in (pages.take(), pages.take()) if page is not None]
         assert taken == [b, a]
-        pages.register(a, root, [9] * BLOCK_TOKENS)
-        assert pages.find(root, [1] * BLOCK_TOKENS) is None
-        assert pages.find(pages.serial_of(a), [2] * BLOCK_TOKENS) is None
-        assert pages.serial_of(a) != chain
+        pages.register(a, prefix_id, [9] * BLOCK_TOKENS)
+        assert pages.find(prefix_id, [1] * BLOCK_TOKENS) is None
+        assert pages.find(pages.prefix_id_of(a), [2] * BLOCK_TOKENS) is None
+        assert pages.prefix_id_of(a) != chain
 
     def test_of_two_equal_pages_one_is_kept(self) -> None:
         """Rows that computed the same beside each other go on as one chain."""
         pages = BlockManager(5)
-        root = pages.new_root()
+        prefix_id = pages.new_prefix_id()
         a, b = pages.take(), pages.take()
         assert a is not None
         assert b is not None
-        assert pages.register(a, root, [1] * BLOCK_TOKENS) == pages.register(b, root, [1] * BLOCK_TOKENS)
-        assert pages.find(root, [1] * BLOCK_TOKENS) == a
+        assert pages.register(a, prefix_id, [1] * BLOCK_TOKENS) == pages.register(b, prefix_id, [1] * BLOCK_TOKENS)
+        assert pages.find(prefix_id, [1] * BLOCK_TOKENS) == a
         pages.release([a])
         pages.release([b])
         assert (pages.held, pages.available) == (0, 4)
-        assert pages.find(root, [1] * BLOCK_TOKENS) == a
+        assert pages.find(prefix_id, [1] * BLOCK_TOKENS) == a
 
-    def test_roots_are_numbers_of_nobody_else(self) -> None:
+    def test_prefix_ids_are_numbers_of_nobody_else(self) -> None:
         pages = BlockManager(20)
         numbers = []
         for i in range(6):
-            numbers.append(pages.new_root())
+            numbers.append(pages.new_prefix_id())
             page = pages.take()
             assert page is not None
             numbers.append(pages.register(page, numbers[-1], [i] * BLOCK_TOKENS))
@@ -694,7 +695,7 @@ class TestPages:
     def test_against_a_plain_model(self, seed: int) -> None:
         """Random takes, shares, registers and releases beside a pool that remembers everything in lists."""
         rng = random.Random(seed)
-        pages, root = BlockManager(12), 5
+        pages, prefix_id = BlockManager(12), 5
         rows: list[list[int]] = []
         content: dict[int, int] = {}  # what is known of a page; a token stands for its content
         unused: list[int] = []  # known pages that nobody holds, the longest unused first
@@ -717,12 +718,12 @@ class TestPages:
                 row = rng.choice(rows)
                 if row[0] not in content and sum(row[0] in other for other in rows) == 1:
                     token = rng.randrange(8)
-                    pages.register(row[0], root, [token] * BLOCK_TOKENS)
+                    pages.register(row[0], prefix_id, [token] * BLOCK_TOKENS)
                     if token not in content.values():
                         content[row[0]] = token
             elif action < 0.75:
                 token = rng.randrange(8)
-                found = pages.find(root, [token] * BLOCK_TOKENS)
+                found = pages.find(prefix_id, [token] * BLOCK_TOKENS)
                 assert found == next((page for page, held_token in content.items() if held_token == token), None)
                 if found is not None:
                     pages.share(found)

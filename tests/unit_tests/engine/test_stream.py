@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from langchain_quantllm.engine.detokenizer import Row
+from langchain_quantllm.engine.detokenizer import Completion
 from langchain_quantllm.engine.request import Chunk, Request
 from langchain_quantllm.engine.stream import ChunkStream
 from langchain_quantllm.engine.worker import Worker
@@ -179,7 +179,7 @@ class TestChunkStream:
         assert stream.cancelled
 
 
-def row_of(index: int = 0) -> Row:
+def completion_of(stream: ChunkStream, index: int = 0) -> Completion:
     request = Request(
         prompt_ids=(1,),
         max_new_tokens=4,
@@ -189,7 +189,7 @@ def row_of(index: int = 0) -> Row:
         seed=0,
         eos_token_ids=(),
     )
-    return Row(request, index, lambda ids: "x" * len(ids))
+    return Completion(request, lambda ids: "x" * len(ids), stream, index=index)
 
 
 class Echo:
@@ -203,20 +203,20 @@ class Echo:
         self.error: Exception | None = None
         self.worker = Worker(self.run)
 
-    def run(self, waiting: deque[tuple[Row, ChunkStream]]) -> None:
+    def run(self, waiting: deque[Completion]) -> None:
         self.threads.add(threading.current_thread().name)
         self.batches.append(len(waiting))
         self.hold.wait(5)
         if self.error is not None:
             raise self.error
         while waiting:
-            row, stream = waiting.popleft()
-            if not stream.cancelled:
-                stream.put(row.finish("stop"))
+            completion = waiting.popleft()
+            if not completion.stream.cancelled:
+                completion.stream.put(completion.finish("stop"))
 
     def submit(self, rows: int = 1) -> ChunkStream:
         stream = ChunkStream(rows)
-        self.worker.submit([row_of(i) for i in range(rows)], stream)
+        self.worker.submit([completion_of(stream, i) for i in range(rows)])
         return stream
 
 
@@ -308,6 +308,6 @@ class TestWorker:
         engine = Echo()
         engine.error = RuntimeError("cable cut")
         stream = Watched(1)
-        engine.worker.submit([row_of()], stream)
+        engine.worker.submit([completion_of(stream)])
         wait_until(lambda: errors)
         assert "cable cut" in str(errors[0])
