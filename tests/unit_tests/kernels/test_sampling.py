@@ -19,8 +19,8 @@ import torch
 from langchain_quantllm.engine.fusion.sampling import draws_alike, find_drawing
 from langchain_quantllm.engine.sampler import MASKS, SAMPLES, SORTS, BatchSampler, needs_of
 from tests.support.interpreter import report_cases
+from tests.support.sampling import request_of
 from tests.support.selection import covering, slow_but
-from tests.unit_tests.engine.test_generate_sampler import request_of
 from tests.unit_tests.engine.test_sampler import COMBINATIONS, VOCAB, Batch, Only, logits_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
