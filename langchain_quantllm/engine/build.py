@@ -80,8 +80,7 @@ class EngineParts:
             if switch is not None:
                 self.adapters = LoraStack(model, switch.names)
             self.probe: ModelProbe = inspect_model(model)
-            attention, uses_triton = self._choose_attention()
-            self.runner = self._make_runner(attention, cache_budget, can_capture=uses_triton)
+            self.runner = self._make_runner(self._choose_attention(), cache_budget)
             release_heap()  # the first forward repacks weights on some CPUs, which takes four times their size
         except torch.OutOfMemoryError as error:
             self.close()
@@ -122,15 +121,14 @@ class EngineParts:
 
     # Building.
 
-    def _choose_attention(self) -> tuple[Attention, bool]:
-        """Choose the attention implementation; returns whether it is Triton's, which graphs can hold."""
+    def _choose_attention(self) -> Attention:
         shapes = self.probe.shapes
         devices = {shape.device for shape in shapes}
         if any(device.type != "cuda" for device in devices):
-            return GatherAttention(), False
+            return GatherAttention()
         if any(max(shape.key_dim, shape.value_dim) > 256 for shape in shapes):
             self._notes.append("attention by gathering blocks: heads are larger than 256")
-            return GatherAttention(), False
+            return GatherAttention()
         try:
             from langchain_quantllm.kernels import attention as paged_attention
 
@@ -140,10 +138,10 @@ class EngineParts:
             raise
         except Exception as error:  # not installed, or without a compiler
             self._notes.append(f"attention by gathering blocks: Triton cannot be used ({error!r})")
-            return GatherAttention(), False
-        return attention, True
+            return GatherAttention()
+        return attention
 
-    def _make_runner(self, attention: Attention, budget: float | int | None, *, can_capture: bool) -> ModelRunner:
+    def _make_runner(self, attention: Attention, budget: float | int | None) -> ModelRunner:
         """Allocate the pools and make a verified runner; with half the pool if memory is short."""
         shapes = self.probe.shapes
         blocks = count_blocks(shapes, budget, sequences=self.slots, context=self.limits.context_tokens)
@@ -151,7 +149,7 @@ class EngineParts:
             self.limits = replace(self.limits, cache_tokens=(blocks - 1) * BLOCK_TOKENS)
             try:
                 self.pools = allocate_pools(shapes, blocks)
-                return self._verified_runner(attention, can_capture=can_capture)
+                return self._verified_runner(attention)
             except (NotEnoughMemoryError, torch.OutOfMemoryError):
                 # Memory that is measured as free may be in pieces, or not for this process.
                 if budget is not None or blocks < _FEWEST_BLOCKS:
@@ -160,8 +158,9 @@ class EngineParts:
             torch.cuda.empty_cache()
             blocks //= 2
 
-    def _verified_runner(self, attention: Attention, *, can_capture: bool) -> ModelRunner:
+    def _verified_runner(self, attention: Attention) -> ModelRunner:
         """Make the runner that gives the model's own logits: by registered attention, or by catching PyTorch's."""
+        can_capture = isinstance(attention, TritonAttention)
         context = self.limits.context_tokens
         cached = (self.limits.cache_tokens or 0) // BLOCK_TOKENS
         blocks_per_sequence = cached if context is None else min(cached, -(-context // BLOCK_TOKENS))

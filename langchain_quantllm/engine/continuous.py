@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections import abc, deque
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from langchain_quantllm.engine.kv_cache import resident_bytes
 from langchain_quantllm.engine.lora import NO_ADAPTER
 from langchain_quantllm.engine.model_runner import PendingForward
 from langchain_quantllm.engine.request import EngineInfo, ModelLimits, Request, TokenLogprob, check_request
-from langchain_quantllm.engine.sampler import BLOCKS, MASKS, NOTHING_ALLOWED, PendingTokens
+from langchain_quantllm.engine.sampler import NOTHING_ALLOWED, PendingTokens
 from langchain_quantllm.engine.scheduler import Decode, Prefill, PrefillChunk, Scheduler, split_chunks
 from langchain_quantllm.engine.sequence import SamplingInput, Sequence
 from langchain_quantllm.engine.step_timing import time_step
@@ -38,15 +37,6 @@ _PREFILL_GPU, _PREFILL_CPU = (4096, 1024), (512, 128)
 """Most tokens of a prefill step: while no sequence decodes, and while others wait to decode."""
 
 _LEAST_PREFILL = 16  # tokens of a prefill step on a device that is short of memory
-
-
-@dataclass
-class _Step:
-    """A forward in flight, with the sequences that a token is sampled for."""
-
-    sequences: list[Sequence]
-    sampling: list[SamplingInput]
-    forward: PendingForward
 
 
 class ContinuousEngine:
@@ -158,7 +148,7 @@ class ContinuousEngine:
     def _run(self, waiting: deque[Completion]) -> None:
         """Run requests until there are none left; more may join all the while."""
         try:
-            pending: list[tuple[list[Sequence], PendingTokens]] = []
+            pending: list[PendingTokens] = []
             while True:
                 # 1. Take new requests, and drop cancelled ones.
                 self._take(waiting)
@@ -168,14 +158,14 @@ class ContinuousEngine:
                 if plan is None and not pending:
                     break
                 # 3. Enqueue its forward.
-                steps = [] if plan is None else self._launch(plan)
+                forwards = [] if plan is None else self._launch(plan)
                 if self._runner.is_asynchronous:
                     # 4. While the device runs it, turn the tokens of the step before into text.
                     self._deliver(pending)
                     # 5. Enqueue the sampling of the next tokens.
-                    pending = self._sample(steps)
+                    pending = self._sample(forwards)
                 else:
-                    self._deliver(self._sample(steps))
+                    self._deliver(self._sample(forwards))
             if self._scheduler.sequences:
                 msg = "sequences are left that cannot run"
                 raise RuntimeError(msg)
@@ -222,22 +212,22 @@ class ContinuousEngine:
 
     # Forwards.
 
-    def _launch(self, plan: Prefill | Decode) -> list[_Step]:
+    def _launch(self, plan: Prefill | Decode) -> list[PendingForward]:
         if isinstance(plan, Decode):
             sampling = [sequence.next_sampling_input() for sequence in plan.sequences]
-            return [_Step(plan.sequences, sampling, self._runner.decode(plan.sequences, plan.positions, sampling))]
+            return [self._runner.decode(plan.sequences, plan.positions, sampling)]
         for chunk in plan.chunks:
             chunk.sequence.start()
         ready = [chunk.sequence for chunk in plan.chunks if chunk.is_last]
         return self._prefill(plan.chunks, {sequence: sequence.next_sampling_input() for sequence in ready})
 
-    def _prefill(self, chunks: abc.Sequence[PrefillChunk], inputs: dict[Sequence, SamplingInput]) -> list[_Step]:
+    def _prefill(
+        self, chunks: abc.Sequence[PrefillChunk], sampling: dict[Sequence, SamplingInput]
+    ) -> list[PendingForward]:
         """Run chunks of prompts; in smaller steps if the device has no room for all."""
-        sequences = [chunk.sequence for chunk in chunks if chunk.is_last]
-        sampling = [inputs[sequence] for sequence in sequences]
         tokens = sum(chunk.count for chunk in chunks)
         try:
-            return [_Step(sequences, sampling, self._runner.prefill(chunks, sampling))]
+            return [self._runner.prefill(chunks, [sampling[chunk.sequence] for chunk in chunks if chunk.is_last])]
         except torch.OutOfMemoryError:
             if tokens <= _LEAST_PREFILL:
                 raise
@@ -247,26 +237,18 @@ class ContinuousEngine:
         _log.warning("no memory for a prefill of %d tokens at once; going on with %d", tokens, half)
         self._prefill_tokens = (min(half, self._prefill_tokens[0]), min(half, self._prefill_tokens[1]))
         self._scheduler.prefill_tokens, self._scheduler.prefill_tokens_beside = self._prefill_tokens
-        first, second = split_chunks(chunks, half)
-        return [*self._prefill(first, inputs), *self._prefill(second, inputs)]
+        return [forward for part in split_chunks(chunks, half) for forward in self._prefill(part, sampling)]
 
     # Sampling.
 
-    def _sample(self, steps: abc.Sequence[_Step]) -> list[tuple[list[Sequence], PendingTokens]]:
-        return [(step.sequences, self._sample_step(step)) for step in steps if step.sequences]
+    def _sample(self, forwards: abc.Sequence[PendingForward]) -> list[PendingTokens]:
+        return [self._sample_after(forward) for forward in forwards if forward.sequences]
 
-    def _sample_step(self, step: _Step) -> PendingTokens:
-        sequences = step.sequences
-        needs = BLOCKS * any(not one.may_end for one in step.sampling)
-        for sequence in sequences:
-            needs |= sequence.sampling_needs
-        if step.forward.is_prefill:  # their first token since they got their slots
-            placed = [sequence for sequence in sequences if sequence.slot >= 0]
-            if placed:
-                self._runner.sampler.set([s.slot for s in placed], [s.request for s in placed], [s.ids for s in placed])
-        mask = self._fill_masks(sequences) if needs & MASKS else None
+    def _sample_after(self, forward: PendingForward) -> PendingTokens:
+        sequences = forward.sequences
+        mask = self._fill_masks(sequences) if any(s.mask is not None for s in sequences) else None
         wanted = [n for s in sequences if (n := s.request.options.logprobs) is not None]
-        return self._runner.sample(step.forward, needs, mask=mask, alternatives=max(wanted, default=None))
+        return self._runner.sample(forward, mask=mask, alternatives=max(wanted, default=None))
 
     def _fill_masks(self, sequences: abc.Sequence[Sequence]) -> torch.Tensor:
         bits = self._runner.blank_masks(len(sequences))
@@ -286,11 +268,11 @@ class ContinuousEngine:
 
     # Tokens.
 
-    def _deliver(self, pending: abc.Sequence[tuple[list[Sequence], PendingTokens]]) -> None:
+    def _deliver(self, pending: abc.Sequence[PendingTokens]) -> None:
         """Wait for the tokens of a step and append them to their sequences."""
-        for sequences, tokens in pending:
+        for tokens in pending:
             ids, logprobs = tokens.wait()
-            for i, sequence in enumerate(sequences):
+            for i, sequence in enumerate(tokens.sequences):
                 if not sequence.has_ended:
                     self._push(sequence, ids[i], None if logprobs is None else logprobs[i])
 

@@ -184,13 +184,12 @@ def _run_all(runner: ModelRunner, sequences: abc.Sequence[Sequence]) -> dict[Seq
         if isinstance(plan, Prefill):
             ready = [chunk.sequence for chunk in plan.chunks if chunk.is_last]
             forward = runner.prefill(plan.chunks, [SamplingInput()] * len(ready))
-            if not ready:
-                continue
-            runner.sampler.set([s.slot for s in ready], [s.request for s in ready], [s.ids for s in ready])
         else:
             ready = plan.sequences
             forward = runner.decode(ready, plan.positions, [SamplingInput()] * len(ready))
-        ids, _ = runner.sample(forward, 0).wait()
+        if not ready:
+            continue
+        ids, _ = runner.sample(forward).wait()
         for i, sequence in enumerate(ready):
             logits[sequence].append(forward.logits[i].clone())
             scheduler.push(sequence, max(0, ids[i]))

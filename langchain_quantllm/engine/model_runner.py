@@ -15,50 +15,51 @@ from typing import Any, TypeVar, cast
 import torch
 
 from langchain_quantllm.compat.transformers_models import cache_name, forward_parameters
-from langchain_quantllm.engine.attention import (
-    Attention,
-    Batch,
-    Forward,
-    LayerPool,
-    Span,
-    configs_of,
-    driving,
-)
+from langchain_quantllm.engine import staging
+from langchain_quantllm.engine.attention import Attention, Batch, Forward, LayerPool, Span, configs_of, driving
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.engine.cuda_graphs import StepGraph, WaitFinder
 from langchain_quantllm.engine.fusion.fuse import Fusion
 from langchain_quantllm.engine.fusion.sampling import find_drawing
 from langchain_quantllm.engine.lora import NO_ADAPTER, LoraStack
 from langchain_quantllm.engine.prefill_graphs import Pack, PrefillGraphs, last_tokens
-from langchain_quantllm.engine.sampler import MASKS, BatchSampler, PendingTokens, log_probabilities
+from langchain_quantllm.engine.sampler import BLOCKS, MASKS, BatchSampler, PendingTokens, log_probabilities
 from langchain_quantllm.engine.scheduler import PrefillChunk
 from langchain_quantllm.engine.sequence import SamplingInput, Sequence
-from langchain_quantllm.engine.staging import (
-    BLOCK,
-    BLOCK_INDEX,
-    LINES,
-    MAY_NOT_END,
-    POSITION,
-    SLOT,
-    UNIFORM,
-    StagingBuffers,
-    step_inputs,
-)
+from langchain_quantllm.engine.staging import StagingBuffers, step_inputs
 from langchain_quantllm.kernels.attention_reference import PREFILL_BLOCK
 
 _BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
 """Batch sizes that have a decode graph; smaller batches are padded."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class PendingForward:
-    """A forward in flight: the logits to sample from, of shape `(rows, vocab)`, and the inputs of the sampling."""
+    """A forward in flight, with the sequences to sample a token for.
 
+    Args:
+        sequences: The sequences.
+        sampling: The inputs of each one's sampling.
+        logits: Their logits, of shape `(sequences, vocab)` or, padded, `(bucket, vocab)`.
+        inputs: The step's inputs on the device; see `staging.step_inputs`.
+        is_graph: Whether it is a graph's replay, whose tensors the next replay overwrites.
+        is_prefill: Whether these are the sequences' first tokens since they got their slots.
+    """
+
+    sequences: abc.Sequence[Sequence]
+    sampling: abc.Sequence[SamplingInput]
     logits: torch.Tensor
     inputs: torch.Tensor
-    rows: int
     is_graph: bool = False
     is_prefill: bool = False
+
+    @property
+    def needs(self) -> int:
+        """The flags of `sampler` for all sequences."""
+        needs = BLOCKS * any(not one.may_end for one in self.sampling)
+        for sequence in self.sequences:
+            needs |= sequence.sampling_needs
+        return needs
 
 
 _Method = TypeVar("_Method", bound=abc.Callable[..., Any])
@@ -134,8 +135,8 @@ class ModelRunner:
         self._prefill_graphs: PrefillGraphs | None = None
         if can_capture:
             most = _BUCKETS[-1]
-            self._inputs = torch.zeros(LINES, most, dtype=torch.int32, device=self.device)
-            self._staging = StagingBuffers(LINES, most)
+            self._inputs = torch.zeros(staging.LINES, most, dtype=torch.int32, device=self.device)
+            self._staging = StagingBuffers(staging.LINES, most)
             self._mask = torch.zeros(most, self._mask_words, dtype=torch.int32, device=self.device)
             if attention.prefills_on_device and blocks_per_sequence * BLOCK_TOKENS >= PREFILL_BLOCK:
                 self._prefill_graphs = PrefillGraphs(self._forward_pack, self.device)
@@ -198,7 +199,7 @@ class ModelRunner:
         inputs = step_inputs(ready, [0] * len(ready), [0] * len(ready), sampling)
         # The copy does not wait for the forward: sampling is enqueued while it runs.
         inputs = inputs.to(self.device, non_blocking=True)
-        return PendingForward(logits=logits, inputs=inputs, rows=len(ready), is_prefill=True)
+        return PendingForward(ready, sampling, logits, inputs, is_prefill=True)
 
     def _prefill_eagerly(self, chunks: abc.Sequence[PrefillChunk]) -> torch.Tensor:
         spans, lines, first = [], [], 0
@@ -247,39 +248,40 @@ class ModelRunner:
         """
         blocks = [s.blocks[position // BLOCK_TOKENS] for s, position in zip(sequences, positions, strict=True)]
         inputs = step_inputs(sequences, positions, blocks, sampling)
-        rows = len(sequences)
-        bucket = next((b for b in _BUCKETS if b >= rows), None)
+        bucket = next((b for b in _BUCKETS if b >= len(sequences)), None)
         if bucket is None or not self.captures:
             inputs = inputs.to(self.device)
             spans = [Span(slot=s.slot, first=0, position=p, count=1) for s, p in zip(sequences, positions, strict=True)]
-            return PendingForward(logits=self._decode_step(inputs, spans), inputs=inputs, rows=rows)
+            return PendingForward(sequences, sampling, self._decode_step(inputs, spans), inputs)
         self._stage(inputs, bucket)
         graph = self._decode_graphs.get(bucket)
         if graph is None:
             graph = self._capture_decode(bucket)
             if graph is None:
                 return self.decode(sequences, positions, sampling)
-        return PendingForward(logits=graph.replay(), inputs=self._inputs[:, :bucket], rows=rows, is_graph=True)
+        return PendingForward(sequences, sampling, graph.replay(), self._inputs[:, :bucket], is_graph=True)
 
     def _stage(self, inputs: torch.Tensor, bucket: int) -> None:
         """Copy a step's inputs, padded, to the tensor that its graph reads."""
         staged = self._staging.next()
         staged[:, :bucket] = 0
-        staged[SLOT, :bucket] = self._padding_slot
+        staged[staging.SLOT, :bucket] = self._padding_slot
         staged[:, : inputs.shape[1]] = inputs
         self._inputs.copy_(staged, non_blocking=True)
 
     def _decode_step(self, inputs: torch.Tensor, spans: abc.Sequence[Span] = ()) -> torch.Tensor:
-        at, position_ids, block_index = inputs[: BLOCK_INDEX + 1].long()
-        self._table[at, block_index] = inputs[BLOCK]
-        batch = Batch(table=self._table, slots=inputs[SLOT], positions=inputs[POSITION], spans=spans, decodes=True)
+        at, position_ids, block_index = inputs[: staging.BLOCK_INDEX + 1].long()
+        self._table[at, block_index] = inputs[staging.BLOCK]
+        batch = Batch(
+            table=self._table, slots=inputs[staging.SLOT], positions=inputs[staging.POSITION], spans=spans, decodes=True
+        )
         return self._forward(self.sampler.last_ids[at], batch, None, position_ids)
 
     def _capture_decode(self, bucket: int) -> StepGraph | None:
         inputs = self._inputs[:, :bucket]
         kept = inputs.clone()
         inputs.zero_()
-        inputs[SLOT] = self._padding_slot
+        inputs[staging.SLOT] = self._padding_slot
         try:
             with WaitFinder() as finder:
                 self._decode_step(inputs)
@@ -349,17 +351,19 @@ class ModelRunner:
 
     @_on_device
     def sample(
-        self, forward: PendingForward, needs: int, *, mask: torch.Tensor | None = None, alternatives: int | None = None
+        self, forward: PendingForward, *, mask: torch.Tensor | None = None, alternatives: int | None = None
     ) -> PendingTokens:
         """Sample the next tokens after a forward.
 
         Args:
             forward: The forward.
-            needs: Flags of `sampler`, combined over its sequences.
-            mask: Allowed tokens of each sequence as bits, made from `blank_masks`.
+            mask: Allowed tokens of each sequence as bits, made from `blank_masks`; needed if any sequence has a mask.
             alternatives: How many of the likeliest tokens to report; None for no log probabilities.
         """
-        rows = forward.rows
+        rows = len(forward.sequences)
+        needs = forward.needs
+        if forward.is_prefill and (placed := [s for s in forward.sequences if s.slot >= 0]):
+            self.sampler.set([s.slot for s in placed], [s.request for s in placed], [s.ids for s in placed])
         if forward.is_graph:
             if mask is not None:
                 self._mask[:rows].copy_(mask, non_blocking=True)
@@ -370,13 +374,13 @@ class ModelRunner:
         logprobs = None
         if alternatives is not None:
             logprobs = log_probabilities(forward.logits[:rows].to(self.device), ids, alternatives)
-        return PendingTokens(ids, logprobs)
+        return PendingTokens(forward.sequences, ids, logprobs)
 
     def _sampling_step(
         self, logits: torch.Tensor, inputs: torch.Tensor, needs: int, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        uniforms = inputs[UNIFORM].view(torch.float32)
-        return self.sampler.sample(logits, inputs[SLOT], uniforms, inputs[MAY_NOT_END], needs, mask)
+        uniforms = inputs[staging.UNIFORM].view(torch.float32)
+        return self.sampler.sample(logits, inputs[staging.SLOT], uniforms, inputs[staging.MAY_NOT_END], needs, mask)
 
     def _sampling_graph(self, forward: PendingForward, needs: int) -> StepGraph:
         bucket = forward.inputs.shape[1]
@@ -384,7 +388,7 @@ class ModelRunner:
         if key not in self._sampling_graphs:
             mask = self._mask[:bucket] if needs & MASKS else None
             kept = forward.inputs.clone()
-            forward.inputs[SLOT] = self._padding_slot  # the first run must not touch the sequences
+            forward.inputs[staging.SLOT] = self._padding_slot  # the first run must not touch the sequences
 
             def body() -> torch.Tensor:
                 return self._sampling_step(forward.logits, forward.inputs, needs, mask)

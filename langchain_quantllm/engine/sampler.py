@@ -38,8 +38,9 @@ def needs_of(request: Request) -> int:
 class PendingTokens:
     """Sampled tokens on their way to the host."""
 
-    def __init__(self, ids: torch.Tensor, logprobs: tuple[torch.Tensor, ...] | None) -> None:
-        """Begin to copy them."""
+    def __init__(self, sequences: Sequence[Any], ids: torch.Tensor, logprobs: tuple[torch.Tensor, ...] | None) -> None:
+        """Begin to copy them; the sequences are those that they belong to."""
+        self.sequences = sequences
         self._ids = ids.to("cpu", non_blocking=True)
         self._logprobs = None if logprobs is None else [t.to("cpu", non_blocking=True) for t in logprobs]
         self._event: Any = None
@@ -160,7 +161,21 @@ class BatchSampler:
             Token ids of shape `(rows,)`, int32; `NO_NUMBER` or `NOTHING_ALLOWED` in place of a missing one.
         """
         if self._drawing is not None:
-            return self._sample_by_kernel(logits, slots, uniforms, may_not_end, need, mask)
+            sampled: torch.Tensor = self._drawing.draw(
+                logits,
+                slots,
+                uniforms,
+                may_not_end,
+                mask if need & MASKS else None,
+                parameters=self._parameters,
+                end_ids=self._end_ids,
+                seen=self._seen if need & PENALIZES else None,
+                last_ids=self.last_ids,
+                blocks=bool(need & BLOCKS),
+                samples=bool(need & SAMPLES),
+                sorts=bool(need & SORTS),
+            )
+            return sampled
         slots = slots.long()
         scores = logits.float()
         parameters = self._parameters[slots][..., None]
@@ -181,38 +196,14 @@ class BatchSampler:
         ids = best.indices
         if need & SAMPLES:
             limits = (top_k, top_p) if need & SORTS else None
-            sampled = self._sample_scores(scores / temperature, uniforms, min_p, limits)
-            ids = torch.where(samples[:, 0] != 0, sampled, ids)
+            ids = torch.where(
+                samples[:, 0] != 0, self._sample_scores(scores / temperature, uniforms, min_p, limits), ids
+            )
         self.last_ids[slots] = ids
         if need & PENALIZES and self._seen is not None:
             self._seen.index_put_((slots, ids), self._yes)
         ids = torch.where(best.values == -torch.inf, NOTHING_ALLOWED, ids)
         return torch.where(best.values.isnan() if broken is None else broken, NO_NUMBER, ids).int()
-
-    def _sample_by_kernel(
-        self,
-        logits: torch.Tensor,
-        slots: torch.Tensor,
-        uniforms: torch.Tensor,
-        may_not_end: torch.Tensor,
-        need: int,
-        mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        ids: torch.Tensor = self._drawing.draw(
-            logits,
-            slots,
-            uniforms,
-            may_not_end,
-            mask if need & MASKS else None,
-            parameters=self._parameters,
-            end_ids=self._end_ids,
-            seen=self._seen if need & PENALIZES else None,
-            last_ids=self.last_ids,
-            blocks=bool(need & BLOCKS),
-            samples=bool(need & SAMPLES),
-            sorts=bool(need & SORTS),
-        )
-        return ids
 
     @staticmethod
     def _sample_scores(

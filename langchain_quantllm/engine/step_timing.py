@@ -35,9 +35,9 @@ def time_step(runner: ModelRunner, rows: int, position: int, repeats: int) -> fl
     is_gpu = runner.device.type == "cuda"
     with torch.no_grad(), torch.cuda.device(runner.device) if is_gpu else contextlib.nullcontext():
         runner._set_table(sequences)
-        runner.sample(launch(), 0).wait()
+        runner.sample(launch()).wait()
         forward = launch()
-        tokens = runner.sample(forward, 0)
+        tokens = runner.sample(forward)
         tokens.wait()
         began = time.perf_counter()
         if forward.is_graph:
@@ -48,6 +48,6 @@ def time_step(runner: ModelRunner, rows: int, position: int, repeats: int) -> fl
             torch.cuda.synchronize(runner.device)
         else:
             for _ in range(repeats):
-                tokens = runner.sample(launch(), 0)
+                tokens = runner.sample(launch())
             tokens.wait()
         return (time.perf_counter() - began) / repeats

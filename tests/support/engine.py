@@ -29,17 +29,18 @@ ONE_SEQUENCE = 7 * BLOCK_TOKENS * 512
 
 @dataclass
 class Answer:
-    """What came back for one row."""
+    """The chunks of one request, joined, or the error in their place."""
 
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
     usage: Usage | None = None
+    error: BaseException | None = None
 
 
 def ids_of(count: int, *, seed: int = 0) -> list[int]:
-    """Give token ids of SmolLM2's vocabulary at random, none of them special."""
+    """Choose token ids of SmolLM2's vocabulary at random, none of them special."""
     generator = torch.Generator().manual_seed(seed * 1009 + count)
     return torch.randint(1000, 40000, (count,), generator=generator).tolist()
 
@@ -74,7 +75,7 @@ def cached_tokens(llm: QuantizedHuggingFaceLLM, prompt_ids: Sequence[int], **opt
 
 
 def on_pipeline(llm: QuantizedHuggingFaceLLM, **fields: Any) -> QuantizedHuggingFaceLLM:
-    """Give an LLM over the same model that runs on the other engine."""
+    """Make an LLM over the same model that runs on the pipeline engine."""
     return QuantizedHuggingFaceLLM(pipeline=llm.pipeline, engine="pipeline", **fields)
 
 

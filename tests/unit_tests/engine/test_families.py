@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import torch
 
 from langchain_quantllm import QuantizedHuggingFaceLLM
-from langchain_quantllm.engine.request import Usage, plan_requests
+from langchain_quantllm.engine.request import plan_requests
 from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.options import GenerationOptions
+from tests.support.engine import Answer
 from tests.support.families import FAST, NAMED, PLAIN, family_model, generated_ids, likeliest_ids, random_ids
 from tests.support.models import forwards, llm_of, slowly
 from tests.support.selection import QUICK_FAMILIES, slow_but
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHARED = random_ids(40, seed=7)
 
@@ -44,15 +46,6 @@ VISITS = [
 ]
 
 
-@dataclass
-class Answer:
-    """What came back for one visit."""
-
-    token_ids: list[int] = field(default_factory=list)
-    usage: Usage | None = None
-    error: BaseException | None = None
-
-
 @dataclass(frozen=True)
 class Case:
     """A model of a family, and an LLM over it."""
@@ -60,15 +53,6 @@ class Case:
     name: str
     model: Any
     llm: QuantizedHuggingFaceLLM
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Products of such sizes take longer when several cores share them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=slow_but(QUICK_FAMILIES, FAST, pytest.mark.compat))
