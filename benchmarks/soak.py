@@ -215,7 +215,7 @@ def soak(requests: int, threads: int = 8, *, seed: int = 0) -> dict[str, Any]:
         "ended": dict(sorted(one.counts.items())),
         "halfway": half,
         "at the end": end,
-        "preemptions": one.engine.preemptions,
+        "preemptions since the last failure": one.engine._scheduler.preempted,
         "torch": torch.__version__,
     }
     one.close()

@@ -21,7 +21,7 @@ from langchain_quantllm.engine.generate import NAN_LOGITS, limits_of
 from langchain_quantllm.engine.kv_cache import resident_bytes
 from langchain_quantllm.engine.lora import NO_ADAPTER
 from langchain_quantllm.engine.model_runner import PendingForward
-from langchain_quantllm.engine.request import EngineInfo, ModelLimits, Request, TokenLogprob, check_request
+from langchain_quantllm.engine.request import EngineInfo, Request, TokenLogprob, check_request
 from langchain_quantllm.engine.sampler import NOTHING_ALLOWED, PendingTokens
 from langchain_quantllm.engine.scheduler import Decode, Prefill, PrefillChunk, Scheduler, split_chunks
 from langchain_quantllm.engine.sequence import SamplingInput, Sequence
@@ -76,8 +76,8 @@ class ContinuousEngine:
         )
         self._runner = self._parts.runner
         self._prefill_tokens = _PREFILL_GPU if self._parts.is_gpu else _PREFILL_CPU
-        self._peak_blocks = 0
-        self._preempted_before = 0
+        self.limits = self._parts.limits
+        self.peak_cache_tokens = 0
         self._prefix_ids: dict[int, int] = {}  # the first of each adapter's blocks
         self._samples_prefix_id: int | None = None
         self._reset_cache()
@@ -91,26 +91,10 @@ class ContinuousEngine:
         return self._parts.info
 
     @property
-    def limits(self) -> ModelLimits:
-        """The limits of the model's requests."""
-        return self._parts.limits
-
-    @property
-    def peak_cache_tokens(self) -> int:
-        """Most tokens that the KV cache has held at once."""
-        return self._peak_blocks * BLOCK_TOKENS
-
-    @property
     def kv_resident_bytes(self) -> int | None:
         """Bytes of the KV cache that lie in main memory; see `kv_cache.resident_bytes`."""
         parts: EngineParts | None = getattr(self, "_parts", None)  # another thread may have closed the engine
         return None if parts is None else resident_bytes(parts.pools)
-
-    @property
-    def preemptions(self) -> int:
-        """Times that a sequence was preempted for want of blocks."""
-        scheduler: Scheduler | None = getattr(self, "_scheduler", None)
-        return self._preempted_before + (scheduler.preempted if scheduler is not None else 0)
 
     def submit(
         self, requests: abc.Sequence[Request], timeout_s: float | None = None, *, in_pieces: bool = True
@@ -126,7 +110,7 @@ class ContinuousEngine:
             raise GenerationError(UNLOADED)
         parts = self._parts
         for request in requests:
-            check_request(request, parts.limits, logits_size=parts.probe.vocab_size, adapters=parts.adapter_names)
+            check_request(request, self.limits, logits_size=parts.probe.vocab_size, adapters=parts.adapter_names)
         stream, completions = begin_completions(requests, tokenizer, timeout_s, in_pieces=in_pieces)
         self._worker.submit(completions)
         return stream
@@ -154,7 +138,7 @@ class ContinuousEngine:
                 self._take(waiting)
                 # 2. Plan the next step: prefill or decode, over which sequences.
                 plan = self._scheduler.plan()
-                self._peak_blocks = max(self._peak_blocks, self._blocks.held)
+                self.peak_cache_tokens = max(self.peak_cache_tokens, self._blocks.held * BLOCK_TOKENS)
                 if plan is None and not pending:
                     break
                 # 3. Enqueue its forward.
@@ -328,8 +312,7 @@ class ContinuousEngine:
     def _reset_cache(self) -> None:
         """Forget the content of all blocks."""
         alone, beside = self._prefill_tokens
-        self._preempted_before = self.preemptions
-        self._blocks = BlockManager((self._parts.limits.cache_tokens or 0) // BLOCK_TOKENS + 1)
+        self._blocks = BlockManager((self.limits.cache_tokens or 0) // BLOCK_TOKENS + 1)
         self._prefix_ids = {}
         self._samples_prefix_id = None
         self._scheduler = Scheduler(

@@ -54,25 +54,10 @@ class GenerateEngine:
         self._pipeline = pipeline
         self._model = pipeline.model
         self._tokenizer = pipeline.tokenizer
-        self._info = EngineInfo(name="pipeline", reason=reason)
-        self._limits = limits_of(self._model, self._tokenizer)
-        self._peak_cache_tokens = 0
+        self.info = EngineInfo(name="pipeline", reason=reason)
+        self.limits = limits_of(self._model, self._tokenizer)
+        self.peak_cache_tokens = 0
         self._worker = Worker(self._run)
-
-    @property
-    def info(self) -> EngineInfo:
-        """The engine's name, and why it was chosen."""
-        return self._info
-
-    @property
-    def limits(self) -> ModelLimits:
-        """The limits of the model's requests."""
-        return self._limits
-
-    @property
-    def peak_cache_tokens(self) -> int:
-        """Most tokens, padding included, that the KV cache has held at once."""
-        return self._peak_cache_tokens
 
     def submit(
         self, requests: Sequence[Request], timeout_s: float | None = None, *, in_pieces: bool = True
@@ -119,7 +104,7 @@ class GenerateEngine:
     def _generate_stepwise(self, batch: _Batch) -> None:
         prompts = [row.request.prompt_ids for row in batch.rows]
         missing = [max(map(len, prompts)) - len(prompt) for prompt in prompts]
-        pad = self._limits.pad_token_id
+        pad = self.limits.pad_token_id
         steps = _Steps(batch, self)
         self._call_generate(
             [[pad] * n + list(prompt) for n, prompt in zip(missing, prompts, strict=True)],
@@ -159,9 +144,9 @@ class GenerateEngine:
 
     def note_cache(self, tokens: int) -> None:
         """Note how many tokens the KV cache of a batch holds, padding included."""
-        if not self._peak_cache_tokens:
+        if not self.peak_cache_tokens:
             release_heap()  # the first forward repacks weights on some CPUs, which takes four times their size
-        self._peak_cache_tokens = max(self._peak_cache_tokens, tokens)
+        self.peak_cache_tokens = max(self.peak_cache_tokens, tokens)
 
     def _call_generate(
         self,
@@ -175,7 +160,7 @@ class GenerateEngine:
     ) -> torch.Tensor:
         config = _CompleteConfig(
             max_new_tokens=max_new_tokens,
-            pad_token_id=options.get("pad_token_id", self._limits.pad_token_id),
+            pad_token_id=options.get("pad_token_id", self.limits.pad_token_id),
             eos_token_id=list(request.end_token_ids) or None,
             **{name: value for name, value in options.items() if name != "pad_token_id"},
         )

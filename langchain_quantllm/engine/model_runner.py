@@ -32,6 +32,8 @@ from langchain_quantllm.kernels.attention_reference import PREFILL_BLOCK
 _BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
 """Batch sizes that have a decode graph; smaller batches are padded."""
 
+_MOST_ROWS = _BUCKETS[-1]
+
 
 @dataclass(frozen=True)
 class PendingForward:
@@ -119,25 +121,21 @@ class ModelRunner:
         self.device = model.get_input_embeddings().weight.device
         self.is_asynchronous = self.device.type == "cuda"
         self.can_capture = can_capture
-        kernel = None if fusion is None else find_drawing(vocab_size, self.device)
-        self.sampler = BatchSampler(slots, vocab_size, self.device, drawing=kernel)
+        drawing = None if fusion is None else find_drawing(vocab_size, self.device)
+        self.sampler = BatchSampler(slots, vocab_size, self.device, drawing=drawing)
         self._padding_slot = slots
         self._table = torch.zeros(slots + 1, blocks_per_sequence, dtype=torch.int32, device=self.device)
         self._row_adapters = torch.full((slots + 1,), NO_ADAPTER, dtype=torch.int32, device=self.device)
-        self._ones = torch.ones(_BUCKETS[-1], dtype=torch.long, device=self.device)
+        self._ones = torch.ones(_MOST_ROWS, dtype=torch.long, device=self.device)
         self._mask_words = -(-vocab_size // 32)
-        self._keeps_logits = "logits_to_keep" in forward_parameters(model)
-        self._cache_name = cache_name(model)
-        self.windows: dict[int, int] = {}
-        """Window of each layer that attended in the last eager forward; 0 for none."""
-        self.no_graph_reason = no_graph_reason
-        """Why steps are no graphs: known from the start or after a change, or found in a capture."""
+        self._keeps_logits, self._cache_name = "logits_to_keep" in forward_parameters(model), cache_name(model)
+        self.windows: dict[int, int] = {}  # of each layer that attended in the last eager forward; 0 for none
+        self.no_graph_reason = no_graph_reason  # or found in a capture
         self._prefill_graphs: PrefillGraphs | None = None
         if can_capture:
-            most = _BUCKETS[-1]
-            self._inputs = torch.zeros(staging.LINES, most, dtype=torch.int32, device=self.device)
-            self._staging = StagingBuffers(staging.LINES, most)
-            self._mask = torch.zeros(most, self._mask_words, dtype=torch.int32, device=self.device)
+            self._inputs = torch.zeros(staging.LINES, _MOST_ROWS, dtype=torch.int32, device=self.device)
+            self._staging = StagingBuffers(staging.LINES, _MOST_ROWS)
+            self._mask = torch.zeros(_MOST_ROWS, self._mask_words, dtype=torch.int32, device=self.device)
             if attention.prefills_on_device and blocks_per_sequence * BLOCK_TOKENS >= PREFILL_BLOCK:
                 self._prefill_graphs = PrefillGraphs(self._forward_pack, self.device)
         self._mask_staging: StagingBuffers | None = None
@@ -346,7 +344,7 @@ class ModelRunner:
         if not self.is_asynchronous:
             return torch.full((rows, self._mask_words), -1, dtype=torch.int32)
         if self._mask_staging is None:
-            self._mask_staging = StagingBuffers(max(self._padding_slot, _BUCKETS[-1]), self._mask_words)
+            self._mask_staging = StagingBuffers(max(self._padding_slot, _MOST_ROWS), self._mask_words)
         return self._mask_staging.next()[:rows].fill_(-1)
 
     @_on_device

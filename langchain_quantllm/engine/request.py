@@ -237,8 +237,7 @@ def plan_requests(
         One request for each sample.
 
     Raises:
-        InvalidOptionError: If the prompt is empty or holds ids outside of the vocabulary, or if `max_new_tokens`
-            leaves no room for a prompt.
+        InvalidOptionError: If ids are outside of the vocabulary or missing, or `max_new_tokens` leaves no room for any.
         PromptTooLongError: If the prompt leaves no room for a token and is not to be truncated.
     """
     _check_ids(prompt_ids, options, limits)
@@ -253,7 +252,7 @@ def plan_requests(
     if total is not None:
         _check_length(len(ids), options, limits, total, has_media=media is not None)
     new = [n for n in (options.max_new_tokens, None if total is None else total - len(ids)) if n is not None]
-    max_new_tokens = min(new) if new else options.max_new_tokens or 1
+    max_new_tokens = min(new, default=1)
     first = Request(
         prompt_ids=ids,
         max_new_tokens=max_new_tokens,

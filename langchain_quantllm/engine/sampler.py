@@ -184,14 +184,8 @@ class BatchSampler:
         broken = scores.amax(-1).isnan() if need & (BLOCKS | MASKS) else None
         if need & PENALIZES and self._seen is not None:
             scores = torch.where(self._seen[slots], torch.where(scores < 0, scores * penalty, scores / penalty), scores)
-        if need & BLOCKS:
-            end_ids = self._end_ids[slots]
-            is_blocked = (may_not_end[:, None] != 0) & (has_end_ids != 0)
-            blocked = torch.where(is_blocked, -torch.inf, scores.gather(1, end_ids))
-            scores = scores.scatter(1, end_ids, blocked)
-        if need & MASKS and mask is not None:
-            allowed = ((mask[..., None] >> self._mask_bits) & 1).flatten(1)[:, : scores.shape[1]]
-            scores = scores.masked_fill(allowed == 0, -torch.inf)
+        is_blocked = (may_not_end[:, None] != 0) & (has_end_ids != 0) if need & BLOCKS else None
+        scores = self._masked(scores, slots, is_blocked, mask if need & MASKS else None)
         best = scores.max(-1)
         ids = best.indices
         if need & SAMPLES:
@@ -204,6 +198,18 @@ class BatchSampler:
             self._seen.index_put_((slots, ids), self._yes)
         ids = torch.where(best.values == -torch.inf, NOTHING_ALLOWED, ids)
         return torch.where(best.values.isnan() if broken is None else broken, NO_NUMBER, ids).int()
+
+    def _masked(
+        self, scores: torch.Tensor, slots: torch.Tensor, is_blocked: torch.Tensor | None, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Set the scores of blocked end tokens and of masked tokens to minus infinity."""
+        if is_blocked is not None:
+            end_ids = self._end_ids[slots]
+            scores = scores.scatter(1, end_ids, torch.where(is_blocked, -torch.inf, scores.gather(1, end_ids)))
+        if mask is not None:
+            allowed = ((mask[..., None] >> self._mask_bits) & 1).flatten(1)[:, : scores.shape[1]]
+            scores = scores.masked_fill(allowed == 0, -torch.inf)
+        return scores
 
     @staticmethod
     def _sample_scores(
