@@ -218,7 +218,7 @@ class ModelRunner:
             positions=pack.positions,
             spans=(),
             decodes=False,
-            blocks=pack.query_blocks,
+            blocks=pack.tiles,
         )
         return self._forward(pack.ids.long(), batch, pack.kept.long())
 

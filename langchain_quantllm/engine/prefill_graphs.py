@@ -24,10 +24,10 @@ LENGTHS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 640, 768, 1024)
 MOST_SEQUENCES = 16
 """Most sequences of a step that runs as a graph."""
 
-_QUERY_BLOCKS = LENGTHS[-1] // PREFILL_BLOCK + MOST_SEQUENCES + 1
+_TILES = LENGTHS[-1] // PREFILL_BLOCK + MOST_SEQUENCES + 1
 _USES = 2  # of a length before it is captured: capturing takes about as long as an eager step
 
-PACK_SIZE = 3 * LENGTHS[-1] + MOST_SEQUENCES + 4 * _QUERY_BLOCKS
+PACK_SIZE = 3 * LENGTHS[-1] + MOST_SEQUENCES + 4 * _TILES
 """Integers that the longest graph reads."""
 
 
@@ -40,7 +40,7 @@ class Pack:
         positions: Position of each in its sequence, of shape `(length,)`.
         slots: Row of the block table of each, of shape `(length,)`.
         kept: Indices of the tokens whose logits are wanted, of shape `(MOST_SEQUENCES,)`; unused entries are 0.
-        query_blocks: Runs of tokens as the prefill kernel takes them, of shape `(query blocks, 4)`; unused ones have
+        tiles: Runs of tokens as the prefill kernel takes them, of shape `(tiles, 4)`; unused ones have
             no token.
     """
 
@@ -48,7 +48,7 @@ class Pack:
     positions: torch.Tensor
     slots: torch.Tensor
     kept: torch.Tensor
-    query_blocks: torch.Tensor
+    tiles: torch.Tensor
 
     @staticmethod
     def over(memory: torch.Tensor, length: int) -> Pack:
@@ -61,7 +61,7 @@ class Pack:
             positions=lines[1],
             slots=lines[2],
             kept=rest[:MOST_SEQUENCES],
-            query_blocks=rest[MOST_SEQUENCES : MOST_SEQUENCES + 4 * count].view(count, 4),
+            tiles=rest[MOST_SEQUENCES : MOST_SEQUENCES + 4 * count].view(count, 4),
         )
 
     def fill(self, chunks: Sequence[PrefillChunk], padding_slot: int) -> None:
@@ -79,9 +79,9 @@ class Pack:
         ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
-        query_blocks: list[tuple[int, int, int, int]] = []
+        tiles: list[tuple[int, int, int, int]] = []
         for slot, position, part in parts:
-            query_blocks += [
+            tiles += [
                 (slot, len(ids) + at, position + at, min(PREFILL_BLOCK, len(part) - at))
                 for at in range(0, len(part), PREFILL_BLOCK)
             ]
@@ -90,13 +90,13 @@ class Pack:
             slots += [slot] * len(part)
         kept = last_tokens(chunks)
         kept += [0] * (MOST_SEQUENCES - len(kept))
-        query_blocks += [(padding_slot, 0, 0, 0)] * (len(self.query_blocks) - len(query_blocks))
+        tiles += [(padding_slot, 0, 0, 0)] * (len(self.tiles) - len(tiles))
         for field, values in (
             (self.ids, ids),
             (self.positions, positions),
             (self.slots, slots),
             (self.kept, kept),
-            (self.query_blocks, query_blocks),
+            (self.tiles, tiles),
         ):
             field.copy_(torch.tensor(values, dtype=torch.int32))
 

@@ -23,6 +23,9 @@ PROMPTS = [
 ]
 
 
+MakeLLM = Callable[..., QuantizedHuggingFaceLLM]
+"""Makes an LLM over a tiny model that a test may change, from the LLM's fields."""
+
 ONE_SEQUENCE = 7 * BLOCK_TOKENS * 512
 """Bytes of a KV cache for one sequence of six blocks: a token of `tiny_model` has 2 layers * 2 * 32 * 4 bytes = 512."""
 

@@ -13,12 +13,7 @@ import torch
 
 from langchain_quantllm.engine.generate_sampler import RowSampler
 from langchain_quantllm.engine.request import Request
-from langchain_quantllm.engine.sampler import (
-    BLOCKS,
-    MASKS,
-    BatchSampler,
-    needs_of,
-)
+from langchain_quantllm.engine.sampler import BLOCKS, MASKS, BatchSampler, needs_of
 from langchain_quantllm.options import normalize, resolve
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from langchain_quantllm import QuantizedHuggingFaceLLM
-from tests.support.models import (
-    llm_of,
-    tiny_model,
-)
+from tests.support.engine import MakeLLM
+from tests.support.models import llm_of, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +32,7 @@ def tiny(tokenizer: Any) -> Iterator[QuantizedHuggingFaceLLM]:
 
 
 @pytest.fixture
-def make_tiny(tokenizer: Any) -> Iterator[Callable[..., QuantizedHuggingFaceLLM]]:
+def make_tiny(tokenizer: Any) -> Iterator[MakeLLM]:
     """Make LLMs over a random Llama that the test may spoil."""
     made = []
 

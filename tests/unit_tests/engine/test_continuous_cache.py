@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,16 +12,12 @@ import torch
 from langchain_quantllm import QuantizedHuggingFaceLLM
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.engine.kv_cache import LayerShape, allocate_pools, resident_bytes
-from langchain_quantllm.errors import (
-    GenerationError,
-    InvalidOptionError,
-    NotEnoughMemoryError,
-    PromptTooLongError,
-)
+from langchain_quantllm.errors import InvalidOptionError, NotEnoughMemoryError, PromptTooLongError
 from tests.support.engine import (
     ONE_SEQUENCE,
     AllowOnly,
     Background,
+    MakeLLM,
     ask,
     cached_tokens,
     ids_after,
@@ -31,18 +26,14 @@ from tests.support.engine import (
     plan,
 )
 from tests.support.families import likeliest_ids
-from tests.support.models import (
-    forwards,
-    slowly,
-    wait_until,
-)
+from tests.support.models import forwards, slowly, wait_until
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class TestPrefixes:
     @pytest.mark.compat
-    def test_over_turns(self, make_tiny: Callable[..., QuantizedHuggingFaceLLM]) -> None:
+    def test_the_next_turn_of_a_chat_shares_the_turns_before(self, make_tiny: MakeLLM) -> None:
         llm = make_tiny()
         first = ids_of(21)
         answer = ids_after(llm, first, max_new_tokens=30)
@@ -56,14 +47,14 @@ class TestPrefixes:
         found = ids_after(llm, third)
         assert found == likeliest_ids(llm.pipeline.model, third, found)
 
-    def test_the_last_token_always_runs(self, make_tiny: Callable[..., QuantizedHuggingFaceLLM]) -> None:
+    def test_the_last_token_of_a_prompt_is_never_taken_from_the_cache(self, make_tiny: MakeLLM) -> None:
         llm = make_tiny()
         for count, expected in ((32, 16), (33, 32), (16, 0), (17, 16)):
             before = ids_after(llm, ids_of(count))
             assert cached_tokens(llm, ids_of(count)) == [expected]
             assert ids_after(llm, ids_of(count)) == before
 
-    def test_counted_in_usage(self, make_tiny: Callable[..., QuantizedHuggingFaceLLM]) -> None:
+    def test_cached_tokens_are_counted_in_the_usage(self, make_tiny: MakeLLM) -> None:
         llm = make_tiny()
         prompt = "All happy families are alike; each unhappy family is unhappy in its own way. " * 3
         tokens = llm.get_num_tokens(prompt)
@@ -75,7 +66,7 @@ class TestPrefixes:
             assert usage["input_tokens"] == tokens
             assert result.llm_output["token_usage"]["cached_tokens"] == expected
 
-    def test_not_without_prefix_caching(self, make_tiny: Callable[..., QuantizedHuggingFaceLLM]) -> None:
+    def test_without_prefix_caching_nothing_is_shared(self, make_tiny: MakeLLM) -> None:
         llm = make_tiny(prefix_caching=False)
         sharing = QuantizedHuggingFaceLLM(pipeline=llm.pipeline)
         for _ in range(2):
@@ -84,7 +75,7 @@ class TestPrefixes:
         assert cached_tokens(sharing, ids_of(40)) == [32]
         assert cached_tokens(llm, ids_of(40)) == [0]
 
-    def test_samples_share_their_prompt_even_then(self, make_tiny: Callable[..., QuantizedHuggingFaceLLM]) -> None:
+    def test_samples_of_one_call_share_their_prompt_without_prefix_caching(self, make_tiny: MakeLLM) -> None:
         llm = make_tiny(prefix_caching=False)
         options: dict[str, Any] = {"n": 3, "do_sample": True, "top_k": 30, "seed": 1, "max_new_tokens": 20}
         llm._engine()
@@ -95,7 +86,7 @@ class TestPrefixes:
         found = [a.token_ids for a in ask(llm, plan(llm, ids_of(40), **options))]
         assert found == [a.token_ids for a in ask(on_pipeline(llm), plan(on_pipeline(llm), ids_of(40), **options))]
 
-    def test_rows_of_one_batch_share(self, make_tiny: Callable[..., QuantizedHuggingFaceLLM]) -> None:
+    def test_prompts_of_one_batch_share_their_prefix(self, make_tiny: MakeLLM) -> None:
         llm = make_tiny()
         prompts = [[*ids_of(33), *ids_of(4 + i, seed=i)] for i in range(4)]
         answers = ask(llm, [plan(llm, prompt)[0] for prompt in prompts])
@@ -105,8 +96,8 @@ class TestPrefixes:
 
 
 class TestKVCacheMemory:
-    def test_rows_that_do_not_fit_beside_each_other_wait(
-        self, tiny: QuantizedHuggingFaceLLM, make_tiny: Callable[..., QuantizedHuggingFaceLLM]
+    def test_sequences_that_do_not_fit_together_are_preempted_and_get_the_same_tokens(
+        self, tiny: QuantizedHuggingFaceLLM, make_tiny: MakeLLM
     ) -> None:
         llm = make_tiny(kv_cache_memory=ONE_SEQUENCE)
         assert llm.engine_info.kv_cache_tokens == 6 * BLOCK_TOKENS
@@ -129,8 +120,8 @@ class TestKVCacheMemory:
         wait_until(lambda: llm._engine()._blocks.held == 0)
 
     @pytest.mark.parametrize("prefix_caching", [True, False])
-    def test_a_crowd_in_little_room(
-        self, tiny: QuantizedHuggingFaceLLM, make_tiny: Callable[..., QuantizedHuggingFaceLLM], prefix_caching: bool
+    def test_many_requests_in_little_memory_get_the_same_tokens(
+        self, tiny: QuantizedHuggingFaceLLM, make_tiny: MakeLLM, prefix_caching: bool
     ) -> None:
         llm = make_tiny(kv_cache_memory=3 * ONE_SEQUENCE, prefix_caching=prefix_caching)
         requests = [
@@ -142,7 +133,7 @@ class TestKVCacheMemory:
             assert [a.token_ids for a in ask(llm, requests)] == [a.token_ids for a in expected]
         wait_until(lambda: llm._engine()._blocks.held == 0)
 
-    def test_too_long_is_an_error_at_once(self, make_tiny: Callable[..., QuantizedHuggingFaceLLM]) -> None:
+    def test_a_request_longer_than_the_cache_is_an_error_at_once(self, make_tiny: MakeLLM) -> None:
         llm = make_tiny(kv_cache_memory=ONE_SEQUENCE)
         expected = ids_after(llm, ids_of(10), max_new_tokens=50)
         with (
@@ -158,21 +149,21 @@ class TestKVCacheMemory:
         assert other.result == expected
         assert len(ids_after(llm, ids_of(40), max_new_tokens=56)) == 56  # fits exactly
 
-    def test_the_pool_stays_within_the_budget(self, make_tiny: Callable[..., QuantizedHuggingFaceLLM]) -> None:
+    def test_the_cache_stays_within_its_budget(self, make_tiny: MakeLLM) -> None:
         info = make_tiny(kv_cache_memory="1MiB").engine_info
         assert info.kv_cache_bytes is not None
         assert info.kv_cache_bytes <= 2**20
 
     @pytest.mark.parametrize("value", [0, -1, 1, 1.5, 0.0, -0.5, float("nan"), "lots", "", "4 apples", True])
-    def test_values_that_make_no_sense(self, tiny: QuantizedHuggingFaceLLM, value: Any) -> None:
+    def test_invalid_values_of_kv_cache_memory_are_errors(self, tiny: QuantizedHuggingFaceLLM, value: Any) -> None:
         with pytest.raises(InvalidOptionError, match="kv_cache_memory"):
             QuantizedHuggingFaceLLM(pipeline=tiny.pipeline, kv_cache_memory=value)
 
-    def test_too_little(self, make_tiny: Callable[..., QuantizedHuggingFaceLLM]) -> None:
+    def test_too_little_memory_for_a_short_text_is_an_error(self, make_tiny: MakeLLM) -> None:
         with pytest.raises(NotEnoughMemoryError, match="kv_cache_memory"):
             make_tiny(kv_cache_memory=1000).invoke("Sea")
 
-    def test_the_report_names_the_cache(self, make_tiny: Callable[..., QuantizedHuggingFaceLLM]) -> None:
+    def test_the_memory_report_counts_the_cache(self, make_tiny: MakeLLM) -> None:
         llm = make_tiny()
         assert llm.memory_report().kv_cache_bytes is None
         ids_after(llm, ids_of(40), max_new_tokens=20)
@@ -183,7 +174,7 @@ class TestKVCacheMemory:
             assert report.kv_cache_bytes <= report.kv_resident_bytes
 
     @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell what is resident")
-    def test_its_memory_is_taken_as_it_is_written_whatever_was_freed_before(self) -> None:
+    def test_memory_becomes_resident_as_it_is_written(self) -> None:
         cpu = torch.device("cpu")
         shape = LayerShape(kv_heads=2, key_dim=64, value_dim=64, dtype=torch.bfloat16, device=cpu)
         freed = [torch.ones(8 * 2**20, dtype=torch.uint8) for _ in range(16)]  # goes to the heap once one was freed
@@ -201,9 +192,7 @@ class TestShortMemory:
     """The device's own error, raised where a real one would be: in a forward over too many tokens."""
 
     @pytest.mark.parametrize("most", [100, 17])
-    def test_a_prefill_that_does_not_fit_goes_on_in_smaller_steps(
-        self, make_tiny: Callable[..., QuantizedHuggingFaceLLM], most: int
-    ) -> None:
+    def test_a_prefill_that_runs_out_of_memory_goes_on_in_smaller_steps(self, make_tiny: MakeLLM, most: int) -> None:
         llm = make_tiny(prefix_caching=False)
         requests = [plan(llm, ids_of(count), max_new_tokens=9)[0] for count in (300, 5, 16, 150)]
         expected = [answer.token_ids for answer in ask(llm, requests)]
@@ -222,9 +211,7 @@ class TestShortMemory:
         assert engine._scheduler.prefill_tokens <= most
         assert engine._blocks.held == 0
 
-    def test_no_room_for_anything_fails_those_in_flight_in_words(
-        self, make_tiny: Callable[..., QuantizedHuggingFaceLLM]
-    ) -> None:
+    def test_running_out_of_memory_fails_the_running_requests_with_advice(self, make_tiny: MakeLLM) -> None:
         llm = make_tiny()
         expected = llm.invoke("Sea")
 
@@ -240,30 +227,7 @@ class TestShortMemory:
             handle.remove()
         assert llm.invoke("Sea") == expected
 
-    def test_a_mask_that_allows_nothing_fails_its_row_alone(
-        self, make_tiny: Callable[..., QuantizedHuggingFaceLLM]
-    ) -> None:
-        llm = make_tiny()
-        good = plan(llm, ids_of(20))[0]
-        expected = ask(llm, [good])[0].token_ids
-        bad = plan(llm, ids_of(10), mask=lambda: AllowOnly(()))[0]
-        with (
-            Background(lambda: ask(llm, [good])[0].token_ids) as other,
-            pytest.raises(GenerationError, match="no token"),
-        ):
-            ask(llm, [bad])
-        assert other.result == expected
-
-    def test_more_than_the_cache_holds_is_refused_where_it_was_asked_for(
-        self, make_tiny: Callable[..., QuantizedHuggingFaceLLM]
-    ) -> None:
+    def test_max_new_tokens_beyond_the_cache_is_an_error(self, make_tiny: MakeLLM) -> None:
         llm = make_tiny(kv_cache_memory=ONE_SEQUENCE)
         with pytest.raises(PromptTooLongError, match="max_new_tokens=500 .* kv_cache_memory"):
             llm.invoke("Sea", max_new_tokens=500)
-
-    def test_engine_info_is_that_of_the_object_s_own_options(
-        self, make_tiny: Callable[..., QuantizedHuggingFaceLLM]
-    ) -> None:
-        llm = make_tiny(num_beams=2)
-        assert llm.engine_info.name == "pipeline"
-        assert "num_beams=2" in llm.engine_info.reason

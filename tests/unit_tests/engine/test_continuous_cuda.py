@@ -81,7 +81,7 @@ def test_prompts_run_in_graphs_from_the_second_of_a_length_on(folder: Any) -> No
     llm.unload()
 
 
-def test_adapters_of_several_rows_in_one_graph(folder: Any, tmp_path: Any) -> None:
+def test_one_graph_runs_sequences_of_several_adapters(folder: Any, tmp_path: Any) -> None:
     pytest.importorskip("peft")
     paths = {name: str(make_adapter(folder, tmp_path / name, seed=seed)) for seed, name in enumerate(("one", "two"))}
     llm = make(folder, dtype="float32", engine="fast", adapters=paths, max_new_tokens=24)
@@ -105,7 +105,7 @@ def test_adapters_of_several_rows_in_one_graph(folder: Any, tmp_path: Any) -> No
     llm.unload()
 
 
-def test_seeds_penalties_masks_and_logprobs(folder: Any) -> None:
+def test_seeds_penalties_and_logprobs_are_those_of_the_pipeline_engine(folder: Any) -> None:
     llm = make(folder, dtype="float32", engine="fast", max_new_tokens=24)
     options: dict[str, Any] = {"temperature": 0.9, "top_p": 0.9, "top_k": 40, "min_p": 0.01, "seed": 3}
     options["repetition_penalty"] = 1.2
@@ -176,7 +176,7 @@ def test_gptq_runs_in_graphs_and_compiles_no_cuda(folder: Any, tmp_path: Any, bi
 
 
 @pytest.mark.parametrize("sees", [True, False])
-def test_what_cannot_be_captured_runs_eagerly_and_harms_nobody(
+def test_a_model_that_cannot_be_captured_runs_eagerly_and_leaves_the_gpu_usable(
     folder: Any, sees: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not sees:  # a wait that nobody finds before the capture fails
@@ -214,7 +214,7 @@ def test_what_cannot_be_captured_runs_eagerly_and_harms_nobody(
     other.unload()
 
 
-def test_a_hook_that_comes_later_is_called_and_steers(folder: Any) -> None:
+def test_a_hook_that_is_added_later_is_called(folder: Any) -> None:
     llm = make(folder, dtype="float32", engine="fast").load()
     before = [generated(llm, prompt) for prompt in PROMPTS]
     assert llm.batch(PROMPTS) == before
@@ -240,7 +240,7 @@ def test_a_hook_that_comes_later_is_called_and_steers(folder: Any) -> None:
     llm.unload()
 
 
-def test_the_cache_takes_what_it_was_given_and_unload_gives_it_back(folder: Any) -> None:
+def test_the_cache_takes_its_budget_and_unload_frees_it(folder: Any) -> None:
     make(folder).load().unload()  # what CUDA and its libraries keep for good
     gc.collect()
     before = torch.cuda.memory_allocated()
@@ -307,7 +307,7 @@ def test_adapters_are_noticed(folder: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["gemma2", "mistral", "gpt2", "phi", "falcon"])
-def test_families(name: str, byte_tokenizer: Any) -> None:
+def test_families_write_what_generate_writes(name: str, byte_tokenizer: Any) -> None:
     """Soft caps, windows, learned positions, partial rotary, and attention that is called directly."""
     common = {"vocab_size": len(byte_tokenizer), "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2}
     common |= {"initializer_range": 0.3, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
@@ -374,7 +374,7 @@ def byte_tokenizer() -> Any:
     return byte_tokenizer()
 
 
-def test_rows_that_wait_and_are_put_back(byte_tokenizer: Any) -> None:
+def test_preempted_sequences_get_the_same_tokens(byte_tokenizer: Any) -> None:
     model = tiny_model(len(byte_tokenizer)).cuda()
     token_bytes = 2 * 2 * 32 * 4
     llm = llm_of(model, byte_tokenizer, engine="fast", max_new_tokens=60, kv_cache_memory=300 * token_bytes)

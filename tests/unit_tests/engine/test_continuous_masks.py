@@ -8,29 +8,15 @@ import pytest
 import torch
 
 from langchain_quantllm import QuantizedHuggingFaceLLM
-from langchain_quantllm.errors import (
-    GenerationError,
-)
-from tests.support.engine import (
-    AllowOnly,
-    Background,
-    ask,
-    ids_after,
-    ids_of,
-    on_pipeline,
-    plan,
-)
-from tests.support.models import (
-    forwards,
-    slowly,
-    wait_until,
-)
+from langchain_quantllm.errors import GenerationError
+from tests.support.engine import AllowOnly, Background, MakeLLM, ask, ids_after, ids_of, on_pipeline, plan
+from tests.support.models import forwards, slowly, wait_until
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class TestMasks:
-    def test_only_what_is_allowed(self, tiny: QuantizedHuggingFaceLLM) -> None:
+    def test_only_allowed_tokens_are_sampled(self, tiny: QuantizedHuggingFaceLLM) -> None:
         mask = AllowOnly(AllowOnly.IDS)
         found = ids_after(tiny, ids_of(9), mask=lambda: mask, max_new_tokens=20)
         assert set(found) <= set(AllowOnly.IDS)
@@ -41,7 +27,7 @@ class TestMasks:
             logits = model(torch.tensor([[*ids_of(9), *found]])).logits[0, 8:-1, list(AllowOnly.IDS)]
         assert found == [AllowOnly.IDS[i] for i in logits.argmax(-1).tolist()]
 
-    def test_beside_rows_that_have_none(self, tiny: QuantizedHuggingFaceLLM) -> None:
+    def test_requests_without_a_mask_run_beside_masked_ones(self, tiny: QuantizedHuggingFaceLLM) -> None:
         requests = [
             *plan(tiny, ids_of(9), mask=lambda: AllowOnly(AllowOnly.IDS), max_new_tokens=9),
             *plan(tiny, ids_of(20), max_new_tokens=12),
@@ -57,7 +43,7 @@ class TestMasks:
 
     @pytest.mark.parametrize("in_pieces", [True, False])
     @pytest.mark.parametrize("after", [0, 1, 5])
-    def test_a_mask_may_end_its_row(self, tiny: QuantizedHuggingFaceLLM, after: int, in_pieces: bool) -> None:
+    def test_a_mask_can_end_its_text(self, tiny: QuantizedHuggingFaceLLM, after: int, in_pieces: bool) -> None:
         for llm in (tiny, on_pipeline(tiny)):
             whole = ids_after(llm, ids_of(9), mask=lambda: AllowOnly(AllowOnly.IDS), max_new_tokens=9)
             requests = [
@@ -73,7 +59,7 @@ class TestMasks:
             assert ends == {0: "stop", 1: "length"}
 
     @pytest.mark.parametrize("where", ["first", "later", "factory", "accept"])
-    def test_an_error_of_its_own_fails_its_row_alone(self, tiny: QuantizedHuggingFaceLLM, where: str) -> None:
+    def test_an_error_of_a_mask_fails_its_request_alone(self, tiny: QuantizedHuggingFaceLLM, where: str) -> None:
         def make() -> AllowOnly:
             if where == "factory":
                 msg = "the grammar is broken"
@@ -95,8 +81,20 @@ class TestMasks:
         assert other.result == expected
         wait_until(lambda: tiny._engine()._blocks.held == 0)
 
-    def test_the_same_under_the_pipeline_engine(self, tiny: QuantizedHuggingFaceLLM) -> None:
+    def test_a_mask_and_a_seed_give_the_tokens_of_the_pipeline_engine(self, tiny: QuantizedHuggingFaceLLM) -> None:
         plain = on_pipeline(tiny)
         options: dict[str, Any] = {"max_new_tokens": 10, "do_sample": True, "temperature": 1.5, "seed": 2}
         found = ids_after(tiny, ids_of(9), mask=lambda: AllowOnly(AllowOnly.IDS), **options)
         assert found == ids_after(plain, ids_of(9), mask=lambda: AllowOnly(AllowOnly.IDS), **options)
+
+    def test_a_mask_that_allows_no_token_fails_its_request_alone(self, make_tiny: MakeLLM) -> None:
+        llm = make_tiny()
+        good = plan(llm, ids_of(20))[0]
+        expected = ask(llm, [good])[0].token_ids
+        bad = plan(llm, ids_of(10), mask=lambda: AllowOnly(()))[0]
+        with (
+            Background(lambda: ask(llm, [good])[0].token_ids) as other,
+            pytest.raises(GenerationError, match="no token"),
+        ):
+            ask(llm, [bad])
+        assert other.result == expected

@@ -4,33 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
 from langchain_quantllm import QuantizedHuggingFaceLLM
-from langchain_quantllm.errors import (
-    GenerationError,
-)
+from langchain_quantllm.errors import GenerationError
 from tests.support.adapters import add_adapter, enable_adapters
-from tests.support.engine import (
-    Background,
-    ids_after,
-    ids_of,
-    plan,
-)
+from tests.support.engine import Background, MakeLLM, ids_after, ids_of, plan
 from tests.support.families import FAST, family_model, generated_ids
-from tests.support.models import (
-    fail_at,
-    forwards,
-    greedy_text,
-    llm_of,
-    slowly,
-    tiny_model,
-    wait_for_rest,
-)
+from tests.support.models import fail_at, forwards, greedy_text, llm_of, slowly, tiny_model, wait_for_rest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HAS_PEFT = importlib.util.find_spec("peft") is not None
@@ -39,7 +24,7 @@ HAS_PEFT = importlib.util.find_spec("peft") is not None
 class TestTheUsersModel:
     """It stays the user's: nothing of it is changed, and it may be used in other threads meanwhile."""
 
-    def test_its_attention_is_as_before(self, tiny: QuantizedHuggingFaceLLM) -> None:
+    def test_the_config_names_the_same_attention_as_before(self, tiny: QuantizedHuggingFaceLLM) -> None:
         config = tiny.pipeline.model.config
         before = config._attn_implementation
         tiny.invoke("Sea")
@@ -49,7 +34,7 @@ class TestTheUsersModel:
         assert config._attn_implementation == before
 
     @pytest.mark.parametrize("family", ["llama", "mistral-window", "gemma2", "mixtral"])
-    def test_it_runs_in_another_thread_meanwhile(self, tokenizer: Any, family: str) -> None:
+    def test_generate_runs_in_another_thread_meanwhile(self, tokenizer: Any, family: str) -> None:
         """With padding, whose mask only the user's own attention knows."""
         model = family_model(FAST[family])
         before = model.config._attn_implementation
@@ -85,7 +70,7 @@ class TestTheUsersModel:
         assert all(ids == alone for ids in running.result)
         assert model.config._attn_implementation == before
 
-    def test_two_pipelines_over_one_model(self, tokenizer: Any) -> None:
+    def test_two_pipelines_over_one_model_run_at_once(self, tokenizer: Any) -> None:
         """Each has an engine of its own, and both drive the model at once."""
         model = tiny_model(len(tokenizer))
         llms = [llm_of(model, tokenizer) for _ in range(2)]
@@ -101,7 +86,7 @@ class TestTheUsersModel:
                 assert one.result[:12] == other.result[:12] == expected[0]
         assert model.config._attn_implementation == "sdpa"
 
-    def test_gradients_are_not_turned_off_for_the_user(self, tiny: QuantizedHuggingFaceLLM) -> None:
+    def test_gradients_stay_on_outside_the_engine(self, tiny: QuantizedHuggingFaceLLM) -> None:
         tiny.invoke("Sea")
         assert torch.is_grad_enabled()
         assert all(p.requires_grad for p in tiny.pipeline.model.parameters())
@@ -124,7 +109,7 @@ class TestTheUsersModel:
 class TestChanges:
     """Keys and values that were computed with other weights are no use."""
 
-    def test_weights_changed_in_place(self, make_tiny: Callable[..., QuantizedHuggingFaceLLM]) -> None:
+    def test_weights_changed_in_place_are_noticed(self, make_tiny: MakeLLM) -> None:
         llm = make_tiny()
         model = llm.pipeline.model
         before = ids_after(llm, ids_of(40))
@@ -142,7 +127,7 @@ class TestChanges:
         model.load_state_dict({name: -value for name, value in model.state_dict().items()})
         assert ids_after(llm, ids_of(40)) == generated_ids(model, ids_of(40), 12)
 
-    def test_a_hook_that_steers(self, make_tiny: Callable[..., QuantizedHuggingFaceLLM]) -> None:
+    def test_a_hook_is_noticed(self, make_tiny: MakeLLM) -> None:
         llm = make_tiny()
         model = llm.pipeline.model
         before = ids_after(llm, ids_of(40))
@@ -156,7 +141,7 @@ class TestChanges:
         wait_for_rest()
         assert ids_after(llm, ids_of(40)) == before
 
-    def test_at_once_after_a_call(self, make_tiny: Callable[..., QuantizedHuggingFaceLLM]) -> None:
+    def test_a_change_right_after_a_call_is_noticed(self, make_tiny: MakeLLM) -> None:
         """When the engine's thread is not asleep yet."""
         llm = make_tiny()
         weight = llm.pipeline.model.model.layers[0].self_attn.v_proj.weight
@@ -166,7 +151,7 @@ class TestChanges:
                 weight.mul_(-1.1)
             assert ids_after(llm, ids_of(40)) == generated_ids(llm.pipeline.model, ids_of(40), 12)
 
-    def test_while_others_run(self, make_tiny: Callable[..., QuantizedHuggingFaceLLM]) -> None:
+    def test_a_change_while_others_run_is_noticed(self, make_tiny: MakeLLM) -> None:
         llm = make_tiny()
         llm._engine()
         model = llm.pipeline.model
@@ -181,7 +166,7 @@ class TestChanges:
 
     @pytest.mark.skipif(not HAS_PEFT, reason="needs peft")
     @pytest.mark.parametrize("wraps", [True, False])
-    def test_an_adapter(self, tokenizer: Any, wraps: bool) -> None:
+    def test_an_adapter_of_peft_is_noticed(self, tokenizer: Any, wraps: bool) -> None:
         import peft
 
         config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -222,7 +207,7 @@ class TestChanges:
         check("scaled")
 
     @pytest.mark.skipif(not HAS_PEFT, reason="needs peft")
-    def test_a_model_that_comes_with_its_adapter(self, tokenizer: Any) -> None:
+    def test_a_model_wrapped_by_peft_is_fast(self, tokenizer: Any) -> None:
         import peft
 
         config = peft.LoraConfig(

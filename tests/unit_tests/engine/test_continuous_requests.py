@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,34 +14,12 @@ import torch
 from langchain_quantllm import QuantizedHuggingFaceLLM
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.engine.request import Request
-from langchain_quantllm.errors import (
-    GenerationError,
-    GenerationTimeoutError,
-    InvalidOptionError,
-    PromptTooLongError,
-)
+from langchain_quantllm.errors import GenerationError, GenerationTimeoutError, InvalidOptionError, PromptTooLongError
 from langchain_quantllm.options import GenerationOptions
 from tests.support.checkpoints import run_python
-from tests.support.engine import (
-    ONE_SEQUENCE,
-    Background,
-    ask,
-    ids_after,
-    ids_of,
-    on_pipeline,
-    plan,
-)
+from tests.support.engine import ONE_SEQUENCE, Background, MakeLLM, ask, ids_after, ids_of, on_pipeline, plan
 from tests.support.families import likeliest_ids
-from tests.support.models import (
-    fail_at,
-    forwards,
-    greedy_text,
-    llm_of,
-    slowly,
-    tiny_model,
-    wait_for_rest,
-    wait_until,
-)
+from tests.support.models import fail_at, forwards, greedy_text, llm_of, slowly, tiny_model, wait_for_rest, wait_until
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -61,7 +39,7 @@ class TestWrongRequests:
         ],
         ids=str,
     )
-    def test_are_refused_alone(self, tiny: QuantizedHuggingFaceLLM, wrong: dict[str, Any]) -> None:
+    def test_wrong_requests_are_refused_alone(self, tiny: QuantizedHuggingFaceLLM, wrong: dict[str, Any]) -> None:
         good = plan(tiny, ids_of(6))[0]
         expected = ask(tiny, [good])[0].token_ids
         engine = tiny._engine()
@@ -74,7 +52,7 @@ class TestWrongRequests:
         assert ask(tiny, [good])[0].token_ids == expected
         wait_until(lambda: engine._blocks.held == 0)
 
-    def test_a_context_that_is_full(self, tokenizer: Any) -> None:
+    def test_a_text_ends_where_the_context_is_full(self, tokenizer: Any) -> None:
         llm = llm_of(tiny_model(len(tokenizer), context_tokens=64), tokenizer)
         found = ids_after(llm, ids_of(50), max_new_tokens=100)
         assert len(found) == 14
@@ -84,7 +62,7 @@ class TestWrongRequests:
 
 
 class TestCancelling:
-    def test_a_closed_stream_gives_its_pages_back_at_once(self, tiny: QuantizedHuggingFaceLLM) -> None:
+    def test_closing_a_stream_frees_its_blocks_at_once(self, tiny: QuantizedHuggingFaceLLM) -> None:
         engine: Any = tiny._engine()
         with forwards(tiny, slowly(0.003)) as seen:
             stream = engine.submit(plan(tiny, ids_of(40), max_new_tokens=2000))
@@ -96,7 +74,7 @@ class TestCancelling:
             assert seen.settle() <= count + 2  # the forward that ran, and one begun before the next look
         assert len(ids_after(tiny, ids_of(40))) == 12
 
-    def test_beside_others(self, tiny: QuantizedHuggingFaceLLM) -> None:
+    def test_closing_streams_leaves_other_requests_alone(self, tiny: QuantizedHuggingFaceLLM) -> None:
         engine: Any = tiny._engine()
         expected = ids_after(tiny, ids_of(10), max_new_tokens=60)
         with (
@@ -111,13 +89,13 @@ class TestCancelling:
             wait_until(lambda: engine._blocks.held <= 5, 2.0)
         assert other.result == expected
 
-    def test_breaking_off_a_langchain_stream(self, tiny: QuantizedHuggingFaceLLM) -> None:
+    def test_breaking_off_a_langchain_stream_frees_its_blocks(self, tiny: QuantizedHuggingFaceLLM) -> None:
         engine: Any = tiny._engine()
         for _ in tiny.stream("Sea", max_new_tokens=3000):
             break
         wait_until(lambda: engine._blocks.held == 0, 5.0)
 
-    def test_a_timeout_frees_its_row(self, tiny: QuantizedHuggingFaceLLM) -> None:
+    def test_a_timeout_frees_its_blocks(self, tiny: QuantizedHuggingFaceLLM) -> None:
         engine: Any = tiny._engine()
         with forwards(tiny, slowly(0.01)), pytest.raises(GenerationTimeoutError):
             tiny.invoke("Sea", max_new_tokens=3000, timeout=0.1)
@@ -126,7 +104,9 @@ class TestCancelling:
 
 class TestFailures:
     @pytest.mark.parametrize("number", [1, 4])
-    def test_of_the_model_reach_all_that_run_and_nobody_else(self, tiny: QuantizedHuggingFaceLLM, number: int) -> None:
+    def test_a_failing_forward_fails_the_running_requests_only(
+        self, tiny: QuantizedHuggingFaceLLM, number: int
+    ) -> None:
         expected = ids_after(tiny, ids_of(9))
         error = RuntimeError("the device is on fire")
         requests = [plan(tiny, ids_of(9))[0], plan(tiny, ids_of(30))[0]]
@@ -150,9 +130,7 @@ class TestFailures:
         yield llm, plan(llm, [*ids_of(20), 7], max_new_tokens=30)[0]
         llm.unload()
 
-    def test_scores_that_are_no_numbers_fail_their_row_alone(
-        self, spoiled: tuple[QuantizedHuggingFaceLLM, Request]
-    ) -> None:
+    def test_nan_logits_fail_their_request_alone(self, spoiled: tuple[QuantizedHuggingFaceLLM, Request]) -> None:
         llm, bad = spoiled
         expected = ids_after(llm, ids_of(3), max_new_tokens=30)
         with (
@@ -164,7 +142,9 @@ class TestFailures:
                 ask(llm, [bad])
         assert other.result == expected
 
-    def test_and_not_those_who_get_its_pages(self, spoiled: tuple[QuantizedHuggingFaceLLM, Request]) -> None:
+    def test_nan_does_not_spread_to_later_requests_on_the_same_blocks(
+        self, spoiled: tuple[QuantizedHuggingFaceLLM, Request]
+    ) -> None:
         """What is masked is multiplied by 0, and 0 times no number is none."""
         llm, bad = spoiled
         expected = [ids_after(llm, ids_of(count), max_new_tokens=30) for count in (3, 40)]
@@ -174,7 +154,7 @@ class TestFailures:
             answers = ask(llm, [plan(llm, ids_of(count), max_new_tokens=30)[0] for count in (3, 40)])
             assert [answer.token_ids for answer in answers] == expected
 
-    def test_unloading_while_it_runs(self, tmp_path: Path, tokenizer: Any) -> None:
+    def test_unloading_fails_running_requests_and_loads_again_later(self, tmp_path: Path, tokenizer: Any) -> None:
         tiny_model(len(tokenizer)).save_pretrained(tmp_path)
         tokenizer.save_pretrained(tmp_path)
         llm = QuantizedHuggingFaceLLM(model_id=str(tmp_path), max_new_tokens=12, progress=False)
@@ -190,9 +170,7 @@ class TestFailures:
         assert llm.invoke("Sea") == expected
         llm.unload()
 
-    def test_unloading_a_pipeline_of_one_s_own_ends_only_the_engine(
-        self, make_tiny: Callable[..., QuantizedHuggingFaceLLM]
-    ) -> None:
+    def test_unloading_leaves_the_user_s_own_pipeline_usable(self, make_tiny: MakeLLM) -> None:
         llm = make_tiny()
         expected = llm.invoke("Sea")
         llm.unload()
@@ -200,7 +178,7 @@ class TestFailures:
         assert llm.invoke("Sea") == expected
 
     @pytest.mark.slow
-    def test_a_forked_process_is_told_so(self, tmp_path: Path, tokenizer: Any) -> None:
+    def test_a_forked_process_gets_an_error(self, tmp_path: Path, tokenizer: Any) -> None:
         tiny_model(len(tokenizer)).save_pretrained(tmp_path)
         tokenizer.save_pretrained(tmp_path)
         code = """
@@ -228,7 +206,7 @@ print("done")
 
 
 class TestCallers:
-    def test_two_objects_over_one_model_meet_in_one_batch(self, tiny: QuantizedHuggingFaceLLM) -> None:
+    def test_two_objects_over_one_model_share_one_batch(self, tiny: QuantizedHuggingFaceLLM) -> None:
         other = QuantizedHuggingFaceLLM(pipeline=tiny.pipeline, max_new_tokens=30)
         assert other._engine() is tiny._engine()
         expected = [ids_after(tiny, ids_of(5), max_new_tokens=30), ids_after(other, ids_of(6), max_new_tokens=30)]
@@ -248,7 +226,7 @@ class TestCallers:
         time.sleep(0.5)  # the time in which it is watched
         assert time.process_time() - began < 0.025
 
-    def test_info(self, tiny: QuantizedHuggingFaceLLM) -> None:
+    def test_engine_info_of_the_fast_engine(self, tiny: QuantizedHuggingFaceLLM) -> None:
         info, engine = tiny.engine_info, tiny._engine()
         assert (info.name, info.graphs) == ("fast", False)
         assert info.reason == "one running batch over KV cache blocks"
@@ -258,12 +236,12 @@ class TestCallers:
         assert info.kv_cache_bytes is not None
         assert 0 <= info.kv_cache_bytes - 512 * info.kv_cache_tokens <= 512 * BLOCK_TOKENS
 
-    def test_the_other_engine_says_that_it_was_asked_for(self, tiny: QuantizedHuggingFaceLLM) -> None:
+    def test_engine_info_of_the_pipeline_engine(self, tiny: QuantizedHuggingFaceLLM) -> None:
         info = on_pipeline(tiny).engine_info
         assert (info.name, info.kv_cache_tokens) == ("pipeline", None)
         assert "asked for" in info.reason
 
     @pytest.mark.parametrize("engine", ["bogus", "", "Fast"])
-    def test_an_engine_that_there_is_not(self, tiny: QuantizedHuggingFaceLLM, engine: str) -> None:
+    def test_an_unknown_engine_is_an_error(self, tiny: QuantizedHuggingFaceLLM, engine: str) -> None:
         with pytest.raises(InvalidOptionError, match="'auto', 'fast', 'pipeline'"):
             QuantizedHuggingFaceLLM(pipeline=tiny.pipeline, engine=engine)

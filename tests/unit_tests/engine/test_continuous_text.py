@@ -11,26 +11,10 @@ import torch
 import transformers
 
 from langchain_quantllm import NF4, Int8, QuantizedHuggingFaceLLM
-from langchain_quantllm.errors import (
-    InvalidOptionError,
-    UnsupportedError,
-)
-from tests.support.engine import (
-    PROMPTS,
-    Background,
-    ask,
-    ids_after,
-    ids_of,
-    on_pipeline,
-    plan,
-)
+from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
+from tests.support.engine import PROMPTS, Background, MakeLLM, ask, ids_after, ids_of, on_pipeline, plan
 from tests.support.families import FAST, Family, family_model, generated_ids, likeliest_ids
-from tests.support.models import (
-    forwards,
-    greedy_text,
-    llm_of,
-    slowly,
-)
+from tests.support.models import forwards, greedy_text, llm_of, slowly
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -62,7 +46,7 @@ class TestGreedy:
             assert answer.token_ids == likeliest_ids(model, prompt, answer.token_ids)
         llm.unload()
 
-    def test_long_prompts_go_in_pieces_between_the_steps_of_others(self, tiny: QuantizedHuggingFaceLLM) -> None:
+    def test_long_prompts_run_in_chunks_between_the_steps_of_others(self, tiny: QuantizedHuggingFaceLLM) -> None:
         long = ids_of(1301)
         with (
             forwards(tiny, slowly(0.005)) as seen,
@@ -78,13 +62,13 @@ class TestGreedy:
         assert [sizes[i] for i in pieces] == [128] * 10 + [21]  # beside a row that decodes
         assert {b - a for a, b in itertools.pairwise(pieces)} == {2}  # which takes turns with them
 
-    def test_more_rows_than_there_are_places(self, tiny: QuantizedHuggingFaceLLM) -> None:
+    def test_more_requests_than_slots_all_get_their_tokens(self, tiny: QuantizedHuggingFaceLLM) -> None:
         prompts = [ids_of(3 + i % 20, seed=i) for i in range(45)]
         answers = ask(tiny, [plan(tiny, prompt, max_new_tokens=4 + i % 7)[0] for i, prompt in enumerate(prompts)])
         for prompt, answer in zip(prompts, answers, strict=True):
             assert answer.token_ids == likeliest_ids(tiny.pipeline.model, prompt, answer.token_ids)
 
-    def test_batch_size_bounds_the_rows(self, tiny: QuantizedHuggingFaceLLM) -> None:
+    def test_batch_size_bounds_the_sequences_of_a_step(self, tiny: QuantizedHuggingFaceLLM) -> None:
         llm = QuantizedHuggingFaceLLM(pipeline=tiny.pipeline, batch_size=2)
         requests = [plan(llm, ids_of(1, seed=i), max_new_tokens=5)[0] for i in range(7)]
         with forwards(llm) as seen:
@@ -96,7 +80,9 @@ class TestGreedy:
 
 
 class TestQuantized:
-    def test_the_text_of_generate_where_no_tie_decides(self, quantized_llm: QuantizedHuggingFaceLLM) -> None:
+    def test_quantized_text_is_that_of_generate_up_to_the_first_tie(
+        self, quantized_llm: QuantizedHuggingFaceLLM
+    ) -> None:
         """Quantized products round differently for one row than for many.
 
         In int8 the input of a layer is rounded too, and which of its columns are left out of that (as outliers)
@@ -127,7 +113,7 @@ class TestQuantized:
         if llm is not quantized_llm:
             llm.unload()
 
-    def test_kernels_for_one_row_may_round_otherwise(self, any_smollm2: Path) -> None:
+    def test_a_model_whose_kernels_round_single_rows_differently_is_fast(self, any_smollm2: Path) -> None:
         """On CPUs with AVX512-BF16, bitsandbytes' product of a single row is another than that of several."""
         given = {"quantization": NF4(compute_dtype="float32"), "dtype": "float32", "device": "cpu", "progress": False}
         llm = QuantizedHuggingFaceLLM(model_id=str(any_smollm2), engine="fast", max_new_tokens=4, **given)
@@ -154,11 +140,11 @@ class TestSampling:
             found = tiny.batch(PROMPTS[:2], seed=seed, max_new_tokens=12, **options)
             assert found == plain.batch(PROMPTS[:2], seed=seed, max_new_tokens=12, **options)
 
-    def test_the_same_on_a_trained_model(self, llm: QuantizedHuggingFaceLLM) -> None:
+    def test_a_seed_gives_the_same_text_on_both_engines_for_a_trained_model(self, llm: QuantizedHuggingFaceLLM) -> None:
         options: dict[str, Any] = {"temperature": 1.0, "seed": 1, "max_new_tokens": 16}
         assert llm.invoke(PROMPTS[1], **options) == on_pipeline(llm).invoke(PROMPTS[1], **options)
 
-    def test_whatever_else_runs(self, tiny: QuantizedHuggingFaceLLM) -> None:
+    def test_a_seed_gives_the_same_tokens_whatever_else_runs(self, tiny: QuantizedHuggingFaceLLM) -> None:
         options = {"do_sample": True, "temperature": 1.1, "top_k": 30, "seed": 5, "max_new_tokens": 20}
         alone = ids_after(tiny, ids_of(17), **options)
         others = [
@@ -200,7 +186,9 @@ class TestOptions:
         ids=str,
     )
     @pytest.mark.compat
-    def test_the_text_of_the_pipeline_engine(self, tiny: QuantizedHuggingFaceLLM, options: dict[str, Any]) -> None:
+    def test_options_give_the_text_of_the_pipeline_engine(
+        self, tiny: QuantizedHuggingFaceLLM, options: dict[str, Any]
+    ) -> None:
         options = {"max_new_tokens": 24, **options}
         plain, encode = on_pipeline(tiny), tiny.pipeline.tokenizer
         prompts = PROMPTS[:3]
@@ -222,7 +210,7 @@ class TestOptions:
         info = generation.generation_info
         return generation.text, info["finish_reason"], info["usage_metadata"]["output_tokens"]
 
-    def test_logprobs_are_the_model_s(self, llm: QuantizedHuggingFaceLLM) -> None:
+    def test_logprobs_are_the_model_s_own(self, llm: QuantizedHuggingFaceLLM) -> None:
         """Before temperature and penalty, beside rows that want none."""
         model, prompt = llm.pipeline.model, llm.pipeline.tokenizer(PROMPTS[0])["input_ids"]
         requests = [
@@ -247,7 +235,7 @@ class TestOptions:
                 assert [i for i, _ in entry.top] == best.indices[:wanted].tolist()
                 assert [p for _, p in entry.top] == pytest.approx(best.values[:wanted].tolist(), abs=1e-3)
 
-    def test_logprobs_of_a_call(self, llm: QuantizedHuggingFaceLLM) -> None:
+    def test_logprobs_of_a_call_are_those_of_the_pipeline_engine(self, llm: QuantizedHuggingFaceLLM) -> None:
         found = llm.generate([PROMPTS[0]], logprobs=2, max_new_tokens=3).generations[0][0].generation_info
         expected = (
             on_pipeline(llm).generate([PROMPTS[0]], logprobs=2, max_new_tokens=3).generations[0][0].generation_info
@@ -262,7 +250,9 @@ class TestOptionsOfGenerate:
     @pytest.mark.parametrize(
         "options", [{"num_beams": 3}, {"no_repeat_ngram_size": 2}, {"bad_words_ids": [[30], [31]]}], ids=str
     )
-    def test_run_on_the_pipeline(self, llm: QuantizedHuggingFaceLLM, options: dict[str, Any]) -> None:
+    def test_options_of_generate_run_on_the_pipeline_engine(
+        self, llm: QuantizedHuggingFaceLLM, options: dict[str, Any]
+    ) -> None:
         expected = greedy_text(llm, PROMPTS[0], **options)
         assert llm.engine_info.name == "fast"
         assert llm.invoke(PROMPTS[0], **options) == expected
@@ -271,14 +261,14 @@ class TestOptionsOfGenerate:
             strict.invoke(PROMPTS[0], **options)
         assert seen.count == 0
 
-    def test_rare_samplers(self, tiny: QuantizedHuggingFaceLLM) -> None:
+    def test_rare_samplers_run_on_the_pipeline_engine(self, tiny: QuantizedHuggingFaceLLM) -> None:
         options: dict[str, Any] = {"temperature": 1.0, "typical_p": 0.5, "seed": 1}
         assert tiny.invoke("Sea", **options) == on_pipeline(tiny, max_new_tokens=12).invoke("Sea", **options)
         strict = QuantizedHuggingFaceLLM(pipeline=tiny.pipeline, engine="fast")
         with pytest.raises(InvalidOptionError, match="typical_p"):
             strict.invoke("Sea", **options)
 
-    def test_both_engines_at_once(self, llm: QuantizedHuggingFaceLLM) -> None:
+    def test_both_engines_run_over_one_model_at_once(self, llm: QuantizedHuggingFaceLLM) -> None:
         """Over one model: the pipeline's `generate` runs while the fast engine drives it."""
         fast = llm.invoke(PROMPTS[1], max_new_tokens=24)
         beams = llm.invoke(PROMPTS[0], num_beams=2)
@@ -286,7 +276,7 @@ class TestOptionsOfGenerate:
             assert llm.invoke(PROMPTS[0], num_beams=2) == beams
         assert other.result == fast
 
-    def test_an_encoder_decoder_is_refused(self, tokenizer: Any) -> None:
+    def test_an_encoder_decoder_runs_on_the_pipeline_engine(self, tokenizer: Any) -> None:
         config = transformers.T5Config(
             vocab_size=len(tokenizer), d_model=64, d_kv=16, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0
         )
@@ -300,8 +290,13 @@ class TestOptionsOfGenerate:
         with pytest.raises(UnsupportedError, match="encoder-decoder"):
             QuantizedHuggingFaceLLM(pipeline=llm.pipeline, engine="fast").invoke("Sea")
 
-    def test_a_model_that_attends_both_ways_is_refused(self, tokenizer: Any) -> None:
+    def test_a_model_that_attends_both_ways_runs_on_the_pipeline_engine(self, tokenizer: Any) -> None:
         family = Family(config="GemmaConfig", options={**FAST["gemma"].options, "use_bidirectional_attention": True})
         info = llm_of(family_model(family), tokenizer).engine_info
         assert info.name == "pipeline"
         assert "ahead" in info.reason
+
+    def test_engine_info_is_for_the_options_of_the_object(self, make_tiny: MakeLLM) -> None:
+        llm = make_tiny(num_beams=2)
+        assert llm.engine_info.name == "pipeline"
+        assert "num_beams=2" in llm.engine_info.reason

@@ -84,7 +84,7 @@ class TestStopMatcher:
             ("猫である。", ["である"], "猫"),
         ],
     )
-    def test_examples(self, text: str, stop: list[str], expected: str) -> None:
+    def test_examples_of_texts_and_stop_strings(self, text: str, stop: list[str], expected: str) -> None:
         matcher = StopMatcher(stop)
         given = ""
         for character in text:
@@ -262,7 +262,7 @@ def scripted(tokenizer: Any) -> QuantizedHuggingFaceLLM:
 
 
 class TestInTheModel:
-    def test_without_stop_the_whole_text_comes(self, scripted: QuantizedHuggingFaceLLM) -> None:
+    def test_without_a_stop_string_the_text_is_whole(self, scripted: QuantizedHuggingFaceLLM) -> None:
         assert scripted.invoke(PROMPT) == TEXT
 
     @pytest.mark.parametrize(
@@ -305,7 +305,7 @@ class TestInTheModel:
                     call(PROMPT, stop=[stop])
                     assert seen.count == needed
 
-    def test_stop_of_the_field_and_of_the_call(self, scripted: QuantizedHuggingFaceLLM) -> None:
+    def test_the_call_s_stop_strings_replace_the_field_s(self, scripted: QuantizedHuggingFaceLLM) -> None:
         llm = QuantizedHuggingFaceLLM(pipeline=scripted.pipeline, stop=["second"], max_new_tokens=24)
         assert llm.invoke(PROMPT) == first_end(TEXT, ["second"])
         assert llm.invoke(PROMPT, stop=["\n"]) == first_end(TEXT, ["\n"])
@@ -325,7 +325,7 @@ class TestInTheModel:
         assert llm.invoke("x", stop=["<|im_end|>"]) == " a b c"
         assert llm.invoke("x", stop=["<|im_end|>"], skip_special_tokens=False) == " a b<|im_start|> c"
 
-    def test_eos_token_id_of_a_call(self, scripted: QuantizedHuggingFaceLLM, tokenizer: Any) -> None:
+    def test_eos_token_id_of_a_call_ends_the_text(self, scripted: QuantizedHuggingFaceLLM, tokenizer: Any) -> None:
         ids = tokenizer(TEXT)["input_ids"]
         assert scripted.invoke(PROMPT, eos_token_id=ids[3]) == tokenizer.decode(ids[:3])
         assert scripted.invoke(PROMPT, eos_token_id=[ids[5], ids[2]]) == tokenizer.decode(ids[:2])

@@ -127,7 +127,7 @@ class TestFast:
         assert complete(case.llm, prompt_ids, 64).token_ids == expected
 
     @pytest.mark.parametrize("prefix_caching", [True, False])
-    def test_rows_that_join_and_leave(self, case: Case, prefix_caching: bool) -> None:
+    def test_sequences_that_join_and_leave_get_their_tokens(self, case: Case, prefix_caching: bool) -> None:
         llm = QuantizedHuggingFaceLLM(pipeline=case.llm.pipeline, prefix_caching=prefix_caching)
         assert llm.engine_info.name == "fast", llm.engine_info.reason
         answers, count = run_visits(llm, VISITS)
@@ -142,7 +142,7 @@ class TestFast:
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_these_are_fast_whatever_becomes_of_the_others(name: str) -> None:
+def test_common_families_are_fast(name: str) -> None:
     assert name in FAST
 
 

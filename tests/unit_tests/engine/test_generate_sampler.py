@@ -51,7 +51,7 @@ def draw(request: Request, logits: torch.Tensor, count: int) -> list[int]:
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_draws_follow_the_softmax_of_transformers_warpers(options: dict[str, Any], warpers: list[Any]) -> None:
+def test_sampled_tokens_follow_the_softmax_of_transformers_warpers(options: dict[str, Any], warpers: list[Any]) -> None:
     """Chi-square over 4000 draws; its mean is the degrees of freedom d, its deviation sqrt(2d).
 
     Five deviations: a right sampler with these fixed seeds passes for ever, and one whose
@@ -107,7 +107,7 @@ def test_warpers_stand_in_the_order_of_generate() -> None:
         assert torch.equal(mine, expected)
 
 
-def test_a_token_of_probability_zero_is_never_drawn() -> None:
+def test_a_token_of_probability_zero_is_never_sampled() -> None:
     """Even for the lowest and the highest of the random numbers."""
     logits = torch.full((VOCAB,), -torch.inf)
     logits[[5, 40]] = torch.tensor([0.0, 1.0])

@@ -60,7 +60,7 @@ def chunks_of(*counts: int, position: int = 0) -> list[PrefillChunk]:
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "mistral"])
 @pytest.mark.parametrize("counts", [(1,), (16,), (17, 3), (70, 1, 5, 64), (5,) * MOST_SEQUENCES])
-def test_a_pack_gives_the_logits_of_its_rows(family: str, counts: tuple[int, ...]) -> None:
+def test_a_padded_pack_gives_the_logits_of_its_chunks(family: str, counts: tuple[int, ...]) -> None:
     runner = make_runner(family)
     with torch.no_grad():
         for position in (0, 20):  # the second time over what the first has written
@@ -82,18 +82,18 @@ def test_a_pack_gives_the_logits_of_its_rows(family: str, counts: tuple[int, ...
             assert all(pool.kv.isfinite().all() for pool in runner._pools)
 
 
-def test_the_memory_holds_every_length_and_keeps_what_it_reads_apart() -> None:
+def test_packs_of_every_length_fit_the_memory_without_overlap() -> None:
     for length in LENGTHS:
         memory = torch.zeros(PACK_SIZE, dtype=torch.int32)
         pack = Pack.over(memory, length)
         chunks = chunks_of(*([length // MOST_SEQUENCES] * MOST_SEQUENCES))
         pack.fill(chunks, SLOTS)
         assert pack.ids.tolist() == [i for chunk in chunks for i in chunk.ids]
-        assert int(pack.query_blocks[:, 3].sum()) == length
+        assert int(pack.tiles[:, 3].sum()) == length
         assert pack.kept.tolist()[:2] == [length // MOST_SEQUENCES - 1, 2 * (length // MOST_SEQUENCES) - 1]
 
 
-def test_what_is_too_long_or_too_many_has_no_graph() -> None:
+def test_a_step_too_long_or_of_too_many_sequences_has_no_graph() -> None:
     assert length_for(chunks_of(LENGTHS[-1])) == LENGTHS[-1]
     assert length_for(chunks_of(LENGTHS[-1] + 1)) is None
     assert length_for(chunks_of(*([1] * (MOST_SEQUENCES + 1)))) is None

@@ -37,7 +37,7 @@ class TestAgainstThePlainSampler:
         assert [(COMBINATIONS[i], found[i]) for i in wrong[:3]] == []
 
     @pytest.mark.parametrize("size", [1, 5])
-    def test_in_small_batches_with_no_more_work_than_they_need(self, size: int) -> None:
+    def test_small_batches_need_no_more_than_their_flags(self, size: int) -> None:
         """Where no row samples, say, nothing is sorted: the flags leave out nothing that a row needs."""
         requests = random.Random(1).sample(COMBINATIONS, 60)
         for i in range(0, len(requests), size):
@@ -45,7 +45,7 @@ class TestAgainstThePlainSampler:
             assert Batch(batch).run() == [alone(request) for request in batch]
 
     @pytest.mark.parametrize("share", [0.05, pytest.param(0.5, marks=pytest.mark.slow)])
-    def test_with_masks(self, share: float) -> None:
+    def test_masks_beside_every_other_option(self, share: float) -> None:
         """Beside rows that have none, together with every other option."""
         requests = [
             replace(request, mask=None if i % 3 == 0 else lambda i=i: Only(i, share=share))
@@ -89,7 +89,7 @@ class TestAgainstThePlainSampler:
                 drawn.append(plain.sample(logits[0].float(), drawn)[0])
                 assert batch.step(logits) == drawn[-1:]
 
-    def test_the_number_of_each_token_is_the_row_s_own(self) -> None:
+    def test_random_numbers_do_not_depend_on_other_sequences(self) -> None:
         """A row that runs on after others have left draws what it would have drawn."""
         request = request_of(seed=3, temperature=1.0)
         both = Batch([request, request_of(seed=4, temperature=1.0)])
@@ -107,17 +107,17 @@ class TestIndependence:
             assert Batch(shuffled).run() == [together[requests.index(request)] for request in shuffled]
             assert Batch(requests[:1]).run() == together[:1]
 
-    def test_nor_does_work_that_only_others_need(self) -> None:
+    def test_flags_of_other_sequences_do_not_matter(self) -> None:
         every = BLOCKS | PENALIZES | MASKS | SAMPLES | SORTS
         for i in range(0, len(COMBINATIONS), 41):
             request = COMBINATIONS[i]
             assert Batch([request]).run(extra_need=every) == Batch([request]).run()
 
-    def test_slots_in_any_order(self) -> None:
+    def test_slots_may_be_in_any_order(self) -> None:
         requests = random.Random(6).sample(COMBINATIONS, 5)
         assert Batch(requests, slots=[9, 2, 7, 0, 4]).run() == Batch(requests).run()
 
-    def test_a_slot_keeps_nothing_of_the_row_before(self) -> None:
+    def test_a_slot_keeps_nothing_of_its_former_sequence(self) -> None:
         """Neither what it had seen, nor its parameters, nor its end tokens."""
         rng = random.Random(8)
         batch = Batch(rng.sample(COMBINATIONS, 4))
@@ -129,7 +129,7 @@ class TestIndependence:
             fresh.sampler = batch.sampler
             assert fresh.run() == [alone(request) for request in requests]
 
-    def test_a_row_that_was_put_back_goes_on_as_it_was(self) -> None:
+    def test_a_preempted_sequence_goes_on_as_it_was(self) -> None:
         """Set again with all its tokens so far, at another slot, it has seen them all."""
         request = request_of(seed=2, repetition_penalty=1.8, temperature=0.7)
         expected = alone(request, 20)
@@ -141,7 +141,7 @@ class TestIndependence:
             batch.step(batch.logits(0, step, 0)[None])
         assert batch.drawn[0] == expected
 
-    def test_rows_that_fill_up_a_batch_change_nothing(self) -> None:
+    def test_padding_changes_nothing(self) -> None:
         """Bucketed batches point them all at the last slot."""
         sampler = BatchSampler(2, VOCAB, CPU)
         requests = [request_of(seed=1, repetition_penalty=3.0), request_of(seed=2, top_k=4)]
@@ -158,7 +158,7 @@ class TestIndependence:
 
 class TestNoNumbers:
     @pytest.mark.parametrize("places", ["one", "all", "last"])
-    def test_a_row_of_nan_gives_minus_one_and_leaves_the_others_alone(self, places: str) -> None:
+    def test_nan_logits_give_minus_one_and_leave_the_others_alone(self, places: str) -> None:
         requests = [*random.Random(4).sample(COMBINATIONS, 6), request_of(seed=1), request_of(seed=2, top_p=0.8)]
         expected = Batch(requests).run(6)
         for bad in range(len(requests)):
@@ -172,7 +172,7 @@ class TestNoNumbers:
             # What is fed to the next step is a token, so that the device does not read outside of its tables.
             assert 0 <= batch.sampler.last_ids[bad] < VOCAB
 
-    def test_the_slot_can_be_used_again(self) -> None:
+    def test_a_slot_can_be_used_again_after_nan(self) -> None:
         batch = Batch([request_of(seed=1, repetition_penalty=2.0, temperature=0.9)])
         assert batch.step(torch.full((1, VOCAB), float("nan"))) == [-1]
         request = request_of(seed=5, repetition_penalty=2.0)
@@ -181,14 +181,14 @@ class TestNoNumbers:
         again.sampler = batch.sampler
         assert again.run() == [alone(request)]
 
-    def test_tokens_of_minus_infinity_are_numbers(self) -> None:
+    def test_logits_of_minus_infinity_are_no_nan(self) -> None:
         logits = torch.full((2, VOCAB), -torch.inf)
         logits[:, 40] = 1.0
         assert Batch([request_of(), request_of(temperature=1.0)]).step(logits) == [40, 40]
 
 
 class TestMasks:
-    def test_only_allowed_tokens_are_drawn(self) -> None:
+    def test_only_allowed_tokens_are_sampled(self) -> None:
         options: list[dict[str, Any]] = [{}, {"temperature": 2.0}, {"top_k": 3}, {"top_p": 0.5}, {"ignore_eos": True}]
         requests = [
             replace(request_of(seed=i, **options[i % 5]), mask=lambda i=i: Only(i, share=0.1)) for i in range(25)
@@ -200,7 +200,7 @@ class TestMasks:
             assert all(token_id in allowed for token_id, allowed in zip(drawn, mask.allowed, strict=True))
 
     @pytest.mark.parametrize("token_id", [0, 1, 30, 31, 32, 63, 64, 95, 96, 100])
-    def test_one_token_alone(self, token_id: int) -> None:
+    def test_a_mask_of_one_token_gives_it(self, token_id: int) -> None:
         """Each bit is the right one, the sign bit of a word and the last of the vocabulary, too."""
         bits = torch.zeros(1, 4, dtype=torch.int32)
         bits[0, token_id // 32] = -(2**31) if token_id % 32 == 31 else 1 << token_id % 32
@@ -219,7 +219,7 @@ class TestMasks:
             ids = batch.sampler.sample(logits_of(1, 2), *args, MASKS | SAMPLES, bits)
             assert ids.max() < VOCAB
 
-    def test_a_mask_counts_before_top_k(self) -> None:
+    def test_a_mask_is_applied_before_top_k(self) -> None:
         """Else nothing might be left: the likeliest tokens are taken from those allowed."""
         logits = torch.arange(VOCAB, dtype=torch.float32)[None]
         bits = torch.tensor([[0b1110, 0, 0, 0]], dtype=torch.int32)
@@ -249,18 +249,18 @@ class TestEndTokens:
         uniforms = torch.full((len(requests),), 0.5)
         return sampler.sample(logits, slots, uniforms, torch.tensor(may_not_end), BLOCKS | SAMPLES).tolist()
 
-    def test_blocked_where_the_row_may_not_end(self) -> None:
+    def test_end_tokens_are_blocked_if_the_sequence_may_not_end(self) -> None:
         request = replace(request_of(), eos_token_ids=(7,), stop_token_ids=(9,))
         assert self.draw([request] * 2, [True, False], [7, 9, 20]) == [20, 7]
 
-    def test_rows_of_different_counts(self) -> None:
+    def test_sequences_may_have_different_numbers_of_end_tokens(self) -> None:
         requests = [
             replace(request_of(), eos_token_ids=ends, stop_token_ids=stops)
             for ends, stops in (((5,), ()), ((5, 6), ()), ((), (7,)), ((5, 6), (7, 8)))
         ]
         assert self.draw(requests, [True] * 4, [5, 6, 7, 8, 20]) == [6, 7, 5, 20]
 
-    def test_more_than_there_was_room_for(self) -> None:
+    def test_more_end_tokens_than_there_was_room_for(self) -> None:
         """Rows that were set before keep theirs; graphs are told that a tensor was replaced."""
         sampler = BatchSampler(3, VOCAB, CPU)
         few = replace(request_of(), eos_token_ids=(5, 6))
@@ -285,12 +285,12 @@ class TestEndTokens:
         assert sampler.sample(logits, slots, uniforms, torch.tensor([False] * 3), BLOCKS).tolist() == [5, 5, 10]
 
     @pytest.mark.parametrize("options", [{"ignore_eos": True}, {"min_new_tokens": 5}], ids=str)
-    def test_a_row_without_end_tokens_has_nothing_to_block(self, options: dict[str, Any]) -> None:
+    def test_without_end_tokens_nothing_is_blocked(self, options: dict[str, Any]) -> None:
         """Not even token 0."""
         request = replace(request_of(**options), eos_token_ids=())
         assert self.draw([request], [True], [0, 1]) == [0]
 
-    def test_nor_has_one_beside_rows_that_have(self) -> None:
+    def test_without_end_tokens_nothing_is_blocked_beside_sequences_that_have_some(self) -> None:
         requests = [replace(request_of(), eos_token_ids=()), replace(request_of(), eos_token_ids=(0,))]
         assert self.draw(requests, [True, True], [0, 1]) == [0, 1]
 
@@ -301,7 +301,7 @@ class TestDistribution:
         [{"do_sample": True}, {"temperature": 0.6}, {"top_k": 12}, {"top_p": 0.8}, {"min_p": 0.1}],
         ids=str,
     )
-    def test_draws_follow_the_softmax(self, options: dict[str, Any]) -> None:
+    def test_sampled_tokens_follow_the_softmax(self, options: dict[str, Any]) -> None:
         """Chi-square over 4000 draws; five deviations of it, as in `test_sampler`."""
         logits = logits_of(1, 1, scale=2.0)
         scores = logits / options.get("temperature", 1.0)
@@ -338,7 +338,7 @@ class TestDistribution:
         ] + drawn[50:].tolist()
         return [int(i) for i in drawn]
 
-    def test_a_token_of_probability_zero_is_never_drawn(self) -> None:
+    def test_a_token_of_probability_zero_is_never_sampled(self) -> None:
         """Even for the lowest and the highest number in float32, at either end of the vocabulary."""
         logits = torch.full((1, VOCAB), -torch.inf)
         logits[0, [5, 40]] = torch.tensor([0.0, 1.0])
@@ -380,7 +380,7 @@ class TestDistribution:
 
 
 class TestLogProbabilities:
-    def test_against_log_softmax(self) -> None:
+    def test_log_probabilities_are_those_of_log_softmax(self) -> None:
         logits, ids = logits_of(1, 6), torch.tensor([0, 5, 100, -1, 31, 32], dtype=torch.int32)
         expected = logits.log_softmax(-1)
         chosen, best_ids, best = log_probabilities(logits, ids, 4)
@@ -391,20 +391,20 @@ class TestLogProbabilities:
         assert torch.equal(best, expected.topk(4, -1).values)
         assert torch.equal(best_ids, expected.topk(4, -1).indices)
 
-    def test_of_none_and_of_more_than_there_are(self) -> None:
+    def test_no_alternatives_and_more_than_there_are_tokens(self) -> None:
         logits, ids = logits_of(1, 2), torch.tensor([3, 4])
         chosen, best_ids, _ = log_probabilities(logits, ids, 0)
         assert best_ids.shape == (2, 0)
         assert torch.equal(chosen, logits.log_softmax(-1)[[0, 1], ids])
         assert log_probabilities(logits, ids, 5000)[1].shape == (2, VOCAB)
 
-    def test_in_float32_whatever_the_logits_are(self) -> None:
+    def test_log_probabilities_are_in_float32(self) -> None:
         logits = logits_of(1, 3).to(torch.bfloat16)
         chosen, _, best = log_probabilities(logits, torch.tensor([1, 2, 3]), 2)
         assert chosen.dtype == best.dtype == torch.float32
         assert torch.equal(chosen, logits.float().log_softmax(-1)[[0, 1, 2], [1, 2, 3]])
 
-    def test_a_row_of_nan_leaves_the_others_alone(self) -> None:
+    def test_log_probabilities_of_nan_logits_leave_the_others_alone(self) -> None:
         logits = logits_of(1, 3)
         expected = logits.log_softmax(-1)
         logits[1] = float("nan")
@@ -414,7 +414,7 @@ class TestLogProbabilities:
         assert torch.equal(best[[0, 2]], expected[[0, 2]].topk(2, -1).values)
 
 
-def test_needs_are_those_of_the_options() -> None:
+def test_needs_follow_from_the_options() -> None:
     def needs(**options: Any) -> int:
         return needs_of(request_of(**options))
 

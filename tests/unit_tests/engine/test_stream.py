@@ -39,7 +39,7 @@ def later(seconds: float, call: Any, *args: Any) -> threading.Thread:
 
 
 class TestChunkStream:
-    def test_ends_after_the_last_row_s_last_chunk(self) -> None:
+    def test_a_stream_ends_after_the_last_request_s_last_chunk(self) -> None:
         stream = ChunkStream(2)
         for a, b in zip(chunks(3, row=0), chunks(3, row=1), strict=True):
             stream.put(a)
@@ -147,7 +147,7 @@ class TestChunkStream:
             list(stream)
         assert stream.cancelled
 
-    def test_what_was_done_in_time_is_not_timed_out_by_a_slow_reader(self) -> None:
+    def test_a_slow_reader_does_not_time_out_a_text_made_in_time(self) -> None:
         stream = ChunkStream(1, timeout_s=0.05)
         stream.put(chunks(1)[0])
         time.sleep(0.1)  # longer than its timeout
@@ -221,18 +221,18 @@ class Echo:
 
 
 class TestWorker:
-    def test_no_thread_before_the_first_row_and_its_name(self) -> None:
+    def test_the_thread_starts_with_the_first_request(self) -> None:
         engine = Echo()
         assert engine.worker._thread is None
         list(engine.submit())
         assert engine.threads == {"quantllm-engine"}
 
-    def test_rows_of_one_submission_run_together(self) -> None:
+    def test_requests_of_one_submission_run_together(self) -> None:
         engine = Echo()
         assert len(list(engine.submit(7))) == 7
         assert engine.batches == [7]
 
-    def test_rows_that_come_close_together_from_threads_run_together(self) -> None:
+    def test_requests_that_come_close_together_from_threads_run_together(self) -> None:
         engine = Echo()
         barrier = threading.Barrier(6)
 
@@ -261,7 +261,7 @@ class TestWorker:
         thread.join(1)
         assert not thread.is_alive()
 
-    def test_closing_fails_what_waits_and_ends_the_thread(self) -> None:
+    def test_closing_fails_all_requests_and_ends_the_thread(self) -> None:
         engine = Echo()
         engine.hold.clear()
         running = engine.submit()
