@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.sampling_speed import microseconds
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
-from langchain_quantllm.kernels import attention_reference as reference
+from langchain_quantllm.kernels import reference
 
 SHAPES = {"llama-2-7b": (32, 32, 128), "llama-3-8b": (32, 8, 128), "qwen2.5-1.5b": (12, 2, 128)}
 """Heads, key heads, and the numbers of each."""
@@ -45,16 +45,16 @@ class Layers:
 
     def ours(self) -> float:
         """Time the kernel, once it gives what the reference does."""
-        from langchain_quantllm.kernels import attention as paged_attention
+        from langchain_quantllm.kernels import attention as attention_kernels
 
         multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
-        splits = paged_attention.default_splits(len(self.rows), self.kv_heads, multiprocessors)
-        arrivals = paged_attention.arrivals(multiprocessors, torch.device("cuda"))
+        splits = attention_kernels.default_splits(len(self.rows), self.kv_heads, multiprocessors)
+        arrivals = attention_kernels.arrivals(multiprocessors, torch.device("cuda"))
         given: dict[str, Any] = {"value_dim": self.dim, "scale": self.dim**-0.5}
         at = (self.table, self.rows, self.positions)
 
         def run(pool: torch.Tensor) -> torch.Tensor:
-            return paged_attention.decode_attention(self.query, pool, *at, splits=splits, arrivals=arrivals, **given)
+            return attention_kernels.decode_attention(self.query, pool, *at, splits=splits, arrivals=arrivals, **given)
 
         expected = reference.decode_attention(self.query, self.pools[0], *at, **given)
         for _ in range(2):
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--tiles", nargs="+", help="keys,warps,stages; the module's own without")
     parser.add_argument("--alone", nargs="+", type=int, help="the module's own without")
     asked = parser.parse_args()
-    from langchain_quantllm.kernels import attention as paged_attention
+    from langchain_quantllm.kernels import attention as attention_kernels
 
     tiles = [tuple(map(int, one.split(","))) for one in asked.tiles or ()] or [None]
     found = []
@@ -96,9 +96,9 @@ def main() -> None:
         line["dense_us"] = layers.dense()
         for tile, alone in pairs(tiles, asked.alone or [None]):
             if tile is not None:
-                paged_attention._decode_tiles = lambda *_, tile=tile: tile
+                attention_kernels._decode_tiles = lambda *_, tile=tile: tile
             if alone is not None:
-                paged_attention._ALONE_TILES = alone
+                attention_kernels._ALONE_TILES = alone
             try:
                 line[f"ours_us {tile or ''} {alone or ''}".strip()] = layers.ours()
             except Exception as error:  # too much shared memory, say

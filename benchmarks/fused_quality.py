@@ -16,9 +16,10 @@ import torch
 
 from langchain_quantllm import GPTQ, QuantizedHuggingFaceLLM
 from langchain_quantllm.bench.quality import evaluation_text, perplexity
-from langchain_quantllm.engine.fusion.fuse import PRODUCT, Fusion
-from langchain_quantllm.kernels import norms_reference as fused_reference
-from langchain_quantllm.kernels.linear import reference as weight_reference
+from langchain_quantllm.engine.forward_context import ForwardContext, forward_context
+from langchain_quantllm.engine.fusion.fuse import LINEAR, Fusion
+from langchain_quantllm.kernels import reference
+from langchain_quantllm.kernels.linear import reference as linear_reference
 from langchain_quantllm.kernels.linear.weights import Weight
 
 
@@ -29,17 +30,17 @@ class DenseProducts:
         """Begin with none dequantized."""
         self._dense: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def product(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
-        """Multiply; see `weight_reference.product`."""
+    def quantized_linear(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
+        """Multiply; see `linear_reference.product`."""
         key = weight.words.data_ptr()
         if key not in self._dense:
             # With what it was made of, or something else might come to lie there.
-            self._dense[key] = weight.words, weight_reference.dequantize(weight, torch.float32)
+            self._dense[key] = weight.words, linear_reference.dequantize(weight, torch.float32)
         return torch.nn.functional.linear(x.float(), self._dense[key][1], None if bias is None else bias.float())
 
-    def products_of_one_input(self, x: torch.Tensor, weights: Sequence[Weight]) -> list[torch.Tensor]:
-        """Multiply by several; see `weight_reference.products_of_one_input`."""
-        return [self.product(x, weight, weight.bias) for weight in weights]
+    def grouped_linear(self, x: torch.Tensor, weights: Sequence[Weight]) -> list[torch.Tensor]:
+        """Multiply by several; see `linear_reference.grouped_linear`."""
+        return [self.quantized_linear(x, weight, weight.bias) for weight in weights]
 
 
 def main() -> None:
@@ -61,10 +62,10 @@ def main() -> None:
         )
         model, tokenizer = llm.pipeline.model, llm.pipeline.tokenizer
         own = perplexity(model, tokenizer, text, max_tokens=asked.max_tokens)
-        fusion = Fusion(model, kernels=fused_reference, products=DenseProducts())
-        with fusion.applied():
+        fusion = Fusion(model, kernels=reference, linear_kernels=DenseProducts())
+        with forward_context(ForwardContext(steps=fusion.steps)):
             fused = perplexity(model, tokenizer, text, max_tokens=asked.max_tokens)
-        products = sum(kind.fused for kind in fusion.summary if kind.kind == PRODUCT)
+        products = sum(kind.fused for kind in fusion.summary if kind.kind == LINEAR)
         print(
             f"{scheme}: {own.perplexity:.3f} by the model's modules, {fused.perplexity:.3f} by fused steps "
             f"({products} products), {own.tokens} tokens",

@@ -27,17 +27,17 @@ from langchain_quantllm import GPTQ, QuantizedHuggingFaceLLM
 from langchain_quantllm.bench.random_models import SHAPES, random_checkpoint
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.engine.continuous import ContinuousEngine
-from langchain_quantllm.engine.fusion.fuse import GATE, KINDS, NORM, PRODUCT, RESIDUAL, ROTARY, Fusion
-from langchain_quantllm.kernels import norms_reference as fused_reference
+from langchain_quantllm.engine.fusion.fuse import GATED_MLP, KINDS, LINEAR, NORM, RESIDUAL, ROTARY, Fusion
+from langchain_quantllm.kernels import reference
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "none": (),
     "all": KINDS,
-    "small": tuple(kind for kind in KINDS if kind != PRODUCT),
-    "product": (PRODUCT,),
+    "small": tuple(kind for kind in KINDS if kind != LINEAR),
+    "product": (LINEAR,),
     "norm": (NORM,),
     "rotary": (ROTARY,),
-    "gate": (GATE,),
+    "gate": (GATED_MLP,),
     "norm+residual": (NORM, RESIDUAL),
 }
 STEPS, REPEATS, CALLS = 30, 3, 32
@@ -73,7 +73,7 @@ def measure_steps(pipeline: Any, kinds: tuple[str, ...], rows: list[int], positi
     try:
         found: dict[str, Any] = {"build_s": round(build_s, 2), "graphs": engine.info.graphs, "step_ms": {}}
         if fusion is not None:
-            found["why_none"] = fusion.why_none
+            found["unsupported_reason"] = fusion.unsupported_reason
             found["fused"] = {kind.kind: kind.fused for kind in fusion.summary}
             found["left"] = {kind.kind: dict(kind.left) for kind in fusion.summary if kind.left}
         for count in rows:
@@ -82,7 +82,7 @@ def measure_steps(pipeline: Any, kinds: tuple[str, ...], rows: list[int], positi
         graphs = engine._runner._decode_graphs
         if rows[0] in graphs:
             found["kernels"], found["longest"] = kernels_of(graphs[rows[0]])
-        found["no_graph_reason"] = engine._runner.no_graph_reason
+        found["why_no_graphs"] = engine._runner.no_graph_reason
         return found
     finally:
         engine.close()
@@ -134,14 +134,13 @@ def measure_kernels(shape: dict[str, int], rows: int, dtype: torch.dtype) -> dic
         "rms_norm": lambda module: lambda i: module.rms_norm(x[i], weight, 1e-5),
         "add_rms_norm": lambda module: lambda i: module.add_rms_norm(x[i], residual[i], weight, 1e-5),
         "add_layer_norm": lambda module: lambda i: module.add_layer_norm(x[i], residual[i], weight, weight, 1e-5),
-        "gate_silu": lambda module: lambda i: module.gate(opening[i], values[i], fused_reference.SILU),
-        "gate_gelu_tanh": lambda module: lambda i: module.gate(opening[i], values[i], fused_reference.GELU_TANH),
+        "gate_silu": lambda module: lambda i: module.activation_mul(opening[i], values[i], reference.SILU),
+        "gate_gelu_tanh": lambda module: lambda i: module.activation_mul(opening[i], values[i], reference.GELU_TANH),
         "rotate_and_write": rotate,
     }
     with torch.no_grad():
         times = {
-            name: {"fused_us": us_of(make(fused)), "torch_us": us_of(make(fused_reference))}
-            for name, make in bodies.items()
+            name: {"fused_us": us_of(make(fused)), "torch_us": us_of(make(reference))} for name, make in bodies.items()
         }
         for name, body in liger_bodies(x, residual, opening, values, weight, (query, key, cos, sin)).items():
             times[name]["liger_us"] = us_of(body)

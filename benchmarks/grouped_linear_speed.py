@@ -1,4 +1,4 @@
-"""What the products of `cpu_products` save on a CPU: steps of the engine and the reading of prompts, with and without.
+"""What the products of `cpu_linear` save on a CPU: steps of the engine and the reading of prompts, with and without.
 
     python -m benchmarks.grouped_linear_speed FOLDER
 
@@ -16,9 +16,9 @@ from typing import Any
 from langchain_quantllm import QuantizedHuggingFaceLLM
 from langchain_quantllm.bench.prompts import Prompts
 from langchain_quantllm.engine.continuous import ContinuousEngine
-from langchain_quantllm.engine.fusion.fuse import PRODUCT, Fusion
-from langchain_quantllm.kernels import norms_reference as fused_reference
-from langchain_quantllm.kernels.linear import cpu as cpu_products
+from langchain_quantllm.engine.fusion.fuse import LINEAR, Fusion
+from langchain_quantllm.kernels import reference
+from langchain_quantllm.kernels.linear import cpu as cpu_linear
 
 ROUNDS, STEPS, POSITION = 12, 6, 60
 
@@ -35,7 +35,7 @@ def main() -> None:
     llm = QuantizedHuggingFaceLLM(**fields)
     pipeline = llm.pipeline
     apart = ContinuousEngine(pipeline, kv_cache_memory="64MiB")
-    fusion = Fusion(pipeline.model, kernels=fused_reference, products=cpu_products, kinds=(PRODUCT,))
+    fusion = Fusion(pipeline.model, kernels=reference, linear_kernels=cpu_linear, kinds=(LINEAR,))
     together = ContinuousEngine(pipeline, kv_cache_memory="64MiB", fusion=fusion)
     print(f"{fusion.summary[0].fused} layers")
     for rows in asked.rows:

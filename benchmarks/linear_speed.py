@@ -25,14 +25,14 @@ from typing import Any
 
 import torch
 
-from langchain_quantllm.kernels.linear import reference as weight_reference
+from langchain_quantllm.kernels.linear import reference as linear_reference
 from langchain_quantllm.kernels.linear.codebook import CODEBOOKS
 from langchain_quantllm.kernels.linear.dispatch import (
     MOST_VECTOR_ROWS,
-    ProductConfig,
+    LinearConfig,
     _chip,
     config_for,
-    products_of_one_input,
+    grouped_linear,
 )
 from langchain_quantllm.kernels.linear.weights import FourBitWeight, GPTQWeight, Int8Weight, Weight
 from langchain_quantllm.quantization.packing import pack_bits
@@ -65,7 +65,7 @@ TILES = [(128, 32, 4, 3), (128, 16, 4, 4), (128, 32, 8, 3), (64, 32, 4, 3), (128
 WAYS = ("shuffle", "permute", "mixed", "table")
 
 
-def configs(kind: str, rows: int) -> Iterator[ProductConfig]:
+def configs(kind: str, rows: int) -> Iterator[LinearConfig]:
     """Give the grid of a format: every way to look up with the first tiles, and the first way with the others."""
     format_, _, variant = kind.partition("-")
     packed, looked_up = format_.startswith("gptq"), format_ in ("nf4", "fp4")
@@ -79,13 +79,13 @@ def configs(kind: str, rows: int) -> Iterator[ProductConfig]:
             VECTOR_TILES["packed" if packed else "int8" if format_ == "int8" else "rows"][:few]
         ):
             for way, splits in pairs(first if index == 0 else first[:1], (1, 2, 4, 8) if packed else (1, 2, 4)):
-                yield ProductConfig(
+                yield LinearConfig(
                     regime="vector", outputs=outputs, words=words, splits=splits, warps=warps, stages=stages, decode=way
                 )
     for index, (outputs, words, warps, stages) in enumerate(TILES[:few]):
         words = 2 * words if format_ == "int8" else words
         for way, splits in pairs(first[:2] if index == 0 else first[:1], (1, 2, 4, 8)):
-            yield ProductConfig(
+            yield LinearConfig(
                 regime="tile", outputs=outputs, words=words, splits=splits, warps=warps, stages=stages, decode=way
             )
 
@@ -141,17 +141,17 @@ def weight_bytes(weight: Weight) -> int:
 
 def error_of(found: torch.Tensor, x: torch.Tensor, weight: Weight) -> float:
     """Give the error beside the float64 product, in units of the spread of its outputs."""
-    expected = weight_reference.product(x, weight)
+    expected = linear_reference.quantized_linear(x, weight)
     return float((found.double() - expected).abs().max() / expected.square().mean().sqrt())
 
 
-def attempt(kind: str, rows: int, config: ProductConfig) -> float | str:
+def attempt(kind: str, rows: int, config: LinearConfig) -> float | str:
     """Compile a config for one, two and three weights, and give its error; or say what went wrong."""
     try:
         torch.manual_seed(0)
         weights = [random_weight(kind, TESTED, width) for width in (1024, 512, 256)]
         x = torch.randn(rows, TESTED, device="cuda", dtype=DTYPE)
-        found = [products_of_one_input(x, weights[:count], config=config) for count in (1, 2, 3)]
+        found = [grouped_linear(x, weights[:count], config=config) for count in (1, 2, 3)]
         return max(error_of(one, x, weight) for ones in found for one, weight in zip(ones, weights))  # noqa: B905
     except Exception as error:
         while error.__cause__:
@@ -159,7 +159,7 @@ def attempt(kind: str, rows: int, config: ProductConfig) -> float | str:
         return f"{type(error).__name__}: {error}".strip().splitlines()[-1][-200:]
 
 
-def compile_ahead(jobs: Sequence[tuple[str, int, ProductConfig]], seconds: float, processes: int) -> int:
+def compile_ahead(jobs: Sequence[tuple[str, int, LinearConfig]], seconds: float, processes: int) -> int:
     """Compile in other processes, which leave their kernels on the disk; give how many jobs they got done."""
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         results = [pool.apply_async(attempt, job) for job in jobs]
@@ -204,7 +204,7 @@ def copies_of(size: int) -> int:
     return max(2, min(64, -(-BEYOND_L2_BYTES // size)))
 
 
-def brief(config: ProductConfig) -> str:
+def brief(config: LinearConfig) -> str:
     letter = "v" if config.regime == "vector" else "t"
     return f"{letter}{config.outputs}x{config.words}/{config.splits} w{config.warps} s{config.stages} {config.decode}"
 
@@ -222,7 +222,7 @@ class Bench:
     def late(self) -> bool:
         return time.monotonic() > self.end
 
-    def sound(self, kind: str, rows: int) -> list[ProductConfig]:
+    def sound(self, kind: str, rows: int) -> list[LinearConfig]:
         """Give the configs that compile and are right."""
         found = []
         for config in configs(kind, rows):
@@ -238,7 +238,7 @@ class Bench:
         return found
 
     def measure(
-        self, kind: str, shape: tuple[int, tuple[int, ...]], rows: int, sound: list[ProductConfig], rate: float
+        self, kind: str, shape: tuple[int, tuple[int, ...]], rows: int, sound: list[LinearConfig], rate: float
     ) -> None:
         """Time every config on the weights of one input, and print the best."""
         inputs, widths = shape
@@ -247,16 +247,13 @@ class Bench:
         x = torch.randn(rows, inputs, device="cuda", dtype=DTYPE)
         multiprocessors, is_roomy = _chip(x.device)
         rule = config_for(groups[0][0], rows, multiprocessors, dtype=DTYPE, out_features=sum(widths), is_roomy=is_roomy)
-        times: list[tuple[float, ProductConfig]] = []
+        times: list[tuple[float, LinearConfig]] = []
         for config in dict.fromkeys([rule, *sound]):
             if self.late:
                 self.left_out += 1
                 continue
             try:
-                calls = [
-                    lambda group=group, config=config: products_of_one_input(x, group, config=config)
-                    for group in groups
-                ]
+                calls = [lambda group=group, config=config: grouped_linear(x, group, config=config) for group in groups]
                 times.append((microseconds(calls), config))
             except Exception as error:
                 self.failed[f"{kind} {shape} {rows} {brief(config)}"] = str(error)[-200:]

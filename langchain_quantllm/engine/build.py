@@ -130,9 +130,9 @@ class EngineParts:
             self._notes.append("attention by gathering blocks: heads are larger than 256")
             return GatherAttention()
         try:
-            from langchain_quantllm.kernels import attention as paged_attention
+            from langchain_quantllm.kernels import attention as attention_kernels
 
-            attention = TritonAttention(paged_attention, sorted(devices, key=str))
+            attention = TritonAttention(attention_kernels, sorted(devices, key=str))
             attention.try_out(allocate_pools(shapes[:1], _TRIED_BLOCKS)[0])
         except torch.OutOfMemoryError:
             raise
@@ -190,7 +190,7 @@ class EngineParts:
         raise failure or UnsupportedError("its attention cannot be reached")
 
     def _no_graph_reason(self) -> str | None:
-        return no_graph_reason(self._model, frozenset() if self._fusion is None else self._fusion.whole)
+        return no_graph_reason(self._model, frozenset() if self._fusion is None else self._fusion.replaced_ids)
 
     # Changes.
 

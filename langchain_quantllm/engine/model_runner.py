@@ -16,18 +16,20 @@ import torch
 
 from langchain_quantllm.compat.transformers_models import cache_name, forward_parameters
 from langchain_quantllm.engine import staging
-from langchain_quantllm.engine.attention import Attention, Batch, Forward, LayerPool, Span, configs_of, driving
+from langchain_quantllm.engine.attention import Attention, Batch, LayerPool, Span
+from langchain_quantllm.engine.attention_interface import PagedForward, configs_of, paged_attention
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.engine.cuda_graphs import StepGraph, WaitFinder
+from langchain_quantllm.engine.forward_context import ForwardContext
 from langchain_quantllm.engine.fusion.fuse import Fusion
-from langchain_quantllm.engine.fusion.sampling import find_drawing
-from langchain_quantllm.engine.lora import NO_ADAPTER, LoraStack
+from langchain_quantllm.engine.fusion.sampling import find_sampling_kernel
+from langchain_quantllm.engine.lora import NO_ADAPTER, AdapterChoice, LoraStack
 from langchain_quantllm.engine.prefill_graphs import Pack, PrefillGraphs, last_tokens
 from langchain_quantllm.engine.sampler import BLOCKS, MASKS, BatchSampler, PendingTokens, log_probabilities
 from langchain_quantllm.engine.scheduler import PrefillChunk
 from langchain_quantllm.engine.sequence import SamplingInput, Sequence
 from langchain_quantllm.engine.staging import StagingBuffers, step_inputs
-from langchain_quantllm.kernels.attention_reference import PREFILL_BLOCK
+from langchain_quantllm.kernels.reference import PREFILL_TILE
 
 _BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
 """Batch sizes that have a decode graph; smaller batches are padded."""
@@ -121,7 +123,7 @@ class ModelRunner:
         self.device = model.get_input_embeddings().weight.device
         self.is_asynchronous = self.device.type == "cuda"
         self.can_capture = can_capture
-        drawing = None if fusion is None else find_drawing(vocab_size, self.device)
+        drawing = None if fusion is None else find_sampling_kernel(vocab_size, self.device)
         self.sampler = BatchSampler(slots, vocab_size, self.device, drawing=drawing)
         self._padding_slot = slots
         self._table = torch.zeros(slots + 1, blocks_per_sequence, dtype=torch.int32, device=self.device)
@@ -136,7 +138,7 @@ class ModelRunner:
             self._inputs = torch.zeros(staging.LINES, _MOST_ROWS, dtype=torch.int32, device=self.device)
             self._staging = StagingBuffers(staging.LINES, _MOST_ROWS)
             self._mask = torch.zeros(_MOST_ROWS, self._mask_words, dtype=torch.int32, device=self.device)
-            if attention.prefills_on_device and blocks_per_sequence * BLOCK_TOKENS >= PREFILL_BLOCK:
+            if attention.prefills_on_device and blocks_per_sequence * BLOCK_TOKENS >= PREFILL_TILE:
                 self._prefill_graphs = PrefillGraphs(self._forward_pack, self.device)
         self._mask_staging: StagingBuffers | None = None
         self._decode_graphs: dict[int, StepGraph] = {}
@@ -218,7 +220,7 @@ class ModelRunner:
             positions=pack.positions,
             spans=(),
             decodes=False,
-            blocks=pack.tiles,
+            tiles=pack.tiles,
         )
         return self._forward(pack.ids.long(), batch, pack.kept.long())
 
@@ -309,14 +311,15 @@ class ModelRunner:
         """Run packed tokens of shape `(tokens,)`; returns logits of shape `(tokens kept, vocab)`."""
         if position_ids is None:
             position_ids = batch.positions.long()
-        forward = Forward(self._attention, self._pools, batch, by_sdpa=self._by_sdpa)
+        forward = PagedForward(self._attention, self._pools, batch, by_sdpa=self._by_sdpa)
+        steps = {} if self._fusion is None else self._fusion.steps
+        context = ForwardContext(attention=forward, steps=steps, adapters=self._adapter_choice(batch, keep))
         # A mask of four dimensions is taken as it is: none has to be made for an attention that ignores it.
         seen = self._ones[: len(ids)] if len(ids) <= len(self._ones) else torch.ones_like(ids)
         mask = seen[None, None, None] if self._by_sdpa else seen[None]
         # A list: a tensor would be copied to the device of the first layer, and is needed on that of the last.
         options = {"logits_to_keep": keep} if keep is not None and self._keeps_logits else {}
-        fused = contextlib.nullcontext() if self._fusion is None else self._fusion.applied()
-        with driving(forward, self._configs) as cache, self._adapting(batch, keep), fused:
+        with paged_attention(context, self._configs) as cache:
             output = self._model(
                 input_ids=ids[None],
                 attention_mask=mask,
@@ -329,13 +332,13 @@ class ModelRunner:
         logits: torch.Tensor = output.logits[0]
         return logits[keep] if keep is not None and not self._keeps_logits else logits
 
-    def _adapting(self, batch: Batch, keep: list[int] | torch.Tensor | None) -> contextlib.AbstractContextManager[None]:
-        """Apply each token's adapter; `keep` names the tokens that reach the output head."""
+    def _adapter_choice(self, batch: Batch, keep: list[int] | torch.Tensor | None) -> AdapterChoice | None:
+        """Choose the adapter of each token by its sequence; `keep` are the tokens that reach the output head."""
         if self._adapters is None:
-            return contextlib.nullcontext()
+            return None
         of_tokens = self._row_adapters[batch.slots.long()]
         sees_all = keep is None or not self._keeps_logits
-        return self._adapters.applied(of_tokens, of_tokens if sees_all else of_tokens[keep])
+        return self._adapters.choice(of_tokens, of_tokens if sees_all else of_tokens[keep])
 
     # Sampling.
 

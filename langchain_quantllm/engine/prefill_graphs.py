@@ -16,7 +16,7 @@ import torch
 from langchain_quantllm.engine.cuda_graphs import StepGraph, WaitFinder
 from langchain_quantllm.engine.scheduler import PrefillChunk
 from langchain_quantllm.engine.staging import StagingBuffers
-from langchain_quantllm.kernels.attention_reference import PREFILL_BLOCK
+from langchain_quantllm.kernels.reference import PREFILL_TILE
 
 LENGTHS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 640, 768, 1024)
 """Tokens of the graphs; longer steps keep the device busy while the host prepares the next."""
@@ -24,7 +24,7 @@ LENGTHS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 640, 768, 1024)
 MOST_SEQUENCES = 16
 """Most sequences of a step that runs as a graph."""
 
-_TILES = LENGTHS[-1] // PREFILL_BLOCK + MOST_SEQUENCES + 1
+_TILES = LENGTHS[-1] // PREFILL_TILE + MOST_SEQUENCES + 1
 _USES = 2  # of a length before it is captured: capturing takes about as long as an eager step
 
 PACK_SIZE = 3 * LENGTHS[-1] + MOST_SEQUENCES + 4 * _TILES
@@ -55,7 +55,7 @@ class Pack:
         """Divide memory of `PACK_SIZE` integers into the inputs of a graph."""
         lines = memory[: 3 * length].view(3, length)
         rest = memory[3 * LENGTHS[-1] :]
-        count = length // PREFILL_BLOCK + MOST_SEQUENCES + 1
+        count = length // PREFILL_TILE + MOST_SEQUENCES + 1
         return Pack(
             ids=lines[0],
             positions=lines[1],
@@ -75,15 +75,15 @@ class Pack:
         """
         parts = [(chunk.sequence.slot, chunk.start, chunk.ids) for chunk in chunks]
         missing = len(self.ids) - sum(len(part) for _, _, part in parts)
-        parts += [(padding_slot, 0, [0] * min(PREFILL_BLOCK, missing - at)) for at in range(0, missing, PREFILL_BLOCK)]
+        parts += [(padding_slot, 0, [0] * min(PREFILL_TILE, missing - at)) for at in range(0, missing, PREFILL_TILE)]
         ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
         tiles: list[tuple[int, int, int, int]] = []
         for slot, position, part in parts:
             tiles += [
-                (slot, len(ids) + at, position + at, min(PREFILL_BLOCK, len(part) - at))
-                for at in range(0, len(part), PREFILL_BLOCK)
+                (slot, len(ids) + at, position + at, min(PREFILL_TILE, len(part) - at))
+                for at in range(0, len(part), PREFILL_TILE)
             ]
             ids += part
             positions += range(position, position + len(part))

@@ -161,7 +161,7 @@ class BatchSampler:
             Token ids of shape `(rows,)`, int32; `NO_NUMBER` or `NOTHING_ALLOWED` in place of a missing one.
         """
         if self._drawing is not None:
-            sampled: torch.Tensor = self._drawing.draw(
+            sampled: torch.Tensor = self._drawing.sample(
                 logits,
                 slots,
                 uniforms,

@@ -129,20 +129,20 @@ class Engines:
     def _fuse(self) -> tuple[Fusion | None, str | None]:
         """Find the model's fused steps; returns None if there are none, with the reason if users should know it."""
         from langchain_quantllm.compat.bitsandbytes import is_quantized
-        from langchain_quantllm.engine.fusion.fuse import PRODUCT, Fusion
+        from langchain_quantllm.engine.fusion.fuse import LINEAR, Fusion
         from langchain_quantllm.engine.model_check import unsupported_reason
-        from langchain_quantllm.kernels import norms_reference as fused_reference
-        from langchain_quantllm.kernels.linear import cpu as cpu_products
+        from langchain_quantllm.kernels import reference
+        from langchain_quantllm.kernels.linear import cpu as cpu_linear
 
         model = self._pipeline.model
         options: dict[str, Any] = {}
         if unsupported_reason(model) is not None:
             return None, None  # the engine raises it
         if model.get_input_embeddings().weight.device.type == "cpu":
-            # On a CPU, only products of bitsandbytes' weights are faster.
+            # On a CPU, only linear layers with bitsandbytes' weights are faster.
             if not any(map(is_quantized, model.parameters())):
                 return None, None
-            options = {"kernels": fused_reference, "products": cpu_products, "kinds": (PRODUCT,)}
+            options = {"kernels": reference, "linear_kernels": cpu_linear, "kinds": (LINEAR,)}
         try:
             fusion = Fusion(model, **options)
         except Exception as error:  # memory, say: the model runs without
@@ -150,7 +150,7 @@ class Engines:
         if fusion.steps:
             return fusion, None
         fusion.close()
-        return None, fusion.why_none
+        return None, fusion.unsupported_reason
 
     def _pipeline_engine(self, reason: str) -> Engine:
         if self._plain is None:

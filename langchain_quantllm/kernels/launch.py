@@ -1,8 +1,8 @@
-"""Programmatic dependent launch: a kernel is made ready while the one before it ends, and waits for that.
+"""Launching the Triton kernels: programmatic dependent launch, padded sizes, Triton's interpreter.
 
-Owns when that is possible, and the two instructions of it. Whatever a kernel reads of another kernel's and all that it
-writes comes behind `wait_for_inputs`. Kernels of many programs let the next one begin when they have read their
-weights: earlier, its programs would take the place of their own.
+With programmatic dependent launch a kernel starts while the one before it ends, and waits for its results. A kernel
+calls `wait_for_inputs` before it reads another kernel's results, and before it writes. Kernels of many programs let the
+next kernel begin after they have read their weights: earlier, its programs would occupy the place of their own.
 
 Source: CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization".
 """
@@ -18,7 +18,7 @@ import triton.language as tl  # type: ignore[import-not-found,import-untyped,unu
 
 try:
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait  # type: ignore[import-not-found,import-untyped,unused-ignore]  # fmt: skip
-except ImportError:  # an older Triton, for which `early` is never set
+except ImportError:  # an older Triton, where `early` is never set
     gdc_launch_dependents = gdc_wait = None
 
 _HOPPER = (9, 0)
@@ -27,7 +27,7 @@ _LATE: dict[str, Any] = {"early": False}
 
 
 def launch_options(device: torch.device) -> dict[str, Any]:
-    """Give what a kernel with an argument `early` is launched with on a device."""
+    """Return the options to launch a kernel with an argument `early` on a device."""
     return _EARLY if device.type == "cuda" and _begins_early(device) else _LATE
 
 
@@ -42,13 +42,38 @@ def _begins_early(device: torch.device) -> bool:
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
 def wait_for_inputs(early: tl.constexpr) -> None:
-    """Wait until the kernel before this one has ended, and what it wrote can be read."""
+    """Wait until the kernel before this one has ended and its results can be read."""
     if early:
         gdc_wait()
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
 def let_next_begin(early: tl.constexpr) -> None:
-    """Let the next kernel begin as soon as all programs of this one have come here; it waits for their end."""
+    """Let the next kernel begin once all programs of this one have reached this call; it waits for their end."""
     if early:
         gdc_launch_dependents()
+
+
+@cache
+def power_of_2(size: int, least: int = 1) -> int:
+    """Round a size up to a power of two, as the sizes of tiles are."""
+    return max(least, 1 << (size - 1).bit_length())
+
+
+def dense_vectors(x: torch.Tensor) -> torch.Tensor:
+    """Copy a tensor whose last dimension is strided: the kernels read whole vectors."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def dot(left: tl.tensor, right: tl.tensor, added: tl.tensor) -> tl.tensor:
+    """Multiply in the dtype of both, float32 without TF32, and add to `added` in float32."""
+    if INTERPRETED:
+        # The interpreter stores bfloat16 as integers and would multiply these. Products of two are exact in float32.
+        left = left.to(tl.float32)
+        right = right.to(tl.float32)
+    return tl.dot(left, right, added, input_precision="ieee")
+
+
+INTERPRETED = tl.constexpr(not isinstance(dot, triton.JITFunction))
+"""Whether the kernels run in Triton's interpreter, without a GPU and without PTX."""

@@ -1,22 +1,19 @@
-"""The small steps between the products of a layer, each as one Triton kernel.
+"""The small steps between the linear layers of a model, each as one Triton kernel: norms and gated activations.
 
-Owns the kernels of norms and gates and how they are launched, and offers `fused_rotary`'s beside them. What the
-functions mean is `fused_reference`'s to say, which has them in plain torch. Knows tensors; no model and no engine.
+The module also has the kernels of `rotary`, so that it offers the same functions as `reference`, which documents them.
 
-The launchers are lean: they check nothing, and the device of the tensors must be the current one. Grids depend on
-shapes alone, and nothing is read on the host, so that a call can be part of a CUDA graph.
+The launchers check nothing, and the device of the tensors must be the current one. Grids depend on shapes alone, and
+nothing is read on the host, so that a call can be part of a CUDA graph.
 """
-# No `from __future__ import annotations` here: Triton's interpreter needs `tl.constexpr` as an object. And its compiler
-# looks every annotation of a kernel's arguments up, and refuses what is not its own.
-
-from functools import cache
+# No `from __future__ import annotations` here: Triton's interpreter needs `tl.constexpr` as an object, and its compiler
+# resolves every annotation of a kernel's arguments, and refuses others than its own.
 
 import torch
 import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]  # not on every machine, and untyped
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
-from langchain_quantllm.kernels.launch import launch_options, wait_for_inputs
-from langchain_quantllm.kernels.norms_reference import (
+from langchain_quantllm.kernels.launch import launch_options, power_of_2, wait_for_inputs
+from langchain_quantllm.kernels.reference import (
     GELU,
     GELU_TANH,
     HALVES,
@@ -24,7 +21,7 @@ from langchain_quantllm.kernels.norms_reference import (
     PAIRS_OF_HALVES,
     SILU,
 )
-from langchain_quantllm.kernels.rotary import angles, rotate_and_write
+from langchain_quantllm.kernels.rotary import cos_sin, rotate_and_write
 
 __all__ = [
     "GELU",
@@ -33,16 +30,16 @@ __all__ = [
     "PAIRS",
     "PAIRS_OF_HALVES",
     "SILU",
+    "activation_mul",
     "add_layer_norm",
     "add_rms_norm",
-    "angles",
-    "gate",
+    "cos_sin",
     "rms_norm",
     "rotate_and_write",
 ]
 
-_GATE_BLOCK = 1024
-"""Numbers of one program of the gate."""
+_ACTIVATION_TILE = 1024
+"""Numbers of one program of `activation_mul`."""
 
 _ACTIVATIONS = {SILU: 0, GELU: 1, GELU_TANH: 2}
 
@@ -50,21 +47,9 @@ _ACTIVATIONS = {SILU: 0, GELU: 1, GELU_TANH: 2}
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, *, offset: float = 0.0, rounds_first: bool = True
 ) -> torch.Tensor:
-    """Normalize by the root of the mean square: `fused_reference.rms_norm`.
-
-    Args:
-        x: Numbers of shape `(..., width)`, floating, with any strides.
-        weight: Of shape `(width,)`, contiguous, in the dtype of `x`.
-        eps: Added to the mean square. Compiled in.
-        offset: Added to the weight. Compiled in.
-        rounds_first: Whether numbers are rounded to their dtype before the weight comes. Compiled in.
-
-    Returns:
-        Numbers in the shape and dtype of `x`, contiguous.
-    """
-    rows = _rows(x)
+    """Normalize by the root of the mean square; see `reference.rms_norm`. All but the tensors is compiled in."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _launch_norm(rows, None, weight, None, None, out, eps, offset=offset, rounds_first=rounds_first)
+    _launch_norm(x, None, weight, None, None, out, eps=eps, offset=offset, rounds_first=rounds_first)
     return out
 
 
@@ -77,70 +62,38 @@ def add_rms_norm(
     offset: float = 0.0,
     rounds_first: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add, and normalize the sum: `fused_reference.add_rms_norm`.
-
-    Args:
-        x: Numbers of shape `(..., width)`, floating, with any strides.
-        residual: Added to them; in their shape and dtype.
-        weight: See `rms_norm`.
-        eps: See `rms_norm`.
-        offset: See `rms_norm`.
-        rounds_first: See `rms_norm`.
-
-    Returns:
-        The sum, and what becomes of it; each in the shape and dtype of `x`, contiguous.
-    """
+    """Add, and normalize the sum; see `reference.add_rms_norm`. All but the tensors is compiled in."""
     total = torch.empty_like(x, memory_format=torch.contiguous_format)
     out = torch.empty_like(total)
-    _launch_norm(_rows(x), _rows(residual), weight, None, total, out, eps, offset=offset, rounds_first=rounds_first)
+    _launch_norm(x, residual, weight, None, total, out, eps=eps, offset=offset, rounds_first=rounds_first)
     return total, out
 
 
 def add_layer_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add, and normalize the sum to mean 0 and variance 1: `fused_reference.add_layer_norm`.
-
-    Args:
-        x: Numbers of shape `(..., width)`, floating, with any strides.
-        residual: Added to them; in their shape and dtype.
-        weight: Of shape `(width,)`, contiguous, in the dtype of `x`.
-        bias: In the shape of the weight; None for none.
-        eps: Added to the variance. Compiled in.
-
-    Returns:
-        The sum, and what becomes of it; each in the shape and dtype of `x`, contiguous.
-    """
+    """Add, and normalize the sum to mean 0 and variance 1; see `reference.add_layer_norm`. `eps` is compiled in."""
     total = torch.empty_like(x, memory_format=torch.contiguous_format)
     out = torch.empty_like(total)
-    _launch_norm(_rows(x), _rows(residual), weight, bias, total, out, eps, centers=True)
+    _launch_norm(x, residual, weight, bias, total, out, eps=eps, centers=True)
     return total, out
 
 
-def gate(opening: torch.Tensor, values: torch.Tensor, activation: str) -> torch.Tensor:
-    """Multiply values by an activation of others: `fused_reference.gate`.
-
-    Args:
-        opening: What the activation is taken of, of shape `(..., width)`, floating, with any strides.
-        values: In the shape and dtype of `opening`, with any strides.
-        activation: `SILU`, `GELU` or `GELU_TANH`. Compiled in.
-
-    Returns:
-        The products in the shape and dtype of `opening`, contiguous.
-    """
-    out = torch.empty_like(opening, memory_format=torch.contiguous_format)
-    opening, values = _rows(opening), _rows(values)
-    rows, width = opening.shape
-    block = min(_GATE_BLOCK, _padded(width))
-    _gate_kernel[(rows, -(-width // block))](
-        opening,
-        values,
+def activation_mul(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    """Multiply an activation of one tensor by another; see `reference.activation_mul`. `activation` is compiled in."""
+    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    gate, up = _rows(gate), _rows(up)
+    rows, width = gate.shape
+    tile = min(_ACTIVATION_TILE, power_of_2(width, 16))
+    _activation_mul_kernel[(rows, -(-width // tile))](
+        gate,
+        up,
         out,
-        opening.stride(0),
-        values.stride(0),
+        gate.stride(0),
+        up.stride(0),
         width,
         activation=_ACTIVATIONS[activation],
-        block=block,
+        tile=tile,
         num_warps=4,
         **launch_options(out.device),
     )
@@ -154,47 +107,43 @@ def _launch_norm(
     bias: torch.Tensor | None,
     total: torch.Tensor | None,
     out: torch.Tensor,
-    eps: float,
     *,
+    eps: float,
     offset: float = 0.0,
     rounds_first: bool = False,
     centers: bool = False,
 ) -> None:
+    """Launch the kernel of all norms; without a residual, bias or total, another tensor is passed and never read."""
+    x = _rows(x)
+    residual = x if residual is None else _rows(residual)
     rows, width = x.shape
-    block = _padded(width)
-    # What is not there is never touched: `x` stands in for it.
+    tile = power_of_2(width, 16)
     _norm_kernel[(rows,)](
         x,
-        x if residual is None else residual,
+        residual,
         weight,
         weight if bias is None else bias,
         out if total is None else total,
         out,
         x.stride(0),
-        x.stride(0) if residual is None else residual.stride(0),
+        residual.stride(0),
         width=width,
         eps=eps,
         offset=offset,
-        adds=residual is not None,
+        adds=total is not None,
         has_bias=bias is not None,
         rounds_first=rounds_first,
         centers=centers,
-        block=block,
-        num_warps=min(16, max(1, block // 256)),
+        tile=tile,
+        num_warps=min(16, max(1, tile // 256)),
         **launch_options(x.device),
     )
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """See `(..., width)` as `(rows, width)` with dense rows; copies only what has no such view."""
+    """View `(..., width)` as `(rows, width)` with dense rows; copies a tensor that has no such view."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
-@cache
-def _padded(size: int) -> int:
-    """Round up to a power of two, as blocks are."""
-    return max(16, 1 << (size - 1).bit_length())
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
@@ -214,12 +163,12 @@ def _norm_kernel(
     has_bias: tl.constexpr,
     rounds_first: tl.constexpr,
     centers: tl.constexpr,
-    block: tl.constexpr,
+    tile: tl.constexpr,
     early: tl.constexpr,
 ) -> None:
     """Add and normalize one row; grid `(rows,)`."""
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, block)
+    columns = tl.arange(0, tile)
     inside = columns < width
     factors = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     wait_for_inputs(early)
@@ -241,31 +190,31 @@ def _norm_kernel(
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
-def _gate_kernel(
-    opening: tl.tensor,
-    values: tl.tensor,
+def _activation_mul_kernel(
+    gate: tl.tensor,
+    up: tl.tensor,
     out: tl.tensor,
-    opening_stride: tl.tensor,
-    values_stride: tl.tensor,
+    gate_stride: tl.tensor,
+    up_stride: tl.tensor,
     width: tl.tensor,
     activation: tl.constexpr,
-    block: tl.constexpr,
+    tile: tl.constexpr,
     early: tl.constexpr,
 ) -> None:
-    """Multiply a piece of a row by its activation; grid `(rows, pieces)`."""
+    """Multiply a tile of a row; grid `(rows, tiles of a row)`."""
     wait_for_inputs(early)
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * block + tl.arange(0, block)
+    columns = tl.program_id(1) * tile + tl.arange(0, tile)
     inside = columns < width
-    x = tl.load(opening + row * opening_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    factor = tl.load(values + row * values_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(gate + row * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    factor = tl.load(up + row * up_stride + columns, mask=inside, other=0.0).to(tl.float32)
     if activation == 0:
-        opened = x / (1 + tl.exp(-x))
+        activated = x / (1 + tl.exp(-x))
     elif activation == 1:
-        opened = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+        activated = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
     else:
         # tanh(u) = 1 - 2 / (exp(2u) + 1), which has no overflow: its exponential may be 0 or inf.
         doubled = tl.exp(1.5957691216057308 * (x + 0.044715 * x * x * x))
-        opened = 0.5 * x * (2 - 2 / (doubled + 1))
-    opened = opened.to(out.dtype.element_ty).to(tl.float32)
-    tl.store(out + row * width + columns, (opened * factor).to(out.dtype.element_ty), mask=inside)
+        activated = 0.5 * x * (2 - 2 / (doubled + 1))
+    activated = activated.to(out.dtype.element_ty).to(tl.float32)
+    tl.store(out + row * width + columns, (activated * factor).to(out.dtype.element_ty), mask=inside)

@@ -1,7 +1,7 @@
-"""Products with quantized weights as they are stored, in the place of what the library that made them computes.
+"""Linear layers with quantized weights, multiplied by the kernels of this package.
 
-Owns the step of one linear layer, which computes the layers that are given the same input with it. How a product is
-computed is the kernels' business, and whether it gives what the layer gives `product_checks`'s.
+A step is compared with its layer on a recorded call. Layers with the same input (query, key and value; gate and up) are
+multiplied together.
 """
 
 from __future__ import annotations
@@ -13,101 +13,139 @@ from typing import Any, cast
 
 import torch
 
+from langchain_quantllm.compat.bitsandbytes import is_quantized
+from langchain_quantllm.engine.forward_context import ForwardContext
+from langchain_quantllm.engine.fusion.recorded_call import TOLERANCES, Call, check_same, output_of
+from langchain_quantllm.errors import UnsupportedError
+from langchain_quantllm.kernels.linear import reference
 from langchain_quantllm.kernels.linear.cpu import share_memory
-from langchain_quantllm.kernels.linear.weights import FourBitWeight, Int8Weight, RepackedWeight, Weight
+from langchain_quantllm.kernels.linear.weights import (
+    FourBitWeight,
+    GPTQWeight,
+    Int8Weight,
+    RepackedWeight,
+    Weight,
+    weight_of,
+)
 
+_INT8_TOLERANCE = 0.1
+"""Largest relative difference from LLM.int8(), which rounds activations to 8 bits where the step does not."""
 
-class Products:
-    """What one forward has computed already, for the layers that will be given the same input."""
-
-    def __init__(self) -> None:
-        """Hold nothing."""
-        self._input: torch.Tensor | None = None
-        self._version = 0
-        self._found: dict[int, torch.Tensor] = {}
-
-    def put(self, x: torch.Tensor, found: dict[int, torch.Tensor]) -> None:
-        """Hold what layers will give for an input, by their ids; forget what was held for another."""
-        self._input, self._version, self._found = x, x._version, found
-
-    def take(self, x: torch.Tensor, layer_id: int) -> torch.Tensor | None:
-        """Give what is held for this layer and this very tensor, unchanged since; else None."""
-        if self._input is None or x is not self._input or x._version != self._version:
-            return None
-        found = self._found.pop(layer_id, None)
-        if not self._found:
-            self._input = None
-        return found
+_CHECKED_OUTPUTS = 512
+"""Outputs of an int8 layer that are compared with its dequantized weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProductStep:
+class LinearStep:
     """A linear layer over a quantized weight.
 
     Args:
-        kernels: `kernels.weight_only`, `kernels.weight_reference` or `kernels.cpu_products`.
+        kernels: `kernels.linear.dispatch`, `.reference` or `.cpu`.
         weight: The layer's weight.
-        together: Ids and weights of the layers that the model gives the same input, this one among them; empty where
-            there are no others, or not of the same layout.
+        group: Ids and weights of the layers with the same input, this one included; empty if there are no others, or
+            not of the same layout.
     """
 
     kernels: Any
     weight: Weight
-    together: tuple[tuple[int, Weight], ...] = ()
+    group: tuple[tuple[int, Weight], ...] = ()
 
     @property
     def is_exact(self) -> bool:
-        """Whether it leaves out a rounding that the layer makes, and so differs from it."""
+        """Whether it omits a rounding of the layer's, and so differs from the layer."""
         return isinstance(self.weight, Int8Weight)
 
     @property
-    def is_whole(self) -> bool:
+    def replaces_layer(self) -> bool:
         """Whether the layer itself is never called."""
         return not isinstance(self.weight, FourBitWeight) or math.isinf(self.kernels.MOST_FOUR_BIT_ROWS)
 
     def takes(self, x: torch.Tensor) -> bool:
-        """Whether it is the step that multiplies activations of shape `(..., in_features)`, rather than the layer."""
-        return self.is_whole or x.numel() <= self.kernels.MOST_FOUR_BIT_ROWS * x.shape[-1]
+        """Whether the step multiplies activations of shape `(..., in_features)`; the layer multiplies others."""
+        return self.replaces_layer or x.numel() <= self.kernels.MOST_FOUR_BIT_ROWS * x.shape[-1]
 
     def run(
-        self, module: Any, forward: Callable[..., Any], carried: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        module: Any,
+        forward: Callable[..., Any],
+        context: ForwardContext,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
-        """Multiply; see `fused_layers.Step.run`."""
+        """Multiply; see `patterns.Step.run`."""
         if len(args) != 1 or kwargs or not self.takes(args[0]):
             return forward(*args, **kwargs)
         x = args[0]
-        if not self.together:
-            return self.kernels.product(x, self.weight, self.weight.bias).to(x.dtype)
-        found = carried.products.take(x, id(module))
-        if found is None:
-            outputs = self.kernels.products_of_one_input(x, [weight for _, weight in self.together])
-            others = {key: out.to(x.dtype) for (key, _), out in zip(self.together, outputs, strict=True)}
-            found = others.pop(id(module))
-            carried.products.put(x, others)
-        return found
+        if not self.group:
+            return self.kernels.quantized_linear(x, self.weight, self.weight.bias).to(x.dtype)
+        output = context.projected.take(x, id(module))
+        if output is None:
+            outputs = self.kernels.grouped_linear(x, [weight for _, weight in self.group])
+            others = {key: out.to(x.dtype) for (key, _), out in zip(self.group, outputs, strict=True)}
+            output = others.pop(id(module))
+            context.projected.put(x, others)
+        return output
 
 
-def put_together(steps: dict[int, ProductStep], given: Mapping[int, tuple[Any, Any]]) -> dict[int, ProductStep]:
-    """Let the steps of layers that were given the same tensor know of each other.
+def is_quantized_linear(module: Any) -> bool:
+    """Whether a module may be a linear layer over a quantized weight of its own; a layer of peft has another's."""
+    own = {**module._buffers, **module._parameters}
+    return is_quantized(own.get("weight")) or isinstance(own.get("qweight"), torch.Tensor)
+
+
+def linear_step(call: Call, kernels: Any) -> LinearStep:
+    """Make the step of a linear layer, and compare it on all tokens of a call and on a single one.
+
+    Raises:
+        UnsupportedError: If the weight is stored in another way, or the step gives something else.
+    """
+    expected, weight = output_of(call), weight_of(call.module)
+    if weight is None:
+        msg = "its weight is stored in a way that has no kernel"
+        raise UnsupportedError(msg)
+    step = LinearStep(kernels=kernels, weight=weight)
+    [x] = call.args
+    output, single = call.run(step), kernels.quantized_linear(x[..., :1, :], weight, weight.bias).to(x.dtype)
+    if isinstance(weight, Int8Weight):
+        check_same(output, expected, tolerance=_INT8_TOLERANCE)
+        first = _first_outputs(weight, min(_CHECKED_OUTPUTS, weight.out_features))
+        output, single = output[..., : first.out_features], single[..., : first.out_features]
+        expected = reference.quantized_linear(x, first, first.bias, dtype=torch.float32).to(x.dtype)
+    # GPTQModel rounds dequantized weights to float16, also in a model of float32.
+    rounds = expected.dtype == torch.float32 and isinstance(weight, GPTQWeight)
+    tolerance = TOLERANCES[torch.float16] if rounds else None
+    check_same(output, expected, tolerance)
+    check_same(single, expected[..., :1, :], tolerance)
+    return step
+
+
+def _first_outputs(weight: Int8Weight, outputs: int) -> Int8Weight:
+    words = weight.words[: outputs * weight.in_features // 4]
+    bias = None if weight.bias is None else weight.bias[:outputs]
+    return replace(weight, out_features=outputs, words=words, scales=weight.scales[:outputs], bias=bias)
+
+
+def group_shared_input(steps: dict[int, LinearStep], calls: Mapping[int, Call]) -> dict[int, LinearStep]:
+    """Group the steps of layers that were called with the same tensor.
 
     Args:
-        steps: Steps by their layers' ids.
-        given: The layer, and what one forward of the model gave it, by the layers' ids.
+        steps: Steps by their layers' ids. Changed in place.
+        calls: Recorded calls of one forward, by the layers' ids.
 
     Returns:
         The same dictionary.
     """
     groups: dict[tuple[Any, ...], list[int]] = {}
     for key, step in steps.items():
-        groups.setdefault((id(given[key][1]), step.weight.layout), []).append(key)
+        groups.setdefault((id(calls[key].originals[0]), step.weight.layout), []).append(key)
     for keys in groups.values():
         weights: Sequence[Weight] = [steps[key].weight for key in keys]
         if len({weight.words.data_ptr() for weight in weights}) < max(2, len(keys)):
-            continue  # there is one only, or one twice
+            continue  # a single layer, or one layer twice
         if all(isinstance(weight, RepackedWeight) for weight in weights):
-            modules = [given[key][0] for key in keys]
+            modules = [calls[key].module for key in keys]
             weights = share_memory(modules, cast("list[RepackedWeight]", weights))
-        together = tuple(zip(keys, weights, strict=True))
-        for key, weight in together:  # in place, so that memory that is not shared any more is free
-            steps[key] = replace(steps[key], weight=weight, together=together)
+        group = tuple(zip(keys, weights, strict=True))
+        for key, weight in group:  # in place, to free the memory that `share_memory` has copied
+            steps[key] = replace(steps[key], weight=weight, group=group)
     return steps

@@ -1,7 +1,4 @@
-"""Whether tokens can be drawn by one kernel: found out by drawing with it and in plain torch, side by side.
-
-Owns what is tried. The kernel is `kernels.drawing`'s; what it has to give, `batch_sampler`'s.
-"""
+"""The sampling kernel, compared with sampling in plain torch before an engine uses it."""
 
 from __future__ import annotations
 
@@ -22,31 +19,31 @@ _OPTIONS = (
 _SPREAD = 3.0
 
 
-def find_drawing(vocab_size: int, device: torch.device) -> Any:
-    """Find what draws in one kernel.
+def find_sampling_kernel(vocab_size: int, device: torch.device) -> Any:
+    """Return the module of the sampling kernel, if it works here.
 
     Args:
         vocab_size: Width of the logits.
-        device: Where they are.
+        device: Their device.
 
     Returns:
-        `kernels.drawing`; None where it does not run, or draws other tokens than plain torch does.
+        `kernels.sampling`; None if it does not run, or samples other tokens than plain torch.
     """
     if device.type != "cuda":
         return None
     try:
-        from langchain_quantllm.kernels import sampling as drawing
+        from langchain_quantllm.kernels import sampling
 
         with torch.cuda.device(device):
-            return drawing if draws_alike(drawing, vocab_size, device) else None
+            return sampling if samples_alike(sampling, vocab_size, device) else None
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # Triton is not installed, or has nothing here to compile with
+    except Exception:  # Triton is not installed, or has no compiler on this machine
         return None
 
 
-def draws_alike(drawing: Any, vocab_size: int, device: torch.device) -> bool:
-    """Whether the kernel draws the tokens that plain torch draws: at random with all kinds of options, and the best."""
+def samples_alike(kernel: Any, vocab_size: int, device: torch.device) -> bool:
+    """Whether the kernel samples the same tokens as plain torch: greedily, and at random with all kinds of options."""
     rows = len(_OPTIONS)
     requests = [
         Request(
@@ -64,9 +61,9 @@ def draws_alike(drawing: Any, vocab_size: int, device: torch.device) -> bool:
     logits = (_SPREAD * torch.randn(rows, vocab_size, generator=generator)).to(device)
     uniforms = torch.rand(rows, generator=generator).to(device)
     slots, may_not_end = torch.arange(rows, device=device), torch.zeros(rows, dtype=torch.bool, device=device)
-    found = []
-    for way in (None, drawing):
-        sampler = BatchSampler(rows, vocab_size, device, drawing=way)
+    sampled = []
+    for implementation in (None, kernel):
+        sampler = BatchSampler(rows, vocab_size, device, drawing=implementation)
         sampler.set(range(rows), requests, [(0,)] * rows)
-        found.append([sampler.sample(logits, slots, uniforms, may_not_end, need) for need in (0, SAMPLES | SORTS)])
-    return all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+        sampled.append([sampler.sample(logits, slots, uniforms, may_not_end, need) for need in (0, SAMPLES | SORTS)])
+    return all(torch.equal(one, other) for one, other in zip(*sampled, strict=True))

@@ -1,7 +1,6 @@
-"""Whether a fused step gives what a module gives: found out on a call that the module has answered.
+"""Finding the fused step that computes what a module does, by comparing their outputs on a recorded call.
 
-Owns the search for the formula that a module follows, the comparison and its tolerance. Nothing goes by the name of a
-model: what matches is fused, what does not is refused with the reason.
+The names of models play no part: a module with a known formula is fused, another one is refused with the reason.
 """
 
 from __future__ import annotations
@@ -9,121 +8,34 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from langchain_quantllm.compat.transformers_models import given_cache_name
-from langchain_quantllm.engine.attention import Batch, Forward, GatherAttention, LayerPool, Span, driving
+from langchain_quantllm.engine.attention import Batch, GatherAttention, LayerPool, Span
+from langchain_quantllm.engine.attention_interface import PagedForward, paged_attention
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.engine.cuda_graphs import hooks_of
+from langchain_quantllm.engine.forward_context import ForwardContext
 from langchain_quantllm.engine.fusion.patterns import (
-    AnglesStep,
-    Carried,
-    GateStep,
+    CosSinStep,
+    GatedMlpStep,
     NormStep,
     Projections,
     ResidualStep,
     RotaryStep,
-    Step,
-    are_angles,
+    is_cos_sin,
     structure_of,
 )
+from langchain_quantllm.engine.fusion.recorded_call import Call, check_same, difference, output_of
 from langchain_quantllm.errors import UnsupportedError
-from langchain_quantllm.kernels import norms_reference as reference
-
-TOLERANCES = {torch.float32: 2e-5, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
-"""Largest difference from a module's own output, relative to its size, by dtype.
-
-In 16 bits, four times what rounding to the dtype is off by, at most: some roundings differ, as sums of another order
-lie on the other side of a border. In float32, where such sums are of some thousand numbers, about 300 times.
-"""
+from langchain_quantllm.kernels import reference
 
 _LAYOUTS = tuple(itertools.product((reference.HALVES, reference.PAIRS, reference.PAIRS_OF_HALVES), (True, False)))
 _NORM_PAIRS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"))
 _OUTPUTS = ("o_proj", "dense", "out_proj")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Call:
-    """A call of a module and its answer.
-
-    Tensors are copies, as models write over theirs; `originals` are the first argument and the answer themselves, by
-    which one sees who was given what.
-    """
-
-    module: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Any
-    originals: tuple[Any, Any]
-
-    @classmethod
-    def of(cls, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Call:
-        """Copy a call that a module has just answered."""
-        copies = [copy_of(args), copy_of(kwargs)]
-        originals = (args[0] if args else None, output)
-        return cls(module=module, args=copies[0], kwargs=copies[1], output=copy_of(output), originals=originals)
-
-    def run(self, step: Step, carried: Carried | None = None) -> Any:
-        """Answer the call by a step, which may not hand it back to the module."""
-
-        def refuse(*args: Any, **kwargs: Any) -> Any:
-            msg = "it is called in another way"
-            raise UnsupportedError(msg)
-
-        return step.run(self.module, refuse, carried or Carried(), self.args, self.kwargs)
-
-
-def tensors_of(*parts: Any) -> list[torch.Tensor]:
-    """Give the tensors among the parts of a call."""
-    return [part for part in parts if isinstance(part, torch.Tensor)]
-
-
-def copy_of(part: Any) -> Any:
-    """Copy the tensors in a part of a call, in tuples and dictionaries too."""
-    if isinstance(part, torch.Tensor):
-        return part.clone()
-    if type(part) is tuple:
-        return tuple(copy_of(one) for one in part)
-    return {key: copy_of(one) for key, one in part.items()} if type(part) is dict else part
-
-
-def output_of(call: Call) -> torch.Tensor:
-    """Give the call's output, a tensor.
-
-    Raises:
-        UnsupportedError: If it is something else.
-    """
-    if not isinstance(call.output, torch.Tensor):
-        msg = "it gives more than a tensor"
-        raise UnsupportedError(msg)
-    return call.output
-
-
-def check_same(found: Any, expected: torch.Tensor, tolerance: float | None = None) -> None:
-    """Compare what a fused step gives with what the module gives.
-
-    Raises:
-        UnsupportedError: If they differ by more than the tolerance; None is that of `TOLERANCES`.
-    """
-    tolerance = tolerance or TOLERANCES.get(expected.dtype)
-    if tolerance is None:
-        msg = f"its numbers are {expected.dtype}"
-        raise UnsupportedError(msg)
-    if not isinstance(found, torch.Tensor) or found.shape != expected.shape or found.dtype != expected.dtype:
-        msg = "it gives another shape or dtype"
-        raise UnsupportedError(msg)
-    difference = _difference(found, expected)
-    if not difference <= tolerance:
-        msg = f"it gives something else (a difference of {difference:.1g}, where {tolerance:.1g} is allowed)"
-        raise UnsupportedError(msg)
-
-
-def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    found, expected = found.float(), expected.float()
-    return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
 
 
 # Norms.
@@ -159,8 +71,8 @@ def norm_step(call: Call, kernels: Any, *, runs_alone: bool) -> NormStep:
         NormStep(kernels=reference, eps=eps, offset=offset, rounds_first=rounds_first, runs_alone=runs_alone)
         for offset, rounds_first in itertools.product((0.0, 1.0), (True, False))
     ]
-    # They round otherwise, which is less than the tolerance: the nearest is the right one.
-    nearest = min(formulas, key=lambda step: _difference(step.add(module, x, torch.zeros_like(x))[1], expected))
+    # Formulas that only round differently are all within the tolerance: take the nearest.
+    nearest = min(formulas, key=lambda step: difference(step.add(module, x, torch.zeros_like(x))[1], expected))
     step = replace(nearest, kernels=kernels)
     check_same(step.add(module, x, torch.zeros_like(x))[1], expected)
     if runs_alone:
@@ -171,13 +83,13 @@ def norm_step(call: Call, kernels: Any, *, runs_alone: bool) -> NormStep:
 # Gated MLPs.
 
 
-def is_gated(module: Any) -> bool:
-    """Whether a module may be an MLP with a gate."""
+def is_gated_mlp(module: Any) -> bool:
+    """Whether a module may be an MLP of the form down(activation(gate(x)) * up(x))."""
     layers = set(module._modules)  # the experts of a mixture have them as tensors
     return {"gate_proj", "up_proj", "down_proj"} <= layers or {"gate_up_proj", "down_proj"} <= layers
 
 
-def gate_step(call: Call, kernels: Any) -> GateStep:
+def gated_mlp_step(call: Call, kernels: Any) -> GatedMlpStep:
     """Find the formula of a gated MLP.
 
     Raises:
@@ -193,17 +105,18 @@ def gate_step(call: Call, kernels: Any) -> GateStep:
         msg = "its activation is neither SiLU nor GELU"
         raise UnsupportedError(msg)
     packed = None if hasattr(module, "gate_proj") else "gate_up_proj"
-    step = GateStep(kernels=kernels, activation=activation, packed=packed)
+    step = GatedMlpStep(kernels=kernels, activation=activation, packed=packed)
     check_same(call.run(step), expected)
     return step
 
 
 def _activation_of(function: Callable[[torch.Tensor], Any], device: torch.device) -> str | None:
     x = torch.linspace(-6, 6, 101, device=device)
-    found, one = function(x), torch.ones_like(x)
+    output, one = function(x), torch.ones_like(x)
     for name in (reference.SILU, reference.GELU, reference.GELU_TANH):
-        # The two of GELU lie 5e-4 apart.
-        if isinstance(found, torch.Tensor) and torch.allclose(found, reference.gate(x, one, name), rtol=0, atol=1e-5):
+        # The two kinds of GELU are 5e-4 apart.
+        expected = reference.activation_mul(x, one, name)
+        if isinstance(output, torch.Tensor) and torch.allclose(output, expected, rtol=0, atol=1e-5):
             return name
     return None
 
@@ -211,33 +124,33 @@ def _activation_of(function: Callable[[torch.Tensor], Any], device: torch.device
 # Rotary positions.
 
 _FAR = (0, 1, 100, 1_000, 30_000, 130_000)
-"""Positions at which cosines and sines are compared beside those of the call."""
+"""Positions at which cosines and sines are compared in addition to those of the call."""
 
 
-def is_angles(module: Any) -> bool:
-    """Whether a module may give cosines and sines of positions, by frequencies that do not depend on the text."""
+def is_cos_sin_module(module: Any) -> bool:
+    """Whether a module may compute cosines and sines of positions from constant frequencies."""
     frequencies, kind = getattr(module, "inv_freq", None), getattr(module, "rope_type", "default")
-    is_fixed = isinstance(kind, str) and "dynamic" not in kind and kind != "longrope"
-    return isinstance(frequencies, torch.Tensor) and frequencies.dim() == 1 and is_fixed
+    is_constant = isinstance(kind, str) and "dynamic" not in kind and kind != "longrope"
+    return isinstance(frequencies, torch.Tensor) and frequencies.dim() == 1 and is_constant
 
 
-def angles_step(call: Call, kernels: Any) -> AnglesStep:
-    """Find out whether a module gives the cosines and sines that the kernel gives, far into a text too.
+def cos_sin_step(call: Call, kernels: Any) -> CosSinStep:
+    """Compare a module's cosines and sines with the kernel's, at the call's positions and at far ones.
 
     Raises:
-        UnsupportedError: If it does not.
+        UnsupportedError: If they differ.
     """
     module = call.module
     scale = getattr(module, "attention_scaling", 1.0)
-    if not are_angles(call.output) or not isinstance(scale, int | float):
+    if not is_cos_sin(call.output) or not isinstance(scale, int | float):
         msg = "it gives no cosines and sines"
         raise UnsupportedError(msg)
-    step = AnglesStep(kernels=kernels, scale=float(scale))
+    step = CosSinStep(kernels=kernels, scale=float(scale))
     device = call.output[0].device
     x, far = torch.zeros(1, dtype=call.output[0].dtype, device=device), torch.tensor([_FAR], device=device)
     expected = type(module).forward(module, x, far)
-    found = replace(call, args=(x, far), kwargs={}).run(step)
-    for one, other in ((call.run(step), call.output), (found, expected)):
+    output = replace(call, args=(x, far), kwargs={}).run(step)
+    for one, other in ((call.run(step), call.output), (output, expected)):
         check_same(one[0], other[0])
         check_same(one[1], other[1])
     return step
@@ -254,45 +167,46 @@ def is_rotary(module: Any) -> bool:
 
 
 def rotary_step(call: Call, configs: Sequence[Any], kernels: Any, likely: RotaryStep | None = None) -> RotaryStep:
-    """Find how an attention gets its states and rotates them, by running it over pages of its own.
+    """Find how an attention computes and rotates its states, by running it over blocks of its own.
 
     Args:
         call: A call of the attention, without a cache.
-        configs: Configs of the model, as `driving` takes them.
-        kernels: `kernels.fused` or `kernels.fused_reference`.
-        likely: What was found in another layer.
+        configs: Configs of the model; see `paged_attention`.
+        kernels: `kernels.norms` or `kernels.reference`.
+        likely: The step of another layer, tried first.
 
     Raises:
-        UnsupportedError: If it is in none of the known ways.
+        UnsupportedError: If no known way gives the same output.
     """
     module, kwargs = call.module, call.kwargs
-    hidden, angles = kwargs.get("hidden_states"), kwargs.get("position_embeddings")
+    hidden, cos_sin = kwargs.get("hidden_states"), kwargs.get("position_embeddings")
     cache_name = given_cache_name(kwargs)
     if call.args or hidden is None or cache_name is None:
         msg = "it is called in another way"
         raise UnsupportedError(msg)
-    if not are_angles(angles):
+    if not is_cos_sin(cos_sin):
         msg = "it is given no cosines and sines"
         raise UnsupportedError(msg)
-    own = _OwnPages(hidden)
-    with driving(own, configs) as cache:
-        given = {**kwargs, cache_name: cache, "attention_mask": None}
-        output = type(module).forward(module, **given)
-    if own.asked is None or not isinstance(output, tuple) or len(output) != 2 or output[1] is not None:
+    own = _OwnBlocks(hidden)
+    paged_kwargs = {**kwargs, "attention_mask": None}
+    with paged_attention(ForwardContext(attention=own), configs) as cache:
+        output = type(module).forward(module, **{**paged_kwargs, cache_name: cache})
+    if own.arguments is None or not isinstance(output, tuple) or len(output) != 2 or output[1] is not None:
         msg = "its attention is reached in another way"
         raise UnsupportedError(msg)
     reason = "its projections have other names"
-    for step in _rotary_steps(module, kernels, own.asked, angles[0].shape[-1], likely):
-        ours = _OwnPages(hidden, own.pools)
+    for step in _rotary_steps(module, kernels, own.arguments, cos_sin[0].shape[-1], likely):
+        ours = _OwnBlocks(hidden, own.pools)
+        context = ForwardContext(attention=ours)
         try:
-            with driving(ours, configs) as cache:
-                found = replace(call, kwargs={**given, cache_name: cache}).run(step)[0]
-            check_same(found, output[0])
+            with paged_attention(context, configs) as cache:
+                attended = replace(call, kwargs={**paged_kwargs, cache_name: cache}).run(step, context)[0]
+            check_same(attended, output[0])
             layer = module.layer_idx
             check_same(ours.pools[layer].kv[1:], own.pools[layer].kv[1:])
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # shapes that do not go together, too
+        except Exception as error:  # shapes that do not match, too
             reason = str(error) if isinstance(error, UnsupportedError) else "its parts are put together otherwise"
             continue
         return step
@@ -300,9 +214,9 @@ def rotary_step(call: Call, configs: Sequence[Any], kernels: Any, likely: Rotary
 
 
 def _rotary_steps(
-    module: Any, kernels: Any, asked: tuple[Any, ...], rotary_dim: int, likely: RotaryStep | None
+    module: Any, kernels: Any, arguments: tuple[Any, ...], rotary_dim: int, likely: RotaryStep | None
 ) -> Iterator[RotaryStep]:
-    """Give the ways that are possible, the likely one first."""
+    """Yield the steps that the attention may have, the likely one first."""
     output = next((name for name in _OUTPUTS if hasattr(module, name)), None)
     head_dim = getattr(module, "head_dim", None)
     if output is None or not isinstance(head_dim, int) or rotary_dim > head_dim or rotary_dim % 2:
@@ -317,25 +231,25 @@ def _rotary_steps(
     if norms is not None:
         ways.append(Projections(packed=packed, heads=heads))
     if likely is not None:
-        yield replace(likely, asked=asked)
+        yield replace(likely, arguments=arguments)
     for projections, (layout, rounds) in itertools.product(ways, _LAYOUTS):
         yield RotaryStep(
-            kernels=kernels, projections=projections, output=output, layout=layout, rounds=rounds, asked=asked
+            kernels=kernels, projections=projections, output=output, layout=layout, rounds=rounds, arguments=arguments
         )
 
 
-class _OwnPages(Forward):
-    """A forward of one attention over pages made for it, which notes what the attention is asked."""
+class _OwnBlocks(PagedForward):
+    """A forward of one attention over blocks made for it; records the arguments that the attention passes."""
 
     def __init__(self, hidden: torch.Tensor, like: Mapping[int, LayerPool] | None = None) -> None:
-        """Make room for the tokens of `hidden`, of shape `(1, tokens, width)`, by empty copies of others' pools."""
+        """Allocate blocks for the tokens of `hidden`, of shape `(1, tokens, width)`, as empty copies of other pools."""
         tokens, device = hidden.shape[1], hidden.device
-        self.pages = -(-tokens // BLOCK_TOKENS)
+        self.blocks = -(-tokens // BLOCK_TOKENS)
         self.pools = {i: replace(pool, kv=torch.zeros_like(pool.kv)) for i, pool in (like or {}).items()}
-        self.asked: tuple[float | None, int | None, float | None] | None = None
+        self.arguments: tuple[float | None, int | None, float | None] | None = None
         positions = torch.arange(tokens, dtype=torch.int32, device=device)
         batch = Batch(
-            table=torch.arange(1, self.pages + 1, dtype=torch.int32, device=device)[None],
+            table=torch.arange(1, self.blocks + 1, dtype=torch.int32, device=device)[None],
             slots=torch.zeros_like(positions),
             positions=positions,
             spans=[Span(slot=0, first=0, position=0, count=tokens)],
@@ -344,9 +258,9 @@ class _OwnPages(Forward):
         super().__init__(GatherAttention(), self.pools, batch, by_sdpa=False)
 
     def write(self, key: torch.Tensor, value: torch.Tensor, layer: int) -> torch.Tensor:
-        """Make the layer's pool if there is none, and store."""
+        """Store, in a pool that is allocated for the first keys of a layer."""
         if layer not in self.pools:
-            shape = (self.pages + 1, BLOCK_TOKENS, key.shape[1], key.shape[3] + value.shape[3])
+            shape = (self.blocks + 1, BLOCK_TOKENS, key.shape[1], key.shape[3] + value.shape[3])
             kv = torch.zeros(shape, dtype=key.dtype, device=key.device)
             self.pools[layer] = LayerPool(kv=kv, key_dim=key.shape[3])
         return super().write(key, value, layer)
@@ -354,8 +268,8 @@ class _OwnPages(Forward):
     def attend(
         self, query: torch.Tensor, scale: float | None, window: int | None = None, softcap: float | None = None
     ) -> torch.Tensor:
-        """Attend, and note what was asked for."""
-        self.asked = (scale, window, softcap)
+        """Attend, and record the arguments."""
+        self.arguments = (scale, window, softcap)
         return super().attend(query, scale, window, softcap)
 
 
@@ -372,11 +286,11 @@ def residual_step(call: Call, norms: Mapping[int, NormStep], following: Call | N
 
     Args:
         call: A call of the layer.
-        norms: Steps of the norms of the model, by the norms' ids.
-        following: The call of the norm that was given what the layer gave; None where there is none.
+        norms: Steps of the model's norms, by the norms' ids.
+        following: The call of the norm whose input is the layer's output; None if there is none.
 
     Raises:
-        UnsupportedError: If it has none of the known ones.
+        UnsupportedError: If the layer has no known structure.
     """
     expected, module = output_of(call), call.module
     names = structure_of(module._modules)
@@ -384,22 +298,22 @@ def residual_step(call: Call, norms: Mapping[int, NormStep], following: Call | N
         msg = "its parts are others than attention, MLP and norms before them"
         raise UnsupportedError(msg)
 
-    def known(norm: Any) -> tuple[NormStep, weakref.ref[Any]] | None:
-        is_plain = norm is not None and not hooks_of(norm)  # which would see nothing
+    def fused(norm: Any) -> tuple[NormStep, weakref.ref[Any]] | None:
+        is_plain = norm is not None and not hooks_of(norm)  # its hooks would see nothing
         return (norms[id(norm)], weakref.ref(norm)) if is_plain and id(norm) in norms else None
 
     step = ResidualStep(
         names=names,
-        norm=known(getattr(module, names.before_mlp)),
-        following=None if following is None else known(following.module),
+        norm=fused(getattr(module, names.before_mlp)),
+        following=None if following is None else fused(following.module),
     )
     if step.norm is None and step.following is None:
         msg = "none of its norms is fused"
         raise UnsupportedError(msg)
-    carried = Carried()
-    found = call.run(step, carried)
-    check_same(found, expected)
+    context = ForwardContext()
+    output = call.run(step, context)
+    check_same(output, expected)
     if step.following is not None and following is not None:
-        normed = carried.take(found, following.module)
+        normed = context.normed.take(output, id(following.module))
         check_same(normed, output_of(following))
     return step

@@ -1,6 +1,6 @@
 """Products with weights whose rows lie one behind the other, as bitsandbytes stores them: 4 bits and int8, in Triton.
 
-Owns the kernels. What they compute is `weight_reference`'s to say, and how they are launched `weight_only`'s. A launch
+Owns the kernels. What they compute is `linear_reference`'s to say, and how they are launched `dispatch`'s. A launch
 multiplies the same activations by up to three weights: their programs follow each other in the grid.
 """
 # No `from __future__ import annotations` here: Triton's interpreter needs `tl.constexpr` as an object.

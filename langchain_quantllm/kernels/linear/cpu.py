@@ -25,7 +25,7 @@ from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.kernels.linear.reference import block_scales
 from langchain_quantllm.kernels.linear.weights import FourBitWeight, Int8Weight, RepackedWeight, Weight
 
-__all__ = ["MOST_FOUR_BIT_ROWS", "product", "products_of_one_input", "share_memory"]
+__all__ = ["MOST_FOUR_BIT_ROWS", "grouped_linear", "quantized_linear", "share_memory"]
 
 MOST_FOUR_BIT_ROWS = math.inf
 """Rows above which bitsandbytes' own way is the faster one."""
@@ -46,7 +46,7 @@ _HAS_STORED_PRODUCT = hasattr(torch, "_weight_int8pack_mm") and sys.platform != 
 """Whether torch multiplies by codes as they are stored; on Windows it does so number by number."""
 
 
-def product(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+def quantized_linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Multiply activations by a weight.
 
     Args:
@@ -121,7 +121,7 @@ def _has_16_bit_products() -> bool:
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def products_of_one_input(x: torch.Tensor, weights: Sequence[Weight]) -> list[torch.Tensor]:
+def grouped_linear(x: torch.Tensor, weights: Sequence[Weight]) -> list[torch.Tensor]:
     """Multiply the same activations by several weights, and add the bias of each; in one call where they share memory.
 
     Args:
@@ -134,8 +134,8 @@ def products_of_one_input(x: torch.Tensor, weights: Sequence[Weight]) -> list[to
     first = weights[0]
     joint = first.joint if isinstance(first, RepackedWeight) else None
     if joint is None:
-        return [product(x, weight, weight.bias) for weight in weights]
-    parts = product(x, joint).split([weight.out_features for weight in weights], -1)
+        return [quantized_linear(x, weight, weight.bias) for weight in weights]
+    parts = quantized_linear(x, joint).split([weight.out_features for weight in weights], -1)
     biased = zip(parts, weights, strict=True)
     return [part.contiguous() if weight.bias is None else part + weight.bias for part, weight in biased]
 

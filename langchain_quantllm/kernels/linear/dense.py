@@ -1,7 +1,7 @@
 """Products of many rows with quantized weights: the weight is made dense once, for a product of torch's own.
 
-Owns the kernel that unpacks a weight of GPTQ. What the product means is `weight_reference`'s to say. Where rows are
-few, `weight_only` writes no dense weight. bitsandbytes does the same as this for its 4 bits, by itself.
+Owns the kernel that unpacks a weight of GPTQ. What the product means is `linear_reference`'s to say. Where rows are
+few, `dispatch` writes no dense weight. bitsandbytes does the same as this for its 4 bits, by itself.
 """
 # No `from __future__ import annotations` here: Triton's interpreter needs `tl.constexpr` as an object.
 
@@ -16,8 +16,8 @@ _WORDS, _OUTPUTS = 8, 128
 """Words and outputs that one program unpacks."""
 
 
-def dense_product(x: torch.Tensor, weight: GPTQWeight | Int8Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Multiply activations by a quantized weight, made dense in their dtype: `weight_reference.product`.
+def dense_linear(x: torch.Tensor, weight: GPTQWeight | Int8Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Multiply activations by a quantized weight, made dense in their dtype: `linear_reference.product`.
 
     Args:
         x: Activations of shape `(..., in_features)`, float16, bfloat16 or float32.

@@ -1,7 +1,7 @@
 """Products of 16-bit or float32 activations with quantized weights, which are read as the checkpoint stores them.
 
 Owns how the kernels are launched: regime, tile sizes, grids, the sharing of long sums. What the functions mean is
-`weight_reference`'s to say, which has them in plain torch. Knows tensors and weights; no model and no engine.
+`linear_reference`'s to say, which has them in plain torch. Knows tensors and weights; no model and no engine.
 
 Two regimes. "vector", for up to 4 rows: each thread decodes what it loaded and multiplies it in float32. "tile", for
 any number of rows: tensor cores multiply what was decoded in registers. Sums are added in an order that depends on
@@ -24,7 +24,7 @@ from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
 from langchain_quantllm.kernels.launch import launch_options, wait_for_inputs
 from langchain_quantllm.kernels.linear.bitsandbytes import row_tile_kernel, row_vector_kernel
 from langchain_quantllm.kernels.linear.codebook import GROUPS_SHUFFLED, instructions
-from langchain_quantllm.kernels.linear.dense import dense_product
+from langchain_quantllm.kernels.linear.dense import dense_linear
 from langchain_quantllm.kernels.linear.dequantize import MAGIC, all_outputs
 from langchain_quantllm.kernels.linear.gptq import packed_tile_kernel, packed_vector_kernel
 from langchain_quantllm.kernels.linear.weights import (
@@ -37,7 +37,7 @@ from langchain_quantllm.kernels.linear.weights import (
     weight_of,
 )
 
-__all__ = ["MOST_FOUR_BIT_ROWS", "ProductConfig", "config_for", "product", "products_of_one_input", "weight_of"]
+__all__ = ["MOST_FOUR_BIT_ROWS", "LinearConfig", "config_for", "grouped_linear", "quantized_linear", "weight_of"]
 
 MOST_FOUR_BIT_ROWS = 64
 """Rows above which bitsandbytes' own way, to dequantize a matrix once, is the faster one."""
@@ -68,7 +68,7 @@ _DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProductConfig:
+class LinearConfig:
     """How a product is computed; results are the same but for rounding.
 
     Args:
@@ -91,10 +91,10 @@ class ProductConfig:
     decode: str = "shuffle"
 
 
-def product(
-    x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None, *, config: ProductConfig | None = None
+def quantized_linear(
+    x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None, *, config: LinearConfig | None = None
 ) -> torch.Tensor:
-    """Multiply activations by a quantized weight: `weight_reference.product`.
+    """Multiply activations by a quantized weight: `linear_reference.product`.
 
     Args:
         x: Activations of shape `(..., in_features)`, float16, bfloat16 or float32.
@@ -112,12 +112,12 @@ def product(
         InvalidOptionError: If the config does not fit.
     """
     if config is None and _is_long(x) and isinstance(weight, Int8Weight | GPTQWeight):
-        return dense_product(x, weight, bias)
+        return dense_linear(x, weight, bias)
     return _launch(x, [weight], None if bias is None else [bias], config)[0]
 
 
-def products_of_one_input(
-    x: torch.Tensor, weights: Sequence[Weight], *, config: ProductConfig | None = None
+def grouped_linear(
+    x: torch.Tensor, weights: Sequence[Weight], *, config: LinearConfig | None = None
 ) -> list[torch.Tensor]:
     """Multiply the same activations by several weights, and add the bias of each.
 
@@ -138,7 +138,7 @@ def products_of_one_input(
     biases = [weight.bias for weight in weights if weight.bias is not None]
     alike = len({weight.layout for weight in weights}) == 1 and len(biases) in (0, len(weights))
     if not alike or len(weights) > MOST_WEIGHTS or (config is None and _is_long(x)):
-        return [product(x, weight, weight.bias, config=config) for weight in weights]
+        return [quantized_linear(x, weight, weight.bias, config=config) for weight in weights]
     return _launch(x, weights, biases or None, config)
 
 
@@ -154,7 +154,7 @@ def config_for(
     dtype: torch.dtype = torch.bfloat16,
     out_features: int | None = None,
     is_roomy: bool = True,
-) -> ProductConfig:
+) -> LinearConfig:
     """Choose how to compute a product.
 
     Args:
@@ -191,7 +191,7 @@ def _rule(
     multiprocessors: int,
     dtype: torch.dtype,
     is_roomy: bool,
-) -> ProductConfig:
+) -> LinearConfig:
     """Choose by what was fastest on an H200: `python -m benchmarks.linear_speed`."""
     row_words = in_features // codes_per_word(bits)
     if rows <= _RULED_VECTOR_ROWS:
@@ -206,7 +206,7 @@ def _rule(
         decode = "table" if exact else "permute" if rows > 16 and is_roomy else "shuffle"
     outputs, words, warps, stages = shape
     splits = _splits(-(-out_features // outputs), wanted * multiprocessors, min(most, -(-row_words // words)))
-    return ProductConfig(
+    return LinearConfig(
         regime=regime, outputs=outputs, words=words, splits=splits, warps=warps, stages=stages, decode=decode
     )
 
@@ -250,7 +250,7 @@ def _launch(
     x: torch.Tensor,
     weights: Sequence[Weight],
     biases: Sequence[torch.Tensor] | None,
-    config: ProductConfig | None,
+    config: LinearConfig | None,
 ) -> list[torch.Tensor]:
     """Multiply by weights of one layout, all in one launch, and add up the splits in another."""
     flat = x.reshape(-1, x.shape[-1])
@@ -277,7 +277,7 @@ def _launch(
     return [part.view(*shape, width) for part, width in zip(parts, widths, strict=True)]
 
 
-def _check(config: ProductConfig, rows: int) -> None:
+def _check(config: LinearConfig, rows: int) -> None:
     if config.regime not in ("vector", "tile") or config.decode not in ("table", *GROUPS_SHUFFLED):
         raise InvalidOptionError(f"A product has no regime {config.regime!r} with decode {config.decode!r}.")
     if config.regime == "vector" and rows > MOST_VECTOR_ROWS:
@@ -291,7 +291,7 @@ def _multiply(
     weights: Sequence[Weight],
     biases: Sequence[torch.Tensor] | None,
     target: torch.Tensor,
-    config: ProductConfig,
+    config: LinearConfig,
 ) -> None:
     """Launch the kernel of the format and the regime."""
     rows, first = x.shape[0], weights[0]
@@ -358,7 +358,7 @@ def _chunk(in_features: int, size: int, per_word: int, words: int) -> int:
     return min(words, gcd(in_features, size) // per_word)
 
 
-def _row_format(weight: FourBitWeight | Int8Weight, dtype: torch.dtype, config: ProductConfig) -> dict[str, Any]:
+def _row_format(weight: FourBitWeight | Int8Weight, dtype: torch.dtype, config: LinearConfig) -> dict[str, Any]:
     """Give the constants of a format that lies in rows."""
     if isinstance(weight, Int8Weight):
         constants = {"bits": 8, "block_size": 64, "chunk": 1, "nested": False, "nested_block_size": 1, "ptx": ""}

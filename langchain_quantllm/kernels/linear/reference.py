@@ -1,4 +1,4 @@
-"""What `weight_only` computes, in plain torch: dequantize, then multiply.
+"""What `dispatch` computes, in plain torch: dequantize, then multiply.
 
 Owns the meaning of the products: the Triton kernels are tested against them. Knows tensors and weights; no model, no
 Triton, and neither library that made the weights.
@@ -12,13 +12,13 @@ import torch
 
 from langchain_quantllm.kernels.linear.weights import FourBitWeight, GPTQWeight, Int8Weight, RepackedWeight, Weight
 
-__all__ = ["MOST_FOUR_BIT_ROWS", "block_scales", "dequantize", "product", "products_of_one_input"]
+__all__ = ["MOST_FOUR_BIT_ROWS", "block_scales", "dequantize", "grouped_linear", "quantized_linear"]
 
 MOST_FOUR_BIT_ROWS = 64
-"""As of `weight_only`."""
+"""As of `dispatch`."""
 
 
-def product(
+def quantized_linear(
     x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None, *, dtype: torch.dtype = torch.float64
 ) -> torch.Tensor:
     """Multiply activations by a quantized weight.
@@ -36,7 +36,7 @@ def product(
     return found if bias is None else found + bias.to(dtype)
 
 
-def products_of_one_input(
+def grouped_linear(
     x: torch.Tensor, weights: Sequence[Weight], *, dtype: torch.dtype = torch.float64
 ) -> list[torch.Tensor]:
     """Multiply the same activations by several weights, and add the bias of each.
@@ -49,7 +49,7 @@ def products_of_one_input(
     Returns:
         A product for each weight, as `product` gives it.
     """
-    return [product(x, weight, weight.bias, dtype=dtype) for weight in weights]
+    return [quantized_linear(x, weight, weight.bias, dtype=dtype) for weight in weights]
 
 
 def dequantize(weight: Weight, dtype: torch.dtype = torch.float64) -> torch.Tensor:

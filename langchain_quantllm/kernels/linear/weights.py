@@ -1,4 +1,4 @@
-"""Quantized weights of linear layers as `weight_only` multiplies by them: tensors and what they mean.
+"""Quantized weights of linear layers as `dispatch` multiplies by them: tensors and what they mean.
 
 Owns which weights kernels can use: every large tensor is the layer's own, or a view of it. Knows no kernel, and not how
 a layer of bitsandbytes or GPTQModel carries its weight, which is `compat`'s to say.

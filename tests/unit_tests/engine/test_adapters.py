@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, pipeline
 from langchain_quantllm import ChatQuantizedHuggingFace, QuantizedHuggingFaceLLM
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.engine.cuda_graphs import WaitFinder
+from langchain_quantllm.engine.forward_context import ForwardContext, forward_context
 from langchain_quantllm.errors import (
     CheckpointError,
     GenerationError,
@@ -443,7 +444,8 @@ def test_a_layer_makes_the_host_wait_for_nothing(llm: QuantizedHuggingFaceLLM) -
     stack = llm._engine()._parts.adapters  # type: ignore[attr-defined]
     layer = llm.pipeline.model.lm_head
     x, numbers = torch.randn(1, 3, 64), torch.tensor([1, -1, 0], dtype=torch.int32)
-    with torch.no_grad(), WaitFinder() as finder, stack.applied(numbers, numbers):
+    context = ForwardContext(adapters=stack.choice(numbers, numbers))
+    with torch.no_grad(), WaitFinder() as finder, forward_context(context):
         found = layer(x)
     assert finder.found is None
     with torch.no_grad():

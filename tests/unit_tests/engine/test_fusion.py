@@ -5,6 +5,7 @@ On the CPU, the plain versions of the kernels run; everything around them is as 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 from collections.abc import Iterator
@@ -18,23 +19,24 @@ import transformers
 from langchain_quantllm.engine.adapter_switch import AdapterSwitch
 from langchain_quantllm.engine.continuous import ContinuousEngine
 from langchain_quantllm.engine.cuda_graphs import no_graph_reason
+from langchain_quantllm.engine.forward_context import ForwardContext, forward_context
 from langchain_quantllm.engine.fusion.fuse import (
-    ANGLES,
-    GATE,
+    COS_SIN,
+    GATED_MLP,
     KINDS,
+    LINEAR,
     NORM,
-    PRODUCT,
     RESIDUAL,
     ROTARY,
     FusedKind,
     Fusion,
 )
-from langchain_quantllm.engine.fusion.patterns import GateStep, NormStep
+from langchain_quantllm.engine.fusion.patterns import GatedMlpStep, NormStep
 from langchain_quantllm.engine.model_check import fingerprint
 from langchain_quantllm.engine.request import plan_requests
 from langchain_quantllm.errors import InvalidOptionError
-from langchain_quantllm.kernels import norms_reference as fused_reference
-from langchain_quantllm.kernels.linear import reference as weight_reference
+from langchain_quantllm.kernels import reference
+from langchain_quantllm.kernels.linear import reference as linear_reference
 from langchain_quantllm.options import GenerationOptions
 from tests.support.adapters import choose_adapter, enable_adapters, make_adapter, quietly
 from tests.support.families import FAST, family_model, generated_ids, random_ids
@@ -63,7 +65,7 @@ WHOLE = {
 
 LEFT = {
     ("granite", RESIDUAL): "it gives something else",  # what is added is multiplied first
-    ("cohere", ANGLES): "it gives something else",  # each twice, beside each other
+    ("cohere", COS_SIN): "it gives something else",  # each twice, beside each other
     ("olmo-clipped", ROTARY): "it gives something else",  # states are clipped
     ("phi", RESIDUAL): "its parts are others",  # attention and MLP beside each other
     ("opt", ROTARY): "no cosines and sines",
@@ -80,7 +82,12 @@ def one_thread() -> Iterator[None]:
 
 
 def fuse(model: Any, **options: Any) -> Fusion:
-    return Fusion(model, kernels=fused_reference, products=weight_reference, **options)
+    return Fusion(model, kernels=reference, linear_kernels=linear_reference, **options)
+
+
+def in_engine(fusion: Fusion) -> contextlib.AbstractContextManager[None]:
+    """Run a model as the engine's forwards do: with its fused steps."""
+    return forward_context(ForwardContext(steps=fusion.steps))
 
 
 def logits_of(model: Any, ids: list[int]) -> torch.Tensor:
@@ -107,7 +114,7 @@ class Counted:
         self.calls: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
-        function = getattr(fused_reference, name)
+        function = getattr(reference, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             self.calls.append(name)
@@ -118,7 +125,7 @@ class Counted:
 
 def is_whole(name: str, kind: FusedKind) -> bool:
     """Whether all modules of a kind are fused, and there are any, as in the families of `WHOLE`."""
-    if kind.kind == PRODUCT or (name, kind.kind) == ("gemma3", ANGLES):  # nothing is quantized; angles of two kinds
+    if kind.kind == LINEAR or (name, kind.kind) == ("gemma3", COS_SIN):  # nothing is quantized; angles of two kinds
         return kind.fused == 0 and not kind.left
     return kind.fused > 0 and not kind.left
 
@@ -129,7 +136,7 @@ def test_every_family_writes_the_same(name: str, tokenizer: Any) -> None:
     prompts = [random_ids(count) for count in (23, 5, 40)]
     expected = [generated_ids(model, prompt, 24) for prompt in prompts]
     fusion = fuse(model)
-    assert fusion.why_none is None
+    assert fusion.unsupported_reason is None
     found = {kind.kind: kind for kind in fusion.summary}
     assert list(found) == list(KINDS)
     if name in WHOLE:
@@ -162,42 +169,42 @@ def test_same_logits_outside_of_pages(name: str, kinds: tuple[str, ...]) -> None
     ids = random_ids(19)
     expected = logits_of(model, ids)
     fusion = fuse(model, kinds=kinds)
-    with fusion.applied():
+    with in_engine(fusion):
         torch.testing.assert_close(logits_of(model, ids), expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(logits_of(model, ids), expected)
 
 
 def test_a_step_is_made_of_the_fused_kernels_alone(tokenizer: Any) -> None:
     model, kernels = tiny_model(len(tokenizer)), Counted()
-    fusion = Fusion(model, kernels=kernels, products=weight_reference)
+    fusion = Fusion(model, kernels=kernels, linear_kernels=linear_reference)
     engine = ContinuousEngine(pipeline_of(model, tokenizer), fusion=fusion)
     kernels.calls.clear()
     write(engine, [[5, 6, 7]], 2)
     # Two forwards of two layers: the first norm has no addition before it, all others have.
-    layers = ["rotate_and_write", "add_rms_norm", "gate", "add_rms_norm"] * 2
-    assert kernels.calls == ["angles", "rms_norm", *layers] * 2
+    layers = ["rotate_and_write", "add_rms_norm", "activation_mul", "add_rms_norm"] * 2
+    assert kernels.calls == ["cos_sin", "rms_norm", *layers] * 2
     engine.close()
 
 
 class TestStandingIn:
     def test_only_where_it_is_applied(self) -> None:
         model, kernels = tiny_model(300), Counted()
-        fusion = Fusion(model, kernels=kernels, products=weight_reference)
+        fusion = Fusion(model, kernels=kernels, linear_kernels=linear_reference)
         kernels.calls.clear()
         logits_of(model, [1, 2, 3])
         model.generate(torch.tensor([[4, 5]]), max_new_tokens=3, pad_token_id=0)
         assert kernels.calls == []
-        with fusion.applied():
+        with in_engine(fusion):
             logits_of(model, [1, 2, 3])
-        assert kernels.calls.count("gate") == 2
+        assert kernels.calls.count("activation_mul") == 2
 
     def test_other_threads_see_the_modules_themselves(self) -> None:
         model, kernels = tiny_model(300), Counted()
         expected = logits_of(model, [1, 2, 3])
-        fusion = Fusion(model, kernels=kernels, products=weight_reference)
+        fusion = Fusion(model, kernels=kernels, linear_kernels=linear_reference)
         kernels.calls.clear()
         found: list[torch.Tensor] = []
-        with fusion.applied():
+        with in_engine(fusion):
             thread = threading.Thread(target=lambda: found.append(logits_of(model, [1, 2, 3])))
             thread.start()
             thread.join()
@@ -211,7 +218,7 @@ class TestStandingIn:
         fusion.close()
         assert forwards_in(model) == []
         assert fusion.summary == ()
-        with fusion.applied():
+        with in_engine(fusion):
             assert logits_of(model, [1, 2]).isfinite().all()
 
     def test_a_forgotten_fusion_does_nothing(self) -> None:
@@ -223,20 +230,20 @@ class TestStandingIn:
     def test_two_on_one_model_close_in_any_order(self) -> None:
         for first_closes in (True, False):
             model, kernels = tiny_model(300), (Counted(), Counted())
-            first, second = (Fusion(model, kernels=counted, products=weight_reference) for counted in kernels)
+            first, second = (Fusion(model, kernels=counted, linear_kernels=linear_reference) for counted in kernels)
             for counted in kernels:
                 counted.calls.clear()
-            with first.applied():
+            with in_engine(first):
                 logits_of(model, [1, 2, 3])
             assert (len(kernels[0].calls), len(kernels[1].calls)) == (8, 0)
             closed, other, left = (first, second, kernels[1]) if first_closes else (second, first, kernels[0])
             closed.close()
             left.calls.clear()
-            with other.applied():
+            with in_engine(other):
                 logits_of(model, [1, 2, 3])
             assert len(left.calls) == 8
             other.close()
-            with first.applied(), second.applied():
+            with in_engine(first), in_engine(second):
                 logits_of(model, [1, 2, 3])
             assert len(left.calls) == 8
 
@@ -263,8 +270,8 @@ class TestStandingIn:
         norm.forward = forward
         fusion = fuse(model)
         [found] = [found for found in fusion.summary if found.kind == NORM]
-        assert (found.fused, found.left) == (4, {"something else stands in front of it": 1})
-        with fusion.applied():
+        assert (found.fused, found.left) == (4, {"other code has replaced its forward": 1})
+        with in_engine(fusion):
             logits_of(model, [1, 2, 3])
         fusion.close()
         assert norm.forward is forward
@@ -276,7 +283,7 @@ class TestStandingIn:
         norm.register_forward_hook(lambda module, args, output: seen.append(output))
         fusion = fuse(model)
         seen.clear()
-        with fusion.applied():
+        with in_engine(fusion):
             logits_of(model, [1, 2, 3])
         assert len(seen) == 1
 
@@ -306,7 +313,7 @@ class TestStandingIn:
         model.model.layers[0].get_submodule(part).register_forward_hook(lambda *given: seen.append(given))
         fusion = fuse(model)
         seen.clear()
-        with fusion.applied():
+        with in_engine(fusion):
             logits_of(model, [1, 2, 3])
         assert len(seen) == 1
 
@@ -325,13 +332,13 @@ class TestStandingIn:
         with torch.no_grad():
             model.model.layers[1].input_layernorm.weight.mul_(3.0)
         expected = logits_of(model, [1, 2, 3])
-        with fusion.applied():
+        with in_engine(fusion):
             torch.testing.assert_close(logits_of(model, [1, 2, 3]), expected, rtol=1e-4, atol=1e-4)
 
     def test_on_a_cpu_nothing_is_fused_by_itself(self) -> None:
         model = tiny_model(300)
         fusion = Fusion(model)
-        assert fusion.why_none == "there are no kernels for cpu"
+        assert fusion.unsupported_reason == "there are no kernels for cpu"
         assert forwards_in(model) == []
 
     def test_an_unknown_kind(self) -> None:
@@ -365,13 +372,13 @@ class TestFormulas:
     def test_activations(self, activation: str, found: str) -> None:
         config = FAST["llama"]
         model = family_model(type(config)(config=config.config, options={**config.options, "hidden_act": activation}))
-        fusion = fuse(model, kinds=(GATE,))
-        assert {step.activation for step in fusion.steps.values() if isinstance(step, GateStep)} == {found}
+        fusion = fuse(model, kinds=(GATED_MLP,))
+        assert {step.activation for step in fusion.steps.values() if isinstance(step, GatedMlpStep)} == {found}
 
     def test_an_activation_that_is_not_known(self) -> None:
         config = FAST["llama"]
         model = family_model(type(config)(config=config.config, options={**config.options, "hidden_act": "relu"}))
-        [found] = fuse(model, kinds=(GATE,)).summary
+        [found] = fuse(model, kinds=(GATED_MLP,)).summary
         assert found.left == {"its activation is neither SiLU nor GELU": 2}
 
     @pytest.mark.parametrize("name", ["llama-grouped", "gemma3", "glm4"])
@@ -405,12 +412,12 @@ def test_adapters_of_several_rows(tmp_path: Path, smollm2: Path, tokenizer: Any)
     assert len({tuple(ids) for ids in expected.values()}) == 3
     switch = AdapterSwitch(model, ("one", "two"))
     kernels = Counted()
-    fusion = Fusion(model, kernels=kernels, products=weight_reference)
+    fusion = Fusion(model, kernels=kernels, linear_kernels=linear_reference)
     engine = ContinuousEngine(pipeline_of(model, tokenizer), adapters=switch, fusion=fusion)
     kernels.calls.clear()
     for name, ids in expected.items():
         assert write(engine, [prompt], 12, adapter=name) == [ids]
-    assert {"rotate_and_write", "gate", "add_rms_norm"} <= set(kernels.calls)
+    assert {"rotate_and_write", "activation_mul", "add_rms_norm"} <= set(kernels.calls)
     engine.close()
 
 
@@ -423,7 +430,7 @@ def test_changed_weights_are_checked_anew(tokenizer: Any) -> None:
         model.model.layers[0].mlp = copy.deepcopy(model.model.layers[0].mlp)
         model.model.layers[0].mlp.act_fn = torch.nn.ReLU()
     assert write(engine, [[5, 6, 7]], 8) == [generated_ids(model, [5, 6, 7], 8)] != before
-    [found] = [found for found in fusion.summary if found.kind == GATE]
+    [found] = [found for found in fusion.summary if found.kind == GATED_MLP]
     assert found.fused == 1
     engine.close()
 
@@ -438,7 +445,7 @@ def test_graphs_of_fused_steps_write_the_same(name: str) -> None:
     expected = write(plain, prompts, 24)
     plain.close()
     fusion = Fusion(model)
-    assert fusion.why_none is None
+    assert fusion.unsupported_reason is None
     assert sum(kind.fused for kind in fusion.summary) > 0
     engine = ContinuousEngine(pipeline_of(model, tokenizer), kv_cache_memory="64MiB", fusion=fusion)
     for _ in range(3):  # the later ones from graphs, of prompts too

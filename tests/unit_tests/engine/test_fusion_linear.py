@@ -18,15 +18,15 @@ from langchain_quantllm.bench.random_models import SHAPES, random_checkpoint
 from langchain_quantllm.engine.adapter_switch import AdapterSwitch
 from langchain_quantllm.engine.continuous import ContinuousEngine
 from langchain_quantllm.engine.cuda_graphs import no_graph_reason
-from langchain_quantllm.engine.fusion.fuse import PRODUCT, Fusion
-from langchain_quantllm.kernels import norms_reference as fused_reference
-from langchain_quantllm.kernels.linear import reference as weight_reference
+from langchain_quantllm.engine.fusion.fuse import LINEAR, Fusion
+from langchain_quantllm.kernels import reference
+from langchain_quantllm.kernels.linear import reference as linear_reference
 from langchain_quantllm.kernels.linear.weights import weight_of
 from tests.support.adapters import make_adapter, quietly
 from tests.support.families import generated_ids, random_ids
 from tests.support.models import tiny_model
 from tests.support.selection import skip_without_gptqmodel
-from tests.unit_tests.engine.test_fusion import forwards_in, logits_of, write
+from tests.unit_tests.engine.test_fusion import forwards_in, in_engine, logits_of, write
 
 SCHEMES = {"int8": "int8", "gptq4": GPTQ(kernel="torch"), "gptq3": GPTQ(kernel="torch")}
 """What has a kernel as it lies on any CPU: some repack 4 bits with the first forward."""
@@ -38,13 +38,13 @@ class Products:
     def __init__(self) -> None:
         self.calls: list[tuple[int, int]] = []
 
-    def product(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
+    def quantized_linear(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
         self.calls.append((1, x.numel() // x.shape[-1]))
-        return weight_reference.product(x, weight, bias, dtype=torch.float32)
+        return linear_reference.quantized_linear(x, weight, bias, dtype=torch.float32)
 
-    def products_of_one_input(self, x: torch.Tensor, weights: Any) -> list[torch.Tensor]:
+    def grouped_linear(self, x: torch.Tensor, weights: Any) -> list[torch.Tensor]:
         self.calls.append((len(weights), x.numel() // x.shape[-1]))
-        return weight_reference.products_of_one_input(x, weights, dtype=torch.float32)
+        return linear_reference.grouped_linear(x, weights, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module", params=SCHEMES)
@@ -70,13 +70,13 @@ def dense_twin(model: Any) -> Any:
     for module in twin.modules():
         weight = weight_of(module)
         if weight is not None:
-            dense, bias = weight_reference.dequantize(weight, torch.float32), weight.bias
+            dense, bias = linear_reference.dequantize(weight, torch.float32), weight.bias
             module.forward = lambda x, dense=dense, bias=bias: linear(x, dense, bias)
     return twin
 
 
 def fuse(model: Any, products: Any, **options: Any) -> Fusion:
-    return Fusion(model, kernels=fused_reference, products=products, **options)
+    return Fusion(model, kernels=reference, linear_kernels=products, **options)
 
 
 @pytest.mark.compat
@@ -84,10 +84,10 @@ def test_texts_are_those_of_the_dequantized_weights(loaded: Any) -> None:
     model, prompts = loaded.model, [random_ids(count) for count in (23, 5)]
     expected = [generated_ids(dense_twin(model), prompt, 16) for prompt in prompts]
     fusion = fuse(model, Products())
-    [found] = [kind for kind in fusion.summary if kind.kind == PRODUCT]
+    [found] = [kind for kind in fusion.summary if kind.kind == LINEAR]
     assert (found.fused, found.left) == (14, {})
     engine = ContinuousEngine(loaded, fusion=fusion)
-    assert engine.info.fused[PRODUCT] == 14
+    assert engine.info.fused[LINEAR] == 14
     assert write(engine, prompts, 16) == expected
     engine.close()
     fusion.close()
@@ -143,12 +143,12 @@ def test_a_layer_that_somebody_watches_is_seen(loaded: Any) -> None:
 
 def test_what_gives_something_else_is_left_alone(loaded: Any) -> None:
     class Wrong(Products):
-        def product(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
-            found = super().product(x, weight, bias)
+        def quantized_linear(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
+            found = super().quantized_linear(x, weight, bias)
             # As a kernel that is wrong for a single row would.
             return found * 1.5 if x.shape[-2] == 1 and weight.out_features == 512 else found
 
-    fusion = fuse(loaded.model, Wrong(), kinds=(PRODUCT,))
+    fusion = fuse(loaded.model, Wrong(), kinds=(LINEAR,))
     [found] = fusion.summary
     assert found.fused == 14 - 4
     [reason] = found.left
@@ -157,19 +157,19 @@ def test_what_gives_something_else_is_left_alone(loaded: Any) -> None:
 
 
 def test_layers_that_are_never_called_are_known(loaded: Any) -> None:
-    fusion = fuse(loaded.model, Products(), kinds=(PRODUCT,))
+    fusion = fuse(loaded.model, Products(), kinds=(LINEAR,))
     linears = {id(module) for module in loaded.model.modules() if weight_of(module) is not None}
-    assert fusion.whole == linears
-    assert no_graph_reason(loaded.model, fusion.whole) == "weights on cpu"
+    assert fusion.replaced_ids == linears
+    assert no_graph_reason(loaded.model, fusion.replaced_ids) == "weights on cpu"
     fusion.close()
-    assert fusion.whole == frozenset()
+    assert fusion.replaced_ids == frozenset()
 
 
 def test_products_are_together_without_other_steps(loaded: Any) -> None:
     products = Products()
-    fusion = fuse(loaded.model, products, kinds=(PRODUCT,))
+    fusion = fuse(loaded.model, products, kinds=(LINEAR,))
     products.calls.clear()
-    with fusion.applied():
+    with in_engine(fusion):
         found = logits_of(loaded.model, random_ids(5))
     assert [count for count, _ in products.calls] == [3, 1, 2, 1] * 2
     torch.testing.assert_close(found, logits_of(dense_twin(loaded.model), random_ids(5)), rtol=1e-3, atol=1e-3)
@@ -178,17 +178,17 @@ def test_products_are_together_without_other_steps(loaded: Any) -> None:
 
 def test_an_input_that_was_written_over_is_multiplied_anew(loaded: Any) -> None:
     products = Products()
-    fusion = fuse(loaded.model, products, kinds=(PRODUCT,))
+    fusion = fuse(loaded.model, products, kinds=(LINEAR,))
     mlp = loaded.model.model.layers[0].mlp
     x = torch.randn(1, 3, 256)
-    with fusion.applied(), torch.no_grad():
+    with in_engine(fusion), torch.no_grad():
         products.calls.clear()
         mlp.gate_proj(x)
         x.mul_(2.0)
         found = mlp.up_proj(x)
         assert products.calls == [(2, 3), (2, 3)]
     weight = weight_of(mlp.up_proj)
-    torch.testing.assert_close(found, weight_reference.product(x, weight, weight.bias, dtype=torch.float32))
+    torch.testing.assert_close(found, linear_reference.quantized_linear(x, weight, weight.bias, dtype=torch.float32))
     fusion.close()
 
 
@@ -210,7 +210,7 @@ def test_adapters_over_quantized_layers(tmp_path: Path, tokenizer: Any) -> None:
             model.load_adapter(str(tmp_path / name), adapter_name=name)
     products = Products()
     fusion = fuse(model, products)
-    [found] = [kind for kind in fusion.summary if kind.kind == PRODUCT]
+    [found] = [kind for kind in fusion.summary if kind.kind == LINEAR]
     assert found.fused == 14
     prompt, switch = random_ids(9), AdapterSwitch(model, ("one", "two"))
     engine = ContinuousEngine(llm.pipeline, adapters=switch, fusion=fusion)
@@ -227,6 +227,6 @@ def test_adapters_over_quantized_layers(tmp_path: Path, tokenizer: Any) -> None:
 
 
 def test_a_model_that_is_not_quantized_has_none(tokenizer: Any) -> None:
-    fusion = fuse(tiny_model(len(tokenizer)), Products(), kinds=(PRODUCT,))
+    fusion = fuse(tiny_model(len(tokenizer)), Products(), kinds=(LINEAR,))
     [found] = fusion.summary
     assert (found.fused, found.left) == (0, {})

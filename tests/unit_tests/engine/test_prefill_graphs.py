@@ -15,7 +15,7 @@ from langchain_quantllm.engine.model_runner import ModelRunner
 from langchain_quantllm.engine.prefill_graphs import LENGTHS, MOST_SEQUENCES, PACK_SIZE, Pack, length_for
 from langchain_quantllm.engine.scheduler import PrefillChunk
 from langchain_quantllm.engine.sequence import bare_sequence
-from langchain_quantllm.kernels import attention_reference as reference
+from langchain_quantllm.kernels import reference
 from tests.support.models import tiny_model
 
 SLOTS, BLOCKS = 20, 120

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from langchain_quantllm.kernels import attention_reference as reference
+from langchain_quantllm.kernels import reference
 from tests.support.interpreter import report_cases
 from tests.support.selection import covering, slow_but
 
@@ -30,7 +30,7 @@ class Case:
     lengths: tuple[int, ...] = (1, 5, 16, 17, 70)
     chunks: tuple[int, ...] | None = None
     """New tokens of each row; None is one of each, by `decode_attention`."""
-    block: int = reference.PREFILL_BLOCK
+    block: int = reference.PREFILL_TILE
     dtype: torch.dtype = torch.float32
     heads: int = 2
     kv_heads: int = 1
@@ -170,17 +170,17 @@ def attend(module: Any, case: Case, rows: Rows) -> torch.Tensor:
 
 def run_case(case: Case, device: str) -> dict[str, Any]:
     """Compare the kernels with the reference on one case."""
-    from langchain_quantllm.kernels import attention as paged_attention
+    from langchain_quantllm.kernels import attention as attention_kernels
 
     rows = Rows(case, device)
     # Some tokens are enough: the interpreter takes a millisecond for each.
     few = slice(-len(rows.positions) // 4, None)
     given = (rows.table, rows.rows[few], rows.positions[few])
     written, expected = rows.empty.clone(), rows.empty.clone()
-    paged_attention.write_kv(rows.key[:, :, few], rows.value[:, :, few], written, *given)
+    attention_kernels.write_kv(rows.key[:, :, few], rows.value[:, :, few], written, *given)
     reference.write_kv(rows.key[:, :, few], rows.value[:, :, few], expected, *given)
     same = torch.equal(written.nan_to_num(nan=99.0), expected.nan_to_num(nan=99.0))
-    found, expected = attend(paged_attention, case, rows), attend(reference, case, rows)
+    found, expected = attend(attention_kernels, case, rows), attend(reference, case, rows)
     return {
         "written": same,
         "shape": list(found.shape) == [1, rows.query.shape[2], case.heads, case.value_dim],
@@ -193,39 +193,41 @@ def run_case(case: Case, device: str) -> dict[str, Any]:
 
 def run_strided(device: str) -> dict[str, Any]:
     """Compare what the kernels make of tensors whose last dimension is strided with what they make of copies."""
-    from langchain_quantllm.kernels import attention as paged_attention
+    from langchain_quantllm.kernels import attention as attention_kernels
 
     case = Case(name="strided", heads=4, lengths=(9, 33))
     rows = Rows(case, device)
-    dense = attend(paged_attention, case, rows)
+    dense = attend(attention_kernels, case, rows)
     for name in ("query", "key", "value"):
         setattr(rows, name, getattr(rows, name).repeat_interleave(2, -1)[..., ::2])
         assert getattr(rows, name).stride(-1) == 2
     written = rows.empty.clone()
-    paged_attention.write_kv(rows.key, rows.value, written, rows.table, rows.rows, rows.positions)
+    attention_kernels.write_kv(rows.key, rows.value, written, rows.table, rows.rows, rows.positions)
     return {
         "written": torch.equal(written.nan_to_num(nan=99.0), rows.kv.nan_to_num(nan=99.0)),
-        "same": torch.equal(attend(paged_attention, case, rows), dense),
+        "same": torch.equal(attend(attention_kernels, case, rows), dense),
     }
 
 
 def run_single(device: str) -> dict[str, Any]:
     """Compare a prefill of one token with a decode of it."""
-    from langchain_quantllm.kernels import attention as paged_attention
+    from langchain_quantllm.kernels import attention as attention_kernels
 
     case = Case(name="single", lengths=(1, 16, 17, 90), key_dim=64, value_dim=64)
     rows = Rows(case, device)
     chunked = replace(case, chunks=(1,) * len(case.lengths))
-    return {"error": float((attend(paged_attention, case, rows) - attend(paged_attention, chunked, rows)).abs().max())}
+    return {
+        "error": float((attend(attention_kernels, case, rows) - attend(attention_kernels, chunked, rows)).abs().max())
+    }
 
 
 def run_padding(device: str) -> dict[str, Any]:
     """Compare a decode with and without rows that are not in use, which all point at position 0 of page 0."""
-    from langchain_quantllm.kernels import attention as paged_attention
+    from langchain_quantllm.kernels import attention as attention_kernels
 
     case = Case(name="padding", lengths=(20, 50), splits=2)
     rows = Rows(case, device)
-    alone = attend(paged_attention, case, rows)
+    alone = attend(attention_kernels, case, rows)
     idle = next(slot for slot in range(len(rows.table)) if slot not in rows.slots)
     rows.table[idle] = 0
     arrivals = torch.zeros(4, dtype=torch.int32, device=device)
@@ -233,16 +235,16 @@ def run_padding(device: str) -> dict[str, Any]:
     slots = torch.tensor([*rows.slots, idle, idle], dtype=torch.int32, device=device)
     positions = torch.tensor([19, 49, 0, 0], dtype=torch.int32, device=device)
     query = torch.cat([rows.query, rows.query], dim=2)
-    padded = paged_attention.decode_attention(query, rows.kv, rows.table, slots, positions, **given)
+    padded = attention_kernels.decode_attention(query, rows.kv, rows.table, slots, positions, **given)
     return {"same": torch.equal(padded[:, :2], alone)}
 
 
 def run_splits(device: str) -> dict[str, Any]:
     """Ask for the splits of some steps."""
-    from langchain_quantllm.kernels import attention as paged_attention
+    from langchain_quantllm.kernels import attention as attention_kernels
 
     asked = [(1, 8, 132), (4, 8, 132), (8, 8, 132), (32, 8, 132), (1000, 8, 132), (1, 1, 132), (1, 2, 4)]
-    return {"splits": [paged_attention.default_splits(*given) for given in asked]}
+    return {"splits": [attention_kernels.default_splits(*given) for given in asked]}
 
 
 OTHERS = {"strided": run_strided, "single": run_single, "padding": run_padding, "splits": run_splits}

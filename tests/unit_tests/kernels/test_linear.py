@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from langchain_quantllm.compat.gptqmodel_import import contained
-from langchain_quantllm.kernels.linear import reference as weight_reference
+from langchain_quantllm.kernels.linear import reference as linear_reference
 from langchain_quantllm.kernels.linear.codebook import CODEBOOKS, GROUPS_SHUFFLED, instructions
 from langchain_quantllm.kernels.linear.weights import FourBitWeight, GPTQWeight, Int8Weight, Weight, weight_of
 from langchain_quantllm.quantization.packing import RoundedLinear, pack_bits
@@ -60,7 +60,7 @@ class Case:
     bias: bool = False
     dtype: torch.dtype = torch.float32
     config: dict[str, Any] | None = None
-    """Options of `ProductConfig`; None for the rule's."""
+    """Options of `LinearConfig`; None for the rule's."""
 
     @property
     def bits(self) -> int:
@@ -222,7 +222,7 @@ def on(weight: Weight, device: str) -> Weight:
 
 def run_case(case: Case, device: str) -> dict[str, Any]:
     """Compare the kernels with the reference, and count what makes their errors."""
-    from langchain_quantllm.kernels.linear import dispatch as weight_only
+    from langchain_quantllm.kernels.linear import dispatch
 
     weights = []
     for seed, width in enumerate(case.outputs):
@@ -233,14 +233,14 @@ def run_case(case: Case, device: str) -> dict[str, Any]:
     # As models have them: a batch, and rows that are a part of something wider.
     wide = torch.randn(1, case.rows, case.inputs + 16, generator=made).to(device, case.dtype)
     x = wide[..., 16:]
-    config = None if case.config is None else weight_only.ProductConfig(**case.config)
-    found = weight_only.products_of_one_input(x, weights, config=config)
+    config = None if case.config is None else dispatch.LinearConfig(**case.config)
+    found = dispatch.grouped_linear(x, weights, config=config)
     # The interpreter runs programs one after another: it would find no race.
-    again = found if device == "cpu" else weight_only.products_of_one_input(x, weights, config=config)
-    alone = found[0] if len(weights) == 1 else weight_only.product(x, weights[0], weights[0].bias, config=config)
-    expected = weight_reference.products_of_one_input(x, weights)
+    again = found if device == "cpu" else dispatch.grouped_linear(x, weights, config=config)
+    alone = found[0] if len(weights) == 1 else dispatch.quantized_linear(x, weights[0], weights[0].bias, config=config)
+    expected = linear_reference.grouped_linear(x, weights)
     # An error of each term, independent of the others, and that of the result.
-    terms = [x.double().square() @ weight_reference.dequantize(weight).square().t() for weight in weights]
+    terms = [x.double().square() @ linear_reference.dequantize(weight).square().t() for weight in weights]
     rounding = ROUNDING[case.dtype]
     excess = [
         ((f.double() - e).abs() - rounding * e.abs()) / t.sqrt() for f, e, t in zip(found, expected, terms, strict=True)
@@ -259,36 +259,36 @@ def run_case(case: Case, device: str) -> dict[str, Any]:
 
 def run_empty(device: str) -> dict[str, Any]:
     """Multiply no rows."""
-    from langchain_quantllm.kernels.linear import dispatch as weight_only
+    from langchain_quantllm.kernels.linear import dispatch
 
     weight = on(weight_of(layer(CASES["nf4-float32"], 8, 0)), device)
-    return {"shape": list(weight_only.product(torch.zeros(2, 0, 128, device=device), weight).shape)}
+    return {"shape": list(dispatch.quantized_linear(torch.zeros(2, 0, 128, device=device), weight).shape)}
 
 
 def run_mixed(device: str) -> dict[str, Any]:
     """Multiply by weights of several formats, and by more than a launch takes."""
-    from langchain_quantllm.kernels.linear import dispatch as weight_only
+    from langchain_quantllm.kernels.linear import dispatch
 
     cases = [CASES[f"{kind}-float32"] for kind in ("nf4", "int8", "gptq4", "nf4")]
     weights = [on(weight_of(layer(case, 8 * seed + 8, seed)), device) for seed, case in enumerate(cases)]
     weights[2] = on(weight_of(layer(cases[2], 16, 2)), device)
     x = torch.randn(2, 128, generator=torch.Generator().manual_seed(1)).to(device)
-    expected = weight_reference.products_of_one_input(x, weights)
-    found = weight_only.products_of_one_input(x, weights)
+    expected = linear_reference.grouped_linear(x, weights)
+    found = dispatch.grouped_linear(x, weights)
     return {"error": max(float((f - e).abs().max()) for f, e in zip(found, expected, strict=True))}
 
 
 def run_refusals(device: str) -> dict[str, Any]:
     """Ask for what there is not."""
     from langchain_quantllm.errors import InvalidOptionError
-    from langchain_quantllm.kernels.linear import dispatch as weight_only
+    from langchain_quantllm.kernels.linear import dispatch
 
     weight = on(weight_of(layer(CASES["nf4-float32"], 8, 0)), device)
     refused = []
     for rows, options in ((5, VECTOR), (1, {**VECTOR, "decode": "guess"}), (1, {**VECTOR, "regime": "scalar"})):
         try:
             x = torch.zeros(rows, 128, device=device)
-            weight_only.product(x, weight, config=weight_only.ProductConfig(**options))
+            dispatch.quantized_linear(x, weight, config=dispatch.LinearConfig(**options))
         except InvalidOptionError as error:
             refused.append(str(error))
     return {"refused": len(refused)}
@@ -296,14 +296,14 @@ def run_refusals(device: str) -> dict[str, Any]:
 
 def run_rule(device: str) -> dict[str, Any]:
     """Ask for the configs of a small model and of a large one."""
-    from langchain_quantllm.kernels.linear import dispatch as weight_only
+    from langchain_quantllm.kernels.linear import dispatch
 
     weights = [weight_of(layer(CASES[f"{kind}-float32"], 32, 0)) for kind in ("nf4", "int8", "gptq4", "gptq2")]
     sound = True
     for weight, size, rows in itertools.product(weights, (128, 4096, 11008), (1, 4, 5, 64)):
         large = replace(weight, in_features=size, out_features=size)
         for dtype in ROUNDING:
-            config = weight_only.config_for(large, rows, 132, dtype=dtype)
+            config = dispatch.config_for(large, rows, 132, dtype=dtype)
             powers = (config.outputs, config.words, config.splits, config.warps)
             sound &= all(value & value - 1 == 0 for value in powers)
             sound &= config.regime == ("vector" if rows <= 2 else "tile")
@@ -363,19 +363,19 @@ def test_large_products_are_the_reference(name: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("kind", ["nf4", "int8", "gptq4"])
 def test_a_captured_product_is_that_of_new_inputs(kind: str) -> None:
-    from langchain_quantllm.kernels.linear import dispatch as weight_only
+    from langchain_quantllm.kernels.linear import dispatch
 
     case = replace(LARGE[f"{kind}-table-8"], outputs=(1024,), bias=False)
     weight = on(weight_of(layer(case, 1024, 0)), "cuda")
     for rows in (1, 8):
         x = torch.randn(rows, case.inputs, device="cuda", dtype=torch.bfloat16)
-        weight_only.product(x, weight)
+        dispatch.quantized_linear(x, weight)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = weight_only.product(x, weight)
+            captured = dispatch.quantized_linear(x, weight)
         x.copy_(torch.randn_like(x))
         graph.replay()
-        assert torch.equal(captured, weight_only.product(x, weight))
+        assert torch.equal(captured, dispatch.quantized_linear(x, weight))
 
 
 def test_no_rows_make_no_rows(found: Any) -> None:
@@ -409,7 +409,7 @@ def test_reference_dequantizes_as_bitsandbytes(name: str) -> None:
     expected = dequantize_4bit(module.weight.data, state).reshape(case.outputs[0], case.inputs)
     assert isinstance(weight, FourBitWeight)
     # Both in float32.
-    torch.testing.assert_close(weight_reference.dequantize(weight).float(), expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(linear_reference.dequantize(weight).float(), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_reference_dequantizes_int8_as_bitsandbytes() -> None:
@@ -417,10 +417,10 @@ def test_reference_dequantizes_int8_as_bitsandbytes() -> None:
 
     module: Any = layer(CASES["int8-float32"], 32, 0)
     expected = int8_vectorwise_dequant(module.weight.data, module.weight.SCB)
-    torch.testing.assert_close(weight_reference.dequantize(weight_of(module)).float(), expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(linear_reference.dequantize(weight_of(module)).float(), expected, rtol=1e-5, atol=1e-7)
     x = torch.randn(2, 128, dtype=torch.float16, generator=torch.Generator().manual_seed(0))
     module(x)  # its scales move into its state
-    torch.testing.assert_close(weight_reference.dequantize(weight_of(module)).float(), expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(linear_reference.dequantize(weight_of(module)).float(), expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.kind.startswith("gptq")])
@@ -428,7 +428,7 @@ def test_reference_dequantizes_what_was_packed(name: str) -> None:
     case = CASES[name]
     made = torch.Generator().manual_seed(0)
     made_of = rounded(case, 32, made)
-    found = weight_reference.dequantize(weight_of(PackedLinear(made_of, None)))
+    found = linear_reference.dequantize(weight_of(PackedLinear(made_of, None)))
     assert torch.equal(found.float(), made_of.dequantize())
 
 
@@ -447,7 +447,7 @@ def test_layers_of_gptqmodel_are_weights(bits: int) -> None:
     assert isinstance(weight, GPTQWeight)
     assert weight.group_size == 32
     # GPTQModel dequantizes in float16.
-    torch.testing.assert_close(weight_reference.dequantize(weight).float(), own, rtol=2e-3, atol=1e-5)
+    torch.testing.assert_close(linear_reference.dequantize(weight).float(), own, rtol=2e-3, atol=1e-5)
 
 
 def test_weights_are_views() -> None:

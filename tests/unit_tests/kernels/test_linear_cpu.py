@@ -11,14 +11,14 @@ import torch
 
 from langchain_quantllm import NF4, QuantizedHuggingFaceLLM
 from langchain_quantllm.bench.random_models import SHAPES, random_checkpoint
-from langchain_quantllm.engine.fusion.fuse import PRODUCT, Fusion
+from langchain_quantllm.engine.fusion.fuse import LINEAR, Fusion
 from langchain_quantllm.errors import UnsupportedError
-from langchain_quantllm.kernels import norms_reference as fused_reference
-from langchain_quantllm.kernels.linear import cpu as cpu_products
-from langchain_quantllm.kernels.linear import reference as weight_reference
+from langchain_quantllm.kernels import reference
+from langchain_quantllm.kernels.linear import cpu as cpu_linear
+from langchain_quantllm.kernels.linear import reference as linear_reference
 from langchain_quantllm.kernels.linear.weights import GPTQWeight, Int8Weight, RepackedWeight, weight_of
 from tests.support.adapters import add_adapter, enable_adapters, quietly
-from tests.unit_tests.engine.test_fusion import forwards_in, logits_of
+from tests.unit_tests.engine.test_fusion import forwards_in, in_engine, logits_of
 from tests.unit_tests.engine.test_fusion_linear import dense_twin
 
 PROMPTS = ["hello", "a longer prompt, of more than a page of tokens", "x"]
@@ -55,7 +55,7 @@ def test_texts_are_the_same_with_fewer_calls(folder: Path, quantization: Any) ->
     assert plain.engine_info.fused == {}
     plain.unload()
     llm = make(folder, quantization, engine="fast")
-    assert llm.engine_info.fused == {PRODUCT: 14}
+    assert llm.engine_info.fused == {LINEAR: 14}
     assert llm.batch(PROMPTS) == expected
     assert [llm.invoke(prompt) for prompt in PROMPTS] == [make(folder, quantization).invoke(p) for p in PROMPTS]
     llm.unload()
@@ -66,17 +66,17 @@ def test_layers_have_their_parts_of_one_memory(folder: Path) -> None:
     model: Any = llm.pipeline.model
     expected = logits_of(model, list(range(5, 17)))
     attention = model.model.layers[1].self_attn
-    fusion = Fusion(model, kernels=fused_reference, products=cpu_products, kinds=(PRODUCT,))
+    fusion = Fusion(model, kernels=reference, linear_kernels=cpu_linear, kinds=(LINEAR,))
     [found] = fusion.summary
     assert (found.fused, found.left) == (14, {})
     query, key, value = (getattr(attention, name).weight.data for name in ("q_proj", "k_proj", "v_proj"))
     assert query.untyped_storage().data_ptr() == key.untyped_storage().data_ptr() == value.untyped_storage().data_ptr()
     assert key.data_ptr() == query.data_ptr() + query.numel()
     assert torch.equal(logits_of(model, list(range(5, 17))), expected)
-    with fusion.applied():
+    with in_engine(fusion):
         assert torch.equal(logits_of(model, list(range(5, 17))), expected)
     fusion.build()  # as after a change of the model's modules
-    with fusion.applied():
+    with in_engine(fusion):
         assert torch.equal(logits_of(model, list(range(5, 17))), expected)
     fusion.close()
     assert forwards_in(model) == []
@@ -87,8 +87,8 @@ def test_layers_have_their_parts_of_one_memory(folder: Path) -> None:
 def test_a_call_for_layers_of_one_input(folder: Path) -> None:
     llm = repacked(folder)
     model: Any = llm.pipeline.model
-    fusion = Fusion(model, kernels=fused_reference, products=cpu_products, kinds=(PRODUCT,))
-    with torch.profiler.profile() as profile, fusion.applied():
+    fusion = Fusion(model, kernels=reference, linear_kernels=cpu_linear, kinds=(LINEAR,))
+    with torch.profiler.profile() as profile, in_engine(fusion):
         logits_of(model, [1])
     calls = [event.name for event in profile.events() if event.name == "bitsandbytes::gemv_4bit"]
     assert len(calls) == 2 * 4
@@ -108,7 +108,7 @@ def test_reference_dequantizes_what_was_repacked(folder: Path, quantization: str
     if not isinstance(weight, RepackedWeight):
         pytest.skip("bitsandbytes repacks nothing on this CPU")
     # The scales were rounded to bfloat16.
-    torch.testing.assert_close(weight_reference.dequantize(weight, torch.float32), expected, rtol=2**-7, atol=1e-6)
+    torch.testing.assert_close(linear_reference.dequantize(weight, torch.float32), expected, rtol=2**-7, atol=1e-6)
 
 
 def test_other_weights_are_refused() -> None:
@@ -118,13 +118,13 @@ def test_other_weights_are_refused() -> None:
         group_size=16, zero_point=0, bias=None,
     )  # fmt: skip
     with pytest.raises(UnsupportedError, match="no product of their own"):
-        cpu_products.product(torch.ones(1, 16), weight)
+        cpu_linear.quantized_linear(torch.ones(1, 16), weight)
 
 
 @pytest.fixture
 def slow_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a CPU without AVX512, whichever this is."""
-    monkeypatch.setattr(cpu_products, "_has_16_bit_products", lambda: False)
+    monkeypatch.setattr(cpu_linear, "_has_16_bit_products", lambda: False)
 
 
 def four_bit_weight(outputs: int, inputs: int, kind: str, *, nested: bool) -> Any:
@@ -149,14 +149,14 @@ def test_4_bits_are_multiplied_in_pieces(
 ) -> None:
     """Rounded is the sum, once. Blocks of 64 may reach into the next output, and the last need not be full."""
     for piece in (1, 3000, 1 << 20):
-        monkeypatch.setattr(cpu_products, "_PIECE", piece)
+        monkeypatch.setattr(cpu_linear, "_PIECE", piece)
         for outputs, inputs in ((1, 64), (3, 72), (16, 72), (72, 200), (130, 576)):
             weight, bias = four_bit_weight(outputs, inputs, kind, nested=nested), torch.randn(outputs)
             for rows in (1, 2, 33):
                 x = torch.randn(inputs, 2 * rows).to(dtype).t()[::2]
-                expected = weight_reference.product(x, weight, bias)
-                norms = weight_reference.dequantize(weight).norm(dim=1) * x.double().norm(dim=1)[:, None]
-                found = cpu_products.product(x.reshape(1, rows, inputs), weight, bias)
+                expected = linear_reference.quantized_linear(x, weight, bias)
+                norms = linear_reference.dequantize(weight).norm(dim=1) * x.double().norm(dim=1)[:, None]
+                found = cpu_linear.quantized_linear(x.reshape(1, rows, inputs), weight, bias)
                 assert (found.dtype, found.shape) == (dtype, (1, rows, outputs))
                 rounded = 2**-8 if dtype == torch.bfloat16 else 2**-11
                 assert (
@@ -173,15 +173,15 @@ def test_4_bits_that_are_not_repacked(folder: Path, quantization: Any) -> None:
     if isinstance(weight_of(model.model.layers[0].mlp.up_proj), RepackedWeight):
         pytest.skip("bitsandbytes repacks them on this CPU")
     exact = logits_of(torch.nn.Module.float(dense_twin(model)), ids)
-    fusion = Fusion(model, kernels=fused_reference, products=cpu_products, kinds=(PRODUCT,))
+    fusion = Fusion(model, kernels=reference, linear_kernels=cpu_linear, kinds=(LINEAR,))
     assert [(kind.fused, kind.left) for kind in fusion.summary] == [(14, {})]
-    with fusion.applied():
+    with in_engine(fusion):
         fused = logits_of(model, ids)
     fusion.close()
     assert (fused - exact).norm() < 1.1 * (plain - exact).norm()
     assert not torch.equal(fused, plain)
     assert torch.equal(logits_of(model, ids), plain)
-    assert llm.engine_info.fused == {PRODUCT: 14}
+    assert llm.engine_info.fused == {LINEAR: 14}
     assert len(llm.batch(PROMPTS)) == len(PROMPTS)
     llm.unload()
 
@@ -191,7 +191,7 @@ def test_4_bits_in_float32_are_left_to_the_layer(folder: Path) -> None:
     logits_of(llm.pipeline.model, [1, 2, 3])
     if isinstance(weight_of(llm.pipeline.model.model.layers[0].mlp.up_proj), RepackedWeight):
         pytest.skip("bitsandbytes repacks them on this CPU")
-    fusion = Fusion(llm.pipeline.model, kernels=fused_reference, products=cpu_products, kinds=(PRODUCT,))
+    fusion = Fusion(llm.pipeline.model, kernels=reference, linear_kernels=cpu_linear, kinds=(LINEAR,))
     assert [(kind.fused, kind.left) for kind in fusion.summary] == [
         (0, {"this CPU multiplies float32 as fast in the layer itself": 14})
     ]
@@ -212,17 +212,17 @@ def test_8_bits_are_multiplied_as_they_are(rows: int, outputs: int, inputs: int)
     """Rounded are the sums, and what they are when scaled."""
     weight, bias = int8_weight(outputs, inputs), torch.randn(outputs)
     x = torch.randn(inputs, 2 * rows).bfloat16().t()[::2]
-    expected = weight_reference.product(x, weight)
-    norms = weight_reference.dequantize(weight).norm(dim=1) * x.double().norm(dim=1)[:, None]
-    found = cpu_products.product(x, weight)
+    expected = linear_reference.quantized_linear(x, weight)
+    norms = linear_reference.dequantize(weight).norm(dim=1) * x.double().norm(dim=1)[:, None]
+    found = cpu_linear.quantized_linear(x, weight)
     assert (found.dtype, found.shape) == (torch.bfloat16, (rows, outputs))
     assert float(((found.double() - expected).abs() / (2**-7 * expected.abs() + 1e-5 * norms)).max()) <= 1
-    biased = cpu_products.product(x.reshape(1, rows, inputs), weight, bias)
+    biased = cpu_linear.quantized_linear(x.reshape(1, rows, inputs), weight, bias)
     assert biased.shape == (1, rows, outputs)
     torch.testing.assert_close(biased[0].double(), expected + bias.double(), rtol=2**-7, atol=0.1)
     shifted = torch.cat([torch.zeros(1).bfloat16(), x.flatten()])[1:].view(rows, inputs)  # not where vectors begin
-    assert torch.equal(cpu_products.product(shifted, weight), found)
-    both = cpu_products.products_of_one_input(x, [weight, int8_weight(outputs + 1, inputs)])
+    assert torch.equal(cpu_linear.quantized_linear(shifted, weight), found)
+    both = cpu_linear.grouped_linear(x, [weight, int8_weight(outputs + 1, inputs)])
     assert torch.equal(both[0], found)
     assert both[1].shape == (rows, outputs + 1)
 
@@ -231,11 +231,11 @@ def test_8_bits_are_closer_to_the_weights_than_the_layers_themselves(folder: Pat
     llm = make(folder, "int8", engine="fast")
     model, ids = llm.pipeline.model, list(range(5, 29))
     plain = logits_of(model, ids)
-    assert llm.engine_info.fused == {PRODUCT: 14}
+    assert llm.engine_info.fused == {LINEAR: 14}
     engine_text = llm.invoke(PROMPTS[1])
     exact = logits_of(torch.nn.Module.float(dense_twin(model)), ids)
-    fusion = Fusion(model, kernels=fused_reference, products=cpu_products, kinds=(PRODUCT,))
-    with fusion.applied():
+    fusion = Fusion(model, kernels=reference, linear_kernels=cpu_linear, kinds=(LINEAR,))
+    with in_engine(fusion):
         fused = logits_of(model, ids)
     fusion.close()
     assert (fused - exact).norm() < 0.5 * (plain - exact).norm()
@@ -249,7 +249,7 @@ def test_8_bits_are_closer_to_the_weights_than_the_layers_themselves(folder: Pat
 
 def test_8_bits_in_float32_are_left_to_the_layer(folder: Path) -> None:
     llm = make(folder, "int8", dtype="float32", engine="fast")
-    fusion = Fusion(llm.pipeline.model, kernels=fused_reference, products=cpu_products, kinds=(PRODUCT,))
+    fusion = Fusion(llm.pipeline.model, kernels=reference, linear_kernels=cpu_linear, kinds=(LINEAR,))
     [found] = fusion.summary
     assert found.fused == 0
     assert found.left == {"CPUs have no fast product of 8-bit weights and float32": 14}
@@ -271,12 +271,12 @@ def test_a_small_adapter_of_the_users_own_is_not_left_out(folder: Path) -> None:
             if "lora_B" in name:
                 parameter.mul_(3e-3)
     expected = logits_of(model, [5, 6, 7, 8])
-    fusion = Fusion(model, kernels=fused_reference, products=cpu_products, kinds=(PRODUCT,))
+    fusion = Fusion(model, kernels=reference, linear_kernels=cpu_linear, kinds=(LINEAR,))
     [found] = fusion.summary
     assert found.fused == 14
     assert {type(module).__name__ for module in model.modules() if id(module) in fusion.steps} == {"Linear4bit"}
     assert sorted({len(step.together) for step in fusion.steps.values()}) == [0, 2, 3]
-    with fusion.applied():
+    with in_engine(fusion):
         assert torch.equal(logits_of(model, [5, 6, 7, 8]), expected)
     enable_adapters(model, False)
     fusion.build()  # as if it were for a model whose adapters are off
@@ -289,7 +289,7 @@ def test_a_small_adapter_of_the_users_own_is_not_left_out(folder: Path) -> None:
 def test_a_model_is_pickled_while_its_layers_are_stood_in_for(folder: Path) -> None:
     llm = repacked(folder)
     model: Any = llm.pipeline.model
-    fusion = Fusion(model, kernels=fused_reference, products=cpu_products, kinds=(PRODUCT,))
+    fusion = Fusion(model, kernels=reference, linear_kernels=cpu_linear, kinds=(LINEAR,))
     layer = model.model.layers[0].mlp.up_proj
     twin = pickle.loads(pickle.dumps(layer.__dict__["forward"]))
     assert twin.__func__ is type(layer).forward

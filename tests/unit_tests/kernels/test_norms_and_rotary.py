@@ -21,8 +21,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as rotate_halves
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from langchain_quantllm.engine.fusion.fuse import PRODUCT, Fusion
-from langchain_quantllm.kernels import norms_reference as reference
+from langchain_quantllm.engine.fusion.fuse import LINEAR, Fusion
+from langchain_quantllm.kernels import reference
 from tests.support.families import FAST, family_model
 from tests.support.interpreter import report_cases
 from tests.support.selection import covering, slow_but
@@ -75,7 +75,11 @@ def _cases() -> Iterator[Case]:
             for activation in (reference.SILU, reference.GELU, reference.GELU_TANH):
                 options = {"activation": activation}
                 yield Case(
-                    name=f"gate-{activation}-{name}-{kind}", call="gate", dtype=dtype, shape=shape, options=options
+                    name=f"activation_mul-{activation}-{name}-{kind}",
+                    call="activation_mul",
+                    dtype=dtype,
+                    shape=shape,
+                    options=options,
                 )
         heads = {
             "plain": (3, 2, 2, 16, 16),
@@ -90,12 +94,14 @@ def _cases() -> Iterator[Case]:
                     label = f"rotate-{name}-{layout}-{rounds}-{kind}"
                     yield Case(name=label, call="rotate_and_write", dtype=dtype, shape=shape, options=options)
         for name, shape in {"plain": (5, 16), "odd": (1, 20), "wide": (70, 128)}.items():
-            yield Case(name=f"angles-{name}-{kind}", call="angles", dtype=dtype, shape=shape)
-    for call in ("rms_norm", "add_rms_norm", "gate", "add_layer_norm"):
-        options = {"activation": reference.SILU} if call == "gate" else {}
+            yield Case(name=f"cos_sin-{name}-{kind}", call="cos_sin", dtype=dtype, shape=shape)
+    for call in ("rms_norm", "add_rms_norm", "activation_mul", "add_layer_norm"):
+        options = {"activation": reference.SILU} if call == "activation_mul" else {}
         yield Case(name=f"{call}-strided", call=call, shape=(1, 6, 48), options=options, is_strided=True)
     yield Case(name="rotate-strided", call="rotate_and_write", shape=(5, 4, 2, 32, 32), is_strided=True)
-    yield Case(name="gate-two-blocks", call="gate", shape=(2, 1500), options={"activation": reference.SILU})
+    yield Case(
+        name="activation_mul-two-tiles", call="activation_mul", shape=(2, 1500), options={"activation": reference.SILU}
+    )
 
 
 CASES = {case.name: case for case in _cases()}
@@ -124,13 +130,13 @@ def arguments(case: Case, device: str) -> dict[str, Any]:
     """Make random arguments of a case, the same for every module."""
     made = torch.Generator().manual_seed(len(case.name))
     options = dict(case.options)
-    if case.call == "gate":
+    if case.call == "activation_mul":
         return {
-            "opening": 3 * _random(case.shape, case, made, device),
-            "values": _random(case.shape, case, made, device),
+            "gate": 3 * _random(case.shape, case, made, device),
+            "up": _random(case.shape, case, made, device),
             **options,
         }
-    if case.call == "angles":
+    if case.call == "cos_sin":
         tokens, width = case.shape
         return {
             "positions": torch.randint(100_000, (1, tokens), generator=made).to(device),
@@ -162,7 +168,7 @@ def _rotary_arguments(case: Case, made: torch.Generator, device: str) -> dict[st
     # Rows 2 and 0, with pages in any order; the last page is nobody's.
     table = torch.tensor([[4, 1], [2**30, 2**30], [3, 0]], dtype=torch.int32, device=device)
     positions = torch.tensor([(13 + i) % 32 for i in range(tokens)], dtype=torch.int32, device=device)
-    rows = torch.tensor([2 - 2 * (i % 2) for i in range(tokens)], dtype=torch.int32, device=device)
+    slots = torch.tensor([2 - 2 * (i % 2) for i in range(tokens)], dtype=torch.int32, device=device)
     kv = torch.full((6, BLOCK_TOKENS, kv_heads, 2 * dim + 4), torch.nan, dtype=case.dtype, device=device)
     return {
         "query": query,
@@ -172,7 +178,7 @@ def _rotary_arguments(case: Case, made: torch.Generator, device: str) -> dict[st
         "sin": angles.sin().to(device, case.dtype),
         "kv": kv,
         "table": table,
-        "rows": rows,
+        "slots": slots,
         "positions": positions,
     }
 
@@ -187,9 +193,9 @@ def call(module: Any, case: Case, device: str) -> list[torch.Tensor]:
 
 def run_case(case: Case, device: str) -> dict[str, Any]:
     """Compare a kernel with its reference on one case."""
-    from langchain_quantllm.kernels import norms as fused
+    from langchain_quantllm.kernels import norms
 
-    found, expected = call(fused, case, device), call(reference, case, device)
+    found, expected = call(norms, case, device), call(reference, case, device)
     both = list(zip(found, expected, strict=True))
     return {
         "like": all(f.shape == e.shape and f.dtype == e.dtype for f, e in both),
@@ -204,11 +210,14 @@ def run_case(case: Case, device: str) -> dict[str, Any]:
 
 def run_model(family: str, device: str) -> dict[str, Any]:
     """Fuse a model with the kernels; gives what is not the same then."""
-    from langchain_quantllm.kernels import norms as fused
-    from langchain_quantllm.kernels.linear import dispatch as weight_only
+    from langchain_quantllm.kernels import norms
+    from langchain_quantllm.kernels.linear import dispatch
 
-    fusion = Fusion(family_model(FAST[family]).to(device), kernels=fused, products=weight_only)
-    return {"why_none": fusion.why_none, "kinds": {k.kind: [k.fused, dict(k.left)] for k in fusion.summary}}
+    fusion = Fusion(family_model(FAST[family]).to(device), kernels=norms, linear_kernels=dispatch)
+    return {
+        "unsupported_reason": fusion.unsupported_reason,
+        "kinds": {k.kind: [k.fused, dict(k.left)] for k in fusion.summary},
+    }
 
 
 def run(name: str, device: str) -> dict[str, Any]:
@@ -238,9 +247,9 @@ def test_kernels_are_the_reference(found: Any, name: str) -> None:
 def test_kernels_are_what_models_do(found: Any, name: str) -> None:
     """They take the tensors of models as these have them, and give the same."""
     report = found(name)
-    assert report["why_none"] is None
+    assert report["unsupported_reason"] is None
     for kind, (fused, left) in report["kinds"].items():
-        assert fused > 0 or kind == PRODUCT  # nothing is quantized
+        assert fused > 0 or kind == LINEAR  # nothing is quantized
         assert left == {}
 
 
@@ -276,12 +285,12 @@ class TestReference:
             assert torch.equal(normed, norm(x + x))
 
     @pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn"])
-    def test_angles(self, dtype: torch.dtype, kind: str) -> None:
+    def test_cos_sin(self, dtype: torch.dtype, kind: str) -> None:
         rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 10_000.0, "factor": 4.0}
         rope |= {"original_max_position_embeddings": 64, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
         module = LlamaRotaryEmbedding(LlamaConfig(hidden_size=64, num_attention_heads=2, rope_parameters=rope))
         positions = torch.tensor([[3, 0, 100, 70_000]])
-        found = reference.angles(positions, module.inv_freq, module.attention_scaling, dtype)
+        found = reference.cos_sin(positions, module.inv_freq, module.attention_scaling, dtype)
         expected = module(torch.zeros(1, dtype=dtype), positions)
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
@@ -298,7 +307,7 @@ class TestReference:
         assert torch.equal(reference.rotate_and_write(**given), query)
         for token in range(case.shape[0]):
             position = int(given["positions"][token])
-            page = int(given["table"][given["rows"][token], position // BLOCK_TOKENS])
+            page = int(given["table"][given["slots"][token], position // BLOCK_TOKENS])
             written = given["kv"][page, position % BLOCK_TOKENS]
             assert torch.equal(written, torch.cat([key[0, :, token], given["value"][0, :, token]], -1))
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from langchain_quantllm.engine.fusion.sampling import draws_alike, find_drawing
+from langchain_quantllm.engine.fusion.sampling import find_sampling_kernel, samples_alike
 from langchain_quantllm.engine.sampler import MASKS, SAMPLES, SORTS, BatchSampler, needs_of
 from tests.support.interpreter import report_cases
 from tests.support.sampling import request_of
@@ -217,8 +217,8 @@ def check_looked_at_before_it_is_used() -> None:
     """The kernel is compared with plain torch when an engine is made; one that draws otherwise is not taken."""
     from langchain_quantllm.kernels import sampling as drawing
 
-    assert draws_alike(drawing, 300, DEVICE)
-    assert not draws_alike(OneFurther, 300, DEVICE)
+    assert samples_alike(drawing, 300, DEVICE)
+    assert not samples_alike(OneFurther, 300, DEVICE)
 
 
 class OneFurther:
@@ -259,7 +259,7 @@ def test_kernel(found: Any, name: str) -> None:
 
 
 def test_none_on_a_cpu() -> None:
-    assert find_drawing(300, torch.device("cpu")) is None
+    assert find_sampling_kernel(300, torch.device("cpu")) is None
 
 
 if __name__ == "__main__":

@@ -1,0 +1,84 @@
+"""The forward of the engine that the current thread runs: its attention, fused steps and adapters.
+
+The runner enters one context for each forward. Code that replaces a part of the model looks here: without a context, as
+in other threads and in the user's own calls of the model, the model runs as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from langchain_quantllm.engine.attention_interface import PagedForward
+    from langchain_quantllm.engine.fusion.patterns import Step
+    from langchain_quantllm.engine.fusion.recorded_call import Call
+    from langchain_quantllm.engine.lora import AdapterChoice
+
+
+class PrecomputedOutputs:
+    """Outputs of modules for one input, computed before these modules are called."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._input: torch.Tensor | None = None
+        self._version = 0
+        self._outputs: dict[int, torch.Tensor] = {}
+
+    def put(self, x: torch.Tensor, outputs: dict[int, torch.Tensor]) -> None:
+        """Store the outputs for an input, by the modules' ids; outputs for another input are dropped."""
+        self._input, self._version, self._outputs = x, x._version, outputs
+
+    def take(self, x: torch.Tensor, module_id: int) -> torch.Tensor | None:
+        """Remove and return a module's output for this tensor; None if there is none, or the tensor was changed."""
+        if self._input is None or x is not self._input or x._version != self._version:
+            return None
+        output = self._outputs.pop(module_id, None)
+        if not self._outputs:
+            self._input = None
+        return output
+
+
+@dataclass(kw_only=True)
+class ForwardContext:
+    """What one forward of the engine runs with.
+
+    Args:
+        attention: Attention over the blocks of the KV cache; None for the model's own attention.
+        steps: Fused steps by the ids of the modules that they replace.
+        adapters: The adapter of each token; None for peft's own choice.
+        calls: Takes the first call of each patched module, by the module's id; None to record no calls.
+        normed: Outputs of norms whose kernel also computed their input.
+        projected: Outputs of linear layers that were multiplied together with another one.
+    """
+
+    attention: PagedForward | None = None
+    steps: Mapping[int, Step] = field(default_factory=dict)
+    adapters: AdapterChoice | None = None
+    calls: dict[int, Call] | None = None
+    normed: PrecomputedOutputs = field(default_factory=PrecomputedOutputs)
+    projected: PrecomputedOutputs = field(default_factory=PrecomputedOutputs)
+
+
+_thread = threading.local()
+
+
+def current_context() -> ForwardContext | None:
+    """Return the context of the forward that this thread runs; None outside the engine's forwards."""
+    return getattr(_thread, "context", None)
+
+
+@contextlib.contextmanager
+def forward_context(context: ForwardContext) -> Iterator[None]:
+    """Make a context the current one of this thread inside the block."""
+    before = current_context()
+    _thread.context = context
+    try:
+        yield
+    finally:
+        _thread.context = before

@@ -1,0 +1,72 @@
+"""A module's `forward`, replaced for the engine's own forwards.
+
+Fused steps and stacked LoRA adapters are patches of this kind.
+"""
+
+from __future__ import annotations
+
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from langchain_quantllm.engine.forward_context import ForwardContext, current_context
+
+Replacement = Callable[[ForwardContext, Any, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+"""Runs a module in a forward of the engine: takes the context, the module, its own forward, and the arguments."""
+
+
+class ForwardPatch:
+    """Replaces `module.forward` in the engine's forwards of this thread; other calls reach the module's own forward.
+
+    Hooks of the module still run, as PyTorch calls them around `forward`. Copies and pickles of the module have its own
+    forward. The patch holds the module weakly.
+    """
+
+    def __init__(self, module: Any, replacement: Replacement) -> None:
+        """Patch a module until `close`."""
+        self.module_id = id(module)
+        self.replacement = replacement
+        self._module = weakref.ref(module)
+        self._before = module.__dict__.get("forward")
+        self._is_closed = False
+        module.forward = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the replacement inside a forward of the engine, else the module's own forward."""
+        module: Any = self._module()
+        forward = self._before or forward_of(module)
+        context = None if self._is_closed else current_context()
+        if context is None:
+            return forward(*args, **kwargs)
+        return self.replacement(context, module, forward, args, kwargs)
+
+    def close(self) -> None:
+        """Restore the module's `forward`; if other code has replaced it since, the patch stays there without effect."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        module = self._module()
+        if module is None or module.__dict__.get("forward") is not self:
+            return
+        before = self._before
+        while isinstance(before, ForwardPatch) and before._is_closed:
+            before = before._before
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as the module's own forward."""
+        return forward_of, (self._module(),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Copy as the own forward of the module's copy."""
+        copied = memo.get(self.module_id)
+        return self if copied is None else forward_of(copied)
+
+
+def forward_of(module: Any) -> Any:
+    """Return the `forward` of a module's class, bound to the module."""
+    return types.MethodType(type(module).forward, module)

@@ -1,0 +1,105 @@
+"""Keys and values in the blocks of the KV cache: where they are, and writing them, in Triton."""
+# No `from __future__ import annotations` here: Triton's interpreter needs `tl.constexpr` as an object, and its compiler
+# resolves every annotation of a kernel's arguments, and refuses others than its own.
+
+import torch
+import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]  # not on every machine, and untyped
+import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+from langchain_quantllm.kernels.launch import dense_vectors, power_of_2
+
+
+def write_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv: torch.Tensor,
+    table: torch.Tensor,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+) -> None:
+    """Write the keys and values of new tokens into their blocks; see `reference.write_kv`."""
+    key, value = dense_vectors(key), dense_vectors(value)
+    _, kv_heads, tokens, key_dim = key.shape
+    value_dim = value.shape[3]
+    key_tile, value_tile = power_of_2(key_dim, 16), power_of_2(value_dim, 16)
+    _write_kernel[(tokens, kv_heads)](
+        key,
+        value,
+        kv,
+        table,
+        slots,
+        positions,
+        key.stride(1),
+        key.stride(2),
+        value.stride(1),
+        value.stride(2),
+        table.stride(0),
+        block_tokens=kv.shape[1],
+        kv_heads=kv_heads,
+        key_dim=key_dim,
+        value_dim=value_dim,
+        key_tile=key_tile,
+        value_tile=value_tile,
+        num_warps=1,
+    )
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def _write_kernel(
+    key: tl.tensor,
+    value: tl.tensor,
+    kv: tl.tensor,
+    table: tl.tensor,
+    slots: tl.tensor,
+    positions: tl.tensor,
+    key_head_stride: tl.tensor,
+    key_token_stride: tl.tensor,
+    value_head_stride: tl.tensor,
+    value_token_stride: tl.tensor,
+    table_stride: tl.tensor,
+    block_tokens: tl.constexpr,
+    kv_heads: tl.constexpr,
+    key_dim: tl.constexpr,
+    value_dim: tl.constexpr,
+    key_tile: tl.constexpr,
+    value_tile: tl.constexpr,
+) -> None:
+    """Write one token of one head; grid `(tokens, kv_heads)`."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    blocks = table + tl.load(slots + token).to(tl.int64) * table_stride
+    position = tl.load(positions + token)
+    target = kv + key_indices(blocks, position, None, block_tokens, kv_heads, head) * (key_dim + value_dim)
+    columns = tl.arange(0, key_tile)
+    numbers = tl.load(key + head * key_head_stride + token * key_token_stride + columns, mask=columns < key_dim)
+    tl.store(target + columns, numbers, mask=columns < key_dim)
+    columns = tl.arange(0, value_tile)
+    numbers = tl.load(value + head * value_head_stride + token * value_token_stride + columns, mask=columns < value_dim)
+    tl.store(target + key_dim + columns, numbers, mask=columns < value_dim)
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def key_indices(
+    blocks: tl.tensor,
+    positions: tl.tensor,
+    wanted: tl.tensor,
+    block_tokens: tl.constexpr,
+    kv_heads: tl.constexpr,
+    head: tl.tensor,
+) -> tl.tensor:
+    """Compute the indices of a head's keys in the pool; 64 bits, as pools are large.
+
+    Args:
+        blocks: Pointer to the sequence's row of the block table.
+        positions: Positions in the sequence.
+        wanted: Mask of the positions to look up; None for all.
+        block_tokens: Tokens of a block.
+        kv_heads: Key heads of the pool.
+        head: The key head.
+
+    Returns:
+        Indices in the shape of `positions`, int64, in units of a key with its value.
+    """
+    # The block is undefined where `wanted` is false; reads at these indices have the same mask.
+    block = tl.load(blocks + positions // block_tokens, mask=wanted).to(tl.int64)
+    return (block * block_tokens + positions % block_tokens) * kv_heads + head

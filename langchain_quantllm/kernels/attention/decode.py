@@ -1,0 +1,307 @@
+"""Attention of a decode step over the blocks of the KV cache, in Triton: tiles, sharing of long sequences, kernels."""
+# No `from __future__ import annotations` here: Triton's interpreter needs `tl.constexpr` as an object, and its compiler
+# resolves every annotation of a kernel's arguments, and refuses others than its own.
+
+from functools import cache
+
+import torch
+import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]  # not on every machine, and untyped
+import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+from langchain_quantllm.kernels.attention.blocks import key_indices
+from langchain_quantllm.kernels.attention.softmax import fold, keys_within, scores_of
+from langchain_quantllm.kernels.launch import dense_vectors, launch_options, power_of_2, wait_for_inputs
+
+_MOST_GROUP_ROWS = 64
+"""Query heads of one program; more query heads of one key head are divided between programs."""
+_ALONE_TILES = 2
+"""Most tiles of keys of a sequence that is not shared: sharing costs more time to start and to combine."""
+_COMBINED_AT_ONCE = tl.constexpr(8192)
+"""Numbers that a program holds when it combines shares."""
+
+
+def decode_attention(
+    query: torch.Tensor,
+    kv: torch.Tensor,
+    table: torch.Tensor,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    value_dim: int,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    splits: int = 1,
+    arrivals: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attend with one new token of each sequence; see `reference.decode_attention`.
+
+    The last of the programs that share a sequence combines their results. A sequence with few keys is not shared.
+
+    Args:
+        query: See `reference.decode_attention`, like the following arguments; `window` and `softcap` are compiled in.
+        kv: The pool of one layer.
+        table: Block table.
+        slots: Row of the table of each token.
+        positions: The last position that each token sees.
+        value_dim: Size of a value.
+        scale: Factor of the scores.
+        window: How many of the last positions a token sees; 0 for all.
+        softcap: The cap of the scores; 0 for none.
+        splits: Most programs that share the keys of one sequence: a power of two; see `default_splits`.
+        arrivals: Counts made by `arrivals`; without them no sequence is shared. They are zeros before and after a call,
+            and belong to one call at a time.
+
+    Returns:
+        The attended values of shape `(1, tokens, heads, value_dim)`, contiguous, in the dtype of `query`.
+
+    Source:
+        Sharing a sequence: Flash-Decoding, https://pytorch.org/blog/flash-decoding/.
+    """
+    query = dense_vectors(query)
+    _, heads, tokens, key_dim = query.shape
+    _, block_tokens, kv_heads, _ = kv.shape
+    group = heads // kv_heads
+    group_rows = min(power_of_2(group, 16), _MOST_GROUP_ROWS)
+    if arrivals is None:
+        arrivals, splits = positions, 1
+    keys, warps, stages = _decode_tiles(key_dim, value_dim, kv.element_size())
+    out = query.new_empty((1, tokens, heads, value_dim))
+    # If no sequence is shared, the kernel accesses neither of these, nor the arrivals.
+    parts = out if splits == 1 else kv.new_empty((tokens, heads, splits, value_dim), dtype=torch.float32)
+    levels = out if splits == 1 else kv.new_empty((tokens, heads, splits), dtype=torch.float32)
+    _decode_kernel[(tokens, kv_heads * -(-group // group_rows), splits)](
+        query,
+        kv,
+        table,
+        slots,
+        positions,
+        out,
+        parts,
+        levels,
+        arrivals,
+        scale,
+        query.stride(1),
+        query.stride(2),
+        table.stride(0),
+        block_tokens=block_tokens,
+        kv_heads=kv_heads,
+        group=group,
+        key_dim=key_dim,
+        value_dim=value_dim,
+        window=window,
+        softcap=softcap,
+        splits=splits,
+        key_tile=power_of_2(key_dim, 16),
+        value_tile=power_of_2(value_dim, 16),
+        group_rows=group_rows,
+        heads_tile=power_of_2(min(group, group_rows)),
+        keys=keys,
+        least=_ALONE_TILES,
+        num_warps=warps,
+        num_stages=stages,
+        **launch_options(kv.device),
+    )
+    return out
+
+
+def arrivals(multiprocessors: int, device: torch.device) -> torch.Tensor:
+    """Allocate the counts of finished programs for `decode_attention`.
+
+    Args:
+        multiprocessors: Multiprocessors of the device, as for `default_splits`.
+        device: Device of the pools.
+
+    Returns:
+        Zeros, int32, enough for the groups of heads that `default_splits` shares in a step, with up to 1,024 heads in a
+        group.
+    """
+    most_groups = 8 * multiprocessors // 3
+    return torch.zeros(most_groups * (1024 // _MOST_GROUP_ROWS), dtype=torch.int32, device=device)
+
+
+def default_splits(tokens: int, kv_heads: int, multiprocessors: int) -> int:
+    """Choose how many programs of `decode_attention` share a sequence.
+
+    Args:
+        tokens: Sequences of the step.
+        kv_heads: Key heads of the layer.
+        multiprocessors: Multiprocessors of the device.
+
+    Returns:
+        The power of two from 1 to 64 that gives about four programs for each multiprocessor: between 8/3 and 16/3, if
+        the limits allow. On an H200, fewer programs take up to twice the time for long sequences; more programs are
+        slower for short ones.
+    """
+    programs, splits = tokens * kv_heads, 1
+    while splits < 64 and 3 * programs * splits <= 8 * multiprocessors:
+        splits *= 2
+    return splits
+
+
+@cache
+def _decode_tiles(key_dim: int, value_dim: int, element_bytes: int) -> tuple[int, int, int]:
+    """Choose keys per tile, warps and stages, for the 99 KB of shared memory of consumer cards."""
+    token_bytes = (power_of_2(key_dim, 16) + power_of_2(value_dim, 16)) * element_bytes
+    if element_bytes == 4:
+        # Without tensor cores the operands of a product are in registers: small tiles, many warps.
+        return keys_within(32768, token_bytes, 32), 8, 2
+    return keys_within(32768, token_bytes, 64), 4, 2
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def _decode_kernel(
+    query: tl.tensor,
+    kv: tl.tensor,
+    table: tl.tensor,
+    slots: tl.tensor,
+    positions: tl.tensor,
+    out: tl.tensor,
+    parts: tl.tensor,
+    levels: tl.tensor,
+    arrivals: tl.tensor,
+    scale: tl.tensor,
+    query_head_stride: tl.tensor,
+    query_token_stride: tl.tensor,
+    table_stride: tl.tensor,
+    block_tokens: tl.constexpr,
+    kv_heads: tl.constexpr,
+    group: tl.constexpr,
+    key_dim: tl.constexpr,
+    value_dim: tl.constexpr,
+    window: tl.constexpr,
+    softcap: tl.constexpr,
+    splits: tl.constexpr,
+    key_tile: tl.constexpr,
+    value_tile: tl.constexpr,
+    group_rows: tl.constexpr,
+    heads_tile: tl.constexpr,
+    keys: tl.constexpr,
+    least: tl.constexpr,
+    early: tl.constexpr,
+) -> None:
+    """Attend with the query heads of one key head to one share of a sequence; the last program combines the shares.
+
+    Grid `(tokens, kv_heads * programs of a group, splits)`. If a sequence has several shares, each program writes its
+    values to `parts` and the binary logarithm of the sum of its exponentials to `levels`, and counts in `arrivals`.
+    """
+    wait_for_inputs(early)
+    token = tl.program_id(0).to(tl.int64)
+    programs: tl.constexpr = (group + group_rows - 1) // group_rows
+    head = tl.program_id(1) // programs
+    split = tl.program_id(2)
+    members = tl.program_id(1) % programs * group_rows + tl.arange(0, group_rows)
+    heads = head * group + members
+    key_columns = tl.arange(0, key_tile)
+    value_columns = tl.arange(0, value_tile)
+    blocks = table + tl.load(slots + token).to(tl.int64) * table_stride
+    end = tl.load(positions + token) + 1
+    begin = 0
+    if window > 0:
+        begin = tl.maximum(end - window, 0)
+    first_tile = begin // keys
+    tiles = tl.cdiv(end, keys) - first_tile
+    share = tl.cdiv(tiles, splits)
+    if splits > 1:
+        share = tl.where(tiles <= least, tiles, share)
+        if split * share >= tiles:
+            return
+    start = (first_tile + split * share) * keys
+    stop = tl.minimum(start + share * keys, end)
+    asked = tl.load(
+        query + token * query_token_stride + heads[:, None] * query_head_stride + key_columns[None, :],
+        mask=(members[:, None] < group) & (key_columns[None, :] < key_dim),
+        other=0.0,
+    ).to(kv.dtype.element_ty)
+
+    highest = tl.full([group_rows], float("-inf"), tl.float32)
+    weight = tl.zeros([group_rows], tl.float32)
+    total = tl.zeros([group_rows, value_tile], tl.float32)
+    for tile in range(start, stop, keys):
+        seen = tile + tl.arange(0, keys)
+        visible = (seen >= begin) & (seen < end)
+        sources = kv + key_indices(blocks, seen, visible, block_tokens, kv_heads, head) * (key_dim + value_dim)
+        key = tl.load(
+            sources[:, None] + key_columns[None, :],
+            mask=visible[:, None] & (key_columns[None, :] < key_dim),
+            other=0.0,
+        )
+        value = tl.load(
+            sources[:, None] + key_dim + value_columns[None, :],
+            mask=visible[:, None] & (value_columns[None, :] < value_dim),
+            other=0.0,
+        )
+        scores = tl.where(visible[None, :], scores_of(asked, key, scale, softcap), float("-inf"))
+        total, highest, weight = fold(total, highest, weight, scores, value)
+
+    found = total / tl.where(weight > 0, weight, 1.0)[:, None]
+    row = token * (kv_heads * group) + heads
+    held = (members[:, None] < group) & (value_columns[None, :] < value_dim)
+    shares = tl.cdiv(tiles, share)
+    if splits == 1 or shares == 1:
+        tl.store(out + row[:, None] * value_dim + value_columns[None, :], found.to(out.dtype.element_ty), mask=held)
+    else:
+        at = row * splits + split
+        tl.store(parts + at[:, None] * value_dim + value_columns[None, :], found, mask=held)
+        tl.store(levels + at, highest + tl.log2(weight), mask=members < group)
+        tl.debug_barrier()  # all threads have written before one of them counts the program
+        arrived = arrivals + token * tl.num_programs(1) + tl.program_id(1)
+        if tl.atomic_add(arrived, 1, sem="acq_rel") == shares - 1:
+            tl.store(arrived, 0)
+            skipped = tl.program_id(1) % programs * group_rows
+            first = (token * kv_heads + head) * group + skipped
+            count = tl.minimum(group - skipped, group_rows)
+            _combine(out, parts, levels, first, count, shares, value_dim, splits, value_tile, heads_tile)
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def _combine(
+    out: tl.tensor,
+    parts: tl.tensor,
+    levels: tl.tensor,
+    first: tl.tensor,
+    heads: tl.tensor,
+    shares: tl.tensor,
+    value_dim: tl.constexpr,
+    splits: tl.constexpr,
+    value_tile: tl.constexpr,
+    heads_tile: tl.constexpr,
+) -> None:
+    """Combine the shares of some heads of one token, weighted by their levels.
+
+    Args:
+        out: Results of shape `(tokens * heads, value_dim)`.
+        parts: Values of the shares, of shape `(tokens * heads, splits, value_dim)`, float32.
+        levels: Their binary logarithms, of shape `(tokens * heads, splits)`, float32; finite.
+        first: Index of the first head, of `tokens * heads`.
+        heads: Number of heads, at least 1.
+        shares: How many of the `splits` are written.
+        value_dim: Size of a value.
+        splits: Allocated shares; a power of two.
+        value_tile: `value_dim`, rounded up to a power of two.
+        heads_tile: A power of two, at least `heads`.
+    """
+    members = tl.arange(0, heads_tile)
+    held = members < heads
+    columns = tl.arange(0, value_tile)
+    rows = first + members
+    every = tl.arange(0, splits)
+    found = tl.load(levels + rows[:, None] * splits + every, mask=held[:, None] & (every < shares), other=float("-inf"))
+    highest = tl.where(held, tl.max(found, 1), 0.0)
+    weight = tl.where(held, tl.sum(tl.exp2(found - highest[:, None]), 1), 1.0)
+    total = tl.zeros([heads_tile, value_tile], tl.float32)
+    room: tl.constexpr = _COMBINED_AT_ONCE // (heads_tile * value_tile)
+    at_once: tl.constexpr = min(splits, max(1, room))
+    for begin in range(0, shares, at_once):
+        numbers = begin + tl.arange(0, at_once)
+        indices = rows[:, None] * splits + numbers
+        wanted = held[:, None] & (numbers < shares)
+        level = tl.load(levels + indices, mask=wanted, other=float("-inf"))
+        part = tl.load(
+            parts + indices[:, :, None] * value_dim + columns,
+            mask=wanted[:, :, None] & (columns < value_dim),
+            other=0.0,
+        )
+        total += tl.sum(part * tl.exp2(level - highest[:, None])[:, :, None], 1)
+    combined = (total / weight[:, None]).to(out.dtype.element_ty)
+    tl.store(out + rows[:, None] * value_dim + columns, combined, mask=held[:, None] & (columns < value_dim))

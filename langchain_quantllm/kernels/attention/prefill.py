@@ -1,0 +1,173 @@
+"""Attention of a prefill step over the blocks of the KV cache, in Triton: tiles and the kernel."""
+# No `from __future__ import annotations` here: Triton's interpreter needs `tl.constexpr` as an object, and its compiler
+# resolves every annotation of a kernel's arguments, and refuses others than its own.
+
+from functools import cache
+
+import torch
+import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]  # not on every machine, and untyped
+import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+from langchain_quantllm.kernels.attention.blocks import key_indices
+from langchain_quantllm.kernels.attention.softmax import fold, keys_within, scores_of
+from langchain_quantllm.kernels.launch import dense_vectors, power_of_2
+from langchain_quantllm.kernels.reference import PREFILL_TILE
+
+
+def prefill_attention(
+    query: torch.Tensor,
+    kv: torch.Tensor,
+    table: torch.Tensor,
+    tiles: torch.Tensor,
+    *,
+    value_dim: int,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """Attend with packed chunks of several prompts; see `reference.prefill_attention`.
+
+    `window` and `softcap` are compiled in.
+
+    Source:
+        The softmax over tiles: FlashAttention-2, https://arxiv.org/abs/2307.08691, algorithm 1.
+    """
+    query = dense_vectors(query)
+    _, heads, tokens, key_dim = query.shape
+    _, block_tokens, kv_heads, _ = kv.shape
+    queries, keys, warps, stages = _prefill_tiles(key_dim, value_dim, kv.element_size(), kv.device)
+    out = query.new_empty((1, tokens, heads, value_dim))
+    _prefill_kernel[(heads, tiles.shape[0], PREFILL_TILE // queries)](
+        query,
+        kv,
+        table,
+        tiles,
+        out,
+        scale,
+        query.stride(1),
+        query.stride(2),
+        table.stride(0),
+        block_tokens=block_tokens,
+        kv_heads=kv_heads,
+        group=heads // kv_heads,
+        key_dim=key_dim,
+        value_dim=value_dim,
+        window=window,
+        softcap=softcap,
+        key_tile=power_of_2(key_dim, 16),
+        value_tile=power_of_2(value_dim, 16),
+        queries=queries,
+        keys=keys,
+        num_warps=warps,
+        num_stages=stages,
+    )
+    return out
+
+
+@cache
+def _prefill_tiles(key_dim: int, value_dim: int, element_bytes: int, device: torch.device) -> tuple[int, int, int, int]:
+    """Choose queries and keys per tile, warps and stages, for 99 KB of shared memory or Hopper's 227."""
+    token_bytes = (power_of_2(key_dim, 16) + power_of_2(value_dim, 16)) * element_bytes
+    if element_bytes == 4:
+        return PREFILL_TILE // 2, 16, 8, 2
+    if token_bytes <= 512:
+        return PREFILL_TILE, keys_within(32768, token_bytes, 128), 4, 2
+    # On Hopper one warpgroup multiplies and holds 64 rows; elsewhere these are too many for the registers of 4 warps.
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
+        return PREFILL_TILE, keys_within(65536, token_bytes, 64), 4, 2
+    return PREFILL_TILE, keys_within(32768, token_bytes, 64), 8, 2
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def _prefill_kernel(
+    query: tl.tensor,
+    kv: tl.tensor,
+    table: tl.tensor,
+    tiles: tl.tensor,
+    out: tl.tensor,
+    scale: tl.tensor,
+    query_head_stride: tl.tensor,
+    query_token_stride: tl.tensor,
+    table_stride: tl.tensor,
+    block_tokens: tl.constexpr,
+    kv_heads: tl.constexpr,
+    group: tl.constexpr,
+    key_dim: tl.constexpr,
+    value_dim: tl.constexpr,
+    window: tl.constexpr,
+    softcap: tl.constexpr,
+    key_tile: tl.constexpr,
+    value_tile: tl.constexpr,
+    queries: tl.constexpr,
+    keys: tl.constexpr,
+) -> None:
+    """Attend with one head of one part of a tile; grid `(heads, tiles, parts of a tile)`.
+
+    Heads are the first axis, so that the heads of one key head run together and find its keys in the cache.
+    """
+    head = tl.program_id(0)
+    # The last tiles of a chunk see the most keys: they start first, so that none of them runs alone at the end.
+    run = tiles + 4 * (tl.num_programs(1) - 1 - tl.program_id(1))
+    skipped = tl.program_id(2) * queries
+    count = tl.load(run + 3) - skipped
+    if count <= 0:
+        return
+    blocks = table + tl.load(run).to(tl.int64) * table_stride
+    first = tl.load(run + 1).to(tl.int64) + skipped
+    position = tl.load(run + 2) + skipped
+    end = position + tl.minimum(count, queries)
+    members = tl.arange(0, queries)
+    key_columns = tl.arange(0, key_tile)
+    value_columns = tl.arange(0, value_tile)
+    asked = tl.load(
+        query
+        + tl.cast(head, tl.int64) * query_head_stride
+        + (first + members)[:, None] * query_token_stride
+        + key_columns[None, :],
+        mask=(members[:, None] < count) & (key_columns[None, :] < key_dim),
+        other=0.0,
+    ).to(kv.dtype.element_ty)
+    key_base = kv + key_columns[None, :]
+    value_base = kv + key_dim + value_columns[None, :]
+    highest = tl.full([queries], float("-inf"), tl.float32)
+    weight = tl.zeros([queries], tl.float32)
+    total = tl.zeros([queries, value_tile], tl.float32)
+
+    start = 0
+    begin = 0
+    if window > 0:
+        begin = tl.maximum(position - window + 1, 0)
+        start = begin // keys * keys
+    else:
+        # Whole tiles of keys that every query sees need no mask.
+        start = (position + 1) // keys * keys
+        for tile in range(0, start, keys):
+            seen = tile + tl.arange(0, keys)
+            indices = key_indices(blocks, seen, None, block_tokens, kv_heads, head // group) * (key_dim + value_dim)
+            key = tl.load(key_base + indices[:, None], mask=key_columns[None, :] < key_dim, other=0.0)
+            value = tl.load(value_base + indices[:, None], mask=value_columns[None, :] < value_dim, other=0.0)
+            scores = scores_of(asked, key, scale, softcap)
+            total, highest, weight = fold(total, highest, weight, scores, value)
+    for tile in range(start, end, keys):
+        seen = tile + tl.arange(0, keys)
+        written = (seen >= begin) & (seen < end)
+        indices = key_indices(blocks, seen, written, block_tokens, kv_heads, head // group) * (key_dim + value_dim)
+        key = tl.load(key_base + indices[:, None], mask=written[:, None] & (key_columns[None, :] < key_dim), other=0.0)
+        value = tl.load(
+            value_base + indices[:, None], mask=written[:, None] & (value_columns[None, :] < value_dim), other=0.0
+        )
+        ages = (position + members)[:, None] - seen[None, :]
+        visible = ages >= 0
+        if window > 0:
+            visible = visible & (ages < window)
+        scores = tl.where(visible, scores_of(asked, key, scale, softcap), float("-inf"))
+        total, highest, weight = fold(total, highest, weight, scores, value)
+
+    # Only rows after the last token can have seen no key; they are not stored.
+    found = total / tl.where(weight > 0, weight, 1.0)[:, None]
+    heads = tl.num_programs(0)
+    tl.store(
+        out + ((first + members) * heads + head)[:, None] * value_dim + value_columns[None, :],
+        found.to(out.dtype.element_ty),
+        mask=(members[:, None] < count) & (value_columns[None, :] < value_dim),
+    )

@@ -1,0 +1,67 @@
+"""The softmax of attention, tile by tile, as Triton functions for decode and prefill."""
+# No `from __future__ import annotations` here: Triton's interpreter needs `tl.constexpr` as an object, and its compiler
+# resolves every annotation of a kernel's arguments, and refuses others than its own.
+
+import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]  # not on every machine, and untyped
+import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+from langchain_quantllm.kernels.launch import dot
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def scores_of(query: tl.tensor, key: tl.tensor, scale: tl.tensor, softcap: tl.constexpr) -> tl.tensor:
+    """Compute scores in base 2, as the device has `exp2` but no `exp`.
+
+    Args:
+        query: Queries of shape `(queries, key_tile)`.
+        key: Keys of shape `(keys, key_tile)`.
+        scale: Factor of the scores.
+        softcap: The cap of the scores; 0 for none.
+
+    Returns:
+        Scores of shape `(queries, keys)`, float32.
+    """
+    scores = dot(query, tl.trans(key), None)
+    if softcap > 0:
+        # tanh(x) = 1 - 2 / (exp(2x) + 1), which has no overflow: its exponential may be 0 or inf.
+        doubled = tl.exp2(scores * (scale * (2 * _LOG2_E / softcap)))
+        scores = (1 - 2 / (doubled + 1)) * (softcap * _LOG2_E)
+    else:
+        scores = scores * (scale * _LOG2_E)
+    return scores
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def fold(
+    total: tl.tensor, highest: tl.tensor, weight: tl.tensor, scores: tl.tensor, value: tl.tensor
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Add a tile of keys to the softmax so far.
+
+    Args:
+        total: Weighted values so far, relative to `highest`, of shape `(queries, value_tile)`, float32.
+        highest: The highest score so far of shape `(queries,)`, float32; -inf where nothing was seen.
+        weight: Sum of the exponentials so far, relative to `highest`, of shape `(queries,)`, float32.
+        scores: Scores in base 2 of shape `(queries, keys)`, float32; -inf where not visible.
+        value: Values of shape `(keys, value_tile)`; finite also where they are not visible.
+
+    Returns:
+        `total`, `highest` and `weight`, updated.
+
+    Source:
+        FlashAttention-2, https://arxiv.org/abs/2307.08691, algorithm 1, lines 8 to 10.
+    """
+    peak = tl.maximum(highest, tl.max(scores, 1))
+    # A query that has seen no key yet, because of a window: -inf - -inf would be NaN.
+    level = tl.where(peak == float("-inf"), 0.0, peak)
+    shares = tl.exp2(scores - level[:, None])
+    decay = tl.exp2(highest - level)
+    weight = weight * decay + tl.sum(shares, 1)
+    total = dot(shares.to(value.dtype), value, total * decay[:, None])
+    return total, peak, weight
+
+
+def keys_within(tile_bytes: int, token_bytes: int, most: int) -> int:
+    """Return the largest power of two of keys, from 16 to `most`, whose tile fits."""
+    return min(most, max(16, 1 << (tile_bytes // token_bytes).bit_length() - 1))
