@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 PROMPTS = [
     "w1",
-    "some words of a prompt that is longer than a block or two " * 3,
+    "some words of a prompt that is longer than a page or two " * 3,
     "x y z",
     "a" * 15,
     "b" * 16,
