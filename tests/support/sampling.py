@@ -33,7 +33,7 @@ def request_of(
 
 
 def chi_square(drawn: list[int], probabilities: torch.Tensor) -> tuple[float, int]:
-    """Compute chi-square and its degrees of freedom, over tokens expected at least five times and the rest as one bin."""
+    """Compute chi-square and its degrees of freedom: tokens expected five times and more, and the rest as one bin."""
     counts, n = Counter(drawn), len(drawn)
     expected = (probabilities.double() * n).tolist()
     often = [i for i, e in enumerate(expected) if e >= 5]
