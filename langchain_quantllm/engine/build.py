@@ -92,9 +92,12 @@ class EngineParts:
         self._fingerprint = self._current_fingerprint()
 
     def close(self) -> None:
-        """Take the adapters' forwards off the model."""
+        """Take the adapters' forwards off the model, and release it and the KV pools; the limits stay readable."""
         if self.adapters is not None:
             self.adapters.close()
+        self.pools, self.adapters = [], None
+        self._model = self._switch = self._fusion = None
+        vars(self).pop("runner", None)
 
     @property
     def info(self) -> EngineInfo:

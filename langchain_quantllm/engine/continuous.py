@@ -93,8 +93,7 @@ class ContinuousEngine:
     @property
     def kv_resident_bytes(self) -> int | None:
         """Bytes of the KV cache that lie in main memory; see `kv_cache.resident_bytes`."""
-        parts: EngineParts | None = getattr(self, "_parts", None)  # another thread may have closed the engine
-        return None if parts is None else resident_bytes(parts.pools)
+        return resident_bytes(self._parts.pools)
 
     def submit(
         self, requests: abc.Sequence[Request], timeout_s: float | None = None, *, in_pieces: bool = True
@@ -125,7 +124,7 @@ class ContinuousEngine:
         self._worker.close("the model was unloaded while it was generating.")
         self._parts.close()
         self._tokenizer = None
-        del self._parts, self._runner, self._scheduler
+        del self._runner, self._scheduler
 
     # The loop.
 

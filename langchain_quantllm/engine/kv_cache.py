@@ -53,7 +53,7 @@ def shapes_of(cache: Any) -> list[LayerShape]:
     for layer in cache.layers:
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if keys is None or values is None or keys.dim() != 4 or values.dim() != 4:
-            msg = f"its cache has a {type(layer).__name__}, which is more or less than keys and values"
+            msg = f"its cache has a {type(layer).__name__}, which does not hold exactly keys and values"
             raise ValueError(msg)
         shapes.append(
             LayerShape(

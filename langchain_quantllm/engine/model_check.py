@@ -50,13 +50,13 @@ def unsupported_reason(model: Any) -> str | None:
     if not getattr(text, "is_causal", True) or getattr(text, "use_bidirectional_attention", False):
         return "its attention looks ahead"
     if others := set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES:
-        return f"it has layers of kind {min(others)!r}, which keep something else than keys and values"
+        return f"it has layers of kind {min(others)!r}, which store something other than keys and values"
     if getattr(text, "alibi", False) or getattr(getattr(text, "attn_config", None), "alibi", False):
         return "its attention is biased by distance (ALiBi)"
     if getattr(text, "kv_lora_rank", None) is not None:
-        return "its cache holds what keys and values are made of, not these"
+        return "its cache holds compressed keys and values (multi-head latent attention)"
     if getattr(text, "attention_chunk_size", None) is not None:
-        return "its attention goes by chunks"
+        return "its attention is divided into chunks"
     if rope := _moving_rope(getattr(text, "rope_parameters", None)):
         return f"its {rope!r} rotary positions change with the longest text of the batch"
     if not hasattr(model, "get_input_embeddings") or model.get_input_embeddings() is None:

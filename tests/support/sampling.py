@@ -33,7 +33,7 @@ def request_of(
 
 
 def chi_square(drawn: list[int], probabilities: torch.Tensor) -> tuple[float, int]:
-    """Give the statistic over tokens expected at least five times, the rest as one bin, and its degrees of freedom."""
+    """Compute chi-square and its degrees of freedom: tokens expected five times and more, and the rest as one bin."""
     counts, n = Counter(drawn), len(drawn)
     expected = (probabilities.double() * n).tolist()
     often = [i for i, e in enumerate(expected) if e >= 5]
@@ -88,7 +88,7 @@ class Only:
 
 
 class Batch:
-    """Rows that draw side by side, driven as the fast engine does it."""
+    """Requests that are sampled together, as the continuous engine does it."""
 
     def __init__(self, requests: Sequence[Request], *, slots: Sequence[int] | None = None, vocab: int = VOCAB) -> None:
         self.requests = list(requests)
@@ -146,7 +146,7 @@ class Batch:
         return self.drawn
 
     def logits(self, row: int, step: int, seed: int) -> torch.Tensor:
-        """Give the logits of a request, wherever in a batch it is."""
+        """Compute the logits of a request, which do not depend on its place in the batch."""
         request = self.requests[row]
         return logits_of(seed + 7919 * request.seed + 101 * request.sample_index + step, 1, self.vocab)[0]
 

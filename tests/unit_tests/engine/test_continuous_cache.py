@@ -38,7 +38,7 @@ class TestPrefixes:
         first = ids_of(21)
         answer = ids_after(llm, first, max_new_tokens=30)
         second = [*first, *answer, *ids_of(9, seed=1)]
-        # The keys of the answer's last token were never computed: 50 tokens, three whole pages.
+        # The keys of the answer's last token were never computed: 50 tokens, three full blocks.
         assert cached_tokens(llm, second, max_new_tokens=20) == [48]
         found = ids_after(llm, second, max_new_tokens=20)
         assert found == likeliest_ids(llm.pipeline.model, second, found)
@@ -168,7 +168,7 @@ class TestKVCacheMemory:
         assert llm.memory_report().kv_cache_bytes is None
         ids_after(llm, ids_of(40), max_new_tokens=20)
         report = llm.memory_report()
-        assert report.kv_cache_bytes == 64 * 512  # 59 tokens in four pages
+        assert report.kv_cache_bytes == 64 * 512  # 59 tokens in four blocks
         assert "KV cache" in str(report)
         if sys.platform == "linux":
             assert report.kv_cache_bytes <= report.kv_resident_bytes
@@ -183,7 +183,7 @@ class TestKVCacheMemory:
         pools = allocate_pools([shape] * 4, 2048)  # 16 MiB each
         assert resident_bytes(pools) == 0
         pools[1].kv[7] = 1
-        assert pools[1].kv[7].nbytes <= resident_bytes(pools) <= 4 * 2**20  # pages of the system are 2 MiB at most
+        assert pools[1].kv[7].nbytes <= resident_bytes(pools) <= 4 * 2**20  # memory pages have 2 MiB at most
         assert not pools[1].kv[8].any()
         assert len(kept) == 4
 

@@ -21,7 +21,14 @@ from tests.support.models import llm_of, tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
-PROMPTS = ["w1", "some words of a prompt that is longer than a page or two " * 3, "x y z", "a" * 15, "b" * 16, "c" * 17]
+PROMPTS = [
+    "w1",
+    "some words of a prompt that is longer than a page or two " * 3,
+    "x y z",
+    "a" * 15,
+    "b" * 16,
+    "c" * 17,
+]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +66,7 @@ def test_greedy_equals_generate_in_graphs(folder: Any) -> None:
     assert llm.engine_info.graphs
     expected = [generated(llm, prompt) for prompt in PROMPTS]
     assert [llm.invoke(prompt) for prompt in PROMPTS] == expected
-    for _ in range(2):  # the second time with prompts that are in the pages
+    for _ in range(2):  # the second time with prompts that are in the cache
         assert llm.batch(PROMPTS) == expected
     assert llm.batch(PROMPTS, max_new_tokens=5) == [generated(llm, prompt, 5) for prompt in PROMPTS]
     llm.unload()
@@ -98,7 +105,7 @@ def test_one_graph_runs_sequences_of_several_adapters(folder: Any, tmp_path: Any
     enable_adapters(model, False)
     assert len(set(expected)) == len(expected)
     bound = [llm.bind(adapter=name) for name in names]
-    for _ in range(3):  # the later ones from graphs and pages
+    for _ in range(3):  # the later ones from graphs and shared blocks
         with ThreadPoolExecutor(len(names)) as executor:
             found = list(executor.map(lambda one, prompt: one.invoke(prompt), bound, prompts))
         assert found == expected
@@ -179,7 +186,7 @@ def test_gptq_runs_in_graphs_and_compiles_no_cuda(folder: Any, tmp_path: Any, bi
 def test_a_model_that_cannot_be_captured_runs_eagerly_and_leaves_the_gpu_usable(
     folder: Any, sees: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not sees:  # a wait that nobody finds before the capture fails
+    if not sees:  # a wait that is not found before the capture fails
         monkeypatch.setattr(capture, "_WAITS", ())
     llm = make(folder, dtype="float32", engine="fast").load()
     expected = generated(llm, PROMPTS[1])

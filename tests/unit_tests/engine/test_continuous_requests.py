@@ -145,7 +145,7 @@ class TestFailures:
     def test_nan_does_not_spread_to_later_requests_on_the_same_blocks(
         self, spoiled: tuple[QuantizedHuggingFaceLLM, Request]
     ) -> None:
-        """What is masked is multiplied by 0, and 0 times no number is none."""
+        """Masked values are multiplied by 0, and 0 times NaN is NaN."""
         llm, bad = spoiled
         expected = [ids_after(llm, ids_of(count), max_new_tokens=30) for count in (3, 40)]
         for _ in range(3):

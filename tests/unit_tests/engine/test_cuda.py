@@ -1,4 +1,4 @@
-"""What can only be seen on a CUDA GPU; on other machines these tests are skipped."""
+"""Models on a CUDA GPU: devices, memory, offloading. On other machines these tests are skipped."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class Visit:
     after: int = 0
 
 
-# Pages have 16 tokens: prompts end before, on and behind their borders, and so do texts.
+# Blocks have 16 tokens: prompts and texts end before, on and behind their borders.
 VISITS = [
     Visit(random_ids(17), 60),
     Visit(random_ids(40), 24),
@@ -137,7 +137,7 @@ class TestFast:
             assert answer.token_ids == likeliest_ids(case.model, visit.prompt_ids, answer.token_ids)
         assert count < 0.75 * sum(visit.new_tokens for visit in VISITS)  # else they ran one after another
         cached = [answer.usage.cached_tokens if answer.usage else None for answer in answers]
-        # The whole pages of what is shared, 20 and 33 tokens; the page size is no multiple of either.
+        # The full blocks of the shared 20 and 33 tokens.
         assert cached == ([0, 0, 0, 0, 0, 0, 32, 16, 32] if prefix_caching else [0] * len(VISITS))
 
 

@@ -261,7 +261,7 @@ class TestEndTokens:
         assert self.draw(requests, [True] * 4, [5, 6, 7, 8, 20]) == [6, 7, 5, 20]
 
     def test_more_end_tokens_than_there_was_room_for(self) -> None:
-        """Rows that were set before keep theirs; graphs are told that a tensor was replaced."""
+        """Earlier sequences keep theirs; `version` tells graphs that a tensor was replaced."""
         sampler = BatchSampler(3, VOCAB, CPU)
         few = replace(request_of(), eos_token_ids=(5, 6))
         many = replace(request_of(), eos_token_ids=tuple(range(10, 30)))
@@ -278,7 +278,7 @@ class TestEndTokens:
         slots, uniforms = torch.tensor([0, 1, 2]), torch.zeros(3)
         logits[2, 5:10] = -1.0
         everyone = torch.tensor([True] * 3)
-        # Token 0 is nobody's end, whatever fills the places that a row does not need.
+        # Token 0 is no end token, whatever fills the unused places.
         assert sampler.sample(logits, slots, uniforms, everyone, BLOCKS).tolist() == [0, 0, 0]
         logits[:, 0] = -1.0
         assert sampler.sample(logits, slots, uniforms, everyone, BLOCKS).tolist() == [7, 7, 30]

@@ -167,7 +167,7 @@ class TestChunkStream:
         with pytest.raises(asyncio.CancelledError):
             await task
         assert stream.cancelled
-        stream.put(chunks(1)[0])  # the engine's last chunk finds nobody, and that is no error
+        stream.put(chunks(1)[0])  # the engine's last chunk without a reader is no error
 
     def test_a_loop_closed_over_its_reader_cancels(self) -> None:
         stream = ChunkStream(1)

@@ -19,9 +19,8 @@ import torch
 from langchain_quantllm.engine.fusion.sampling import find_sampling_kernel, samples_alike
 from langchain_quantllm.engine.sampler import MASKS, SAMPLES, SORTS, BatchSampler, needs_of
 from tests.support.interpreter import report_cases
-from tests.support.sampling import request_of
+from tests.support.sampling import COMBINATIONS, VOCAB, Batch, Only, logits_of, request_of
 from tests.support.selection import covering, slow_but
-from tests.unit_tests.engine.test_sampler import COMBINATIONS, VOCAB, Batch, Only, logits_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROWS = 600 if DEVICE.type == "cuda" else 40
@@ -40,7 +39,7 @@ class OnDevice:
     def last_ids(self) -> torch.Tensor:
         return self._sampler.last_ids.cpu()
 
-    def draw(self, *given: Any) -> torch.Tensor:
+    def sample(self, *given: Any) -> torch.Tensor:
         logits, slots, uniforms, may_not_end, need, *mask = given
         moved = [one.to(DEVICE) for one in (logits, slots.int(), uniforms, may_not_end.int())]  # as in a step
         return self._sampler.sample(*moved, need, *(one if one is None else one.to(DEVICE) for one in mask)).cpu()
