@@ -1,15 +1,16 @@
-"""What the attention of one decode step takes in a layer, beside PyTorch's over keys that lie dense.
+"""Time of a decode step's attention in one layer, beside PyTorch's attention over contiguous keys.
 
     python -m benchmarks.attention_speed --rows 1 8 64 --lengths 60 512 4096
 
-Needs a CUDA GPU. Microseconds of one call in a CUDA graph of several layers, each with keys of its own, and what
-reading these takes at 4 TB/s. With `--tiles` (keys, warps, stages) and `--alone`, the kernel is timed with each of
-them. Prints lines as they come, and one line of JSON in the end.
+Needs a CUDA GPU. Microseconds of one call in a CUDA graph of several layers, each with its own keys, and the time to
+read these at 4 TB/s. With `--tiles` (keys, warps, stages) and `--alone`, the kernel is timed with each of them. Prints
+lines as they come, then one line of JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from itertools import product as pairs
 from typing import Any
@@ -17,22 +18,19 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.sampling_speed import microseconds
+from benchmarks.timing import ATTENTION_SHAPES, graph_us
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.kernels import reference
-
-SHAPES = {"llama-2-7b": (32, 32, 128), "llama-3-8b": (32, 8, 128), "qwen2.5-1.5b": (12, 2, 128)}
-"""Heads, key heads, and the numbers of each."""
 
 LAYERS = 8
 BYTES_PER_US = 4e6
 
 
 class Layers:
-    """Keys and values of several layers in pages of any order, and queries."""
+    """Queries, and keys and values of several layers in blocks of random order."""
 
     def __init__(self, shape: str, rows: int, length: int) -> None:
-        heads, kv_heads, dim = SHAPES[shape]
+        heads, kv_heads, dim = ATTENTION_SHAPES[shape]
         made = {"dtype": torch.bfloat16, "device": "cuda"}
         width = -(-length // BLOCK_TOKENS)
         self.kv_heads, self.dim, self.length = kv_heads, dim, length
@@ -44,7 +42,7 @@ class Layers:
         self.bytes = rows * length * kv_heads * 2 * dim * 2
 
     def ours(self) -> float:
-        """Time the kernel, once it gives what the reference does."""
+        """Compare the kernel with the reference, and time it."""
         from langchain_quantllm.kernels import attention as attention_kernels
 
         multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
@@ -59,12 +57,12 @@ class Layers:
         expected = reference.decode_attention(self.query, self.pools[0], *at, **given)
         for _ in range(2):
             torch.testing.assert_close(run(self.pools[0]), expected, rtol=2e-2, atol=2e-2)
-        taken = microseconds(lambda: [run(pool) for pool in self.pools])
+        us = graph_us([functools.partial(run, pool) for pool in self.pools], repeats=12, replays=10)
         assert not arrivals.any()
-        return round(taken / LAYERS, 2)
+        return round(us, 2)
 
     def dense(self) -> float:
-        """Time PyTorch's attention over keys and values that lie as it likes them."""
+        """Time PyTorch's attention over contiguous keys and values."""
         shape = (len(self.rows), self.kv_heads, self.length, self.dim)
         made = {"dtype": torch.bfloat16, "device": "cuda"}
         layers = [(torch.randn(shape, **made), torch.randn(shape, **made)) for _ in range(LAYERS)]
@@ -73,19 +71,19 @@ class Layers:
         def run(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             return scaled_dot_product_attention(query, key, value, enable_gqa=query.shape[1] > self.kv_heads)
 
-        return round(microseconds(lambda: [run(*layer) for layer in layers]) / LAYERS, 2)
+        return round(graph_us([functools.partial(run, *layer) for layer in layers], repeats=12, replays=10), 2)
 
 
 def main() -> None:
-    """Time what is asked for."""
+    """Time the shapes, rows and lengths of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", default=list(ATTENTION_SHAPES), choices=list(ATTENTION_SHAPES))
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--lengths", nargs="+", type=int, default=[60, 512, 4096])
     parser.add_argument("--tiles", nargs="+", help="keys,warps,stages; the module's own without")
     parser.add_argument("--alone", nargs="+", type=int, help="the module's own without")
     asked = parser.parse_args()
-    from langchain_quantllm.kernels import attention as attention_kernels
+    from langchain_quantllm.kernels.attention import decode
 
     tiles = [tuple(map(int, one.split(","))) for one in asked.tiles or ()] or [None]
     found = []
@@ -96,12 +94,12 @@ def main() -> None:
         line["dense_us"] = layers.dense()
         for tile, alone in pairs(tiles, asked.alone or [None]):
             if tile is not None:
-                attention_kernels._decode_tiles = lambda *_, tile=tile: tile
+                decode._decode_tiles = lambda *_, tile=tile: tile
             if alone is not None:
-                attention_kernels._ALONE_TILES = alone
+                decode._ALONE_TILES = alone
             try:
                 line[f"ours_us {tile or ''} {alone or ''}".strip()] = layers.ours()
-            except Exception as error:  # too much shared memory, say
+            except Exception as error:  # too much shared memory, for example
                 print(f"{tile}, {alone}: {error!r}"[:200])
         print(line, flush=True)
         found.append(line)

@@ -1,8 +1,8 @@
-"""What fused steps do to the perplexity of a text: the model's own modules beside the steps that stand in for them.
+"""Perplexity of a text by a model's own modules, and by its fused steps.
 
     python -m benchmarks.fused_quality FOLDER --schemes none,int8 --max-tokens 4000
 
-Runs on a CPU: the plain torch versions of the kernels compute, products over dequantized weights in float32. A folder
+Runs on a CPU with the kernels in plain torch; linear layers multiply by dequantized weights in float32. A folder
 with a GPTQ checkpoint is measured with `--schemes gptq`.
 """
 
@@ -23,18 +23,18 @@ from langchain_quantllm.kernels.linear import reference as linear_reference
 from langchain_quantllm.kernels.linear.weights import Weight
 
 
-class DenseProducts:
-    """The plain products in float32, with weights that are dequantized once."""
+class DenseLinear:
+    """Quantized linear layers in float32, over weights that are dequantized once."""
 
     def __init__(self) -> None:
-        """Begin with none dequantized."""
+        """Start with no dequantized weight."""
         self._dense: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def quantized_linear(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
-        """Multiply; see `linear_reference.product`."""
+        """Multiply; see `linear_reference.quantized_linear`."""
         key = weight.words.data_ptr()
         if key not in self._dense:
-            # With what it was made of, or something else might come to lie there.
+            # Kept with its words: their memory must not be reused while the pointer is the key.
             self._dense[key] = weight.words, linear_reference.dequantize(weight, torch.float32)
         return torch.nn.functional.linear(x.float(), self._dense[key][1], None if bias is None else bias.float())
 
@@ -62,7 +62,7 @@ def main() -> None:
         )
         model, tokenizer = llm.pipeline.model, llm.pipeline.tokenizer
         own = perplexity(model, tokenizer, text, max_tokens=asked.max_tokens)
-        fusion = Fusion(model, kernels=reference, linear_kernels=DenseProducts())
+        fusion = Fusion(model, kernels=reference, linear_kernels=DenseLinear())
         with forward_context(ForwardContext(steps=fusion.steps)):
             fused = perplexity(model, tokenizer, text, max_tokens=asked.max_tokens)
         products = sum(kind.fused for kind in fusion.summary if kind.kind == LINEAR)

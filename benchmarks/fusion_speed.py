@@ -1,16 +1,17 @@
-"""What each kind of fused step saves of a captured decode step, and what each fused kernel takes by itself.
+"""Time that each kind of fused step saves in a captured decode step, and the time of each fused kernel.
 
     python -m benchmarks.fusion_speed --shape llama-2-7b --quantization nf4
 
-Needs a CUDA GPU. The model has random weights of the shape, which speed does not depend on. Every kind is measured by
-itself and all together, beside the step without any, in one process over the same weights; kernels beside plain torch,
-and liger-kernel where it is installed. Prints lines as they come, and one line of JSON in the end. What does not begin
-within `--seconds` is left out, and named.
+Needs a CUDA GPU. The model has random weights of the shape, on which speed does not depend. The step is measured with
+each kind alone, with all, and with none, in one process over the same weights; kernels beside plain torch, and
+liger-kernel if it is installed. Prints lines as they come, then one line of JSON. Measurements that cannot begin within
+`--seconds` are skipped, and named.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import tempfile
@@ -23,6 +24,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.timing import graph_us, synchronized_s
 from langchain_quantllm import GPTQ, QuantizedHuggingFaceLLM
 from langchain_quantllm.bench.random_models import SHAPES, random_checkpoint
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
@@ -43,13 +45,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 STEPS, REPEATS, CALLS = 30, 3, 32
 
 
-def synchronized_s() -> float:
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def kernels_of(graph: Any) -> tuple[int, list[dict[str, Any]]]:
-    """Count the kernels of one replay; gives their number and those that take the longest."""
+    """Profile one replay; returns the number of its kernels, and the slowest ones."""
     graph.replay()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as found:
@@ -92,57 +89,43 @@ def measure_steps(pipeline: Any, kinds: tuple[str, ...], rows: list[int], positi
 
 
 def us_of(body: Callable[[int], Any]) -> float:
-    """Time one call of a body in a graph of many, each on tensors of its own, in microseconds."""
-    for i in range(2):
-        body(i)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(CALLS):
-            body(i)
-    graph.replay()
-    times = []
-    for _ in range(5):
-        began = synchronized_s()
-        for _ in range(10):
-            graph.replay()
-        times.append((synchronized_s() - began) / (10 * CALLS))
-    return round(1e6 * statistics.median(times), 2)
+    """Time one call of a body in a graph of many calls, each on tensors of its own, in microseconds."""
+    return round(graph_us([functools.partial(body, i) for i in range(CALLS)], repeats=5, replays=10), 2)
 
 
 def measure_kernels(shape: dict[str, int], rows: int, dtype: torch.dtype) -> dict[str, dict[str, float]]:
     """Time every fused kernel beside its plain torch version, for a step of some rows."""
-    from langchain_quantllm.kernels import norms as fused
+    from langchain_quantllm.kernels import norms
 
     width, inner, heads = shape["hidden_size"], shape["intermediate_size"], shape["num_attention_heads"]
     kv_heads, dim = shape["num_key_value_heads"], shape.get("head_dim", width // heads)
     made = {"dtype": dtype, "device": "cuda"}
     x, residual = torch.randn(2, CALLS, 1, rows, width, **made)
-    opening, values = torch.randn(2, CALLS, 1, rows, inner, **made)
+    gate, up = torch.randn(2, CALLS, 1, rows, inner, **made)
     weight = torch.randn(width, **made)
     query = torch.randn(CALLS, 1, rows, heads, dim, **made).transpose(2, 3)
     key, value = torch.randn(2, CALLS, 1, rows, kv_heads, dim, **made).transpose(3, 4)
     cos, sin = torch.randn(2, 1, rows, dim, **made)
     kv = torch.zeros(CALLS, rows + 1, BLOCK_TOKENS, kv_heads, 2 * dim, **made)
     slots = torch.arange(rows, dtype=torch.int32, device="cuda")
-    pages, positions = (slots + 1)[:, None].contiguous(), torch.zeros_like(slots)
+    table, positions = (slots + 1)[:, None].contiguous(), torch.zeros_like(slots)
 
     def rotate(module: Any) -> Callable[[int], Any]:
-        return lambda i: module.rotate_and_write(query[i], key[i], value[i], cos, sin, kv[i], pages, slots, positions)
+        return lambda i: module.rotate_and_write(query[i], key[i], value[i], cos, sin, kv[i], table, slots, positions)
 
     bodies: dict[str, Callable[[Any], Callable[[int], Any]]] = {
         "rms_norm": lambda module: lambda i: module.rms_norm(x[i], weight, 1e-5),
         "add_rms_norm": lambda module: lambda i: module.add_rms_norm(x[i], residual[i], weight, 1e-5),
         "add_layer_norm": lambda module: lambda i: module.add_layer_norm(x[i], residual[i], weight, weight, 1e-5),
-        "gate_silu": lambda module: lambda i: module.activation_mul(opening[i], values[i], reference.SILU),
-        "gate_gelu_tanh": lambda module: lambda i: module.activation_mul(opening[i], values[i], reference.GELU_TANH),
+        "silu_mul": lambda module: lambda i: module.activation_mul(gate[i], up[i], reference.SILU),
+        "gelu_tanh_mul": lambda module: lambda i: module.activation_mul(gate[i], up[i], reference.GELU_TANH),
         "rotate_and_write": rotate,
     }
     with torch.no_grad():
         times = {
-            name: {"fused_us": us_of(make(fused)), "torch_us": us_of(make(reference))} for name, make in bodies.items()
+            name: {"fused_us": us_of(make(norms)), "torch_us": us_of(make(reference))} for name, make in bodies.items()
         }
-        for name, body in liger_bodies(x, residual, opening, values, weight, (query, key, cos, sin)).items():
+        for name, body in liger_bodies(x, residual, gate, up, weight, (query, key, cos, sin)).items():
             times[name]["liger_us"] = us_of(body)
     return times
 
@@ -150,12 +133,12 @@ def measure_kernels(shape: dict[str, int], rows: int, dtype: torch.dtype) -> dic
 def liger_bodies(
     x: torch.Tensor,
     residual: torch.Tensor,
-    opening: torch.Tensor,
-    values: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
     weight: torch.Tensor,
     rotated: tuple[torch.Tensor, ...],
 ) -> dict[str, Callable[[int], Any]]:
-    """Give liger-kernel's ways to the same, where it is installed; its rotation writes no cache."""
+    """Return the same calls of liger-kernel, if it is installed; its rotation writes no cache."""
     try:
         from liger_kernel.ops.fused_add_rms_norm import fused_add_rms_norm_forward
         from liger_kernel.ops.geglu import geglu_forward
@@ -168,14 +151,14 @@ def liger_bodies(
     return {
         "rms_norm": lambda i: rms_norm_forward(x[i], weight, 1e-5, 0.0, "llama", False),
         "add_rms_norm": lambda i: fused_add_rms_norm_forward(x[i], residual[i], weight, 1e-5, 0.0, "llama"),
-        "gate_silu": lambda i: swiglu_forward(opening[i], values[i]),
-        "gate_gelu_tanh": lambda i: geglu_forward(opening[i], values[i]),
+        "silu_mul": lambda i: swiglu_forward(gate[i], up[i]),
+        "gelu_tanh_mul": lambda i: geglu_forward(gate[i], up[i]),
         "rotate_and_write": lambda i: rope_forward(query[i], key[i], cos, sin),
     }
 
 
 def main() -> None:
-    """Measure, print lines, and one line of JSON in the end."""
+    """Measure, and print lines, then one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama-2-7b", choices=sorted(SHAPES))
     parser.add_argument("--quantization", default="nf4", help="a scheme, 'gptq', or 'none'")

@@ -1,4 +1,4 @@
-"""What the products of `cpu_linear` save on a CPU: steps of the engine and the reading of prompts, with and without.
+"""Time that `kernels.linear.cpu` saves in the engine's steps and in reading prompts, on a CPU.
 
     python -m benchmarks.grouped_linear_speed FOLDER
 

@@ -1,9 +1,9 @@
-"""How fast other products with quantized weights are on a GPU: those that `product_speed` stands beside.
+"""Speed of other libraries' linear layers with quantized weights on a GPU, for `linear_speed` to compare with.
 
     python -m benchmarks.linear_peers --of marlin --shapes llama-2-7b --rows 1,8,32,64
 
-Each runs in a process of its own, as a capture that fails makes everything fail that comes after it. Prints lines of
-JSON as they come: microseconds of one call in a CUDA graph over as many distinct weights as the L2 cache does not hold.
+Each library runs in a process of its own, as a failed capture makes all later ones fail. Prints lines of JSON as they
+come: microseconds of one call in a CUDA graph over more distinct weights than the L2 cache holds.
 """
 
 from __future__ import annotations
@@ -21,23 +21,24 @@ from typing import Any, TypeAlias
 
 import torch
 
-from benchmarks.linear_speed import DTYPE, SHAPES, copies_of, microseconds, random_weight
+from benchmarks.timing import LINEAR_SHAPES, copies_beyond_l2, graph_us, random_weight
 
-Product: TypeAlias = Callable[[torch.Tensor], Any]
+DTYPE = torch.bfloat16
+Linear: TypeAlias = Callable[[torch.Tensor], Any]
 
 
-def dense(inputs: int, outputs: int, copies: int) -> list[Product]:
+def dense(inputs: int, outputs: int, copies: int) -> list[Linear]:
     """Torch's bfloat16 product."""
     weights = [torch.randn(outputs, inputs, device="cuda", dtype=DTYPE) for _ in range(copies)]
     return [lambda x, w=weight: torch.nn.functional.linear(x, w) for weight in weights]
 
 
-def four_bit(inputs: int, outputs: int, copies: int) -> list[Product]:
+def four_bit(inputs: int, outputs: int, copies: int) -> list[Linear]:
     """Bitsandbytes' nf4."""
     import bitsandbytes
     from bitsandbytes.functional import QuantState
 
-    found: list[Product] = []
+    found: list[Linear] = []
     for _ in range(copies):
         weight: Any = random_weight("nf4", inputs, outputs)
         shape = torch.Size((outputs, inputs))
@@ -47,11 +48,11 @@ def four_bit(inputs: int, outputs: int, copies: int) -> list[Product]:
     return found
 
 
-def int8(inputs: int, outputs: int, copies: int) -> list[Product]:
+def int8(inputs: int, outputs: int, copies: int) -> list[Linear]:
     """Bitsandbytes' LLM.int8() without a threshold, which cannot be captured."""
     import bitsandbytes
 
-    found: list[Product] = []
+    found: list[Linear] = []
     for _ in range(copies):
         weight: Any = random_weight("int8", inputs, outputs)
         state = bitsandbytes.MatmulLtState()
@@ -61,9 +62,9 @@ def int8(inputs: int, outputs: int, copies: int) -> list[Product]:
     return found
 
 
-def tinygemm(inputs: int, outputs: int, copies: int) -> list[Product]:
+def tinygemm(inputs: int, outputs: int, copies: int) -> list[Linear]:
     """Torch's int4 product, groups of 128; what torchao's weight-only int4 runs."""
-    found: list[Product] = []
+    found: list[Linear] = []
     for _ in range(copies):
         words = torch.randint(-(2**31), 2**31, (outputs // 8, inputs // 128, 32, 4), dtype=torch.int64, device="cuda")
         packed = words.int()
@@ -72,7 +73,7 @@ def tinygemm(inputs: int, outputs: int, copies: int) -> list[Product]:
     return found
 
 
-def gemlite_int8(inputs: int, outputs: int, copies: int) -> list[Product]:
+def gemlite_int8(inputs: int, outputs: int, copies: int) -> list[Linear]:
     """gemlite, int8 with a scale for each output; it tunes itself first."""
     from gemlite.helper import A16W8  # type: ignore[import-not-found]  # a neighbour, and no dependency
 
@@ -81,7 +82,7 @@ def gemlite_int8(inputs: int, outputs: int, copies: int) -> list[Product]:
     return [make.from_weights(weight) for weight in weights]
 
 
-def gemlite_int4(inputs: int, outputs: int, copies: int) -> list[Product]:
+def gemlite_int4(inputs: int, outputs: int, copies: int) -> list[Linear]:
     """gemlite, 4 bits in groups of 128; it tunes itself first."""
     from gemlite.helper import A16Wn
 
@@ -93,7 +94,7 @@ def gemlite_int4(inputs: int, outputs: int, copies: int) -> list[Product]:
     return found
 
 
-def marlin(inputs: int, outputs: int, copies: int) -> list[Product]:
+def marlin(inputs: int, outputs: int, copies: int) -> list[Linear]:
     """GPTQModel's Marlin, float16; compiled for some minutes where it has not been."""
     module = _marlin_layers()[inputs, outputs]
     modules = [copy.deepcopy(module) for _ in range(copies)]
@@ -104,7 +105,7 @@ _layers: dict[tuple[int, int], Any] = {}
 
 
 def _marlin_layers() -> dict[tuple[int, int], Any]:
-    """Load one layer of Llama-2-7B, once, and give its products by their sizes."""
+    """Load one layer of Llama-2-7B, once; returns its linear layers by their sizes."""
     if not _layers:
         from langchain_quantllm import GPTQ, QuantizedHuggingFaceLLM
         from langchain_quantllm.bench import random_models
@@ -118,7 +119,7 @@ def _marlin_layers() -> dict[tuple[int, int], Any]:
     return _layers
 
 
-NEIGHBOURS: dict[str, tuple[int, Callable[[int, int, int], list[Product]]]] = {
+NEIGHBOURS: dict[str, tuple[int, Callable[[int, int, int], list[Linear]]]] = {
     "bfloat16": (16, dense),
     "bitsandbytes nf4": (4, four_bit),
     "bitsandbytes int8": (8, int8),
@@ -127,11 +128,11 @@ NEIGHBOURS: dict[str, tuple[int, Callable[[int, int, int], list[Product]]]] = {
     "gemlite int4": (4, gemlite_int4),
     "marlin": (4, marlin),
 }
-"""Bits of a weight, and what makes the products of as many weights."""
+"""Bits of a weight, and the function that makes the layers."""
 
 
 def measured(name: str, shapes: Sequence[str], counts: Sequence[int], timeout_s: float) -> dict[str, Any]:
-    """Measure a neighbour in a process of its own; gives what came, and what went wrong if something did."""
+    """Measure a library in a process of its own; returns its results, and its error message if it fails."""
     given = ["--of", name, "--shapes", ",".join(shapes), "--rows", ",".join(map(str, counts))]
     found: dict[str, Any] = {"of": name}
     try:
@@ -149,7 +150,7 @@ def measured(name: str, shapes: Sequence[str], counts: Sequence[int], timeout_s:
 
 
 def main() -> None:
-    """Measure one neighbour, and print lines of JSON."""
+    """Measure one library, and print lines of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--of", required=True, choices=list(NEIGHBOURS))
     parser.add_argument("--shapes", default="llama-2-7b")
@@ -157,13 +158,16 @@ def main() -> None:
     asked = parser.parse_args()
     bits, make = NEIGHBOURS[asked.of]
     sizes = dict.fromkeys(
-        (inputs, width) for name in asked.shapes.split(",") for inputs, widths in SHAPES[name] for width in widths
+        (inputs, width)
+        for name in asked.shapes.split(",")
+        for inputs, widths in LINEAR_SHAPES[name]
+        for width in widths
     )
     with torch.no_grad():
         for (inputs, outputs), rows in pairs(sizes, map(int, asked.rows.split(","))):
-            products = make(inputs, outputs, copies_of(inputs * outputs * bits // 8))
+            products = make(inputs, outputs, copies_beyond_l2(inputs * outputs * bits // 8))
             x = torch.randn(rows, inputs, device="cuda", dtype=DTYPE)
-            us = microseconds([lambda product=product, x=x: product(x) for product in products])
+            us = graph_us([lambda product=product, x=x: product(x) for product in products])
             found = {"inputs": inputs, "outputs": outputs, "rows": rows, "us": round(us, 2)}
             print(json.dumps(found), flush=True)
 

@@ -1,12 +1,12 @@
-"""How fast products with quantized weights are on a GPU, and what there is to choose between.
+"""Speed of linear layers with quantized weights on a GPU, for the configs to choose between.
 
     python -m benchmarks.linear_speed [--seconds 200] [--formats nf4,int8] [--rows 1,8]
 
 For each format, shape and number of rows: every config of a small grid, first compared with float64, then timed in a
-CUDA graph over as many distinct weights as the L2 cache does not hold. Beside the best: what the rule chooses, what
-reading the weights takes at the bandwidth of a copy, and other products (`product_neighbours`). Kernels are compiled
-ahead by several processes, whose results Triton keeps on the disk. A config that fails is reported and left out; what
-there is no time for is left out too, and counted. Prints tables.
+CUDA graph over more distinct weights than the L2 cache holds. Beside the best one: the config that the rule chooses,
+the time to read the weights at the bandwidth of a copy, and other libraries (`linear_peers`). Kernels are compiled
+ahead by several processes, into Triton's cache on the disk. A config that fails is reported and skipped; a measurement
+for which there is no time is skipped and counted. Prints tables.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ import argparse
 import json
 import multiprocessing
 import os
-import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import product as pairs
 from pathlib import Path
@@ -25,31 +24,15 @@ from typing import Any
 
 import torch
 
+from benchmarks.timing import LINEAR_SHAPES, copies_beyond_l2, graph_us, random_weight, weight_bytes
 from langchain_quantllm.kernels.linear import reference as linear_reference
-from langchain_quantllm.kernels.linear.codebook import CODEBOOKS
-from langchain_quantllm.kernels.linear.dispatch import (
-    MOST_VECTOR_ROWS,
-    LinearConfig,
-    _chip,
-    config_for,
-    grouped_linear,
-)
-from langchain_quantllm.kernels.linear.weights import FourBitWeight, GPTQWeight, Int8Weight, Weight
-from langchain_quantllm.quantization.packing import pack_bits
-
-SHAPES = {
-    "llama-2-7b": [(4096, (4096,) * 3), (4096, (4096,)), (4096, (11008,) * 2), (11008, (4096,))],
-    "llama-3-8b": [(4096, (4096, 1024, 1024)), (4096, (14336,) * 2), (14336, (4096,))],
-    "qwen2.5-1.5b": [(1536, (1536, 256, 256)), (1536, (1536,)), (1536, (8960,) * 2), (8960, (1536,))],
-}
-"""Inputs, and the outputs of the weights that are multiplied together: query, key and value; gate and up."""
+from langchain_quantllm.kernels.linear.config import MOST_VECTOR_ROWS, LinearConfig, chip, config_for
+from langchain_quantllm.kernels.linear.dispatch import grouped_linear
+from langchain_quantllm.kernels.linear.weights import Weight
 
 FORMATS = ("nf4", "nf4-nested", "fp4", "int8", "gptq4", "gptq4-asymmetric", "gptq2", "gptq3", "gptq8")
 DTYPE = torch.bfloat16
 TESTED = 4096
-BEYOND_L2_BYTES = 160 * 2**20
-BITS = {"nf4": 4, "fp4": 4, "int8": 8, "gptq2": 2, "gptq3": 3, "gptq4": 4, "gptq8": 8}
-
 # Outputs, words, warps, stages.
 VECTOR_TILES = {
     "int8": [(8, 64, 1, 4), (4, 128, 1, 4), (8, 128, 1, 3), (16, 64, 1, 4), (8, 256, 2, 3)],
@@ -66,11 +49,11 @@ WAYS = ("shuffle", "permute", "mixed", "table")
 
 
 def configs(kind: str, rows: int) -> Iterator[LinearConfig]:
-    """Give the grid of a format: every way to look up with the first tiles, and the first way with the others."""
+    """Yield the grid of a format: every way to look up with the first tiles, and the first way with the others."""
     format_, _, variant = kind.partition("-")
     packed, looked_up = format_.startswith("gptq"), format_ in ("nf4", "fp4")
     first = (WAYS if kind == "nf4" else WAYS[:2]) if looked_up else WAYS[-1:]
-    # What differs little from another format is measured little.
+    # Formats that differ little from another one are measured with few configs.
     few = 2 if variant or format_ in ("fp4", "gptq2", "gptq3", "gptq8") else None
     if few and rows > 8:
         return
@@ -90,63 +73,14 @@ def configs(kind: str, rows: int) -> Iterator[LinearConfig]:
             )
 
 
-def random_weight(kind: str, inputs: int, outputs: int) -> Weight:
-    """Make a weight of random bits; scales are about as large as they are in models."""
-    format_, _, variant = kind.partition("-")
-    size = inputs * outputs
-    words = torch.randint(-(2**31), 2**31, (size * BITS[format_] // 32,), dtype=torch.int64, device="cuda").int()
-    common = {"in_features": inputs, "out_features": outputs, "bias": None}
-    if format_ == "int8":
-        return Int8Weight(words=words, scales=torch.rand(outputs, device="cuda") + 0.5, **common)
-    if format_.startswith("gptq"):
-        bits, groups = BITS[format_], inputs // 128
-        middle = 1 << bits - 1
-        zeros = pack_bits(torch.full((groups, outputs), middle, dtype=torch.uint8, device="cuda"), bits)
-        if variant:
-            zeros = torch.randint(-(2**31), 2**31, zeros.shape, dtype=torch.int64, device="cuda").int()
-        return GPTQWeight(
-            bits=bits,
-            words=words.view(inputs * bits // 32, outputs),
-            zeros=zeros,
-            scales=((torch.rand(groups, outputs, device="cuda") + 0.5) / (4 << bits)).half(),
-            groups=torch.arange(inputs, dtype=torch.int32, device="cuda") // 128,
-            group_size=128,
-            zero_point=-1 if variant else middle,
-            **common,
-        )
-    code = torch.tensor(CODEBOOKS[format_], device="cuda")
-    blocks = size // 64
-    nested: dict[str, Any] = {"nested_code": code, "nested_scales": code, "nested_block_size": 1, "offset": code}
-    scales = torch.rand(blocks, device="cuda") / 16 + 0.01
-    if variant:
-        scales = torch.randint(0, 256, (blocks,), dtype=torch.uint8, device="cuda")
-        nested = {
-            "nested_code": torch.linspace(-1, 1, 256, device="cuda"),
-            "nested_scales": torch.rand(-(-blocks // 256), device="cuda") / 32,
-            "nested_block_size": 256,
-            "offset": torch.tensor(0.05, device="cuda"),
-        }
-    return FourBitWeight(
-        kind=format_, words=words, code=code, scales=scales, block_size=64, nested=bool(variant), **nested, **common
-    )
-
-
-def weight_bytes(weight: Weight) -> int:
-    """Count what a product has to read of a weight."""
-    read = [weight.words, weight.scales]
-    if isinstance(weight, GPTQWeight) and weight.zero_point < 0:
-        read.append(weight.zeros)
-    return sum(tensor.numel() * tensor.element_size() for tensor in read)
-
-
 def error_of(found: torch.Tensor, x: torch.Tensor, weight: Weight) -> float:
-    """Give the error beside the float64 product, in units of the spread of its outputs."""
+    """Return the error of a result, relative to the root mean square of the float64 result."""
     expected = linear_reference.quantized_linear(x, weight)
     return float((found.double() - expected).abs().max() / expected.square().mean().sqrt())
 
 
 def attempt(kind: str, rows: int, config: LinearConfig) -> float | str:
-    """Compile a config for one, two and three weights, and give its error; or say what went wrong."""
+    """Compile a config for one, two and three weights; returns its error, or the message of an exception."""
     try:
         torch.manual_seed(0)
         weights = [random_weight(kind, TESTED, width) for width in (1024, 512, 256)]
@@ -160,7 +94,7 @@ def attempt(kind: str, rows: int, config: LinearConfig) -> float | str:
 
 
 def compile_ahead(jobs: Sequence[tuple[str, int, LinearConfig]], seconds: float, processes: int) -> int:
-    """Compile in other processes, which leave their kernels on the disk; give how many jobs they got done."""
+    """Compile in other processes, into the cache on the disk; returns the number of finished jobs."""
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         results = [pool.apply_async(attempt, job) for job in jobs]
         until = time.monotonic() + seconds
@@ -171,37 +105,11 @@ def compile_ahead(jobs: Sequence[tuple[str, int, LinearConfig]], seconds: float,
     return done
 
 
-def microseconds(calls: Sequence[Callable[[], Any]], replays: int = 8) -> float:
-    """Time calls in a graph, each once; give the median of one call."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    times = []
-    for _ in range(replays):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / len(calls))
-    return statistics.median(times)
-
-
 def bandwidth_bytes_s() -> float:
     """Measure a copy: bytes read and written in a second."""
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.numel() / (microseconds([lambda: target.copy_(source)] * 4) * 1e-6)
-
-
-def copies_of(size: int) -> int:
-    """Count the distinct weights that the cache does not hold."""
-    return max(2, min(64, -(-BEYOND_L2_BYTES // size)))
+    return 2 * source.numel() / (graph_us([lambda: target.copy_(source)] * 4) * 1e-6)
 
 
 def brief(config: LinearConfig) -> str:
@@ -210,7 +118,7 @@ def brief(config: LinearConfig) -> str:
 
 
 class Bench:
-    """What was found, with a time by which to stop."""
+    """The results, and the time to stop."""
 
     def __init__(self, seconds: float) -> None:
         self.end = time.monotonic() + seconds
@@ -223,7 +131,7 @@ class Bench:
         return time.monotonic() > self.end
 
     def sound(self, kind: str, rows: int) -> list[LinearConfig]:
-        """Give the configs that compile and are right."""
+        """Return the configs that compile and give the right result."""
         found = []
         for config in configs(kind, rows):
             if self.late:
@@ -243,9 +151,9 @@ class Bench:
         """Time every config on the weights of one input, and print the best."""
         inputs, widths = shape
         size = sum(weight_bytes(random_weight(kind, inputs, width)) for width in widths)
-        groups = [[random_weight(kind, inputs, width) for width in widths] for _ in range(copies_of(size))]
+        groups = [[random_weight(kind, inputs, width) for width in widths] for _ in range(copies_beyond_l2(size))]
         x = torch.randn(rows, inputs, device="cuda", dtype=DTYPE)
-        multiprocessors, is_roomy = _chip(x.device)
+        multiprocessors, is_roomy = chip(x.device)
         rule = config_for(groups[0][0], rows, multiprocessors, dtype=DTYPE, out_features=sum(widths), is_roomy=is_roomy)
         times: list[tuple[float, LinearConfig]] = []
         for config in dict.fromkeys([rule, *sound]):
@@ -254,7 +162,7 @@ class Bench:
                 continue
             try:
                 calls = [lambda group=group, config=config: grouped_linear(x, group, config=config) for group in groups]
-                times.append((microseconds(calls), config))
+                times.append((graph_us(calls), config))
             except Exception as error:
                 self.failed[f"{kind} {shape} {rows} {brief(config)}"] = str(error)[-200:]
         if not times:
@@ -283,7 +191,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=200)
     parser.add_argument("--formats", default=",".join(FORMATS))
     parser.add_argument("--rows", default="1,8,32,64")
-    parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--shapes", default=",".join(LINEAR_SHAPES))
     parser.add_argument("--rule-only", action="store_true", help="only what the rule chooses, nothing else of the grid")
     parser.add_argument(
         "--beside", default="bfloat16,bitsandbytes nf4,bitsandbytes int8,tinygemm int4", help="neighbours, or 'all'"
@@ -308,7 +216,7 @@ def main() -> None:
     sound = {}
     for rows, kind in pairs(counts, formats):
         sound[kind, rows] = [] if given.rule_only else bench.sound(kind, rows)
-        for shape in [shape for name in given.shapes.split(",") for shape in SHAPES[name]]:
+        for shape in [shape for name in given.shapes.split(",") for shape in LINEAR_SHAPES[name]]:
             if bench.late:
                 bench.left_out += 1
                 continue

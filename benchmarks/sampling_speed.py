@@ -1,22 +1,22 @@
-"""What drawing a step's tokens takes in one kernel, beside plain torch's.
+"""Time to sample the tokens of a step in one kernel, beside plain torch.
 
     python -m benchmarks.sampling_speed --vocab 32000 151936 --rows 1 8 64
 
-Needs a CUDA GPU. Microseconds of a CUDA graph that draws once, for greedy rows and several kinds of sampling. Logits
-are random, spread as widely as a model's. Prints lines as they come, and one line of JSON in the end.
+Needs a CUDA GPU. Microseconds of a CUDA graph that samples once, for greedy rows and several kinds of sampling. Logits
+are random, spread as widely as a model's. Prints lines as they come, then one line of JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-import statistics
-from collections.abc import Callable
 from itertools import product as pairs
 from typing import Any
 
 import torch
 
+from benchmarks.timing import graph_us
 from langchain_quantllm.engine.request import Request
 from langchain_quantllm.engine.sampler import MASKS, BatchSampler, needs_of
 from langchain_quantllm.options import normalize, resolve
@@ -30,7 +30,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "mask": {},
 }
 LOGITS = {"peaked": (2.0, 18.0), "spread": (3.0, 0.0), "flat": (0.5, 0.0)}
-"""How far logits are spread, and how far the best of them stands out."""
+"""Standard deviation of the logits, and the lead of the best one."""
 
 
 def request_of(options: dict[str, Any]) -> Request:
@@ -45,29 +45,9 @@ def request_of(options: dict[str, Any]) -> Request:
     )
 
 
-def microseconds(body: Callable[[], Any]) -> float:
-    """Time a body in a graph of its own; the median of several replays."""
-    for _ in range(2):
-        body()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        body()
-    times = []
-    for _ in range(12):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(10):
-            graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 100)
-    return round(statistics.median(times), 1)
-
-
 def measure(kind: str, rows: int, vocab: int, shape: str) -> dict[str, float]:
-    """Time one kind of drawing in both ways."""
-    from langchain_quantllm.kernels import sampling as drawing
+    """Time one kind of sampling in torch and in the kernel."""
+    from langchain_quantllm.kernels import sampling
 
     device, request = torch.device("cuda"), request_of(KINDS[kind])
     spread, lead = LOGITS[shape]
@@ -78,18 +58,17 @@ def measure(kind: str, rows: int, vocab: int, shape: str) -> dict[str, float]:
     mask = torch.full((rows, -(-vocab // 32)), -1, dtype=torch.int32, device=device) if kind == "mask" else None
     slots, uniforms = torch.arange(rows, device=device), torch.rand(rows, device=device)
     may_not_end = torch.zeros(rows, dtype=torch.bool, device=device)
-    found = {}
-    for name, way in (("torch_us", None), ("kernel_us", drawing)):
-        sampler = BatchSampler(rows, vocab, device, drawing=way)
+    times = {}
+    for name, kernel in (("torch_us", None), ("kernel_us", sampling)):
+        sampler = BatchSampler(rows, vocab, device, drawing=kernel)
         sampler.set(range(rows), [request] * rows, [request.prompt_ids] * rows)
-        found[name] = microseconds(
-            lambda sampler=sampler: sampler.sample(logits, slots, uniforms, may_not_end, need, mask)
-        )
-    return found
+        body = functools.partial(sampler.sample, logits, slots, uniforms, may_not_end, need, mask)
+        times[name] = round(graph_us([body], repeats=12, replays=10), 1)
+    return times
 
 
 def main() -> None:
-    """Measure, print lines, and one line of JSON in the end."""
+    """Measure, and print lines, then one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocab", type=int, nargs="+", default=[32000, 151936])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64])

@@ -134,7 +134,7 @@ def _run_stacked(
     """Run a layer of peft with the adapters of the context's tokens; see `ForwardPatch`."""
     choice = context.adapters
     if choice is None:
-        return forward(*args, **kwargs)  # type: ignore[no-any-return]
+        return forward(*args, **kwargs)
     x = args[0] if args else kwargs["x"]
     base: torch.Tensor = base_layer_of(module)(*args, **kwargs)
     layer = choice.layers.get(id(module))

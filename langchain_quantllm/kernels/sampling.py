@@ -1,12 +1,9 @@
-"""Drawing the next token of each row, as one Triton kernel.
+"""Sampling the next token of each sequence, as one Triton kernel.
 
-Owns the kernel and how it is launched. What it computes is `engine.batch_sampler`'s to say, which has the same in plain
-torch. Knows tensors; no request and no engine.
-
-One program draws for one row. What top_k and top_p leave is found without sorting: the scores' bits, made to order like
-whole numbers, are searched for the least that stays, two bits in each pass. What lies close to the best is set aside
-before, which is nearly always all that the search and the draw have to look at. Sums are made in the same order
-whatever else is in the batch.
+`engine.sampler.BatchSampler` has the same in plain torch. One program samples for one row of logits. top_k and top_p
+are applied without sorting: the bits of the scores, mapped to ordered integers, are searched for the lowest score that
+stays, two bits in each pass. Scores close to the best one are copied first, and nearly always the search and the
+sampling read only these. Sums are added in the same order for any batch.
 """
 # No `from __future__ import annotations` here: Triton's interpreter needs `tl.constexpr` as an object.
 
@@ -16,27 +13,27 @@ import triton.language as tl  # type: ignore[import-not-found,import-untyped,unu
 
 from langchain_quantllm.kernels.launch import launch_options, wait_for_inputs
 
-_BLOCK = 8192
-"""Tokens that a program looks at together."""
+_TILE = 8192
+"""Tokens that a program reads at once."""
 
-_ROOM = 2 * _BLOCK
-"""Tokens near the best that can be set aside."""
+_ROOM = 2 * _TILE
+"""Most tokens near the best one that are copied."""
 
-_BLOCK_OF_A_WARP = 512
+_TILE_OF_A_WARP = 512
 
 PARAMETERS = tl.constexpr(7)
 
 DISTANCE = tl.constexpr(8.0)
-"""How far below the best a score may be at first, in nats, for its token to be set aside."""
+"""Largest distance from the best score of the tokens that are copied, in nats; the first one tried."""
 
 ALL = tl.constexpr(128.0)
-"""What lies so far below the best weighs nothing in float32."""
+"""Distance from the best score at which a probability is 0 in float32."""
 
 TRIES = tl.constexpr(8)
-"""How many distances are tried, where one is not far enough or too far."""
+"""Most distances tried, if one gives too few or too many tokens."""
 
 
-def draw(
+def sample(
     logits: torch.Tensor,
     slots: torch.Tensor,
     uniforms: torch.Tensor,
@@ -51,27 +48,27 @@ def draw(
     samples: bool,
     sorts: bool,
 ) -> torch.Tensor:
-    """Draw a token for each row, and keep it as the row's last: `engine.batch_sampler.BatchSampler.draw`.
+    """Sample a token for each row, and store it as the row's last one, as `engine.sampler.BatchSampler`.
 
     Args:
         logits: Of shape `(rows, vocab)`, floating, contiguous within a row; not changed.
-        slots: Place of each row in the tables that follow, of shape `(rows,)`, int32 or int64.
+        slots: Index of each row in the tables below, of shape `(rows,)`, int32 or int64.
         uniforms: A number in [0, 1) for each row, of shape `(rows,)`, float32.
-        may_not_end: Whether a row's end tokens are out of the question, of shape `(rows,)`, bool or int32.
+        may_not_end: Whether a row's end tokens are excluded, of shape `(rows,)`, bool or int32.
         mask: Allowed tokens as bits, lowest first, of shape `(rows, ceil(vocab / 32))`, int32; None allows all.
-        parameters: Of each slot temperature, top_k (the size of the vocabulary for none), top_p, min_p, repetition
-            penalty, whether the row draws at random, and whether it has end tokens, of shape `(slots, 7)`, float32,
+        parameters: For each slot temperature, top_k (the size of the vocabulary for none), top_p, min_p, repetition
+            penalty, whether the row samples at random, and whether it has end tokens, of shape `(slots, 7)`, float32,
             contiguous.
         end_ids: End tokens of each slot, of shape `(slots, width)`, int64.
-        seen: Which tokens a slot's text has, of shape `(slots, vocab)`, bool, where any are to be penalized; the drawn
-            one is added.
-        last_ids: Takes the drawn token of each slot, of shape `(slots,)`, int64.
-        blocks: Whether end tokens are looked at. Compiled in, as are the next two.
-        samples: Whether any row draws at random.
+        seen: The tokens of a slot's text, of shape `(slots, vocab)`, bool; None if no row has a penalty. The sampled
+            token is added.
+        last_ids: Receives the sampled token of each slot, of shape `(slots,)`, int64.
+        blocks: Whether any row's end tokens may be excluded. Compiled in, as are the next two.
+        samples: Whether any row samples at random.
         sorts: Whether any row has a top_k or top_p.
 
     Returns:
-        Token ids of shape `(rows,)`, int32; -1 where the logits were no numbers, -2 where no token was allowed.
+        Token ids of shape `(rows,)`, int32; -1 if a logit was NaN, -2 if no token was allowed.
     """
     rows, vocab_size = logits.shape
     out = torch.empty(rows, dtype=torch.int32, device=logits.device)
@@ -79,12 +76,12 @@ def draw(
         return out
     if logits.stride(1) != 1:
         logits = logits.contiguous()
-    block = min(_BLOCK, triton.next_power_of_2(vocab_size))
+    tile = min(_TILE, triton.next_power_of_2(vocab_size))
     room = _ROOM if sorts else 0
-    # The scores of a row, and behind them those that are set aside.
+    # The scores of a row, followed by the copied ones.
     scores = torch.empty(rows if samples else 0, vocab_size + room, dtype=torch.float32, device=logits.device)
     near_ids = torch.empty(rows if sorts else 0, room, dtype=torch.int32, device=logits.device)
-    _draw_kernel[(rows,)](
+    _sample_kernel[(rows,)](
         logits,
         logits.stride(0),
         vocab_size,
@@ -107,8 +104,8 @@ def draw(
         sorts=sorts,
         end_width=end_ids.shape[1],
         room=room,
-        block=block,
-        num_warps=max(1, min(16, block // _BLOCK_OF_A_WARP)),
+        tile=tile,
+        num_warps=max(1, min(16, tile // _TILE_OF_A_WARP)),
         **launch_options(logits.device),
     )
     return out
@@ -116,23 +113,23 @@ def draw(
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
 def _key(score):  # type: ignore[no-untyped-def]
-    """Order numbers by bits: those of a positive one are higher, the higher it is; of a negative one, the lower."""
+    """Map float32 to uint32 in the same order."""
     bits = score.to(tl.uint32, bitcast=True)
     return bits ^ tl.where(score < 0, 0xFFFFFFFF, 0x80000000)
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
 def _weight(score, best):  # type: ignore[no-untyped-def]
-    """Give the probability beside the best token's, which may be infinite."""
+    """Return the probability relative to the best token's, whose score may be infinite."""
     return tl.where(score == best, 1.0, tl.exp(score - best))
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
-def _weight_of(scores, count, best, floor, block: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Sum the probabilities, beside the best token's, of what has a key of the floor or higher."""
-    offsets = tl.arange(0, block)
-    weights = tl.zeros((block,), tl.float32)
-    for start in range(0, count, block):
+def _weight_of(scores, count, best, floor, tile: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Sum the probabilities, relative to the best token's, of the tokens with keys of at least `floor`."""
+    offsets = tl.arange(0, tile)
+    weights = tl.zeros((tile,), tl.float32)
+    for start in range(0, count, tile):
         inside = start + offsets < count
         score = tl.load(scores + start + offsets, mask=inside, other=-float("inf"))
         weights += tl.where(inside & (_key(score) >= floor), _weight(score, best), 0.0)
@@ -140,12 +137,12 @@ def _weight_of(scores, count, best, floor, block: tl.constexpr):  # type: ignore
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
-def _least_key(scores, count, best, floor, bound, weighs: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Find the lowest key such that what lies above it, of keys of the floor and higher, is less than a bound.
+def _least_key(scores, count, best, floor, bound, weighs: tl.constexpr, tile: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Find the lowest key such that the weights of the keys above it, from `floor` on, sum to less than a bound.
 
-    Two bits in each pass: above which of three numbers is there too much?
+    Each pass finds two bits, by comparing the sums above three candidates with the bound.
     """
-    offsets = tl.arange(0, block)
+    offsets = tl.arange(0, tile)
     least = tl.full((), 0, tl.uint32)
     one = tl.full((), 1, tl.uint32)
     shift = tl.full((), 30, tl.uint32)
@@ -153,10 +150,10 @@ def _least_key(scores, count, best, floor, bound, weighs: tl.constexpr, block: t
         first = least + ((one << shift) - 1)
         second = first + (one << shift)
         third = second + (one << shift)
-        above_first = tl.zeros((block,), tl.float32)
-        above_second = tl.zeros((block,), tl.float32)
-        above_third = tl.zeros((block,), tl.float32)
-        for start in range(0, count, block):
+        above_first = tl.zeros((tile,), tl.float32)
+        above_second = tl.zeros((tile,), tl.float32)
+        above_third = tl.zeros((tile,), tl.float32)
+        for start in range(0, count, tile):
             score = tl.load(scores + start + offsets, mask=start + offsets < count, other=-float("inf"))
             key = _key(score)
             counted = (start + offsets < count) & (key >= floor)
@@ -175,32 +172,32 @@ def _least_key(scores, count, best, floor, bound, weighs: tl.constexpr, block: t
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
-def _place_of(scores, count, best, floor, uniform, block: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Draw by inverse CDF: find the first place up to which the probabilities come to more than a share of them all."""
-    offsets = tl.arange(0, block)
+def _place_of(scores, count, best, floor, uniform, tile: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Sample by inverse CDF: find the first index up to which the probabilities exceed a share of their sum."""
+    offsets = tl.arange(0, tile)
     total = tl.full((), 0.0, tl.float64)
-    for start in range(0, count, block):
+    for start in range(0, count, tile):
         score = tl.load(scores + start + offsets, mask=start + offsets < count, other=-float("inf"))
         kept = (start + offsets < count) & (_key(score) >= floor)
         total += tl.sum(tl.where(kept, _weight(score, best), 0.0).to(tl.float64))
     aim = total * uniform.to(tl.float64)
     place = tl.full((), 0, tl.int32)
     before = tl.full((), 0.0, tl.float64)
-    for start in range(0, count, block):
+    for start in range(0, count, tile):
         score = tl.load(scores + start + offsets, mask=start + offsets < count, other=-float("inf"))
         kept = (start + offsets < count) & (_key(score) >= floor)
         weight = tl.where(kept, _weight(score, best), 0.0).to(tl.float64)
         after = before + tl.sum(weight)
         if (before <= aim) & (after > aim):
             reached = (before + tl.cumsum(weight, 0) > aim) & (weight > 0)
-            last = tl.max(tl.where(weight > 0, offsets, 0))  # where sums in another order end lower
-            place = start + tl.minimum(tl.min(tl.where(reached, offsets, block)), last)
+            last = tl.max(tl.where(weight > 0, offsets, 0))  # if sums in another order are lower
+            place = start + tl.minimum(tl.min(tl.where(reached, offsets, tile)), last)
         before = after
     return place
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
-def _draw_kernel(  # type: ignore[no-untyped-def]
+def _sample_kernel(  # type: ignore[no-untyped-def]
     logits,
     row_stride,
     vocab_size,
@@ -223,13 +220,13 @@ def _draw_kernel(  # type: ignore[no-untyped-def]
     sorts: tl.constexpr,
     end_width: tl.constexpr,
     room: tl.constexpr,
-    block: tl.constexpr,
+    tile: tl.constexpr,
     early: tl.constexpr,
 ):
     wait_for_inputs(early)
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + row).to(tl.int64)
-    offsets = tl.arange(0, block)
+    offsets = tl.arange(0, tile)
     logits += row * row_stride
     all_scores += row * (vocab_size + room)
     parameters += slot * PARAMETERS
@@ -238,11 +235,11 @@ def _draw_kernel(  # type: ignore[no-untyped-def]
     if blocks:
         is_blocked = (tl.load(may_not_end + row) != 0) & (tl.load(parameters + 6) != 0)
 
-    # Scores, the best of them, and whether all are numbers.
-    highest = tl.full((block,), -float("inf"), tl.float32)
-    highest_at = tl.zeros((block,), tl.int32)
-    broken = tl.zeros((block,), tl.int32)
-    for start in range(0, vocab_size, block):
+    # Compute the scores, the best one, and whether any is NaN.
+    highest = tl.full((tile,), -float("inf"), tl.float32)
+    highest_at = tl.zeros((tile,), tl.int32)
+    broken = tl.zeros((tile,), tl.int32)
+    for start in range(0, vocab_size, tile):
         tokens = start + offsets
         inside = tokens < vocab_size
         score = tl.load(logits + tokens, mask=inside, other=-float("inf")).to(tl.float32)
@@ -262,37 +259,37 @@ def _draw_kernel(  # type: ignore[no-untyped-def]
         highest = tl.where(is_higher, score, highest)
         highest_at = tl.where(is_higher, tokens, highest_at)
         if samples:
-            # Adding 0 makes one zero of the two, whose bits are not the same.
+            # Adding 0 turns -0 into 0, whose bits differ.
             tl.store(all_scores + tokens, tl.div_rn(score, temperature) + 0.0, mask=inside)
     best = tl.max(highest)
     token = tl.min(tl.where(highest == best, highest_at, vocab_size - 1))
     is_broken = tl.max(broken) != 0
 
     if samples:
-        tl.debug_barrier()  # scores are read by other threads than those that wrote them
+        tl.debug_barrier()  # scores are read by other threads than wrote them
         if (tl.load(parameters + 5) != 0) & (best > -float("inf")):
             scores, count = all_scores, vocab_size
             best_score = tl.div_rn(best, temperature)
             min_p = tl.load(parameters + 3)
-            # The best may be infinite, and the logarithm of 0 is: their sum were no number.
+            # The best score may be infinite, and so is the logarithm of 0: their sum would be NaN.
             by_min_p = tl.where(min_p > 0, best_score + tl.log(min_p), -float("inf"))
             floor = tl.full((), 0, tl.uint32)
-            is_near = best == -float("inf")  # which it is not
+            is_near = best == -float("inf")  # which is never true here
             if sorts:
                 k = tl.load(parameters + 1).to(tl.int32)
                 p = tl.load(parameters + 2)
                 has_k = k < vocab_size
                 total = tl.full((), 0.0, tl.float32)
                 if (p < 1.0) & (k >= vocab_size):
-                    total = _weight_of(scores, vocab_size, best_score, floor, block)
-                # How far below the best is far enough for all that may be drawn, and not too many?
+                    total = _weight_of(scores, vocab_size, best_score, floor, tile)
+                # Find a distance from the best score that includes all tokens that may be sampled, and not too many.
                 distance, nearer, farther = tl.full((), DISTANCE, tl.float32), 0.0, float("inf")
                 found = tl.full((), 0, tl.int32)
                 for _ in range(TRIES):
                     if (not is_near) & (has_k | (p < 1.0) | (by_min_p > -float("inf"))):
-                        counts = tl.zeros((block,), tl.int32)
-                        weights = tl.zeros((block,), tl.float32)
-                        for start in range(0, vocab_size, block):
+                        counts = tl.zeros((tile,), tl.int32)
+                        weights = tl.zeros((tile,), tl.float32)
+                        for start in range(0, vocab_size, tile):
                             inside = start + offsets < vocab_size
                             score = tl.load(scores + start + offsets, mask=inside, other=-float("inf"))
                             near = inside & (score >= best_score - distance)
@@ -307,10 +304,10 @@ def _draw_kernel(  # type: ignore[no-untyped-def]
                             farther = tl.where(suffices, distance, farther)
                             nearer = tl.where(suffices, nearer, distance)
                             distance = tl.where(farther == float("inf"), 2 * distance, 0.5 * (nearer + farther))
-                if is_near:  # they suffice, and are set aside in their order
+                if is_near:  # copy them, in order
                     scores, count = all_scores + vocab_size, found
                     found = 0
-                    for start in range(0, vocab_size, block):
+                    for start in range(0, vocab_size, tile):
                         tokens = start + offsets
                         score = tl.load(all_scores + tokens, mask=tokens < vocab_size, other=-float("inf"))
                         keeps = (tokens < vocab_size) & (score >= best_score - distance)
@@ -320,15 +317,15 @@ def _draw_kernel(  # type: ignore[no-untyped-def]
                         found += tl.sum(keeps.to(tl.int32))
                     tl.debug_barrier()
                 if has_k & (k < count):
-                    floor = _least_key(scores, count, best_score, floor, k.to(tl.float32), False, block)
+                    floor = _least_key(scores, count, best_score, floor, k.to(tl.float32), False, tile)
                 if p < 1.0:
                     if has_k:
-                        total = _weight_of(scores, count, best_score, floor, block)
-                    by_p = _least_key(scores, count, best_score, floor, p * total, True, block)
+                        total = _weight_of(scores, count, best_score, floor, tile)
+                    by_p = _least_key(scores, count, best_score, floor, p * total, True, tile)
                     floor = tl.maximum(floor, by_p)
             floor = tl.maximum(floor, _key(by_min_p))
-            token = _place_of(scores, count, best_score, floor, tl.load(uniforms + row), block)
-            if sorts:  # noqa: SIM102  (known when it is compiled, which the other is not)
+            token = _place_of(scores, count, best_score, floor, tl.load(uniforms + row), tile)
+            if sorts:  # noqa: SIM102  (a constant of the compiler, unlike `is_near`)
                 if is_near:
                     token = tl.load(near_ids + row * room + token)
 

@@ -1,4 +1,4 @@
-"""Adapters of peft, made in a moment: random, far from zero, so that each writes texts of its own."""
+"""Adapters of peft with random weights, far from zero, so that each one writes other texts."""
 
 from __future__ import annotations
 
@@ -11,14 +11,22 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from langchain_quantllm import QuantizedHuggingFaceLLM
 from langchain_quantllm.compat.peft import adapter_modules, peft_contained
+from tests.support.checkpoints import make_checkpoint, quicken
 
 ATTENTION = ["q_proj", "v_proj"]
+PROMPT = "The capital of France is"
+LONG = "Quantized models take less memory than the models that they were made of. " * 4
+NAMES = ("sql", "chat", "base")
+
+Texts = dict[tuple[str, str], str]
+"""Texts by the name of the adapter and the prompt."""
 
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Use peft without what it brings along, and without its advice."""
+    """Use peft without its side effects and warnings."""
     with peft_contained(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -32,9 +40,9 @@ def make_adapter(
     Args:
         base: Folder of the model.
         folder: Folder to write.
-        seed: Where its numbers start.
+        seed: Seed of the weights.
         kind: Class of its config in peft.
-        scale: How large they are.
+        scale: Factor of the weights.
         **fields: Fields of the config.
     """
     with quietly():
@@ -54,12 +62,12 @@ def make_adapter(
     return folder
 
 
-# What users do to the adapters of a model, by peft's public functions: the methods of transformers 5.24 refuse every
-# peft that there is.
+# Changes of a model's adapters by the user, with peft's public functions: the methods of transformers 5.24 refuse every
+# released peft.
 
 
 def add_adapter(model: Any, config: Any, name: str = "default") -> None:
-    """Put a new adapter into a model, and choose it."""
+    """Add a new adapter to a model, and choose it."""
     with quietly():
         from peft.functional import inject_adapter_in_model
 
@@ -68,7 +76,7 @@ def add_adapter(model: Any, config: Any, name: str = "default") -> None:
 
 
 def choose_adapter(model: Any, name: str) -> None:
-    """Choose the adapter that a model runs with, to be trained."""
+    """Choose the adapter that a model runs with, and make it trainable."""
     with quietly():
         from peft.functional import set_adapter
 
@@ -76,19 +84,19 @@ def choose_adapter(model: Any, name: str) -> None:
 
 
 def enable_adapters(model: Any, is_enabled: bool) -> None:
-    """Let a model run with its adapters, or without any."""
+    """Run a model with its adapters, or without any."""
     for module in adapter_modules(model):
         module.enable_adapters(is_enabled)
 
 
 def active_adapters(model: Any) -> list[str]:
-    """Name the adapters that a model runs with."""
+    """List the adapters that a model runs with."""
     [names] = {tuple(module.active_adapters) for module in adapter_modules(model)}
     return list(names)
 
 
 def delete_adapter(model: Any, name: str) -> None:
-    """Take a LoRA adapter off a model."""
+    """Remove a LoRA adapter from a model."""
     with quietly():
         from peft.functional import delete_adapter
 
@@ -97,7 +105,7 @@ def delete_adapter(model: Any, name: str) -> None:
 
 
 class Reference:
-    """What peft's own model writes: an adapter over the base, by transformers' `generate`."""
+    """Texts of peft's own models: an adapter over the base, by transformers' `generate`."""
 
     def __init__(self, base: Path) -> None:
         self.base = base
@@ -123,3 +131,36 @@ class Reference:
             **{"do_sample": False, "pad_token_id": 0, "max_new_tokens": tokens, **options},
         )
         return str(self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def make_adapter_folders(folder: Path) -> Path:
+    """Write a tiny model, and two adapters for it: `sql` and `chat`."""
+    quicken()
+    base = make_checkpoint(folder / "tiny", dtype="float32")
+    make_adapter(base, folder / "sql", seed=1)
+    everywhere = [*ATTENTION, "up_proj", "down_proj", "lm_head"]
+    make_adapter(base, folder / "chat", seed=2, r=6, lora_alpha=7, target_modules=everywhere)
+    return folder
+
+
+def make(root: Path, **fields: Any) -> QuantizedHuggingFaceLLM:
+    """Make an LLM of the folders of `make_adapter_folders`."""
+    given: dict[str, Any] = {
+        "model_id": str(root / "tiny"),
+        "progress": False,
+        "dtype": "float32",
+        "max_new_tokens": 12,
+    }
+    given["adapters"] = {"sql": str(root / "sql"), "chat": str(root / "chat")}
+    return QuantizedHuggingFaceLLM(**{**given, **fields})
+
+
+def expected_texts(root: Path, reference: Reference) -> Texts:
+    """Write texts with peft's own models after each prompt."""
+    texts = {
+        (name, prompt): reference.text(None if name == "base" else root / name, prompt)
+        for name in NAMES
+        for prompt in (PROMPT, LONG, "One")
+    }
+    assert len({texts[name, PROMPT] for name in NAMES}) == 3
+    return texts

@@ -36,24 +36,9 @@ def decode_attention(
 ) -> torch.Tensor:
     """Attend with one new token of each sequence; see `reference.decode_attention`.
 
-    The last of the programs that share a sequence combines their results. A sequence with few keys is not shared.
-
-    Args:
-        query: See `reference.decode_attention`, like the following arguments; `window` and `softcap` are compiled in.
-        kv: The pool of one layer.
-        table: Block table.
-        slots: Row of the table of each token.
-        positions: The last position that each token sees.
-        value_dim: Size of a value.
-        scale: Factor of the scores.
-        window: How many of the last positions a token sees; 0 for all.
-        softcap: The cap of the scores; 0 for none.
-        splits: Most programs that share the keys of one sequence: a power of two; see `default_splits`.
-        arrivals: Counts made by `arrivals`; without them no sequence is shared. They are zeros before and after a call,
-            and belong to one call at a time.
-
-    Returns:
-        The attended values of shape `(1, tokens, heads, value_dim)`, contiguous, in the dtype of `query`.
+    Up to `splits` programs share the keys of one sequence, and the last of them combines their results; a sequence with
+    few keys is not shared, and none is without `arrivals`. The counts in `arrivals` are zeros before and after a call,
+    and belong to one call at a time. `window` and `softcap` are compiled in.
 
     Source:
         Sharing a sequence: Flash-Decoding, https://pytorch.org/blog/flash-decoding/.

@@ -1,22 +1,19 @@
-"""Products with weights whose rows lie one behind the other, as bitsandbytes stores them: 4 bits and int8, in Triton.
+"""The kernels for weights stored row by row, as by bitsandbytes: 4 bits and int8, in Triton.
 
-Owns the kernels. What they compute is `linear_reference`'s to say, and how they are launched `dispatch`'s. A launch
-multiplies the same activations by up to three weights: their programs follow each other in the grid.
+A launch multiplies the same activations by up to three weights, whose programs follow each other in the grid.
+`dispatch` launches them, and `reference` documents their results.
 """
 # No `from __future__ import annotations` here: Triton's interpreter needs `tl.constexpr` as an object.
 
 import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]  # not on every machine, and untyped
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
-from langchain_quantllm.kernels.launch import let_next_begin, wait_for_inputs
+from langchain_quantllm.kernels.launch import INTERPRETED, dot, let_next_begin, wait_for_inputs
 from langchain_quantllm.kernels.linear.dequantize import (
-    INTERPRETED,
-    all_outputs,
     all_scaled_codes,
     all_shuffled,
     centered,
     decoded,
-    dot,
     inverse_units,
     joined,
     lane_value,
@@ -25,38 +22,25 @@ from langchain_quantllm.kernels.linear.dequantize import (
     program_place,
     scaled,
     strided,
+    sum_of,
 )
 
 _SIGNS = tl.constexpr(-2139062144)
-"""0x80808080: makes four int8 into codes from 0 to 255, with 128 for zero."""
+"""0x80808080: turns four int8 into codes from 0 to 255, with 128 for zero."""
 
 
 @triton.jit(do_not_specialize=["splits"])  # type: ignore[misc,untyped-decorator,unused-ignore]
 def row_vector_kernel(
     x: tl.tensor,
     out: tl.tensor,
-    words_1: tl.tensor,
-    scales_1: tl.tensor,
-    nested_code_1: tl.tensor,
-    nested_scales_1: tl.tensor,
-    offset_1: tl.tensor,
-    bias_1: tl.tensor,
-    words_2: tl.tensor,
-    scales_2: tl.tensor,
-    nested_code_2: tl.tensor,
-    nested_scales_2: tl.tensor,
-    offset_2: tl.tensor,
-    bias_2: tl.tensor,
-    words_3: tl.tensor,
-    scales_3: tl.tensor,
-    nested_code_3: tl.tensor,
-    nested_scales_3: tl.tensor,
-    offset_3: tl.tensor,
-    bias_3: tl.tensor,
+    all_words: tl.tuple,
+    all_scales: tl.tuple,
+    all_nested_code: tl.tuple,
+    all_nested_scales: tl.tuple,
+    all_offset: tl.tuple,
     code: tl.tensor,
-    outputs_1: tl.tensor,
-    outputs_2: tl.tensor,
-    outputs_3: tl.tensor,
+    biases: tl.tuple,
+    widths: tl.tuple,
     row_words: tl.tensor,
     row_stride: tl.tensor,
     splits: tl.tensor,
@@ -78,18 +62,18 @@ def row_vector_kernel(
 ) -> None:
     """Multiply up to 4 rows by `outputs` rows of a weight, in float32; grid `(programs of the weights, splits)`.
 
-    Each thread keeps some words of several outputs, and what is found for them is added up at the end.
+    Each thread holds some words of several outputs; their sums are added at the end.
     """
-    which, local, before = program_place(outputs_1, outputs_2, outputs_3, weights, outputs)
-    stored = pick(which, words_1, words_2, words_3, weights)
-    scales = pick(which, scales_1, scales_2, scales_3, weights)
-    nested_code = pick(which, nested_code_1, nested_code_2, nested_code_3, weights)
-    nested_scales = pick(which, nested_scales_1, nested_scales_2, nested_scales_3, weights)
-    offset = pick(which, offset_1, offset_2, offset_3, weights)
-    width = pick(which, outputs_1, outputs_2, outputs_3, weights)
-    total = all_outputs(outputs_1, outputs_2, outputs_3, weights)
+    which, local, before = program_place(widths, weights, outputs)
+    stored = pick(which, all_words, weights)
+    scales = pick(which, all_scales, weights)
+    nested_code = pick(which, all_nested_code, weights)
+    nested_scales = pick(which, all_nested_scales, weights)
+    offset = pick(which, all_offset, weights)
+    width = pick(which, widths, weights)
+    total = sum_of(widths, weights)
     per_word: tl.constexpr = 32 // bits
-    # Four words of a thread become one sum, if there are as many.
+    # Four words of a thread become one sum, if it has as many.
     kept: tl.constexpr = words // 4
     column = local * outputs + tl.arange(0, outputs)
     held = tl.minimum(column, width - 1)[:, None] * row_words
@@ -136,7 +120,9 @@ def row_vector_kernel(
             found_4 += _sums(weight, at + 3 * row_stride, inside, scale, outputs, words, bits)
 
     let_next_begin(early)
-    bias = pick(which, bias_1, bias_2, bias_3, weights)
+    bias = out
+    if biased:
+        bias = pick(which, biases, weights)
     end = out + tl.program_id(1) * (rows * total) + rows * before + column
     seen = column < width
     _finish(end, tl.sum(found_1, 1), scales, bias, column, seen, bits, biased)
@@ -152,28 +138,14 @@ def row_vector_kernel(
 def row_tile_kernel(
     x: tl.tensor,
     out: tl.tensor,
-    words_1: tl.tensor,
-    scales_1: tl.tensor,
-    nested_code_1: tl.tensor,
-    nested_scales_1: tl.tensor,
-    offset_1: tl.tensor,
-    bias_1: tl.tensor,
-    words_2: tl.tensor,
-    scales_2: tl.tensor,
-    nested_code_2: tl.tensor,
-    nested_scales_2: tl.tensor,
-    offset_2: tl.tensor,
-    bias_2: tl.tensor,
-    words_3: tl.tensor,
-    scales_3: tl.tensor,
-    nested_code_3: tl.tensor,
-    nested_scales_3: tl.tensor,
-    offset_3: tl.tensor,
-    bias_3: tl.tensor,
+    all_words: tl.tuple,
+    all_scales: tl.tuple,
+    all_nested_code: tl.tuple,
+    all_nested_scales: tl.tuple,
+    all_offset: tl.tuple,
     code: tl.tensor,
-    outputs_1: tl.tensor,
-    outputs_2: tl.tensor,
-    outputs_3: tl.tensor,
+    biases: tl.tuple,
+    widths: tl.tuple,
     row_words: tl.tensor,
     row_stride: tl.tensor,
     splits: tl.tensor,
@@ -194,17 +166,17 @@ def row_tile_kernel(
 ) -> None:
     """Multiply `outputs` rows of a weight by up to `padded_rows` rows, on tensor cores.
 
-    Grid `(programs of the weights, splits, blocks of rows)`. The weight is the left operand, which stays in registers;
-    code `j` of every word is one product with every `per_word`-th input.
+    Grid `(programs of the weights, splits, tiles of rows)`. The weight is the left operand, which stays in registers;
+    code `j` of all words is one product with every `per_word`-th input.
     """
-    which, local, before = program_place(outputs_1, outputs_2, outputs_3, weights, outputs)
-    stored = pick(which, words_1, words_2, words_3, weights)
-    scales = pick(which, scales_1, scales_2, scales_3, weights)
-    nested_code = pick(which, nested_code_1, nested_code_2, nested_code_3, weights)
-    nested_scales = pick(which, nested_scales_1, nested_scales_2, nested_scales_3, weights)
-    offset = pick(which, offset_1, offset_2, offset_3, weights)
-    width = pick(which, outputs_1, outputs_2, outputs_3, weights)
-    total = all_outputs(outputs_1, outputs_2, outputs_3, weights)
+    which, local, before = program_place(widths, weights, outputs)
+    stored = pick(which, all_words, weights)
+    scales = pick(which, all_scales, weights)
+    nested_code = pick(which, all_nested_code, weights)
+    nested_scales = pick(which, all_nested_scales, weights)
+    offset = pick(which, all_offset, weights)
+    width = pick(which, widths, weights)
+    total = sum_of(widths, weights)
     per_word: tl.constexpr = 32 // bits
     column = local * outputs + tl.arange(0, outputs)
     held = tl.minimum(column, width - 1)[:, None] * row_words
@@ -240,10 +212,10 @@ def row_tile_kernel(
                 found = dot(centered(loaded, zero, 8 * j, 8, dtype), tl.trans(inputs[j]), found)
 
     let_next_begin(early)
-    bias = pick(which, bias_1, bias_2, bias_3, weights)
     if bits == 8:
         found = found * (tl.load(scales + column, mask=column < width, other=0.0) * (1 / 127))[:, None]
     if biased:
+        bias = pick(which, biases, weights)
         found += tl.load(bias + column, mask=column < width, other=0.0).to(tl.float32)[:, None]
     end = out + tl.program_id(1).to(tl.int64) * (rows * total) + rows * before
     tl.store(
@@ -287,7 +259,7 @@ def _scales(
     nested: tl.constexpr,
     nested_block_size: tl.constexpr,
 ) -> tl.tensor:
-    """Load the scale of each word of a tile of shape `(outputs, words)`; `chunk` words that follow have the same."""
+    """Load the scale of each word of a tile of shape `(outputs, words)`; `chunk` consecutive words share a scale."""
     chunks: tl.constexpr = words // chunk
     place = first + chunk * tl.arange(0, chunks)
     index = (held + place[None, :]) // (block_size // 8)
@@ -295,7 +267,7 @@ def _scales(
     if nested:
         coarse = tl.load(nested_scales + index // nested_block_size, mask=inside, other=0.0)
         fine = tl.load(nested_code + tl.load(scales + index, mask=inside, other=0).to(tl.int32))
-        # A load of its own for each, as `decoded` wants nothing else.
+        # The offset is loaded for each scale, as `decoded` takes only values made of loads.
         scale = fine * coarse + tl.load(offset + 0 * index)
     else:
         scale = tl.load(scales + index, mask=inside, other=0.0)
@@ -313,7 +285,7 @@ def _finish(
     bits: tl.constexpr,
     biased: tl.constexpr,
 ) -> None:
-    """Scale what is scaled by outputs, add the bias, and store one row of a program."""
+    """Multiply by the scales of int8, add the bias, and store one row of a program."""
     if bits == 8:
         found = found * (tl.load(scales + column, mask=seen, other=0.0) * (1 / 127))
     if biased:

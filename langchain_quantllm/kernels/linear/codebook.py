@@ -1,7 +1,6 @@
-"""How 16 indices of 4 bits in two words become 16 values in 16 bits, in PTX.
+"""PTX that looks up 16 indices of 4 bits, in two words, as values of nf4 or fp4 in 16 bits.
 
-Owns the values of nf4 and fp4 and the text of the instructions: pairs come from the same place of two neighbouring
-words, which is how tensor cores take them. Knows no Triton.
+The values come in pairs from the same place of two neighbouring words, as tensor cores take them.
 
 On an H200, 7e9 weights take about 1 ms for every two instructions that run at half rate (`prmt`, `lop3`, shifts),
 and 1 ms for one `shfl`, which runs beside them. "permute" is 3 of the former, "shuffle" 1.5 and one `shfl`; "mixed" is
@@ -30,7 +29,7 @@ CODEBOOKS = {
 """The 16 values that indices stand for."""
 
 GROUPS_SHUFFLED = {"permute": 0, "mixed": 2, "shuffle": 4}
-"""How many of the four bytes of a word each way looks up with `shfl`; the others are looked up with `prmt`."""
+"""How many of the four bytes of a word are looked up with `shfl`; the others with `prmt`."""
 
 CONSTRAINTS = ",".join(["=&r"] * 8 + ["r"] * 2)
 """Registers: 8 pairs of values, then the two words."""
@@ -60,7 +59,7 @@ def instructions(way: str, kind: str, dtype: str) -> str:
         elif octet % 2 == 0:
             lines += _selectors(octet) + _permuted(octet)
         else:
-            # Of the bytes that were put side by side, the second two.
+            # The second two of the bytes that `_selectors` has put side by side.
             lines += ["shr.u32 s, s, 16;", "shr.u32 m, m, 16;", *_permuted(octet)]
     return "\n".join([*lines, "}"])
 
@@ -92,7 +91,7 @@ def _own_value() -> list[str]:
         "prmt.b32 n, n, h, 0x4040;",
         "prmt.b32 l, l, v, 0x4040;",
         "shl.b32 u, lane, 28;",
-        "shr.s32 u, u, 31;",  # all bits where the upper 8 values are meant
+        "shr.s32 u, u, 31;",  # all bits set for the upper 8 values
         "lop3.b32 lane, u, l, n, 0xca;",
     ]
 

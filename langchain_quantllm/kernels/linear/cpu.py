@@ -1,11 +1,10 @@
-"""Products with quantized weights on a CPU, by kernels of bitsandbytes and torch.
+"""Linear layers with quantized weights on a CPU, by kernels of bitsandbytes and torch.
 
-4-bit weights that bitsandbytes has repacked for a CPU are multiplied by its own kernel, several of them in one call:
-a call costs as much as the product of a small model's layer. On CPUs for which it repacks nothing, and which multiply
-16-bit numbers slowly, 4-bit weights become float32 piece by piece, as much as the cache holds. Weights of 8 bits are
-multiplied as they lie by 16-bit activations, in one call of torch's, where LLM.int8() takes some fifteen. Owns the
-memory that repacked weights of one input share: one behind the other, so that a single call multiplies by all of them.
-Knows no Triton.
+- 4-bit weights that bitsandbytes has repacked for the CPU: its own kernel, one call for all weights with the same
+  input, which share memory. A call costs as much as the product of a small model's layer.
+- Other 4-bit weights, on CPUs that multiply 16-bit numbers slowly: dequantized to float32 piece by piece, as much as
+  the cache holds.
+- 8-bit weights: multiplied as stored by 16-bit activations, in one call of torch, where LLM.int8() takes some fifteen.
 """
 
 from __future__ import annotations
@@ -28,43 +27,37 @@ from langchain_quantllm.kernels.linear.weights import FourBitWeight, Int8Weight,
 __all__ = ["MOST_FOUR_BIT_ROWS", "grouped_linear", "quantized_linear", "share_memory"]
 
 MOST_FOUR_BIT_ROWS = math.inf
-"""Rows above which bitsandbytes' own way is the faster one."""
+"""Rows above which bitsandbytes' own layer is faster: none."""
 
 _PIECE = 1 << 20
-"""Numbers of a weight in 4 bits that are float32 at once: 4 MB."""
+"""Numbers of a 4-bit weight that are dequantized at once: 4 MB in float32."""
 
 _MOST_ROWS_AS_STORED = 8
-"""Rows above which codes are made 16-bit numbers first, which have a faster product."""
+"""Rows above which codes are converted to 16 bits first, as that product is faster."""
 
 _WHOLE = 32
-"""Inputs, and bytes at whose multiples activations must begin, that torch's kernel reads at once, unasked.
+"""Inputs that torch's kernel reads at once, unchecked, and the alignment of activations in bytes.
 
 Source: aten/src/ATen/native/cpu/int8mm_kernel.cpp in torch.
 """
 
 _HAS_STORED_PRODUCT = hasattr(torch, "_weight_int8pack_mm") and sys.platform != "win32"
-"""Whether torch multiplies by codes as they are stored; on Windows it does so number by number."""
+"""Whether torch has a fast product with codes as stored; on Windows it multiplies number by number."""
 
 
 def quantized_linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Multiply activations by a weight.
+    """Multiply activations by a weight; see `reference.quantized_linear`.
 
-    Args:
-        x: Activations of shape `(..., in_features)`, floating: for weights of 8 bits bfloat16, for those of 4 bits that
-            are not repacked, of 16 bits.
-        weight: The weight.
-        bias: What is added, of shape `(out_features,)`; None for nothing: the weight's own is not looked at.
-
-    Returns:
-        `x @ w.T + bias` of shape `(..., out_features)`, in the dtype of `x`.
+    Activations are bfloat16 for 8-bit weights, 16 bits for 4-bit weights that are not repacked, any floating dtype
+    otherwise; the result has their dtype.
 
     Raises:
-        UnsupportedError: If no kernel multiplies by the weight as it is stored, or the layer does so as fast.
+        UnsupportedError: If no kernel multiplies by the stored weight, or the layer itself is as fast.
     """
     if isinstance(weight, Int8Weight):
-        found = _int8_product(x, weight)
+        found = _int8_linear(x, weight)
     elif isinstance(weight, FourBitWeight):
-        found = _four_bit_product(x, weight)
+        found = _four_bit_linear(x, weight)
     elif isinstance(weight, RepackedWeight):
         shape = (weight.out_features, weight.in_features)
         found = four_bit_product(x, weight.words, shape, weight.scales, weight.code, weight.block_size)
@@ -74,8 +67,8 @@ def quantized_linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None 
     return (found if bias is None else found + bias).to(x.dtype)
 
 
-def _int8_product(x: torch.Tensor, weight: Int8Weight) -> torch.Tensor:
-    """Multiply by the codes, which 16 bits hold as they are, and scale in float32."""
+def _int8_linear(x: torch.Tensor, weight: Int8Weight) -> torch.Tensor:
+    """Multiply by the codes, which are exact in 16 bits, and scale in float32."""
     if x.dtype != torch.bfloat16:
         msg = f"CPUs have no fast product of 8-bit weights and {str(x.dtype).removeprefix('torch.')}"
         raise UnsupportedError(msg)
@@ -91,15 +84,15 @@ def _int8_product(x: torch.Tensor, weight: Int8Weight) -> torch.Tensor:
     return (found * (weight.scales / 127)).view(*x.shape[:-1], weight.out_features)
 
 
-def _four_bit_product(x: torch.Tensor, weight: FourBitWeight) -> torch.Tensor:
-    """Multiply by one piece of the weight after the other, in float32; the layer makes all of it 16 bits wide first."""
+def _four_bit_linear(x: torch.Tensor, weight: FourBitWeight) -> torch.Tensor:
+    """Dequantize and multiply piece by piece, in float32; the layer dequantizes the whole weight to 16 bits first."""
     if x.dtype not in (torch.float16, torch.bfloat16) or _has_16_bit_products():
         msg = f"this CPU multiplies {str(x.dtype).removeprefix('torch.')} as fast in the layer itself"
         raise UnsupportedError(msg)
     rows = x.reshape(-1, weight.in_features).float()
     outputs, inputs, block = weight.out_features, weight.in_features, weight.block_size
     octets, scales = weight.words.view(torch.uint8), block_scales(weight, torch.float32)
-    whole_blocks = block // math.gcd(inputs, block)  # outputs after which a block ends, too
+    whole_blocks = block // math.gcd(inputs, block)  # outputs after which a block ends
     most = max(1, _PIECE // inputs // whole_blocks) * whole_blocks
     found = rows.new_empty(len(rows), outputs)
     for first in range(0, outputs, most):
@@ -117,55 +110,47 @@ def _four_bit_product(x: torch.Tensor, weight: FourBitWeight) -> torch.Tensor:
 
 
 def _has_16_bit_products() -> bool:
-    """Whether the CPU multiplies 16-bit numbers about as fast as float32: x86 does with AVX512."""
+    """Whether the CPU multiplies 16-bit numbers about as fast as float32: on x86, with AVX512."""
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def grouped_linear(x: torch.Tensor, weights: Sequence[Weight]) -> list[torch.Tensor]:
-    """Multiply the same activations by several weights, and add the bias of each; in one call where they share memory.
-
-    Args:
-        x: Activations of shape `(..., in_features)`, floating.
-        weights: Weights of the same inputs.
-
-    Returns:
-        A product for each weight, as `product` gives it.
-    """
+    """Multiply the same activations by several weights, and add the bias of each; in one call if they share memory."""
     first = weights[0]
-    joint = first.joint if isinstance(first, RepackedWeight) else None
-    if joint is None:
+    joined = first.joined if isinstance(first, RepackedWeight) else None
+    if joined is None:
         return [quantized_linear(x, weight, weight.bias) for weight in weights]
-    parts = quantized_linear(x, joint).split([weight.out_features for weight in weights], -1)
+    parts = quantized_linear(x, joined).split([weight.out_features for weight in weights], -1)
     biased = zip(parts, weights, strict=True)
     return [part.contiguous() if weight.bias is None else part + weight.bias for part, weight in biased]
 
 
 def share_memory(modules: Sequence[Any], weights: Sequence[RepackedWeight]) -> list[RepackedWeight]:
-    """Put the weights of several layers behind each other, and let the layers have their parts of that.
+    """Concatenate the weights of several layers, and make the layers' weights views of the result.
 
-    The layers compute what they did. Only the scales, a sixteenth of the weights, are there twice.
+    The layers compute the same as before. Only the scales, a sixteenth of the weights, are stored twice.
 
     Args:
         modules: The layers, `Linear4bit` of bitsandbytes.
         weights: Their weights, of one layout.
 
     Returns:
-        The weights, which know of each other.
+        The weights, with the concatenated one in `joined`.
     """
     first = weights[0]
     words = torch.cat([weight.words for weight in weights])
-    joint = replace(
+    joined = replace(
         first,
         out_features=len(words),
         words=words,
         scales=torch.cat([w.scales for w in weights], 1),
         bias=None,
-        joint=None,
+        joined=None,
     )
     parts = words.split([weight.out_features for weight in weights])
     for module, part in zip(modules, parts, strict=True):
-        # Another parameter: a forward of another thread may be reading the one before.
+        # A new parameter: a forward of another thread may be reading the old one.
         parameter = copy.copy(module.weight)
         parameter.data = part
         module.weight = parameter
-    return [replace(weight, words=part, joint=joint) for weight, part in zip(weights, parts, strict=True)]
+    return [replace(weight, words=part, joined=joined) for weight, part in zip(weights, parts, strict=True)]

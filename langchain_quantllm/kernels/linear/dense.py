@@ -1,7 +1,6 @@
-"""Products of many rows with quantized weights: the weight is made dense once, for a product of torch's own.
+"""Linear layers with many rows: the quantized weight is dequantized once, and torch multiplies.
 
-Owns the kernel that unpacks a weight of GPTQ. What the product means is `linear_reference`'s to say. Where rows are
-few, `dispatch` writes no dense weight. bitsandbytes does the same as this for its 4 bits, by itself.
+Has the kernel that unpacks a weight of GPTQ. bitsandbytes does the same for its 4-bit weights.
 """
 # No `from __future__ import annotations` here: Triton's interpreter needs `tl.constexpr` as an object.
 
@@ -17,16 +16,7 @@ _WORDS, _OUTPUTS = 8, 128
 
 
 def dense_linear(x: torch.Tensor, weight: GPTQWeight | Int8Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Multiply activations by a quantized weight, made dense in their dtype: `linear_reference.product`.
-
-    Args:
-        x: Activations of shape `(..., in_features)`, float16, bfloat16 or float32.
-        weight: The weight, on the same device.
-        bias: What is added, of shape `(out_features,)`; None for nothing: the weight's own is not looked at.
-
-    Returns:
-        `x @ w.T + bias` of shape `(..., out_features)`, in the dtype of `x`.
-    """
+    """Multiply activations by a quantized weight, dequantized in their dtype; see `reference.quantized_linear`."""
     bias = None if bias is None else bias.to(x.dtype)
     return torch.nn.functional.linear(x, dense(weight, x.dtype), bias)
 
@@ -39,7 +29,7 @@ def dense(weight: GPTQWeight | Int8Weight, dtype: torch.dtype) -> torch.Tensor:
         dtype: float16, bfloat16 or float32.
 
     Returns:
-        The weight of shape `(out_features, in_features)`, with the strides that are cheapest to write.
+        The weight of shape `(out_features, in_features)`, with the strides that are fastest to write.
     """
     if isinstance(weight, Int8Weight):
         codes = weight.words.view(torch.int8).view(weight.out_features, weight.in_features)
@@ -69,7 +59,7 @@ def _unpack_kernel(
     outputs: tl.constexpr,
     per_word: tl.constexpr,
 ) -> None:
-    """Write the inputs of `rows` words for `outputs` outputs; grid `(blocks of words, blocks of outputs)`."""
+    """Write the inputs of `rows` words for `outputs` outputs; grid `(tiles of words, tiles of outputs)`."""
     place = tl.program_id(0) * rows + tl.arange(0, rows)
     column = tl.program_id(1) * outputs + tl.arange(0, outputs)
     seen = column < width

@@ -1,20 +1,20 @@
-"""Steps that the products of every format share, as Triton functions: words become values, inputs are cut to fit.
+"""Decoding quantized words in registers, as Triton functions that the kernels of all formats share.
 
-Owns how codes in words become floating point numbers in registers, and nothing of where they lie. Each word has
-`per_word` codes that belong to inputs which follow each other; code `j` of all words meets every `per_word`-th input,
-so no code ever moves between threads. Of 3 bits, a word is the 3 bytes that hold 8 codes.
+Each word has `per_word` codes of consecutive inputs. Code `j` of all words is multiplied by every `per_word`-th input,
+so that no code moves between threads. In 3 bits, a word is the 3 bytes that hold 8 codes.
 """
 # No `from __future__ import annotations` here: Triton's interpreter needs `tl.constexpr` as an object.
 
 import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]  # not on every machine, and untyped
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
+from langchain_quantllm.kernels.launch import INTERPRETED
 from langchain_quantllm.kernels.linear.codebook import CONSTRAINTS
 
 _CONSTRAINTS = tl.constexpr(CONSTRAINTS)
 MAGIC = 0x4B000000
-"""The bits of 2**23 in float32: a code put into the lowest bits is added to it. Where many are, kernels are given it
-as an argument: an instruction takes one constant, which is the mask of the code."""
+"""The bits of 2**23 in float32: a code in the lowest bits is added to it. Kernels that decode many codes take it as an
+argument, because an instruction takes only one constant, and that is the mask of the code."""
 
 _MAGIC_32 = tl.constexpr(MAGIC)
 _MAGIC_FLOAT16 = tl.constexpr(0x6400)  # 1024
@@ -23,60 +23,44 @@ _BASE_32 = tl.constexpr(8388608.0)
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
-def dot(left: tl.tensor, right: tl.tensor, added: tl.tensor) -> tl.tensor:
-    """Multiply in the dtype of both, float32 without shortcuts, and add to `added` in float32."""
-    if INTERPRETED:
-        # The interpreter has bfloat16 as integers and multiplies these. Products of two are exact in float32.
-        left = left.to(tl.float32)
-        right = right.to(tl.float32)
-    return tl.dot(left, right, added, input_precision="ieee")
-
-
-INTERPRETED = tl.constexpr(not isinstance(dot, triton.JITFunction))
-"""Whether there is no GPU to compile for, and no PTX."""
-
-
-@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
-def pick(index: tl.tensor, first: tl.tensor, second: tl.tensor, third: tl.tensor, count: tl.constexpr) -> tl.tensor:
-    """Choose what belongs to the weight at `index` of `count`, at most three."""
-    chosen = first
+def pick(index: tl.tensor, values: tl.tuple, count: tl.constexpr) -> tl.tensor:
+    """Choose the value of the weight at `index` of `count`, at most three."""
+    chosen = values[0]
     if count > 1:
-        chosen = tl.where(index == 1, second, chosen)
+        chosen = tl.where(index == 1, values[1], chosen)
     if count > 2:
-        chosen = tl.where(index == 2, third, chosen)
+        chosen = tl.where(index == 2, values[2], chosen)
     return chosen
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
-def program_place(
-    outputs_1: tl.tensor, outputs_2: tl.tensor, outputs_3: tl.tensor, weights: tl.constexpr, outputs: tl.constexpr
-) -> tl.tensor:
-    """Find this program's weight, its block of that weight's outputs, and the outputs of the weights before it."""
+def program_place(widths: tl.tuple, weights: tl.constexpr, outputs: tl.constexpr) -> tl.tensor:
+    """Find this program's weight, its tile of that weight's outputs, and the outputs of the weights before it."""
     program = tl.program_id(0)
     which = 0
     local = program
     before = 0
     if weights > 1:
-        second = tl.cdiv(outputs_1, outputs)
+        second = tl.cdiv(widths[0], outputs)
         which = tl.where(program >= second, 1, 0)
         local = tl.where(program >= second, program - second, local)
-        before = tl.where(program >= second, outputs_1, 0)
+        before = tl.where(program >= second, widths[0], 0)
     if weights > 2:
-        third = second + tl.cdiv(outputs_2, outputs)
+        third = second + tl.cdiv(widths[1], outputs)
         which = tl.where(program >= third, 2, which)
         local = tl.where(program >= third, program - third, local)
-        before = tl.where(program >= third, outputs_1 + outputs_2, before)
+        before = tl.where(program >= third, widths[0] + widths[1], before)
     return which, local, before
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
-def all_outputs(outputs_1: tl.tensor, outputs_2: tl.tensor, outputs_3: tl.tensor, weights: tl.constexpr) -> tl.tensor:
-    """Count the outputs of all weights of the launch."""
-    total = outputs_1
-    if weights > 1:
-        total += outputs_2
-    if weights > 2:
-        total += outputs_3
+def sum_of(widths: tl.tuple, count: tl.constexpr) -> tl.tensor:
+    """Count the outputs of all weights of the launch, at most three."""
+    total = widths[0]
+    if count > 1:
+        total += widths[1]
+    if count > 2:
+        total += widths[2]
     return total
 
 
@@ -120,7 +104,7 @@ def strided(values: tl.tensor, rows: tl.constexpr, words: tl.constexpr, per_word
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
 def lane_value(code: tl.tensor) -> tl.tensor:
-    """Load the one of 16 values that the lane keeps for the others; not the same in each thread, though scalar."""
+    """Load the one of 16 values that the lane holds for the others: a scalar that differs between threads."""
     lane = tl.inline_asm_elementwise(
         "mov.u32 $0, %laneid;", "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=True, pack=1
     )
@@ -142,7 +126,7 @@ def shuffled(words: tl.tensor, value: tl.tensor, shift: tl.constexpr) -> tl.tens
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
 def looked_up(words: tl.tensor, code: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """Look up the 8 indices of each word in memory: element 0 is in the upper half of the lowest byte."""
+    """Look up the 8 indices of each word in memory; element 0 is in the upper half of the lowest byte."""
     return (
         tl.load(code + ((words >> 4) & 15)).to(dtype),
         tl.load(code + (words & 15)).to(dtype),
@@ -159,12 +143,11 @@ def looked_up(words: tl.tensor, code: tl.tensor, dtype: tl.constexpr) -> tl.tens
 def decoded(words: tl.tensor, code: tl.tensor, dtype: tl.constexpr, ptx: tl.constexpr) -> tl.tensor:
     """Look up the 8 indices of each word.
 
-    Nothing that is not made of loads goes in: where `words` are half of a product, Triton moves the load into the
-    layout of tensor cores only then.
+    All inputs must be made of loads: only then does Triton load an operand of a product in the layout of tensor cores.
 
     Args:
-        words: Words of shape `(outputs, words)`, int32, of which each thread has an even number along the last axis.
-        code: Where the 16 values are, float32.
+        words: Words of shape `(outputs, words)`, int32; each thread has an even number of them along the last axis.
+        code: Pointer to the 16 values, float32.
         dtype: float16 or bfloat16, and without `ptx` float32 too.
         ptx: The instructions, of this `dtype`; empty to look up in memory.
 
@@ -174,7 +157,7 @@ def decoded(words: tl.tensor, code: tl.tensor, dtype: tl.constexpr, ptx: tl.cons
     if INTERPRETED or ptx == "":
         return looked_up(words, code, dtype)
     elif dtype == tl.float16:  # noqa: RET505  # both branches are not compiled only as an else
-        # The types are named, as a tuple takes no parameter of the kernel.
+        # The dtypes are written out: a tuple of them takes no parameter of the kernel.
         return tl.inline_asm_elementwise(
             ptx,
             _CONSTRAINTS,
@@ -199,7 +182,7 @@ def decoded(words: tl.tensor, code: tl.tensor, dtype: tl.constexpr, ptx: tl.cons
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
 def joined(values: tl.tensor, rows: tl.constexpr, words: tl.constexpr, per_word: tl.constexpr) -> tl.tensor:
-    """Put `per_word` tensors of shape `(rows, words)` together as `(rows, words, per_word)`; no number moves."""
+    """Join `per_word` tensors of shape `(rows, words)` to `(rows, words, per_word)`; threads keep their numbers."""
     if per_word == 4:
         found = _four_joined(values[0], values[1], values[2], values[3])
     elif per_word == 8:
@@ -262,7 +245,7 @@ def all_scaled_codes(words: tl.tensor, magic: tl.tensor, bits: tl.constexpr, zer
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
 def inverse_units(bits: tl.constexpr, per_word: tl.constexpr) -> tl.tensor:
-    """Give what undoes the `code_unit` of each code of a word, as powers of two of shape `(1, per_word)`, float32."""
+    """Return the inverse `code_unit` of each code of a word: powers of two of shape `(1, per_word)`, float32."""
     places = tl.arange(0, per_word) * bits % 16
     return ((127 - places) << 23).to(tl.float32, bitcast=True)[None, :]
 
@@ -271,7 +254,7 @@ def inverse_units(bits: tl.constexpr, per_word: tl.constexpr) -> tl.tensor:
 def scaled_code(
     words: tl.tensor, magic: tl.tensor, place: tl.constexpr, bits: tl.constexpr, zero: tl.constexpr
 ) -> tl.tensor:
-    """Read the code at bit `place` of each word, less `zero`, as float32 times `code_unit(place)`: shifts are saved."""
+    """Read the code at bit `place` of each word, minus `zero`, as float32 times `code_unit(place)`, to save shifts."""
     upper: tl.constexpr = place // 16 * 16
     fields = (words >> upper) & (((1 << bits) - 1) << (place - upper))
     return (fields | magic).to(tl.float32, bitcast=True) - (_BASE_32 + zero * code_unit(place))
@@ -279,7 +262,7 @@ def scaled_code(
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
 def code_unit(place: tl.constexpr) -> tl.constexpr:
-    """What `scaled_code` has multiplied by."""
+    """Return the factor of `scaled_code`."""
     return 1.0 * (1 << (place % 16))
 
 
@@ -287,7 +270,7 @@ def code_unit(place: tl.constexpr) -> tl.constexpr:
 def centered(
     words: tl.tensor, zero: tl.tensor, place: tl.constexpr, bits: tl.constexpr, dtype: tl.constexpr
 ) -> tl.tensor:
-    """Read the code at bit `place` of each word, less `zero` in float32; exact in `dtype`, as both are below 257."""
+    """Read the code at bit `place` of each word, minus `zero`; exact in `dtype`, as both are below 257."""
     fields = (words >> place) & ((1 << bits) - 1)
     if INTERPRETED or dtype == tl.float32 or (dtype == tl.bfloat16 and bits == 8):
         return ((fields | _MAGIC_32).to(tl.float32, bitcast=True) - (_BASE_32 + zero)).to(dtype)
@@ -304,15 +287,15 @@ def packed_words(
     """Load words of shape `(words, outputs)` that are packed along the inputs.
 
     Args:
-        stored: Where the codes are: words of shape `(inputs * bits / 32, width)`.
-        place: Which words of an output, of shape `(words,)`; of 3 bits, which 3 bytes.
-        column: Which outputs, of shape `(outputs,)`.
-        width: All outputs.
-        inside: Which of these there are, of shape `(words, outputs)`.
+        stored: Pointer to the codes: words of shape `(inputs * bits / 32, width)`.
+        place: Indices of the words of an output, of shape `(words,)`; in 3 bits, of the 3 bytes.
+        column: Indices of the outputs, of shape `(outputs,)`.
+        width: Number of all outputs.
+        inside: Mask of the words that exist, of shape `(words, outputs)`.
         bits: Bits of a code.
 
     Returns:
-        int32; of 3 bits, the upper 8 bits of it have no meaning.
+        int32; in 3 bits, the upper 8 bits are undefined.
     """
     if bits != 3:
         return tl.load(stored + place[:, None] * width + column[None, :], mask=inside, other=0)
@@ -338,10 +321,10 @@ def zero_points(
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
 def _across(at: tl.tensor, step: tl.tensor, shift: tl.tensor, inside: tl.tensor, crosses: tl.tensor) -> tl.tensor:
-    """Load 32 bits from `shift` on: those of a word, and where they `cross` into it those of the one a `step` on."""
+    """Load 32 bits from `shift` on: of a word, and if they cross its end, of the word a `step` further."""
     low = tl.load(at, mask=inside, other=0).to(tl.uint32, bitcast=True)
     high = tl.load(at + step, mask=crosses, other=0).to(tl.uint32, bitcast=True)
-    # No shift by 32, which has no meaning: where there are no upper bits, `high` is 0.
+    # A shift by 32 is undefined: it becomes one by 0, where `high` is 0.
     return ((low >> shift) | (high << (32 - shift & 31))).to(tl.int32, bitcast=True)
 
 
@@ -380,9 +363,9 @@ def _four(values: tl.tensor, words: tl.constexpr) -> tl.tensor:
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
 def scaled(values: tl.tensor, scale: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """Multiply values by their scales in `dtype`, which is that of both factors on tensor cores."""
+    """Multiply values by their scales in `dtype`, the dtype of both operands on tensor cores."""
     if INTERPRETED:
-        # The interpreter has bfloat16 as integers.
+        # The interpreter stores bfloat16 as integers.
         return (values.to(tl.float32) * scale).to(dtype)
     else:  # noqa: RET505  # both branches are not compiled only as an else
         return values * scale.to(dtype)

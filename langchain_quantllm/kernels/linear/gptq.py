@@ -1,20 +1,18 @@
-"""Products with weights that are packed along their inputs, as GPTQ stores them, in Triton.
+"""The kernels for weights packed along their inputs, as by GPTQ, in Triton.
 
-Owns the kernels. What they compute is `linear_reference`'s to say, and how they are launched `dispatch`'s. A launch
-multiplies the same activations by up to three weights: their programs follow each other in the grid.
+A launch multiplies the same activations by up to three weights, whose programs follow each other in the grid.
+`dispatch` launches them, and `reference` documents their results.
 """
 # No `from __future__ import annotations` here: Triton's interpreter needs `tl.constexpr` as an object.
 
 import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]  # not on every machine, and untyped
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
-from langchain_quantllm.kernels.launch import let_next_begin, wait_for_inputs
+from langchain_quantllm.kernels.launch import dot, let_next_begin, wait_for_inputs
 from langchain_quantllm.kernels.linear.dequantize import (
-    all_outputs,
     all_scaled_codes,
     centered,
     columns_of,
-    dot,
     inverse_units,
     joined,
     packed_words,
@@ -22,6 +20,7 @@ from langchain_quantllm.kernels.linear.dequantize import (
     program_place,
     scaled,
     strided,
+    sum_of,
     zero_points,
 )
 
@@ -30,24 +29,12 @@ from langchain_quantllm.kernels.linear.dequantize import (
 def packed_vector_kernel(
     x: tl.tensor,
     out: tl.tensor,
-    words_1: tl.tensor,
-    scales_1: tl.tensor,
-    zeros_1: tl.tensor,
-    groups_1: tl.tensor,
-    bias_1: tl.tensor,
-    words_2: tl.tensor,
-    scales_2: tl.tensor,
-    zeros_2: tl.tensor,
-    groups_2: tl.tensor,
-    bias_2: tl.tensor,
-    words_3: tl.tensor,
-    scales_3: tl.tensor,
-    zeros_3: tl.tensor,
-    groups_3: tl.tensor,
-    bias_3: tl.tensor,
-    outputs_1: tl.tensor,
-    outputs_2: tl.tensor,
-    outputs_3: tl.tensor,
+    all_words: tl.tuple,
+    all_scales: tl.tuple,
+    all_zeros: tl.tuple,
+    all_groups: tl.tuple,
+    biases: tl.tuple,
+    widths: tl.tuple,
     row_words: tl.tensor,
     row_stride: tl.tensor,
     splits: tl.tensor,
@@ -67,15 +54,15 @@ def packed_vector_kernel(
 ) -> None:
     """Multiply up to 4 rows by `outputs` columns of a weight, in float32; grid `(programs of the weights, splits)`.
 
-    Codes are multiplied as they are; of each group, the zero point times the sum of the inputs is taken off.
+    Codes are multiplied unscaled; for each group, the zero point times the sum of the inputs is subtracted.
     """
-    which, local, before = program_place(outputs_1, outputs_2, outputs_3, weights, outputs)
-    stored = pick(which, words_1, words_2, words_3, weights)
-    scales = pick(which, scales_1, scales_2, scales_3, weights)
-    zeros = pick(which, zeros_1, zeros_2, zeros_3, weights)
-    groups = pick(which, groups_1, groups_2, groups_3, weights)
-    width = pick(which, outputs_1, outputs_2, outputs_3, weights)
-    total = all_outputs(outputs_1, outputs_2, outputs_3, weights)
+    which, local, before = program_place(widths, weights, outputs)
+    stored = pick(which, all_words, weights)
+    scales = pick(which, all_scales, weights)
+    zeros = pick(which, all_zeros, weights)
+    groups = pick(which, all_groups, weights)
+    width = pick(which, widths, weights)
+    total = sum_of(widths, weights)
     column = local * outputs + tl.arange(0, outputs)
     seen = column < width
     found_1 = tl.zeros([words, outputs], tl.float32)
@@ -142,7 +129,9 @@ def packed_vector_kernel(
                     found_4 += weight * x_4[j][:, None]
 
     let_next_begin(early)
-    bias = pick(which, bias_1, bias_2, bias_3, weights)
+    bias = out
+    if biased:
+        bias = pick(which, biases, weights)
     end = out + tl.program_id(1) * (rows * total) + rows * before + column
     _finish(end, tl.sum(found_1, 0), bias, column, seen, biased)
     if rows > 1:
@@ -175,24 +164,12 @@ def _sums(
 def packed_tile_kernel(
     x: tl.tensor,
     out: tl.tensor,
-    words_1: tl.tensor,
-    scales_1: tl.tensor,
-    zeros_1: tl.tensor,
-    groups_1: tl.tensor,
-    bias_1: tl.tensor,
-    words_2: tl.tensor,
-    scales_2: tl.tensor,
-    zeros_2: tl.tensor,
-    groups_2: tl.tensor,
-    bias_2: tl.tensor,
-    words_3: tl.tensor,
-    scales_3: tl.tensor,
-    zeros_3: tl.tensor,
-    groups_3: tl.tensor,
-    bias_3: tl.tensor,
-    outputs_1: tl.tensor,
-    outputs_2: tl.tensor,
-    outputs_3: tl.tensor,
+    all_words: tl.tuple,
+    all_scales: tl.tuple,
+    all_zeros: tl.tuple,
+    all_groups: tl.tuple,
+    biases: tl.tuple,
+    widths: tl.tuple,
     row_words: tl.tensor,
     row_stride: tl.tensor,
     splits: tl.tensor,
@@ -212,16 +189,16 @@ def packed_tile_kernel(
 ) -> None:
     """Multiply `outputs` columns of a weight by up to `padded_rows` rows, on tensor cores.
 
-    Grid `(programs of the weights, splits, blocks of rows)`. Where a tile lies in one group, whole numbers are
-    multiplied, which 16 bits hold exactly, and their sum is scaled; elsewhere the weights are.
+    Grid `(programs of the weights, splits, tiles of rows)`. If a tile is in one group, integers are multiplied, which
+    are exact in 16 bits, and their sum is scaled; otherwise the weights are scaled.
     """
-    which, local, before = program_place(outputs_1, outputs_2, outputs_3, weights, outputs)
-    stored = pick(which, words_1, words_2, words_3, weights)
-    scales = pick(which, scales_1, scales_2, scales_3, weights)
-    zeros = pick(which, zeros_1, zeros_2, zeros_3, weights)
-    groups = pick(which, groups_1, groups_2, groups_3, weights)
-    width = pick(which, outputs_1, outputs_2, outputs_3, weights)
-    total = all_outputs(outputs_1, outputs_2, outputs_3, weights)
+    which, local, before = program_place(widths, weights, outputs)
+    stored = pick(which, all_words, weights)
+    scales = pick(which, all_scales, weights)
+    zeros = pick(which, all_zeros, weights)
+    groups = pick(which, all_groups, weights)
+    width = pick(which, widths, weights)
+    total = sum_of(widths, weights)
     middle: tl.constexpr = 1 << (bits - 1) if zero_point < 0 else zero_point
     column = local * outputs + tl.arange(0, outputs)
     seen = column < width
@@ -282,8 +259,8 @@ def packed_tile_kernel(
                 found = dot(tl.trans(weight), tl.trans(inputs[j]), found)
 
     let_next_begin(early)
-    bias = pick(which, bias_1, bias_2, bias_3, weights)
     if biased:
+        bias = pick(which, biases, weights)
         found += tl.load(bias + column, mask=seen, other=0.0).to(tl.float32)[:, None]
     end = out + tl.program_id(1).to(tl.int64) * (rows * total) + rows * before
     tl.store(
@@ -317,7 +294,7 @@ def _group(
     chunk: tl.constexpr,
     zero_point: tl.constexpr,
 ) -> tl.tensor:
-    """Load the scale and the zero point of each word of a tile; `chunk` words that follow each other share them."""
+    """Load the scale and the zero point of each word of a tile; `chunk` consecutive words share them."""
     each: tl.constexpr = chunk if chunk < words else words
     chunks: tl.constexpr = words // each
     place = first + each * tl.arange(0, chunks)
@@ -345,7 +322,7 @@ def _group_of_each(
     bits: tl.constexpr,
     zero_point: tl.constexpr,
 ) -> tl.tensor:
-    """Load the scale and the zero point of each input, whose groups are in any order."""
+    """Load the scale and the zero point of each input; groups are in any order."""
     group = tl.load(groups + element, mask=inside, other=0)[:, None]
     both = inside[:, None] & (column < width)[None, :]
     scale = tl.load(scales + group * width + column[None, :], mask=both, other=0.0).to(tl.float32)

@@ -1,7 +1,6 @@
-"""What `dispatch` computes, in plain torch: dequantize, then multiply.
+"""Quantized linear layers in plain torch: dequantize, then multiply.
 
-Owns the meaning of the products: the Triton kernels are tested against them. Knows tensors and weights; no model, no
-Triton, and neither library that made the weights.
+The kernels of `dispatch` and `cpu` are tested against these functions.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from langchain_quantllm.kernels.linear.weights import FourBitWeight, GPTQWeight,
 __all__ = ["MOST_FOUR_BIT_ROWS", "block_scales", "dequantize", "grouped_linear", "quantized_linear"]
 
 MOST_FOUR_BIT_ROWS = 64
-"""As of `dispatch`."""
+"""As in `dispatch`."""
 
 
 def quantized_linear(
@@ -26,8 +25,8 @@ def quantized_linear(
     Args:
         x: Activations of shape `(..., in_features)`, floating.
         weight: The weight.
-        bias: What is added, of shape `(out_features,)`; None for nothing: the weight's own is not looked at.
-        dtype: What to compute in.
+        bias: Added to the product, of shape `(out_features,)`; None for no bias. The weight's own bias is ignored.
+        dtype: Dtype of the computation.
 
     Returns:
         `x @ w.T + bias` of shape `(..., out_features)`, in `dtype`.
@@ -43,17 +42,17 @@ def grouped_linear(
 
     Args:
         x: Activations of shape `(..., in_features)`, floating.
-        weights: Weights of the same inputs.
-        dtype: What to compute in.
+        weights: Weights with the same inputs.
+        dtype: Dtype of the computation.
 
     Returns:
-        A product for each weight, as `product` gives it.
+        The result for each weight, as of `quantized_linear`.
     """
     return [quantized_linear(x, weight, weight.bias, dtype=dtype) for weight in weights]
 
 
 def dequantize(weight: Weight, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """Give the weight of shape `(out_features, in_features)`, computed in `dtype`."""
+    """Return the weight of shape `(out_features, in_features)`, computed in `dtype`."""
     if isinstance(weight, FourBitWeight):
         return _four_bit(weight, dtype)
     if isinstance(weight, Int8Weight):
@@ -64,7 +63,7 @@ def dequantize(weight: Weight, dtype: torch.dtype = torch.float64) -> torch.Tens
 
 def _repacked(weight: RepackedWeight, dtype: torch.dtype) -> torch.Tensor:
     octets = weight.words.reshape(-1, weight.in_features // 2, 32)
-    # Of 32 outputs and two inputs: the lower halves are the first 16 outputs, input by input.
+    # 32 outputs and two inputs: the lower halves are the first 16 outputs, input by input.
     indices = torch.cat([octets & 15, octets >> 4], dim=-1).reshape(-1, weight.in_features // 2, 32, 2)
     indices = indices.transpose(1, 2).reshape(weight.out_features, weight.in_features)
     scales = weight.scales.to(dtype).t().repeat_interleave(weight.block_size, dim=1)
@@ -72,7 +71,7 @@ def _repacked(weight: RepackedWeight, dtype: torch.dtype) -> torch.Tensor:
 
 
 def block_scales(weight: FourBitWeight, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """Give the scale of each block of a weight in 4 bits, of shape `(blocks,)`, computed in `dtype`."""
+    """Return the scale of each block of a weight in 4 bits, of shape `(blocks,)`, computed in `dtype`."""
     if not weight.nested:
         return weight.scales.to(dtype)
     outer = weight.nested_scales.to(dtype).repeat_interleave(weight.nested_block_size)[: len(weight.scales)]
@@ -96,7 +95,7 @@ def _gptq(weight: GPTQWeight, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _fields(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """Read the codes along the last axis of words, the lowest bits first."""
+    """Unpack the codes along the last axis of words, lowest bits first."""
     if bits == 3:  # 32 codes in 3 words: bit by bit
         single = (words.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32, device=words.device)) & 1
         places = torch.tensor([1, 2, 4], dtype=torch.int32, device=words.device)

@@ -1,7 +1,7 @@
-"""Quantized weights of linear layers as `dispatch` multiplies by them: tensors and what they mean.
+"""Quantized weights of linear layers, as the kernels read them.
 
-Owns which weights kernels can use: every large tensor is the layer's own, or a view of it. Knows no kernel, and not how
-a layer of bitsandbytes or GPTQModel carries its weight, which is `compat`'s to say.
+Every large tensor is the layer's own, or a view of it. `compat` finds the tensors in a layer of bitsandbytes or
+GPTQModel.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ class FourBitWeight:
     of it where `i` is even, and has the scale at `i // block_size`.
 
     Args:
-        kind: "nf4" or "fp4", which says what `code` has.
-        in_features: Inputs, a multiple of 8, so that no word of 4 bytes is shared by two rows.
+        kind: "nf4" or "fp4".
+        in_features: Inputs, a multiple of 8, so that no word of 4 bytes belongs to two rows.
         out_features: Outputs.
         words: The indices of shape `(out_features * in_features / 8,)`, int32: a view of the layer's bytes.
         code: The 16 values of shape `(16,)`, float32.
         scales: The largest magnitude of each block, float32; with `nested`, indices into `nested_code`, uint8.
         block_size: Elements that share a scale: a power of two, at least 8.
-        nested: Whether the scales are quantized too, as `nested_code[scales] * nested_scales + offset`.
-        nested_code: 256 values, float32; `code` where not `nested`.
-        nested_scales: Scales of the scales, float32; `code` where not `nested`.
+        nested: Whether the scales are quantized, as `nested_code[scales] * nested_scales + offset`.
+        nested_code: 256 values, float32; `code` if not `nested`.
+        nested_scales: Scales of the scales, float32; `code` if not `nested`.
         nested_block_size: Scales that share one of `nested_scales`.
-        offset: What is added to every scale, of shape `()` or `(1,)`, float32; `code` where not `nested`.
+        offset: Added to every scale, of shape `()` or `(1,)`, float32; `code` if not `nested`.
         bias: The layer's bias of shape `(out_features,)`, or None.
     """
 
@@ -57,7 +57,7 @@ class FourBitWeight:
 
     @property
     def layout(self) -> tuple[Any, ...]:
-        """What weights must have in common to be multiplied by one launch."""
+        """What weights of one launch must have in common."""
         nested = (self.nested, self.nested_block_size)
         return (
             FourBitWeight,
@@ -90,7 +90,7 @@ class Int8Weight:
 
     @property
     def layout(self) -> tuple[Any, ...]:
-        """What weights must have in common to be multiplied by one launch."""
+        """What weights of one launch must have in common."""
         return (Int8Weight, self.in_features, _dtype(self.bias), self.words.device)
 
 
@@ -108,9 +108,9 @@ class GPTQWeight:
             `(groups, out_features * bits / 32)`, int32.
         scales: Scales of shape `(groups, out_features)`, floating.
         groups: The group of each input, of shape `(in_features,)`, int32.
-        group_size: Inputs of a group where groups follow each other and a word has one group; 0 where each input has
-            to ask `groups` (act-order, or a size that is no power of two).
-        zero_point: The zero point, where all are the same, as those of symmetric checkpoints are; else -1.
+        group_size: Inputs of a group, if groups are consecutive and a word has one group; 0 if each input must look up
+            `groups` (act-order, or a size that is no power of two).
+        zero_point: The zero point, if all are the same, as in symmetric checkpoints; otherwise -1.
         bias: The layer's bias of shape `(out_features,)`, or None.
     """
 
@@ -127,12 +127,12 @@ class GPTQWeight:
 
     @property
     def per_word(self) -> int:
-        """Codes that kernels take at once: those of a word, or of the 3 bytes that hold 8 codes of 3 bits."""
+        """Codes that kernels decode at once: those of a word, or of the 3 bytes that hold 8 codes of 3 bits."""
         return codes_per_word(self.bits)
 
     @property
     def layout(self) -> tuple[Any, ...]:
-        """What weights must have in common to be multiplied by one launch."""
+        """What weights of one launch must have in common."""
         groups = (self.group_size, self.zero_point)
         return (
             GPTQWeight,
@@ -147,7 +147,7 @@ class GPTQWeight:
 
 @dataclass(frozen=True, kw_only=True)
 class RepackedWeight:
-    """A weight of bitsandbytes in nf4 or fp4 as it repacks it on CPUs with AVX512-BF16, for its own product there.
+    """A weight of bitsandbytes in nf4 or fp4 that it has repacked for its own kernel, on CPUs with AVX512-BF16.
 
     Source: `_convert_weight_packed_for_cpu` in bitsandbytes/functional.py.
 
@@ -155,14 +155,14 @@ class RepackedWeight:
         kind: "nf4" or "fp4".
         in_features: Inputs.
         out_features: Outputs, a multiple of 32.
-        words: The indices of shape `(out_features, in_features / 2)`, uint8: of 32 outputs and two inputs, 32 bytes
-            that follow each other, the first 16 outputs in their lower halves.
+        words: The indices of shape `(out_features, in_features / 2)`, uint8: 32 consecutive bytes for 32 outputs and 2
+            inputs, the first 16 outputs in their lower halves.
         code: The 16 values of shape `(16,)`, float32.
         scales: The largest magnitude of each block, of shape `(in_features / block_size, out_features)`, bfloat16.
         block_size: Inputs that share a scale.
         bias: The layer's bias of shape `(out_features,)`, or None.
-        joint: The weights of the layers that are given the same input, behind each other, of which this one's are a
-            part; None where there are no others.
+        joined: The concatenated weights of the layers with the same input, this one included; None if there are no
+            others.
     """
 
     kind: str
@@ -173,11 +173,11 @@ class RepackedWeight:
     scales: torch.Tensor
     block_size: int
     bias: torch.Tensor | None
-    joint: RepackedWeight | None = None
+    joined: RepackedWeight | None = None
 
     @property
     def layout(self) -> tuple[Any, ...]:
-        """What weights must have in common to be multiplied by one launch."""
+        """What weights of one launch must have in common."""
         return (RepackedWeight, self.kind, self.in_features, self.block_size, self.words.device)
 
 
@@ -185,22 +185,22 @@ Weight: TypeAlias = "FourBitWeight | Int8Weight | GPTQWeight | RepackedWeight"
 
 
 def codes_per_word(bits: int) -> int:
-    """Count the codes that kernels take at once of a weight of GPTQ."""
+    """Count the codes of a weight of GPTQ that kernels decode at once."""
     return 8 if bits == 3 else 32 // bits
 
 
 def weight_of(module: torch.nn.Module) -> Weight | None:
-    """Describe the weight of a quantized linear layer, without copying it.
+    """Return the weight of a quantized linear layer, without copying it.
 
-    Reads the device for a layer of GPTQ, its groups and zero points: call it when the model is loaded, not in a step.
+    For a layer of GPTQ it reads groups and zero points from the device: call it on loading a model, not in a step.
 
     Args:
         module: Any module. bitsandbytes' `Linear4bit` and `Linear8bitLt` must be quantized already; of
             GPTQModel, its torch and Triton layers, which hold zero points as they are (v2).
 
     Returns:
-        The weight, or None if the module is something else, or is stored in a way that has no kernel: inputs that do
-        not fill whole words, a weight in halves for training.
+        The weight; None if the module is something else, or its storage has no kernel: inputs that do not fill whole
+        words, 16-bit weights kept for training.
     """
     parameter: Any = getattr(module, "weight", None)
     if (state := four_bit_state(parameter)) is not None:
@@ -222,7 +222,7 @@ def _bias(module: torch.nn.Module) -> torch.Tensor | None:
 
 
 def _words(stored: torch.Tensor) -> torch.Tensor | None:
-    """View contiguous storage as words; None where it does not begin at one."""
+    """View contiguous storage as words; None if it is not aligned."""
     flat = stored.detach().reshape(-1).view(torch.uint8)
     if not stored.is_contiguous() or flat.data_ptr() % 16 or flat.numel() % 4:
         return None
@@ -309,7 +309,7 @@ def _gptq(module: Any, stored: StoredTensors) -> GPTQWeight | None:
 
 
 def _group_size(groups: torch.Tensor, count: int, per_word: int) -> int:
-    """Find the size of groups that follow each other; 0 where they do not, or where kernels cannot use it."""
+    """Find the size of consecutive groups; 0 if they are not consecutive, or kernels cannot use the size."""
     size = len(groups) if count == 1 else -(-len(groups) // count)
     usable = count == 1 or (size % per_word == 0 and not size & size - 1)
     regular = torch.arange(len(groups), dtype=groups.dtype, device=groups.device) // size
@@ -317,9 +317,9 @@ def _group_size(groups: torch.Tensor, count: int, per_word: int) -> int:
 
 
 def _zero_point(zeros: torch.Tensor, bits: int) -> int:
-    """Find the zero point that all groups have; -1 where they differ."""
+    """Find the zero point of all groups; -1 if they differ."""
     first = int(zeros.flatten()[0]) & (1 << bits) - 1
-    # The same code in every place of the words after which codes begin with a word again, as signed numbers.
+    # Words in which every code is the first one, as signed numbers; in 3 bits codes are aligned to every third word.
     count = 3 if bits == 3 else 1
     stream = sum(first << place for place in range(0, 32 * count, bits))
     words = [(stream >> 32 * i) & 0xFFFFFFFF for i in range(count)]

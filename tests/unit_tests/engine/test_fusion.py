@@ -1,11 +1,10 @@
-"""Fused steps: the same logits and texts as the modules they stand in for, in the engine's forwards only.
+"""Fused steps give the logits and texts of the modules that they replace, in the engine's forwards only.
 
-On the CPU, the plain versions of the kernels run; everything around them is as on a GPU.
+On a CPU the kernels run in plain torch; everything else is as on a GPU.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import threading
 from collections.abc import Iterator
@@ -19,7 +18,6 @@ import transformers
 from langchain_quantllm.engine.adapter_switch import AdapterSwitch
 from langchain_quantllm.engine.continuous import ContinuousEngine
 from langchain_quantllm.engine.cuda_graphs import no_graph_reason
-from langchain_quantllm.engine.forward_context import ForwardContext, forward_context
 from langchain_quantllm.engine.fusion.fuse import (
     COS_SIN,
     GATED_MLP,
@@ -33,13 +31,12 @@ from langchain_quantllm.engine.fusion.fuse import (
 )
 from langchain_quantllm.engine.fusion.patterns import GatedMlpStep, NormStep
 from langchain_quantllm.engine.model_check import fingerprint
-from langchain_quantllm.engine.request import plan_requests
 from langchain_quantllm.errors import InvalidOptionError
 from langchain_quantllm.kernels import reference
 from langchain_quantllm.kernels.linear import reference as linear_reference
-from langchain_quantllm.options import GenerationOptions
 from tests.support.adapters import choose_adapter, enable_adapters, make_adapter, quietly
 from tests.support.families import FAST, family_model, generated_ids, random_ids
+from tests.support.fusion import Counted, forwards_in, in_engine, logits_of, write
 from tests.support.models import byte_fallback_tokenizer, pipeline_of, tiny_model
 from tests.support.selection import QUICK_FAMILIES, slow_but
 
@@ -61,7 +58,7 @@ WHOLE = {
     "glm4",
     "stablelm",
 }
-"""Families of which every norm, gate, attention and addition is fused."""
+"""Families whose norms, MLPs, attentions and additions are all fused."""
 
 LEFT = {
     ("granite", RESIDUAL): "it gives something else",  # what is added is multiplied first
@@ -74,7 +71,7 @@ LEFT = {
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Products of such sizes take longer when several cores share them."""
+    """Matrices of this size take longer on several cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -85,46 +82,8 @@ def fuse(model: Any, **options: Any) -> Fusion:
     return Fusion(model, kernels=reference, linear_kernels=linear_reference, **options)
 
 
-def in_engine(fusion: Fusion) -> contextlib.AbstractContextManager[None]:
-    """Run a model as the engine's forwards do: with its fused steps."""
-    return forward_context(ForwardContext(steps=fusion.steps))
-
-
-def logits_of(model: Any, ids: list[int]) -> torch.Tensor:
-    with torch.no_grad():
-        return model(torch.tensor([ids])).logits
-
-
-def write(engine: ContinuousEngine, prompts: list[list[int]], tokens: int, **options: Any) -> list[list[int]]:
-    """Continue prompts beside each other."""
-    asked = GenerationOptions(max_new_tokens=tokens, eos_token_id=(), **options)
-    streams = [engine.submit(plan_requests(prompt, asked, engine.limits, shares_prefix=True)) for prompt in prompts]
-    return [[i for chunk in stream for i in chunk.token_ids] for stream in streams]
-
-
-def forwards_in(model: Any) -> list[Any]:
-    """List what stands in the place of a `forward`, in instances."""
-    return [module.__dict__["forward"] for module in model.modules() if "forward" in module.__dict__]
-
-
-class Counted:
-    """The plain kernels, with a count of their calls."""
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        function = getattr(reference, name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self.calls.append(name)
-            return function(*args, **kwargs)
-
-        return call
-
-
 def is_whole(name: str, kind: FusedKind) -> bool:
-    """Whether all modules of a kind are fused, and there are any, as in the families of `WHOLE`."""
+    """Whether a family of `WHOLE` has all modules of a kind fused, and at least one."""
     if kind.kind == LINEAR or (name, kind.kind) == ("gemma3", COS_SIN):  # nothing is quantized; angles of two kinds
         return kind.fused == 0 and not kind.left
     return kind.fused > 0 and not kind.left
@@ -186,7 +145,7 @@ def test_a_step_is_made_of_the_fused_kernels_alone(tokenizer: Any) -> None:
     engine.close()
 
 
-class TestStandingIn:
+class TestPatches:
     def test_only_where_it_is_applied(self) -> None:
         model, kernels = tiny_model(300), Counted()
         fusion = Fusion(model, kernels=kernels, linear_kernels=linear_reference)

@@ -1,17 +1,15 @@
-"""Products of quantized layers in the engine: exact ones, several at once, and nobody else sees any of it.
+"""CountedLinear of quantized layers in the engine: exact ones, several at once, and nobody else sees any of it.
 
 On the CPU, the plain versions of the kernels run; everything around them is as on a GPU.
 """
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.nn.functional import linear
 
 from langchain_quantllm import GPTQ, QuantizedHuggingFaceLLM
 from langchain_quantllm.bench.random_models import SHAPES, random_checkpoint
@@ -24,27 +22,12 @@ from langchain_quantllm.kernels.linear import reference as linear_reference
 from langchain_quantllm.kernels.linear.weights import weight_of
 from tests.support.adapters import make_adapter, quietly
 from tests.support.families import generated_ids, random_ids
+from tests.support.fusion import CountedLinear, dense_twin, forwards_in, in_engine, logits_of, write
 from tests.support.models import tiny_model
 from tests.support.selection import skip_without_gptqmodel
-from tests.unit_tests.engine.test_fusion import forwards_in, in_engine, logits_of, write
 
 SCHEMES = {"int8": "int8", "gptq4": GPTQ(kernel="torch"), "gptq3": GPTQ(kernel="torch")}
-"""What has a kernel as it lies on any CPU: some repack 4 bits with the first forward."""
-
-
-class Products:
-    """The plain products, with a note of each call: how many weights, how many rows."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[int, int]] = []
-
-    def quantized_linear(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
-        self.calls.append((1, x.numel() // x.shape[-1]))
-        return linear_reference.quantized_linear(x, weight, bias, dtype=torch.float32)
-
-    def grouped_linear(self, x: torch.Tensor, weights: Any) -> list[torch.Tensor]:
-        self.calls.append((len(weights), x.numel() // x.shape[-1]))
-        return linear_reference.grouped_linear(x, weights, dtype=torch.float32)
+"""Schemes whose weights every CPU keeps as stored: some CPUs repack nf4 and fp4 in the first forward."""
 
 
 @pytest.fixture(scope="module", params=SCHEMES)
@@ -64,17 +47,6 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     llm.unload()
 
 
-def dense_twin(model: Any) -> Any:
-    """Copy a model with its dequantized weights: what it would be without any rounding of activations."""
-    twin = copy.deepcopy(model)
-    for module in twin.modules():
-        weight = weight_of(module)
-        if weight is not None:
-            dense, bias = linear_reference.dequantize(weight, torch.float32), weight.bias
-            module.forward = lambda x, dense=dense, bias=bias: linear(x, dense, bias)
-    return twin
-
-
 def fuse(model: Any, products: Any, **options: Any) -> Fusion:
     return Fusion(model, kernels=reference, linear_kernels=products, **options)
 
@@ -83,7 +55,7 @@ def fuse(model: Any, products: Any, **options: Any) -> Fusion:
 def test_texts_are_those_of_the_dequantized_weights(loaded: Any) -> None:
     model, prompts = loaded.model, [random_ids(count) for count in (23, 5)]
     expected = [generated_ids(dense_twin(model), prompt, 16) for prompt in prompts]
-    fusion = fuse(model, Products())
+    fusion = fuse(model, CountedLinear())
     [found] = [kind for kind in fusion.summary if kind.kind == LINEAR]
     assert (found.fused, found.left) == (14, {})
     engine = ContinuousEngine(loaded, fusion=fusion)
@@ -95,7 +67,7 @@ def test_texts_are_those_of_the_dequantized_weights(loaded: Any) -> None:
 
 
 def test_layers_of_one_input_are_one_product(loaded: Any) -> None:
-    products = Products()
+    products = CountedLinear()
     fusion = fuse(loaded.model, products)
     engine = ContinuousEngine(loaded, fusion=fusion)
     products.calls.clear()
@@ -107,7 +79,7 @@ def test_layers_of_one_input_are_one_product(loaded: Any) -> None:
 
 
 def test_the_model_itself_is_as_it_was(loaded: Any) -> None:
-    ids, products = random_ids(12), Products()
+    ids, products = random_ids(12), CountedLinear()
     expected = logits_of(loaded.model, ids)
     fusion = fuse(loaded.model, products)
     products.calls.clear()
@@ -123,7 +95,7 @@ def test_the_model_itself_is_as_it_was(loaded: Any) -> None:
 
 def test_a_layer_that_somebody_watches_is_seen(loaded: Any) -> None:
     seen: list[torch.Size] = []
-    fusion, products = None, Products()
+    fusion, products = None, CountedLinear()
     watched = loaded.model.model.layers[0].self_attn.k_proj
     handle = watched.register_forward_hook(lambda module, args, output: seen.append(output.shape))
     try:
@@ -142,7 +114,7 @@ def test_a_layer_that_somebody_watches_is_seen(loaded: Any) -> None:
 
 
 def test_what_gives_something_else_is_left_alone(loaded: Any) -> None:
-    class Wrong(Products):
+    class Wrong(CountedLinear):
         def quantized_linear(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
             found = super().quantized_linear(x, weight, bias)
             # As a kernel that is wrong for a single row would.
@@ -157,7 +129,7 @@ def test_what_gives_something_else_is_left_alone(loaded: Any) -> None:
 
 
 def test_layers_that_are_never_called_are_known(loaded: Any) -> None:
-    fusion = fuse(loaded.model, Products(), kinds=(LINEAR,))
+    fusion = fuse(loaded.model, CountedLinear(), kinds=(LINEAR,))
     linears = {id(module) for module in loaded.model.modules() if weight_of(module) is not None}
     assert fusion.replaced_ids == linears
     assert no_graph_reason(loaded.model, fusion.replaced_ids) == "weights on cpu"
@@ -166,7 +138,7 @@ def test_layers_that_are_never_called_are_known(loaded: Any) -> None:
 
 
 def test_products_are_together_without_other_steps(loaded: Any) -> None:
-    products = Products()
+    products = CountedLinear()
     fusion = fuse(loaded.model, products, kinds=(LINEAR,))
     products.calls.clear()
     with in_engine(fusion):
@@ -177,7 +149,7 @@ def test_products_are_together_without_other_steps(loaded: Any) -> None:
 
 
 def test_an_input_that_was_written_over_is_multiplied_anew(loaded: Any) -> None:
-    products = Products()
+    products = CountedLinear()
     fusion = fuse(loaded.model, products, kinds=(LINEAR,))
     mlp = loaded.model.model.layers[0].mlp
     x = torch.randn(1, 3, 256)
@@ -208,7 +180,7 @@ def test_adapters_over_quantized_layers(tmp_path: Path, tokenizer: Any) -> None:
         for seed, name in enumerate(("one", "two")):
             make_adapter(base, tmp_path / name, seed=seed, target_modules=targets)
             model.load_adapter(str(tmp_path / name), adapter_name=name)
-    products = Products()
+    products = CountedLinear()
     fusion = fuse(model, products)
     [found] = [kind for kind in fusion.summary if kind.kind == LINEAR]
     assert found.fused == 14
@@ -227,6 +199,6 @@ def test_adapters_over_quantized_layers(tmp_path: Path, tokenizer: Any) -> None:
 
 
 def test_a_model_that_is_not_quantized_has_none(tokenizer: Any) -> None:
-    fusion = fuse(tiny_model(len(tokenizer)), Products(), kinds=(LINEAR,))
+    fusion = fuse(tiny_model(len(tokenizer)), CountedLinear(), kinds=(LINEAR,))
     [found] = fusion.summary
     assert (found.fused, found.left) == (0, {})

@@ -1,7 +1,7 @@
-"""Products with quantized weights: the Triton kernels against plain torch, and that against the weights' own libraries.
+"""Quantized linear layers: the Triton kernels against plain torch, and that against the weights' own libraries.
 
-Without a GPU the kernels run in Triton's interpreter, in one subprocess, as in `test_kernels`; the instructions in
-PTX, which it cannot run, are emulated here. On a GPU the tests run the same cases themselves, compiled, and more.
+Without a GPU the kernels run in Triton's interpreter, in one subprocess, except the instructions in PTX, which
+`test_codebook` emulates. On a GPU the tests run the same cases compiled, and more.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import itertools
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 
 from langchain_quantllm.compat.gptqmodel_import import contained
 from langchain_quantllm.kernels.linear import reference as linear_reference
-from langchain_quantllm.kernels.linear.codebook import CODEBOOKS, GROUPS_SHUFFLED, instructions
+from langchain_quantllm.kernels.linear.config import LinearConfig, config_for
 from langchain_quantllm.kernels.linear.weights import FourBitWeight, GPTQWeight, Int8Weight, Weight, weight_of
 from langchain_quantllm.quantization.packing import RoundedLinear, pack_bits
 from tests.support.interpreter import report_cases
@@ -233,7 +232,7 @@ def run_case(case: Case, device: str) -> dict[str, Any]:
     # As models have them: a batch, and rows that are a part of something wider.
     wide = torch.randn(1, case.rows, case.inputs + 16, generator=made).to(device, case.dtype)
     x = wide[..., 16:]
-    config = None if case.config is None else dispatch.LinearConfig(**case.config)
+    config = None if case.config is None else LinearConfig(**case.config)
     found = dispatch.grouped_linear(x, weights, config=config)
     # The interpreter runs programs one after another: it would find no race.
     again = found if device == "cpu" else dispatch.grouped_linear(x, weights, config=config)
@@ -288,7 +287,7 @@ def run_refusals(device: str) -> dict[str, Any]:
     for rows, options in ((5, VECTOR), (1, {**VECTOR, "decode": "guess"}), (1, {**VECTOR, "regime": "scalar"})):
         try:
             x = torch.zeros(rows, 128, device=device)
-            dispatch.quantized_linear(x, weight, config=dispatch.LinearConfig(**options))
+            dispatch.quantized_linear(x, weight, config=LinearConfig(**options))
         except InvalidOptionError as error:
             refused.append(str(error))
     return {"refused": len(refused)}
@@ -296,14 +295,12 @@ def run_refusals(device: str) -> dict[str, Any]:
 
 def run_rule(device: str) -> dict[str, Any]:
     """Ask for the configs of a small model and of a large one."""
-    from langchain_quantllm.kernels.linear import dispatch
-
     weights = [weight_of(layer(CASES[f"{kind}-float32"], 32, 0)) for kind in ("nf4", "int8", "gptq4", "gptq2")]
     sound = True
     for weight, size, rows in itertools.product(weights, (128, 4096, 11008), (1, 4, 5, 64)):
         large = replace(weight, in_features=size, out_features=size)
         for dtype in ROUNDING:
-            config = dispatch.config_for(large, rows, 132, dtype=dtype)
+            config = config_for(large, rows, 132, dtype=dtype)
             powers = (config.outputs, config.words, config.splits, config.warps)
             sound &= all(value & value - 1 == 0 for value in powers)
             sound &= config.regime == ("vector" if rows <= 2 else "tile")
@@ -477,80 +474,6 @@ def test_what_has_no_kernel_is_none() -> None:
     marlin: Any = layer(CASES["gptq4-float32"], 32, 0)
     marlin.QUANT_TYPE = "marlin"
     assert weight_of(marlin) is None
-
-
-@pytest.mark.parametrize("kind", CODEBOOKS)
-def test_codebooks_are_those_of_bitsandbytes(kind: str) -> None:
-    from bitsandbytes.functional import get_4bit_type
-
-    assert torch.equal(torch.tensor(CODEBOOKS[kind]), get_4bit_type(kind, device="cpu"))
-
-
-# --- PTX, emulated ----------------------------------------------------------------------------
-
-
-def emulate(ptx: str, words: tuple[int, int]) -> list[int]:
-    """Run the instructions in one lane of a warp, in which `shfl` asks the others what they hold."""
-    lanes: list[dict[str, int]] = [{"%laneid": lane, "$8": words[0], "$9": words[1]} for lane in range(32)]
-    for line in re.findall(r"[a-z][\w.]* [^;{}]+;", ptx.replace("{ .reg", "{;.reg")):
-        name, *operands = re.split(r"[ ,;]+", line.strip(" ;"))
-        if name.startswith("reg"):
-            continue
-        before = [dict(registers) for registers in lanes]
-        for lane, registers in enumerate(lanes):
-            values = [before[lane][o] if o in before[lane] else int(o, 0) for o in operands[1:]]
-            if name == "shfl.sync.idx.b32":
-                held, index, control, _ = values
-                mask = control >> 8
-                source = (lane & mask) | (index & 31 & ~mask)
-                assert source <= (lane & mask) | (control & 31 & ~mask)
-                result = before[source][operands[1]]
-                assert held == before[lane][operands[1]]
-            else:
-                result = OPERATIONS[name](*values)
-            registers[operands[0]] = result & 0xFFFFFFFF
-    return [lanes[5][f"${j}"] for j in range(8)]
-
-
-def _prmt(a: int, b: int, selector: int) -> int:
-    octets = (a | b << 32).to_bytes(8, "little")
-    picked = []
-    for place in range(4):
-        nibble = selector >> 4 * place & 15
-        octet = octets[nibble & 7]
-        picked.append((0xFF if octet & 0x80 else 0) if nibble & 8 else octet)
-    return int.from_bytes(bytes(picked), "little")
-
-
-def _lop3(a: int, b: int, c: int, table: int) -> int:
-    bits = [table >> (4 * (a >> i & 1) + 2 * (b >> i & 1) + (c >> i & 1)) & 1 for i in range(32)]
-    return sum(bit << i for i, bit in enumerate(bits))
-
-
-OPERATIONS = {
-    "mov.b32": lambda a: a,
-    "mov.u32": lambda a: a,
-    "and.b32": lambda a, b: a & b,
-    "shl.b32": lambda a, b: a << b,
-    "shr.u32": lambda a, b: a >> b,
-    "shr.s32": lambda a, b: (a - (a >> 31 << 32)) >> b,
-    "prmt.b32": _prmt,
-    "lop3.b32": _lop3,
-}
-
-
-@pytest.mark.parametrize("way", GROUPS_SHUFFLED)
-@pytest.mark.parametrize("kind", CODEBOOKS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_instructions_look_up_every_index_in_every_place(way: str, kind: str, dtype: torch.dtype) -> None:
-    ptx = instructions(way, kind, str(dtype)[6:])
-    bits = [b & 0xFFFF for b in torch.tensor(CODEBOOKS[kind]).to(dtype).view(torch.int16).tolist()]
-    for turn in range(16):
-        indices = [[(turn + 3 * place + 7 * word) % 16 for place in range(8)] for word in range(2)]
-        # Element 0 is in the upper half of the lowest byte.
-        words = [sum(index << 4 * (place ^ 1) for place, index in enumerate(row)) for row in indices]
-        expected = [bits[indices[0][j]] | bits[indices[1][j]] << 16 for j in range(8)]
-        assert emulate(ptx, (words[0], words[1])) == expected
 
 
 if __name__ == "__main__":

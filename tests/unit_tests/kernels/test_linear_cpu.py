@@ -1,4 +1,4 @@
-"""Products on a CPU: of repacked 4-bit weights, several in one call; of 8-bit weights, activations as they are."""
+"""Quantized linear layers on a CPU: repacked 4-bit weights in one call, 8-bit weights without rounding activations."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from langchain_quantllm.kernels.linear import cpu as cpu_linear
 from langchain_quantllm.kernels.linear import reference as linear_reference
 from langchain_quantllm.kernels.linear.weights import GPTQWeight, Int8Weight, RepackedWeight, weight_of
 from tests.support.adapters import add_adapter, enable_adapters, quietly
-from tests.unit_tests.engine.test_fusion import forwards_in, in_engine, logits_of
-from tests.unit_tests.engine.test_fusion_linear import dense_twin
+from tests.support.fusion import dense_twin, forwards_in, in_engine, logits_of
 
 PROMPTS = ["hello", "a longer prompt, of more than a page of tokens", "x"]
 

@@ -224,10 +224,10 @@ class OneFurther:
     """Draws the token behind the right one."""
 
     @staticmethod
-    def draw(logits: torch.Tensor, *given: Any, **tables: Any) -> torch.Tensor:
+    def sample(logits: torch.Tensor, *given: Any, **tables: Any) -> torch.Tensor:
         from langchain_quantllm.kernels import sampling as drawing
 
-        return drawing.draw(logits.roll(1, -1), *given, **tables)
+        return drawing.sample(logits.roll(1, -1), *given, **tables)
 
 
 CHECKS: dict[str, Callable[[], None]] = {
