@@ -76,10 +76,10 @@ def measure_steps(pipeline: Any, kinds: tuple[str, ...], rows: list[int], positi
         for count in rows:
             times = [engine.time_step(count, position, STEPS) for _ in range(REPEATS)]
             found["step_ms"][str(count)] = round(1e3 * statistics.median(times), 4)
-        graphs = engine._runner._graphs
+        graphs = engine._runner._decode_graphs
         if rows[0] in graphs:
             found["kernels"], found["longest"] = kernels_of(graphs[rows[0]])
-        found["why_no_graphs"] = engine._runner.why_no_graphs
+        found["why_no_graphs"] = engine._runner.no_graph_reason
         return found
     finally:
         engine.close()

@@ -62,7 +62,7 @@ def measure(kind: str, rows: int, vocab: int, shape: str) -> dict[str, float]:
     for name, kernel in (("torch_us", None), ("kernel_us", sampling)):
         sampler = BatchSampler(rows, vocab, device, drawing=kernel)
         sampler.set(range(rows), [request] * rows, [request.prompt_ids] * rows)
-        body = functools.partial(sampler.draw, logits, slots, uniforms, may_not_end, need, mask)
+        body = functools.partial(sampler.sample, logits, slots, uniforms, may_not_end, need, mask)
         times[name] = round(graph_us([body], repeats=12, replays=10), 1)
     return times
 

@@ -2,10 +2,10 @@
 
     python -m benchmarks.soak --requests 10000
 
-Threads send requests of random lengths and options to one engine; some stop at strings, some are
-cancelled in the middle, some are wrong, and now and then a forward fails. In the end no page and no
-row may be held, and there may be no more threads, files, tensors or objects than halfway. Prints
-what it did as one line of JSON, and fails if anything is left.
+Threads send requests of random lengths and options to one engine; some stop at strings, some are cancelled in the
+middle, some are wrong, and now and then a forward fails. At the end no block and no sequence may be held, and there may
+be no more threads, files, tensors or objects than halfway. Prints its counts as one line of JSON, and fails if anything
+is left behind.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tests.support.models import llm_of, tiny_model
 
 CONTEXT_TOKENS = 256
 COUNTED = ("threads", "files", "tensors", "bytes of tensors")
-"""What there may be no more of in the end than halfway."""
+"""Counts that may not grow in the second half."""
 
 
 def byte_tokenizer() -> Any:
@@ -110,115 +110,132 @@ class Caller:
         self._said[-1] += self._llm.invoke(self._said[-1], max_new_tokens=10)
 
 
+class Soak:
+    """A tiny model's engine under load, and counts of everything that it may leave behind."""
+
+    def __init__(self, threads: int, seed: int) -> None:
+        """Make the model and its engine, with forwards that fail now and then."""
+        self._threads = threads
+        self.counts: collections.Counter[str] = collections.Counter()
+        self._failures: list[BaseException] = []
+        self._process = psutil.Process()
+        self._known: dict[int, weakref.ref[torch.Tensor]] = {}
+        tokenizer = byte_tokenizer()
+        model = tiny_model(len(tokenizer), seed=seed, context_tokens=CONTEXT_TOKENS)
+        token_bytes = 2 * 2 * 32 * 4  # two layers, keys and values of one head of 32 in float32
+        # Room for little more than one sequence of full length: sequences wait, and are preempted.
+        self.llm = llm_of(model, tokenizer, kv_cache_memory=320 * token_bytes, engine="fast").load()
+        self.llm.invoke(
+            "warm", max_new_tokens=2, repetition_penalty=1.2
+        )  # tensors that the engine makes once and keeps
+        self.engine: Any = self.llm._engine()
+        fails = random.Random(seed + 1)
+
+        def fail_sometimes(module: Any, args: Any, kwargs: Any) -> None:
+            if fails.random() < 0.0002:
+                msg = "the device had a bad day"
+                raise RuntimeError(msg)
+
+        self._hook = model.register_forward_pre_hook(fail_sometimes, with_kwargs=True)
+
+    def run(self, requests: int, seed: int) -> dict[str, Any]:
+        """Send requests from all threads, and count what there is when all have ended."""
+        numbers = iter(range(requests))
+
+        def serve(caller: Caller) -> None:
+            while not self._failures and next(numbers, None) is not None:
+                try:
+                    caller.call()
+                except BaseException as error:
+                    self._failures.append(error)
+
+        callers = [
+            threading.Thread(target=serve, args=(Caller(self.llm, seed + i, self.counts),))
+            for i in range(self._threads)
+        ]
+        for thread in callers:
+            thread.start()
+        for thread in callers:
+            thread.join()
+        if self._failures:
+            raise self._failures[0]
+        del callers
+        return settled(self._count)
+
+    def _count(self) -> dict[str, Any]:
+        """Count what there is when the engine rests."""
+        deadline = time.monotonic() + 10
+        # Streams that were cancelled last, and the end of the step in which the last sequence ended.
+        while not _is_at_rest(self.engine) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        gc.collect()
+        # By the type itself, since some objects look at who asks for their class.
+        tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
+        known = self._known
+        new = [t for t in tensors if id(t) not in known or known[id(t)]() is not t]
+        if not known:
+            known.update((id(t), weakref.ref(t)) for t in tensors)
+        return {
+            "blocks held": self.engine._blocks.held,
+            "sequences": len(self.engine._scheduler.sequences),
+            "threads": threading.active_count(),
+            "files": self._process.num_fds(),
+            "tensors": len(tensors),
+            "bytes of tensors": sum(t.numel() * t.element_size() for t in tensors),
+            "new tensors": [f"{list(t.shape)} {t.dtype} in {_holders(t)}" for t in new],
+            "objects": len(gc.get_objects()),
+            "MB resident": round(self._process.memory_info().rss / 1e6),
+        }
+
+    def close(self) -> None:
+        """Remove the failing hook and unload the model."""
+        self._hook.remove()
+        self.llm.unload()
+
+
 def soak(requests: int, threads: int = 8, *, seed: int = 0) -> dict[str, Any]:
     """Run the soak.
 
     Args:
         requests: How many requests.
         threads: How many callers at once.
-        seed: What every random choice begins with.
+        seed: Seed of every random choice.
 
     Returns:
         What happened, and what was left behind.
     """
     threads_before = _engine_threads()
-    tokenizer = byte_tokenizer()
-    model = tiny_model(len(tokenizer), seed=seed, context_tokens=CONTEXT_TOKENS)
-    token_bytes = 2 * 2 * 32 * 4  # two layers, keys and values of one head of 32 in float32
-    # Room for little more than one row of full length: rows wait, and are put back.
-    llm = llm_of(model, tokenizer, kv_cache_memory=320 * token_bytes, engine="fast").load()
-    llm.invoke("warm", max_new_tokens=2, repetition_penalty=1.2)  # what the engine makes once and keeps
-    engine: Any = llm._engine()
-    fails = random.Random(seed + 1)
-
-    def fail_sometimes(module: Any, args: Any, kwargs: Any) -> None:
-        if fails.random() < 0.0002:
-            msg = "the device had a bad day"
-            raise RuntimeError(msg)
-
-    hook = model.register_forward_pre_hook(fail_sometimes, with_kwargs=True)
-    counts: collections.Counter[str] = collections.Counter()
-    process = psutil.Process()
-    failures: list[BaseException] = []
-    known: dict[int, weakref.ref[torch.Tensor]] = {}
-
-    def run(requests: int, seed: int) -> dict[str, Any]:
-        """Send requests from all threads, and look at what there is when all have ended."""
-        numbers = iter(range(requests))
-
-        def serve(caller: Caller) -> None:
-            while not failures and next(numbers, None) is not None:
-                try:
-                    caller.call()
-                except BaseException as error:
-                    failures.append(error)
-
-        callers = [threading.Thread(target=serve, args=(Caller(llm, seed + i, counts),)) for i in range(threads)]
-        for thread in callers:
-            thread.start()
-        for thread in callers:
-            thread.join()
-        if failures:
-            raise failures[0]
-        del callers
-        return settled(look)
-
-    def look() -> dict[str, Any]:
-        """Count what there is when the engine rests."""
-        deadline = time.monotonic() + 10
-        # Streams that were cancelled last, and the end of the step in which the last row ended.
-        while not _is_at_rest(engine) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        gc.collect()
-        # By the type's own line, since some objects look at who asks for their class.
-        tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
-        new = [t for t in tensors if id(t) not in known or known[id(t)]() is not t]
-        if not known:
-            known.update((id(t), weakref.ref(t)) for t in tensors)
-        return {
-            "pages held": engine._pages.held,
-            "rows": len(engine._jobs) + len(engine._scheduler.running) + len(engine._scheduler.waiting),
-            "threads": threading.active_count(),
-            "files": process.num_fds(),
-            "tensors": len(tensors),
-            "bytes of tensors": sum(t.numel() * t.element_size() for t in tensors),
-            "new tensors": [f"{list(t.shape)} {t.dtype} in {_holders(t)}" for t in new],
-            "objects": len(gc.get_objects()),
-            "MB resident": round(process.memory_info().rss / 1e6),
-        }
-
+    one = Soak(threads, seed)
     began = time.monotonic()
-    half = run(requests // 2, seed)
-    end = run(requests - requests // 2, seed + threads)
-    took_s = time.monotonic() - began
-    hook.remove()
+    half = one.run(requests // 2, seed)
+    end = one.run(requests - requests // 2, seed + threads)
     found = {
         "requests": requests,
-        "seconds": round(took_s, 1),
-        "ended": dict(sorted(counts.items())),
+        "seconds": round(time.monotonic() - began, 1),
+        "ended": dict(sorted(one.counts.items())),
         "halfway": half,
         "at the end": end,
-        "put back": engine.put_back,
+        "preemptions since the last failure": one.engine._scheduler.preempted,
         "torch": torch.__version__,
     }
-    llm.unload()
+    one.close()
     found["threads after unload"] = _engine_threads() - threads_before
     return found
 
 
 def _holders(tensor: torch.Tensor) -> str:
-    """Who holds a tensor: types, and of a dictionary its keys for it."""
+    """Describe the objects that hold a tensor: their types, and the keys of dictionaries."""
     here = sys._getframe().f_back
     holders = []
     for holder in gc.get_referrers(tensor):
         keys = [key for key, value in holder.items() if value is tensor] if isinstance(holder, dict) else []
-        if holder is not here and not isinstance(holder, (list, types.CellType)):  # what is made for looking
+        if holder is not here and not isinstance(holder, (list, types.CellType)):  # made by the search itself
             holders.append(f"{type(holder).__name__}{keys or ''}")
     return " ".join(holders)
 
 
 def settled(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Look until the same is seen twice, for ten seconds at most: what a step holds for a moment is no leak."""
+    """Count until two counts agree, for ten seconds at most: tensors of a running step are no leak."""
     deadline, seen = time.monotonic() + 10, look()
     while time.monotonic() < deadline:
         time.sleep(0.05)
@@ -231,9 +248,9 @@ def settled(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 def _is_at_rest(engine: Any) -> bool:
     """Whether the engine's thread waits for work, so that it holds no step's tensors.
 
-    Seldom it is wrong: a generator that runs when the thread is looked at may have none before it a moment later.
+    It is wrong now and then: the frames of a running generator change while they are read.
     """
-    if engine._worker._waiting or engine._jobs:
+    if engine._worker._waiting or engine._scheduler.sequences:
         return False
     frame = sys._current_frames().get(engine._worker._thread.ident)
     names = set()
@@ -248,9 +265,9 @@ def _engine_threads() -> int:
 
 
 def left_behind(found: dict[str, Any]) -> list[str]:
-    """List what a soak has left: anything held, or more of anything than halfway."""
+    """List what a soak has left behind: anything held, and more of anything than halfway."""
     half, end = found["halfway"], found["at the end"]
-    left = [name for name in ("pages held", "rows") if end[name]]
+    left = [name for name in ("blocks held", "sequences") if end[name]]
     left += [name for name in COUNTED if end[name] > half[name]]
     if end["objects"] > half["objects"] * 1.01:  # caches of the libraries fill up for a while
         left.append("objects")

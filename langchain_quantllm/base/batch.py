@@ -10,7 +10,7 @@ from typing import Any
 from langchain_core.runnables.config import ContextThreadPoolExecutor
 
 from langchain_quantllm.base.model import STREAMS
-from langchain_quantllm.engine.request import ChunkStream
+from langchain_quantllm.engine.stream import ChunkStream
 
 
 def run_together(call: Callable[..., Any], *inputs: Sequence[Any], workers: int) -> list[Any]:

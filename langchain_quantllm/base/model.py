@@ -18,8 +18,9 @@ from pydantic import PrivateAttr, model_validator
 from typing_extensions import Self
 
 from langchain_quantllm.base.fields import ModelFields
-from langchain_quantllm.engine.request import ChunkStream, Engine, EngineInfo, Request, TokenMask, plan_requests
+from langchain_quantllm.engine.request import Engine, EngineInfo, Request, TokenMask, plan_requests
 from langchain_quantllm.engine.selection import Engines
+from langchain_quantllm.engine.stream import ChunkStream
 from langchain_quantllm.errors import GenerationTimeoutError, InvalidOptionError, PromptTooLongError
 from langchain_quantllm.loading.arguments import LOADING_FIELDS
 from langchain_quantllm.loading.inputs import prompt_inputs, require_pipeline, stop_token_ids, stored_options, token_ids

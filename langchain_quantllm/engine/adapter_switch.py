@@ -1,7 +1,6 @@
-"""Switching between a model's adapters by peft's own means, one adapter for the whole model.
+"""Switching a whole model between its adapters, by peft's own means.
 
-Owns which adapters may be named, the switch and its way back. How rows of several adapters run beside each other is
-`lora`'s business.
+Owns the adapters' names, the switch and its reversal. `lora` runs sequences of several adapters in one batch.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ from langchain_quantllm.options import BASE_ADAPTER
 
 
 class AdapterSwitch:
-    """The adapters of one model, which runs with one of them at a time wherever this switch is used."""
+    """Switches a model between its adapters, one at a time."""
 
     def __init__(self, model: Any, names: Sequence[str]) -> None:
-        """Serve the adapters of these names, which were loaded onto the model."""
+        """Take the names of the adapters that were loaded onto the model."""
         self.names = tuple(names)
         self._model = model
         self._lock = threading.RLock()
 
     @contextlib.contextmanager
     def chosen(self, name: str | None) -> Iterator[None]:
-        """Run the model with an adapter inside the block; afterwards all is as it was before.
+        """Run the model with an adapter inside the block; afterwards its choice is as before.
 
         Blocks of several threads wait for each other.
 
@@ -60,7 +59,7 @@ class AdapterSwitch:
 
 
 def activate(model: Any, name: str) -> None:
-    """Let a model run with an adapter, or without any, until somebody says otherwise; nothing of it is trained.
+    """Activate an adapter of a model, or none, until it is changed again; no parameter becomes trainable.
 
     Args:
         model: The model, with peft's layers in it.
@@ -71,7 +70,7 @@ def activate(model: Any, name: str) -> None:
 
 
 def why_not_switched(model: Any, names: Sequence[str]) -> str | None:
-    """Give the reason why a model cannot run with each of these adapters; None where nothing is against it."""
+    """Find the reason why a model cannot run with each of these adapters; None if there is none."""
     here = getattr(model, "peft_config", None) or {}
     if gone := [name for name in names if name not in here]:
         return f"adapter {gone[0]!r} is not on the model any more"
@@ -80,10 +79,10 @@ def why_not_switched(model: Any, names: Sequence[str]) -> str | None:
 
 
 def changed_by_hand(reason: str) -> str:
-    """Say what to do about adapters that somebody has changed on the model itself."""
+    """Write the message about adapters that were changed on the model itself."""
     return f"the model's adapters were changed: {reason}; undo that, or call llm.unload() to load them anew."
 
 
 def unsupported(reason: str) -> UnsupportedError:
-    """Give the error of adapters that cannot run beside each other."""
+    """Make the error of adapters that cannot run in one batch."""
     return UnsupportedError(f"its adapters cannot run beside each other: {reason}")

@@ -1,7 +1,6 @@
-"""Pages of the KV cache: which are free, who holds them, and which hold what again later.
+"""The KV cache's block allocator: which blocks are free, held, or kept for prompts that begin alike.
 
-Owns the bookkeeping of pages by number. A full page is found again by the tokens in it and the
-page before it, so that prompts which begin alike share their beginning. Knows no tensors.
+Blocks are numbers here; it knows no tensors. A full block is found again by its tokens and the prefix before it.
 """
 
 from __future__ import annotations
@@ -10,118 +9,119 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 BLOCK_TOKENS = 16
-"""Tokens of one page."""
+"""Tokens of one block."""
 
 Key = tuple[int, tuple[int, ...]]
-"""What a full page holds: the number of what came before it, and its own tokens."""
+"""The content of a full block: the prefix id of all tokens before it, and its own tokens."""
 
 
 class BlockManager:
-    """Pages from 1 on, each free, held by rows, or kept for whoever comes with the same tokens.
+    """Blocks from 1 on, each free, held by sequences, or kept for sequences with the same tokens.
 
-    Page 0 is never given out: what a forward writes for rows that only fill up a batch goes there.
-    A kept page is given out again when no free one is left, the longest unused first.
+    Block 0 is never given out: padding of a batch is written there. A kept block is given out again when no free one
+    is left, the least recently used first. A prefix id stands for all tokens up to the end of a full block; chains
+    that begin with different ids of `new_prefix_id` share nothing.
     """
 
-    def __init__(self, pages: int) -> None:
-        """Begin with all pages free; `pages` counts page 0 as well."""
-        self.pages = pages
-        self._free = list(range(pages - 1, 0, -1))  # the lowest comes first: memory is touched as late as possible
-        self._holders = [0] * pages
-        self._keys: list[Key | None] = [None] * pages
-        self._serials = [0] * pages
+    def __init__(self, total: int) -> None:
+        """Begin with all blocks free; `total` counts block 0 as well."""
+        self.total = total
+        self._free = list(range(total - 1, 0, -1))  # the lowest comes first: memory is touched as late as possible
+        self._holders = [0] * total
+        self._keys: list[Key | None] = [None] * total
+        self._prefix_ids = [0] * total
         self._by_key: dict[Key, int] = {}
         self._kept: OrderedDict[int, None] = OrderedDict()
-        self._next_serial = 1
+        self._next_prefix_id = 1
 
     @property
     def available(self) -> int:
-        """Pages that can be taken: the free ones and the kept ones."""
+        """Blocks that can be taken: the free and the kept ones."""
         return len(self._free) + len(self._kept)
 
     @property
     def held(self) -> int:
-        """Pages that rows hold."""
-        return self.pages - 1 - self.available
+        """Blocks that sequences hold."""
+        return self.total - 1 - self.available
 
-    def new_root(self) -> int:
-        """Give a number that no page has: chains that begin there are found by whoever knows it only."""
-        self._next_serial += 1
-        return self._next_serial - 1
+    def new_prefix_id(self) -> int:
+        """Return a prefix id that was never used."""
+        self._next_prefix_id += 1
+        return self._next_prefix_id - 1
 
     def take(self) -> int | None:
-        """Take a page of unknown content, or None if rows hold them all."""
+        """Take a block of unknown content; None if sequences hold them all."""
         if self._free:
-            page = self._free.pop()
+            block = self._free.pop()
         elif self._kept:
-            page, _ = self._kept.popitem(last=False)
-            self._forget(page)
+            block, _ = self._kept.popitem(last=False)
+            self._forget(block)
         else:
             return None
-        self._holders[page] = 1
-        return page
+        self._holders[block] = 1
+        return block
 
-    def find(self, parent: int, tokens: Sequence[int]) -> int | None:
-        """Find the page that holds these tokens after this parent."""
-        return self._by_key.get((parent, tuple(tokens)))
+    def find(self, prefix_id: int, tokens: Sequence[int]) -> int | None:
+        """Find the block that holds these tokens after this prefix."""
+        return self._by_key.get((prefix_id, tuple(tokens)))
 
-    def serial_of(self, page: int) -> int:
-        """Give the number by which what comes after a found page is found."""
-        return self._serials[page]
+    def prefix_id_of(self, block: int) -> int:
+        """Return the prefix id of all tokens up to the end of a registered block."""
+        return self._prefix_ids[block]
 
-    def is_held(self, page: int) -> bool:
-        """Whether a row holds the page, so that sharing it takes none of those available."""
-        return self._holders[page] > 0
+    def is_held(self, block: int) -> bool:
+        """Whether a sequence holds the block, so that sharing it takes none of the available ones."""
+        return self._holders[block] > 0
 
-    def share(self, page: int) -> int:
-        """Hold a found page as one more row, and give its number for those that come after it."""
-        if not self._holders[page]:
-            del self._kept[page]
-        self._holders[page] += 1
-        return self._serials[page]
+    def share(self, block: int) -> int:
+        """Hold a found block once more, and return the prefix id at its end."""
+        if not self._holders[block]:
+            del self._kept[block]
+        self._holders[block] += 1
+        return self._prefix_ids[block]
 
-    def register(self, page: int, parent: int, tokens: Sequence[int]) -> int:
-        """Say what a full page holds.
+    def register(self, block: int, prefix_id: int, tokens: Sequence[int]) -> int:
+        """Record the content of a full block, so that it can be found.
 
         Returns:
-            The number that stands for this beginning: another page's, if one holds the same.
+            The prefix id at its end: that of another block if one holds the same already.
         """
-        key = (parent, tuple(tokens))
+        key = (prefix_id, tuple(tokens))
         same = self._by_key.get(key)
         if same is not None:
-            return self._serials[same]
-        self._by_key[key] = page
-        self._keys[page] = key
-        self._serials[page] = self.new_root()
-        return self._serials[page]
+            return self._prefix_ids[same]
+        self._by_key[key] = block
+        self._keys[block] = key
+        self._prefix_ids[block] = self.new_prefix_id()
+        return self._prefix_ids[block]
 
-    def release(self, pages: Sequence[int]) -> None:
-        """Let go of a row's pages; the last ones of a row are given out again before its first."""
-        for page in reversed(pages):
-            self._holders[page] -= 1
-            if self._holders[page]:
+    def release(self, blocks: Sequence[int]) -> None:
+        """Let go of a sequence's blocks; its last ones are given out again before its first."""
+        for block in reversed(blocks):
+            self._holders[block] -= 1
+            if self._holders[block]:
                 continue
-            if self._keys[page] is None:
-                self._free.append(page)
+            if self._keys[block] is None:
+                self._free.append(block)
             else:
-                self._kept[page] = None
+                self._kept[block] = None
 
-    def discard(self, pages: Sequence[int]) -> list[int]:
-        """Let nobody find pages that were released; those that other rows still hold stay as they are.
+    def discard(self, blocks: Sequence[int]) -> list[int]:
+        """Forget the content of released blocks; those that other sequences still hold stay as they are.
 
         Returns:
-            The pages that hold nothing any more.
+            The blocks that nothing holds.
         """
-        discarded = [page for page in dict.fromkeys(pages) if not self._holders[page]]
-        for page in discarded:
-            if page in self._kept:
-                del self._kept[page]
-                self._forget(page)
-                self._free.append(page)
+        discarded = [block for block in dict.fromkeys(blocks) if not self._holders[block]]
+        for block in discarded:
+            if block in self._kept:
+                del self._kept[block]
+                self._forget(block)
+                self._free.append(block)
         return discarded
 
-    def _forget(self, page: int) -> None:
-        key = self._keys[page]
+    def _forget(self, block: int) -> None:
+        key = self._keys[block]
         if key is not None:
             del self._by_key[key]
-            self._keys[page] = None
+            self._keys[block] = None

@@ -1,7 +1,8 @@
-"""CUDA graphs: whether a model's step can be one, and capturing it.
+"""CUDA graphs: whether a model's step can be captured, and the capture.
 
-Owns the rules, the search for hidden waits, and the capture. What might fail is found out before: by the kinds of
-modules, and by a forward whose operations are watched. A capture that fails nevertheless disturbs nobody else.
+Owns the rules, the search for operations that wait for the device, and the capture. A capture that would fail is found
+out before: by the kinds of modules, and by a forward whose operations are watched. One that fails all the same leaves
+other users of the GPU alone.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from langchain_quantllm.compat.bitsandbytes import is_int8_layer
 from langchain_quantllm.compat.transformers_models import is_idle_hook
 
 _KNOWN_PACKAGES = ("torch", "transformers", "transformers_modules", "peft", "langchain_quantllm")
-"""Packages whose modules are made of PyTorch's operations, which `WaitFinder` sees."""
+"""Packages whose modules consist of PyTorch's operations, which `WaitFinder` sees."""
 
 _KNOWN_KERNELS = {
     "bitsandbytes": ("Linear4bit", "LinearNF4", "LinearFP4", "Embedding"),
     "gptqmodel": ("Marlin", "Triton"),
 }
-"""Modules with kernels of their own that were seen to work in a graph, by the beginning of their names."""
+"""Modules with kernels of their own that work in a graph, by the beginning of their names."""
 
 _WAITS = (
     "aten::_local_scalar_dense",
@@ -41,11 +42,11 @@ _WAITS = (
     "aten::equal",
     "aten::is_nonzero",
 )
-"""Operations for which the host waits until the device has come to them."""
+"""Operations that make the host wait for the device."""
 
 
 def hooks_of(module: torch.nn.Module) -> tuple[int, ...]:
-    """Give the ids of the hooks that a module's forward calls, but for those that transformers leaves behind."""
+    """List the ids of the hooks that a module's forward calls, without the idle ones of transformers."""
     if not (module._forward_hooks or module._forward_pre_hooks):
         return ()
     hooks = {**module._forward_pre_hooks, **module._forward_hooks}
@@ -53,11 +54,11 @@ def hooks_of(module: torch.nn.Module) -> tuple[int, ...]:
 
 
 def no_graph_reason(model: torch.nn.Module, whole: Collection[int] = ()) -> str | None:
-    """Give the reason why steps of a model cannot be CUDA graphs, or None where none is known.
+    """Find the reason why steps of a model cannot be CUDA graphs; None if none is known.
 
     Args:
         model: A loaded model.
-        whole: Ids of its modules that are not called in a step, as kernels of ours do what they do.
+        whole: Ids of its modules that fused kernels replace, so that they are not called in a step.
     """
     for name, module in model.named_modules():
         if hooks_of(module):
@@ -69,7 +70,7 @@ def no_graph_reason(model: torch.nn.Module, whole: Collection[int] = ()) -> str 
         return f"weights on {len(devices)} GPUs"
     for module in model.modules():
         if offloads_weights(module):
-            return "weights that are brought to the GPU as they are needed"
+            return "weights that are copied to the GPU as they are needed"
         if id(module) in whole:
             continue
         package, name = type(module).__module__.partition(".")[0], type(module).__name__
@@ -77,15 +78,15 @@ def no_graph_reason(model: torch.nn.Module, whole: Collection[int] = ()) -> str 
             continue
         if is_int8_layer(module):
             return "bitsandbytes int8, which reads back to the host in every layer"
-        return f"modules of kind {package}.{name}, which nobody has seen in a CUDA graph"
+        return f"modules of kind {package}.{name}, which are untested in CUDA graphs"
     return None
 
 
 class WaitFinder(TorchDispatchMode):  # type: ignore[misc]  # torch is not followed
-    """Notes operations of this thread that a graph cannot hold, while they run as usual."""
+    """Watches the operations of this thread for the first one that a graph cannot hold."""
 
     def __init__(self) -> None:
-        """Begin with none found."""
+        """Begin with no operation found."""
         super().__init__()
         self.found: str | None = None
 
@@ -100,9 +101,9 @@ class WaitFinder(TorchDispatchMode):  # type: ignore[misc]  # torch is not follo
 
 
 def _leaves_device(name: str, args: Any, out: Any) -> bool:
-    """Whether a copy went from the device to the host or back, or a mask chose how much there is of something."""
+    """Whether data was copied between device and host, or the size of a result depends on a mask."""
     given = [a for a in args if isinstance(a, torch.Tensor)]
-    if name == "aten::lift_fresh":  # torch.tensor(..., device="cuda"), whose copy nobody sees
+    if name == "aten::lift_fresh":  # torch.tensor(..., device="cuda"), whose copy is not dispatched
         return bool(given) and given[0].device.type != "cpu"
     if name.startswith(("aten::index.", "aten::index_put")):
         indices = [i for i in (args[1] if len(args) > 1 else ()) if isinstance(i, torch.Tensor)]
@@ -113,22 +114,22 @@ def _leaves_device(name: str, args: Any, out: Any) -> bool:
 
 
 class StepGraph:
-    """A captured step: replayed, it computes from what lies in the same places as then."""
+    """A captured step: a replay computes from the current values of the same tensors."""
 
     def __init__(self, body: Callable[[], torch.Tensor], device: torch.device, pool: Any) -> None:
         """Capture a step.
 
         Args:
-            body: Enqueues the step's work and gives its output; was run before, so that every kernel is compiled.
-            device: The GPU it runs on, which is the current one.
-            pool: Memory shared with other graphs that are replayed one after another.
+            body: Enqueues the step's work and returns its output; was run before, so that every kernel is compiled.
+            device: The GPU, which is the current one.
+            pool: Memory pool shared with other graphs; they must be replayed one after another.
         """
         self._graph = torch.cuda.CUDAGraph()
         with _capturing:
             side, current = _side_stream(device), torch.cuda.current_stream(device)
             side.wait_stream(current)
             with torch.cuda.stream(side):
-                # Other threads may go on using the GPU meanwhile, its random numbers included.
+                # Other threads may use the GPU meanwhile, its random numbers included.
                 with _spare_random_numbers(device):
                     self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 try:
@@ -142,23 +143,23 @@ class StepGraph:
             current.wait_stream(side)
 
     def replay(self) -> torch.Tensor:
-        """Run the step, and give the tensor that its output lies in."""
+        """Run the step, and return the tensor of its output."""
         self._graph.replay()
         return self.output
 
 
 _capturing = threading.Lock()
-"""Held while a graph is captured: all engines do that on one stream."""
+"""Held during a capture: all engines capture on one stream."""
 
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Give the stream to capture on: one a device for good, as cuBLAS keeps 32 MB for every stream it has met."""
+    """Return the stream to capture on: one for each device, as cuBLAS keeps 32 MB for every stream that it has seen."""
     return torch.cuda.Stream(device)
 
 
 def _end_pool(device: torch.device, pool: Any) -> None:
-    """Tell PyTorch's allocator of the end of a capture that failed, which it waits for in what it frees."""
+    """End the capture in PyTorch's allocator, which otherwise frees nothing more after a failed one."""
     with contextlib.suppress(RuntimeError):  # it knows already
         torch._C._cuda_endAllocateToPool(device.index or 0, pool)
         torch._C._cuda_releasePool(device.index or 0, pool)
@@ -166,11 +167,11 @@ def _end_pool(device: torch.device, pool: Any) -> None:
 
 @contextlib.contextmanager
 def _spare_random_numbers(device: torch.device) -> Iterator[None]:
-    """Let a capture take hold of a copy of the device's random number state, and leave the real one free.
+    """Let a capture claim a copy of the device's random number state instead of the real one.
 
-    In PyTorch 2.11, and those before, a capture claims the default generator's state, needed or not: until it ends,
-    other threads that draw from it fail, and all do for good after a capture that failed. Nothing captured here draws
-    from it. For as long as a capture takes to begin, some microseconds, the copy is what other threads find.
+    Up to PyTorch 2.11 a capture claims the default generator's state, needed or not: until it ends, other threads that
+    use the generator fail, and after a failed capture all do for good. No captured operation here uses it. While a
+    capture begins, for some microseconds, other threads find the copy.
     """
     generator = torch.cuda.default_generators[device.index or 0]
     state = generator.graphsafe_get_state()

@@ -1,14 +1,11 @@
-"""Choosing tokens: every row by its own options and its own random numbers.
+"""The sampler of one request under `generate`, by transformers' own warpers.
 
-Owns the way from a row's logits to its next token id. Knows tensors, no text, no model and
-no scheduling. One uniform number decides each token, drawn by a generator that belongs to
-the request alone: what else is in the batch does not matter, and torch's global generators
-are never touched.
+One uniform number decides each token. It comes from the request's own generator: the rest of the batch does not
+matter, and torch's global generators are never used. Knows tensors; no text, no model and no scheduling.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,27 +16,27 @@ if TYPE_CHECKING:
 
 
 class RowSampler:
-    """Draws the tokens of one request."""
+    """Samples the tokens of one request."""
 
     def __init__(self, request: Request) -> None:
-        """Set up a request's warpers and its generator."""
+        """Build the request's warpers, generator and mask."""
         self._request = request
         self._options = request.options
-        self._random = random.Random(f"{request.seed}:{request.sample_index}")  # noqa: S311  (no secrets here)
+        self._random = request.random_numbers()
         self._warpers = _warpers(request) if request.options.do_sample else []
         self._mask = None if request.mask is None else request.mask()
 
     @property
     def ended(self) -> bool:
-        """Whether the row's mask has said, when it was last asked, that the text is complete."""
+        """Whether the mask has ended the text."""
         return self._mask is not None and self._mask.ended
 
     def sample(self, logits: torch.Tensor, token_ids: Sequence[int]) -> tuple[int, TokenLogprob | None]:
-        """Choose the next token.
+        """Sample the next token.
 
         Args:
-            logits: The row's logits of shape `(vocab,)` in float32; may be overwritten.
-            token_ids: Tokens that the row has made so far.
+            logits: Logits of shape `(vocab,)` in float32; may be overwritten.
+            token_ids: Tokens sampled so far.
 
         Returns:
             The token id, and its log probability before any option, if asked for.
@@ -48,7 +45,7 @@ class RowSampler:
 
         options = self._options
         raw = logits.clone() if options.logprobs is not None else logits
-        blocked = self._request.eos_token_ids + self._request.stop_token_ids
+        blocked = self._request.end_token_ids
         if blocked and (options.ignore_eos or len(token_ids) < self._request.min_new_tokens):
             logits[list(blocked)] = -torch.inf
         if options.repetition_penalty != 1.0:
@@ -65,9 +62,9 @@ class RowSampler:
             for warp in self._warpers:
                 scores = warp(None, scores)
             cumulative = scores[0].double().softmax(-1).cumsum(-1)
-            drawn = self._random.random() * float(cumulative[-1])
-            # The first token whose cumulative probability lies above the number: never one of probability 0.
-            token_id = int(torch.searchsorted(cumulative, drawn, right=True).clamp(max=len(cumulative) - 1))
+            threshold = self._random.random() * float(cumulative[-1])
+            # The first token whose cumulative probability lies above it: never one of probability 0.
+            token_id = int(torch.searchsorted(cumulative, threshold, right=True).clamp(max=len(cumulative) - 1))
         if self._mask is not None:
             self._mask.accept(token_id)
         return token_id, None if options.logprobs is None else _logprob(raw, token_id, options.logprobs)

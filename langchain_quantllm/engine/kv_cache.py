@@ -1,7 +1,6 @@
-"""The memory of the KV cache: how large it may be, and its tensors, one a layer.
+"""The memory of the KV cache: its size, and one tensor per layer.
 
-Owns the layers' shapes, the budget, and the allocation. Knows no rows; which page is whose is
-`engine/pages`' business.
+Owns the layers' shapes, the budget and the allocation. `block_manager` knows which sequence holds which block.
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ from langchain_quantllm.errors import NotEnoughMemoryError
 from langchain_quantllm.memory import available_memory, format_bytes
 
 DEFAULT_FRACTION = 0.3
-"""Share of the free memory that the pool takes where nobody says: a second model still fits beside it."""
+"""Default share of the free memory: a second model still fits beside it."""
 
-_LEAST_PAGES = 6
-_USEFUL_TOKENS_PER_ROW = 4096  # of a pool that nobody has sized: more is rarely filled
+_LEAST_BLOCKS = 6
+_USEFUL_TOKENS = 4096  # of a sequence, in a pool of default size: more is rarely filled
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerShape:
-    """What one layer stores for each token: `kv_heads` keys and values, and where."""
+    """The keys and values that a layer stores for each token, and their device."""
 
     kv_heads: int
     key_dim: int
@@ -45,16 +44,16 @@ class LayerShape:
 
 
 def shapes_of(cache: Any) -> list[LayerShape]:
-    """Read the shapes off a transformers cache that a forward has filled.
+    """Read the shapes of the layers of a transformers cache that a forward has filled.
 
     Raises:
-        ValueError: If a layer of it holds anything but keys and values.
+        ValueError: If a layer holds anything but keys and values.
     """
     shapes = []
     for layer in cache.layers:
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if keys is None or values is None or keys.dim() != 4 or values.dim() != 4:
-            msg = f"its cache has a {type(layer).__name__}, which is more or less than keys and values"
+            msg = f"its cache has a {type(layer).__name__}, which does not hold exactly keys and values"
             raise ValueError(msg)
         shapes.append(
             LayerShape(
@@ -68,23 +67,25 @@ def shapes_of(cache: Any) -> list[LayerShape]:
     return shapes
 
 
-def count_pages(shapes: Sequence[LayerShape], budget: float | int | None, *, rows: int, context: int | None) -> int:
-    """Find how many pages the budget pays for, page 0 included.
+def count_blocks(
+    shapes: Sequence[LayerShape], budget: float | int | None, *, sequences: int, context: int | None
+) -> int:
+    """Compute how many blocks fit the budget, block 0 included.
 
-    Layers on several devices share one count: the tightest device decides, and bytes are those of all.
+    Layers on several devices share one count: the tightest device decides, and a budget in bytes is for all.
 
     Args:
-        shapes: What each layer stores.
+        shapes: The layers' shapes.
         budget: A fraction of what is free, bytes, or None.
-        rows: Most rows at once.
-        context: Most tokens of a row; None where the model has no limit.
+        sequences: Most sequences at once.
+        context: Most tokens of a sequence; None if the model has no limit.
 
     Raises:
-        NotEnoughMemoryError: If not even a short text has room.
+        NotEnoughMemoryError: If there is no room for even a short text.
     """
     token_bytes = sum(shape.token_bytes for shape in shapes)
-    per_row = min(context or _USEFUL_TOKENS_PER_ROW, _USEFUL_TOKENS_PER_ROW)
-    useful = max(rows * per_row, context or 0)
+    most = min(context or _USEFUL_TOKENS, _USEFUL_TOKENS)
+    useful = max(sequences * most, context or 0)
     if isinstance(budget, int):
         tokens = budget // token_bytes
     else:
@@ -95,42 +96,42 @@ def count_pages(shapes: Sequence[LayerShape], budget: float | int | None, *, row
         )
         if budget is None:
             tokens = min(tokens, useful)
-    pages = int(min(tokens, rows * (context or tokens))) // BLOCK_TOKENS
-    if pages <= _LEAST_PAGES:
+    blocks = int(min(tokens, sequences * (context or tokens))) // BLOCK_TOKENS
+    if blocks <= _LEAST_BLOCKS:
         msg = (
             f"kv_cache_memory leaves {format_bytes(tokens * token_bytes)} for the KV cache, which is room for {tokens} "
             f"tokens of {format_bytes(token_bytes)} each; raise it, free memory, or load the model in fewer bits."
         )
         raise NotEnoughMemoryError(msg)
-    return pages
+    return blocks
 
 
-def allocate_pools(shapes: Sequence[LayerShape], pages: int) -> list[LayerPool]:
-    """Allocate every layer's pages.
+def allocate_pools(shapes: Sequence[LayerShape], blocks: int) -> list[LayerPool]:
+    """Allocate the blocks of every layer.
 
     Raises:
-        NotEnoughMemoryError: If the device has not so much; nothing stays allocated then.
+        NotEnoughMemoryError: If the device has too little memory; nothing stays allocated then.
     """
     try:
         return [
             LayerPool(
-                kv=_zeros((pages, BLOCK_TOKENS, s.kv_heads, s.key_dim + s.value_dim), s.dtype, s.device),
+                kv=_zeros((blocks, BLOCK_TOKENS, s.kv_heads, s.key_dim + s.value_dim), s.dtype, s.device),
                 key_dim=s.key_dim,
             )
             for s in shapes
         ]
     except (torch.OutOfMemoryError, MemoryError, OSError, OverflowError) as error:
-        size = format_bytes(pages * BLOCK_TOKENS * sum(shape.token_bytes for shape in shapes))
+        size = format_bytes(blocks * BLOCK_TOKENS * sum(shape.token_bytes for shape in shapes))
         msg = f"the KV cache of {size} does not fit; lower kv_cache_memory."
         raise NotEnoughMemoryError(msg) from error
 
 
 def resident_bytes(pools: Sequence[LayerPool]) -> int | None:
-    """Count the bytes of pools on the CPU that are in main memory: of pages that were written to.
+    """Count the bytes of CPU pools that are in main memory because they were written to.
 
     Returns:
-        The bytes, in whole pages of the system. None for pools elsewhere, and where the system
-        does not tell.
+        The bytes, in whole memory pages of the system. None for pools on other devices and on systems other than
+        Linux.
     """
     if sys.platform != "linux" or any(pool.kv.device.type != "cpu" for pool in pools):
         return None
@@ -144,12 +145,12 @@ def resident_bytes(pools: Sequence[LayerPool]) -> int | None:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Give zeros: what a masked place holds is multiplied by 0, and must be a number for that."""
+    """Allocate zeros: masked values are multiplied by 0, and 0 times NaN is NaN."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # Pages of the system's own, which it makes zeros when they are touched. torch would touch all of them now, and so
-    # does malloc with what was freed before: a layer's pool may fit into what quantizing or repacking left behind.
+    # Fresh memory pages of the system, which it zeros when they are first touched. torch would touch all of them now,
+    # and so does malloc with freed memory: a layer's pool may fit into what quantizing or repacking has freed.
     # No huge pages are asked for: reading is as fast without, and each layer would begin with 2 MiB.
     private = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
     pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, **private)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)  # which holds the pages
+    return torch.frombuffer(pages, dtype=dtype).view(shape)  # which keeps the mapping alive

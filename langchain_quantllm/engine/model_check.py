@@ -1,14 +1,14 @@
-"""Which models the fast engine can drive, found out before any of its text is believed.
+"""Checks whether the continuous engine can run a model, before any of its text is returned.
 
-Owns the rules that a config decides, the reference (a few tokens through the model as it is, with
-which the engine's own logits are compared once), and what tells that a model has changed since.
-Knows no scheduling.
+Owns the rules that a config decides, a first forward that inspects the model, the comparison of the engine's logits
+with the model's own, and the fingerprint that tells when a model has changed. Knows no scheduling policy.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections import abc
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,17 @@ import torch
 from langchain_quantllm.compat.peft import is_peft_layer_class, state_of
 from langchain_quantllm.compat.transformers_attention import missing_attention_api
 from langchain_quantllm.compat.transformers_models import cache_name, cache_of
+from langchain_quantllm.engine.adapter_switch import AdapterSwitch
 from langchain_quantllm.engine.attention import without_gradients
+from langchain_quantllm.engine.block_manager import BlockManager
 from langchain_quantllm.engine.cuda_graphs import hooks_of
+from langchain_quantllm.engine.fusion.fuse import Fusion
 from langchain_quantllm.engine.kv_cache import LayerShape, shapes_of
+from langchain_quantllm.engine.model_runner import ModelRunner
+from langchain_quantllm.engine.scheduler import Prefill, Scheduler
+from langchain_quantllm.engine.sequence import SamplingInput, Sequence, bare_sequence
 from langchain_quantllm.errors import UnsupportedError
+from langchain_quantllm.options import BASE_ADAPTER
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _MOVING_ROPES = ("dynamic", "longrope")
@@ -28,12 +35,12 @@ _FLOORS = {torch.float32: 1e-3, torch.float64: 1e-3}
 _FLOOR_16BIT = 0.05
 _NOISE_FACTOR = 4.0
 
-LONG, SHORT = 21, 5
-"""Lengths of the two texts of a check, in tokens: one that fills a page and more, one that does not."""
+_LONG, _SHORT = 21, 5  # tokens of the two texts of a check: one fills more than a block, one does not
+_BLOCKS, _NEW_TOKENS = 6, 3  # of the verification
 
 
 def unsupported_reason(model: Any) -> str | None:
-    """Give the reason, as far as its config tells, why a model cannot be driven; None where nothing is against it."""
+    """Find the reason, as far as the config tells, why a model cannot run; None if there is none."""
     if (reason := missing_attention_api()) is not None:
         return reason
     config = model.config
@@ -43,13 +50,13 @@ def unsupported_reason(model: Any) -> str | None:
     if not getattr(text, "is_causal", True) or getattr(text, "use_bidirectional_attention", False):
         return "its attention looks ahead"
     if others := set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES:
-        return f"it has layers of kind {min(others)!r}, which keep something else than keys and values"
+        return f"it has layers of kind {min(others)!r}, which store something other than keys and values"
     if getattr(text, "alibi", False) or getattr(getattr(text, "attn_config", None), "alibi", False):
         return "its attention is biased by distance (ALiBi)"
     if getattr(text, "kv_lora_rank", None) is not None:
-        return "its cache holds what keys and values are made of, not these"
+        return "its cache holds compressed keys and values (multi-head latent attention)"
     if getattr(text, "attention_chunk_size", None) is not None:
-        return "its attention goes by chunks"
+        return "its attention is divided into chunks"
     if rope := _moving_rope(getattr(text, "rope_parameters", None)):
         return f"its {rope!r} rotary positions change with the longest text of the batch"
     if not hasattr(model, "get_input_embeddings") or model.get_input_embeddings() is None:
@@ -58,18 +65,21 @@ def unsupported_reason(model: Any) -> str | None:
 
 
 def _moving_rope(parameters: Any) -> str | None:
-    if not isinstance(parameters, Mapping):
+    if not isinstance(parameters, abc.Mapping):
         return None
-    kinds = [parameters.get("rope_type"), *(p.get("rope_type") for p in parameters.values() if isinstance(p, Mapping))]
+    kinds = [
+        parameters.get("rope_type"),
+        *(p.get("rope_type") for p in parameters.values() if isinstance(p, abc.Mapping)),
+    ]
     return next((kind for kind in kinds if kind in _MOVING_ROPES), None)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Probe:
-    """What a first forward of the model tells.
+class ModelProbe:
+    """The facts that a first forward of a model shows.
 
     Args:
-        shapes: What each layer stores.
+        shapes: Shape of each layer's keys and values.
         windows: Sliding window of each layer, 0 for none.
         vocab_size: Width of the logits.
     """
@@ -80,14 +90,14 @@ class Probe:
 
 
 @without_gradients
-def probe(model: Any) -> Probe:
-    """Run one short text and look at what its cache holds.
+def inspect_model(model: Any) -> ModelProbe:
+    """Run one short text and read the layers of its cache.
 
     Raises:
         UnsupportedError: If the model keeps no cache of keys and values.
     """
     try:
-        output = _plain(model, sample_ids(model, LONG))
+        output = _plain(model, _sample_ids(model, _LONG))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -104,55 +114,122 @@ def probe(model: Any) -> Probe:
     if any(not shape.dtype.is_floating_point or shape.dtype.itemsize < 2 for shape in shapes):
         msg = f"its cache is in {shapes[0].dtype}"
         raise UnsupportedError(msg)
-    return Probe(
+    return ModelProbe(
         shapes=shapes,
         windows=[getattr(layer, "sliding_window", None) or 0 for layer in cache.layers],
         vocab_size=output.logits.shape[-1],
     )
 
 
-def sample_ids(model: Any, count: int) -> list[int]:
-    """Give token ids to try a model with: any will do, spread over its vocabulary."""
+def _sample_ids(model: Any, count: int) -> list[int]:
+    """Choose token ids for a check, spread over the vocabulary."""
     vocab_size = model.get_input_embeddings().weight.shape[0]
     return [(7919 * (i + 1) + 13 * count) % vocab_size for i in range(count)]
 
 
 @without_gradients
-def compare(model: Any, texts: Sequence[Sequence[int]], ours: Sequence[torch.Tensor]) -> None:
-    """Compare logits of the engine with those that the model gives by itself.
+def verify_engine(
+    runner: ModelRunner,
+    model: Any,
+    probe: ModelProbe,
+    switch: AdapterSwitch | None = None,
+    fusion: Fusion | None = None,
+) -> None:
+    """Run two texts through the runner, in chunks and in one batch, and compare with the model itself.
 
-    How far apart two ways of computing the same may lie differs between dtypes and quantization
-    schemes, so the model's own spread is measured too: at once against piece by piece, the last tokens one by one.
+    Args:
+        runner: Runs the model.
+        model: The model.
+        probe: The facts of its first forward.
+        switch: Its adapters, of which each text takes another one; None if the model runs as it is.
+        fusion: Its fused steps, some of which are more exact than the model's own; None if there are none.
+
+    Raises:
+        UnsupportedError: If the model cannot run this way, or gives other logits.
+    """
+    texts = [_sample_ids(model, count) for count in (_LONG, _SHORT)]
+    names = [None, None] if switch is None else [*switch.names, BASE_ADAPTER][:2]
+    numbers = [-1 if switch is None or name not in switch.names else switch.names.index(name) for name in names]
+    sequences = [bare_sequence(ids, _NEW_TOKENS, adapter=i) for ids, i in zip(texts, numbers, strict=True)]
+    try:
+        logits = _run_all(runner, sequences)
+    except (UnsupportedError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        msg = f"its own code fails over KV cache blocks: {error!r}"
+        raise UnsupportedError(msg) from error
+    windows = [runner.windows.get(i) for i in range(len(probe.shapes))]
+    if None in windows:
+        msg = "its attention cannot be replaced"
+        raise UnsupportedError(msg)
+    if windows != probe.windows:
+        msg = f"its attention sees windows of {windows} tokens, and its cache keeps {probe.windows}"
+        raise UnsupportedError(msg)
+    for sequence, name in zip(sequences, names, strict=True):
+        with contextlib.ExitStack() as chosen:
+            if switch is not None:
+                chosen.enter_context(switch.chosen(name))
+            if fusion is not None:
+                chosen.enter_context(fusion.exact())
+            _compare(model, sequence.ids[:-1], torch.stack(logits[sequence]))
+
+
+def _run_all(runner: ModelRunner, sequences: abc.Sequence[Sequence]) -> dict[Sequence, list[torch.Tensor]]:
+    """Run greedy sequences to their end, and return the logits that each one's tokens were sampled from."""
+    scheduler = Scheduler(BlockManager(_BLOCKS), slots=2, prefill_tokens=_LONG - 6, prefill_tokens_beside=_LONG - 6)
+    logits: dict[Sequence, list[torch.Tensor]] = {sequence: [] for sequence in sequences}
+    for sequence in sequences:
+        scheduler.add(sequence)
+    while (plan := scheduler.plan()) is not None:
+        if isinstance(plan, Prefill):
+            ready = [chunk.sequence for chunk in plan.chunks if chunk.is_last]
+            forward = runner.prefill(plan.chunks, [SamplingInput()] * len(ready))
+        else:
+            ready = plan.sequences
+            forward = runner.decode(ready, plan.positions, [SamplingInput()] * len(ready))
+        if not ready:
+            continue
+        ids, _ = runner.sample(forward).wait()
+        for i, sequence in enumerate(ready):
+            logits[sequence].append(forward.logits[i].clone())
+            scheduler.push(sequence, max(0, ids[i]))
+    return logits
+
+
+@without_gradients
+def _compare(model: Any, text: abc.Sequence[int], logits: torch.Tensor) -> None:
+    """Compare the engine's logits with the model's own.
+
+    How far apart two ways of computing the same may lie differs between dtypes and quantization schemes, so the
+    model's own spread is measured too: the whole text at once against piece by piece, the last tokens one by one.
 
     Args:
         model: The model.
-        texts: Token ids, each text's last tokens drawn by the engine.
-        ours: For each text the engine's logits after its last tokens, of shape `(tokens, vocab)`.
+        text: Token ids; the engine has sampled the last ones.
+        logits: The engine's logits after its last tokens, of shape `(tokens, vocab)`.
 
     Raises:
         UnsupportedError: If they differ by more than rounding does.
     """
-    for text, logits in zip(texts, ours, strict=True):
-        last = len(logits)
-        expected = _plain(model, text).logits[0, -last:].float()
-        again = _piece_by_piece(model, text, last)[-last:]
-        if not expected.isfinite().all():
-            continue  # the model itself is broken; its rows will say so
-        noise = _difference(again, expected)
-        floor = _FLOORS.get(model.dtype, _FLOOR_16BIT)
-        found = _difference(logits.float().to(expected.device), expected)
-        if not found <= max(floor, _NOISE_FACTOR * noise):
-            msg = (
-                f"it does not give its own logits when driven over pages (a difference of {found:.2g}, where its own "
-                f"spread is {noise:.2g})"
-            )
-            raise UnsupportedError(msg)
+    last = len(logits)
+    expected = _plain(model, text).logits[0, -last:].float()
+    if not expected.isfinite().all():
+        return  # the model itself is broken; its requests will fail with that
+    noise = _difference(_piece_by_piece(model, text, last)[-last:], expected)
+    floor = _FLOORS.get(model.dtype, _FLOOR_16BIT)
+    found = _difference(logits.float().to(expected.device), expected)
+    if not found <= max(floor, _NOISE_FACTOR * noise):
+        msg = (
+            f"its logits over KV cache blocks are not its own (a difference of {found:.2g}, where its own spread is "
+            f"{noise:.2g})"
+        )
+        raise UnsupportedError(msg)
 
 
-def _piece_by_piece(model: Any, text: Sequence[int], single: int) -> torch.Tensor:
-    """Give the model's own logits of shape `(tokens, vocab)`: of two pieces, then of single tokens.
+def _piece_by_piece(model: Any, text: abc.Sequence[int], single: int) -> torch.Tensor:
+    """Compute the model's own logits, of shape `(tokens, vocab)`, in two pieces and then single tokens.
 
-    Some kernels for one row round otherwise than those for several.
+    Some kernels for one row round differently from those for several.
     """
     cuts = [0, len(text) // 2, *range(len(text) - single + 1, len(text) + 1)]
     logits, cache = [], None
@@ -164,33 +241,33 @@ def _piece_by_piece(model: Any, text: Sequence[int], single: int) -> torch.Tenso
     return torch.cat(logits)
 
 
-def _plain(model: Any, ids: Sequence[int], cache: Any = None) -> Any:
+def _plain(model: Any, ids: abc.Sequence[int], cache: Any = None) -> Any:
     device = model.get_input_embeddings().weight.device
     given = torch.tensor([ids], device=device)
     seen = 0 if cache is None else cache.get_seq_length()
     mask = torch.ones(1, seen + len(ids), dtype=torch.long, device=device)
     positions = {}
     if model.config.get_text_config() is not model.config:
-        # Qwen-VL goes on from the positions of the last image that anybody has shown it.
+        # Qwen-VL goes on from the positions of the last image that it was given.
         positions = {"position_ids": torch.arange(seen, seen + len(ids), device=device)[None]}
     given_cache = {} if cache is None else {cache_name(model): cache}
     return model(input_ids=given, attention_mask=mask, use_cache=True, **given_cache, **positions)
 
 
 def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Size of the difference of two sets of logits, relative to the spread of the second; a constant does not count."""
+    """Compute the distance of two sets of logits relative to the spread of the second, but for a constant."""
     found, expected = (t - t.mean(-1, keepdim=True) for t in (found, expected))
     return float((found - expected).norm() / expected.norm().clamp(min=1e-12))
 
 
 def fingerprint(model: Any, *, names_adapters: bool = False) -> int:
-    """Tell a model from itself with other weights, adapters or hooks; quick, as it is asked whenever requests come.
+    """Hash a model's weights by identity and version, its adapters and hooks; quick, as it runs whenever requests come.
 
-    Weights that are changed through `.data` in place are not seen: nothing counts these changes.
+    Weights that are changed in place through `.data` are not seen: nothing counts these changes.
 
     Args:
         model: The model.
-        names_adapters: Whether every request names its adapter, so that the active one does not matter.
+        names_adapters: Whether every request names its adapter; the active one is then left out.
     """
     parts: list[Any] = []
     is_peft: dict[type, bool] = {}

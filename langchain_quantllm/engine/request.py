@@ -1,36 +1,32 @@
-"""Requests and the streams that answer them: what every engine takes and gives.
+"""Requests, and what engines answer them with: the engine protocol, requests with their limits, text chunks.
 
-Owns the engine protocol, one row's request with its limits, the chunks that come back, and
-the stream that carries them between threads and event loops. Knows no model, no tensor and
-no tokenizer.
+Knows no model, no tensor and no tokenizer.
 """
 
 from __future__ import annotations
 
-import asyncio
+import random
 import secrets
-import threading
-import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from typing_extensions import Self
+from langchain_quantllm.errors import InvalidOptionError, PromptTooLongError
+from langchain_quantllm.options import BASE_ADAPTER, DEFAULT_MAX_NEW_TOKENS, GenerationOptions, needs_generate
 
-from langchain_quantllm.errors import GenerationError, GenerationTimeoutError, InvalidOptionError, PromptTooLongError
-from langchain_quantllm.options import DEFAULT_MAX_NEW_TOKENS, GenerationOptions
+if TYPE_CHECKING:
+    from langchain_quantllm.engine.stream import ChunkStream
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelLimits:
-    """What a model can be asked for.
+    """The limits of a model's requests.
 
     Args:
         context_tokens: Most tokens of prompt and completion together; None where the model has no limit.
         vocab_size: Token ids lie below this.
         eos_token_ids: Tokens that end a text.
-        pad_token_id: Fills the left of shorter prompts in a batch.
+        pad_token_id: Pads the left of shorter prompts in a batch.
         cache_tokens: Most tokens that the engine's KV cache holds; None where it grows as it needs to.
     """
 
@@ -42,10 +38,10 @@ class ModelLimits:
 
 
 class TokenMask(Protocol):
-    """Decides, token by token, what a row may write next: the hook for constrained decoding.
+    """The tokens that a sequence may go on with, step by step: the hook for constrained decoding.
 
     Attributes:
-        ended: Whether the text is complete, with no token that could say so; looked at after `fill`. The row ends then.
+        ended: Whether the text is complete although no end token was sampled. Read after `fill`; it ends the sequence.
     """
 
     ended: bool
@@ -58,33 +54,33 @@ class TokenMask(Protocol):
                 stands for its first token.
 
         Returns:
-            False if every token is allowed, so that the bits need not be looked at.
+            False if every token is allowed; the bits are then ignored.
         """
         ...
 
     def accept(self, token_id: int) -> None:
-        """Take note of the token that was drawn."""
+        """Advance by the token that was sampled."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One row of work: the ids of a prompt and all that decides its completion.
+    """One prompt as token ids, with the options of its completion.
 
     Args:
         prompt_ids: Token ids, at least one.
         max_new_tokens: At least 1, and within the context together with the prompt.
         min_new_tokens: No end token before so many.
         options: The resolved options of the call.
-        sample_index: Which of the call's `n` samples this is; each draws its own numbers.
-        seed: Where the numbers start; always set, so that a result can be repeated.
+        sample_index: Which of the call's `n` samples this is; each has its own random numbers.
+        seed: Seed of the random numbers; always set, so that a result can be repeated.
         eos_token_ids: Tokens that end the text.
-        stop_token_ids: Special tokens named as stop strings; they end the text as well.
-        max_rows: Most rows to run beside each other; None leaves it to the engine.
-        shares_prefix: Whether keys and values of a prompt's beginning are shared with other requests.
-        mask: Makes what restricts the row's tokens; called once for each row.
-        media: Tensors that the model is given beside the ids, such as the pixels of images, by the names of its
-            forward's arguments. Only the pipeline engine takes any.
+        stop_token_ids: Special tokens that the call named as stop strings; they end the text too.
+        max_rows: Most sequences to run at the same time; None leaves it to the engine.
+        shares_prefix: Whether it shares KV cache blocks of its prompt's beginning with other requests.
+        mask: Makes the mask of the sequence's tokens; called once per sequence.
+        media: Further tensors for the model, such as the pixels of images, by the names of its forward's arguments.
+            Only the pipeline engine takes any.
     """
 
     prompt_ids: tuple[int, ...]
@@ -100,12 +96,21 @@ class Request:
     mask: Callable[[], TokenMask] | None = None
     media: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
 
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """All tokens that end the text."""
+        return self.eos_token_ids + self.stop_token_ids
+
+    def random_numbers(self) -> random.Random:
+        """Make the generator of the request's random numbers: one for each token, the same for the same seed."""
+        return random.Random(f"{self.seed}:{self.sample_index}")  # noqa: S311  (no secrets here)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLogprob:
     """The log probability of one token, before temperature and the other sampling options.
 
-    `top` lists the likeliest tokens with theirs, the best first, as `(token id, logprob)`.
+    `top` lists the likeliest tokens, best first, as `(token id, logprob)`.
     """
 
     token_id: int
@@ -115,7 +120,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """Token counts and times of one finished row; times in seconds."""
+    """Token counts and times of one finished request; times in seconds."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -127,9 +132,9 @@ class Usage:
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """A piece of one row's answer. The last one has a finish reason and the usage.
+    """Some text of one request. The last chunk has a finish reason and the usage.
 
-    `row` is the request's place in its submission. `finish_reason` is `"stop"` or `"length"`.
+    `row` is the request's index in its submission. `finish_reason` is `"stop"` or `"length"`.
     """
 
     row: int
@@ -142,14 +147,14 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineInfo:
-    """Which engine runs a model, and why this one.
+    """The engine that runs a model, and why it was chosen.
 
     Args:
         name: `"fast"` or `"pipeline"`.
-        reason: Why this one, and what of it could not be used.
+        reason: Why this engine, and which of its features cannot be used.
         graphs: Whether decode steps are CUDA graphs.
         kv_cache_tokens: Tokens that its KV cache holds; None where it grows as it needs to.
-        kv_cache_bytes: The same in bytes.
+        kv_cache_bytes: Bytes of that KV cache.
         fused: How many modules run by this package's kernels, by kind; see docs/engine.md.
     """
 
@@ -162,37 +167,37 @@ class EngineInfo:
 
 
 class Engine(Protocol):
-    """What runs requests. Any number of threads and event loops may submit at once."""
+    """An engine runs requests. Any number of threads and event loops may submit at once."""
 
     @property
     def info(self) -> EngineInfo:
-        """Which engine this is."""
+        """The engine's name, and why it was chosen."""
         ...
 
     @property
     def limits(self) -> ModelLimits:
-        """What its model can be asked for."""
+        """The limits of its model's requests."""
         ...
 
     @property
     def peak_cache_tokens(self) -> int:
-        """Most tokens, over all rows and their padding, that the KV cache has held at once."""
+        """Most tokens, padding included, that the KV cache has held at once."""
         ...
 
     def submit(
         self, requests: Sequence[Request], timeout_s: float | None = None, *, in_pieces: bool = True
     ) -> ChunkStream:
-        """Queue rows and return the stream of their chunks; closing it cancels them.
+        """Queue requests and return the stream of their chunks; closing it cancels them.
 
         Args:
-            requests: The rows, as `plan_requests` makes them.
+            requests: The requests, as `plan_requests` makes them.
             timeout_s: Seconds after which the stream raises.
-            in_pieces: Give text as it comes; without, each row's last chunk may be its only one.
+            in_pieces: Stream text as it comes; if false, a request may get all its text in its last chunk.
         """
         ...
 
     def close(self) -> None:
-        """Cancel what runs and let go of the model."""
+        """Cancel all requests and release the model."""
         ...
 
 
@@ -200,7 +205,7 @@ _REMEDIES = (
     "shorten it, or pass truncation='left' to drop its beginning",
     "give fewer or smaller images, or less text",
 )
-"""What to do about a prompt that is too long: a text, and one with images in it."""
+"""What to do about a prompt that is too long: of text, and with images."""
 
 
 def plan_requests(
@@ -220,73 +225,42 @@ def plan_requests(
     Args:
         prompt_ids: Token ids of the prompt.
         options: The resolved options.
-        limits: What the model can be asked for.
-        truncation_side: Which end `truncation=True` cuts, the tokenizer's declared one.
-        stop_token_ids: Special tokens named as stop strings.
-        max_rows: Most rows to run beside each other.
-        shares_prefix: Whether the prompt's beginning may be shared.
-        mask: Makes what restricts a row's tokens.
-        media: What the model is given beside the ids.
+        limits: The limits of the engine's model.
+        truncation_side: The end that `truncation=True` cuts: the tokenizer's declared one.
+        stop_token_ids: Special tokens that the call named as stop strings.
+        max_rows: Most sequences to run at the same time.
+        shares_prefix: Whether KV cache blocks of the prompt's beginning may be shared.
+        mask: Makes the mask of a sequence's tokens.
+        media: Further tensors for the model.
 
     Returns:
         One request for each sample.
 
     Raises:
-        InvalidOptionError: If the prompt is empty or holds ids that the model has not, or the
-            lengths asked for leave no room.
+        InvalidOptionError: If ids are outside of the vocabulary or missing, or `max_new_tokens` leaves no room for any.
         PromptTooLongError: If the prompt leaves no room for a token and is not to be truncated.
     """
-    if not prompt_ids:
-        msg = "the prompt is empty; give at least one character to continue."
-        raise InvalidOptionError(msg)
-    if outside := [i for i in prompt_ids if not 0 <= i < limits.vocab_size]:
-        msg = f"token id {outside[0]} is not in the model's vocabulary of {limits.vocab_size}; is this its tokenizer?"
-        raise InvalidOptionError(msg)
-    eos_ids = limits.eos_token_ids if options.eos_token_id is None else options.eos_token_id
-    if outside := [i for i in (options.eos_token_id or ()) if i >= limits.vocab_size]:
-        msg = f"eos_token_id={outside[0]} is not in the model's vocabulary of {limits.vocab_size}."
-        raise InvalidOptionError(msg)
+    _check_ids(prompt_ids, options, limits)
     bounds = (limits.context_tokens, limits.cache_tokens, options.max_length)
     total = min((n for n in bounds if n is not None), default=None)
     ids = tuple(prompt_ids)
     if options.truncation and total is not None:
-        # A length that nobody asked for takes half of the context at most.
-        wanted = options.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
-        room = total - (wanted if options.asked_new_tokens else min(wanted, max(1, total // 2)))
-        if room < 1:
-            msg = (
-                f"max_new_tokens={wanted} leaves no room for a prompt in the {total} tokens of "
-                f"{_limit_name(options, limits)}; ask for fewer."
-            )
-            raise InvalidOptionError(msg)
+        room = _room_for_prompt(options, limits, total)
         side = truncation_side if options.truncation is True else options.truncation
         if len(ids) > room and media is None:  # the tokens of an image cannot be cut
             ids = ids[-room:] if side == "left" else ids[:room]
-    if total is not None and len(ids) >= total:
-        msg = (
-            f"the prompt has {len(ids)} tokens and {_limit_name(options, limits)} allows {total} with the completion; "
-            f"{_REMEDIES[media is not None]}."
-        )
-        raise PromptTooLongError(msg)
-    if options.asked_new_tokens and limits.cache_tokens is not None and limits.cache_tokens == total:
-        tokens = len(ids) + (options.max_new_tokens or 0)
-        if tokens > total:
-            msg = (
-                f"the prompt's {len(ids)} tokens and max_new_tokens={options.max_new_tokens} need {tokens} in the KV "
-                f"cache, which holds {total}; raise kv_cache_memory, or ask for fewer."
-            )
-            raise PromptTooLongError(msg)
+    if total is not None:
+        _check_length(len(ids), options, limits, total, has_media=media is not None)
     new = [n for n in (options.max_new_tokens, None if total is None else total - len(ids)) if n is not None]
-    max_new_tokens = min(new) if new else options.max_new_tokens or 1
-    seed = secrets.randbits(63) if options.seed is None else options.seed
+    max_new_tokens = min(new, default=1)
     first = Request(
         prompt_ids=ids,
         max_new_tokens=max_new_tokens,
         min_new_tokens=min(max(options.min_new_tokens, options.min_length - len(ids)), max_new_tokens),
         options=options,
         sample_index=0,
-        seed=seed,
-        eos_token_ids=eos_ids,
+        seed=secrets.randbits(63) if options.seed is None else options.seed,
+        eos_token_ids=limits.eos_token_ids if options.eos_token_id is None else options.eos_token_id,
         stop_token_ids=tuple(stop_token_ids),
         max_rows=max_rows,
         shares_prefix=shares_prefix,
@@ -294,6 +268,50 @@ def plan_requests(
         media=media,
     )
     return [first, *(replace(first, sample_index=i) for i in range(1, options.n))]
+
+
+def _check_ids(prompt_ids: Sequence[int], options: GenerationOptions, limits: ModelLimits) -> None:
+    if not prompt_ids:
+        msg = "the prompt is empty; give at least one character to continue."
+        raise InvalidOptionError(msg)
+    if outside := [i for i in prompt_ids if not 0 <= i < limits.vocab_size]:
+        msg = f"token id {outside[0]} is not in the model's vocabulary of {limits.vocab_size}; is this its tokenizer?"
+        raise InvalidOptionError(msg)
+    if outside := [i for i in (options.eos_token_id or ()) if i >= limits.vocab_size]:
+        msg = f"eos_token_id={outside[0]} is not in the model's vocabulary of {limits.vocab_size}."
+        raise InvalidOptionError(msg)
+
+
+def _room_for_prompt(options: GenerationOptions, limits: ModelLimits, total: int) -> int:
+    """Compute how many of `total` tokens a truncated prompt may have."""
+    wanted = options.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
+    # A default length takes half of the context at most.
+    room = total - (wanted if options.asked_new_tokens else min(wanted, max(1, total // 2)))
+    if room < 1:
+        msg = (
+            f"max_new_tokens={wanted} leaves no room for a prompt in the {total} tokens of "
+            f"{_limit_name(options, limits)}; ask for fewer."
+        )
+        raise InvalidOptionError(msg)
+    return room
+
+
+def _check_length(
+    prompt_tokens: int, options: GenerationOptions, limits: ModelLimits, total: int, *, has_media: bool
+) -> None:
+    if prompt_tokens >= total:
+        msg = (
+            f"the prompt has {prompt_tokens} tokens and {_limit_name(options, limits)} allows {total} with the "
+            f"completion; {_REMEDIES[has_media]}."
+        )
+        raise PromptTooLongError(msg)
+    tokens = prompt_tokens + (options.max_new_tokens or 0)
+    if options.asked_new_tokens and limits.cache_tokens == total and tokens > total:
+        msg = (
+            f"the prompt's {prompt_tokens} tokens and max_new_tokens={options.max_new_tokens} need {tokens} in the KV "
+            f"cache, which holds {total}; raise kv_cache_memory, or ask for fewer."
+        )
+        raise PromptTooLongError(msg)
 
 
 def _limit_name(options: GenerationOptions, limits: ModelLimits) -> str:
@@ -305,127 +323,35 @@ def _limit_name(options: GenerationOptions, limits: ModelLimits) -> str:
     return min((n for n in names if names[n] is not None), key=lambda n: names[n] or 0)
 
 
-class ChunkStream:
-    """The chunks of one submission, made in an engine's thread and read in any other.
+def check_request(request: Request, limits: ModelLimits, *, logits_size: int, adapters: Sequence[str] | None) -> None:
+    """Check a request for the continuous engine: an id outside of its tables would fail the whole batch.
 
-    Iterate over it with `for` or `async for`; it ends after the last row's last chunk. An
-    error of any row is raised at once. Closing the stream, or leaving its `with` block, tells
-    the engine to stop the rows at their next token.
+    Args:
+        request: The request.
+        limits: The limits of the engine's model.
+        logits_size: Width of the model's logits.
+        adapters: Names of the model's adapters; None if requests cannot choose one.
+
+    Raises:
+        InvalidOptionError: If it holds ids outside of the vocabulary, an unknown adapter, or options of `generate`.
+        PromptTooLongError: If it is longer than the context or the KV cache.
     """
-
-    def __init__(self, rows: int, timeout_s: float | None = None) -> None:
-        """Open a stream for a number of rows, which must end within `timeout_s` seconds."""
-        self._open_rows = rows
-        self._timeout_s = timeout_s
-        self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        self._items: deque[Chunk | BaseException] = deque()
-        self._changed = threading.Condition()
-        self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
-        self.cancelled = False
-        """Whether nobody waits for more. Engines read it before each token."""
-
-    # The engine's side.
-
-    def put(self, chunk: Chunk) -> None:
-        """Hand a chunk to whoever reads the stream."""
-        self._append(chunk)
-
-    def fail(self, error: BaseException) -> None:
-        """End the stream with an error, which the reader gets raised."""
-        self._append(error)
-
-    def _append(self, item: Chunk | BaseException) -> None:
-        with self._changed:
-            self._items.append(item)
-            waiter, self._waiter = self._waiter, None
-            self._changed.notify_all()
-        self._wake(waiter)
-
-    def _wake(self, waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None) -> None:
-        if waiter is None:
-            return
-        loop, future = waiter
-        try:
-            loop.call_soon_threadsafe(_set_done, future)
-        except RuntimeError:  # the loop was closed over its reader: nobody waits any more
-            self.cancelled = True
-
-    # The reader's side.
-
-    def __iter__(self) -> Iterator[Chunk]:
-        """Give the chunks as they come, blocking in between."""
-        while self._open_rows:
-            with self._changed:
-                while not self._items:
-                    self._check_open()
-                    # A bounded wait, so that Ctrl-C gets through on every platform.
-                    self._changed.wait(min(self._remaining_s(), 1.0))
-                item = self._items.popleft()
-            yield self._deliver(item)
-
-    async def __aiter__(self) -> AsyncIterator[Chunk]:
-        """Give the chunks as they come, leaving the event loop free in between."""
-        while self._open_rows:
-            loop = asyncio.get_running_loop()
-            with self._changed:
-                item = self._items.popleft() if self._items else None
-                if item is None:
-                    self._check_open()
-                    future: asyncio.Future[None] = loop.create_future()
-                    self._waiter = (loop, future)
-            if item is None:
-                await asyncio.wait([future], timeout=None if self._deadline is None else self._remaining_s())
-                if not future.done():
-                    self._remaining_s()
-                continue
-            yield self._deliver(item)
-
-    def _remaining_s(self) -> float:
-        if self._deadline is None:
-            return float("inf")
-        remaining = self._deadline - time.monotonic()
-        if remaining <= 0:
-            self.close()
-            msg = (
-                f"the model did not finish within timeout={self._timeout_s:g} seconds; raise it or ask for fewer "
-                "tokens."
-            )
-            raise GenerationTimeoutError(msg)
-        return remaining
-
-    def _deliver(self, item: Chunk | BaseException) -> Chunk:
-        if isinstance(item, BaseException):
-            self._open_rows = 0
-            self.close()
-            raise item
-        if item.finish_reason is not None:
-            self._open_rows -= 1
-        elif self._deadline is not None:
-            self._remaining_s()
-        return item
-
-    def _check_open(self) -> None:
-        if self.cancelled:
-            msg = "the request was cancelled."
-            raise GenerationError(msg)
-
-    def close(self) -> None:
-        """Tell the engine that nobody reads on; a reader in another thread gets an error."""
-        with self._changed:
-            self.cancelled = True
-            waiter, self._waiter = self._waiter, None
-            self._changed.notify_all()
-        self._wake(waiter)
-
-    def __enter__(self) -> Self:
-        """Use the stream as a `with` block that closes it."""
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        """Close the stream."""
-        self.close()
-
-
-def _set_done(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+    ids = request.prompt_ids
+    if not ids or min(ids) < 0 or max(ids) >= limits.vocab_size:
+        msg = f"prompt_ids must be token ids from 0 to {limits.vocab_size - 1}, and at least one."
+        raise InvalidOptionError(msg)
+    if any(not 0 <= i < logits_size for i in request.end_token_ids):
+        msg = f"the tokens that end a text must lie below {logits_size}."
+        raise InvalidOptionError(msg)
+    adapter = request.options.adapter
+    if adapters is not None and adapter not in (None, BASE_ADAPTER, *adapters):
+        msg = f"adapter={adapter!r} is none of the model's: {', '.join((*adapters, BASE_ADAPTER))}."
+        raise InvalidOptionError(msg)
+    if (option := needs_generate(request.options)) is not None:
+        msg = f"{option} is carried out by the pipeline engine only; use engine='auto' or 'pipeline'."
+        raise InvalidOptionError(msg)
+    tokens = len(ids) + request.max_new_tokens
+    most = min(n for n in (limits.context_tokens, limits.cache_tokens) if n is not None)
+    if tokens > most:
+        msg = f"prompt and completion may have {most} tokens together, not {tokens}; see kv_cache_memory."
+        raise PromptTooLongError(msg)

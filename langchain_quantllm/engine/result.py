@@ -1,6 +1,6 @@
-"""What the rows of a submission have become: texts folded up from their chunks, and what is told of them.
+"""The results of a submission: texts joined from chunks, and the facts reported with each.
 
-Owns the folding and the names of what comes with a completion. Knows requests and chunks; no LangChain.
+Knows requests and chunks; no LangChain.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from langchain_quantllm.engine.request import Chunk, Request, TokenLogprob, Usag
 
 @dataclass
 class Answer:
-    """One row: all that its chunks said."""
+    """The joined chunks of one request."""
 
     request: Request
     text: str = ""
@@ -24,14 +24,14 @@ class Answer:
 
 
 class Answers:
-    """The rows of a submission, folded up from their chunks."""
+    """The requests of a submission, with their chunks joined."""
 
     def __init__(self, requests: Sequence[Request]) -> None:
-        """Begin with nothing said."""
+        """Begin without chunks."""
         self.rows = [Answer(request=request) for request in requests]
 
     def add(self, chunk: Chunk) -> None:
-        """Take the next chunk of any row."""
+        """Add the next chunk of any request."""
         answer = self.rows[chunk.row]
         answer.text += chunk.text
         answer.logprobs += chunk.logprobs
@@ -39,7 +39,7 @@ class Answers:
 
 
 def usage_metadata(usage: Usage) -> dict[str, Any]:
-    """Name the counts of a row as LangChain's `UsageMetadata` does."""
+    """Convert the token counts to LangChain's `UsageMetadata`."""
     return {
         "input_tokens": usage.prompt_tokens,
         "output_tokens": usage.completion_tokens,
@@ -49,17 +49,17 @@ def usage_metadata(usage: Usage) -> dict[str, Any]:
 
 
 def completion_info(of: Answer | Chunk, request: Request, tokenizer: Any, model_name: str) -> dict[str, Any]:
-    """Describe a completion, or what a chunk says of one.
+    """Collect the facts of a completion, or of one chunk of it.
 
     Args:
         of: The answer, or a chunk of it.
-        request: What was asked.
-        tokenizer: Gives the texts of tokens.
-        model_name: The model, by its name.
+        request: The request.
+        tokenizer: Decodes tokens.
+        model_name: The model's name.
 
     Returns:
-        `logprobs` where asked for; and of an answer, or its last chunk, `finish_reason`, `model_name`, `seed` if it
-        was sampled, `usage_metadata`, and `timing` in seconds.
+        `logprobs` if asked for; and for an answer, or its last chunk, `finish_reason`, `model_name`, `seed` if it was
+        sampled, `usage_metadata`, and `timing` in seconds.
     """
     info: dict[str, Any] = {}
     if of.logprobs:

@@ -1,293 +1,213 @@
-"""Which rows run in the next step: who joins, who prefills, who decodes, who has to wait.
+"""The scheduler: which sequences prefill, decode or wait in the next step.
 
-Owns the waiting and the running rows, their pages, and the order of prefill and decode steps.
-Counts tokens only: it knows neither tensors nor text, and no model.
+Owns the waiting and the running sequences, their blocks, and the order of prefill and decode steps. Counts tokens
+only: it reads no tensors and no text.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import abc, deque
+from dataclasses import dataclass, replace
 
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS, BlockManager
-
-
-class RowState:
-    """Where one row stands. Counts are in tokens.
-
-    A token that was drawn is on its way until the device has told it: `drawn` counts it,
-    `ids` does not hold it yet.
-    """
-
-    def __init__(
-        self,
-        prompt_ids: Sequence[int],
-        max_new_tokens: int,
-        *,
-        root: int | None = None,
-        max_rows: int | None = None,
-        adapter: int = -1,
-    ) -> None:
-        """Begin a row.
-
-        Args:
-            prompt_ids: Token ids of the prompt.
-            max_new_tokens: The row is not scheduled beyond so many.
-            root: Where its chain of pages begins; None shares none.
-            max_rows: Most rows to run beside each other, this one included.
-            adapter: Number of the adapter that it runs with; -1 for none.
-        """
-        self.ids = list(prompt_ids)
-        self.prompt_tokens = len(self.ids)
-        self.max_new_tokens = max_new_tokens
-        self.max_rows = max_rows
-        self.adapter = adapter
-        self.drawn = 0
-        self.written = 0
-        """Tokens whose keys and values are in the pages, or on their way there."""
-        self.pages: list[int] = []
-        self.slot = -1
-        """Its place in the device's tables while it runs."""
-        self.decodes = False
-        """Whether its last token lies on the device, so that a decode step can go on from it."""
-        self.cached_tokens: int | None = None
-        """Tokens of the prompt that were found in shared pages; None until the row has begun."""
-        self.root = root
-        self._chain = root
-        self._chained_pages = 0
-
-    @property
-    def is_known(self) -> bool:
-        """Whether every token drawn is in `ids`."""
-        return len(self.ids) == self.prompt_tokens + self.drawn
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether no more tokens are to be drawn."""
-        return self.drawn >= self.max_new_tokens
-
-    def find_shared(self, pages: BlockManager) -> tuple[int, int]:
-        """Count the pages that it could share from here on: all of them, and those that rows hold."""
-        found = held = 0
-        chain, at = self._chain, self.written
-        while chain is not None and self._may_share(at):
-            page = pages.find(chain, self.ids[at : at + BLOCK_TOKENS])
-            if page is None:
-                break
-            found, held, at = found + 1, held + pages.is_held(page), at + BLOCK_TOKENS
-            chain = pages.serial_of(page)
-        return found, held
-
-    def share(self, pages: BlockManager) -> None:
-        """Take over pages of others that hold its next tokens."""
-        while self._chain is not None and self._may_share(self.written):
-            page = pages.find(self._chain, self.ids[self.written : self.written + BLOCK_TOKENS])
-            if page is None:
-                break
-            self._chain = pages.share(page)
-            self.pages.append(page)
-            self._chained_pages += 1
-            self.written += BLOCK_TOKENS
-
-    def _may_share(self, at: int) -> bool:
-        # The last token must run through the model, as the next one is drawn from what it gives.
-        return len(self.pages) * BLOCK_TOKENS <= at and len(self.ids) - at > BLOCK_TOKENS
-
-    def register(self, pages: BlockManager) -> None:
-        """Let others find its pages that have become full of known tokens."""
-        if self._chain is None:
-            return
-        while (self._chained_pages + 1) * BLOCK_TOKENS <= min(self.written, len(self.ids)):
-            at = self._chained_pages * BLOCK_TOKENS
-            self._chain = pages.register(self.pages[self._chained_pages], self._chain, self.ids[at : at + BLOCK_TOKENS])
-            self._chained_pages += 1
-
-    def keep_to_itself(self) -> None:
-        """Share no pages any more, and offer none."""
-        self.root = self._chain = None
-
-    def put_back(self, pages: BlockManager) -> None:
-        """Give up the pages; all tokens known by then are computed again when it is its turn."""
-        pages.release(self.pages)
-        self.pages = []
-        self.written = 0
-        self.slot = -1
-        self.decodes = False
-        self._chain = self.root
-        self._chained_pages = 0
+from langchain_quantllm.engine.sequence import Sequence
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Tokens `start` to `start + count` of one row's ids, to be prefilled; `is_last` draws the next token."""
+class PrefillChunk:
+    """Tokens `start` to `start + count` of a sequence's ids, to be run in one step.
 
-    row: RowState
+    `is_last` says that the next token is sampled after them.
+    """
+
+    sequence: Sequence
     start: int
     count: int
     is_last: bool
 
+    @property
+    def ids(self) -> list[int]:
+        """The tokens."""
+        return self.sequence.ids[self.start : self.start + self.count]
+
 
 @dataclass(frozen=True)
 class Prefill:
-    """One step over prompts, or pieces of them, packed behind each other."""
+    """A step over chunks of prompts, packed behind each other."""
 
-    pieces: list[Piece]
+    chunks: list[PrefillChunk]
 
 
 @dataclass(frozen=True)
 class Decode:
-    """One step over rows that each go on by one token. `positions` are those of the tokens that go in."""
+    """A step over one token of each sequence. `positions` are the positions of these tokens."""
 
-    rows: list[RowState]
+    sequences: list[Sequence]
     positions: list[int]
 
 
 class Scheduler:
-    """Plans one step after another. First come, first served; nobody starves."""
+    """Plans one step after another: first come, first served, prefill and decode in turns."""
 
-    def __init__(self, pages: BlockManager, *, slots: int, prefill_tokens: int, prefill_tokens_beside: int) -> None:
-        """Begin with nothing to do.
+    def __init__(self, blocks: BlockManager, *, slots: int, prefill_tokens: int, prefill_tokens_beside: int) -> None:
+        """Begin with no sequences.
 
         Args:
-            pages: The pages to give out.
-            slots: Most rows at once.
-            prefill_tokens: Most tokens of a prefill step while no row decodes.
-            prefill_tokens_beside: Most tokens of a prefill step while rows wait to decode on.
+            blocks: The KV cache's blocks.
+            slots: Most sequences at once.
+            prefill_tokens: Most tokens of a prefill step while no sequence decodes.
+            prefill_tokens_beside: Most tokens of a prefill step while sequences wait to decode.
         """
-        self.pages = pages
-        self.waiting: deque[RowState] = deque()
-        self.running: list[RowState] = []  # in the order in which they joined
+        self.blocks = blocks
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # in the order in which they joined
         self.prefill_tokens = prefill_tokens
         self.prefill_tokens_beside = prefill_tokens_beside
         self.preempted = 0
-        """Times that a row was put back for want of pages."""
+        """Preemptions so far: a sequence gave up its blocks for an older one."""
         self._slots = list(range(slots - 1, -1, -1))
         self._prefilled_last = False
 
     @property
-    def has_work(self) -> bool:
-        """Whether any row waits or runs."""
-        return bool(self.waiting or self.running)
+    def sequences(self) -> list[Sequence]:
+        """All sequences, running and waiting."""
+        return [*self.running, *self.waiting]
 
-    def add(self, row: RowState) -> None:
-        """Queue a row."""
-        self.waiting.append(row)
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence."""
+        self.waiting.append(sequence)
 
-    def remove(self, row: RowState) -> None:
-        """Drop a row that has ended, wherever it is, and free what it holds."""
-        if row in self.running:
-            self._leave(row)
+    def remove(self, sequence: Sequence) -> None:
+        """Remove a sequence that has ended, running or waiting, and free its blocks."""
+        if sequence in self.running:
+            self._leave(sequence)
         else:
-            self.waiting.remove(row)
+            self.waiting.remove(sequence)
 
     def plan(self) -> Prefill | Decode | None:
-        """Choose the next step; None if there is nothing that can run before more is known.
+        """Choose the next step; None if nothing can run before pending tokens are known.
 
-        The step counts as made: rows are written and drawn from then on.
+        The step counts as run: its tokens count as written and sampled from now on.
         """
-        decoding = [row for row in self.running if row.decodes and not row.is_complete]
-        if not (self._prefilled_last and decoding) and (pieces := self._plan_prefill(bool(decoding))):
+        decoding = [sequence for sequence in self.running if sequence.decodes and not sequence.is_complete]
+        if not (self._prefilled_last and decoding) and (chunks := self._plan_prefill(bool(decoding))):
             self._prefilled_last = True
-            return Prefill(pieces)
+            return Prefill(chunks)
         self._prefilled_last = False
         return self._plan_decode(decoding)
 
-    def push(self, row: RowState, token_id: int) -> None:
-        """Note a drawn token, now that the device has told it."""
-        row.ids.append(token_id)
-        if row.slot >= 0:
-            row.register(self.pages)
+    def push(self, sequence: Sequence, token_id: int) -> None:
+        """Append a sampled token that the device has returned."""
+        sequence.ids.append(token_id)
+        if sequence.slot >= 0:
+            sequence.register(self.blocks)
 
     # Prefill.
 
-    def _plan_prefill(self, beside_decoding: bool) -> list[Piece]:
+    def _plan_prefill(self, beside_decoding: bool) -> list[PrefillChunk]:
         budget = self.prefill_tokens_beside if beside_decoding else self.prefill_tokens
-        pieces: list[Piece] = []
-        for row in [row for row in self.running if not row.decodes]:
+        chunks: list[PrefillChunk] = []
+        for sequence in [sequence for sequence in self.running if not sequence.decodes]:
             if budget <= 0:
                 break
-            if row.slot >= 0 and (piece := self._plan_piece(row, budget)):
-                pieces.append(piece)
-                budget -= piece.count
+            if sequence.slot >= 0 and (chunk := self._plan_chunk(sequence, budget)):
+                chunks.append(chunk)
+                budget -= chunk.count
         while budget > 0 and self.waiting and self._admit(self.waiting[0]):
-            row = self.waiting.popleft()
-            piece = self._plan_piece(row, budget)
-            if piece is None:  # others are to give their pages back first
+            chunk = self._plan_chunk(self.waiting.popleft(), budget)
+            if chunk is None:  # it was preempted at once: older sequences need the blocks
                 break
-            pieces.append(piece)
-            budget -= piece.count
-        return pieces
+            chunks.append(chunk)
+            budget -= chunk.count
+        return chunks
 
-    def _admit(self, row: RowState) -> bool:
-        if not self._slots or not row.is_known:
+    def _admit(self, sequence: Sequence) -> bool:
+        if not self._slots or not sequence.is_known:
             return False
-        if any(other.max_rows is not None and len(self.running) >= other.max_rows for other in (*self.running, row)):
+        limits = [other.max_rows for other in (*self.running, sequence) if other.max_rows is not None]
+        if limits and len(self.running) >= min(limits):
             return False
-        found, held = row.find_shared(self.pages)
-        needed = -(-(len(row.ids) + 1) // BLOCK_TOKENS) - held
-        # Each running row soon needs a page too; without this margin the newcomer would be put back at once.
-        if needed + len(self.running) > self.pages.available and self.running:
+        found, held = sequence.find_shared(self.blocks)
+        needed = -(-(len(sequence.ids) + 1) // BLOCK_TOKENS) - held
+        # Each running sequence soon needs a block too; without this margin the newcomer would be preempted at once.
+        if needed + len(self.running) > self.blocks.available and self.running:
             return False
-        row.slot = self._slots.pop()
-        self.running.append(row)
-        if row.cached_tokens is None:
-            row.cached_tokens = found * BLOCK_TOKENS
+        sequence.slot = self._slots.pop()
+        self.running.append(sequence)
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = found * BLOCK_TOKENS
         return True
 
-    def _plan_piece(self, row: RowState, budget: int) -> Piece | None:
-        before = row.written
-        row.share(self.pages)
-        if row.cached_tokens is not None and before and row.drawn == 0:  # found on the way, as another row made it
-            row.cached_tokens += row.written - before
-        start = row.written
-        count = min(budget, len(row.ids) - start)
-        if not self._reserve(row, start + count):
+    def _plan_chunk(self, sequence: Sequence, budget: int) -> PrefillChunk | None:
+        before = sequence.written
+        sequence.share(self.blocks)
+        if sequence.cached_tokens is not None and before and sequence.sampled == 0:
+            # Another sequence has written these tokens meanwhile.
+            sequence.cached_tokens += sequence.written - before
+        start = sequence.written
+        count = min(budget, len(sequence.ids) - start)
+        if not self._reserve(sequence, start + count):
             return None
-        row.written += count
-        is_last = row.written == len(row.ids)
+        sequence.written += count
+        is_last = sequence.written == len(sequence.ids)
         if is_last:
-            row.decodes = True
-            row.drawn += 1
-        row.register(self.pages)
-        return Piece(row, start, count, is_last)
+            sequence.decodes = True
+            sequence.sampled += 1
+        sequence.register(self.blocks)
+        return PrefillChunk(sequence, start, count, is_last)
 
     # Decode.
 
-    def _plan_decode(self, decoding: list[RowState]) -> Decode | None:
-        for row in decoding:
-            if row.slot >= 0:
-                self._reserve(row, row.written + 1)
-        # Whoever lost its pages to an older row is back in the queue by now, itself perhaps too.
-        rows = [row for row in decoding if row.slot >= 0 and len(row.pages) * BLOCK_TOKENS > row.written]
-        positions = [row.written for row in rows]
-        for row in rows:
-            row.written += 1
-            row.drawn += 1
-            row.register(self.pages)
-        return Decode(rows, positions) if rows else None
+    def _plan_decode(self, decoding: list[Sequence]) -> Decode | None:
+        for sequence in decoding:
+            if sequence.slot >= 0:
+                self._reserve(sequence, sequence.written + 1)
+        # Those that were preempted for an older sequence are back in the queue.
+        ready = [s for s in decoding if s.slot >= 0 and len(s.blocks) * BLOCK_TOKENS > s.written]
+        positions = [sequence.written for sequence in ready]
+        for sequence in ready:
+            sequence.written += 1
+            sequence.sampled += 1
+            sequence.register(self.blocks)
+        return Decode(ready, positions) if ready else None
 
-    # Pages.
+    # Blocks.
 
-    def _reserve(self, row: RowState, tokens: int) -> bool:
-        """Give a row pages for so many tokens, taking them from the youngest rows if need be."""
-        while len(row.pages) * BLOCK_TOKENS < tokens:
-            page = self.pages.take()
-            if page is not None:
-                row.pages.append(page)
+    def _reserve(self, sequence: Sequence, tokens: int) -> bool:
+        """Take blocks for so many tokens of a sequence, preempting the youngest sequences if need be."""
+        while len(sequence.blocks) * BLOCK_TOKENS < tokens:
+            block = self.blocks.take()
+            if block is not None:
+                sequence.blocks.append(block)
                 continue
             youngest = self.running[-1]
-            self._put_back(youngest)
-            if youngest is row:
+            self._preempt(youngest)
+            if youngest is sequence:
                 return False
         return True
 
-    def _put_back(self, row: RowState) -> None:
+    def _preempt(self, sequence: Sequence) -> None:
         self.preempted += 1
-        self._leave(row)
-        self.waiting.appendleft(row)
+        self._leave(sequence)
+        self.waiting.appendleft(sequence)
 
-    def _leave(self, row: RowState) -> None:
-        self.running.remove(row)
-        self._slots.append(row.slot)
-        row.put_back(self.pages)
+    def _leave(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._slots.append(sequence.slot)
+        sequence.release(self.blocks)
+
+
+def split_chunks(
+    chunks: abc.Sequence[PrefillChunk], first_tokens: int
+) -> tuple[list[PrefillChunk], list[PrefillChunk]]:
+    """Divide chunks into those of the first tokens, and the rest."""
+    first: list[PrefillChunk] = []
+    rest = list(chunks)
+    while rest and rest[0].count <= first_tokens:
+        first_tokens -= rest[0].count
+        first.append(rest.pop(0))
+    if rest and first_tokens:
+        chunk = rest[0]
+        first.append(replace(chunk, count=first_tokens, is_last=False))
+        rest[0] = replace(chunk, start=chunk.start + first_tokens, count=chunk.count - first_tokens)
+    return first, rest

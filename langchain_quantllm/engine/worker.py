@@ -1,9 +1,8 @@
 """The thread that runs an engine, and the queue before it.
 
-Owns the queue of waiting rows and the thread's life: started by the first row, ended by the
-engine's end and by the interpreter's. It stays while the engine lives, asleep without work,
-since a new thread's first tokens on a GPU take twice as long. Holds the engine weakly, so that
-dropping the last reference to a model frees it. Knows no model.
+Owns the queue of waiting requests and the thread's life: started by the first request, ended with the engine or the
+interpreter. The thread stays while the engine lives, asleep without work, since a new thread's first tokens on a GPU
+take twice as long. It holds the engine weakly, so that dropping the last reference to a model frees it. Knows no model.
 """
 
 from __future__ import annotations
@@ -17,32 +16,32 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from langchain_quantllm.engine.detokenizer import Row
-from langchain_quantllm.engine.request import ChunkStream
+from langchain_quantllm.engine.detokenizer import Completion
+from langchain_quantllm.engine.stream import ChunkStream, fail_streams
 from langchain_quantllm.errors import GenerationError, UnsupportedError
 
 UNLOADED = "the model was unloaded while this call was on its way; call again."
 
 _QUIET_S, _GATHER_S = 0.004, 0.05
-# Callers of one LangChain batch come from several threads, a little apart. Work begins when no
-# more has come for the first of these times, in seconds, and at the latest after the second.
+# The requests of one LangChain batch come from several threads, a little apart. Work begins when no more has come for
+# the first of these times, and at the latest after the second.
 
 _workers: weakref.WeakSet[Worker] = weakref.WeakSet()
 
 
 class Worker:
-    """A queue of rows, and one thread that hands them to `run` in batches."""
+    """A queue of requests, as completions to be filled, and one thread that passes the queue to `run`."""
 
-    def __init__(self, run: Callable[[deque[tuple[Row, ChunkStream]]], None], *, gathers: bool = True) -> None:
+    def __init__(self, run: Callable[[deque[Completion]], None], *, gathers: bool = True) -> None:
         """Serve a bound method of an engine.
 
         Args:
-            run: Takes from the queue what it runs, and returns when that is done.
-            gathers: Wait a moment for more rows before calling it; for engines that take none while they run.
+            run: Takes completions off the queue, and returns when they have ended.
+            gathers: Wait a moment for more requests before `run` is called; for engines that take none while they run.
         """
         self._gathers = gathers
         self._run = weakref.WeakMethod(run)
-        self._waiting: deque[tuple[Row, ChunkStream]] = deque()
+        self._waiting: deque[Completion] = deque()
         self._streams: weakref.WeakSet[ChunkStream] = weakref.WeakSet()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -51,8 +50,8 @@ class Worker:
         _workers.add(self)
         weakref.finalize(run.__self__, self.close, "the model was dropped.").atexit = False  # type: ignore[attr-defined]
 
-    def submit(self, rows: Sequence[Row], stream: ChunkStream) -> None:
-        """Queue the rows of one submission, together.
+    def submit(self, completions: Sequence[Completion]) -> None:
+        """Queue the requests of one submission, together.
 
         Raises:
             UnsupportedError: If this process was forked off the one that loaded the model.
@@ -67,15 +66,15 @@ class Worker:
         with self._changed:
             if self._closed:
                 raise GenerationError(UNLOADED)
-            self._streams.add(stream)
-            self._waiting.extend((row, stream) for row in rows)
+            self._streams.update(completion.stream for completion in completions)
+            self._waiting.extend(completions)
             self._changed.notify_all()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._serve, name="quantllm-engine", daemon=True)
                 self._thread.start()
 
     def close(self, reason: str) -> None:
-        """Cancel every row, fail those that wait or run, and wait until the thread is done."""
+        """Fail all requests, and wait until the thread has ended."""
         with self._changed:
             self._closed = True
             self._fail_all(reason)
@@ -86,12 +85,7 @@ class Worker:
 
     def _fail_all(self, reason: str, cause: Exception | None = None) -> None:
         self._waiting.clear()
-        for stream in list(self._streams):
-            if not stream.cancelled:
-                failure = GenerationError(reason)
-                failure.__cause__ = cause
-                stream.fail(failure)  # before the stream is closed, or its reader takes this for a cancellation
-                stream.close()
+        fail_streams([stream for stream in self._streams if not stream.cancelled], GenerationError(reason), cause)
 
     def _serve(self) -> None:
         while self._gather():
@@ -103,10 +97,10 @@ class Worker:
                     run(self._waiting)
             except Exception as error:
                 self._fail_all(f"the engine failed: {error!r}", error)
-            del run  # an idle thread keeps no model alive
+            del run  # an idle thread must keep no model alive
 
     def _gather(self) -> bool:
-        """Wait for work, then until no more of it comes; False if there will be none."""
+        """Wait for work, then until no more of it comes; False after closing."""
         with self._changed:
             while not self._waiting and not self._closed:
                 self._changed.wait()

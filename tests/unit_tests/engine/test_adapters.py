@@ -282,7 +282,7 @@ class TestTheModelItself:
 
 def test_a_layer_makes_the_host_wait_for_nothing(llm: QuantizedHuggingFaceLLM) -> None:
     """What a CUDA graph could not hold is found by the operations of a step, on any device."""
-    stack = llm._engine()._stack  # type: ignore[attr-defined]
+    stack = llm._engine()._parts.adapters  # type: ignore[attr-defined]
     layer = llm.pipeline.model.lm_head
     x, numbers = torch.randn(1, 3, 64), torch.tensor([1, -1, 0], dtype=torch.int32)
     context = ForwardContext(adapters=stack.choice(numbers, numbers))

@@ -21,7 +21,14 @@ from tests.support.models import llm_of, tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
-PROMPTS = ["w1", "some words of a prompt that is longer than a page or two " * 3, "x y z", "a" * 15, "b" * 16, "c" * 17]
+PROMPTS = [
+    "w1",
+    "some words of a prompt that is longer than a page or two " * 3,
+    "x y z",
+    "a" * 15,
+    "b" * 16,
+    "c" * 17,
+]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +66,7 @@ def test_greedy_equals_generate_in_graphs(folder: Any) -> None:
     assert llm.engine_info.graphs
     expected = [generated(llm, prompt) for prompt in PROMPTS]
     assert [llm.invoke(prompt) for prompt in PROMPTS] == expected
-    for _ in range(2):  # the second time with prompts that are in the pages
+    for _ in range(2):  # the second time with prompts that are in the cache
         assert llm.batch(PROMPTS) == expected
     assert llm.batch(PROMPTS, max_new_tokens=5) == [generated(llm, prompt, 5) for prompt in PROMPTS]
     llm.unload()
@@ -74,14 +81,14 @@ def test_prompts_run_in_graphs_from_the_second_of_a_length_on(folder: Any) -> No
             prompt = " ".join(f"w{(7 * words + 3 * i + repeat) % 900}" for i in range(words))
             assert llm.invoke(prompt) == generated(llm, prompt, 6)
     assert len(graphs._graphs) == 3  # the last is longer than any
-    assert graphs.why_not is None
+    assert graphs.no_graph_reason is None
     alone = [generated(llm, prompt, 6) for prompt in PROMPTS]
     for _ in range(3):
         assert llm.batch(PROMPTS) == alone
     llm.unload()
 
 
-def test_adapters_of_several_rows_in_one_graph(folder: Any, tmp_path: Any) -> None:
+def test_one_graph_runs_sequences_of_several_adapters(folder: Any, tmp_path: Any) -> None:
     pytest.importorskip("peft")
     paths = {name: str(make_adapter(folder, tmp_path / name, seed=seed)) for seed, name in enumerate(("one", "two"))}
     llm = make(folder, dtype="float32", engine="fast", adapters=paths, max_new_tokens=24)
@@ -98,14 +105,14 @@ def test_adapters_of_several_rows_in_one_graph(folder: Any, tmp_path: Any) -> No
     enable_adapters(model, False)
     assert len(set(expected)) == len(expected)
     bound = [llm.bind(adapter=name) for name in names]
-    for _ in range(3):  # the later ones from graphs and pages
+    for _ in range(3):  # the later ones from graphs and shared blocks
         with ThreadPoolExecutor(len(names)) as executor:
             found = list(executor.map(lambda one, prompt: one.invoke(prompt), bound, prompts))
         assert found == expected
     llm.unload()
 
 
-def test_seeds_penalties_masks_and_logprobs(folder: Any) -> None:
+def test_seeds_penalties_and_logprobs_are_those_of_the_pipeline_engine(folder: Any) -> None:
     llm = make(folder, dtype="float32", engine="fast", max_new_tokens=24)
     options: dict[str, Any] = {"temperature": 0.9, "top_p": 0.9, "top_k": 40, "min_p": 0.01, "seed": 3}
     options["repetition_penalty"] = 1.2
@@ -176,10 +183,10 @@ def test_gptq_runs_in_graphs_and_compiles_no_cuda(folder: Any, tmp_path: Any, bi
 
 
 @pytest.mark.parametrize("sees", [True, False])
-def test_what_cannot_be_captured_runs_eagerly_and_harms_nobody(
+def test_a_model_that_cannot_be_captured_runs_eagerly_and_leaves_the_gpu_usable(
     folder: Any, sees: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not sees:  # a wait that nobody finds before the capture fails
+    if not sees:  # a wait that is not found before the capture fails
         monkeypatch.setattr(capture, "_WAITS", ())
     llm = make(folder, dtype="float32", engine="fast").load()
     expected = generated(llm, PROMPTS[1])
@@ -214,7 +221,7 @@ def test_what_cannot_be_captured_runs_eagerly_and_harms_nobody(
     other.unload()
 
 
-def test_a_hook_that_comes_later_is_called_and_steers(folder: Any) -> None:
+def test_a_hook_that_is_added_later_is_called(folder: Any) -> None:
     llm = make(folder, dtype="float32", engine="fast").load()
     before = [generated(llm, prompt) for prompt in PROMPTS]
     assert llm.batch(PROMPTS) == before
@@ -240,7 +247,7 @@ def test_a_hook_that_comes_later_is_called_and_steers(folder: Any) -> None:
     llm.unload()
 
 
-def test_the_cache_takes_what_it_was_given_and_unload_gives_it_back(folder: Any) -> None:
+def test_the_cache_takes_its_budget_and_unload_frees_it(folder: Any) -> None:
     make(folder).load().unload()  # what CUDA and its libraries keep for good
     gc.collect()
     before = torch.cuda.memory_allocated()
@@ -307,7 +314,7 @@ def test_adapters_are_noticed(folder: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["gemma2", "mistral", "gpt2", "phi", "falcon"])
-def test_families(name: str, byte_tokenizer: Any) -> None:
+def test_families_write_what_generate_writes(name: str, byte_tokenizer: Any) -> None:
     """Soft caps, windows, learned positions, partial rotary, and attention that is called directly."""
     common = {"vocab_size": len(byte_tokenizer), "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2}
     common |= {"initializer_range": 0.3, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
@@ -374,12 +381,12 @@ def byte_tokenizer() -> Any:
     return byte_tokenizer()
 
 
-def test_rows_that_wait_and_are_put_back(byte_tokenizer: Any) -> None:
+def test_preempted_sequences_get_the_same_tokens(byte_tokenizer: Any) -> None:
     model = tiny_model(len(byte_tokenizer)).cuda()
     token_bytes = 2 * 2 * 32 * 4
     llm = llm_of(model, byte_tokenizer, engine="fast", max_new_tokens=60, kv_cache_memory=300 * token_bytes)
     assert llm.batch(PROMPTS * 2) == [generated(llm, prompt, 60) for prompt in PROMPTS * 2]
     engine: Any = llm._engine()
     assert engine._scheduler.preempted
-    assert engine._pages.held == 0
+    assert engine._blocks.held == 0
     llm.unload()

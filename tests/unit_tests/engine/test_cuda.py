@@ -1,4 +1,4 @@
-"""What can only be seen on a CUDA GPU; on other machines these tests are skipped."""
+"""Models on a CUDA GPU: devices, memory, offloading. On other machines these tests are skipped."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_too_large_for_max_memory_is_told_before_loading(small: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", [None, Int8(fp32_cpu_offload=True), NF4(fp32_cpu_offload=True)])
-def test_rest_on_the_cpu(small: Path, scheme: Any) -> None:
+def test_layers_that_do_not_fit_stay_on_the_cpu(small: Path, scheme: Any) -> None:
     layers = {f"model.layers.{i}": 0 for i in range(2)} | {"model.layers.2": "cpu"}
     device_map = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 0, "lm_head": 0, **layers}
     llm = make(small, quantization=scheme, device_map=device_map)

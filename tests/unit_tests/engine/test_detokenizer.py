@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from langchain_quantllm import QuantizedHuggingFaceLLM
-from langchain_quantllm.engine.detokenizer import Decode, IncrementalDecoder, Row, StopMatcher
+from langchain_quantllm.engine.detokenizer import Completion, Decode, IncrementalDecoder
 from langchain_quantllm.engine.request import Chunk, Request
+from langchain_quantllm.engine.stop_strings import StopMatcher
 from langchain_quantllm.options import GenerationOptions
 from tests.support.models import byte_fallback_tokenizer, forwards, llm_of, scripted_model
 
@@ -83,7 +84,7 @@ class TestStopMatcher:
             ("猫である。", ["である"], "猫"),
         ],
     )
-    def test_examples(self, text: str, stop: list[str], expected: str) -> None:
+    def test_examples_of_texts_and_stop_strings(self, text: str, stop: list[str], expected: str) -> None:
         matcher = StopMatcher(stop)
         given = ""
         for character in text:
@@ -179,7 +180,7 @@ class TestIncrementalDecoder:
         assert longest <= 24
 
 
-def row_of(tokenizer: Any, prompt: str = "the", eos: tuple[int, ...] = (), **options: Any) -> Row:
+def completion_of(tokenizer: Any, prompt: str = "the", eos: tuple[int, ...] = (), **options: Any) -> Completion:
     max_new_tokens = options.pop("max_new_tokens", 100)
     request = Request(
         prompt_ids=tuple(tokenizer(prompt)["input_ids"]),
@@ -190,24 +191,24 @@ def row_of(tokenizer: Any, prompt: str = "the", eos: tuple[int, ...] = (), **opt
         seed=0,
         eos_token_ids=eos,
     )
-    return Row(request, 0, decode_of(tokenizer))
+    return Completion(request, decode_of(tokenizer))
 
 
-def push_all(row: Row, ids: Sequence[int]) -> list[Chunk]:
+def push_all(completion: Completion, ids: Sequence[int]) -> list[Chunk]:
     chunks = []
     for i in ids:
-        if chunk := row.push(i):
+        if chunk := completion.push(i):
             chunks.append(chunk)
-        if row.finish_reason:
+        if completion.finish_reason:
             break
     return chunks
 
 
-class TestRow:
+class TestCompletion:
     def test_tokens_become_chunks_and_the_last_has_reason_and_usage(self, tokenizer: Any) -> None:
         ids = tokenizer(" cats sleep all day")["input_ids"]
-        row = row_of(tokenizer, max_new_tokens=len(ids))
-        chunks = push_all(row, ids)
+        completion = completion_of(tokenizer, max_new_tokens=len(ids))
+        chunks = push_all(completion, ids)
         assert "".join(c.text for c in chunks) == " cats sleep all day"
         assert [i for c in chunks for i in c.token_ids] == ids
         assert [c.finish_reason for c in chunks] == [None] * (len(chunks) - 1) + ["length"]
@@ -216,35 +217,35 @@ class TestRow:
         assert all(c.usage is None for c in chunks[:-1])
 
     def test_an_end_token_is_counted_and_not_written(self, tokenizer: Any) -> None:
-        row = row_of(tokenizer, eos=(2,))
-        chunks = push_all(row, [*tokenizer(" cats")["input_ids"], 2, 5])
+        completion = completion_of(tokenizer, eos=(2,))
+        chunks = push_all(completion, [*tokenizer(" cats")["input_ids"], 2, 5])
         assert "".join(c.text for c in chunks) == " cats"
-        assert row.finish_reason == "stop"
+        assert completion.finish_reason == "stop"
         assert chunks[-1].usage is not None
         assert chunks[-1].usage.completion_tokens == len(tokenizer(" cats")["input_ids"]) + 1
 
     def test_a_stop_string_s_characters_never_come_out(self, tokenizer: Any) -> None:
         text = "one two.\n\nThree"
         for stop in ("\n\nThr", "two.\n", "e two", "one", "hree"):
-            chunks = push_all(row_of(tokenizer, stop=(stop,)), tokenizer(text)["input_ids"])
+            chunks = push_all(completion_of(tokenizer, stop=(stop,)), tokenizer(text)["input_ids"])
             assert "".join(c.text for c in chunks) == text[: text.index(stop)]
             assert chunks[-1].finish_reason == "stop"
 
     def test_the_beginning_of_a_stop_string_at_the_end_of_the_text_is_given(self, tokenizer: Any) -> None:
         ids = tokenizer("one two")["input_ids"]
-        row = row_of(tokenizer, stop=("two three",), max_new_tokens=len(ids))
-        chunks = push_all(row, ids)
-        assert ("".join(c.text for c in chunks), row.finish_reason) == ("one two", "length")
+        completion = completion_of(tokenizer, stop=("two three",), max_new_tokens=len(ids))
+        chunks = push_all(completion, ids)
+        assert ("".join(c.text for c in chunks), completion.finish_reason) == ("one two", "length")
 
     def test_a_stop_string_that_ends_with_the_last_token_is_a_stop(self, tokenizer: Any) -> None:
         ids = tokenizer("one two")["input_ids"]
-        row = row_of(tokenizer, stop=(" two",), max_new_tokens=len(ids))
-        assert ("".join(c.text for c in push_all(row, ids)), row.finish_reason) == ("one", "stop")
+        completion = completion_of(tokenizer, stop=(" two",), max_new_tokens=len(ids))
+        assert ("".join(c.text for c in push_all(completion, ids)), completion.finish_reason) == ("one", "stop")
 
     def test_a_stop_string_inside_a_character_run(self, tokenizer: Any) -> None:
         ids = tokenizer(JAPANESE)["input_ids"]
         for stop in ("猫", "である", "🍣", "👩‍👩", "𠮷"):
-            chunks = push_all(row_of(tokenizer, stop=(stop,)), ids)
+            chunks = push_all(completion_of(tokenizer, stop=(stop,)), ids)
             assert "".join(c.text for c in chunks) == JAPANESE[: JAPANESE.index(stop)]
 
 
@@ -261,7 +262,7 @@ def scripted(tokenizer: Any) -> QuantizedHuggingFaceLLM:
 
 
 class TestInTheModel:
-    def test_without_stop_the_whole_text_comes(self, scripted: QuantizedHuggingFaceLLM) -> None:
+    def test_without_a_stop_string_the_text_is_whole(self, scripted: QuantizedHuggingFaceLLM) -> None:
         assert scripted.invoke(PROMPT) == TEXT
 
     @pytest.mark.parametrize(
@@ -304,7 +305,7 @@ class TestInTheModel:
                     call(PROMPT, stop=[stop])
                     assert seen.count == needed
 
-    def test_stop_of_the_field_and_of_the_call(self, scripted: QuantizedHuggingFaceLLM) -> None:
+    def test_the_call_s_stop_strings_replace_the_field_s(self, scripted: QuantizedHuggingFaceLLM) -> None:
         llm = QuantizedHuggingFaceLLM(pipeline=scripted.pipeline, stop=["second"], max_new_tokens=24)
         assert llm.invoke(PROMPT) == first_end(TEXT, ["second"])
         assert llm.invoke(PROMPT, stop=["\n"]) == first_end(TEXT, ["\n"])
@@ -324,7 +325,7 @@ class TestInTheModel:
         assert llm.invoke("x", stop=["<|im_end|>"]) == " a b c"
         assert llm.invoke("x", stop=["<|im_end|>"], skip_special_tokens=False) == " a b<|im_start|> c"
 
-    def test_eos_token_id_of_a_call(self, scripted: QuantizedHuggingFaceLLM, tokenizer: Any) -> None:
+    def test_eos_token_id_of_a_call_ends_the_text(self, scripted: QuantizedHuggingFaceLLM, tokenizer: Any) -> None:
         ids = tokenizer(TEXT)["input_ids"]
         assert scripted.invoke(PROMPT, eos_token_id=ids[3]) == tokenizer.decode(ids[:3])
         assert scripted.invoke(PROMPT, eos_token_id=[ids[5], ids[2]]) == tokenizer.decode(ids[:2])

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import torch
 
 from langchain_quantllm import QuantizedHuggingFaceLLM
-from langchain_quantllm.engine.request import Usage, plan_requests
+from langchain_quantllm.engine.request import plan_requests
 from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.options import GenerationOptions
+from tests.support.engine import Answer
 from tests.support.families import FAST, NAMED, PLAIN, family_model, generated_ids, likeliest_ids, random_ids
 from tests.support.models import forwards, llm_of, slowly
 from tests.support.selection import QUICK_FAMILIES, slow_but
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHARED = random_ids(40, seed=7)
 
@@ -30,7 +32,7 @@ class Visit:
     after: int = 0
 
 
-# Pages have 16 tokens: prompts end before, on and behind their borders, and so do texts.
+# Blocks have 16 tokens: prompts and texts end before, on and behind their borders.
 VISITS = [
     Visit(random_ids(17), 60),
     Visit(random_ids(40), 24),
@@ -44,15 +46,6 @@ VISITS = [
 ]
 
 
-@dataclass
-class Answer:
-    """What came back for one visit."""
-
-    token_ids: list[int] = field(default_factory=list)
-    usage: Usage | None = None
-    error: BaseException | None = None
-
-
 @dataclass(frozen=True)
 class Case:
     """A model of a family, and an LLM over it."""
@@ -60,15 +53,6 @@ class Case:
     name: str
     model: Any
     llm: QuantizedHuggingFaceLLM
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Products of such sizes take longer when several cores share them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=slow_but(QUICK_FAMILIES, FAST, pytest.mark.compat))
@@ -143,7 +127,7 @@ class TestFast:
         assert complete(case.llm, prompt_ids, 64).token_ids == expected
 
     @pytest.mark.parametrize("prefix_caching", [True, False])
-    def test_rows_that_join_and_leave(self, case: Case, prefix_caching: bool) -> None:
+    def test_sequences_that_join_and_leave_get_their_tokens(self, case: Case, prefix_caching: bool) -> None:
         llm = QuantizedHuggingFaceLLM(pipeline=case.llm.pipeline, prefix_caching=prefix_caching)
         assert llm.engine_info.name == "fast", llm.engine_info.reason
         answers, count = run_visits(llm, VISITS)
@@ -153,12 +137,12 @@ class TestFast:
             assert answer.token_ids == likeliest_ids(case.model, visit.prompt_ids, answer.token_ids)
         assert count < 0.75 * sum(visit.new_tokens for visit in VISITS)  # else they ran one after another
         cached = [answer.usage.cached_tokens if answer.usage else None for answer in answers]
-        # The whole pages of what is shared, 20 and 33 tokens; the page size is no multiple of either.
+        # The full blocks of the shared 20 and 33 tokens.
         assert cached == ([0, 0, 0, 0, 0, 0, 32, 16, 32] if prefix_caching else [0] * len(VISITS))
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_these_are_fast_whatever_becomes_of_the_others(name: str) -> None:
+def test_common_families_are_fast(name: str) -> None:
     assert name in FAST
 
 

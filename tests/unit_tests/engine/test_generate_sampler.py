@@ -1,9 +1,8 @@
-"""Choosing tokens: the distribution, transformers' warpers, penalties, logprobs, and seeds."""
+"""The sampler of one request: the distribution, transformers' warpers, penalties, logprobs, and seeds."""
 
 from __future__ import annotations
 
 import random
-from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -13,24 +12,9 @@ from transformers.generation import logits_process as lp
 
 from langchain_quantllm.engine.generate_sampler import RowSampler
 from langchain_quantllm.engine.request import Request
-from langchain_quantllm.options import normalize, resolve
+from tests.support.sampling import chi_square, request_of
 
 VOCAB = 64
-
-
-def request_of(
-    seed: int = 0, sample_index: int = 0, prompt_ids: tuple[int, ...] = (1, 2, 3), **options: Any
-) -> Request:
-    resolved = resolve([normalize(options)], {})
-    return Request(
-        prompt_ids=prompt_ids,
-        max_new_tokens=100,
-        min_new_tokens=resolved.min_new_tokens,
-        options=resolved,
-        sample_index=sample_index,
-        seed=seed,
-        eos_token_ids=(0,),
-    )
 
 
 def logits_of(seed: int, scale: float = 2.0) -> torch.Tensor:
@@ -40,18 +24,6 @@ def logits_of(seed: int, scale: float = 2.0) -> torch.Tensor:
 def draw(request: Request, logits: torch.Tensor, count: int) -> list[int]:
     sampler = RowSampler(request)
     return [sampler.sample(logits.clone(), [])[0] for _ in range(count)]
-
-
-def chi_square(drawn: list[int], probabilities: torch.Tensor) -> tuple[float, int]:
-    """Give the statistic over tokens expected at least five times, the rest as one bin, and its degrees of freedom."""
-    counts, n = Counter(drawn), len(drawn)
-    expected = (probabilities.double() * n).tolist()
-    often = [i for i, e in enumerate(expected) if e >= 5]
-    bins = [(counts[i], expected[i]) for i in often]
-    rest = (n - sum(c for c, _ in bins), n - sum(e for _, e in bins))
-    if rest[1] >= 5:
-        bins.append(rest)
-    return sum((c - e) ** 2 / e for c, e in bins), len(bins) - 1
 
 
 @pytest.mark.parametrize(
@@ -79,7 +51,7 @@ def chi_square(drawn: list[int], probabilities: torch.Tensor) -> tuple[float, in
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_draws_follow_the_softmax_of_transformers_warpers(options: dict[str, Any], warpers: list[Any]) -> None:
+def test_sampled_tokens_follow_the_softmax_of_transformers_warpers(options: dict[str, Any], warpers: list[Any]) -> None:
     """Chi-square over 4000 draws; its mean is the degrees of freedom d, its deviation sqrt(2d).
 
     Five deviations: a right sampler with these fixed seeds passes for ever, and one whose
@@ -135,7 +107,7 @@ def test_warpers_stand_in_the_order_of_generate() -> None:
         assert torch.equal(mine, expected)
 
 
-def test_a_token_of_probability_zero_is_never_drawn() -> None:
+def test_a_token_of_probability_zero_is_never_sampled() -> None:
     """Even for the lowest and the highest of the random numbers."""
     logits = torch.full((VOCAB,), -torch.inf)
     logits[[5, 40]] = torch.tensor([0.0, 1.0])

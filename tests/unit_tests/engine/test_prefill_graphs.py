@@ -10,13 +10,15 @@ import torch
 from langchain_quantllm.engine.attention import TritonAttention
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.engine.kv_cache import allocate_pools
-from langchain_quantllm.engine.model_check import probe
-from langchain_quantllm.engine.model_runner import Runner
-from langchain_quantllm.engine.prefill_graphs import LENGTHS, MOST_ROWS, Run, fields, fill, length_for, size
+from langchain_quantllm.engine.model_check import inspect_model
+from langchain_quantllm.engine.model_runner import ModelRunner
+from langchain_quantllm.engine.prefill_graphs import LENGTHS, MOST_SEQUENCES, PACK_SIZE, Pack, length_for
+from langchain_quantllm.engine.scheduler import PrefillChunk
+from langchain_quantllm.engine.sequence import bare_sequence
 from langchain_quantllm.kernels import reference
 from tests.support.models import tiny_model
 
-SLOTS, PAGES = 20, 120
+SLOTS, BLOCKS = 20, 120
 
 
 class ReferenceAttention(TritonAttention):
@@ -30,69 +32,68 @@ class ReferenceAttention(TritonAttention):
         self.prefills_on_device = True
 
 
-def make_runner(family: str) -> Runner:
+def make_runner(family: str) -> ModelRunner:
     model = tiny_model(300, family)
-    found = probe(model)
-    return Runner(
+    found = inspect_model(model)
+    return ModelRunner(
         model,
-        allocate_pools(found.shapes, PAGES),
+        allocate_pools(found.shapes, BLOCKS),
         ReferenceAttention(),
         slots=SLOTS,
-        pages_per_row=16,
+        blocks_per_sequence=16,
         vocab_size=found.vocab_size,
         by_sdpa=False,
         can_capture=False,
     )
 
 
-def runs_of(*counts: int, position: int = 0) -> list[Run]:
+def chunks_of(*counts: int, position: int = 0) -> list[PrefillChunk]:
     generator = torch.Generator().manual_seed(sum(counts))
-    return [
-        Run(
-            slot=slot,
-            position=position,
-            ids=torch.randint(0, 300, (count,), generator=generator).tolist(),
-            is_last=slot % 3 != 2,
-        )
-        for slot, count in enumerate(counts)
-    ]
+    chunks = []
+    for slot, count in enumerate(counts):
+        ids = torch.randint(0, 300, (count,), generator=generator).tolist()
+        sequence = bare_sequence([0] * position + ids, 1)
+        sequence.slot = slot
+        chunks.append(PrefillChunk(sequence, position, count, slot % 3 != 2))
+    return chunks
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "mistral"])
-@pytest.mark.parametrize("counts", [(1,), (16,), (17, 3), (70, 1, 5, 64), (5,) * MOST_ROWS])
-def test_a_pack_gives_the_logits_of_its_rows(family: str, counts: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("counts", [(1,), (16,), (17, 3), (70, 1, 5, 64), (5,) * MOST_SEQUENCES])
+def test_a_padded_pack_gives_the_logits_of_its_chunks(family: str, counts: tuple[int, ...]) -> None:
     runner = make_runner(family)
     with torch.no_grad():
         for position in (0, 20):  # the second time over what the first has written
-            runs = runs_of(*counts, position=position)
-            for run in runs:
-                first = 1 + run.slot * 6
-                pages = range(first, first + -(-(position + len(run.ids)) // BLOCK_TOKENS))
-                runner._table[run.slot, : len(pages)] = torch.tensor(list(pages), dtype=torch.int32)
-            expected = runner._prefill_eagerly(runs)
-            length = length_for(runs)
+            chunks = chunks_of(*counts, position=position)
+            for chunk in chunks:
+                slot = chunk.sequence.slot
+                first = 1 + slot * 6
+                blocks = list(range(first, first + -(-(position + chunk.count) // BLOCK_TOKENS)))
+                runner._table[slot, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+            expected = runner._prefill_eagerly(chunks)
+            length = length_for(chunks)
             assert length is not None
-            pack = fields(torch.zeros(size(), dtype=torch.int32), length)
-            fill(pack, runs, runner._padding_slot)
+            pack = Pack.over(torch.zeros(PACK_SIZE, dtype=torch.int32), length)
+            pack.fill(chunks, runner._padding_slot)
             found = runner._forward_pack(pack)
-            assert found.shape[0] == MOST_ROWS
+            assert found.shape[0] == MOST_SEQUENCES
             # Products of matrices of other sizes differ in the last digits.
             torch.testing.assert_close(found[: len(expected)], expected, rtol=1e-4, atol=1e-5)
             assert all(pool.kv.isfinite().all() for pool in runner._pools)
 
 
-def test_the_memory_holds_every_length_and_keeps_what_it_reads_apart() -> None:
+def test_packs_of_every_length_fit_the_memory_without_overlap() -> None:
     for length in LENGTHS:
-        memory = torch.zeros(size(), dtype=torch.int32)
-        pack = fields(memory, length)
-        runs = runs_of(*([length // MOST_ROWS] * MOST_ROWS))
-        fill(pack, runs, SLOTS)
-        assert pack.ids.tolist() == [i for run in runs for i in run.ids]
-        assert int(pack.blocks[:, 3].sum()) == length
-        assert pack.kept.tolist()[:2] == [length // MOST_ROWS - 1, 2 * (length // MOST_ROWS) - 1]
+        memory = torch.zeros(PACK_SIZE, dtype=torch.int32)
+        pack = Pack.over(memory, length)
+        chunks = chunks_of(*([length // MOST_SEQUENCES] * MOST_SEQUENCES))
+        pack.fill(chunks, SLOTS)
+        assert pack.ids.tolist() == [i for chunk in chunks for i in chunk.ids]
+        assert int(pack.tiles[:, 3].sum()) == length
+        assert pack.kept.tolist()[:2] == [length // MOST_SEQUENCES - 1, 2 * (length // MOST_SEQUENCES) - 1]
 
 
-def test_what_is_too_long_or_too_many_has_no_graph() -> None:
-    assert length_for(runs_of(LENGTHS[-1])) == LENGTHS[-1]
-    assert length_for(runs_of(LENGTHS[-1] + 1)) is None
-    assert length_for(runs_of(*([1] * (MOST_ROWS + 1)))) is None
+def test_a_step_too_long_or_of_too_many_sequences_has_no_graph() -> None:
+    assert length_for(chunks_of(LENGTHS[-1])) == LENGTHS[-1]
+    assert length_for(chunks_of(LENGTHS[-1] + 1)) is None
+    assert length_for(chunks_of(*([1] * (MOST_SEQUENCES + 1)))) is None

@@ -1,10 +1,10 @@
-"""Drawing for many rows at once: as the plain engine's sampler does row by row, whatever else is in the batch."""
+"""The batch sampler: every sequence gets the tokens of the `generate` sampler, whatever else is in the batch."""
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,155 +23,9 @@ from langchain_quantllm.engine.sampler import (
     log_probabilities,
     needs_of,
 )
-from tests.unit_tests.engine.test_generate_sampler import chi_square, request_of
+from tests.support.sampling import COMBINATIONS, CPU, VOCAB, Batch, Only, alone, chi_square, logits_of, request_of
 
-VOCAB = 101
-"""No multiple of 32: the last word of a mask is not full."""
-CPU = torch.device("cpu")
-STEPS = 8
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Thousands of small operations take far longer where several threads share each."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def logits_of(seed: int, rows: int, vocab: int = VOCAB, scale: float = 3.0) -> torch.Tensor:
-    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * scale
-
-
-class Only:
-    """A mask that allows some tokens at random, others at every step, all of them at every fifth."""
-
-    def __init__(self, seed: int, vocab: int = VOCAB, share: float = 0.3) -> None:
-        self._random = random.Random(seed)
-        self._vocab, self._share = vocab, share
-        self._step = 0
-        self.ended = False
-        self.allowed: list[set[int]] = []
-        self.accepted: list[int] = []
-
-    def fill(self, bits: torch.Tensor) -> bool:
-        self._step += 1
-        if self._step % 5 == 0:
-            self.allowed.append(set(range(self._vocab)))
-            return False
-        allowed = {i for i in range(self._vocab) if self._random.random() < self._share}
-        allowed |= {self._vocab - 1, 31}  # the last of the vocabulary, and a word's sign bit
-        bits.zero_()
-        for i in allowed:
-            word = bits[0, i // 32].item() | (1 << i % 32)
-            bits[0, i // 32] = (word & 0xFFFFFFFF) - ((word & 0x80000000) << 1)
-        self.allowed.append(allowed)
-        return True
-
-    def accept(self, token_id: int) -> None:
-        self.accepted.append(token_id)
-
-
-class Batch:
-    """Rows that draw side by side, driven as the fast engine does it."""
-
-    def __init__(self, requests: Sequence[Request], *, slots: Sequence[int] | None = None, vocab: int = VOCAB) -> None:
-        self.requests = list(requests)
-        self.slots = list(range(len(self.requests))) if slots is None else list(slots)
-        self.vocab = vocab
-        self.sampler = BatchSampler(max(self.slots) + 1, vocab, CPU)
-        self.drawn: list[list[int]] = [[] for _ in self.requests]
-        self.masks = [None if request.mask is None else request.mask() for request in self.requests]
-        self._randoms = [random.Random(f"{r.seed}:{r.sample_index}") for r in self.requests]
-        ids = [request.prompt_ids for request in self.requests]
-        self.sampler.set(self.slots, self.requests, ids)
-
-    def step(self, logits: torch.Tensor, *, extra_need: int = 0) -> list[int]:
-        need, may_not_end = extra_need, []
-        for request, drawn in zip(self.requests, self.drawn, strict=True):
-            may_not_end.append(request.options.ignore_eos or len(drawn) < request.min_new_tokens)
-            need |= needs_of(request)
-        need |= BLOCKS * any(may_not_end)
-        uniforms = [
-            generator.random() if request.options.do_sample else 0.0
-            for generator, request in zip(self._randoms, self.requests, strict=True)
-        ]
-        bits = None
-        if need & MASKS:
-            bits = torch.full((len(self.requests), -(-self.vocab // 32)), -1, dtype=torch.int32)
-            for i, mask in enumerate(self.masks):
-                if mask is not None and not mask.fill(bits[i : i + 1]):
-                    bits[i] = -1
-        before = logits.clone()
-        drawn = self.sampler.draw(
-            logits,
-            torch.tensor(self.slots),
-            torch.tensor(uniforms, dtype=torch.float32),
-            torch.tensor(may_not_end),
-            need,
-            bits,
-        )
-        assert torch.equal(logits.nan_to_num(), before.nan_to_num())
-        assert drawn.shape == (len(self.requests),)
-        ids = drawn.tolist()
-        for row, token_id in enumerate(ids):
-            self.drawn[row].append(token_id)
-            mask = self.masks[row]
-            if mask is not None:
-                mask.accept(token_id)
-            if token_id >= 0:
-                assert self.sampler.last_ids[self.slots[row]] == token_id
-        return ids
-
-    def run(self, steps: int = STEPS, *, seed: int = 0, extra_need: int = 0) -> list[list[int]]:
-        for step in range(steps):
-            self.step(
-                torch.stack([self.logits(i, step, seed) for i in range(len(self.requests))]), extra_need=extra_need
-            )
-        return self.drawn
-
-    def logits(self, row: int, step: int, seed: int) -> torch.Tensor:
-        """Give the logits of a request, wherever in a batch it is."""
-        request = self.requests[row]
-        return logits_of(seed + 7919 * request.seed + 101 * request.sample_index + step, 1, self.vocab)[0]
-
-
-def alone(request: Request, steps: int = STEPS, *, seed: int = 0, vocab: int = VOCAB) -> list[int]:
-    """Draw a row's tokens with the plain engine's sampler, over the same logits."""
-    sampler, drawn = RowSampler(request), []
-    for step in range(steps):
-        logits = logits_of(seed + 7919 * request.seed + 101 * request.sample_index + step, 1, vocab)[0]
-        drawn.append(sampler.sample(logits, drawn)[0])
-    return drawn
-
-
-def every_combination() -> list[Request]:
-    """One request for every combination of the options, each with its own seed and prompt."""
-    axes: list[list[dict[str, Any]]] = [
-        [{}, {"temperature": 0.6}, {"temperature": 1.7}, {"temperature": 0.0}, {"do_sample": True}],
-        [{}, {"top_k": 1}, {"top_k": 7}, {"top_k": 5000}],
-        [{}, {"top_p": 0.3}, {"top_p": 0.9}],
-        [{}, {"min_p": 0.1}],
-        [{}, {"repetition_penalty": 1.4}, {"repetition_penalty": 0.7}],
-        [{}, {"min_new_tokens": 6}, {"ignore_eos": True}],
-    ]
-    requests = []
-    for i, parts in enumerate(itertools.product(*axes)):
-        options: dict[str, Any] = {}
-        for part in parts:
-            options |= part
-        if options.get("temperature") == 0.0:
-            options = {name: value for name, value in options.items() if name not in ("top_k", "top_p", "min_p")}
-        prompt = tuple(random.Random(i).choices(range(VOCAB), k=1 + i % 40))
-        request = request_of(seed=i, prompt_ids=prompt, **options)
-        ends = [(0,), (), (3, 50), tuple(range(0, 100, 9))][i % 4]
-        stops = [(), (100,)][i // 4 % 2]
-        requests.append(replace(request, eos_token_ids=ends, stop_token_ids=stops))
-    return requests
-
-
-COMBINATIONS = every_combination()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class TestAgainstThePlainSampler:
@@ -183,7 +37,7 @@ class TestAgainstThePlainSampler:
         assert [(COMBINATIONS[i], found[i]) for i in wrong[:3]] == []
 
     @pytest.mark.parametrize("size", [1, 5])
-    def test_in_small_batches_with_no_more_work_than_they_need(self, size: int) -> None:
+    def test_small_batches_need_no_more_than_their_flags(self, size: int) -> None:
         """Where no row samples, say, nothing is sorted: the flags leave out nothing that a row needs."""
         requests = random.Random(1).sample(COMBINATIONS, 60)
         for i in range(0, len(requests), size):
@@ -191,7 +45,7 @@ class TestAgainstThePlainSampler:
             assert Batch(batch).run() == [alone(request) for request in batch]
 
     @pytest.mark.parametrize("share", [0.05, pytest.param(0.5, marks=pytest.mark.slow)])
-    def test_with_masks(self, share: float) -> None:
+    def test_masks_beside_every_other_option(self, share: float) -> None:
         """Beside rows that have none, together with every other option."""
         requests = [
             replace(request, mask=None if i % 3 == 0 else lambda i=i: Only(i, share=share))
@@ -235,7 +89,7 @@ class TestAgainstThePlainSampler:
                 drawn.append(plain.sample(logits[0].float(), drawn)[0])
                 assert batch.step(logits) == drawn[-1:]
 
-    def test_the_number_of_each_token_is_the_row_s_own(self) -> None:
+    def test_random_numbers_do_not_depend_on_other_sequences(self) -> None:
         """A row that runs on after others have left draws what it would have drawn."""
         request = request_of(seed=3, temperature=1.0)
         both = Batch([request, request_of(seed=4, temperature=1.0)])
@@ -253,17 +107,17 @@ class TestIndependence:
             assert Batch(shuffled).run() == [together[requests.index(request)] for request in shuffled]
             assert Batch(requests[:1]).run() == together[:1]
 
-    def test_nor_does_work_that_only_others_need(self) -> None:
+    def test_flags_of_other_sequences_do_not_matter(self) -> None:
         every = BLOCKS | PENALIZES | MASKS | SAMPLES | SORTS
         for i in range(0, len(COMBINATIONS), 41):
             request = COMBINATIONS[i]
             assert Batch([request]).run(extra_need=every) == Batch([request]).run()
 
-    def test_slots_in_any_order(self) -> None:
+    def test_slots_may_be_in_any_order(self) -> None:
         requests = random.Random(6).sample(COMBINATIONS, 5)
         assert Batch(requests, slots=[9, 2, 7, 0, 4]).run() == Batch(requests).run()
 
-    def test_a_slot_keeps_nothing_of_the_row_before(self) -> None:
+    def test_a_slot_keeps_nothing_of_its_former_sequence(self) -> None:
         """Neither what it had seen, nor its parameters, nor its end tokens."""
         rng = random.Random(8)
         batch = Batch(rng.sample(COMBINATIONS, 4))
@@ -275,7 +129,7 @@ class TestIndependence:
             fresh.sampler = batch.sampler
             assert fresh.run() == [alone(request) for request in requests]
 
-    def test_a_row_that_was_put_back_goes_on_as_it_was(self) -> None:
+    def test_a_preempted_sequence_goes_on_as_it_was(self) -> None:
         """Set again with all its tokens so far, at another slot, it has seen them all."""
         request = request_of(seed=2, repetition_penalty=1.8, temperature=0.7)
         expected = alone(request, 20)
@@ -287,7 +141,7 @@ class TestIndependence:
             batch.step(batch.logits(0, step, 0)[None])
         assert batch.drawn[0] == expected
 
-    def test_rows_that_fill_up_a_batch_change_nothing(self) -> None:
+    def test_padding_changes_nothing(self) -> None:
         """Bucketed batches point them all at the last slot."""
         sampler = BatchSampler(2, VOCAB, CPU)
         requests = [request_of(seed=1, repetition_penalty=3.0), request_of(seed=2, top_k=4)]
@@ -295,16 +149,16 @@ class TestIndependence:
         logits = logits_of(0, 4)
         need = PENALIZES | SAMPLES | SORTS | BLOCKS
         args = (torch.tensor([0.0, 0.4, 0.9, 0.9]), torch.tensor([False, False, True, False]), need)
-        ids = sampler.draw(logits, torch.tensor([0, 1, 2, 2]), *args)
+        ids = sampler.sample(logits, torch.tensor([0, 1, 2, 2]), *args)
         other = BatchSampler(2, VOCAB, CPU)
         other.set([0, 1], requests, [(1,), (2,)])
-        expected = other.draw(logits[:2], torch.tensor([0, 1]), args[0][:2], args[1][:2], need)
+        expected = other.sample(logits[:2], torch.tensor([0, 1]), args[0][:2], args[1][:2], need)
         assert ids[:2].tolist() == expected.tolist() == sampler.last_ids[:2].tolist()
 
 
 class TestNoNumbers:
     @pytest.mark.parametrize("places", ["one", "all", "last"])
-    def test_a_row_of_nan_gives_minus_one_and_leaves_the_others_alone(self, places: str) -> None:
+    def test_nan_logits_give_minus_one_and_leave_the_others_alone(self, places: str) -> None:
         requests = [*random.Random(4).sample(COMBINATIONS, 6), request_of(seed=1), request_of(seed=2, top_p=0.8)]
         expected = Batch(requests).run(6)
         for bad in range(len(requests)):
@@ -318,7 +172,7 @@ class TestNoNumbers:
             # What is fed to the next step is a token, so that the device does not read outside of its tables.
             assert 0 <= batch.sampler.last_ids[bad] < VOCAB
 
-    def test_the_slot_can_be_used_again(self) -> None:
+    def test_a_slot_can_be_used_again_after_nan(self) -> None:
         batch = Batch([request_of(seed=1, repetition_penalty=2.0, temperature=0.9)])
         assert batch.step(torch.full((1, VOCAB), float("nan"))) == [-1]
         request = request_of(seed=5, repetition_penalty=2.0)
@@ -327,14 +181,14 @@ class TestNoNumbers:
         again.sampler = batch.sampler
         assert again.run() == [alone(request)]
 
-    def test_tokens_of_minus_infinity_are_numbers(self) -> None:
+    def test_logits_of_minus_infinity_are_no_nan(self) -> None:
         logits = torch.full((2, VOCAB), -torch.inf)
         logits[:, 40] = 1.0
         assert Batch([request_of(), request_of(temperature=1.0)]).step(logits) == [40, 40]
 
 
 class TestMasks:
-    def test_only_allowed_tokens_are_drawn(self) -> None:
+    def test_only_allowed_tokens_are_sampled(self) -> None:
         options: list[dict[str, Any]] = [{}, {"temperature": 2.0}, {"top_k": 3}, {"top_p": 0.5}, {"ignore_eos": True}]
         requests = [
             replace(request_of(seed=i, **options[i % 5]), mask=lambda i=i: Only(i, share=0.1)) for i in range(25)
@@ -346,7 +200,7 @@ class TestMasks:
             assert all(token_id in allowed for token_id, allowed in zip(drawn, mask.allowed, strict=True))
 
     @pytest.mark.parametrize("token_id", [0, 1, 30, 31, 32, 63, 64, 95, 96, 100])
-    def test_one_token_alone(self, token_id: int) -> None:
+    def test_a_mask_of_one_token_gives_it(self, token_id: int) -> None:
         """Each bit is the right one, the sign bit of a word and the last of the vocabulary, too."""
         bits = torch.zeros(1, 4, dtype=torch.int32)
         bits[0, token_id // 32] = -(2**31) if token_id % 32 == 31 else 1 << token_id % 32
@@ -356,16 +210,16 @@ class TestMasks:
             sampler.set([0], [request], [(1,)])
             need = MASKS | needs_of(request)
             args = (torch.tensor([0]), torch.tensor([0.99]), torch.tensor([False]), need, bits)
-            assert sampler.draw(logits_of(3, 1), *args).tolist() == [token_id]
+            assert sampler.sample(logits_of(3, 1), *args).tolist() == [token_id]
 
     def test_bits_beyond_the_vocabulary_are_ignored(self) -> None:
         batch = Batch([request_of(), request_of(temperature=1.0)])
         args = (torch.tensor([0, 1]), torch.tensor([0.0, 0.999]), torch.tensor([False, False]))
         for bits in (torch.full((2, 4), -1, dtype=torch.int32), None):
-            ids = batch.sampler.draw(logits_of(1, 2), *args, MASKS | SAMPLES, bits)
+            ids = batch.sampler.sample(logits_of(1, 2), *args, MASKS | SAMPLES, bits)
             assert ids.max() < VOCAB
 
-    def test_a_mask_counts_before_top_k(self) -> None:
+    def test_a_mask_is_applied_before_top_k(self) -> None:
         """Else nothing might be left: the likeliest tokens are taken from those allowed."""
         logits = torch.arange(VOCAB, dtype=torch.float32)[None]
         bits = torch.tensor([[0b1110, 0, 0, 0]], dtype=torch.int32)
@@ -374,7 +228,7 @@ class TestMasks:
         sampler.set([0], [request], [(1,)])
         found = {
             int(
-                sampler.draw(
+                sampler.sample(
                     logits, torch.tensor([0]), torch.tensor([u]), torch.tensor([False]), MASKS | SAMPLES | SORTS, bits
                 )
             )
@@ -393,21 +247,21 @@ class TestEndTokens:
             logits[:, token_id] = 50.0 - i
         slots = torch.arange(len(requests))
         uniforms = torch.full((len(requests),), 0.5)
-        return sampler.draw(logits, slots, uniforms, torch.tensor(may_not_end), BLOCKS | SAMPLES).tolist()
+        return sampler.sample(logits, slots, uniforms, torch.tensor(may_not_end), BLOCKS | SAMPLES).tolist()
 
-    def test_blocked_where_the_row_may_not_end(self) -> None:
+    def test_end_tokens_are_blocked_if_the_sequence_may_not_end(self) -> None:
         request = replace(request_of(), eos_token_ids=(7,), stop_token_ids=(9,))
         assert self.draw([request] * 2, [True, False], [7, 9, 20]) == [20, 7]
 
-    def test_rows_of_different_counts(self) -> None:
+    def test_sequences_may_have_different_numbers_of_end_tokens(self) -> None:
         requests = [
             replace(request_of(), eos_token_ids=ends, stop_token_ids=stops)
             for ends, stops in (((5,), ()), ((5, 6), ()), ((), (7,)), ((5, 6), (7, 8)))
         ]
         assert self.draw(requests, [True] * 4, [5, 6, 7, 8, 20]) == [6, 7, 5, 20]
 
-    def test_more_than_there_was_room_for(self) -> None:
-        """Rows that were set before keep theirs; graphs are told that a tensor was replaced."""
+    def test_more_end_tokens_than_there_was_room_for(self) -> None:
+        """Earlier sequences keep theirs; `version` tells graphs that a tensor was replaced."""
         sampler = BatchSampler(3, VOCAB, CPU)
         few = replace(request_of(), eos_token_ids=(5, 6))
         many = replace(request_of(), eos_token_ids=tuple(range(10, 30)))
@@ -424,19 +278,19 @@ class TestEndTokens:
         slots, uniforms = torch.tensor([0, 1, 2]), torch.zeros(3)
         logits[2, 5:10] = -1.0
         everyone = torch.tensor([True] * 3)
-        # Token 0 is nobody's end, whatever fills the places that a row does not need.
-        assert sampler.draw(logits, slots, uniforms, everyone, BLOCKS).tolist() == [0, 0, 0]
+        # Token 0 is no end token, whatever fills the unused places.
+        assert sampler.sample(logits, slots, uniforms, everyone, BLOCKS).tolist() == [0, 0, 0]
         logits[:, 0] = -1.0
-        assert sampler.draw(logits, slots, uniforms, everyone, BLOCKS).tolist() == [7, 7, 30]
-        assert sampler.draw(logits, slots, uniforms, torch.tensor([False] * 3), BLOCKS).tolist() == [5, 5, 10]
+        assert sampler.sample(logits, slots, uniforms, everyone, BLOCKS).tolist() == [7, 7, 30]
+        assert sampler.sample(logits, slots, uniforms, torch.tensor([False] * 3), BLOCKS).tolist() == [5, 5, 10]
 
     @pytest.mark.parametrize("options", [{"ignore_eos": True}, {"min_new_tokens": 5}], ids=str)
-    def test_a_row_without_end_tokens_has_nothing_to_block(self, options: dict[str, Any]) -> None:
+    def test_without_end_tokens_nothing_is_blocked(self, options: dict[str, Any]) -> None:
         """Not even token 0."""
         request = replace(request_of(**options), eos_token_ids=())
         assert self.draw([request], [True], [0, 1]) == [0]
 
-    def test_nor_has_one_beside_rows_that_have(self) -> None:
+    def test_without_end_tokens_nothing_is_blocked_beside_sequences_that_have_some(self) -> None:
         requests = [replace(request_of(), eos_token_ids=()), replace(request_of(), eos_token_ids=(0,))]
         assert self.draw(requests, [True, True], [0, 1]) == [0, 1]
 
@@ -447,7 +301,7 @@ class TestDistribution:
         [{"do_sample": True}, {"temperature": 0.6}, {"top_k": 12}, {"top_p": 0.8}, {"min_p": 0.1}],
         ids=str,
     )
-    def test_draws_follow_the_softmax(self, options: dict[str, Any]) -> None:
+    def test_sampled_tokens_follow_the_softmax(self, options: dict[str, Any]) -> None:
         """Chi-square over 4000 draws; five deviations of it, as in `test_sampler`."""
         logits = logits_of(1, 1, scale=2.0)
         scores = logits / options.get("temperature", 1.0)
@@ -478,13 +332,13 @@ class TestDistribution:
         generator = random.Random(11)
         uniforms = torch.tensor([generator.random() for _ in range(count)])
         slots, ends = torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.bool)
-        drawn = sampler.draw(logits.expand(count, -1), slots, uniforms, ends, needs_of(request))
+        drawn = sampler.sample(logits.expand(count, -1), slots, uniforms, ends, needs_of(request))
         assert [int(i) for i in drawn] == [
-            int(sampler.draw(logits, slots[:1], u[None], ends[:1], needs_of(request))) for u in uniforms[:50]
+            int(sampler.sample(logits, slots[:1], u[None], ends[:1], needs_of(request))) for u in uniforms[:50]
         ] + drawn[50:].tolist()
         return [int(i) for i in drawn]
 
-    def test_a_token_of_probability_zero_is_never_drawn(self) -> None:
+    def test_a_token_of_probability_zero_is_never_sampled(self) -> None:
         """Even for the lowest and the highest number in float32, at either end of the vocabulary."""
         logits = torch.full((1, VOCAB), -torch.inf)
         logits[0, [5, 40]] = torch.tensor([0.0, 1.0])
@@ -494,7 +348,7 @@ class TestDistribution:
         for value, token in ((0.0, 5), (0.2689, 5), (0.269, 40), (1 - 2**-24, 40)):
             args = (torch.tensor([0]), torch.tensor([value]), torch.tensor([False]))
             for need in (SAMPLES, SAMPLES | SORTS):
-                assert sampler.draw(logits, *args, need).tolist() == [token]
+                assert sampler.sample(logits, *args, need).tolist() == [token]
 
     def test_tokens_that_tie_with_the_last_kept_are_all_kept(self) -> None:
         """So that which ones are kept does not depend on how a device sorts."""
@@ -518,7 +372,7 @@ class TestDistribution:
         count = 20_000
         uniforms = (torch.arange(count) + 0.5) / count
         slots, ends = torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.bool)
-        drawn = sampler.draw(logits.expand(count, -1), slots, uniforms, ends, SAMPLES)
+        drawn = sampler.sample(logits.expand(count, -1), slots, uniforms, ends, SAMPLES)
         assert drawn.tolist() == sorted(drawn.tolist())
         shares = torch.bincount(drawn.long(), minlength=10) / count
         # Each token's two borders are off by one number at most.
@@ -526,7 +380,7 @@ class TestDistribution:
 
 
 class TestLogProbabilities:
-    def test_against_log_softmax(self) -> None:
+    def test_log_probabilities_are_those_of_log_softmax(self) -> None:
         logits, ids = logits_of(1, 6), torch.tensor([0, 5, 100, -1, 31, 32], dtype=torch.int32)
         expected = logits.log_softmax(-1)
         chosen, best_ids, best = log_probabilities(logits, ids, 4)
@@ -537,20 +391,20 @@ class TestLogProbabilities:
         assert torch.equal(best, expected.topk(4, -1).values)
         assert torch.equal(best_ids, expected.topk(4, -1).indices)
 
-    def test_of_none_and_of_more_than_there_are(self) -> None:
+    def test_no_alternatives_and_more_than_there_are_tokens(self) -> None:
         logits, ids = logits_of(1, 2), torch.tensor([3, 4])
         chosen, best_ids, _ = log_probabilities(logits, ids, 0)
         assert best_ids.shape == (2, 0)
         assert torch.equal(chosen, logits.log_softmax(-1)[[0, 1], ids])
         assert log_probabilities(logits, ids, 5000)[1].shape == (2, VOCAB)
 
-    def test_in_float32_whatever_the_logits_are(self) -> None:
+    def test_log_probabilities_are_in_float32(self) -> None:
         logits = logits_of(1, 3).to(torch.bfloat16)
         chosen, _, best = log_probabilities(logits, torch.tensor([1, 2, 3]), 2)
         assert chosen.dtype == best.dtype == torch.float32
         assert torch.equal(chosen, logits.float().log_softmax(-1)[[0, 1, 2], [1, 2, 3]])
 
-    def test_a_row_of_nan_leaves_the_others_alone(self) -> None:
+    def test_log_probabilities_of_nan_logits_leave_the_others_alone(self) -> None:
         logits = logits_of(1, 3)
         expected = logits.log_softmax(-1)
         logits[1] = float("nan")
@@ -560,7 +414,7 @@ class TestLogProbabilities:
         assert torch.equal(best[[0, 2]], expected[[0, 2]].topk(2, -1).values)
 
 
-def test_needs_are_those_of_the_options() -> None:
+def test_needs_follow_from_the_options() -> None:
     def needs(**options: Any) -> int:
         return needs_of(request_of(**options))
 

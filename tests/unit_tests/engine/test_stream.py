@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from langchain_quantllm.engine.detokenizer import Row
-from langchain_quantllm.engine.request import Chunk, ChunkStream, Request
+from langchain_quantllm.engine.detokenizer import Completion
+from langchain_quantllm.engine.request import Chunk, Request
+from langchain_quantllm.engine.stream import ChunkStream
 from langchain_quantllm.engine.worker import Worker
 from langchain_quantllm.errors import GenerationError, GenerationTimeoutError
 from langchain_quantllm.options import GenerationOptions
@@ -38,7 +39,7 @@ def later(seconds: float, call: Any, *args: Any) -> threading.Thread:
 
 
 class TestChunkStream:
-    def test_ends_after_the_last_row_s_last_chunk(self) -> None:
+    def test_a_stream_ends_after_the_last_request_s_last_chunk(self) -> None:
         stream = ChunkStream(2)
         for a, b in zip(chunks(3, row=0), chunks(3, row=1), strict=True):
             stream.put(a)
@@ -146,7 +147,7 @@ class TestChunkStream:
             list(stream)
         assert stream.cancelled
 
-    def test_what_was_done_in_time_is_not_timed_out_by_a_slow_reader(self) -> None:
+    def test_a_slow_reader_does_not_time_out_a_text_made_in_time(self) -> None:
         stream = ChunkStream(1, timeout_s=0.05)
         stream.put(chunks(1)[0])
         time.sleep(0.1)  # longer than its timeout
@@ -166,7 +167,7 @@ class TestChunkStream:
         with pytest.raises(asyncio.CancelledError):
             await task
         assert stream.cancelled
-        stream.put(chunks(1)[0])  # the engine's last chunk finds nobody, and that is no error
+        stream.put(chunks(1)[0])  # the engine's last chunk without a reader is no error
 
     def test_a_loop_closed_over_its_reader_cancels(self) -> None:
         stream = ChunkStream(1)
@@ -178,7 +179,7 @@ class TestChunkStream:
         assert stream.cancelled
 
 
-def row_of(index: int = 0) -> Row:
+def completion_of(stream: ChunkStream, index: int = 0) -> Completion:
     request = Request(
         prompt_ids=(1,),
         max_new_tokens=4,
@@ -188,7 +189,7 @@ def row_of(index: int = 0) -> Row:
         seed=0,
         eos_token_ids=(),
     )
-    return Row(request, index, lambda ids: "x" * len(ids))
+    return Completion(request, lambda ids: "x" * len(ids), stream, index=index)
 
 
 class Echo:
@@ -202,36 +203,36 @@ class Echo:
         self.error: Exception | None = None
         self.worker = Worker(self.run)
 
-    def run(self, waiting: deque[tuple[Row, ChunkStream]]) -> None:
+    def run(self, waiting: deque[Completion]) -> None:
         self.threads.add(threading.current_thread().name)
         self.batches.append(len(waiting))
         self.hold.wait(5)
         if self.error is not None:
             raise self.error
         while waiting:
-            row, stream = waiting.popleft()
-            if not stream.cancelled:
-                stream.put(row.finish("stop"))
+            completion = waiting.popleft()
+            if not completion.stream.cancelled:
+                completion.stream.put(completion.finish("stop"))
 
     def submit(self, rows: int = 1) -> ChunkStream:
         stream = ChunkStream(rows)
-        self.worker.submit([row_of(i) for i in range(rows)], stream)
+        self.worker.submit([completion_of(stream, i) for i in range(rows)])
         return stream
 
 
 class TestWorker:
-    def test_no_thread_before_the_first_row_and_its_name(self) -> None:
+    def test_the_thread_starts_with_the_first_request(self) -> None:
         engine = Echo()
         assert engine.worker._thread is None
         list(engine.submit())
         assert engine.threads == {"quantllm-engine"}
 
-    def test_rows_of_one_submission_run_together(self) -> None:
+    def test_requests_of_one_submission_run_together(self) -> None:
         engine = Echo()
         assert len(list(engine.submit(7))) == 7
         assert engine.batches == [7]
 
-    def test_rows_that_come_close_together_from_threads_run_together(self) -> None:
+    def test_requests_that_come_close_together_from_threads_run_together(self) -> None:
         engine = Echo()
         barrier = threading.Barrier(6)
 
@@ -260,7 +261,7 @@ class TestWorker:
         thread.join(1)
         assert not thread.is_alive()
 
-    def test_closing_fails_what_waits_and_ends_the_thread(self) -> None:
+    def test_closing_fails_all_requests_and_ends_the_thread(self) -> None:
         engine = Echo()
         engine.hold.clear()
         running = engine.submit()
@@ -307,6 +308,6 @@ class TestWorker:
         engine = Echo()
         engine.error = RuntimeError("cable cut")
         stream = Watched(1)
-        engine.worker.submit([row_of()], stream)
+        engine.worker.submit([completion_of(stream)])
         wait_until(lambda: errors)
         assert "cable cut" in str(errors[0])

@@ -19,9 +19,8 @@ import torch
 from langchain_quantllm.engine.fusion.sampling import find_sampling_kernel, samples_alike
 from langchain_quantllm.engine.sampler import MASKS, SAMPLES, SORTS, BatchSampler, needs_of
 from tests.support.interpreter import report_cases
+from tests.support.sampling import COMBINATIONS, VOCAB, Batch, Only, logits_of, request_of
 from tests.support.selection import covering, slow_but
-from tests.unit_tests.engine.test_generate_sampler import request_of
-from tests.unit_tests.engine.test_sampler import COMBINATIONS, VOCAB, Batch, Only, logits_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROWS = 600 if DEVICE.type == "cuda" else 40
@@ -40,10 +39,10 @@ class OnDevice:
     def last_ids(self) -> torch.Tensor:
         return self._sampler.last_ids.cpu()
 
-    def draw(self, *given: Any) -> torch.Tensor:
+    def sample(self, *given: Any) -> torch.Tensor:
         logits, slots, uniforms, may_not_end, need, *mask = given
         moved = [one.to(DEVICE) for one in (logits, slots.int(), uniforms, may_not_end.int())]  # as in a step
-        return self._sampler.draw(*moved, need, *(one if one is None else one.to(DEVICE) for one in mask)).cpu()
+        return self._sampler.sample(*moved, need, *(one if one is None else one.to(DEVICE) for one in mask)).cpu()
 
 
 def drawn_by_kernel(requests: list[Any], steps: int, *, vocab: int = VOCAB, extra_need: int = 0) -> list[list[int]]:
@@ -120,7 +119,7 @@ def check_flat(scales: Sequence[float] = (0.01, 3.0, 6.0, 40.0), uniforms: Seque
                 found = []
                 for sampler in pair:
                     sampler.set([0], [request], [(1,)])
-                    found.append(int(sampler.draw(*given)))
+                    found.append(int(sampler.sample(*given)))
                 assert found[0] == found[1], (scale, chosen, uniform, found)
 
 
@@ -139,7 +138,7 @@ def check_few_allowed() -> None:
             found = []
             for one in (sampler, other):
                 one.set([0], [request], [(1,)])
-                found.append(int(one.draw(*given, bits)))
+                found.append(int(one.sample(*given, bits)))
             assert found[0] == found[1]
             assert found[0] in allowed
 
@@ -162,7 +161,7 @@ def check_dtypes(steps: int = 10) -> None:
             for step in range(steps):
                 given = (logits_of(step, 1).to(dtype), torch.tensor([0]), torch.tensor([0.1 * step]))
                 given = (*given, torch.tensor([False]), needs_of(request))  # type: ignore[assignment]
-                assert torch.equal(one.draw(*given), other.draw(*given))
+                assert torch.equal(one.sample(*given), other.sample(*given))
 
 
 def check_no_numbers() -> None:
@@ -177,10 +176,10 @@ def check_no_numbers() -> None:
     bits[2] = 0
     need = needs_of(requests[0]) | MASKS
     given = (logits, torch.arange(4), torch.full((4,), 0.5), torch.zeros(4, dtype=torch.bool), need, bits)
-    ids = sampler.draw(*given)
+    ids = sampler.sample(*given)
     assert ids[1] == -1
     assert ids[2] == -2
-    assert torch.equal(ids, other.draw(*given))
+    assert torch.equal(ids, other.sample(*given))
     assert ((sampler.last_ids >= 0) & (sampler.last_ids < VOCAB)).all()
 
 
@@ -192,10 +191,12 @@ def check_infinite() -> None:
     logits = torch.full((1, VOCAB), -torch.inf)
     logits[0, [5, 40]] = torch.tensor([0.0, 1.0])
     for need in (SAMPLES, SAMPLES | SORTS):
-        found = {int(sampler.draw(logits, *(torch.tensor([v]) for v in (0, u, False)), need)) for u in (0.0, 0.5, 0.99)}
+        found = {
+            int(sampler.sample(logits, *(torch.tensor([v]) for v in (0, u, False)), need)) for u in (0.0, 0.5, 0.99)
+        }
         assert found <= {5, 40}
     logits[0, 7] = torch.inf
-    assert int(sampler.draw(logits, *(torch.tensor([v]) for v in (0, 0.7, False)), SAMPLES)) == 7
+    assert int(sampler.sample(logits, *(torch.tensor([v]) for v in (0, 0.7, False)), SAMPLES)) == 7
 
 
 def check_shares(count: int = 400) -> None:
@@ -205,7 +206,7 @@ def check_shares(count: int = 400) -> None:
     sampler.set([0], [request_of(do_sample=True)], [(1,)])
     uniforms = (torch.arange(count) + 0.5) / count
     slots, ends = torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.bool)
-    drawn = sampler.draw(logits.expand(count, -1), slots, uniforms, ends, SAMPLES)
+    drawn = sampler.sample(logits.expand(count, -1), slots, uniforms, ends, SAMPLES)
     assert drawn.tolist() == sorted(drawn.tolist())
     shares = torch.bincount(drawn.long(), minlength=10) / count
     assert torch.allclose(shares, logits.softmax(-1)[0], atol=2 / count)

@@ -411,7 +411,7 @@ class TestProcess:
 
             for work in ((llm.invoke, "The sky is"), (llm.batch, ["a", "b", "c"] * 8)):
                 threading.Thread(target=call, args=work, daemon=True).start()
-            wait_until(lambda: len(llm._engine()._jobs) == 26 and seen.count > 3)
+            wait_until(lambda: len(llm._engine()._scheduler.sequences) == 26 and seen.count > 3)
             print(json.dumps({"leaving": time.time(), "forwards": seen.count}), flush=True)
         """
         done, ended = run_script(body, smollm2)

@@ -1,0 +1,224 @@
+"""The parts that the continuous engine runs a model with, and their rebuilding when the model has changed."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from langchain_quantllm.compat.transformers_attention import attention_name
+from langchain_quantllm.engine.adapter_switch import AdapterSwitch, changed_by_hand
+from langchain_quantllm.engine.attention import Attention, GatherAttention, LayerPool, TritonAttention
+from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
+from langchain_quantllm.engine.cuda_graphs import no_graph_reason
+from langchain_quantllm.engine.fusion.fuse import Fusion
+from langchain_quantllm.engine.kv_cache import allocate_pools, count_blocks
+from langchain_quantllm.engine.lora import LoraStack
+from langchain_quantllm.engine.model_check import (
+    ModelProbe,
+    fingerprint,
+    inspect_model,
+    unsupported_reason,
+    verify_engine,
+)
+from langchain_quantllm.engine.model_runner import ModelRunner
+from langchain_quantllm.engine.request import EngineInfo, ModelLimits
+from langchain_quantllm.errors import NotEnoughMemoryError, UnsupportedError
+from langchain_quantllm.memory import release_heap
+
+_log = logging.getLogger(__name__)
+
+SLOTS_GPU, SLOTS_CPU = 128, 32
+"""Most sequences at once."""
+
+_FEWEST_BLOCKS = 64  # a pool of default size is not halved below this
+_TRIED_BLOCKS = 64  # several programs of the attention kernel share a sequence of so many
+
+
+class EngineParts:
+    """A model with its KV pools, attention, adapters, fused steps and runner.
+
+    Attributes:
+        limits: The limits of the model's requests.
+        probe: The facts of the model's first forward.
+        pools: The KV pool of each layer.
+        runner: Runs the model.
+        adapters: The adapters that sequences choose from; None if the model runs as it is.
+        adapter_names: Their names; None likewise.
+        slots: Most sequences at once.
+        is_gpu: Whether the model lies on a GPU.
+        refusal: Why no sequence can run with the model as it is now; None if they can.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        limits: ModelLimits,
+        *,
+        cache_budget: float | int | None,
+        switch: AdapterSwitch | None,
+        fusion: Fusion | None,
+        no_fusion_reason: str | None,
+    ) -> None:
+        """Allocate the parts, and check that they give the model's own logits; see `ContinuousEngine`."""
+        if (reason := unsupported_reason(model)) is not None:
+            raise UnsupportedError(reason)
+        self._model = model
+        self._switch = switch
+        self._fusion = fusion
+        self._notes = [] if no_fusion_reason is None else [f"no fused steps: {no_fusion_reason}"]
+        self.limits = limits
+        self.pools: list[LayerPool] = []
+        self.refusal: str | None = None
+        self.adapters: LoraStack | None = None
+        self.adapter_names = None if switch is None else switch.names
+        self.is_gpu = model.get_input_embeddings().weight.device.type != "cpu"
+        self.slots = SLOTS_GPU if self.is_gpu else SLOTS_CPU
+        try:
+            if switch is not None:
+                self.adapters = LoraStack(model, switch.names)
+            self.probe: ModelProbe = inspect_model(model)
+            self.runner = self._make_runner(self._choose_attention(), cache_budget)
+            release_heap()  # the first forward repacks weights on some CPUs, which takes four times their size
+        except torch.OutOfMemoryError as error:
+            self.close()
+            msg = "the device has no memory left for the engine; free some, or load the model in fewer bits."
+            raise NotEnoughMemoryError(msg) from error
+        except BaseException:
+            self.close()
+            raise
+        self._fingerprint = self._current_fingerprint()
+
+    def close(self) -> None:
+        """Take the adapters' forwards off the model, and release it and the KV pools; the limits stay readable."""
+        if self.adapters is not None:
+            self.adapters.close()
+        self.pools, self.adapters = [], None
+        self._model = self._switch = self._fusion = None
+        vars(self).pop("runner", None)
+
+    @property
+    def info(self) -> EngineInfo:
+        """The engine's name, and which of its features cannot be used."""
+        token_bytes = sum(shape.token_bytes for shape in self.probe.shapes)
+        notes = list(self._notes)
+        if self.runner.no_graph_reason:
+            notes.append(f"decode steps are no CUDA graphs: {self.runner.no_graph_reason}")
+        kinds = () if self._fusion is None else self._fusion.summary
+        fused = {kind.kind: kind.fused for kind in kinds}
+        if self.runner.sampler.has_kernel:
+            fused["drawing"] = 1
+        left = [kind for kind in kinds if kind.left and not kind.fused]
+        notes += [f"no {kind.kind} steps are fused: {max(kind.left, key=kind.left.__getitem__)}" for kind in left]
+        cache_tokens = self.limits.cache_tokens or 0
+        return EngineInfo(
+            name="fast",
+            reason="; ".join(["one running batch over KV cache blocks", *notes]),
+            graphs=self.runner.captures,
+            kv_cache_tokens=cache_tokens,
+            kv_cache_bytes=(cache_tokens + BLOCK_TOKENS) * token_bytes,
+            fused=fused,
+        )
+
+    # Building.
+
+    def _choose_attention(self) -> Attention:
+        shapes = self.probe.shapes
+        devices = {shape.device for shape in shapes}
+        if any(device.type != "cuda" for device in devices):
+            return GatherAttention()
+        if any(max(shape.key_dim, shape.value_dim) > 256 for shape in shapes):
+            self._notes.append("attention by gathering blocks: heads are larger than 256")
+            return GatherAttention()
+        try:
+            from langchain_quantllm.kernels import attention as attention_kernels
+
+            attention = TritonAttention(attention_kernels, sorted(devices, key=str))
+            attention.try_out(allocate_pools(shapes[:1], _TRIED_BLOCKS)[0])
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # not installed, or without a compiler
+            self._notes.append(f"attention by gathering blocks: Triton cannot be used ({error!r})")
+            return GatherAttention()
+        return attention
+
+    def _make_runner(self, attention: Attention, budget: float | int | None) -> ModelRunner:
+        """Allocate the pools and make a verified runner; with half the pool if memory is short."""
+        shapes = self.probe.shapes
+        blocks = count_blocks(shapes, budget, sequences=self.slots, context=self.limits.context_tokens)
+        while True:
+            self.limits = replace(self.limits, cache_tokens=(blocks - 1) * BLOCK_TOKENS)
+            try:
+                self.pools = allocate_pools(shapes, blocks)
+                return self._verified_runner(attention)
+            except (NotEnoughMemoryError, torch.OutOfMemoryError):
+                # Memory that is measured as free may be in pieces, or not for this process.
+                if budget is not None or blocks < _FEWEST_BLOCKS:
+                    raise
+            self.pools = []
+            torch.cuda.empty_cache()
+            blocks //= 2
+
+    def _verified_runner(self, attention: Attention) -> ModelRunner:
+        """Make the runner that gives the model's own logits: by registered attention, or by catching PyTorch's."""
+        can_capture = isinstance(attention, TritonAttention)
+        context = self.limits.context_tokens
+        cached = (self.limits.cache_tokens or 0) // BLOCK_TOKENS
+        blocks_per_sequence = cached if context is None else min(cached, -(-context // BLOCK_TOKENS))
+        failure: UnsupportedError | None = None
+        for by_sdpa in (False, True):
+            if by_sdpa and attention_name(self._model.config) != "sdpa":
+                break
+            runner = ModelRunner(
+                self._model,
+                self.pools,
+                attention,
+                slots=self.slots,
+                blocks_per_sequence=max(2, blocks_per_sequence),
+                vocab_size=self.probe.vocab_size,
+                by_sdpa=by_sdpa,
+                can_capture=can_capture,
+                no_graph_reason=self._no_graph_reason() if can_capture else None,
+                adapters=self.adapters,
+                fusion=self._fusion,
+            )
+            try:
+                verify_engine(runner, self._model, self.probe, self._switch, self._fusion)
+            except UnsupportedError as error:
+                failure = failure or error
+                continue
+            return runner
+        raise failure or UnsupportedError("its attention cannot be reached")
+
+    def _no_graph_reason(self) -> str | None:
+        return no_graph_reason(self._model, frozenset() if self._fusion is None else self._fusion.replaced_ids)
+
+    # Changes.
+
+    def _current_fingerprint(self) -> int:
+        return fingerprint(self._model, names_adapters=self.adapters is not None)
+
+    def model_changed(self) -> bool:
+        """Whether the model's modules, weights, adapters or hooks have changed since they were last looked at."""
+        return self._current_fingerprint() != self._fingerprint
+
+    def rebuild(self) -> None:
+        """Find fused steps, graphs and adapters of the changed model; sets `refusal` if its adapters cannot run."""
+        if self._fusion is not None:
+            try:
+                self._fusion.build()
+                release_heap()
+            except Exception as error:  # memory, say: the model runs without them
+                _log.warning("fused steps could not be found anew: %r", error)
+        self.runner.model_changed(self._no_graph_reason() if self.runner.can_capture else None)
+        if self.adapters is not None:
+            self.refusal = changed_by_hand("they could not be taken anew")  # should memory run out here, say
+            try:
+                self.adapters.build()
+                self.refusal = None
+            except UnsupportedError as error:
+                self.refusal = changed_by_hand(str(error))
+        # Last, so that all is done again after a failure; fusing may have moved weights, too.
+        self._fingerprint = self._current_fingerprint()

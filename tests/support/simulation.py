@@ -1,0 +1,351 @@
+"""A simulated device for the scheduler, without a model: checks after every step that the plan makes sense.
+
+The value that the device stores for a token depends on all tokens before it, as keys and values do. So a block that is
+shared wrongly, or read before it is written, shows in the values that are read.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import abc
+from dataclasses import dataclass, field
+
+from langchain_quantllm.engine.block_manager import BLOCK_TOKENS, BlockManager
+from langchain_quantllm.engine.scheduler import Decode, Prefill, PrefillChunk, Scheduler
+from langchain_quantllm.engine.sequence import Sequence, bare_sequence
+
+VOCAB = 50
+
+
+class Device:
+    """The memory of the blocks: at each place a number for the token there and all before it."""
+
+    def __init__(self, blocks: int) -> None:
+        self.memory: list[list[int | None]] = [[None] * BLOCK_TOKENS for _ in range(blocks)]
+
+    def write(self, blocks: abc.Sequence[int], position: int, value: int) -> None:
+        self.memory[blocks[position // BLOCK_TOKENS]][position % BLOCK_TOKENS] = value
+
+    def holds(self, blocks: abc.Sequence[int], values: abc.Sequence[int]) -> bool:
+        """Whether a sequence with these blocks reads these values."""
+        for i in range(0, len(values), BLOCK_TOKENS):
+            expected = list(values[i : i + BLOCK_TOKENS])
+            if self.memory[blocks[i // BLOCK_TOKENS]][: len(expected)] != expected:
+                return False
+        return True
+
+
+@dataclass(eq=False)
+class Simulated:
+    """A sequence, and the device's view of it."""
+
+    number: int
+    state: Sequence
+    start: int
+    """Stands for the prefix id: sequences of different ones have different values for the same tokens."""
+    salt: int
+    """Sequences of one salt get the same token after the same tokens."""
+    ends_after: int
+    ids: list[int] = field(default_factory=list)
+    """All tokens, pending ones included."""
+    values: list[int] = field(default_factory=list)
+    computed: int = 0
+    """The next position, as far as the device has run."""
+    prompt_tokens_run: int = 0
+    was_preempted: bool = False
+    has_begun: bool = False
+    is_gone: bool = False
+    was_cancelled: bool = False
+
+    def extend(self, token_id: int) -> None:
+        self.ids.append(token_id)
+        self.values.append(hash((self.values[-1] if self.values else self.start, token_id)))
+
+    def next_id(self) -> int:
+        return hash((self.salt, self.values[-1])) % VOCAB
+
+
+class Simulation:
+    """The engine's loop over a simulated device, with checks after every step."""
+
+    def __init__(
+        self,
+        *,
+        blocks: int = 40,
+        slots: int = 8,
+        prefill_tokens: int = 64,
+        prefill_tokens_beside: int = 24,
+        is_late: bool = False,
+    ) -> None:
+        self.blocks = BlockManager(blocks)
+        self.scheduler = Scheduler(
+            self.blocks, slots=slots, prefill_tokens=prefill_tokens, prefill_tokens_beside=prefill_tokens_beside
+        )
+        self.slots = slots
+        self.device = Device(blocks)
+        self.is_late = is_late
+        self.rows: dict[Sequence, Simulated] = {}
+        self.all: list[Simulated] = []
+        self.steps: list[Prefill | Decode | None] = []
+        self.on_way: list[Simulated] = []
+        self.most_running = 0
+
+    def add(
+        self,
+        prompt_ids: abc.Sequence[int],
+        max_new_tokens: int,
+        *,
+        prefix_id: int | None = None,
+        max_rows: int | None = None,
+        salt: int = 0,
+        ends_after: int | None = None,
+    ) -> Simulated:
+        state = bare_sequence(prompt_ids, max_new_tokens, prefix_id=prefix_id, max_rows=max_rows)
+        number = len(self.all)
+        start = hash((0, number) if prefix_id is None else (1, prefix_id))
+        row = Simulated(number, state, start, salt, max_new_tokens if ends_after is None else ends_after)
+        for token_id in prompt_ids:
+            row.extend(token_id)
+        self.rows[state] = row
+        self.all.append(row)
+        self.scheduler.add(state)
+        return row
+
+    def drop(self, row: Simulated, *, cancels: bool = False) -> None:
+        row.is_gone, row.was_cancelled = True, cancels
+        del self.rows[row.state]
+        self.scheduler.remove(row.state)
+        assert row.state.blocks == []
+
+    def finish(self, most_steps: int = 20_000) -> None:
+        while self.step():
+            assert len(self.steps) < most_steps, "a sequence starves"
+        assert not self.scheduler.sequences, "sequences are left that cannot run"
+        assert not self.rows
+        assert self.blocks.held == 0
+        assert self.blocks.available == self.blocks.total - 1
+
+    # One turn of the engine's loop.
+
+    def step(self) -> bool:
+        before = self._snapshot()
+        preempted = self.scheduler.preempted
+        plan = self.scheduler.plan()
+        self._note_preempted()
+        self._check_plan(plan, before, self.scheduler.preempted - preempted)
+        self.steps.append(plan)
+        if plan is None and not self.on_way:
+            return False
+        drawing = [] if plan is None else self._run(plan)
+        self.check()
+        if self.is_late:
+            self._deliver(self.on_way)
+            self.on_way = drawing
+        else:
+            self._deliver(drawing)
+        self.check()
+        return True
+
+    def _run(self, plan: Prefill | Decode) -> list[Simulated]:
+        if isinstance(plan, Decode):
+            assert plan.sequences
+            assert len(set(plan.sequences)) == len(plan.sequences)
+            drawing = [self.rows[state] for state in plan.sequences]
+            for row, position in zip(drawing, plan.positions, strict=True):
+                assert position == len(row.ids) - 1 == row.computed
+                self._compute(row, position, 1)
+        else:
+            drawing = []
+            for chunk in plan.chunks:
+                row = self.rows[chunk.sequence]
+                self._run_chunk(row, chunk)
+                if chunk.is_last:
+                    drawing.append(row)
+            for chunk in plan.chunks:  # one forward has written all of it before any of it is read
+                row = self.rows[chunk.sequence]
+                assert self.device.holds(chunk.sequence.blocks, row.values[: chunk.start + chunk.count])
+        for row in drawing:
+            row.extend(row.next_id())
+            assert len(row.ids) - row.state.prompt_tokens == row.state.sampled <= row.state.max_new_tokens
+        return drawing
+
+    def _run_chunk(self, row: Simulated, chunk: PrefillChunk) -> None:
+        state = row.state
+        assert chunk.count >= 1
+        assert state.ids == row.ids  # nothing is on its way
+        if chunk.start != row.computed:  # the tokens between were found in shared blocks
+            assert chunk.start > row.computed
+            assert chunk.start % BLOCK_TOKENS == row.computed % BLOCK_TOKENS == 0
+            assert state.prefix_id is not None
+            if not row.has_begun:
+                assert state.cached_tokens == chunk.start
+        row.has_begun = True
+        assert chunk.is_last == (chunk.start + chunk.count == len(row.ids))
+        if state.sampled - chunk.is_last == 0:
+            row.prompt_tokens_run += chunk.count
+        row.computed = chunk.start
+        self._compute(row, chunk.start, chunk.count)
+        cached = state.cached_tokens
+        assert cached is not None
+        assert 0 <= cached < state.prompt_tokens
+        assert cached % BLOCK_TOKENS == 0
+        if chunk.is_last and not row.was_preempted:
+            assert cached + row.prompt_tokens_run == state.prompt_tokens
+
+    def _compute(self, row: Simulated, start: int, count: int) -> None:
+        blocks = row.state.blocks
+        assert (start + count - 1) // BLOCK_TOKENS < len(blocks), "a position outside of the sequence's blocks"
+        assert self.device.holds(blocks, row.values[:start]), "the values read are not its own prefix"
+        for position in range(start, start + count):
+            self.device.write(blocks, position, row.values[position])
+        row.computed = start + count
+
+    def _deliver(self, drawn: abc.Sequence[Simulated]) -> None:
+        for row in drawn:
+            if row.is_gone:
+                continue
+            self.scheduler.push(row.state, row.ids[len(row.state.ids)])
+            if len(row.state.ids) - row.state.prompt_tokens >= row.ends_after:
+                self.drop(row)
+
+    # What must hold.
+
+    def _snapshot(self) -> tuple[list[Sequence], list[Sequence], list[Sequence], bool]:
+        running = list(self.scheduler.running)
+        decoding = [row for row in running if row.decodes and not row.is_complete]
+        prefilling = [row for row in running if not row.decodes]
+        return running, decoding, prefilling, self._next_could_join()
+
+    def _next_could_join(self) -> bool:
+        """Whether the first waiting sequence fits in, even if it shares nothing."""
+        scheduler = self.scheduler
+        if not scheduler.waiting:
+            return False
+        row, running = scheduler.waiting[0], scheduler.running
+        return (
+            row.is_known
+            and len(running) < min([self.slots, *(r.max_rows for r in (*running, row) if r.max_rows is not None)])
+            and len(row.ids) // BLOCK_TOKENS + 1 + len(running) <= self.blocks.available
+        )
+
+    def _note_preempted(self) -> None:
+        for state in self.scheduler.waiting:
+            row = self.rows[state]
+            if row.has_begun:
+                row.was_preempted = True
+                row.computed = 0
+                assert (state.blocks, state.slot, state.written, state.decodes) == ([], -1, 0, False)
+
+    def _check_plan(
+        self,
+        plan: Prefill | Decode | None,
+        before: tuple[list[Sequence], list[Sequence], list[Sequence], bool],
+        preempted: int,
+    ) -> None:
+        running, decoding, prefilling, could_join = before
+        scheduler = self.scheduler
+        just_prefilled = bool(self.steps) and isinstance(self.steps[-1], Prefill)
+        if plan is None:
+            assert not preempted or self.on_way
+            assert preempted or not (decoding or prefilling or could_join)
+        elif isinstance(plan, Decode):
+            # All that can decode do, but for those that were preempted for older ones.
+            assert [row for row in decoding if row.slot >= 0] == plan.sequences
+            assert len(decoding) - len(plan.sequences) <= preempted
+            if not just_prefilled:
+                assert not prefilling or preempted
+                assert not could_join
+        else:
+            assert not (just_prefilled and decoding), "decoding waits for a second prefill"
+            budget = scheduler.prefill_tokens_beside if decoding else scheduler.prefill_tokens
+            spent = sum(chunk.count for chunk in plan.chunks)
+            assert 0 < spent <= budget
+            numbers = [self.rows[chunk.sequence].number for chunk in plan.chunks]
+            assert numbers == sorted(set(numbers))
+            # An older prompt is run to its end before a younger one begins.
+            assert all(chunk.is_last for chunk in plan.chunks[:-1])
+            if prefilling and prefilling[0].slot >= 0:
+                assert plan.chunks[0].sequence is prefilling[0]
+            if not plan.chunks[-1].is_last:
+                assert spent == budget
+        if not preempted:
+            assert scheduler.running[: len(running)] == running
+
+    def check(self) -> None:
+        scheduler, blocks = self.scheduler, self.blocks
+        running = list(scheduler.running)
+        # First come, first served: running sequences came before waiting ones, and none is lost.
+        order = [self.rows[state].number for state in (*running, *scheduler.waiting)]
+        assert order == sorted(self.rows[state].number for state in self.rows)
+        assert len(running) <= self.slots
+        self.most_running = max(self.most_running, len(running))
+        slots = [state.slot for state in running]
+        assert len(set(slots)) == len(slots)
+        assert all(0 <= slot < self.slots for slot in slots)
+        assert all(len(running) <= state.max_rows for state in running if state.max_rows is not None)
+        holders: dict[int, list[tuple[Simulated, int]]] = {}
+        for state in running:
+            assert len(state.blocks) * BLOCK_TOKENS >= state.written
+            assert len(set(state.blocks)) == len(state.blocks)
+            for i, block in enumerate(state.blocks):
+                holders.setdefault(block, []).append((self.rows[state], i))
+        for state in scheduler.waiting:
+            assert (state.blocks, state.slot) == ([], -1)
+        assert 0 not in holders
+        assert all(0 < block < blocks.total and blocks.is_held(block) for block in holders)
+        assert blocks.held == len(holders)
+        assert blocks.held + blocks.available == blocks.total - 1
+        for held in holders.values():
+            if len(held) > 1:
+                # The last value of a block stands for all tokens up to its end.
+                assert len({(i, row.values[(i + 1) * BLOCK_TOKENS - 1]) for row, i in held}) == 1
+                assert all(row.state.written >= (i + 1) * BLOCK_TOKENS for row, i in held)
+                assert len({row.state.prefix_id for row, _ in held}) == 1
+                assert held[0][0].state.prefix_id is not None
+
+
+def ids_of(seed: int, count: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(VOCAB) for _ in range(count)]
+
+
+def expected_ids(row: Simulated) -> list[int]:
+    """Compute the tokens of a sequence that runs alone."""
+    alone = Simulated(row.number, row.state, row.start, row.salt, row.ends_after)
+    for token_id in row.ids[: row.state.prompt_tokens]:
+        alone.extend(token_id)
+    for _ in range(row.ends_after):
+        alone.extend(alone.next_id())
+    return alone.ids
+
+
+def random_simulation(seed: int, *, is_late: bool, is_tight: bool) -> Simulation:
+    """Make a scenario: sequences that come over time, some with common prefixes; with few blocks if tight."""
+    rng = random.Random(seed)
+    longest = rng.choice([20, 60, 150])
+    row_blocks = -(-(2 * longest) // BLOCK_TOKENS)
+    simulation = Simulation(
+        # A tight cache holds the longest possible sequence, and little more.
+        blocks=1 + row_blocks + (rng.randrange(3) if is_tight else rng.randrange(4, 40)),
+        slots=rng.choice([1, 2, 3, 8, 32]) if not is_tight else rng.choice([2, 4, 16]),
+        prefill_tokens=rng.choice([5, 16, 40, 128]),
+        prefill_tokens_beside=rng.choice([1, 7, 16, 32]),
+        is_late=is_late,
+    )
+    prefix_ids = [None, simulation.blocks.new_prefix_id(), simulation.blocks.new_prefix_id()]
+    beginnings = [ids_of(seed * 10 + i, longest) for i in range(3)]
+    for number in range(rng.randrange(1, 16)):
+        ids = rng.choice(beginnings)[: rng.randrange(longest)] + ids_of(seed * 1000 + number, rng.randrange(1, 12))
+        ids = ids[:longest]
+        max_new_tokens = rng.randrange(1, longest)
+        simulation.add(
+            ids,
+            max_new_tokens,
+            prefix_id=rng.choice(prefix_ids),
+            max_rows=rng.choice([None] * 30 + [1, 2, 5]),
+            salt=rng.choice([0, 0, number]),
+            ends_after=rng.choice([max_new_tokens, max_new_tokens, rng.randrange(1, max_new_tokens + 1)]),
+        )
+        for _ in range(rng.choice([0, 0, 0, 1, 10])):
+            simulation.step()
+    return simulation

@@ -1,0 +1,233 @@
+"""The fast engine's KV cache: shared prefixes, little memory, preemption."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from langchain_quantllm import QuantizedHuggingFaceLLM
+from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
+from langchain_quantllm.engine.kv_cache import LayerShape, allocate_pools, resident_bytes
+from langchain_quantllm.errors import InvalidOptionError, NotEnoughMemoryError, PromptTooLongError
+from tests.support.engine import (
+    ONE_SEQUENCE,
+    AllowOnly,
+    Background,
+    MakeLLM,
+    ask,
+    cached_tokens,
+    ids_after,
+    ids_of,
+    on_pipeline,
+    plan,
+)
+from tests.support.families import likeliest_ids
+from tests.support.models import forwards, slowly, wait_until
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class TestPrefixes:
+    @pytest.mark.compat
+    def test_the_next_turn_of_a_chat_shares_the_turns_before(self, make_tiny: MakeLLM) -> None:
+        llm = make_tiny()
+        first = ids_of(21)
+        answer = ids_after(llm, first, max_new_tokens=30)
+        second = [*first, *answer, *ids_of(9, seed=1)]
+        # The keys of the answer's last token were never computed: 50 tokens, three full blocks.
+        assert cached_tokens(llm, second, max_new_tokens=20) == [48]
+        found = ids_after(llm, second, max_new_tokens=20)
+        assert found == likeliest_ids(llm.pipeline.model, second, found)
+        third = [*second, *found, *ids_of(40, seed=2)]
+        assert cached_tokens(llm, third) == [(len(second) + 19) // BLOCK_TOKENS * BLOCK_TOKENS]
+        found = ids_after(llm, third)
+        assert found == likeliest_ids(llm.pipeline.model, third, found)
+
+    def test_the_last_token_of_a_prompt_is_never_taken_from_the_cache(self, make_tiny: MakeLLM) -> None:
+        llm = make_tiny()
+        for count, expected in ((32, 16), (33, 32), (16, 0), (17, 16)):
+            before = ids_after(llm, ids_of(count))
+            assert cached_tokens(llm, ids_of(count)) == [expected]
+            assert ids_after(llm, ids_of(count)) == before
+
+    def test_cached_tokens_are_counted_in_the_usage(self, make_tiny: MakeLLM) -> None:
+        llm = make_tiny()
+        prompt = "All happy families are alike; each unhappy family is unhappy in its own way. " * 3
+        tokens = llm.get_num_tokens(prompt)
+        whole = (tokens - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+        for expected in (0, whole):
+            result = llm.generate([prompt])
+            usage = result.generations[0][0].generation_info["usage_metadata"]
+            assert usage["input_token_details"] == {"cache_read": expected}
+            assert usage["input_tokens"] == tokens
+            assert result.llm_output["token_usage"]["cached_tokens"] == expected
+
+    def test_without_prefix_caching_nothing_is_shared(self, make_tiny: MakeLLM) -> None:
+        llm = make_tiny(prefix_caching=False)
+        sharing = QuantizedHuggingFaceLLM(pipeline=llm.pipeline)
+        for _ in range(2):
+            assert cached_tokens(llm, ids_of(40)) == [0]
+        assert cached_tokens(sharing, ids_of(40)) == [0]  # it left nothing for others
+        assert cached_tokens(sharing, ids_of(40)) == [32]
+        assert cached_tokens(llm, ids_of(40)) == [0]
+
+    def test_samples_of_one_call_share_their_prompt_without_prefix_caching(self, make_tiny: MakeLLM) -> None:
+        llm = make_tiny(prefix_caching=False)
+        options: dict[str, Any] = {"n": 3, "do_sample": True, "top_k": 30, "seed": 1, "max_new_tokens": 20}
+        llm._engine()
+        with forwards(llm) as seen:
+            assert cached_tokens(llm, ids_of(40), **options) == [0, 32, 32]
+        assert seen.shapes[0] == (1, 40 + 8 + 8)
+        assert cached_tokens(llm, ids_of(40), **options) == [0, 32, 32]  # not the other call's
+        found = [a.token_ids for a in ask(llm, plan(llm, ids_of(40), **options))]
+        assert found == [a.token_ids for a in ask(on_pipeline(llm), plan(on_pipeline(llm), ids_of(40), **options))]
+
+    def test_prompts_of_one_batch_share_their_prefix(self, make_tiny: MakeLLM) -> None:
+        llm = make_tiny()
+        prompts = [[*ids_of(33), *ids_of(4 + i, seed=i)] for i in range(4)]
+        answers = ask(llm, [plan(llm, prompt)[0] for prompt in prompts])
+        assert [a.usage.cached_tokens for a in answers if a.usage] == [0, 32, 32, 32]
+        for prompt, answer in zip(prompts, answers, strict=True):
+            assert answer.token_ids == likeliest_ids(llm.pipeline.model, prompt, answer.token_ids)
+
+
+class TestKVCacheMemory:
+    def test_sequences_that_do_not_fit_together_are_preempted_and_get_the_same_tokens(
+        self, tiny: QuantizedHuggingFaceLLM, make_tiny: MakeLLM
+    ) -> None:
+        llm = make_tiny(kv_cache_memory=ONE_SEQUENCE)
+        assert llm.engine_info.kv_cache_tokens == 6 * BLOCK_TOKENS
+        requests = [
+            *plan(tiny, ids_of(20), max_new_tokens=70),
+            *plan(tiny, ids_of(17), max_new_tokens=60, do_sample=True, top_k=30, seed=1, n=2),
+            *plan(tiny, ids_of(16), max_new_tokens=75, repetition_penalty=1.2, logprobs=1),
+            *plan(tiny, ids_of(40), max_new_tokens=56),
+            *plan(tiny, ids_of(1), max_new_tokens=95, min_new_tokens=20, eos_token_id=(5,)),
+            *plan(tiny, ids_of(5), max_new_tokens=30, mask=lambda: AllowOnly(AllowOnly.IDS)),
+        ]
+        found = ask(llm, requests)
+        expected = ask(tiny, requests)
+        assert llm._engine()._scheduler.preempted > 0
+        assert tiny._engine()._scheduler.preempted == 0
+        assert [a.token_ids for a in found] == [a.token_ids for a in expected]
+        assert [entry.token_id for entry in found[3].logprobs] == found[3].token_ids
+        assert [a.finish_reason for a in found] == [a.finish_reason for a in expected]
+        assert all(a.usage and a.usage.completion_tokens == len(a.token_ids) for a in found)
+        wait_until(lambda: llm._engine()._blocks.held == 0)
+
+    @pytest.mark.parametrize("prefix_caching", [True, False])
+    def test_many_requests_in_little_memory_get_the_same_tokens(
+        self, tiny: QuantizedHuggingFaceLLM, make_tiny: MakeLLM, prefix_caching: bool
+    ) -> None:
+        llm = make_tiny(kv_cache_memory=3 * ONE_SEQUENCE, prefix_caching=prefix_caching)
+        requests = [
+            plan(llm, [*ids_of(33), *ids_of(1 + i, seed=i)][i % 3 * 16 :], max_new_tokens=10 + 3 * i % 40)[0]
+            for i in range(25)
+        ]
+        expected = ask(tiny, [replace(request, shares_prefix=False) for request in requests])
+        for _ in range(2):
+            assert [a.token_ids for a in ask(llm, requests)] == [a.token_ids for a in expected]
+        wait_until(lambda: llm._engine()._blocks.held == 0)
+
+    def test_a_request_longer_than_the_cache_is_an_error_at_once(self, make_tiny: MakeLLM) -> None:
+        llm = make_tiny(kv_cache_memory=ONE_SEQUENCE)
+        expected = ids_after(llm, ids_of(10), max_new_tokens=50)
+        with (
+            forwards(llm, slowly(0.003)) as seen,
+            Background(lambda: ids_after(llm, ids_of(10), max_new_tokens=50)) as other,
+        ):
+            seen.wait_for(3)
+            with pytest.raises(PromptTooLongError, match="kv_cache_memory"):
+                llm.invoke("word " * 120)
+            request = replace(plan(llm, ids_of(40))[0], max_new_tokens=57)
+            with pytest.raises(PromptTooLongError, match="kv_cache_memory"):
+                llm._engine().submit([request])
+        assert other.result == expected
+        assert len(ids_after(llm, ids_of(40), max_new_tokens=56)) == 56  # fits exactly
+
+    def test_the_cache_stays_within_its_budget(self, make_tiny: MakeLLM) -> None:
+        info = make_tiny(kv_cache_memory="1MiB").engine_info
+        assert info.kv_cache_bytes is not None
+        assert info.kv_cache_bytes <= 2**20
+
+    @pytest.mark.parametrize("value", [0, -1, 1, 1.5, 0.0, -0.5, float("nan"), "lots", "", "4 apples", True])
+    def test_invalid_values_of_kv_cache_memory_are_errors(self, tiny: QuantizedHuggingFaceLLM, value: Any) -> None:
+        with pytest.raises(InvalidOptionError, match="kv_cache_memory"):
+            QuantizedHuggingFaceLLM(pipeline=tiny.pipeline, kv_cache_memory=value)
+
+    def test_too_little_memory_for_a_short_text_is_an_error(self, make_tiny: MakeLLM) -> None:
+        with pytest.raises(NotEnoughMemoryError, match="kv_cache_memory"):
+            make_tiny(kv_cache_memory=1000).invoke("Sea")
+
+    def test_the_memory_report_counts_the_cache(self, make_tiny: MakeLLM) -> None:
+        llm = make_tiny()
+        assert llm.memory_report().kv_cache_bytes is None
+        ids_after(llm, ids_of(40), max_new_tokens=20)
+        report = llm.memory_report()
+        assert report.kv_cache_bytes == 64 * 512  # 59 tokens in four blocks
+        assert "KV cache" in str(report)
+        if sys.platform == "linux":
+            assert report.kv_cache_bytes <= report.kv_resident_bytes
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell what is resident")
+    def test_memory_becomes_resident_as_it_is_written(self) -> None:
+        cpu = torch.device("cpu")
+        shape = LayerShape(kv_heads=2, key_dim=64, value_dim=64, dtype=torch.bfloat16, device=cpu)
+        freed = [torch.ones(8 * 2**20, dtype=torch.uint8) for _ in range(16)]  # goes to the heap once one was freed
+        kept = [torch.ones(1) for _ in range(4)]
+        del freed
+        pools = allocate_pools([shape] * 4, 2048)  # 16 MiB each
+        assert resident_bytes(pools) == 0
+        pools[1].kv[7] = 1
+        assert pools[1].kv[7].nbytes <= resident_bytes(pools) <= 4 * 2**20  # memory pages have 2 MiB at most
+        assert not pools[1].kv[8].any()
+        assert len(kept) == 4
+
+
+class TestShortMemory:
+    """The device's own error, raised where a real one would be: in a forward over too many tokens."""
+
+    @pytest.mark.parametrize("most", [100, 17])
+    def test_a_prefill_that_runs_out_of_memory_goes_on_in_smaller_steps(self, make_tiny: MakeLLM, most: int) -> None:
+        llm = make_tiny(prefix_caching=False)
+        requests = [plan(llm, ids_of(count), max_new_tokens=9)[0] for count in (300, 5, 16, 150)]
+        expected = [answer.token_ids for answer in ask(llm, requests)]
+
+        def check(module: Any, args: Any, kwargs: Any) -> None:
+            if kwargs["input_ids"].shape[1] > most:
+                msg = "no room for so many tokens"
+                raise torch.OutOfMemoryError(msg)
+
+        handle = llm.pipeline.model.register_forward_pre_hook(check, with_kwargs=True)
+        try:
+            assert [answer.token_ids for answer in ask(llm, requests)] == expected
+        finally:
+            handle.remove()
+        engine: Any = llm._engine()
+        assert engine._scheduler.prefill_tokens <= most
+        assert engine._blocks.held == 0
+
+    def test_running_out_of_memory_fails_the_running_requests_with_advice(self, make_tiny: MakeLLM) -> None:
+        llm = make_tiny()
+        expected = llm.invoke("Sea")
+
+        def check(module: Any, args: Any, kwargs: Any) -> None:
+            msg = "no room at all"
+            raise torch.OutOfMemoryError(msg)
+
+        handle = llm.pipeline.model.register_forward_pre_hook(check, with_kwargs=True)
+        try:
+            with pytest.raises(NotEnoughMemoryError, match="kv_cache_memory"):
+                llm.invoke("Sea")
+        finally:
+            handle.remove()
+        assert llm.invoke("Sea") == expected
+
+    def test_max_new_tokens_beyond_the_cache_is_an_error(self, make_tiny: MakeLLM) -> None:
+        llm = make_tiny(kv_cache_memory=ONE_SEQUENCE)
+        with pytest.raises(PromptTooLongError, match="max_new_tokens=500 .* kv_cache_memory"):
+            llm.invoke("Sea", max_new_tokens=500)
