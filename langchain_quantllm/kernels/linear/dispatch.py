@@ -40,6 +40,8 @@ _MOST_GROUPED = 3
 """Most weights of one launch: query, key and value."""
 
 _MOST_TILE_ROWS = 64
+_TWO_PROGRAMS = {"maxnreg": 128}
+"""Registers of a thread with which two programs of 8 warps run on a multiprocessor; a few more would leave one."""
 _FOLDED = 1024
 """Sums that one program adds up over the splits."""
 
@@ -154,6 +156,8 @@ def _multiply(
             "chunk": _chunk(first.in_features, first.group_size, per_word, config.words),
         }
         kernel = packed_vector_kernel if is_vector else packed_tile_kernel
+        if not is_vector and config.warps == 8 and first.bits == 4:
+            constants |= _TWO_PROGRAMS if x.device.type == "cuda" and torch.version.hip is None else {}
     else:
         per_word = 8 if isinstance(first, FourBitWeight) else 4
         if isinstance(first, FourBitWeight):
