@@ -22,8 +22,8 @@ from typing_extensions import Self
 
 from langchain_quantllm.base import Plan, QuantizedModel, langchain_errors, run_together, setting
 from langchain_quantllm.compat.transformers_pipelines import flat_options, with_options
-from langchain_quantllm.engine.request import Chunk
 from langchain_quantllm.engine.result import Answers, completion_info
+from langchain_quantllm.engine.stream import Chunk
 from langchain_quantllm.errors import InvalidOptionError, MissingPackageError, pip_install
 
 _call_options: ContextVar[Mapping[str, Any] | None] = ContextVar("quantllm_call_options", default=None)

@@ -17,8 +17,9 @@ from langchain_core.messages.tool import ToolCallChunk, invalid_tool_call, tool_
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 
 from langchain_quantllm.chat.tool_calls import Piece
-from langchain_quantllm.engine.request import Chunk, Request
+from langchain_quantllm.engine.request import Request
 from langchain_quantllm.engine.result import Answer, Answers, completion_info
+from langchain_quantllm.engine.stream import Chunk
 
 _ID_LETTERS = string.ascii_letters + string.digits
 _COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")

@@ -6,7 +6,7 @@ Attention is chosen for a device when the engine is made. How a model's attentio
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -300,3 +300,78 @@ class TritonAttention:
             for at in range(0, span.count, size)
         ]
         return torch.tensor(tiles, dtype=torch.int32)
+
+
+class PagedForward:
+    """The attention of all layers in one forward of the engine."""
+
+    def __init__(
+        self,
+        attention: Attention,
+        pools: Sequence[LayerPool] | Mapping[int, LayerPool],
+        batch: Batch,
+        *,
+        by_sdpa: bool,
+    ) -> None:
+        """Attend with the tokens of a batch.
+
+        Args:
+            attention: Reads and writes the pools.
+            pools: The KV pool of each layer.
+            batch: The tokens.
+            by_sdpa: Whether the model calls PyTorch's attention itself, where the call is intercepted.
+        """
+        self._attention = attention
+        self._pools = pools
+        self._batch = batch
+        self.by_sdpa = by_sdpa
+        self._layer = -1
+        self.windows: dict[int, int] = {}
+        """Window of each layer that has attended, 0 for none; used to check the model."""
+
+    def write(self, key: torch.Tensor, value: torch.Tensor, layer: int) -> torch.Tensor:
+        """Store a layer's new keys and values; returns the keys."""
+        self._layer = layer
+        self._attention.write(self._pools[layer], key, value, self._batch)
+        return key
+
+    def rotate_and_write(
+        self,
+        kernels: Any,
+        states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        layer: int,
+        *,
+        layout: int,
+        rounds: bool,
+    ) -> torch.Tensor:
+        """Rotate queries and keys, and store keys and values; returns the rotated queries.
+
+        Args:
+            kernels: `kernels.norms` or `kernels.reference`.
+            states: Queries, keys and values, each of shape `(1, heads of its own, tokens, dim)`, on the device of the
+                batch.
+            cos_sin: Cosines and sines of shape `(1, tokens, rotary_dim)`.
+            layer: The layer, which is the one that attends next.
+            layout: See `kernels.reference.rotate_and_write`.
+            rounds: See `kernels.reference.rotate_and_write`.
+        """
+        self._layer = layer
+        batch = self._batch
+        at = (self._pools[layer].kv, batch.table, batch.slots, batch.positions)
+        query: torch.Tensor = kernels.rotate_and_write(*states, *cos_sin, *at, layout=layout, rounds=rounds)
+        return query
+
+    def attend(
+        self, query: torch.Tensor, scale: float | None, window: int | None = None, softcap: float | None = None
+    ) -> torch.Tensor:
+        """Attend in the layer that was written last; returns `(1, tokens, heads, value_dim)`."""
+        self.windows[self._layer] = window or 0
+        return self._attention.attend(
+            self._pools[self._layer],
+            query,
+            self._batch,
+            scale=query.shape[-1] ** -0.5 if scale is None else scale,
+            window=window or 0,
+            softcap=softcap or 0.0,
+        )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,84 +25,9 @@ from langchain_quantllm.compat.transformers_attention import (
     register,
     set_attention_name,
 )
-from langchain_quantllm.engine.attention import Attention, Batch, LayerPool
+from langchain_quantllm.engine.attention import PagedForward
 from langchain_quantllm.engine.forward_context import ForwardContext, current_context, forward_context
 from langchain_quantllm.errors import UnsupportedError
-
-
-class PagedForward:
-    """The attention of all layers in one forward of the engine."""
-
-    def __init__(
-        self,
-        attention: Attention,
-        pools: Sequence[LayerPool] | Mapping[int, LayerPool],
-        batch: Batch,
-        *,
-        by_sdpa: bool,
-    ) -> None:
-        """Attend with the tokens of a batch.
-
-        Args:
-            attention: Reads and writes the pools.
-            pools: The KV pool of each layer.
-            batch: The tokens.
-            by_sdpa: Whether the model calls PyTorch's attention itself, where the call is intercepted.
-        """
-        self._attention = attention
-        self._pools = pools
-        self._batch = batch
-        self._by_sdpa = by_sdpa
-        self._layer = -1
-        self.windows: dict[int, int] = {}
-        """Window of each layer that has attended, 0 for none; used to check the model."""
-
-    def write(self, key: torch.Tensor, value: torch.Tensor, layer: int) -> torch.Tensor:
-        """Store a layer's new keys and values; returns the keys that the model goes on with."""
-        self._layer = layer
-        self._attention.write(self._pools[layer], key, value, self._batch)
-        return key.as_subclass(_InterceptedKey) if self._by_sdpa else key
-
-    def rotate_and_write(
-        self,
-        kernels: Any,
-        states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        cos_sin: tuple[torch.Tensor, torch.Tensor],
-        layer: int,
-        *,
-        layout: int,
-        rounds: bool,
-    ) -> torch.Tensor:
-        """Rotate queries and keys, and store keys and values; returns the rotated queries.
-
-        Args:
-            kernels: `kernels.norms` or `kernels.reference`.
-            states: Queries, keys and values, each of shape `(1, heads of its own, tokens, dim)`, on the device of the
-                batch.
-            cos_sin: Cosines and sines of shape `(1, tokens, rotary_dim)`.
-            layer: The layer, which is the one that attends next.
-            layout: See `kernels.reference.rotate_and_write`.
-            rounds: See `kernels.reference.rotate_and_write`.
-        """
-        self._layer = layer
-        batch = self._batch
-        at = (self._pools[layer].kv, batch.table, batch.slots, batch.positions)
-        query: torch.Tensor = kernels.rotate_and_write(*states, *cos_sin, *at, layout=layout, rounds=rounds)
-        return query
-
-    def attend(
-        self, query: torch.Tensor, scale: float | None, window: int | None = None, softcap: float | None = None
-    ) -> torch.Tensor:
-        """Attend in the layer that was written last; returns `(1, tokens, heads, value_dim)`."""
-        self.windows[self._layer] = window or 0
-        return self._attention.attend(
-            self._pools[self._layer],
-            query,
-            self._batch,
-            scale=query.shape[-1] ** -0.5 if scale is None else scale,
-            window=window or 0,
-            softcap=softcap or 0.0,
-        )
 
 
 def _current_attention() -> PagedForward | None:
@@ -122,6 +47,15 @@ class _InterceptedKey(torch.Tensor):  # type: ignore[misc]  # torch is not follo
             return func(*args, **(kwargs or {}))
 
 
+def _intercepted(attention: PagedForward) -> Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]:
+    """Write as `attention` does, and let the model go on with keys whose attention is intercepted."""
+
+    def write(key: torch.Tensor, value: torch.Tensor, layer: int) -> torch.Tensor:
+        return attention.write(key, value, layer).as_subclass(_InterceptedKey)
+
+    return write
+
+
 @contextlib.contextmanager
 def paged_attention(context: ForwardContext, configs: Sequence[Any]) -> Iterator[WritingCache]:
     """Enter a context and let the model attend over its blocks in this thread; yields the cache to call it with.
@@ -132,12 +66,13 @@ def paged_attention(context: ForwardContext, configs: Sequence[Any]) -> Iterator
         context: The forward to run, with its `attention`.
         configs: Configs that the model's attention modules read; none if PyTorch's attention is intercepted.
     """
-    assert context.attention is not None
+    attention = context.attention
+    assert attention is not None
     for config in configs:
         _borrow(config)
     try:
         with forward_context(context):
-            yield WritingCache(context.attention.write)
+            yield WritingCache(_intercepted(attention) if attention.by_sdpa else attention.write)
     finally:
         for config in configs:
             _give_back(config)

@@ -21,12 +21,12 @@ from langchain_quantllm.engine.generate import NAN_LOGITS, limits_of
 from langchain_quantllm.engine.kv_cache import resident_bytes
 from langchain_quantllm.engine.lora import NO_ADAPTER
 from langchain_quantllm.engine.model_runner import PendingForward
-from langchain_quantllm.engine.request import EngineInfo, Request, TokenLogprob, check_request
+from langchain_quantllm.engine.request import EngineInfo, Request, check_request
 from langchain_quantllm.engine.sampler import NOTHING_ALLOWED, PendingTokens
 from langchain_quantllm.engine.scheduler import Decode, Prefill, PrefillChunk, Scheduler, split_chunks
 from langchain_quantllm.engine.sequence import SamplingInput, Sequence
 from langchain_quantllm.engine.step_timing import time_step
-from langchain_quantllm.engine.stream import ChunkStream, fail_streams
+from langchain_quantllm.engine.stream import ChunkStream, TokenLogprob, fail_streams
 from langchain_quantllm.engine.worker import UNLOADED, Worker
 from langchain_quantllm.errors import GenerationError, NotEnoughMemoryError
 from langchain_quantllm.memory import check_cache_budget

@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from langchain_quantllm.engine.request import Chunk, Request, TokenLogprob, Usage
+from langchain_quantllm.engine.request import Request
 from langchain_quantllm.engine.stop_strings import StopMatcher
-from langchain_quantllm.engine.stream import ChunkStream
+from langchain_quantllm.engine.stream import Chunk, ChunkStream, TokenLogprob, Usage
 
 Decode = Callable[[list[int]], str]
 """Turns token ids into text, as a tokenizer's `decode` does."""

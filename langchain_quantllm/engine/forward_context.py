@@ -8,17 +8,29 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 
-if TYPE_CHECKING:
-    from langchain_quantllm.engine.attention_interface import PagedForward
-    from langchain_quantllm.engine.fusion.patterns import Step
-    from langchain_quantllm.engine.fusion.recorded_call import Call
-    from langchain_quantllm.engine.lora import AdapterChoice
+from langchain_quantllm.engine.adapter_choice import AdapterChoice
+from langchain_quantllm.engine.attention import PagedForward
+
+
+class Step(Protocol):
+    """A fused computation that replaces a module's `forward`."""
+
+    def run(
+        self,
+        module: Any,
+        forward: Callable[..., Any],
+        context: ForwardContext,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Compute the output of the module's own `forward`, or call it for arguments that the step does not take."""
+        ...
 
 
 class PrecomputedOutputs:
@@ -52,7 +64,7 @@ class ForwardContext:
         attention: Attention over the blocks of the KV cache; None for the model's own attention.
         steps: Fused steps by the ids of the modules that they replace.
         adapters: The adapter of each token; None for peft's own choice.
-        calls: Takes the first call of each patched module, by the module's id; None to record no calls.
+        record: Called with each patched module that has no step, its arguments, keyword arguments and output.
         normed: Outputs of norms whose kernel also computed their input.
         projected: Outputs of linear layers that were multiplied together with another one.
     """
@@ -60,7 +72,7 @@ class ForwardContext:
     attention: PagedForward | None = None
     steps: Mapping[int, Step] = field(default_factory=dict)
     adapters: AdapterChoice | None = None
-    calls: dict[int, Call] | None = None
+    record: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None] | None = None
     normed: PrecomputedOutputs = field(default_factory=PrecomputedOutputs)
     projected: PrecomputedOutputs = field(default_factory=PrecomputedOutputs)
 

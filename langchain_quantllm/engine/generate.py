@@ -23,8 +23,8 @@ from transformers import (
 from langchain_quantllm.engine.adapter_switch import AdapterSwitch
 from langchain_quantllm.engine.detokenizer import Completion, begin_completions
 from langchain_quantllm.engine.generate_sampler import RowSampler
-from langchain_quantllm.engine.request import Chunk, EngineInfo, ModelLimits, Request, TokenLogprob
-from langchain_quantllm.engine.stream import ChunkStream, fail_streams
+from langchain_quantllm.engine.request import EngineInfo, ModelLimits, Request
+from langchain_quantllm.engine.stream import Chunk, ChunkStream, TokenLogprob, fail_streams
 from langchain_quantllm.engine.worker import UNLOADED, Worker
 from langchain_quantllm.errors import GenerationError, NotEnoughMemoryError
 from langchain_quantllm.memory import release_heap

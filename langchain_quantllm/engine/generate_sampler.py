@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from langchain_quantllm.engine.request import Request, TokenLogprob
+from langchain_quantllm.engine.request import Request
+from langchain_quantllm.engine.stream import TokenLogprob
 
 if TYPE_CHECKING:
     import torch

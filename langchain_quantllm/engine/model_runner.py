@@ -16,14 +16,15 @@ import torch
 
 from langchain_quantllm.compat.transformers_models import cache_name, forward_parameters
 from langchain_quantllm.engine import staging
-from langchain_quantllm.engine.attention import Attention, Batch, LayerPool, Span
-from langchain_quantllm.engine.attention_interface import PagedForward, configs_of, paged_attention
+from langchain_quantllm.engine.adapter_choice import AdapterChoice
+from langchain_quantllm.engine.attention import Attention, Batch, LayerPool, PagedForward, Span
+from langchain_quantllm.engine.attention_interface import configs_of, paged_attention
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.engine.cuda_graphs import StepGraph, WaitFinder
 from langchain_quantllm.engine.forward_context import ForwardContext
 from langchain_quantllm.engine.fusion.fuse import Fusion
 from langchain_quantllm.engine.fusion.sampling import find_sampling_kernel
-from langchain_quantllm.engine.lora import NO_ADAPTER, AdapterChoice, LoraStack
+from langchain_quantllm.engine.lora import NO_ADAPTER, LoraStack
 from langchain_quantllm.engine.prefill_graphs import Pack, PrefillGraphs, last_tokens
 from langchain_quantllm.engine.sampler import BLOCKS, MASKS, BatchSampler, PendingTokens, log_probabilities
 from langchain_quantllm.engine.scheduler import PrefillChunk

@@ -1,4 +1,4 @@
-"""Requests, and what engines answer them with: the engine protocol, requests with their limits, text chunks.
+"""The engine protocol and its requests: token ids with all that decides their completion.
 
 Knows no model, no tensor and no tokenizer.
 """
@@ -9,13 +9,11 @@ import random
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
+from langchain_quantllm.engine.stream import ChunkStream
 from langchain_quantllm.errors import InvalidOptionError, PromptTooLongError
 from langchain_quantllm.options import BASE_ADAPTER, DEFAULT_MAX_NEW_TOKENS, GenerationOptions, needs_generate
-
-if TYPE_CHECKING:
-    from langchain_quantllm.engine.stream import ChunkStream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,45 +102,6 @@ class Request:
     def random_numbers(self) -> random.Random:
         """Make the generator of the request's random numbers: one for each token, the same for the same seed."""
         return random.Random(f"{self.seed}:{self.sample_index}")  # noqa: S311  (no secrets here)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenLogprob:
-    """The log probability of one token, before temperature and the other sampling options.
-
-    `top` lists the likeliest tokens, best first, as `(token id, logprob)`.
-    """
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Usage:
-    """Token counts and times of one finished request; times in seconds."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-    queued_s: float
-    first_token_s: float
-    total_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chunk:
-    """Some text of one request. The last chunk has a finish reason and the usage.
-
-    `row` is the request's index in its submission. `finish_reason` is `"stop"` or `"length"`.
-    """
-
-    row: int
-    text: str
-    token_ids: tuple[int, ...] = ()
-    logprobs: tuple[TokenLogprob, ...] = ()
-    finish_reason: str | None = None
-    usage: Usage | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

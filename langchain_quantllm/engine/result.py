@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from langchain_quantllm.engine.request import Chunk, Request, TokenLogprob, Usage
+from langchain_quantllm.engine.request import Request
+from langchain_quantllm.engine.stream import Chunk, TokenLogprob, Usage
 
 
 @dataclass

@@ -10,11 +10,50 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator
+from dataclasses import dataclass
 
 from typing_extensions import Self
 
-from langchain_quantllm.engine.request import Chunk
 from langchain_quantllm.errors import GenerationError, GenerationTimeoutError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLogprob:
+    """The log probability of one token, before temperature and the other sampling options.
+
+    `top` lists the likeliest tokens, best first, as `(token id, logprob)`.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """Token counts and times of one finished request; times in seconds."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    queued_s: float
+    first_token_s: float
+    total_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Some text of one request. The last chunk has a finish reason and the usage.
+
+    `row` is the request's index in its submission. `finish_reason` is `"stop"` or `"length"`.
+    """
+
+    row: int
+    text: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: str | None = None
+    usage: Usage | None = None
 
 
 class ChunkStream:

@@ -11,7 +11,8 @@ import torch
 
 from langchain_quantllm import QuantizedHuggingFaceLLM
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
-from langchain_quantllm.engine.request import Request, TokenLogprob, Usage, plan_requests
+from langchain_quantllm.engine.request import Request, plan_requests
+from langchain_quantllm.engine.stream import TokenLogprob, Usage
 from langchain_quantllm.options import GenerationOptions
 
 PROMPTS = [

@@ -16,10 +16,10 @@ import torch
 
 from langchain_quantllm.engine.attention import without_gradients
 from langchain_quantllm.engine.attention_interface import configs_of
-from langchain_quantllm.engine.forward_context import ForwardContext, forward_context
+from langchain_quantllm.engine.forward_context import ForwardContext, Step, forward_context
 from langchain_quantllm.engine.forward_patch import ForwardPatch
 from langchain_quantllm.engine.fusion.linear import LinearStep, group_shared_input, is_quantized_linear, linear_step
-from langchain_quantllm.engine.fusion.patterns import NormStep, RotaryStep, Step
+from langchain_quantllm.engine.fusion.patterns import NormStep, RotaryStep
 from langchain_quantllm.engine.fusion.recorded_call import Call, tensors_of
 from langchain_quantllm.engine.fusion.verify import (
     cos_sin_step,
@@ -166,8 +166,13 @@ class Fusion:
         ids = (torch.arange(1, _CHECKED_TOKENS + 1, device=home) * 7919 % vocab_size)[None]
         positions = torch.arange(_CHECKED_TOKENS, device=home)[None]
         calls: dict[int, Call] = {}
+
+        def record(module: Any, *call: Any) -> None:
+            if id(module) not in calls:
+                calls[id(module)] = Call.of(module, *call)
+
         try:
-            with forward_context(ForwardContext(calls=calls)):
+            with forward_context(ForwardContext(record=record)):
                 self._model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, use_cache=False)
         except torch.OutOfMemoryError:
             raise
@@ -265,8 +270,8 @@ def _run_step(
     if step is not None:
         return step.run(module, forward, context, args, kwargs)
     output = forward(*args, **kwargs)
-    if context.calls is not None and id(module) not in context.calls:
-        context.calls[id(module)] = Call.of(module, args, kwargs, output)
+    if context.record is not None:
+        context.record(module, args, kwargs, output)
     return output
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 
@@ -18,16 +18,6 @@ from langchain_quantllm.compat.transformers_models import given_cache_name
 from langchain_quantllm.engine.forward_context import ForwardContext
 
 _Forward = Callable[..., Any]
-
-
-class Step(Protocol):
-    """A fused computation that replaces a module's `forward`."""
-
-    def run(
-        self, module: Any, forward: _Forward, context: ForwardContext, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Compute the output of the module's own `forward`, or call it for arguments that the step does not take."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from langchain_quantllm.engine.forward_context import ForwardContext
-from langchain_quantllm.engine.fusion.patterns import Step
+from langchain_quantllm.engine.forward_context import ForwardContext, Step
 from langchain_quantllm.errors import UnsupportedError
 
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from langchain_quantllm.compat.transformers_models import given_cache_name
-from langchain_quantllm.engine.attention import Batch, GatherAttention, LayerPool, Span
-from langchain_quantllm.engine.attention_interface import PagedForward, paged_attention
+from langchain_quantllm.engine.attention import Batch, GatherAttention, LayerPool, PagedForward, Span
+from langchain_quantllm.engine.attention_interface import paged_attention
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.engine.cuda_graphs import hooks_of
 from langchain_quantllm.engine.forward_context import ForwardContext

@@ -10,8 +10,9 @@ import pytest
 
 from langchain_quantllm import QuantizedHuggingFaceLLM
 from langchain_quantllm.engine.detokenizer import Completion, Decode, IncrementalDecoder
-from langchain_quantllm.engine.request import Chunk, Request
+from langchain_quantllm.engine.request import Request
 from langchain_quantllm.engine.stop_strings import StopMatcher
+from langchain_quantllm.engine.stream import Chunk
 from langchain_quantllm.options import GenerationOptions
 from tests.support.models import byte_fallback_tokenizer, forwards, llm_of, scripted_model
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from langchain_quantllm.engine.detokenizer import Completion
-from langchain_quantllm.engine.request import Chunk, Request
-from langchain_quantllm.engine.stream import ChunkStream
+from langchain_quantllm.engine.request import Request
+from langchain_quantllm.engine.stream import Chunk, ChunkStream
 from langchain_quantllm.engine.worker import Worker
 from langchain_quantllm.errors import GenerationError, GenerationTimeoutError
 from langchain_quantllm.options import GenerationOptions
