@@ -36,10 +36,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "none": (),
     "all": KINDS,
     "small": tuple(kind for kind in KINDS if kind != LINEAR),
-    "product": (LINEAR,),
+    "linear": (LINEAR,),
     "norm": (NORM,),
     "rotary": (ROTARY,),
-    "gate": (GATED_MLP,),
+    "gated_mlp": (GATED_MLP,),
     "norm+residual": (NORM, RESIDUAL),
 }
 STEPS, REPEATS, CALLS = 30, 3, 32

@@ -60,7 +60,7 @@ def measure(kind: str, rows: int, vocab: int, shape: str) -> dict[str, float]:
     may_not_end = torch.zeros(rows, dtype=torch.bool, device=device)
     times = {}
     for name, kernel in (("torch_us", None), ("kernel_us", sampling)):
-        sampler = BatchSampler(rows, vocab, device, drawing=kernel)
+        sampler = BatchSampler(rows, vocab, device, kernels=kernel)
         sampler.set(range(rows), [request] * rows, [request.prompt_ids] * rows)
         body = functools.partial(sampler.sample, logits, slots, uniforms, may_not_end, need, mask)
         times[name] = round(graph_us([body], repeats=12, replays=10), 1)
@@ -83,7 +83,7 @@ def main() -> None:
             found = measure(kind, rows, vocab, shape)
             result.append({"vocab": vocab, "kind": kind, "logits": shape, "rows": rows, **found})
             print(f"{vocab} {kind}, {shape}, {rows} rows: {found['torch_us']} µs in torch, {found['kernel_us']} in one")
-    print(json.dumps({"device": torch.cuda.get_device_name(), "drawing": result}))
+    print(json.dumps({"device": torch.cuda.get_device_name(), "sampling": result}))
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ class EngineParts:
         kinds = () if self._fusion is None else self._fusion.summary
         fused = {kind.kind: kind.fused for kind in kinds}
         if self.runner.sampler.has_kernel:
-            fused["drawing"] = 1
+            fused["sampling"] = 1
         left = [kind for kind in kinds if kind.left and not kind.fused]
         notes += [f"no {kind.kind} steps are fused: {max(kind.left, key=kind.left.__getitem__)}" for kind in left]
         cache_tokens = self.limits.cache_tokens or 0

@@ -124,8 +124,8 @@ class ModelRunner:
         self.device = model.get_input_embeddings().weight.device
         self.is_asynchronous = self.device.type == "cuda"
         self.can_capture = can_capture
-        drawing = None if fusion is None else find_sampling_kernel(vocab_size, self.device)
-        self.sampler = BatchSampler(slots, vocab_size, self.device, drawing=drawing)
+        kernels = None if fusion is None else find_sampling_kernel(vocab_size, self.device)
+        self.sampler = BatchSampler(slots, vocab_size, self.device, kernels=kernels)
         self._padding_slot = slots
         self._table = torch.zeros(slots + 1, blocks_per_sequence, dtype=torch.int32, device=self.device)
         self._row_adapters = torch.full((slots + 1,), NO_ADAPTER, dtype=torch.int32, device=self.device)

@@ -68,16 +68,16 @@ class PendingTokens:
 class BatchSampler:
     """Samples one token for each sequence of a batch."""
 
-    def __init__(self, slots: int, vocab_size: int, device: torch.device, *, drawing: Any = None) -> None:
+    def __init__(self, slots: int, vocab_size: int, device: torch.device, *, kernels: Any = None) -> None:
         """Allocate the parameters; one slot more takes the padding of a batch.
 
         Args:
             slots: Most sequences.
             vocab_size: Width of the logits.
             device: The device of the logits.
-            drawing: The module `kernels.sampling`, which samples in one kernel; None for plain torch.
+            kernels: The module `kernels.sampling`, which samples in one kernel; None for plain torch.
         """
-        self._drawing = drawing
+        self._kernels = kernels
         self._vocab_size = vocab_size
         self._device = device
         self.last_ids = torch.zeros(slots + 1, dtype=torch.long, device=device)
@@ -94,7 +94,7 @@ class BatchSampler:
     @property
     def has_kernel(self) -> bool:
         """Whether one kernel samples."""
-        return self._drawing is not None
+        return self._kernels is not None
 
     def set(self, slots: Sequence[int], requests: Sequence[Request], ids: Sequence[Sequence[int]]) -> None:
         """Set the parameters of sequences before their first token is sampled.
@@ -160,8 +160,8 @@ class BatchSampler:
         Returns:
             Token ids of shape `(rows,)`, int32; `NO_NUMBER` or `NOTHING_ALLOWED` in place of a missing one.
         """
-        if self._drawing is not None:
-            sampled: torch.Tensor = self._drawing.sample(
+        if self._kernels is not None:
+            sampled: torch.Tensor = self._kernels.sample(
                 logits,
                 slots,
                 uniforms,

@@ -32,9 +32,9 @@ def request_of(
     )
 
 
-def chi_square(drawn: list[int], probabilities: torch.Tensor) -> tuple[float, int]:
+def chi_square(sampled: list[int], probabilities: torch.Tensor) -> tuple[float, int]:
     """Compute chi-square and its degrees of freedom: tokens expected five times and more, and the rest as one bin."""
-    counts, n = Counter(drawn), len(drawn)
+    counts, n = Counter(sampled), len(sampled)
     expected = (probabilities.double() * n).tolist()
     often = [i for i, e in enumerate(expected) if e >= 5]
     bins = [(counts[i], expected[i]) for i in often]
@@ -95,7 +95,7 @@ class Batch:
         self.slots = list(range(len(self.requests))) if slots is None else list(slots)
         self.vocab = vocab
         self.sampler = BatchSampler(max(self.slots) + 1, vocab, CPU)
-        self.drawn: list[list[int]] = [[] for _ in self.requests]
+        self.sampled: list[list[int]] = [[] for _ in self.requests]
         self.masks = [None if request.mask is None else request.mask() for request in self.requests]
         self._randoms = [random.Random(f"{r.seed}:{r.sample_index}") for r in self.requests]
         ids = [request.prompt_ids for request in self.requests]
@@ -103,8 +103,8 @@ class Batch:
 
     def step(self, logits: torch.Tensor, *, extra_need: int = 0) -> list[int]:
         need, may_not_end = extra_need, []
-        for request, drawn in zip(self.requests, self.drawn, strict=True):
-            may_not_end.append(request.options.ignore_eos or len(drawn) < request.min_new_tokens)
+        for request, sampled in zip(self.requests, self.sampled, strict=True):
+            may_not_end.append(request.options.ignore_eos or len(sampled) < request.min_new_tokens)
             need |= needs_of(request)
         need |= BLOCKS * any(may_not_end)
         uniforms = [
@@ -118,7 +118,7 @@ class Batch:
                 if mask is not None and not mask.fill(bits[i : i + 1]):
                     bits[i] = -1
         before = logits.clone()
-        drawn = self.sampler.sample(
+        sampled = self.sampler.sample(
             logits,
             torch.tensor(self.slots),
             torch.tensor(uniforms, dtype=torch.float32),
@@ -127,10 +127,10 @@ class Batch:
             bits,
         )
         assert torch.equal(logits.nan_to_num(), before.nan_to_num())
-        assert drawn.shape == (len(self.requests),)
-        ids = drawn.tolist()
+        assert sampled.shape == (len(self.requests),)
+        ids = sampled.tolist()
         for row, token_id in enumerate(ids):
-            self.drawn[row].append(token_id)
+            self.sampled[row].append(token_id)
             mask = self.masks[row]
             if mask is not None:
                 mask.accept(token_id)
@@ -143,7 +143,7 @@ class Batch:
             self.step(
                 torch.stack([self.logits(i, step, seed) for i in range(len(self.requests))]), extra_need=extra_need
             )
-        return self.drawn
+        return self.sampled
 
     def logits(self, row: int, step: int, seed: int) -> torch.Tensor:
         """Compute the logits of a request, which do not depend on its place in the batch."""
@@ -152,12 +152,12 @@ class Batch:
 
 
 def alone(request: Request, steps: int = STEPS, *, seed: int = 0, vocab: int = VOCAB) -> list[int]:
-    """Draw a row's tokens with the plain engine's sampler, over the same logits."""
-    sampler, drawn = RowSampler(request), []
+    """Sample a row's tokens with the plain engine's sampler, over the same logits."""
+    sampler, sampled = RowSampler(request), []
     for step in range(steps):
         logits = logits_of(seed + 7919 * request.seed + 101 * request.sample_index + step, 1, vocab)[0]
-        drawn.append(sampler.sample(logits, drawn)[0])
-    return drawn
+        sampled.append(sampler.sample(logits, sampled)[0])
+    return sampled
 
 
 def every_combination() -> list[Request]:

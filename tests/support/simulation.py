@@ -136,13 +136,13 @@ class Simulation:
         self.steps.append(plan)
         if plan is None and not self.on_way:
             return False
-        drawing = [] if plan is None else self._run(plan)
+        sampling = [] if plan is None else self._run(plan)
         self.check()
         if self.is_late:
             self._deliver(self.on_way)
-            self.on_way = drawing
+            self.on_way = sampling
         else:
-            self._deliver(drawing)
+            self._deliver(sampling)
         self.check()
         return True
 
@@ -150,24 +150,24 @@ class Simulation:
         if isinstance(plan, Decode):
             assert plan.sequences
             assert len(set(plan.sequences)) == len(plan.sequences)
-            drawing = [self.rows[state] for state in plan.sequences]
-            for row, position in zip(drawing, plan.positions, strict=True):
+            sampling = [self.rows[state] for state in plan.sequences]
+            for row, position in zip(sampling, plan.positions, strict=True):
                 assert position == len(row.ids) - 1 == row.computed
                 self._compute(row, position, 1)
         else:
-            drawing = []
+            sampling = []
             for chunk in plan.chunks:
                 row = self.rows[chunk.sequence]
                 self._run_chunk(row, chunk)
                 if chunk.is_last:
-                    drawing.append(row)
+                    sampling.append(row)
             for chunk in plan.chunks:  # one forward has written all of it before any of it is read
                 row = self.rows[chunk.sequence]
                 assert self.device.holds(chunk.sequence.blocks, row.values[: chunk.start + chunk.count])
-        for row in drawing:
+        for row in sampling:
             row.extend(row.next_id())
             assert len(row.ids) - row.state.prompt_tokens == row.state.sampled <= row.state.max_new_tokens
-        return drawing
+        return sampling
 
     def _run_chunk(self, row: Simulated, chunk: PrefillChunk) -> None:
         state = row.state

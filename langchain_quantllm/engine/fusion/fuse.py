@@ -35,7 +35,7 @@ from langchain_quantllm.engine.fusion.verify import (
 )
 from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
 
-LINEAR, NORM, GATED_MLP, COS_SIN, ROTARY, RESIDUAL = "product", "norm", "gate", "angles", "rotary", "residual"
+LINEAR, NORM, GATED_MLP, COS_SIN, ROTARY, RESIDUAL = "linear", "norm", "gated_mlp", "cos_sin", "rotary", "residual"
 
 KINDS = (LINEAR, NORM, GATED_MLP, COS_SIN, ROTARY, RESIDUAL)
 """Kinds of steps, as `EngineInfo.fused` calls them: linear layers with quantized weights, grouped if they share an

@@ -63,7 +63,7 @@ def samples_alike(kernel: Any, vocab_size: int, device: torch.device) -> bool:
     slots, may_not_end = torch.arange(rows, device=device), torch.zeros(rows, dtype=torch.bool, device=device)
     sampled = []
     for implementation in (None, kernel):
-        sampler = BatchSampler(rows, vocab_size, device, drawing=implementation)
+        sampler = BatchSampler(rows, vocab_size, device, kernels=implementation)
         sampler.set(range(rows), requests, [(0,)] * rows)
         sampled.append([sampler.sample(logits, slots, uniforms, may_not_end, need) for need in (0, SAMPLES | SORTS)])
     return all(torch.equal(one, other) for one, other in zip(*sampled, strict=True))

@@ -116,7 +116,7 @@ def test_seeds_penalties_and_logprobs_are_those_of_the_pipeline_engine(folder: A
     llm = make(folder, dtype="float32", engine="fast", max_new_tokens=24)
     options: dict[str, Any] = {"temperature": 0.9, "top_p": 0.9, "top_k": 40, "min_p": 0.01, "seed": 3}
     options["repetition_penalty"] = 1.2
-    assert llm.engine_info.fused["drawing"] == 1
+    assert llm.engine_info.fused["sampling"] == 1
     alone = llm.invoke(PROMPTS[0], **options)
     assert llm.batch(PROMPTS, **options)[0] == alone
     assert "".join(llm.stream(PROMPTS[0], **options)) == alone
@@ -146,7 +146,7 @@ def test_int8_runs_in_graphs_by_fused_products_only(folder: Any, quantization: A
     given = {"quantization": quantization, "dtype": "float16", "engine": "fast"}
     llm = make(folder, **given)
     assert llm.engine_info.graphs, llm.engine_info.reason
-    assert llm.engine_info.fused["product"] == 3 * 7
+    assert llm.engine_info.fused["linear"] == 3 * 7
     assert all(llm.batch(PROMPTS, max_new_tokens=8))
     llm.unload()
     llm = make(folder, **given, fuse=False)
@@ -161,7 +161,7 @@ def test_int8_runs_in_graphs_by_fused_products_only(folder: Any, quantization: A
 def test_fused_products_write_what_generate_writes(folder: Any, quantization: Any) -> None:
     llm = make(folder, dtype="float32", quantization=quantization, engine="fast")
     assert llm.engine_info.graphs
-    assert llm.engine_info.fused["product"] == 3 * 7
+    assert llm.engine_info.fused["linear"] == 3 * 7
     expected = [generated(llm, prompt, 32) for prompt in PROMPTS]
     for _ in range(2):
         assert llm.batch(PROMPTS, max_new_tokens=32) == expected
@@ -177,7 +177,7 @@ def test_gptq_runs_in_graphs_and_compiles_no_cuda(folder: Any, tmp_path: Any, bi
     assert llm.engine_info.graphs, llm.engine_info.reason
     assert isinstance(llm.scheme, GPTQ)
     assert llm.scheme.kernel == kernel
-    assert llm.engine_info.fused["product"] == 3 * 7
+    assert llm.engine_info.fused["linear"] == 3 * 7
     assert all(llm.batch(PROMPTS))
     llm.unload()
 

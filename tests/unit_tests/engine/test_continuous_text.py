@@ -128,7 +128,7 @@ class TestSampling:
         {"temperature": 0.5, "min_p": 0.1, "repetition_penalty": 1.2},
         {"top_k": 50, "top_p": 0.9, "min_new_tokens": 5},
     )
-    # Tokens of a random model have tiny probabilities, so that without a cut its draws hang on rounding now and then.
+    # Tokens of a random model have tiny probabilities, so that without a cut its samples hang on rounding now and then.
 
     @pytest.mark.parametrize("options", OPTIONS, ids=str)
     @pytest.mark.compat

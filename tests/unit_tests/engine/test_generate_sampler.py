@@ -21,7 +21,7 @@ def logits_of(seed: int, scale: float = 2.0) -> torch.Tensor:
     return torch.randn(VOCAB, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def draw(request: Request, logits: torch.Tensor, count: int) -> list[int]:
+def sample(request: Request, logits: torch.Tensor, count: int) -> list[int]:
     sampler = RowSampler(request)
     return [sampler.sample(logits.clone(), [])[0] for _ in range(count)]
 
@@ -52,7 +52,7 @@ def draw(request: Request, logits: torch.Tensor, count: int) -> list[int]:
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_sampled_tokens_follow_the_softmax_of_transformers_warpers(options: dict[str, Any], warpers: list[Any]) -> None:
-    """Chi-square over 4000 draws; its mean is the degrees of freedom d, its deviation sqrt(2d).
+    """Chi-square over 4000 samples; its mean is the degrees of freedom d, its deviation sqrt(2d).
 
     Five deviations: a right sampler with these fixed seeds passes for ever, and one whose
     temperature is off by a fifth does not, as the next test shows.
@@ -62,17 +62,17 @@ def test_sampled_tokens_follow_the_softmax_of_transformers_warpers(options: dict
     for warp in warpers:
         scores = warp(None, scores)
     probabilities = scores[0].softmax(-1)
-    drawn = draw(request_of(seed=3, **options), logits, 4000)
-    assert all(probabilities[i] > 0 for i in set(drawn))
-    statistic, freedom = chi_square(drawn, probabilities)
+    sampled = sample(request_of(seed=3, **options), logits, 4000)
+    assert all(probabilities[i] > 0 for i in set(sampled))
+    statistic, freedom = chi_square(sampled, probabilities)
     assert freedom >= 1
     assert statistic < freedom + 5 * (2 * freedom) ** 0.5
 
 
 def test_the_chi_square_check_notices_a_wrong_distribution() -> None:
-    """The check above can fail: draws at temperature 0.8 are not taken for those at 1."""
-    drawn = draw(request_of(seed=3, temperature=0.8), logits_of(1), 4000)
-    statistic, freedom = chi_square(drawn, logits_of(1).softmax(-1))
+    """The check above can fail: samples at temperature 0.8 are not taken for those at 1."""
+    sampled = sample(request_of(seed=3, temperature=0.8), logits_of(1), 4000)
+    statistic, freedom = chi_square(sampled, logits_of(1).softmax(-1))
     assert statistic > freedom + 5 * (2 * freedom) ** 0.5
 
 
@@ -149,8 +149,8 @@ def test_end_tokens_are_blocked_until_the_least_length() -> None:
     sampler = RowSampler(request_of(min_new_tokens=3))
     assert [sampler.sample(logits.clone(), [1] * n)[0] == 0 for n in range(5)] == [False, False, False, True, True]
     assert RowSampler(request_of(ignore_eos=True)).sample(logits.clone(), [1] * 90)[0] != 0
-    drawn = draw(request_of(do_sample=True, ignore_eos=True), logits, 200)
-    assert 0 not in drawn
+    sampled = sample(request_of(do_sample=True, ignore_eos=True), logits, 200)
+    assert 0 not in sampled
 
 
 def test_logprobs_are_the_model_s_own_before_any_option() -> None:
@@ -174,21 +174,21 @@ def test_more_alternatives_than_tokens_are_all_of_them() -> None:
 def test_a_seed_repeats_and_samples_of_one_seed_differ() -> None:
     request = request_of(seed=5, do_sample=True)
     logits = logits_of(2, scale=0.5)
-    assert draw(request, logits, 50) == draw(request, logits, 50)
-    runs = [tuple(draw(replace(request, sample_index=i), logits, 50)) for i in range(4)]
-    runs += [tuple(draw(replace(request, seed=s), logits, 50)) for s in (6, -5, 2**80)]
+    assert sample(request, logits, 50) == sample(request, logits, 50)
+    runs = [tuple(sample(replace(request, sample_index=i), logits, 50)) for i in range(4)]
+    runs += [tuple(sample(replace(request, seed=s), logits, 50)) for s in (6, -5, 2**80)]
     assert len(set(runs)) == 7
 
 
 def test_samples_of_neighbouring_seeds_are_independent() -> None:
     """Sample 1 of seed 0 is not sample 0 of seed 1, as it were if the two were added."""
     logits = logits_of(2, scale=0.5)
-    one = draw(request_of(seed=0, sample_index=1, do_sample=True), logits, 50)
-    assert one != draw(request_of(seed=1, sample_index=0, do_sample=True), logits, 50)
+    one = sample(request_of(seed=0, sample_index=1, do_sample=True), logits, 50)
+    assert one != sample(request_of(seed=1, sample_index=0, do_sample=True), logits, 50)
 
 
 def test_global_generators_stay_as_they_are() -> None:
     before = torch.random.get_rng_state(), random.getstate()
-    draw(request_of(seed=5, temperature=0.7, top_p=0.9), logits_of(2), 20)
+    sample(request_of(seed=5, temperature=0.7, top_p=0.9), logits_of(2), 20)
     assert torch.equal(before[0], torch.random.get_rng_state())
     assert before[1] == random.getstate()

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 class TestAgainstThePlainSampler:
     def test_all_combinations_of_options_in_one_batch(self) -> None:
-        """Over a thousand rows with parameters of their own draw the tokens that each draws alone."""
+        """Over a thousand rows with parameters of their own sample the tokens that each samples alone."""
         assert len(COMBINATIONS) > 1000
         found = Batch(COMBINATIONS).run()
         wrong = [i for i, request in enumerate(COMBINATIONS) if found[i] != alone(request)]
@@ -55,9 +55,9 @@ class TestAgainstThePlainSampler:
         found = batch.run()
         wrong = [i for i, request in enumerate(requests) if found[i] != alone(request)]
         assert [(requests[i], found[i]) for i in wrong[:3]] == []
-        for mask, drawn in zip(batch.masks, found, strict=True):
+        for mask, sampled in zip(batch.masks, found, strict=True):
             if mask is not None:
-                assert mask.accepted == drawn
+                assert mask.accepted == sampled
 
     @pytest.mark.parametrize("vocab", [2, 31, 32, 33, 64, 1000])
     def test_vocabularies_of_any_size(self, vocab: int) -> None:
@@ -83,14 +83,14 @@ class TestAgainstThePlainSampler:
         options: list[dict[str, Any]] = [{}, {"temperature": 0.8}, {"min_p": 0.05}, {"repetition_penalty": 1.3}]
         for dtype, (i, chosen) in itertools.product([torch.float16, torch.bfloat16], enumerate(options)):
             request = request_of(seed=i, **chosen)
-            batch, plain, drawn = Batch([request]), RowSampler(request), []
+            batch, plain, sampled = Batch([request]), RowSampler(request), []
             for step in range(30):
                 logits = logits_of(step, 1).to(dtype)
-                drawn.append(plain.sample(logits[0].float(), drawn)[0])
-                assert batch.step(logits) == drawn[-1:]
+                sampled.append(plain.sample(logits[0].float(), sampled)[0])
+                assert batch.step(logits) == sampled[-1:]
 
     def test_random_numbers_do_not_depend_on_other_sequences(self) -> None:
-        """A row that runs on after others have left draws what it would have drawn."""
+        """A row that runs on after others have left samples what it would have sampled."""
         request = request_of(seed=3, temperature=1.0)
         both = Batch([request, request_of(seed=4, temperature=1.0)])
         one = Batch([request])
@@ -136,10 +136,10 @@ class TestIndependence:
         batch = Batch([request], slots=[1])
         batch.run(8)
         batch.slots = [0]
-        batch.sampler.set([0], [request], [[*request.prompt_ids, *batch.drawn[0]]])
+        batch.sampler.set([0], [request], [[*request.prompt_ids, *batch.sampled[0]]])
         for step in range(8, 20):
             batch.step(batch.logits(0, step, 0)[None])
-        assert batch.drawn[0] == expected
+        assert batch.sampled[0] == expected
 
     def test_padding_changes_nothing(self) -> None:
         """Bucketed batches point them all at the last slot."""
@@ -195,9 +195,9 @@ class TestMasks:
         ]
         batch = Batch(requests)
         batch.run(30)
-        for mask, drawn in zip(batch.masks, batch.drawn, strict=True):
+        for mask, sampled in zip(batch.masks, batch.sampled, strict=True):
             assert mask is not None
-            assert all(token_id in allowed for token_id, allowed in zip(drawn, mask.allowed, strict=True))
+            assert all(token_id in allowed for token_id, allowed in zip(sampled, mask.allowed, strict=True))
 
     @pytest.mark.parametrize("token_id", [0, 1, 30, 31, 32, 63, 64, 95, 96, 100])
     def test_a_mask_of_one_token_gives_it(self, token_id: int) -> None:
@@ -238,8 +238,8 @@ class TestMasks:
 
 
 class TestEndTokens:
-    def draw(self, requests: Sequence[Request], may_not_end: Sequence[bool], best: Sequence[int]) -> list[int]:
-        """Draw once from logits that name the best tokens, the first by far."""
+    def sample(self, requests: Sequence[Request], may_not_end: Sequence[bool], best: Sequence[int]) -> list[int]:
+        """Sample once from logits that name the best tokens, the first by far."""
         sampler = BatchSampler(len(requests), VOCAB, CPU)
         sampler.set(range(len(requests)), requests, [request.prompt_ids for request in requests])
         logits = torch.zeros(len(requests), VOCAB)
@@ -251,14 +251,14 @@ class TestEndTokens:
 
     def test_end_tokens_are_blocked_if_the_sequence_may_not_end(self) -> None:
         request = replace(request_of(), eos_token_ids=(7,), stop_token_ids=(9,))
-        assert self.draw([request] * 2, [True, False], [7, 9, 20]) == [20, 7]
+        assert self.sample([request] * 2, [True, False], [7, 9, 20]) == [20, 7]
 
     def test_sequences_may_have_different_numbers_of_end_tokens(self) -> None:
         requests = [
             replace(request_of(), eos_token_ids=ends, stop_token_ids=stops)
             for ends, stops in (((5,), ()), ((5, 6), ()), ((), (7,)), ((5, 6), (7, 8)))
         ]
-        assert self.draw(requests, [True] * 4, [5, 6, 7, 8, 20]) == [6, 7, 5, 20]
+        assert self.sample(requests, [True] * 4, [5, 6, 7, 8, 20]) == [6, 7, 5, 20]
 
     def test_more_end_tokens_than_there_was_room_for(self) -> None:
         """Earlier sequences keep theirs; `version` tells graphs that a tensor was replaced."""
@@ -288,11 +288,11 @@ class TestEndTokens:
     def test_without_end_tokens_nothing_is_blocked(self, options: dict[str, Any]) -> None:
         """Not even token 0."""
         request = replace(request_of(**options), eos_token_ids=())
-        assert self.draw([request], [True], [0, 1]) == [0]
+        assert self.sample([request], [True], [0, 1]) == [0]
 
     def test_without_end_tokens_nothing_is_blocked_beside_sequences_that_have_some(self) -> None:
         requests = [replace(request_of(), eos_token_ids=()), replace(request_of(), eos_token_ids=(0,))]
-        assert self.draw(requests, [True, True], [0, 1]) == [0, 1]
+        assert self.sample(requests, [True, True], [0, 1]) == [0, 1]
 
 
 class TestDistribution:
@@ -302,7 +302,7 @@ class TestDistribution:
         ids=str,
     )
     def test_sampled_tokens_follow_the_softmax(self, options: dict[str, Any]) -> None:
-        """Chi-square over 4000 draws; five deviations of it, as in `test_sampler`."""
+        """Chi-square over 4000 samples; five deviations of it, as in `test_sampler`."""
         logits = logits_of(1, 1, scale=2.0)
         scores = logits / options.get("temperature", 1.0)
         probabilities = scores.softmax(-1)[0]
@@ -314,29 +314,29 @@ class TestDistribution:
         if "min_p" in options:
             probabilities[probabilities < options["min_p"] * probabilities.max()] = 0
         probabilities = probabilities / probabilities.sum()
-        drawn = self.draws(options, logits, 4000)
-        assert all(probabilities[i] > 0 for i in set(drawn))
-        statistic, freedom = chi_square(drawn, probabilities)
+        sampled = self.samples(options, logits, 4000)
+        assert all(probabilities[i] > 0 for i in set(sampled))
+        statistic, freedom = chi_square(sampled, probabilities)
         assert freedom >= 5
         assert statistic < freedom + 5 * (2 * freedom) ** 0.5
 
     def test_the_check_notices_a_wrong_distribution(self) -> None:
         logits = logits_of(1, 1, scale=2.0)
-        statistic, freedom = chi_square(self.draws({"temperature": 0.8}, logits, 4000), logits[0].softmax(-1))
+        statistic, freedom = chi_square(self.samples({"temperature": 0.8}, logits, 4000), logits[0].softmax(-1))
         assert statistic > freedom + 5 * (2 * freedom) ** 0.5
 
-    def draws(self, options: dict[str, Any], logits: torch.Tensor, count: int) -> list[int]:
+    def samples(self, options: dict[str, Any], logits: torch.Tensor, count: int) -> list[int]:
         request = request_of(seed=3, **options)
         sampler = BatchSampler(1, VOCAB, CPU)
         sampler.set([0], [request], [(1,)])
         generator = random.Random(11)
         uniforms = torch.tensor([generator.random() for _ in range(count)])
         slots, ends = torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.bool)
-        drawn = sampler.sample(logits.expand(count, -1), slots, uniforms, ends, needs_of(request))
-        assert [int(i) for i in drawn] == [
+        sampled = sampler.sample(logits.expand(count, -1), slots, uniforms, ends, needs_of(request))
+        assert [int(i) for i in sampled] == [
             int(sampler.sample(logits, slots[:1], u[None], ends[:1], needs_of(request))) for u in uniforms[:50]
-        ] + drawn[50:].tolist()
-        return [int(i) for i in drawn]
+        ] + sampled[50:].tolist()
+        return [int(i) for i in sampled]
 
     def test_a_token_of_probability_zero_is_never_sampled(self) -> None:
         """Even for the lowest and the highest number in float32, at either end of the vocabulary."""
@@ -356,8 +356,8 @@ class TestDistribution:
         logits[0, 3] = 5.0
         logits[0, [10, 20, 30]] = 3.0
         for options in ({"top_k": 2}, {"top_p": 0.6}):
-            drawn = set(self.draws(options, logits, 400))
-            assert drawn == {3, 10, 20, 30}
+            sampled = set(self.samples(options, logits, 400))
+            assert sampled == {3, 10, 20, 30}
 
     def test_top_k_of_one_is_greedy(self) -> None:
         request = request_of(seed=1, top_k=1)
@@ -372,9 +372,9 @@ class TestDistribution:
         count = 20_000
         uniforms = (torch.arange(count) + 0.5) / count
         slots, ends = torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.bool)
-        drawn = sampler.sample(logits.expand(count, -1), slots, uniforms, ends, SAMPLES)
-        assert drawn.tolist() == sorted(drawn.tolist())
-        shares = torch.bincount(drawn.long(), minlength=10) / count
+        sampled = sampler.sample(logits.expand(count, -1), slots, uniforms, ends, SAMPLES)
+        assert sampled.tolist() == sorted(sampled.tolist())
+        shares = torch.bincount(sampled.long(), minlength=10) / count
         # Each token's two borders are off by one number at most.
         assert torch.allclose(shares, logits.softmax(-1)[0], atol=2 / count)
 

@@ -1,4 +1,4 @@
-"""Drawing in one kernel against drawing in plain torch, row by row and option by option.
+"""Sampling in one kernel against sampling in plain torch, row by row and option by option.
 
 Without a GPU the kernel runs in Triton's interpreter, which must be switched on before Triton is imported: one
 subprocess runs this file as a module, all cases, and the tests look at what it reports. On a GPU the tests run the
@@ -30,9 +30,9 @@ class OnDevice:
     """A sampler on the device of the kernel, driven with tensors of the CPU."""
 
     def __init__(self, slots: int, vocab: int, *, by_kernel: bool = True) -> None:
-        from langchain_quantllm.kernels import sampling as drawing
+        from langchain_quantllm.kernels import sampling as kernels
 
-        self._sampler = BatchSampler(slots, vocab, DEVICE, drawing=drawing if by_kernel else None)
+        self._sampler = BatchSampler(slots, vocab, DEVICE, kernels=kernels if by_kernel else None)
         self.set = self._sampler.set
 
     @property
@@ -45,7 +45,7 @@ class OnDevice:
         return self._sampler.sample(*moved, need, *(one if one is None else one.to(DEVICE) for one in mask)).cpu()
 
 
-def drawn_by_kernel(requests: list[Any], steps: int, *, vocab: int = VOCAB, extra_need: int = 0) -> list[list[int]]:
+def sampled_by_kernel(requests: list[Any], steps: int, *, vocab: int = VOCAB, extra_need: int = 0) -> list[list[int]]:
     batch = Batch(requests, vocab=vocab)
     batch.sampler = OnDevice(len(requests), vocab)  # type: ignore[assignment]
     batch.sampler.set(batch.slots, requests, [request.prompt_ids for request in requests])
@@ -53,7 +53,7 @@ def drawn_by_kernel(requests: list[Any], steps: int, *, vocab: int = VOCAB, extr
 
 
 def check_rows(requests: list[Any], steps: int = 4, **options: Any) -> None:
-    found = drawn_by_kernel(requests, steps, **options)
+    found = sampled_by_kernel(requests, steps, **options)
     expected = Batch(requests, vocab=options.get("vocab", VOCAB)).run(steps)
     wrong = [(request.options, *pair) for request, *pair in zip(requests, found, expected, strict=True)]
     wrong = [one for one in wrong if one[1] != one[2]]
@@ -184,7 +184,7 @@ def check_no_numbers() -> None:
 
 
 def check_infinite() -> None:
-    """One number that is infinite is drawn for certain; those of minus infinity never are."""
+    """One number that is infinite is sampled for certain; those of minus infinity never are."""
     request = request_of(seed=1, temperature=0.5, top_p=0.9)
     sampler = OnDevice(1, VOCAB)
     sampler.set([0], [request], [(1,)])
@@ -206,28 +206,28 @@ def check_shares(count: int = 400) -> None:
     sampler.set([0], [request_of(do_sample=True)], [(1,)])
     uniforms = (torch.arange(count) + 0.5) / count
     slots, ends = torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.bool)
-    drawn = sampler.sample(logits.expand(count, -1), slots, uniforms, ends, SAMPLES)
-    assert drawn.tolist() == sorted(drawn.tolist())
-    shares = torch.bincount(drawn.long(), minlength=10) / count
+    sampled = sampler.sample(logits.expand(count, -1), slots, uniforms, ends, SAMPLES)
+    assert sampled.tolist() == sorted(sampled.tolist())
+    shares = torch.bincount(sampled.long(), minlength=10) / count
     assert torch.allclose(shares, logits.softmax(-1)[0], atol=2 / count)
 
 
 def check_looked_at_before_it_is_used() -> None:
-    """The kernel is compared with plain torch when an engine is made; one that draws otherwise is not taken."""
-    from langchain_quantllm.kernels import sampling as drawing
+    """The kernel is compared with plain torch when an engine is made; one that samples otherwise is not taken."""
+    from langchain_quantllm.kernels import sampling as kernels
 
-    assert samples_alike(drawing, 300, DEVICE)
+    assert samples_alike(kernels, 300, DEVICE)
     assert not samples_alike(OneFurther, 300, DEVICE)
 
 
 class OneFurther:
-    """Draws the token behind the right one."""
+    """Samples the token behind the right one."""
 
     @staticmethod
     def sample(logits: torch.Tensor, *given: Any, **tables: Any) -> torch.Tensor:
-        from langchain_quantllm.kernels import sampling as drawing
+        from langchain_quantllm.kernels import sampling as kernels
 
-        return drawing.sample(logits.roll(1, -1), *given, **tables)
+        return kernels.sample(logits.roll(1, -1), *given, **tables)
 
 
 CHECKS: dict[str, Callable[[], None]] = {
