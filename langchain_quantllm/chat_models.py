@@ -20,7 +20,7 @@ from langchain_core.messages import BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from pydantic import Field, model_validator
 
-from langchain_quantllm.base import Plan, QuantizedModel, langchain_errors
+from langchain_quantllm.base import PreparedCall, QuantizedModel, langchain_errors
 from langchain_quantllm.chat.binding import BindingChatModel
 from langchain_quantllm.chat.options import CHAT_OPTIONS, ChatOptions
 from langchain_quantllm.chat.plan import AnswerFormat, write_prompt
@@ -41,7 +41,7 @@ _logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Plan(Plan):
+class _PreparedCall(PreparedCall):
     """One call, ready for the engine; `new_reader` makes the reader of an answer."""
 
     new_reader: Callable[[], ResultReader]
@@ -241,7 +241,9 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
 
     # The plan of a call.
 
-    def _plan(self, messages: Sequence[BaseMessage], stop: Sequence[str] | None, call: Mapping[str, Any]) -> _Plan:
+    def _plan(
+        self, messages: Sequence[BaseMessage], stop: Sequence[str] | None, call: Mapping[str, Any]
+    ) -> _PreparedCall:
         chat = ChatOptions.of(call)
         options = self._options(stop, {k: v for k, v in call.items() if k not in CHAT_OPTIONS})
         if chat.model not in (None, self.model_id):
@@ -271,13 +273,13 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
             return ResultReader(answer.parser(), pipeline.tokenizer, self.model_id, parallel=chat.parallel is not False)
 
         requests = self._requests(prompt.text, options, engine=engine, mask=mask, images=prompt.images)
-        return _Plan(
+        return _PreparedCall(
             options=options, engine=engine, tokenizer=pipeline.tokenizer, requests=requests, new_reader=new_reader
         )
 
     def _plan_stream(
         self, messages: Sequence[BaseMessage], stop: Sequence[str] | None, call: Mapping[str, Any]
-    ) -> _Plan:
+    ) -> _PreparedCall:
         plan = self._plan(messages, stop, call)
         if plan.options.n != 1:
             msg = f"n={plan.options.n} answers cannot share one stream; pass n=1, or use generate."

@@ -20,7 +20,7 @@ from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import get_config_list
 from typing_extensions import Self
 
-from langchain_quantllm.base import Plan, QuantizedModel, langchain_errors, run_together, setting
+from langchain_quantllm.base import PreparedCall, QuantizedModel, langchain_errors, run_together, setting
 from langchain_quantllm.compat.transformers_pipelines import flat_options, with_options
 from langchain_quantllm.engine.result import Answers, completion_info
 from langchain_quantllm.engine.stream import Chunk
@@ -33,7 +33,7 @@ _LENGTHS = ("max_new_tokens", "max_length", "min_new_tokens", "repetition_penalt
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Plan(Plan):
+class _PreparedCall(PreparedCall):
     """One call, ready to run, with its prompts."""
 
     prompts: Sequence[str]
@@ -324,7 +324,7 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
 
     # Plans and results.
 
-    def _plan(self, prompts: Sequence[str], stop: Sequence[str] | None, call: Mapping[str, Any]) -> _Plan:
+    def _plan(self, prompts: Sequence[str], stop: Sequence[str] | None, call: Mapping[str, Any]) -> _PreparedCall:
         for prompt in prompts:
             if not isinstance(prompt, str) or not prompt:
                 msg = f"the prompt is {prompt!r}; give a text of at least one character."
@@ -332,25 +332,25 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         options = self._options(stop, call)
         engine = self._engine(options)
         requests = [request for prompt in prompts for request in self._requests(prompt, options, engine=engine)]
-        return _Plan(
+        return _PreparedCall(
             options=options, engine=engine, tokenizer=self.pipeline.tokenizer, requests=requests, prompts=prompts
         )
 
-    def _plan_stream(self, prompt: str, stop: Sequence[str] | None, call: Mapping[str, Any]) -> _Plan:
+    def _plan_stream(self, prompt: str, stop: Sequence[str] | None, call: Mapping[str, Any]) -> _PreparedCall:
         plan = self._plan([prompt], stop, call)
         if plan.options.n != 1:
             msg = f"n={plan.options.n} completions cannot share one stream; pass n=1, or use generate."
             raise InvalidOptionError(msg)
         return plan
 
-    def _echo(self, plan: _Plan) -> list[GenerationChunk]:
+    def _echo(self, plan: _PreparedCall) -> list[GenerationChunk]:
         return [GenerationChunk(text=plan.prompts[0])] if plan.options.return_full_text else []
 
-    def _chunk(self, plan: _Plan, chunk: Chunk) -> GenerationChunk:
+    def _chunk(self, plan: _PreparedCall, chunk: Chunk) -> GenerationChunk:
         info = completion_info(chunk, plan.requests[chunk.row], plan.tokenizer, self.model_id)
         return GenerationChunk(text=chunk.text, generation_info=info or None)
 
-    def _result(self, plan: _Plan, answers: Answers) -> LLMResult:
+    def _result(self, plan: _PreparedCall, answers: Answers) -> LLMResult:
         n = plan.options.n
         generations = [
             Generation(

@@ -82,7 +82,7 @@ class Option:
         neutral: Values of a pipeline-only option that change no text, so that any engine may run the request.
         inert: No text depends on it without beam search: it is about caches, padding, compiling or beams.
         changes_scores: It changes the scores before a token is chosen, so `logprobs` would report other ones.
-        is_whole: The pipeline engine runs a sequence with it alone, in one `generate` without a sampler of ours.
+        runs_alone: With it the pipeline engine runs each sequence in a `generate` call of its own, without our sampler.
     """
 
     check: Check = ANY
@@ -92,7 +92,7 @@ class Option:
     neutral: tuple[Any, ...] = ()
     inert: bool = False
     changes_scores: bool = False
-    is_whole: bool = False
+    runs_alone: bool = False
 
 
 def _option(default: Any, check: Check, **more: Any) -> Any:
@@ -161,8 +161,8 @@ def _handed_on(check: Check = ANY, **more: Any) -> Option:
 _CHANGES_SCORES, _INERT = _handed_on(changes_scores=True), _handed_on(inert=True)
 
 HANDED_ON: Mapping[str, Option] = {
-    "num_beams": _handed_on(_at_least(1), is_whole=True),
-    "prompt_lookup_num_tokens": _handed_on(_at_least(1), is_whole=True),
+    "num_beams": _handed_on(_at_least(1), runs_alone=True),
+    "prompt_lookup_num_tokens": _handed_on(_at_least(1), runs_alone=True),
     "no_repeat_ngram_size": _handed_on(_at_least(0), neutral=(0,), changes_scores=True),
     "encoder_no_repeat_ngram_size": _handed_on(_at_least(0), neutral=(0,), changes_scores=True),
     "encoder_repetition_penalty": _handed_on(_POSITIVE, neutral=(1,), changes_scores=True),
@@ -375,7 +375,7 @@ _RARE_SAMPLING = tuple(name for name, option in OWN.items() if option.pipeline_o
 
 
 def _check_together(options: GenerationOptions) -> None:
-    whole = next((name for name in HANDED_ON if name in options.extra and OPTIONS[name].is_whole), None)
+    whole = next((name for name in HANDED_ON if name in options.extra and OPTIONS[name].runs_alone), None)
     if whole is not None and options.do_sample:
         msg = f"{whole}={options.extra[whole]} cannot sample with a seed of its own; add do_sample=False."
         raise InvalidOptionError(msg)
@@ -384,7 +384,7 @@ def _check_together(options: GenerationOptions) -> None:
         raise InvalidOptionError(msg)
     changed = min((name for name in options.extra if OPTIONS[name].changes_scores), default=None)
     if changed is not None and options.logprobs is not None:
-        msg = f"logprobs would be those after {changed}; leave one of the two out."
+        msg = f"{changed} changes the scores, so logprobs would not be the model's own; drop one of them."
         raise InvalidOptionError(msg)
     if options.max_new_tokens is not None and options.min_new_tokens > options.max_new_tokens:
         msg = (

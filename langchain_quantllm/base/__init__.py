@@ -6,7 +6,7 @@ errors into LangChain's. Knows no prompt and no message format: the classes abov
 
 from langchain_quantllm.base.batch import run_together, setting
 from langchain_quantllm.base.model import (
-    Plan,
+    PreparedCall,
     PromptOverflowError,
     QuantizedModel,
     RequestTimeoutError,
@@ -14,7 +14,7 @@ from langchain_quantllm.base.model import (
 )
 
 __all__ = [
-    "Plan",
+    "PreparedCall",
     "PromptOverflowError",
     "QuantizedModel",
     "RequestTimeoutError",

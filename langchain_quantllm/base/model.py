@@ -56,7 +56,7 @@ def langchain_errors() -> Iterator[None]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class PreparedCall:
     """One call, ready to run.
 
     Args:
@@ -154,7 +154,7 @@ class QuantizedModel(ModelFields):
         return copied
 
     def _forget(self, changed: Iterable[str]) -> None:
-        """Let go of a model that is not the one of the changed fields."""
+        """Drop the loaded model if a changed field asks for another one."""
         self.__dict__.pop("_serialized", None)  # the serialized form, which langchain-core keeps
         if not {"adapters", "adapter"}.isdisjoint(changed) and self._model is not None:
             with contextlib.suppress(InvalidOptionError):  # the next call raises it
@@ -232,8 +232,8 @@ class QuantizedModel(ModelFields):
             adapter = BASE_ADAPTER
         elif adapter is None and asked is not None and getattr(pipeline.model, "peft_config", None):
             msg = (
-                f"adapter={asked!r} chooses among the adapters that this object has loaded, and those of this model "
-                "were put there by hand; switch them with peft: llm.pipeline.model.disable_adapters()."
+                f"adapter={asked!r} only selects adapters that this object loaded; this model's were attached by hand, "
+                "so switch them with peft: llm.pipeline.model.disable_adapters()."
             )
             raise InvalidOptionError(msg)
         options = resolve([given, self._field_options()], stored_options(pipeline))

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from langchain_quantllm.chat.scanner import CUT_OFF, Wait, held, prefixes
-from langchain_quantllm.chat.tool_calls import ARGUMENTS, CALL, FENCE, FUNCTION, Call, CallReader, Piece
+from langchain_quantllm.chat.tool_calls import ARGUMENTS, CALL, FENCE, FUNCTION, CallReader, Piece, ToolCallDraft
 from langchain_quantllm.structured.tool_formats import HERMES, ReasoningFormat, ToolFormat
 
 _PLAIN_KEYS = frozenset({"name", *ARGUMENTS})
@@ -194,21 +194,21 @@ class AnswerParser(CallReader):
         for call in calls:
             self._complete(call)
         if is_cut:
-            yield from self._spoil(Call(), end, CUT_OFF)
+            yield from self._spoil(ToolCallDraft(), end, CUT_OFF)
         if not calls and closing:
             self._text(scan.text[start : scan.at])
         elif not calls:
             scan.at = start  # the bracket may be a tag's
         return bool(calls)
 
-    def _candidates(self) -> Wait[tuple[list[Call], bool]]:
+    def _candidates(self) -> Wait[tuple[list[ToolCallDraft], bool]]:
         """Read objects that may be calls; tell whether the tokens ran out behind the first of them."""
         scan = self._scan
-        calls: list[Call] = []
+        calls: list[ToolCallDraft] = []
         yield from scan.skip()
         in_list = yield from scan.take("[")
         while (yield from scan.skip()) == "{":
-            call, start = Call(keys=_PLAIN_KEYS, streams=False), scan.at
+            call, start = ToolCallDraft(keys=_PLAIN_KEYS, streams=False), scan.at
             error = yield from self._object(call)
             if error == CUT_OFF and calls:
                 scan.at = start
@@ -229,7 +229,7 @@ class AnswerParser(CallReader):
         """Read objects with `;` between them; the first that names no tool is text."""
         scan = self._scan
         while True:
-            call = Call(keys=_LLAMA_KEYS)
+            call = ToolCallDraft(keys=_LLAMA_KEYS)
             written = scan.at
             error = yield from self._object(call)
             if call.index < 0:

@@ -46,7 +46,7 @@ class Piece:
 
 
 @dataclass
-class Call:
+class ToolCallDraft:
     """The call being read."""
 
     keys: frozenset[str] | None = None  # the only ones of a call that must prove to be one
@@ -104,17 +104,17 @@ class CallReader:
         self._after_call = self._after_call and not shown
         self._emit("text", shown)
 
-    def _enter(self, call: Call) -> None:
+    def _enter(self, call: ToolCallDraft) -> None:
         if call.index < 0:
             call.index, self._calls = self._calls, self._calls + 1
         self._space, self._after_call = "", True
 
-    def _name(self, call: Call) -> None:
+    def _name(self, call: ToolCallDraft) -> None:
         """Emit the call's name, which makes it a call."""
         self._enter(call)
         self._emit("call", call.name, call.index)
 
-    def _complete(self, call: Call) -> str:
+    def _complete(self, call: ToolCallDraft) -> str:
         """Emit the rest of the call; returns its error, if any."""
         if not call.name:
             return _NO_NAME
@@ -124,13 +124,13 @@ class CallReader:
             self._emit("arguments", "{}" if call.arguments is None else call.arguments, call.index)
         return ""
 
-    def _finish(self, call: Call, written: int, error: str, *ends: str) -> Wait[bool]:
+    def _finish(self, call: ToolCallDraft, written: int, error: str, *ends: str) -> Wait[bool]:
         """Emit the rest of the call, or all of it as an invalid one; tell whether it was a call."""
         if error := error or self._complete(call):
             yield from self._spoil(call, written, error, *ends)
         return not error
 
-    def _spoil(self, call: Call, written: int, error: str, *ends: str) -> Wait[None]:
+    def _spoil(self, call: ToolCallDraft, written: int, error: str, *ends: str) -> Wait[None]:
         """Emit all text to the closing tag, or to the next call, as an invalid call."""
         scan = self._scan
         named = call.index >= 0 and call.start >= 0
@@ -145,7 +145,7 @@ class CallReader:
 
     # JSON.
 
-    def _object(self, call: Call) -> Wait[str]:
+    def _object(self, call: ToolCallDraft) -> Wait[str]:
         """Read a call's object and return its error, if any."""
         scan = self._scan
         scan.at += 1
@@ -164,7 +164,7 @@ class CallReader:
             if after == ",":
                 scan.at += 1
 
-    def _member(self, call: Call) -> Wait[str]:
+    def _member(self, call: ToolCallDraft) -> Wait[str]:
         scan = self._scan
         start = scan.at
         if error := (yield from scan.value()):
@@ -192,7 +192,7 @@ class CallReader:
             return self._named_by(call, scan.text[start : scan.at])
         return ""
 
-    def _named_by(self, call: Call, written: str) -> str:
+    def _named_by(self, call: ToolCallDraft, written: str) -> str:
         try:
             name = loaded(written)
         except ValueError as problem:
@@ -206,7 +206,7 @@ class CallReader:
             self._name(call)
         return ""
 
-    def _arguments(self, call: Call) -> Wait[str]:
+    def _arguments(self, call: ToolCallDraft) -> Wait[str]:
         """Read the arguments; they stream if the name is known."""
         scan = self._scan
         if call.arguments is not None:
@@ -226,7 +226,7 @@ class CallReader:
         call.end = scan.at
         return self._convert(call, checked, scan.at)
 
-    def _convert(self, call: Call, reader: Callable[[str], str], end: int) -> str:
+    def _convert(self, call: ToolCallDraft, reader: Callable[[str], str], end: int) -> str:
         """Make JSON of the arguments, which end here; returns their error, if any."""
         try:
             call.arguments = reader(self._scan.text[call.start : end])
@@ -256,7 +256,7 @@ class CallReader:
         elif (yield from scan.take("call:")):
             yield from self._gemma(written, ends)
         else:
-            yield from self._spoil(Call(), written, NOT_JSON if first else CUT_OFF, *ends)
+            yield from self._spoil(ToolCallDraft(), written, NOT_JSON if first else CUT_OFF, *ends)
 
     def _close(self, end: str) -> Wait[None]:
         """Go past the closing tag, and the superfluous bracket that small models write before it."""
@@ -277,10 +277,10 @@ class CallReader:
             yield from self._python_calls(start, ends=ends)
             return True
         if in_list and first not in ("{", "]"):
-            yield from self._spoil(Call(), start, NOT_JSON if first else CUT_OFF, *ends)
+            yield from self._spoil(ToolCallDraft(), start, NOT_JSON if first else CUT_OFF, *ends)
             return False
         while first == "{":
-            call, written = Call(), scan.at
+            call, written = ToolCallDraft(), scan.at
             error = yield from self._object(call)
             if not (yield from self._finish(call, written, error, *ends)):
                 return False
@@ -325,7 +325,7 @@ class CallReader:
 
     def _named(self, name: str, written: int, *ends: str) -> Wait[bool]:
         """Read the arguments of a call whose name stands before them; tell whether it was one."""
-        call = Call(name=name)
+        call = ToolCallDraft(name=name)
         error = ""
         first = yield from self._scan.skip()
         if name:
@@ -339,7 +339,7 @@ class CallReader:
         scan = self._scan
         start = scan.at
         yield from scan.until(">", "\n", "<")
-        call = Call(name=scan.text[start : scan.at].strip())
+        call = ToolCallDraft(name=scan.text[start : scan.at].strip())
         error = "" if (yield from scan.take(">")) and call.name else _NO_NAME
         if not error:
             self._name(call)
@@ -353,7 +353,7 @@ class CallReader:
 
     def _gemma(self, written: int, ends: tuple[str, ...]) -> Wait[None]:
         scan = self._scan
-        call = Call(name=(yield from scan.word()))
+        call = ToolCallDraft(name=(yield from scan.word()))
         error = "" if (yield from scan.skip()) == "{" and call.name else _NO_NAME
         if not error:
             self._name(call)
@@ -371,7 +371,7 @@ class CallReader:
         while True:
             yield from scan.skip()
             written = scan.at
-            call = Call(name=(yield from scan.word()))
+            call = ToolCallDraft(name=(yield from scan.word()))
             bracket = yield from scan.peek()
             if whole and self._calls == before and (bracket != "(" or call.name not in self._tools):
                 self._text(scan.text[start : scan.at])

@@ -102,7 +102,7 @@ class FourBitState:
         scales: The largest magnitude of each block; indices into `nested.code` if the scales are quantized.
         block_size: Number of weights that share a scale.
         nested: The quantization of the scales; None if they are not quantized.
-        repacked: Whether the layout is that of a CPU's own product, into which the first forward repacks on some CPUs.
+        repacked: Whether the weight was repacked for bitsandbytes' CPU kernel, as the first forward does on some CPUs.
     """
 
     shape: tuple[int, ...]

@@ -141,7 +141,7 @@ def verify_engine(
         runner: Runs the model.
         model: The model.
         probe: The facts of its first forward.
-        switch: Its adapters, of which each text takes another one; None if the model runs as it is.
+        switch: Its adapters; each of the two texts uses a different one. None if the model runs as it is.
         fusion: Its fused steps, some of which are more exact than the model's own; None if there are none.
 
     Raises:
@@ -255,7 +255,7 @@ def _plain(model: Any, ids: abc.Sequence[int], cache: Any = None) -> Any:
 
 
 def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Compute the distance of two sets of logits relative to the spread of the second, but for a constant."""
+    """Compute the distance of two sets of logits relative to the spread of the second, up to an offset of each row."""
     found, expected = (t - t.mean(-1, keepdim=True) for t in (found, expected))
     return float((found - expected).norm() / expected.norm().clamp(min=1e-12))
 

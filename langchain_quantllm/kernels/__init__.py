@@ -1,1 +1,4 @@
-"""Attention over paged keys and values: in Triton, and the same functions in plain torch."""
+"""Kernels in Triton and for CPUs, with references in plain torch.
+
+Attention over paged keys and values, linear layers with quantized weights, norms, rotary positions, and sampling.
+"""

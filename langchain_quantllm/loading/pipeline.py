@@ -28,7 +28,7 @@ from langchain_quantllm.loading.devices import devices_named, release_memory
 from langchain_quantllm.loading.hub import hub_options
 from langchain_quantllm.loading.processors import load_processor
 from langchain_quantllm.loading.spec import LoadSpec
-from langchain_quantllm.memory import transformers_builds
+from langchain_quantllm.memory import MODEL_BUILD_LOCK
 
 
 def load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: Any, device_map: Any) -> Any:
@@ -68,7 +68,7 @@ def load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: A
             raise
         tokenizer = _load_tokenizer(spec, checkpoint) if processor is None else processor.tokenizer
         auto_class = AutoModelForCausalLM if processor is None else AutoModelForImageTextToText
-        with transformers_builds, _loading_errors(spec, checkpoint.source):
+        with MODEL_BUILD_LOCK, _loading_errors(spec, checkpoint.source):
             model, info = auto_class.from_pretrained(
                 checkpoint.source,
                 config=checkpoint.config,
@@ -120,8 +120,8 @@ def _check_complete(spec: LoadSpec, checkpoint: Checkpoint, model: Any, info: An
     if missing:
         saved = ", ".join(getattr(checkpoint.config, "architectures", None) or ())
         msg = (
-            f"the checkpoint {spec.model_id} has no fitting weights for {len(missing)} tensors, such as "
-            f"{min(missing)!r}, and they would have been random; is it complete, and of this "
+            f"the checkpoint {spec.model_id} lacks matching weights for {len(missing)} tensors (for example "
+            f"{min(missing)!r}), which would have been initialized at random; is it complete, and of this "
             f"architecture{saved and f' ({saved})'}?"
         )
         raise CheckpointError(msg)

@@ -272,8 +272,10 @@ def _without_config(
     name: str, what: str, files: Collection[str], read: Callable[[str], Mapping[str, Any]], *, is_local: bool
 ) -> QuantLLMError:
     if ADAPTER_CONFIG in files:
-        base = read(ADAPTER_CONFIG).get("base_model_name_or_path") or "the model it was trained on"
-        return ModelNotFoundError(f"{what} holds an adapter, no model; write model_id={base!r}, adapter={name!r}.")
+        base = read(ADAPTER_CONFIG).get("base_model_name_or_path")
+        hint = f"write model_id={base!r}, adapter={name!r}." if base else None
+        hint = hint or f"pass the base model as model_id= and adapter={name!r}."
+        return ModelNotFoundError(f"{what} holds an adapter, not a model; {hint}")
     if ggufs := _ggufs(files):
         return _gguf_only(name, ggufs[0], is_local=is_local)
     if not files:

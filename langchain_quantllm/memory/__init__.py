@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from langchain_quantllm.memory.budget import check_cache_budget, check_fits
 from langchain_quantllm.memory.display import format_bytes
-from langchain_quantllm.memory.estimate import MemoryEstimate, estimate_config, transformers_builds
+from langchain_quantllm.memory.estimate import MODEL_BUILD_LOCK, MemoryEstimate, estimate_config
 from langchain_quantllm.memory.measure import (
     AcceleratorReading,
     CpuReading,
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     estimate_memory: Callable[..., MemoryEstimate]
 
 __all__ = [
+    "MODEL_BUILD_LOCK",
     "AcceleratorReading",
     "CpuReading",
     "MemoryEstimate",
@@ -40,7 +41,6 @@ __all__ = [
     "release_heap",
     "take_snapshot",
     "track_memory",
-    "transformers_builds",
     "weights_by_kind",
 ]
 

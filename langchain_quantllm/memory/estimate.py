@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-transformers_builds = threading.RLock()
+MODEL_BUILD_LOCK = threading.RLock()
 """Lock for building a model of transformers, which swaps methods and torch's defaults in the whole process."""
 
 
@@ -220,7 +220,7 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_cod
     if not config.is_encoder_decoder and has_image_text_to_text(config.model_type):
         auto_class = AutoModelForImageTextToText
     try:
-        with transformers_builds, torch.device("meta"):
+        with MODEL_BUILD_LOCK, torch.device("meta"):
             # eager attention: a config that asks for a kernel that is not installed can still be estimated
             return auto_class.from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation="eager"

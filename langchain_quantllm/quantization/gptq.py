@@ -19,7 +19,7 @@ from torch import nn
 from langchain_quantllm._version import __version__
 from langchain_quantllm.errors import InvalidOptionError
 from langchain_quantllm.memory.estimate import build_on_meta
-from langchain_quantllm.quantization.blocks import Blocks, Layout, find_layout
+from langchain_quantllm.quantization.decoder_layers import DecoderLayers, Layout, find_layout
 from langchain_quantllm.quantization.output_dir import save_checkpoint
 from langchain_quantllm.quantization.packing import TENSORS, RoundedLinear
 from langchain_quantllm.quantization.solver import InputStatistics, Rounding, solve
@@ -191,7 +191,7 @@ class GPTQRun:
             "calibration": hashlib.sha256(json.dumps([list(ids) for ids in sequences]).encode()).hexdigest(),
         }
         self._journal = _Journal(output, about, overwrite=overwrite)
-        blocks = Blocks(self._model, self._layout, sequences, self._device)
+        blocks = DecoderLayers(self._model, self._layout, sequences, self._device)
         began = time.perf_counter()
         resumed, solved_s = 0, 0.0
         for index, names in enumerate(self._layout.layers):
@@ -215,7 +215,7 @@ class GPTQRun:
                 self._report(Progress(done=done, total=total, resumed=resumed, elapsed_s=elapsed_s, remaining_s=left_s))
         return resumed
 
-    def _quantize(self, blocks: Blocks, block: Any, index: int, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    def _quantize(self, blocks: DecoderLayers, block: Any, index: int, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Round the layers of a block group by group, each with the outputs of the rounded groups before it."""
         packed: dict[str, torch.Tensor] = {}
         for group in blocks.groups(index, names) if blocks.states else [[name] for name in names]:

@@ -149,7 +149,9 @@ class Compiler:
             style=style,
             endings=tuple(e.encode() for e in endings),
             is_auto=isinstance(constraint, ToolCalls) and constraint.mode == "auto",
-            others=~words.bits(i for i in words.special if words.tokens[i].decode(errors="replace") not in marks),
+            allowed_outside=~words.bits(
+                i for i in words.special if words.tokens[i].decode(errors="replace") not in marks
+            ),
             reasoning=constraint.reasoning,
         )
 

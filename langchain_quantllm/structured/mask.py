@@ -26,7 +26,7 @@ class CompiledConstraint:
     style: str  # "json", "qwen_xml" or "" where only the grammar tells the end of a text
     endings: tuple[bytes, ...]  # the end of the text after the last call's arguments, and after the call
     is_auto: bool
-    others: Any  # all tokens but special ones that are no marks of calls or reasoning
+    allowed_outside: Any  # ordinary tokens, and the special tokens that mark calls or reasoning
     reasoning: tuple[str, str, bool] | None
 
 
@@ -150,7 +150,7 @@ class GrammarMask(TokenMask):
                 return True
         inside = bool((bits & words.letters).any())
         # A decoder drops special tokens, and with them a part of a string.
-        _narrow(bits, words.plain if inside else self._compiled.others)
+        _narrow(bits, words.plain if inside else self._compiled.allowed_outside)
         # xgrammar accepts bytes that are no UTF-8; a decoder writes a sign for each, which makes a string too long.
         _narrow(bits, words.utf8_after.get(self._last, words.utf8))
         if self._compiled.style:

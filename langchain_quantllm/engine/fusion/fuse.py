@@ -20,7 +20,7 @@ from langchain_quantllm.engine.forward_context import ForwardContext, Step, forw
 from langchain_quantllm.engine.forward_patch import ForwardPatch
 from langchain_quantllm.engine.fusion.linear import LinearStep, group_shared_input, is_quantized_linear, linear_step
 from langchain_quantllm.engine.fusion.patterns import NormStep, RotaryStep
-from langchain_quantllm.engine.fusion.recorded_call import Call, tensors_of
+from langchain_quantllm.engine.fusion.recorded_call import RecordedCall, tensors_of
 from langchain_quantllm.engine.fusion.verify import (
     cos_sin_step,
     gated_mlp_step,
@@ -128,7 +128,7 @@ class Fusion:
     @contextlib.contextmanager
     def exact(self) -> Iterator[None]:
         """Run the model in this thread as it is, except linear layers whose step omits a rounding of the layer's."""
-        steps = {key: step for key, step in self.steps.items() if isinstance(step, LinearStep) and step.is_exact}
+        steps = {key: step for key, step in self.steps.items() if isinstance(step, LinearStep) and step.skips_rounding}
         home = self._model.get_input_embeddings().weight.device
         with _current_device(home), forward_context(ForwardContext(steps=steps)):
             yield
@@ -160,16 +160,16 @@ class Fusion:
             self._patches = kept
         self.summary = tuple(candidates.result(kind) for kind in self._kinds)
 
-    def _record(self, home: torch.device) -> dict[int, Call]:
+    def _record(self, home: torch.device) -> dict[int, RecordedCall]:
         """Run the model as it is, and record the first call of each candidate."""
         vocab_size = self._model.get_input_embeddings().weight.shape[0]
         ids = (torch.arange(1, _CHECKED_TOKENS + 1, device=home) * 7919 % vocab_size)[None]
         positions = torch.arange(_CHECKED_TOKENS, device=home)[None]
-        calls: dict[int, Call] = {}
+        calls: dict[int, RecordedCall] = {}
 
         def record(module: Any, *call: Any) -> None:
             if id(module) not in calls:
-                calls[id(module)] = Call.of(module, *call)
+                calls[id(module)] = RecordedCall.of(module, *call)
 
         try:
             with forward_context(ForwardContext(record=record)):
@@ -182,11 +182,11 @@ class Fusion:
         return calls
 
     def _verify(
-        self, candidates: _Candidates, calls: Mapping[int, Call], kernels: Any, linear_kernels: Any
+        self, candidates: _Candidates, calls: Mapping[int, RecordedCall], kernels: Any, linear_kernels: Any
     ) -> dict[int, Step]:
         """Find the step of each candidate; returns the steps by the modules' ids."""
 
-        def find(kind: str, make: Callable[[Call], Any], *, needed: bool = False) -> dict[int, Any]:
+        def find(kind: str, make: Callable[[RecordedCall], Any], *, needed: bool = False) -> dict[int, Any]:
             return candidates.find(kind, calls, make) if needed or kind in self._kinds else {}
 
         linears = group_shared_input(find(LINEAR, lambda call: linear_step(call, linear_kernels)), calls)
@@ -198,7 +198,7 @@ class Fusion:
         cos_sins = find(COS_SIN, lambda call: cos_sin_step(call, kernels))
         configs, likely = configs_of(self._model), None
 
-        def find_rotary(call: Call) -> RotaryStep:
+        def find_rotary(call: RecordedCall) -> RotaryStep:
             nonlocal likely
             likely = rotary_step(call, configs, kernels, likely)
             return likely
@@ -231,7 +231,7 @@ class _Candidates:
         else:
             self.modules[kind].append(module)
 
-    def find(self, kind: str, calls: Mapping[int, Call], make: Callable[[Call], Any]) -> dict[int, Any]:
+    def find(self, kind: str, calls: Mapping[int, RecordedCall], make: Callable[[RecordedCall], Any]) -> dict[int, Any]:
         """Make the step of each module of a kind; returns the steps by the modules' ids."""
         steps = {}
         for module in self.modules[kind]:

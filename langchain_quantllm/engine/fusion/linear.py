@@ -15,7 +15,7 @@ import torch
 
 from langchain_quantllm.compat.bitsandbytes import is_quantized
 from langchain_quantllm.engine.forward_context import ForwardContext
-from langchain_quantllm.engine.fusion.recorded_call import TOLERANCES, Call, check_same, output_of
+from langchain_quantllm.engine.fusion.recorded_call import TOLERANCES, RecordedCall, check_same, output_of
 from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.kernels.linear import reference
 from langchain_quantllm.kernels.linear.cpu import share_memory
@@ -51,8 +51,8 @@ class LinearStep:
     group: tuple[tuple[int, Weight], ...] = ()
 
     @property
-    def is_exact(self) -> bool:
-        """Whether it omits a rounding of the layer's, and so differs from the layer."""
+    def skips_rounding(self) -> bool:
+        """Whether the step is more precise than the layer, which rounds activations."""
         return isinstance(self.weight, Int8Weight)
 
     @property
@@ -93,7 +93,7 @@ def is_quantized_linear(module: Any) -> bool:
     return is_quantized(own.get("weight")) or isinstance(own.get("qweight"), torch.Tensor)
 
 
-def linear_step(call: Call, kernels: Any) -> LinearStep:
+def linear_step(call: RecordedCall, kernels: Any) -> LinearStep:
     """Make the step of a linear layer, and compare it on all tokens of a call and on a single one.
 
     Raises:
@@ -125,7 +125,7 @@ def _first_outputs(weight: Int8Weight, outputs: int) -> Int8Weight:
     return replace(weight, out_features=outputs, words=words, scales=weight.scales[:outputs], bias=bias)
 
 
-def group_shared_input(steps: dict[int, LinearStep], calls: Mapping[int, Call]) -> dict[int, LinearStep]:
+def group_shared_input(steps: dict[int, LinearStep], calls: Mapping[int, RecordedCall]) -> dict[int, LinearStep]:
     """Group the steps of layers that were called with the same tensor.
 
     Args:

@@ -19,7 +19,7 @@ float32, where such sums have some thousand terms, about 300 times.
 
 
 @dataclass(frozen=True, kw_only=True)
-class Call:
+class RecordedCall:
     """A recorded call of a module.
 
     Tensors are copies, as models overwrite theirs; `originals` are the first argument and the output themselves, which
@@ -33,7 +33,7 @@ class Call:
     originals: tuple[Any, Any]
 
     @classmethod
-    def of(cls, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Call:
+    def of(cls, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> RecordedCall:
         """Record a call that a module has just returned from."""
         copies = [copy_of(args), copy_of(kwargs)]
         originals = (args[0] if args else None, output)
@@ -63,7 +63,7 @@ def copy_of(part: Any) -> Any:
     return {key: copy_of(one) for key, one in part.items()} if type(part) is dict else part
 
 
-def output_of(call: Call) -> torch.Tensor:
+def output_of(call: RecordedCall) -> torch.Tensor:
     """Return the call's output, a tensor.
 
     Raises:

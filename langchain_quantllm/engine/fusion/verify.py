@@ -29,7 +29,7 @@ from langchain_quantllm.engine.fusion.patterns import (
     is_cos_sin,
     structure_of,
 )
-from langchain_quantllm.engine.fusion.recorded_call import Call, check_same, difference, output_of
+from langchain_quantllm.engine.fusion.recorded_call import RecordedCall, check_same, difference, output_of
 from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.kernels import reference
 
@@ -48,7 +48,7 @@ def is_norm(module: Any) -> bool:
     return is_known and isinstance(weight, torch.Tensor) and weight.dim() == 1
 
 
-def norm_step(call: Call, kernels: Any, *, runs_alone: bool) -> NormStep:
+def norm_step(call: RecordedCall, kernels: Any, *, runs_alone: bool) -> NormStep:
     """Find the formula of a norm.
 
     Raises:
@@ -89,7 +89,7 @@ def is_gated_mlp(module: Any) -> bool:
     return {"gate_proj", "up_proj", "down_proj"} <= layers or {"gate_up_proj", "down_proj"} <= layers
 
 
-def gated_mlp_step(call: Call, kernels: Any) -> GatedMlpStep:
+def gated_mlp_step(call: RecordedCall, kernels: Any) -> GatedMlpStep:
     """Find the formula of a gated MLP.
 
     Raises:
@@ -134,7 +134,7 @@ def is_cos_sin_module(module: Any) -> bool:
     return isinstance(frequencies, torch.Tensor) and frequencies.dim() == 1 and is_constant
 
 
-def cos_sin_step(call: Call, kernels: Any) -> CosSinStep:
+def cos_sin_step(call: RecordedCall, kernels: Any) -> CosSinStep:
     """Compare a module's cosines and sines with the kernel's, at the call's positions and at far ones.
 
     Raises:
@@ -166,7 +166,9 @@ def is_rotary(module: Any) -> bool:
     return has_states and isinstance(getattr(module, "layer_idx", None), int)
 
 
-def rotary_step(call: Call, configs: Sequence[Any], kernels: Any, likely: RotaryStep | None = None) -> RotaryStep:
+def rotary_step(
+    call: RecordedCall, configs: Sequence[Any], kernels: Any, likely: RotaryStep | None = None
+) -> RotaryStep:
     """Find how an attention computes and rotates its states, by running it over blocks of its own.
 
     Args:
@@ -281,7 +283,7 @@ def is_layer(module: Any) -> bool:
     return {"self_attn", "mlp"} <= set(module._modules)
 
 
-def residual_step(call: Call, norms: Mapping[int, NormStep], following: Call | None) -> ResidualStep:
+def residual_step(call: RecordedCall, norms: Mapping[int, NormStep], following: RecordedCall | None) -> ResidualStep:
     """Find the structure of a layer.
 
     Args:

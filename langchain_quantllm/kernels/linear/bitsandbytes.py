@@ -9,21 +9,19 @@ import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]  # 
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
 from langchain_quantllm.kernels.launch import INTERPRETED, dot, let_next_begin, wait_for_inputs
-from langchain_quantllm.kernels.linear.dequantize import (
+from langchain_quantllm.kernels.linear.decoding import (
     all_scaled_codes,
-    all_shuffled,
     centered,
     decoded,
     inverse_units,
     joined,
     lane_value,
-    looked_up,
-    pick,
-    program_place,
+    lookup_in_memory,
+    lookup_word_by_shuffle,
     scaled,
     strided,
-    sum_of,
 )
+from langchain_quantllm.kernels.linear.grouping import pick, program_place, sum_of
 
 _SIGNS = tl.constexpr(-2139062144)
 """0x80808080: turns four int8 into codes from 0 to 255, with 128 for zero."""
@@ -106,9 +104,9 @@ def row_vector_kernel(
         elif ptx != "":
             values = decoded(loaded, code, tl.float16, ptx)
         elif INTERPRETED or decode == "table":
-            values = looked_up(loaded, code, tl.float32)
+            values = lookup_in_memory(loaded, code, tl.float32)
         else:
-            values = all_shuffled(loaded, value)
+            values = lookup_word_by_shuffle(loaded, value)
         weight = joined(values, outputs, words, per_word).to(tl.float32)
         at = x + place[:, None] * per_word + tl.arange(0, per_word)[None, :]
         found_1 += _sums(weight, at, inside, scale, outputs, words, bits)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import struct
 
-__all__ = ["CODEBOOKS", "CONSTRAINTS", "GROUPS_SHUFFLED", "instructions"]
+__all__ = ["CODEBOOKS", "CONSTRAINTS", "GROUPS_SHUFFLED", "lookup_ptx"]
 
 _FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 CODEBOOKS = {
@@ -37,11 +37,11 @@ CONSTRAINTS = ",".join(["=&r"] * 8 + ["r"] * 2)
 _WORDS = ("$8", "$9")
 
 
-def instructions(way: str, kind: str, dtype: str) -> str:
+def lookup_ptx(method: str, kind: str, dtype: str) -> str:
     """Write the instructions that look up the 16 indices of two words.
 
     Args:
-        way: A key of `GROUPS_SHUFFLED`.
+        method: A key of `GROUPS_SHUFFLED`.
         kind: A key of `CODEBOOKS`.
         dtype: "float16" or "bfloat16".
 
@@ -49,7 +49,7 @@ def instructions(way: str, kind: str, dtype: str) -> str:
         PTX for `inline_asm_elementwise` with `pack=2` and `CONSTRAINTS`. The pair `j` is of element `j` of either
         word, where element 0 is in the upper half of the lowest byte, and 1 in its lower half.
     """
-    shuffled = GROUPS_SHUFFLED[way]
+    shuffled = GROUPS_SHUFFLED[method]
     lines = ["{ .reg .b32 s, m, t, n, l, h, u, v, lane, t0, t1, t2, t3, t4, t5, t6, t7;", *_tables(kind, dtype)]
     if shuffled:
         lines += _own_value()

@@ -1,7 +1,7 @@
 """Linear layers with quantized weights on a CPU, by kernels of bitsandbytes and torch.
 
-- 4-bit weights that bitsandbytes has repacked for the CPU: its own kernel, one call for all weights with the same
-  input, which share memory. A call costs as much as the product of a small model's layer.
+- 4-bit weights that bitsandbytes has repacked for the CPU: its own kernel. Weights with the same input are stored
+  together and multiplied in one call, because the overhead of a call equals the product of a small layer.
 - Other 4-bit weights, on CPUs that multiply 16-bit numbers slowly: dequantized to float32 piece by piece, as much as
   the cache holds.
 - 8-bit weights: multiplied as stored by 16-bit activations, in one call of torch, where LLM.int8() takes some fifteen.
@@ -35,8 +35,8 @@ _PIECE = 1 << 20
 _MOST_ROWS_AS_STORED = 8
 """Rows above which codes are converted to 16 bits first, as that product is faster."""
 
-_WHOLE = 32
-"""Inputs that torch's kernel reads at once, unchecked, and the alignment of activations in bytes.
+_INT8_ALIGNMENT = 32
+"""torch's kernel reads 32 inputs at a time without checking bounds, and needs activations aligned to 32 bytes.
 
 Source: aten/src/ATen/native/cpu/int8mm_kernel.cpp in torch.
 """
@@ -62,7 +62,7 @@ def quantized_linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None 
         shape = (weight.out_features, weight.in_features)
         found = four_bit_product(x, weight.words, shape, weight.scales, weight.code, weight.block_size)
     else:
-        msg = "CPUs have no product of their own with its weight"
+        msg = "no CPU kernel multiplies by the format of its weight"
         raise UnsupportedError(msg)
     return (found if bias is None else found + bias).to(x.dtype)
 
@@ -74,8 +74,8 @@ def _int8_linear(x: torch.Tensor, weight: Int8Weight) -> torch.Tensor:
         raise UnsupportedError(msg)
     codes = weight.words.view(torch.int8).view(weight.out_features, weight.in_features)
     rows = x.reshape(-1, weight.in_features).contiguous()
-    if len(rows) <= _MOST_ROWS_AS_STORED and not weight.in_features % _WHOLE and _HAS_STORED_PRODUCT:
-        if rows.data_ptr() % _WHOLE:
+    if len(rows) <= _MOST_ROWS_AS_STORED and not weight.in_features % _INT8_ALIGNMENT and _HAS_STORED_PRODUCT:
+        if rows.data_ptr() % _INT8_ALIGNMENT:
             rows = rows.clone()
         found = torch._weight_int8pack_mm(rows, codes, rows.new_ones(weight.out_features))
     else:

@@ -8,7 +8,7 @@ import torch
 import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]  # not on every machine, and untyped
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
-from langchain_quantllm.kernels.linear.dequantize import packed_words, zero_points
+from langchain_quantllm.kernels.linear.decoding import packed_words, zero_points
 from langchain_quantllm.kernels.linear.weights import GPTQWeight, Int8Weight
 
 _WORDS, _OUTPUTS = 8, 128

@@ -18,11 +18,12 @@ import triton.language as tl  # type: ignore[import-not-found,import-untyped,unu
 from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.kernels.launch import launch_options, wait_for_inputs
 from langchain_quantllm.kernels.linear.bitsandbytes import row_tile_kernel, row_vector_kernel
-from langchain_quantllm.kernels.linear.codebook import instructions
+from langchain_quantllm.kernels.linear.codebook import lookup_ptx
 from langchain_quantllm.kernels.linear.config import LinearConfig, chip, config_for
+from langchain_quantllm.kernels.linear.decoding import MAGIC
 from langchain_quantllm.kernels.linear.dense import dense_linear
-from langchain_quantllm.kernels.linear.dequantize import MAGIC, sum_of
 from langchain_quantllm.kernels.linear.gptq import packed_tile_kernel, packed_vector_kernel
+from langchain_quantllm.kernels.linear.grouping import sum_of
 from langchain_quantllm.kernels.linear.weights import (
     FourBitWeight,
     GPTQWeight,
@@ -200,10 +201,10 @@ def _row_format(weight: FourBitWeight | Int8Weight, dtype: torch.dtype, config: 
     if config.regime == "vector":
         # In registers, two values at a time are float16.
         in_registers = config.decode in ("permute", "mixed")
-        ptx = instructions(config.decode, weight.kind, "float16") if in_registers else ""
+        ptx = lookup_ptx(config.decode, weight.kind, "float16") if in_registers else ""
         return constants | {"decode": config.decode, "ptx": ptx}
     in_registers = config.decode != "table" and dtype != torch.float32
-    return constants | {"ptx": instructions(config.decode, weight.kind, str(dtype)[6:]) if in_registers else ""}
+    return constants | {"ptx": lookup_ptx(config.decode, weight.kind, str(dtype)[6:]) if in_registers else ""}
 
 
 @triton.jit(do_not_specialize=["rows"])  # type: ignore[misc,untyped-decorator,unused-ignore]

@@ -9,20 +9,18 @@ import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]  # 
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
 from langchain_quantllm.kernels.launch import dot, let_next_begin, wait_for_inputs
-from langchain_quantllm.kernels.linear.dequantize import (
+from langchain_quantllm.kernels.linear.decoding import (
     all_scaled_codes,
     centered,
     columns_of,
     inverse_units,
     joined,
     packed_words,
-    pick,
-    program_place,
     scaled,
     strided,
-    sum_of,
     zero_points,
 )
+from langchain_quantllm.kernels.linear.grouping import pick, program_place, sum_of
 
 
 @triton.jit(do_not_specialize=["splits"])  # type: ignore[misc,untyped-decorator,unused-ignore]

@@ -99,7 +99,7 @@ def test_weights_that_are_missing(folders: Any, tmp_path: Path) -> None:
     config = transformers.AutoConfig.from_pretrained(folder)
     config.vision_config.num_hidden_layers = 3
     config.save_pretrained(folder)
-    with pytest.raises(CheckpointError, match="no fitting weights for .*vision"):
+    with pytest.raises(CheckpointError, match="lacks matching weights for .*vision"):
         chat_of(folder).load()
 
 

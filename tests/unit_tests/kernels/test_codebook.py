@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from langchain_quantllm.kernels.linear.codebook import CODEBOOKS, GROUPS_SHUFFLED, instructions
+from langchain_quantllm.kernels.linear.codebook import CODEBOOKS, GROUPS_SHUFFLED, lookup_ptx
 
 
 @pytest.mark.parametrize("kind", CODEBOOKS)
@@ -71,7 +71,7 @@ OPERATIONS = {
 @pytest.mark.parametrize("kind", CODEBOOKS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_instructions_look_up_every_index_in_every_place(way: str, kind: str, dtype: torch.dtype) -> None:
-    ptx = instructions(way, kind, str(dtype)[6:])
+    ptx = lookup_ptx(way, kind, str(dtype)[6:])
     bits = [b & 0xFFFF for b in torch.tensor(CODEBOOKS[kind]).to(dtype).view(torch.int16).tolist()]
     for turn in range(16):
         indices = [[(turn + 3 * place + 7 * word) % 16 for place in range(8)] for word in range(2)]

@@ -189,7 +189,11 @@ def test_the_error_says_what_a_repository_holds(tmp_path: Path) -> None:
     assert str(error).startswith("acme/tiny-GGUF holds tiny.Q4_K_M.gguf, which is in llama.cpp's format")
     files = ["adapter_config.json", "adapter_model.safetensors"]
     error = wrong_files("acme/lora", files, lambda _: {"base_model_name_or_path": "acme/base"}, is_local=False)
-    assert str(error) == "acme/lora holds an adapter, no model; write model_id='acme/base', adapter='acme/lora'."
+    assert str(error) == "acme/lora holds an adapter, not a model; write model_id='acme/base', adapter='acme/lora'."
+    error = wrong_files("acme/lora", files, lambda _: {}, is_local=False)
+    assert str(error) == (
+        "acme/lora holds an adapter, not a model; pass the base model as model_id= and adapter='acme/lora'."
+    )
 
 
 def test_the_error_for_a_gguf_repository_names_the_model_file() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from langchain_quantllm.errors import UnsupportedError
-from langchain_quantllm.quantization.blocks import Blocks, find_layout
+from langchain_quantllm.quantization.decoder_layers import DecoderLayers, find_layout
 from tests.support import families
 
 
@@ -22,7 +22,7 @@ def test_blocks_one_by_one_give_what_the_model_gives(name: str) -> None:
     with torch.no_grad():
         model(input_ids=torch.tensor(ids), use_cache=False)
     handle.remove()
-    blocks = Blocks(model, layout, ids, "cpu")
+    blocks = DecoderLayers(model, layout, ids, "cpu")
     for index in range(layout.count):
         blocks.advance(index)
     assert torch.allclose(torch.cat(blocks.states), seen[0], rtol=1e-4, atol=1e-4)
@@ -31,7 +31,7 @@ def test_blocks_one_by_one_give_what_the_model_gives(name: str) -> None:
 def test_layers_are_grouped_by_input_in_the_order_of_use() -> None:
     model = families.family_model(families.FAST["qwen3"])
     layout = find_layout(model)
-    blocks = Blocks(model, layout, [families.random_ids(20)], "cpu")
+    blocks = DecoderLayers(model, layout, [families.random_ids(20)], "cpu")
     assert blocks.groups(0, layout.layers[0]) == [
         ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
         ["self_attn.o_proj"],
@@ -50,7 +50,7 @@ def test_observed_inputs_are_those_of_the_model() -> None:
     with torch.no_grad():
         model(input_ids=torch.tensor(ids), use_cache=False)
     handle.remove()
-    blocks = Blocks(model, layout, ids, "cpu")
+    blocks = DecoderLayers(model, layout, ids, "cpu")
     blocks.advance(0)
     seen: list[torch.Tensor] = []
     blocks.observe(1, ["mlp.down_proj"], seen.append)

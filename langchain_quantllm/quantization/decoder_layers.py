@@ -1,4 +1,7 @@
-"""A model's decoder blocks, run one by one over stored activations."""
+"""A model's decoder layers, run one by one over stored activations.
+
+They are called blocks here, as in GPTQ's configs; layers are the linear ones inside them.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from langchain_quantllm.errors import UnsupportedError
 _CHECK_TOKENS = 12
 _BATCH_TOKENS = 4096
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments and keyword arguments of a block beside its hidden states."""
 
 
@@ -66,13 +69,14 @@ def find_layout(model: Any) -> Layout:
     return Layout(prefix=prefix, layers=layers)
 
 
-class Blocks:
+class DecoderLayers:
     """The blocks of one model, with the inputs of the next one."""
 
     def __init__(self, model: Any, layout: Layout, sequences: Sequence[Sequence[int]], device: str) -> None:
         """Run the part of the model before the first block.
 
-        Sequences of token ids have one length; there may be none. Blocks go to `device` one at a time to compute.
+        All sequences of token ids have the same length; the list may be empty. Blocks go to `device` one at a time to
+        compute.
 
         Raises:
             UnsupportedError: If the blocks run one by one compute something else than the model.
@@ -81,7 +85,7 @@ class Blocks:
         self._blocks: Any = model.get_submodule(layout.prefix)
         self._device = device
         self._home = next(model.parameters()).device
-        self._dtype = torch.float32 if device == "cpu" else model.dtype  # CPUs compute 16 bits slowly, or roughly
+        self._dtype = torch.float32 if device == "cpu" else model.dtype  # CPUs are slow or imprecise in 16 bits
         self._own_dtype = model.dtype
         self._returns_tuple = False
         self._check_blocks()
@@ -110,10 +114,10 @@ class Blocks:
             )
             raise UnsupportedError(msg)
 
-    def _record(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[Call]]:
+    def _record(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[LayerCall]]:
         """Return the input of the first block, and the call of each block, without running any block."""
         states: list[torch.Tensor] = []
-        calls: list[Call] = []
+        calls: list[LayerCall] = []
 
         def record(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             states.append(hidden_states)
@@ -124,7 +128,7 @@ class Blocks:
             self._model.base_model(input_ids=ids.to(self._home), use_cache=False)
         return states[0].to(self._home), calls
 
-    def _run(self, block: Any, state: torch.Tensor, call: Call) -> torch.Tensor:
+    def _run(self, block: Any, state: torch.Tensor, call: LayerCall) -> torch.Tensor:
         parameter = next(block.parameters())
         args, kwargs = _moved(call, parameter)
         with torch.no_grad():

@@ -23,48 +23,6 @@ _BASE_32 = tl.constexpr(8388608.0)
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
-def pick(index: tl.tensor, values: tl.tuple, count: tl.constexpr) -> tl.tensor:
-    """Choose the value of the weight at `index` of `count`, at most three."""
-    chosen = values[0]
-    if count > 1:
-        chosen = tl.where(index == 1, values[1], chosen)
-    if count > 2:
-        chosen = tl.where(index == 2, values[2], chosen)
-    return chosen
-
-
-@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
-def program_place(widths: tl.tuple, weights: tl.constexpr, outputs: tl.constexpr) -> tl.tensor:
-    """Find this program's weight, its tile of that weight's outputs, and the outputs of the weights before it."""
-    program = tl.program_id(0)
-    which = 0
-    local = program
-    before = 0
-    if weights > 1:
-        second = tl.cdiv(widths[0], outputs)
-        which = tl.where(program >= second, 1, 0)
-        local = tl.where(program >= second, program - second, local)
-        before = tl.where(program >= second, widths[0], 0)
-    if weights > 2:
-        third = second + tl.cdiv(widths[1], outputs)
-        which = tl.where(program >= third, 2, which)
-        local = tl.where(program >= third, program - third, local)
-        before = tl.where(program >= third, widths[0] + widths[1], before)
-    return which, local, before
-
-
-@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
-def sum_of(widths: tl.tuple, count: tl.constexpr) -> tl.tensor:
-    """Count the outputs of all weights of the launch, at most three."""
-    total = widths[0]
-    if count > 1:
-        total += widths[1]
-    if count > 2:
-        total += widths[2]
-    return total
-
-
-@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
 def every_fourth(values: tl.tensor, rows: tl.constexpr, words: tl.constexpr) -> tl.tensor:
     """Cut `(rows, words, 4)` into 4 tensors of shape `(rows, words)`, in order."""
     even, odd = tl.split(tl.reshape(values, (rows, words, 2, 2)))
@@ -112,7 +70,7 @@ def lane_value(code: tl.tensor) -> tl.tensor:
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
-def shuffled(words: tl.tensor, value: tl.tensor, shift: tl.constexpr) -> tl.tensor:
+def lookup_by_shuffle(words: tl.tensor, value: tl.tensor, shift: tl.constexpr) -> tl.tensor:
     """Look up, in float32, the index of 4 bits at `shift` of each word, in the registers of the warp's lanes."""
     return tl.inline_asm_elementwise(
         "{ .reg .b32 t; shr.u32 t, $1, $3; shfl.sync.idx.b32 $0, $2, t, 0x100f, 0xffffffff; }",
@@ -125,7 +83,7 @@ def shuffled(words: tl.tensor, value: tl.tensor, shift: tl.constexpr) -> tl.tens
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
-def looked_up(words: tl.tensor, code: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+def lookup_in_memory(words: tl.tensor, code: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
     """Look up the 8 indices of each word in memory; element 0 is in the upper half of the lowest byte."""
     return (
         tl.load(code + ((words >> 4) & 15)).to(dtype),
@@ -155,9 +113,9 @@ def decoded(words: tl.tensor, code: tl.tensor, dtype: tl.constexpr, ptx: tl.cons
         8 tensors of the shape of `words`, in `dtype`.
     """
     if INTERPRETED or ptx == "":
-        return looked_up(words, code, dtype)
+        return lookup_in_memory(words, code, dtype)
     elif dtype == tl.float16:  # noqa: RET505  # both branches are not compiled only as an else
-        # The dtypes are written out: a tuple of them takes no parameter of the kernel.
+        # The dtypes are spelled out: a tuple of dtypes cannot be built from a kernel parameter.
         return tl.inline_asm_elementwise(
             ptx,
             _CONSTRAINTS,
@@ -203,17 +161,17 @@ def _four_joined(first: tl.tensor, second: tl.tensor, third: tl.tensor, fourth: 
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
-def all_shuffled(words: tl.tensor, value: tl.tensor) -> tl.tensor:
-    """Look up the 8 indices of each word by `shuffled`."""
+def lookup_word_by_shuffle(words: tl.tensor, value: tl.tensor) -> tl.tensor:
+    """Look up the 8 indices of each word by `lookup_by_shuffle`."""
     return (
-        shuffled(words, value, 4),
-        shuffled(words, value, 0),
-        shuffled(words, value, 12),
-        shuffled(words, value, 8),
-        shuffled(words, value, 20),
-        shuffled(words, value, 16),
-        shuffled(words, value, 28),
-        shuffled(words, value, 24),
+        lookup_by_shuffle(words, value, 4),
+        lookup_by_shuffle(words, value, 0),
+        lookup_by_shuffle(words, value, 12),
+        lookup_by_shuffle(words, value, 8),
+        lookup_by_shuffle(words, value, 20),
+        lookup_by_shuffle(words, value, 16),
+        lookup_by_shuffle(words, value, 28),
+        lookup_by_shuffle(words, value, 24),
     )
 
 
