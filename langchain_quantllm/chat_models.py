@@ -307,7 +307,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
         )
         most = options.max_new_tokens or limits.context_tokens or 2**31
         try:
-            return compiler.masks(answer.constraint, most, options.eos_token_id)
+            return compiler.mask_factory(answer.constraint, most, options.eos_token_id)
         except (InvalidOptionError, UnsupportedError) as error:
             if not answer.is_optional:
                 raise

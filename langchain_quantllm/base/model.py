@@ -1,4 +1,4 @@
-"""The common behaviour of the LangChain classes: loading on first use, and the way of a call to the engine."""
+"""The common behaviour of the LangChain classes: loading on first use, and how a call reaches the engine."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ class QuantizedModel(ModelFields):
         """
         if self.own_pipeline is not None:
             msg = (
-                "an LLM over a pipeline= of your own cannot be pickled: its weights are not this object's to copy; "
+                "an LLM built from your own pipeline= cannot be pickled, because it does not own the weights; "
                 "use model_id=."
             )
             raise TypeError(msg)
@@ -219,7 +219,7 @@ class QuantizedModel(ModelFields):
             return scheme_of_config(config if isinstance(config, Mapping) else config.to_dict())
         return scheme_from(self.quantization) or Unquantized()
 
-    # The way of a call: options, engine, requests; then the engine's `submit`.
+    # How a call reaches the engine: options, engine, requests; then the engine's `submit`.
 
     def _options(self, stop: Sequence[str] | None, call: Mapping[str, Any]) -> GenerationOptions:
         """Resolve a call's options: the call's value, else the field's, the checkpoint's, the default."""

@@ -213,7 +213,7 @@ def repeat(
         warm_ups: Calls before them; 2 where the second use of a length captures its graph.
         warm_up_tokens: Most tokens of a text in the warm-up.
         limit_s: No further run is begun after so many seconds, and a text that would take longer by itself is
-            written shorter, by the time of the last warm-up for a token.
+            shortened to fit, judged by the seconds per token in the last warm-up.
         device: The device whose peak of memory is read; None reads none.
 
     Returns:
@@ -225,7 +225,7 @@ def repeat(
         tokens = new_tokens
         warm_up_s = [run(few_tokens).total_s for _ in range(warm_ups)][-1]
         if warm_up_s / few_tokens * new_tokens > limit_s and new_tokens > 1:
-            # Perhaps it was making kernels, and most of it may have been the prompt: look closer.
+            # The warm-up may include kernel compilation and mostly prompt time: measure again.
             first_s = run(1).total_s
             step_s = max(_LEAST_STEP_S, (run(few_tokens).total_s - first_s) / max(1, few_tokens - 1))
             tokens = min(new_tokens, max(few_tokens, int((limit_s - first_s) / step_s)))

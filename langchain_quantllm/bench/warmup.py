@@ -19,7 +19,7 @@ from langchain_quantllm.schemes import GPTQ
 
 
 def warm_up(device: str, schemes: Iterable[Any], *, trains: bool, report: Callable[[str], None]) -> None:
-    """Use the libraries and the kernels of GPTQ once on a tiny model, so that no scheme's figures hold their start.
+    """Use the libraries and GPTQ's kernels once on a tiny model, so that start-up costs are in no scheme's figures.
 
     gptqmodel compiles some kernels, which takes minutes. A kernel that fails here fails again with a real model, and
     there its error is recorded.

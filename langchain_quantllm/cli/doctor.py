@@ -22,7 +22,7 @@ def doctor() -> None:
         from langchain_quantllm.schemes import SCHEMES
 
         out.print(_versions())
-        table = Table("device", "name", "free", "in all", title="Devices", title_justify="left")
+        table = Table("device", "name", "free", "total", title="Devices", title_justify="left")
         for device, name, free_bytes, total_bytes in _devices(take_snapshot(accelerators())):
             table.add_row(device, name, format_bytes(free_bytes), format_bytes(total_bytes))
         out.print(table)
@@ -49,7 +49,7 @@ _PACKAGES = (
 
 
 def _versions() -> Table:
-    table = Table("package", "here", "tried", "", title="Versions", title_justify="left")
+    table = Table("package", "installed", "tested", "", title="Versions", title_justify="left")
     table.add_row("langchain-quantllm", __version__)
     table.add_row("python", platform.python_version())
     for package in _PACKAGES:

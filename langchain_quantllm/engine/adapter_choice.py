@@ -44,7 +44,7 @@ class AdapterChoice:
     of_head: torch.Tensor
     masks: dict[Any, torch.Tensor] = field(default_factory=dict)
 
-    def hidden_ranks(self, layer: StackedLayer) -> torch.Tensor:
+    def foreign_rank_mask(self, layer: StackedLayer) -> torch.Tensor:
         """Return the mask of the ranks that belong to other adapters than a token's: `(tokens, ranks)`, bool."""
         key = (layer.ranks, layer.is_head, layer.owners.device)
         mask = self.masks.get(key)

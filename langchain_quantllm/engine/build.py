@@ -31,7 +31,7 @@ from langchain_quantllm.memory import release_heap
 _log = logging.getLogger(__name__)
 
 SLOTS_GPU, SLOTS_CPU = 128, 32
-"""Most sequences at once."""
+"""Maximum number of sequences at once."""
 
 _FEWEST_BLOCKS = 64  # a pool of default size is not halved below this
 _TRIED_BLOCKS = 64  # several programs of the attention kernel share a sequence of so many
@@ -47,7 +47,7 @@ class EngineParts:
         runner: Runs the model.
         adapters: The adapters that sequences choose from; None if the model runs as it is.
         adapter_names: Their names; None likewise.
-        slots: Most sequences at once.
+        slots: Maximum number of sequences at once.
         is_gpu: Whether the model lies on a GPU.
         refusal: Why no sequence can run with the model as it is now; None if they can.
     """

@@ -1,7 +1,7 @@
 """The continuous engine: all requests in one running batch over KV blocks, step by step.
 
-Owns the way of a request from the queue through scheduler and model runner back to its stream, and the handling of
-failures. The scheduler knows no tensors and the runner no text; the engine joins them.
+Moves a request from the queue through scheduler and model runner back to its stream, and handles failures. The
+scheduler knows no tensors and the runner no text; the engine joins them.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ class ContinuousEngine:
         half = max(_LEAST_PREFILL, tokens // 2)
         _log.warning("no memory for a prefill of %d tokens at once; going on with %d", tokens, half)
         self._prefill_tokens = (min(half, self._prefill_tokens[0]), min(half, self._prefill_tokens[1]))
-        self._scheduler.prefill_tokens, self._scheduler.prefill_tokens_beside = self._prefill_tokens
+        self._scheduler.prefill_tokens, self._scheduler.prefill_tokens_while_decoding = self._prefill_tokens
         return [forward for part in split_chunks(chunks, half) for forward in self._prefill(part, sampling)]
 
     # Sampling.
@@ -315,7 +315,7 @@ class ContinuousEngine:
         self._prefix_ids = {}
         self._samples_prefix_id = None
         self._scheduler = Scheduler(
-            self._blocks, slots=self._parts.slots, prefill_tokens=alone, prefill_tokens_beside=beside
+            self._blocks, slots=self._parts.slots, prefill_tokens=alone, prefill_tokens_while_decoding=beside
         )
 
     def _rebuild(self) -> None:

@@ -61,7 +61,7 @@ class IncrementalDecoder:
 
 
 def _context(decode: Decode, prompt_ids: Sequence[int]) -> list[int]:
-    """Cut off the shortest end of a prompt that decodes to whole characters."""
+    """Return a short end of the prompt that decodes to whole characters; nothing if there is none."""
     tokens = _CONTEXT_TOKENS
     while True:
         context = list(prompt_ids[-tokens:])

@@ -77,7 +77,7 @@ def count_blocks(
     Args:
         shapes: The layers' shapes.
         budget: A fraction of what is free, bytes, or None.
-        sequences: Most sequences at once.
+        sequences: Maximum number of sequences at once.
         context: Most tokens of a sequence; None if the model has no limit.
 
     Raises:

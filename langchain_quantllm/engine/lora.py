@@ -95,12 +95,12 @@ def _run_stacked(
     layer = choice.layers.get(id(module))
     if layer is None:
         return base
-    hidden_ranks = choice.hidden_ranks(layer)
-    if x.shape[-2] != len(hidden_ranks) or x.numel() != len(hidden_ranks) * x.shape[-1]:
+    foreign_rank_mask = choice.foreign_rank_mask(layer)
+    if x.shape[-2] != len(foreign_rank_mask) or x.numel() != len(foreign_rank_mask) * x.shape[-1]:
         msg = "a layer with adapters sees other tokens than the model was given"
         raise UnsupportedError(msg)
     # Masked, not multiplied by 0: if one adapter's product overflows, 0 times infinity is NaN for the other tokens.
-    hidden = linear(x.to(layer.down.dtype), layer.down).masked_fill(hidden_ranks, 0)
+    hidden = linear(x.to(layer.down.dtype), layer.down).masked_fill(foreign_rank_mask, 0)
     return (base + linear(hidden, layer.up)).to(base.dtype)
 
 

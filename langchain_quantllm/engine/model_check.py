@@ -176,7 +176,9 @@ def verify_engine(
 
 def _run_all(runner: ModelRunner, sequences: abc.Sequence[Sequence]) -> dict[Sequence, list[torch.Tensor]]:
     """Run greedy sequences to their end, and return the logits that each one's tokens were sampled from."""
-    scheduler = Scheduler(BlockManager(_BLOCKS), slots=2, prefill_tokens=_LONG - 6, prefill_tokens_beside=_LONG - 6)
+    scheduler = Scheduler(
+        BlockManager(_BLOCKS), slots=2, prefill_tokens=_LONG - 6, prefill_tokens_while_decoding=_LONG - 6
+    )
     logits: dict[Sequence, list[torch.Tensor]] = {sequence: [] for sequence in sequences}
     for sequence in sequences:
         scheduler.add(sequence)

@@ -106,7 +106,7 @@ class ModelRunner:
             model: A causal language model of transformers; nothing of it is changed.
             pools: The KV pool of each layer.
             attention: Reads and writes them.
-            slots: Most sequences at once.
+            slots: Maximum number of sequences at once.
             blocks_per_sequence: Most blocks of one sequence.
             vocab_size: Width of the model's logits.
             by_sdpa: Whether the model calls PyTorch's attention itself.
@@ -216,12 +216,7 @@ class ModelRunner:
 
     def _forward_pack(self, pack: Pack) -> torch.Tensor:
         batch = Batch(
-            table=self._table,
-            slots=pack.slots,
-            positions=pack.positions,
-            spans=(),
-            decodes=False,
-            tiles=pack.tiles,
+            table=self._table, slots=pack.slots, positions=pack.positions, spans=(), decodes=False, tiles=pack.tiles
         )
         return self._forward(pack.ids.long(), batch, pack.kept.long())
 

@@ -74,7 +74,7 @@ class Request:
         seed: Seed of the random numbers; always set, so that a result can be repeated.
         eos_token_ids: Tokens that end the text.
         stop_token_ids: Special tokens that the call named as stop strings; they end the text too.
-        max_rows: Most sequences to run at the same time; None leaves it to the engine.
+        max_rows: Maximum number of sequences at the same time; None leaves it to the engine.
         shares_prefix: Whether it shares KV cache blocks of its prompt's beginning with other requests.
         mask: Makes the mask of the sequence's tokens; called once per sequence.
         media: Further tensors for the model, such as the pixels of images, by the names of its forward's arguments.
@@ -187,7 +187,7 @@ def plan_requests(
         limits: The limits of the engine's model.
         truncation_side: The end that `truncation=True` cuts: the tokenizer's declared one.
         stop_token_ids: Special tokens that the call named as stop strings.
-        max_rows: Most sequences to run at the same time.
+        max_rows: Maximum number of sequences at the same time.
         shares_prefix: Whether KV cache blocks of the prompt's beginning may be shared.
         mask: Makes the mask of a sequence's tokens.
         media: Further tensors for the model.

@@ -49,20 +49,22 @@ class Decode:
 class Scheduler:
     """Plans one step after another: first come, first served, prefill and decode in turns."""
 
-    def __init__(self, blocks: BlockManager, *, slots: int, prefill_tokens: int, prefill_tokens_beside: int) -> None:
+    def __init__(
+        self, blocks: BlockManager, *, slots: int, prefill_tokens: int, prefill_tokens_while_decoding: int
+    ) -> None:
         """Begin with no sequences.
 
         Args:
             blocks: The KV cache's blocks.
-            slots: Most sequences at once.
+            slots: Maximum number of sequences at once.
             prefill_tokens: Most tokens of a prefill step while no sequence decodes.
-            prefill_tokens_beside: Most tokens of a prefill step while sequences wait to decode.
+            prefill_tokens_while_decoding: Most tokens of a prefill step while sequences wait to decode.
         """
         self.blocks = blocks
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order in which they joined
         self.prefill_tokens = prefill_tokens
-        self.prefill_tokens_beside = prefill_tokens_beside
+        self.prefill_tokens_while_decoding = prefill_tokens_while_decoding
         self.preempted = 0
         """Preemptions so far: a sequence gave up its blocks for an older one."""
         self._slots = list(range(slots - 1, -1, -1))
@@ -105,7 +107,7 @@ class Scheduler:
     # Prefill.
 
     def _plan_prefill(self, beside_decoding: bool) -> list[PrefillChunk]:
-        budget = self.prefill_tokens_beside if beside_decoding else self.prefill_tokens
+        budget = self.prefill_tokens_while_decoding if beside_decoding else self.prefill_tokens
         chunks: list[PrefillChunk] = []
         for sequence in [sequence for sequence in self.running if not sequence.decodes]:
             if budget <= 0:

@@ -19,7 +19,10 @@ class StopMatcher:
         self.found = False
 
     def push(self, text: str) -> str:
-        """Add a piece and return the text that cannot be part of a stop string any more."""
+        """Add a piece and return the text that is now safe to show.
+
+        Once a stop string is complete, it and everything after it are discarded, and `found` is True.
+        """
         if not self._stop:
             return text
         self._held += text

@@ -77,8 +77,11 @@ def find_adapters(spec: LoadSpec) -> list[Adapter]:
 def _find(name: str, source: str, spec: LoadSpec) -> Adapter:
     from torch.nn import ModuleDict
 
-    if hasattr(ModuleDict(), name) or name in ("weight", "bias"):  # peft keeps them under their names in one
-        msg = f"{name!r} cannot be the name of an adapter, as modules of PyTorch have it already; choose another."
+    if hasattr(ModuleDict(), name) or name in ("weight", "bias"):  # peft keeps adapters in a ModuleDict by name
+        msg = (
+            f"{name!r} cannot be the name of an adapter, because PyTorch modules already have an attribute of "
+            "that name; choose another."
+        )
         raise InvalidOptionError(msg)
     path = Path(source).expanduser()
     folder = path.resolve() if path.is_dir() else _fetch(name, source, spec)
@@ -132,7 +135,7 @@ def _fetch(name: str, source: str, spec: LoadSpec) -> Path:
 # Shapes.
 
 
-def check_shapes(adapters: Sequence[Adapter], checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> None:
+def check_adapters_fit(adapters: Sequence[Adapter], checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> None:
     """Check that LoRA adapters have the layers and sizes of a model, from its config and their files' headers.
 
     Args:
@@ -148,10 +151,10 @@ def check_shapes(adapters: Sequence[Adapter], checkpoint: Checkpoint, *, trust_r
         return
     for adapter in adapters:
         if adapter.weights.is_file():
-            _check_shapes(adapter, layers)
+            _check_adapter_fits(adapter, layers)
 
 
-def _check_shapes(adapter: Adapter, layers: Mapping[str, tuple[int, int] | None]) -> None:
+def _check_adapter_fits(adapter: Adapter, layers: Mapping[str, tuple[int, int] | None]) -> None:
     kinds = {name.rpartition(".")[2] for name in layers}
     patterns = {re.sub(r"\d+", "*", name) for name in layers}
     sizes = _sizes_of(adapter)
@@ -160,7 +163,7 @@ def _check_shapes(adapter: Adapter, layers: Mapping[str, tuple[int, int] | None]
         raise CheckpointError(msg)
     for name, (inputs, outputs) in sizes.items():
         if name not in layers and re.sub(r"\d+", "*", name) in patterns:
-            msg = f"{adapter} was made for another model: it changes {name!r}, which this one has not."
+            msg = f"{adapter} was made for another model: it changes {name!r}, which this model does not have."
             raise CheckpointError(msg)
         size = layers.get(name)
         if size is not None and any(a is not None and a != b for a, b in zip((inputs, outputs), size, strict=True)):

@@ -1,6 +1,6 @@
 """Reading a checkpoint's weights into a transformers pipeline.
 
-Calls `from_pretrained`, checks that its result is the checkpoint's model, and says its errors in one sentence each.
+Calls `from_pretrained`, checks that its result is the checkpoint's model, and reports each error in one sentence.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def _loading_errors(spec: LoadSpec, source: str) -> Iterator[None]:
         )
         raise NotEnoughMemoryError(msg) from error
     except SafetensorError as error:
-        msg = f"a weight file of {spec.model_id} is damaged ({first_line(error)}); get it again."
+        msg = f"a weight file of {spec.model_id} is damaged ({first_line(error)}); download it again."
         raise CheckpointError(msg) from error
     except ImportError as error:
         msg = f"{spec.model_id} cannot be loaded without a package: {str(error).strip()}"

@@ -23,7 +23,7 @@ from langchain_quantllm.compat.gptqmodel_import import gptqmodel_imported
 from langchain_quantllm.compat.library_logging import without_torchao
 from langchain_quantllm.compat.packages import check_packages, label_of
 from langchain_quantllm.errors import UnsupportedError
-from langchain_quantllm.loading.adapters import check_shapes, find_adapters, load_adapters
+from langchain_quantllm.loading.adapters import check_adapters_fit, find_adapters, load_adapters
 from langchain_quantllm.loading.checkpoint import Checkpoint, check_attention, find_checkpoint, find_source, reconcile
 from langchain_quantllm.loading.devices import (
     default_device_map,
@@ -67,7 +67,7 @@ class LoadedModel:
             pipeline: The transformers pipeline.
             scheme: Scheme of its weights.
             estimate: The estimate of its memory; None if unknown.
-            tracked: The memory before, while and after loading; None if it was not measured.
+            tracked: The memory before, during and after loading; None if it was not measured.
             adapters: Folder or repository of each adapter that was loaded with it, by its name.
         """
         self.pipeline: Any = pipeline
@@ -102,7 +102,7 @@ class LoadedModel:
         return self.pipeline is None
 
     def memory_report(self, model_id: str) -> MemoryReport:
-        """Report the model's memory: before, while and after loading, and now.
+        """Report the model's memory: before, during and after loading, and now.
 
         Args:
             model_id: Name of the model in the report.
@@ -263,7 +263,7 @@ def load(spec: LoadSpec, source: str | None = None) -> LoadedModel:
     with gptqmodel_imported() if needs_gptqmodel else contextlib.nullcontext(), quiet:
         if isinstance(scheme, GPTQ):
             scheme = _prepare_gptq(checkpoint, scheme, devices)
-        check_shapes(adapters, checkpoint, trust_remote_code=spec.trust_remote_code)
+        check_adapters_fit(adapters, checkpoint, trust_remote_code=spec.trust_remote_code)
         estimate = None
         with contextlib.suppress(UnsupportedError):  # a model or format without a formula is measured only
             estimate = estimate_config(
@@ -276,7 +276,8 @@ def load(spec: LoadSpec, source: str | None = None) -> LoadedModel:
             if isinstance(scheme, GPTQ):
                 uncompile_gptq_model(pipeline.model)
             load_adapters(pipeline.model, adapters, spec)
-            release_memory(collect=False)  # quantizing leaves several times the weights in freed blocks
+            # Quantizing leaves freed memory several times the size of the weights cached.
+            release_memory(collect=False)
     model = LoadedModel(pipeline, scheme, estimate=estimate, tracked=tracked, adapters=spec.adapters)
     reset_peaks(model.devices)
     return model

@@ -80,7 +80,7 @@ _ENCODERS = frozenset(
 _SPEECH = frozenset({"whisper", "wav2vec2", "hubert", "wavlm", "moonshine"})
 
 _EMBEDDING = (
-    "holds an embedding model, which turns texts into vectors and writes none; use HuggingFaceEmbeddings of "
+    "holds an embedding model, which turns texts into vectors and generates no text; use HuggingFaceEmbeddings of "
     "langchain-huggingface for it, and a language model such as Llama, Qwen or Mistral here."
 )
 _LONGEST_SHOWN = 80
@@ -145,12 +145,12 @@ def check_sources(model_id: str, adapters: Mapping[str, str] = MappingProxyType(
     elif "://" in model_id or model_id.startswith(("huggingface.co/", "hf.co/", "www.")):
         parts = model_id.partition("://")[2] or model_id
         name = "/".join(parts.split("/")[1:3])
-        msg = f"{model_id} is an address; give the name of the repository, model_id={name!r}, or a folder."
+        msg = f"{model_id} is a URL; give the name of the repository, model_id={name!r}, or a folder."
         raise ModelNotFoundError(msg)
     elif model_id.startswith(("/", "./", "../", "~", ".\\")) or os.path.isabs(model_id) or model_id.count("/") > 1:
         raise ModelNotFoundError(_missing_folder(model_id, path))
     elif re.fullmatch(r"[\w./-]+:[\w.-]+", model_id):
-        msg = f"{model_id} is a name of Ollama's; give a folder or a repository on the Hub, such as 'Qwen/Qwen3-8B'."
+        msg = f"{model_id} is an Ollama model name; give a folder or a repository on the Hub, such as 'Qwen/Qwen3-8B'."
         raise ModelNotFoundError(msg)
     elif Path(model_id).suffix in (".gguf", *_WEIGHTS, *_ARCHIVES):
         msg = f"there is no file {model_id}; check the path, and give a folder or the name of a repository on the Hub."

@@ -96,7 +96,7 @@ class MemoryEstimate:
             msg = f"tokens={tokens} and batch={batch} must not be negative."
             raise InvalidOptionError(msg)
         if self.kv_cache_bytes_per_token is None:
-            msg = f"The KV cache of {self.model_id!r} cannot be computed from its config; load it and measure."
+            msg = f"the KV cache of {self.model_id!r} cannot be computed from its config; load it and measure."
             raise UnsupportedError(msg)
         kept = tokens if self.sliding_window_tokens is None else min(tokens, self.sliding_window_tokens)
         full_bytes_per_token = self.kv_cache_bytes_per_token - self.sliding_bytes_per_token
@@ -178,12 +178,12 @@ def _choose_scheme(asked: Scheme | None, options: Mapping[str, Any], name: str) 
     own = scheme_of_config(options)
     if asked is not None and asked.name != own.name:
         msg = (
-            f"Model {name!r} is already quantized with {own.name!r}, so quantization={asked.name!r} cannot be applied;"
+            f"model {name!r} is already quantized with {own.name!r}, so quantization={asked.name!r} cannot be applied;"
             " leave the quantization out, or take the unquantized checkpoint."
         )
         raise CheckpointError(msg)
     if isinstance(asked, GPTQ) and asked.bits not in (None, own.weight_bits):
-        msg = f"Model {name!r} was quantized to {own.weight_bits} bits, not to bits={asked.bits}; leave the bits out."
+        msg = f"model {name!r} was quantized to {own.weight_bits} bits, not to bits={asked.bits}; leave the bits out."
         raise CheckpointError(msg)
     return own
 
@@ -227,7 +227,7 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_cod
             )
     except (ValueError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         msg = (
-            f"Model {name!r} (type {config.model_type!r}) cannot be built on the meta device as a language model, so"
+            f"model {name!r} (type {config.model_type!r}) cannot be built on the meta device as a language model, so"
             f" its memory cannot be estimated: {first_line(error)}"
         )
         raise UnsupportedError(msg) from error

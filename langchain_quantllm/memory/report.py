@@ -79,8 +79,8 @@ def memory_notes(snapshot: MemorySnapshot, weights: WeightBytes | None = None) -
         )
     has_parts = any(isinstance(r, CpuReading) and r.anonymous_bytes is not None for r in snapshot.readings)
     notes.append(
-        "Resident memory is that of the whole process. Its anonymous part is the process's own; pages mapped from"
-        " files, such as weights in safetensors and libraries, the system takes back when memory is short."
+        "Resident memory is that of the whole process. Its anonymous part is the process's own; the system can"
+        " reclaim pages mapped from files, such as weights in safetensors and libraries, when memory is short."
         if has_parts
         else "Resident memory is that of the whole process, with its libraries and mapped pages of weight files, which"
         " this system does not tell apart."
@@ -156,7 +156,7 @@ def track_memory(
         interval_s: Seconds between two samples of the resident memory; a shorter peak on the CPU can be missed.
 
     Yields:
-        The measurement, complete when the block has ended, with an error too.
+        The measurement, complete when the block ends, even by an exception.
 
     Raises:
         InvalidOptionError: If a device name is not understood.

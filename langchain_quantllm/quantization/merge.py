@@ -1,8 +1,8 @@
 """`merge_adapter`: merges an adapter into its base model and writes the result, a checkpoint in full precision.
 
-The logits of the merged model are compared with those of the base with its adapter, both without their mean. The
-relative difference may be 0.001 in float32, and 0.1 in 16 bits, where each sum of weight and adapter is rounded to 3
-digits (float16) or 2 (bfloat16).
+The logits of the merged model are compared with those of the base with its adapter, after subtracting each row's mean.
+The relative difference may be 0.001 in float32, and 0.1 in 16 bits, where each sum of weight and adapter is rounded to
+3 digits (float16) or 2 (bfloat16).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from langchain_quantllm.compat.transformers_quantizers import (
     was_quantized,
 )
 from langchain_quantllm.errors import CheckpointError, UnsupportedError, first_line
-from langchain_quantllm.loading.adapters import Adapter, check_shapes, find_adapters
+from langchain_quantllm.loading.adapters import Adapter, check_adapters_fit, find_adapters
 from langchain_quantllm.loading.checkpoint import find_checkpoint, find_source
 from langchain_quantllm.loading.devices import release_memory
 from langchain_quantllm.loading.registry import load
@@ -60,7 +60,8 @@ def merge_adapter(
     """Write a model with an adapter merged into its weights.
 
     Args:
-        model_id: Folder or repository of the base model: unquantized, or quantized by bitsandbytes, which is undone.
+        model_id: Folder or repository of the base model: unquantized, or quantized by bitsandbytes, in which case it is
+            dequantized first.
         adapter: Folder or repository of an adapter of peft.
         output: Folder to write; it appears when it is complete.
         dtype: Dtype of the result: `"auto"` (the checkpoint's), `"float16"`, `"bfloat16"` or `"float32"`.
@@ -126,7 +127,7 @@ def _check_base(spec: LoadSpec, source: str, adapter: Adapter) -> None:
                 "unquantized model, and quantize the result."
             )
             raise UnsupportedError(msg)
-        check_shapes([adapter], checkpoint, trust_remote_code=spec.trust_remote_code)
+        check_adapters_fit([adapter], checkpoint, trust_remote_code=spec.trust_remote_code)
 
 
 # --- dequantizing ---

@@ -34,7 +34,7 @@ _CACHE_BYTES = 256 << 20
 
 
 class _Layout(NamedTuple):
-    """A constraint in xgrammar's terms, the tokens that closing it may take, and whether their number grows."""
+    """A constraint in xgrammar's terms, the most tokens needed to close it, and whether that grows with nesting."""
 
     format: dict[str, Any]
     reserve: int
@@ -59,7 +59,7 @@ class Compiler:
         self._compiler: Any = None
         self._vocabulary: Vocabulary
 
-    def masks(
+    def mask_factory(
         self, constraint: Constraint, max_new_tokens: int, eos_token_ids: Sequence[int] | None = None
     ) -> Callable[[], TokenMask] | None:
         """Compile a constraint, or take it from the cache.
@@ -70,8 +70,8 @@ class Compiler:
             eos_token_ids: The request's own end tokens; None for the model's.
 
         Returns:
-            A function that makes the mask of a row; None where nothing can be enforced, as in automatic calls of a
-            format without a mark.
+            A function that makes the mask of a row; None if nothing can be enforced, as with optional calls in a format
+            that has no opening mark.
 
         Raises:
             InvalidOptionError: If the schema, expression or grammar cannot be enforced.

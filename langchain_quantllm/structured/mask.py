@@ -21,7 +21,7 @@ class CompiledConstraint:
     """A compiled constraint, and the facts that its masks need beside the grammar."""
 
     grammar: Any
-    reserve: int  # tokens that closing the text may take
+    reserve: int  # the most tokens needed to close the text
     grows: bool  # whether that number grows with the brackets that are open
     style: str  # "json", "qwen_xml" or "" where only the grammar tells the end of a text
     endings: tuple[bytes, ...]  # the end of the text after the last call's arguments, and after the call
@@ -59,7 +59,10 @@ class Vocabulary:
         controls = re.compile(rb'[^"]*[\x00-\x1f]')
         self.printed = ~self.bits(i for i, token in enumerate(tokens) if controls.match(token))
         self.space = self.bits(i for t, i in self.ids.items() if t in (b" ", b"\n"))
-        self.letters = self.bits(i for t, i in self.ids.items() if t in b"ghijklmopqrsuvwxyzGHJKLMNOPQRSTUVWXYZ()%;@")
+        # Outside of strings no token is begun by these, but for the rest of a literal such as true.
+        self.string_probe = self.bits(
+            i for t, i in self.ids.items() if t in b"ghijklmopqrsuvwxyzGHJKLMNOPQRSTUVWXYZ()%;@"
+        )
         closing = self._by_length(rb"[}\]]+")
         values = [*self._by_length(rb'""[}\]]*'), *self._by_length(rb'"')]
         self.outside = [
@@ -106,7 +109,8 @@ class GrammarMask(TokenMask):
     """Keeps one row to a constraint.
 
     Attributes:
-        ended: Whether the text is complete where no token could end it. Only blanks are allowed then; the row ends.
+        ended: True once the text is complete but the model has no end token. Only blanks are allowed then, and the
+            engine ends the sequence.
     """
 
     def __init__(
@@ -148,7 +152,7 @@ class GrammarMask(TokenMask):
                 self.ended = True
                 bits.copy_(words.space)
                 return True
-        inside = bool((bits & words.letters).any())
+        inside = bool((bits & words.string_probe).any())
         # A decoder drops special tokens, and with them a part of a string.
         _narrow(bits, words.plain if inside else self._compiled.allowed_outside)
         # xgrammar accepts bytes that are no UTF-8; a decoder writes a sign for each, which makes a string too long.
@@ -241,12 +245,12 @@ class GrammarMask(TokenMask):
             return False
         bits = torch.full_like(self._stops if self._stops is not None else self._vocabulary.space, -1)
         ahead.fill_next_token_bitmask(bits, 0)
-        return not bool((bits & self._vocabulary.letters).any())
+        return not bool((bits & self._vocabulary.string_probe).any())
 
     def _shortest_end(self) -> bytes:
-        """Find the shortest text after which all may end; empty where none is near.
+        """Find the shortest completion; empty where none is near.
 
-        Of texts that allow the same next tokens, one is followed.
+        Among texts with the same allowed next tokens, only one is explored.
         """
         import torch
 

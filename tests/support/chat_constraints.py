@@ -105,7 +105,7 @@ class Writer:
     """Draws tokens as an engine does, uniformly over what is allowed."""
 
     def __init__(self, compiler: Compiler, constraint: Constraint, max_new_tokens: int = 200, seed: int = 0) -> None:
-        make = compiler.masks(constraint, max_new_tokens)
+        make = compiler.mask_factory(constraint, max_new_tokens)
         assert make is not None
         self.mask: Any = make()
         self.compiler = compiler

@@ -74,12 +74,15 @@ class Simulation:
         blocks: int = 40,
         slots: int = 8,
         prefill_tokens: int = 64,
-        prefill_tokens_beside: int = 24,
+        prefill_tokens_while_decoding: int = 24,
         is_late: bool = False,
     ) -> None:
         self.blocks = BlockManager(blocks)
         self.scheduler = Scheduler(
-            self.blocks, slots=slots, prefill_tokens=prefill_tokens, prefill_tokens_beside=prefill_tokens_beside
+            self.blocks,
+            slots=slots,
+            prefill_tokens=prefill_tokens,
+            prefill_tokens_while_decoding=prefill_tokens_while_decoding,
         )
         self.slots = slots
         self.device = Device(blocks)
@@ -257,7 +260,7 @@ class Simulation:
                 assert not could_join
         else:
             assert not (just_prefilled and decoding), "decoding waits for a second prefill"
-            budget = scheduler.prefill_tokens_beside if decoding else scheduler.prefill_tokens
+            budget = scheduler.prefill_tokens_while_decoding if decoding else scheduler.prefill_tokens
             spent = sum(chunk.count for chunk in plan.chunks)
             assert 0 < spent <= budget
             numbers = [self.rows[chunk.sequence].number for chunk in plan.chunks]
@@ -329,7 +332,7 @@ def random_simulation(seed: int, *, is_late: bool, is_tight: bool) -> Simulation
         blocks=1 + row_blocks + (rng.randrange(3) if is_tight else rng.randrange(4, 40)),
         slots=rng.choice([1, 2, 3, 8, 32]) if not is_tight else rng.choice([2, 4, 16]),
         prefill_tokens=rng.choice([5, 16, 40, 128]),
-        prefill_tokens_beside=rng.choice([1, 7, 16, 32]),
+        prefill_tokens_while_decoding=rng.choice([1, 7, 16, 32]),
         is_late=is_late,
     )
     prefix_ids = [None, simulation.blocks.new_prefix_id(), simulation.blocks.new_prefix_id()]

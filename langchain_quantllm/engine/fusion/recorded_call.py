@@ -43,7 +43,7 @@ class RecordedCall:
         """Repeat the call with a step, which must not leave it to the module."""
 
         def refuse(*args: Any, **kwargs: Any) -> Any:
-            msg = "it is called in another way"
+            msg = "it is called with unexpected arguments"
             raise UnsupportedError(msg)
 
         return step.run(self.module, refuse, context or ForwardContext(), self.args, self.kwargs)

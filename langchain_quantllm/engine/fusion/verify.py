@@ -57,7 +57,7 @@ def norm_step(call: RecordedCall, kernels: Any, *, runs_alone: bool) -> NormStep
     expected, module = output_of(call), call.module
     x = call.args[0] if len(call.args) == 1 and not call.kwargs else None
     if not isinstance(x, torch.Tensor) or x.dtype != module.weight.dtype:
-        msg = "it is called in another way"
+        msg = "it is called with unexpected arguments"
         raise UnsupportedError(msg)
     if type(module) is torch.nn.LayerNorm:
         step = NormStep(kernels=kernels, eps=module.eps, centers=True)
@@ -98,7 +98,7 @@ def gated_mlp_step(call: RecordedCall, kernels: Any) -> GatedMlpStep:
     expected, module = output_of(call), call.module
     function = getattr(module, "act_fn", getattr(module, "activation_fn", None))
     if isinstance(function, torch.nn.Module) and hooks_of(function):
-        msg = "its activation has hooks, which would see nothing"
+        msg = "its activation has hooks, which the fused step would skip"
         raise UnsupportedError(msg)
     activation = None if function is None else _activation_of(function, expected.device)
     if activation is None:
@@ -184,7 +184,7 @@ def rotary_step(
     hidden, cos_sin = kwargs.get("hidden_states"), kwargs.get("position_embeddings")
     cache_name = given_cache_name(kwargs)
     if call.args or hidden is None or cache_name is None:
-        msg = "it is called in another way"
+        msg = "it is called with unexpected arguments"
         raise UnsupportedError(msg)
     if not is_cos_sin(cos_sin):
         msg = "it is given no cosines and sines"
@@ -209,7 +209,7 @@ def rotary_step(
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # shapes that do not match, too
-            reason = str(error) if isinstance(error, UnsupportedError) else "its parts are put together otherwise"
+            reason = str(error) if isinstance(error, UnsupportedError) else "its parts are combined in an unknown way"
             continue
         return step
     raise UnsupportedError(reason)
@@ -297,11 +297,11 @@ def residual_step(call: RecordedCall, norms: Mapping[int, NormStep], following: 
     expected, module = output_of(call), call.module
     names = structure_of(module._modules)
     if names is None:
-        msg = "its parts are others than attention, MLP and norms before them"
+        msg = "it has parts other than attention, MLP and norms before them"
         raise UnsupportedError(msg)
 
     def fused(norm: Any) -> tuple[NormStep, weakref.ref[Any]] | None:
-        is_plain = norm is not None and not hooks_of(norm)  # its hooks would see nothing
+        is_plain = norm is not None and not hooks_of(norm)  # the step would skip its hooks
         return (norms[id(norm)], weakref.ref(norm)) if is_plain and id(norm) in norms else None
 
     step = ResidualStep(

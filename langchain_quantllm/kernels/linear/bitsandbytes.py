@@ -71,7 +71,7 @@ def row_vector_kernel(
     width = pick(which, widths, weights)
     total = sum_of(widths, weights)
     per_word: tl.constexpr = 32 // bits
-    # Four words of a thread become one sum, if it has as many.
+    # Each thread adds four of its words into one sum, if it holds at least four.
     kept: tl.constexpr = words // 4
     column = local * outputs + tl.arange(0, outputs)
     held = tl.minimum(column, width - 1)[:, None] * row_words

@@ -57,10 +57,10 @@ class LinearConfig:
     def check(self, rows: int) -> None:
         """Raise an InvalidOptionError if the config does not fit a number of rows."""
         if self.regime not in ("vector", "tile") or self.decode not in ("table", *GROUPS_SHUFFLED):
-            raise InvalidOptionError(f"A product has no regime {self.regime!r} with decode {self.decode!r}.")
+            raise InvalidOptionError(f"a product has no regime {self.regime!r} with decode {self.decode!r}.")
         if self.regime == "vector" and rows > MOST_VECTOR_ROWS:
             raise InvalidOptionError(
-                f"The regime 'vector' takes up to {MOST_VECTOR_ROWS} rows, not {rows}: use 'tile', or leave config out."
+                f"the regime 'vector' takes up to {MOST_VECTOR_ROWS} rows, not {rows}: use 'tile', or leave config out."
             )
 
 

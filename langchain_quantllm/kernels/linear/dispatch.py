@@ -128,7 +128,7 @@ def _multiply(
     """Launch the kernel of the format and the regime."""
     rows, first = x.shape[0], weights[0]
     if isinstance(first, RepackedWeight):
-        raise UnsupportedError("A weight that was repacked for a CPU has no kernel in Triton.")
+        raise UnsupportedError("a weight that was repacked for a CPU has no kernel in Triton.")
     widths = tuple(weight.out_features for weight in weights)
     constants: dict[str, Any] = {
         "weights": len(weights),

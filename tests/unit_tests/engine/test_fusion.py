@@ -64,7 +64,7 @@ LEFT = {
     ("granite", RESIDUAL): "it gives something else",  # what is added is multiplied first
     ("cohere", COS_SIN): "it gives something else",  # each twice, beside each other
     ("olmo-clipped", ROTARY): "it gives something else",  # states are clipped
-    ("phi", RESIDUAL): "its parts are others",  # attention and MLP beside each other
+    ("phi", RESIDUAL): "it has parts other than",  # attention and MLP beside each other
     ("opt", ROTARY): "no cosines and sines",
 }
 

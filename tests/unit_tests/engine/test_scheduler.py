@@ -58,7 +58,7 @@ class TestScenarios:
 class TestOrder:
     @pytest.mark.parametrize("is_late", [False, True], ids=["early", "late"])
     def test_prefill_and_decode_take_turns(self, is_late: bool) -> None:
-        simulation = Simulation(prefill_tokens=16, prefill_tokens_beside=8, is_late=is_late)
+        simulation = Simulation(prefill_tokens=16, prefill_tokens_while_decoding=8, is_late=is_late)
         simulation.add(ids_of(0, 16), 30)
         simulation.step()
         for i in range(3):
@@ -239,7 +239,7 @@ class TestSharing:
     @pytest.mark.parametrize("is_late", [False, True], ids=["early", "late"])
     def test_blocks_of_a_running_sequence_are_shared(self, is_late: bool) -> None:
         """In the middle of its prompt, too: full blocks are shared as soon as they are planned."""
-        simulation = Simulation(prefill_tokens=20, prefill_tokens_beside=20, is_late=is_late)
+        simulation = Simulation(prefill_tokens=20, prefill_tokens_while_decoding=20, is_late=is_late)
         simulation.add(ids_of(0, 60), 50, prefix_id=7)
         simulation.step()
         second = simulation.add(ids_of(0, 60), 50, prefix_id=7)

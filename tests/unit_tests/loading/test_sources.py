@@ -160,7 +160,7 @@ def test_wrong_names_get_a_hint(tmp_path: Path) -> None:
     (tmp_path / "llama-7b").mkdir()
     assert f"did you mean {tmp_path / 'llama-7b'}?" in error_for(str(tmp_path / "llama-7B-"))
     assert "there is no folder /no/such/model; check the path" in error_for("/no/such/model")
-    assert "is a name of Ollama's" in error_for("llama3:8b")
+    assert "is an Ollama model name" in error_for("llama3:8b")
     assert "there is no file nothing.gguf" in error_for("nothing.gguf")
     assert "model_id='Qwen/Qwen3-8B'" in error_for("https://huggingface.co/Qwen/Qwen3-8B/tree/main")
     assert "model_id='Qwen/Qwen3-8B'" in error_for("hf.co/Qwen/Qwen3-8B")

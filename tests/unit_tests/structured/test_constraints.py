@@ -60,7 +60,7 @@ class TestConstraints:
         self, compiler: Compiler, constraint: Constraint, reason: str
     ) -> None:
         with pytest.raises(InvalidOptionError, match=reason) as caught:
-            compiler.masks(constraint, 100)
+            compiler.mask_factory(constraint, 100)
         assert "cannot be enforced" in str(caught.value)
         assert "/project/" not in str(caught.value)
 
@@ -98,14 +98,14 @@ class TestConstraints:
         assert len({one, JSONSchema({"type": "object"}), JSONObject(), Regex("a"), Choice(("a",))}) == 5
         assert JSONObject() != JSONObject(reasoning=("<think>", "</think>", False))
         assert hash(ToolCalls(HERMES, TOOLS)) == hash(ToolCalls(HERMES, list(TOOLS)))
-        compiler.masks(one, 10)
+        compiler.mask_factory(one, 10)
         count = len(compiler._compiled)
-        compiler.masks(JSONSchema(Node.model_json_schema()), 20)
+        compiler.mask_factory(JSONSchema(Node.model_json_schema()), 20)
         assert len(compiler._compiled) == count
 
     def test_the_cache_is_bounded(self, compiler: Compiler) -> None:
         for i in range(40):
-            compiler.masks(Choice((str(i),)), 10)
+            compiler.mask_factory(Choice((str(i),)), 10)
         assert len(compiler._compiled) <= 32
 
     def test_a_compiler_serves_many_threads(self, small: Any) -> None:
@@ -127,7 +127,7 @@ class TestConstraints:
         find = importlib.util.find_spec
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "xgrammar" else find(name))
         with pytest.raises(MissingPackageError, match=re.escape('pip install "langchain-quantllm[structured]"')):
-            compiler.masks(JSONObject(), 10)
+            compiler.mask_factory(JSONObject(), 10)
 
     def test_a_token_that_is_not_allowed_raises(self, compiler: Compiler) -> None:
         writer = Writer(compiler, JSONObject())
@@ -147,7 +147,7 @@ class TestEnds:
 
     def test_end_tokens_of_the_request(self, compiler: Compiler, small: Any) -> None:
         for own in ((0,), (0, 5)):
-            make = compiler.masks(Choice(("yes",)), 10, own)
+            make = compiler.mask_factory(Choice(("yes",)), 10, own)
             assert make is not None
             writer = Writer(compiler, Choice(("yes",)))
             writer.mask = make()
@@ -155,7 +155,7 @@ class TestEnds:
             assert writer.allowed() == list(own)
             writer.put(own[-1])
             assert writer.allowed() != []  # a row with `ignore_eos` goes on
-        make = compiler.masks(Choice(("yes",)), 10, ())
+        make = compiler.mask_factory(Choice(("yes",)), 10, ())
         assert make is not None
         writer = Writer(compiler, Choice(("yes",)))
         writer.mask = make()
@@ -207,7 +207,7 @@ class TestEngine:
             request
             for constraint in (None, *constraints)
             for request in plan_requests(
-                prompt, options, limits, mask=None if constraint is None else compiler.masks(constraint, 120)
+                prompt, options, limits, mask=None if constraint is None else compiler.mask_factory(constraint, 120)
             )
         ]
         texts, reasons = [""] * len(requests), [""] * len(requests)

@@ -73,7 +73,7 @@ class TestTools:
     def test_formats_that_cannot_be_written_are_free_or_hermes(self, compiler: Compiler) -> None:
         for tools in FORMATS:
             if tools.style not in ("json", "qwen_xml") or not tools.trigger:
-                assert compiler.masks(ToolCalls(tools, TOOLS), 100) is None
+                assert compiler.mask_factory(ToolCalls(tools, TOOLS), 100) is None
         other = next(f for f in FORMATS if f.style not in ("json", "qwen_xml"))
         assert calls_in(Writer(compiler, ToolCalls(other, TOOLS, "required"), 300).rest(), HERMES)
 
