@@ -284,7 +284,7 @@ def _normalize_one(name: str, value: Any, place: Place) -> tuple[str | None, Any
 def _unknown(name: str, value: Any, place: Place) -> str:
     """Say what to do about an unknown name: the advice for another library's name, or the nearest known name."""
     if (told := _advice(name, place)) is not None:
-        return f"{written(name, value)} is no option here; {told}."
+        return f"{written(name, value)} is not an option here; {told}."
     if place.at_call and name in place.fields:
         return f"{name} is set when the model is made, not at a call: {place.owner}(..., {written(name, value)})."
     what = f"unknown option {name!r}" if place.at_call else f"{place.owner} has no field {name!r}"

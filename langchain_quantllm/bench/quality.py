@@ -51,7 +51,7 @@ def perplexity(
 
     Raises:
         InvalidOptionError: If the windows do not fit the model, or the text has no token that can be scored.
-        GenerationError: If the model's logits are no numbers.
+        GenerationError: If the model's logits are not numbers.
     """
     import torch
 
@@ -74,7 +74,7 @@ def perplexity(
             tokens += len(window) - 1
     loss_nats = loss_sum / tokens
     if not math.isfinite(loss_nats):
-        msg = f"the model's loss on the text is {loss_nats}: its logits are no numbers; try dtype='bfloat16'."
+        msg = f"the model's loss on the text is {loss_nats}: its logits are not numbers; try dtype='bfloat16'."
         raise GenerationError(msg)
     return Perplexity(perplexity=math.exp(loss_nats), loss_nats=loss_nats, tokens=tokens)
 

@@ -116,12 +116,14 @@ class BenchReport:
         """Read a document that `to_dict` gave.
 
         Raises:
-            InvalidOptionError: If it is no document of a bench, or one of another version.
+            InvalidOptionError: If it is not a document of a bench, or one of another version.
         """
         kind = document.get("kind") if isinstance(document, dict) else None
         version = document.get("version", 1) if isinstance(document, dict) else None
         if kind not in ("bench", "overview"):
-            msg = "it is no document of a bench; use the JSON that `langchain-quantllm bench MODEL --json FILE` wrote."
+            msg = (
+                "it is not a document of a bench; use the JSON that `langchain-quantllm bench MODEL --json FILE` wrote."
+            )
             raise InvalidOptionError(msg)
         if version != VERSION:
             msg = (

@@ -89,7 +89,7 @@ def _decode(data: str, name: str) -> bytes:
     try:
         content = base64.b64decode("".join(data.split()), validate=True)
     except (binascii.Error, ValueError) as error:
-        msg = f"{name} is no valid base64 ({error}); give base64.b64encode(bytes of the file).decode()."
+        msg = f"{name} is not valid base64 ({error}); give base64.b64encode(bytes of the file).decode()."
         raise InvalidOptionError(msg) from error
     if not content:
         msg = f"{name} is empty; give base64.b64encode(bytes of the file).decode()."
@@ -135,8 +135,8 @@ def _open(content: bytes, name: str) -> Any:
         return ImageOps.exif_transpose(image).convert("RGB")
     except UnidentifiedImageError as error:
         msg = (
-            f"{name} is no image that can be read: it begins with {content[:16]!r}; PNG, JPEG, WebP, GIF, BMP and TIFF "
-            "are read."
+            f"{name} is not an image that can be read: it begins with {content[:16]!r}; PNG, JPEG, WebP, GIF, BMP and "
+            "TIFF are read."
         )
         raise InvalidOptionError(msg) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

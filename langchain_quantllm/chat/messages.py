@@ -131,7 +131,7 @@ def _convert(message: BaseMessage, place: _Place, names: Mapping[str, str]) -> l
     elif isinstance(message, HumanMessage):
         role = "user"
     else:
-        msg = f"message {place.at} is a {type(message).__name__}, which is no turn of a conversation; leave it out."
+        msg = f"message {place.at} is a {type(message).__name__}, which is not a turn of a conversation; leave it out."
         raise InvalidOptionError(msg)
     results, content = _tool_results(message.content, place, names)
     if results and not content:
@@ -148,7 +148,7 @@ def _from_ai(message: AIMessage, place: _Place) -> Message:
         try:
             json.dumps(call["args"])
         except (TypeError, ValueError) as error:
-            msg = f"message {place.at} calls {call['name']!r} with arguments that are no JSON: {error}."
+            msg = f"message {place.at} calls {call['name']!r} with arguments that are not JSON: {error}."
             raise InvalidOptionError(msg) from error
     if message.tool_calls:
         made["tool_calls"] = [
@@ -215,7 +215,7 @@ def _part(block: Any, place: _Place) -> str | Part | None:
         return str(block.get("refusal", ""))
     if kind == "json":
         return json.dumps(block.get("json"), ensure_ascii=False)
-    msg = f"message {place.at} holds {str(block)[:100]!r}, which is no known content block; give text."
+    msg = f"message {place.at} holds {str(block)[:100]!r}, which is not a known content block; give text."
     raise InvalidOptionError(msg)
 
 

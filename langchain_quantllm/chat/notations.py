@@ -27,7 +27,7 @@ def checked(raw: str) -> str:
     """Return arguments as the text of a JSON object, which may come as a JSON string.
 
     Raises:
-        ValueError: They are no JSON, or another value.
+        ValueError: They are not JSON, or another value.
     """
     value = loaded(raw)
     if isinstance(value, str):

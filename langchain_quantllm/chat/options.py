@@ -63,7 +63,7 @@ class ChatOptions:
         choice = choice_of(given.get("tool_choice"), tools)
         variables = given.get("chat_template_kwargs")
         if variables is not None and not isinstance(variables, Mapping):
-            msg = f"chat_template_kwargs={variables!r} is no dict; give one, such as {{'enable_thinking': False}}."
+            msg = f"chat_template_kwargs={variables!r} is not a dict; give one, such as {{'enable_thinking': False}}."
             raise InvalidOptionError(msg)
         return cls(
             tools=() if choice == "none" else tools,

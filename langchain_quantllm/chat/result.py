@@ -114,7 +114,7 @@ class MessageBuilder:
             if error is None and isinstance(arguments, dict):
                 calls.append(tool_call(name=call.name or "", args=arguments, id=call.id))
             else:
-                error = error or "the arguments are no JSON object"
+                error = error or "the arguments are not a JSON object"
                 invalid.append(invalid_tool_call(name=call.name, args=call.arguments, id=call.id, error=error))
         return AIMessage(
             content=self._text,

@@ -120,7 +120,7 @@ class ChatTemplate:
             return self._write(self.support.written(fitted), shown, variables), images_in(fitted)
         except template_errors() as error:
             is_broken = type(error).__name__ == "TemplateSyntaxError"
-            problem = "is no valid Jinja" if is_broken else "does not take this conversation"
+            problem = "is not valid Jinja" if is_broken else "does not take this conversation"
             msg = f"the model's chat template {problem}: {error}"
             raise InvalidOptionError(msg) from error
 

@@ -9,7 +9,7 @@ def size_in_bytes(size: int | str) -> int:
     """Parse a size as `max_memory` takes it, such as `"10GiB"`.
 
     Raises:
-        ValueError: If it is no size.
+        ValueError: If it is not a size.
     """
     from accelerate.utils import convert_file_size_to_int
 

@@ -162,7 +162,7 @@ def _import_gptqmodel() -> list[_Patch]:
 
 
 def _loaded_lazily(value: Any, old: Any) -> bool:
-    """Say whether a changed name is no patch, but was imported at its first use by a module of transformers."""
+    """Say whether a changed name is not a patch, but was imported at its first use by a module of transformers."""
     if isinstance(value, ModuleType):
         return True
     home = str(getattr(getattr(value, "__func__", value), "__module__", None))

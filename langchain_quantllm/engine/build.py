@@ -105,7 +105,7 @@ class EngineParts:
         token_bytes = sum(shape.token_bytes for shape in self.probe.shapes)
         notes = list(self._notes)
         if self.runner.no_graph_reason:
-            notes.append(f"decode steps are no CUDA graphs: {self.runner.no_graph_reason}")
+            notes.append(f"decode steps are not CUDA graphs: {self.runner.no_graph_reason}")
         kinds = () if self._fusion is None else self._fusion.summary
         fused = {kind.kind: kind.fused for kind in kinds}
         if self.runner.sampler.has_kernel:

@@ -36,7 +36,7 @@ _WHOLE = ("num_beams", "prompt_lookup_num_tokens")
 DEFAULT_ROWS = 16
 """Most rows of a batch by default."""
 
-NAN_LOGITS = "the model gave scores that are no numbers (nan); try another dtype, such as bfloat16 or float32."
+NAN_LOGITS = "the model gave scores that are not numbers (nan); try another dtype, such as bfloat16 or float32."
 
 
 class GenerateEngine:

@@ -121,7 +121,7 @@ def _fetch(name: str, source: str, spec: LoadSpec) -> Path:
         name=source, token=spec.token, cache_dir=spec.cache_dir, local_files_only=bool(spec.local_files_only)
     )
     try:
-        folder = repository.fetch(ADAPTER_CONFIG, if_missing="it is no adapter of peft").parent
+        folder = repository.fetch(ADAPTER_CONFIG, if_missing="it is not a peft adapter").parent
         for file in (_WEIGHTS,) if spec.use_safetensors else (_WEIGHTS, _PICKLE):
             with contextlib.suppress(MissingFileError):
                 repository.fetch(file)

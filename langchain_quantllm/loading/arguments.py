@@ -59,7 +59,7 @@ def translate(given: Mapping[str, Any], option_fields: Collection[str], place: P
                 raise InvalidOptionError(msg)
     for name in ("model_kwargs", "generation_kwargs", "pipeline_kwargs"):
         if not isinstance(kwargs := values.get(name) or {}, Mapping):
-            msg = f"{name}={kwargs!r} is no dict; give names with values, such as {{'max_new_tokens': 64}}."
+            msg = f"{name}={kwargs!r} is not a dict; give names with values, such as {{'max_new_tokens': 64}}."
             raise InvalidOptionError(msg)
     options = _lift_model_kwargs(values)
     _unify_types(values)

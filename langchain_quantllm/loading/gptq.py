@@ -78,7 +78,7 @@ def read_gptq_checkpoint(file_names: Collection[str], fetch: Callable[[str], Pat
         The settings; None if neither config.json nor quantize_config.json says that the checkpoint is GPTQ.
 
     Raises:
-        CheckpointError: If a file is no JSON, the settings are not readable, or the weights are
+        CheckpointError: If a file is not JSON, the settings are not readable, or the weights are
             not in safetensors.
     """
     for name in ("config.json", "quantize_config.json"):
@@ -110,10 +110,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        msg = f"{path} is no JSON: {error}; download the checkpoint again."
+        msg = f"{path} is not JSON: {error}; download the checkpoint again."
         raise CheckpointError(msg) from error
     if not isinstance(content, dict):
-        msg = f"{path} holds no JSON object; download the checkpoint again."
+        msg = f"{path} does not hold a JSON object; download the checkpoint again."
         raise CheckpointError(msg)
     return content
 
@@ -205,7 +205,7 @@ def read_layer_sizes(weight_files: Iterable[Path], config: Mapping[str, Any]) ->
         Name of each quantized layer → its in_features; empty if no layer is quantized.
 
     Raises:
-        CheckpointError: If a file is no safetensors file, or a layer has other bits or groups.
+        CheckpointError: If a file is not a safetensors file, or a layer has other bits or groups.
     """
     shapes: dict[str, list[int]] = {}
     for path in weight_files:
@@ -237,7 +237,7 @@ def _read_shapes(path: Path) -> dict[str, list[int]]:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
     except (ValueError, MemoryError, OverflowError, KeyError, TypeError, AttributeError) as error:
-        msg = f"{path} is no safetensors file; download the checkpoint again."
+        msg = f"{path} is not a safetensors file; download the checkpoint again."
         raise CheckpointError(msg) from error
 
 

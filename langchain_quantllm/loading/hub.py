@@ -21,7 +21,7 @@ from langchain_quantllm.loading.spec import LoadSpec
 _PAUSE_S = 1.0
 """Before the second and last try, for a connection that comes back at once."""
 
-_NO_CHECKPOINT = "it is no transformers checkpoint"
+_NO_CHECKPOINT = "it is not a transformers checkpoint"
 
 
 class MissingFileError(ModelNotFoundError):

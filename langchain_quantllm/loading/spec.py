@@ -96,7 +96,7 @@ class LoadSpec:
                 raise InvalidOptionError(msg)
         _check_quantization_config(self.quantization_config)
         if self.max_memory is not None and not isinstance(self.max_memory, Mapping):
-            msg = f"max_memory={self.max_memory!r} is no dict; name the devices, {{0: '10GiB', 'cpu': '30GiB'}}."
+            msg = f"max_memory={self.max_memory!r} is not a dict; name the devices, {{0: '10GiB', 'cpu': '30GiB'}}."
             raise InvalidOptionError(msg)
         AdapterChoice.of(self.adapters, self.adapter)
 
@@ -137,7 +137,7 @@ def _check_quantization_config(config: Any) -> None:
     if config is None or (hasattr(config, "to_dict") and not isinstance(config, Scheme)):
         return
     if not isinstance(config, Mapping):
-        msg = f"quantization_config={config!r} is no config of transformers; names and schemes go into quantization=."
+        msg = f"quantization_config={config!r} is not a transformers config; names and schemes go into quantization=."
         raise InvalidOptionError(msg)
     if config.get("quant_method", "bitsandbytes") not in ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"):
         return
@@ -184,7 +184,7 @@ class AdapterChoice:
             InvalidOptionError: If a name cannot be one or stands for two adapters, or `adapter` is none of these.
         """
         if not isinstance(adapters, Mapping):
-            msg = f"adapters={adapters!r} is no dict; give names with folders or repositories, {{'sql': './sql-lora'}}."
+            msg = f"adapters={adapters!r} is not a dict; give folders or repositories by name, {{'sql': './sql-lora'}}."
             raise InvalidOptionError(msg)
         sources = {}
         for name, source in adapters.items():

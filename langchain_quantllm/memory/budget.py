@@ -80,7 +80,7 @@ def _free_bytes(
         try:
             limits[name] = size_in_bytes(limit)
         except ValueError as error:
-            msg = f"max_memory={limit!r} is no size; use bytes, or a text such as '10GiB' or '500MB'."
+            msg = f"max_memory={limit!r} is not a size; use bytes, or a text such as '10GiB' or '500MB'."
             raise InvalidOptionError(msg) from error
     return {name: min(size, limits[name]) for name, size in free_bytes.items() if name in limits}
 

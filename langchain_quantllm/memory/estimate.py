@@ -195,7 +195,7 @@ def _choose_dtype(dtype: str | torch.dtype | None, config: PreTrainedConfig) -> 
         dtype = config.dtype or config.get_text_config(decoder=True).dtype or torch.float32
     named = str(dtype).removeprefix("torch.")
     if named not in FLOAT_DTYPES:
-        msg = f"dtype={named!r} is no dtype that weights can be loaded in{nearest(named, FLOAT_DTYPES)}"
+        msg = f"dtype={named!r} is not a dtype that weights can be loaded in{nearest(named, FLOAT_DTYPES)}"
         raise InvalidOptionError(msg)
     found: torch.dtype = getattr(torch, named)
     return found

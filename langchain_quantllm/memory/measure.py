@@ -186,7 +186,7 @@ def device_name(device: str | torch.device) -> str:
     try:
         parsed = torch.device(device)
     except RuntimeError as error:
-        msg = f"device={str(device)!r} is no device; use 'cpu', 'cuda:0', 'xpu:0' or 'mps'."
+        msg = f"device={str(device)!r} is not a device; use 'cpu', 'cuda:0', 'xpu:0' or 'mps'."
         raise InvalidOptionError(msg) from error
     if parsed.type == "cpu":
         return "cpu"

@@ -163,7 +163,7 @@ def _read_file(source: str, column: str) -> list[str]:
         else:
             rows = [json.loads(line) for line in content.splitlines() if line.strip()]
     except ValueError as error:
-        msg = f"the calibration file {path} is no JSON: {error}."
+        msg = f"the calibration file {path} is not JSON: {error}."
         raise InvalidOptionError(msg) from error
     if not isinstance(rows, list):
         msg = f"the calibration file {path} holds no list; give texts, or objects with {column!r}."
@@ -188,7 +188,7 @@ def _column(rows: Any, source: str, column: str) -> Iterator[str]:
 def _read_data_set(source: str, column: str) -> list[str]:
     if not is_installed("datasets"):
         msg = (
-            f"the calibration {source!r} is no file here, and reading a data set needs the package datasets: "
+            f"the calibration {source!r} is not a file here, and reading a data set needs the package datasets: "
             f"{pip_install('datasets')}"
         )
         raise MissingPackageError(msg)

@@ -303,7 +303,7 @@ class _Journal:
         """Read the tensors of a finished block; None if it is not finished, or its file is damaged."""
         try:
             with safe_open(self._path(index), framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is not a mapping)
         except (OSError, SafetensorError):
             return None
 

@@ -198,7 +198,7 @@ def _layout(constraint: Constraint) -> _Layout:
         return _Layout({"type": "or", "elements": list(layouts)}, max(reserves), any(growing))
     if isinstance(constraint, ToolCalls):
         return _calls(constraint)
-    msg = f"{type(constraint).__name__} is no known constraint"
+    msg = f"{type(constraint).__name__} is not a known constraint"
     raise TypeError(msg)
 
 

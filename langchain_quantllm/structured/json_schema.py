@@ -133,7 +133,7 @@ class StrictSchema:
     def _node(self, given: Any) -> Any:
         """Rewrite a schema."""
         if not isinstance(given, bool | dict):
-            msg = f"{given!r} is no schema"
+            msg = f"{given!r} is not a schema"
             raise ValueError(msg)
         if given is False:
             return False

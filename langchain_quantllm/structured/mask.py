@@ -92,7 +92,7 @@ class Vocabulary:
 
 
 _NO_UTF8 = re.compile(rb"[\xc0\xc1\xf5-\xff]|\xe0[\x80-\x9f]|\xed[\xa0-\xbf]|\xf0[\x80-\x8f]|\xf4[\x90-\xbf]")
-"""Bytes that are no UTF-8: overlong forms, surrogates, code points beyond U+10FFFF."""
+"""Bytes that are not UTF-8: overlong forms, surrogates, code points beyond U+10FFFF."""
 
 _ESCAPE = re.compile(rb"(?:[^\\]|\\[^u])*\\u", re.DOTALL)
 
@@ -155,7 +155,7 @@ class GrammarMask(TokenMask):
         inside = bool((bits & words.string_probe).any())
         # A decoder drops special tokens, and with them a part of a string.
         _narrow(bits, words.plain if inside else self._compiled.allowed_outside)
-        # xgrammar accepts bytes that are no UTF-8; a decoder writes a sign for each, which makes a string too long.
+        # xgrammar accepts bytes that are not UTF-8; a decoder writes a sign for each, which makes a string too long.
         _narrow(bits, words.utf8_after.get(self._last, words.utf8))
         if self._compiled.style:
             _narrow(bits, words.escapes[self._odd])

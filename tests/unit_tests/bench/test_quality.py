@@ -109,7 +109,7 @@ def test_logits_that_are_no_numbers_are_an_error(tokenizer: Any) -> None:
     broken = tiny_model(len(tokenizer))
     with torch.no_grad():
         broken.lm_head.weight.fill_(math.nan)
-    with pytest.raises(GenerationError, match="no numbers"):
+    with pytest.raises(GenerationError, match="not numbers"):
         perplexity(broken, tokenizer, TEXT)
 
 

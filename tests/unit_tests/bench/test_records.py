@@ -48,9 +48,9 @@ def test_a_report_is_read_back_from_its_document() -> None:
 @pytest.mark.parametrize(
     ("document", "said"),
     [
-        ({"rows": []}, "no document of a bench"),
-        ([], "no document of a bench"),
-        ({"kind": "comparison"}, "no document of a bench"),
+        ({"rows": []}, "not a document of a bench"),
+        ([], "not a document of a bench"),
+        ({"kind": "comparison"}, "not a document of a bench"),
         ({"kind": "overview", "rows": []}, "has version 1, and this release reads version 2; measure again"),
         ({"kind": "bench", "version": 3}, "has version 3, and this release reads version 2; measure again"),
     ],

@@ -74,7 +74,7 @@ def test_urls_are_fetched(chat: Any, web: str, monkeypatch: pytest.MonkeyPatch) 
 
     with pytest.raises(InvalidOptionError, match="message 1 cannot be fetched from .*/nothing .*404.*in base64"):
         fetch(f"{web}/nothing")
-    with pytest.raises(InvalidOptionError, match=r"message 1 is no image that can be read.*DOCTYPE.*PNG"):
+    with pytest.raises(InvalidOptionError, match=r"message 1 is not an image that can be read.*DOCTYPE.*PNG"):
         fetch(f"{web}/page.html")
     with pytest.raises(InvalidOptionError, match="cannot be fetched from http://127.0.0.1:9/"):
         fetch("http://127.0.0.1:9/")
@@ -110,11 +110,11 @@ _TRUNCATED = base64.b64encode(base64.b64decode(png(picture(0, (200, 200))))[:200
 @pytest.mark.parametrize(
     ("given", "error", "says"),
     [
-        ({"base64": "no base64!"}, InvalidOptionError, "the image of message 1 is no valid base64"),
-        ({"base64": "abc"}, InvalidOptionError, "message 1 is no valid base64"),
+        ({"base64": "no base64!"}, InvalidOptionError, "the image of message 1 is not valid base64"),
+        ({"base64": "abc"}, InvalidOptionError, "message 1 is not valid base64"),
         ({"base64": ""}, InvalidOptionError, "message 1 is empty"),
-        ({"base64": "aGVsbG8gd29ybGQ="}, InvalidOptionError, "message 1 is no image.*b'hello world'"),
-        ({"base64": base64.b64encode(b"%!PS-Adobe-3.0 EPSF-3.0").decode()}, InvalidOptionError, "is no image"),
+        ({"base64": "aGVsbG8gd29ybGQ="}, InvalidOptionError, "message 1 is not an image.*b'hello world'"),
+        ({"base64": base64.b64encode(b"%!PS-Adobe-3.0 EPSF-3.0").decode()}, InvalidOptionError, "is not an image"),
         ({"base64": _TRUNCATED}, InvalidOptionError, "message 1 is damaged"),
         ({"url": "data:image/svg+xml;utf8,<svg/>"}, InvalidOptionError, "data URL must look like"),
         ({"url": "data:image/png;base64,"}, InvalidOptionError, "message 1 is empty"),

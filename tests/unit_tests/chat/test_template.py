@@ -153,9 +153,9 @@ def test_wrong_calls_go_back_as_text() -> None:
         (
             [AIMessage("", tool_calls=[{"name": "add", "args": {"a": {1}}, "id": "1"}])],
             InvalidOptionError,
-            "message 0 calls 'add' with arguments that are no JSON",
+            "message 0 calls 'add' with arguments that are not JSON",
         ),
-        ([HumanMessage([{"type": "hologram"}])], InvalidOptionError, "no known content block"),
+        ([HumanMessage([{"type": "hologram"}])], InvalidOptionError, "not a known content block"),
     ],
 )
 def test_messages_that_no_prompt_can_hold(messages: list[Any], error: type[Exception], says: str) -> None:
@@ -246,7 +246,7 @@ def test_variables_that_the_call_sets_are_refused(render: Any) -> None:
 
 
 def test_a_broken_template_says_so(render: Any) -> None:
-    with pytest.raises(InvalidOptionError, match="is no valid Jinja"):
+    with pytest.raises(InvalidOptionError, match="is not valid Jinja"):
         render("{% if %}", [HumanMessage("a")])
 
 

@@ -335,7 +335,7 @@ def test_what_can_be_told_at_once_needs_no_torch() -> None:
         (["run", "hello", "-m", "SMOLLM2", "--temperature", "-1"], "temperature=-1.0 is not allowed"),
         (["memory", "/no/such/folder"], "there is no folder"),
         (["bench", "--shape", "huge", "--device", "cpu"], "shape='huge' is not known"),
-        (["bench", "--shape", "tiny", "--device", "gpu"], "device='gpu' is no device"),
+        (["bench", "--shape", "tiny", "--device", "gpu"], "device='gpu' is not a device"),
         (["bench", "--shape", "tiny", "--device", "cuda:99"], "Device 'cuda:99' is not there"),
         (["bench", "--shape", "tiny", "--device", "cpu", "--json", "/no/such/a.json"], "there is no folder /no/such"),
         (["bench", "--shape", "tiny", "--device", "cpu", "--json", "/tmp"], "it is a folder"),

@@ -224,7 +224,7 @@ def test_weight_file_names(tmp_path: Path, weights: list[str], expected: str | N
         ({"bits": 4}, ["gptq_model-4bit-128g.bin"], "only safetensors are read"),
         ({"bits": 4}, ["a.safetensors", "b.safetensors"], "Several weight files, a.safetensors, b.safetensors"),
         ({"bits": 4}, [], "No weight file among quantize_config.json"),
-        (["bits"], [], "no JSON object"),
+        (["bits"], [], "not hold a JSON object"),
     ],
 )
 def test_unreadable_checkpoints_are_refused_in_words(
@@ -240,7 +240,7 @@ def test_unreadable_checkpoints_are_refused_in_words(
 
 def test_broken_json_is_refused_in_words(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="is no JSON"):
+    with pytest.raises(CheckpointError, match="is not JSON"):
         gptq.read_gptq_folder(tmp_path)
 
 
@@ -263,7 +263,7 @@ def test_a_cut_off_file_is_refused_in_words(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     for content in (b"", b"version https://git-lfs", b"\x08\0\0\0\0\0\0\0[1, 2, 3"):
         path.write_bytes(content)
-        with pytest.raises(CheckpointError, match="is no safetensors file"):
+        with pytest.raises(CheckpointError, match="is not a safetensors file"):
             gptq.read_layer_sizes([path], {"bits": 4, "group_size": 64})
 
 

@@ -69,7 +69,7 @@ def test_sequences_have_one_length_and_end_texts(tokenizer: Any) -> None:
         (lambda _: Calibration(source=["a", 3]), ["texts that are not empty"]),  # type: ignore[list-item]
         (lambda path: read_texts(Calibration(source=str(path / "none.txt"))), ["none.txt cannot be read"]),
         (lambda path: _written(path / "a.json", '{"a": 1}'), ["holds no list"]),
-        (lambda path: _written(path / "a.json", "[1"), ["is no JSON"]),
+        (lambda path: _written(path / "a.json", "[1"), ["is not JSON"]),
         (lambda path: _written(path / "a.jsonl", '{"a": "b"}'), ["has no column 'text'", "'a'"]),
         (lambda path: _written(path / "a.jsonl", '{"text": 3}'), ["holds int, not text"]),
         (lambda path: _written(path / "a.txt", "\n"), ["holds no text"]),

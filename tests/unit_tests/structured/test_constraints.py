@@ -38,7 +38,7 @@ REFUSED = [
     (JSONSchema({"type": "string", "pattern": "["}), "Unclosed"),
     (JSONSchema({"type": "string", "pattern": "^(?!a)b$"}), "looks ahead"),
     (JSONSchema({"type": "string", "pattern": '^"$'}), "quotes"),
-    (JSONSchema({"type": "object", "properties": {"a": 5}}), "no schema"),
+    (JSONSchema({"type": "object", "properties": {"a": 5}}), "not a schema"),
     (JSONSchema({"enum": []}), "nothing is valid"),
     (JSONSchema({"enum": ["a"], "type": "integer"}), "nothing is valid"),
     (JSONSchema({"allOf": [{"type": "integer"}, {"type": "string"}]}), "cannot both hold"),
