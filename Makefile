@@ -7,7 +7,7 @@ JOBS ?= 2
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder --durations 20 --durations-min 5
 
-.PHONY: help demo test test-all test-newest test-oldest lint format docs lock notebooks clean
+.PHONY: help demo test test-all test-slow test-newest test-oldest lint format docs lock notebooks clean
 .DELETE_ON_ERROR:
 
 help: ## list the commands
@@ -24,6 +24,10 @@ test: .venv/.test lint ## check style and types, run all tests except slow ones
 test-all: .venv/.test lint ## run all tests; those on a larger model need QUANTLLM_MODELS (CONTRIBUTING.md)
 	$(BIN)/python -m langchain_quantllm.cli.demo_model
 	$(PYTEST) --junitxml .venv/test-all.xml
+
+test-slow: .venv/.test ## run the slow tests alone
+	$(BIN)/python -m langchain_quantllm.cli.demo_model
+	$(PYTEST) -m slow -v -rfE
 
 test-newest: ## run the compat tests with the newest version of every package (RECORD=1 writes docs/compatibility.md)
 	$(PYTHON) tools/try_versions.py newest --jobs $(JOBS) $(if $(RECORD),--record)
