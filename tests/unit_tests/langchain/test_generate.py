@@ -418,7 +418,7 @@ class TestAnswers:
         assert all(math.isfinite(entry["logprob"]) and entry["logprob"] <= 0 for entry in content)
 
     def test_logprobs_beside_an_option_that_changes_them_are_refused(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
-        with pytest.raises(InvalidOptionError, match="after suppress_tokens"):
+        with pytest.raises(InvalidOptionError, match="suppress_tokens changes the scores"):
             tiny_llm.generate(["The sea"], logprobs=1, max_new_tokens=1, suppress_tokens=[3])
 
     def test_token_counts_are_the_model_s_own(self, llm: QuantizedHuggingFaceLLM, tokenizer: Any) -> None:
