@@ -136,7 +136,7 @@ def test_gptq_is_made_on_the_gpu_as_on_the_cpu(tmp_path: Any, bits: int, desc_ac
         layers[device] = RoundedLinear.unpack({key: tensors[f"{name}.{key}"] for key in TENSORS}, bits)
     assert torch.cuda.memory_allocated() - before < 2**26  # but for the workspaces of its libraries
     weight = load_file(folder / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"].float()
-    errors = {device: (layer.dequantize() - weight).norm() / weight.norm() for device, layer in layers.items()}
+    errors = {device: float((layer.dequantize() - weight).norm() / weight.norm()) for device, layer in layers.items()}
     # The GPU computes a block in float16 and sums in another order, so that close choices fall otherwise.
     assert errors["cuda"] == pytest.approx(errors["cpu"], rel=0.02)
     assert (layers["cuda"].codes != layers["cpu"].codes).float().mean() < 0.1
