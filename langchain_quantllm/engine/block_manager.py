@@ -125,3 +125,11 @@ class BlockManager:
         if key is not None:
             del self._by_key[key]
             self._keys[block] = None
+
+    def check_integrity(self) -> None:
+        """Check that every block is free, kept or held."""
+        if sorted([*self._free, *self._kept, *(b for b in range(self.total) if self._holders[b])]) != list(
+            range(1, self.total)
+        ):
+            msg = "a block is lost"
+            raise RuntimeError(msg)
