@@ -203,7 +203,11 @@ class ContinuousEngine:
 
     def _check_idle(self) -> None:
         if CHECKS_INTEGRITY:
-            self._scheduler.check_integrity()
+            try:
+                self._scheduler.check_integrity()
+            except RuntimeError as error:
+                _log.critical("the KV cache's books are wrong: %s", error)
+                raise
 
     def _adapter_number(self, request: Request) -> int:
         adapters = self._parts.adapters

@@ -328,11 +328,11 @@ def _group(request: Request) -> tuple[Any, ...]:
 
 
 def _take_batch(waiting: deque[Completion]) -> list[Completion]:
-    """Take the first request off the queue, and those that can run with it; the others stay in their order."""
+    """Take the first request of the lowest priority number off the queue, and those that can run with it."""
     batch: list[Completion] = []
     passed: list[Completion] = []
-    while waiting:
-        row = waiting.popleft()
+    rows = [waiting.popleft() for _ in range(len(waiting))]
+    for row in sorted(rows, key=lambda row: row.request.options.priority):
         if row.stream.cancelled:
             continue
         requests = [row.request] if not batch else [row.request, batch[0].request]
