@@ -249,6 +249,7 @@ class ModelRunner:
         staged[staging.SLOT, :bucket] = self._padding_slot
         staged[:, : inputs.shape[1]] = inputs
         self._inputs.copy_(staged, non_blocking=True)
+        self._staging.copied()
 
     def _decode_step(self, inputs: torch.Tensor, spans: abc.Sequence[Span] = ()) -> torch.Tensor:
         at, position_ids, block_index = inputs[: staging.BLOCK_INDEX + 1].long()
@@ -353,6 +354,8 @@ class ModelRunner:
         else:
             on_device = None if mask is None else mask.to(self.device, non_blocking=True)
             ids = self._sampling_step(forward.logits.to(self.device), forward.inputs, needs, on_device)
+        if mask is not None and self._mask_staging is not None:
+            self._mask_staging.copied()
         logprobs = None
         if alternatives is not None:
             logprobs = log_probabilities(forward.logits[:rows].to(self.device), ids, alternatives)

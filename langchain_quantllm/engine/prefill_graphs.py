@@ -179,6 +179,7 @@ class PrefillGraphs:
         staged = self._staging.next()
         Pack.over(staged, size).fill(step, padding_slot)
         self._memory[: size.integers].copy_(staged[: size.integers], non_blocking=True)
+        self._staging.copied()
         if size in self._graphs:
             self._graphs[size].replay()
         elif not self._capture(size, pool):
