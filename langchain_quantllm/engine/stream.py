@@ -6,15 +6,24 @@ Owns the queue, the timeout and cancellation. Knows no model, no tensor and no t
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from typing_extensions import Self
 
+from langchain_quantllm.engine.process import check_process, is_forked
 from langchain_quantllm.errors import GenerationError, GenerationTimeoutError
+
+_log = logging.getLogger(__name__)
+
+THREAD_ENDED = "the engine's thread has ended without an answer; call again."
+
+_WAIT_S = 1.0
+"""Longest wait at a time: Ctrl-C gets through on every platform, and the end of the engine's thread is noticed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +83,8 @@ class ChunkStream:
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
         self.cancelled = False
         """Whether the stream is closed. Engines read it before each token."""
+        self.is_served: Callable[[], bool] = lambda: True
+        """Whether the thread that puts the chunks in is there; set by the engine when the requests are queued."""
 
     # The engine's side.
 
@@ -90,6 +101,17 @@ class ChunkStream:
         self.put(error)  # before it is closed: a reader of a closed stream without items raises a cancellation
         self.close()
 
+    @property
+    def expired(self) -> bool:
+        """Whether its timeout has passed."""
+        return self._deadline is not None and time.monotonic() >= self._deadline
+
+    def should_stop(self) -> bool:
+        """Whether the engine must stop the requests before their next token: closed, or expired, which ends it."""
+        if self.expired and not self.cancelled:
+            self.fail(self._timeout_error())
+        return self.cancelled
+
     def _wake(self, waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None) -> None:
         if waiter is None:
             return
@@ -104,17 +126,18 @@ class ChunkStream:
     def __iter__(self) -> Iterator[Chunk]:
         """Iterate over the chunks, blocking until the next one is there."""
         while self._open_rows:
+            check_process()
             with self._changed:
                 while not self._items:
                     self._check_open()
-                    # A bounded wait, so that Ctrl-C gets through on every platform.
-                    self._changed.wait(min(self._remaining_s(), 1.0))
+                    self._changed.wait(min(self._remaining_s(), _WAIT_S))
                 item = self._items.popleft()
             yield self._deliver(item)
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
         """Iterate over the chunks without blocking the event loop."""
         while self._open_rows:
+            check_process()
             loop = asyncio.get_running_loop()
             with self._changed:
                 item = self._items.popleft() if self._items else None
@@ -123,7 +146,7 @@ class ChunkStream:
                     future: asyncio.Future[None] = loop.create_future()
                     self._waiter = (loop, future)
             if item is None:
-                await asyncio.wait([future], timeout=None if self._deadline is None else self._remaining_s())
+                await asyncio.wait([future], timeout=min(self._remaining_s(), _WAIT_S))
                 if not future.done():
                     self._remaining_s()
                 continue
@@ -135,12 +158,13 @@ class ChunkStream:
         remaining = self._deadline - time.monotonic()
         if remaining <= 0:
             self.close()
-            msg = (
-                f"the model did not finish within timeout={self._timeout_s:g} seconds; raise it or ask for fewer "
-                "tokens."
-            )
-            raise GenerationTimeoutError(msg)
+            raise self._timeout_error()
         return remaining
+
+    def _timeout_error(self) -> GenerationTimeoutError:
+        return GenerationTimeoutError(
+            f"the model did not finish within timeout={self._timeout_s:g} seconds; raise it or ask for fewer tokens."
+        )
 
     def _deliver(self, item: Chunk | BaseException) -> Chunk:
         if isinstance(item, BaseException):
@@ -157,9 +181,15 @@ class ChunkStream:
         if self.cancelled:
             msg = "the request was cancelled."
             raise GenerationError(msg)
+        if not self.is_served():
+            self.close()
+            raise GenerationError(THREAD_ENDED)
 
     def close(self) -> None:
         """Cancel the requests; a reader in another thread gets an error."""
+        if is_forked():  # another thread of the parent may have held the lock, for ever
+            self.cancelled = True
+            return
         with self._changed:
             self.cancelled = True
             waiter, self._waiter = self._waiter, None
@@ -181,8 +211,13 @@ def _set_done(future: asyncio.Future[None]) -> None:
 
 
 def fail_streams(streams: Iterable[ChunkStream], error: Exception, cause: BaseException | None) -> None:
-    """End streams with an error and its cause: a copy for each, as each reader adds its own traceback."""
+    """End streams that are open with an error and its cause: a copy for each, as each reader adds its own traceback."""
     for stream in set(streams):
+        if stream.cancelled:
+            continue
         failure = type(error)(*error.args)
         failure.__cause__ = cause
-        stream.fail(failure)
+        try:
+            stream.fail(failure)
+        except Exception:  # of its reader's event loop; the other readers must get their errors
+            _log.exception("a reader could not be told that its request failed")

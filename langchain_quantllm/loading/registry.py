@@ -22,6 +22,8 @@ from langchain_quantllm.compat.gptqmodel import uncompile_gptq_model
 from langchain_quantllm.compat.gptqmodel_import import gptqmodel_imported
 from langchain_quantllm.compat.library_logging import without_torchao
 from langchain_quantllm.compat.packages import check_packages, label_of
+from langchain_quantllm.engine.clean_thread import in_clean_thread
+from langchain_quantllm.engine.process import check_process, note_loading
 from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.loading.adapters import check_adapters_fit, find_adapters, load_adapters
 from langchain_quantllm.loading.checkpoint import Checkpoint, check_attention, find_checkpoint, find_source, reconcile
@@ -148,7 +150,12 @@ class LoadedModel:
         ).summary()
 
     def close(self) -> None:
-        """Stop the engines and release the weights; instances that share the model load it again at their next call."""
+        """Stop the engines and release the weights; instances that share the model load it again at their next call.
+
+        Raises:
+            UnsupportedError: If this process was forked off the one that loaded it.
+        """
+        check_process()
         with self.lock:
             engines, self.engines = self.engines, None
             self.pipeline = None
@@ -194,6 +201,7 @@ def get_or_load(spec: LoadSpec) -> LoadedModel:
     Raises:
         QuantLLMError: As `load` raises it.
     """
+    note_loading()
     source = None
     if "torch" not in sys.modules:  # nothing is loaded yet, and importing torch takes seconds
         source = find_source(spec)
@@ -214,7 +222,11 @@ def wrap_pipeline(pipeline: Any) -> LoadedModel:
 
     Args:
         pipeline: A loaded transformers pipeline; it is not changed.
+
+    Raises:
+        UnsupportedError: If this process was forked off one with models.
     """
+    note_loading()
 
     def wrap() -> LoadedModel:
         config = getattr(pipeline.model.config, "quantization_config", None)
@@ -230,6 +242,7 @@ def _pipeline_handle(pipeline: Any) -> _Handle:
         return _pipeline_handles.setdefault(pipeline, _Handle())
 
 
+@in_clean_thread
 def load(spec: LoadSpec, source: str | None = None) -> LoadedModel:
     """Load a checkpoint into a new pipeline.
 
@@ -247,6 +260,7 @@ def load(spec: LoadSpec, source: str | None = None) -> LoadedModel:
         UnsupportedError: If this machine cannot run it.
         NotEnoughMemoryError: If it does not fit.
     """
+    note_loading()
     source = find_source(spec) if source is None else source
     check_packages(spec.scheme)
     import_quietly()
