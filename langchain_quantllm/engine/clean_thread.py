@@ -10,14 +10,19 @@ from __future__ import annotations
 import contextvars
 import ctypes
 import functools
+import math
 import threading
+import time
 from collections.abc import Callable
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Generic, ParamSpec, TypeVar
 
 from langchain_quantllm.errors import UnsupportedError
 
 _WAIT_S = 0.5
 """Longest wait at a time, so that Ctrl-C gets through on every platform."""
+
+_END_S = 10.0
+"""Longest wait for the end of an interrupted call: it may wait itself, for a lock or a download."""
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -27,7 +32,8 @@ def in_clean_thread(function: Callable[_Arguments, _Result]) -> Callable[_Argume
     """Make a function run in a new thread, while its caller waits; in one already, it runs at once.
 
     The caller gets the result, or the exception with its traceback. Ctrl-C, or any other exception in the caller, is
-    raised as KeyboardInterrupt in the function, whose end is waited for; a second one no longer waits.
+    raised as KeyboardInterrupt in the function, whose end the caller waits for, up to ten seconds; a second one no
+    longer waits.
 
     Args:
         function: The function.
@@ -99,7 +105,7 @@ class _CleanThread(threading.Thread, Generic[_Result]):
             self._wait()
         except BaseException:
             self._interrupt()
-            self._wait()
+            self._wait(_END_S)
             raise
         error, self._error = self._error, None
         if error is None:
@@ -109,8 +115,9 @@ class _CleanThread(threading.Thread, Generic[_Result]):
         finally:
             del error  # it refers to this frame
 
-    def _wait(self) -> None:
-        while not self._ended.wait(_WAIT_S):
+    def _wait(self, longest_s: float = math.inf) -> None:
+        until = time.monotonic() + longest_s
+        while not self._ended.wait(_WAIT_S) and time.monotonic() < until:
             pass
 
     def _interrupt(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import sys
 import threading
 import uuid
@@ -186,6 +187,18 @@ class _Handle:
 
 
 _lock = threading.Lock()
+"""Lock of the tables of handles."""
+
+
+def _renew_lock() -> None:
+    """Make the lock anew in a forked process: another thread of the parent may have held it, for ever."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
 _handles: weakref.WeakValueDictionary[str, _Handle] = weakref.WeakValueDictionary()
 """Handles of models that this package loads, by `LoadSpec.key`. The loading thread and then the model hold a handle."""
 
