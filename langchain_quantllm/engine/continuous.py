@@ -15,7 +15,9 @@ import torch
 from langchain_quantllm.engine.adapter_switch import AdapterSwitch
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS, BlockManager
 from langchain_quantllm.engine.build import EngineParts
+from langchain_quantllm.engine.clean_thread import in_clean_thread
 from langchain_quantllm.engine.detokenizer import Completion, begin_completions
+from langchain_quantllm.engine.failures import request_failure, run_failure
 from langchain_quantllm.engine.fusion.fuse import Fusion
 from langchain_quantllm.engine.generate import NAN_LOGITS, limits_of
 from langchain_quantllm.engine.kv_cache import resident_bytes
@@ -26,7 +28,7 @@ from langchain_quantllm.engine.scheduler import Scheduler, Step, split_step
 from langchain_quantllm.engine.sequence import SamplingInput, Sequence
 from langchain_quantllm.engine.staging import PendingForward
 from langchain_quantllm.engine.step_timing import time_step
-from langchain_quantllm.engine.stream import ChunkStream, TokenLogprob, fail_streams
+from langchain_quantllm.engine.stream import ChunkStream, TokenLogprob
 from langchain_quantllm.engine.worker import UNLOADED, Worker
 from langchain_quantllm.errors import GenerationError, NotEnoughMemoryError
 from langchain_quantllm.memory import check_cache_budget
@@ -84,7 +86,7 @@ class ContinuousEngine:
         self._prefix_ids: dict[int, int] = {}  # the first of each adapter's blocks
         self._samples_prefix_id: int | None = None
         self._reset_cache()
-        self._worker = Worker(self._run, gathers=False)
+        self._worker = Worker(self._run, self._recover, gathers=False)
 
     # The protocol.
 
@@ -130,7 +132,7 @@ class ContinuousEngine:
     def time_step(self, rows: int, position: int, repeats: int) -> float:
         """Time the decode step by itself, without queue and text; only while nothing runs. See `step_timing`."""
         self._reset_cache()  # the blocks are overwritten
-        return time_step(self._runner, rows, position, repeats)
+        return in_clean_thread(time_step)(self._runner, rows, position, repeats)
 
     def close(self) -> None:
         """Cancel all requests and release the model and the KV cache."""
@@ -142,41 +144,38 @@ class ContinuousEngine:
     # The loop.
 
     def _run(self, waiting: deque[Completion]) -> None:
-        """Run requests until there are none left; more may join all the while."""
-        try:
-            pending: list[PendingTokens] = []
-            while True:
-                # 1. Take new requests, and drop cancelled ones.
-                self._take(waiting)
-                # 2. Plan the next step: which sequences decode, and which tokens of prompts run beside them.
-                plan = self._scheduler.plan()
-                self.peak_cache_tokens = max(self.peak_cache_tokens, self._blocks.held * BLOCK_TOKENS)
-                if plan is None and not pending:
-                    if not self._rests():
-                        break
-                    continue
-                # 3. Enqueue its forward.
-                forwards = [] if plan is None else self._launch(plan)
-                if self._runner.is_asynchronous:
-                    # 4. While the device runs it, turn the tokens of the step before into text.
-                    self._deliver(pending)
-                    # 5. Enqueue the sampling of the next tokens.
-                    pending = self._sample(forwards)
-                else:
-                    self._deliver(self._sample(forwards))
-            self._check_idle()
-        except Exception as error:
-            self._fail_all(error)
+        """Run requests until there are none left; more may join all the while. For what is raised, see `Worker`."""
+        pending: list[PendingTokens] = []
+        while True:
+            # 1. Take new requests, and drop cancelled ones.
+            self._take(waiting)
+            # 2. Plan the next step: which sequences decode, and which tokens of prompts run beside them.
+            plan = self._scheduler.plan()
+            self.peak_cache_tokens = max(self.peak_cache_tokens, self._blocks.held * BLOCK_TOKENS)
+            if plan is None and not pending:
+                if not self._rests():
+                    break
+                continue
+            # 3. Enqueue its forward.
+            forwards = [] if plan is None else self._launch(plan)
+            if self._runner.is_asynchronous:
+                # 4. While the device runs it, turn the tokens of the step before into text.
+                self._deliver(pending)
+                # 5. Enqueue the sampling of the next tokens.
+                pending = self._sample(forwards)
+            else:
+                self._deliver(self._sample(forwards))
+        self._check_idle()
 
     def _take(self, waiting: deque[Completion]) -> None:
         for sequence in self._scheduler.sequences:
-            if sequence.completion.stream.cancelled:
+            if sequence.completion.stream.should_stop():
                 self._drop(sequence)
         if waiting and self._parts.model_changed():
             self._rebuild()
         while waiting:
             completion = waiting.popleft()
-            if completion.stream.cancelled:
+            if completion.stream.should_stop():
                 continue
             if self._parts.refusal is not None:
                 completion.stream.fail(GenerationError(self._parts.refusal))
@@ -185,8 +184,8 @@ class ContinuousEngine:
                 adapter = self._adapter_number(completion.request)
                 prefix_id = self._first_prefix_id(completion.request, adapter)
                 sequence = Sequence(completion, prefix_id=prefix_id, adapter=adapter)
-            except Exception as error:  # of the request's own mask
-                completion.stream.fail(_failure(error))
+            except BaseException as error:  # of the request's own mask
+                completion.stream.fail(request_failure(error))
                 continue
             self._scheduler.add(sequence)
 
@@ -271,7 +270,7 @@ class ContinuousEngine:
                 if sequence.mask.ended:
                     sequence.completion.stream.put(sequence.completion.finish("stop"))
                     self._drop(sequence)
-            except Exception as error:
+            except BaseException as error:  # of the request's own mask
                 bits[i] = -1
                 self._fail(sequence, error)
         return bits
@@ -302,7 +301,7 @@ class ContinuousEngine:
             if sequence.mask is not None:
                 sequence.mask.accept(token_id)
             chunk = completion.push(token_id, _token_logprob(sequence.request, token_id, logprob))
-        except Exception as error:  # of the request's own mask, or of its tokenizer
+        except BaseException as error:  # of the request's own mask, or of its tokenizer
             self._fail(sequence, error)
             return
         if chunk is not None:
@@ -314,26 +313,25 @@ class ContinuousEngine:
         sequence.has_ended = True
         self._scheduler.remove(sequence)
 
-    def _fail(self, sequence: Sequence, error: Exception) -> None:
-        sequence.completion.stream.fail(_failure(error))
+    def _fail(self, sequence: Sequence, error: BaseException) -> None:
+        sequence.completion.stream.fail(request_failure(error))
         self._drop(sequence)
 
     # Failures and changes.
 
-    def _fail_all(self, error: Exception) -> None:
-        """Fail all sequences with the cause, and begin anew for later requests."""
-        sequences = self._scheduler.sequences
-        report: Exception = GenerationError(f"the model failed while generating: {error!r}")
-        if isinstance(error, torch.OutOfMemoryError):
-            report = NotEnoughMemoryError(
-                f"the device ran out of memory with {len(sequences)} rows; lower batch_size or kv_cache_memory, or "
-                "load the model in fewer bits."
-            )
-        fail_streams({sequence.completion.stream for sequence in sequences}, report, error)
+    def _recover(self, error: BaseException) -> Exception:
+        """Drop all sequences and begin anew after a failure; returns the error for the sequences' requests."""
+        rows = len(self._scheduler.sequences)
         self._reset_cache()
         self._runner.drop_graphs()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        if not isinstance(error, torch.OutOfMemoryError):
+            return run_failure(error)
+        return NotEnoughMemoryError(
+            f"the device ran out of memory with {rows} rows; lower batch_size or kv_cache_memory, or load the model in "
+            "fewer bits."
+        )
 
     def _reset_cache(self) -> None:
         """Forget the content of all blocks."""
@@ -357,15 +355,6 @@ class ContinuousEngine:
         if self._parts.refusal is not None:
             for sequence in self._scheduler.sequences:
                 self._fail(sequence, GenerationError(self._parts.refusal))
-
-
-def _failure(error: Exception) -> Exception:
-    """Wrap an error of a request as one of this package's, with the error as its cause."""
-    if isinstance(error, GenerationError):
-        return error
-    failure = GenerationError(f"this request failed while generating: {error!r}")
-    failure.__cause__ = error
-    return failure
 
 
 def _token_logprob(
