@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from langchain_quantllm.engine.attention import TritonAttention
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.engine.kv_cache import allocate_pools
 from langchain_quantllm.engine.model_check import inspect_model
@@ -15,6 +14,7 @@ from langchain_quantllm.engine.model_runner import ModelRunner
 from langchain_quantllm.engine.prefill_graphs import LENGTHS, MOST_SEQUENCES, PACK_SIZE, Pack, length_for
 from langchain_quantllm.engine.scheduler import PrefillChunk
 from langchain_quantllm.engine.sequence import bare_sequence
+from langchain_quantllm.engine.triton_attention import TritonAttention
 from langchain_quantllm.kernels import reference
 from tests.support.models import tiny_model
 
