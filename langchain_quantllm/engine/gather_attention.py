@@ -6,7 +6,7 @@ Owns how sequences of different lengths are gathered together, and the bounds of
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -48,14 +48,16 @@ class _Group:
     """Sequences of one new token each, gathered together: padded to the same number of blocks.
 
     Args:
-        tokens: Index of each one's token in the pack, of shape `(rows,)`, int64.
+        rows: Number of sequences.
+        tokens: Index of each one's token in the pack, of shape `(rows,)`, int64; None if they are the pack.
         blocks: Their blocks, of shape `(rows * width,)`, int64; a sequence's last block again as padding.
         seen: The gathered tokens of a row that any of the new ones sees.
         mask: Those that each new one sees, of shape `(rows, 1, 1, seen)`, bool; None for all.
         hidden: Indices of the gathered tokens of all rows that the new ones do not see, int64.
     """
 
-    tokens: torch.Tensor
+    rows: int
+    tokens: torch.Tensor | None
     blocks: torch.Tensor
     seen: slice
     mask: torch.Tensor | None
@@ -83,11 +85,12 @@ class GatherAttention:
     ) -> torch.Tensor:
         """Attend; see `Attention.attend`."""
         scoring = _Scoring(scale=scale, window=window, softcap=softcap)
-        out = query.new_empty(1, query.shape[2], query.shape[1], pool.value_dim)
-        device, block_bytes = pool.kv.device, pool.kv[0].nbytes
         groups = batch.cached(
-            (device, "groups", window, block_bytes), lambda: _groups(batch, scoring, block_bytes, device)
+            ("groups", pool.kv.device, window, pool.kv.stride(0)), lambda: _groups(batch, pool, scoring)
         )
+        if len(groups) == 1 and groups[0].tokens is None:
+            return _decode(pool, query, groups[0], scoring)[None]
+        out = query.new_empty(1, query.shape[2], query.shape[1], pool.value_dim)
         for group in groups:
             out[0].index_copy_(0, group.tokens, _decode(pool, query, group, scoring))
         for span in batch.spans:
@@ -106,29 +109,24 @@ def _decode(pool: LayerPool, query: torch.Tensor, group: _Group, scoring: _Scori
     if group.mask is not None:
         # PyTorch adds a mask to the scores and multiplies the values with 0, and NaN would stay NaN.
         gathered.index_fill_(0, group.hidden, 0)
-    key, value = _split(pool, gathered.unflatten(0, (len(group.tokens), -1))[:, group.seen])
+    key, value = _split(pool, gathered.unflatten(0, (group.rows, -1))[:, group.seen])
     # The queries of a group of heads see the same keys: they are passed as several positions of one head.
-    asked = query[0].index_select(1, group.tokens).transpose(0, 1).unflatten(1, (key.shape[1], -1))
+    asked = query[0] if group.tokens is None else query[0].index_select(1, group.tokens)
+    asked = asked.transpose(0, 1).unflatten(1, (key.shape[1], -1))
     return _attend(asked, key, value, group.mask, scoring).flatten(1, 2)
 
 
-def _groups(batch: Batch, scoring: _Scoring, block_bytes: int, device: torch.device) -> list[_Group]:
-    """Divide the sequences of one new token into groups.
-
-    Args:
-        batch: The tokens of a forward.
-        scoring: The layer's window.
-        block_bytes: Bytes of a block in the layer.
-        device: The layer's device.
-    """
+def _groups(batch: Batch, pool: LayerPool, scoring: _Scoring) -> list[_Group]:
+    """Divide the sequences of one new token into groups, for all layers with such a pool and window."""
     # In a batch that decodes, the order alone tells which token is a span's.
     rows = [(i if batch.decodes else span.first, span) for i, span in enumerate(batch.spans) if span.count == 1]
-    rows.sort(key=lambda row: _width(row[1], scoring), reverse=True)
-    widths = [_width(span, scoring) for _, span in rows]
-    most_blocks = max(1, _GATHERED_BYTES // block_bytes)
-    return [
-        _group(batch, rows[start:stop], widths[start], scoring, device) for start, stop in _cut(widths, most_blocks)
-    ]
+    by_width = sorted(rows, key=lambda row: _width(row[1], scoring), reverse=True)
+    widths = [_width(span, scoring) for _, span in by_width]
+    device, block_bytes = pool.kv.device, pool.kv.stride(0) * pool.kv.itemsize
+    cuts = list(_cut(widths, max(1, _GATHERED_BYTES // block_bytes)))
+    if batch.decodes and len(cuts) == 1:
+        return [replace(_group(batch, rows, widths[0], scoring, device), tokens=None)]
+    return [_group(batch, by_width[start:stop], widths[start], scoring, device) for start, stop in cuts]
 
 
 def _width(span: Span, scoring: _Scoring) -> int:
@@ -167,6 +165,7 @@ def _group(
     mask = visible[:, some[0] : some[-1] + 1]
     blocks = batch.table[slots.to(batch.table.device), columns.to(batch.table.device)]
     return _Group(
+        rows=len(rows),
         tokens=torch.tensor([token for token, _ in rows]).to(device),
         blocks=blocks.flatten().to(device).long(),
         seen=slice(some[0], some[-1] + 1),
