@@ -174,12 +174,6 @@ class ModelRunner:
             self._memory = torch.cuda.graph_pool_handle()  # the pool before was freed with its last graph
         self._configs = [] if self._by_sdpa else configs_of(self._model)
 
-    @_on_device
-    def zero(self, blocks: abc.Sequence[int]) -> None:
-        """Fill blocks of all layers with zeros."""
-        for pool in self._pools:
-            pool.kv[torch.tensor(blocks, dtype=torch.long, device=pool.kv.device)] = 0
-
     # Prefill.
 
     @_on_device
