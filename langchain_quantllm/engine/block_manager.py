@@ -131,18 +131,19 @@ class BlockManager:
         yield from (f"there is no block {i}" for i in places if not 0 < i < self.total)
         for block in range(1, self.total):
             if places[block] != 1:
-                found = [
-                    name for name, of in (("free", self._free), ("kept", self._kept), ("held", held)) if block in of
-                ]
-                yield f"block {block} is {' and '.join(found) or 'lost'}, in {places[block]} places of 1"
+                found = {"free": self._free.count(block), "kept": block in self._kept, "held": block in held}
+                words = [name for name, times in found.items() for _ in range(times)]
+                yield f"block {block} is {' and '.join(words) or 'lost'}"
         yield from (f"block {i} is kept without content" for i in self._kept if self._keys[i] is None)
         yield from (f"block {i} is free with content" for i in self._free if self._keys[i] is not None)
         for key, block in self._by_key.items():
             if self._keys[block] != key:
                 yield f"block {block} is found by the content of another"
-        named = [i for i, key in enumerate(self._keys) if key is not None]
-        yield from (f"block {i} cannot be found by its content" for i in named if self._by_key.get(self._keys[i]) != i)
-        ids = [self._prefix_ids[i] for i in named]
+        named = {block: key for block, key in enumerate(self._keys) if key is not None}
+        yield from (
+            f"block {i} cannot be found by its content" for i, key in named.items() if self._by_key.get(key) != i
+        )
+        ids = [self._prefix_ids[block] for block in named]
         if len(set(ids)) != len(ids) or not all(0 < i < self._next_prefix_id for i in ids):
             yield "prefix ids of blocks are equal, or were never given out"
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import abc
-from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
@@ -25,46 +24,17 @@ from langchain_quantllm.engine.forward_context import ForwardContext
 from langchain_quantllm.engine.fusion.fuse import Fusion
 from langchain_quantllm.engine.fusion.sampling import find_sampling_kernel
 from langchain_quantllm.engine.lora import NO_ADAPTER, LoraStack
-from langchain_quantllm.engine.prefill_graphs import Pack, PrefillGraphs, last_tokens
-from langchain_quantllm.engine.sampler import BLOCKS, MASKS, BatchSampler, PendingTokens, log_probabilities
-from langchain_quantllm.engine.scheduler import PrefillChunk
+from langchain_quantllm.engine.prefill_graphs import ON_DEVICE, Pack, PrefillGraphs, sampled_tokens
+from langchain_quantllm.engine.sampler import MASKS, BatchSampler, PendingTokens, log_probabilities
+from langchain_quantllm.engine.scheduler import Step
 from langchain_quantllm.engine.sequence import SamplingInput, Sequence
-from langchain_quantllm.engine.staging import StagingBuffers, step_inputs
+from langchain_quantllm.engine.staging import PendingForward, StagingBuffers, step_inputs
 from langchain_quantllm.kernels.reference import PREFILL_TILE
 
 _BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
 """Batch sizes that have a decode graph; smaller batches are padded."""
 
 _MOST_ROWS = _BUCKETS[-1]
-
-
-@dataclass(frozen=True)
-class PendingForward:
-    """A forward in flight, with the sequences to sample a token for.
-
-    Args:
-        sequences: The sequences.
-        sampling: The inputs of each one's sampling.
-        logits: Their logits, of shape `(sequences, vocab)` or, padded, `(bucket, vocab)`.
-        inputs: The step's inputs on the device; see `staging.step_inputs`.
-        is_graph: Whether it is a graph's replay, whose tensors the next replay overwrites.
-        is_prefill: Whether these are the sequences' first tokens since they got their slots.
-    """
-
-    sequences: abc.Sequence[Sequence]
-    sampling: abc.Sequence[SamplingInput]
-    logits: torch.Tensor
-    inputs: torch.Tensor
-    is_graph: bool = False
-    is_prefill: bool = False
-
-    @property
-    def needs(self) -> int:
-        """The flags of `sampler` for all sequences."""
-        needs = BLOCKS * any(not one.may_end for one in self.sampling)
-        for sequence in self.sequences:
-            needs |= sequence.sampling_needs
-        return needs
 
 
 _Method = TypeVar("_Method", bound=abc.Callable[..., Any])
@@ -174,45 +144,58 @@ class ModelRunner:
             self._memory = torch.cuda.graph_pool_handle()  # the pool before was freed with its last graph
         self._configs = [] if self._by_sdpa else configs_of(self._model)
 
-    # Prefill.
-
     @_on_device
-    def prefill(self, chunks: abc.Sequence[PrefillChunk], sampling: abc.Sequence[SamplingInput]) -> PendingForward:
-        """Run chunks of prompts, packed behind each other.
+    def run(self, step: Step, sampling: abc.Sequence[SamplingInput]) -> PendingForward:
+        """Run a step.
 
         Args:
-            chunks: The chunks.
-            sampling: One for each chunk that is its prompt's last.
+            step: The step.
+            sampling: One for each of its sequences that a token is sampled for.
         """
-        self._set_table([chunk.sequence for chunk in chunks])
+        if not step.chunks:
+            return self._decode(step, sampling)
+        self._set_table([chunk.sequence for chunk in step.chunks])
+        self._set_last_blocks(step)
         logits = None
         if self._prefill_graphs is not None and self.captures:
-            logits = self._prefill_graphs.run(chunks, self._padding_slot, self._memory)
+            logits = self._prefill_graphs.run(step, self._padding_slot, self._memory)
         if logits is None:
-            logits = self._prefill_eagerly(chunks)
-        ready = [chunk.sequence for chunk in chunks if chunk.is_last]
-        inputs = step_inputs(ready, [0] * len(ready), [0] * len(ready), sampling)
+            logits = self._run_eagerly(step)
+        sampled = step.sampled
+        inputs = step_inputs(sampled, [0] * len(sampled), [0] * len(sampled), sampling)
         # The copy does not wait for the forward: sampling is enqueued while it runs.
         inputs = inputs.to(self.device, non_blocking=True)
-        return PendingForward(ready, sampling, logits, inputs, is_prefill=True)
+        return PendingForward(sampled, sampling, logits, inputs, starting=step.starting)
 
-    def _prefill_eagerly(self, chunks: abc.Sequence[PrefillChunk]) -> torch.Tensor:
-        spans, lines, first = [], [], 0
-        for chunk in chunks:
+    # Steps with chunks of prompts: all tokens packed behind each other, those of decoding sequences first.
+
+    def _run_eagerly(self, step: Step) -> torch.Tensor:
+        spans, parts = [], []
+        for first, (sequence, position) in enumerate(zip(step.decoding, step.positions, strict=True)):
+            spans.append(Span(slot=sequence.slot, first=first, position=position, count=1))
+        if spans:
+            slots = [sequence.slot for sequence in step.decoding]
+            parts.append(torch.tensor([[ON_DEVICE] * len(slots), step.positions, slots], dtype=torch.int32))
+        first = len(spans)
+        for chunk in step.chunks:
             slot, count = chunk.sequence.slot, chunk.count
             spans.append(Span(slot=slot, first=first, position=chunk.start, count=count))
             positions = range(chunk.start, chunk.start + count)
-            lines.append(torch.tensor([chunk.ids, list(positions), [slot] * count], dtype=torch.int32))
+            parts.append(torch.tensor([chunk.ids, list(positions), [slot] * count], dtype=torch.int32))
             first += count
-        packed = torch.cat(lines, 1).to(self.device, non_blocking=True)
+        packed = torch.cat(parts, 1).to(self.device, non_blocking=True)
         batch = Batch(table=self._table, slots=packed[2], positions=packed[1], spans=spans, decodes=False)
-        return self._forward(packed[0].long(), batch, last_tokens(chunks) or [0])
+        return self._forward(self._packed_ids(packed[0], packed[2]), batch, sampled_tokens(step) or [0])
 
     def _forward_pack(self, pack: Pack) -> torch.Tensor:
         batch = Batch(
             table=self._table, slots=pack.slots, positions=pack.positions, spans=(), decodes=False, tiles=pack.tiles
         )
-        return self._forward(pack.ids.long(), batch, pack.kept.long())
+        return self._forward(self._packed_ids(pack.ids, pack.slots), batch, pack.kept.long())
+
+    def _packed_ids(self, ids: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """Fill in the last tokens of decoding sequences, which the host may not know yet."""
+        return torch.where(ids == ON_DEVICE, self.sampler.last_ids[slots.long()], ids)
 
     def _set_table(self, sequences: abc.Sequence[Sequence]) -> None:
         width = max(len(sequence.blocks) for sequence in sequences)
@@ -223,19 +206,21 @@ class ModelRunner:
             numbers = torch.tensor([sequence.adapter for sequence in sequences], dtype=torch.int32)
             self._row_adapters[slots] = numbers.to(self.device, non_blocking=True)
 
-    # Decode.
+    def _set_last_blocks(self, step: Step) -> None:
+        """Enter the blocks that decoding sequences have begun with this token."""
+        new = [
+            (sequence.slot, position // BLOCK_TOKENS, sequence.blocks[position // BLOCK_TOKENS])
+            for sequence, position in zip(step.decoding, step.positions, strict=True)
+            if position % BLOCK_TOKENS == 0
+        ]
+        if new:
+            slots, indices, blocks = torch.tensor(new, dtype=torch.int32).T.to(self.device, non_blocking=True)
+            self._table[slots.long(), indices.long()] = blocks
 
-    @_on_device
-    def decode(
-        self, sequences: abc.Sequence[Sequence], positions: abc.Sequence[int], sampling: abc.Sequence[SamplingInput]
-    ) -> PendingForward:
-        """Run each sequence's last token, which lies on the device.
+    # Steps that only decode.
 
-        Args:
-            sequences: The sequences.
-            positions: Position of that token in each.
-            sampling: One for each sequence.
-        """
+    def _decode(self, step: Step, sampling: abc.Sequence[SamplingInput]) -> PendingForward:
+        sequences, positions = step.decoding, step.positions
         blocks = [s.blocks[position // BLOCK_TOKENS] for s, position in zip(sequences, positions, strict=True)]
         inputs = step_inputs(sequences, positions, blocks, sampling)
         bucket = next((b for b in _BUCKETS if b >= len(sequences)), None)
@@ -248,7 +233,7 @@ class ModelRunner:
         if graph is None:
             graph = self._capture_decode(bucket)
             if graph is None:
-                return self.decode(sequences, positions, sampling)
+                return self._decode(step, sampling)
         return PendingForward(sequences, sampling, graph.replay(), self._inputs[:, :bucket], is_graph=True)
 
     def _stage(self, inputs: torch.Tensor, bucket: int) -> None:
@@ -353,7 +338,7 @@ class ModelRunner:
         """
         rows = len(forward.sequences)
         needs = forward.needs
-        if forward.is_prefill and (placed := [s for s in forward.sequences if s.slot >= 0]):
+        if placed := [s for s in forward.starting if s.slot >= 0]:
             self.sampler.set([s.slot for s in placed], [s.request for s in placed], [s.ids for s in placed])
         if forward.is_graph:
             if mask is not None:

@@ -1,12 +1,14 @@
-"""Inputs of steps on their way to the device: their layout, and pinned host buffers."""
+"""Inputs of steps on their way to the device: their layout, pinned host buffers, and the forward that takes them."""
 
 from __future__ import annotations
 
 from collections import abc
+from dataclasses import dataclass
 
 import torch
 
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
+from langchain_quantllm.engine.sampler import BLOCKS
 from langchain_quantllm.engine.sequence import SamplingInput, Sequence
 
 LINES = 6
@@ -62,3 +64,32 @@ class StagingBuffers:
         """Return the buffer whose turn it is, with old content."""
         self._used += 1
         return self._buffers[self._used % _BUFFERS]
+
+
+@dataclass(frozen=True)
+class PendingForward:
+    """A forward in flight, with the sequences to sample a token for.
+
+    Args:
+        sequences: The sequences.
+        sampling: The inputs of each one's sampling.
+        logits: Their logits, of shape `(sequences, vocab)` or, padded, `(bucket, vocab)`.
+        inputs: The step's inputs on the device; see `step_inputs`.
+        is_graph: Whether it is a graph's replay, whose tensors the next replay overwrites.
+        starting: Those of the sequences that get their first token since they have their slots.
+    """
+
+    sequences: abc.Sequence[Sequence]
+    sampling: abc.Sequence[SamplingInput]
+    logits: torch.Tensor
+    inputs: torch.Tensor
+    is_graph: bool = False
+    starting: abc.Sequence[Sequence] = ()
+
+    @property
+    def needs(self) -> int:
+        """The flags of `sampler` for all sequences."""
+        needs = BLOCKS * any(not one.may_end for one in self.sampling)
+        for sequence in self.sequences:
+            needs |= sequence.sampling_needs
+        return needs

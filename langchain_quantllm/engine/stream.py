@@ -9,12 +9,15 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from typing_extensions import Self
 
 from langchain_quantllm.errors import GenerationError, GenerationTimeoutError
+
+MOST_UNREAD = 512
+"""Chunks of a request, one for each token at most, that are computed ahead of the reader."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +64,8 @@ class ChunkStream:
 
     Iterate over it with `for` or `async for`; it ends after the last chunk of the last request. An error of any
     request is raised at once. Closing the stream, or leaving its `with` block, cancels the requests: the engine stops
-    them at their next token.
+    them at their next token. While `MOST_UNREAD` chunks for each request are unread, the stream is full, and engines
+    that can let its requests rest.
     """
 
     def __init__(self, rows: int, timeout_s: float | None = None) -> None:
@@ -72,8 +76,13 @@ class ChunkStream:
         self._items: deque[Chunk | BaseException] = deque()
         self._changed = threading.Condition()
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
+        self._most_unread = MOST_UNREAD * rows
         self.cancelled = False
         """Whether the stream is closed. Engines read it before each token."""
+        self.is_full = False
+        """Whether no more is to be computed before the reader has read half of what there is."""
+        self.wake: Callable[[], None] | None = None
+        """Wakes an engine that may rest: called when a full stream is read again, or closed."""
 
     # The engine's side.
 
@@ -81,6 +90,7 @@ class ChunkStream:
         """Append a chunk, or an error that the reader is to raise."""
         with self._changed:
             self._items.append(item)
+            self.is_full = len(self._items) >= self._most_unread
             waiter, self._waiter = self._waiter, None
             self._changed.notify_all()
         self._wake(waiter)
@@ -109,7 +119,7 @@ class ChunkStream:
                     self._check_open()
                     # A bounded wait, so that Ctrl-C gets through on every platform.
                     self._changed.wait(min(self._remaining_s(), 1.0))
-                item = self._items.popleft()
+                item = self._take()
             yield self._deliver(item)
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
@@ -117,7 +127,7 @@ class ChunkStream:
         while self._open_rows:
             loop = asyncio.get_running_loop()
             with self._changed:
-                item = self._items.popleft() if self._items else None
+                item = self._take() if self._items else None
                 if item is None:
                     self._check_open()
                     future: asyncio.Future[None] = loop.create_future()
@@ -128,6 +138,14 @@ class ChunkStream:
                     self._remaining_s()
                 continue
             yield self._deliver(item)
+
+    def _take(self) -> Chunk | BaseException:
+        item = self._items.popleft()
+        if self.is_full and len(self._items) <= self._most_unread // 2:
+            self.is_full = False
+            if self.wake is not None:
+                self.wake()
+        return item
 
     def _remaining_s(self) -> float:
         if self._deadline is None:
@@ -164,6 +182,8 @@ class ChunkStream:
             self.cancelled = True
             waiter, self._waiter = self._waiter, None
             self._changed.notify_all()
+            if self.is_full and self.wake is not None:
+                self.wake()
         self._wake(waiter)
 
     def __enter__(self) -> Self:

@@ -44,6 +44,7 @@ class Worker:
         self._waiting: deque[Completion] = deque()
         self._streams: weakref.WeakSet[ChunkStream] = weakref.WeakSet()
         self._changed = threading.Condition()
+        self._was_woken = False
         self._thread: threading.Thread | None = None
         self._closed = False
         self._process_id = os.getpid()
@@ -72,6 +73,24 @@ class Worker:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._serve, name="quantllm-engine", daemon=True)
                 self._thread.start()
+
+    @property
+    def queued(self) -> int:
+        """Requests that `run` has not taken yet."""
+        return len(self._waiting)
+
+    def wake(self) -> None:
+        """End `wait_for_change`, or the next call of it."""
+        with self._changed:
+            self._was_woken = True
+            self._changed.notify_all()
+
+    def wait_for_change(self) -> None:
+        """Wait, in `run`, until a request comes, `wake` is called or the engine is closed; a second at most."""
+        with self._changed:
+            if not (self._waiting or self._was_woken or self._closed):
+                self._changed.wait(1.0)
+            self._was_woken = False
 
     def close(self, reason: str) -> None:
         """Fail all requests, and wait until the thread has ended."""
