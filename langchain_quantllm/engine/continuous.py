@@ -20,7 +20,7 @@ from langchain_quantllm.engine.detokenizer import Completion, begin_completions
 from langchain_quantllm.engine.failures import request_failure, run_failure
 from langchain_quantllm.engine.fusion.fuse import Fusion
 from langchain_quantllm.engine.generate import NAN_LOGITS, limits_of
-from langchain_quantllm.engine.kv_cache import resident_bytes
+from langchain_quantllm.engine.kv_cache import resident_bytes, spoiled_blocks
 from langchain_quantllm.engine.lora import NO_ADAPTER
 from langchain_quantllm.engine.request import EngineInfo, Request, check_queue, check_request
 from langchain_quantllm.engine.sampler import NOTHING_ALLOWED, PendingTokens
@@ -292,8 +292,7 @@ class ContinuousEngine:
         if token_id < 0:
             blocks = list(sequence.blocks)
             self._fail(sequence, GenerationError(NAN_LOGITS))
-            # Zero NaN blocks: masked values are multiplied by 0, and 0 times NaN is NaN.
-            self._runner.zero(self._blocks.discard(blocks))
+            self._blocks.discard(spoiled_blocks(self._parts.pools, blocks))  # or its prompt could never run again
             return
         self._scheduler.push(sequence, token_id)
         completion = sequence.completion

@@ -145,12 +145,6 @@ class ModelRunner:
         self._configs = [] if self._by_sdpa else configs_of(self._model)
 
     @_on_device
-    def zero(self, blocks: abc.Sequence[int]) -> None:
-        """Fill blocks of all layers with zeros."""
-        for pool in self._pools:
-            pool.kv[torch.tensor(blocks, dtype=torch.long, device=pool.kv.device)] = 0
-
-    @_on_device
     def run(self, step: Step, sampling: abc.Sequence[SamplingInput]) -> PendingForward:
         """Run a step.
 

@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from langchain_quantllm.engine.attention import Attention, GatherAttention, TritonAttention
+from langchain_quantllm.engine.attention import Attention
+from langchain_quantllm.engine.gather_attention import GatherAttention
 from langchain_quantllm.engine.kv_cache import allocate_pools
 from langchain_quantllm.engine.model_check import inspect_model
 from langchain_quantllm.engine.model_runner import ModelRunner
 from langchain_quantllm.engine.prefill_graphs import LARGEST, LENGTHS, SEQUENCES, Pack, Size, size_for
 from langchain_quantllm.engine.scheduler import PrefillChunk, Step
 from langchain_quantllm.engine.sequence import SamplingInput, bare_sequence
+from langchain_quantllm.engine.triton_attention import TritonAttention
 from langchain_quantllm.kernels import reference
 from tests.support.models import tiny_model
 
