@@ -144,9 +144,7 @@ class TestEngines:
         assert texts(llm) == expected
 
     @pytest.mark.parametrize("state", slow_but(FEW, STATES))
-    def test_the_same_holds_for_the_pipeline_engine(
-        self, make_tiny: MakeLLM, expected: list[Any], state: str
-    ) -> None:
+    def test_the_same_holds_for_the_pipeline_engine(self, make_tiny: MakeLLM, expected: list[Any], state: str) -> None:
         llm = make_tiny(engine="pipeline")
         with STATES[state]():
             assert texts(llm) == expected
@@ -163,9 +161,7 @@ class TestEngines:
             assert texts(llm) == after
 
     @pytest.mark.parametrize("state", OF_THE_PROCESS)
-    def test_it_may_change_while_the_engine_is_there(
-        self, make_tiny: MakeLLM, expected: list[Any], state: str
-    ) -> None:
+    def test_it_may_change_while_the_engine_is_there(self, make_tiny: MakeLLM, expected: list[Any], state: str) -> None:
         llm = make_tiny(engine="fast")
         assert texts(llm) == expected
         with STATES[state]():
