@@ -274,7 +274,12 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
 
         requests = self._requests(prompt.text, options, engine=engine, mask=mask, images=prompt.images)
         return _PreparedCall(
-            options=options, engine=engine, tokenizer=pipeline.tokenizer, requests=requests, new_reader=new_reader
+            options=options,
+            engine=engine,
+            tokenizer=pipeline.tokenizer,
+            requests=requests,
+            max_waiting=self.max_waiting,
+            new_reader=new_reader,
         )
 
     def _plan_stream(

@@ -51,6 +51,10 @@ class GenerationError(QuantLLMError, RuntimeError):
     """The model failed while generating; the error's cause says how."""
 
 
+class QueueFullError(GenerationError):
+    """Too many requests wait for the model already; see `max_waiting`."""
+
+
 class GenerationTimeoutError(QuantLLMError, TimeoutError):
     """A call did not end within its `timeout`."""
 

@@ -333,7 +333,12 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         engine = self._engine(options)
         requests = [request for prompt in prompts for request in self._requests(prompt, options, engine=engine)]
         return _PreparedCall(
-            options=options, engine=engine, tokenizer=self.pipeline.tokenizer, requests=requests, prompts=prompts
+            options=options,
+            engine=engine,
+            tokenizer=self.pipeline.tokenizer,
+            requests=requests,
+            max_waiting=self.max_waiting,
+            prompts=prompts,
         )
 
     def _plan_stream(self, prompt: str, stop: Sequence[str] | None, call: Mapping[str, Any]) -> _PreparedCall:

@@ -142,6 +142,8 @@ class GenerationOptions:
     skip_special_tokens: bool = _option(True, _BOOL)
     timeout: float | None = _option(None, _SECONDS)
     eos_token_id: tuple[int, ...] | None = _option(None, _IDS)
+    priority: int = _option(0, _INT)
+    """Requests of a lower number go first."""
     adapter: str | None = _option(None, _ADAPTER)
     """The adapter's name or `BASE_ADAPTER`; None runs the model as it is."""
     asked_new_tokens: bool = False

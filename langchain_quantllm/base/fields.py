@@ -78,7 +78,9 @@ class ModelFields(BaseLanguageModel[Any]):
     own_pipeline: Any = Field(default=None, alias="pipeline", repr=False)
     """A transformers pipeline of your own, for text-generation or image-text-to-text; its argument is `pipeline=`."""
     batch_size: int | None = Field(default=None, ge=1)
-    """Maximum number of sequences that run at once; None leaves it to the engine."""
+    """Maximum number of this object's sequences that run at once; None leaves it to the engine."""
+    max_waiting: int | None = Field(default=None, ge=1)
+    """Refuse a call with a `QueueFullError` if so many requests, of any object, wait for the model; None never does."""
     engine: str = "auto"
     """The engine: `"fast"` runs the calls of all threads in one batch, `"pipeline"` uses transformers' `generate`, and
     `"auto"` takes the first if it supports the model and the options of the call, else the second."""
@@ -110,6 +112,8 @@ class ModelFields(BaseLanguageModel[Any]):
     """Sample from tokens of at least this fraction of the most likely token's probability."""
     repetition_penalty: float | None = None
     """Above 1 makes tokens less likely that are in the prompt or the text already."""
+    priority: int | None = None
+    """Calls of a lower number go first, before those of other objects over the same weights too; 0 if not set."""
     seed: int | None = None
     """Makes sampling repeatable, whatever else is in the batch; None takes a new seed for each call."""
     n: int | None = None

@@ -65,16 +65,20 @@ class PreparedCall:
         engine: The engine that runs it.
         tokenizer: The model's tokenizer.
         requests: Its requests, one for each completion.
+        max_waiting: Refuse it if so many other requests wait.
     """
 
     options: GenerationOptions
     engine: Engine
     tokenizer: Any
     requests: Sequence[Request]
+    max_waiting: int | None = None
 
     def submit(self, *, in_pieces: bool = True) -> ChunkStream:
         """Submit the requests; see `Engine.submit`."""
-        stream = self.engine.submit(self.requests, self.options.timeout, in_pieces=in_pieces)
+        stream = self.engine.submit(
+            self.requests, self.options.timeout, in_pieces=in_pieces, max_waiting=self.max_waiting
+        )
         if (streams := STREAMS.get()) is not None:
             streams.append(stream)
         return stream
@@ -284,6 +288,7 @@ class QuantizedModel(ModelFields):
             truncation_side=tokenizer.truncation_side,
             stop_token_ids=stop_token_ids(tokenizer, options.stop),
             max_rows=self.batch_size,
+            owner=id(self),
             shares_prefix=self.prefix_caching,
             mask=mask,
             media=media,

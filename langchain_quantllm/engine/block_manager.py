@@ -5,8 +5,8 @@ Blocks are numbers here; it knows no tensors. A full block is found again by its
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Sequence
 
 BLOCK_TOKENS = 16
 """Tokens of one block."""
@@ -106,19 +106,46 @@ class BlockManager:
             else:
                 self._kept[block] = None
 
-    def discard(self, blocks: Sequence[int]) -> list[int]:
-        """Forget the content of released blocks; those that other sequences still hold stay as they are.
-
-        Returns:
-            The blocks that nothing holds.
-        """
-        discarded = [block for block in dict.fromkeys(blocks) if not self._holders[block]]
-        for block in discarded:
+    def discard(self, blocks: Sequence[int]) -> None:
+        """Forget the content of blocks, so that no sequence finds them any more; those that hold them keep them."""
+        for block in blocks:
             if block in self._kept:
                 del self._kept[block]
-                self._forget(block)
                 self._free.append(block)
-        return discarded
+            self._forget(block)
+
+    def check_integrity(self) -> None:
+        """Check that every block is free, kept or held, and found by its own content only; takes time, for tests.
+
+        Raises:
+            RuntimeError: If not; the message names a block.
+        """
+        for wrong in self._contradictions():
+            msg = f"the KV cache's blocks contradict each other: {wrong}"
+            raise RuntimeError(msg)
+
+    def _contradictions(self) -> Iterator[str]:
+        held = [block for block, holders in enumerate(self._holders) if holders > 0]
+        places = Counter([*self._free, *self._kept, *held])
+        yield from (f"block {i} is held {n} times" for i, n in enumerate(self._holders) if n < 0)
+        yield from (f"there is no block {i}" for i in places if not 0 < i < self.total)
+        for block in range(1, self.total):
+            if places[block] != 1:
+                found = {"free": self._free.count(block), "kept": block in self._kept, "held": block in held}
+                words = [name for name, times in found.items() for _ in range(times)]
+                yield f"block {block} is {' and '.join(words) or 'lost'}"
+        yield from (f"block {i} is kept without content" for i in self._kept if self._keys[i] is None)
+        yield from (f"block {i} is free with content" for i in self._free if self._keys[i] is not None)
+        for key, block in self._by_key.items():
+            if self._keys[block] != key:
+                yield f"block {block} is found by the content of another"
+        named = {block: key for block, key in enumerate(self._keys) if key is not None}
+        yield from (
+            f"block {i} cannot be found by its content" for i, key in named.items() if self._by_key.get(key) != i
+        )
+        ids = [self._prefix_ids[block] for block in named]
+        if len(set(ids)) != len(ids) or not all(0 < i < self._next_prefix_id for i in ids):
+            yield "prefix ids of blocks are equal, or were never given out"
 
     def _forget(self, block: int) -> None:
         key = self._keys[block]

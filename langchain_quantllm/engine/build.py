@@ -10,10 +10,11 @@ import torch
 
 from langchain_quantllm.compat.transformers_attention import attention_name
 from langchain_quantllm.engine.adapter_switch import AdapterSwitch, changed_by_hand
-from langchain_quantllm.engine.attention import Attention, GatherAttention, LayerPool, TritonAttention
+from langchain_quantllm.engine.attention import Attention, LayerPool
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.engine.cuda_graphs import no_graph_reason
 from langchain_quantllm.engine.fusion.fuse import Fusion
+from langchain_quantllm.engine.gather_attention import GatherAttention
 from langchain_quantllm.engine.kv_cache import allocate_pools, count_blocks
 from langchain_quantllm.engine.lora import LoraStack
 from langchain_quantllm.engine.model_check import (
@@ -25,6 +26,7 @@ from langchain_quantllm.engine.model_check import (
 )
 from langchain_quantllm.engine.model_runner import ModelRunner
 from langchain_quantllm.engine.request import EngineInfo, ModelLimits
+from langchain_quantllm.engine.triton_attention import TritonAttention
 from langchain_quantllm.errors import NotEnoughMemoryError, UnsupportedError
 from langchain_quantllm.memory import release_heap
 

@@ -20,25 +20,28 @@ from langchain_quantllm.engine.detokenizer import Completion, begin_completions
 from langchain_quantllm.engine.failures import request_failure, run_failure
 from langchain_quantllm.engine.fusion.fuse import Fusion
 from langchain_quantllm.engine.generate import NAN_LOGITS, limits_of
-from langchain_quantllm.engine.kv_cache import resident_bytes
+from langchain_quantllm.engine.kv_cache import resident_bytes, spoiled_blocks
 from langchain_quantllm.engine.lora import NO_ADAPTER
-from langchain_quantllm.engine.model_runner import PendingForward
-from langchain_quantllm.engine.request import EngineInfo, Request, check_request
+from langchain_quantllm.engine.request import EngineInfo, Request, check_queue, check_request
 from langchain_quantllm.engine.sampler import NOTHING_ALLOWED, PendingTokens
-from langchain_quantllm.engine.scheduler import Decode, Prefill, PrefillChunk, Scheduler, split_chunks
+from langchain_quantllm.engine.scheduler import Scheduler, Step, split_step
 from langchain_quantllm.engine.sequence import SamplingInput, Sequence
+from langchain_quantllm.engine.staging import PendingForward
 from langchain_quantllm.engine.step_timing import time_step
-from langchain_quantllm.engine.stream import ChunkStream, TokenLogprob
+from langchain_quantllm.engine.stream import ChunkStream, token_logprob
 from langchain_quantllm.engine.worker import UNLOADED, Worker
 from langchain_quantllm.errors import GenerationError, NotEnoughMemoryError
 from langchain_quantllm.memory import check_cache_budget
 
 _log = logging.getLogger(__name__)
 
-_PREFILL_GPU, _PREFILL_CPU = (4096, 1024), (512, 128)
-"""Most tokens of a prefill step: while no sequence decodes, and while others wait to decode."""
+_STEP_TOKENS_GPU, _STEP_TOKENS_CPU = (4096, 256), (512, 128)
+"""Most tokens of a step: while no sequence decodes, and while some do."""
 
-_LEAST_PREFILL = 16  # tokens of a prefill step on a device that is short of memory
+CHECKS_INTEGRITY = False
+"""Check slots, blocks and sequences whenever the engine is idle; switched on by tests."""
+
+_LEAST_CHUNK = 16  # tokens of prompts in a step on a device that is short of memory
 
 
 class ContinuousEngine:
@@ -77,11 +80,15 @@ class ContinuousEngine:
             no_fusion_reason=no_fusion_reason,
         )
         self._runner = self._parts.runner
-        self._prefill_tokens = _PREFILL_GPU if self._parts.is_gpu else _PREFILL_CPU
+        self._step_tokens = _STEP_TOKENS_GPU if self._parts.is_gpu else _STEP_TOKENS_CPU
         self.limits = self._parts.limits
         self.peak_cache_tokens = 0
         self._prefix_ids: dict[int, int] = {}  # the first of each adapter's blocks
         self._samples_prefix_id: int | None = None
+        self._pending: list[PendingTokens] = []
+        """Tokens in flight; on a CPU there are none between two steps."""
+        self._decodes_first = False
+        """Whether sequences have waited for a step of prompts, and decode before the next one."""
         self._reset_cache()
         self._worker = Worker(self._run, self._recover, gathers=False)
 
@@ -98,13 +105,19 @@ class ContinuousEngine:
         return resident_bytes(self._parts.pools)
 
     def submit(
-        self, requests: abc.Sequence[Request], timeout_s: float | None = None, *, in_pieces: bool = True
+        self,
+        requests: abc.Sequence[Request],
+        timeout_s: float | None = None,
+        *,
+        in_pieces: bool = True,
+        max_waiting: int | None = None,
     ) -> ChunkStream:
         """Queue requests and return the stream of their chunks; see `Engine.submit`.
 
         Raises:
             InvalidOptionError: If a request holds ids outside of the vocabulary, or options of `generate` only.
             PromptTooLongError: If a request is longer than the context or the KV cache.
+            QueueFullError: If more requests wait than `max_waiting` allows.
         """
         tokenizer = self._tokenizer
         if tokenizer is None:
@@ -112,7 +125,11 @@ class ContinuousEngine:
         parts = self._parts
         for request in requests:
             check_request(request, self.limits, logits_size=parts.probe.vocab_size, adapters=parts.adapter_names)
+        scheduler = self._scheduler
+        arriving = max(0, self._worker.queued - scheduler.free_slots)
+        check_queue(scheduler.waiting_count + arriving, max_waiting)
         stream, completions = begin_completions(requests, tokenizer, timeout_s, in_pieces=in_pieces)
+        stream.wake = self._worker.wake
         self._worker.submit(completions)
         return stream
 
@@ -132,32 +149,38 @@ class ContinuousEngine:
 
     def _run(self, waiting: deque[Completion]) -> None:
         """Run requests until there are none left; more may join all the while. For what is raised, see `Worker`."""
-        pending: list[PendingTokens] = []
+        self._pending = []
+        self._decodes_first = False
         while True:
             # 1. Take new requests, and drop cancelled ones.
             self._take(waiting)
-            # 2. Plan the next step: prefill or decode, over which sequences.
-            plan = self._scheduler.plan()
+            # 2. Plan the next step: which sequences decode, and which tokens of prompts run.
+            plan = self._scheduler.plan(mixes=not self._runner.captures, decodes_first=self._decodes_first)
             self.peak_cache_tokens = max(self.peak_cache_tokens, self._blocks.held * BLOCK_TOKENS)
-            if plan is None and not pending:
-                break
-            # 3. Enqueue its forward.
+            if plan is None and not self._pending:
+                if not self._rests():
+                    break
+                continue
+            # 3. Enqueue its forward; a long one of prompts with decode steps of other sequences between its layers.
             forwards = [] if plan is None else self._launch(plan)
             if self._runner.is_asynchronous:
                 # 4. While the device runs it, turn the tokens of the step before into text.
-                self._deliver(pending)
+                self._deliver(self._pending)
                 # 5. Enqueue the sampling of the next tokens.
-                pending = self._sample(forwards)
+                self._pending = self._sample(forwards)
             else:
                 self._deliver(self._sample(forwards))
-        if self._scheduler.sequences:
-            msg = "sequences are left that cannot run"
-            raise RuntimeError(msg)
+        self._check_idle()
+
+    def _drop_stopped(self, beside: Step | None = None) -> None:
+        """Drop sequences whose stream was closed or whose time is over, but none that `beside` runs."""
+        runs = () if beside is None else {chunk.sequence for chunk in beside.chunks}
+        for sequence in self._scheduler.sequences:
+            if sequence.completion.stream.should_stop() and sequence not in runs:
+                self._drop(sequence)
 
     def _take(self, waiting: deque[Completion]) -> None:
-        for sequence in self._scheduler.sequences:
-            if sequence.completion.stream.should_stop():
-                self._drop(sequence)
+        self._drop_stopped()
         if waiting and self._parts.model_changed():
             self._rebuild()
         while waiting:
@@ -175,6 +198,25 @@ class ContinuousEngine:
                 completion.stream.fail(request_failure(error))
                 continue
             self._scheduler.add(sequence)
+
+    def _rests(self) -> bool:
+        """Wait if all sequences rest because their text is not read; False if there is none left."""
+        sequences = self._scheduler.sequences
+        if not sequences:
+            return False
+        if not any(sequence.is_unread for sequence in sequences):
+            msg = "sequences are left that cannot run"
+            raise RuntimeError(msg)
+        self._worker.wait_for_change()
+        return True
+
+    def _check_idle(self) -> None:
+        if CHECKS_INTEGRITY:
+            try:
+                self._scheduler.check_integrity()
+            except RuntimeError as error:
+                _log.critical("the KV cache's books are wrong: %s", error)
+                raise
 
     def _adapter_number(self, request: Request) -> int:
         adapters = self._parts.adapters
@@ -194,32 +236,55 @@ class ContinuousEngine:
 
     # Forwards.
 
-    def _launch(self, plan: Prefill | Decode) -> list[PendingForward]:
-        if isinstance(plan, Decode):
-            sampling = [sequence.next_sampling_input() for sequence in plan.sequences]
-            return [self._runner.decode(plan.sequences, plan.positions, sampling)]
-        for chunk in plan.chunks:
+    def _launch(self, step: Step) -> list[PendingForward]:
+        for chunk in step.chunks:
             chunk.sequence.start()
-        ready = [chunk.sequence for chunk in plan.chunks if chunk.is_last]
-        return self._prefill(plan.chunks, {sequence: sequence.next_sampling_input() for sequence in ready})
+        return self._run_step(step, {sequence: sequence.next_sampling_input() for sequence in step.sampled})
 
-    def _prefill(
-        self, chunks: abc.Sequence[PrefillChunk], sampling: dict[Sequence, SamplingInput]
-    ) -> list[PendingForward]:
-        """Run chunks of prompts; in smaller steps if the device has no room for all."""
-        tokens = sum(chunk.count for chunk in chunks)
+    def _run_step(self, step: Step, sampling: dict[Sequence, SamplingInput]) -> list[PendingForward]:
+        """Run a step; in smaller ones if the device has no room for all of its prompts' tokens."""
+        tokens = sum(chunk.count for chunk in step.chunks)
+        between = self._decode_between(step, tokens)
+        self._decodes_first = bool(tokens) and between is None
         try:
-            return [self._runner.prefill(chunks, [sampling[chunk.sequence] for chunk in chunks if chunk.is_last])]
+            return [self._runner.run(step, [sampling[sequence] for sequence in step.sampled], between)]
         except torch.OutOfMemoryError:
-            if tokens <= _LEAST_PREFILL:
+            if tokens <= _LEAST_CHUNK:
                 raise
         # Outside of the handler, whose error holds the tensors of the failed step.
         torch.cuda.empty_cache()
-        half = max(_LEAST_PREFILL, tokens // 2)
-        _log.warning("no memory for a prefill of %d tokens at once; going on with %d", tokens, half)
-        self._prefill_tokens = (min(half, self._prefill_tokens[0]), min(half, self._prefill_tokens[1]))
-        self._scheduler.prefill_tokens, self._scheduler.prefill_tokens_while_decoding = self._prefill_tokens
-        return [forward for part in split_chunks(chunks, half) for forward in self._prefill(part, sampling)]
+        half = max(_LEAST_CHUNK, tokens // 2)
+        _log.warning("no memory for %d tokens of prompts at once; going on with %d", tokens, half)
+        alone, beside = self._step_tokens
+        self._step_tokens = (min(half, alone), min(half, beside))
+        self._scheduler.step_tokens, self._scheduler.step_tokens_while_decoding = self._step_tokens
+        return [forward for part in split_step(step, half) for forward in self._run_step(part, sampling)]
+
+    def _decode_between(self, step: Step, tokens: int) -> abc.Callable[[int], None] | None:
+        """Return the hook that decodes between the layers of a long step of prompts; None if nothing is to decode.
+
+        Between two decode steps lies the work of some `step_tokens_while_decoding` tokens of prompts.
+        """
+        parts = tokens / self._step_tokens[1]
+        rows = [s for s in self._scheduler.running if s.decodes and not s.is_complete]
+        if parts <= 1.5 or not rows or not self._runner.can_replay(len(rows)):
+            return None
+        layers_apart = max(1, round(len(self._parts.pools) / parts))
+
+        def decode(layer: int) -> None:
+            if layer % layers_apart == 0:
+                self._decode_beside(step)
+
+        return decode
+
+    def _decode_beside(self, running: Step) -> None:
+        """Run a decode step in the middle of a step of prompts, whose sequences stay as they are."""
+        self._drop_stopped(beside=running)
+        self._deliver(self._pending)
+        self._pending = []
+        if (step := self._scheduler.plan_beside(running)) is not None:
+            sampling = [sequence.next_sampling_input() for sequence in step.sampled]
+            self._pending = self._sample([self._runner.run(step, sampling)])
 
     # Sampling.
 
@@ -265,15 +330,14 @@ class ContinuousEngine:
         if token_id < 0:
             blocks = list(sequence.blocks)
             self._fail(sequence, GenerationError(NAN_LOGITS))
-            # Zero NaN blocks: masked values are multiplied by 0, and 0 times NaN is NaN.
-            self._runner.zero(self._blocks.discard(blocks))
+            self._blocks.discard(spoiled_blocks(self._parts.pools, blocks))  # or its prompt could never run again
             return
         self._scheduler.push(sequence, token_id)
         completion = sequence.completion
         try:
             if sequence.mask is not None:
                 sequence.mask.accept(token_id)
-            chunk = completion.push(token_id, _token_logprob(sequence.request, token_id, logprob))
+            chunk = completion.push(token_id, token_logprob(token_id, logprob, sequence.request.options.logprobs))
         except BaseException as error:  # of the request's own mask, or of its tokenizer
             self._fail(sequence, error)
             return
@@ -308,12 +372,12 @@ class ContinuousEngine:
 
     def _reset_cache(self) -> None:
         """Forget the content of all blocks."""
-        alone, beside = self._prefill_tokens
+        alone, beside = self._step_tokens
         self._blocks = BlockManager((self.limits.cache_tokens or 0) // BLOCK_TOKENS + 1)
         self._prefix_ids = {}
         self._samples_prefix_id = None
         self._scheduler = Scheduler(
-            self._blocks, slots=self._parts.slots, prefill_tokens=alone, prefill_tokens_while_decoding=beside
+            self._blocks, slots=self._parts.slots, step_tokens=alone, step_tokens_while_decoding=beside
         )
 
     def _rebuild(self) -> None:
@@ -328,13 +392,3 @@ class ContinuousEngine:
         if self._parts.refusal is not None:
             for sequence in self._scheduler.sequences:
                 self._fail(sequence, GenerationError(self._parts.refusal))
-
-
-def _token_logprob(
-    request: Request, token_id: int, found: tuple[float, list[int], list[float]] | None
-) -> TokenLogprob | None:
-    wanted = request.options.logprobs
-    if wanted is None or found is None:
-        return None
-    chosen, ids, logprobs = found
-    return TokenLogprob(token_id=token_id, logprob=chosen, top=tuple(zip(ids, logprobs, strict=True))[:wanted])

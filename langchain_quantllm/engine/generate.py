@@ -25,7 +25,7 @@ from langchain_quantllm.engine.adapter_switch import AdapterSwitch
 from langchain_quantllm.engine.detokenizer import Completion, begin_completions
 from langchain_quantllm.engine.failures import request_failure, run_failure
 from langchain_quantllm.engine.generate_sampler import RowSampler
-from langchain_quantllm.engine.request import EngineInfo, ModelLimits, Request
+from langchain_quantllm.engine.request import EngineInfo, ModelLimits, Request, check_queue
 from langchain_quantllm.engine.stream import Chunk, ChunkStream, TokenLogprob
 from langchain_quantllm.engine.worker import UNLOADED, Worker
 from langchain_quantllm.errors import GenerationError, NotEnoughMemoryError
@@ -62,12 +62,18 @@ class GenerateEngine:
         self._worker = Worker(self._run, self._recover)
 
     def submit(
-        self, requests: Sequence[Request], timeout_s: float | None = None, *, in_pieces: bool = True
+        self,
+        requests: Sequence[Request],
+        timeout_s: float | None = None,
+        *,
+        in_pieces: bool = True,
+        max_waiting: int | None = None,
     ) -> ChunkStream:
         """Queue requests and return the stream of their chunks; see `Engine.submit`."""
         tokenizer = self._tokenizer
         if tokenizer is None:
             raise GenerationError(UNLOADED)
+        check_queue(self._worker.queued, max_waiting)
         stream, completions = begin_completions(requests, tokenizer, timeout_s, in_pieces=in_pieces)
         self._worker.submit(completions)
         return stream
@@ -339,11 +345,11 @@ def _group(request: Request) -> tuple[Any, ...]:
 
 
 def _take_batch(waiting: deque[Completion]) -> list[Completion]:
-    """Take the first request off the queue, and those that can run with it; the others stay in their order."""
+    """Take the first request of the lowest priority number off the queue, and those that can run with it."""
     batch: list[Completion] = []
     passed: list[Completion] = []
-    while waiting:
-        row = waiting.popleft()
+    rows = [waiting.popleft() for _ in range(len(waiting))]
+    for row in sorted(rows, key=lambda row: row.request.options.priority):
         if row.stream.should_stop():
             continue
         requests = [row.request] if not batch else [row.request, batch[0].request]

@@ -126,6 +126,16 @@ def allocate_pools(shapes: Sequence[LayerShape], blocks: int) -> list[LayerPool]
         raise NotEnoughMemoryError(msg) from error
 
 
+def spoiled_blocks(pools: Sequence[LayerPool], blocks: Sequence[int]) -> list[int]:
+    """Find the blocks in which a key or a value of any layer is NaN or infinite; waits for the device."""
+    spoiled: set[int] = set()
+    for kv in (pool.kv for pool in pools):
+        of_layer = kv[torch.tensor(blocks, dtype=torch.long, device=kv.device)]
+        spoils = ~of_layer.flatten(1).isfinite().all(1)
+        spoiled.update(block for block, is_spoiled in zip(blocks, spoils.tolist(), strict=True) if is_spoiled)
+    return sorted(spoiled)
+
+
 def resident_bytes(pools: Sequence[LayerPool]) -> int | None:
     """Count the bytes of CPU pools that are in main memory because they were written to.
 

@@ -24,7 +24,7 @@ from langchain_quantllm.engine.cuda_graphs import hooks_of
 from langchain_quantllm.engine.fusion.fuse import Fusion
 from langchain_quantllm.engine.kv_cache import LayerShape, shapes_of
 from langchain_quantllm.engine.model_runner import ModelRunner
-from langchain_quantllm.engine.scheduler import Prefill, Scheduler
+from langchain_quantllm.engine.scheduler import Scheduler
 from langchain_quantllm.engine.sequence import SamplingInput, Sequence, bare_sequence
 from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.options import BASE_ADAPTER
@@ -176,23 +176,16 @@ def verify_engine(
 
 def _run_all(runner: ModelRunner, sequences: abc.Sequence[Sequence]) -> dict[Sequence, list[torch.Tensor]]:
     """Run greedy sequences to their end, and return the logits that each one's tokens were sampled from."""
-    scheduler = Scheduler(
-        BlockManager(_BLOCKS), slots=2, prefill_tokens=_LONG - 6, prefill_tokens_while_decoding=_LONG - 6
-    )
+    scheduler = Scheduler(BlockManager(_BLOCKS), slots=2, step_tokens=_LONG - 6, step_tokens_while_decoding=_LONG - 6)
     logits: dict[Sequence, list[torch.Tensor]] = {sequence: [] for sequence in sequences}
     for sequence in sequences:
         scheduler.add(sequence)
     while (plan := scheduler.plan()) is not None:
-        if isinstance(plan, Prefill):
-            ready = [chunk.sequence for chunk in plan.chunks if chunk.is_last]
-            forward = runner.prefill(plan.chunks, [SamplingInput()] * len(ready))
-        else:
-            ready = plan.sequences
-            forward = runner.decode(ready, plan.positions, [SamplingInput()] * len(ready))
-        if not ready:
+        forward = runner.run(plan, [SamplingInput()] * len(plan.sampled))
+        if not plan.sampled:
             continue
         ids, _ = runner.sample(forward).wait()
-        for i, sequence in enumerate(ready):
+        for i, sequence in enumerate(plan.sampled):
             logits[sequence].append(forward.logits[i].clone())
             scheduler.push(sequence, max(0, ids[i]))
     return logits

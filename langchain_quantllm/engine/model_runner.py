@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import abc
-from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
@@ -26,45 +25,17 @@ from langchain_quantllm.engine.fusion.fuse import Fusion
 from langchain_quantllm.engine.fusion.sampling import find_sampling_kernel
 from langchain_quantllm.engine.lora import NO_ADAPTER, LoraStack
 from langchain_quantllm.engine.prefill_graphs import Pack, PrefillGraphs, last_tokens
-from langchain_quantllm.engine.sampler import BLOCKS, MASKS, BatchSampler, PendingTokens, log_probabilities
-from langchain_quantllm.engine.scheduler import PrefillChunk
+from langchain_quantllm.engine.sampler import MASKS, BatchSampler, PendingTokens, log_probabilities
+from langchain_quantllm.engine.scheduler import Step
 from langchain_quantllm.engine.sequence import SamplingInput, Sequence
-from langchain_quantllm.engine.staging import StagingBuffers, step_inputs
+from langchain_quantllm.engine.staging import PendingForward, StagingBuffers, step_inputs
 from langchain_quantllm.kernels.reference import PREFILL_TILE
 
 _BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
 """Batch sizes that have a decode graph; smaller batches are padded."""
 
 _MOST_ROWS = _BUCKETS[-1]
-
-
-@dataclass(frozen=True)
-class PendingForward:
-    """A forward in flight, with the sequences to sample a token for.
-
-    Args:
-        sequences: The sequences.
-        sampling: The inputs of each one's sampling.
-        logits: Their logits, of shape `(sequences, vocab)` or, padded, `(bucket, vocab)`.
-        inputs: The step's inputs on the device; see `staging.step_inputs`.
-        is_graph: Whether it is a graph's replay, whose tensors the next replay overwrites.
-        is_prefill: Whether these are the sequences' first tokens since they got their slots.
-    """
-
-    sequences: abc.Sequence[Sequence]
-    sampling: abc.Sequence[SamplingInput]
-    logits: torch.Tensor
-    inputs: torch.Tensor
-    is_graph: bool = False
-    is_prefill: bool = False
-
-    @property
-    def needs(self) -> int:
-        """The flags of `sampler` for all sequences."""
-        needs = BLOCKS * any(not one.may_end for one in self.sampling)
-        for sequence in self.sequences:
-            needs |= sequence.sampling_needs
-        return needs
+_ON_DEVICE = -1  # stands for the last token of a decoding sequence
 
 
 _Method = TypeVar("_Method", bound=abc.Callable[..., Any])
@@ -127,6 +98,7 @@ class ModelRunner:
         kernels = None if fusion is None else find_sampling_kernel(vocab_size, self.device)
         self.sampler = BatchSampler(slots, vocab_size, self.device, kernels=kernels)
         self._padding_slot = slots
+        self._is_inside = False  # of an eager step, between two layers
         self._table = torch.zeros(slots + 1, blocks_per_sequence, dtype=torch.int32, device=self.device)
         self._row_adapters = torch.full((slots + 1,), NO_ADAPTER, dtype=torch.int32, device=self.device)
         self._ones = torch.ones(_MOST_ROWS, dtype=torch.long, device=self.device)
@@ -175,44 +147,58 @@ class ModelRunner:
         self._configs = [] if self._by_sdpa else configs_of(self._model)
 
     @_on_device
-    def zero(self, blocks: abc.Sequence[int]) -> None:
-        """Fill blocks of all layers with zeros."""
-        for pool in self._pools:
-            pool.kv[torch.tensor(blocks, dtype=torch.long, device=pool.kv.device)] = 0
-
-    # Prefill.
-
-    @_on_device
-    def prefill(self, chunks: abc.Sequence[PrefillChunk], sampling: abc.Sequence[SamplingInput]) -> PendingForward:
-        """Run chunks of prompts, packed behind each other.
+    def run(
+        self, step: Step, sampling: abc.Sequence[SamplingInput], on_layer: abc.Callable[[int], None] | None = None
+    ) -> PendingForward:
+        """Run a step.
 
         Args:
-            chunks: The chunks.
-            sampling: One for each chunk that is its prompt's last.
+            step: The step.
+            sampling: One for each of its sequences that a token is sampled for.
+            on_layer: Called with each layer's number before the layer attends, and may run decode steps of other
+                sequences by graphs that are captured already; then the step itself is none. Only for steps of prompts.
         """
-        self._set_table([chunk.sequence for chunk in chunks])
+        if not step.chunks:
+            return self._decode(step, sampling)
+        self._set_table([chunk.sequence for chunk in step.chunks])
+        self._set_last_blocks(step)
         logits = None
-        if self._prefill_graphs is not None and self.captures:
-            logits = self._prefill_graphs.run(chunks, self._padding_slot, self._memory)
+        if self._prefill_graphs is not None and self.captures and not step.decoding and on_layer is None:
+            logits = self._prefill_graphs.run(step.chunks, self._padding_slot, self._memory)
         if logits is None:
-            logits = self._prefill_eagerly(chunks)
-        ready = [chunk.sequence for chunk in chunks if chunk.is_last]
-        inputs = step_inputs(ready, [0] * len(ready), [0] * len(ready), sampling)
+            self._is_inside = on_layer is not None
+            try:
+                logits = self._run_eagerly(step, on_layer)
+            finally:
+                self._is_inside = False
+        sampled = step.sampled
+        inputs = step_inputs(sampled, [0] * len(sampled), [0] * len(sampled), sampling)
         # The copy does not wait for the forward: sampling is enqueued while it runs.
         inputs = inputs.to(self.device, non_blocking=True)
-        return PendingForward(ready, sampling, logits, inputs, is_prefill=True)
+        return PendingForward(sampled, sampling, logits, inputs, starting=step.starting)
 
-    def _prefill_eagerly(self, chunks: abc.Sequence[PrefillChunk]) -> torch.Tensor:
-        spans, lines, first = [], [], 0
-        for chunk in chunks:
+    # Steps with chunks of prompts: all tokens packed behind each other, those of decoding sequences first.
+
+    def _run_eagerly(self, step: Step, on_layer: abc.Callable[[int], None] | None = None) -> torch.Tensor:
+        spans, parts = [], []
+        for first, (sequence, position) in enumerate(zip(step.decoding, step.positions, strict=True)):
+            spans.append(Span(slot=sequence.slot, first=first, position=position, count=1))
+        if spans:
+            slots = [sequence.slot for sequence in step.decoding]
+            parts.append(torch.tensor([[_ON_DEVICE] * len(slots), step.positions, slots], dtype=torch.int32))
+        first = len(spans)
+        for chunk in step.chunks:
             slot, count = chunk.sequence.slot, chunk.count
             spans.append(Span(slot=slot, first=first, position=chunk.start, count=count))
             positions = range(chunk.start, chunk.start + count)
-            lines.append(torch.tensor([chunk.ids, list(positions), [slot] * count], dtype=torch.int32))
+            parts.append(torch.tensor([chunk.ids, list(positions), [slot] * count], dtype=torch.int32))
             first += count
-        packed = torch.cat(lines, 1).to(self.device, non_blocking=True)
+        packed = torch.cat(parts, 1).to(self.device, non_blocking=True)
         batch = Batch(table=self._table, slots=packed[2], positions=packed[1], spans=spans, decodes=False)
-        return self._forward(packed[0].long(), batch, last_tokens(chunks) or [0])
+        # The last tokens of decoding sequences may not be known to the host yet.
+        ids = torch.where(packed[0] == _ON_DEVICE, self.sampler.last_ids[packed[2].long()], packed[0])
+        keep = [*range(len(step.decoding)), *last_tokens(step.chunks, len(step.decoding))]
+        return self._forward(ids, batch, keep or [0], on_layer=on_layer)
 
     def _forward_pack(self, pack: Pack) -> torch.Tensor:
         batch = Batch(
@@ -229,22 +215,24 @@ class ModelRunner:
             numbers = torch.tensor([sequence.adapter for sequence in sequences], dtype=torch.int32)
             self._row_adapters[slots] = numbers.to(self.device, non_blocking=True)
 
-    # Decode.
+    def _set_last_blocks(self, step: Step) -> None:
+        """Enter the blocks that decoding sequences have begun with this token."""
+        new = [
+            (sequence.slot, position // BLOCK_TOKENS, sequence.blocks[position // BLOCK_TOKENS])
+            for sequence, position in zip(step.decoding, step.positions, strict=True)
+            if position % BLOCK_TOKENS == 0
+        ]
+        if new:
+            slots, indices, blocks = torch.tensor(new, dtype=torch.int32).T.to(self.device, non_blocking=True)
+            self._table[slots.long(), indices.long()] = blocks
 
-    @_on_device
-    def decode(
-        self, sequences: abc.Sequence[Sequence], positions: abc.Sequence[int], sampling: abc.Sequence[SamplingInput]
-    ) -> PendingForward:
-        """Run each sequence's last token, which lies on the device.
+    # Steps that only decode.
 
-        Args:
-            sequences: The sequences.
-            positions: Position of that token in each.
-            sampling: One for each sequence.
-        """
+    def _decode(self, step: Step, sampling: abc.Sequence[SamplingInput]) -> PendingForward:
+        sequences, positions = step.decoding, step.positions
         blocks = [s.blocks[position // BLOCK_TOKENS] for s, position in zip(sequences, positions, strict=True)]
         inputs = step_inputs(sequences, positions, blocks, sampling)
-        bucket = next((b for b in _BUCKETS if b >= len(sequences)), None)
+        bucket = self._bucket(len(sequences))
         if bucket is None or not self.captures:
             inputs = inputs.to(self.device)
             spans = [Span(slot=s.slot, first=0, position=p, count=1) for s, p in zip(sequences, positions, strict=True)]
@@ -254,8 +242,17 @@ class ModelRunner:
         if graph is None:
             graph = self._capture_decode(bucket)
             if graph is None:
-                return self.decode(sequences, positions, sampling)
+                return self._decode(step, sampling)
         return PendingForward(sequences, sampling, graph.replay(), self._inputs[:, :bucket], is_graph=True)
+
+    def can_replay(self, rows: int) -> bool:
+        """Whether a decode step of so many sequences is captured already."""
+        return self.captures and any(bucket >= rows for bucket in self._decode_graphs)
+
+    def _bucket(self, rows: int) -> int | None:
+        """Choose the batch size of a decode graph; inside of another step, only one that is captured."""
+        buckets = self._decode_graphs if self._is_inside else _BUCKETS
+        return min((bucket for bucket in buckets if bucket >= rows), default=None)
 
     def _stage(self, inputs: torch.Tensor, bucket: int) -> None:
         """Copy a step's inputs, padded, to the tensor that its graph reads."""
@@ -264,6 +261,7 @@ class ModelRunner:
         staged[staging.SLOT, :bucket] = self._padding_slot
         staged[:, : inputs.shape[1]] = inputs
         self._inputs.copy_(staged, non_blocking=True)
+        self._staging.copied()
 
     def _decode_step(self, inputs: torch.Tensor, spans: abc.Sequence[Span] = ()) -> torch.Tensor:
         at, position_ids, block_index = inputs[: staging.BLOCK_INDEX + 1].long()
@@ -303,11 +301,12 @@ class ModelRunner:
         batch: Batch,
         keep: list[int] | torch.Tensor | None,
         position_ids: torch.Tensor | None = None,
+        on_layer: abc.Callable[[int], None] | None = None,
     ) -> torch.Tensor:
         """Run packed tokens of shape `(tokens,)`; returns logits of shape `(tokens kept, vocab)`."""
         if position_ids is None:
             position_ids = batch.positions.long()
-        forward = PagedForward(self._attention, self._pools, batch, by_sdpa=self._by_sdpa)
+        forward = PagedForward(self._attention, self._pools, batch, by_sdpa=self._by_sdpa, on_layer=on_layer)
         steps = {} if self._fusion is None else self._fusion.steps
         context = ForwardContext(attention=forward, steps=steps, adapters=self._adapter_choice(batch, keep))
         # A mask of four dimensions is taken as it is: none has to be made for an attention that ignores it.
@@ -359,7 +358,7 @@ class ModelRunner:
         """
         rows = len(forward.sequences)
         needs = forward.needs
-        if forward.is_prefill and (placed := [s for s in forward.sequences if s.slot >= 0]):
+        if placed := [s for s in forward.starting if s.slot >= 0]:
             self.sampler.set([s.slot for s in placed], [s.request for s in placed], [s.ids for s in placed])
         if forward.is_graph:
             if mask is not None:
@@ -368,6 +367,8 @@ class ModelRunner:
         else:
             on_device = None if mask is None else mask.to(self.device, non_blocking=True)
             ids = self._sampling_step(forward.logits.to(self.device), forward.inputs, needs, on_device)
+        if mask is not None and self._mask_staging is not None:
+            self._mask_staging.copied()
         logprobs = None
         if alternatives is not None:
             logprobs = log_probabilities(forward.logits[:rows].to(self.device), ids, alternatives)

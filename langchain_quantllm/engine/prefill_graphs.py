@@ -1,4 +1,4 @@
-"""Prefill steps as CUDA graphs: one graph per length, shorter steps padded.
+"""Steps of prompts as CUDA graphs: one graph per length, shorter steps padded.
 
 A short prompt costs the host more time than the device. Owns the lengths, the tensors that the graphs read, and when
 a graph is captured. The forward itself is the model runner's.
@@ -101,9 +101,9 @@ class Pack:
             field.copy_(torch.tensor(values, dtype=torch.int32))
 
 
-def last_tokens(chunks: Sequence[PrefillChunk]) -> list[int]:
-    """List the indices, among the packed tokens, of those that a next token is sampled after."""
-    kept, end = [], 0
+def last_tokens(chunks: Sequence[PrefillChunk], first: int = 0) -> list[int]:
+    """List the indices, among packed tokens from `first` on, of those that a next token is sampled after."""
+    kept, end = [], first
     for chunk in chunks:
         end += chunk.count
         if chunk.is_last:
@@ -164,6 +164,7 @@ class PrefillGraphs:
         staged = self._staging.next()
         Pack.over(staged, length).fill(chunks, padding_slot)
         self._memory.copy_(staged, non_blocking=True)
+        self._staging.copied()
         if length in self._graphs:
             self._graphs[length].replay()
         elif not self._capture(length, pool):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from langchain_quantllm.engine.stream import ChunkStream
-from langchain_quantllm.errors import InvalidOptionError, PromptTooLongError
+from langchain_quantllm.errors import InvalidOptionError, PromptTooLongError, QueueFullError
 from langchain_quantllm.options import BASE_ADAPTER, DEFAULT_MAX_NEW_TOKENS, GenerationOptions, needs_generate
 
 
@@ -74,7 +74,8 @@ class Request:
         seed: Seed of the random numbers; always set, so that a result can be repeated.
         eos_token_ids: Tokens that end the text.
         stop_token_ids: Special tokens that the call named as stop strings; they end the text too.
-        max_rows: Maximum number of sequences at the same time; None leaves it to the engine.
+        max_rows: Maximum number of the owner's sequences at the same time; None leaves it to the engine.
+        owner: Stands for the object that `max_rows` is a setting of.
         shares_prefix: Whether it shares KV cache blocks of its prompt's beginning with other requests.
         mask: Makes the mask of the sequence's tokens; called once per sequence.
         media: Further tensors for the model, such as the pixels of images, by the names of its forward's arguments.
@@ -90,6 +91,7 @@ class Request:
     eos_token_ids: tuple[int, ...]
     stop_token_ids: tuple[int, ...] = ()
     max_rows: int | None = None
+    owner: int | None = None
     shares_prefix: bool = True
     mask: Callable[[], TokenMask] | None = None
     media: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
@@ -144,7 +146,12 @@ class Engine(Protocol):
         ...
 
     def submit(
-        self, requests: Sequence[Request], timeout_s: float | None = None, *, in_pieces: bool = True
+        self,
+        requests: Sequence[Request],
+        timeout_s: float | None = None,
+        *,
+        in_pieces: bool = True,
+        max_waiting: int | None = None,
     ) -> ChunkStream:
         """Queue requests and return the stream of their chunks; closing it cancels them.
 
@@ -152,6 +159,10 @@ class Engine(Protocol):
             requests: The requests, as `plan_requests` makes them.
             timeout_s: Seconds after which the stream raises.
             in_pieces: Stream text as it comes; if false, a request may get all its text in its last chunk.
+            max_waiting: Refuse the requests if so many others wait already; None for no such bound.
+
+        Raises:
+            QueueFullError: If more wait than `max_waiting` allows.
         """
         ...
 
@@ -175,6 +186,7 @@ def plan_requests(
     truncation_side: str = "left",
     stop_token_ids: Sequence[int] = (),
     max_rows: int | None = None,
+    owner: int | None = None,
     shares_prefix: bool = True,
     mask: Callable[[], TokenMask] | None = None,
     media: Mapping[str, Any] | None = None,
@@ -187,7 +199,8 @@ def plan_requests(
         limits: The limits of the engine's model.
         truncation_side: The end that `truncation=True` cuts: the tokenizer's declared one.
         stop_token_ids: Special tokens that the call named as stop strings.
-        max_rows: Maximum number of sequences at the same time.
+        max_rows: Maximum number of the owner's sequences at the same time.
+        owner: Stands for the object that `max_rows` is a setting of.
         shares_prefix: Whether KV cache blocks of the prompt's beginning may be shared.
         mask: Makes the mask of a sequence's tokens.
         media: Further tensors for the model.
@@ -222,6 +235,7 @@ def plan_requests(
         eos_token_ids=limits.eos_token_ids if options.eos_token_id is None else options.eos_token_id,
         stop_token_ids=tuple(stop_token_ids),
         max_rows=max_rows,
+        owner=owner,
         shares_prefix=shares_prefix,
         mask=mask,
         media=media,
@@ -280,6 +294,21 @@ def _limit_name(options: GenerationOptions, limits: ModelLimits) -> str:
         f"max_length={options.max_length}": options.max_length,
     }
     return min((n for n in names if names[n] is not None), key=lambda n: names[n] or 0)
+
+
+def check_queue(waiting: int, most: int | None) -> None:
+    """Check that an engine's queue takes one more submission.
+
+    Args:
+        waiting: Requests that wait for a place.
+        most: Most of them; None for any number.
+
+    Raises:
+        QueueFullError: If so many wait already.
+    """
+    if most is not None and waiting >= most:
+        msg = f"{waiting} requests wait for the model already, and max_waiting={most}; call again later, or raise it."
+        raise QueueFullError(msg)
 
 
 def check_request(request: Request, limits: ModelLimits, *, logits_size: int, adapters: Sequence[str] | None) -> None:

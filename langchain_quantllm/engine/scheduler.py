@@ -1,16 +1,37 @@
 """The scheduler: which sequences prefill, decode or wait in the next step.
 
-Owns the waiting and the running sequences, their blocks, and the order of prefill and decode steps. Counts tokens
-only: it reads no tensors and no text.
+Owns the waiting and the running sequences, their blocks, and who goes first. Counts tokens only: it reads no tensors
+and no text. Sequences are ordered by priority, then by arrival; "older" below means earlier in that order.
+
+Every step decodes all sequences that can, and spends the rest of its tokens on prompts. What is promised:
+
+- The oldest prompt gets at least half of the tokens that a step has for prompts, so shorter ones never starve it.
+- The other half goes to prompts with fewer tokens left, the shortest first, so a short prompt waits for shorter ones
+  only, not for a long one.
+- A sequence that has to wait for room is passed by others that fit, for `PASSED_STEPS` steps at most. Then none behind
+  it joins before it has.
+- An older sequence that needs a block takes it from the youngest, which is computed again later.
+- A sequence whose text is not read (see `ChunkStream.is_full`) rests; others may take its slot and its blocks.
 """
 
 from __future__ import annotations
 
-from collections import abc, deque
+import heapq
+import itertools
+from bisect import insort
+from collections import Counter, abc
 from dataclasses import dataclass, replace
 
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS, BlockManager
-from langchain_quantllm.engine.sequence import Sequence
+from langchain_quantllm.engine.sequence import Lane, Sequence
+
+PASSED_STEPS = 256
+"""Most steps that a sequence which waits for room is passed by others."""
+
+_LOOKED_AT = 64  # waiting sequences that a step considers
+_REFUSED = 8  # of these, how many it finds no room for before it stops looking
+_ROUNDS = 4  # divisions of a step's tokens among prompts
+_PROMPT_SHARE = 4  # prompts get at least this part of a step's tokens, however many sequences decode
 
 
 @dataclass(frozen=True)
@@ -32,71 +53,138 @@ class PrefillChunk:
 
 
 @dataclass(frozen=True)
-class Prefill:
-    """A step over chunks of prompts, packed behind each other."""
+class Step:
+    """One forward: the last token of each decoding sequence, and chunks of prompts.
 
+    Args:
+        decoding: Sequences whose last token is run; it lies on the device.
+        positions: Positions of these tokens.
+        chunks: Chunks of prompts, one for each of other sequences.
+    """
+
+    decoding: list[Sequence]
+    positions: list[int]
     chunks: list[PrefillChunk]
 
+    @property
+    def sampled(self) -> list[Sequence]:
+        """Sequences that a token is sampled for: the decoding ones, then those whose prompt ends here."""
+        return self.decoding + self.starting
 
-@dataclass(frozen=True)
-class Decode:
-    """A step over one token of each sequence. `positions` are the positions of these tokens."""
-
-    sequences: list[Sequence]
-    positions: list[int]
+    @property
+    def starting(self) -> list[Sequence]:
+        """Sequences whose prompt ends in this step."""
+        return [chunk.sequence for chunk in self.chunks if chunk.is_last]
 
 
 class Scheduler:
-    """Plans one step after another: first come, first served, prefill and decode in turns."""
+    """Plans one step after another."""
 
-    def __init__(
-        self, blocks: BlockManager, *, slots: int, prefill_tokens: int, prefill_tokens_while_decoding: int
-    ) -> None:
+    def __init__(self, blocks: BlockManager, *, slots: int, step_tokens: int, step_tokens_while_decoding: int) -> None:
         """Begin with no sequences.
 
         Args:
             blocks: The KV cache's blocks.
             slots: Maximum number of sequences at once.
-            prefill_tokens: Most tokens of a prefill step while no sequence decodes.
-            prefill_tokens_while_decoding: Most tokens of a prefill step while sequences wait to decode.
+            step_tokens: Most tokens of a step in which no sequence decodes.
+            step_tokens_while_decoding: Most tokens of a step in which sequences decode, one token each. If they leave
+                less than a quarter of it, prompts get that quarter all the same.
         """
         self.blocks = blocks
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # in the order in which they joined
-        self.prefill_tokens = prefill_tokens
-        self.prefill_tokens_while_decoding = prefill_tokens_while_decoding
+        self.running: list[Sequence] = []  # from old to young
+        self.step_tokens = step_tokens
+        self.step_tokens_while_decoding = step_tokens_while_decoding
         self.preempted = 0
-        """Preemptions so far: a sequence gave up its blocks for an older one."""
+        """Preemptions so far: a sequence gave up its blocks for another one."""
+        self._queues: dict[Lane, list[Sequence]] = {}  # of waiting sequences, from old to young
+        self._total_slots = slots
         self._slots = list(range(slots - 1, -1, -1))
-        self._prefilled_last = False
+        self._arrivals = itertools.count()
+        self._steps = 0
+        # Of the step that is being planned:
+        self._planned: set[Sequence] = set()
+        self._resting: list[Sequence] = []  # running sequences whose text is not read, from old to young
+        self._refused: set[Sequence] = set()  # waiting sequences without room
+
+    @property
+    def waiting(self) -> list[Sequence]:
+        """The waiting sequences, from old to young."""
+        return list(heapq.merge(*self._queues.values(), key=age))
+
+    @property
+    def waiting_count(self) -> int:
+        """How many sequences wait."""
+        return sum(map(len, list(self._queues.values())))
+
+    @property
+    def free_slots(self) -> int:
+        """How many more sequences could run, if there are blocks for them."""
+        return len(self._slots)
 
     @property
     def sequences(self) -> list[Sequence]:
         """All sequences, running and waiting."""
-        return [*self.running, *self.waiting]
+        return [*self.running, *itertools.chain.from_iterable(self._queues.values())]
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
-        self.waiting.append(sequence)
+        sequence.arrival = next(self._arrivals)
+        self._queue(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Remove a sequence that has ended, running or waiting, and free its blocks."""
-        if sequence in self.running:
+        if sequence.slot >= 0:
             self._leave(sequence)
         else:
-            self.waiting.remove(sequence)
+            self._unqueue(sequence)
 
-    def plan(self) -> Prefill | Decode | None:
-        """Choose the next step; None if nothing can run before pending tokens are known.
+    def plan(self, *, mixes: bool = True, decodes_first: bool = False) -> Step | None:
+        """Choose the next step; None if nothing can run before pending tokens are known or unread text is read.
 
         The step counts as run: its tokens count as written and sampled from now on.
+
+        Args:
+            mixes: Let a step decode and read prompts; else it reads prompts, or decodes if there are none.
+            decodes_first: Of these two, decode if any sequence can.
         """
-        decoding = [sequence for sequence in self.running if sequence.decodes and not sequence.is_complete]
-        if not (self._prefilled_last and decoding) and (chunks := self._plan_prefill(bool(decoding))):
-            self._prefilled_last = True
-            return Prefill(chunks)
-        self._prefilled_last = False
-        return self._plan_decode(decoding)
+        self._begin_step()
+        step = Step([], [], [])
+        if decodes_first and not mixes:
+            self._plan_running({}, step)
+            if step.decoding:
+                return step
+        budget = self.step_tokens
+        decoding = sum(s.decodes and not s.is_complete and s not in self._resting for s in self.running)
+        if decoding and mixes:
+            most = self.step_tokens_while_decoding
+            budget = max(most - decoding, most // _PROMPT_SHARE, 1)
+        for _ in range(_ROUNDS):  # prompts that find blocks to share leave some of their tokens to others
+            chunks = len(step.chunks)
+            self._refused.clear()
+            self._plan_running(self._grant(budget), step, decodes=mixes)
+            budget -= sum(chunk.count for chunk in step.chunks[chunks:])
+            if budget <= 0 or len(step.chunks) == chunks:
+                break
+        if not step.chunks and not mixes:
+            self._plan_running({}, step)
+        return step if step.decoding or step.chunks else None
+
+    def plan_beside(self, running: Step) -> Step | None:
+        """Plan a step that only decodes, to be run in the middle of a step of prompts, whose sequences it leaves alone.
+
+        Returns:
+            The step; None if no other sequence can decode.
+        """
+        self._begin_step()
+        self._planned.update(chunk.sequence for chunk in running.chunks)
+        step = Step([], [], [])
+        self._plan_running({}, step)
+        return step if step.decoding else None
+
+    def _begin_step(self) -> None:
+        self._steps += 1
+        self._planned.clear()
+        self._resting = [sequence for sequence in self.running if sequence.is_unread]
 
     def push(self, sequence: Sequence, token_id: int) -> None:
         """Append a sampled token that the device has returned."""
@@ -104,107 +192,200 @@ class Scheduler:
         if sequence.slot >= 0:
             sequence.register(self.blocks)
 
-    # Prefill.
+    def check_integrity(self) -> None:
+        """Check that slots, blocks and sequences account for each other.
 
-    def _plan_prefill(self, beside_decoding: bool) -> list[PrefillChunk]:
-        budget = self.prefill_tokens_while_decoding if beside_decoding else self.prefill_tokens
-        chunks: list[PrefillChunk] = []
-        for sequence in [sequence for sequence in self.running if not sequence.decodes]:
-            if budget <= 0:
-                break
-            if sequence.slot >= 0 and (chunk := self._plan_chunk(sequence, budget)):
-                chunks.append(chunk)
-                budget -= chunk.count
-        while budget > 0 and self.waiting and self._admit(self.waiting[0]):
-            chunk = self._plan_chunk(self.waiting.popleft(), budget)
-            if chunk is None:  # it was preempted at once: older sequences need the blocks
-                break
-            chunks.append(chunk)
-            budget -= chunk.count
-        return chunks
+        Raises:
+            RuntimeError: If they do not; the message says what is wrong.
+        """
+        self.blocks.check_integrity()
+        held = Counter(block for sequence in self.running for block in sequence.blocks)
+        slots = [sequence.slot for sequence in self.running] + self._slots
+        faults = {
+            "a slot is lost or used twice": sorted(slots) != list(range(self._total_slots)),
+            "a block is held by no sequence": len(held) != self.blocks.held,
+            "a waiting sequence holds a slot or blocks": any(s.slot >= 0 or s.blocks for s in self.waiting),
+            "running sequences are out of order": self.running != sorted(self.running, key=age),
+        }
+        for fault, is_there in faults.items():
+            if is_there:
+                raise RuntimeError(fault)
+
+    # The division of a step's tokens.
+
+    def _grant(self, budget: int) -> dict[Sequence, int]:
+        """Divide tokens among prompts that run or can join now, and let the latter join."""
+        while True:
+            granted = _divide(budget, self._candidates())
+            refused = [sequence for sequence in granted if sequence.slot < 0 and not self._admit(sequence)]
+            if not refused:
+                return granted
+            self._refused.update(refused)
+            for sequence in refused:
+                if self._slots and sequence.blocked_since is None:
+                    sequence.blocked_since = self._steps
+
+    def _candidates(self) -> list[Sequence]:
+        """List the sequences that a chunk can be planned for, from old to young."""
+        running = [s for s in self.running if not s.decodes and s not in self._planned and s not in self._resting]
+        if len(self._refused) >= _REFUSED:
+            return running
+        rows = Counter(sequence.lane for sequence in self.running)
+        queues = [
+            itertools.islice(queue, None if lane.most is None else max(0, lane.most - rows[lane]))
+            for lane, queue in self._queues.items()
+        ]
+        joining = []
+        for sequence in itertools.islice(heapq.merge(*queues, key=age), _LOOKED_AT):
+            if sequence not in self._refused and sequence.is_known and not sequence.is_unread:
+                joining.append(sequence)
+            if sequence.blocked_since is not None and self._steps - sequence.blocked_since >= PASSED_STEPS:
+                break  # it has been passed long enough
+        return sorted(running + joining, key=age)
 
     def _admit(self, sequence: Sequence) -> bool:
-        if not self._slots or not sequence.is_known:
+        """Let a waiting sequence join if there are a slot and blocks for its tokens."""
+        if not self._has_room(sequence, beside=self._resting):
             return False
-        limits = [other.max_rows for other in (*self.running, sequence) if other.max_rows is not None]
-        if limits and len(self.running) >= min(limits):
-            return False
-        found, held = sequence.find_shared(self.blocks)
-        needed = -(-(len(sequence.ids) + 1) // BLOCK_TOKENS) - held
-        # Each running sequence soon needs a block too; without this margin the newcomer would be preempted at once.
-        if needed + len(self.running) > self.blocks.available and self.running:
-            return False
+        while not self._has_room(sequence):
+            if not self._resting:
+                return False
+            self._preempt(self._resting[-1])
+        self._unqueue(sequence)
         sequence.slot = self._slots.pop()
-        self.running.append(sequence)
-        if sequence.cached_tokens is None:
-            sequence.cached_tokens = found * BLOCK_TOKENS
+        sequence.blocked_since = None
+        insort(self.running, sequence, key=age)
+        sequence.share(self.blocks)
         return True
 
-    def _plan_chunk(self, sequence: Sequence, budget: int) -> PrefillChunk | None:
+    def _has_room(self, sequence: Sequence, beside: abc.Sequence[Sequence] = ()) -> bool:
+        """Whether a waiting sequence finds a slot and blocks, if the sequences `beside` it give up theirs."""
+        if not self._slots and not beside:
+            return False
+        if len(self.running) == len(beside):
+            return True
+        _, held = sequence.find_shared(self.blocks)
+        # Prompts that run already get their blocks first. And each running sequence soon needs one more: without this
+        # margin the newcomer would be preempted at once.
+        promised = sum(_missing_blocks(other) for other in self.running if not other.decodes)
+        needed = _missing_blocks(sequence) - held + promised + len(self.running)
+        return needed <= self.blocks.available + sum(len(other.blocks) for other in beside)
+
+    # The step.
+
+    def _plan_running(self, granted: abc.Mapping[Sequence, int], step: Step, *, decodes: bool = True) -> None:
+        """Plan decoding sequences and granted chunks, from old to young: the young give way."""
+        for sequence in list(self.running):
+            if sequence.slot < 0 or sequence in self._planned or sequence in self._resting:
+                continue
+            if not sequence.decodes:
+                if sequence in granted and (chunk := self._plan_chunk(sequence, granted[sequence])):
+                    step.chunks.append(chunk)
+                    self._planned.add(sequence)
+            elif decodes and not sequence.is_complete and self._reserve(sequence, sequence.written + 1):
+                step.decoding.append(sequence)
+                step.positions.append(sequence.written)
+                sequence.written += 1
+                sequence.sampled += 1
+                sequence.register(self.blocks)
+                self._planned.add(sequence)
+
+    def _plan_chunk(self, sequence: Sequence, tokens: int) -> PrefillChunk | None:
         before = sequence.written
         sequence.share(self.blocks)
-        if sequence.cached_tokens is not None and before and sequence.sampled == 0:
-            # Another sequence has written these tokens meanwhile.
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = sequence.written
+        elif before and sequence.sampled == 0:  # another sequence has written these tokens meanwhile
             sequence.cached_tokens += sequence.written - before
         start = sequence.written
-        count = min(budget, len(sequence.ids) - start)
-        if not self._reserve(sequence, start + count):
+        end = min(start + tokens, len(sequence.ids))
+        if not self._reserve(sequence, end):
             return None
-        sequence.written += count
-        is_last = sequence.written == len(sequence.ids)
+        sequence.written = end
+        is_last = end == len(sequence.ids)
         if is_last:
             sequence.decodes = True
             sequence.sampled += 1
         sequence.register(self.blocks)
-        return PrefillChunk(sequence, start, count, is_last)
-
-    # Decode.
-
-    def _plan_decode(self, decoding: list[Sequence]) -> Decode | None:
-        for sequence in decoding:
-            if sequence.slot >= 0:
-                self._reserve(sequence, sequence.written + 1)
-        # Those that were preempted for an older sequence are back in the queue.
-        ready = [s for s in decoding if s.slot >= 0 and len(s.blocks) * BLOCK_TOKENS > s.written]
-        positions = [sequence.written for sequence in ready]
-        for sequence in ready:
-            sequence.written += 1
-            sequence.sampled += 1
-            sequence.register(self.blocks)
-        return Decode(ready, positions) if ready else None
+        return PrefillChunk(sequence, start, end - start, is_last)
 
     # Blocks.
 
     def _reserve(self, sequence: Sequence, tokens: int) -> bool:
-        """Take blocks for so many tokens of a sequence, preempting the youngest sequences if need be."""
+        """Take blocks for so many tokens of a sequence, from resting and from younger sequences if need be.
+
+        Returns:
+            False if there are too few: the sequence then waits for its turn, preempted if it is the youngest.
+        """
         while len(sequence.blocks) * BLOCK_TOKENS < tokens:
             block = self.blocks.take()
             if block is not None:
                 sequence.blocks.append(block)
                 continue
-            youngest = self.running[-1]
-            self._preempt(youngest)
-            if youngest is sequence:
+            victim = self._resting[-1] if self._resting else self.running[-1]
+            if victim in self._planned:  # it is in this step already
+                return False
+            self._preempt(victim)
+            if victim is sequence:
                 return False
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
         self.preempted += 1
+        if sequence in self._resting:
+            self._resting.remove(sequence)
         self._leave(sequence)
-        self.waiting.appendleft(sequence)
+        self._queue(sequence)
 
     def _leave(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._slots.append(sequence.slot)
         sequence.release(self.blocks)
 
+    def _queue(self, sequence: Sequence) -> None:
+        insort(self._queues.setdefault(sequence.lane, []), sequence, key=age)
 
-def split_chunks(
-    chunks: abc.Sequence[PrefillChunk], first_tokens: int
-) -> tuple[list[PrefillChunk], list[PrefillChunk]]:
-    """Divide chunks into those of the first tokens, and the rest."""
+    def _unqueue(self, sequence: Sequence) -> None:
+        queue = self._queues[sequence.lane]
+        queue.remove(sequence)
+        if not queue:
+            del self._queues[sequence.lane]
+
+
+def age(sequence: Sequence) -> tuple[int, int]:
+    """Return a sequence's place in the order: by priority, then by arrival."""
+    return sequence.priority, sequence.arrival
+
+
+def _missing_blocks(sequence: Sequence) -> int:
+    """Count the blocks that a sequence still needs for its tokens and the next one."""
+    return -(-(len(sequence.ids) + 1) // BLOCK_TOKENS) - len(sequence.blocks)
+
+
+def _divide(budget: int, sequences: abc.Sequence[Sequence]) -> dict[Sequence, int]:
+    """Divide a step's tokens among prompts, from old to young; see the module.
+
+    The oldest gets what those with fewer tokens left leave, and at least half.
+    """
+    if not sequences or budget <= 0:
+        return {}
+    left = {sequence: len(sequence.ids) - sequence.written for sequence in sequences}
+    oldest = sequences[0]
+    shorter = sum(tokens for tokens in left.values() if tokens < left[oldest])
+    granted = {oldest: min(left.pop(oldest), max(budget - shorter, -(-budget // 2)))}
+    budget -= granted[oldest]
+    for sequence, tokens in sorted(left.items(), key=lambda item: item[1]):
+        if budget <= 0:
+            break
+        granted[sequence] = min(budget, tokens)
+        budget -= granted[sequence]
+    return granted
+
+
+def split_step(step: Step, first_tokens: int) -> tuple[Step, Step]:
+    """Divide the chunks of a step: the first one keeps the decoding sequences and so many tokens of prompts."""
     first: list[PrefillChunk] = []
-    rest = list(chunks)
+    rest = list(step.chunks)
     while rest and rest[0].count <= first_tokens:
         first_tokens -= rest[0].count
         first.append(rest.pop(0))
@@ -212,4 +393,4 @@ def split_chunks(
         chunk = rest[0]
         first.append(replace(chunk, count=first_tokens, is_last=False))
         rest[0] = replace(chunk, start=chunk.start + first_tokens, count=chunk.count - first_tokens)
-    return first, rest
+    return replace(step, chunks=first), Step([], [], rest)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS, BlockManager
 from langchain_quantllm.engine.detokenizer import Completion
@@ -26,6 +27,13 @@ class SamplingInput:
 
     uniform: float = 0.0
     may_end: bool = True
+
+
+class Lane(NamedTuple):
+    """Sequences of one owner, of which at most `most` run at once; None for no such limit."""
+
+    owner: int | None = None
+    most: int | None = None
 
 
 class Sequence:
@@ -48,7 +56,12 @@ class Sequence:
         self.ids = list(request.prompt_ids)
         self.prompt_tokens = len(self.ids)
         self.max_new_tokens = request.max_new_tokens
-        self.max_rows = request.max_rows
+        self.lane = Lane() if request.max_rows is None else Lane(request.owner, request.max_rows)
+        self.priority = request.options.priority
+        self.arrival = 0
+        """Its number in the order of arrival."""
+        self.blocked_since: int | None = None
+        """The scheduler's step in which it first found no room; None while it has not waited for any."""
         self.adapter = adapter
         self.sampled = 0
         self.written = 0
@@ -76,6 +89,11 @@ class Sequence:
     def is_known(self) -> bool:
         """Whether no sampled token is pending."""
         return len(self.ids) == self.prompt_tokens + self.sampled
+
+    @property
+    def is_unread(self) -> bool:
+        """Whether so much of its text is unread that no more is to be computed."""
+        return self.completion.stream.is_full
 
     @property
     def is_complete(self) -> bool:
@@ -156,16 +174,19 @@ def bare_sequence(
     prefix_id: int | None = None,
     adapter: int = -1,
     max_rows: int | None = None,
+    owner: int | None = None,
+    priority: int = 0,
 ) -> Sequence:
     """Make a greedy sequence without text and end tokens, for checks and measurements."""
     request = Request(
         prompt_ids=tuple(prompt_ids),
         max_new_tokens=max_new_tokens,
         min_new_tokens=0,
-        options=GenerationOptions(),
+        options=GenerationOptions(priority=priority),
         sample_index=0,
         seed=0,
         eos_token_ids=(),
         max_rows=max_rows,
+        owner=owner,
     )
     return Sequence(Completion(request, lambda ids: ""), prefix_id=prefix_id, adapter=adapter)

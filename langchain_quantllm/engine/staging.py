@@ -1,12 +1,14 @@
-"""Inputs of steps on their way to the device: their layout, and pinned host buffers."""
+"""Inputs of steps on their way to the device: their layout, pinned host buffers, and the forward that takes them."""
 
 from __future__ import annotations
 
 from collections import abc
+from dataclasses import dataclass
 
 import torch
 
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
+from langchain_quantllm.engine.sampler import BLOCKS
 from langchain_quantllm.engine.sequence import SamplingInput, Sequence
 
 LINES = 6
@@ -14,7 +16,7 @@ SLOT, POSITION, BLOCK_INDEX, BLOCK, UNIFORM, MAY_NOT_END = range(LINES)
 """Lines of a step's inputs; `BLOCK_INDEX` is the index of `BLOCK` among the sequence's blocks."""
 
 _LARGEST_UNIFORM = 1 - 2**-24  # below 1 in float32, too
-_BUFFERS = 4  # more than there are steps in flight: a copy has ended before its buffer is filled again
+_BUFFERS = 4
 
 
 def step_inputs(
@@ -51,14 +53,55 @@ def step_inputs(
 
 
 class StagingBuffers:
-    """Pinned int32 buffers of one shape, used in turn, so that copies to the GPU need not be waited for."""
+    """Pinned int32 buffers of one shape, used in turn, so that copies to the GPU need not be waited for.
+
+    The host may be many steps ahead of the GPU: steps of long prompts are not waited for. So a buffer's last copy is.
+    """
 
     def __init__(self, *shape: int) -> None:
         """Allocate them."""
         self._buffers = [torch.zeros(shape, dtype=torch.int32, pin_memory=True) for _ in range(_BUFFERS)]
+        self._copies: list[torch.cuda.Event | None] = [None] * _BUFFERS
         self._used = 0
 
     def next(self) -> torch.Tensor:
-        """Return the buffer whose turn it is, with old content."""
-        self._used += 1
-        return self._buffers[self._used % _BUFFERS]
+        """Return the buffer whose turn it is, with old content, once its last copy has ended."""
+        self._used = (self._used + 1) % _BUFFERS
+        if (copy := self._copies[self._used]) is not None:
+            copy.synchronize()
+        return self._buffers[self._used]
+
+    def copied(self) -> None:
+        """Note that a copy of the buffer was enqueued on the current stream."""
+        event = self._copies[self._used] or torch.cuda.Event()
+        event.record()
+        self._copies[self._used] = event
+
+
+@dataclass(frozen=True)
+class PendingForward:
+    """A forward in flight, with the sequences to sample a token for.
+
+    Args:
+        sequences: The sequences.
+        sampling: The inputs of each one's sampling.
+        logits: Their logits, of shape `(sequences, vocab)` or, padded, `(bucket, vocab)`.
+        inputs: The step's inputs on the device; see `step_inputs`.
+        is_graph: Whether it is a graph's replay, whose tensors the next replay overwrites.
+        starting: Those of the sequences that get their first token since they have their slots.
+    """
+
+    sequences: abc.Sequence[Sequence]
+    sampling: abc.Sequence[SamplingInput]
+    logits: torch.Tensor
+    inputs: torch.Tensor
+    is_graph: bool = False
+    starting: abc.Sequence[Sequence] = ()
+
+    @property
+    def needs(self) -> int:
+        """The flags of `sampler` for all sequences."""
+        needs = BLOCKS * any(not one.may_end for one in self.sampling)
+        for sequence in self.sequences:
+            needs |= sequence.sampling_needs
+        return needs

@@ -8,8 +8,10 @@ import time
 import torch
 
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
-from langchain_quantllm.engine.model_runner import ModelRunner, PendingForward
+from langchain_quantllm.engine.model_runner import ModelRunner
+from langchain_quantllm.engine.scheduler import Step
 from langchain_quantllm.engine.sequence import SamplingInput, bare_sequence
+from langchain_quantllm.engine.staging import PendingForward
 
 
 def time_step(runner: ModelRunner, rows: int, position: int, repeats: int) -> float:
@@ -30,7 +32,7 @@ def time_step(runner: ModelRunner, rows: int, position: int, repeats: int) -> fl
         sequence.slot, sequence.blocks = i, [1 + (i * width + j) % blocks for j in range(width)]
 
     def launch() -> PendingForward:
-        return runner.decode(sequences, [position] * rows, [SamplingInput()] * rows)
+        return runner.run(Step(sequences, [position] * rows, []), [SamplingInput()] * rows)
 
     is_gpu = runner.device.type == "cuda"
     with torch.no_grad(), torch.cuda.device(runner.device) if is_gpu else contextlib.nullcontext():

@@ -20,6 +20,9 @@ from langchain_quantllm.errors import GenerationError, GenerationTimeoutError
 
 _log = logging.getLogger(__name__)
 
+MOST_UNREAD = 512
+"""Chunks of a request, one for each token at most, that are computed ahead of the reader."""
+
 THREAD_ENDED = "the engine's thread has ended without an answer; call again."
 
 _WAIT_S = 1.0
@@ -36,6 +39,16 @@ class TokenLogprob:
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+
+
+def token_logprob(
+    token_id: int, found: tuple[float, list[int], list[float]] | None, wanted: int | None
+) -> TokenLogprob | None:
+    """Make the report of a token from its log probability, the likeliest tokens and theirs; `wanted` of them."""
+    if wanted is None or found is None:
+        return None
+    chosen, ids, logprobs = found
+    return TokenLogprob(token_id=token_id, logprob=chosen, top=tuple(zip(ids, logprobs, strict=True))[:wanted])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +83,8 @@ class ChunkStream:
 
     Iterate over it with `for` or `async for`; it ends after the last chunk of the last request. An error of any
     request is raised at once. Closing the stream, or leaving its `with` block, cancels the requests: the engine stops
-    them at their next token.
+    them at their next token. While `MOST_UNREAD` chunks for each request are unread, the stream is full, and engines
+    that can let its requests rest.
     """
 
     def __init__(self, rows: int, timeout_s: float | None = None) -> None:
@@ -81,8 +95,14 @@ class ChunkStream:
         self._items: deque[Chunk | BaseException] = deque()
         self._changed = threading.Condition()
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
+        self._most_unread = MOST_UNREAD * rows
         self.cancelled = False
         """Whether the stream is closed. Engines read it before each token."""
+        self.is_full = False
+        """Whether no more is to be computed before the reader has read half of what there is."""
+        self._resumes = False
+        self.wake: Callable[[], None] | None = None
+        """Wakes an engine that may rest: called when a full stream is read again, or closed."""
         self.is_served: Callable[[], bool] = lambda: True
         """Whether the thread that puts the chunks in is there; set by the engine when the requests are queued."""
 
@@ -92,6 +112,7 @@ class ChunkStream:
         """Append a chunk, or an error that the reader is to raise."""
         with self._changed:
             self._items.append(item)
+            self.is_full = len(self._items) >= self._most_unread
             waiter, self._waiter = self._waiter, None
             self._changed.notify_all()
         self._wake(waiter)
@@ -131,7 +152,7 @@ class ChunkStream:
                 while not self._items:
                     self._check_open()
                     self._changed.wait(min(self._remaining_s(), _WAIT_S))
-                item = self._items.popleft()
+                item = self._take()
             yield self._deliver(item)
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
@@ -140,7 +161,7 @@ class ChunkStream:
             check_process()
             loop = asyncio.get_running_loop()
             with self._changed:
-                item = self._items.popleft() if self._items else None
+                item = self._take() if self._items else None
                 if item is None:
                     self._check_open()
                     future: asyncio.Future[None] = loop.create_future()
@@ -151,6 +172,13 @@ class ChunkStream:
                     self._remaining_s()
                 continue
             yield self._deliver(item)
+
+    def _take(self) -> Chunk | BaseException:
+        item = self._items.popleft()
+        if self.is_full and len(self._items) <= self._most_unread // 2:
+            self.is_full = False
+            self._resumes = True
+        return item
 
     def _remaining_s(self) -> float:
         if self._deadline is None:
@@ -167,6 +195,9 @@ class ChunkStream:
         )
 
     def _deliver(self, item: Chunk | BaseException) -> Chunk:
+        if self._resumes:
+            self._resumes = False
+            self._wake_engine()
         if isinstance(item, BaseException):
             self._open_rows = 0
             self.close()
@@ -195,6 +226,13 @@ class ChunkStream:
             waiter, self._waiter = self._waiter, None
             self._changed.notify_all()
         self._wake(waiter)
+        if self.is_full:
+            self._wake_engine()
+
+    def _wake_engine(self) -> None:
+        """Wake the engine; outside of the stream's lock, which the engine takes under its own."""
+        if self.wake is not None:
+            self.wake()
 
     def __enter__(self) -> Self:
         """Use the stream as a `with` block that closes it."""

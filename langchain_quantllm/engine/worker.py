@@ -61,6 +61,7 @@ class Worker:
         self._completions: weakref.WeakSet[Completion] = weakref.WeakSet()
         """Those that the queue or the engine holds; a stream alone holds none."""
         self._changed = threading.Condition()
+        self._was_woken = False
         self._thread: _EngineThread | None = None
         self._is_recovered = True
         self._closed = False
@@ -87,6 +88,24 @@ class Worker:
             self._completions.update(completions)
             self._waiting.extend(completions)
             self._changed.notify_all()
+
+    @property
+    def queued(self) -> int:
+        """Requests that `run` has not taken yet."""
+        return len(self._waiting)
+
+    def wake(self) -> None:
+        """End `wait_for_change`, or the next call of it."""
+        with self._changed:
+            self._was_woken = True
+            self._changed.notify_all()
+
+    def wait_for_change(self) -> None:
+        """Wait, in `run`, until a request comes, `wake` is called or the engine is closed; a second at most."""
+        with self._changed:
+            if not (self._waiting or self._was_woken or self._closed):
+                self._changed.wait(1.0)
+            self._was_woken = False
 
     def close(self, reason: str) -> None:
         """Fail all requests, and wait until the thread has ended. In a forked process nothing is left to do."""

@@ -198,6 +198,9 @@ def write_kv(
 ) -> None:
     """Write the keys and values of new tokens into their blocks.
 
+    A value that is not finite is written as zeros, with a key of NaN. So every value in the pool is finite, and a token
+    spoils only the tokens that see it: scores are masked exactly, whereas 0 times NaN is NaN.
+
     Args:
         key: Keys of shape `(1, kv_heads, tokens, key_dim)`, floating, with any strides.
         value: Values of shape `(1, kv_heads, tokens, value_dim)`, floating, with any strides.
@@ -210,8 +213,10 @@ def write_kv(
     """
     block_tokens = kv.shape[1]
     blocks = table[slots.long(), (positions // block_tokens).long()].long()
-    both = torch.cat([key, value], dim=-1)[0].transpose(0, 1)
-    kv[blocks, (positions % block_tokens).long()] = both.to(kv.dtype)
+    key, value = key.to(kv.dtype), value.to(kv.dtype)
+    spoils = ~value.isfinite().all(-1, keepdim=True)
+    both = torch.cat([key.masked_fill(spoils, torch.nan), value.masked_fill(spoils, 0)], dim=-1)
+    kv[blocks, (positions % block_tokens).long()] = both[0].transpose(0, 1)
 
 
 def decode_attention(

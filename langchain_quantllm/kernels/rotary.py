@@ -9,6 +9,7 @@ import torch
 import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]  # not on every machine, and untyped
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
+from langchain_quantllm.kernels.attention.blocks import store_value
 from langchain_quantllm.kernels.launch import dense_vectors, launch_options, power_of_2, wait_for_inputs
 from langchain_quantllm.kernels.reference import HALVES, PAIRS_OF_HALVES
 
@@ -175,10 +176,8 @@ def _rotate_kernel(
         target = kv + index * (key_dim + value_dim)
         source = key + head * key_head_stride + token * key_token_stride
         _rotate(source, target, cosines, sines, key_dim, rotary_dim, layout, rounds, key_tile)
-        columns = tl.arange(0, value_tile)
         source = value + head * value_head_stride + token * value_token_stride
-        numbers = tl.load(source + columns, mask=columns < value_dim)
-        tl.store(target + key_dim + columns, numbers, mask=columns < value_dim)
+        store_value(target, source, key_dim, value_dim, key_tile, value_tile)
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]

@@ -7,11 +7,11 @@ shared wrongly, or read before it is written, shows in the values that are read.
 from __future__ import annotations
 
 import random
-from collections import abc
+from collections import Counter, abc
 from dataclasses import dataclass, field
 
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS, BlockManager
-from langchain_quantllm.engine.scheduler import Decode, Prefill, PrefillChunk, Scheduler
+from langchain_quantllm.engine.scheduler import PrefillChunk, Scheduler, Step, age
 from langchain_quantllm.engine.sequence import Sequence, bare_sequence
 
 VOCAB = 50
@@ -65,6 +65,20 @@ class Simulated:
         return hash((self.salt, self.values[-1])) % VOCAB
 
 
+@dataclass(frozen=True, kw_only=True)
+class Before:
+    """The scheduler before a step.
+
+    `decoding` can decode, `left` has the tokens left of the prompts that can run, and `could_join` is the oldest
+    waiting sequence if it has room.
+    """
+
+    running: list[Sequence]
+    decoding: list[Sequence]
+    left: dict[Sequence, int]
+    could_join: Sequence | None
+
+
 class Simulation:
     """The engine's loop over a simulated device, with checks after every step."""
 
@@ -73,23 +87,23 @@ class Simulation:
         *,
         blocks: int = 40,
         slots: int = 8,
-        prefill_tokens: int = 64,
-        prefill_tokens_while_decoding: int = 24,
+        step_tokens: int = 64,
+        step_tokens_while_decoding: int = 24,
         is_late: bool = False,
     ) -> None:
         self.blocks = BlockManager(blocks)
         self.scheduler = Scheduler(
             self.blocks,
             slots=slots,
-            prefill_tokens=prefill_tokens,
-            prefill_tokens_while_decoding=prefill_tokens_while_decoding,
+            step_tokens=step_tokens,
+            step_tokens_while_decoding=step_tokens_while_decoding,
         )
         self.slots = slots
         self.device = Device(blocks)
         self.is_late = is_late
         self.rows: dict[Sequence, Simulated] = {}
         self.all: list[Simulated] = []
-        self.steps: list[Prefill | Decode | None] = []
+        self.steps: list[Step | None] = []
         self.on_way: list[Simulated] = []
         self.most_running = 0
 
@@ -100,10 +114,14 @@ class Simulation:
         *,
         prefix_id: int | None = None,
         max_rows: int | None = None,
+        owner: int | None = None,
+        priority: int = 0,
         salt: int = 0,
         ends_after: int | None = None,
     ) -> Simulated:
-        state = bare_sequence(prompt_ids, max_new_tokens, prefix_id=prefix_id, max_rows=max_rows)
+        state = bare_sequence(
+            prompt_ids, max_new_tokens, prefix_id=prefix_id, max_rows=max_rows, owner=owner, priority=priority
+        )
         number = len(self.all)
         start = hash((0, number) if prefix_id is None else (1, prefix_id))
         row = Simulated(number, state, start, salt, max_new_tokens if ends_after is None else ends_after)
@@ -149,24 +167,18 @@ class Simulation:
         self.check()
         return True
 
-    def _run(self, plan: Prefill | Decode) -> list[Simulated]:
-        if isinstance(plan, Decode):
-            assert plan.sequences
-            assert len(set(plan.sequences)) == len(plan.sequences)
-            sampling = [self.rows[state] for state in plan.sequences]
-            for row, position in zip(sampling, plan.positions, strict=True):
-                assert position == len(row.ids) - 1 == row.computed
-                self._compute(row, position, 1)
-        else:
-            sampling = []
-            for chunk in plan.chunks:
-                row = self.rows[chunk.sequence]
-                self._run_chunk(row, chunk)
-                if chunk.is_last:
-                    sampling.append(row)
-            for chunk in plan.chunks:  # one forward has written all of it before any of it is read
-                row = self.rows[chunk.sequence]
-                assert self.device.holds(chunk.sequence.blocks, row.values[: chunk.start + chunk.count])
+    def _run(self, plan: Step) -> list[Simulated]:
+        for state, position in zip(plan.decoding, plan.positions, strict=True):
+            row = self.rows[state]
+            assert position == len(row.ids) - 1 == row.computed
+            self._compute(row, position, 1)
+        # One forward writes all of it before any of it is read.
+        for chunk in plan.chunks:
+            self._run_chunk(self.rows[chunk.sequence], chunk)
+        for chunk in plan.chunks:
+            row = self.rows[chunk.sequence]
+            assert self.device.holds(chunk.sequence.blocks, row.values[: chunk.start + chunk.count])
+        sampling = [self.rows[state] for state in plan.sampled]
         for row in sampling:
             row.extend(row.next_id())
             assert len(row.ids) - row.state.prompt_tokens == row.state.sampled <= row.state.max_new_tokens
@@ -187,7 +199,7 @@ class Simulation:
         if state.sampled - chunk.is_last == 0:
             row.prompt_tokens_run += chunk.count
         row.computed = chunk.start
-        self._compute(row, chunk.start, chunk.count)
+        self._compute(row, chunk.start, chunk.count, reads=False)
         cached = state.cached_tokens
         assert cached is not None
         assert 0 <= cached < state.prompt_tokens
@@ -195,10 +207,11 @@ class Simulation:
         if chunk.is_last and not row.was_preempted:
             assert cached + row.prompt_tokens_run == state.prompt_tokens
 
-    def _compute(self, row: Simulated, start: int, count: int) -> None:
+    def _compute(self, row: Simulated, start: int, count: int, *, reads: bool = True) -> None:
         blocks = row.state.blocks
         assert (start + count - 1) // BLOCK_TOKENS < len(blocks), "a position outside of the sequence's blocks"
-        assert self.device.holds(blocks, row.values[:start]), "the values read are not its own prefix"
+        if reads:
+            assert self.device.holds(blocks, row.values[:start]), "the values read are not its own prefix"
         for position in range(start, start + count):
             self.device.write(blocks, position, row.values[position])
         row.computed = start + count
@@ -211,25 +224,39 @@ class Simulation:
             if len(row.state.ids) - row.state.prompt_tokens >= row.ends_after:
                 self.drop(row)
 
-    # What must hold.
+    # What must hold: a plain model of the scheduler's promises.
 
-    def _snapshot(self) -> tuple[list[Sequence], list[Sequence], list[Sequence], bool]:
-        running = list(self.scheduler.running)
-        decoding = [row for row in running if row.decodes and not row.is_complete]
-        prefilling = [row for row in running if not row.decodes]
-        return running, decoding, prefilling, self._next_could_join()
+    def _snapshot(self) -> Before:
+        scheduler = self.scheduler
+        running = list(scheduler.running)
+        active = [state for state in running if not state.is_unread]
+        return Before(
+            running=running,
+            decoding=[state for state in active if state.decodes and not state.is_complete],
+            left={
+                state: len(state.ids) - state.written
+                for state in (*active, *scheduler.waiting)
+                if not state.decodes and state.is_known and not state.is_unread
+            },
+            could_join=self._oldest_could_join(),
+        )
 
-    def _next_could_join(self) -> bool:
-        """Whether the first waiting sequence fits in, even if it shares nothing."""
+    def _oldest_could_join(self) -> Sequence | None:
+        """Find the oldest waiting sequence if it fits in, even if it shares nothing."""
         scheduler = self.scheduler
         if not scheduler.waiting:
-            return False
-        row, running = scheduler.waiting[0], scheduler.running
-        return (
-            row.is_known
-            and len(running) < min([self.slots, *(r.max_rows for r in (*running, row) if r.max_rows is not None)])
-            and len(row.ids) // BLOCK_TOKENS + 1 + len(running) <= self.blocks.available
+            return None
+        oldest, running = scheduler.waiting[0], scheduler.running
+        promised = sum(-(-(len(r.ids) + 1) // BLOCK_TOKENS) - len(r.blocks) for r in running if not r.decodes)
+        limit = self.slots if oldest.lane.most is None else oldest.lane.most
+        fits = (
+            oldest.is_known
+            and not oldest.is_unread
+            and len(running) < self.slots
+            and sum(state.lane == oldest.lane for state in running) < limit
+            and len(oldest.ids) // BLOCK_TOKENS + 1 + promised + len(running) <= self.blocks.available
         )
+        return oldest if fits else None
 
     def _note_preempted(self) -> None:
         for state in self.scheduler.waiting:
@@ -239,64 +266,68 @@ class Simulation:
                 row.computed = 0
                 assert (state.blocks, state.slot, state.written, state.decodes) == ([], -1, 0, False)
 
-    def _check_plan(
-        self,
-        plan: Prefill | Decode | None,
-        before: tuple[list[Sequence], list[Sequence], list[Sequence], bool],
-        preempted: int,
-    ) -> None:
-        running, decoding, prefilling, could_join = before
+    def _check_plan(self, plan: Step | None, before: Before, preempted: int) -> None:
         scheduler = self.scheduler
-        just_prefilled = bool(self.steps) and isinstance(self.steps[-1], Prefill)
         if plan is None:
             assert not preempted or self.on_way
-            assert preempted or not (decoding or prefilling or could_join)
-        elif isinstance(plan, Decode):
-            # All that can decode do, but for those that were preempted for older ones.
-            assert [row for row in decoding if row.slot >= 0] == plan.sequences
-            assert len(decoding) - len(plan.sequences) <= preempted
-            if not just_prefilled:
-                assert not prefilling or preempted
-                assert not could_join
-        else:
-            assert not (just_prefilled and decoding), "decoding waits for a second prefill"
-            budget = scheduler.prefill_tokens_while_decoding if decoding else scheduler.prefill_tokens
-            spent = sum(chunk.count for chunk in plan.chunks)
-            assert 0 < spent <= budget
-            numbers = [self.rows[chunk.sequence].number for chunk in plan.chunks]
-            assert numbers == sorted(set(numbers))
-            # An older prompt is run to its end before a younger one begins.
-            assert all(chunk.is_last for chunk in plan.chunks[:-1])
-            if prefilling and prefilling[0].slot >= 0:
-                assert plan.chunks[0].sequence is prefilling[0]
-            if not plan.chunks[-1].is_last:
-                assert spent == budget
-        if not preempted:
-            assert scheduler.running[: len(running)] == running
+            prefilling = [state for state in before.running if state in before.left]
+            assert preempted or not (before.decoding or prefilling or before.could_join)
+            return
+        # All that can decode do, but for those that were preempted for older ones.
+        assert plan.decoding == [state for state in before.decoding if state in plan.decoding]
+        left_out = [state for state in before.decoding if state not in plan.decoding]
+        assert all(state.slot < 0 for state in left_out)
+        assert len(left_out) <= preempted
+        # The budget, which prompts get a quarter of in any case.
+        spent = sum(chunk.count for chunk in plan.chunks)
+        budget = scheduler.step_tokens
+        if before.decoding:
+            most = scheduler.step_tokens_while_decoding
+            budget = max(most - len(before.decoding), most // 4, 1)
+        assert spent <= budget
+        assert plan.decoding or spent
+        states = [chunk.sequence for chunk in plan.chunks]
+        assert len(set(states)) == len(states)
+        assert not set(states) & set(plan.decoding)
+        assert not any(state.is_unread for state in (*states, *plan.decoding))
+        # A prompt goes on later only if the step is full. What others leave that find shared blocks may be lost.
+        if any(not chunk.is_last for chunk in plan.chunks) and not preempted:
+            assert 2 * spent >= budget or scheduler.blocks.available == 0
+        self._check_oldest(before, plan, budget, preempted)
+        if before.could_join is not None and not preempted:
+            passed = any(state in before.left and state not in before.running for state in states)
+            assert before.could_join.slot >= 0 or spent == budget or passed
+        assert preempted or all(state in scheduler.running for state in before.running)
+
+    def _check_oldest(self, before: Before, plan: Step, budget: int, preempted: int) -> None:
+        """Check that the oldest prompt that runs gets half of the budget, as far as it needs it."""
+        oldest = min(before.left, key=age, default=None)
+        if oldest not in before.running or preempted:
+            return
+        chunk = next((chunk for chunk in plan.chunks if chunk.sequence is oldest), None)
+        assert chunk is not None
+        assert chunk.is_last or chunk.count >= -(-budget // 2)
 
     def check(self) -> None:
         scheduler, blocks = self.scheduler, self.blocks
+        scheduler.check_integrity()
         running = list(scheduler.running)
-        # First come, first served: running sequences came before waiting ones, and none is lost.
-        order = [self.rows[state].number for state in (*running, *scheduler.waiting)]
-        assert order == sorted(self.rows[state].number for state in self.rows)
+        assert set(running) | set(scheduler.waiting) == set(self.rows)
+        assert len(running) + len(scheduler.waiting) == len(self.rows)
+        assert scheduler.waiting == sorted(scheduler.waiting, key=age)
         assert len(running) <= self.slots
         self.most_running = max(self.most_running, len(running))
-        slots = [state.slot for state in running]
-        assert len(set(slots)) == len(slots)
-        assert all(0 <= slot < self.slots for slot in slots)
-        assert all(len(running) <= state.max_rows for state in running if state.max_rows is not None)
+        assert all(0 <= state.slot < self.slots for state in running)
+        for lane, count in Counter(state.lane for state in running).items():
+            assert lane.most is None or count <= lane.most
         holders: dict[int, list[tuple[Simulated, int]]] = {}
         for state in running:
             assert len(state.blocks) * BLOCK_TOKENS >= state.written
             assert len(set(state.blocks)) == len(state.blocks)
             for i, block in enumerate(state.blocks):
                 holders.setdefault(block, []).append((self.rows[state], i))
-        for state in scheduler.waiting:
-            assert (state.blocks, state.slot) == ([], -1)
         assert 0 not in holders
         assert all(0 < block < blocks.total and blocks.is_held(block) for block in holders)
-        assert blocks.held == len(holders)
         assert blocks.held + blocks.available == blocks.total - 1
         for held in holders.values():
             if len(held) > 1:
@@ -331,8 +362,8 @@ def random_simulation(seed: int, *, is_late: bool, is_tight: bool) -> Simulation
         # A tight cache holds the longest possible sequence, and little more.
         blocks=1 + row_blocks + (rng.randrange(3) if is_tight else rng.randrange(4, 40)),
         slots=rng.choice([1, 2, 3, 8, 32]) if not is_tight else rng.choice([2, 4, 16]),
-        prefill_tokens=rng.choice([5, 16, 40, 128]),
-        prefill_tokens_while_decoding=rng.choice([1, 7, 16, 32]),
+        step_tokens=rng.choice([5, 16, 40, 128]),
+        step_tokens_while_decoding=rng.choice([1, 7, 16, 32]),
         is_late=is_late,
     )
     prefix_ids = [None, simulation.blocks.new_prefix_id(), simulation.blocks.new_prefix_id()]
@@ -345,7 +376,9 @@ def random_simulation(seed: int, *, is_late: bool, is_tight: bool) -> Simulation
             ids,
             max_new_tokens,
             prefix_id=rng.choice(prefix_ids),
-            max_rows=rng.choice([None] * 30 + [1, 2, 5]),
+            max_rows=rng.choice([None] * 10 + [1, 2, 5]),
+            owner=rng.randrange(2),
+            priority=rng.choice([0] * 8 + [-1, 1]),
             salt=rng.choice([0, 0, number]),
             ends_after=rng.choice([max_new_tokens, max_new_tokens, rng.randrange(1, max_new_tokens + 1)]),
         )

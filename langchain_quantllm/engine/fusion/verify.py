@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from langchain_quantllm.compat.transformers_models import given_cache_name
-from langchain_quantllm.engine.attention import Batch, GatherAttention, LayerPool, PagedForward, Span
+from langchain_quantllm.engine.attention import Batch, LayerPool, PagedForward, Span
 from langchain_quantllm.engine.attention_interface import paged_attention
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.engine.cuda_graphs import hooks_of
@@ -30,6 +30,7 @@ from langchain_quantllm.engine.fusion.patterns import (
     structure_of,
 )
 from langchain_quantllm.engine.fusion.recorded_call import RecordedCall, check_same, difference, output_of
+from langchain_quantllm.engine.gather_attention import GatherAttention
 from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.kernels import reference
 

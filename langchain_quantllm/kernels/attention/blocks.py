@@ -73,9 +73,39 @@ def _write_kernel(
     columns = tl.arange(0, key_tile)
     numbers = tl.load(key + head * key_head_stride + token * key_token_stride + columns, mask=columns < key_dim)
     tl.store(target + columns, numbers, mask=columns < key_dim)
+    source = value + head * value_head_stride + token * value_token_stride
+    store_value(target, source, key_dim, value_dim, key_tile, value_tile)
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def store_value(
+    target: tl.tensor,
+    source: tl.tensor,
+    key_dim: tl.constexpr,
+    value_dim: tl.constexpr,
+    key_tile: tl.constexpr,
+    value_tile: tl.constexpr,
+) -> None:
+    """Store a value behind its key; one that is not finite as zeros, with a key of NaN. See `reference.write_kv`.
+
+    Args:
+        target: Pointer to the key, which this program has stored.
+        source: Pointer to the value.
+        key_dim: Size of a key.
+        value_dim: Size of a value.
+        key_tile: `key_dim`, rounded up to a power of two.
+        value_tile: `value_dim`, rounded up to a power of two.
+    """
     columns = tl.arange(0, value_tile)
-    numbers = tl.load(value + head * value_head_stride + token * value_token_stride + columns, mask=columns < value_dim)
-    tl.store(target + key_dim + columns, numbers, mask=columns < value_dim)
+    numbers = tl.load(source + columns, mask=columns < value_dim, other=0.0).to(target.dtype.element_ty)
+    is_finite = tl.min((tl.abs(numbers.to(tl.float32)) < float("inf")).to(tl.int32), 0)
+    kept = tl.where(is_finite > 0, numbers, tl.zeros_like(numbers))
+    tl.store(target + key_dim + columns, kept, mask=columns < value_dim)
+    if is_finite == 0:
+        tl.debug_barrier()  # all threads have stored the key
+        columns = tl.arange(0, key_tile)
+        nothing = tl.full([key_tile], float("nan"), tl.float32).to(target.dtype.element_ty)
+        tl.store(target + columns, nothing, mask=columns < key_dim)
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -149,3 +151,55 @@ class TestBlockManager:
             assert blocks.held == len(held)
             assert blocks.available == 11 - len(held)
             assert all(blocks.is_held(block) == (block in held) for block in range(1, 12))
+            blocks.check_integrity()
+
+    def test_discarded_blocks_are_not_found_by_anyone(self) -> None:
+        """Kept ones become free; held ones stay with their sequences until these let go."""
+        blocks = BlockManager(6)
+        prefix_id = blocks.new_prefix_id()
+        (kept,), (held,), (other,) = (fill(blocks, prefix_id, token) for token in (1, 2, 3))
+        blocks.share(held)
+        blocks.discard([kept, held])
+        assert [blocks.find(prefix_id, [token] * BLOCK_TOKENS) for token in (1, 2, 3)] == [None, None, other]
+        assert (blocks.held, blocks.available) == (1, 4)
+        blocks.check_integrity()
+        blocks.release([held])
+        blocks.check_integrity()
+        assert [blocks.take() for _ in range(5)][-1] == other, "it is the only one with content"
+
+
+class TestIntegrity:
+    """Each kind of wrong books, made by hand, is found."""
+
+    def make(self) -> BlockManager:
+        """Two blocks kept, two held, three free."""
+        blocks = BlockManager(8)
+        fill(blocks, blocks.new_prefix_id(), 1, 2)
+        assert blocks.take() is not None
+        assert blocks.take() is not None
+        blocks.check_integrity()
+        return blocks
+
+    @pytest.mark.parametrize(
+        ("spoil", "words"),
+        [
+            (lambda b: b._free.pop(), "is lost"),
+            (lambda b: b._kept.popitem(), "is lost"),
+            (lambda b: b._free.append(b._free[0]), "is free and free"),
+            (lambda b: b._free.append(next(iter(b._kept))), "is free and kept"),
+            (lambda b: b._free.append(b._holders.index(1)), "is free and held"),
+            (lambda b: b._holders.__setitem__(b._free[0], -1), "is held -1 times"),
+            (lambda b: b._free.append(0), "no block 0"),
+            (lambda b: b._free.append(8), "no block 8"),
+            (lambda b: b._keys.__setitem__(next(iter(b._kept)), None), "kept without content"),
+            (lambda b: b._by_key.popitem(), "cannot be found"),
+            (lambda b: b._by_key.__setitem__((9, (9,)), 1), "the content of another"),
+            (lambda b: b._prefix_ids.__setitem__(slice(1, 3), [2, 2]), "prefix ids"),
+            (lambda b: b._prefix_ids.__setitem__(1, 99), "prefix ids"),
+        ],
+    )
+    def test_wrong_books_are_an_error(self, spoil: Callable[[BlockManager], Any], words: str) -> None:
+        blocks = self.make()
+        spoil(blocks)
+        with pytest.raises(RuntimeError, match=words):
+            blocks.check_integrity()

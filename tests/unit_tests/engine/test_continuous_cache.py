@@ -208,7 +208,7 @@ class TestShortMemory:
         finally:
             handle.remove()
         engine: Any = llm._engine()
-        assert engine._scheduler.prefill_tokens <= most
+        assert engine._scheduler.step_tokens <= most
         assert engine._blocks.held == 0
 
     def test_running_out_of_memory_fails_the_running_requests_with_advice(self, make_tiny: MakeLLM) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 
-from langchain_quantllm.engine.attention import TritonAttention
+from langchain_quantllm.engine.attention import Attention
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
+from langchain_quantllm.engine.gather_attention import GatherAttention
 from langchain_quantllm.engine.kv_cache import allocate_pools
 from langchain_quantllm.engine.model_check import inspect_model
 from langchain_quantllm.engine.model_runner import ModelRunner
 from langchain_quantllm.engine.prefill_graphs import LENGTHS, MOST_SEQUENCES, PACK_SIZE, Pack, length_for
-from langchain_quantllm.engine.scheduler import PrefillChunk
-from langchain_quantllm.engine.sequence import bare_sequence
+from langchain_quantllm.engine.scheduler import PrefillChunk, Step
+from langchain_quantllm.engine.sequence import SamplingInput, bare_sequence
+from langchain_quantllm.engine.triton_attention import TritonAttention
 from langchain_quantllm.kernels import reference
 from tests.support.models import tiny_model
 
@@ -32,13 +35,13 @@ class ReferenceAttention(TritonAttention):
         self.prefills_on_device = True
 
 
-def make_runner(family: str) -> ModelRunner:
+def make_runner(family: str, attention: Attention | None = None) -> ModelRunner:
     model = tiny_model(300, family)
     found = inspect_model(model)
     return ModelRunner(
         model,
         allocate_pools(found.shapes, BLOCKS),
-        ReferenceAttention(),
+        attention or ReferenceAttention(),
         slots=SLOTS,
         blocks_per_sequence=16,
         vocab_size=found.vocab_size,
@@ -70,7 +73,7 @@ def test_a_padded_pack_gives_the_logits_of_its_chunks(family: str, counts: tuple
                 first = 1 + slot * 6
                 blocks = list(range(first, first + -(-(position + chunk.count) // BLOCK_TOKENS)))
                 runner._table[slot, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
-            expected = runner._prefill_eagerly(chunks)
+            expected = runner._run_eagerly(Step([], [], chunks))
             length = length_for(chunks)
             assert length is not None
             pack = Pack.over(torch.zeros(PACK_SIZE, dtype=torch.int32), length)
@@ -97,3 +100,21 @@ def test_a_step_too_long_or_of_too_many_sequences_has_no_graph() -> None:
     assert length_for(chunks_of(LENGTHS[-1])) == LENGTHS[-1]
     assert length_for(chunks_of(LENGTHS[-1] + 1)) is None
     assert length_for(chunks_of(*([1] * (MOST_SEQUENCES + 1)))) is None
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_decoding_sequence_beside_prompts_gets_the_logits_that_it_gets_in_a_decode_step(family: str) -> None:
+    runner = make_runner(family, GatherAttention())
+    with torch.no_grad():
+        step = Step([], [], chunks_of(30, 9))
+        for sequence in (chunk.sequence for chunk in step.chunks):
+            sequence.blocks = list(range(1 + sequence.slot * 6, 7 + sequence.slot * 6))
+        runner.sample(runner.run(step, [SamplingInput()] * len(step.sampled)))
+        rows = [chunk.sequence for chunk in step.chunks]
+        positions = [30, 9]
+        alone = runner.run(Step(rows, positions, []), [SamplingInput()] * 2).logits.clone()
+        other = chunks_of(1, 2, 25)[2]
+        other.sequence.blocks = list(range(100, 106))
+        other = dataclasses.replace(other, is_last=True)
+        beside = runner.run(Step(rows, positions, [other]), [SamplingInput()] * 3).logits
+    torch.testing.assert_close(beside[:2], alone, rtol=1e-4, atol=1e-5)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
-from langchain_quantllm.engine.scheduler import Decode, Prefill, PrefillChunk
+from langchain_quantllm.engine.scheduler import PASSED_STEPS, PrefillChunk, Step
 from tests.support.simulation import Simulated, Simulation, expected_ids, ids_of, random_simulation
 
 
@@ -48,82 +48,155 @@ class TestScenarios:
         steps = [step for simulation in simulations for step in simulation.steps]
         assert max(simulation.most_running for simulation in simulations) >= (3 if is_tight else 6)
         assert sum(bool(row.state.cached_tokens) for simulation in simulations for row in simulation.all) > 10
-        assert sum(not chunk.is_last for step in steps if isinstance(step, Prefill) for chunk in step.chunks) > 50
+        assert sum(not chunk.is_last for step in steps if step is not None for chunk in step.chunks) > 50
+        assert sum(bool(step.decoding and step.chunks) for step in steps if step is not None) > 50
         if is_tight:
             assert sum(simulation.scheduler.preempted > 0 for simulation in simulations) >= 5
         if is_late:  # the last rows wait for tokens that are on their way
             assert None in steps[:-1]
 
 
+def planned(simulation: Simulation) -> Step:
+    """Take a step and return its plan."""
+    simulation.step()
+    step = simulation.steps[-1]
+    assert step is not None
+    return step
+
+
+@pytest.mark.parametrize("is_late", [False, True], ids=["early", "late"])
 class TestOrder:
-    @pytest.mark.parametrize("is_late", [False, True], ids=["early", "late"])
-    def test_prefill_and_decode_take_turns(self, is_late: bool) -> None:
-        simulation = Simulation(prefill_tokens=16, prefill_tokens_while_decoding=8, is_late=is_late)
-        simulation.add(ids_of(0, 16), 30)
+    def test_prompts_run_beside_decoding_sequences(self, is_late: bool) -> None:
+        simulation = Simulation(step_tokens=16, step_tokens_while_decoding=9, is_late=is_late)
+        first = simulation.add(ids_of(0, 16), 30).state
         simulation.step()
         for i in range(3):
             simulation.add(ids_of(i, 40), 30)
-        for _ in range(30):
-            simulation.step()
-        kinds = [type(step) for step in simulation.steps]
-        assert kinds == [Prefill, *[Decode, Prefill] * 15]
-        counts = [sum(chunk.count for chunk in step.chunks) for step in simulation.steps if isinstance(step, Prefill)]
-        assert counts == [16] + [8] * 15
+        steps = [planned(simulation) for _ in range(5)]
+        assert all(step.decoding == [first] for step in steps)
+        assert [sum(chunk.count for chunk in step.chunks) for step in steps] == [8] * 5
         simulation.finish()
 
-    def test_prompts_are_packed_up_to_the_budget(self) -> None:
-        simulation = Simulation(prefill_tokens=50)
-        rows = [simulation.add(ids_of(i, 20), 2).state for i in range(4)]
+    def test_prompts_get_a_quarter_of_a_step_however_many_sequences_decode(self, is_late: bool) -> None:
+        simulation = Simulation(step_tokens=16, step_tokens_while_decoding=8, is_late=is_late)
+        for i in range(7):
+            simulation.add(ids_of(i, 2), 30)
         simulation.step()
-        first = simulation.steps[0]
-        assert isinstance(first, Prefill)
-        assert first.chunks == [
+        simulation.add(ids_of(9, 40), 2)
+        step = planned(simulation)
+        assert (len(step.decoding), sum(chunk.count for chunk in step.chunks)) == (7, 2)
+        simulation.finish()
+
+    def test_prompts_are_packed_up_to_the_budget(self, is_late: bool) -> None:
+        simulation = Simulation(step_tokens=50, step_tokens_while_decoding=50, is_late=is_late)
+        rows = [simulation.add(ids_of(i, 20), 2).state for i in range(4)]
+        assert planned(simulation).chunks == [
             PrefillChunk(rows[0], 0, 20, True),
             PrefillChunk(rows[1], 0, 20, True),
             PrefillChunk(rows[2], 0, 10, False),
         ]
-        simulation.step()  # those two decode before the others go on
-        assert isinstance(simulation.steps[1], Decode)
-        assert simulation.steps[1].sequences == rows[:2]
+        assert planned(simulation) == Step(
+            rows[:2], [20, 20], [PrefillChunk(rows[2], 10, 10, True), PrefillChunk(rows[3], 0, 20, True)]
+        )
         simulation.finish()
 
-    def test_a_small_sequence_does_not_overtake_a_large_one(self) -> None:
-        """Else a stream of small requests would keep a large one waiting for ever."""
-        simulation = Simulation(blocks=11, slots=4)
+    def test_a_short_prompt_passes_a_long_one(self, is_late: bool) -> None:
+        simulation = Simulation(blocks=200, step_tokens=64, step_tokens_while_decoding=24, is_late=is_late)
+        long = simulation.add(ids_of(0, 2000), 2)
+        simulation.step()
+        short = simulation.add(ids_of(1, 3), 2)
+        step = planned(simulation)
+        assert [(chunk.sequence, chunk.count) for chunk in step.chunks] == [(long.state, 61), (short.state, 3)]
+        simulation.finish()
+
+    def test_short_prompts_leave_the_oldest_half_of_every_step(self, is_late: bool) -> None:
+        """However many come: it takes twice as long as alone, and not for ever."""
+        simulation = Simulation(blocks=400, slots=8, step_tokens=32, step_tokens_while_decoding=32, is_late=is_late)
+        long = simulation.add(ids_of(0, 320), 2)
+        steps = 0
+        while not long.state.decodes:
+            for i in range(4):
+                simulation.add(ids_of(steps * 10 + i, 15), 1)
+            step = planned(simulation)
+            steps += 1
+            granted = sum(chunk.count for chunk in step.chunks if chunk.sequence is long.state)
+            assert granted >= 16 or long.state.decodes
+        assert steps <= 320 // 16
+        simulation.finish()
+
+    def test_prompts_of_one_length_run_one_after_another(self, is_late: bool) -> None:
+        """Dividing a step among them would delay the first and help nobody."""
+        simulation = Simulation(blocks=100, step_tokens=32, step_tokens_while_decoding=32, is_late=is_late)
+        rows = [simulation.add(ids_of(i, 64), 1).state for i in range(3)]
+        order = [[chunk.sequence for chunk in planned(simulation).chunks] for _ in range(6)]
+        assert order == [[rows[0]], [rows[0]], [rows[1]], [rows[1]], [rows[2]], [rows[2]]]
+        simulation.finish()
+
+    def test_a_sequence_that_fits_goes_before_one_that_waits_for_room(self, is_late: bool) -> None:
+        simulation = Simulation(blocks=11, slots=4, is_late=is_late)
         simulation.add(ids_of(0, 100), 10)
         simulation.step()
         large = simulation.add(ids_of(1, 100), 10)
-        small = simulation.add(ids_of(2, 3), 10)
+        small = simulation.add(ids_of(2, 3), 2)
+        simulation.step()
+        assert (large.has_begun, small.has_begun) == (False, True)
+        simulation.finish()
+
+    def test_a_sequence_that_waits_for_room_is_passed_for_a_bounded_time(self, is_late: bool) -> None:
+        """Else a stream of small requests would keep a large one waiting for ever."""
+        simulation = Simulation(blocks=11, slots=4, is_late=is_late)
+        simulation.add(ids_of(0, 3), 3)
+        simulation.step()
+        large = simulation.add(ids_of(1, 140), 10)
+        passed = steps = 0
         while not large.has_begun:
-            assert not small.has_begun
+            passed += simulation.add(ids_of(steps, 3), 8).has_begun
             assert simulation.step()
+            steps += 1
+            assert steps <= PASSED_STEPS + 20
+        assert steps >= PASSED_STEPS
         simulation.finish()
 
     @pytest.mark.parametrize("max_rows", [1, 2, 3])
-    def test_no_more_sequences_run_than_any_running_one_allows(self, max_rows: int) -> None:
-        """The limits of earlier and of later sequences count for all."""
-        for limits in ([max_rows] * 6, [None, None, None, None, max_rows, None], [max_rows, *[None] * 5]):
-            simulation = Simulation()
-            for i, limit in enumerate(limits):
-                simulation.add(ids_of(i, 10), 5 + i, max_rows=limit)
-            simulation.finish()
-            assert simulation.most_running == max_rows if limits[-1] == max_rows else simulation.most_running >= 1
+    def test_a_limit_of_rows_holds_up_its_own_owner_only(self, max_rows: int, is_late: bool) -> None:
+        simulation = Simulation(blocks=100, is_late=is_late)
+        limited = [simulation.add(ids_of(i, 10), 5 + i, max_rows=max_rows, owner=1) for i in range(5)]
+        others = [simulation.add(ids_of(10 + i, 10), 5, max_rows=limit, owner=2) for i, limit in enumerate([None, 4])]
+        step = planned(simulation)
+        assert {chunk.sequence for chunk in step.chunks} == {row.state for row in (*limited[:max_rows], *others)}
+        simulation.finish()
 
-    def test_no_more_sequences_run_than_there_are_slots(self) -> None:
-        simulation = Simulation(slots=3)
+    def test_requests_of_a_lower_number_go_first(self, is_late: bool) -> None:
+        simulation = Simulation(slots=1, is_late=is_late)
+        simulation.add(ids_of(0, 10), 5)
+        simulation.step()
+        rows = [simulation.add(ids_of(i, 10), 2, priority=priority) for i, priority in enumerate([5, 0, -1, 0], 1)]
+        begun: list[int] = []
+        while simulation.step():
+            begun += [row.number for row in rows if row.has_begun and row.number not in begun]
+        assert begun == [3, 2, 4, 1]
+
+    def test_a_preempted_sequence_is_of_the_highest_number(self, is_late: bool) -> None:
+        simulation = Simulation(blocks=9, is_late=is_late)
+        rows = [simulation.add(ids_of(i, 16), 60, priority=priority) for i, priority in enumerate([2, 0, 1])]
+        simulation.finish()
+        assert [row.was_preempted for row in rows[:2]] == [True, False]
+
+    def test_no_more_sequences_run_than_there_are_slots(self, is_late: bool) -> None:
+        simulation = Simulation(slots=3, is_late=is_late)
         for i in range(10):
             simulation.add(ids_of(i, 10), 5)
         simulation.finish()
         assert simulation.most_running == 3
 
-    def test_a_sequence_of_one_new_token_never_decodes(self) -> None:
-        simulation = Simulation()
-        simulation.add(ids_of(0, 10), 1)
+    def test_a_sequence_of_one_new_token_never_decodes(self, is_late: bool) -> None:
+        simulation = Simulation(is_late=is_late)
+        row = simulation.add(ids_of(0, 10), 1)
         simulation.finish()
-        assert [type(step) for step in simulation.steps] == [Prefill, type(None)]
+        assert [step for step in simulation.steps if step] == [Step([], [], [PrefillChunk(row.state, 0, 10, True)])]
 
-    def test_an_empty_scheduler_plans_nothing(self) -> None:
-        scheduler = Simulation().scheduler
+    def test_an_empty_scheduler_plans_nothing(self, is_late: bool) -> None:
+        scheduler = Simulation(is_late=is_late).scheduler
         assert scheduler.plan() is None
         assert not scheduler.sequences
 
@@ -171,7 +244,7 @@ class TestTooFewBlocks:
         again = [
             chunk
             for step in simulation.steps[begun - 1 :]
-            if isinstance(step, Prefill)
+            if step is not None
             for chunk in step.chunks
             if chunk.sequence is second.state
         ]
@@ -183,7 +256,7 @@ class TestTooFewBlocks:
 class TestSharing:
     def share(self, *lengths: int, prefix_ids: abc.Sequence[int | None] = (7, 7), common: int = 64) -> list[Simulated]:
         """Run sequences at once whose prompts agree in their first tokens."""
-        simulation = Simulation(prefill_tokens=10_000)
+        simulation = Simulation(step_tokens=10_000)
         rows = []
         for i, length in enumerate(lengths):
             ids = ids_of(99, min(common, length)) + ids_of(i, max(0, length - common))
@@ -216,7 +289,7 @@ class TestSharing:
 
     def test_the_same_tokens_after_others_are_not_shared(self) -> None:
         """Keys and values depend on all tokens before."""
-        simulation = Simulation(prefill_tokens=1000)
+        simulation = Simulation(step_tokens=1000)
         block = ids_of(5, BLOCK_TOKENS)
         simulation.add(block * 4, 2, prefix_id=7)
         other = simulation.add(ids_of(6, BLOCK_TOKENS) + block * 3, 2, prefix_id=7)
@@ -239,7 +312,7 @@ class TestSharing:
     @pytest.mark.parametrize("is_late", [False, True], ids=["early", "late"])
     def test_blocks_of_a_running_sequence_are_shared(self, is_late: bool) -> None:
         """In the middle of its prompt, too: full blocks are shared as soon as they are planned."""
-        simulation = Simulation(prefill_tokens=20, prefill_tokens_while_decoding=20, is_late=is_late)
+        simulation = Simulation(step_tokens=20, step_tokens_while_decoding=20, is_late=is_late)
         simulation.add(ids_of(0, 60), 50, prefix_id=7)
         simulation.step()
         second = simulation.add(ids_of(0, 60), 50, prefix_id=7)
@@ -248,7 +321,7 @@ class TestSharing:
 
     def test_shared_blocks_count_once(self) -> None:
         """Ten sequences with 100 common tokens fit where three without would."""
-        simulation = Simulation(blocks=26, slots=10, prefill_tokens=10_000)
+        simulation = Simulation(blocks=26, slots=10, step_tokens=10_000)
         for i in range(10):
             simulation.add([*ids_of(0, 100), i], 8, prefix_id=7)
         simulation.step()

@@ -239,6 +239,31 @@ def run_padding(device: str) -> dict[str, Any]:
     return {"same": torch.equal(padded[:, :2], alone)}
 
 
+def run_spoiled(device: str) -> dict[str, Any]:
+    """Compare chunks with and without a token whose value or key is no number, seen by the last tokens only."""
+    from langchain_quantllm.kernels import attention as attention_kernels
+
+    report = {}
+    for name, part, number, window in (
+        ("value-nan", "value", torch.nan, 0),
+        ("value-inf", "value", torch.inf, 0),
+        ("key", "key", torch.nan, 0),
+        ("window", "value", torch.nan, 10),
+    ):
+        case = Case(name="spoiled", lengths=(40,), chunks=(40,), window=window)
+        rows = Rows(case, device)
+        expected = attend(attention_kernels, case, rows)
+        getattr(rows, part)[0, :, 20] = number
+        rows.kv = rows.empty.clone()
+        attention_kernels.write_kv(rows.key, rows.value, rows.kv, rows.table, rows.rows, rows.positions)
+        found = attend(attention_kernels, case, rows)
+        seen = slice(20, 20 + window if window else 40)
+        others = [i for i in range(40) if not seen.start <= i < seen.stop]
+        same = torch.equal(found[:, others], expected[:, others])
+        report[name] = [same, bool(found[:, seen].isnan().all())]
+    return report
+
+
 def run_splits(device: str) -> dict[str, Any]:
     """Ask for the splits of some steps."""
     from langchain_quantllm.kernels import attention as attention_kernels
@@ -247,7 +272,13 @@ def run_splits(device: str) -> dict[str, Any]:
     return {"splits": [attention_kernels.default_splits(*given) for given in asked]}
 
 
-OTHERS = {"strided": run_strided, "single": run_single, "padding": run_padding, "splits": run_splits}
+OTHERS = {
+    "strided": run_strided,
+    "single": run_single,
+    "padding": run_padding,
+    "spoiled": run_spoiled,
+    "splits": run_splits,
+}
 
 
 def run(name: str, device: str) -> dict[str, Any]:
@@ -285,6 +316,11 @@ def test_prefill_of_one_token_is_decode(found: Any) -> None:
 
 def test_rows_that_are_not_in_use_change_nothing(found: Any) -> None:
     assert found("padding") == {"same": True}
+
+
+def test_a_token_that_is_no_number_spoils_only_those_that_see_it(found: Any) -> None:
+    """The keys of the tokens before it are shared with other prompts that begin with them."""
+    assert found("spoiled") == {name: [True, True] for name in ("value-nan", "value-inf", "key", "window")}
 
 
 def test_splits_fill_the_device(found: Any) -> None:

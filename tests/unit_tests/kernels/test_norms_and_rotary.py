@@ -164,6 +164,7 @@ def _rotary_arguments(case: Case, made: torch.Generator, device: str) -> dict[st
         _random((1, tokens, count, size), case, made, device).transpose(1, 2)
         for count, size in ((heads, dim), (kv_heads, dim), (kv_heads, dim + 4))
     )
+    value[0, 0, 1, 2], value[0, 0, -1, dim - 1] = torch.nan, -torch.inf  # their keys become NaN
     angles = torch.randn(1, tokens, rotary_dim, generator=made) * 3
     # Rows 2 and 0, with pages in any order; the last page is nobody's.
     table = torch.tensor([[4, 1], [2**30, 2**30], [3, 0]], dtype=torch.int32, device=device)
@@ -309,7 +310,11 @@ class TestReference:
             position = int(given["positions"][token])
             page = int(given["table"][given["slots"][token], position // BLOCK_TOKENS])
             written = given["kv"][page, position % BLOCK_TOKENS]
-            assert torch.equal(written, torch.cat([key[0, :, token], given["value"][0, :, token]], -1))
+            expected = torch.cat([key[0, :, token], given["value"][0, :, token]], -1)
+            sound = expected.isfinite().all(-1)
+            assert torch.equal(written[sound], expected[sound])
+            assert written[~sound, : case.shape[3]].isnan().all()
+            assert not written[~sound, case.shape[3] :].any()
 
 
 if __name__ == "__main__":

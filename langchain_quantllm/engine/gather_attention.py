@@ -1,0 +1,274 @@
+"""Attention by PyTorch's own, over copies of a sequence's blocks: for every device and dtype.
+
+Owns how sequences of different lengths are gathered together, and the bounds of the memory that this takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from langchain_quantllm.engine.attention import Batch, LayerPool, Span
+from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
+
+_GATHERED_BYTES = 64 * 2**20
+"""Most bytes that sequences are gathered to at once, unless one alone takes more."""
+
+_SCORES = 2**22
+"""Most scores, or places of a mask, at once, unless `_LEAST_QUERIES` take more."""
+
+_LEAST_QUERIES = 16
+_PADDING_BLOCKS = 8  # padding that costs about as much as one more group
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Scoring:
+    """How a layer scores keys.
+
+    Args:
+        scale: Factor of the scores.
+        window: How many of the last positions a token sees, its own included; 0 for all.
+        softcap: Scores become `softcap * tanh(scores / softcap)`; 0 for no cap.
+    """
+
+    scale: float
+    window: int
+    softcap: float
+
+    def first_seen(self, position: int) -> int:
+        """Return the first position that a token sees."""
+        return max(0, position + 1 - self.window) if self.window else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """Sequences of one new token each, gathered together: padded to the same number of blocks.
+
+    Args:
+        rows: Number of sequences.
+        tokens: Index of each one's token in the pack, of shape `(rows,)`, int64; None if they are the pack.
+        blocks: Their blocks, of shape `(rows * width,)`, int64; a sequence's last block again as padding.
+        seen: The gathered tokens of a row that any of the new ones sees.
+        mask: Those that each new one sees, of shape `(rows, 1, 1, seen)`, bool; None for all.
+        hidden: Indices of the gathered tokens of all rows that the new ones do not see, int64.
+    """
+
+    rows: int
+    tokens: torch.Tensor | None
+    blocks: torch.Tensor
+    seen: slice
+    mask: torch.Tensor | None
+    hidden: torch.Tensor
+
+
+class GatherAttention:
+    """Copies the blocks that a token sees behind each other, and calls PyTorch's attention.
+
+    Sequences of one new token are gathered in groups of similar lengths, so that a step copies at most twice the blocks
+    that they see, and `_PADDING_BLOCKS` for each group. Temporary memory is bounded by `_GATHERED_BYTES`, or by the
+    keys and values of the longest sequence in one layer if these are more, and some copies of `_SCORES` numbers.
+    """
+
+    prefills_on_device = False
+
+    def write(self, pool: LayerPool, key: torch.Tensor, value: torch.Tensor, batch: Batch) -> None:
+        """Store keys and values; see `Attention.write`."""
+        indices = batch.cached((key.device, "indices"), lambda: _pool_indices(batch, key.device))
+        flat = pool.kv.view(-1, *pool.kv.shape[2:])
+        flat.index_copy_(0, indices, torch.cat([key, value], -1)[0].transpose(0, 1))
+
+    def attend(
+        self, pool: LayerPool, query: torch.Tensor, batch: Batch, *, scale: float, window: int, softcap: float
+    ) -> torch.Tensor:
+        """Attend; see `Attention.attend`."""
+        scoring = _Scoring(scale=scale, window=window, softcap=softcap)
+        groups = batch.cached(
+            ("groups", pool.kv.device, window, pool.kv.stride(0)), lambda: _groups(batch, pool, scoring)
+        )
+        if len(groups) == 1 and groups[0].tokens is None:
+            return _decode(pool, query, groups[0], scoring)[None]
+        out = query.new_empty(1, query.shape[2], query.shape[1], pool.value_dim)
+        for group in groups:
+            out[0].index_copy_(0, group.tokens, _decode(pool, query, group, scoring))
+        for span in batch.spans:
+            if span.count > 1:
+                tokens = slice(span.first, span.first + span.count)
+                _prefill(pool, query[0, :, tokens], out[0, tokens], batch.table[span.slot], span.position, scoring)
+        return out
+
+
+# Sequences of one new token.
+
+
+def _decode(pool: LayerPool, query: torch.Tensor, group: _Group, scoring: _Scoring) -> torch.Tensor:
+    """Attend with one token of each sequence of a group; returns values of shape `(rows, heads, value_dim)`."""
+    gathered = pool.kv.index_select(0, group.blocks).flatten(0, 1)
+    if group.mask is not None:
+        # PyTorch adds a mask to the scores and multiplies the values with 0, and NaN would stay NaN.
+        gathered.index_fill_(0, group.hidden, 0)
+    key, value = _split(pool, gathered.unflatten(0, (group.rows, -1))[:, group.seen])
+    # The queries of a group of heads see the same keys: they are passed as several positions of one head.
+    asked = query[0] if group.tokens is None else query[0].index_select(1, group.tokens)
+    asked = asked.transpose(0, 1).unflatten(1, (key.shape[1], -1))
+    return _attend(asked, key, value, group.mask, scoring).flatten(1, 2)
+
+
+def _groups(batch: Batch, pool: LayerPool, scoring: _Scoring) -> list[_Group]:
+    """Divide the sequences of one new token into groups, for all layers with such a pool and window."""
+    # In a batch that decodes, the order alone tells which token is a span's.
+    rows = [(i if batch.decodes else span.first, span) for i, span in enumerate(batch.spans) if span.count == 1]
+    by_width = sorted(rows, key=lambda row: _width(row[1], scoring), reverse=True)
+    widths = [_width(span, scoring) for _, span in by_width]
+    device, block_bytes = pool.kv.device, pool.kv.stride(0) * pool.kv.itemsize
+    cuts = list(_cut(widths, max(1, _GATHERED_BYTES // block_bytes)))
+    if batch.decodes and len(cuts) == 1:
+        return [replace(_group(batch, rows, widths[0], scoring, device), tokens=None)]
+    return [_group(batch, by_width[start:stop], widths[start], scoring, device) for start, stop in cuts]
+
+
+def _width(span: Span, scoring: _Scoring) -> int:
+    """Count the blocks that a span of one token sees."""
+    return span.position // BLOCK_TOKENS - scoring.first_seen(span.position) // BLOCK_TOKENS + 1
+
+
+def _cut(widths: Sequence[int], most_blocks: int) -> Iterator[tuple[int, int]]:
+    """Cut widths in falling order into groups, each padded to its first one; yields the bounds of each.
+
+    A cut is made where padding would begin to be more than half, and costs more than another group, and where a group
+    would hold more than `most_blocks`.
+    """
+    start = 0
+    for i, width in enumerate(widths):
+        widest = widths[start]
+        wastes = 2 * width < widest and (widest - width) * (len(widths) - i) > _PADDING_BLOCKS
+        if i > start and (wastes or (i + 1 - start) * widest > most_blocks):
+            yield start, i
+            start = i
+    if widths:
+        yield start, len(widths)
+
+
+def _group(
+    batch: Batch, rows: Sequence[tuple[int, Span]], width: int, scoring: _Scoring, device: torch.device
+) -> _Group:
+    """Compute the tensors of a group, on the host as far as possible: its sequences are known there."""
+    spans = [span for _, span in rows]
+    slots, last, seen = torch.tensor([(s.slot, s.position, scoring.first_seen(s.position)) for s in spans]).T[..., None]
+    first_block = seen // BLOCK_TOKENS
+    columns = torch.minimum(first_block + torch.arange(width), last // BLOCK_TOKENS)
+    at = first_block * BLOCK_TOKENS + torch.arange(width * BLOCK_TOKENS)
+    visible = (at >= seen) & (at <= last)
+    some = visible.any(0).nonzero()[:, 0].tolist()
+    mask = visible[:, some[0] : some[-1] + 1]
+    blocks = batch.table[slots.to(batch.table.device), columns.to(batch.table.device)]
+    return _Group(
+        rows=len(rows),
+        tokens=torch.tensor([token for token, _ in rows]).to(device),
+        blocks=blocks.flatten().to(device).long(),
+        seen=slice(some[0], some[-1] + 1),
+        mask=None if bool(mask.all()) else mask[:, None, None].to(device),
+        hidden=(~visible).flatten().nonzero()[:, 0].to(device),
+    )
+
+
+# Chunks of prompts.
+
+
+def _prefill(
+    pool: LayerPool, query: torch.Tensor, out: torch.Tensor, table: torch.Tensor, position: int, scoring: _Scoring
+) -> None:
+    """Attend with consecutive tokens of one sequence.
+
+    Args:
+        pool: The layer's keys and values.
+        query: Queries of shape `(heads, count, key_dim)`.
+        out: The result, of shape `(count, heads, value_dim)`. Written to.
+        table: The sequence's blocks.
+        position: Position of the first token.
+        scoring: How keys are scored.
+    """
+    count = query.shape[1]
+    begin, length = scoring.first_seen(position), position + count
+    first_block = begin // BLOCK_TOKENS
+    blocks = table[first_block : -(-length // BLOCK_TOKENS)].to(pool.kv.device).long()
+    gathered = pool.kv.index_select(0, blocks).flatten(0, 1)
+    gathered = gathered[begin - first_block * BLOCK_TOKENS : length - first_block * BLOCK_TOKENS]
+    key, value = (part[0, :, None] for part in _split(pool, gathered[None]))
+    asked = query.unflatten(0, (len(key), -1))
+    # Some heads share their keys, without copies of them.
+    key, value = (part.expand(-1, asked.shape[1], -1, -1) for part in (key, value))
+    # A token that is no number must not reach those before it: other prompts begin with them, too.
+    is_sound = bool(gathered.sum(dtype=torch.float32).isfinite())
+    # Otherwise the scores are in memory; PyTorch has no fused attention for values of another size, either.
+    is_fused = is_sound and not scoring.softcap and pool.key_dim == pool.value_dim
+    if is_fused and not position and length <= (scoring.window or length):
+        attended = scaled_dot_product_attention(asked, key, value, is_causal=True, scale=scoring.scale)
+        out.copy_(attended.flatten(0, 1).transpose(0, 1))
+        return
+    at_once = max(_LEAST_QUERIES, _SCORES // (len(gathered) * (1 if is_fused else len(query))))
+    for at in range(0, count, at_once):
+        stop = min(at + at_once, count)
+        seen = slice(scoring.first_seen(position + at) - begin, position + stop - begin)
+        mask = _visible(position + at, stop - at, begin + seen.start, begin + seen.stop, scoring.window, query.device)
+        attend = _attend if is_sound else _attend_around_nan
+        attended = attend(asked[:, :, at:stop], key[:, :, seen], value[:, :, seen], mask, scoring)
+        out[at:stop] = attended.flatten(0, 1).transpose(0, 1)
+
+
+def _visible(position: int, count: int, first: int, stop: int, window: int, device: torch.device) -> torch.Tensor:
+    """Mask the keys from `first` to `stop` that each of `count` tokens sees: `(count, stop - first)`, bool."""
+    ahead = torch.arange(position, position + count, device=device)[:, None] - torch.arange(first, stop, device=device)
+    return (ahead >= 0) & (ahead < window) if window else ahead >= 0
+
+
+# All tokens.
+
+
+def _pool_indices(batch: Batch, device: torch.device) -> torch.Tensor:
+    """Compute the index of each token's keys and values in the flattened pool, of shape `(tokens,)`."""
+    positions = batch.positions.long()
+    blocks = batch.table[batch.slots.long(), positions // BLOCK_TOKENS].long()
+    return (blocks * BLOCK_TOKENS + positions % BLOCK_TOKENS).to(device)
+
+
+def _split(pool: LayerPool, kv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Split `(sequences, tokens, kv_heads, dims)` into keys and values of `(sequences, kv_heads, tokens, dim)`."""
+    kv = kv.transpose(1, 2)
+    return kv[..., : pool.key_dim], kv[..., pool.key_dim :]
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scoring: _Scoring
+) -> torch.Tensor:
+    """Attend with PyTorch; with a softcap in separate operations, as PyTorch's attention has none."""
+    if not scoring.softcap:
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scoring.scale)
+    shares = _scores(query, key, mask, scoring).softmax(-1, dtype=torch.float32).to(value.dtype)
+    return _product(shares, value)
+
+
+def _attend_around_nan(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scoring: _Scoring
+) -> torch.Tensor:
+    """Attend in float32; a key or a value that is NaN or infinite spoils the tokens that see it, and no other."""
+    spoils = ~value.isfinite().all(-1)
+    scores = _scores(query.float(), key.float().masked_fill(spoils[..., None], torch.nan), mask, scoring)
+    return _product(scores.softmax(-1), value.float().masked_fill(spoils[..., None], 0)).to(value.dtype)
+
+
+def _scores(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scoring: _Scoring) -> torch.Tensor:
+    """Compute scores of shape `(..., queries, keys)`, -inf where the mask hides a key."""
+    scores = _product(query, key.transpose(-1, -2)) * (scoring.scale / (scoring.softcap or 1.0))
+    if scoring.softcap:
+        scores = scoring.softcap * torch.tanh(scores)
+    return scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+
+
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Multiply `(a, heads, n, m)` by `(a, heads, m, k)`; without copies if the second has one head, expanded."""
+    if right.shape[1] == 1 or right.stride(1):
+        return left @ right
+    return (left.flatten(1, 2) @ right[:, 0]).unflatten(1, left.shape[1:3])
