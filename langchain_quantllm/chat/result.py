@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import secrets
 import string
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,8 +171,9 @@ class ResultReader:
         message = self._builder.message(usage_metadata=usage, response_metadata=metadata)
         return ChatGeneration(message=message, generation_info=metadata)
 
-    def chunks(self, chunk: Chunk, request: Request) -> Iterator[ChatGenerationChunk]:
+    def chunks(self, chunk: Chunk, request: Request) -> list[ChatGenerationChunk]:
         """Read the next chunk of an answer; the last one gives the metadata a chunk of its own."""
+        chunks = []
         ended = chunk.finish_reason is not None
         message = self._builder.add(self._parser.push(chunk.text) + (self._parser.finish() if ended else []))
         info = completion_info(chunk, request, self._tokenizer, self._model_name)
@@ -180,11 +181,12 @@ class ResultReader:
             message = message or AIMessageChunk(content="")
             message.response_metadata = info
         if message is not None:
-            yield ChatGenerationChunk(message=message)
+            chunks.append(ChatGenerationChunk(message=message))
         if ended:
             usage, metadata = self._last(info)
             last = AIMessageChunk(content="", usage_metadata=usage, response_metadata=metadata, chunk_position="last")
-            yield ChatGenerationChunk(message=last, generation_info=metadata)
+            chunks.append(ChatGenerationChunk(message=last, generation_info=metadata))
+        return chunks
 
     def _last(self, info: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Take the usage out of the completion's description, and name calls as the reason for its end."""
