@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -20,7 +21,8 @@ from langchain_core.messages import BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from pydantic import Field, model_validator
 
-from langchain_quantllm.base import PreparedCall, QuantizedModel, langchain_errors, run_aside, submit_aside
+from langchain_quantllm.base import PreparedCall, QuantizedModel, langchain_errors
+from langchain_quantllm.base.aside import read_aside, run_aside, submit_aside
 from langchain_quantllm.chat.binding import BindingChatModel
 from langchain_quantllm.chat.options import CHAT_OPTIONS, ChatOptions
 from langchain_quantllm.chat.plan import AnswerFormat, write_prompt
@@ -30,7 +32,7 @@ from langchain_quantllm.chat.template import ChatTemplate
 from langchain_quantllm.compat.packages import is_installed
 from langchain_quantllm.data.counterparts import Kind
 from langchain_quantllm.engine.request import ModelLimits, TokenMask
-from langchain_quantllm.engine.result import Answers, is_large
+from langchain_quantllm.engine.result import Answers
 from langchain_quantllm.errors import InvalidOptionError, UnsupportedError, nearest
 from langchain_quantllm.loading.inputs import prompt_inputs
 from langchain_quantllm.options import GenerationOptions, normalize
@@ -218,11 +220,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
             with stream:
                 reader = await run_aside(plan.new_reader)
                 async for chunk in stream:
-                    if is_large(chunk):
-                        chunks = await run_aside(reader.chunks, chunk, plan.requests[0])
-                    else:
-                        chunks = reader.chunks(chunk, plan.requests[0])
-                    for read in chunks:
+                    for read in await read_aside(partial(reader.chunks, request=plan.requests[0]), chunk):
                         if run_manager:
                             await run_manager.on_llm_new_token(read.text, chunk=read)
                         yield read

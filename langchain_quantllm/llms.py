@@ -10,27 +10,20 @@ import itertools
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models.base import LanguageModelInput
 from langchain_core.language_models.llms import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
-from langchain_core.runnables import RunnableConfig
-from langchain_core.runnables.config import get_config_list
+from langchain_core.runnables.config import RunnableConfig, get_config_list
 from typing_extensions import Self
 
-from langchain_quantllm.base import (
-    PreparedCall,
-    QuantizedModel,
-    langchain_errors,
-    run_aside,
-    run_together,
-    setting,
-    submit_aside,
-)
+from langchain_quantllm.base import PreparedCall, QuantizedModel, langchain_errors, run_together, setting
+from langchain_quantllm.base.aside import read_aside, run_aside, submit_aside
 from langchain_quantllm.compat.transformers_pipelines import flat_options, with_options
-from langchain_quantllm.engine.result import Answers, completion_info, is_large
+from langchain_quantllm.engine.result import Answers, completion_info
 from langchain_quantllm.engine.stream import Chunk
 from langchain_quantllm.errors import InvalidOptionError, MissingPackageError, pip_install
 
@@ -265,10 +258,7 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
                         await run_manager.on_llm_new_token(made.text, chunk=made)
                     yield made
                 async for chunk in stream:
-                    if is_large(chunk):
-                        made = await run_aside(self._chunk, plan, chunk)
-                    else:
-                        made = self._chunk(plan, chunk)
+                    made = await read_aside(partial(self._chunk, plan), chunk)
                     if run_manager:
                         await run_manager.on_llm_new_token(made.text, chunk=made)
                     yield made

@@ -4,7 +4,6 @@ Owns the fields with their checks, loading on first use, the rule for defaults, 
 errors into LangChain's. Knows no prompt and no message format: the classes above bring those.
 """
 
-from langchain_quantllm.base.aside import run_aside, submit_aside
 from langchain_quantllm.base.batch import run_together, setting
 from langchain_quantllm.base.model import (
     PreparedCall,
@@ -20,8 +19,6 @@ __all__ = [
     "QuantizedModel",
     "RequestTimeoutError",
     "langchain_errors",
-    "run_aside",
     "run_together",
     "setting",
-    "submit_aside",
 ]

@@ -15,13 +15,14 @@ from typing import Any, TypeVar
 from langchain_core.runnables.config import run_in_executor
 
 from langchain_quantllm.base.model import PreparedCall
-from langchain_quantllm.engine.stream import ChunkStream
+from langchain_quantllm.engine.stream import Chunk, ChunkStream
 from langchain_quantllm.errors import GenerationError
 
 T = TypeVar("T")
 P = TypeVar("P", bound=PreparedCall)
 
 _MOST_THREADS = 32
+_FEW_LOGPROBS = 16
 
 
 class _Threads:
@@ -43,6 +44,13 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 async def run_aside(call: Callable[..., T], *args: Any) -> T:
     """Call a function in another thread, with the context variables of this task."""
     return await run_in_executor(_threads.executor, copy_context().run, call, *args)
+
+
+async def read_aside(read: Callable[[Chunk], T], chunk: Chunk) -> T:
+    """Read a chunk, in another thread if that may take long: the last one ends tool calls, logprobs are decoded."""
+    if chunk.finish_reason is None and len(chunk.logprobs) <= _FEW_LOGPROBS:
+        return read(chunk)
+    return await run_aside(read, chunk)
 
 
 async def submit_aside(plan: Callable[..., P], *call: Any, in_pieces: bool = True) -> tuple[P, ChunkStream]:

@@ -12,8 +12,6 @@ from typing import Any
 from langchain_quantllm.engine.request import Request
 from langchain_quantllm.engine.stream import Chunk, TokenLogprob, Usage
 
-_FEW_LOGPROBS = 16
-
 
 @dataclass
 class Answer:
@@ -39,11 +37,6 @@ class Answers:
         answer.text += chunk.text
         answer.logprobs += chunk.logprobs
         answer.finish_reason, answer.usage = chunk.finish_reason, chunk.usage
-
-
-def is_large(chunk: Chunk) -> bool:
-    """Whether reading a chunk may take long: a last one ends tool calls, and tokens with logprobs are decoded."""
-    return chunk.finish_reason is not None or len(chunk.logprobs) > _FEW_LOGPROBS
 
 
 def usage_metadata(usage: Usage) -> dict[str, Any]:

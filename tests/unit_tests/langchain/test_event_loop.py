@@ -20,7 +20,7 @@ import pytest
 from langchain_core.tools import tool
 
 from langchain_quantllm import ChatQuantizedHuggingFace, QuantizedHuggingFaceLLM
-from langchain_quantllm.base import run_aside, submit_aside
+from langchain_quantllm.base.aside import run_aside, submit_aside
 from langchain_quantllm.errors import GenerationError
 from langchain_quantllm.loading.inputs import token_ids
 from tests.support.models import forwards, llm_of, tiny_model, wait_for_rest
@@ -134,7 +134,7 @@ class TestTheLoopIsFree:
             pytest.skip("no fork on Windows")
         script = (
             "import asyncio, os\n"
-            "from langchain_quantllm.base import run_aside\n"
+            "from langchain_quantllm.base.aside import run_aside\n"
             "call = lambda: asyncio.run(asyncio.wait_for(run_aside(str, 1), 30))\n"
             "call()\n"
             "child = os.fork()\n"
