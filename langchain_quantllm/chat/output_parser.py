@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from langchain_quantllm.chat.scanner import CUT_OFF, Wait, held, prefixes
@@ -80,7 +81,8 @@ class AnswerParser(CallReader):
 
     def _step(self) -> list[Piece]:
         next(self._steps, None)
-        return self._take_pieces()
+        pieces, self._pieces = self._pieces, []
+        return _joined(pieces)
 
     def _answer(self) -> Wait[None]:
         if self._reasoning is not None:
@@ -246,6 +248,17 @@ class AnswerParser(CallReader):
             if (yield from scan.skip()) != "{":
                 scan.at = start
                 return
+
+
+def _joined(pieces: Sequence[Piece]) -> list[Piece]:
+    """Make one piece of neighbours of one kind and one call."""
+    joined: list[Piece] = []
+    for (kind, index), group in groupby(pieces, key=lambda piece: (piece.kind, piece.index)):
+        if kind in ("call", "invalid"):
+            joined += group
+        else:
+            joined.append(Piece(kind=kind, text="".join(piece.text for piece in group), index=index))
+    return joined
 
 
 def _parameters(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 from langchain_quantllm.chat.notations import checked, from_gemma, from_python, from_qwen_xml, loaded
@@ -88,17 +87,6 @@ class CallReader:
     def _emit(self, kind: str, text: str, index: int = 0, error: str = "") -> None:
         if text or kind in ("call", "invalid"):
             self._pieces.append(Piece(kind=kind, text=text, index=index, error=error))
-
-    def _take_pieces(self) -> list[Piece]:
-        """Return the pieces since the last call; neighbours of one kind and call are one piece."""
-        taken: list[Piece] = []
-        for (kind, index), pieces in groupby(self._pieces, key=lambda piece: (piece.kind, piece.index)):
-            if kind in ("call", "invalid"):
-                taken += pieces
-            else:
-                taken.append(Piece(kind=kind, text="".join(piece.text for piece in pieces), index=index))
-        self._pieces = []
-        return taken
 
     def _text(self, text: str) -> None:
         """Emit text without the space after a call; space at its end waits, as a call may follow."""
