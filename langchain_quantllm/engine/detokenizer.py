@@ -16,60 +16,126 @@ from langchain_quantllm.engine.stream import Chunk, ChunkStream, TokenLogprob, U
 Decode = Callable[[list[int]], str]
 """Turns token ids into text, as a tokenizer's `decode` does."""
 
-_CONTEXT_TOKENS = 8  # of the prompt: mostly enough for a tokenizer to know whether a word begins after it
 _UNFINISHED = "\ufffd"  # decoded from the bytes of an incomplete character
+_CHARACTER_TOKENS = 4  # UTF-8 writes a character in at most 4 bytes, and a token has at least one
+_SEARCHED_TOKENS = 16  # at the end of a prompt, for a context
+_MOST_PENDING, _KEPT_PENDING = 24, 12
+_BLOCK_TOKENS = 64  # decoded at once where no text is sent before the end
 
 
 class IncrementalDecoder:
     """Decodes token ids piece by piece, in whole characters.
 
-    Decoding a token alone loses the space before it in some tokenizers, so the end of the ids before it is decoded
-    with it and cut off again.
+    The pieces join to the same text however the ids are grouped: that which decoding all ids at once gives. Each id
+    takes a few calls of `decode` with a few ids, however long the text is.
+
+    Decoding a token alone loses the space before it in some tokenizers, so the new ids are decoded after a context: a
+    few earlier ids, whose text is cut off again. A text that ends with U+FFFD waits for the rest of its character; but
+    only the last three tokens can belong to it, so what is pending stays short.
+
+    Where bytes are no UTF-8, tokenizers with a token for each byte (SentencePiece's) write U+FFFD for all bytes of the
+    run, characters in it too. As these may have been given already, they stay, and only the other bytes are U+FFFD.
+
+    The `DecodeStream` of tokenizers holds all ids back while they decode to nothing or to U+FFFD, and decodes them
+    again at each step.
     Source: the method of vllm/transformers_utils/detokenizer_utils.py.
     """
 
     def __init__(self, decode: Decode, prompt_ids: Sequence[int] = ()) -> None:
         """Begin after a prompt, whose end decides how the first token is written."""
         self._decode = decode
-        self._ids = _context(decode, prompt_ids)
-        self._given_from = 0
-        self._given_to = len(self._ids)
-        self._given_chars = 0  # of the text after `_given_to`
+        self._context: list[int] = []
+        self._context_text = ""
+        self._set_context(prompt_ids)
+        self._pending: list[int] = []
+        self._text = ""  # of the pending ids
+        self._given_chars = 0  # of it
+        self._silent: set[int] = set()
 
     def push(self, *token_ids: int) -> str:
         """Add ids and return the text that has become certain, possibly none."""
-        self._ids.extend(token_ids)
-        text = self._new_text()
-        certain = text.rstrip(_UNFINISHED)
-        piece = certain[self._given_chars :]
-        if certain and certain == text:
-            self._given_from, self._given_to, self._given_chars = self._given_to, len(self._ids), 0
-        else:
-            self._given_chars = max(self._given_chars, len(certain))
-        return piece
+        if len(token_ids) > 1:
+            text = self._text_of([*self._pending, *token_ids])
+            if text and _UNFINISHED not in text:
+                self._pending += token_ids
+                return self._commit(text)
+        return "".join(map(self._push, token_ids))
 
     def flush(self) -> str:
         """Return the rest at the end of the text, an incomplete character as the tokenizer writes it."""
-        text = self._new_text()[self._given_chars :]
-        self._given_from = self._given_to = len(self._ids)
-        self._given_chars = 0
-        return text
+        return self._commit(self._text)
 
-    def _new_text(self) -> str:
-        given = self._decode(self._ids[self._given_from : self._given_to])
-        return self._decode(self._ids[self._given_from :])[len(given) :]
+    def _push(self, token_id: int) -> str:
+        if token_id in self._silent:
+            return ""
+        self._pending.append(token_id)
+        text = self._text_of(self._pending)
+        if text == self._text and self._is_silent(token_id):
+            self._silent.add(token_id)
+            self._pending.pop()
+            return ""
+        self._text = text
+        piece = ""
+        if text.endswith(_UNFINISHED) and len(self._pending) >= _CHARACTER_TOKENS:
+            piece = self._cut(is_forced=False)
+        if self._text and not self._text.endswith(_UNFINISHED):
+            return piece + self._commit(self._text)
+        certain = self._text.rstrip(_UNFINISHED)
+        piece += certain[self._given_chars :]
+        self._given_chars = max(self._given_chars, len(certain))
+        return piece + self._shorten() if len(self._pending) > _MOST_PENDING else piece
 
+    def _text_of(self, ids: list[int]) -> str:
+        """Decode ids behind the context."""
+        text = self._decode(self._context + ids)
+        if text.startswith(self._context_text):
+            return text[len(self._context_text) :]
+        return self._decode(ids)  # with the context's bytes, theirs are a run that is no UTF-8
 
-def _context(decode: Decode, prompt_ids: Sequence[int]) -> list[int]:
-    """Return a short end of the prompt that decodes to whole characters; nothing if there is none."""
-    tokens = _CONTEXT_TOKENS
-    while True:
-        context = list(prompt_ids[-tokens:])
-        if _UNFINISHED not in decode(context):
-            return context
-        if tokens >= len(prompt_ids):
-            return []  # the prompt itself was cut inside a character
-        tokens *= 2
+    def _commit(self, text: str) -> str:
+        """Return the rest of the pending ids' text, which is certain as a whole."""
+        piece = text[self._given_chars :]
+        self._set_context(self._pending)
+        self._pending, self._text, self._given_chars = [], "", 0
+        return piece
+
+    def _set_context(self, ids: Sequence[int]) -> None:
+        """Take the last ids that decode to whole characters as the context, if there are any."""
+        for end in range(len(ids), max(0, len(ids) - _SEARCHED_TOKENS), -1):
+            for begin in range(end - 1, max(-1, end - 1 - _CHARACTER_TOKENS), -1):
+                text = self._decode(list(ids[begin:end]))
+                if text and _UNFINISHED not in text:
+                    self._context, self._context_text = list(ids[begin:end]), text
+                    return
+
+    def _is_silent(self, token_id: int) -> bool:
+        """Whether a token is no text anywhere, as special tokens that are skipped; a space may be none at an end."""
+        around = self._context
+        return self._decode([*around, token_id, token_id, *around]) == self._decode([*around, *around])
+
+    def _cut(self, *, is_forced: bool) -> str:
+        """Give all pending text but that of the last three ids, unless that tears a character apart."""
+        border = len(self._pending) - _CHARACTER_TOKENS + 1
+        head, tail = self._text_of(self._pending[:border]), self._text_of(self._pending[border:])
+        if not is_forced and (head + tail).count(_UNFINISHED) > self._text.count(_UNFINISHED):
+            return ""
+        piece = head[self._given_chars :]
+        self._pending, self._text = self._pending[border:], tail
+        self._given_chars = max(0, self._given_chars - len(head))
+        return piece
+
+    def _shorten(self) -> str:
+        """Drop the first of many pending ids, at each of which a character goes on.
+
+        The others decode to the same end: bytes are read alike again after three at most.
+        """
+        rest = self._text[self._given_chars :]
+        text = self._text_of(self._pending[-_KEPT_PENDING:])
+        if not text.endswith(rest):
+            return self._cut(is_forced=True)
+        self._pending, self._text = self._pending[-_KEPT_PENDING:], text
+        self._given_chars = len(text) - len(rest)
+        return ""
 
 
 class Completion:
@@ -101,12 +167,13 @@ class Completion:
         """Tokens of the prompt whose keys and values were in the cache already."""
         self._index = index
         self._in_pieces = in_pieces
-        # A stop string has to be looked for at every token; without one, a whole text is decoded at once.
-        self._decodes_late = not in_pieces and not request.options.stop
+        # A stop string has to be looked for at every token.
+        self._block_tokens = 1 if in_pieces or request.options.stop else _BLOCK_TOKENS
         self._end_ids = () if request.options.ignore_eos else request.end_token_ids
         self._decoder = IncrementalDecoder(decode, request.prompt_ids)
         self._matcher = StopMatcher(request.options.stop)
-        self._unsent_text = ""
+        self._undecoded: list[int] = []
+        self._unsent_text: list[str] = []
         self._unsent_ids: list[int] = []
         self._unsent_logprobs: list[TokenLogprob] = []
         self._submitted = time.monotonic()
@@ -126,25 +193,32 @@ class Completion:
             self._unsent_logprobs.append(logprob)
         if token_id in self._end_ids:
             return self.finish("stop")
-        if not self._decodes_late:
-            self._unsent_text += self._matcher.push(self._decoder.push(token_id))
+        self._undecoded.append(token_id)
+        if len(self._undecoded) >= self._block_tokens:
+            self._decode_block()
         if self._matcher.found:
             return self.finish("stop")
         if len(self.token_ids) >= self.request.max_new_tokens:
             return self.finish("length")
         return self._chunk() if self._in_pieces and self._unsent_text else None
 
+    def _decode_block(self) -> None:
+        self._add_text(self._matcher.push(self._decoder.push(*self._undecoded)))
+        self._undecoded.clear()
+
+    def _add_text(self, text: str) -> None:
+        if text:
+            self._unsent_text.append(text)
+
     def finish(self, reason: str) -> Chunk:
         """End the completion and return its last chunk, with all text that was held back."""
-        text = ""
-        if self._decodes_late:
-            has_end = reason == "stop" and self.token_ids[-1:] and self.token_ids[-1] in self._end_ids
-            text = self._decoder.push(*(self.token_ids[:-1] if has_end else self.token_ids))
+        if self._undecoded:
+            self._decode_block()
         if not self._matcher.found:
-            text += self._matcher.push(self._decoder.flush())
+            self._add_text(self._matcher.push(self._decoder.flush()))
         if self._matcher.found:
             reason = "stop"
-        self._unsent_text += text + self._matcher.flush()
+        self._add_text(self._matcher.flush())
         self.finish_reason = reason
         now = time.monotonic()
         usage = Usage(
@@ -160,13 +234,13 @@ class Completion:
     def _chunk(self, usage: Usage | None = None) -> Chunk:
         chunk = Chunk(
             row=self._index,
-            text=self._unsent_text,
+            text="".join(self._unsent_text),
             token_ids=tuple(self._unsent_ids),
             logprobs=tuple(self._unsent_logprobs),
             finish_reason=self.finish_reason,
             usage=usage,
         )
-        self._unsent_text, self._unsent_ids, self._unsent_logprobs = "", [], []
+        self._unsent_text, self._unsent_ids, self._unsent_logprobs = [], [], []
         return chunk
 
 
