@@ -172,10 +172,16 @@ class ContinuousEngine:
         for sequence in self._scheduler.sequences:
             if sequence.completion.stream.cancelled:
                 self._drop(sequence)
-        if waiting and self._parts.model_changed():
-            self._rebuild()
-        while waiting:
-            completion = waiting.popleft()
+        # Taken off the queue first: all that had changed when they were submitted is seen now.
+        arrived = [waiting.popleft() for _ in range(len(waiting))]
+        try:
+            if arrived and self._parts.model_changed():
+                self._rebuild()
+        except Exception as error:
+            report = GenerationError(f"the model failed while its changes were taken over: {error!r}")
+            fail_streams({completion.stream for completion in arrived}, report, error)
+            raise
+        for completion in arrived:
             if completion.stream.cancelled:
                 continue
             if self._parts.refusal is not None:
