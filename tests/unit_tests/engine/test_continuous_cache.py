@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from dataclasses import replace
 from typing import Any
@@ -10,9 +11,11 @@ import pytest
 import torch
 
 from langchain_quantllm import QuantizedHuggingFaceLLM
+from langchain_quantllm.engine import kv_cache
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
-from langchain_quantllm.engine.kv_cache import LayerShape, allocate_pools, resident_bytes
+from langchain_quantllm.engine.kv_cache import LayerShape, allocate_pools, count_blocks, resident_bytes
 from langchain_quantllm.errors import InvalidOptionError, NotEnoughMemoryError, PromptTooLongError
+from langchain_quantllm.memory import available_memory
 from tests.support.engine import (
     ONE_SEQUENCE,
     AllowOnly,
@@ -26,7 +29,7 @@ from tests.support.engine import (
     plan,
 )
 from tests.support.families import likeliest_ids
-from tests.support.models import forwards, slowly, wait_until
+from tests.support.models import forwards, llm_of, slowly, tiny_model, wait_until
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -186,6 +189,53 @@ class TestKVCacheMemory:
         assert pools[1].kv[7].nbytes <= resident_bytes(pools) <= 4 * 2**20  # memory pages have 2 MiB at most
         assert not pools[1].kv[8].any()
         assert len(kept) == 4
+
+
+class TestMainMemory:
+    """Memory is taken only as it is written to, so the system itself refuses nothing."""
+
+    SHAPE = LayerShape(kv_heads=8, key_dim=128, value_dim=128, dtype=torch.float32, device=torch.device("cpu"))
+
+    def blocks(self, share: float) -> int:
+        """Blocks of four layers that fill a share of the free memory."""
+        return int(share * available_memory("cpu")) // (4 * BLOCK_TOKENS * self.SHAPE.token_bytes)
+
+    def test_more_than_there_is_is_an_error_with_the_numbers(self) -> None:
+        with pytest.raises(NotEnoughMemoryError, match=r"a KV cache of .* does not fit: .* are free.*; lower kv_cache"):
+            allocate_pools([self.SHAPE] * 4, self.blocks(1.5))
+
+    def test_a_model_with_more_than_there_is_is_an_error_before_anything_is_generated(self, tokenizer: Any) -> None:
+        model = tiny_model(len(tokenizer), context_tokens=2**30)
+        llm = llm_of(model, tokenizer, kv_cache_memory=2 * available_memory("cpu"))
+        with pytest.raises(NotEnoughMemoryError, match="lower kv_cache_memory"):
+            llm.invoke("Sea")
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell what is resident")
+    def test_what_another_model_s_cache_may_still_fill_is_not_free(self) -> None:
+        gc.collect()
+        first = allocate_pools([self.SHAPE] * 4, self.blocks(0.7))
+        assert first[0].kv.shape[0] > 0
+        with pytest.raises(NotEnoughMemoryError, match="other KV caches in this process may still fill"):
+            allocate_pools([self.SHAPE] * 4, self.blocks(0.7))
+        shapes = [self.SHAPE] * 4
+        beside = count_blocks(shapes, 0.5, sequences=10**6, context=None)
+        del first
+        assert allocate_pools(shapes, self.blocks(0.7))
+        alone = count_blocks(shapes, 0.5, sequences=10**6, context=None)
+        assert beside < 0.6 * alone, "a share of the free memory counts it, too"
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell what is resident")
+    def test_what_a_cache_has_filled_is_not_counted_twice(self) -> None:
+        gc.collect()
+        before = kv_cache._unwritten_bytes()
+        pools = allocate_pools([self.SHAPE] * 4, 64)
+        size = sum(pool.kv.nbytes for pool in pools)
+        assert kv_cache._unwritten_bytes() == before + size
+        for pool in pools[:2]:
+            pool.kv.fill_(1.0)
+        assert kv_cache._unwritten_bytes() == before + size / 2
+        del pools, pool
+        assert kv_cache._unwritten_bytes() == before
 
 
 class TestShortMemory:
