@@ -29,7 +29,7 @@ from tests.support.engine import (
     plan,
 )
 from tests.support.families import likeliest_ids
-from tests.support.models import forwards, llm_of, slowly, tiny_model, wait_until
+from tests.support.models import forwards, llm_of, slowly, tiny_model, wait_for_rest, wait_until
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -96,6 +96,61 @@ class TestPrefixes:
         assert [a.usage.cached_tokens for a in answers if a.usage] == [0, 32, 32, 32]
         for prompt, answer in zip(prompts, answers, strict=True):
             assert answer.token_ids == likeliest_ids(llm.pipeline.model, prompt, answer.token_ids)
+
+
+class TestSalts:
+    """Callers who must not learn of each other share nothing that shows in counts or times."""
+
+    def test_only_requests_of_the_same_salt_share(self, make_tiny: MakeLLM) -> None:
+        llm = make_tiny()
+        for _ in range(2):
+            for salt, expected in (("a", 0), ("b", 0), (None, 0), ("a", 32), ("b", 32), (None, 32)):
+                assert cached_tokens(llm, ids_of(40), cache_salt=salt) == [expected]
+            engine: Any = llm._engine()
+            wait_for_rest()
+            engine._reset_cache()
+
+    def test_a_salt_changes_no_token(self, make_tiny: MakeLLM) -> None:
+        llm = make_tiny()
+        expected = ids_after(llm, ids_of(40))
+        assert all(ids_after(llm, ids_of(40), cache_salt=salt) == expected for salt in "abab")
+        assert llm.invoke("Sea", cache_salt="a") == llm.invoke("Sea")
+        assert on_pipeline(llm, max_new_tokens=12).invoke("Sea", cache_salt="a") == llm.invoke("Sea")
+
+    def test_requests_of_one_step_share_only_with_their_salt(self, make_tiny: MakeLLM) -> None:
+        llm = make_tiny()
+        requests = [plan(llm, ids_of(40), cache_salt=salt)[0] for salt in ("a", "b", "a", None)]
+        assert [a.usage.cached_tokens for a in ask(llm, requests) if a.usage] == [0, 0, 32, 0]
+
+    def test_samples_of_a_call_share_under_their_salt(self, make_tiny: MakeLLM) -> None:
+        llm = make_tiny()
+        options: dict[str, Any] = {"n": 2, "do_sample": True, "seed": 1, "cache_salt": "a"}
+        assert cached_tokens(llm, ids_of(40), **options) == [0, 32]
+        assert cached_tokens(llm, ids_of(40)) == [0]
+
+    def test_a_field_is_the_default_of_calls(self, make_tiny: MakeLLM) -> None:
+        llm = make_tiny(cache_salt="a")
+        prompt = "All happy families are alike; each unhappy family is unhappy in its own way. " * 3
+
+        def reads(**options: Any) -> bool:
+            usage = llm.generate([prompt], **options).generations[0][0].generation_info["usage_metadata"]
+            return bool(usage["input_token_details"]["cache_read"])
+
+        assert [reads(), reads(), reads(cache_salt="b"), reads(cache_salt="b")] == [False, True, False, True]
+
+    def test_many_salts_take_no_memory_and_the_latest_stay(self, make_tiny: MakeLLM) -> None:
+        llm = make_tiny(kv_cache_memory=ONE_SEQUENCE)
+        engine: Any = llm._engine()
+        ids_after(llm, ids_of(5))
+        wait_for_rest()
+        request = plan(llm, ids_of(40))[0]
+        for i in range(10_000):
+            salted = replace(request, options=replace(request.options, cache_salt=str(i)))
+            engine._first_prefix_id(salted, -1)
+            engine._first_prefix_id(request, -1)
+        assert len(engine._prefix_ids) == engine._blocks.total
+        assert (-1, None) in engine._prefix_ids
+        assert (-1, "9999") in engine._prefix_ids
 
 
 class TestKVCacheMemory:
