@@ -363,6 +363,7 @@ class ContinuousEngine:
     def _recover(self, error: BaseException) -> Exception:
         """Drop all sequences and begin anew after a failure; returns the error for the sequences' requests."""
         rows = len(self._scheduler.sequences)
+        self._pending = []
         self._reset_cache()
         self._runner.drop_graphs()
         if torch.cuda.is_available():

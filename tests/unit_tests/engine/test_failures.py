@@ -12,7 +12,7 @@ import torch
 
 from langchain_quantllm import QuantizedHuggingFaceLLM
 from langchain_quantllm.engine.stream import THREAD_ENDED, ChunkStream
-from langchain_quantllm.errors import GenerationError, UnsupportedError
+from langchain_quantllm.errors import GenerationError, GenerationTimeoutError, UnsupportedError
 from tests.support.engine import AllowOnly, Background, MakeLLM, ask, ids_after, ids_of, plan
 from tests.support.models import forwards, wait_for_rest, wait_until
 
@@ -333,7 +333,7 @@ class TestDeadlines:
             go_on.set()
             assert seen.settle() <= 4  # the one that ran, and one begun before the next look
         failure = error_of(stream)
-        assert type(failure).__name__ == "GenerationTimeoutError"
+        assert isinstance(failure, GenerationTimeoutError)
         assert "timeout=3600 seconds" in str(failure)
         assert ids_after(llm, ids_of(9)) == expected
 
@@ -353,7 +353,7 @@ class TestDeadlines:
             stream._deadline = 0.0  # long ago
             go_on.set()
             assert seen.settle() <= 4
-        assert type(error_of(stream)).__name__ == "GenerationTimeoutError"
+        assert isinstance(error_of(stream), GenerationTimeoutError)
 
     def test_an_expired_request_leaves_others_alone(self, llm: QuantizedHuggingFaceLLM) -> None:
         expected, engine = ids_after(llm, ids_of(9), max_new_tokens=40), llm._engine()
@@ -370,7 +370,7 @@ class TestDeadlines:
             stream._deadline = 0.0  # long ago
             go_on.set()
         assert other.result == expected
-        assert type(error_of(stream)).__name__ == "GenerationTimeoutError"
+        assert isinstance(error_of(stream), GenerationTimeoutError)
 
     def test_a_request_that_expires_in_the_queue_never_runs(self, llm: QuantizedHuggingFaceLLM) -> None:
         engine, begun, go_on = llm._engine(), threading.Event(), threading.Event()
@@ -387,6 +387,17 @@ class TestDeadlines:
             late._deadline = 0.0  # long ago
             go_on.set()
             assert len([i for chunk in first for i in chunk.token_ids]) == 12
-            assert type(error_of(late)).__name__ == "GenerationTimeoutError"
+            assert isinstance(error_of(late), GenerationTimeoutError)
             seen.settle()
             assert 30 not in [tokens for _, tokens in seen.shapes]
+
+    def test_a_request_that_rests_unread_frees_its_place_when_its_time_is_over(self, make_tiny: MakeLLM) -> None:
+        llm = make_tiny(engine="fast")
+        engine: Any = llm._engine()
+        stream = engine.submit(plan(llm, ids_of(9), max_new_tokens=2000), timeout_s=3600)
+        wait_until(lambda: stream.is_full)
+        stream._deadline = 0.0  # long ago
+        wait_for_rest()
+        assert engine._blocks.held == 0
+        with pytest.raises(GenerationTimeoutError):
+            list(stream)
