@@ -6,7 +6,7 @@ Knows token ids and text; no tensors and no model.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from langchain_quantllm.engine.request import Request
@@ -18,7 +18,8 @@ Decode = Callable[[list[int]], str]
 
 _UNFINISHED = "\ufffd"  # decoded from the bytes of an incomplete character
 _CHARACTER_TOKENS = 4  # UTF-8 writes a character in at most 4 bytes, and a token has at least one
-_SEARCHED_TOKENS = 16  # at the end of a prompt, for a context
+_SEARCHED_TOKENS = 16  # at the end of a text, for a context
+_SEARCHED_PROMPT = 64  # for those that are not skipped
 _MOST_PENDING, _KEPT_PENDING = 24, 12
 _BLOCK_TOKENS = 64  # decoded at once where no text is sent before the end
 
@@ -31,7 +32,8 @@ class IncrementalDecoder:
 
     Decoding a token alone loses the space before it in some tokenizers, so the new ids are decoded after a context: a
     few earlier ids, whose text is cut off again. A text that ends with U+FFFD waits for the rest of its character; but
-    only the last three tokens can belong to it, so what is pending stays short.
+    only the last three tokens can belong to it, so what is pending stays short. Some tokenizers in Python leave out the
+    bytes of an incomplete character, so ids without text wait as well.
 
     Where bytes are no UTF-8, tokenizers with a token for each byte (SentencePiece's) write U+FFFD for all bytes of the
     run, characters in it too. As these may have been given already, they stay, and only the other bytes are U+FFFD.
@@ -41,40 +43,44 @@ class IncrementalDecoder:
     Source: the method of vllm/transformers_utils/detokenizer_utils.py.
     """
 
-    def __init__(self, decode: Decode, prompt_ids: Sequence[int] = ()) -> None:
-        """Begin after a prompt, whose end decides how the first token is written."""
+    def __init__(self, decode: Decode, prompt_ids: Sequence[int] = (), skipped_ids: Collection[int] = ()) -> None:
+        """Begin after a prompt.
+
+        Args:
+            decode: Turns ids into text.
+            prompt_ids: Ids of the prompt, whose end decides how the first token is written.
+            skipped_ids: Ids that `decode` leaves out, as special tokens.
+        """
         self._decode = decode
+        self._skipped_ids = skipped_ids
         self._context: list[int] = []
         self._context_text = ""
-        self._set_context(prompt_ids)
+        prompt = [i for i in prompt_ids[-_SEARCHED_PROMPT:] if i not in skipped_ids]
+        self._set_context(prompt)
+        if not self._context and not decode(prompt[-1:]):
+            self._context = prompt[-1:]  # a space, of which nothing is seen at the beginning of a text
         self._pending: list[int] = []
         self._text = ""  # of the pending ids
         self._given_chars = 0  # of it
-        self._silent: set[int] = set()
 
     def push(self, *token_ids: int) -> str:
         """Add ids and return the text that has become certain, possibly none."""
-        if len(token_ids) > 1:
-            text = self._text_of([*self._pending, *token_ids])
-            if text and _UNFINISHED not in text:
-                self._pending += token_ids
+        ids = [i for i in token_ids if i not in self._skipped_ids]
+        if len(ids) > 1:
+            together = self._pending + ids
+            text = self._text_of(together)
+            if _UNFINISHED not in text and len(self._text_of(together[:-1])) < len(text):
+                self._pending = together
                 return self._commit(text)
-        return "".join(map(self._push, token_ids))
+        return "".join(map(self._push, ids))
 
     def flush(self) -> str:
         """Return the rest at the end of the text, an incomplete character as the tokenizer writes it."""
         return self._commit(self._text)
 
     def _push(self, token_id: int) -> str:
-        if token_id in self._silent:
-            return ""
         self._pending.append(token_id)
-        text = self._text_of(self._pending)
-        if text == self._text and self._is_silent(token_id):
-            self._silent.add(token_id)
-            self._pending.pop()
-            return ""
-        self._text = text
+        self._text = text = self._text_of(self._pending)
         piece = ""
         if text.endswith(_UNFINISHED) and len(self._pending) >= _CHARACTER_TOKENS:
             piece = self._cut(is_forced=False)
@@ -103,15 +109,11 @@ class IncrementalDecoder:
         """Take the last ids that decode to whole characters as the context, if there are any."""
         for end in range(len(ids), max(0, len(ids) - _SEARCHED_TOKENS), -1):
             for begin in range(end - 1, max(-1, end - 1 - _CHARACTER_TOKENS), -1):
-                text = self._decode(list(ids[begin:end]))
-                if text and _UNFINISHED not in text:
-                    self._context, self._context_text = list(ids[begin:end]), text
+                context = list(ids[begin:end])
+                text = self._decode(context)
+                if text and _UNFINISHED not in text and (begin == end - 1 or text != self._decode(context[:-1])):
+                    self._context, self._context_text = context, text
                     return
-
-    def _is_silent(self, token_id: int) -> bool:
-        """Whether a token is no text anywhere, as special tokens that are skipped; a space may be none at an end."""
-        around = self._context
-        return self._decode([*around, token_id, token_id, *around]) == self._decode([*around, *around])
 
     def _cut(self, *, is_forced: bool) -> str:
         """Give all pending text but that of the last three ids, unless that tears a character apart."""
@@ -149,6 +151,7 @@ class Completion:
         *,
         index: int = 0,
         in_pieces: bool = True,
+        skipped_ids: Collection[int] = (),
     ) -> None:
         """Begin a completion.
 
@@ -158,6 +161,7 @@ class Completion:
             stream: The stream of the request's submission; a new one for it alone by default.
             index: Index of the request in its submission.
             in_pieces: Make a chunk whenever text has become certain; if false, the last chunk has all text.
+            skipped_ids: Ids that `decode` leaves out.
         """
         self.request = request
         self.stream = ChunkStream(1) if stream is None else stream
@@ -170,7 +174,7 @@ class Completion:
         # A stop string has to be looked for at every token.
         self._block_tokens = 1 if in_pieces or request.options.stop else _BLOCK_TOKENS
         self._end_ids = () if request.options.ignore_eos else request.end_token_ids
-        self._decoder = IncrementalDecoder(decode, request.prompt_ids)
+        self._decoder = IncrementalDecoder(decode, request.prompt_ids, skipped_ids)
         self._matcher = StopMatcher(request.options.stop)
         self._undecoded: list[int] = []
         self._unsent_text: list[str] = []
@@ -249,16 +253,24 @@ def begin_completions(
 ) -> tuple[ChunkStream, list[Completion]]:
     """Open the stream of a submission, with a completion for each request; see `Engine.submit`."""
     stream = ChunkStream(len(requests), timeout_s)
-    return stream, [
-        Completion(request, _decoder_of(tokenizer, request), stream, index=i, in_pieces=in_pieces)
-        for i, request in enumerate(requests)
-    ]
+    special_ids = frozenset(tokenizer.all_special_ids)
+    completions = []
+    for i, request in enumerate(requests):
+        skips = request.options.skip_special_tokens
+        completion = Completion(
+            request,
+            _decoder_of(tokenizer, skip_special_tokens=skips),
+            stream,
+            index=i,
+            in_pieces=in_pieces,
+            skipped_ids=special_ids if skips else (),
+        )
+        completions.append(completion)
+    return stream, completions
 
 
-def _decoder_of(tokenizer: Any, request: Request) -> Decode:
-    skip = request.options.skip_special_tokens
-
+def _decoder_of(tokenizer: Any, *, skip_special_tokens: bool) -> Decode:
     def decode(ids: list[int]) -> str:
-        return str(tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False))
+        return str(tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False))
 
     return decode
