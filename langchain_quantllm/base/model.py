@@ -18,6 +18,7 @@ from pydantic import PrivateAttr, model_validator
 from typing_extensions import Self
 
 from langchain_quantllm.base.fields import ModelFields
+from langchain_quantllm.engine.process import check_process
 from langchain_quantllm.engine.request import Engine, EngineInfo, Request, TokenMask, plan_requests
 from langchain_quantllm.engine.selection import Engines
 from langchain_quantllm.engine.stream import ChunkStream
@@ -112,7 +113,11 @@ class QuantizedModel(ModelFields):
 
         Instances that share the model lose it too, and load it again when they are called. The weights of a pipeline
         of your own stay in memory: only the engine over it ends.
+
+        Raises:
+            UnsupportedError: If this process was forked off the one that loaded it.
         """
+        check_process()
         model, self._model = self._model, None
         if model is not None:
             model.close()
@@ -124,6 +129,7 @@ class QuantizedModel(ModelFields):
 
     def _loaded(self) -> LoadedModel:
         """Return the model, loaded if it is not."""
+        check_process()
         model = self._model
         if model is None or model.closed:
             if self.own_pipeline is not None:

@@ -15,7 +15,9 @@ import torch
 from langchain_quantllm.engine.adapter_switch import AdapterSwitch
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS, BlockManager
 from langchain_quantllm.engine.build import EngineParts
+from langchain_quantllm.engine.clean_thread import in_clean_thread
 from langchain_quantllm.engine.detokenizer import Completion, begin_completions
+from langchain_quantllm.engine.failures import request_failure, run_failure
 from langchain_quantllm.engine.fusion.fuse import Fusion
 from langchain_quantllm.engine.generate import NAN_LOGITS, limits_of
 from langchain_quantllm.engine.kv_cache import resident_bytes, spoiled_blocks
@@ -26,7 +28,7 @@ from langchain_quantllm.engine.scheduler import Scheduler, Step, split_step
 from langchain_quantllm.engine.sequence import SamplingInput, Sequence
 from langchain_quantllm.engine.staging import PendingForward
 from langchain_quantllm.engine.step_timing import time_step
-from langchain_quantllm.engine.stream import ChunkStream, TokenLogprob, fail_streams
+from langchain_quantllm.engine.stream import ChunkStream, token_logprob
 from langchain_quantllm.engine.worker import UNLOADED, Worker
 from langchain_quantllm.errors import GenerationError, NotEnoughMemoryError
 from langchain_quantllm.memory import check_cache_budget
@@ -83,8 +85,12 @@ class ContinuousEngine:
         self.peak_cache_tokens = 0
         self._prefix_ids: dict[tuple[int, str | None], int] = {}  # before the first blocks, by adapter and salt
         self._samples_prefix_id: int | None = None
+        self._pending: list[PendingTokens] = []
+        """Tokens in flight; on a CPU there are none between two steps."""
+        self._decodes_first = False
+        """Whether sequences have waited for a step of prompts, and decode before the next one."""
         self._reset_cache()
-        self._worker = Worker(self._run, gathers=False)
+        self._worker = Worker(self._run, self._recover, gathers=False)
 
     # The protocol.
 
@@ -130,7 +136,7 @@ class ContinuousEngine:
     def time_step(self, rows: int, position: int, repeats: int) -> float:
         """Time the decode step by itself, without queue and text; only while nothing runs. See `step_timing`."""
         self._reset_cache()  # the blocks are overwritten
-        return time_step(self._runner, rows, position, repeats)
+        return in_clean_thread(time_step)(self._runner, rows, position, repeats)
 
     def close(self) -> None:
         """Cancel all requests and release the model and the KV cache."""
@@ -142,47 +148,45 @@ class ContinuousEngine:
     # The loop.
 
     def _run(self, waiting: deque[Completion]) -> None:
-        """Run requests until there are none left; more may join all the while."""
-        try:
-            pending: list[PendingTokens] = []
-            while True:
-                # 1. Take new requests, and drop cancelled ones.
-                self._take(waiting)
-                # 2. Plan the next step: which sequences decode, and which tokens of prompts run beside them.
-                plan = self._scheduler.plan()
-                self.peak_cache_tokens = max(self.peak_cache_tokens, self._blocks.held * BLOCK_TOKENS)
-                if plan is None and not pending:
-                    if not self._rests():
-                        break
-                    continue
-                # 3. Enqueue its forward.
-                forwards = [] if plan is None else self._launch(plan)
-                if self._runner.is_asynchronous:
-                    # 4. While the device runs it, turn the tokens of the step before into text.
-                    self._deliver(pending)
-                    # 5. Enqueue the sampling of the next tokens.
-                    pending = self._sample(forwards)
-                else:
-                    self._deliver(self._sample(forwards))
-            self._check_idle()
-        except Exception as error:
-            self._fail_all(error)
+        """Run requests until there are none left; more may join all the while. For what is raised, see `Worker`."""
+        self._pending = []
+        self._decodes_first = False
+        while True:
+            # 1. Take new requests, and drop cancelled ones.
+            self._take(waiting)
+            # 2. Plan the next step: which sequences decode, and which tokens of prompts run.
+            plan = self._scheduler.plan(mixes=not self._runner.captures, decodes_first=self._decodes_first)
+            self.peak_cache_tokens = max(self.peak_cache_tokens, self._blocks.held * BLOCK_TOKENS)
+            if plan is None and not self._pending:
+                if not self._rests():
+                    break
+                continue
+            # 3. Enqueue its forward; a long one of prompts with decode steps of other sequences between its layers.
+            forwards = [] if plan is None else self._launch(plan)
+            if self._runner.is_asynchronous:
+                # 4. While the device runs it, turn the tokens of the step before into text.
+                self._deliver(self._pending)
+                # 5. Enqueue the sampling of the next tokens.
+                self._pending = self._sample(forwards)
+            else:
+                self._deliver(self._sample(forwards))
+        self._check_idle()
+
+    def _drop_stopped(self, beside: Step | None = None) -> None:
+        """Drop sequences whose stream was closed or whose time is over, but none that `beside` runs."""
+        runs = () if beside is None else {chunk.sequence for chunk in beside.chunks}
+        for sequence in self._scheduler.sequences:
+            if sequence.completion.stream.should_stop() and sequence not in runs:
+                self._drop(sequence)
 
     def _take(self, waiting: deque[Completion]) -> None:
-        for sequence in self._scheduler.sequences:
-            if sequence.completion.stream.cancelled:
-                self._drop(sequence)
+        self._drop_stopped()
         # Taken off the queue first: all that had changed when they were submitted is seen now.
         arrived = [waiting.popleft() for _ in range(len(waiting))]
-        try:
-            if arrived and self._parts.model_changed():
-                self._rebuild()
-        except Exception as error:
-            report = GenerationError(f"the model failed while its changes were taken over: {error!r}")
-            fail_streams({completion.stream for completion in arrived}, report, error)
-            raise
+        if arrived and self._parts.model_changed():
+            self._rebuild()
         for completion in arrived:
-            if completion.stream.cancelled:
+            if completion.stream.should_stop():
                 continue
             if self._parts.refusal is not None:
                 completion.stream.fail(GenerationError(self._parts.refusal))
@@ -191,8 +195,8 @@ class ContinuousEngine:
                 adapter = self._adapter_number(completion.request)
                 prefix_id = self._first_prefix_id(completion.request, adapter)
                 sequence = Sequence(completion, prefix_id=prefix_id, adapter=adapter)
-            except Exception as error:  # of the request's own mask
-                completion.stream.fail(_failure(error))
+            except BaseException as error:  # of the request's own mask
+                completion.stream.fail(request_failure(error))
                 continue
             self._scheduler.add(sequence)
 
@@ -244,8 +248,10 @@ class ContinuousEngine:
     def _run_step(self, step: Step, sampling: dict[Sequence, SamplingInput]) -> list[PendingForward]:
         """Run a step; in smaller ones if the device has no room for all of its prompts' tokens."""
         tokens = sum(chunk.count for chunk in step.chunks)
+        between = self._decode_between(step, tokens)
+        self._decodes_first = bool(tokens) and between is None
         try:
-            return [self._runner.run(step, [sampling[sequence] for sequence in step.sampled])]
+            return [self._runner.run(step, [sampling[sequence] for sequence in step.sampled], between)]
         except torch.OutOfMemoryError:
             if tokens <= _LEAST_CHUNK:
                 raise
@@ -257,6 +263,32 @@ class ContinuousEngine:
         self._step_tokens = (min(half, alone), min(half, beside))
         self._scheduler.step_tokens, self._scheduler.step_tokens_while_decoding = self._step_tokens
         return [forward for part in split_step(step, half) for forward in self._run_step(part, sampling)]
+
+    def _decode_between(self, step: Step, tokens: int) -> abc.Callable[[int], None] | None:
+        """Return the hook that decodes between the layers of a long step of prompts; None if nothing is to decode.
+
+        Between two decode steps lies the work of some `step_tokens_while_decoding` tokens of prompts.
+        """
+        parts = tokens / self._step_tokens[1]
+        rows = [s for s in self._scheduler.running if s.decodes and not s.is_complete]
+        if parts <= 1.5 or not rows or not self._runner.can_replay(len(rows)):
+            return None
+        layers_apart = max(1, round(len(self._parts.pools) / parts))
+
+        def decode(layer: int) -> None:
+            if layer % layers_apart == 0:
+                self._decode_beside(step)
+
+        return decode
+
+    def _decode_beside(self, running: Step) -> None:
+        """Run a decode step in the middle of a step of prompts, whose sequences stay as they are."""
+        self._drop_stopped(beside=running)
+        self._deliver(self._pending)
+        self._pending = []
+        if (step := self._scheduler.plan_beside(running)) is not None:
+            sampling = [sequence.next_sampling_input() for sequence in step.sampled]
+            self._pending = self._sample([self._runner.run(step, sampling)])
 
     # Sampling.
 
@@ -280,7 +312,7 @@ class ContinuousEngine:
                 if sequence.mask.ended:
                     sequence.completion.stream.put(sequence.completion.finish("stop"))
                     self._drop(sequence)
-            except Exception as error:
+            except BaseException as error:  # of the request's own mask
                 bits[i] = -1
                 self._fail(sequence, error)
         return bits
@@ -309,8 +341,8 @@ class ContinuousEngine:
         try:
             if sequence.mask is not None:
                 sequence.mask.accept(token_id)
-            chunk = completion.push(token_id, _token_logprob(sequence.request, token_id, logprob))
-        except Exception as error:  # of the request's own mask, or of its tokenizer
+            chunk = completion.push(token_id, token_logprob(token_id, logprob, sequence.request.options.logprobs))
+        except BaseException as error:  # of the request's own mask, or of its tokenizer
             self._fail(sequence, error)
             return
         if chunk is not None:
@@ -322,26 +354,25 @@ class ContinuousEngine:
         sequence.has_ended = True
         self._scheduler.remove(sequence)
 
-    def _fail(self, sequence: Sequence, error: Exception) -> None:
-        sequence.completion.stream.fail(_failure(error))
+    def _fail(self, sequence: Sequence, error: BaseException) -> None:
+        sequence.completion.stream.fail(request_failure(error))
         self._drop(sequence)
 
     # Failures and changes.
 
-    def _fail_all(self, error: Exception) -> None:
-        """Fail all sequences with the cause, and begin anew for later requests."""
-        sequences = self._scheduler.sequences
-        report: Exception = GenerationError(f"the model failed while generating: {error!r}")
-        if isinstance(error, torch.OutOfMemoryError):
-            report = NotEnoughMemoryError(
-                f"the device ran out of memory with {len(sequences)} rows; lower batch_size or kv_cache_memory, or "
-                "load the model in fewer bits."
-            )
-        fail_streams({sequence.completion.stream for sequence in sequences}, report, error)
+    def _recover(self, error: BaseException) -> Exception:
+        """Drop all sequences and begin anew after a failure; returns the error for the sequences' requests."""
+        rows = len(self._scheduler.sequences)
         self._reset_cache()
         self._runner.drop_graphs()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        if not isinstance(error, torch.OutOfMemoryError):
+            return run_failure(error)
+        return NotEnoughMemoryError(
+            f"the device ran out of memory with {rows} rows; lower batch_size or kv_cache_memory, or load the model in "
+            "fewer bits."
+        )
 
     def _reset_cache(self) -> None:
         """Forget the content of all blocks."""
@@ -365,22 +396,3 @@ class ContinuousEngine:
         if self._parts.refusal is not None:
             for sequence in self._scheduler.sequences:
                 self._fail(sequence, GenerationError(self._parts.refusal))
-
-
-def _failure(error: Exception) -> Exception:
-    """Wrap an error of a request as one of this package's, with the error as its cause."""
-    if isinstance(error, GenerationError):
-        return error
-    failure = GenerationError(f"this request failed while generating: {error!r}")
-    failure.__cause__ = error
-    return failure
-
-
-def _token_logprob(
-    request: Request, token_id: int, found: tuple[float, list[int], list[float]] | None
-) -> TokenLogprob | None:
-    wanted = request.options.logprobs
-    if wanted is None or found is None:
-        return None
-    chosen, ids, logprobs = found
-    return TokenLogprob(token_id=token_id, logprob=chosen, top=tuple(zip(ids, logprobs, strict=True))[:wanted])

@@ -6,8 +6,9 @@ one batch runs to its end before the next one starts. Knows transformers and ten
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,9 +23,10 @@ from transformers import (
 
 from langchain_quantllm.engine.adapter_switch import AdapterSwitch
 from langchain_quantllm.engine.detokenizer import Completion, begin_completions
+from langchain_quantllm.engine.failures import request_failure, run_failure
 from langchain_quantllm.engine.generate_sampler import RowSampler
 from langchain_quantllm.engine.request import EngineInfo, ModelLimits, Request, check_queue
-from langchain_quantllm.engine.stream import Chunk, ChunkStream, TokenLogprob, fail_streams
+from langchain_quantllm.engine.stream import Chunk, ChunkStream, TokenLogprob
 from langchain_quantllm.engine.worker import UNLOADED, Worker
 from langchain_quantllm.errors import GenerationError, NotEnoughMemoryError
 from langchain_quantllm.memory import release_heap
@@ -57,7 +59,7 @@ class GenerateEngine:
         self.info = EngineInfo(name="pipeline", reason=reason)
         self.limits = limits_of(self._model, self._tokenizer)
         self.peak_cache_tokens = 0
-        self._worker = Worker(self._run)
+        self._worker = Worker(self._run, self._recover)
 
     def submit(
         self,
@@ -82,7 +84,7 @@ class GenerateEngine:
         self._pipeline = self._model = self._tokenizer = self._adapters = None
 
     def _run(self, waiting: deque[Completion]) -> None:
-        """Take the requests that can run together off the queue and run them to their end."""
+        """Run requests that can run together to their end. For what is raised, see `Worker`."""
         batch = _Batch(_take_batch(waiting))
         if not batch.rows:
             return
@@ -93,13 +95,15 @@ class GenerateEngine:
                 with self._adapters.chosen(batch.first.options.adapter):
                     self._generate(batch)
         except torch.OutOfMemoryError as error:
-            batch.fail(NotEnoughMemoryError(_out_of_memory(batch.rows)), error)
-        except GenerationError as error:
-            batch.fail(error, error.__cause__)
-        except Exception as error:
-            batch.fail(GenerationError(f"the model failed while generating: {error!r}"), error)
+            raise NotEnoughMemoryError(_out_of_memory(batch.rows)) from error
         finally:
             batch.send_last()
+
+    def _recover(self, error: BaseException) -> Exception:
+        """Release the memory of a failed batch; returns the error for its requests."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return run_failure(error)
 
     def _generate(self, batch: _Batch) -> None:
         if _is_whole(batch.first):
@@ -123,7 +127,7 @@ class GenerateEngine:
             [_Take(steps)],
         )
         for row in batch.rows:  # ended by an option of transformers' own, such as max_time
-            if row.finish_reason is None and not row.stream.cancelled:
+            if _is_open(row):
                 batch.send(row, row.finish("length"))
 
     def _generate_whole(self, batch: _Batch) -> None:
@@ -210,12 +214,6 @@ class _Batch:
             row, chunk = self._last
             row.stream.put(chunk)
 
-    def fail(self, error: Exception, cause: BaseException | None) -> None:
-        """Fail all rows that have not ended."""
-        fail_streams([row.stream for row in self.rows if row.finish_reason is None], error, cause)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
 
 class _Steps:
     """The steps of one `generate`: samples each row's token, then appends it."""
@@ -223,12 +221,14 @@ class _Steps:
     def __init__(self, batch: _Batch, engine: GenerateEngine) -> None:
         self._batch = batch
         self._engine = engine
-        self._samplers = [RowSampler(row.request) for row in batch.rows]
+        self._samplers: list[RowSampler | None] = [None] * len(batch.rows)
         self._logprobs: list[TokenLogprob | None] = [None] * len(batch.rows)
         # Plain greedy rows need the best score only, which `generate` takes by itself.
         self._plain = all(_is_plain(row.request) for row in batch.rows)
-        for row in batch.rows:
+        for i, row in enumerate(batch.rows):
             row.start()
+            with _fails_alone(row):
+                self._samplers[i] = RowSampler(row.request)
 
     def sample(self, scores: torch.Tensor) -> torch.Tensor:
         """Return scores, of shape `(rows, vocab)`, whose best are the sampled tokens."""
@@ -240,10 +240,12 @@ class _Steps:
         chosen = torch.full_like(scores, -torch.inf)
         for i, row in enumerate(self._batch.rows):
             token_id = 0
-            if row.finish_reason is None and not row.stream.cancelled:
-                token_id, self._logprobs[i] = self._samplers[i].sample(scores[i], row.token_ids)
-                if self._samplers[i].ended:
-                    self._batch.send(row, row.finish("stop"))
+            sampler = self._samplers[i]
+            if sampler is not None and _is_open(row):
+                with _fails_alone(row):
+                    token_id, self._logprobs[i] = sampler.sample(scores[i], row.token_ids)
+                    if sampler.ended:
+                        self._batch.send(row, row.finish("stop"))
             chosen[i, token_id] = 0.0
         return chosen
 
@@ -252,10 +254,25 @@ class _Steps:
         self._engine.note_cache(input_ids.numel())
         rows = self._batch.rows
         for row, token_id, logprob in zip(rows, input_ids[:, -1].tolist(), self._logprobs, strict=True):
-            if row.finish_reason is None and not row.stream.cancelled and (chunk := row.push(token_id, logprob)):
-                self._batch.send(row, chunk)
-        ended = [row.finish_reason is not None or row.stream.cancelled for row in rows]
+            if _is_open(row):
+                with _fails_alone(row):
+                    if chunk := row.push(token_id, logprob):
+                        self._batch.send(row, chunk)
+        ended = [row.finish_reason is not None or row.stream.should_stop() for row in rows]
         return torch.tensor(ended, device=input_ids.device)
+
+
+def _is_open(row: Completion) -> bool:
+    return row.finish_reason is None and not row.stream.cancelled
+
+
+@contextlib.contextmanager
+def _fails_alone(row: Completion) -> Iterator[None]:
+    """Fail a row with what its own mask or tokenizer raises; the other rows go on."""
+    try:
+        yield
+    except BaseException as error:
+        row.stream.fail(request_failure(error))
 
 
 class _CompleteConfig(GenerationConfig):  # type: ignore[misc]  # transformers is not typed
@@ -293,7 +310,7 @@ class _StopWhenCancelled(StoppingCriteria):  # type: ignore[misc]  # transformer
         self._stream = stream
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), self._stream.cancelled, device=input_ids.device)
+        return torch.full((len(input_ids),), self._stream.should_stop(), device=input_ids.device)
 
 
 def _is_whole(request: Request) -> bool:
@@ -333,7 +350,7 @@ def _take_batch(waiting: deque[Completion]) -> list[Completion]:
     passed: list[Completion] = []
     rows = [waiting.popleft() for _ in range(len(waiting))]
     for row in sorted(rows, key=lambda row: row.request.options.priority):
-        if row.stream.cancelled:
+        if row.stream.should_stop():
             continue
         requests = [row.request] if not batch else [row.request, batch[0].request]
         if not batch or (

@@ -52,9 +52,9 @@ class RowSampler:
         if options.repetition_penalty != 1.0:
             _penalize(logits, [*self._request.prompt_ids, *token_ids], options.repetition_penalty)
         if self._mask is not None:
-            bits = torch.full((1, -(-len(logits) // 32)), -1, dtype=torch.int32)
+            bits = torch.full((1, -(-len(logits) // 32)), -1, dtype=torch.int32, device="cpu")
             if self._mask.fill(bits):
-                allowed = (bits[0, :, None] >> torch.arange(32, dtype=torch.int32)) & 1
+                allowed = (bits[0, :, None] >> torch.arange(32, dtype=torch.int32, device="cpu")) & 1
                 logits[(allowed.flatten()[: len(logits)] == 0).to(logits.device)] = -torch.inf
         if not options.do_sample:
             token_id = int(logits.argmax())

@@ -82,7 +82,7 @@ class BatchSampler:
         self._device = device
         self.last_ids = torch.zeros(slots + 1, dtype=torch.long, device=device)
         """The last token of each sequence, of shape `(slots + 1,)`: the input of its next step."""
-        self._parameters = torch.tensor([self._row()] * (slots + 1), device=device)
+        self._parameters = torch.tensor([self._row()] * (slots + 1), dtype=torch.float32, device=device)
         """The options of each sequence, in the order of `_row`."""
         self._end_ids = torch.zeros(slots + 1, _END_IDS, dtype=torch.long, device=device)
         self.version = 0

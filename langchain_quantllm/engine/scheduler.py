@@ -138,28 +138,53 @@ class Scheduler:
         else:
             self._unqueue(sequence)
 
-    def plan(self) -> Step | None:
+    def plan(self, *, mixes: bool = True, decodes_first: bool = False) -> Step | None:
         """Choose the next step; None if nothing can run before pending tokens are known or unread text is read.
 
         The step counts as run: its tokens count as written and sampled from now on.
+
+        Args:
+            mixes: Let a step decode and read prompts; else it reads prompts, or decodes if there are none.
+            decodes_first: Of these two, decode if any sequence can.
         """
-        self._steps += 1
-        self._planned.clear()
-        self._resting = [sequence for sequence in self.running if sequence.is_unread]
-        decoding = sum(s.decodes and not s.is_complete and s not in self._resting for s in self.running)
+        self._begin_step()
+        step = Step([], [], [])
+        if decodes_first and not mixes:
+            self._plan_running({}, step)
+            if step.decoding:
+                return step
         budget = self.step_tokens
-        if decoding:
+        decoding = sum(s.decodes and not s.is_complete and s not in self._resting for s in self.running)
+        if decoding and mixes:
             most = self.step_tokens_while_decoding
             budget = max(most - decoding, most // _PROMPT_SHARE, 1)
-        step = Step([], [], [])
         for _ in range(_ROUNDS):  # prompts that find blocks to share leave some of their tokens to others
             chunks = len(step.chunks)
             self._refused.clear()
-            self._plan_running(self._grant(budget), step)
+            self._plan_running(self._grant(budget), step, decodes=mixes)
             budget -= sum(chunk.count for chunk in step.chunks[chunks:])
             if budget <= 0 or len(step.chunks) == chunks:
                 break
+        if not step.chunks and not mixes:
+            self._plan_running({}, step)
         return step if step.decoding or step.chunks else None
+
+    def plan_beside(self, running: Step) -> Step | None:
+        """Plan a step that only decodes, to be run in the middle of a step of prompts, whose sequences it leaves alone.
+
+        Returns:
+            The step; None if no other sequence can decode.
+        """
+        self._begin_step()
+        self._planned.update(chunk.sequence for chunk in running.chunks)
+        step = Step([], [], [])
+        self._plan_running({}, step)
+        return step if step.decoding else None
+
+    def _begin_step(self) -> None:
+        self._steps += 1
+        self._planned.clear()
+        self._resting = [sequence for sequence in self.running if sequence.is_unread]
 
     def push(self, sequence: Sequence, token_id: int) -> None:
         """Append a sampled token that the device has returned."""
@@ -248,7 +273,7 @@ class Scheduler:
 
     # The step.
 
-    def _plan_running(self, granted: abc.Mapping[Sequence, int], step: Step) -> None:
+    def _plan_running(self, granted: abc.Mapping[Sequence, int], step: Step, *, decodes: bool = True) -> None:
         """Plan decoding sequences and granted chunks, from old to young: the young give way."""
         for sequence in list(self.running):
             if sequence.slot < 0 or sequence in self._planned or sequence in self._resting:
@@ -257,7 +282,7 @@ class Scheduler:
                 if sequence in granted and (chunk := self._plan_chunk(sequence, granted[sequence])):
                     step.chunks.append(chunk)
                     self._planned.add(sequence)
-            elif not sequence.is_complete and self._reserve(sequence, sequence.written + 1):
+            elif decodes and not sequence.is_complete and self._reserve(sequence, sequence.written + 1):
                 step.decoding.append(sequence)
                 step.positions.append(sequence.written)
                 sequence.written += 1

@@ -5,11 +5,14 @@ Owns the engines over one loaded pipeline, each made when it is first needed. Kn
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from langchain_quantllm.engine.adapter_switch import AdapterSwitch
+from langchain_quantllm.engine.clean_thread import in_clean_thread
+from langchain_quantllm.engine.process import check_process
 from langchain_quantllm.engine.request import Engine
 from langchain_quantllm.errors import InvalidOptionError, NotEnoughMemoryError, UnsupportedError
 from langchain_quantllm.options import GenerationOptions, needs_generate
@@ -81,6 +84,7 @@ class Engines:
             UnsupportedError: If the fast engine is asked for and cannot run the model.
             InvalidOptionError: If it is asked for with images, or with options of transformers' `generate` only.
         """
+        check_process()
         option = None if options is None else needs_generate(options)
         with self._lock:
             if engine == "pipeline":
@@ -93,7 +97,7 @@ class Engines:
                 msg = f"{what} by the pipeline engine only; use engine='auto' or 'pipeline'."
                 raise InvalidOptionError(msg)
             if self._fast is None and self._no_fast_reason is None:
-                self._make_fast(kv_cache_memory, fuse=fuse)
+                self._fast, self._fusion, self._no_fast_reason = self._make_fast(kv_cache_memory, fuse=fuse)
             if self._fast is not None:
                 return self._fast
             reason = f"the fast engine cannot drive this model: {self._no_fast_reason}"
@@ -102,29 +106,34 @@ class Engines:
                 raise UnsupportedError(msg)
             return self._pipeline_engine(reason)
 
-    def _make_fast(self, kv_cache_memory: Any, *, fuse: bool) -> None:
+    @in_clean_thread
+    def _make_fast(
+        self, kv_cache_memory: Any, *, fuse: bool
+    ) -> tuple[ContinuousEngine | None, Fusion | None, str | None]:
+        """Make the fast engine; returns it with the fused steps that it uses, or the reason why there is none."""
         from langchain_quantllm.engine.continuous import ContinuousEngine
 
         fusion, reason = self._fuse() if fuse else (None, None)
         given = {"kv_cache_memory": kv_cache_memory, "adapters": self._switch}
-        try:
+        with contextlib.ExitStack() as unused:
+            if fusion is not None:
+                unused.callback(fusion.close)
             try:
-                self._fast = ContinuousEngine(self._pipeline, fusion=fusion, no_fusion_reason=reason, **given)
-                self._fusion = fusion
+                try:
+                    fast = ContinuousEngine(self._pipeline, fusion=fusion, no_fusion_reason=reason, **given)
+                except UnsupportedError as error:
+                    if fusion is None:
+                        raise
+                    fusion.close()
+                    return ContinuousEngine(self._pipeline, no_fusion_reason=str(error), **given), None, None
             except UnsupportedError as error:
-                if fusion is None:
+                return None, None, str(error)
+            except NotEnoughMemoryError as error:
+                if kv_cache_memory is not None:  # the user's own size is not there
                     raise
-                fusion.close()
-                self._fast = ContinuousEngine(self._pipeline, no_fusion_reason=str(error), **given)
-        except UnsupportedError as error:
-            self._no_fast_reason = str(error)
-        except NotEnoughMemoryError as error:
-            if kv_cache_memory is not None:  # the user's own size is not there
-                raise
-            self._no_fast_reason = str(error)
-        finally:
-            if fusion is not None and self._fusion is None:
-                fusion.close()
+                return None, None, str(error)
+            unused.pop_all()
+            return fast, fusion, None
 
     def _fuse(self) -> tuple[Fusion | None, str | None]:
         """Find the model's fused steps; returns None if there are none, with the reason if users should know it."""
@@ -160,7 +169,12 @@ class Engines:
         return self._plain
 
     def close(self) -> None:
-        """Cancel all requests and release the model."""
+        """Cancel all requests and release the model.
+
+        Raises:
+            UnsupportedError: If this process was forked off the one that loaded it.
+        """
+        check_process()
         with self._lock:
             engines, fusion = (self._fast, self._plain), self._fusion
             self._fast = self._plain = self._pipeline = self._switch = self._fusion = None

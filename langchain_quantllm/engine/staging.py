@@ -16,7 +16,7 @@ SLOT, POSITION, BLOCK_INDEX, BLOCK, UNIFORM, MAY_NOT_END = range(LINES)
 """Lines of a step's inputs; `BLOCK_INDEX` is the index of `BLOCK` among the sequence's blocks."""
 
 _LARGEST_UNIFORM = 1 - 2**-24  # below 1 in float32, too
-_BUFFERS = 4  # more than there are steps in flight: a copy has ended before its buffer is filled again
+_BUFFERS = 4
 
 
 def step_inputs(
@@ -53,17 +53,29 @@ def step_inputs(
 
 
 class StagingBuffers:
-    """Pinned int32 buffers of one shape, used in turn, so that copies to the GPU need not be waited for."""
+    """Pinned int32 buffers of one shape, used in turn, so that copies to the GPU need not be waited for.
+
+    The host may be many steps ahead of the GPU: steps of long prompts are not waited for. So a buffer's last copy is.
+    """
 
     def __init__(self, *shape: int) -> None:
         """Allocate them."""
         self._buffers = [torch.zeros(shape, dtype=torch.int32, pin_memory=True) for _ in range(_BUFFERS)]
+        self._copies: list[torch.cuda.Event | None] = [None] * _BUFFERS
         self._used = 0
 
     def next(self) -> torch.Tensor:
-        """Return the buffer whose turn it is, with old content."""
-        self._used += 1
-        return self._buffers[self._used % _BUFFERS]
+        """Return the buffer whose turn it is, with old content, once its last copy has ended."""
+        self._used = (self._used + 1) % _BUFFERS
+        if (copy := self._copies[self._used]) is not None:
+            copy.synchronize()
+        return self._buffers[self._used]
+
+    def copied(self) -> None:
+        """Note that a copy of the buffer was enqueued on the current stream."""
+        event = self._copies[self._used] or torch.cuda.Event()
+        event.record()
+        self._copies[self._used] = event
 
 
 @dataclass(frozen=True)

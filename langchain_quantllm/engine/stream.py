@@ -6,6 +6,7 @@ Owns the queue, the timeout and cancellation. Knows no model, no tensor and no t
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections import deque
@@ -14,10 +15,18 @@ from dataclasses import dataclass
 
 from typing_extensions import Self
 
+from langchain_quantllm.engine.process import check_process, is_forked
 from langchain_quantllm.errors import GenerationError, GenerationTimeoutError
+
+_log = logging.getLogger(__name__)
 
 MOST_UNREAD = 512
 """Chunks of a request, one for each token at most, that are computed ahead of the reader."""
+
+THREAD_ENDED = "the engine's thread has ended without an answer; call again."
+
+_WAIT_S = 1.0
+"""Longest wait at a time: Ctrl-C gets through on every platform, and the end of the engine's thread is noticed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +39,16 @@ class TokenLogprob:
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+
+
+def token_logprob(
+    token_id: int, found: tuple[float, list[int], list[float]] | None, wanted: int | None
+) -> TokenLogprob | None:
+    """Make the report of a token from its log probability, the likeliest tokens and theirs; `wanted` of them."""
+    if wanted is None or found is None:
+        return None
+    chosen, ids, logprobs = found
+    return TokenLogprob(token_id=token_id, logprob=chosen, top=tuple(zip(ids, logprobs, strict=True))[:wanted])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +100,11 @@ class ChunkStream:
         """Whether the stream is closed. Engines read it before each token."""
         self.is_full = False
         """Whether no more is to be computed before the reader has read half of what there is."""
+        self._resumes = False
         self.wake: Callable[[], None] | None = None
         """Wakes an engine that may rest: called when a full stream is read again, or closed."""
+        self.is_served: Callable[[], bool] = lambda: True
+        """Whether the thread that puts the chunks in is there; set by the engine when the requests are queued."""
 
     # The engine's side.
 
@@ -100,6 +122,17 @@ class ChunkStream:
         self.put(error)  # before it is closed: a reader of a closed stream without items raises a cancellation
         self.close()
 
+    @property
+    def expired(self) -> bool:
+        """Whether its timeout has passed."""
+        return self._deadline is not None and time.monotonic() >= self._deadline
+
+    def should_stop(self) -> bool:
+        """Whether the engine must stop the requests before their next token: closed, or expired, which ends it."""
+        if self.expired and not self.cancelled:
+            self.fail(self._timeout_error())
+        return self.cancelled
+
     def _wake(self, waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None) -> None:
         if waiter is None:
             return
@@ -114,17 +147,18 @@ class ChunkStream:
     def __iter__(self) -> Iterator[Chunk]:
         """Iterate over the chunks, blocking until the next one is there."""
         while self._open_rows:
+            check_process()
             with self._changed:
                 while not self._items:
                     self._check_open()
-                    # A bounded wait, so that Ctrl-C gets through on every platform.
-                    self._changed.wait(min(self._remaining_s(), 1.0))
+                    self._changed.wait(min(self._remaining_s(), _WAIT_S))
                 item = self._take()
             yield self._deliver(item)
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
         """Iterate over the chunks without blocking the event loop."""
         while self._open_rows:
+            check_process()
             loop = asyncio.get_running_loop()
             with self._changed:
                 item = self._take() if self._items else None
@@ -133,7 +167,7 @@ class ChunkStream:
                     future: asyncio.Future[None] = loop.create_future()
                     self._waiter = (loop, future)
             if item is None:
-                await asyncio.wait([future], timeout=None if self._deadline is None else self._remaining_s())
+                await asyncio.wait([future], timeout=min(self._remaining_s(), _WAIT_S))
                 if not future.done():
                     self._remaining_s()
                 continue
@@ -143,8 +177,7 @@ class ChunkStream:
         item = self._items.popleft()
         if self.is_full and len(self._items) <= self._most_unread // 2:
             self.is_full = False
-            if self.wake is not None:
-                self.wake()
+            self._resumes = True
         return item
 
     def _remaining_s(self) -> float:
@@ -153,14 +186,18 @@ class ChunkStream:
         remaining = self._deadline - time.monotonic()
         if remaining <= 0:
             self.close()
-            msg = (
-                f"the model did not finish within timeout={self._timeout_s:g} seconds; raise it or ask for fewer "
-                "tokens."
-            )
-            raise GenerationTimeoutError(msg)
+            raise self._timeout_error()
         return remaining
 
+    def _timeout_error(self) -> GenerationTimeoutError:
+        return GenerationTimeoutError(
+            f"the model did not finish within timeout={self._timeout_s:g} seconds; raise it or ask for fewer tokens."
+        )
+
     def _deliver(self, item: Chunk | BaseException) -> Chunk:
+        if self._resumes:
+            self._resumes = False
+            self._wake_engine()
         if isinstance(item, BaseException):
             self._open_rows = 0
             self.close()
@@ -175,16 +212,27 @@ class ChunkStream:
         if self.cancelled:
             msg = "the request was cancelled."
             raise GenerationError(msg)
+        if not self.is_served():
+            self.close()
+            raise GenerationError(THREAD_ENDED)
 
     def close(self) -> None:
         """Cancel the requests; a reader in another thread gets an error."""
+        if is_forked():  # another thread of the parent may have held the lock, for ever
+            self.cancelled = True
+            return
         with self._changed:
             self.cancelled = True
             waiter, self._waiter = self._waiter, None
             self._changed.notify_all()
-            if self.is_full and self.wake is not None:
-                self.wake()
         self._wake(waiter)
+        if self.is_full:
+            self._wake_engine()
+
+    def _wake_engine(self) -> None:
+        """Wake the engine; outside of the stream's lock, which the engine takes under its own."""
+        if self.wake is not None:
+            self.wake()
 
     def __enter__(self) -> Self:
         """Use the stream as a `with` block that closes it."""
@@ -201,8 +249,13 @@ def _set_done(future: asyncio.Future[None]) -> None:
 
 
 def fail_streams(streams: Iterable[ChunkStream], error: Exception, cause: BaseException | None) -> None:
-    """End streams with an error and its cause: a copy for each, as each reader adds its own traceback."""
+    """End streams that are open with an error and its cause: a copy for each, as each reader adds its own traceback."""
     for stream in set(streams):
+        if stream.cancelled:
+            continue
         failure = type(error)(*error.args)
         failure.__cause__ = cause
-        stream.fail(failure)
+        try:
+            stream.fail(failure)
+        except Exception:  # of its reader's event loop; the other readers must get their errors
+            _log.exception("a reader could not be told that its request failed")

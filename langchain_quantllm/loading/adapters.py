@@ -27,7 +27,7 @@ from langchain_quantllm.loading.checkpoint import Checkpoint
 from langchain_quantllm.loading.hub import MissingFileError, Repository
 from langchain_quantllm.loading.sources import ADAPTER_CONFIG
 from langchain_quantllm.loading.spec import LoadSpec
-from langchain_quantllm.memory import MODEL_BUILD_LOCK
+from langchain_quantllm.memory import model_build_lock
 from langchain_quantllm.memory.estimate import build_on_meta
 
 _WEIGHTS, _PICKLE = "adapter_model.safetensors", "adapter_model.bin"
@@ -238,7 +238,7 @@ def load_adapters(model: Any, adapters: Sequence[Adapter], spec: LoadSpec) -> No
 def _load(model: Any, adapter: Adapter) -> None:
     try:
         # transformers' report lists adapters loaded earlier as newly initialized, so it is silenced.
-        with MODEL_BUILD_LOCK, quiet_logger(PEFT_LOGGER), warnings.catch_warnings():
+        with model_build_lock(), quiet_logger(PEFT_LOGGER), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             info = model.load_adapter(
                 str(adapter.folder),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from langchain_quantllm.compat.transformers_pipelines import options_of
+from langchain_quantllm.engine.clean_thread import in_clean_thread
 from langchain_quantllm.engine.worker import UNLOADED
 from langchain_quantllm.errors import GenerationError
 from langchain_quantllm.loading.processors import process
@@ -52,7 +53,7 @@ def prompt_inputs(
         return token_ids(model, prompt, add_special_tokens=add_special_tokens), None
     processor = require_pipeline(model).processor
     with model.lock:  # the processor uses the same tokenizer
-        return process(processor, prompt, images, add_special_tokens=add_special_tokens)
+        return in_clean_thread(process)(processor, prompt, images, add_special_tokens=add_special_tokens)
 
 
 def stop_token_ids(tokenizer: Any, stop: Sequence[str]) -> tuple[int, ...]:

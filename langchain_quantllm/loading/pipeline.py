@@ -28,7 +28,7 @@ from langchain_quantllm.loading.devices import devices_named, release_memory
 from langchain_quantllm.loading.hub import hub_options
 from langchain_quantllm.loading.processors import load_processor
 from langchain_quantllm.loading.spec import LoadSpec
-from langchain_quantllm.memory import MODEL_BUILD_LOCK
+from langchain_quantllm.memory import model_build_lock
 
 
 def load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: Any, device_map: Any) -> Any:
@@ -68,7 +68,7 @@ def load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: A
             raise
         tokenizer = _load_tokenizer(spec, checkpoint) if processor is None else processor.tokenizer
         auto_class = AutoModelForCausalLM if processor is None else AutoModelForImageTextToText
-        with MODEL_BUILD_LOCK, _loading_errors(spec, checkpoint.source):
+        with model_build_lock(), _loading_errors(spec, checkpoint.source):
             model, info = auto_class.from_pretrained(
                 checkpoint.source,
                 config=checkpoint.config,

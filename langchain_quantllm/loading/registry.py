@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import sys
 import threading
 import uuid
@@ -22,6 +23,8 @@ from langchain_quantllm.compat.gptqmodel import uncompile_gptq_model
 from langchain_quantllm.compat.gptqmodel_import import gptqmodel_imported
 from langchain_quantllm.compat.library_logging import without_torchao
 from langchain_quantllm.compat.packages import check_packages, label_of
+from langchain_quantllm.engine.clean_thread import in_clean_thread
+from langchain_quantllm.engine.process import check_process, note_loading
 from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.loading.adapters import check_adapters_fit, find_adapters, load_adapters
 from langchain_quantllm.loading.checkpoint import Checkpoint, check_attention, find_checkpoint, find_source, reconcile
@@ -148,7 +151,12 @@ class LoadedModel:
         ).summary()
 
     def close(self) -> None:
-        """Stop the engines and release the weights; instances that share the model load it again at their next call."""
+        """Stop the engines and release the weights; instances that share the model load it again at their next call.
+
+        Raises:
+            UnsupportedError: If this process was forked off the one that loaded it.
+        """
+        check_process()
         with self.lock:
             engines, self.engines = self.engines, None
             self.pipeline = None
@@ -179,6 +187,18 @@ class _Handle:
 
 
 _lock = threading.Lock()
+"""Lock of the tables of handles."""
+
+
+def _renew_lock() -> None:
+    """Make the lock anew in a forked process: another thread of the parent may have held it, for ever."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
 _handles: weakref.WeakValueDictionary[str, _Handle] = weakref.WeakValueDictionary()
 """Handles of models that this package loads, by `LoadSpec.key`. The loading thread and then the model hold a handle."""
 
@@ -194,6 +214,7 @@ def get_or_load(spec: LoadSpec) -> LoadedModel:
     Raises:
         QuantLLMError: As `load` raises it.
     """
+    note_loading()
     source = None
     if "torch" not in sys.modules:  # nothing is loaded yet, and importing torch takes seconds
         source = find_source(spec)
@@ -214,7 +235,11 @@ def wrap_pipeline(pipeline: Any) -> LoadedModel:
 
     Args:
         pipeline: A loaded transformers pipeline; it is not changed.
+
+    Raises:
+        UnsupportedError: If this process was forked off one with models.
     """
+    note_loading()
 
     def wrap() -> LoadedModel:
         config = getattr(pipeline.model.config, "quantization_config", None)
@@ -230,6 +255,7 @@ def _pipeline_handle(pipeline: Any) -> _Handle:
         return _pipeline_handles.setdefault(pipeline, _Handle())
 
 
+@in_clean_thread
 def load(spec: LoadSpec, source: str | None = None) -> LoadedModel:
     """Load a checkpoint into a new pipeline.
 
@@ -247,6 +273,7 @@ def load(spec: LoadSpec, source: str | None = None) -> LoadedModel:
         UnsupportedError: If this machine cannot run it.
         NotEnoughMemoryError: If it does not fit.
     """
+    note_loading()
     source = find_source(spec) if source is None else source
     check_packages(spec.scheme)
     import_quietly()

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from langchain_quantllm.memory.budget import check_cache_budget, check_fits
 from langchain_quantllm.memory.display import format_bytes
-from langchain_quantllm.memory.estimate import MODEL_BUILD_LOCK, MemoryEstimate, estimate_config
+from langchain_quantllm.memory.estimate import MemoryEstimate, estimate_config, model_build_lock
 from langchain_quantllm.memory.measure import (
     AcceleratorReading,
     CpuReading,
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     estimate_memory: Callable[..., MemoryEstimate]
 
 __all__ = [
-    "MODEL_BUILD_LOCK",
     "AcceleratorReading",
     "CpuReading",
     "MemoryEstimate",
@@ -38,6 +37,7 @@ __all__ = [
     "estimate_memory",
     "format_bytes",
     "memory_notes",
+    "model_build_lock",
     "release_heap",
     "take_snapshot",
     "track_memory",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -39,8 +40,22 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-MODEL_BUILD_LOCK = threading.RLock()
-"""Lock for building a model of transformers, which swaps methods and torch's defaults in the whole process."""
+_build_lock = threading.RLock()
+
+
+def model_build_lock() -> threading.RLock:
+    """Return the lock for building a model of transformers, which swaps torch's defaults in the whole process."""
+    return _build_lock
+
+
+def _renew_build_lock() -> None:
+    """Make the lock anew in a forked process: another thread of the parent may have held it, for ever."""
+    global _build_lock
+    _build_lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_build_lock)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +235,7 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_cod
     if not config.is_encoder_decoder and has_image_text_to_text(config.model_type):
         auto_class = AutoModelForImageTextToText
     try:
-        with MODEL_BUILD_LOCK, torch.device("meta"):
+        with model_build_lock(), torch.device("meta"):
             # eager attention: a config that asks for a kernel that is not installed can still be estimated
             return auto_class.from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation="eager"

@@ -13,6 +13,7 @@ from typing import Any
 from langchain_quantllm.compat.bitsandbytes import import_quietly
 from langchain_quantllm.compat.library_logging import without_torchao
 from langchain_quantllm.compat.packages import check_packages, label_of
+from langchain_quantllm.engine.clean_thread import in_clean_thread
 from langchain_quantllm.errors import CheckpointError, InvalidOptionError, UnsupportedError, first_line
 from langchain_quantllm.loading.checkpoint import Checkpoint, find_checkpoint, find_source, reads_text
 from langchain_quantllm.loading.devices import default_device_map, release_memory
@@ -51,6 +52,7 @@ class QuantizedCheckpoint:
     resumed_blocks: int = 0
 
 
+@in_clean_thread
 def quantize(
     model_id: str | os.PathLike[str],
     scheme: str | Mapping[str, Any] | Scheme,
@@ -88,7 +90,7 @@ def quantize(
         device: Device that computes: `"cpu"`, `"cuda"`, `"cuda:1"`; None is the first accelerator, else the CPU.
         dtype: Dtype of the unquantized part; `"auto"` is the checkpoint's, but float16 in place of float32.
         overwrite: Replace an output that is there, and blocks of another run beside it.
-        report: Called after each block of GPTQ.
+        report: Called after each block of GPTQ, in the thread that quantizes.
         progress: Show progress bars of loading and writing.
         revision: Branch, tag or commit.
         token: Access token of the Hub.
@@ -206,7 +208,7 @@ def _usable_device(device: str | None) -> str:
         first = str(next(iter(default_device_map(LoadSpec(model_id="any")).values())))
         device = f"cuda:{first}" if first.isdigit() else first
     try:
-        torch.empty(1, device=device)
+        torch.empty(1, dtype=torch.uint8, device=device)
     except (RuntimeError, AssertionError) as error:
         msg = f"device={device!r} cannot be used here ({first_line(error)}); use 'cpu'."
         raise UnsupportedError(msg) from error

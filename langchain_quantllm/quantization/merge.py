@@ -21,6 +21,7 @@ from langchain_quantllm.compat.transformers_quantizers import (
     forget_quantization,
     was_quantized,
 )
+from langchain_quantllm.engine.clean_thread import in_clean_thread
 from langchain_quantllm.errors import CheckpointError, UnsupportedError, first_line
 from langchain_quantllm.loading.adapters import Adapter, check_adapters_fit, find_adapters
 from langchain_quantllm.loading.checkpoint import find_checkpoint, find_source
@@ -41,6 +42,7 @@ _TOLERANCE, _TOLERANCE_16BIT = 1e-3, 0.1
 _SCALE_TOLERANCE = 0.02  # of the largest weight of a block: bfloat16 rounds to 1/256
 
 
+@in_clean_thread
 def merge_adapter(
     model_id: str,
     adapter: str,

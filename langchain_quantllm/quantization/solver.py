@@ -70,7 +70,7 @@ def solve(weight: torch.Tensor, statistics: InputStatistics | None, rounding: Ro
     group_size = in_features if rounding.group_size == -1 else rounding.group_size
     hessian = None if statistics is None or not statistics.rows else statistics.hessian
     order = torch.arange(in_features, device=weight.device)
-    importance = torch.ones(in_features, device=weight.device)
+    importance = torch.ones(in_features, dtype=torch.float32, device=weight.device)
     if hessian is not None:
         importance = hessian.diagonal().clone()
         order = torch.argsort(importance, descending=True, stable=True)
@@ -128,7 +128,7 @@ def _inverse_factors(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     mean = diagonal.mean().clamp(min=1e-12)
     # The column of an input that was always 0 is rounded to nearest.
     hessian = hessian + torch.diag((diagonal == 0).float() * mean)
-    unit = torch.eye(len(hessian), device=hessian.device)
+    unit = torch.eye(len(hessian), dtype=torch.float32, device=hessian.device)
     while True:
         lower, failed = torch.linalg.cholesky_ex(hessian + damping * mean * unit)
         if not failed:

@@ -86,9 +86,9 @@ class Vocabulary:
         """Pack token ids into a row of 32-bit words, one bit a token."""
         import torch
 
-        flags = torch.zeros(-(-len(self.tokens) // 32) * 32, dtype=torch.int64)
+        flags = torch.zeros(-(-len(self.tokens) // 32) * 32, dtype=torch.int64, device="cpu")
         flags[list(ids)] = 1
-        return (flags.view(1, -1, 32) << torch.arange(32)).sum(-1).to(torch.int32)
+        return (flags.view(1, -1, 32) << torch.arange(32, device="cpu")).sum(-1).to(torch.int32)
 
 
 _NO_UTF8 = re.compile(rb"[\xc0\xc1\xf5-\xff]|\xe0[\x80-\x9f]|\xed[\xa0-\xbf]|\xf0[\x80-\x8f]|\xf4[\x90-\xbf]")

@@ -293,7 +293,8 @@ def _kernels_for(home: torch.device) -> tuple[Any, Any]:
         from langchain_quantllm.kernels import norms
         from langchain_quantllm.kernels.linear import dispatch
 
-        norms.rms_norm(torch.ones(1, 16, device=home), torch.ones(16, device=home), 1e-6)
+        weight = torch.ones(16, dtype=torch.float32, device=home)
+        norms.rms_norm(weight[None], weight, 1e-6)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # not installed, or no compiler on this machine

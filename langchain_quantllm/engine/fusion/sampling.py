@@ -58,8 +58,8 @@ def samples_alike(kernel: Any, vocab_size: int, device: torch.device) -> bool:
         for options in _OPTIONS
     ]
     generator = torch.Generator().manual_seed(0)
-    logits = (_SPREAD * torch.randn(rows, vocab_size, generator=generator)).to(device)
-    uniforms = torch.rand(rows, generator=generator).to(device)
+    logits = (_SPREAD * torch.randn(rows, vocab_size, generator=generator, dtype=torch.float32)).to(device)
+    uniforms = torch.rand(rows, generator=generator, dtype=torch.float32).to(device)
     slots, may_not_end = torch.arange(rows, device=device), torch.zeros(rows, dtype=torch.bool, device=device)
     sampled = []
     for implementation in (None, kernel):

@@ -112,7 +112,7 @@ def gated_mlp_step(call: RecordedCall, kernels: Any) -> GatedMlpStep:
 
 
 def _activation_of(function: Callable[[torch.Tensor], Any], device: torch.device) -> str | None:
-    x = torch.linspace(-6, 6, 101, device=device)
+    x = torch.linspace(-6, 6, 101, dtype=torch.float32, device=device)
     output, one = function(x), torch.ones_like(x)
     for name in (reference.SILU, reference.GELU, reference.GELU_TANH):
         # The two kinds of GELU are 5e-4 apart.

@@ -200,8 +200,9 @@ class Echo:
         self.threads: set[str] = set()
         self.hold = threading.Event()
         self.hold.set()
-        self.error: Exception | None = None
-        self.worker = Worker(self.run)
+        self.error: BaseException | None = None
+        self.recovered: list[BaseException] = []
+        self.worker = Worker(self.run, self.recover)
 
     def run(self, waiting: deque[Completion]) -> None:
         self.threads.add(threading.current_thread().name)
@@ -213,6 +214,10 @@ class Echo:
             completion = waiting.popleft()
             if not completion.stream.cancelled:
                 completion.stream.put(completion.finish("stop"))
+
+    def recover(self, error: BaseException) -> Exception:
+        self.recovered.append(error)
+        return GenerationError(f"the engine failed: {error!r}")
 
     def submit(self, rows: int = 1) -> ChunkStream:
         stream = ChunkStream(rows)
