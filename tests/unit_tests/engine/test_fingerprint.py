@@ -7,6 +7,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import Parameter
@@ -62,8 +63,15 @@ def negate_in_place(tensor: torch.Tensor) -> None:
         tensor.neg_()
 
 
+def negate_in_inference_mode(tensor: torch.Tensor) -> None:
+    with torch.inference_mode():
+        tensor.neg_()
+
+
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "a weight in place": lambda model: negate_in_place(projection(model).weight),
+    "a weight in inference mode": lambda model: negate_in_inference_mode(projection(model).weight),
+    "a detached weight": lambda model: projection(model).weight.detach().neg_(),
     "a weight's data": lambda model: setattr(projection(model).weight, "data", -projection(model).weight.data),
     "another weight": lambda model: setattr(projection(model), "weight", Parameter(-projection(model).weight)),
     "a weight twice": replace_twice,
@@ -84,6 +92,14 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "the attention": lambda model: model.set_attn_implementation("eager"),
     "dropout": lambda model: model.train(),
 }
+
+
+UNSEEN: dict[str, Callable[[Any], Any]] = {
+    "a weight's data in place": lambda model: projection(model).weight.data.neg_(),
+    "an array of NumPy": lambda model: np.negative(*[projection(model).weight.detach().numpy()] * 2),
+    "a norm's epsilon": lambda model: setattr(model.model.norm, "variance_epsilon", 3.0),
+}
+"""Changes that nothing counts; docs/engine.md names them."""
 
 
 class TestChanges:
@@ -176,6 +192,17 @@ class TestRequests:
         after = ids_after(llm, ids_of(40))
         assert after == generated_ids(llm.pipeline.model, ids_of(40), 12)
         assert after != before
+
+    @pytest.mark.parametrize("name", UNSEEN)
+    def test_a_change_that_is_not_seen_counts_after_unloading(self, make_tiny: MakeLLM, name: str) -> None:
+        llm = make_tiny()
+        model = llm.pipeline.model
+        assert ids_after(llm, ids_of(40)) == generated_ids(model, ids_of(40), 12)
+        before = fingerprint(model)
+        UNSEEN[name](model)
+        assert fingerprint(model) == before, "it is seen: say so in docs/engine.md"
+        llm.unload()
+        assert ids_after(llm, ids_of(40)) == generated_ids(model, ids_of(40), 12)
 
     def test_a_cap_that_the_config_holds_is_read_anew(self, tokenizer: Any) -> None:
         model = family_model(FAST["gemma2"])
