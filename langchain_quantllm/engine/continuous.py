@@ -191,10 +191,9 @@ class ContinuousEngine:
 
     def _rests(self) -> bool:
         """Wait if all sequences rest because their text is not read; False if there is none left."""
-        sequences = self._scheduler.sequences
-        if not sequences:
+        if not self._scheduler.sequences:
             return False
-        if not any(sequence.is_unread for sequence in sequences):
+        if not self._scheduler.has_unread:
             msg = "sequences are left that cannot run"
             raise RuntimeError(msg)
         self._worker.wait_for_change()

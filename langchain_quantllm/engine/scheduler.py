@@ -11,7 +11,10 @@ Every step decodes all sequences that can, and spends the rest of its tokens on 
 - A sequence that has to wait for room is passed by others that fit, for `PASSED_STEPS` steps at most. Then none behind
   it joins before it has.
 - An older sequence that needs a block takes it from the youngest, which is computed again later.
-- A sequence whose text is not read (see `ChunkStream.is_full`) rests; others may take its slot and its blocks.
+- A sequence whose text is not read (see `ChunkStream.is_full`) rests; others may take its slot, its blocks and its place
+  within its owner's limit. It holds up no other one, wherever it waits.
+- Of an owner with a limit, the oldest waiting sequences are considered, as many as its limit leaves places; of these too,
+  one without room is passed by those behind it.
 """
 
 from __future__ import annotations
@@ -103,7 +106,8 @@ class Scheduler:
         self._steps = 0
         # Of the step that is being planned:
         self._planned: set[Sequence] = set()
-        self._resting: list[Sequence] = []  # running sequences whose text is not read, from old to young
+        self._unread: set[Sequence] = set()  # sequences whose text is not read
+        self._resting: list[Sequence] = []  # of these, the running ones, from old to young
         self._refused: set[Sequence] = set()  # waiting sequences without room
 
     @property
@@ -120,6 +124,11 @@ class Scheduler:
     def free_slots(self) -> int:
         """How many more sequences could run, if there are blocks for them."""
         return len(self._slots)
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether the last plan left out sequences because their text is not read."""
+        return bool(self._unread)
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -145,7 +154,8 @@ class Scheduler:
         """
         self._steps += 1
         self._planned.clear()
-        self._resting = [sequence for sequence in self.running if sequence.is_unread]
+        self._unread = {sequence for sequence in self.sequences if sequence.is_unread}  # readers change it meanwhile
+        self._resting = [sequence for sequence in self.running if sequence in self._unread]
         decoding = sum(s.decodes and not s.is_complete and s not in self._resting for s in self.running)
         budget = self.step_tokens
         if decoding:
@@ -205,23 +215,32 @@ class Scheduler:
         running = [s for s in self.running if not s.decodes and s not in self._planned and s not in self._resting]
         if len(self._refused) >= _REFUSED:
             return running
-        rows = Counter(sequence.lane for sequence in self.running)
-        queues = [
-            itertools.islice(queue, None if lane.most is None else max(0, lane.most - rows[lane]))
-            for lane, queue in self._queues.items()
-        ]
+        rows = Counter(sequence.lane for sequence in self.running if sequence not in self._resting)
+        queues = [self._considered(queue, lane, rows[lane]) for lane, queue in self._queues.items()]
         joining = []
         for sequence in itertools.islice(heapq.merge(*queues, key=age), _LOOKED_AT):
-            if sequence not in self._refused and sequence.is_known and not sequence.is_unread:
+            if sequence not in self._refused:
                 joining.append(sequence)
             if sequence.blocked_since is not None and self._steps - sequence.blocked_since >= PASSED_STEPS:
                 break  # it has been passed long enough
         return sorted(running + joining, key=age)
 
+    def _considered(self, queue: abc.Iterable[Sequence], lane: Lane, rows: int) -> abc.Iterator[Sequence]:
+        """Iterate over the waiting sequences of a lane that could run, of which `rows` run: as many as have a place."""
+        for sequence in queue:
+            if lane.most is not None and rows >= lane.most:
+                return
+            if sequence.is_known and sequence not in self._unread:
+                yield sequence
+                rows += sequence not in self._refused
+
     def _admit(self, sequence: Sequence) -> bool:
         """Let a waiting sequence join if there are a slot and blocks for its tokens."""
         if not self._has_room(sequence, beside=self._resting):
             return False
+        lane = sequence.lane
+        if lane.most is not None and sum(other.lane == lane for other in self.running) >= lane.most:
+            self._preempt(next(other for other in reversed(self._resting) if other.lane == lane))
         while not self._has_room(sequence):
             if not self._resting:
                 return False

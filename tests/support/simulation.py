@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS, BlockManager
 from langchain_quantllm.engine.scheduler import PrefillChunk, Scheduler, Step, age
 from langchain_quantllm.engine.sequence import Sequence, bare_sequence
+from tests.support.promises import Watch
 
 VOCAB = 50
 
@@ -106,6 +107,8 @@ class Simulation:
         self.steps: list[Step | None] = []
         self.on_way: list[Simulated] = []
         self.most_running = 0
+        self.watch: Watch | None = None
+        """Checks the scheduler's promises at every step; only where sequences share no blocks."""
 
     def add(
         self,
@@ -151,7 +154,11 @@ class Simulation:
     def step(self) -> bool:
         before = self._snapshot()
         preempted = self.scheduler.preempted
+        if self.watch is not None:
+            self.watch.look()
         plan = self.scheduler.plan()
+        if self.watch is not None:
+            self.watch.check(plan)
         self._note_preempted()
         self._check_plan(plan, before, self.scheduler.preempted - preempted)
         self.steps.append(plan)
