@@ -117,6 +117,7 @@ class PagedForward:
         batch: Batch,
         *,
         by_sdpa: bool,
+        on_layer: Callable[[int], None] | None = None,
     ) -> None:
         """Attend with the tokens of a batch.
 
@@ -125,18 +126,20 @@ class PagedForward:
             pools: The KV pool of each layer.
             batch: The tokens.
             by_sdpa: Whether the model calls PyTorch's attention itself, where the call is intercepted.
+            on_layer: Called with each layer's number before its keys and values are written.
         """
         self._attention = attention
         self._pools = pools
         self._batch = batch
         self.by_sdpa = by_sdpa
+        self._on_layer = on_layer
         self._layer = -1
         self.windows: dict[int, int] = {}
         """Window of each layer that has attended, 0 for none; used to check the model."""
 
     def write(self, key: torch.Tensor, value: torch.Tensor, layer: int) -> torch.Tensor:
         """Store a layer's new keys and values; returns the keys."""
-        self._layer = layer
+        self._begin(layer)
         self._attention.write(self._pools[layer], key, value, self._batch)
         return key
 
@@ -161,11 +164,16 @@ class PagedForward:
             layout: See `kernels.reference.rotate_and_write`.
             rounds: See `kernels.reference.rotate_and_write`.
         """
-        self._layer = layer
+        self._begin(layer)
         batch = self._batch
         at = (self._pools[layer].kv, batch.table, batch.slots, batch.positions)
         query: torch.Tensor = kernels.rotate_and_write(*states, *cos_sin, *at, layout=layout, rounds=rounds)
         return query
+
+    def _begin(self, layer: int) -> None:
+        self._layer = layer
+        if self._on_layer is not None:
+            self._on_layer(layer)
 
     def attend(
         self, query: torch.Tensor, scale: float | None, window: int | None = None, softcap: float | None = None

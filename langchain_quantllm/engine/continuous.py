@@ -24,11 +24,12 @@ from langchain_quantllm.engine.kv_cache import resident_bytes, spoiled_blocks
 from langchain_quantllm.engine.lora import NO_ADAPTER
 from langchain_quantllm.engine.request import EngineInfo, Request, check_queue, check_request
 from langchain_quantllm.engine.sampler import NOTHING_ALLOWED, PendingTokens
-from langchain_quantllm.engine.scheduler import Scheduler, Step, split_step
+from langchain_quantllm.engine.scheduler import Scheduler
 from langchain_quantllm.engine.sequence import SamplingInput, Sequence
 from langchain_quantllm.engine.staging import PendingForward
+from langchain_quantllm.engine.step import Step, split_step
 from langchain_quantllm.engine.step_timing import time_step
-from langchain_quantllm.engine.stream import ChunkStream, TokenLogprob
+from langchain_quantllm.engine.stream import ChunkStream, token_logprob
 from langchain_quantllm.engine.worker import UNLOADED, Worker
 from langchain_quantllm.errors import GenerationError, NotEnoughMemoryError
 from langchain_quantllm.memory import check_cache_budget
@@ -85,6 +86,10 @@ class ContinuousEngine:
         self.peak_cache_tokens = 0
         self._prefix_ids: dict[int, int] = {}  # the first of each adapter's blocks
         self._samples_prefix_id: int | None = None
+        self._pending: list[PendingTokens] = []
+        """Tokens in flight; on a CPU there are none between two steps."""
+        self._decodes_first = False
+        """Whether sequences have waited for a step of prompts, and decode before the next one."""
         self._reset_cache()
         self._worker = Worker(self._run, self._recover, gathers=False)
 
@@ -145,32 +150,38 @@ class ContinuousEngine:
 
     def _run(self, waiting: deque[Completion]) -> None:
         """Run requests until there are none left; more may join all the while. For what is raised, see `Worker`."""
-        pending: list[PendingTokens] = []
+        self._pending = []
+        self._decodes_first = False
         while True:
             # 1. Take new requests, and drop cancelled ones.
             self._take(waiting)
-            # 2. Plan the next step: which sequences decode, and which tokens of prompts run beside them.
-            plan = self._scheduler.plan()
+            # 2. Plan the next step: which sequences decode, and which tokens of prompts run.
+            plan = self._scheduler.plan(mixes=not self._runner.captures, decodes_first=self._decodes_first)
             self.peak_cache_tokens = max(self.peak_cache_tokens, self._blocks.held * BLOCK_TOKENS)
-            if plan is None and not pending:
+            if plan is None and not self._pending:
                 if not self._rests():
                     break
                 continue
-            # 3. Enqueue its forward.
+            # 3. Enqueue its forward; a long one of prompts with decode steps of other sequences between its layers.
             forwards = [] if plan is None else self._launch(plan)
             if self._runner.is_asynchronous:
                 # 4. While the device runs it, turn the tokens of the step before into text.
-                self._deliver(pending)
+                self._deliver(self._pending)
                 # 5. Enqueue the sampling of the next tokens.
-                pending = self._sample(forwards)
+                self._pending = self._sample(forwards)
             else:
                 self._deliver(self._sample(forwards))
         self._check_idle()
 
-    def _take(self, waiting: deque[Completion]) -> None:
+    def _drop_stopped(self, beside: Step | None = None) -> None:
+        """Drop sequences whose stream was closed or whose time is over, but none that `beside` runs."""
+        runs = () if beside is None else {chunk.sequence for chunk in beside.chunks}
         for sequence in self._scheduler.sequences:
-            if sequence.completion.stream.should_stop():
+            if sequence.completion.stream.should_stop() and sequence not in runs:
                 self._drop(sequence)
+
+    def _take(self, waiting: deque[Completion]) -> None:
+        self._drop_stopped()
         if waiting and self._parts.model_changed():
             self._rebuild()
         while waiting:
@@ -233,8 +244,10 @@ class ContinuousEngine:
     def _run_step(self, step: Step, sampling: dict[Sequence, SamplingInput]) -> list[PendingForward]:
         """Run a step; in smaller ones if the device has no room for all of its prompts' tokens."""
         tokens = sum(chunk.count for chunk in step.chunks)
+        between = self._decode_between(step, tokens)
+        self._decodes_first = bool(tokens) and between is None
         try:
-            return [self._runner.run(step, [sampling[sequence] for sequence in step.sampled])]
+            return [self._runner.run(step, [sampling[sequence] for sequence in step.sampled], between)]
         except torch.OutOfMemoryError:
             if tokens <= _LEAST_CHUNK:
                 raise
@@ -246,6 +259,32 @@ class ContinuousEngine:
         self._step_tokens = (min(half, alone), min(half, beside))
         self._scheduler.step_tokens, self._scheduler.step_tokens_while_decoding = self._step_tokens
         return [forward for part in split_step(step, half) for forward in self._run_step(part, sampling)]
+
+    def _decode_between(self, step: Step, tokens: int) -> abc.Callable[[int], None] | None:
+        """Return the hook that decodes between the layers of a long step of prompts; None if nothing is to decode.
+
+        Between two decode steps lies the work of some `step_tokens_while_decoding` tokens of prompts.
+        """
+        parts = tokens / self._step_tokens[1]
+        rows = [s for s in self._scheduler.running if s.decodes and not s.is_complete]
+        if parts <= 1.5 or not rows or not self._runner.can_replay(len(rows)):
+            return None
+        layers_apart = max(1, round(len(self._parts.pools) / parts))
+
+        def decode(layer: int) -> None:
+            if layer % layers_apart == 0:
+                self._decode_beside(step)
+
+        return decode
+
+    def _decode_beside(self, running: Step) -> None:
+        """Run a decode step in the middle of a step of prompts, whose sequences stay as they are."""
+        self._drop_stopped(beside=running)
+        self._deliver(self._pending)
+        self._pending = []
+        if (step := self._scheduler.plan_beside(running)) is not None:
+            sampling = [sequence.next_sampling_input() for sequence in step.sampled]
+            self._pending = self._sample([self._runner.run(step, sampling)])
 
     # Sampling.
 
@@ -298,7 +337,7 @@ class ContinuousEngine:
         try:
             if sequence.mask is not None:
                 sequence.mask.accept(token_id)
-            chunk = completion.push(token_id, _token_logprob(sequence.request, token_id, logprob))
+            chunk = completion.push(token_id, token_logprob(token_id, logprob, sequence.request.options.logprobs))
         except BaseException as error:  # of the request's own mask, or of its tokenizer
             self._fail(sequence, error)
             return
@@ -353,13 +392,3 @@ class ContinuousEngine:
         if self._parts.refusal is not None:
             for sequence in self._scheduler.sequences:
                 self._fail(sequence, GenerationError(self._parts.refusal))
-
-
-def _token_logprob(
-    request: Request, token_id: int, found: tuple[float, list[int], list[float]] | None
-) -> TokenLogprob | None:
-    wanted = request.options.logprobs
-    if wanted is None or found is None:
-        return None
-    chosen, ids, logprobs = found
-    return TokenLogprob(token_id=token_id, logprob=chosen, top=tuple(zip(ids, logprobs, strict=True))[:wanted])

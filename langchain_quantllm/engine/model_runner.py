@@ -24,17 +24,18 @@ from langchain_quantllm.engine.forward_context import ForwardContext
 from langchain_quantllm.engine.fusion.fuse import Fusion
 from langchain_quantllm.engine.fusion.sampling import find_sampling_kernel
 from langchain_quantllm.engine.lora import NO_ADAPTER, LoraStack
-from langchain_quantllm.engine.prefill_graphs import ON_DEVICE, Pack, PrefillGraphs, sampled_tokens
+from langchain_quantllm.engine.prefill_graphs import Pack, PrefillGraphs, last_tokens
 from langchain_quantllm.engine.sampler import MASKS, BatchSampler, PendingTokens, log_probabilities
-from langchain_quantllm.engine.scheduler import Step
 from langchain_quantllm.engine.sequence import SamplingInput, Sequence
 from langchain_quantllm.engine.staging import PendingForward, StagingBuffers, step_inputs
+from langchain_quantllm.engine.step import Step
 from langchain_quantllm.kernels.reference import PREFILL_TILE
 
 _BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
 """Batch sizes that have a decode graph; smaller batches are padded."""
 
 _MOST_ROWS = _BUCKETS[-1]
+_ON_DEVICE = -1  # stands for the last token of a decoding sequence
 
 
 _Method = TypeVar("_Method", bound=abc.Callable[..., Any])
@@ -97,6 +98,7 @@ class ModelRunner:
         kernels = None if fusion is None else find_sampling_kernel(vocab_size, self.device)
         self.sampler = BatchSampler(slots, vocab_size, self.device, kernels=kernels)
         self._padding_slot = slots
+        self._is_inside = False  # of an eager step, between two layers
         self._table = torch.zeros(slots + 1, blocks_per_sequence, dtype=torch.int32, device=self.device)
         self._row_adapters = torch.full((slots + 1,), NO_ADAPTER, dtype=torch.int32, device=self.device)
         self._ones = torch.ones(_MOST_ROWS, dtype=torch.long, device=self.device)
@@ -145,22 +147,30 @@ class ModelRunner:
         self._configs = [] if self._by_sdpa else configs_of(self._model)
 
     @_on_device
-    def run(self, step: Step, sampling: abc.Sequence[SamplingInput]) -> PendingForward:
+    def run(
+        self, step: Step, sampling: abc.Sequence[SamplingInput], on_layer: abc.Callable[[int], None] | None = None
+    ) -> PendingForward:
         """Run a step.
 
         Args:
             step: The step.
             sampling: One for each of its sequences that a token is sampled for.
+            on_layer: Called with each layer's number before the layer attends, and may run decode steps of other
+                sequences by graphs that are captured already; then the step itself is none. Only for steps of prompts.
         """
         if not step.chunks:
             return self._decode(step, sampling)
         self._set_table([chunk.sequence for chunk in step.chunks])
         self._set_last_blocks(step)
         logits = None
-        if self._prefill_graphs is not None and self.captures:
-            logits = self._prefill_graphs.run(step, self._padding_slot, self._memory)
+        if self._prefill_graphs is not None and self.captures and not step.decoding and on_layer is None:
+            logits = self._prefill_graphs.run(step.chunks, self._padding_slot, self._memory)
         if logits is None:
-            logits = self._run_eagerly(step)
+            self._is_inside = on_layer is not None
+            try:
+                logits = self._run_eagerly(step, on_layer)
+            finally:
+                self._is_inside = False
         sampled = step.sampled
         inputs = step_inputs(sampled, [0] * len(sampled), [0] * len(sampled), sampling)
         # The copy does not wait for the forward: sampling is enqueued while it runs.
@@ -169,13 +179,13 @@ class ModelRunner:
 
     # Steps with chunks of prompts: all tokens packed behind each other, those of decoding sequences first.
 
-    def _run_eagerly(self, step: Step) -> torch.Tensor:
+    def _run_eagerly(self, step: Step, on_layer: abc.Callable[[int], None] | None = None) -> torch.Tensor:
         spans, parts = [], []
         for first, (sequence, position) in enumerate(zip(step.decoding, step.positions, strict=True)):
             spans.append(Span(slot=sequence.slot, first=first, position=position, count=1))
         if spans:
             slots = [sequence.slot for sequence in step.decoding]
-            parts.append(torch.tensor([[ON_DEVICE] * len(slots), step.positions, slots], dtype=torch.int32))
+            parts.append(torch.tensor([[_ON_DEVICE] * len(slots), step.positions, slots], dtype=torch.int32))
         first = len(spans)
         for chunk in step.chunks:
             slot, count = chunk.sequence.slot, chunk.count
@@ -185,17 +195,16 @@ class ModelRunner:
             first += count
         packed = torch.cat(parts, 1).to(self.device, non_blocking=True)
         batch = Batch(table=self._table, slots=packed[2], positions=packed[1], spans=spans, decodes=False)
-        return self._forward(self._packed_ids(packed[0], packed[2]), batch, sampled_tokens(step) or [0])
+        # The last tokens of decoding sequences may not be known to the host yet.
+        ids = torch.where(packed[0] == _ON_DEVICE, self.sampler.last_ids[packed[2].long()], packed[0])
+        keep = [*range(len(step.decoding)), *last_tokens(step.chunks, len(step.decoding))]
+        return self._forward(ids, batch, keep or [0], on_layer=on_layer)
 
     def _forward_pack(self, pack: Pack) -> torch.Tensor:
         batch = Batch(
             table=self._table, slots=pack.slots, positions=pack.positions, spans=(), decodes=False, tiles=pack.tiles
         )
-        return self._forward(self._packed_ids(pack.ids, pack.slots), batch, pack.kept.long())
-
-    def _packed_ids(self, ids: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        """Fill in the last tokens of decoding sequences, which the host may not know yet."""
-        return torch.where(ids == ON_DEVICE, self.sampler.last_ids[slots.long()], ids)
+        return self._forward(pack.ids.long(), batch, pack.kept.long())
 
     def _set_table(self, sequences: abc.Sequence[Sequence]) -> None:
         width = max(len(sequence.blocks) for sequence in sequences)
@@ -223,7 +232,7 @@ class ModelRunner:
         sequences, positions = step.decoding, step.positions
         blocks = [s.blocks[position // BLOCK_TOKENS] for s, position in zip(sequences, positions, strict=True)]
         inputs = step_inputs(sequences, positions, blocks, sampling)
-        bucket = next((b for b in _BUCKETS if b >= len(sequences)), None)
+        bucket = self._bucket(len(sequences))
         if bucket is None or not self.captures:
             inputs = inputs.to(self.device)
             spans = [Span(slot=s.slot, first=0, position=p, count=1) for s, p in zip(sequences, positions, strict=True)]
@@ -235,6 +244,15 @@ class ModelRunner:
             if graph is None:
                 return self._decode(step, sampling)
         return PendingForward(sequences, sampling, graph.replay(), self._inputs[:, :bucket], is_graph=True)
+
+    def can_replay(self, rows: int) -> bool:
+        """Whether a decode step of so many sequences is captured already."""
+        return self.captures and any(bucket >= rows for bucket in self._decode_graphs)
+
+    def _bucket(self, rows: int) -> int | None:
+        """Choose the batch size of a decode graph; inside of another step, only one that is captured."""
+        buckets = self._decode_graphs if self._is_inside else _BUCKETS
+        return min((bucket for bucket in buckets if bucket >= rows), default=None)
 
     def _stage(self, inputs: torch.Tensor, bucket: int) -> None:
         """Copy a step's inputs, padded, to the tensor that its graph reads."""
@@ -283,11 +301,12 @@ class ModelRunner:
         batch: Batch,
         keep: list[int] | torch.Tensor | None,
         position_ids: torch.Tensor | None = None,
+        on_layer: abc.Callable[[int], None] | None = None,
     ) -> torch.Tensor:
         """Run packed tokens of shape `(tokens,)`; returns logits of shape `(tokens kept, vocab)`."""
         if position_ids is None:
             position_ids = batch.positions.long()
-        forward = PagedForward(self._attention, self._pools, batch, by_sdpa=self._by_sdpa)
+        forward = PagedForward(self._attention, self._pools, batch, by_sdpa=self._by_sdpa, on_layer=on_layer)
         steps = {} if self._fusion is None else self._fusion.steps
         context = ForwardContext(attention=forward, steps=steps, adapters=self._adapter_choice(batch, keep))
         # A mask of four dimensions is taken as it is: none has to be made for an attention that ignores it.

@@ -1,4 +1,4 @@
-"""Steps with chunks of prompts as CUDA graphs: one graph per length and number of sequences, smaller steps padded.
+"""Steps of prompts as CUDA graphs: one graph per length, shorter steps padded.
 
 A short prompt costs the host more time than the device. Owns the lengths, the tensors that the graphs read, and when
 a graph is captured. The forward itself is the model runner's.
@@ -7,59 +7,39 @@ a graph is captured. The forward itself is the model runner's.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from langchain_quantllm.engine.cuda_graphs import StepGraph, WaitFinder
-from langchain_quantllm.engine.scheduler import Step
 from langchain_quantllm.engine.staging import StagingBuffers
+from langchain_quantllm.engine.step import PrefillChunk
 from langchain_quantllm.kernels.reference import PREFILL_TILE
 
 LENGTHS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 640, 768, 1024)
 """Tokens of the graphs; longer steps keep the device busy while the host prepares the next."""
 
-SEQUENCES = (16, 48, 144)
-"""Sequences of the graphs, decoding ones included."""
+MOST_SEQUENCES = 16
+"""Most sequences of a step that runs as a graph."""
 
-ON_DEVICE = -1
-"""Stands for the last token of a decoding sequence, which lies on the device."""
+_TILES = LENGTHS[-1] // PREFILL_TILE + MOST_SEQUENCES + 1
+_USES = 2  # of a length before it is captured: capturing takes about as long as an eager step
 
-_USES = 2  # of a size before it is captured: capturing takes about as long as an eager step
-
-
-class Size(NamedTuple):
-    """The most tokens and sequences of a graph."""
-
-    tokens: int
-    sequences: int
-
-    @property
-    def tiles(self) -> int:
-        """Most runs of tokens that the prefill kernel takes."""
-        return self.tokens // PREFILL_TILE + self.sequences + 1
-
-    @property
-    def integers(self) -> int:
-        """Integers that the graph reads."""
-        return 3 * self.tokens + self.sequences + 4 * self.tiles
-
-
-LARGEST = Size(LENGTHS[-1], SEQUENCES[-1])
-"""The largest graph."""
+PACK_SIZE = 3 * LENGTHS[-1] + MOST_SEQUENCES + 4 * _TILES
+"""Integers that the longest graph reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pack:
-    """The inputs of a graph, as int32 tensors that share one memory.
+    """The inputs of a graph of one length, as int32 tensors that share one memory.
 
     Args:
-        ids: Tokens behind each other, of shape `(tokens,)`, or `ON_DEVICE`.
-        positions: Position of each in its sequence, of shape `(tokens,)`.
-        slots: Row of the block table of each, of shape `(tokens,)`.
-        kept: Indices of the tokens whose logits are wanted, of shape `(sequences,)`; unused entries are 0.
+        ids: Tokens behind each other, of shape `(length,)`.
+        positions: Position of each in its sequence, of shape `(length,)`.
+        slots: Row of the block table of each, of shape `(length,)`.
+        kept: Indices of the tokens whose logits are wanted, of shape `(MOST_SEQUENCES,)`; unused entries are 0.
         tiles: Runs of tokens as the prefill kernel takes them, of shape `(tiles, 4)`; unused ones have
             no token.
     """
@@ -71,23 +51,29 @@ class Pack:
     tiles: torch.Tensor
 
     @staticmethod
-    def over(memory: torch.Tensor, size: Size) -> Pack:
-        """Divide memory of at least `size.integers` integers into the inputs of a graph."""
-        lines, kept, tiles = memory[: size.integers].split([3 * size.tokens, size.sequences, 4 * size.tiles])
-        ids, positions, slots = lines.view(3, size.tokens)
-        return Pack(ids=ids, positions=positions, slots=slots, kept=kept, tiles=tiles.view(size.tiles, 4))
+    def over(memory: torch.Tensor, length: int) -> Pack:
+        """Divide memory of `PACK_SIZE` integers into the inputs of a graph."""
+        lines = memory[: 3 * length].view(3, length)
+        rest = memory[3 * LENGTHS[-1] :]
+        count = length // PREFILL_TILE + MOST_SEQUENCES + 1
+        return Pack(
+            ids=lines[0],
+            positions=lines[1],
+            slots=lines[2],
+            kept=rest[:MOST_SEQUENCES],
+            tiles=rest[MOST_SEQUENCES : MOST_SEQUENCES + 4 * count].view(count, 4),
+        )
 
-    def fill(self, step: Step, padding_slot: int) -> None:
+    def fill(self, chunks: Sequence[PrefillChunk], padding_slot: int) -> None:
         """Write a step into the pack, which lies on the CPU.
 
         Padding is a sequence of its own: zeros at the beginning of a text, written to block 0.
 
         Args:
-            step: The step, of no more tokens and sequences than the pack has.
+            chunks: The step, of no more tokens than the pack has.
             padding_slot: A row of the block table without blocks.
         """
-        parts = [(s.slot, at, [ON_DEVICE]) for s, at in zip(step.decoding, step.positions, strict=True)]
-        parts += [(chunk.sequence.slot, chunk.start, chunk.ids) for chunk in step.chunks]
+        parts = [(chunk.sequence.slot, chunk.start, chunk.ids) for chunk in chunks]
         missing = len(self.ids) - sum(len(part) for _, _, part in parts)
         parts += [(padding_slot, 0, [0] * min(PREFILL_TILE, missing - at)) for at in range(0, missing, PREFILL_TILE)]
         ids: list[int] = []
@@ -102,8 +88,8 @@ class Pack:
             ids += part
             positions += range(position, position + len(part))
             slots += [slot] * len(part)
-        kept = sampled_tokens(step)
-        kept += [0] * (len(self.kept) - len(kept))
+        kept = last_tokens(chunks)
+        kept += [0] * (MOST_SEQUENCES - len(kept))
         tiles += [(padding_slot, 0, 0, 0)] * (len(self.tiles) - len(tiles))
         for field, values in (
             (self.ids, ids),
@@ -115,42 +101,41 @@ class Pack:
             field.copy_(torch.tensor(values, dtype=torch.int32))
 
 
-def sampled_tokens(step: Step) -> list[int]:
-    """List the indices, among the packed tokens, of those that a next token is sampled after."""
-    kept, end = list(range(len(step.decoding))), len(step.decoding)
-    for chunk in step.chunks:
+def last_tokens(chunks: Sequence[PrefillChunk], first: int = 0) -> list[int]:
+    """List the indices, among packed tokens from `first` on, of those that a next token is sampled after."""
+    kept, end = [], first
+    for chunk in chunks:
         end += chunk.count
         if chunk.is_last:
             kept.append(end - 1)
     return kept
 
 
-def size_for(step: Step) -> Size | None:
-    """Choose the graph for a step; None if there is none."""
-    tokens = len(step.decoding) + sum(chunk.count for chunk in step.chunks)
-    sequences = len(step.decoding) + len(step.chunks)
-    length = next((length for length in LENGTHS if length >= tokens), None)
-    rows = next((rows for rows in SEQUENCES if rows >= sequences), None)
-    return None if length is None or rows is None else Size(length, rows)
+def length_for(chunks: Sequence[PrefillChunk]) -> int | None:
+    """Choose the length of the graph for a step; None if there is none."""
+    if len(chunks) > MOST_SEQUENCES:
+        return None
+    tokens = sum(chunk.count for chunk in chunks)
+    return next((length for length in LENGTHS if length >= tokens), None)
 
 
 class PrefillGraphs:
-    """The prefill graphs of one model, each captured at the second use of its size."""
+    """The prefill graphs of one model, each captured at the second use of its length."""
 
     def __init__(self, forward: Callable[[Pack], torch.Tensor], device: torch.device) -> None:
         """Allocate the inputs.
 
         Args:
-            forward: Enqueues the forward of a pack and returns logits of shape `(sequences, vocab)`.
+            forward: Enqueues the forward of a pack and returns logits of shape `(MOST_SEQUENCES, vocab)`.
             device: The GPU.
         """
         self._forward = forward
         self._device = device
-        self._memory = torch.zeros(LARGEST.integers, dtype=torch.int32, device=device)
-        self._staging = StagingBuffers(LARGEST.integers)
-        self._logits: dict[int, torch.Tensor] = {}  # shared by the graphs of as many sequences
-        self._graphs: dict[Size, StepGraph] = {}
-        self._uses: Counter[Size] = Counter()
+        self._memory = torch.zeros(PACK_SIZE, dtype=torch.int32, device=device)
+        self._staging = StagingBuffers(PACK_SIZE)
+        self._logits: torch.Tensor | None = None  # shared by all graphs, or each would hold its own
+        self._graphs: dict[int, StepGraph] = {}
+        self._uses: Counter[int] = Counter()
         self.no_graph_reason: str | None = None
         """What made a capture fail although nothing was known against it."""
 
@@ -158,43 +143,44 @@ class PrefillGraphs:
         """Drop the graphs."""
         self._graphs.clear()
 
-    def run(self, step: Step, padding_slot: int, pool: Any) -> torch.Tensor | None:
+    def run(self, chunks: Sequence[PrefillChunk], padding_slot: int, pool: Any) -> torch.Tensor | None:
         """Run a step if there is a graph for it, or one can be captured.
 
         Args:
-            step: The step.
+            chunks: The step.
             padding_slot: A row of the block table without blocks.
             pool: The graphs' memory pool.
 
         Returns:
-            The logits of the sequences that a token is sampled for, of shape `(sequences, vocab)`; None if the step
-            has to run eagerly.
+            The logits after each chunk that is its prompt's last, of shape `(sequences, vocab)`; None if the step has
+            to run eagerly.
         """
-        size = None if self.no_graph_reason else size_for(step)
-        if size is None:
+        length = None if self.no_graph_reason else length_for(chunks)
+        if length is None:
             return None
-        self._uses[size] += 1
-        if self._uses[size] < _USES:
+        self._uses[length] += 1
+        if self._uses[length] < _USES:
             return None
         staged = self._staging.next()
-        Pack.over(staged, size).fill(step, padding_slot)
-        self._memory[: size.integers].copy_(staged[: size.integers], non_blocking=True)
+        Pack.over(staged, length).fill(chunks, padding_slot)
+        self._memory.copy_(staged, non_blocking=True)
         self._staging.copied()
-        if size in self._graphs:
-            self._graphs[size].replay()
-        elif not self._capture(size, pool):
+        if length in self._graphs:
+            self._graphs[length].replay()
+        elif not self._capture(length, pool):
             return None
-        return self._logits[size.sequences][: len(step.sampled)].clone()  # the next step overwrites them
+        assert self._logits is not None
+        return self._logits[: sum(chunk.is_last for chunk in chunks)].clone()  # the next step overwrites them
 
-    def _capture(self, size: Size, pool: Any) -> bool:
+    def _capture(self, length: int, pool: Any) -> bool:
         """Run the step eagerly, and capture it for later steps."""
-        pack = Pack.over(self._memory, size)
+        pack = Pack.over(self._memory, length)
 
         def body() -> torch.Tensor:
             logits = self._forward(pack)
-            if size.sequences not in self._logits:
-                self._logits[size.sequences] = torch.empty_like(logits)
-            return self._logits[size.sequences].copy_(logits)
+            if self._logits is None:
+                self._logits = torch.empty_like(logits)
+            return self._logits.copy_(logits)
 
         try:
             with WaitFinder() as finder:
@@ -202,7 +188,7 @@ class PrefillGraphs:
             if finder.found is not None:
                 self.no_graph_reason = f"{finder.found} makes the host wait"
                 return False
-            self._graphs[size] = StepGraph(body, self._device, pool)
+            self._graphs[length] = StepGraph(body, self._device, pool)
         except RuntimeError as error:  # out of memory too: without graphs, a step can be divided
             self.no_graph_reason = f"capturing failed with {error!r}"
             return False

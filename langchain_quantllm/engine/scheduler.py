@@ -23,10 +23,10 @@ import heapq
 import itertools
 from bisect import insort
 from collections import Counter, abc
-from dataclasses import dataclass, replace
 
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS, BlockManager
 from langchain_quantllm.engine.sequence import Lane, Sequence
+from langchain_quantllm.engine.step import PrefillChunk, Step
 
 PASSED_STEPS = 256
 """Most steps that a sequence which waits for room is passed by others."""
@@ -35,49 +35,6 @@ _LOOKED_AT = 64  # waiting sequences that a step considers
 _REFUSED = 8  # of these, how many it finds no room for before it stops looking
 _ROUNDS = 4  # divisions of a step's tokens among prompts
 _PROMPT_SHARE = 4  # prompts get at least this part of a step's tokens, however many sequences decode
-
-
-@dataclass(frozen=True)
-class PrefillChunk:
-    """Tokens `start` to `start + count` of a sequence's ids, to be run in one step.
-
-    `is_last` says that the next token is sampled after them.
-    """
-
-    sequence: Sequence
-    start: int
-    count: int
-    is_last: bool
-
-    @property
-    def ids(self) -> list[int]:
-        """The tokens."""
-        return self.sequence.ids[self.start : self.start + self.count]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One forward: the last token of each decoding sequence, and chunks of prompts.
-
-    Args:
-        decoding: Sequences whose last token is run; it lies on the device.
-        positions: Positions of these tokens.
-        chunks: Chunks of prompts, one for each of other sequences.
-    """
-
-    decoding: list[Sequence]
-    positions: list[int]
-    chunks: list[PrefillChunk]
-
-    @property
-    def sampled(self) -> list[Sequence]:
-        """Sequences that a token is sampled for: the decoding ones, then those whose prompt ends here."""
-        return self.decoding + self.starting
-
-    @property
-    def starting(self) -> list[Sequence]:
-        """Sequences whose prompt ends in this step."""
-        return [chunk.sequence for chunk in self.chunks if chunk.is_last]
 
 
 class Scheduler:
@@ -147,29 +104,54 @@ class Scheduler:
         else:
             self._unqueue(sequence)
 
-    def plan(self) -> Step | None:
+    def plan(self, *, mixes: bool = True, decodes_first: bool = False) -> Step | None:
         """Choose the next step; None if nothing can run before pending tokens are known or unread text is read.
 
         The step counts as run: its tokens count as written and sampled from now on.
+
+        Args:
+            mixes: Let a step decode and read prompts; else it reads prompts, or decodes if there are none.
+            decodes_first: Of these two, decode if any sequence can.
         """
+        self._begin_step()
+        step = Step([], [], [])
+        if decodes_first and not mixes:
+            self._plan_running({}, step)
+            if step.decoding:
+                return step
+        budget = self.step_tokens
+        decoding = sum(s.decodes and not s.is_complete and s not in self._resting for s in self.running)
+        if decoding and mixes:
+            most = self.step_tokens_while_decoding
+            budget = max(most - decoding, most // _PROMPT_SHARE, 1)
+        for _ in range(_ROUNDS):  # prompts that find blocks to share leave some of their tokens to others
+            chunks = len(step.chunks)
+            self._refused.clear()
+            self._plan_running(self._grant(budget), step, decodes=mixes)
+            budget -= sum(chunk.count for chunk in step.chunks[chunks:])
+            if budget <= 0 or len(step.chunks) == chunks:
+                break
+        if not step.chunks and not mixes:
+            self._plan_running({}, step)
+        return step if step.decoding or step.chunks else None
+
+    def plan_beside(self, running: Step) -> Step | None:
+        """Plan a step that only decodes, to be run in the middle of a step of prompts, whose sequences it leaves alone.
+
+        Returns:
+            The step; None if no other sequence can decode.
+        """
+        self._begin_step()
+        self._planned.update(chunk.sequence for chunk in running.chunks)
+        step = Step([], [], [])
+        self._plan_running({}, step)
+        return step if step.decoding else None
+
+    def _begin_step(self) -> None:
         self._steps += 1
         self._planned.clear()
         self._unread = {sequence for sequence in self.sequences if sequence.is_unread}  # readers change it meanwhile
         self._resting = [sequence for sequence in self.running if sequence in self._unread]
-        decoding = sum(s.decodes and not s.is_complete and s not in self._resting for s in self.running)
-        budget = self.step_tokens
-        if decoding:
-            most = self.step_tokens_while_decoding
-            budget = max(most - decoding, most // _PROMPT_SHARE, 1)
-        step = Step([], [], [])
-        for _ in range(_ROUNDS):  # prompts that find blocks to share leave some of their tokens to others
-            chunks = len(step.chunks)
-            self._refused.clear()
-            self._plan_running(self._grant(budget), step)
-            budget -= sum(chunk.count for chunk in step.chunks[chunks:])
-            if budget <= 0 or len(step.chunks) == chunks:
-                break
-        return step if step.decoding or step.chunks else None
 
     def push(self, sequence: Sequence, token_id: int) -> None:
         """Append a sampled token that the device has returned."""
@@ -260,14 +242,18 @@ class Scheduler:
             return True
         _, held = sequence.find_shared(self.blocks)
         # Prompts that run already get their blocks first. And each running sequence soon needs one more: without this
-        # margin the newcomer would be preempted at once.
-        promised = sum(_missing_blocks(other) for other in self.running if not other.decodes)
-        needed = _missing_blocks(sequence) - held + promised + len(self.running)
-        return needed <= self.blocks.available + sum(len(other.blocks) for other in beside)
+        # margin the newcomer would be preempted at once. Resting sequences get theirs when they are read.
+        active = [other for other in self.running if other not in self._resting]
+        promised = sum(_missing_blocks(other) for other in active if not other.decodes)
+        needed = _missing_blocks(sequence) - held + promised + len(active)
+        freed = {block for other in beside for block in other.blocks}
+        if freed:
+            freed.difference_update(block for other in active for block in other.blocks)
+        return needed <= self.blocks.available + len(freed)
 
     # The step.
 
-    def _plan_running(self, granted: abc.Mapping[Sequence, int], step: Step) -> None:
+    def _plan_running(self, granted: abc.Mapping[Sequence, int], step: Step, *, decodes: bool = True) -> None:
         """Plan decoding sequences and granted chunks, from old to young: the young give way."""
         for sequence in list(self.running):
             if sequence.slot < 0 or sequence in self._planned or sequence in self._resting:
@@ -276,7 +262,7 @@ class Scheduler:
                 if sequence in granted and (chunk := self._plan_chunk(sequence, granted[sequence])):
                     step.chunks.append(chunk)
                     self._planned.add(sequence)
-            elif not sequence.is_complete and self._reserve(sequence, sequence.written + 1):
+            elif decodes and not sequence.is_complete and self._reserve(sequence, sequence.written + 1):
                 step.decoding.append(sequence)
                 step.positions.append(sequence.written)
                 sequence.written += 1
@@ -374,17 +360,3 @@ def _divide(budget: int, sequences: abc.Sequence[Sequence]) -> dict[Sequence, in
         granted[sequence] = min(budget, tokens)
         budget -= granted[sequence]
     return granted
-
-
-def split_step(step: Step, first_tokens: int) -> tuple[Step, Step]:
-    """Divide the chunks of a step: the first one keeps the decoding sequences and so many tokens of prompts."""
-    first: list[PrefillChunk] = []
-    rest = list(step.chunks)
-    while rest and rest[0].count <= first_tokens:
-        first_tokens -= rest[0].count
-        first.append(rest.pop(0))
-    if rest and first_tokens:
-        chunk = rest[0]
-        first.append(replace(chunk, count=first_tokens, is_last=False))
-        rest[0] = replace(chunk, start=chunk.start + first_tokens, count=chunk.count - first_tokens)
-    return replace(step, chunks=first), Step([], [], rest)

@@ -41,6 +41,16 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
+def token_logprob(
+    token_id: int, found: tuple[float, list[int], list[float]] | None, wanted: int | None
+) -> TokenLogprob | None:
+    """Make the report of a token from its log probability, the likeliest tokens and theirs; `wanted` of them."""
+    if wanted is None or found is None:
+        return None
+    chosen, ids, logprobs = found
+    return TokenLogprob(token_id=token_id, logprob=chosen, top=tuple(zip(ids, logprobs, strict=True))[:wanted])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Usage:
     """Token counts and times of one finished request; times in seconds."""

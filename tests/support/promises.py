@@ -12,8 +12,9 @@ from collections import Counter, abc
 from dataclasses import dataclass, field
 
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
-from langchain_quantllm.engine.scheduler import PASSED_STEPS, Scheduler, Step
+from langchain_quantllm.engine.scheduler import PASSED_STEPS, Scheduler
 from langchain_quantllm.engine.sequence import Lane, Sequence
+from langchain_quantllm.engine.step import Step
 
 LOOKED_AT, REFUSED = 64, 8
 """Waiting sequences that a step considers, and how many of these it may find no room for."""
@@ -70,6 +71,8 @@ class Watch:
     steps: int = 0
     passed: Counter[Sequence] = field(default_factory=Counter)
     """Steps in which a sequence was the first in order, had no room, and others joined."""
+    first_seen: dict[Sequence, int] = field(default_factory=dict)
+    """The step in which a sequence was first seen waiting, since it last ran."""
     joins_by_rest: int = 0
     """Sequences that took the place of resting ones."""
 
@@ -79,8 +82,13 @@ class Watch:
         self._available = self.scheduler.blocks.available
         self._preempted = self.scheduler.preempted
 
-    def check(self, plan: Step | None) -> None:
-        """Compare the plan with what was promised."""
+    def check(self, plan: Step | None, budget: int | None) -> None:
+        """Compare the plan with what was promised.
+
+        Args:
+            plan: The plan.
+            budget: Tokens that it had for prompts; None if it was to decode only.
+        """
         self.steps += 1
         facts = self._all
         running = [s for s, f in facts.items() if f.runs]
@@ -95,27 +103,29 @@ class Watch:
         # A preempted sequence makes room that nobody can count beforehand.
         if len(victims) > len(resting_victims):
             return
-        budget = self._budget()
         prompts = [s for s in running if facts[s].is_prompt and not facts[s].rests]
         fitting, unfit = self._could_join(joined, prompts)
-        with_room = [s for s in fitting if self._has_turn(s, joined, fitting, unfit)]
         if plan is None:
             assert not prompts, "a prompt stands still"
             assert not any(f.runs and f.decodes and not f.rests for f in facts.values()), "a sequence stands still"
             assert not fitting, "a sequence that has room waits although nothing runs"
-            return
-        granted = {s: chunk.count for s, chunk in chunks.items()}
-        assert sum(granted.values()) == budget or not fitting, "tokens were left over, and a sequence with room waits"
-        self._check_shares([*prompts, *joined, *with_room], granted, budget)
-        self._check_passing([*prompts, *joined, *fitting, *unfit], unfit, joined)
+        elif budget is not None:
+            granted = {s: chunk.count for s, chunk in chunks.items()}
+            assert sum(granted.values()) == budget or not fitting, "tokens were left, and a sequence with room waits"
+            if not any(self._has_waited_long(s) for s in joined):
+                in_turn = [s for s in fitting if self._has_turn(s, joined, fitting, unfit)]
+                self._check_shares([*prompts, *joined, *in_turn], granted, budget)
+            self._check_passing([*prompts, *joined, *fitting, *unfit], unfit, joined)
+        for sequence, f in facts.items():
+            if f.runs or sequence in joined:
+                self.first_seen.pop(sequence, None)
+                self.passed.pop(sequence, None)
+            else:
+                self.first_seen.setdefault(sequence, self.steps)
 
-    def _budget(self) -> int:
-        """Compute the tokens of prompts in this step."""
-        decoding = sum(f.runs and f.decodes and not f.rests for f in self._all.values())
-        if not decoding:
-            return self.scheduler.step_tokens
-        most = self.scheduler.step_tokens_while_decoding
-        return max(most - decoding, most // 4, 1)
+    def _has_waited_long(self, sequence: Sequence) -> bool:
+        """Whether it may have been passed for so long that others had to wait for it."""
+        return self.steps - self.first_seen.get(sequence, self.steps) >= PASSED_STEPS
 
     def _check_resting(self, plan: Step | None, joined: abc.Iterable[Sequence]) -> None:
         if plan is None:
@@ -148,31 +158,28 @@ class Watch:
         """
         facts = self._all
         resting = [f for f in facts.values() if f.runs and f.rests]
-        taken_by_decoding = sum(len(s.blocks) - f.held for s, f in facts.items() if f.runs and f.decodes and s.slot >= 0)
+        taken_by_decoding = sum(
+            len(s.blocks) - f.held for s, f in facts.items() if f.runs and f.decodes and s.slot >= 0
+        )
         free = self._available - taken_by_decoding + sum(f.held for f in resting)
         running = sum(f.runs for f in facts.values()) - len(resting) + len(joined)
         promised = sum(facts[s].missing for s in (*prompts, *joined))
         rows = Counter(f.lane for s, f in facts.items() if (f.runs and not f.rests) or s in joined)
         fitting: list[Sequence] = []
         unfit: list[Sequence] = []
-        seen = 0
-        for sequence in sorted(facts, key=lambda s: facts[s].order):
+        for sequence in sorted(facts, key=lambda s: facts[s].order)[:LOOKED_AT]:
             f = facts[sequence]
             if f.runs or sequence in joined or f.rests or not f.is_prompt:
                 continue
             if f.lane.most is not None and rows[f.lane] >= f.lane.most:
                 continue
-            seen += 1
-            # The margin is counted for the resting sequences too, which may stay.
-            needed = f.missing + promised + running + len(resting)
-            fits = running == 0 or (running < self.slots and needed <= free)
-            if fits and seen <= LOOKED_AT and len(unfit) < REFUSED:
+            if running == 0 or (running < self.slots and f.missing + promised + running <= free):
                 fitting.append(sequence)
             else:
                 unfit.append(sequence)
-                if self.passed[sequence] >= PASSED_STEPS:
-                    break
-        return fitting, unfit
+            if self._has_waited_long(sequence):  # none behind it joins before it has
+                break
+        return fitting if len(unfit) < REFUSED else [], unfit
 
     def _has_turn(self, sequence: Sequence, *groups: abc.Sequence[Sequence]) -> bool:
         """Whether an owner's limit leaves a place for a sequence, should all before it in its order get one."""
@@ -183,9 +190,7 @@ class Watch:
         before = [s for s in itertools.chain(*groups) if facts[s].order < facts[sequence].order]
         return sum(s.lane == lane for s in {*active, *before}) < lane.most
 
-    def _check_shares(
-        self, prompts: abc.Sequence[Sequence], granted: abc.Mapping[Sequence, int], budget: int
-    ) -> None:
+    def _check_shares(self, prompts: abc.Sequence[Sequence], granted: abc.Mapping[Sequence, int], budget: int) -> None:
         """Check half of the tokens for the oldest, and the shortest first for the rest; no token is wasted."""
         if not prompts:
             return
@@ -214,8 +219,6 @@ class Watch:
         if first is not None and first in unfit and joined:
             self.passed[first] += 1
             assert self.passed[first] <= PASSED_STEPS, "a sequence without room was passed for too long"
-        for sequence in joined:
-            del self.passed[sequence]
 
 
 def longest_wait(prompts: abc.Iterable[tuple[int, int]], scheduler: Scheduler) -> int:

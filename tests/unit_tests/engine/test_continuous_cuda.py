@@ -108,13 +108,38 @@ def test_sequences_that_decode_beside_prompts_get_their_tokens(folder: Any, stre
     texts = [f"w{3 * i} w{7 * i}" for i in range(streams)]
     long = [" ".join(f"w{(11 * i + start) % 900}" for i in range(500)) for start in range(3)]
     expected = [generated(llm, prompt, 100) for prompt in (*texts, *long)]
-    with ThreadPoolExecutor(streams + 3) as executor:
-        running = [executor.submit(llm.invoke, prompt) for prompt in texts]
-        time.sleep(0.05)
-        beside = [executor.submit(llm.invoke, prompt) for prompt in long]
-        assert [call.result() for call in (*running, *beside)] == expected
     engine: Any = llm._engine()
+    between, decode_beside = [], engine._decode_beside
+    engine._decode_beside = lambda step: (between.append(step), decode_beside(step))
+    for _ in range(3):  # at first the decode steps have no graphs yet
+        with ThreadPoolExecutor(streams + 3) as executor:
+            running = [executor.submit(llm.invoke, prompt) for prompt in texts]
+            time.sleep(0.05)
+            beside = [executor.submit(llm.invoke, prompt) for prompt in long]
+            assert [call.result() for call in (*running, *beside)] == expected
+    assert between
     assert engine._runner._prefill_graphs.no_graph_reason is None
+    llm.unload()
+
+
+def test_sequences_that_are_preempted_or_cancelled_beside_prompts_harm_nobody(folder: Any) -> None:
+    llm = make(folder, dtype="float32", engine="fast", max_new_tokens=100, kv_cache_memory="8MiB")
+    texts = [f"w{3 * i} w{7 * i}" for i in range(20)]
+    long = [" ".join(f"w{(11 * i + start) % 900}" for i in range(300)) for start in range(2)]
+    expected = [generated(llm, prompt, 100) for prompt in (*texts, *long)]
+    engine: Any = llm._engine()
+    for repeat in range(4):
+        streams = [llm.stream(text) for text in texts]
+        with ThreadPoolExecutor(len(texts) + 2) as executor:
+            running = [executor.submit(llm.invoke, prompt) for prompt in texts]
+            for stream in streams[repeat:]:
+                next(stream)
+            beside = [executor.submit(llm.invoke, prompt) for prompt in long]
+            for stream in streams:
+                stream.close()  # type: ignore[attr-defined]
+            assert [call.result() for call in (*running, *beside)] == expected
+    assert engine._scheduler.preempted
+    engine._scheduler.check_integrity()
     llm.unload()
 
 

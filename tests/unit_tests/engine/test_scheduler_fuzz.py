@@ -11,7 +11,7 @@ from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from tests.support.promises import Watch, longest_wait
 from tests.support.simulation import Simulated, Simulation, expected_ids, ids_of
 
-LOADS = 300
+LOADS = 1000
 """Loads of a normal run; the slow one has 40 times as many."""
 
 
@@ -48,7 +48,9 @@ class Load:
             step_tokens=rng.choice([5, 16, 40, 128]),
             step_tokens_while_decoding=rng.choice([1, 7, 16, 32]),
             is_late=rng.random() < 0.5,
+            mixes=rng.random() < 0.6,
         )
+        self.simulation.steps_between = rng.choice([0, 1, 3])
         self.simulation.watch = Watch(self.simulation.scheduler, slots)
         self._owners = rng.choice([0, 1, 3])
 
@@ -88,11 +90,7 @@ class Load:
     def _drain(self) -> None:
         """Take steps until nothing runs any more: all sequences that are read must end, in time."""
         simulation = self.simulation
-        work = [
-            (len(row.state.ids), row.ends_after)
-            for row in simulation.rows.values()
-            if not row.state.is_unread
-        ]
+        work = [(len(row.state.ids), row.ends_after) for row in simulation.rows.values() if not row.state.is_unread]
         most = longest_wait(work, simulation.scheduler)
         steps = 0
         while simulation.step():
