@@ -24,9 +24,10 @@ from langchain_quantllm.engine.kv_cache import resident_bytes, spoiled_blocks
 from langchain_quantllm.engine.lora import NO_ADAPTER
 from langchain_quantllm.engine.request import EngineInfo, Request, check_queue, check_request
 from langchain_quantllm.engine.sampler import NOTHING_ALLOWED, PendingTokens
-from langchain_quantllm.engine.scheduler import Scheduler, Step, split_step
+from langchain_quantllm.engine.scheduler import Scheduler
 from langchain_quantllm.engine.sequence import SamplingInput, Sequence
 from langchain_quantllm.engine.staging import PendingForward
+from langchain_quantllm.engine.step import Step, split_step
 from langchain_quantllm.engine.step_timing import time_step
 from langchain_quantllm.engine.stream import ChunkStream, token_logprob
 from langchain_quantllm.engine.worker import UNLOADED, Worker
@@ -202,10 +203,9 @@ class ContinuousEngine:
 
     def _rests(self) -> bool:
         """Wait if all sequences rest because their text is not read; False if there is none left."""
-        sequences = self._scheduler.sequences
-        if not sequences:
+        if not self._scheduler.sequences:
             return False
-        if not any(sequence.is_unread for sequence in sequences):
+        if not self._scheduler.has_unread:
             msg = "sequences are left that cannot run"
             raise RuntimeError(msg)
         self._worker.wait_for_change()

@@ -26,9 +26,9 @@ from langchain_quantllm.engine.fusion.sampling import find_sampling_kernel
 from langchain_quantllm.engine.lora import NO_ADAPTER, LoraStack
 from langchain_quantllm.engine.prefill_graphs import Pack, PrefillGraphs, last_tokens
 from langchain_quantllm.engine.sampler import MASKS, BatchSampler, PendingTokens, log_probabilities
-from langchain_quantllm.engine.scheduler import Step
 from langchain_quantllm.engine.sequence import SamplingInput, Sequence
 from langchain_quantllm.engine.staging import PendingForward, StagingBuffers, step_inputs
+from langchain_quantllm.engine.step import Step
 from langchain_quantllm.kernels.reference import PREFILL_TILE
 
 _BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from langchain_quantllm.engine.cuda_graphs import StepGraph, WaitFinder
-from langchain_quantllm.engine.scheduler import PrefillChunk
 from langchain_quantllm.engine.staging import StagingBuffers
+from langchain_quantllm.engine.step import PrefillChunk
 from langchain_quantllm.kernels.reference import PREFILL_TILE
 
 LENGTHS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 640, 768, 1024)

@@ -11,7 +11,10 @@ Every step decodes all sequences that can, and spends the rest of its tokens on 
 - A sequence that has to wait for room is passed by others that fit, for `PASSED_STEPS` steps at most. Then none behind
   it joins before it has.
 - An older sequence that needs a block takes it from the youngest, which is computed again later.
-- A sequence whose text is not read (see `ChunkStream.is_full`) rests; others may take its slot and its blocks.
+- A sequence whose text is not read (see `ChunkStream.is_full`) rests; others may take its slot, its blocks and its place
+  within its owner's limit. It holds up no other one, wherever it waits.
+- Of an owner with a limit, the oldest waiting sequences are considered, as many as its limit leaves places; of these too,
+  one without room is passed by those behind it.
 """
 
 from __future__ import annotations
@@ -20,10 +23,10 @@ import heapq
 import itertools
 from bisect import insort
 from collections import Counter, abc
-from dataclasses import dataclass, replace
 
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS, BlockManager
 from langchain_quantllm.engine.sequence import Lane, Sequence
+from langchain_quantllm.engine.step import PrefillChunk, Step
 
 PASSED_STEPS = 256
 """Most steps that a sequence which waits for room is passed by others."""
@@ -32,49 +35,6 @@ _LOOKED_AT = 64  # waiting sequences that a step considers
 _REFUSED = 8  # of these, how many it finds no room for before it stops looking
 _ROUNDS = 4  # divisions of a step's tokens among prompts
 _PROMPT_SHARE = 4  # prompts get at least this part of a step's tokens, however many sequences decode
-
-
-@dataclass(frozen=True)
-class PrefillChunk:
-    """Tokens `start` to `start + count` of a sequence's ids, to be run in one step.
-
-    `is_last` says that the next token is sampled after them.
-    """
-
-    sequence: Sequence
-    start: int
-    count: int
-    is_last: bool
-
-    @property
-    def ids(self) -> list[int]:
-        """The tokens."""
-        return self.sequence.ids[self.start : self.start + self.count]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One forward: the last token of each decoding sequence, and chunks of prompts.
-
-    Args:
-        decoding: Sequences whose last token is run; it lies on the device.
-        positions: Positions of these tokens.
-        chunks: Chunks of prompts, one for each of other sequences.
-    """
-
-    decoding: list[Sequence]
-    positions: list[int]
-    chunks: list[PrefillChunk]
-
-    @property
-    def sampled(self) -> list[Sequence]:
-        """Sequences that a token is sampled for: the decoding ones, then those whose prompt ends here."""
-        return self.decoding + self.starting
-
-    @property
-    def starting(self) -> list[Sequence]:
-        """Sequences whose prompt ends in this step."""
-        return [chunk.sequence for chunk in self.chunks if chunk.is_last]
 
 
 class Scheduler:
@@ -103,7 +63,8 @@ class Scheduler:
         self._steps = 0
         # Of the step that is being planned:
         self._planned: set[Sequence] = set()
-        self._resting: list[Sequence] = []  # running sequences whose text is not read, from old to young
+        self._unread: set[Sequence] = set()  # sequences whose text is not read
+        self._resting: list[Sequence] = []  # of these, the running ones, from old to young
         self._refused: set[Sequence] = set()  # waiting sequences without room
 
     @property
@@ -120,6 +81,11 @@ class Scheduler:
     def free_slots(self) -> int:
         """How many more sequences could run, if there are blocks for them."""
         return len(self._slots)
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether the last plan left out sequences because their text is not read."""
+        return bool(self._unread)
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -184,7 +150,8 @@ class Scheduler:
     def _begin_step(self) -> None:
         self._steps += 1
         self._planned.clear()
-        self._resting = [sequence for sequence in self.running if sequence.is_unread]
+        self._unread = {sequence for sequence in self.sequences if sequence.is_unread}  # readers change it meanwhile
+        self._resting = [sequence for sequence in self.running if sequence in self._unread]
 
     def push(self, sequence: Sequence, token_id: int) -> None:
         """Append a sampled token that the device has returned."""
@@ -230,23 +197,32 @@ class Scheduler:
         running = [s for s in self.running if not s.decodes and s not in self._planned and s not in self._resting]
         if len(self._refused) >= _REFUSED:
             return running
-        rows = Counter(sequence.lane for sequence in self.running)
-        queues = [
-            itertools.islice(queue, None if lane.most is None else max(0, lane.most - rows[lane]))
-            for lane, queue in self._queues.items()
-        ]
+        rows = Counter(sequence.lane for sequence in self.running if sequence not in self._resting)
+        queues = [self._considered(queue, lane, rows[lane]) for lane, queue in self._queues.items()]
         joining = []
         for sequence in itertools.islice(heapq.merge(*queues, key=age), _LOOKED_AT):
-            if sequence not in self._refused and sequence.is_known and not sequence.is_unread:
+            if sequence not in self._refused:
                 joining.append(sequence)
             if sequence.blocked_since is not None and self._steps - sequence.blocked_since >= PASSED_STEPS:
                 break  # it has been passed long enough
         return sorted(running + joining, key=age)
 
+    def _considered(self, queue: abc.Iterable[Sequence], lane: Lane, rows: int) -> abc.Iterator[Sequence]:
+        """Iterate over the waiting sequences of a lane that could run, of which `rows` run: as many as have a place."""
+        for sequence in queue:
+            if lane.most is not None and rows >= lane.most:
+                return
+            if sequence.is_known and sequence not in self._unread:
+                yield sequence
+                rows += sequence not in self._refused
+
     def _admit(self, sequence: Sequence) -> bool:
         """Let a waiting sequence join if there are a slot and blocks for its tokens."""
         if not self._has_room(sequence, beside=self._resting):
             return False
+        lane = sequence.lane
+        if lane.most is not None and sum(other.lane == lane for other in self.running) >= lane.most:
+            self._preempt(next(other for other in reversed(self._resting) if other.lane == lane))
         while not self._has_room(sequence):
             if not self._resting:
                 return False
@@ -266,10 +242,14 @@ class Scheduler:
             return True
         _, held = sequence.find_shared(self.blocks)
         # Prompts that run already get their blocks first. And each running sequence soon needs one more: without this
-        # margin the newcomer would be preempted at once.
-        promised = sum(_missing_blocks(other) for other in self.running if not other.decodes)
-        needed = _missing_blocks(sequence) - held + promised + len(self.running)
-        return needed <= self.blocks.available + sum(len(other.blocks) for other in beside)
+        # margin the newcomer would be preempted at once. Resting sequences get theirs when they are read.
+        active = [other for other in self.running if other not in self._resting]
+        promised = sum(_missing_blocks(other) for other in active if not other.decodes)
+        needed = _missing_blocks(sequence) - held + promised + len(active)
+        freed = {block for other in beside for block in other.blocks}
+        if freed:
+            freed.difference_update(block for other in active for block in other.blocks)
+        return needed <= self.blocks.available + len(freed)
 
     # The step.
 
@@ -380,17 +360,3 @@ def _divide(budget: int, sequences: abc.Sequence[Sequence]) -> dict[Sequence, in
         granted[sequence] = min(budget, tokens)
         budget -= granted[sequence]
     return granted
-
-
-def split_step(step: Step, first_tokens: int) -> tuple[Step, Step]:
-    """Divide the chunks of a step: the first one keeps the decoding sequences and so many tokens of prompts."""
-    first: list[PrefillChunk] = []
-    rest = list(step.chunks)
-    while rest and rest[0].count <= first_tokens:
-        first_tokens -= rest[0].count
-        first.append(rest.pop(0))
-    if rest and first_tokens:
-        chunk = rest[0]
-        first.append(replace(chunk, count=first_tokens, is_last=False))
-        rest[0] = replace(chunk, start=chunk.start + first_tokens, count=chunk.count - first_tokens)
-    return replace(step, chunks=first), Step([], [], rest)

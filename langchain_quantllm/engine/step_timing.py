@@ -9,9 +9,9 @@ import torch
 
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.engine.model_runner import ModelRunner
-from langchain_quantllm.engine.scheduler import Step
 from langchain_quantllm.engine.sequence import SamplingInput, bare_sequence
 from langchain_quantllm.engine.staging import PendingForward
+from langchain_quantllm.engine.step import Step
 
 
 def time_step(runner: ModelRunner, rows: int, position: int, repeats: int) -> float:

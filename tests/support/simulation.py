@@ -11,8 +11,10 @@ from collections import Counter, abc
 from dataclasses import dataclass, field
 
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS, BlockManager
-from langchain_quantllm.engine.scheduler import PrefillChunk, Scheduler, Step, age
+from langchain_quantllm.engine.scheduler import Scheduler, age
 from langchain_quantllm.engine.sequence import Sequence, bare_sequence
+from langchain_quantllm.engine.step import PrefillChunk, Step
+from tests.support.promises import Watch
 
 VOCAB = 50
 
@@ -90,6 +92,7 @@ class Simulation:
         step_tokens: int = 64,
         step_tokens_while_decoding: int = 24,
         is_late: bool = False,
+        mixes: bool = True,
     ) -> None:
         self.blocks = BlockManager(blocks)
         self.scheduler = Scheduler(
@@ -101,11 +104,18 @@ class Simulation:
         self.slots = slots
         self.device = Device(blocks)
         self.is_late = is_late
+        self.mixes = mixes
+        self.decodes_first = False
+        """Whether the next step is to decode, of those that do not mix."""
+        self.steps_between = 0
+        """Decode steps that run in the middle of each step of prompts, of those that do not mix."""
         self.rows: dict[Sequence, Simulated] = {}
         self.all: list[Simulated] = []
         self.steps: list[Step | None] = []
         self.on_way: list[Simulated] = []
         self.most_running = 0
+        self.watch: Watch | None = None
+        """Checks the scheduler's promises at every step; only where sequences share no blocks."""
 
     def add(
         self,
@@ -151,21 +161,55 @@ class Simulation:
     def step(self) -> bool:
         before = self._snapshot()
         preempted = self.scheduler.preempted
-        plan = self.scheduler.plan()
+        if self.watch is not None:
+            self.watch.look()
+        plan = self.scheduler.plan(mixes=self.mixes, decodes_first=self.decodes_first)
+        budget = self._budget(plan, before)
+        if self.watch is not None:
+            self.watch.check(plan, budget)
         self._note_preempted()
-        self._check_plan(plan, before, self.scheduler.preempted - preempted)
+        self._check_plan(plan, before, budget, self.scheduler.preempted - preempted)
         self.steps.append(plan)
         if plan is None and not self.on_way:
             return False
+        self._run_between(plan)
         sampling = [] if plan is None else self._run(plan)
         self.check()
-        if self.is_late:
+        self._deliver(self.on_way)
+        self.on_way = sampling
+        if not self.is_late:
             self._deliver(self.on_way)
-            self.on_way = sampling
-        else:
-            self._deliver(sampling)
+            self.on_way = []
         self.check()
         return True
+
+    def _budget(self, plan: Step | None, before: Before) -> int | None:
+        """Compute the tokens that a plan has for prompts, which get a quarter in any case; None if it only decodes."""
+        scheduler = self.scheduler
+        if not self.mixes and plan is not None and not plan.chunks:
+            assert self.decodes_first or not any(s in before.left and s.slot >= 0 for s in before.running)
+            return None
+        if before.decoding and self.mixes:
+            most = scheduler.step_tokens_while_decoding
+            return max(most - len(before.decoding), most // 4, 1)
+        return scheduler.step_tokens
+
+    def _run_between(self, plan: Step | None) -> None:
+        """Run decode steps in the middle of a step of prompts, as far as there are any."""
+        self.decodes_first = plan is not None and bool(plan.chunks)
+        if self.mixes or plan is None or not plan.chunks:
+            return
+        for _ in range(self.steps_between):
+            self._deliver(self.on_way)
+            self.on_way = []
+            between = self.scheduler.plan_beside(plan)
+            if self.watch is not None:
+                self.watch.steps += 1
+            self._note_preempted()
+            if between is not None:
+                assert not between.chunks
+                self.on_way = self._run(between)
+                self.decodes_first = False
 
     def _run(self, plan: Step) -> list[Simulated]:
         for state, position in zip(plan.decoding, plan.positions, strict=True):
@@ -266,7 +310,7 @@ class Simulation:
                 row.computed = 0
                 assert (state.blocks, state.slot, state.written, state.decodes) == ([], -1, 0, False)
 
-    def _check_plan(self, plan: Step | None, before: Before, preempted: int) -> None:
+    def _check_plan(self, plan: Step | None, before: Before, budget: int | None, preempted: int) -> None:
         scheduler = self.scheduler
         if plan is None:
             assert not preempted or self.on_way
@@ -275,22 +319,22 @@ class Simulation:
             return
         # All that can decode do, but for those that were preempted for older ones.
         assert plan.decoding == [state for state in before.decoding if state in plan.decoding]
-        left_out = [state for state in before.decoding if state not in plan.decoding]
-        assert all(state.slot < 0 for state in left_out)
-        assert len(left_out) <= preempted
-        # The budget, which prompts get a quarter of in any case.
+        if self.mixes or budget is None:
+            left_out = [state for state in before.decoding if state not in plan.decoding]
+            assert all(state.slot < 0 for state in left_out)
+            assert len(left_out) <= preempted
+        else:
+            assert not plan.decoding
         spent = sum(chunk.count for chunk in plan.chunks)
-        budget = scheduler.step_tokens
-        if before.decoding:
-            most = scheduler.step_tokens_while_decoding
-            budget = max(most - len(before.decoding), most // 4, 1)
-        assert spent <= budget
+        assert spent <= (budget or 0)
         assert plan.decoding or spent
         states = [chunk.sequence for chunk in plan.chunks]
         assert len(set(states)) == len(states)
         assert not set(states) & set(plan.decoding)
         assert not any(state.is_unread for state in (*states, *plan.decoding))
         # A prompt goes on later only if the step is full. What others leave that find shared blocks may be lost.
+        if budget is None:
+            return
         if any(not chunk.is_last for chunk in plan.chunks) and not preempted:
             assert 2 * spent >= budget or scheduler.blocks.available == 0
         self._check_oldest(before, plan, budget, preempted)

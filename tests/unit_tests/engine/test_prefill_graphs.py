@@ -15,8 +15,8 @@ from langchain_quantllm.engine.kv_cache import allocate_pools
 from langchain_quantllm.engine.model_check import inspect_model
 from langchain_quantllm.engine.model_runner import ModelRunner
 from langchain_quantllm.engine.prefill_graphs import LENGTHS, MOST_SEQUENCES, PACK_SIZE, Pack, length_for
-from langchain_quantllm.engine.scheduler import PrefillChunk, Step
 from langchain_quantllm.engine.sequence import SamplingInput, bare_sequence
+from langchain_quantllm.engine.step import PrefillChunk, Step
 from langchain_quantllm.engine.triton_attention import TritonAttention
 from langchain_quantllm.kernels import reference
 from tests.support.models import tiny_model

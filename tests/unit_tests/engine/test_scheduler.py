@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
-from langchain_quantllm.engine.scheduler import PASSED_STEPS, PrefillChunk, Step
+from langchain_quantllm.engine.scheduler import PASSED_STEPS
+from langchain_quantllm.engine.step import PrefillChunk, Step
 from tests.support.simulation import Simulated, Simulation, expected_ids, ids_of, random_simulation
 
 

@@ -1,0 +1,64 @@
+"""One step of the running batch: which sequences decode, and which chunks of prompts run beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from langchain_quantllm.engine.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class PrefillChunk:
+    """Tokens `start` to `start + count` of a sequence's ids, to be run in one step.
+
+    `is_last` says that the next token is sampled after them.
+    """
+
+    sequence: Sequence
+    start: int
+    count: int
+    is_last: bool
+
+    @property
+    def ids(self) -> list[int]:
+        """The tokens."""
+        return self.sequence.ids[self.start : self.start + self.count]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward: the last token of each decoding sequence, and chunks of prompts.
+
+    Args:
+        decoding: Sequences whose last token is run; it lies on the device.
+        positions: Positions of these tokens.
+        chunks: Chunks of prompts, one for each of other sequences.
+    """
+
+    decoding: list[Sequence]
+    positions: list[int]
+    chunks: list[PrefillChunk]
+
+    @property
+    def sampled(self) -> list[Sequence]:
+        """Sequences that a token is sampled for: the decoding ones, then those whose prompt ends here."""
+        return self.decoding + self.starting
+
+    @property
+    def starting(self) -> list[Sequence]:
+        """Sequences whose prompt ends in this step."""
+        return [chunk.sequence for chunk in self.chunks if chunk.is_last]
+
+
+def split_step(step: Step, first_tokens: int) -> tuple[Step, Step]:
+    """Divide the chunks of a step: the first one keeps the decoding sequences and so many tokens of prompts."""
+    first: list[PrefillChunk] = []
+    rest = list(step.chunks)
+    while rest and rest[0].count <= first_tokens:
+        first_tokens -= rest[0].count
+        first.append(rest.pop(0))
+    if rest and first_tokens:
+        chunk = rest[0]
+        first.append(replace(chunk, count=first_tokens, is_last=False))
+        rest[0] = replace(chunk, start=chunk.start + first_tokens, count=chunk.count - first_tokens)
+    return replace(step, chunks=first), Step([], [], rest)
