@@ -11,10 +11,10 @@ Every step decodes all sequences that can, and spends the rest of its tokens on 
 - A sequence that has to wait for room is passed by others that fit, for `PASSED_STEPS` steps at most. Then none behind
   it joins before it has.
 - An older sequence that needs a block takes it from the youngest, which is computed again later.
-- A sequence whose text is not read (see `ChunkStream.is_full`) rests; others may take its slot, its blocks and its place
-  within its owner's limit. It holds up no other one, wherever it waits.
-- Of an owner with a limit, the oldest waiting sequences are considered, as many as its limit leaves places; of these too,
-  one without room is passed by those behind it.
+- A sequence whose text is not read (see `ChunkStream.is_full`) rests; others may take its slot, its blocks and its
+  place within its owner's limit. It holds up no other one, wherever it waits.
+- Of an owner with a limit, the oldest waiting sequences are considered, as many as its limit leaves places; one without
+  room is passed here, too.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from langchain_quantllm.engine.scheduler import PASSED_STEPS
-from tests.support.simulation import Simulated, Simulation, ids_of
+from tests.support.scenarios import ids_of
+from tests.support.simulation import Simulated, Simulation
 
 BLOCK = 16
 
