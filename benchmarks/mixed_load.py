@@ -32,6 +32,8 @@ class MixedLoad:
         self._streams, self._prompts, self._prompt_tokens = streams, prompts, prompt_tokens
         self._random = random.Random(0)
         self._engine = llm._engine()
+        self.longest_at_s = 0.0
+        """When the longest gap of the last run ended, in seconds after the prompts came."""
 
     def _requests(self, count: int, tokens: int, new_tokens: int) -> list[Request]:
         options = self._llm._options(None, {"max_new_tokens": new_tokens, "ignore_eos": True})
@@ -86,11 +88,14 @@ class MixedLoad:
         gaps = [(b, b - a) for row in times for a, b in itertools.pairwise(row)]
         alone = [gap for at, gap in gaps if at < began]
         beside = [gap for at, gap in gaps if began <= at <= ended]
+        self.longest_at_s = max((gap, at - began) for at, gap in gaps if began <= at <= ended)[1]
         return {
             "gap_alone_ms": 1000 * statistics.median(alone),
             "gap_ms": 1000 * statistics.median(beside),
             "gap_mean_ms": 1000 * statistics.mean(beside),
+            "gap_99_ms": 1000 * statistics.quantiles(beside, n=100)[-1],
             "longest_gap_ms": 1000 * max(beside),
+            "longest_at_ms": 1000 * self.longest_at_s,
             "prompts_ms": 1000 * prompts_s,
         }
 

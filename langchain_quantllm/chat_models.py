@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -21,6 +22,7 @@ from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from pydantic import Field, model_validator
 
 from langchain_quantllm.base import PreparedCall, QuantizedModel, langchain_errors
+from langchain_quantllm.base.aside import read_aside, run_aside, submit_aside
 from langchain_quantllm.chat.binding import BindingChatModel
 from langchain_quantllm.chat.options import CHAT_OPTIONS, ChatOptions
 from langchain_quantllm.chat.plan import AnswerFormat, write_prompt
@@ -182,12 +184,12 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         with langchain_errors():
-            plan = await self._aplan(self._plan, messages, stop, kwargs, is_long=_is_long(messages, kwargs))
+            plan, stream = await submit_aside(self._plan, messages, stop, kwargs, in_pieces=False)
             answers = Answers(plan.requests)
-            with plan.submit(in_pieces=False) as stream:
+            with stream:
                 async for chunk in stream:
                     answers.add(chunk)
-            return chat_result(answers, plan.new_reader, self.model_id)
+            return await run_aside(chat_result, answers, plan.new_reader, self.model_id)
 
     def _stream(
         self,
@@ -214,11 +216,11 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         with langchain_errors():
-            plan = await self._aplan(self._plan_stream, messages, stop, kwargs, is_long=_is_long(messages, kwargs))
-            reader = plan.new_reader()
-            with plan.submit() as stream:
+            plan, stream = await submit_aside(self._plan_stream, messages, stop, kwargs)
+            with stream:
+                reader = await run_aside(plan.new_reader)
                 async for chunk in stream:
-                    for read in reader.chunks(chunk, plan.requests[0]):
+                    for read in await read_aside(partial(reader.chunks, request=plan.requests[0]), chunk):
                         if run_manager:
                             await run_manager.on_llm_new_token(read.text, chunk=read)
                         yield read
@@ -371,10 +373,3 @@ def _refuse_full_text(return_full_text: bool | None) -> None:
     if return_full_text:
         msg = "return_full_text=True is not possible here: a chat model returns messages; leave it out."
         raise InvalidOptionError(msg)
-
-
-def _is_long(messages: Sequence[BaseMessage], call: Mapping[str, Any]) -> bool:
-    """Whether planning a call may take long: grammars are compiled for it, or images fetched and resized."""
-    if any(call.get(name) is not None for name in ("tools", "response_format", "constraint")):
-        return True
-    return any(not isinstance(message.content, str) for message in messages)

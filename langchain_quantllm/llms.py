@@ -10,17 +10,18 @@ import itertools
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models.base import LanguageModelInput
 from langchain_core.language_models.llms import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
-from langchain_core.runnables import RunnableConfig
-from langchain_core.runnables.config import get_config_list
+from langchain_core.runnables.config import RunnableConfig, get_config_list
 from typing_extensions import Self
 
 from langchain_quantllm.base import PreparedCall, QuantizedModel, langchain_errors, run_together, setting
+from langchain_quantllm.base.aside import read_aside, run_aside, submit_aside
 from langchain_quantllm.compat.transformers_pipelines import flat_options, with_options
 from langchain_quantllm.engine.result import Answers, completion_info
 from langchain_quantllm.engine.stream import Chunk
@@ -220,12 +221,12 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         with langchain_errors():
-            plan = await self._aplan(self._plan, prompts, stop, kwargs)
+            plan, stream = await submit_aside(self._plan, prompts, stop, kwargs, in_pieces=False)
             answers = Answers(plan.requests)
-            with plan.submit(in_pieces=False) as stream:
+            with stream:
                 async for chunk in stream:
                     answers.add(chunk)
-            return self._result(plan, answers)
+            return await run_aside(self._result, plan, answers)
 
     def _stream(
         self,
@@ -250,14 +251,14 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
         with langchain_errors():
-            plan = await self._aplan(self._plan_stream, prompt, stop, kwargs)
-            with plan.submit() as stream:
+            plan, stream = await submit_aside(self._plan_stream, prompt, stop, kwargs)
+            with stream:
                 for made in self._echo(plan):
                     if run_manager:
                         await run_manager.on_llm_new_token(made.text, chunk=made)
                     yield made
                 async for chunk in stream:
-                    made = self._chunk(plan, chunk)
+                    made = await read_aside(partial(self._chunk, plan), chunk)
                     if run_manager:
                         await run_manager.on_llm_new_token(made.text, chunk=made)
                     yield made

@@ -67,6 +67,7 @@ _LOGPROBS = Check(
 _SIDE = Check(lambda v: isinstance(v, bool) or v in ("left", "right"), "True, False, 'left' or 'right'")
 _IDS = Check(_is_ids, "a token id, or a list of them")
 _ADAPTER = Check(lambda v: isinstance(v, str) and bool(v), f"the name of an adapter, or {BASE_ADAPTER!r}")
+_SALT = Check(lambda v: isinstance(v, str) and 0 < len(v) <= 256, "a text of 1 to 256 characters")
 ANY = Check(lambda v: True, "a value that transformers' GenerationConfig takes")
 
 
@@ -144,6 +145,8 @@ class GenerationOptions:
     eos_token_id: tuple[int, ...] | None = _option(None, _IDS)
     priority: int = _option(0, _INT)
     """Requests of a lower number go first."""
+    cache_salt: str | None = _option(None, _SALT)
+    """Prefix caching shares blocks only between requests with the same one."""
     adapter: str | None = _option(None, _ADAPTER)
     """The adapter's name or `BASE_ADAPTER`; None runs the model as it is."""
     asked_new_tokens: bool = False

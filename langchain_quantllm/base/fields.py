@@ -114,6 +114,8 @@ class ModelFields(BaseLanguageModel[Any]):
     """Above 1 makes tokens less likely that are in the prompt or the text already."""
     priority: int | None = None
     """Calls of a lower number go first, before those of other objects over the same weights too; 0 if not set."""
+    cache_salt: str | None = None
+    """Calls share the KV cache of a common beginning only with calls of the same salt, such as the id of a tenant."""
     seed: int | None = None
     """Makes sampling repeatable, whatever else is in the batch; None takes a new seed for each call."""
     n: int | None = None

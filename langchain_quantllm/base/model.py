@@ -13,7 +13,6 @@ from typing import Any
 
 from langchain_core.exceptions import ContextOverflowError, ModelTimeoutError
 from langchain_core.language_models.base import LangSmithParams
-from langchain_core.runnables.config import run_in_executor
 from pydantic import PrivateAttr, model_validator
 from typing_extensions import Self
 
@@ -293,18 +292,6 @@ class QuantizedModel(ModelFields):
             mask=mask,
             media=media,
         )
-
-    async def _aplan(self, plan: Callable[..., Any], *call: Any, is_long: bool = False) -> Any:
-        """Plan a call, in another thread if that takes long.
-
-        Args:
-            plan: Makes the plan, and loads the weights and makes the engine if they are not there yet.
-            *call: Its arguments.
-            is_long: Whether it takes long even with a loaded model.
-        """
-        if is_long or not self.is_loaded or self._loaded().engines is None:
-            return await run_in_executor(None, plan, *call)
-        return plan(*call)
 
     # LangChain's conventions.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from langchain_quantllm.chat.scanner import CUT_OFF, Wait, held, prefixes
@@ -70,7 +71,7 @@ class AnswerParser(CallReader):
 
     def push(self, text: str) -> list[Piece]:
         """Take the next part of the answer and return the pieces that have become certain."""
-        self._scan.text += text if self._hidden is None else self._hidden.sub("", text)
+        self._scan.add(text if self._hidden is None else self._hidden.sub("", text))
         return self._step()
 
     def finish(self) -> list[Piece]:
@@ -81,7 +82,7 @@ class AnswerParser(CallReader):
     def _step(self) -> list[Piece]:
         next(self._steps, None)
         pieces, self._pieces = self._pieces, []
-        return pieces
+        return _joined(pieces)
 
     def _answer(self) -> Wait[None]:
         if self._reasoning is not None:
@@ -92,7 +93,7 @@ class AnswerParser(CallReader):
         if self._tools:
             yield from self._whole(self._scan.at)
         yield from self._content()
-        self._emit("text", self._space)
+        self._emit("text", "".join(self._spaces))
 
     def _thinks(self, reasoning: ReasoningFormat) -> Wait[bool]:
         start = self._scan.at
@@ -107,16 +108,20 @@ class AnswerParser(CallReader):
         scan = self._scan
         begun = prefixes([reasoning.end])
         yield from scan.skip("\r\n")
+        line_ends: list[str] = []  # before more reasoning, or its end
         while (end := scan.text.find(reasoning.end, scan.at)) < 0:
             cut = len(scan.text) if scan.ended else len(scan.text) - held(scan.text[scan.at :], begun)
             part = scan.text[scan.at : cut]
-            part = part if scan.ended else part.rstrip("\r\n")
-            self._emit("reasoning", part)
-            scan.at += len(part)
+            shown = part if scan.ended else part.rstrip("\r\n")
+            if shown or scan.ended:
+                self._emit("reasoning", "".join(line_ends) + shown)
+                line_ends.clear()
+            line_ends.append(part[len(shown) :])
+            scan.at = cut
             scan.forget()
             if not (yield from scan.more()):
                 return
-        self._emit("reasoning", scan.text[scan.at : end].rstrip("\r\n"))
+        self._emit("reasoning", ("".join(line_ends) + scan.text[scan.at : end]).rstrip("\r\n"))
         scan.at = start = end + len(reasoning.end)
         yield from scan.skip()
         scan.at = max(start, scan.text.rfind("\n", start, scan.at) + 1)
@@ -243,6 +248,17 @@ class AnswerParser(CallReader):
             if (yield from scan.skip()) != "{":
                 scan.at = start
                 return
+
+
+def _joined(pieces: Sequence[Piece]) -> list[Piece]:
+    """Make one piece of neighbours of one kind and one call."""
+    joined: list[Piece] = []
+    for (kind, index), group in groupby(pieces, key=lambda piece: (piece.kind, piece.index)):
+        if kind in ("call", "invalid"):
+            joined += group
+        else:
+            joined.append(Piece(kind=kind, text="".join(piece.text for piece in group), index=index))
+    return joined
 
 
 def _parameters(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:

@@ -34,7 +34,7 @@ class TemplateParser:
         self._prefix = prefix
         self._calls = 0
         self._restart(prefix)
-        self._space = ""
+        self._spaces: list[str] = []  # at the end of the region so far
         self._shown = False
 
     def push(self, text: str) -> list[Piece]:
@@ -58,7 +58,7 @@ class TemplateParser:
         self._prefix = prefix
         self._parser = self._tokenizer.get_response_parser(prefix=prefix, tools=self._tools)
         self._fed: list[str] = []
-        self._body = ""  # of the region being read
+        self._body: list[str] = []  # of the region being read
 
     def _feed(self, text: str) -> tuple[list[Piece], int]:
         try:
@@ -90,10 +90,10 @@ class TemplateParser:
         for event in events:
             kind = _KINDS.get(event["field"], "")
             if event["type"] == "region_open":
-                self._body = self._space = ""
+                self._body, self._spaces = [], []
                 self._shown = False
             elif event["type"] == "region_chunk":
-                self._body += event["text"]
+                self._body.append(event["text"])
                 if kind and not event.get("dirty") and (text := self._trimmed(event["text"])):
                     pieces.append(Piece(kind=kind, text=text))
             elif event["field"] == "tool_calls":
@@ -105,11 +105,14 @@ class TemplateParser:
 
     def _trimmed(self, text: str) -> str:
         """Drop the space at a region's beginning; space at its end waits for more text."""
-        text = self._space + text
         text = text if self._shown else text.lstrip()
         shown = text.rstrip()
-        self._space = text[len(shown) :]
-        self._shown = self._shown or bool(shown)
+        space = text[len(shown) :]
+        if shown:
+            shown = "".join(self._spaces) + shown
+            self._spaces, self._shown = [], True
+        if space:
+            self._spaces.append(space)
         return shown
 
     def _called(self, value: Any) -> list[Piece]:
@@ -131,4 +134,4 @@ class TemplateParser:
     def _invalid(self, error: object) -> Piece:
         index, self._calls = self._calls, self._calls + 1
         message = str(error).partition("\n")[0] or type(error).__name__
-        return Piece(kind="invalid", text=self._body.strip(), index=index, error=message)
+        return Piece(kind="invalid", text="".join(self._body).strip(), index=index, error=message)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import secrets
 import string
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 from langchain_core.messages import AIMessage, AIMessageChunk, InvalidToolCall, ToolCall
@@ -29,7 +29,7 @@ _COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
 class _Call:
     id: str
     name: str | None = None
-    arguments: str = ""
+    parts: list[str] = field(default_factory=list)  # of the arguments
     error: str | None = None
 
 
@@ -43,8 +43,8 @@ class MessageBuilder:
             parallel: Whether there may be several calls; without, calls after the first are dropped.
         """
         self._parallel = parallel
-        self._text = ""
-        self._reasoning = ""
+        self._text: list[str] = []
+        self._reasoning: list[str] = []
         self._calls: dict[int, _Call] = {}
 
     @property
@@ -68,8 +68,8 @@ class MessageBuilder:
                     begun["name"] = begun["name"] or chunk["name"]
                 else:
                     chunks[piece.index] = chunk
-        self._text += text
-        self._reasoning += reasoning
+        self._text.append(text)
+        self._reasoning.append(reasoning)
         if not (text or reasoning or chunks):
             return None
         return AIMessageChunk(
@@ -88,10 +88,10 @@ class MessageBuilder:
             call.name = piece.text
             return tool_call_chunk(name=piece.text, args="", id=call_id, index=piece.index)
         if piece.kind == "arguments":
-            call.arguments += piece.text
+            call.parts.append(piece.text)
             return tool_call_chunk(name=None, args=piece.text, id=call_id, index=piece.index)
         call.error = piece.error
-        given, call.arguments = call.arguments, piece.text
+        given, call.parts = "".join(call.parts), [piece.text]
         rest = piece.text.removeprefix(given) if piece.text.startswith(given) else ""
         return tool_call_chunk(name=None, args=rest + _breaking(given + rest), id=call_id, index=piece.index)
 
@@ -105,20 +105,22 @@ class MessageBuilder:
         invalid: list[InvalidToolCall] = []
         for call in self._calls.values():
             error = call.error
+            written = "".join(call.parts)
             arguments = None
             if error is None:
                 try:
-                    arguments = json.loads(call.arguments or "{}", strict=False)
+                    arguments = json.loads(written or "{}", strict=False)
                 except ValueError as reason:
                     error = str(reason)
             if error is None and isinstance(arguments, dict):
                 calls.append(tool_call(name=call.name or "", args=arguments, id=call.id))
             else:
                 error = error or "the arguments are not a JSON object"
-                invalid.append(invalid_tool_call(name=call.name, args=call.arguments, id=call.id, error=error))
+                invalid.append(invalid_tool_call(name=call.name, args=written, id=call.id, error=error))
+        reasoning = "".join(self._reasoning)
         return AIMessage(
-            content=self._text,
-            additional_kwargs={"reasoning_content": self._reasoning} if self._reasoning else {},
+            content="".join(self._text),
+            additional_kwargs={"reasoning_content": reasoning} if reasoning else {},
             tool_calls=calls,
             invalid_tool_calls=invalid,
             **fields,
@@ -171,8 +173,9 @@ class ResultReader:
         message = self._builder.message(usage_metadata=usage, response_metadata=metadata)
         return ChatGeneration(message=message, generation_info=metadata)
 
-    def chunks(self, chunk: Chunk, request: Request) -> Iterator[ChatGenerationChunk]:
+    def chunks(self, chunk: Chunk, request: Request) -> list[ChatGenerationChunk]:
         """Read the next chunk of an answer; the last one gives the metadata a chunk of its own."""
+        chunks = []
         ended = chunk.finish_reason is not None
         message = self._builder.add(self._parser.push(chunk.text) + (self._parser.finish() if ended else []))
         info = completion_info(chunk, request, self._tokenizer, self._model_name)
@@ -180,11 +183,12 @@ class ResultReader:
             message = message or AIMessageChunk(content="")
             message.response_metadata = info
         if message is not None:
-            yield ChatGenerationChunk(message=message)
+            chunks.append(ChatGenerationChunk(message=message))
         if ended:
             usage, metadata = self._last(info)
             last = AIMessageChunk(content="", usage_metadata=usage, response_metadata=metadata, chunk_position="last")
-            yield ChatGenerationChunk(message=last, generation_info=metadata)
+            chunks.append(ChatGenerationChunk(message=last, generation_info=metadata))
+        return chunks
 
     def _last(self, info: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Take the usage out of the completion's description, and name calls as the reason for its end."""

@@ -69,6 +69,12 @@ class Scanner:
         self.at = 0
         self.ended = False
 
+    def add(self, text: str) -> None:
+        """Append text."""
+        whole, self.text = self.text, ""
+        whole += text  # the only reference: CPython appends in place, and does not copy all text at each token
+        self.text = whole
+
     def forget(self) -> None:
         """Drop the text before the place; other places in the text lose their meaning."""
         self.text, self.at = self.text[self.at :], 0

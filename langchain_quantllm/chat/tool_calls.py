@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from langchain_quantllm.chat.notations import checked, from_gemma, from_python, from_qwen_xml, loaded
@@ -79,16 +79,13 @@ class CallReader:
         self._tools = tools
         self._pieces: list[Piece] = []
         self._calls = 0
-        self._space = ""  # at the end of the text so far; a call drops it
+        self._spaces: list[str] = []  # at the end of the text so far; a call drops them
         self._after_call = False
 
     # Pieces.
 
     def _emit(self, kind: str, text: str, index: int = 0, error: str = "") -> None:
-        last = self._pieces[-1] if self._pieces else None
-        if last and kind in ("text", "reasoning", "arguments") and (last.kind, last.index) == (kind, index):
-            self._pieces[-1] = replace(last, text=last.text + text)
-        elif text or kind in ("call", "invalid"):
+        if text or kind in ("call", "invalid"):
             self._pieces.append(Piece(kind=kind, text=text, index=index, error=error))
 
     def _text(self, text: str) -> None:
@@ -96,18 +93,19 @@ class CallReader:
         if not self._tools:
             self._emit("text", text)
             return
-        text = text.lstrip() if self._after_call else self._space + text
-        if not text:
-            return
-        shown = text.rstrip()
-        self._space = text[len(shown) :]
-        self._after_call = self._after_call and not shown
-        self._emit("text", shown)
+        text = text.lstrip() if self._after_call else text
+        if shown := text.rstrip():
+            self._emit("text", "".join(self._spaces) + shown)
+            self._spaces.clear()
+            self._after_call = False
+        if space := text[len(shown) :]:
+            self._spaces.append(space)
 
     def _enter(self, call: ToolCallDraft) -> None:
         if call.index < 0:
             call.index, self._calls = self._calls, self._calls + 1
-        self._space, self._after_call = "", True
+        self._spaces.clear()
+        self._after_call = True
 
     def _name(self, call: ToolCallDraft) -> None:
         """Emit the call's name, which makes it a call."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -91,6 +91,20 @@ def attention_name(config: Any) -> str | None:
 def set_attention_name(config: Any, name: str | None) -> None:
     """Set the name of the attention in a config."""
     config._attn_implementation = name
+
+
+def values_of(config: Any) -> Iterator[Any]:
+    """Iterate over the values of a config, in a fixed order and without the name of the attention.
+
+    Lists and dictionaries come as tuples, so that a change inside of them shows in a comparison.
+    """
+    for name, value in vars(config).items():
+        if isinstance(value, list):
+            yield tuple(value)
+        elif isinstance(value, dict):
+            yield tuple(value.items())
+        elif not name.startswith("_attn_implementation"):
+            yield value
 
 
 # The cache.

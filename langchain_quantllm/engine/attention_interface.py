@@ -102,6 +102,14 @@ def _give_back(config: Any) -> None:
             set_attention_name(config, name)
 
 
+def users_attention_name(config: Any) -> str | None:
+    """Return the attention that a config names outside the engine's forwards; None if it names none."""
+    borrowed = _borrowed.get(id(config))
+    if borrowed is not None:
+        return borrowed[0]
+    return attention_name(config) if names_attention(config) else None
+
+
 _registered: dict[str | None, str] = {}
 
 

@@ -13,13 +13,13 @@ from langchain_quantllm.engine.adapter_switch import AdapterSwitch, changed_by_h
 from langchain_quantllm.engine.attention import Attention, LayerPool
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.engine.cuda_graphs import no_graph_reason
+from langchain_quantllm.engine.fingerprint import Fingerprint, fingerprint
 from langchain_quantllm.engine.fusion.fuse import Fusion
 from langchain_quantllm.engine.gather_attention import GatherAttention
 from langchain_quantllm.engine.kv_cache import allocate_pools, count_blocks
 from langchain_quantllm.engine.lora import LoraStack
 from langchain_quantllm.engine.model_check import (
     ModelProbe,
-    fingerprint,
     inspect_model,
     unsupported_reason,
     verify_engine,
@@ -36,6 +36,7 @@ SLOTS_GPU, SLOTS_CPU = 128, 32
 """Maximum number of sequences at once."""
 
 _FEWEST_BLOCKS = 64  # a pool of default size is not halved below this
+_MOST_REBUILDS = 3  # while the model changes as its parts are made anew
 _TRIED_BLOCKS = 64  # several programs of the attention kernel share a sequence of so many
 
 
@@ -82,6 +83,8 @@ class EngineParts:
             if switch is not None:
                 self.adapters = LoraStack(model, switch.names)
             self.probe: ModelProbe = inspect_model(model)
+            # Before the parts are made: a change meanwhile is noticed with the first request.
+            self._fingerprint = self._current_fingerprint()
             self.runner = self._make_runner(self._choose_attention(), cache_budget)
             release_heap()  # the first forward repacks weights on some CPUs, which takes four times their size
         except torch.OutOfMemoryError as error:
@@ -91,7 +94,6 @@ class EngineParts:
         except BaseException:
             self.close()
             raise
-        self._fingerprint = self._current_fingerprint()
 
     def close(self) -> None:
         """Take the adapters' forwards off the model, and release it and the KV pools; the limits stay readable."""
@@ -199,15 +201,24 @@ class EngineParts:
 
     # Changes.
 
-    def _current_fingerprint(self) -> int:
+    def _current_fingerprint(self) -> Fingerprint:
         return fingerprint(self._model, names_adapters=self.adapters is not None)
 
     def model_changed(self) -> bool:
-        """Whether the model's modules, weights, adapters or hooks have changed since they were last looked at."""
+        """Whether anything of the model has changed since it was last looked at; see `fingerprint`."""
         return self._current_fingerprint() != self._fingerprint
 
     def rebuild(self) -> None:
         """Find fused steps, graphs and adapters of the changed model; sets `refusal` if its adapters cannot run."""
+        for _ in range(_MOST_REBUILDS):
+            before = self._current_fingerprint()
+            self._rebuild_once()
+            # Last, so that all is done again after a failure. Fusing may have moved weights, but changes none.
+            self._fingerprint = self._current_fingerprint()
+            if self._fingerprint.versions == before.versions:
+                break
+
+    def _rebuild_once(self) -> None:
         if self._fusion is not None:
             try:
                 self._fusion.build()
@@ -222,5 +233,3 @@ class EngineParts:
                 self.refusal = None
             except UnsupportedError as error:
                 self.refusal = changed_by_hand(str(error))
-        # Last, so that all is done again after a failure; fusing may have moved weights, too.
-        self._fingerprint = self._current_fingerprint()

@@ -1,8 +1,8 @@
 """Calls in a thread of their own, which the caller's settings of torch do not reach.
 
 Inference mode, autocast, gradients, the default device and CUDA stream, and function modes belong to a thread: tensors
-made under them would stay as these made them for the model's whole life. A new thread begins without any. Knows no
-model and no tensor.
+made under them would stay as these made them for the model's whole life. A new thread begins without any; only the
+current CUDA device is the caller's, as it says where to put a model. Knows no model and no tensor.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextvars
 import ctypes
 import functools
 import math
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -71,6 +72,15 @@ def start_thread(thread: threading.Thread, purpose: str) -> None:
         raise UnsupportedError(msg) from error
 
 
+def _cuda_device() -> int | None:
+    """Return the current CUDA device of this thread; None before the first use of CUDA."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    device: int = torch.cuda.current_device()
+    return device
+
+
 class _CleanThread(threading.Thread, Generic[_Result]):
     """The thread of one call."""
 
@@ -78,6 +88,7 @@ class _CleanThread(threading.Thread, Generic[_Result]):
         super().__init__(name="quantllm-call", daemon=True)
         self._call: Callable[[], _Result] | None = call
         self._context = contextvars.copy_context()
+        self._cuda_device = _cuda_device()
         self._results: list[_Result] = []
         self._error: BaseException | None = None
         self._is_running = True  # changes under `_ending`
@@ -88,6 +99,8 @@ class _CleanThread(threading.Thread, Generic[_Result]):
         call, self._call = self._call, None
         try:
             assert call is not None
+            if self._cuda_device is not None:
+                sys.modules["torch"].cuda.set_device(self._cuda_device)
             self._results.append(self._context.run(call))
         except BaseException as error:
             self._error = error

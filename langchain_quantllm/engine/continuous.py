@@ -84,7 +84,7 @@ class ContinuousEngine:
         self._step_tokens = _STEP_TOKENS_GPU if self._parts.is_gpu else _STEP_TOKENS_CPU
         self.limits = self._parts.limits
         self.peak_cache_tokens = 0
-        self._prefix_ids: dict[int, int] = {}  # the first of each adapter's blocks
+        self._prefix_ids: dict[tuple[int, str | None], int] = {}  # before the first blocks, by adapter and salt
         self._samples_prefix_id: int | None = None
         self._pending: list[PendingTokens] = []
         """Tokens in flight; on a CPU there are none between two steps."""
@@ -182,10 +182,11 @@ class ContinuousEngine:
 
     def _take(self, waiting: deque[Completion]) -> None:
         self._drop_stopped()
-        if waiting and self._parts.model_changed():
+        # Taken off the queue first: all that had changed when they were submitted is seen now.
+        arrived = [waiting.popleft() for _ in range(len(waiting))]
+        if arrived and self._parts.model_changed():
             self._rebuild()
-        while waiting:
-            completion = waiting.popleft()
+        for completion in arrived:
             if completion.stream.should_stop():
                 continue
             if self._parts.refusal is not None:
@@ -223,11 +224,14 @@ class ContinuousEngine:
         return NO_ADAPTER if adapters is None else adapters.number_of(request.options.adapter)
 
     def _first_prefix_id(self, request: Request, adapter: int) -> int | None:
-        """Choose who shares a prompt's blocks: all requests of its adapter, the samples of its call, or none."""
+        """Choose who shares a prompt's blocks: all of its adapter and salt, the samples of its call, or none."""
         if request.shares_prefix:
-            if adapter not in self._prefix_ids:  # keys and values of two adapters differ
-                self._prefix_ids[adapter] = self._blocks.new_prefix_id()
-            return self._prefix_ids[adapter]
+            key = (adapter, request.options.cache_salt)  # keys and values of two adapters differ
+            prefix_id = self._prefix_ids.pop(key, None) or self._blocks.new_prefix_id()
+            self._prefix_ids[key] = prefix_id  # the last one is the latest
+            if len(self._prefix_ids) > self._blocks.total:  # some have no block left
+                del self._prefix_ids[next(iter(self._prefix_ids))]
+            return prefix_id
         if request.options.n == 1:
             return None
         if request.sample_index == 0:  # the call's other samples follow it at once
@@ -359,6 +363,7 @@ class ContinuousEngine:
     def _recover(self, error: BaseException) -> Exception:
         """Drop all sequences and begin anew after a failure; returns the error for the sequences' requests."""
         rows = len(self._scheduler.sequences)
+        self._pending = []
         self._reset_cache()
         self._runner.drop_graphs()
         if torch.cuda.is_available():

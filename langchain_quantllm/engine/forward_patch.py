@@ -32,6 +32,11 @@ class ForwardPatch:
         self._is_closed = False
         module.forward = self
 
+    @property
+    def before(self) -> Any:
+        """The `forward` that was set on the module itself before; None if there was none."""
+        return self._before
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the replacement inside a forward of the engine, else the module's own forward."""
         module: Any = self._module()

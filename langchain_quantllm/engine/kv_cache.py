@@ -9,6 +9,8 @@ import ctypes
 import math
 import mmap
 import sys
+import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,7 +93,7 @@ def count_blocks(
     else:
         fraction = DEFAULT_FRACTION if budget is None else budget
         tokens = min(
-            int(available_memory(device) * fraction) // sum(s.token_bytes for s in shapes if s.device == device)
+            int(_free_memory(device) * fraction) // sum(s.token_bytes for s in shapes if s.device == device)
             for device in {shape.device for shape in shapes}
         )
         if budget is None:
@@ -107,23 +109,26 @@ def count_blocks(
 
 
 def allocate_pools(shapes: Sequence[LayerShape], blocks: int) -> list[LayerPool]:
-    """Allocate the blocks of every layer.
+    """Allocate the blocks of every layer, as zeros. On a CPU they take memory as they are first written to.
 
     Raises:
         NotEnoughMemoryError: If the device has too little memory; nothing stays allocated then.
     """
-    try:
-        return [
-            LayerPool(
-                kv=_zeros((blocks, BLOCK_TOKENS, s.kv_heads, s.key_dim + s.value_dim), s.dtype, s.device),
-                key_dim=s.key_dim,
-            )
-            for s in shapes
-        ]
-    except (torch.OutOfMemoryError, MemoryError, OSError, OverflowError) as error:
-        size = format_bytes(blocks * BLOCK_TOKENS * sum(shape.token_bytes for shape in shapes))
-        msg = f"the KV cache of {size} does not fit; lower kv_cache_memory."
-        raise NotEnoughMemoryError(msg) from error
+    total_bytes = blocks * BLOCK_TOKENS * sum(shape.token_bytes for shape in shapes)
+    in_main_memory = blocks * BLOCK_TOKENS * sum(s.token_bytes for s in shapes if s.device.type == "cpu")
+    with _allocating:
+        _check_room(in_main_memory)
+        try:
+            return [
+                LayerPool(
+                    kv=_zeros((blocks, BLOCK_TOKENS, s.kv_heads, s.key_dim + s.value_dim), s.dtype, s.device),
+                    key_dim=s.key_dim,
+                )
+                for s in shapes
+            ]
+        except (torch.OutOfMemoryError, MemoryError, OSError, OverflowError) as error:
+            msg = f"the KV cache of {format_bytes(total_bytes)} does not fit; lower kv_cache_memory."
+            raise NotEnoughMemoryError(msg) from error
 
 
 def spoiled_blocks(pools: Sequence[LayerPool], blocks: Sequence[int]) -> list[int]:
@@ -143,19 +148,63 @@ def resident_bytes(pools: Sequence[LayerPool]) -> int | None:
         The bytes, in whole memory pages of the system. None for pools on other devices and on systems other than
         Linux.
     """
-    if sys.platform != "linux" or any(pool.kv.device.type != "cpu" for pool in pools):
+    if any(pool.kv.device.type != "cpu" for pool in pools):
         return None
-    counted_bytes = 0
-    for kv in (pool.kv for pool in pools):
-        held = (ctypes.c_ubyte * -(-kv.nbytes // mmap.PAGESIZE))()
-        if ctypes.CDLL(None).mincore(ctypes.c_void_p(kv.data_ptr()), ctypes.c_size_t(kv.nbytes), held):
-            return None
-        counted_bytes += bytes(held).count(1) * mmap.PAGESIZE
-    return counted_bytes
+    counts = [_resident(pool.kv.data_ptr(), pool.kv.nbytes) for pool in pools]
+    return None if None in counts else sum(count or 0 for count in counts)
+
+
+# Main memory.
+
+_allocating = threading.Lock()
+_mappings: weakref.WeakKeyDictionary[mmap.mmap, tuple[int, int]] = weakref.WeakKeyDictionary()
+"""Address and bytes of every layer's pool in main memory that lives in this process."""
+
+
+def _free_memory(device: torch.device) -> int:
+    """Return the bytes that a new KV cache may take: not those that other ones in main memory may still fill."""
+    free_bytes = available_memory(device)
+    return max(0, free_bytes - _unwritten_bytes()) if device.type == "cpu" else free_bytes
+
+
+def _check_room(needed_bytes: int) -> None:
+    """Check that main memory has room for a KV cache beside the ones there are.
+
+    Raises:
+        NotEnoughMemoryError: If not. The system would tell only when the memory is written to, by ending the process.
+    """
+    if not needed_bytes:
+        return
+    free_bytes, unwritten_bytes = available_memory("cpu"), _unwritten_bytes()
+    if needed_bytes <= free_bytes - unwritten_bytes:
+        return
+    others = f", of which other KV caches in this process may still fill {format_bytes(unwritten_bytes)}"
+    msg = (
+        f"a KV cache of {format_bytes(needed_bytes)} does not fit: {format_bytes(free_bytes)} of main memory are free"
+        f"{others if unwritten_bytes else ''}; lower kv_cache_memory, unload other models, or free memory."
+    )
+    raise NotEnoughMemoryError(msg)
+
+
+def _unwritten_bytes() -> int:
+    """Count the bytes of all pools in main memory that were not written to so far; 0 where the system does not tell."""
+    regions = list(_mappings.values())
+    resident = [_resident(address, size) for address, size in regions]
+    return sum(size - found for (_, size), found in zip(regions, resident, strict=True) if found is not None)
+
+
+def _resident(address: int, size: int) -> int | None:
+    """Count the bytes of a mapping that are in main memory, in whole memory pages; None on systems but Linux."""
+    if sys.platform != "linux":
+        return None
+    held = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+    if ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), held):
+        return None
+    return min(size, bytes(held).count(1) * mmap.PAGESIZE)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Allocate zeros: masked values are multiplied by 0, and 0 times NaN is NaN."""
+    """Allocate zeros, so that steps which are only timed compute with numbers."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     # Fresh memory pages of the system, which it zeros when they are first touched. torch would touch all of them now,
@@ -163,4 +212,6 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     # No huge pages are asked for: reading is as fast without, and each layer would begin with 2 MiB.
     private = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
     pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, **private)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)  # which keeps the mapping alive
+    zeros = torch.frombuffer(pages, dtype=dtype).view(shape)  # which keeps the mapping alive
+    _mappings[pages] = zeros.data_ptr(), zeros.nbytes
+    return zeros

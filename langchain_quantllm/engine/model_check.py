@@ -1,7 +1,7 @@
 """Checks whether the continuous engine can run a model, before any of its text is returned.
 
-Owns the rules that a config decides, a first forward that inspects the model, the comparison of the engine's logits
-with the model's own, and the fingerprint that tells when a model has changed. Knows no scheduling policy.
+Owns the rules that a config decides, a first forward that inspects the model, and the comparison of the engine's logits
+with the model's own. Knows no scheduling policy.
 """
 
 from __future__ import annotations
@@ -14,13 +14,11 @@ from typing import Any
 
 import torch
 
-from langchain_quantllm.compat.peft import is_peft_layer_class, state_of
 from langchain_quantllm.compat.transformers_attention import missing_attention_api
 from langchain_quantllm.compat.transformers_models import cache_name, cache_of
 from langchain_quantllm.engine.adapter_switch import AdapterSwitch
 from langchain_quantllm.engine.attention import without_gradients
 from langchain_quantllm.engine.block_manager import BlockManager
-from langchain_quantllm.engine.cuda_graphs import hooks_of
 from langchain_quantllm.engine.fusion.fuse import Fusion
 from langchain_quantllm.engine.kv_cache import LayerShape, shapes_of
 from langchain_quantllm.engine.model_runner import ModelRunner
@@ -253,36 +251,3 @@ def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Compute the distance of two sets of logits relative to the spread of the second, up to an offset of each row."""
     found, expected = (t - t.mean(-1, keepdim=True) for t in (found, expected))
     return float((found - expected).norm() / expected.norm().clamp(min=1e-12))
-
-
-def fingerprint(model: Any, *, names_adapters: bool = False) -> int:
-    """Hash a model's weights by identity and version, its adapters and hooks; quick, as it runs whenever requests come.
-
-    Weights that are changed in place through `.data` are not seen: nothing counts these changes.
-
-    Args:
-        model: The model.
-        names_adapters: Whether every request names its adapter; the active one is then left out.
-    """
-    parts: list[Any] = []
-    is_peft: dict[type, bool] = {}
-    waiting, seen = [model], set()
-    while waiting:  # `model.modules()` takes three times as long
-        module = waiting.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        parts.append(id(module))
-        kind = type(module)
-        if module._modules:
-            waiting += [child for child in module._modules.values() if child is not None]
-        for p in module._parameters.values():
-            if p is not None:
-                parts += (id(p), p._version, p.data_ptr())
-        if module._forward_hooks or module._forward_pre_hooks:
-            parts += hooks_of(module)
-        if kind not in is_peft:
-            is_peft[kind] = is_peft_layer_class(kind)
-        if is_peft[kind]:
-            parts += state_of(module, names_adapters=names_adapters)
-    return hash(tuple(parts))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 from langchain_quantllm.compat.transformers_pipelines import options_of
+from langchain_quantllm.compat.transformers_tokenizers import encodes_without_change
 from langchain_quantllm.engine.clean_thread import in_clean_thread
 from langchain_quantllm.engine.worker import UNLOADED
 from langchain_quantllm.errors import GenerationError
@@ -27,9 +29,15 @@ def require_pipeline(model: LoadedModel) -> Any:
 
 
 def token_ids(model: LoadedModel, text: str, *, add_special_tokens: bool = True) -> list[int]:
-    """Tokenize a text; a begin token that the text already has, from a chat template say, is not doubled."""
-    tokenizer = require_pipeline(model).tokenizer
-    with model.lock:  # a tokenizer's settings change during a call, so two threads may not use it at once
+    """Tokenize a text; a begin token that the text already has, from a chat template say, is not doubled.
+
+    Threads do so at once where the tokenizer allows it: a long text takes seconds.
+    """
+    pipeline = require_pipeline(model)
+    tokenizer = pipeline.tokenizer
+    # A processor uses the same tokenizer, with other settings.
+    is_shared = getattr(pipeline, "processor", None) is None and encodes_without_change(tokenizer)
+    with contextlib.nullcontext() if is_shared else model.tokenizer_lock:
         ids = list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
     bos = tokenizer.bos_token_id
     return ids[1:] if add_special_tokens and bos is not None and ids[:2] == [bos, bos] else ids
@@ -52,7 +60,7 @@ def prompt_inputs(
     if not images:
         return token_ids(model, prompt, add_special_tokens=add_special_tokens), None
     processor = require_pipeline(model).processor
-    with model.lock:  # the processor uses the same tokenizer
+    with model.tokenizer_lock:  # the processor uses the same tokenizer
         return in_clean_thread(process)(processor, prompt, images, add_special_tokens=add_special_tokens)
 
 

@@ -81,6 +81,8 @@ class LoadedModel:
         self.weights = weights_by_kind(pipeline.model)
         self.devices = devices_of(pipeline.model)
         self.lock = threading.RLock()
+        self.tokenizer_lock = threading.Lock()
+        """Held while a tokenizer is used whose settings change during a call."""
         self.engines: Any = None
         """The engines over it, once an engine was asked for; set under `lock`."""
         self.handle: _Handle | None = None

@@ -33,6 +33,8 @@ FIELDS_OF_TRANSFORMERS = sorted(
 
 WRONG: dict[str, list[Any]] = {
     "adapter": ["", 5, ["sql"]],
+    "priority": [1.5, "high", True],
+    "cache_salt": ["", 5, b"one", "x" * 257],
     "max_new_tokens": [0, -1, 1.5, "8", True],
     "max_length": [0, "long"],
     "min_new_tokens": [-1, 2.0],

@@ -212,6 +212,14 @@ def test_streams_stop_and_time_out(chat: Any) -> None:
     assert chat.invoke([ask(0)], stop=[full[3:5]]).content == full[: full.index(full[3:5])]
 
 
+def test_what_the_caller_s_thread_has_set_does_not_reach_the_images(chat: Any) -> None:
+    messages = [ask(0)]
+    expected = chat.invoke(messages).content
+    for state in (torch.inference_mode(), torch.device("meta"), torch.autocast("cpu", torch.bfloat16)):
+        with state:
+            assert chat.invoke(messages).content == expected
+
+
 def test_a_failure_is_told(chat: Any) -> None:
     with forwards(chat, fail_at(1, RuntimeError("boom"))), pytest.raises(QuantLLMError, match="boom"):
         chat.invoke([ask(0)])

@@ -14,6 +14,7 @@ import pytest
 
 from langchain_quantllm.chat.output_parser import AnswerParser
 from langchain_quantllm.chat.response_template import TemplateParser
+from langchain_quantllm.chat.result import MessageBuilder
 from langchain_quantllm.chat.tool_calls import Piece
 from langchain_quantllm.structured.tool_formats import FORMATS, HERMES, REASONING, ToolFormat, format_of, reasoning_of
 
@@ -331,14 +332,37 @@ def test_random_pieces_of_formats_never_raise() -> None:
         assert whole == parse(new(entry, reasoning=THINK), list(answer))
 
 
-def test_time_grows_with_the_length_only() -> None:
-    began = time.monotonic()
-    for answer in ("word ``` [1] {x} " * 8000, '<tool_call>{"name": "now", "arguments": {"a": "' + "word \\n " * 12000):
-        parser = new()
+LONG_ANSWERS: dict[str, tuple[str, str, str]] = {
+    "text": ("hermes", "", "word ``` [1] {x} "),
+    "space": ("hermes", "a", " \n" * 8),
+    "space in a call": ("hermes", "<tool_call>", " " * 16),
+    "reasoning": ("hermes", THINK.begin, "word. "),
+    "line ends in reasoning": ("hermes", THINK.begin, "\n" * 16),
+    "arguments": ("hermes", '<tool_call>{"name": "now", "arguments": {"a": "', "word \\n "),
+    "calls": ("hermes", "", HERMES_NOW + "\n"),
+    "an invalid call": ("hermes", '<tool_call>{"name": "now", "arguments": ', "word "),
+    "no call": ("hermes", "<tool_call>", "word "),
+    "JSON": ("llama3", '{"name": "none", "a": [', "1, "),
+    "XML": ("qwen_coder", "<tool_call>\n<function=now>\n<parameter=a>\n", "word "),
+    "fences": ("hermes", "", "```json\n{}\n```\n"),
+}
+"""Formats, with answers' beginnings and what comes again and again."""
+
+
+@pytest.mark.parametrize(("name", "begin", "part"), LONG_ANSWERS.values(), ids=LONG_ANSWERS)
+def test_time_grows_with_the_length_only(name: str, begin: str, part: str) -> None:
+    """An answer 16 times as long takes some 16 times as long; with a cost by its square, some hundred times."""
+
+    def seconds(characters: int) -> float:
+        answer = begin + part * (characters // len(part))
+        parser, builder, began = new(FORMAT[name], reasoning=THINK), MessageBuilder(), time.process_time()
         for at in range(0, len(answer), 4):
-            parser.push(answer[at : at + 4])
-        parser.finish()
-    assert time.monotonic() - began < 20
+            builder.add(parser.push(answer[at : at + 4]))
+        builder.add(parser.finish())
+        assert builder.message() is not None
+        return time.process_time() - began
+
+    assert seconds(160_000) < 60 * min(seconds(10_000) for _ in range(5))
 
 
 @pytest.mark.parametrize(

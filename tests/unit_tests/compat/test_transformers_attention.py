@@ -17,6 +17,7 @@ from langchain_quantllm.compat.transformers_attention import (
     names_attention,
     register,
     set_attention_name,
+    values_of,
 )
 from langchain_quantllm.compat.transformers_models import cache_name
 from langchain_quantllm.engine.model_check import unsupported_reason
@@ -100,3 +101,14 @@ def test_without_the_registry_the_fast_engine_says_so(monkeypatch: pytest.Monkey
     finally:
         monkeypatch.undo()
         missing_attention_api.cache_clear()
+
+
+def test_values_of_a_config_show_every_change_but_the_attention_s_name(model: Any) -> None:
+    before = list(values_of(model.config))
+    set_attention_name(model.config, "eager")
+    assert list(values_of(model.config)) == before
+    model.config.rms_norm_eps = 0.5
+    assert list(values_of(model.config)) != before
+    before = list(values_of(model.config))
+    model.config.rope_parameters["rope_theta"] = 7.0
+    assert list(values_of(model.config)) != before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from dataclasses import replace
 from typing import Any
@@ -10,9 +11,11 @@ import pytest
 import torch
 
 from langchain_quantllm import QuantizedHuggingFaceLLM
+from langchain_quantllm.engine import kv_cache
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
-from langchain_quantllm.engine.kv_cache import LayerShape, allocate_pools, resident_bytes
+from langchain_quantllm.engine.kv_cache import LayerShape, allocate_pools, count_blocks, resident_bytes
 from langchain_quantllm.errors import InvalidOptionError, NotEnoughMemoryError, PromptTooLongError
+from langchain_quantllm.memory import available_memory
 from tests.support.engine import (
     ONE_SEQUENCE,
     AllowOnly,
@@ -26,7 +29,7 @@ from tests.support.engine import (
     plan,
 )
 from tests.support.families import likeliest_ids
-from tests.support.models import forwards, slowly, wait_until
+from tests.support.models import forwards, llm_of, slowly, tiny_model, wait_for_rest, wait_until
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -93,6 +96,61 @@ class TestPrefixes:
         assert [a.usage.cached_tokens for a in answers if a.usage] == [0, 32, 32, 32]
         for prompt, answer in zip(prompts, answers, strict=True):
             assert answer.token_ids == likeliest_ids(llm.pipeline.model, prompt, answer.token_ids)
+
+
+class TestSalts:
+    """Callers who must not learn of each other share nothing that shows in counts or times."""
+
+    def test_only_requests_of_the_same_salt_share(self, make_tiny: MakeLLM) -> None:
+        llm = make_tiny()
+        for _ in range(2):
+            for salt, expected in (("a", 0), ("b", 0), (None, 0), ("a", 32), ("b", 32), (None, 32)):
+                assert cached_tokens(llm, ids_of(40), cache_salt=salt) == [expected]
+            engine: Any = llm._engine()
+            wait_for_rest()
+            engine._reset_cache()
+
+    def test_a_salt_changes_no_token(self, make_tiny: MakeLLM) -> None:
+        llm = make_tiny()
+        expected = ids_after(llm, ids_of(40))
+        assert all(ids_after(llm, ids_of(40), cache_salt=salt) == expected for salt in "abab")
+        assert llm.invoke("Sea", cache_salt="a") == llm.invoke("Sea")
+        assert on_pipeline(llm, max_new_tokens=12).invoke("Sea", cache_salt="a") == llm.invoke("Sea")
+
+    def test_requests_of_one_step_share_only_with_their_salt(self, make_tiny: MakeLLM) -> None:
+        llm = make_tiny()
+        requests = [plan(llm, ids_of(40), cache_salt=salt)[0] for salt in ("a", "b", "a", None)]
+        assert [a.usage.cached_tokens for a in ask(llm, requests) if a.usage] == [0, 0, 32, 0]
+
+    def test_samples_of_a_call_share_under_their_salt(self, make_tiny: MakeLLM) -> None:
+        llm = make_tiny()
+        options: dict[str, Any] = {"n": 2, "do_sample": True, "seed": 1, "cache_salt": "a"}
+        assert cached_tokens(llm, ids_of(40), **options) == [0, 32]
+        assert cached_tokens(llm, ids_of(40)) == [0]
+
+    def test_a_field_is_the_default_of_calls(self, make_tiny: MakeLLM) -> None:
+        llm = make_tiny(cache_salt="a")
+        prompt = "All happy families are alike; each unhappy family is unhappy in its own way. " * 3
+
+        def reads(**options: Any) -> bool:
+            usage = llm.generate([prompt], **options).generations[0][0].generation_info["usage_metadata"]
+            return bool(usage["input_token_details"]["cache_read"])
+
+        assert [reads(), reads(), reads(cache_salt="b"), reads(cache_salt="b")] == [False, True, False, True]
+
+    def test_many_salts_take_no_memory_and_the_latest_stay(self, make_tiny: MakeLLM) -> None:
+        llm = make_tiny(kv_cache_memory=ONE_SEQUENCE)
+        engine: Any = llm._engine()
+        ids_after(llm, ids_of(5))
+        wait_for_rest()
+        request = plan(llm, ids_of(40))[0]
+        for i in range(10_000):
+            salted = replace(request, options=replace(request.options, cache_salt=str(i)))
+            engine._first_prefix_id(salted, -1)
+            engine._first_prefix_id(request, -1)
+        assert len(engine._prefix_ids) == engine._blocks.total
+        assert (-1, None) in engine._prefix_ids
+        assert (-1, "9999") in engine._prefix_ids
 
 
 class TestKVCacheMemory:
@@ -186,6 +244,53 @@ class TestKVCacheMemory:
         assert pools[1].kv[7].nbytes <= resident_bytes(pools) <= 4 * 2**20  # memory pages have 2 MiB at most
         assert not pools[1].kv[8].any()
         assert len(kept) == 4
+
+
+class TestMainMemory:
+    """Memory is taken only as it is written to, so the system itself refuses nothing."""
+
+    SHAPE = LayerShape(kv_heads=8, key_dim=128, value_dim=128, dtype=torch.float32, device=torch.device("cpu"))
+
+    def blocks(self, share: float) -> int:
+        """Blocks of four layers that fill a share of the free memory."""
+        return int(share * available_memory("cpu")) // (4 * BLOCK_TOKENS * self.SHAPE.token_bytes)
+
+    def test_more_than_there_is_is_an_error_with_the_numbers(self) -> None:
+        with pytest.raises(NotEnoughMemoryError, match=r"a KV cache of .* does not fit: .* are free.*; lower kv_cache"):
+            allocate_pools([self.SHAPE] * 4, self.blocks(1.5))
+
+    def test_a_model_with_more_than_there_is_is_an_error_before_anything_is_generated(self, tokenizer: Any) -> None:
+        model = tiny_model(len(tokenizer), context_tokens=2**30)
+        llm = llm_of(model, tokenizer, kv_cache_memory=2 * available_memory("cpu"))
+        with pytest.raises(NotEnoughMemoryError, match="lower kv_cache_memory"):
+            llm.invoke("Sea")
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell what is resident")
+    def test_what_another_model_s_cache_may_still_fill_is_not_free(self) -> None:
+        gc.collect()
+        first = allocate_pools([self.SHAPE] * 4, self.blocks(0.7))
+        assert first[0].kv.shape[0] > 0
+        with pytest.raises(NotEnoughMemoryError, match="other KV caches in this process may still fill"):
+            allocate_pools([self.SHAPE] * 4, self.blocks(0.7))
+        shapes = [self.SHAPE] * 4
+        beside = count_blocks(shapes, 0.5, sequences=10**6, context=None)
+        del first
+        assert allocate_pools(shapes, self.blocks(0.7))
+        alone = count_blocks(shapes, 0.5, sequences=10**6, context=None)
+        assert beside < 0.6 * alone, "a share of the free memory counts it, too"
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell what is resident")
+    def test_what_a_cache_has_filled_is_not_counted_twice(self) -> None:
+        gc.collect()
+        before = kv_cache._unwritten_bytes()
+        pools = allocate_pools([self.SHAPE] * 4, 64)
+        size = sum(pool.kv.nbytes for pool in pools)
+        assert kv_cache._unwritten_bytes() == before + size
+        for pool in pools[:2]:
+            pool.kv.fill_(1.0)
+        assert kv_cache._unwritten_bytes() == before + size / 2
+        del pools, pool
+        assert kv_cache._unwritten_bytes() == before
 
 
 class TestShortMemory:

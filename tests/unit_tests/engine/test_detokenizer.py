@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from langchain_quantllm import QuantizedHuggingFaceLLM
+from langchain_quantllm.engine import stop_strings
 from langchain_quantllm.engine.detokenizer import Completion, Decode, IncrementalDecoder
 from langchain_quantllm.engine.request import Request
 from langchain_quantllm.engine.stop_strings import StopMatcher
@@ -95,6 +97,29 @@ class TestStopMatcher:
         assert given + matcher.flush() == expected
         whole = StopMatcher(stop)
         assert whole.push(text) + whole.flush() == expected
+
+    def test_the_cost_of_a_long_stop_string_is_linear_in_the_text(self) -> None:
+        """Counted in lines of Python: a text that almost becomes a stop string at every place."""
+        stop = ["a" * 900 + "b", "ab" * 400 + "c", "a" * 1200]
+        lines = 0
+
+        def count(frame: Any, event: str, arg: Any) -> Any:
+            nonlocal lines
+            lines += event == "line"
+            return count if frame.f_code.co_filename == stop_strings.__file__ else None
+
+        text = ("a" * 850 + "c") * 2 + "ab" * 350 + "a" * 1300
+        matcher, given = StopMatcher(stop), ""
+        before = sys.gettrace()
+        sys.settrace(count)
+        try:
+            for character in text:
+                given += matcher.push(character)
+        finally:
+            sys.settrace(before)
+        assert given + matcher.flush() == text[:-1300]
+        assert matcher.found
+        assert lines <= 60 * len(text)
 
 
 def decode_of(tokenizer: Any, *, skip_special_tokens: bool = True) -> Decode:
@@ -217,6 +242,22 @@ class TestCompletion:
         assert (chunks[-1].usage.prompt_tokens, chunks[-1].usage.completion_tokens) == (1, len(ids))
         assert all(c.usage is None for c in chunks[:-1])
 
+    def test_a_text_that_comes_whole_is_decoded_in_blocks(self, tokenizer: Any) -> None:
+        """So the engine's thread never stops for all of it."""
+        ids = tokenizer(JAPANESE * 20)["input_ids"]
+        request = completion_of(tokenizer, max_new_tokens=len(ids)).request
+        longest = 0
+
+        def decode(token_ids: list[int]) -> str:
+            nonlocal longest
+            longest = max(longest, len(token_ids))
+            return decode_of(tokenizer)(token_ids)
+
+        (chunk,) = push_all(Completion(request, decode, in_pieces=False), ids)
+        assert chunk.text == JAPANESE * 20
+        assert chunk.token_ids == tuple(ids)
+        assert longest <= 100
+
     def test_an_end_token_is_counted_and_not_written(self, tokenizer: Any) -> None:
         completion = completion_of(tokenizer, eos=(2,))
         chunks = push_all(completion, [*tokenizer(" cats")["input_ids"], 2, 5])
@@ -262,6 +303,18 @@ def scripted(tokenizer: Any) -> QuantizedHuggingFaceLLM:
     return llm_of(model, tokenizer, max_new_tokens=len(ids))
 
 
+BYTE_TEXT = "cat 中文字符 the 🍣!"
+
+
+@pytest.fixture(scope="module")
+def byte_scripted() -> QuantizedHuggingFaceLLM:
+    """A model that writes BYTE_TEXT after "the", with a tokenizer that has a token for each byte."""
+    tokenizer = byte_fallback_tokenizer()
+    ids, prompt = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (BYTE_TEXT, "the"))
+    model = scripted_model(len(tokenizer), ids, len(prompt), context_tokens=64)
+    return llm_of(model, tokenizer, add_special_tokens=False)
+
+
 class TestInTheModel:
     def test_without_a_stop_string_the_text_is_whole(self, scripted: QuantizedHuggingFaceLLM) -> None:
         assert scripted.invoke(PROMPT) == TEXT
@@ -294,6 +347,25 @@ class TestInTheModel:
         (generation,) = scripted.generate([PROMPT], stop=stop).generations[0]
         assert generation.generation_info is not None
         assert generation.generation_info["finish_reason"] == ("length" if expected == TEXT else "stop")
+
+    @pytest.mark.parametrize("stop", [None, ["字"], ["文字", "zz"], ["!"]], ids=repr)
+    @pytest.mark.parametrize("engine", ["fast", "pipeline"])
+    async def test_every_way_of_calling_gives_the_same_text_at_every_length(
+        self, byte_scripted: QuantizedHuggingFaceLLM, engine: str, stop: list[str] | None
+    ) -> None:
+        """A tokenizer with a token for each byte: most lengths cut a character."""
+        llm = QuantizedHuggingFaceLLM(pipeline=byte_scripted.pipeline, engine=engine, stop=stop)
+        tokenizer = llm.pipeline.tokenizer
+        script = tokenizer(BYTE_TEXT, add_special_tokens=False)["input_ids"]
+        for length in range(1, len(script) + 1):
+            text = llm.invoke("the", max_new_tokens=length)
+            whole = decode_of(tokenizer)(script[:length]).strip("\ufffd")
+            assert "".join(llm.stream("the", max_new_tokens=length)) == text
+            assert llm.batch(["the", "the"], max_new_tokens=length) == [text, text]
+            assert await llm.ainvoke("the", max_new_tokens=length) == text
+            if stop is None and whole and BYTE_TEXT.startswith(whole):
+                assert text.startswith(f" {whole}"), length
+        assert text == first_end(f" {BYTE_TEXT}", stop or [])
 
     def test_a_stop_string_ends_the_forwards_where_it_ends(
         self, scripted: QuantizedHuggingFaceLLM, tokenizer: Any

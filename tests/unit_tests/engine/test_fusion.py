@@ -18,6 +18,7 @@ import transformers
 from langchain_quantllm.engine.adapter_switch import AdapterSwitch
 from langchain_quantllm.engine.continuous import ContinuousEngine
 from langchain_quantllm.engine.cuda_graphs import no_graph_reason
+from langchain_quantllm.engine.fingerprint import fingerprint
 from langchain_quantllm.engine.fusion.fuse import (
     COS_SIN,
     GATED_MLP,
@@ -30,7 +31,6 @@ from langchain_quantllm.engine.fusion.fuse import (
     Fusion,
 )
 from langchain_quantllm.engine.fusion.patterns import GatedMlpStep, NormStep
-from langchain_quantllm.engine.model_check import fingerprint
 from langchain_quantllm.errors import InvalidOptionError
 from langchain_quantllm.kernels import reference
 from langchain_quantllm.kernels.linear import reference as linear_reference

@@ -283,12 +283,16 @@ class TestWorker:
         with pytest.raises(GenerationError, match="call again"):
             engine.submit()
 
-    def test_an_engine_that_raises_fails_its_callers_with_the_cause_and_goes_on(self) -> None:
+    @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt, SystemExit, BaseException])
+    def test_an_engine_that_raises_fails_its_callers_with_the_cause_and_goes_on(
+        self, kind: type[BaseException]
+    ) -> None:
         engine = Echo()
-        engine.error = RuntimeError("cable cut")
+        engine.error = kind("cable cut")
         with pytest.raises(GenerationError, match="cable cut") as error:
             list(engine.submit())
         assert error.value.__cause__ is engine.error
+        assert engine.recovered == [engine.error]
         engine.error = None
         assert len(list(engine.submit())) == 1
 

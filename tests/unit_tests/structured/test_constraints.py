@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from langchain_quantllm import QuantizedHuggingFaceLLM
 from langchain_quantllm.engine.request import plan_requests
@@ -90,6 +91,15 @@ class TestConstraints:
         grammar = Grammar('root ::= "(" root ")" | [0-9]+')
         for seed in range(20):
             assert re.fullmatch(r"(\(*)\d+(\)*)", Writer(compiler, grammar, max_new_tokens=100, seed=seed).rest())
+
+    @pytest.mark.parametrize("state", [torch.inference_mode, lambda: torch.device("meta")], ids=["inference", "device"])
+    def test_what_the_caller_s_thread_has_set_changes_no_mask(self, compiler: Compiler, small: Any, state: Any) -> None:
+        constraint = JSONSchema(Shape.model_json_schema())
+        expected = Writer(compiler, constraint, max_new_tokens=60, seed=1).rest()
+        with state():
+            other = Compiler(small, len(small), (small.eos_token_id,))
+            other.mask_factory(constraint, 60)
+        assert Writer(other, constraint, max_new_tokens=60, seed=1).rest() == expected
 
     def test_equal_constraints_are_compiled_once(self, compiler: Compiler) -> None:
         one = JSONSchema(Node.model_json_schema())
