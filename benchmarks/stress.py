@@ -25,7 +25,7 @@ import torch
 import transformers
 
 from benchmarks.oracle import TOLERANCE, Oracle, Verdict
-from benchmarks.soak import byte_tokenizer
+from benchmarks.soak_model import byte_tokenizer
 from langchain_quantllm import QuantizedHuggingFaceLLM
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.engine.request import plan_requests

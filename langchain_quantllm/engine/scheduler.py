@@ -74,8 +74,8 @@ class Scheduler:
 
     @property
     def waiting_count(self) -> int:
-        """How many sequences wait."""
-        return sum(map(len, list(self._queues.values())))
+        """How many sequences wait for a place, without those that rest. Any thread may ask."""
+        return sum(not sequence.is_unread for queue in list(self._queues.values()) for sequence in list(queue))
 
     @property
     def free_slots(self) -> int:
