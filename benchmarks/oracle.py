@@ -81,9 +81,7 @@ class Oracle:
             gap = replay.gap(logits, token_ids, i)
             verdict.ties += 0 < gap <= 1
             if not gap <= 1:
-                verdict.faults.append(
-                    f"token {i} of {len(token_ids)} is {token_ids[i]}, beyond the tolerance by {gap:.2g}"
-                )
+                verdict.faults.append(f"token {i} of {len(token_ids)} is {token_ids[i]}, {gap:.2g} times too far")
                 break  # those after it may follow from it
         return verdict
 

@@ -1,183 +1,277 @@
-"""A long run of the fast engine: thousands of requests of every kind, and a look at what they leave behind.
+"""A long run of the engines: thousands of requests of every kind at once, each answer checked, and what they leave.
 
-    python -m benchmarks.soak --requests 10000
+    python -m benchmarks.soak --requests 20000 --engine both
 
-Threads send requests of random lengths and options to one engine; some stop at strings, some are cancelled in the
-middle, some are wrong, and now and then a forward fails. At the end no block and no sequence may be held, and there may
-be no more threads, files, tensors or objects than halfway. Prints its counts as one line of JSON, and fails if anything
-is left behind.
+Threads and an event loop send random requests (see `soak_calls`) to one tiny model. Streams are cancelled, read late or
+never; masks and forwards raise; the model is unloaded and loaded, its weights are changed and adapters attached. Each
+answer is compared with an oracle's (see `oracle`), or must be an error that the request allows. Whenever the engine
+comes to rest, its books are checked. At the end there may be no more threads, files, tensors or objects than halfway.
+Prints a table, and fails if an answer was wrong or anything is left behind.
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
+import asyncio
 import gc
 import json
+import logging
 import random
 import sys
+import tempfile
 import threading
 import time
+import traceback
 import types
 import weakref
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from langchain_quantllm import QuantizedHuggingFaceLLM
-from langchain_quantllm.errors import QuantLLMError
-from tests.support.models import llm_of, tiny_model
+from benchmarks.oracle import Verdict
+from benchmarks.soak_calls import ENGINE_FAILS, Call, Conversation, Maker, Panic
+from benchmarks.soak_model import SoakModel, make_checkpoint
+from langchain_quantllm.engine import continuous
+from langchain_quantllm.engine import stream as stream_module
+from langchain_quantllm.errors import GenerationError, QuantLLMError
 
-CONTEXT_TOKENS = 256
 COUNTED = ("threads", "files", "tensors", "bytes of tensors")
 """Counts that may not grow in the second half."""
 
+MOST_UNREAD = 8
+"""Chunks after which a stream of the soak is full."""
 
-def byte_tokenizer() -> Any:
-    """Make a tokenizer with a token for every byte."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+_CALLS_OF_A_CHANGE = 150
+_LOOP_CALLERS = 4  # in the event loop
+_MOST_LEFT = 12  # streams that are open and never read
 
 
-class Caller:
-    """One thread's requests."""
+@dataclass
+class Tally:
+    """The calls of one kind."""
 
-    def __init__(self, llm: QuantizedHuggingFaceLLM, seed: int, counts: collections.Counter[str]) -> None:
-        """Begin with a seed of its own."""
-        self._llm = llm
-        self._random = random.Random(seed)
-        self._counts = counts
-        self._said: list[str] = []
-
-    def call(self) -> None:
-        """Send one request and note how it ended."""
-        kind = self._random.choices(
-            ["plain", "sampled", "stopped", "cancelled", "several", "wrong", "long", "turn"], [4, 3, 2, 3, 1, 1, 1, 2]
-        )[0]
-        try:
-            getattr(self, f"_{kind}")()
-            self._counts[kind] += 1
-        except QuantLLMError as error:
-            self._counts[f"{kind}: {type(error).__name__}"] += 1
-
-    def _prompt(self, most: int = 100) -> str:
-        return "".join(self._random.choices("abcdefgh ", k=self._random.randint(1, most)))
-
-    def _plain(self) -> None:
-        text = self._llm.invoke(self._prompt(), max_new_tokens=self._random.randint(1, 40))
-        assert isinstance(text, str)
-
-    def _sampled(self) -> None:
-        options = {"temperature": self._random.uniform(0.2, 2), "top_p": self._random.uniform(0.1, 1)}
-        options |= {"top_k": self._random.randint(0, 50), "seed": self._random.randint(0, 100)}
-        options |= {"repetition_penalty": self._random.choice([1.0, 1.2]), "logprobs": self._random.choice([None, 2])}
-        prompt = self._prompt()
-        first = self._llm.invoke(prompt, max_new_tokens=12, **options)
-        assert self._llm.invoke(prompt, max_new_tokens=12, **options) == first, "a seed gave two texts"
-
-    def _stopped(self) -> None:
-        stop = self._random.choices("abcdefghijklmnop", k=3)
-        text = self._llm.invoke(self._prompt(), max_new_tokens=40, stop=stop)
-        assert not any(s in text for s in stop)
-
-    def _cancelled(self) -> None:
-        pieces = self._llm.stream(self._prompt(), max_new_tokens=60)
-        for _, _ in zip(pieces, range(self._random.randint(0, 6)), strict=False):
-            pass
-        pieces.close()  # type: ignore[attr-defined]
-
-    def _several(self) -> None:
-        result = self._llm.generate([self._prompt(), self._prompt()], n=3, temperature=1.0, max_new_tokens=10)
-        assert [len(generations) for generations in result.generations] == [3, 3]
-
-    def _wrong(self) -> None:
-        given = self._random.choice([{"top_p": 7}, {"max_new_tokens": 0}, {"nonsense": 1}])
-        self._llm.invoke(self._prompt(), **given)
-
-    def _long(self) -> None:
-        self._llm.invoke(self._prompt() * CONTEXT_TOKENS, max_new_tokens=5)
-
-    def _turn(self) -> None:
-        if not self._said or len(self._said[-1]) > 150:
-            self._said.append("a common beginning of some length, ")
-        self._said[-1] += self._llm.invoke(self._said[-1], max_new_tokens=10)
+    calls: int = 0
+    right: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    verdict: Verdict = field(default_factory=Verdict)
 
 
 class Soak:
-    """A tiny model's engine under load, and counts of everything that it may leave behind."""
+    """A model under load, with the tallies of its calls."""
 
-    def __init__(self, threads: int, seed: int) -> None:
-        """Make the model and its engine, with forwards that fail now and then."""
-        self._threads = threads
-        self.counts: collections.Counter[str] = collections.Counter()
-        self._failures: list[BaseException] = []
+    def __init__(self, folder: Path, engine: str, threads: int, seed: int) -> None:
+        """Make the model, with forwards that fail now and then."""
+        self.model = SoakModel(folder, engine, seed)
+        self.tallies: dict[str, Tally] = {}
+        self.preempted = 0
+        self._threads, self._seed = threads, seed
+        self._random = random.Random(seed + 1)
+        self._lock = threading.Lock()
+        self._left: list[Conversation] = []
+        self._failures: list[str] = []
         self._process = psutil.Process()
         self._known: dict[int, weakref.ref[torch.Tensor]] = {}
-        tokenizer = byte_tokenizer()
-        model = tiny_model(len(tokenizer), seed=seed, context_tokens=CONTEXT_TOKENS)
-        token_bytes = 2 * 2 * 32 * 4  # two layers, keys and values of one head of 32 in float32
-        # Room for little more than one sequence of full length: sequences wait, and are preempted.
-        self.llm = llm_of(model, tokenizer, kv_cache_memory=320 * token_bytes, engine="fast").load()
-        self.llm.invoke(
-            "warm", max_new_tokens=2, repetition_penalty=1.2
-        )  # tensors that the engine makes once and keeps
-        self.engine: Any = self.llm._engine()
-        fails = random.Random(seed + 1)
+        self._changes = [self._change_weights, self._attach, self._unload, self._unload_while_running]
+        self._hooked: Any = None
+        self._hook()
+
+    def _hook(self) -> None:
+        """Let forwards of the model that is loaded now fail at random."""
+        if (model := self.model.model) is self._hooked:
+            return
+        self._hooked = model
+        fails = random.Random(self._random.random())
 
         def fail_sometimes(module: Any, args: Any, kwargs: Any) -> None:
-            if fails.random() < 0.0002:
-                msg = "the device had a bad day"
-                raise RuntimeError(msg)
+            if fails.random() < 0.0003:
+                raise fails.choice([RuntimeError, Panic])("the device had a bad day")
 
-        self._hook = model.register_forward_pre_hook(fail_sometimes, with_kwargs=True)
+        model.register_forward_pre_hook(fail_sometimes, with_kwargs=True)
+
+    # Calls.
 
     def run(self, requests: int, seed: int) -> dict[str, Any]:
-        """Send requests from all threads, and count what there is when all have ended."""
+        """Send requests from all threads and the event loop, and count what there is when all have ended."""
         numbers = iter(range(requests))
-
-        def serve(caller: Caller) -> None:
-            while not self._failures and next(numbers, None) is not None:
-                try:
-                    caller.call()
-                except BaseException as error:
-                    self._failures.append(error)
-
-        callers = [
-            threading.Thread(target=serve, args=(Caller(self.llm, seed + i, self.counts),))
-            for i in range(self._threads)
+        workers = [
+            threading.Thread(target=self._serve, args=(numbers, seed + i), daemon=True) for i in range(self._threads)
         ]
-        for thread in callers:
-            thread.start()
-        for thread in callers:
-            thread.join()
+        workers.append(threading.Thread(target=lambda: asyncio.run(self._aserve(numbers, seed + 100)), daemon=True))
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
         if self._failures:
-            raise self._failures[0]
-        del callers
+            raise RuntimeError(self._failures[0])
+        return self._at_rest()
+
+    def _take(self, numbers: Any) -> int | None:
+        with self._lock:
+            return None if self._failures else next(numbers, None)
+
+    def _serve(self, numbers: Any, seed: int) -> None:
+        maker, rng = Maker(seed), random.Random(seed)
+        try:
+            while (number := self._take(numbers)) is not None:
+                if number % _CALLS_OF_A_CHANGE == _CALLS_OF_A_CHANGE - 1:
+                    self._change(number // _CALLS_OF_A_CHANGE)
+                call, llm = maker.make(), rng.choice(self.model.llms)
+                with self.model.calling():
+                    self._call(call, llm, maker)
+        except BaseException:
+            self._failures.append(traceback.format_exc())
+
+    def _call(self, call: Call, llm: Any, maker: Maker) -> None:
+        conversation = None
+        try:
+            with maker.state():
+                conversation = Conversation(self.model, call, llm)
+                conversation.read()
+        except QuantLLMError as error:
+            self._note(call, conversation, error)
+        else:
+            self._note(call, conversation, None)
+            maker.remember(call)
+
+    async def _aserve(self, numbers: Any, seed: int) -> None:
+        async def one(seed: int) -> None:
+            maker, rng = Maker(seed), random.Random(seed)
+            try:
+                while self._take(numbers) is not None:
+                    call, llm = maker.make(), rng.choice(self.model.llms)
+                    await asyncio.to_thread(self.model.begin_call)
+                    try:
+                        await self._acall(call, llm, maker)
+                    finally:
+                        self.model.end_call()
+            except BaseException:
+                self._failures.append(traceback.format_exc())
+
+        await asyncio.gather(*(one(seed + i) for i in range(_LOOP_CALLERS)))
+
+    async def _acall(self, call: Call, llm: Any, maker: Maker) -> None:
+        conversation = None
+        try:
+            conversation = await asyncio.to_thread(Conversation, self.model, call, llm)
+            await conversation.aread()
+        except QuantLLMError as error:
+            await asyncio.to_thread(self._note, call, conversation, error)
+        else:
+            await asyncio.to_thread(self._note, call, conversation, None)
+            maker.remember(call)
+
+    def _note(self, call: Call, conversation: Conversation | None, error: QuantLLMError | None) -> None:
+        """Judge a call and count it."""
+        verdict = Verdict() if conversation is None else conversation.judge(has_failed=error is not None)
+        if error is not None and not _is_allowed(call, error):
+            verdict.faults.append(f"{type(error).__name__}: {error}")
+        elif error is None and call.must_fail:
+            verdict.faults.append("it did not fail")
+        with self._lock:
+            tally = self.tallies.setdefault(call.kind, Tally())
+            tally.calls += 1
+            tally.right += error is None and not verdict.faults
+            if error is not None and _is_allowed(call, error):
+                tally.errors[type(error).__name__] += 1
+            tally.verdict.add(verdict)
+        if conversation is not None:
+            self._leave(conversation, call)
+
+    def _leave(self, conversation: Conversation, call: Call) -> None:
+        """Close the stream, or leave it open and close an older one."""
+        if not call.is_left:
+            conversation.stream.close()
+            return
+        with self._lock:
+            self._left.append(conversation)
+            old = self._left.pop(0) if len(self._left) > _MOST_LEFT else None
+        if old is not None:
+            old.stream.close()
+
+    # Changes.
+
+    def _change(self, number: int) -> None:
+        change = self._changes[number % len(self._changes)]
+        if change is self._unload_while_running:
+            change()
+        else:
+            with self.model.changing():
+                change()
+        with self.model.changing():
+            self._hook()
+
+    def _checked_calls(self, count: int) -> None:
+        maker = Maker(self._random.randrange(1 << 30))
+        for _ in range(count):
+            self._call(maker.make(), self._random.choice(self.model.llms), maker)
+
+    def _change_weights(self) -> None:
+        """Change weights beside unread sequences, which go on with the new ones and are not checked."""
+        with self.model.changed_weights():
+            self._checked_calls(6)
+        self._close_left()
+        self.model.wait_for_rest()
+        self._checked_calls(3)
+
+    def _attach(self) -> None:
+        self._close_left()
+        self.model.wait_for_rest()
+        with self.model.attached_adapter():
+            for llm in self.model.llms:
+                try:
+                    llm.invoke("attached", max_new_tokens=3)
+                except GenerationError as error:
+                    with self._lock:
+                        self.tallies.setdefault("attached", Tally()).errors[type(error).__name__] += 1
+        self._checked_calls(3)
+
+    def _unload(self) -> None:
+        self._close_left()
+        self._note_preempted()
+        self.model.llms[0].unload()
+        self.model.load()
+
+    def _unload_while_running(self) -> None:
+        self._note_preempted()
+        self.model.llms[0].unload()
+        with self.model.changing():
+            self._close_left()
+            self.model.load()
+
+    def _note_preempted(self) -> None:
+        for engine in self.model.engines():
+            self.preempted += engine._scheduler.preempted if hasattr(engine, "_scheduler") else 0
+
+    def _close_left(self) -> None:
+        with self._lock:
+            left, self._left = self._left, []
+        for conversation in left:
+            conversation.stream.close()
+
+    # What is left behind.
+
+    def _at_rest(self) -> dict[str, Any]:
+        with self.model.changing():
+            self._close_left()
+            self.model.load()
+            self.model.wait_for_rest()
         return settled(self._count)
 
     def _count(self) -> dict[str, Any]:
-        """Count what there is when the engine rests."""
-        deadline = time.monotonic() + 10
-        # Streams that were cancelled last, and the end of the step in which the last sequence ended.
-        while not _is_at_rest(self.engine) and time.monotonic() < deadline:
-            time.sleep(0.05)
+        """Count what there is when the engines rest."""
         gc.collect()
         # By the type itself, since some objects look at who asks for their class.
         tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
         known = self._known
-        new = [t for t in tensors if id(t) not in known or known[id(t)]() is not t]
+        new = [t for t in tensors if id(t) not in known or known[id(t)]() is not t] if known else []
         if not known:
             known.update((id(t), weakref.ref(t)) for t in tensors)
         return {
-            "blocks held": self.engine._blocks.held,
-            "sequences": len(self.engine._scheduler.sequences),
             "threads": threading.active_count(),
             "files": self._process.num_fds(),
             "tensors": len(tensors),
@@ -188,39 +282,69 @@ class Soak:
         }
 
     def close(self) -> None:
-        """Remove the failing hook and unload the model."""
-        self._hook.remove()
-        self.llm.unload()
+        """Unload the model."""
+        self._note_preempted()
+        self.model.llms[0].unload()
 
 
-def soak(requests: int, threads: int = 8, *, seed: int = 0) -> dict[str, Any]:
+def _is_allowed(call: Call, error: QuantLLMError) -> bool:
+    return isinstance(error, call.errors) or (
+        isinstance(error, GenerationError) and any(words in str(error) for words in ENGINE_FAILS)
+    )
+
+
+class _Critical(logging.Handler):
+    """Collects the messages of engines whose books are wrong."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.CRITICAL)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+def soak(requests: int, threads: int = 6, *, engine: str = "fast", seed: int = 0) -> dict[str, Any]:
     """Run the soak.
 
     Args:
         requests: How many requests.
-        threads: How many callers at once.
+        threads: How many threads call at once, beside the event loop's callers.
+        engine: `"fast"`, `"pipeline"`, or `"both"` over one model.
         seed: Seed of every random choice.
 
     Returns:
         What happened, and what was left behind.
     """
+    critical, log = _Critical(), logging.getLogger(continuous.__name__)
+    log.addHandler(critical)
+    before = (continuous.CHECKS_INTEGRITY, stream_module.MOST_UNREAD)
+    continuous.CHECKS_INTEGRITY, stream_module.MOST_UNREAD = True, MOST_UNREAD
     threads_before = _engine_threads()
-    one = Soak(threads, seed)
-    began = time.monotonic()
-    half = one.run(requests // 2, seed)
-    end = one.run(requests - requests // 2, seed + threads)
-    found = {
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            make_checkpoint(Path(folder), seed)
+            one = Soak(Path(folder), engine, threads, seed)
+            began = time.monotonic()
+            half = one.run(requests // 2, seed)
+            end = one.run(requests - requests // 2, seed + 1000)
+            seconds = time.monotonic() - began
+            one.close()
+    finally:
+        log.removeHandler(critical)
+        continuous.CHECKS_INTEGRITY, stream_module.MOST_UNREAD = before
+    return {
         "requests": requests,
-        "seconds": round(time.monotonic() - began, 1),
-        "ended": dict(sorted(one.counts.items())),
+        "engine": engine,
+        "seconds": round(seconds, 1),
+        "tallies": one.tallies,
         "halfway": half,
         "at the end": end,
-        "preemptions since the last failure": one.engine._scheduler.preempted,
+        "preemptions": one.preempted,
+        "books": critical.messages,
         "torch": torch.__version__,
+        "threads after unload": _engine_threads() - threads_before,
     }
-    one.close()
-    found["threads after unload"] = _engine_threads() - threads_before
-    return found
 
 
 def _holders(tensor: torch.Tensor) -> str:
@@ -245,46 +369,57 @@ def settled(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return seen
 
 
-def _is_at_rest(engine: Any) -> bool:
-    """Whether the engine's thread waits for work, so that it holds no step's tensors.
-
-    It is wrong now and then: the frames of a running generator change while they are read.
-    """
-    if engine._worker._waiting or engine._scheduler.sequences:
-        return False
-    frame = sys._current_frames().get(engine._worker._thread.ident)
-    names = set()
-    while frame is not None:
-        names.add(frame.f_code.co_name)
-        frame = frame.f_back
-    return "_run" not in names
-
-
 def _engine_threads() -> int:
     return sum(thread.name == "quantllm-engine" for thread in threading.enumerate())
 
 
+def wrong(found: dict[str, Any]) -> list[str]:
+    """List the wrong answers, the faults of the engines' books, and everything that was left behind."""
+    faults = [f"{kind}: {fault}" for kind, tally in found["tallies"].items() for fault in tally.verdict.faults]
+    return [*faults, *found["books"], *(f"left behind: {name}" for name in left_behind(found))]
+
+
 def left_behind(found: dict[str, Any]) -> list[str]:
-    """List what a soak has left behind: anything held, and more of anything than halfway."""
+    """List what a soak has left behind: more of anything than halfway."""
     half, end = found["halfway"], found["at the end"]
-    left = [name for name in ("blocks held", "sequences") if end[name]]
-    left += [name for name in COUNTED if end[name] > half[name]]
+    left = [name for name in COUNTED if end[name] > half[name]]
     if end["objects"] > half["objects"] * 1.01:  # caches of the libraries fill up for a while
         left.append("objects")
+    if end["MB resident"] > half["MB resident"] * 1.1 + 20:
+        left.append("MB resident")
     left += ["thread"] * bool(found["threads after unload"])
     return [*left, *end["new tensors"]] if left else []
+
+
+def table(found: dict[str, Any]) -> str:
+    """Format the tallies as a table of Markdown."""
+    lines = ["| kind | requests | right | tokens | ties | allowed errors | wrong |", "|---" * 7 + "|"]
+    total = Tally()
+    for tally in found["tallies"].values():
+        total.calls += tally.calls
+        total.right += tally.right
+        total.errors += tally.errors
+        total.verdict.add(tally.verdict)
+    for kind, t in [*sorted(found["tallies"].items()), ("all", total)]:
+        errors = ", ".join(f"{name} {count}" for name, count in sorted(t.errors.items()))
+        v = t.verdict
+        lines.append(f"| {kind} | {t.calls} | {t.right} | {v.tokens} | {v.ties} | {errors} | {len(v.faults)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     """Run it from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--requests", type=int, default=10_000)
-    parser.add_argument("--threads", type=int, default=8)
+    parser.add_argument("--requests", type=int, default=20_000)
+    parser.add_argument("--engine", default="both", choices=["fast", "pipeline", "both"])
+    parser.add_argument("--threads", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    found = soak(given.requests, given.threads, seed=given.seed)
-    print(json.dumps(found))
-    sys.exit(f"left behind: {left}" if (left := left_behind(found)) else 0)
+    found = soak(given.requests, given.threads, engine=given.engine, seed=given.seed)
+    print(table(found))
+    print(json.dumps({name: value for name, value in found.items() if name != "tallies"}))
+    faults = wrong(found)
+    sys.exit("\n".join([f"{len(faults)} faults:", *faults[:30]]) if faults else 0)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import torch
 import transformers
 
 from benchmarks.oracle import TOLERANCE, Oracle, Verdict
-from benchmarks.soak import byte_tokenizer
+from benchmarks.soak_model import byte_tokenizer
 from langchain_quantllm import QuantizedHuggingFaceLLM
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.engine.request import plan_requests
@@ -138,12 +138,10 @@ def run_round(llm: QuantizedHuggingFaceLLM, oracle: Oracle, rng: random.Random, 
     found = Count(rows=len(rows))
     for i, row in enumerate(rows):
         token_ids: list[int] = []
-        chunks = 0
-        for chunk in _with_first(started if i == 0 else [], streams[i]):
-            if row.cancelled_after is not None and chunks >= row.cancelled_after:
+        for number, chunk in enumerate(_with_first(started if i == 0 else [], streams[i])):
+            if row.cancelled_after is not None and number >= row.cancelled_after:
                 break
             token_ids += chunk.token_ids
-            chunks += 1
             if chunk.usage is not None:
                 found.shared += chunk.usage.cached_tokens > 0
         streams[i].close()

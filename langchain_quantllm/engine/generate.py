@@ -233,7 +233,7 @@ class _Steps:
     def sample(self, scores: torch.Tensor) -> torch.Tensor:
         """Return scores, of shape `(rows, vocab)`, whose best are the sampled tokens."""
         for row, is_nan in zip(self._batch.rows, scores.isnan().any(-1).tolist(), strict=True):
-            if is_nan and not row.stream.cancelled:  # the other rows go on
+            if is_nan and _is_open(row):  # the other rows go on
                 row.stream.fail(GenerationError(NAN_LOGITS))
         if self._plain:
             return scores

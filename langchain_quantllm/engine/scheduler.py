@@ -13,8 +13,8 @@ Every step decodes all sequences that can, and spends the rest of its tokens on 
 - An older sequence that needs a block takes it from the youngest, which is computed again later.
 - A sequence whose text is not read (see `ChunkStream.is_full`) rests; others may take its slot, its blocks and its
   place within its owner's limit. It holds up no other one, wherever it waits.
-- Of an owner with a limit, the oldest waiting sequences are considered, as many as its limit leaves places; of these
-  too, one without room is passed by those behind it.
+- Of an owner with a limit, the oldest waiting sequences are considered, as many as its limit leaves places; one without
+  room is passed here, too.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ class Scheduler:
 
     @property
     def waiting_count(self) -> int:
-        """How many sequences wait."""
-        return sum(map(len, list(self._queues.values())))
+        """How many sequences wait for a place, without those that rest. Any thread may ask."""
+        return sum(not sequence.is_unread for queue in list(self._queues.values()) for sequence in list(queue))
 
     @property
     def free_slots(self) -> int:

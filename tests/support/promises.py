@@ -112,7 +112,7 @@ class Watch:
         elif budget is not None:
             granted = {s: chunk.count for s, chunk in chunks.items()}
             assert sum(granted.values()) == budget or not fitting, "tokens were left, and a sequence with room waits"
-            if not any(self._has_waited_long(s) for s in joined):
+            if self._joined_at_once and len(unfit) < REFUSED and not any(self._has_waited_long(s) for s in joined):
                 in_turn = [s for s in fitting if self._has_turn(s, joined, fitting, unfit)]
                 self._check_shares([*prompts, *joined, *in_turn], granted, budget)
             self._check_passing([*prompts, *joined, *fitting, *unfit], unfit, joined)
@@ -165,6 +165,8 @@ class Watch:
         running = sum(f.runs for f in facts.values()) - len(resting) + len(joined)
         promised = sum(facts[s].missing for s in (*prompts, *joined))
         rows = Counter(f.lane for s, f in facts.items() if (f.runs and not f.rests) or s in joined)
+        # Else some found room only when a prompt had ended, for what was left of the tokens.
+        self._joined_at_once = not joined or promised + running <= free
         fitting: list[Sequence] = []
         unfit: list[Sequence] = []
         for sequence in sorted(facts, key=lambda s: facts[s].order)[:LOOKED_AT]:

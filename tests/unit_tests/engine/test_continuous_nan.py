@@ -12,7 +12,18 @@ import torch
 from langchain_quantllm import QuantizedHuggingFaceLLM
 from langchain_quantllm.engine.request import Request
 from langchain_quantllm.errors import GenerationError
-from tests.support.engine import ONE_SEQUENCE, Background, MakeLLM, ask, cached_tokens, ids_after, ids_of, plan
+from tests.support.engine import (
+    ONE_SEQUENCE,
+    AllowOnly,
+    Background,
+    MakeLLM,
+    ask,
+    cached_tokens,
+    ids_after,
+    ids_of,
+    on_pipeline,
+    plan,
+)
 from tests.support.families import FAST, family_model, random_ids
 from tests.support.models import fail_at, forwards, llm_of, slowly, tiny_model, wait_for_rest, wait_until
 
@@ -149,6 +160,18 @@ class TestSpoiledSequences:
                 with pytest.raises(GenerationError, match="not numbers"):
                     ids_after(spoiled, [*ids_of(count), BAD])
         assert other.result == expected
+
+
+@pytest.mark.parametrize("engine", ["fast", "pipeline"])
+def test_one_that_has_ended_before_fails_no_other_of_its_call(spoiled: QuantizedHuggingFaceLLM, engine: str) -> None:
+    """`generate` goes on running a row that has ended, with its last token first."""
+    llm = spoiled if engine == "fast" else on_pipeline(spoiled)
+    requests = [
+        *plan(llm, ids_of(9), mask=lambda: AllowOnly((BAD,)), eos_token_id=(BAD,)),
+        *plan(llm, ids_of(20), mask=lambda: AllowOnly((31, 32)), eos_token_id=(BAD,)),
+    ]
+    answers = ask(llm, requests)
+    assert [(len(answer.token_ids), answer.finish_reason) for answer in answers] == [(1, "stop"), (12, "length")]
 
 
 def test_preempted_sequences_and_spoiled_ones_share_blocks_in_turns(tokenizer: Any, make_tiny: MakeLLM) -> None:

@@ -11,7 +11,8 @@ import pytest
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.engine.scheduler import PASSED_STEPS
 from langchain_quantllm.engine.step import PrefillChunk, Step
-from tests.support.simulation import Simulated, Simulation, expected_ids, ids_of, random_simulation
+from tests.support.scenarios import expected_ids, ids_of, random_simulation
+from tests.support.simulation import Simulated, Simulation
 
 
 @pytest.mark.parametrize("is_tight", [False, True], ids=["roomy", "tight"])

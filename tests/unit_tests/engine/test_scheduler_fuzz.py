@@ -9,7 +9,8 @@ import pytest
 
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from tests.support.promises import Watch, longest_wait
-from tests.support.simulation import Simulated, Simulation, expected_ids, ids_of
+from tests.support.scenarios import expected_ids, ids_of
+from tests.support.simulation import Simulated, Simulation
 
 LOADS = 1000
 """Loads of a normal run; the slow one has 40 times as many."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from langchain_quantllm.engine.scheduler import PASSED_STEPS
-from tests.support.simulation import Simulated, Simulation, ids_of
+from tests.support.scenarios import ids_of
+from tests.support.simulation import Simulated, Simulation
 
 BLOCK = 16
 
@@ -133,6 +134,16 @@ def test_a_sequence_without_room_is_passed_by_others_of_its_owner() -> None:
     simulation.step()
     assert (large.has_begun, small.has_begun) == (False, True)
     simulation.finish()
+
+
+def test_it_does_not_count_as_waiting() -> None:
+    """Else a bound of waiting requests would refuse calls although the model has nothing to do."""
+    simulation = Simulation()
+    rows = [simulation.add(ids_of(i, 5), 5) for i in range(3)]
+    rest(rows[0])
+    assert simulation.scheduler.waiting_count == 2
+    rest(rows[0], rests=False)
+    assert simulation.scheduler.waiting_count == 3
 
 
 def test_a_plan_without_steps_says_that_texts_are_unread() -> None:
