@@ -197,6 +197,8 @@ def run_greedily(
         for i, sequence in enumerate(ready):
             logits[sequence].append(forward.logits[i].clone())
             scheduler.push(sequence, max(0, ids[i]))
+            if sequence.is_complete:
+                scheduler.remove(sequence)
     return logits
 
 

@@ -125,7 +125,12 @@ def _number_by_number(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if not places or any(args[i].device.type != "cpu" for i in places):
         return func(*args, **kwargs)  # kernels of GPUs compute each number by the same formula
     if not args[places[0]].is_floating_point():
-        is_whole = func.name().partition(".")[0].removesuffix("_") in ("aten::add", "aten::sub", "aten::rsub", "aten::pow")
+        is_whole = func.name().partition(".")[0].removesuffix("_") in (
+            "aten::add",
+            "aten::sub",
+            "aten::rsub",
+            "aten::pow",
+        )
         return func(*args, **kwargs) if is_whole else _refuse(func, args, kwargs)
     in_place = func.name().partition(".")[0].endswith("_")
     if len(places) == 1:

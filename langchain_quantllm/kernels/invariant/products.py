@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 
 from langchain_quantllm.compat import onednn
-from langchain_quantllm.kernels.invariant.tiles import run_in_tiles
+from langchain_quantllm.kernels.invariant.tiles import ALIGNMENT, Function, run_in_tiles
 
-__all__ = ["batched_product", "grouped_product", "product"]
+__all__ = ["MOST_IN_A_TWIN", "batched_product", "grouped_product", "product"]
+
+MOST_IN_A_TWIN = 1 << 24
+"""Numbers of a matrix that is checked with another one of its shape. Larger ones have many results to compare."""
 
 
 def product(rows: torch.Tensor, matrix: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
@@ -21,15 +24,38 @@ def product(rows: torch.Tensor, matrix: torch.Tensor, added: torch.Tensor | None
     Returns:
         `rows @ matrix + added` of shape `(rows, outputs)`.
     """
-    place = matrix.data_ptr() % 64
-    key = ("product", matrix.shape, matrix.stride(), place, added is not None)
-    if rows.dtype == torch.float32 and onednn.has_linear():
-        found: torch.Tensor = run_in_tiles(lambda tile: onednn.linear(tile, matrix.t()), rows, key)
-        return found if added is None else found + added
-    if added is None or added.dim() > 1:
-        found = run_in_tiles(lambda tile: torch.mm(tile, matrix), rows, key)
-        return found if added is None else found + added
-    return run_in_tiles(lambda tile: torch.addmm(added, tile, matrix), rows, key)  # type: ignore[no-any-return]
+    is_separate = added is None or added.dim() > 1 or rows.dtype == torch.float32
+    fused = None if is_separate else added
+    key = ("product", matrix.shape, matrix.stride(), matrix.data_ptr() % ALIGNMENT, fused is not None)
+    twin = None if matrix.numel() > MOST_IN_A_TWIN else lambda: _multiplication(_twin(matrix), _zeros(fused))
+    found: torch.Tensor = run_in_tiles(_multiplication(matrix, fused), rows, key, twin)
+    return found + added if added is not None and fused is None else found
+
+
+def _multiplication(matrix: torch.Tensor, added: torch.Tensor | None) -> Function:
+    """Return the function of a tile that multiplies by a matrix, by the library that keeps more rows alike."""
+    if added is not None:
+        return lambda tile: torch.addmm(added, tile, matrix)
+    if matrix.dtype == torch.float32 and onednn.has_linear():
+        return lambda tile: onednn.linear(tile, matrix.t())
+    return lambda tile: torch.mm(tile, matrix)
+
+
+def _twin(matrix: torch.Tensor) -> torch.Tensor:
+    """Make a random matrix with the shape, strides and alignment of another, whose second half repeats the first."""
+    skipped = matrix.data_ptr() % ALIGNMENT // matrix.itemsize
+    length = 1 + sum((size - 1) * stride for size, stride in zip(matrix.shape, matrix.stride(), strict=True))
+    memory = torch.empty(skipped + length, dtype=matrix.dtype)
+    made = memory.as_strided(matrix.shape, matrix.stride(), skipped)
+    made.copy_(torch.randn(matrix.shape, generator=torch.Generator().manual_seed(0)))
+    half = matrix.shape[0] // 2
+    if half:
+        made[-half:] = made[:half].clone()
+    return made
+
+
+def _zeros(like: torch.Tensor | None) -> torch.Tensor | None:
+    return None if like is None else torch.zeros_like(like)
 
 
 def batched_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -3,11 +3,16 @@
 Libraries for CPUs choose an algorithm by the shape of a call, and with it the order in which they add. Here a function
 is called for tiles of few sizes only. A size is used if, on random rows, each row has the same bits in every place of a
 tile and in tiles of the other sizes. This is checked when a size first occurs; tiles of one row are always right.
+
+Another order changes the last bits of a sum in float32, and few of the sums that are rounded to 16 bits. So products
+are compared on rows whose sums nearly cancel: their last bits are the first ones of the result.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +26,15 @@ _BASE = 8
 _SHIFTS = (1, 2, 4, 7)
 """Rows are shifted by so many places to compare the places of a tile."""
 
-_ALIGNMENT = 64
+_COMPARED, _COMPARED_16_BITS, _COMPARED_CANCELLED = 1 << 12, 1 << 18, 1 << 14
+"""Numbers that are compared at least. In float32 most sums differ that were added in another order, rounded to 16 bits
+one in some thousands, and one in some hundreds where sums nearly cancel."""
+
+_MOST_PASSES = 64
+_CANCELLED = 2.0**-8
+"""What is left of sums that nearly cancel."""
+
+ALIGNMENT = 64
 """Bytes to which PyTorch aligns new memory. Some libraries treat the numbers before an aligned address by themselves."""
 
 Function = Callable[[torch.Tensor], Any]
@@ -31,70 +44,90 @@ _usable: dict[tuple[Hashable, int], bool] = {}
 """Whether a size of tiles can be used, by the function's key."""
 
 
-def run_in_tiles(function: Function, rows: torch.Tensor, key: Hashable) -> Any:
+def run_in_tiles(
+    function: Function, rows: torch.Tensor, key: Hashable, twin: Callable[[], Function] | None = None
+) -> Any:
     """Compute a function of rows in tiles.
 
     Args:
         function: The function. It must not look at one row to compute another.
         rows: Rows of shape `(rows, ...)`, floating, on the CPU.
         key: Equal for functions that call the same operation for the same shapes, dtypes and strides of weights.
+        twin: Makes a function with the same key, to check sizes with: a product whose weights of the second half of
+            the inputs are those of the first half. None checks with the function itself.
 
     Returns:
         What the function returns for all rows.
     """
-    key = (key, rows.shape[1:], rows.dtype, torch.get_num_threads())
     rows = rows.contiguous()
+    checked = _Checked(key=(key, rows.shape[1:], rows.dtype, torch.get_num_threads()), function=function, twin=twin)
     outputs, start, count = [], 0, len(rows)
     while start < count or not outputs:
-        size = _choose(function, rows, key, count - start)
+        size = checked.choose(rows, count - start)
         outputs.append(function(_tile(rows, start, size)))
         start += size
     return _joined(outputs, count)
 
 
-def usable_sizes(function: Function, like: torch.Tensor, key: Hashable) -> list[int]:
-    """List the sizes of tiles that can be used for a function; see `run_in_tiles`."""
-    key = (key, like.shape[1:], like.dtype, torch.get_num_threads())
-    return [size for size in SIZES if _is_usable(function, like, key, size)]
+@dataclass(frozen=True, kw_only=True)
+class _Checked:
+    """A function, and which sizes of tiles are usable for it."""
+
+    key: Hashable
+    function: Function
+    twin: Callable[[], Function] | None
+
+    def choose(self, like: torch.Tensor, rows: int) -> int:
+        """Choose the smallest tile that holds so many rows, or the largest one."""
+        fitting = [size for size in SIZES if size >= rows]
+        smaller = [size for size in reversed(SIZES) if size < rows]
+        return next(size for size in (*fitting, *smaller, 1) if self.is_usable(like, size))
+
+    def is_usable(self, like: torch.Tensor, size: int) -> bool:
+        found = _usable.get((self.key, size))
+        if found is None:
+            found = _usable[self.key, size] = self._is_same(like, size)
+        return found
+
+    def _is_same(self, like: torch.Tensor, size: int) -> bool:
+        """Compare tiles of a size with the base, or with those of half the size, which were compared with it."""
+        if size != _BASE and not self.is_usable(like, _BASE):
+            return size == 1
+        step = size // 2 if size > _BASE and self.is_usable(like, size // 2) else _BASE
+        function = self.function if self.twin is None else self.twin()
+        numbers, passes = 0, 0
+        while passes == 0 or (numbers < self._least(like) and passes < _MOST_PASSES):
+            rows = _random_rows(like, max(size, _BASE), seed=passes, cancel=self.twin is not None)
+            found = _in_steps(function, rows, step)
+            if size == _BASE:
+                same = all(_equal(_shifted(found, by), function(rows.roll(by, 0))) for by in _SHIFTS)
+            else:
+                same = _equal(found, _in_steps(function, rows, size))
+            if not same:
+                return False
+            numbers += math.prod((found[0] if isinstance(found, tuple) else found).shape)
+            passes += 1
+        return True
+
+    def _least(self, like: torch.Tensor) -> int:
+        if self.twin is not None:
+            return _COMPARED_CANCELLED
+        return _COMPARED if like.dtype.itemsize > 2 else _COMPARED_16_BITS
 
 
-def _choose(function: Function, like: torch.Tensor, key: Hashable, rows: int) -> int:
-    """Choose the smallest tile that holds so many rows, or the largest one."""
-    fitting = [size for size in SIZES if size >= rows]
-    smaller = [size for size in reversed(SIZES) if size < rows]
-    return next(size for size in (*fitting, *smaller, 1) if _is_usable(function, like, key, size))
+def _in_steps(function: Function, rows: torch.Tensor, size: int) -> Any:
+    parts = [function(_tile(rows, start, size)) for start in range(0, len(rows), size)]
+    return _joined(parts, len(rows))
 
 
-def _is_usable(function: Function, like: torch.Tensor, key: Hashable, size: int) -> bool:
-    found = _usable.get((key, size))
-    if found is None:
-        found = _usable[key, size] = _is_same(function, like, key, size)
-    return found
-
-
-def _is_same(function: Function, like: torch.Tensor, key: Hashable, size: int) -> bool:
-    """Compare tiles of a size with the base, or with those of half the size, which were compared with it."""
-    if size == _BASE:
-        rows = _random_rows(like, size)
-        found = function(rows)
-        shifted = [(_shifted(found, by), function(rows.roll(by, 0))) for by in _SHIFTS]
-        return all(_equal(one, other) for one, other in shifted)
-    if not _is_usable(function, like, key, _BASE):
-        return size == 1
-    step = _BASE
-    if size > _BASE and _is_usable(function, like, key, size // 2):
-        step = size // 2
-    rows = _random_rows(like, max(size, _BASE))
-    parts = [
-        _joined([function(_tile(rows, start, width)) for start in range(0, len(rows), width)], len(rows))
-        for width in (min(size, len(rows)), step)
-    ]
-    return _equal(*parts)
-
-
-def _random_rows(like: torch.Tensor, count: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(count)
-    return torch.randn(count, *like.shape[1:], generator=generator).to(like.dtype)
+def _random_rows(like: torch.Tensor, count: int, *, seed: int, cancel: bool) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1000 * seed + count)
+    rows = torch.randn(count, *like.shape[1:], generator=generator)
+    if cancel and (half := rows.shape[-1] // 2):
+        rows = rows.to(like.dtype).float()
+        rest = torch.randn(*rows.shape[:-1], half, generator=generator)
+        rows[..., -half:] = _CANCELLED * rest - rows[..., :half]
+    return rows.to(like.dtype)
 
 
 def _tile(rows: torch.Tensor, start: int, size: int) -> torch.Tensor:
@@ -104,7 +137,7 @@ def _tile(rows: torch.Tensor, start: int, size: int) -> torch.Tensor:
         padded = rows.new_zeros(size, *rows.shape[1:])
         padded[: len(tile)] = tile
         return padded
-    return tile if not tile.data_ptr() % _ALIGNMENT else tile.clone()
+    return tile.clone() if tile.data_ptr() % ALIGNMENT else tile
 
 
 def _joined(outputs: list[Any], count: int) -> Any:
@@ -116,9 +149,7 @@ def _joined(outputs: list[Any], count: int) -> Any:
 
 
 def _shifted(found: Any, by: int) -> Any:
-    if isinstance(found, tuple):
-        return tuple(_shifted(part, by) for part in found)
-    return found.roll(by, 0)
+    return tuple(_shifted(part, by) for part in found) if isinstance(found, tuple) else found.roll(by, 0)
 
 
 def _equal(one: Any, other: Any) -> bool:
@@ -148,7 +179,7 @@ def run_in_vectors(function: Function, x: torch.Tensor) -> torch.Tensor:
         A tensor of the same shape.
     """
     count = x.numel()
-    if x.is_contiguous() and not count % _VECTOR and count <= _CHUNK and not x.data_ptr() % _ALIGNMENT:
+    if x.is_contiguous() and not count % _VECTOR and count <= _CHUNK and not x.data_ptr() % ALIGNMENT:
         return function(x)
     flat = x.new_zeros(-(-count // _VECTOR) * _VECTOR)
     flat[:count] = x.reshape(-1)

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
 
 import torch
 
 from langchain_quantllm.compat.bitsandbytes import dequantized, four_bit_product
 from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.kernels.invariant.ops import paused
-from langchain_quantllm.kernels.invariant.products import product
-from langchain_quantllm.kernels.invariant.tiles import run_in_tiles
+from langchain_quantllm.kernels.invariant.products import MOST_IN_A_TWIN, product
+from langchain_quantllm.kernels.invariant.tiles import Function, run_in_tiles
 from langchain_quantllm.kernels.linear.cpu import INT8_ALIGNMENT, has_16_bit_products, stored_product
 from langchain_quantllm.kernels.linear.reference import block_scales
-from langchain_quantllm.kernels.linear.weights import FourBitWeight, GPTQWeight, Int8Weight, RepackedWeight, Weight
+from langchain_quantllm.kernels.linear.weights import FourBitWeight, Int8Weight, RepackedWeight, Weight
 
 __all__ = ["MOST_FOUR_BIT_ROWS", "grouped_linear", "quantized_linear"]
 
@@ -69,9 +67,7 @@ def grouped_linear(x: torch.Tensor, weights: Sequence[Weight]) -> list[torch.Ten
         return _on_gpu(x, weights, biases or None)
 
 
-def _on_gpu(
-    x: torch.Tensor, weights: Sequence[Weight], biases: Sequence[torch.Tensor] | None
-) -> list[torch.Tensor]:
+def _on_gpu(x: torch.Tensor, weights: Sequence[Weight], biases: Sequence[torch.Tensor] | None) -> list[torch.Tensor]:
     from langchain_quantllm.kernels.linear import dispatch
 
     return dispatch.tiled_linear(x, weights, biases, tile_rows=_TILE_ROWS)
@@ -80,10 +76,23 @@ def _on_gpu(
 def _repacked(rows: torch.Tensor, weight: RepackedWeight) -> torch.Tensor:
     shape = (weight.out_features, weight.in_features)
 
-    def multiply(tile: torch.Tensor) -> torch.Tensor:
-        return four_bit_product(tile, weight.words, shape, weight.scales, weight.code, weight.block_size)
+    def multiply(words: torch.Tensor) -> Function:
+        return lambda x: four_bit_product(x, words, shape, weight.scales, weight.code, weight.block_size)
 
-    return run_in_tiles(multiply, rows, ("repacked", weight.kind, shape, weight.block_size))
+    def twin() -> Function:
+        return multiply(_random_codes(weight.words.view(-1, shape[1] // 2, 32), 1).view(weight.words.shape))
+
+    is_small = math.prod(shape) <= MOST_IN_A_TWIN
+    key = ("repacked", weight.kind, shape, weight.block_size)
+    return run_in_tiles(multiply(weight.words), rows, key, twin if is_small else None)  # type: ignore[no-any-return]
+
+
+def _random_codes(like: torch.Tensor, dim: int) -> torch.Tensor:
+    """Make random bytes of a shape, whose second half along a dimension repeats the first."""
+    made = torch.randint(0, 256, like.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    half = like.shape[dim] // 2
+    made.narrow(dim, like.shape[dim] - half, half).copy_(made.narrow(dim, 0, half).clone())
+    return made.view(like.dtype)
 
 
 def _int8(rows: torch.Tensor, weight: Int8Weight) -> torch.Tensor:
@@ -92,8 +101,12 @@ def _int8(rows: torch.Tensor, weight: Int8Weight) -> torch.Tensor:
     scales = weight.scales / 127
     if rows.dtype == torch.bfloat16 and stored_product is not None and not weight.in_features % INT8_ALIGNMENT:
         ones = rows.new_ones(weight.out_features)
-        multiply: Any = lambda tile: stored_product(tile, codes, ones)  # noqa: E731
-        return run_in_tiles(multiply, rows, ("int8", codes.shape)) * scales
+
+        def multiply(codes: torch.Tensor) -> Function:
+            return lambda tile: stored_product(tile, codes, ones)
+
+        twin = None if codes.numel() > MOST_IN_A_TWIN else lambda: multiply(_random_codes(codes, 1))
+        return run_in_tiles(multiply(codes), rows, ("int8", codes.shape), twin) * scales  # type: ignore[no-any-return]
     wide = rows.dtype if rows.dtype == torch.bfloat16 and has_16_bit_products() else torch.float32
     return product(rows.to(wide), codes.to(wide).t()) * scales
 
