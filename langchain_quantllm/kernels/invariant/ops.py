@@ -37,6 +37,9 @@ _EXACT = """
 """
 """Functions of numbers whose result IEEE 754 defines to the last bit, in place as well."""
 
+_WHOLE = ("aten::add", "aten::sub", "aten::rsub", "aten::pow")
+"""Functions that make whole numbers of whole numbers."""
+
 _CHOICES = """
     _local_scalar_dense all amax amin any argmax argmin bincount count_nonzero equal histc is_nonzero isin item kthvalue
     max min nonzero one_hot searchsorted sort unique_consecutive _unique2
@@ -125,13 +128,8 @@ def _number_by_number(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if not places or any(args[i].device.type != "cpu" for i in places):
         return func(*args, **kwargs)  # kernels of GPUs compute each number by the same formula
     if not args[places[0]].is_floating_point():
-        is_whole = func.name().partition(".")[0].removesuffix("_") in (
-            "aten::add",
-            "aten::sub",
-            "aten::rsub",
-            "aten::pow",
-        )
-        return func(*args, **kwargs) if is_whole else _refuse(func, args, kwargs)
+        gives_whole = func.name().partition(".")[0].removesuffix("_") in _WHOLE
+        return func(*args, **kwargs) if gives_whole else _refuse(func, args, kwargs)
     in_place = func.name().partition(".")[0].endswith("_")
     if len(places) == 1:
         [place] = places
@@ -256,9 +254,9 @@ def _mv(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _bmm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     left, right = args[:2]
-    if left.device.type == "cpu" or left.shape[2] == 1:
-        return products.batched_product(left, right)
-    return torch.stack([_product(rows, matrix) for rows, matrix in zip(left, right, strict=True)])
+    if left.shape[2] == 1:  # no sum: positions times frequencies, for example
+        return left * right
+    return (products if left.device.type == "cpu" else _on_gpu()).batched_product(left, right)
 
 
 def _baddbmm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -270,9 +268,9 @@ def _grouped_mm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     rows, matrices = args[:2]
     ends = args[2] if len(args) > 2 else kwargs.get("offs")
     is_known = rows.dim() == 2 and matrices.dim() == 3 and ends is not None
-    if not is_known or rows.device.type != "cpu" or kwargs.get("bias") is not None:
+    if not is_known or kwargs.get("bias") is not None:
         return _refuse(func, args, kwargs)
-    return products.grouped_product(rows, matrices, ends)
+    return (products if rows.device.type == "cpu" else _on_gpu()).grouped_product(rows, matrices, ends)
 
 
 def _packed_mm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

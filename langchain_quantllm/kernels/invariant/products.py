@@ -60,8 +60,6 @@ def _zeros(like: torch.Tensor | None) -> torch.Tensor | None:
 
 def batched_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Multiply pairs of matrices of shapes `(batch, rows, inputs)` and `(batch, inputs, outputs)`."""
-    if left.shape[2] == 1:  # no sum: positions times frequencies, for example
-        return left * right
     return torch.stack([product(rows, matrix) for rows, matrix in zip(left, right, strict=True)])
 
 

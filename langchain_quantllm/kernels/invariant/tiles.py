@@ -35,7 +35,7 @@ _CANCELLED = 2.0**-8
 """What is left of sums that nearly cancel."""
 
 ALIGNMENT = 64
-"""Bytes to which PyTorch aligns new memory. Some libraries treat the numbers before an aligned address by themselves."""
+"""Bytes to which PyTorch aligns new memory. Some libraries compute numbers before an aligned address by themselves."""
 
 Function = Callable[[torch.Tensor], Any]
 """Takes rows of shape `(rows, ...)` and returns a tensor, or a tuple of them, of as many rows."""

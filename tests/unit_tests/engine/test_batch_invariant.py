@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from langchain_quantllm import GPTQ, ChatQuantizedHuggingFace, QuantizedHuggingFaceLLM
+from langchain_quantllm import GPTQ, NF4, ChatQuantizedHuggingFace, QuantizedHuggingFaceLLM
 from langchain_quantllm.engine.continuous import ContinuousEngine
 from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
 from tests.support.adapters import make, make_adapter_folders
@@ -191,6 +191,54 @@ def test_every_family_is_invariant(name: str, tokenizer: Any) -> None:
     [expected] = logits_of_requests(llm, plan(llm, prompt, max_new_tokens=8))
     requests[4:4] = plan(llm, prompt, max_new_tokens=8)
     assert torch.equal(logits_of_requests(llm, requests)[4], expected)
+    llm.unload()
+
+
+# On a GPU.
+
+GPU_SCHEMES: dict[str, dict[str, Any]] = {
+    "float32": {"dtype": "float32"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "float16": {"dtype": "float16"},
+    "nf4": {"quantization": NF4(double_quantization=True)},
+    "fp4": {"quantization": "fp4", "dtype": "float16"},
+    "int8": {"quantization": "int8", "dtype": "float16"},
+    "gptq": {"quantization": GPTQ(kernel="torch"), "gptq": {}},
+    "gptq-act-order": {"quantization": GPTQ(kernel="torch"), "gptq": {"desc_act": True, "sym": False}},
+    "nf4-unfused": {"quantization": "nf4", "fuse": False},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("scheme", GPU_SCHEMES)
+def test_rows_on_a_gpu_have_the_same_logits_beside_any_others(
+    scheme: str, short_smollm2: Path, tmp_path: Path
+) -> None:
+    fields = dict(GPU_SCHEMES[scheme])
+    folder = short_smollm2
+    if (gptq := fields.pop("gptq", None)) is not None:
+        skip_without_gptqmodel()
+        from tests.support.gptq_checkpoints import make_gptq_checkpoint
+
+        folder = make_gptq_checkpoint(short_smollm2, tmp_path / "model", **gptq)
+    llm = QuantizedHuggingFaceLLM(
+        model_id=str(folder), batch_invariant=True, kv_cache_memory="512MB", progress=False, **fields
+    )
+    assert llm.engine_info.graphs
+    for length in (1, 21, 700, 1500):
+        prompt = ids_of(length, seed=5)
+        expected = alone(llm, prompt, max_new_tokens=6)
+        for others in (1, 2, 7, 31, 100):
+            for place in sorted({0, others // 2, others}):
+                assert torch.equal(beside(llm, prompt, others, place), expected), (length, others, place)
+        [answer] = ask(llm, plan(llm, prompt, max_new_tokens=6))
+        again = logits_of_requests(llm, plan(llm, [*prompt, *answer.token_ids[:3]], max_new_tokens=1))[0]
+        assert torch.equal(again[0], expected[3])
+    options: dict[str, Any] = {"do_sample": True, "temperature": 1.2, "top_p": 0.9, "logprobs": 3, "seed": 4}
+    [single] = ask(llm, plan(llm, ids_of(9), **options))
+    for answer in ask(llm, [request for _ in range(40) for request in plan(llm, ids_of(9), **options)]):
+        assert (answer.token_ids, answer.logprobs) == (single.token_ids, single.logprobs)
     llm.unload()
 
 
