@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from langchain_quantllm.compat.torch_dispatch import is_compiled
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS, BlockManager
 from langchain_quantllm.engine.model_check import run_greedily, sample_ids
 from langchain_quantllm.engine.model_runner import ModelRunner
@@ -40,8 +41,11 @@ def verify_invariance(runner: ModelRunner, model: Any, *, blocks: int, slots: in
         adapter: Number of the LoRA adapter that the texts run with; -1 for none.
 
     Raises:
-        UnsupportedError: If two ways give different logits.
+        UnsupportedError: If two ways give different logits, or a compiled module hides its operations.
     """
+    if compiled := [name for name, module in model.named_modules() if is_compiled(module)]:
+        msg = f"{compiled[0] or 'the model'} is compiled, which hides its operations"
+        raise UnsupportedError(msg)
 
     def run(texts: abc.Sequence[abc.Sequence[int]], budget: int, new_tokens: int = _NEW_TOKENS) -> list[Run]:
         sequences = [bare_sequence(text, new_tokens, adapter=adapter) for text in texts]

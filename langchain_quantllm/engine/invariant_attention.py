@@ -5,6 +5,7 @@ A query is computed in the same place of a tile of the same shape, whether its t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,41 +13,59 @@ import torch
 from langchain_quantllm.engine.attention import Batch, GatherAttention, LayerPool, Span, TritonAttention
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.errors import UnsupportedError
-from langchain_quantllm.kernels.invariant.attention import KEYS, QUERIES, attend_in_tiles
+from langchain_quantllm.kernels.invariant.attention import KEYS, attend_in_tiles
 from langchain_quantllm.kernels.invariant.ops import paused
 
 
 class InvariantGatherAttention(GatherAttention):
-    """Gathers the blocks of one sequence after the other, and attends in tiles, in float32."""
+    """Gathers the blocks of sequences of similar length, and attends in tiles, sequence by sequence, in float32."""
 
     def attend(
         self, pool: LayerPool, query: torch.Tensor, batch: Batch, *, scale: float, window: int, softcap: float
     ) -> torch.Tensor:
         """Attend; see `Attention.attend`."""
+        options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
         out = query.new_empty(1, query.shape[2], query.shape[1], pool.value_dim)
-        options = {"scale": scale, "window": window, "softcap": softcap}
         with paused():
-            for i, span in enumerate(batch.spans):
-                first = i if batch.decodes else span.first
-                keys, values = self._gather(pool, batch, span)
-                queries = query[0, :, first : first + span.count].float()
-                attended = attend_in_tiles(queries, keys, values, span.position, **options)
-                out[0, first : first + span.count] = attended.transpose(0, 1)
+            asked = query[0].float()
+            firsts = range(len(batch.spans)) if batch.decodes else [span.first for span in batch.spans]
+            for spans in _alike(batch.spans):
+                keys, values = self._gather(pool, batch, [batch.spans[i] for i in spans])
+                for i, key, value in zip(spans, keys, values, strict=True):
+                    span, first = batch.spans[i], firsts[i]
+                    queries = asked[:, first : first + span.count]
+                    attended = attend_in_tiles(queries, key, value, span.position, **options)
+                    out[0, first : first + span.count] = attended.transpose(0, 1)
         return out
 
     @staticmethod
-    def _gather(pool: LayerPool, batch: Batch, span: Span) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gather keys and values of shape `(kv_heads, tokens, dim)`, float32, padded with zeros to whole tiles."""
+    def _gather(pool: LayerPool, batch: Batch, spans: Sequence[Span]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gather keys and values of shape `(spans, kv_heads, tokens, dim)`, float32.
+
+        They are padded to whole tiles with block 0, which holds finite numbers, and with the rest of the last block.
+        """
+        device, key = pool.kv.device, ("blocks", spans[0].slot, len(spans))
+        ids = batch.on_device.get((device, key))
+        if ids is None:
+            lengths = torch.tensor([-(-(span.position + span.count) // BLOCK_TOKENS) for span in spans])
+            width = -(-int(lengths.max()) * BLOCK_TOKENS // KEYS) * KEYS // BLOCK_TOKENS
+            table = batch.table[torch.tensor([span.slot for span in spans]), :width]
+            table = torch.nn.functional.pad(table, (0, width - table.shape[1]))
+            ids = torch.where(torch.arange(width) < lengths[:, None], table, 0).long().flatten().to(device)
+            batch.on_device[device, key] = ids
+        gathered = pool.kv.index_select(0, ids).view(len(spans), -1, *pool.kv.shape[2:]).transpose(1, 2)
+        keys, values = gathered.split([pool.key_dim, pool.value_dim], -1)
+        contiguous = {"dtype": torch.float32, "memory_format": torch.contiguous_format, "copy": True}
+        return keys.to(**contiguous), values.to(**contiguous)
+
+
+def _alike(spans: Sequence[Span]) -> list[list[int]]:
+    """Group the indices of spans that are gathered together: short ones of similar length."""
+    groups: dict[int, list[int]] = {}
+    for i, span in enumerate(spans):
         length = span.position + span.count
-        blocks = batch.table[span.slot, : -(-length // BLOCK_TOKENS)].long()
-        gathered = pool.kv.index_select(0, blocks.to(pool.kv.device)).flatten(0, 1)[:length].transpose(0, 1)
-        padded = -(-length // KEYS) * KEYS
-        tensors = []
-        for part in gathered.split([pool.key_dim, pool.value_dim], -1):
-            tensor = torch.zeros(part.shape[0], padded, part.shape[2], device=part.device)
-            tensor[:, :length] = part
-            tensors.append(tensor)
-        return tensors[0], tensors[1]
+        groups.setdefault(-(-length // KEYS) if span.count == 1 else -1 - i, []).append(i)
+    return list(groups.values())
 
 
 class InvariantTritonAttention(TritonAttention):
@@ -85,6 +104,3 @@ class InvariantTritonAttention(TritonAttention):
                 value_dim=pool.value_dim, scale=scale, window=window, softcap=softcap, masks_all=True,
             )  # fmt: skip
         return attended
-
-
-__all__ = ["QUERIES", "InvariantGatherAttention", "InvariantTritonAttention"]

@@ -7,6 +7,8 @@ positions that are not asked for are zeros. Keys after a query have weight 0, wh
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 QUERIES = 8
@@ -14,6 +16,9 @@ QUERIES = 8
 
 KEYS = 64
 """The keys of a tile are padded to a multiple of this."""
+
+_KEPT_KEYS = 2048
+"""Keys up to which masks are kept for the next layer and the next step."""
 
 
 def attend_in_tiles(
@@ -41,30 +46,43 @@ def attend_in_tiles(
     Returns:
         Of shape `(heads, tokens, value_dim)`, float32.
     """
-    heads, tokens, _ = query.shape
+    heads, tokens, dim = query.shape
     kv_heads = key.shape[0]
     first, last = position // QUERIES, (position + tokens - 1) // QUERIES
-    asked = query.new_zeros(heads, (last + 1 - first) * QUERIES, query.shape[2])
     skipped = position - first * QUERIES
-    asked[:, skipped : skipped + tokens] = query
-    out = query.new_empty(heads, asked.shape[1], value.shape[2])
+    asked = query.new_zeros(kv_heads, heads // kv_heads, last + 1 - first, QUERIES, dim)
+    asked.view(kv_heads, heads // kv_heads, -1, dim)[:, :, skipped : skipped + tokens] = (query * scale).view(
+        kv_heads, -1, tokens, dim
+    )
+    found = []
     for tile in range(first, last + 1):
-        place = (tile - first) * QUERIES
         begin = tile * QUERIES
         start = max(0, begin - window + 1) // KEYS * KEYS if window else 0
         end = -(-(begin + QUERIES) // KEYS) * KEYS
-        grouped = asked[:, place : place + QUERIES].reshape(kv_heads, -1, query.shape[2])
-        scores = torch.bmm(grouped, key[:, start:end].transpose(1, 2)) * scale
+        grouped = asked[:, :, tile - first].reshape(kv_heads, -1, dim)
+        keys, mask = key[:, start:end].transpose(1, 2), _mask(begin - start, end - start, window, grouped.shape[1])
         if softcap:
-            scores = softcap * torch.tanh(scores / softcap)
-        scores = scores.view(kv_heads, -1, QUERIES, end - start)
-        shares = scores.masked_fill(_hidden(begin, start, end, window), -torch.inf).softmax(-1)
-        attended = torch.bmm(shares.view(kv_heads, -1, end - start), value[:, start:end])
-        out[:, place : place + QUERIES] = attended.view(heads, QUERIES, -1)
-    return out[:, skipped : skipped + tokens]
+            scores = softcap * torch.tanh(torch.bmm(grouped, keys) / softcap) + mask
+        else:
+            scores = torch.baddbmm(mask, grouped, keys)
+        found.append(torch.bmm(scores.softmax(-1), value[:, start:end]).view(heads, QUERIES, -1))
+    return (found[0] if len(found) == 1 else torch.cat(found, 1))[:, skipped : skipped + tokens]
 
 
-def _hidden(begin: int, start: int, end: int, window: int) -> torch.Tensor:
-    """Mask the keys from `start` to `end` that the queries of a tile do not see: `(QUERIES, end - start)`, bool."""
-    ages = torch.arange(begin, begin + QUERIES)[:, None] - torch.arange(start, end)
-    return (ages < 0) | (ages >= window) if window else ages < 0
+def _mask(begin: int, keys: int, window: int, rows: int) -> torch.Tensor:
+    """Make the mask of a tile whose queries begin `begin` keys after the first one it reads.
+
+    Returns:
+        Of shape `(rows, keys)`, float32: 0 for keys that a query sees, and minus infinity. Rows repeat the queries.
+    """
+    return (_kept_mask if keys <= _KEPT_KEYS else _make_mask)(begin, keys, window, rows)
+
+
+def _make_mask(begin: int, keys: int, window: int, rows: int) -> torch.Tensor:
+    ages = torch.arange(begin, begin + QUERIES)[:, None] - torch.arange(keys)
+    hidden = (ages < 0) | (ages >= window) if window else ages < 0
+    mask = torch.zeros(QUERIES, keys).masked_fill(hidden, -torch.inf)
+    return mask.repeat(rows // QUERIES, 1)
+
+
+_kept_mask = functools.lru_cache(maxsize=32)(_make_mask)

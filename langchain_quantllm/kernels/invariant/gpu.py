@@ -71,7 +71,7 @@ def _launch_product(
         row_tile, column_tile, input_tile, stages = 64, 128 if columns >= _WIDE else 32, 64, 3
     _product_kernel[(-(-rows // row_tile), -(-columns // column_tile), batch)](
         left, right, out if added is None else added, out, left if ends is None else ends, rows, columns, inputs,
-        left.stride(0), left.stride(1), left.stride(2), right.stride(0), right.stride(1), right.stride(2), out.stride(0),
+        *left.stride(), *right.stride(), out.stride(0),
         biased=added is not None, grouped=ends is not None,
         row_tile=row_tile, column_tile=column_tile, input_tile=input_tile,
         num_warps=4, num_stages=stages, **launch_options(out.device),
@@ -190,9 +190,7 @@ def _product_kernel(
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
-def _sum_kernel(
-    rows: tl.tensor, out: tl.tensor, width: tl.constexpr, tile: tl.constexpr, early: tl.constexpr
-) -> None:
+def _sum_kernel(rows: tl.tensor, out: tl.tensor, width: tl.constexpr, tile: tl.constexpr, early: tl.constexpr) -> None:
     """Add up one row; grid `(rows,)`."""
     wait_for_inputs(early)
     row = tl.program_id(0).to(tl.int64)
@@ -230,8 +228,5 @@ def _softmax_kernel(
     for first in range(0, width, tile):
         place = first + tl.arange(0, tile)
         numbers = tl.load(rows + row * width + place, mask=place < width, other=0.0).to(tl.float32)
-        if logarithm:
-            found = numbers - peak - tl.log(weight)
-        else:
-            found = tl.exp(numbers - peak) / weight
+        found = numbers - peak - tl.log(weight) if logarithm else tl.exp(numbers - peak) / weight
         tl.store(out + row * width + place, found.to(out.dtype.element_ty), mask=place < width)

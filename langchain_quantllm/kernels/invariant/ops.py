@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from langchain_quantllm.compat.torch_dispatch import ThreadMode
 from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.kernels.invariant import products
 from langchain_quantllm.kernels.invariant.tiles import run_in_tiles, run_in_vectors
@@ -58,7 +58,7 @@ Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 """Computes an operation from the operation itself, its arguments and its keyword arguments."""
 
 
-class InvariantOps(TorchDispatchMode):  # type: ignore[misc]  # torch is not followed
+class InvariantOps(ThreadMode):
     """Computes the operations of this thread independently of the rows beside each row.
 
     Raises:
@@ -68,12 +68,13 @@ class InvariantOps(TorchDispatchMode):  # type: ignore[misc]  # torch is not fol
     def __enter__(self) -> Any:
         """Begin."""
         _thread.active = self
-        return super().__enter__()
+        self.push()
+        return self
 
     def __exit__(self, *error: Any) -> None:
         """End."""
         _thread.active = None
-        super().__exit__(*error)
+        self.pop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Compute one operation."""

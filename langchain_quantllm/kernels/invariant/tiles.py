@@ -61,7 +61,8 @@ def run_in_tiles(
     """
     rows = rows.contiguous()
     checked = _Checked(key=(key, rows.shape[1:], rows.dtype, torch.get_num_threads()), function=function, twin=twin)
-    outputs, start, count = [], 0, len(rows)
+    outputs: list[Any] = []
+    start, count = 0, len(rows)
     while start < count or not outputs:
         size = checked.choose(rows, count - start)
         outputs.append(function(_tile(rows, start, size)))

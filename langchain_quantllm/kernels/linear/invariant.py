@@ -84,7 +84,7 @@ def _repacked(rows: torch.Tensor, weight: RepackedWeight) -> torch.Tensor:
 
     is_small = math.prod(shape) <= MOST_IN_A_TWIN
     key = ("repacked", weight.kind, shape, weight.block_size)
-    return run_in_tiles(multiply(weight.words), rows, key, twin if is_small else None)  # type: ignore[no-any-return]
+    return run_in_tiles(multiply(weight.words), rows, key, twin if is_small else None)
 
 
 def _random_codes(like: torch.Tensor, dim: int) -> torch.Tensor:
@@ -106,7 +106,7 @@ def _int8(rows: torch.Tensor, weight: Int8Weight) -> torch.Tensor:
             return lambda tile: stored_product(tile, codes, ones)
 
         twin = None if codes.numel() > MOST_IN_A_TWIN else lambda: multiply(_random_codes(codes, 1))
-        return run_in_tiles(multiply(codes), rows, ("int8", codes.shape), twin) * scales  # type: ignore[no-any-return]
+        return run_in_tiles(multiply(codes), rows, ("int8", codes.shape), twin) * scales
     wide = rows.dtype if rows.dtype == torch.bfloat16 and has_16_bit_products() else torch.float32
     return product(rows.to(wide), codes.to(wide).t()) * scales
 

@@ -11,13 +11,12 @@ import pytest
 import torch
 
 from langchain_quantllm import GPTQ, NF4, ChatQuantizedHuggingFace, QuantizedHuggingFaceLLM
-from langchain_quantllm.engine.continuous import ContinuousEngine
 from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
 from tests.support.adapters import make, make_adapter_folders
-from tests.support.engine import PROMPTS, ask, cached_tokens, ids_of, plan
+from tests.support.engine import PROMPTS, ask, cached_tokens, ids_of, on_pipeline, plan
 from tests.support.families import FAST, family_model, random_ids
 from tests.support.invariance import logits_of_requests
-from tests.support.models import llm_of, pipeline_of, tiny_model
+from tests.support.models import llm_of, tiny_model
 from tests.support.selection import skip_without_gptqmodel, slow_but
 
 SCHEMES: dict[str, dict[str, Any]] = {
@@ -66,34 +65,34 @@ def alone(llm: QuantizedHuggingFaceLLM, prompt_ids: list[int], **options: Any) -
 def beside(llm: QuantizedHuggingFaceLLM, prompt_ids: list[int], others: int, place: int) -> torch.Tensor:
     """Return the logits of a request that runs beside others of many lengths, at a place among them."""
     requests = [plan(llm, ids_of(1 + (7 * i) % 40, seed=i), max_new_tokens=1 + i % 6)[0] for i in range(others)]
-    requests[place:place] = plan(llm.model_copy(update={"prefix_caching": False}), prompt_ids, max_new_tokens=6)
+    requests[place:place] = plan(llm.model_copy(update={"prefix_caching": False}), prompt_ids, max_new_tokens=4)
     return logits_of_requests(llm, requests)[place]
 
 
 def test_a_row_has_the_same_logits_beside_any_number_of_others_at_any_place(llm: QuantizedHuggingFaceLLM) -> None:
     for length in (1, 21):
         prompt = ids_of(length, seed=5)
-        expected = alone(llm, prompt, max_new_tokens=6)
-        for others in (1, 2, 7, 15, 31):
-            for place in sorted({0, others // 2, others}):
+        expected = alone(llm, prompt, max_new_tokens=4)
+        for others, places in ((1, (0, 1)), (2, (1,)), (7, (0, 5)), (31, (13,))):
+            for place in places:
                 assert torch.equal(beside(llm, prompt, others, place), expected), (length, others, place)
 
 
 def test_equal_prompts_in_one_batch_have_equal_logits(llm: QuantizedHuggingFaceLLM) -> None:
-    requests = [plan(llm, ids_of(19), max_new_tokens=6)[0] for _ in range(24)]
+    requests = [plan(llm, ids_of(19), max_new_tokens=3)[0] for _ in range(24)]
     first, *others = logits_of_requests(llm, requests)
     assert all(torch.equal(other, first) for other in others)
 
 
-@pytest.mark.parametrize("budget", [1, 3, 16, 50])
+@pytest.mark.parametrize("budget", [5, 16, 50])
 def test_logits_do_not_depend_on_how_a_prompt_is_cut(llm: QuantizedHuggingFaceLLM, budget: int) -> None:
     engine: Any = llm._engine()
     scheduler, prompt = engine._scheduler, ids_of(67)
-    expected = alone(llm, prompt, max_new_tokens=6)
+    expected = alone(llm, prompt, max_new_tokens=4)
     before = scheduler.prefill_tokens, scheduler.prefill_tokens_while_decoding
     try:
         scheduler.prefill_tokens = scheduler.prefill_tokens_while_decoding = budget
-        assert torch.equal(alone(llm, prompt, max_new_tokens=6), expected)
+        assert torch.equal(alone(llm, prompt, max_new_tokens=4), expected)
         assert torch.equal(beside(llm, prompt, 3, 1), expected)
     finally:
         scheduler.prefill_tokens, scheduler.prefill_tokens_while_decoding = before
@@ -128,7 +127,7 @@ def test_sampled_texts_and_log_probabilities_are_those_alone(llm: QuantizedHuggi
     single = [ask(llm, plan(llm, ids, logprobs=4, **o))[0] for ids, o in zip(prompts, options, strict=True)]
     requests = [
         request
-        for _ in range(8)
+        for _ in range(3)
         for ids, o in zip(prompts, options, strict=True)
         for request in plan(llm, ids, logprobs=4, **o)
     ]
@@ -138,7 +137,7 @@ def test_sampled_texts_and_log_probabilities_are_those_alone(llm: QuantizedHuggi
 
 
 def test_calls_of_many_threads_give_the_texts_of_single_calls(llm: QuantizedHuggingFaceLLM) -> None:
-    prompts = [f"{prompt} {i}" for i in range(4) for prompt in PROMPTS]
+    prompts = [f"{prompt} {i}" for i in range(2) for prompt in PROMPTS]
     expected = [llm.invoke(prompt) for prompt in prompts]
     with ThreadPoolExecutor(len(prompts)) as executor:
         assert list(executor.map(llm.invoke, prompts)) == expected
@@ -149,9 +148,9 @@ def test_preempted_sequences_have_the_logits_of_those_that_were_not(tokenizer: A
     model = tiny_model(len(tokenizer), seed=3)
     roomy = llm_of(model, tokenizer, batch_invariant=True)
     prompts = [ids_of(20 + 9 * i, seed=i) for i in range(4)]
-    expected = [alone(roomy, ids, max_new_tokens=60) for ids in prompts]
-    tight = llm_of(model, tokenizer, batch_invariant=True, kv_cache_memory=14 * 16 * 512, prefix_caching=False)
-    found = logits_of_requests(tight, [plan(tight, ids, max_new_tokens=60)[0] for ids in prompts])
+    expected = [alone(roomy, ids, max_new_tokens=30) for ids in prompts]
+    tight = llm_of(model, tokenizer, batch_invariant=True, kv_cache_memory=10 * 16 * 512, prefix_caching=False)
+    found = logits_of_requests(tight, [plan(tight, ids, max_new_tokens=30)[0] for ids in prompts])
     engine: Any = tight._engine()
     assert engine._scheduler.preempted
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
@@ -159,13 +158,14 @@ def test_preempted_sequences_have_the_logits_of_those_that_were_not(tokenizer: A
         llm.unload()
 
 
+@pytest.mark.slow
 def test_several_threads_of_torch_give_every_row_the_same_logits(tokenizer: Any) -> None:
     llm = llm_of(tiny_model(len(tokenizer), "gpt_neox", seed=4), tokenizer, batch_invariant=True)
     before = torch.get_num_threads()
     try:
         for threads in (2, 3):
             torch.set_num_threads(threads)
-            expected = alone(llm, ids_of(21), max_new_tokens=6)
+            expected = alone(llm, ids_of(21), max_new_tokens=4)
             assert torch.equal(beside(llm, ids_of(21), 31, 11), expected)
     finally:
         torch.set_num_threads(before)
@@ -176,7 +176,7 @@ def test_rows_of_several_adapters_have_the_texts_of_single_calls(tmp_path: Path)
     pytest.importorskip("peft")
     root = make_adapter_folders(tmp_path)
     llm = make(root, batch_invariant=True, engine="fast")
-    calls = [(name, f"{prompt} {i}") for i in range(3) for prompt in PROMPTS for name in ("sql", "chat", "base")]
+    calls = [(name, f"{prompt} {i}") for i in range(2) for prompt in PROMPTS[:2] for name in ("sql", "chat", "base")]
     expected = [llm.invoke(prompt, adapter=name) for name, prompt in calls]
     with ThreadPoolExecutor(len(calls)) as executor:
         assert list(executor.map(lambda call: llm.invoke(call[1], adapter=call[0]), calls)) == expected
@@ -212,9 +212,7 @@ GPU_SCHEMES: dict[str, dict[str, Any]] = {
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("scheme", GPU_SCHEMES)
-def test_rows_on_a_gpu_have_the_same_logits_beside_any_others(
-    scheme: str, short_smollm2: Path, tmp_path: Path
-) -> None:
+def test_rows_on_a_gpu_have_the_same_logits_beside_any_others(scheme: str, short_smollm2: Path, tmp_path: Path) -> None:
     fields = dict(GPU_SCHEMES[scheme])
     folder = short_smollm2
     if (gptq := fields.pop("gptq", None)) is not None:
@@ -228,11 +226,11 @@ def test_rows_on_a_gpu_have_the_same_logits_beside_any_others(
     assert llm.engine_info.graphs
     for length in (1, 21, 700, 1500):
         prompt = ids_of(length, seed=5)
-        expected = alone(llm, prompt, max_new_tokens=6)
+        expected = alone(llm, prompt, max_new_tokens=4)
         for others in (1, 2, 7, 31, 100):
             for place in sorted({0, others // 2, others}):
                 assert torch.equal(beside(llm, prompt, others, place), expected), (length, others, place)
-        [answer] = ask(llm, plan(llm, prompt, max_new_tokens=6))
+        [answer] = ask(llm, plan(llm, prompt, max_new_tokens=4))
         again = logits_of_requests(llm, plan(llm, [*prompt, *answer.token_ids[:3]], max_new_tokens=1))[0]
         assert torch.equal(again[0], expected[3])
     options: dict[str, Any] = {"do_sample": True, "temperature": 1.2, "top_p": 0.9, "logprobs": 3, "seed": 4}
@@ -299,11 +297,13 @@ def test_an_operation_of_unknown_kind_is_refused_by_name(make_tiny: Callable[...
     handle.remove()
 
 
-def test_the_models_own_text_is_written(tokenizer: Any) -> None:
-    model = tiny_model(len(tokenizer), seed=5)
-    plain = ContinuousEngine(pipeline_of(model, tokenizer))
-    invariant = ContinuousEngine(pipeline_of(model, tokenizer), batch_invariant=True)
-    assert not plain.info.batch_invariant
-    assert invariant.info.batch_invariant
-    plain.close()
-    invariant.close()
+def test_a_compiled_module_is_refused(make_tiny: Callable[..., QuantizedHuggingFaceLLM]) -> None:
+    llm = make_tiny(batch_invariant=True)
+    llm.pipeline.model.model.layers[0].mlp.compile(backend="eager")
+    with pytest.raises(UnsupportedError, match=r"model\.layers\.0\.mlp is compiled, which hides its operations"):
+        llm.invoke("a")
+
+
+def test_the_model_writes_the_text_of_generate(make_tiny: Callable[..., QuantizedHuggingFaceLLM]) -> None:
+    llm = make_tiny(batch_invariant=True, max_new_tokens=20)
+    assert llm.batch(PROMPTS) == on_pipeline(llm).batch(PROMPTS, max_new_tokens=20)

@@ -202,7 +202,11 @@ def test_a_quantized_layer_gives_a_row_the_same_among_any_others(kind: str, dtyp
 @pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (20, 0.0), (0, 5.0)])
 def test_a_query_is_the_same_with_any_others(window: int, softcap: float) -> None:
     heads, kv_heads, tokens, dim = 4, 2, 150, 24
-    query, key, value = random(heads, tokens, dim), random(kv_heads, 192, dim, seed=1), random(kv_heads, 192, 16, seed=2)
+    query, key, value = (
+        random(heads, tokens, dim),
+        random(kv_heads, 192, dim, seed=1),
+        random(kv_heads, 192, 16, seed=2),
+    )
     options = {"scale": 0.3, "window": window, "softcap": softcap}
     whole = attend_in_tiles(query, key, value, 0, **options)
     generator = torch.Generator().manual_seed(0)
@@ -290,20 +294,15 @@ def run_attention(device: str) -> dict[str, Any]:
         table = torch.arange(9, dtype=torch.int32, device=device)[None]
         query = random(1, heads, tokens, dim, seed=2).to(device)
 
-        def attend(start: int, end: int, size: int, query: Any = query, kv: Any = kv, window: int = window) -> Any:
+        found = []
+        for start, end, size in ((0, 70, PREFILL_TILE), (0, 70, 1), (5, 69, PREFILL_TILE), (31, 33, 1), (63, 64, 1)):
             runs = [(0, at - start, at, min(size, end - at)) for at in range(start, end, size)]
-            given = torch.tensor(runs, dtype=torch.int32, device=kv.device)
+            cut = torch.tensor(runs, dtype=torch.int32, device=device)
             part = query[:, :, start:end].contiguous()
-            return prefill_attention(
-                part, kv, table, given, value_dim=dim, scale=0.25, window=window, masks_all=True
-            )  # fmt: skip
-
-        whole = attend(0, tokens, PREFILL_TILE)
-        same = all(
-            torch.equal(attend(start, end, size), whole[:, start:end])
-            for start, end, size in ((0, 70, 1), (5, 69, PREFILL_TILE), (31, 33, 1), (63, 64, 1))
-        )
-        report[str(window)] = {"same": same}
+            options: dict[str, Any] = {"value_dim": dim, "scale": 0.25, "window": window, "masks_all": True}
+            found.append((start, end, prefill_attention(part, kv, table, cut, **options)))
+        whole = found[0][2]
+        report[str(window)] = {"same": all(torch.equal(part, whole[:, start:end]) for start, end, part in found)}
     return report
 
 
