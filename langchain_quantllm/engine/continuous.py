@@ -56,6 +56,7 @@ class ContinuousEngine:
         adapters: AdapterSwitch | None = None,
         fusion: Fusion | None = None,
         no_fusion_reason: str | None = None,
+        batch_invariant: bool = False,
     ) -> None:
         """Take a loaded text-generation pipeline, and check that its model can run this way.
 
@@ -65,6 +66,7 @@ class ContinuousEngine:
             adapters: The adapters that requests name; None if the model runs as it is.
             fusion: The model's fused steps, which the caller closes; None if its modules run as they are.
             no_fusion_reason: Why there are none although they were asked for.
+            batch_invariant: Give a request the same logits, bit for bit, whatever runs beside it.
 
         Raises:
             UnsupportedError: If the model cannot run this way; the message is the reason.
@@ -79,6 +81,7 @@ class ContinuousEngine:
             switch=adapters,
             fusion=fusion,
             no_fusion_reason=no_fusion_reason,
+            batch_invariant=batch_invariant,
         )
         self._runner = self._parts.runner
         self._step_tokens = _STEP_TOKENS_GPU if self._parts.is_gpu else _STEP_TOKENS_CPU

@@ -29,6 +29,8 @@ from langchain_quantllm.engine.sampler import MASKS, BatchSampler, PendingTokens
 from langchain_quantllm.engine.sequence import SamplingInput, Sequence
 from langchain_quantllm.engine.staging import PendingForward, StagingBuffers, step_inputs
 from langchain_quantllm.engine.step import Step
+from langchain_quantllm.errors import UnsupportedError
+from langchain_quantllm.kernels.invariant.ops import InvariantOps
 from langchain_quantllm.kernels.reference import PREFILL_TILE
 
 _BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
@@ -70,6 +72,7 @@ class ModelRunner:
         no_graph_reason: str | None = None,
         adapters: LoraStack | None = None,
         fusion: Fusion | None = None,
+        batch_invariant: bool = False,
     ) -> None:
         """Allocate the tables.
 
@@ -85,6 +88,10 @@ class ModelRunner:
             no_graph_reason: Why this model's steps cannot be graphs, as far as is known.
             adapters: The adapters that sequences choose from; None if the model runs as it is.
             fusion: The model's fused steps; None if its modules run as they are.
+            batch_invariant: Whether the model's other operations run in `InvariantOps`.
+
+        Raises:
+            UnsupportedError: If sampling on this device depends on the batch, and must not.
         """
         self._model = model
         self._pools = pools
@@ -95,7 +102,13 @@ class ModelRunner:
         self.device = model.get_input_embeddings().weight.device
         self.is_asynchronous = self.device.type == "cuda"
         self.can_capture = can_capture
-        kernels = None if fusion is None else find_sampling_kernel(vocab_size, self.device)
+        self._operations = InvariantOps if batch_invariant else contextlib.nullcontext
+        kernels = None
+        if fusion is not None or batch_invariant:
+            kernels = find_sampling_kernel(vocab_size, self.device)
+        if batch_invariant and kernels is None and self.device.type != "cpu":
+            msg = "there is no sampling kernel on this device, and PyTorch's sampling depends on the batch"
+            raise UnsupportedError(msg)
         self.sampler = BatchSampler(slots, vocab_size, self.device, kernels=kernels)
         self._padding_slot = slots
         self._is_inside = False  # of an eager step, between two layers
@@ -314,7 +327,7 @@ class ModelRunner:
         mask = seen[None, None, None] if self._by_sdpa else seen[None]
         # A list: a tensor would be copied to the device of the first layer, and is needed on that of the last.
         options = {"logits_to_keep": keep} if keep is not None and self._keeps_logits else {}
-        with paged_attention(context, self._configs) as cache:
+        with paged_attention(context, self._configs) as cache, self._operations():
             output = self._model(
                 input_ids=ids[None],
                 attention_mask=mask,
@@ -371,14 +384,16 @@ class ModelRunner:
             self._mask_staging.copied()
         logprobs = None
         if alternatives is not None:
-            logprobs = log_probabilities(forward.logits[:rows].to(self.device), ids, alternatives)
+            with self._operations():
+                logprobs = log_probabilities(forward.logits[:rows].to(self.device), ids, alternatives)
         return PendingTokens(forward.sequences, ids, logprobs)
 
     def _sampling_step(
         self, logits: torch.Tensor, inputs: torch.Tensor, needs: int, mask: torch.Tensor | None
     ) -> torch.Tensor:
         uniforms = inputs[staging.UNIFORM].view(torch.float32)
-        return self.sampler.sample(logits, inputs[staging.SLOT], uniforms, inputs[staging.MAY_NOT_END], needs, mask)
+        with self._operations():
+            return self.sampler.sample(logits, inputs[staging.SLOT], uniforms, inputs[staging.MAY_NOT_END], needs, mask)
 
     def _sampling_graph(self, forward: PendingForward, needs: int) -> StepGraph:
         bucket = forward.inputs.shape[1]
