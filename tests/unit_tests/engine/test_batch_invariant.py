@@ -89,13 +89,13 @@ def test_logits_do_not_depend_on_how_a_prompt_is_cut(llm: QuantizedHuggingFaceLL
     engine: Any = llm._engine()
     scheduler, prompt = engine._scheduler, ids_of(67)
     expected = alone(llm, prompt, max_new_tokens=4)
-    before = scheduler.prefill_tokens, scheduler.prefill_tokens_while_decoding
+    before = scheduler.step_tokens, scheduler.step_tokens_while_decoding
     try:
-        scheduler.prefill_tokens = scheduler.prefill_tokens_while_decoding = budget
+        scheduler.step_tokens = scheduler.step_tokens_while_decoding = budget
         assert torch.equal(alone(llm, prompt, max_new_tokens=4), expected)
         assert torch.equal(beside(llm, prompt, 3, 1), expected)
     finally:
-        scheduler.prefill_tokens, scheduler.prefill_tokens_while_decoding = before
+        scheduler.step_tokens, scheduler.step_tokens_while_decoding = before
 
 
 def test_logits_after_cached_blocks_are_those_of_the_whole_prompt(llm: QuantizedHuggingFaceLLM) -> None:
