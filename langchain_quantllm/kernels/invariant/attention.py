@@ -81,7 +81,7 @@ def _mask(begin: int, keys: int, window: int, rows: int) -> torch.Tensor:
 def _make_mask(begin: int, keys: int, window: int, rows: int) -> torch.Tensor:
     ages = torch.arange(begin, begin + QUERIES)[:, None] - torch.arange(keys)
     hidden = (ages < 0) | (ages >= window) if window else ages < 0
-    mask = torch.zeros(QUERIES, keys).masked_fill(hidden, -torch.inf)
+    mask = torch.zeros(QUERIES, keys, dtype=torch.float32).masked_fill(hidden, -torch.inf)
     return mask.repeat(rows // QUERIES, 1)
 
 

@@ -47,7 +47,7 @@ def _twin(matrix: torch.Tensor) -> torch.Tensor:
     length = 1 + sum((size - 1) * stride for size, stride in zip(matrix.shape, matrix.stride(), strict=True))
     memory = torch.empty(skipped + length, dtype=matrix.dtype)
     made = memory.as_strided(matrix.shape, matrix.stride(), skipped)
-    made.copy_(torch.randn(matrix.shape, generator=torch.Generator().manual_seed(0)))
+    made.copy_(torch.randn(matrix.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32))
     half = matrix.shape[0] // 2
     if half:
         made[-half:] = made[:half].clone()

@@ -123,10 +123,10 @@ def _in_steps(function: Function, rows: torch.Tensor, size: int) -> Any:
 
 def _random_rows(like: torch.Tensor, count: int, *, seed: int, cancel: bool) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1000 * seed + count)
-    rows = torch.randn(count, *like.shape[1:], generator=generator)
+    rows = torch.randn(count, *like.shape[1:], generator=generator, dtype=torch.float32)
     if cancel and (half := rows.shape[-1] // 2):
         rows = rows.to(like.dtype).float()
-        rest = torch.randn(*rows.shape[:-1], half, generator=generator)
+        rest = torch.randn(*rows.shape[:-1], half, generator=generator, dtype=torch.float32)
         rows[..., -half:] = _CANCELLED * rest - rows[..., :half]
     return rows.to(like.dtype)
 
