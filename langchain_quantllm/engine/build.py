@@ -208,13 +208,22 @@ class EngineParts:
             try:
                 verify_engine(runner, self._model, self.probe, self._switch, self._fusion)
                 if self._batch_invariant:
-                    adapter = NO_ADAPTER if self.adapters is None else 0
-                    verify_invariance(runner, self._model, blocks=cached + 1, slots=self.slots, adapter=adapter)
+                    self._verify_invariance(runner, cached + 1)
             except UnsupportedError as error:
                 failure = failure or error
                 continue
             return runner
         raise failure or UnsupportedError("its attention cannot be reached")
+
+    def _verify_invariance(self, runner: ModelRunner, blocks: int) -> None:
+        verify_invariance(
+            runner,
+            self._model,
+            blocks=blocks,
+            slots=self.slots,
+            adapter=NO_ADAPTER if self.adapters is None else 0,
+            replaced=frozenset() if self._fusion is None else self._fusion.replaced_ids,
+        )
 
     def _no_graph_reason(self) -> str | None:
         return no_graph_reason(self._model, frozenset() if self._fusion is None else self._fusion.replaced_ids)
