@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from langchain_quantllm.engine.attention import Attention, GatherAttention, Laye
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.engine.cuda_graphs import no_graph_reason
 from langchain_quantllm.engine.fusion.fuse import Fusion
-from langchain_quantllm.engine.invariance import verify_invariance
+from langchain_quantllm.engine.invariance import check_operations, verify_invariance
 from langchain_quantllm.engine.invariant_attention import InvariantGatherAttention, InvariantTritonAttention
 from langchain_quantllm.engine.kv_cache import allocate_pools, count_blocks
 from langchain_quantllm.engine.lora import NO_ADAPTER, LoraStack
@@ -28,6 +29,7 @@ from langchain_quantllm.engine.model_check import (
 from langchain_quantllm.engine.model_runner import ModelRunner
 from langchain_quantllm.engine.request import EngineInfo, ModelLimits
 from langchain_quantllm.errors import NotEnoughMemoryError, UnsupportedError
+from langchain_quantllm.kernels.invariant.ops import InvariantOps
 from langchain_quantllm.memory import release_heap
 
 _log = logging.getLogger(__name__)
@@ -68,6 +70,8 @@ class EngineParts:
         """Allocate the parts, and check that they give the model's own logits; see `ContinuousEngine`."""
         if (reason := unsupported_reason(model)) is not None:
             raise UnsupportedError(reason)
+        if batch_invariant:
+            check_operations(model, frozenset() if fusion is None else fusion.replaced_ids)
         self._model = model
         self._switch = switch
         self._fusion = fusion
@@ -203,7 +207,7 @@ class EngineParts:
                 no_graph_reason=self._no_graph_reason() if can_capture else None,
                 adapters=self.adapters,
                 fusion=self._fusion,
-                batch_invariant=self._batch_invariant,
+                operations=InvariantOps if self._batch_invariant else contextlib.nullcontext,
             )
             try:
                 verify_engine(runner, self._model, self.probe, self._switch, self._fusion)
@@ -216,14 +220,11 @@ class EngineParts:
         raise failure or UnsupportedError("its attention cannot be reached")
 
     def _verify_invariance(self, runner: ModelRunner, blocks: int) -> None:
-        verify_invariance(
-            runner,
-            self._model,
-            blocks=blocks,
-            slots=self.slots,
-            adapter=NO_ADAPTER if self.adapters is None else 0,
-            replaced=frozenset() if self._fusion is None else self._fusion.replaced_ids,
-        )
+        if not runner.sampler.has_kernel and self.is_gpu:
+            msg = "there is no sampling kernel on this device, and PyTorch's sampling depends on the batch"
+            raise UnsupportedError(msg)
+        adapter = NO_ADAPTER if self.adapters is None else 0
+        verify_invariance(runner, self._model, blocks=blocks, slots=self.slots, adapter=adapter)
 
     def _no_graph_reason(self) -> str | None:
         return no_graph_reason(self._model, frozenset() if self._fusion is None else self._fusion.replaced_ids)

@@ -32,21 +32,15 @@ _AT_ONCE, _FEW = 1 << 10, 7
 """Tokens of a prefill step."""
 
 
-def verify_invariance(
-    runner: ModelRunner, model: Any, *, blocks: int, slots: int, adapter: int = -1, replaced: Collection[int] = ()
-) -> None:
-    """Run texts through the runner in several ways, and compare their logits bit for bit.
+def check_operations(model: Any, replaced: Collection[int]) -> None:
+    """Check that `InvariantOps` sees all operations of a model.
 
     Args:
-        runner: Runs the model.
         model: The model.
-        blocks: Blocks of the KV cache, block 0 included; their content is overwritten.
-        slots: Maximum number of sequences at once.
-        adapter: Number of the LoRA adapter that the texts run with; -1 for none.
         replaced: Ids of the modules whose own forward is never called.
 
     Raises:
-        UnsupportedError: If two ways give different logits, or a module hides its operations.
+        UnsupportedError: If a module hides its operations.
     """
     for name, module in model.named_modules():
         if is_compiled(module):
@@ -55,6 +49,21 @@ def verify_invariance(
         if id(module) not in replaced and hides_product(module):
             msg = f"{name} is a {type(module).__name__}, whose product may depend on the rest of the batch"
             raise UnsupportedError(msg)
+
+
+def verify_invariance(runner: ModelRunner, model: Any, *, blocks: int, slots: int, adapter: int = -1) -> None:
+    """Run texts through the runner in several ways, and compare their logits bit for bit.
+
+    Args:
+        runner: Runs the model.
+        model: The model.
+        blocks: Blocks of the KV cache, block 0 included; their content is overwritten.
+        slots: Maximum number of sequences at once.
+        adapter: Number of the LoRA adapter that the texts run with; -1 for none.
+
+    Raises:
+        UnsupportedError: If two ways give different logits.
+    """
 
     def run(texts: abc.Sequence[abc.Sequence[int]], budget: int, new_tokens: int = _NEW_TOKENS) -> list[Run]:
         sequences = [bare_sequence(text, new_tokens, adapter=adapter) for text in texts]
