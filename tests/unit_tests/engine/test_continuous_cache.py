@@ -148,9 +148,9 @@ class TestSalts:
             salted = replace(request, options=replace(request.options, cache_salt=str(i)))
             engine._first_prefix_id(salted, -1)
             engine._first_prefix_id(request, -1)
-        assert len(engine._prefix_ids) == engine._blocks.total
-        assert (-1, None) in engine._prefix_ids
-        assert (-1, "9999") in engine._prefix_ids
+        assert len(engine._prefix_ids._shared) == engine._blocks.total
+        assert (-1, None) in engine._prefix_ids._shared
+        assert (-1, "9999") in engine._prefix_ids._shared
 
 
 class TestKVCacheMemory:
