@@ -78,7 +78,12 @@ class InvariantOps(ThreadMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Compute one operation."""
-        return _handler(func)(func, args, kwargs or {})
+        handler = _handlers.get(id(func))
+        if handler is None:
+            handler = _handlers[id(func)] = _find_handler(func)
+        if handler is _as_it_is:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        return handler(func, args, kwargs or {})
 
 
 @contextlib.contextmanager
@@ -95,8 +100,11 @@ def paused() -> Iterator[None]:
         active.__enter__()
 
 
-@functools.cache
-def _handler(func: Any) -> Handler:
+_handlers: dict[int, Handler] = {}
+"""How an operation is computed, by the id of the operation, which lives as long as the process."""
+
+
+def _find_handler(func: Any) -> Handler:
     """Find how an operation is computed."""
     namespace, _, name = func.name().partition("::")
     name = name.partition(".")[0]

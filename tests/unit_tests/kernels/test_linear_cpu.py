@@ -274,12 +274,12 @@ def test_a_small_adapter_of_the_users_own_is_not_left_out(folder: Path) -> None:
     [found] = fusion.summary
     assert found.fused == 14
     assert {type(module).__name__ for module in model.modules() if id(module) in fusion.steps} == {"Linear4bit"}
-    assert sorted({len(step.together) for step in fusion.steps.values()}) == [0, 2, 3]
+    assert sorted({len(step.group) for step in fusion.steps.values()}) == [0, 2, 3]
     with in_engine(fusion):
         assert torch.equal(logits_of(model, [5, 6, 7, 8]), expected)
     enable_adapters(model, False)
     fusion.build()  # as if it were for a model whose adapters are off
-    assert sorted({len(step.together) for step in fusion.steps.values()}) == [0, 2, 3]
+    assert sorted({len(step.group) for step in fusion.steps.values()}) == [0, 2, 3]
     assert not torch.equal(logits_of(model, [5, 6, 7, 8]), expected)
     fusion.close()
     llm.unload()
