@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import itertools
 import json
 import logging
 import random
@@ -46,7 +47,7 @@ COUNTED = ("threads", "files", "tensors", "bytes of tensors")
 MOST_UNREAD = 8
 """Chunks after which a stream of the soak is full."""
 
-_CALLS_OF_A_CHANGE = 150
+_CALLS_OF_A_CHANGE = 60
 _LOOP_CALLERS = 4  # in the event loop
 _MOST_LEFT = 12  # streams that are open and never read
 
@@ -76,7 +77,7 @@ class Soak:
         self._failures: list[str] = []
         self._process = psutil.Process()
         self._known: dict[int, weakref.ref[torch.Tensor]] = {}
-        self._changes = [self._change_weights, self._attach, self._unload, self._unload_while_running]
+        self._changes = itertools.cycle([self._change_weights, self._attach, self._unload, self._unload_while_running])
         self._hooked: Any = None
         self._hook()
 
@@ -119,7 +120,7 @@ class Soak:
         try:
             while (number := self._take(numbers)) is not None:
                 if number % _CALLS_OF_A_CHANGE == _CALLS_OF_A_CHANGE - 1:
-                    self._change(number // _CALLS_OF_A_CHANGE)
+                    self._change()
                 call, llm = maker.make(), rng.choice(self.model.llms)
                 with self.model.calling():
                     self._call(call, llm, maker)
@@ -195,9 +196,9 @@ class Soak:
 
     # Changes.
 
-    def _change(self, number: int) -> None:
-        change = self._changes[number % len(self._changes)]
-        if change is self._unload_while_running:
+    def _change(self) -> None:
+        change = next(self._changes)
+        if change == self._unload_while_running:
             change()
         else:
             with self.model.changing():
@@ -222,12 +223,7 @@ class Soak:
         self._close_left()
         self.model.wait_for_rest()
         with self.model.attached_adapter():
-            for llm in self.model.llms:
-                try:
-                    llm.invoke("attached", max_new_tokens=3)
-                except GenerationError as error:
-                    with self._lock:
-                        self.tallies.setdefault("attached", Tally()).errors[type(error).__name__] += 1
+            self._checked_calls(6)
         self._checked_calls(3)
 
     def _unload(self) -> None:

@@ -163,11 +163,11 @@ class SoakModel:
 
     @contextlib.contextmanager
     def attached_adapter(self) -> Iterator[None]:
-        """Attach an adapter by hand inside the block, and take it off; requests are refused meanwhile."""
+        """Attach an adapter by hand inside the block, and take it off; calls choose theirs, so it changes no text."""
         with quietly():
             import peft
 
-            config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+            config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
         model = self.model
         add_adapter(model, config, "by_hand")
         try:

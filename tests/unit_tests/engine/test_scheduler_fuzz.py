@@ -12,9 +12,6 @@ from tests.support.promises import Watch, longest_wait
 from tests.support.scenarios import expected_ids, ids_of
 from tests.support.simulation import Simulated, Simulation
 
-LOADS = 1000
-"""Loads of a normal run; the slow one has 40 times as many."""
-
 
 @dataclass(frozen=True)
 class Kind:
@@ -114,11 +111,34 @@ def run_load(seed: int, kind: str, steps: int = 60) -> Simulation:
     return load.simulation
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_step_of_a_random_load_keeps_the_promises(kind: str) -> None:
-    for seed in range(LOADS):
+def run_loads(kind: str, seeds: range) -> list[Simulation]:
+    """Run a kind of load with each seed; an error names the seed."""
+    simulations = []
+    for seed in seeds:
         try:
-            run_load(seed, kind)
+            simulations.append(run_load(seed, kind))
         except AssertionError as error:
             msg = f"load {seed}: {error}"
             raise AssertionError(msg) from error
+    return simulations
+
+
+@pytest.mark.parametrize("kind", KINDS)
+class TestPromises:
+    def test_every_step_of_a_random_load_keeps_them(self, kind: str) -> None:
+        simulations = run_loads(kind, range(25))
+        # Else the loads would show little.
+        assert sum(simulation.scheduler.preempted > 0 for simulation in simulations) >= (1 if kind == "calm" else 5)
+        assert sum(not chunk.is_last for s in simulations for step in s.steps if step for chunk in step.chunks) > 100
+        if "unread" in kind:
+            assert sum(s.watch.joins_by_rest for s in simulations if s.watch is not None) > 10
+
+    @pytest.mark.slow
+    def test_every_step_of_many_loads_keeps_them(self, kind: str) -> None:
+        run_loads(kind, range(1000, 2000))
+
+    @pytest.mark.slow
+    def test_every_step_of_long_loads_keeps_them(self, kind: str) -> None:
+        """Long enough for sequences to be passed as long as they may."""
+        for seed in range(20):
+            run_load(seed, kind, steps=1500)
