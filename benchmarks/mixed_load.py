@@ -32,8 +32,8 @@ class MixedLoad:
         self._streams, self._prompts, self._prompt_tokens = streams, prompts, prompt_tokens
         self._random = random.Random(0)
         self._engine = llm._engine()
-        self.longest_at_s = 0.0
-        """When the longest gap of the last run ended, in seconds after the prompts came."""
+        self.gaps: list[tuple[float, float]] = []
+        """The gaps of the last run's streams: when each ended, in seconds after the prompts came, and its length."""
 
     def _requests(self, count: int, tokens: int, new_tokens: int) -> list[Request]:
         options = self._llm._options(None, {"max_new_tokens": new_tokens, "ignore_eos": True})
@@ -77,7 +77,6 @@ class MixedLoad:
         time.sleep(before_s)
         began = time.monotonic()
         prompts_s = self.prompts_s()
-        ended = time.monotonic()
         if reader.is_alive():
             stream.close()
         else:
@@ -85,17 +84,15 @@ class MixedLoad:
         reader.join()
         while self._engine._blocks.held:  # type: ignore[attr-defined]
             time.sleep(0.01)
-        gaps = [(b, b - a) for row in times for a, b in itertools.pairwise(row)]
-        alone = [gap for at, gap in gaps if at < began]
-        beside = [gap for at, gap in gaps if began <= at <= ended]
-        self.longest_at_s = max((gap, at - began) for at, gap in gaps if began <= at <= ended)[1]
+        self.gaps = [(b - began, b - a) for row in times for a, b in itertools.pairwise(row)]
+        alone = [gap for at_s, gap in self.gaps if at_s < 0]
+        beside = [gap for at_s, gap in self.gaps if 0 <= at_s <= prompts_s]
         return {
             "gap_alone_ms": 1000 * statistics.median(alone),
             "gap_ms": 1000 * statistics.median(beside),
             "gap_mean_ms": 1000 * statistics.mean(beside),
             "gap_99_ms": 1000 * statistics.quantiles(beside, n=100)[-1],
             "longest_gap_ms": 1000 * max(beside),
-            "longest_at_ms": 1000 * self.longest_at_s,
             "prompts_ms": 1000 * prompts_s,
         }
 

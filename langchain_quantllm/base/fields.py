@@ -93,6 +93,9 @@ class ModelFields(BaseLanguageModel[Any]):
     the results of the model's own modules. The first call of a loaded model sets it."""
     prefix_caching: bool = True
     """Reuse the KV cache of prompts that begin alike."""
+    batch_invariant: bool = False
+    """Give a call the same text, bit for bit, whatever runs beside it. It takes a fast engine of its own over the same
+    weights, with a KV cache of its own, which is slower."""
 
     max_new_tokens: int | None = None
     """Maximum number of new tokens; 256 if neither this nor the checkpoint sets it."""
@@ -202,6 +205,12 @@ class ModelFields(BaseLanguageModel[Any]):
         if self.engine not in ENGINES:
             msg = f"engine={self.engine!r} is not allowed; it must be one of {', '.join(map(repr, ENGINES))}."
             raise InvalidOptionError(msg)
+        if self.batch_invariant and self.engine == "pipeline":
+            msg = (
+                "engine='pipeline' cannot carry out batch_invariant=True, as generate's results depend on the batch; "
+                "use engine='fast' or 'auto'."
+            )
+            raise InvalidOptionError(msg)
         check_cache_budget(self.kv_cache_memory)
         self._spec()
         resolve([self._field_options()], {})
@@ -253,6 +262,7 @@ class ModelFields(BaseLanguageModel[Any]):
             **self.generation_kwargs,
             "adapters": self.adapters or None,
             "adapter": self.adapter,
+            "batch_invariant": self.batch_invariant or None,
         }
         if self.own_pipeline is not None:  # no field says which weights and options it has
             params |= {"pipeline": pipeline_name(self.own_pipeline), "of_pipeline": stored_options(self.own_pipeline)}

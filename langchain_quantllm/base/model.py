@@ -255,7 +255,12 @@ class QuantizedModel(ModelFields):
             if model.engines is None:
                 model.engines = Engines(require_pipeline(model), list(model.adapters))
             engine: Engine = model.engines.choose(
-                self.engine, self.kv_cache_memory, options, has_media=has_media, fuse=self.fuse
+                self.engine,
+                self.kv_cache_memory,
+                options,
+                has_media=has_media,
+                fuse=self.fuse,
+                batch_invariant=self.batch_invariant,
             )
         return engine
 

@@ -16,8 +16,10 @@ from langchain_quantllm.engine.cuda_graphs import no_graph_reason
 from langchain_quantllm.engine.fingerprint import Fingerprint, fingerprint
 from langchain_quantllm.engine.fusion.fuse import Fusion
 from langchain_quantllm.engine.gather_attention import GatherAttention
+from langchain_quantllm.engine.invariance import verify_invariance
+from langchain_quantllm.engine.invariant_attention import InvariantGatherAttention, InvariantTritonAttention
 from langchain_quantllm.engine.kv_cache import allocate_pools, count_blocks
-from langchain_quantllm.engine.lora import LoraStack
+from langchain_quantllm.engine.lora import NO_ADAPTER, LoraStack
 from langchain_quantllm.engine.model_check import (
     ModelProbe,
     inspect_model,
@@ -64,6 +66,7 @@ class EngineParts:
         switch: AdapterSwitch | None,
         fusion: Fusion | None,
         no_fusion_reason: str | None,
+        batch_invariant: bool = False,
     ) -> None:
         """Allocate the parts, and check that they give the model's own logits; see `ContinuousEngine`."""
         if (reason := unsupported_reason(model)) is not None:
@@ -71,6 +74,7 @@ class EngineParts:
         self._model = model
         self._switch = switch
         self._fusion = fusion
+        self._batch_invariant = batch_invariant
         self._notes = [] if no_fusion_reason is None else [f"no fused steps: {no_fusion_reason}"]
         self.limits = limits
         self.pools: list[LayerPool] = []
@@ -124,6 +128,7 @@ class EngineParts:
             kv_cache_tokens=cache_tokens,
             kv_cache_bytes=(cache_tokens + BLOCK_TOKENS) * token_bytes,
             fused=fused,
+            batch_invariant=self._batch_invariant,
         )
 
     # Building.
@@ -132,21 +137,36 @@ class EngineParts:
         shapes = self.probe.shapes
         devices = {shape.device for shape in shapes}
         if any(device.type != "cuda" for device in devices):
-            return GatherAttention()
+            kinds = {device.type for device in devices} - {"cpu"}
+            return self._gathering(f"keys and values are on {', '.join(sorted(kinds))}" if kinds else None)
         if any(max(shape.key_dim, shape.value_dim) > 256 for shape in shapes):
-            self._notes.append("attention by gathering blocks: heads are larger than 256")
-            return GatherAttention()
+            return self._gathering("heads are larger than 256")
         try:
             from langchain_quantllm.kernels import attention as attention_kernels
 
-            attention = TritonAttention(attention_kernels, sorted(devices, key=str))
+            kind = InvariantTritonAttention if self._batch_invariant else TritonAttention
+            attention = kind(attention_kernels, sorted(devices, key=str))
             attention.try_out(allocate_pools(shapes[:1], _TRIED_BLOCKS)[0])
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # not installed, or without a compiler
-            self._notes.append(f"attention by gathering blocks: Triton cannot be used ({error!r})")
-            return GatherAttention()
+            return self._gathering(f"Triton cannot be used ({error!r})")
         return attention
+
+    def _gathering(self, reason: str | None) -> Attention:
+        """Attend by PyTorch, for a reason, which is None on a CPU.
+
+        Raises:
+            UnsupportedError: If there is a reason, and attention must not depend on the batch.
+        """
+        if not self._batch_invariant:
+            if reason is not None:
+                self._notes.append(f"attention by gathering blocks: {reason}")
+            return GatherAttention()
+        if reason is not None:
+            msg = f"its attention depends on the batch, as {reason}"
+            raise UnsupportedError(msg)
+        return InvariantGatherAttention()
 
     def _make_runner(self, attention: Attention, budget: float | int | None) -> ModelRunner:
         """Allocate the pools and make a verified runner; with half the pool if memory is short."""
@@ -187,9 +207,13 @@ class EngineParts:
                 no_graph_reason=self._no_graph_reason() if can_capture else None,
                 adapters=self.adapters,
                 fusion=self._fusion,
+                batch_invariant=self._batch_invariant,
             )
             try:
                 verify_engine(runner, self._model, self.probe, self._switch, self._fusion)
+                if self._batch_invariant:
+                    adapter = NO_ADAPTER if self.adapters is None else 0
+                    verify_invariance(runner, self._model, blocks=cached + 1, slots=self.slots, adapter=adapter)
             except UnsupportedError as error:
                 failure = failure or error
                 continue

@@ -22,6 +22,7 @@ from langchain_quantllm.engine.fusion.fuse import Fusion
 from langchain_quantllm.engine.generate import NAN_LOGITS, limits_of
 from langchain_quantllm.engine.kv_cache import resident_bytes, spoiled_blocks
 from langchain_quantllm.engine.lora import NO_ADAPTER
+from langchain_quantllm.engine.prefix_ids import PrefixIds
 from langchain_quantllm.engine.request import EngineInfo, Request, check_queue, check_request
 from langchain_quantllm.engine.sampler import NOTHING_ALLOWED, PendingTokens
 from langchain_quantllm.engine.scheduler import Scheduler
@@ -56,6 +57,7 @@ class ContinuousEngine:
         adapters: AdapterSwitch | None = None,
         fusion: Fusion | None = None,
         no_fusion_reason: str | None = None,
+        batch_invariant: bool = False,
     ) -> None:
         """Take a loaded text-generation pipeline, and check that its model can run this way.
 
@@ -65,6 +67,7 @@ class ContinuousEngine:
             adapters: The adapters that requests name; None if the model runs as it is.
             fusion: The model's fused steps, which the caller closes; None if its modules run as they are.
             no_fusion_reason: Why there are none although they were asked for.
+            batch_invariant: Give a request the same logits, bit for bit, whatever runs beside it.
 
         Raises:
             UnsupportedError: If the model cannot run this way; the message is the reason.
@@ -79,13 +82,12 @@ class ContinuousEngine:
             switch=adapters,
             fusion=fusion,
             no_fusion_reason=no_fusion_reason,
+            batch_invariant=batch_invariant,
         )
         self._runner = self._parts.runner
         self._step_tokens = _STEP_TOKENS_GPU if self._parts.is_gpu else _STEP_TOKENS_CPU
         self.limits = self._parts.limits
         self.peak_cache_tokens = 0
-        self._prefix_ids: dict[tuple[int, str | None], int] = {}  # before the first blocks, by adapter and salt
-        self._samples_prefix_id: int | None = None
         self._pending: list[PendingTokens] = []
         """Tokens in flight; on a CPU there are none between two steps."""
         self._decodes_first = False
@@ -194,7 +196,7 @@ class ContinuousEngine:
                 continue
             try:
                 adapter = self._adapter_number(completion.request)
-                prefix_id = self._first_prefix_id(completion.request, adapter)
+                prefix_id = self._prefix_ids.first(completion.request, adapter)
                 sequence = Sequence(completion, prefix_id=prefix_id, adapter=adapter)
             except BaseException as error:  # of the request's own mask
                 completion.stream.fail(request_failure(error))
@@ -222,21 +224,6 @@ class ContinuousEngine:
     def _adapter_number(self, request: Request) -> int:
         adapters = self._parts.adapters
         return NO_ADAPTER if adapters is None else adapters.number_of(request.options.adapter)
-
-    def _first_prefix_id(self, request: Request, adapter: int) -> int | None:
-        """Choose who shares a prompt's blocks: all of its adapter and salt, the samples of its call, or none."""
-        if request.shares_prefix:
-            key = (adapter, request.options.cache_salt)  # keys and values of two adapters differ
-            prefix_id = self._prefix_ids.pop(key, None) or self._blocks.new_prefix_id()
-            self._prefix_ids[key] = prefix_id  # the last one is the latest
-            if len(self._prefix_ids) > self._blocks.total:  # some have no block left
-                del self._prefix_ids[next(iter(self._prefix_ids))]
-            return prefix_id
-        if request.options.n == 1:
-            return None
-        if request.sample_index == 0:  # the call's other samples follow it at once
-            self._samples_prefix_id = self._blocks.new_prefix_id()
-        return self._samples_prefix_id
 
     # Forwards.
 
@@ -379,8 +366,7 @@ class ContinuousEngine:
         """Forget the content of all blocks."""
         alone, beside = self._step_tokens
         self._blocks = BlockManager((self.limits.cache_tokens or 0) // BLOCK_TOKENS + 1)
-        self._prefix_ids = {}
-        self._samples_prefix_id = None
+        self._prefix_ids = PrefixIds(self._blocks)
         self._scheduler = Scheduler(
             self._blocks, slots=self._parts.slots, step_tokens=alone, step_tokens_while_decoding=beside
         )
@@ -390,7 +376,7 @@ class ContinuousEngine:
 
         Running sequences go on, with their blocks and the new weights.
         """
-        self._prefix_ids = {}
+        self._prefix_ids = PrefixIds(self._blocks)
         for sequence in self._scheduler.sequences:
             sequence.stop_sharing()
         self._parts.rebuild()

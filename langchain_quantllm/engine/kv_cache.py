@@ -9,7 +9,6 @@ import ctypes
 import math
 import mmap
 import sys
-import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,7 +82,7 @@ def count_blocks(
         context: Most tokens of a sequence; None if the model has no limit.
 
     Raises:
-        NotEnoughMemoryError: If there is no room for even a short text.
+        NotEnoughMemoryError: If there is no room for even a short text, or not for a budget in bytes.
     """
     token_bytes = sum(shape.token_bytes for shape in shapes)
     most = min(context or _USEFUL_TOKENS, _USEFUL_TOKENS)
@@ -105,6 +104,8 @@ def count_blocks(
             f"tokens of {format_bytes(token_bytes)} each; raise it, free memory, or load the model in fewer bits."
         )
         raise NotEnoughMemoryError(msg)
+    if isinstance(budget, int):  # a fraction is one of what is free
+        _check_room(blocks * BLOCK_TOKENS * sum(s.token_bytes for s in shapes if s.device.type == "cpu"))
     return blocks
 
 
@@ -114,21 +115,18 @@ def allocate_pools(shapes: Sequence[LayerShape], blocks: int) -> list[LayerPool]
     Raises:
         NotEnoughMemoryError: If the device has too little memory; nothing stays allocated then.
     """
-    total_bytes = blocks * BLOCK_TOKENS * sum(shape.token_bytes for shape in shapes)
-    in_main_memory = blocks * BLOCK_TOKENS * sum(s.token_bytes for s in shapes if s.device.type == "cpu")
-    with _allocating:
-        _check_room(in_main_memory)
-        try:
-            return [
-                LayerPool(
-                    kv=_zeros((blocks, BLOCK_TOKENS, s.kv_heads, s.key_dim + s.value_dim), s.dtype, s.device),
-                    key_dim=s.key_dim,
-                )
-                for s in shapes
-            ]
-        except (torch.OutOfMemoryError, MemoryError, OSError, OverflowError) as error:
-            msg = f"the KV cache of {format_bytes(total_bytes)} does not fit; lower kv_cache_memory."
-            raise NotEnoughMemoryError(msg) from error
+    try:
+        return [
+            LayerPool(
+                kv=_zeros((blocks, BLOCK_TOKENS, s.kv_heads, s.key_dim + s.value_dim), s.dtype, s.device),
+                key_dim=s.key_dim,
+            )
+            for s in shapes
+        ]
+    except (torch.OutOfMemoryError, MemoryError, OSError, OverflowError) as error:
+        size = format_bytes(blocks * BLOCK_TOKENS * sum(shape.token_bytes for shape in shapes))
+        msg = f"the KV cache of {size} does not fit; lower kv_cache_memory."
+        raise NotEnoughMemoryError(msg) from error
 
 
 def spoiled_blocks(pools: Sequence[LayerPool], blocks: Sequence[int]) -> list[int]:
@@ -156,7 +154,6 @@ def resident_bytes(pools: Sequence[LayerPool]) -> int | None:
 
 # Main memory.
 
-_allocating = threading.Lock()
 _mappings: weakref.WeakKeyDictionary[mmap.mmap, tuple[int, int]] = weakref.WeakKeyDictionary()
 """Address and bytes of every layer's pool in main memory that lives in this process."""
 

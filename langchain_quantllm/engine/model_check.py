@@ -95,7 +95,7 @@ def inspect_model(model: Any) -> ModelProbe:
         UnsupportedError: If the model keeps no cache of keys and values.
     """
     try:
-        output = _plain(model, _sample_ids(model, _LONG))
+        output = _plain(model, sample_ids(model, _LONG))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -119,7 +119,7 @@ def inspect_model(model: Any) -> ModelProbe:
     )
 
 
-def _sample_ids(model: Any, count: int) -> list[int]:
+def sample_ids(model: Any, count: int) -> list[int]:
     """Choose token ids for a check, spread over the vocabulary."""
     vocab_size = model.get_input_embeddings().weight.shape[0]
     return [(7919 * (i + 1) + 13 * count) % vocab_size for i in range(count)]
@@ -145,12 +145,15 @@ def verify_engine(
     Raises:
         UnsupportedError: If the model cannot run this way, or gives other logits.
     """
-    texts = [_sample_ids(model, count) for count in (_LONG, _SHORT)]
+    texts = [sample_ids(model, count) for count in (_LONG, _SHORT)]
     names = [None, None] if switch is None else [*switch.names, BASE_ADAPTER][:2]
     numbers = [-1 if switch is None or name not in switch.names else switch.names.index(name) for name in names]
     sequences = [bare_sequence(ids, _NEW_TOKENS, adapter=i) for ids, i in zip(texts, numbers, strict=True)]
     try:
-        logits = _run_all(runner, sequences)
+        scheduler = Scheduler(
+            BlockManager(_BLOCKS), slots=2, step_tokens=_LONG - 6, step_tokens_while_decoding=_LONG - 6
+        )
+        logits = run_greedily(runner, sequences, scheduler)
     except (UnsupportedError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -172,9 +175,10 @@ def verify_engine(
             _compare(model, sequence.ids[:-1], torch.stack(logits[sequence]))
 
 
-def _run_all(runner: ModelRunner, sequences: abc.Sequence[Sequence]) -> dict[Sequence, list[torch.Tensor]]:
+def run_greedily(
+    runner: ModelRunner, sequences: abc.Sequence[Sequence], scheduler: Scheduler
+) -> dict[Sequence, list[torch.Tensor]]:
     """Run greedy sequences to their end, and return the logits that each one's tokens were sampled from."""
-    scheduler = Scheduler(BlockManager(_BLOCKS), slots=2, step_tokens=_LONG - 6, step_tokens_while_decoding=_LONG - 6)
     logits: dict[Sequence, list[torch.Tensor]] = {sequence: [] for sequence in sequences}
     for sequence in sequences:
         scheduler.add(sequence)
@@ -186,6 +190,8 @@ def _run_all(runner: ModelRunner, sequences: abc.Sequence[Sequence]) -> dict[Seq
         for i, sequence in enumerate(plan.sampled):
             logits[sequence].append(forward.logits[i].clone())
             scheduler.push(sequence, max(0, ids[i]))
+            if sequence.is_complete:
+                scheduler.remove(sequence)
     return logits
 
 

@@ -19,16 +19,19 @@ from langchain_quantllm.engine.adapter_choice import AdapterChoice
 from langchain_quantllm.engine.attention import Attention, Batch, LayerPool, PagedForward, Span
 from langchain_quantllm.engine.attention_interface import configs_of, paged_attention
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
+from langchain_quantllm.engine.block_table import BlockTable
 from langchain_quantllm.engine.cuda_graphs import StepGraph, WaitFinder
 from langchain_quantllm.engine.forward_context import ForwardContext
 from langchain_quantllm.engine.fusion.fuse import Fusion
 from langchain_quantllm.engine.fusion.sampling import find_sampling_kernel
-from langchain_quantllm.engine.lora import NO_ADAPTER, LoraStack
+from langchain_quantllm.engine.lora import LoraStack
 from langchain_quantllm.engine.prefill_graphs import Pack, PrefillGraphs, last_tokens
 from langchain_quantllm.engine.sampler import MASKS, BatchSampler, PendingTokens, log_probabilities
-from langchain_quantllm.engine.sequence import SamplingInput, Sequence
+from langchain_quantllm.engine.sequence import SamplingInput
 from langchain_quantllm.engine.staging import PendingForward, StagingBuffers, step_inputs
 from langchain_quantllm.engine.step import Step
+from langchain_quantllm.errors import UnsupportedError
+from langchain_quantllm.kernels.invariant.ops import InvariantOps
 from langchain_quantllm.kernels.reference import PREFILL_TILE
 
 _BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
@@ -70,6 +73,7 @@ class ModelRunner:
         no_graph_reason: str | None = None,
         adapters: LoraStack | None = None,
         fusion: Fusion | None = None,
+        batch_invariant: bool = False,
     ) -> None:
         """Allocate the tables.
 
@@ -85,6 +89,10 @@ class ModelRunner:
             no_graph_reason: Why this model's steps cannot be graphs, as far as is known.
             adapters: The adapters that sequences choose from; None if the model runs as it is.
             fusion: The model's fused steps; None if its modules run as they are.
+            batch_invariant: Whether the model's other operations run in `InvariantOps`.
+
+        Raises:
+            UnsupportedError: If sampling on this device depends on the batch, and must not.
         """
         self._model = model
         self._pools = pools
@@ -95,12 +103,17 @@ class ModelRunner:
         self.device = model.get_input_embeddings().weight.device
         self.is_asynchronous = self.device.type == "cuda"
         self.can_capture = can_capture
-        kernels = None if fusion is None else find_sampling_kernel(vocab_size, self.device)
+        self._operations = InvariantOps if batch_invariant else contextlib.nullcontext
+        kernels = None
+        if fusion is not None or batch_invariant:
+            kernels = find_sampling_kernel(vocab_size, self.device)
+        if batch_invariant and kernels is None and self.device.type != "cpu":
+            msg = "there is no sampling kernel on this device, and PyTorch's sampling depends on the batch"
+            raise UnsupportedError(msg)
         self.sampler = BatchSampler(slots, vocab_size, self.device, kernels=kernels)
         self._padding_slot = slots
         self._is_inside = False  # of an eager step, between two layers
-        self._table = torch.zeros(slots + 1, blocks_per_sequence, dtype=torch.int32, device=self.device)
-        self._row_adapters = torch.full((slots + 1,), NO_ADAPTER, dtype=torch.int32, device=self.device)
+        self._table = BlockTable(slots + 1, blocks_per_sequence, self.device)
         self._ones = torch.ones(_MOST_ROWS, dtype=torch.long, device=self.device)
         self._mask_words = -(-vocab_size // 32)
         self._keeps_logits, self._cache_name = "logits_to_keep" in forward_parameters(model), cache_name(model)
@@ -160,8 +173,7 @@ class ModelRunner:
         """
         if not step.chunks:
             return self._decode(step, sampling)
-        self._set_table([chunk.sequence for chunk in step.chunks])
-        self._set_last_blocks(step)
+        self._table.enter_step(step)
         logits = None
         if self._prefill_graphs is not None and self.captures and not step.decoding and on_layer is None:
             logits = self._prefill_graphs.run(step.chunks, self._padding_slot, self._memory)
@@ -194,7 +206,7 @@ class ModelRunner:
             parts.append(torch.tensor([chunk.ids, list(positions), [slot] * count], dtype=torch.int32))
             first += count
         packed = torch.cat(parts, 1).to(self.device, non_blocking=True)
-        batch = Batch(table=self._table, slots=packed[2], positions=packed[1], spans=spans, decodes=False)
+        batch = Batch(table=self._table.blocks, slots=packed[2], positions=packed[1], spans=spans, decodes=False)
         # The last tokens of decoding sequences may not be known to the host yet.
         ids = torch.where(packed[0] == _ON_DEVICE, self.sampler.last_ids[packed[2].long()], packed[0])
         keep = [*range(len(step.decoding)), *last_tokens(step.chunks, len(step.decoding))]
@@ -202,29 +214,14 @@ class ModelRunner:
 
     def _forward_pack(self, pack: Pack) -> torch.Tensor:
         batch = Batch(
-            table=self._table, slots=pack.slots, positions=pack.positions, spans=(), decodes=False, tiles=pack.tiles
+            table=self._table.blocks,
+            slots=pack.slots,
+            positions=pack.positions,
+            spans=(),
+            decodes=False,
+            tiles=pack.tiles,
         )
         return self._forward(pack.ids.long(), batch, pack.kept.long())
-
-    def _set_table(self, sequences: abc.Sequence[Sequence]) -> None:
-        width = max(len(sequence.blocks) for sequence in sequences)
-        blocks = torch.tensor([s.blocks + [0] * (width - len(s.blocks)) for s in sequences], dtype=torch.int32)
-        slots = torch.tensor([sequence.slot for sequence in sequences]).to(self.device, non_blocking=True)
-        self._table[slots, :width] = blocks.to(self.device, non_blocking=True)
-        if self._adapters is not None:
-            numbers = torch.tensor([sequence.adapter for sequence in sequences], dtype=torch.int32)
-            self._row_adapters[slots] = numbers.to(self.device, non_blocking=True)
-
-    def _set_last_blocks(self, step: Step) -> None:
-        """Enter the blocks that decoding sequences have begun with this token."""
-        new = [
-            (sequence.slot, position // BLOCK_TOKENS, sequence.blocks[position // BLOCK_TOKENS])
-            for sequence, position in zip(step.decoding, step.positions, strict=True)
-            if position % BLOCK_TOKENS == 0
-        ]
-        if new:
-            slots, indices, blocks = torch.tensor(new, dtype=torch.int32).T.to(self.device, non_blocking=True)
-            self._table[slots.long(), indices.long()] = blocks
 
     # Steps that only decode.
 
@@ -265,9 +262,13 @@ class ModelRunner:
 
     def _decode_step(self, inputs: torch.Tensor, spans: abc.Sequence[Span] = ()) -> torch.Tensor:
         at, position_ids, block_index = inputs[: staging.BLOCK_INDEX + 1].long()
-        self._table[at, block_index] = inputs[staging.BLOCK]
+        self._table.blocks[at, block_index] = inputs[staging.BLOCK]
         batch = Batch(
-            table=self._table, slots=inputs[staging.SLOT], positions=inputs[staging.POSITION], spans=spans, decodes=True
+            table=self._table.blocks,
+            slots=inputs[staging.SLOT],
+            positions=inputs[staging.POSITION],
+            spans=spans,
+            decodes=True,
         )
         return self._forward(self.sampler.last_ids[at], batch, None, position_ids)
 
@@ -314,7 +315,7 @@ class ModelRunner:
         mask = seen[None, None, None] if self._by_sdpa else seen[None]
         # A list: a tensor would be copied to the device of the first layer, and is needed on that of the last.
         options = {"logits_to_keep": keep} if keep is not None and self._keeps_logits else {}
-        with paged_attention(context, self._configs) as cache:
+        with paged_attention(context, self._configs) as cache, self._operations():
             output = self._model(
                 input_ids=ids[None],
                 attention_mask=mask,
@@ -331,7 +332,7 @@ class ModelRunner:
         """Choose the adapter of each token by its sequence; `keep` are the tokens that reach the output head."""
         if self._adapters is None:
             return None
-        of_tokens = self._row_adapters[batch.slots.long()]
+        of_tokens = self._table.adapters[batch.slots.long()]
         sees_all = keep is None or not self._keeps_logits
         return self._adapters.choice(of_tokens, of_tokens if sees_all else of_tokens[keep])
 
@@ -371,14 +372,16 @@ class ModelRunner:
             self._mask_staging.copied()
         logprobs = None
         if alternatives is not None:
-            logprobs = log_probabilities(forward.logits[:rows].to(self.device), ids, alternatives)
+            with self._operations():
+                logprobs = log_probabilities(forward.logits[:rows].to(self.device), ids, alternatives)
         return PendingTokens(forward.sequences, ids, logprobs)
 
     def _sampling_step(
         self, logits: torch.Tensor, inputs: torch.Tensor, needs: int, mask: torch.Tensor | None
     ) -> torch.Tensor:
         uniforms = inputs[staging.UNIFORM].view(torch.float32)
-        return self.sampler.sample(logits, inputs[staging.SLOT], uniforms, inputs[staging.MAY_NOT_END], needs, mask)
+        with self._operations():
+            return self.sampler.sample(logits, inputs[staging.SLOT], uniforms, inputs[staging.MAY_NOT_END], needs, mask)
 
     def _sampling_graph(self, forward: PendingForward, needs: int) -> StepGraph:
         bucket = forward.inputs.shape[1]

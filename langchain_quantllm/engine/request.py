@@ -117,6 +117,7 @@ class EngineInfo:
         kv_cache_tokens: Tokens that its KV cache holds; None where it grows as it needs to.
         kv_cache_bytes: Bytes of that KV cache.
         fused: How many modules run by this package's kernels, by kind; see docs/engine.md.
+        batch_invariant: Whether a text is the same, bit for bit, whatever runs beside it.
     """
 
     name: str
@@ -125,6 +126,7 @@ class EngineInfo:
     kv_cache_tokens: int | None = None
     kv_cache_bytes: int | None = None
     fused: Mapping[str, int] = field(default_factory=dict)
+    batch_invariant: bool = False
 
 
 class Engine(Protocol):

@@ -39,28 +39,27 @@ class Engines:
         self._pipeline = pipeline
         self._switch = AdapterSwitch(pipeline.model, adapters) if adapters else None
         self._lock = threading.RLock()
-        self._fast: ContinuousEngine | None = None
-        self._fusion: Fusion | None = None
+        # Of each kind of fast engine: ordinary ones and batch-invariant ones.
+        self._fast: dict[bool, ContinuousEngine] = {}
+        self._fusions: dict[bool, Fusion] = {}
+        self._no_fast_reasons: dict[bool, str] = {}
         self._plain: GenerateEngine | None = None
-        self._no_fast_reason: str | None = None
 
     @property
     def peak_cache_tokens(self) -> int:
         """Most tokens that the KV caches have held at once."""
-        engines: list[Engine | None] = [self._fast, self._plain]
+        engines: list[Engine | None] = [*self._fast.values(), self._plain]
         return sum(engine.peak_cache_tokens for engine in engines if engine is not None)
 
     @property
     def kv_cache_bytes(self) -> int | None:
-        """Bytes allocated for the fast engine's KV cache; None without that engine."""
-        fast = self._fast
-        return None if fast is None else fast.info.kv_cache_bytes
+        """Bytes allocated for the KV caches of fast engines; None without such an engine."""
+        return _sum([fast.info.kv_cache_bytes for fast in self._fast.values()])
 
     @property
     def kv_resident_bytes(self) -> int | None:
-        """Bytes of these in main memory; None without that engine, and on systems that do not tell."""
-        fast = self._fast
-        return None if fast is None else fast.kv_resident_bytes
+        """Bytes of these in main memory; None without such an engine, and on systems that do not tell."""
+        return _sum([fast.kv_resident_bytes for fast in self._fast.values()])
 
     def choose(
         self,
@@ -70,6 +69,7 @@ class Engines:
         *,
         has_media: bool = False,
         fuse: bool = True,
+        batch_invariant: bool = False,
     ) -> Engine:
         """Choose the engine of a call, and make it if this is the first one.
 
@@ -79,9 +79,11 @@ class Engines:
             options: The call's options; None asks for the engine of ordinary calls.
             has_media: Whether the model is given images beside the ids.
             fuse: Whether the fast engine may use fused steps; ignored once that engine is made.
+            batch_invariant: Whether the call's texts must not depend on the calls beside it: takes a fast engine of its
+                own, with a KV cache of its own, over the same weights.
 
         Raises:
-            UnsupportedError: If the fast engine is asked for and cannot run the model.
+            UnsupportedError: If the fast engine is asked for, or a batch-invariant one, and cannot run the model.
             InvalidOptionError: If it is asked for with images, or with options of transformers' `generate` only.
         """
         check_process()
@@ -90,17 +92,27 @@ class Engines:
             if engine == "pipeline":
                 return self._pipeline_engine("asked for")
             if has_media or option is not None:
-                if engine == "auto":
+                if engine == "auto" and not batch_invariant:
                     own = "images are read by transformers' own generate"
                     return self._pipeline_engine(own if has_media else f"{option} is transformers' own")
                 what = "images are read" if has_media else f"{option} is carried out"
-                msg = f"{what} by the pipeline engine only; use engine='auto' or 'pipeline'."
-                raise InvalidOptionError(msg)
-            if self._fast is None and self._no_fast_reason is None:
-                self._fast, self._fusion, self._no_fast_reason = self._make_fast(kv_cache_memory, fuse=fuse)
-            if self._fast is not None:
-                return self._fast
-            reason = f"the fast engine cannot drive this model: {self._no_fast_reason}"
+                msg = f"{what} by the pipeline engine only; use engine='auto' or 'pipeline'"
+                raise InvalidOptionError(f"{msg}, and batch_invariant=False." if batch_invariant else f"{msg}.")
+            kind = batch_invariant
+            if kind not in self._fast and kind not in self._no_fast_reasons:
+                fast, fusion, reason = self._make_fast(kv_cache_memory, fuse=fuse, batch_invariant=batch_invariant)
+                if fusion is not None:
+                    self._fusions[kind] = fusion
+                if fast is None:
+                    self._no_fast_reasons[kind] = reason or "no reason is known"
+                else:
+                    self._fast[kind] = fast
+            if kind in self._fast:
+                return self._fast[kind]
+            reason = f"the fast engine cannot drive this model: {self._no_fast_reasons[kind]}"
+            if batch_invariant:
+                msg = f"with batch_invariant=True {reason}; use batch_invariant=False."
+                raise UnsupportedError(msg)
             if engine == "fast":
                 msg = f"{reason}; use engine='auto' or 'pipeline'."
                 raise UnsupportedError(msg)
@@ -108,13 +120,13 @@ class Engines:
 
     @in_clean_thread
     def _make_fast(
-        self, kv_cache_memory: Any, *, fuse: bool
+        self, kv_cache_memory: Any, *, fuse: bool, batch_invariant: bool
     ) -> tuple[ContinuousEngine | None, Fusion | None, str | None]:
-        """Make the fast engine; returns it with the fused steps that it uses, or the reason why there is none."""
+        """Make a fast engine; returns it with the fused steps that it uses, or the reason why there is none."""
         from langchain_quantllm.engine.continuous import ContinuousEngine
 
-        fusion, reason = self._fuse() if fuse else (None, None)
-        given = {"kv_cache_memory": kv_cache_memory, "adapters": self._switch}
+        fusion, reason = self._fuse(batch_invariant, fuse=fuse) if fuse or batch_invariant else (None, None)
+        given = {"kv_cache_memory": kv_cache_memory, "adapters": self._switch, "batch_invariant": batch_invariant}
         with contextlib.ExitStack() as unused:
             if fusion is not None:
                 unused.callback(fusion.close)
@@ -135,13 +147,14 @@ class Engines:
             unused.pop_all()
             return fast, fusion, None
 
-    def _fuse(self) -> tuple[Fusion | None, str | None]:
+    def _fuse(self, batch_invariant: bool, *, fuse: bool) -> tuple[Fusion | None, str | None]:
         """Find the model's fused steps; returns None if there are none, with the reason if users should know it."""
         from langchain_quantllm.compat.bitsandbytes import is_quantized
         from langchain_quantllm.engine.fusion.fuse import LINEAR, Fusion
         from langchain_quantllm.engine.model_check import unsupported_reason
         from langchain_quantllm.kernels import reference
         from langchain_quantllm.kernels.linear import cpu as cpu_linear
+        from langchain_quantllm.kernels.linear import invariant as invariant_linear
 
         model = self._pipeline.model
         options: dict[str, Any] = {}
@@ -152,6 +165,10 @@ class Engines:
             if not any(map(is_quantized, model.parameters())):
                 return None, None
             options = {"kernels": reference, "linear_kernels": cpu_linear, "kinds": (LINEAR,)}
+        if batch_invariant:
+            options["linear_kernels"] = invariant_linear
+            if not fuse:
+                options["kinds"] = (LINEAR,)
         try:
             fusion = Fusion(model, **options)
         except Exception as error:  # memory, say: the model runs without
@@ -176,10 +193,16 @@ class Engines:
         """
         check_process()
         with self._lock:
-            engines, fusion = (self._fast, self._plain), self._fusion
-            self._fast = self._plain = self._pipeline = self._switch = self._fusion = None
+            engines, fusions = [*self._fast.values(), self._plain], [*self._fusions.values()]
+            self._fast, self._fusions = {}, {}
+            self._plain = self._pipeline = self._switch = None
         for engine in engines:
             if engine is not None:
                 engine.close()
-        if fusion is not None:
+        for fusion in fusions:
             fusion.close()
+
+
+def _sum(counts: Sequence[int | None]) -> int | None:
+    known = [count for count in counts if count is not None]
+    return sum(known) if known else None

@@ -36,7 +36,7 @@ def time_step(runner: ModelRunner, rows: int, position: int, repeats: int) -> fl
 
     is_gpu = runner.device.type == "cuda"
     with torch.no_grad(), torch.cuda.device(runner.device) if is_gpu else contextlib.nullcontext():
-        runner._set_table(sequences)
+        runner._table.enter(sequences)
         runner.sample(launch()).wait()
         forward = launch()
         tokens = runner.sample(forward)

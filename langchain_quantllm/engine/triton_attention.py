@@ -69,7 +69,8 @@ class TritonAttention:
         made = torch.Generator(device).manual_seed(0)
         shapes = [(blocks * block_tokens, pool.key_dim), (blocks * block_tokens, pool.value_dim), (1, pool.key_dim)]
         key, value, query = (
-            torch.randn(1, heads, *shape, generator=made, device=device).to(pool.kv.dtype) for shape in shapes
+            torch.randn(1, heads, *shape, generator=made, dtype=torch.float32, device=device).to(pool.kv.dtype)
+            for shape in shapes
         )
         table = torch.arange(blocks, dtype=torch.int32, device=device)[None]
         positions = torch.arange(blocks * block_tokens, dtype=torch.int32, device=device)

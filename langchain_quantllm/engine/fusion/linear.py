@@ -18,7 +18,6 @@ from langchain_quantllm.engine.forward_context import ForwardContext
 from langchain_quantllm.engine.fusion.recorded_call import TOLERANCES, RecordedCall, check_same, output_of
 from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.kernels.linear import reference
-from langchain_quantllm.kernels.linear.cpu import share_memory
 from langchain_quantllm.kernels.linear.weights import (
     FourBitWeight,
     GPTQWeight,
@@ -142,7 +141,8 @@ def group_shared_input(steps: dict[int, LinearStep], calls: Mapping[int, Recorde
         weights: Sequence[Weight] = [steps[key].weight for key in keys]
         if len({weight.words.data_ptr() for weight in weights}) < max(2, len(keys)):
             continue  # a single layer, or one layer twice
-        if all(isinstance(weight, RepackedWeight) for weight in weights):
+        share_memory = getattr(steps[keys[0]].kernels, "share_memory", None)
+        if share_memory is not None and all(isinstance(weight, RepackedWeight) for weight in weights):
             modules = [calls[key].module for key in keys]
             weights = share_memory(modules, cast("list[RepackedWeight]", weights))
         group = tuple(zip(keys, weights, strict=True))

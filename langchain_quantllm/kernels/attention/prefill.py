@@ -24,10 +24,12 @@ def prefill_attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    masks_all: bool = False,
 ) -> torch.Tensor:
     """Attend with packed chunks of several prompts; see `reference.prefill_attention`.
 
-    `window` and `softcap` are compiled in.
+    `window`, `softcap` and `masks_all` are compiled in. With `masks_all`, all tiles of keys are masked, also where
+    every query sees them, so that a query's result does not depend on its tile, bit for bit.
 
     Source:
         The softmax over tiles: FlashAttention-2, https://arxiv.org/abs/2307.08691, algorithm 1.
@@ -58,6 +60,7 @@ def prefill_attention(
         value_tile=power_of_2(value_dim, 16),
         queries=queries,
         keys=keys,
+        masks_all=masks_all,
         num_warps=warps,
         num_stages=stages,
     )
@@ -100,6 +103,7 @@ def _prefill_kernel(
     value_tile: tl.constexpr,
     queries: tl.constexpr,
     keys: tl.constexpr,
+    masks_all: tl.constexpr,
 ) -> None:
     """Attend with one head of one part of a tile; grid `(heads, tiles, parts of a tile)`.
 
@@ -138,7 +142,7 @@ def _prefill_kernel(
     if window > 0:
         begin = tl.maximum(position - window + 1, 0)
         start = begin // keys * keys
-    else:
+    elif not masks_all:
         # Whole tiles of keys that every query sees need no mask.
         start = (position + 1) // keys * keys
         for tile in range(0, start, keys):

@@ -44,6 +44,8 @@ class LinearConfig:
         stages: Tiles loaded ahead.
         decode: How indices of nf4 and fp4 are looked up: "table", in memory; "permute", "mixed" or "shuffle", in
             registers, in PTX. For activations in float32: "table", and in the regime "vector" also "shuffle".
+        tile_rows: Rows of one program of the regime "tile", a power of two from 16 to 64; 0 for as few as hold all
+            rows, up to 64.
     """
 
     regime: str
@@ -53,6 +55,7 @@ class LinearConfig:
     warps: int = 4
     stages: int = 1
     decode: str = "shuffle"
+    tile_rows: int = 0
 
     def check(self, rows: int) -> None:
         """Raise an InvalidOptionError if the config does not fit a number of rows."""

@@ -35,14 +35,14 @@ _PIECE = 1 << 20
 _MOST_ROWS_AS_STORED = 8
 """Rows above which codes are converted to 16 bits first, as that product is faster."""
 
-_INT8_ALIGNMENT = 32
+INT8_ALIGNMENT = 32
 """torch's kernel reads 32 inputs at a time without checking bounds, and needs activations aligned to 32 bytes.
 
 Source: aten/src/ATen/native/cpu/int8mm_kernel.cpp in torch.
 """
 
-_HAS_STORED_PRODUCT = hasattr(torch, "_weight_int8pack_mm") and sys.platform != "win32"
-"""Whether torch has a fast product with codes as stored; on Windows it multiplies number by number."""
+stored_product = None if sys.platform == "win32" else getattr(torch, "_weight_int8pack_mm", None)
+"""torch's product with codes as stored, if it is fast; on Windows it multiplies number by number."""
 
 
 def quantized_linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -74,19 +74,19 @@ def _int8_linear(x: torch.Tensor, weight: Int8Weight) -> torch.Tensor:
         raise UnsupportedError(msg)
     codes = weight.words.view(torch.int8).view(weight.out_features, weight.in_features)
     rows = x.reshape(-1, weight.in_features).contiguous()
-    if len(rows) <= _MOST_ROWS_AS_STORED and not weight.in_features % _INT8_ALIGNMENT and _HAS_STORED_PRODUCT:
-        if rows.data_ptr() % _INT8_ALIGNMENT:
+    if len(rows) <= _MOST_ROWS_AS_STORED and not weight.in_features % INT8_ALIGNMENT and stored_product is not None:
+        if rows.data_ptr() % INT8_ALIGNMENT:
             rows = rows.clone()
-        found = torch._weight_int8pack_mm(rows, codes, rows.new_ones(weight.out_features))
+        found = stored_product(rows, codes, rows.new_ones(weight.out_features))
     else:
-        wide = x.dtype if _has_16_bit_products() else torch.float32
+        wide = x.dtype if has_16_bit_products() else torch.float32
         found = linear(rows.to(wide), codes.to(wide))
     return (found * (weight.scales / 127)).view(*x.shape[:-1], weight.out_features)
 
 
 def _four_bit_linear(x: torch.Tensor, weight: FourBitWeight) -> torch.Tensor:
     """Dequantize and multiply piece by piece, in float32; the layer dequantizes the whole weight to 16 bits first."""
-    if x.dtype not in (torch.float16, torch.bfloat16) or _has_16_bit_products():
+    if x.dtype not in (torch.float16, torch.bfloat16) or has_16_bit_products():
         msg = f"this CPU multiplies {str(x.dtype).removeprefix('torch.')} as fast in the layer itself"
         raise UnsupportedError(msg)
     rows = x.reshape(-1, weight.in_features).float()
@@ -109,7 +109,7 @@ def _four_bit_linear(x: torch.Tensor, weight: FourBitWeight) -> torch.Tensor:
     return found.view(*x.shape[:-1], outputs)
 
 
-def _has_16_bit_products() -> bool:
+def has_16_bit_products() -> bool:
     """Whether the CPU multiplies 16-bit numbers about as fast as float32: on x86, with AVX512."""
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 

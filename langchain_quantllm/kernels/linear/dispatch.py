@@ -8,6 +8,7 @@ current one.
 # No `from __future__ import annotations` here: Triton's interpreter needs `tl.constexpr` as an object.
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import gcd
 from typing import Any
 
@@ -32,7 +33,7 @@ from langchain_quantllm.kernels.linear.weights import (
     Weight,
 )
 
-__all__ = ["MOST_FOUR_BIT_ROWS", "grouped_linear", "quantized_linear"]
+__all__ = ["MOST_FOUR_BIT_ROWS", "grouped_linear", "quantized_linear", "tiled_linear"]
 
 MOST_FOUR_BIT_ROWS = 64
 """Rows above which bitsandbytes' own layer, which dequantizes the matrix once, is faster."""
@@ -81,6 +82,27 @@ def grouped_linear(
     if not alike or len(weights) > _MOST_GROUPED or (config is None and _is_long(x)):
         return [quantized_linear(x, weight, weight.bias, config=config) for weight in weights]
     return _launch(x, weights, biases or None, config)
+
+
+def tiled_linear(
+    x: torch.Tensor, weights: Sequence[Weight], biases: Sequence[torch.Tensor] | None, *, tile_rows: int
+) -> list[torch.Tensor]:
+    """Multiply activations by up to three weights of one layout, in tiles of rows however many rows there are.
+
+    How each tile is computed follows from the weights alone, so that a row's result does not depend on the others.
+
+    Args:
+        x: Activations of shape `(..., in_features)`.
+        weights: The weights.
+        biases: A bias for each, or None.
+        tile_rows: See `LinearConfig`.
+    """
+    multiprocessors, is_roomy = chip(x.device)
+    out_features = sum(weight.out_features for weight in weights)
+    config = config_for(
+        weights[0], tile_rows, multiprocessors, dtype=x.dtype, out_features=out_features, is_roomy=is_roomy
+    )
+    return _launch(x, weights, biases, replace(config, tile_rows=tile_rows))
 
 
 def _is_long(x: torch.Tensor) -> bool:
@@ -142,7 +164,7 @@ def _multiply(
     if is_vector:
         constants |= {"rows": rows, "stages": config.stages}
     else:
-        padded = min(_MOST_TILE_ROWS, max(16, 1 << (rows - 1).bit_length()))
+        padded = config.tile_rows or min(_MOST_TILE_ROWS, max(16, 1 << (rows - 1).bit_length()))
         constants |= {"padded_rows": padded, "dtype": _DTYPES[x.dtype], "num_stages": config.stages}
         grid = (*grid, -(-rows // padded))
     pointers: list[Any] = [_all(weights, "words"), _all(weights, "scales")]

@@ -148,9 +148,9 @@ class TestSalts:
             salted = replace(request, options=replace(request.options, cache_salt=str(i)))
             engine._first_prefix_id(salted, -1)
             engine._first_prefix_id(request, -1)
-        assert len(engine._prefix_ids) == engine._blocks.total
-        assert (-1, None) in engine._prefix_ids
-        assert (-1, "9999") in engine._prefix_ids
+        assert len(engine._prefix_ids._shared) == engine._blocks.total
+        assert (-1, None) in engine._prefix_ids._shared
+        assert (-1, "9999") in engine._prefix_ids._shared
 
 
 class TestKVCacheMemory:
@@ -249,15 +249,14 @@ class TestKVCacheMemory:
 class TestMainMemory:
     """Memory is taken only as it is written to, so the system itself refuses nothing."""
 
-    SHAPE = LayerShape(kv_heads=8, key_dim=128, value_dim=128, dtype=torch.float32, device=torch.device("cpu"))
+    SHAPES = (LayerShape(kv_heads=8, key_dim=128, value_dim=128, dtype=torch.float32, device=torch.device("cpu")),) * 4
 
-    def blocks(self, share: float) -> int:
-        """Blocks of four layers that fill a share of the free memory."""
-        return int(share * available_memory("cpu")) // (4 * BLOCK_TOKENS * self.SHAPE.token_bytes)
+    def count(self, budget: float | int) -> int:
+        return count_blocks(self.SHAPES, budget, sequences=10**6, context=None)
 
     def test_more_than_there_is_is_an_error_with_the_numbers(self) -> None:
         with pytest.raises(NotEnoughMemoryError, match=r"a KV cache of .* does not fit: .* are free.*; lower kv_cache"):
-            allocate_pools([self.SHAPE] * 4, self.blocks(1.5))
+            self.count(int(1.5 * available_memory("cpu")))
 
     def test_a_model_with_more_than_there_is_is_an_error_before_anything_is_generated(self, tokenizer: Any) -> None:
         model = tiny_model(len(tokenizer), context_tokens=2**30)
@@ -265,25 +264,27 @@ class TestMainMemory:
         with pytest.raises(NotEnoughMemoryError, match="lower kv_cache_memory"):
             llm.invoke("Sea")
 
+    def test_a_budget_beyond_what_the_rows_can_use_is_no_error(self, make_tiny: MakeLLM) -> None:
+        assert make_tiny(kv_cache_memory=2 * available_memory("cpu")).invoke("Sea")
+
     @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell what is resident")
     def test_what_another_model_s_cache_may_still_fill_is_not_free(self) -> None:
         gc.collect()
-        first = allocate_pools([self.SHAPE] * 4, self.blocks(0.7))
-        assert first[0].kv.shape[0] > 0
+        size = int(0.7 * available_memory("cpu"))
+        alone = self.count(0.5)
+        first = allocate_pools(self.SHAPES, self.count(size))
         with pytest.raises(NotEnoughMemoryError, match="other KV caches in this process may still fill"):
-            allocate_pools([self.SHAPE] * 4, self.blocks(0.7))
-        shapes = [self.SHAPE] * 4
-        beside = count_blocks(shapes, 0.5, sequences=10**6, context=None)
+            self.count(size)
+        assert self.count(0.5) < 0.6 * alone, "a share of the free memory counts it, too"
+        assert first[0].kv.shape[0] > 0
         del first
-        assert allocate_pools(shapes, self.blocks(0.7))
-        alone = count_blocks(shapes, 0.5, sequences=10**6, context=None)
-        assert beside < 0.6 * alone, "a share of the free memory counts it, too"
+        assert self.count(size) > 0
 
     @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell what is resident")
     def test_what_a_cache_has_filled_is_not_counted_twice(self) -> None:
         gc.collect()
         before = kv_cache._unwritten_bytes()
-        pools = allocate_pools([self.SHAPE] * 4, 64)
+        pools = allocate_pools(self.SHAPES, 64)
         size = sum(pool.kv.nbytes for pool in pools)
         assert kv_cache._unwritten_bytes() == before + size
         for pool in pools[:2]:

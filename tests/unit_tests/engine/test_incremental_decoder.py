@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,14 +20,18 @@ NEEDS_VALID_RUNS = ("byte fallback", "unigram")
 """Tokenizers that write a run of bytes which is no UTF-8 as U+FFFD throughout, with the characters in it."""
 
 
+@functools.lru_cache
+def read_tokenizer(folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(folder)
+
+
 @pytest.fixture
 def get_tokenizer(request: pytest.FixtureRequest) -> Callable[[str], Any]:
     def get(name: str) -> Any:
         if name == "smollm2":
             return request.getfixturevalue("tokenizer")
         if name == "qwen":
-            folder: Path = request.getfixturevalue("qwen_coder")
-            return AutoTokenizer.from_pretrained(folder)
+            return read_tokenizer(request.getfixturevalue("qwen_coder"))
         if name == "bytes in Python":
             return ByT5Tokenizer()
         return byte_fallback_tokenizer() if name == "byte fallback" else MADE[name]()

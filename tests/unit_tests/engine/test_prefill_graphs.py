@@ -72,7 +72,7 @@ def test_a_padded_pack_gives_the_logits_of_its_chunks(family: str, counts: tuple
                 slot = chunk.sequence.slot
                 first = 1 + slot * 6
                 blocks = list(range(first, first + -(-(position + chunk.count) // BLOCK_TOKENS)))
-                runner._table[slot, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+                runner._table.blocks[slot, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
             expected = runner._run_eagerly(Step([], [], chunks))
             length = length_for(chunks)
             assert length is not None

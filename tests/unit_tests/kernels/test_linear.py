@@ -309,7 +309,37 @@ def run_rule(device: str) -> dict[str, Any]:
     return {"sound": bool(sound)}
 
 
-OTHERS = {"empty": run_empty, "mixed": run_mixed, "refusals": run_refusals, "rule": run_rule}
+def run_tiled(device: str) -> dict[str, Any]:
+    """Multiply rows alone and among others, in tiles of one size."""
+    from langchain_quantllm.kernels.linear import dispatch
+
+    report = {}
+    for kind, dtype in itertools.product(("nf4", "int8", "gptq4", "gptq3"), ROUNDING):
+        case = CASES[f"{kind}-float32"]
+        weights = [on(weight_of(layer(case, width, seed)), device) for seed, width in enumerate((32, 96))]
+        if len({weight.layout for weight in weights}) > 1:
+            weights = weights[:1]
+        x = torch.randn(70, case.inputs, generator=torch.Generator().manual_seed(3)).to(device, dtype)
+        whole = dispatch.tiled_linear(x, weights, None, tile_rows=64)
+        same = True
+        for start, end in ((0, 1), (69, 70), (3, 40)):
+            parts = dispatch.tiled_linear(x[start:end], weights, None, tile_rows=64)
+            same &= all(torch.equal(part, one[start:end]) for part, one in zip(parts, whole, strict=True))
+        errors = [
+            float((one - expected).norm() / expected.norm())
+            for one, expected in zip(whole, linear_reference.grouped_linear(x, weights), strict=True)
+        ]
+        report[f"{kind}-{str(dtype).removeprefix('torch.')}"] = {"same": same, "error": max(errors)}
+    return report
+
+
+OTHERS = {
+    "empty": run_empty,
+    "mixed": run_mixed,
+    "refusals": run_refusals,
+    "rule": run_rule,
+    "tiled": run_tiled,
+}
 
 
 def run(name: str, device: str) -> dict[str, Any]:
@@ -474,6 +504,12 @@ def test_what_has_no_kernel_is_none() -> None:
     marlin: Any = layer(CASES["gptq4-float32"], 32, 0)
     marlin.QUANT_TYPE = "marlin"
     assert weight_of(marlin) is None
+
+
+def test_tiles_of_one_size_give_a_row_the_same_among_any_others(found: Any) -> None:
+    for name, report in found("tiled").items():
+        assert report["same"], name
+        assert report["error"] < (1e-5 if name.endswith("float32") else 2.0**-7), name
 
 
 if __name__ == "__main__":

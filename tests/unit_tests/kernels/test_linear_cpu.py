@@ -123,7 +123,7 @@ def test_other_weights_are_refused() -> None:
 @pytest.fixture
 def slow_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a CPU without AVX512, whichever this is."""
-    monkeypatch.setattr(cpu_linear, "_has_16_bit_products", lambda: False)
+    monkeypatch.setattr(cpu_linear, "has_16_bit_products", lambda: False)
 
 
 def four_bit_weight(outputs: int, inputs: int, kind: str, *, nested: bool) -> Any:

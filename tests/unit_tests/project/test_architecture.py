@@ -251,3 +251,19 @@ def test_every_module_of_compat_has_its_test() -> None:
     modules = {name.partition(".")[2] for name in FILES if name.startswith("compat.")}
     tested = {file.stem.removeprefix("test_") for file in (Path(__file__).parents[1] / "compat").glob("test_*.py")}
     assert tested == modules
+
+
+FACTORIES = {"zeros", "ones", "empty", "rand", "randn", "linspace", "logspace", "eye"}
+"""Functions of torch that make tensors of the default dtype, which programs change for the whole process."""
+
+
+def test_no_tensor_has_the_default_dtype() -> None:
+    found = [
+        f"{name}:{node.lineno}"
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in {f"torch.{factory}" for factory in FACTORIES}
+        and not {"dtype", None} & {keyword.arg for keyword in node.keywords}
+    ]
+    assert not found

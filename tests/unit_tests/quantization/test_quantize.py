@@ -21,7 +21,8 @@ from langchain_quantllm.quantization.packing import TENSORS, RoundedLinear
 from langchain_quantllm.quantization.solver import solve
 from tests.support import families
 from tests.support.quantization import TEXTS, rounding
-from tests.support.selection import skip_without_gptqmodel
+from tests.support.selection import skip_without_gptqmodel, slow_but
+from tests.support.torch_settings import FEW, STATES
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +79,16 @@ def test_a_written_checkpoint_computes_with_its_dequantized_weights(
     # Its kernels on the CPU compute in bfloat16, or with activations of 8 bits for 8-bit weights.
     assert (found - expected).norm() < 0.03 * expected.norm()
     llm.unload()
+
+
+@pytest.mark.parametrize("state", slow_but(["inference mode", "autocast"], [*FEW, "autocast"]))
+def test_what_the_caller_has_set_in_torch_changes_no_weight(plain: Path, tmp_path: Path, state: str) -> None:
+    expected = load_file(run(plain, tmp_path / "expected").folder / "model.safetensors")
+    with STATES[state]():
+        done = run(plain, tmp_path / "out")
+    found = load_file(done.folder / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_no_text_of_the_calibration_is_written(plain: Path, tmp_path: Path) -> None:

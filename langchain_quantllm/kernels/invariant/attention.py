@@ -1,0 +1,88 @@
+"""Attention of one sequence in tiles of queries, on a CPU.
+
+The tile of a query, its place there and the number of keys follow from its position alone. So it is the same
+computation, whether the query comes with the rest of a prompt, with a part of it, or by itself; queries of other
+positions that are not asked for are zeros. Keys after a query have weight 0, whatever they are.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+QUERIES = 8
+"""Queries of a tile: in a decode step, all but one are zeros."""
+
+KEYS = 64
+"""The keys of a tile are padded to a multiple of this."""
+
+_KEPT_KEYS = 2048
+"""Keys up to which masks are kept for the next layer and the next step."""
+
+
+def attend_in_tiles(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    position: int,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """Attend with consecutive queries of one sequence.
+
+    Args:
+        query: Of shape `(heads, tokens, key_dim)`, float32.
+        key: All keys up to the last query, padded with finite numbers to a multiple of `KEYS`, of shape
+            `(kv_heads, keys, key_dim)`, float32.
+        value: Likewise, of shape `(kv_heads, keys, value_dim)`.
+        position: Position of the first query.
+        scale: Factor of the scores.
+        window: Most keys that a query sees; 0 for all.
+        softcap: The cap of the scores; 0 for none.
+
+    Returns:
+        Of shape `(heads, tokens, value_dim)`, float32.
+    """
+    heads, tokens, dim = query.shape
+    kv_heads = key.shape[0]
+    first, last = position // QUERIES, (position + tokens - 1) // QUERIES
+    skipped = position - first * QUERIES
+    asked = query.new_zeros(kv_heads, heads // kv_heads, last + 1 - first, QUERIES, dim)
+    asked.view(kv_heads, heads // kv_heads, -1, dim)[:, :, skipped : skipped + tokens] = (query * scale).view(
+        kv_heads, -1, tokens, dim
+    )
+    found = []
+    for tile in range(first, last + 1):
+        begin = tile * QUERIES
+        start = max(0, begin - window + 1) // KEYS * KEYS if window else 0
+        end = -(-(begin + QUERIES) // KEYS) * KEYS
+        grouped = asked[:, :, tile - first].reshape(kv_heads, -1, dim)
+        keys, mask = key[:, start:end].transpose(1, 2), _mask(begin - start, end - start, window, grouped.shape[1])
+        if softcap:
+            scores = softcap * torch.tanh(torch.bmm(grouped, keys) / softcap) + mask
+        else:
+            scores = torch.baddbmm(mask, grouped, keys)
+        found.append(torch.bmm(scores.softmax(-1), value[:, start:end]).view(heads, QUERIES, -1))
+    return (found[0] if len(found) == 1 else torch.cat(found, 1))[:, skipped : skipped + tokens]
+
+
+def _mask(begin: int, keys: int, window: int, rows: int) -> torch.Tensor:
+    """Make the mask of a tile whose queries begin `begin` keys after the first one it reads.
+
+    Returns:
+        Of shape `(rows, keys)`, float32: 0 for keys that a query sees, and minus infinity. Rows repeat the queries.
+    """
+    return (_kept_mask if keys <= _KEPT_KEYS else _make_mask)(begin, keys, window, rows)
+
+
+def _make_mask(begin: int, keys: int, window: int, rows: int) -> torch.Tensor:
+    ages = torch.arange(begin, begin + QUERIES)[:, None] - torch.arange(keys)
+    hidden = (ages < 0) | (ages >= window) if window else ages < 0
+    mask = torch.zeros(QUERIES, keys, dtype=torch.float32).masked_fill(hidden, -torch.inf)
+    return mask.repeat(rows // QUERIES, 1)
+
+
+_kept_mask = functools.lru_cache(maxsize=32)(_make_mask)
