@@ -71,6 +71,12 @@ class TestStress:
         assert sum(count.rows for count in counts.values()) == 80
         assert not [fault for count in counts.values() for fault in count.verdict.faults]
 
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+    def test_rows_of_some_models_do_on_a_gpu(self) -> None:
+        counts = stress(8, 400, device="cuda")
+        assert not [fault for count in counts.values() for fault in count.verdict.faults]
+
     @pytest.mark.slow
     def test_rows_of_many_models_do(self) -> None:
         *_, wrong, cancelled, shared, preempted = cells(run("stress", "--models", "12", "--rows", "1000"))["all"]
