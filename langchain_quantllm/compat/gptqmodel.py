@@ -96,6 +96,16 @@ def uncompile_gptq_model(model: Any) -> str:
     return ", ".join(sorted(kernels))
 
 
+def hides_product(module: Any) -> bool:
+    """Whether a layer multiplies by a kernel that PyTorch's dispatch modes do not see.
+
+    Those whose names begin with Torch call PyTorch's operations.
+    Source: the modules of gptqmodel/nn_modules/qlinear.
+    """
+    kind = type(module)
+    return kind.__module__.startswith("gptqmodel.nn_modules.qlinear") and not kind.__name__.startswith("Torch")
+
+
 def can_train(module: Any) -> bool:
     """Say whether gradients go through a layer; True for layers of other libraries."""
     return getattr(module, "SUPPORTS_TRAINING", None) is not False

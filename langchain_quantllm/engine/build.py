@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,7 @@ from langchain_quantllm.engine.cuda_graphs import no_graph_reason
 from langchain_quantllm.engine.fingerprint import Fingerprint, fingerprint
 from langchain_quantllm.engine.fusion.fuse import Fusion
 from langchain_quantllm.engine.gather_attention import GatherAttention
-from langchain_quantllm.engine.invariance import verify_invariance
+from langchain_quantllm.engine.invariance import check_operations, verify_invariance
 from langchain_quantllm.engine.invariant_attention import InvariantGatherAttention, InvariantTritonAttention
 from langchain_quantllm.engine.kv_cache import allocate_pools, count_blocks
 from langchain_quantllm.engine.lora import NO_ADAPTER, LoraStack
@@ -30,6 +31,7 @@ from langchain_quantllm.engine.model_runner import ModelRunner
 from langchain_quantllm.engine.request import EngineInfo, ModelLimits
 from langchain_quantllm.engine.triton_attention import TritonAttention
 from langchain_quantllm.errors import NotEnoughMemoryError, UnsupportedError
+from langchain_quantllm.kernels.invariant.ops import InvariantOps
 from langchain_quantllm.memory import release_heap
 
 _log = logging.getLogger(__name__)
@@ -71,6 +73,8 @@ class EngineParts:
         """Allocate the parts, and check that they give the model's own logits; see `ContinuousEngine`."""
         if (reason := unsupported_reason(model)) is not None:
             raise UnsupportedError(reason)
+        if batch_invariant:
+            check_operations(model, frozenset() if fusion is None else fusion.replaced_ids)
         self._model = model
         self._switch = switch
         self._fusion = fusion
@@ -207,18 +211,24 @@ class EngineParts:
                 no_graph_reason=self._no_graph_reason() if can_capture else None,
                 adapters=self.adapters,
                 fusion=self._fusion,
-                batch_invariant=self._batch_invariant,
+                operations=InvariantOps if self._batch_invariant else contextlib.nullcontext,
             )
             try:
                 verify_engine(runner, self._model, self.probe, self._switch, self._fusion)
                 if self._batch_invariant:
-                    adapter = NO_ADAPTER if self.adapters is None else 0
-                    verify_invariance(runner, self._model, blocks=cached + 1, slots=self.slots, adapter=adapter)
+                    self._verify_invariance(runner, cached + 1)
             except UnsupportedError as error:
                 failure = failure or error
                 continue
             return runner
         raise failure or UnsupportedError("its attention cannot be reached")
+
+    def _verify_invariance(self, runner: ModelRunner, blocks: int) -> None:
+        if not runner.sampler.has_kernel and self.is_gpu:
+            msg = "there is no sampling kernel on this device, and PyTorch's sampling depends on the batch"
+            raise UnsupportedError(msg)
+        adapter = NO_ADAPTER if self.adapters is None else 0
+        verify_invariance(runner, self._model, blocks=blocks, slots=self.slots, adapter=adapter)
 
     def _no_graph_reason(self) -> str | None:
         return no_graph_reason(self._model, frozenset() if self._fusion is None else self._fusion.replaced_ids)

@@ -7,10 +7,12 @@ equal to the last bit.
 from __future__ import annotations
 
 from collections import abc
+from collections.abc import Collection
 from typing import Any
 
 import torch
 
+from langchain_quantllm.compat.gptqmodel import hides_product
 from langchain_quantllm.compat.torch_dispatch import is_compiled
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS, BlockManager
 from langchain_quantllm.engine.model_check import run_greedily, sample_ids
@@ -30,6 +32,25 @@ _AT_ONCE, _FEW = 1 << 10, 7
 """Most tokens of a step."""
 
 
+def check_operations(model: Any, replaced: Collection[int]) -> None:
+    """Check that `InvariantOps` sees all operations of a model.
+
+    Args:
+        model: The model.
+        replaced: Ids of the modules whose own forward is never called.
+
+    Raises:
+        UnsupportedError: If a module hides its operations.
+    """
+    for name, module in model.named_modules():
+        if is_compiled(module):
+            msg = f"{name or 'the model'} is compiled, which hides its operations"
+            raise UnsupportedError(msg)
+        if id(module) not in replaced and hides_product(module):
+            msg = f"{name} is a {type(module).__name__}, whose product may depend on the rest of the batch"
+            raise UnsupportedError(msg)
+
+
 def verify_invariance(runner: ModelRunner, model: Any, *, blocks: int, slots: int, adapter: int = -1) -> None:
     """Run texts through the runner in several ways, and compare their logits bit for bit.
 
@@ -41,11 +62,8 @@ def verify_invariance(runner: ModelRunner, model: Any, *, blocks: int, slots: in
         adapter: Number of the LoRA adapter that the texts run with; -1 for none.
 
     Raises:
-        UnsupportedError: If two ways give different logits, or a compiled module hides its operations.
+        UnsupportedError: If two ways give different logits.
     """
-    if compiled := [name for name, module in model.named_modules() if is_compiled(module)]:
-        msg = f"{compiled[0] or 'the model'} is compiled, which hides its operations"
-        raise UnsupportedError(msg)
 
     def run(texts: abc.Sequence[abc.Sequence[int]], budget: int, new_tokens: int = _NEW_TOKENS) -> list[Run]:
         sequences = [bare_sequence(text, new_tokens, adapter=adapter) for text in texts]

@@ -30,8 +30,6 @@ from langchain_quantllm.engine.sampler import MASKS, BatchSampler, PendingTokens
 from langchain_quantllm.engine.sequence import SamplingInput
 from langchain_quantllm.engine.staging import PendingForward, StagingBuffers, step_inputs
 from langchain_quantllm.engine.step import Step
-from langchain_quantllm.errors import UnsupportedError
-from langchain_quantllm.kernels.invariant.ops import InvariantOps
 from langchain_quantllm.kernels.reference import PREFILL_TILE
 
 _BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
@@ -73,7 +71,7 @@ class ModelRunner:
         no_graph_reason: str | None = None,
         adapters: LoraStack | None = None,
         fusion: Fusion | None = None,
-        batch_invariant: bool = False,
+        operations: abc.Callable[[], Any] = contextlib.nullcontext,
     ) -> None:
         """Allocate the tables.
 
@@ -89,27 +87,18 @@ class ModelRunner:
             no_graph_reason: Why this model's steps cannot be graphs, as far as is known.
             adapters: The adapters that sequences choose from; None if the model runs as it is.
             fusion: The model's fused steps; None if its modules run as they are.
-            batch_invariant: Whether the model's other operations run in `InvariantOps`.
-
-        Raises:
-            UnsupportedError: If sampling on this device depends on the batch, and must not.
+            operations: Makes the context in which the model and the sampler run.
         """
         self._model = model
         self._pools = pools
         self._attention = attention
         self._by_sdpa = by_sdpa
-        self._adapters = adapters
-        self._fusion = fusion
+        self._adapters, self._fusion, self._operations = adapters, fusion, operations
         self.device = model.get_input_embeddings().weight.device
         self.is_asynchronous = self.device.type == "cuda"
         self.can_capture = can_capture
-        self._operations = InvariantOps if batch_invariant else contextlib.nullcontext
-        kernels = None
-        if fusion is not None or batch_invariant:
-            kernels = find_sampling_kernel(vocab_size, self.device)
-        if batch_invariant and kernels is None and self.device.type != "cpu":
-            msg = "there is no sampling kernel on this device, and PyTorch's sampling depends on the batch"
-            raise UnsupportedError(msg)
+        is_plain = fusion is None and operations is contextlib.nullcontext
+        kernels = None if is_plain else find_sampling_kernel(vocab_size, self.device)
         self.sampler = BatchSampler(slots, vocab_size, self.device, kernels=kernels)
         self._padding_slot = slots
         self._is_inside = False  # of an eager step, between two layers

@@ -9,8 +9,11 @@ from langchain_quantllm.kernels.invariant.tiles import ALIGNMENT, Function, run_
 
 __all__ = ["MOST_IN_A_TWIN", "batched_product", "grouped_product", "product"]
 
-MOST_IN_A_TWIN = 1 << 24
+MOST_IN_A_TWIN = 1 << 26
 """Numbers of a matrix that is checked with another one of its shape. Larger ones have many results to compare."""
+
+_COLUMNS = 256
+"""Different columns of such a matrix."""
 
 
 def product(rows: torch.Tensor, matrix: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
@@ -47,7 +50,10 @@ def _twin(matrix: torch.Tensor) -> torch.Tensor:
     length = 1 + sum((size - 1) * stride for size, stride in zip(matrix.shape, matrix.stride(), strict=True))
     memory = torch.empty(skipped + length, dtype=matrix.dtype)
     made = memory.as_strided(matrix.shape, matrix.stride(), skipped)
-    made.copy_(torch.randn(matrix.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32))
+    shape = (matrix.shape[0], min(matrix.shape[1], _COLUMNS))
+    few = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    for columns in made.split(_COLUMNS, 1):
+        columns.copy_(few[:, : columns.shape[1]])
     half = matrix.shape[0] // 2
     if half:
         made[-half:] = made[:half].clone()

@@ -13,7 +13,7 @@ import torch
 from langchain_quantllm import GPTQ, NF4, ChatQuantizedHuggingFace, QuantizedHuggingFaceLLM
 from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
 from tests.support.adapters import make, make_adapter_folders
-from tests.support.engine import PROMPTS, ask, cached_tokens, ids_of, on_pipeline, plan
+from tests.support.engine import PROMPTS, AllowOnly, ask, cached_tokens, ids_of, on_pipeline, plan
 from tests.support.families import FAST, family_model, random_ids
 from tests.support.invariance import logits_of_requests
 from tests.support.models import llm_of, tiny_model
@@ -134,6 +134,22 @@ def test_sampled_texts_and_log_probabilities_are_those_alone(llm: QuantizedHuggi
     for i, answer in enumerate(ask(llm, requests)):
         assert answer.token_ids == single[i % 4].token_ids
         assert answer.logprobs == single[i % 4].logprobs
+
+
+def test_masked_texts_are_those_alone(llm: QuantizedHuggingFaceLLM) -> None:
+    allowed = ids_of(60, seed=9)
+    options: dict[str, Any] = {
+        "do_sample": True,
+        "temperature": 1.5,
+        "seed": 6,
+        "min_new_tokens": 3,
+        "max_new_tokens": 5,
+    }
+    options["eos_token_id"] = tuple(allowed[:30])
+    requests = [plan(llm, ids_of(11), lambda: AllowOnly(allowed), **options)[0] for _ in range(9)]
+    expected = ask(llm, requests[:1])[0].token_ids
+    assert len(expected) >= 3
+    assert [answer.token_ids for answer in ask(llm, requests)] == [expected] * 9
 
 
 def test_calls_of_many_threads_give_the_texts_of_single_calls(llm: QuantizedHuggingFaceLLM) -> None:
