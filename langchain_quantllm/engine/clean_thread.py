@@ -91,34 +91,36 @@ class _CleanThread(threading.Thread, Generic[_Result]):
         self._cuda_device = _cuda_device()
         self._results: list[_Result] = []
         self._error: BaseException | None = None
-        self._is_running = True  # changes under `_ending`
-        self._ending = threading.Lock()
+        self._is_running = self._is_cancelled = False  # changed under `_changing`
+        self._changing = threading.Lock()
         self._ended = threading.Event()  # in place of `join`, which takes the thread for ended after Ctrl-C
 
     def run(self) -> None:
         call, self._call = self._call, None
         try:
-            assert call is not None
-            if self._cuda_device is not None:
-                sys.modules["torch"].cuda.set_device(self._cuda_device)
-            self._results.append(self._context.run(call))
+            with self._changing:
+                self._is_running = not self._is_cancelled
+            if self._is_running and call is not None:
+                if self._cuda_device is not None:
+                    sys.modules["torch"].cuda.set_device(self._cuda_device)
+                self._results.append(self._context.run(call))
         except BaseException as error:
             self._error = error
         finally:
             try:
-                with self._ending:
+                with self._changing:
                     self._is_running = False
             finally:  # KeyboardInterrupt may still come, once
                 self._ended.set()
 
     def result(self) -> _Result:
         """Start the thread, wait for its call, and return the result or raise the exception."""
-        start_thread(self, "this call")
         try:
+            start_thread(self, "this call")
             self._wait()
         except BaseException:
-            self._interrupt()
-            self._wait(_END_S)
+            if self._interrupt():
+                self._wait(_END_S)
             raise
         error, self._error = self._error, None
         if error is None:
@@ -133,9 +135,11 @@ class _CleanThread(threading.Thread, Generic[_Result]):
         while not self._ended.wait(_WAIT_S) and time.monotonic() < until:
             pass
 
-    def _interrupt(self) -> None:
-        """Raise KeyboardInterrupt in the call, as soon as it runs Python code again."""
-        with self._ending:
+    def _interrupt(self) -> bool:
+        """Raise KeyboardInterrupt in the call, as soon as it runs Python code again; False if it does not run."""
+        with self._changing:
+            self._is_cancelled = True
             if self._is_running:
                 identifier = ctypes.c_ulong(self.ident or 0)
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(identifier, ctypes.py_object(KeyboardInterrupt))
+            return self._is_running

@@ -127,6 +127,9 @@ class Worker:
     # The thread.
 
     def _serve(self) -> None:
+        with self._changed:
+            if self._thread is not threading.current_thread():
+                return  # Ctrl-C came while it started
         first: Completion | None = None
         try:
             while True:

@@ -143,6 +143,27 @@ class TestInterruptions:
         wait_until(lambda: "ended" in events)
         thread.join()
 
+    def test_ctrl_c_while_the_thread_starts_stops_the_call_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        start, events = threading.Thread.start, []
+
+        def work() -> None:
+            try:
+                events.append("begun")
+                while True:
+                    time.sleep(0.001)
+            finally:
+                events.append("ended")
+
+        def interrupted_after(thread: threading.Thread) -> None:
+            start(thread)
+            wait_until(lambda: events)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(threading.Thread, "start", interrupted_after)
+        with pytest.raises(KeyboardInterrupt):
+            in_clean_thread(work)()
+        assert events == ["begun", "ended"]
+
     def test_a_system_without_threads_is_an_error_that_says_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(_: threading.Thread) -> None:
             msg = "can't start new thread"

@@ -253,6 +253,26 @@ class TestThread:
                     engine.submit(requests)
         assert len(ask(llm, requests)[0].token_ids) == 12
 
+    def test_ctrl_c_while_the_thread_starts_leaves_no_second_one(
+        self, llm: QuantizedHuggingFaceLLM, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        requests, engine, start = plan(llm, ids_of(9)), llm._engine(), threading.Thread.start
+        started = []
+
+        def interrupted(thread: threading.Thread) -> None:
+            start(thread)
+            if thread.name == "quantllm-engine":
+                started.append(thread)
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                engine.submit(requests)
+        assert len(ask(llm, requests)[0].token_ids) == 12
+        wait_until(lambda: not started[0].is_alive())
+        assert len(ask(llm, requests)[0].token_ids) == 12
+
     @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
     def test_an_exception_from_outside_in_an_idle_thread_disturbs_no_call(
         self, llm: QuantizedHuggingFaceLLM, kind: type[BaseException]

@@ -154,10 +154,10 @@ class TestForkedProcess:
             stream.close()
             model: Any = llm._model
             llm._model = None
-            engine = model.engines._fast
-            model.engines = None
-            engine._worker.close("the model was dropped.")
-            del model, engine
+            for engine in model.engines._fast.values():
+                engine._worker.close("the model was dropped.")
+            model.engines = engine = None
+            del model
             gc.collect()
             worker._close_all()
             return "ended"
