@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
+import itertools
 import json
 import logging
 import random
@@ -22,17 +22,14 @@ import tempfile
 import threading
 import time
 import traceback
-import types
-import weakref
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
+from benchmarks.census import Census, left_behind
 from benchmarks.oracle import Verdict
 from benchmarks.soak_calls import ENGINE_FAILS, Call, Conversation, Maker, Panic
 from benchmarks.soak_model import SoakModel, make_checkpoint
@@ -40,13 +37,10 @@ from langchain_quantllm.engine import continuous
 from langchain_quantllm.engine import stream as stream_module
 from langchain_quantllm.errors import GenerationError, QuantLLMError
 
-COUNTED = ("threads", "files", "tensors", "bytes of tensors")
-"""Counts that may not grow in the second half."""
-
 MOST_UNREAD = 8
 """Chunks after which a stream of the soak is full."""
 
-_CALLS_OF_A_CHANGE = 150
+_CALLS_OF_A_CHANGE = 60
 _LOOP_CALLERS = 4  # in the event loop
 _MOST_LEFT = 12  # streams that are open and never read
 
@@ -74,9 +68,8 @@ class Soak:
         self._lock = threading.Lock()
         self._left: list[Conversation] = []
         self._failures: list[str] = []
-        self._process = psutil.Process()
-        self._known: dict[int, weakref.ref[torch.Tensor]] = {}
-        self._changes = [self._change_weights, self._attach, self._unload, self._unload_while_running]
+        self._census = Census()
+        self._changes = itertools.cycle([self._change_weights, self._attach, self._unload, self._unload_while_running])
         self._hooked: Any = None
         self._hook()
 
@@ -119,7 +112,7 @@ class Soak:
         try:
             while (number := self._take(numbers)) is not None:
                 if number % _CALLS_OF_A_CHANGE == _CALLS_OF_A_CHANGE - 1:
-                    self._change(number // _CALLS_OF_A_CHANGE)
+                    self._change()
                 call, llm = maker.make(), rng.choice(self.model.llms)
                 with self.model.calling():
                     self._call(call, llm, maker)
@@ -195,9 +188,9 @@ class Soak:
 
     # Changes.
 
-    def _change(self, number: int) -> None:
-        change = self._changes[number % len(self._changes)]
-        if change is self._unload_while_running:
+    def _change(self) -> None:
+        change = next(self._changes)
+        if change == self._unload_while_running:
             change()
         else:
             with self.model.changing():
@@ -222,12 +215,7 @@ class Soak:
         self._close_left()
         self.model.wait_for_rest()
         with self.model.attached_adapter():
-            for llm in self.model.llms:
-                try:
-                    llm.invoke("attached", max_new_tokens=3)
-                except GenerationError as error:
-                    with self._lock:
-                        self.tallies.setdefault("attached", Tally()).errors[type(error).__name__] += 1
+            self._checked_calls(6)
         self._checked_calls(3)
 
     def _unload(self) -> None:
@@ -260,26 +248,7 @@ class Soak:
             self._close_left()
             self.model.load()
             self.model.wait_for_rest()
-        return settled(self._count)
-
-    def _count(self) -> dict[str, Any]:
-        """Count what there is when the engines rest."""
-        gc.collect()
-        # By the type itself, since some objects look at who asks for their class.
-        tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
-        known = self._known
-        new = [t for t in tensors if id(t) not in known or known[id(t)]() is not t] if known else []
-        if not known:
-            known.update((id(t), weakref.ref(t)) for t in tensors)
-        return {
-            "threads": threading.active_count(),
-            "files": self._process.num_fds(),
-            "tensors": len(tensors),
-            "bytes of tensors": sum(t.numel() * t.element_size() for t in tensors),
-            "new tensors": [f"{list(t.shape)} {t.dtype} in {_holders(t)}" for t in new],
-            "objects": len(gc.get_objects()),
-            "MB resident": round(self._process.memory_info().rss / 1e6),
-        }
+        return self._census.settled()
 
     def close(self) -> None:
         """Unload the model."""
@@ -347,48 +316,14 @@ def soak(requests: int, threads: int = 6, *, engine: str = "fast", seed: int = 0
     }
 
 
-def _holders(tensor: torch.Tensor) -> str:
-    """Describe the objects that hold a tensor: their types, and the keys of dictionaries."""
-    here = sys._getframe().f_back
-    holders = []
-    for holder in gc.get_referrers(tensor):
-        keys = [key for key, value in holder.items() if value is tensor] if isinstance(holder, dict) else []
-        if holder is not here and not isinstance(holder, (list, types.CellType)):  # made by the search itself
-            holders.append(f"{type(holder).__name__}{keys or ''}")
-    return " ".join(holders)
-
-
-def settled(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Count until two counts agree, for ten seconds at most: tensors of a running step are no leak."""
-    deadline, seen = time.monotonic() + 10, look()
-    while time.monotonic() < deadline:
-        time.sleep(0.05)
-        before, seen = seen, look()
-        if all(seen[name] == before[name] for name in COUNTED):
-            break
-    return seen
-
-
 def _engine_threads() -> int:
     return sum(thread.name == "quantllm-engine" for thread in threading.enumerate())
 
 
-def wrong(found: dict[str, Any]) -> list[str]:
-    """List the wrong answers, the faults of the engines' books, and everything that was left behind."""
+def wrong_answers(found: dict[str, Any]) -> list[str]:
+    """List the wrong answers, and the faults of the engines' books."""
     faults = [f"{kind}: {fault}" for kind, tally in found["tallies"].items() for fault in tally.verdict.faults]
-    return [*faults, *found["books"], *(f"left behind: {name}" for name in left_behind(found))]
-
-
-def left_behind(found: dict[str, Any]) -> list[str]:
-    """List what a soak has left behind: more of anything than halfway."""
-    half, end = found["halfway"], found["at the end"]
-    left = [name for name in COUNTED if end[name] > half[name]]
-    if end["objects"] > half["objects"] * 1.01:  # caches of the libraries fill up for a while
-        left.append("objects")
-    if end["MB resident"] > half["MB resident"] * 1.1 + 20:
-        left.append("MB resident")
-    left += ["thread"] * bool(found["threads after unload"])
-    return [*left, *end["new tensors"]] if left else []
+    return [*faults, *found["books"]]
 
 
 def table(found: dict[str, Any]) -> str:
@@ -418,7 +353,8 @@ def main() -> None:
     found = soak(given.requests, given.threads, engine=given.engine, seed=given.seed)
     print(table(found))
     print(json.dumps({name: value for name, value in found.items() if name != "tallies"}))
-    faults = wrong(found)
+    left = [*left_behind(found["halfway"], found["at the end"]), *["thread"] * found["threads after unload"]]
+    faults = [*wrong_answers(found), *(f"left behind: {name}" for name in left)]
     sys.exit("\n".join([f"{len(faults)} faults:", *faults[:30]]) if faults else 0)
 
 

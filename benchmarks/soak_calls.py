@@ -35,6 +35,9 @@ KINDS = {
 ENGINE_FAILS = ("the device had a bad day", "was unloaded", "was dropped")
 """Words of errors that any call may end with, as forwards fail and the model is unloaded in the middle."""
 
+BEGINNINGS = tuple(letters * 12 for letters in ("abcd", "hgfe", "a b "))
+"""Beginnings that prompts have in common, so that they share blocks, and must not under different adapters."""
+
 STATES: list[Callable[[], contextlib.AbstractContextManager[Any]]] = [
     contextlib.nullcontext,
     torch.inference_mode,
@@ -132,7 +135,10 @@ class Maker:
         return self._random.choice(STATES)()
 
     def _text(self, most: int) -> str:
-        return "".join(self._random.choices("abcdefgh ", k=self._random.randint(1, most)))
+        text = "".join(self._random.choices("abcdefgh ", k=self._random.randint(1, most)))
+        if self._random.random() < 0.5:
+            text = self._random.choice(BEGINNINGS)[: self._random.randint(1, 48)] + text
+        return text
 
     def _options(self) -> dict[str, Any]:
         rng = self._random
@@ -209,7 +215,7 @@ class Maker:
         call.is_left, call.chunks = True, self._random.choice([0, 3])
 
     def _timed(self, call: Call) -> None:
-        call.options |= {"timeout": self._random.choice([0.001, 0.02, 0.1]), "max_new_tokens": 60}
+        call.options |= {"timeout": self._random.choice([0.001, 0.02, 0.1, 1.0]), "max_new_tokens": 60}
         call.errors = (GenerationTimeoutError,)
 
     def _bounded(self, call: Call) -> None:

@@ -23,7 +23,7 @@ from benchmarks.oracle import Oracle
 from langchain_quantllm import QuantizedHuggingFaceLLM
 from langchain_quantllm.options import BASE_ADAPTER
 from tests.support.adapters import Reference, add_adapter, delete_adapter, make_adapter, quietly
-from tests.support.models import tiny_model, wait_until
+from tests.support.models import tiny_model, wait_for_rest, wait_until
 
 CONTEXT_TOKENS = 256
 CACHE_TOKENS = 320
@@ -142,6 +142,7 @@ class SoakModel:
                 wait_until(lambda e=engine: not e._scheduler.sequences and not e._worker.queued, 60.0)
                 engine._scheduler.check_integrity()
                 assert engine._blocks.held == 0
+        wait_for_rest(60.0)  # else a thread may still hold the tensors of its last step
 
     # Changes; call them in a block of `changing`.
 
@@ -163,11 +164,11 @@ class SoakModel:
 
     @contextlib.contextmanager
     def attached_adapter(self) -> Iterator[None]:
-        """Attach an adapter by hand inside the block, and take it off; requests are refused meanwhile."""
+        """Attach an adapter by hand inside the block, and take it off; calls choose theirs, so it changes no text."""
         with quietly():
             import peft
 
-            config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+            config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
         model = self.model
         add_adapter(model, config, "by_hand")
         try:

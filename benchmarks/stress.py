@@ -4,9 +4,9 @@
 
 Each model has a random shape (grouped heads, windows, soft caps, vocabularies). Its rows run together in rounds, each
 with other budgets of a step, slots and KV blocks, so that prompts are cut into chunks, share beginnings and are
-preempted, and neighbours are cancelled. Each row's greedy tokens are compared with one forward of a copy of the model
-over prompt and answer; see `oracle`. Prints a table, and exits with 1 if any token is wrong or a model is refused.
-With `--device cuda` the same runs with CUDA graphs and kernels.
+preempted, neighbours are cancelled, and further turns find the blocks of answers. Each row's greedy tokens are compared
+with one forward of a copy of the model over prompt and answer; see `oracle`. Prints a table, and exits with 1 if any
+token is wrong or a model is refused. With `--device cuda` the same runs with CUDA graphs and kernels.
 """
 
 from __future__ import annotations
@@ -101,9 +101,13 @@ def random_rows(rng: random.Random, count: int, vocab_size: int, most_tokens: in
         prompt_ids = ids(rng.choice([1, 15, 16, 17, rng.randrange(1, 100), rng.randrange(1, 300)]))
         if rng.random() < 0.4:
             prompt_ids = rng.choice(beginnings)[: rng.randrange(8, 80)] + prompt_ids[:40]
+        prompt_ids = prompt_ids[: most_tokens - new_tokens]
+        beyond = (len(prompt_ids) + new_tokens) % BLOCK_TOKENS
+        if rng.random() < 0.4 and beyond < len(prompt_ids):  # the answer ends with its block
+            prompt_ids = prompt_ids[: len(prompt_ids) - beyond]
         rows.append(
             Row(
-                prompt_ids=prompt_ids[: most_tokens - new_tokens],
+                prompt_ids=prompt_ids,
                 new_tokens=new_tokens,
                 priority=rng.choice([0, 0, 0, 0, -1, 1]),
                 shares=rng.random() < 0.8,
@@ -111,6 +115,13 @@ def random_rows(rng: random.Random, count: int, vocab_size: int, most_tokens: in
             )
         )
     return rows
+
+
+def next_turn(row: Row, token_ids: Sequence[int], most_tokens: int, rng: random.Random) -> Row:
+    """Make the row that goes on after another one's prompt and answer, which it finds in blocks."""
+    new_tokens = min(rng.randrange(1, 40), most_tokens // 2)
+    prompt_ids = [*row.prompt_ids, *token_ids, row.prompt_ids[0]]
+    return Row(prompt_ids=prompt_ids[: most_tokens - new_tokens], new_tokens=new_tokens)
 
 
 def set_sizes(engine: Any, rng: random.Random) -> int:
@@ -130,13 +141,13 @@ def run_round(llm: QuantizedHuggingFaceLLM, oracle: Oracle, rng: random.Random, 
     wait_for_rest()
     most = set_sizes(engine, rng)
     vocab_size = min(engine.limits.vocab_size, engine._parts.probe.vocab_size)
-    rows = random_rows(rng, count, vocab_size, most)
+    rows = random_rows(rng, count - count // 4, vocab_size, most)
     first = rng.randrange(1, len(rows) + 1)
     streams = [iter(_submit(engine, row)) for row in rows[:first]]
     started = [next(streams[0], None)]  # the rest comes while these run
     streams += [iter(_submit(engine, row)) for row in rows[first:]]
-    found = Count(rows=len(rows))
-    for i, row in enumerate(rows):
+    found = Count(rows=count)
+    for i, row in enumerate(rows):  # which grow
         token_ids: list[int] = []
         for number, chunk in enumerate(_with_first(started if i == 0 else [], streams[i])):
             if row.cancelled_after is not None and number >= row.cancelled_after:
@@ -150,6 +161,9 @@ def run_round(llm: QuantizedHuggingFaceLLM, oracle: Oracle, rng: random.Random, 
         if row.cancelled_after is None and len(token_ids) != row.new_tokens:
             verdict.faults.append(f"{len(token_ids)} tokens in place of {row.new_tokens}")
         found.verdict.add(verdict)
+        if len(rows) < count and (i == len(rows) - 1 or rng.random() < 0.4):
+            rows.append(next_turn(row, token_ids, most, rng))
+            streams.append(iter(_submit(engine, rows[-1])))
     found.preempted = engine._scheduler.preempted
     return found
 

@@ -331,11 +331,12 @@ class Simulation:
         assert len(set(states)) == len(states)
         assert not set(states) & set(plan.decoding)
         assert not any(state.is_unread for state in (*states, *plan.decoding))
-        # A prompt goes on later only if the step is full. What others leave that find shared blocks may be lost.
         if budget is None:
             return
+        # A prompt goes on later only if the step is full, with the tokens that were found in shared blocks.
         if any(not chunk.is_last for chunk in plan.chunks) and not preempted:
-            assert 2 * spent >= budget or scheduler.blocks.available == 0
+            found = sum(before.left[c.sequence] - len(c.sequence.ids) + c.start for c in plan.chunks)
+            assert spent + found >= budget or scheduler.blocks.available == 0
         self._check_oldest(before, plan, budget, preempted)
         if before.could_join is not None and not preempted:
             passed = any(state in before.left and state not in before.running for state in states)

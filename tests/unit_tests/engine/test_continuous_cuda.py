@@ -431,7 +431,7 @@ def test_layers_on_the_cpu_run_eagerly(folder: Any) -> None:
 
 @pytest.fixture(scope="module")
 def byte_tokenizer() -> Any:
-    from benchmarks.soak import byte_tokenizer
+    from benchmarks.soak_model import byte_tokenizer
 
     return byte_tokenizer()
 

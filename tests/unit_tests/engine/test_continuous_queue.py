@@ -10,7 +10,7 @@ from langchain_quantllm import QuantizedHuggingFaceLLM
 from langchain_quantllm.engine import stream as stream_module
 from langchain_quantllm.errors import GenerationError, InvalidOptionError, QueueFullError
 from tests.support.engine import ONE_SEQUENCE, Background, MakeLLM, ask, ids_after, ids_of, plan
-from tests.support.models import forwards, slowly, wait_until
+from tests.support.models import forwards, slowly, wait_for_rest, wait_until
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -66,6 +66,39 @@ class TestUnreadStreams:
         wait_until(lambda: all(stream.is_full for stream in streams))
         assert len(ids_after(tiny, ids_of(9))) == 12
         assert [read_ids(stream) for stream in streams] == [expected] * slots
+
+    def test_its_place_under_its_objects_limit_goes_to_the_next_call(self, make_tiny: MakeLLM) -> None:
+        """A program that reads some of a stream and then calls `invoke` would wait for itself."""
+        llm = make_tiny(batch_size=1)
+        stream = llm._plan(["a"], None, {"max_new_tokens": 60, "ignore_eos": True, "timeout": 20}).submit()
+        wait_until(lambda: stream.is_full)
+        assert llm.invoke("b", timeout=20)
+        assert len(read_ids(stream)) == 60
+
+    def test_it_can_be_read_at_the_moment_in_which_the_engine_comes_to_rest(
+        self, tiny: QuantizedHuggingFaceLLM
+    ) -> None:
+        """Between the plan that finds nothing to run and the engine's look for the reason."""
+        engine: Any = tiny._engine()
+        expected = ids_after(tiny, ids_of(20), max_new_tokens=60)
+        wait_for_rest()
+        scheduler = engine._scheduler
+        plan_of, read = scheduler.plan, []
+
+        def plan_and_read(**options: Any) -> Any:
+            step = plan_of(**options)
+            if step is None and stream.is_full:
+                read.extend(next(chunks) for _ in range(UNREAD))
+            return step
+
+        scheduler.plan = plan_and_read
+        stream = engine.submit(plan(tiny, ids_of(20), max_new_tokens=60))
+        chunks = iter(stream)
+        wait_until(lambda: len(read) >= 40)
+        del scheduler.plan
+        read.extend(chunks)
+        assert [token_id for chunk in read for token_id in chunk.token_ids] == expected
+        assert engine._scheduler is scheduler  # the engine has not failed
 
     def test_closing_it_frees_its_blocks(self, tiny: QuantizedHuggingFaceLLM) -> None:
         engine: Any = tiny._engine()

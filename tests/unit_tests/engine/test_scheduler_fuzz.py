@@ -12,17 +12,18 @@ from tests.support.promises import Watch, longest_wait
 from tests.support.scenarios import expected_ids, ids_of
 from tests.support.simulation import Simulated, Simulation
 
-LOADS = 1000
-"""Loads of a normal run; the slow one has 40 times as many."""
-
 
 @dataclass(frozen=True)
 class Kind:
-    """The odds of a load: per step of an arrival, of a change of resting, and of a cancellation."""
+    """The odds of a load: per step of an arrival, of a change of resting, and of a cancellation.
+
+    Where sequences share blocks, their values are checked, and the promises that depend on counted needs are not.
+    """
 
     arrives: float
     rests: float
     cancels: float
+    shares: bool = False
 
 
 KINDS = {
@@ -30,6 +31,7 @@ KINDS = {
     "crowded": Kind(0.6, 0.0, 0.02),
     "unread": Kind(0.3, 0.2, 0.02),
     "mostly unread": Kind(0.5, 0.6, 0.0),
+    "sharing": Kind(0.4, 0.3, 0.05, shares=True),
 }
 
 
@@ -52,7 +54,12 @@ class Load:
             mixes=rng.random() < 0.6,
         )
         self.simulation.steps_between = rng.choice([0, 1, 3])
-        self.simulation.watch = Watch(self.simulation.scheduler, slots)
+        if not kind.shares:
+            self.simulation.watch = Watch(self.simulation.scheduler, slots)
+        self._prefix_ids = (
+            [None, *(self.simulation.blocks.new_prefix_id() for _ in range(2))] if kind.shares else [None]
+        )
+        self._beginning = ids_of(seed, self._longest)
         self._owners = rng.choice([0, 1, 3])
 
     def run(self, steps: int) -> None:
@@ -79,9 +86,13 @@ class Load:
         longest = rng.choice([4, self._longest, self._longest])
         number = len(self.simulation.all)
         new = rng.randrange(1, longest)
+        ids = ids_of(self._seed * 1000 + number, rng.randrange(1, longest + 1))
+        if self._kind.shares:
+            ids = [*self._beginning[: rng.randrange(self._longest)], *ids][: self._longest]
         self.simulation.add(
-            ids_of(self._seed * 1000 + number, rng.randrange(1, longest + 1)),
+            ids,
             new,
+            prefix_id=rng.choice(self._prefix_ids),
             max_rows=rng.choice([1, 2, 3]) if self._owners and rng.random() < 0.5 else None,
             owner=rng.randrange(self._owners) if self._owners else None,
             priority=rng.choice([0] * 8 + [-1, 1]),
@@ -114,11 +125,34 @@ def run_load(seed: int, kind: str, steps: int = 60) -> Simulation:
     return load.simulation
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_step_of_a_random_load_keeps_the_promises(kind: str) -> None:
-    for seed in range(LOADS):
+def run_loads(kind: str, seeds: range) -> list[Simulation]:
+    """Run a kind of load with each seed; an error names the seed."""
+    simulations = []
+    for seed in seeds:
         try:
-            run_load(seed, kind)
+            simulations.append(run_load(seed, kind))
         except AssertionError as error:
             msg = f"load {seed}: {error}"
             raise AssertionError(msg) from error
+    return simulations
+
+
+@pytest.mark.parametrize("kind", KINDS)
+class TestPromises:
+    def test_every_step_of_a_random_load_keeps_them(self, kind: str) -> None:
+        simulations = run_loads(kind, range(25))
+        # Else the loads would show little.
+        assert sum(simulation.scheduler.preempted > 0 for simulation in simulations) >= (1 if kind == "calm" else 3)
+        assert sum(not chunk.is_last for s in simulations for step in s.steps if step for chunk in step.chunks) > 100
+        if "unread" in kind:
+            assert sum(s.watch.joins_by_rest for s in simulations if s.watch is not None) > 10
+
+    @pytest.mark.slow
+    def test_every_step_of_many_loads_keeps_them(self, kind: str) -> None:
+        run_loads(kind, range(1000, 2000))
+
+    @pytest.mark.slow
+    def test_every_step_of_long_loads_keeps_them(self, kind: str) -> None:
+        """Long enough for sequences to be passed as long as they may."""
+        for seed in range(20):
+            run_load(seed, kind, steps=1500)
