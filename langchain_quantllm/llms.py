@@ -333,14 +333,8 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         options = self._options(stop, call)
         engine = self._engine(options)
         requests = [request for prompt in prompts for request in self._requests(prompt, options, engine=engine)]
-        return _PreparedCall(
-            options=options,
-            engine=engine,
-            tokenizer=self.pipeline.tokenizer,
-            requests=requests,
-            max_waiting=self.max_waiting,
-            prompts=prompts,
-        )
+        prepared = {"options": options, "engine": engine, "requests": requests, "max_waiting": self.max_waiting}
+        return _PreparedCall(**prepared, tokenizer=self.pipeline.tokenizer, prompts=prompts)
 
     def _plan_stream(self, prompt: str, stop: Sequence[str] | None, call: Mapping[str, Any]) -> _PreparedCall:
         plan = self._plan([prompt], stop, call)
