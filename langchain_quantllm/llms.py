@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -31,13 +30,6 @@ _call_options: ContextVar[Mapping[str, Any] | None] = ContextVar("quantllm_call_
 """The options of the call in progress; LangChain makes its cache key of the fields alone."""
 
 _LENGTHS = ("max_new_tokens", "max_length", "min_new_tokens", "repetition_penalty")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _PreparedCall(PreparedCall):
-    """One call, ready to run, with its prompts."""
-
-    prompts: Sequence[str]
 
 
 class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
@@ -325,7 +317,7 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
 
     # Plans and results.
 
-    def _plan(self, prompts: Sequence[str], stop: Sequence[str] | None, call: Mapping[str, Any]) -> _PreparedCall:
+    def _plan(self, prompts: Sequence[str], stop: Sequence[str] | None, call: Mapping[str, Any]) -> PreparedCall:
         for prompt in prompts:
             if not isinstance(prompt, str) or not prompt:
                 msg = f"the prompt is {prompt!r}; give a text of at least one character."
@@ -333,24 +325,30 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         options = self._options(stop, call)
         engine = self._engine(options)
         requests = [request for prompt in prompts for request in self._requests(prompt, options, engine=engine)]
-        prepared = {"options": options, "engine": engine, "requests": requests, "max_waiting": self.max_waiting}
-        return _PreparedCall(**prepared, tokenizer=self.pipeline.tokenizer, prompts=prompts)
+        return PreparedCall(
+            options=options,
+            engine=engine,
+            tokenizer=self.pipeline.tokenizer,
+            requests=requests,
+            max_waiting=self.max_waiting,
+            prompts=prompts,
+        )
 
-    def _plan_stream(self, prompt: str, stop: Sequence[str] | None, call: Mapping[str, Any]) -> _PreparedCall:
+    def _plan_stream(self, prompt: str, stop: Sequence[str] | None, call: Mapping[str, Any]) -> PreparedCall:
         plan = self._plan([prompt], stop, call)
         if plan.options.n != 1:
             msg = f"n={plan.options.n} completions cannot share one stream; pass n=1, or use generate."
             raise InvalidOptionError(msg)
         return plan
 
-    def _echo(self, plan: _PreparedCall) -> list[GenerationChunk]:
+    def _echo(self, plan: PreparedCall) -> list[GenerationChunk]:
         return [GenerationChunk(text=plan.prompts[0])] if plan.options.return_full_text else []
 
-    def _chunk(self, plan: _PreparedCall, chunk: Chunk) -> GenerationChunk:
+    def _chunk(self, plan: PreparedCall, chunk: Chunk) -> GenerationChunk:
         info = completion_info(chunk, plan.requests[chunk.row], plan.tokenizer, self.model_id)
         return GenerationChunk(text=chunk.text, generation_info=info or None)
 
-    def _result(self, plan: _PreparedCall, answers: Answers) -> LLMResult:
+    def _result(self, plan: PreparedCall, answers: Answers) -> LLMResult:
         n = plan.options.n
         generations = [
             Generation(

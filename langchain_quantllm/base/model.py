@@ -65,6 +65,7 @@ class PreparedCall:
         tokenizer: The model's tokenizer.
         requests: Its requests, one for each completion.
         max_waiting: Refuse it if so many other requests wait.
+        prompts: Its prompts; those of an LLM only.
     """
 
     options: GenerationOptions
@@ -72,6 +73,7 @@ class PreparedCall:
     tokenizer: Any
     requests: Sequence[Request]
     max_waiting: int | None = None
+    prompts: Sequence[str] = ()
 
     def submit(self, *, in_pieces: bool = True) -> ChunkStream:
         """Submit the requests; see `Engine.submit`."""

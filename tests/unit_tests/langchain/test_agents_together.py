@@ -118,14 +118,15 @@ def test_eight_agents_share_one_batch_and_do_what_they_do_alone(
     chat: ChatQuantizedHuggingFace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = chat.load()._engine()._runner
-    decode = runner.decode
+    run_step = runner.run
     rows: list[int] = []
 
-    def count(states: Any, *args: Any) -> Any:
-        rows.append(len(states))
-        return decode(states, *args)
+    def count(step: Any, *args: Any) -> Any:
+        if step.decoding:
+            rows.append(len(step.decoding))
+        return run_step(step, *args)
 
-    monkeypatch.setattr(runner, "decode", count)
+    monkeypatch.setattr(runner, "run", count)
     by_itself = ChatQuantizedHuggingFace(llm=chat, prefix_caching=False)  # no keys and values of an earlier run
     alone = [run(by_itself, i) for i in range(len(TASKS))]
     tokens_alone = list(rows)
