@@ -2,7 +2,8 @@
 
 The tile of a query, its place there and the number of keys follow from its position alone. So it is the same
 computation, whether the query comes with the rest of a prompt, with a part of it, or by itself; queries of other
-positions that are not asked for are zeros. Keys after a query have weight 0, whatever they are.
+positions that are not asked for are zeros. Keys after a query have weight 0, whatever they are: one that is not finite
+spoils the queries that see it, and no other.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def attend_in_tiles(
 
     Args:
         query: Of shape `(heads, tokens, key_dim)`, float32.
-        key: All keys up to the last query, padded with finite numbers to a multiple of `KEYS`, of shape
-            `(kv_heads, keys, key_dim)`, float32.
+        key: All keys up to the last query, padded to a multiple of `KEYS`, of shape `(kv_heads, keys, key_dim)`,
+            float32.
         value: Likewise, of shape `(kv_heads, keys, value_dim)`.
         position: Position of the first query.
         scale: Factor of the scores.
@@ -54,6 +55,10 @@ def attend_in_tiles(
     asked.view(kv_heads, heads // kv_heads, -1, dim)[:, :, skipped : skipped + tokens] = (query * scale).view(
         kv_heads, -1, tokens, dim
     )
+    is_sound = bool((key.sum() + value.sum()).isfinite())
+    if not is_sound:
+        spoils = ~(key.isfinite().all(-1) & value.isfinite().all(-1))[..., None]
+        key, value = key.masked_fill(spoils, torch.nan), value.masked_fill(spoils, 0)
     found = []
     for tile in range(first, last + 1):
         begin = tile * QUERIES
@@ -65,6 +70,8 @@ def attend_in_tiles(
             scores = softcap * torch.tanh(torch.bmm(grouped, keys) / softcap) + mask
         else:
             scores = torch.baddbmm(mask, grouped, keys)
+        if not is_sound:  # NaN stays NaN with minus infinity added
+            scores = scores.masked_fill(mask == -torch.inf, -torch.inf)
         found.append(torch.bmm(scores.softmax(-1), value[:, start:end]).view(heads, QUERIES, -1))
     return (found[0] if len(found) == 1 else torch.cat(found, 1))[:, skipped : skipped + tokens]
 

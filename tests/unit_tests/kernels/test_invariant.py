@@ -226,6 +226,23 @@ def test_a_query_is_the_same_with_any_others(window: int, softcap: float) -> Non
         torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (20, 0.0), (0, 5.0)])
+@pytest.mark.parametrize("spoilt", ["key", "value"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_key_that_is_not_finite_spoils_only_the_queries_that_see_it(
+    window: int, softcap: float, spoilt: str, number: float
+) -> None:
+    query, key, value = random(4, 100, 16), random(2, 128, 16, seed=1), random(2, 128, 8, seed=2)
+    options = {"scale": 0.3, "window": window, "softcap": softcap}
+    sound = attend_in_tiles(query, key, value, 0, **options)
+    (key if spoilt == "key" else value)[1, 50, 3] = number
+    found = attend_in_tiles(query, key, value, 0, **options)
+    seen = slice(50, 70 if window else 100)
+    assert not found[2:, seen].isfinite().any()
+    found[2:, seen] = sound[2:, seen] = 0  # heads 2 and 3 share the second key head
+    assert torch.equal(found, sound)
+
+
 # On a GPU.
 
 
