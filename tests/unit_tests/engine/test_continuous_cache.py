@@ -146,8 +146,8 @@ class TestSalts:
         request = plan(llm, ids_of(40))[0]
         for i in range(10_000):
             salted = replace(request, options=replace(request.options, cache_salt=str(i)))
-            engine._first_prefix_id(salted, -1)
-            engine._first_prefix_id(request, -1)
+            engine._prefix_ids.first(salted, -1)
+            engine._prefix_ids.first(request, -1)
         assert len(engine._prefix_ids._shared) == engine._blocks.total
         assert (-1, None) in engine._prefix_ids._shared
         assert (-1, "9999") in engine._prefix_ids._shared
