@@ -43,6 +43,7 @@ _STEP_TOKENS_GPU, _STEP_TOKENS_CPU = (4096, 256), (512, 128)
 CHECKS_INTEGRITY = False
 """Check slots, blocks and sequences whenever the engine is idle; switched on by tests."""
 
+_OFTEN = 64  # waiting requests that are looked at in every step, and steps after which more of them are
 _LEAST_CHUNK = 16  # tokens of prompts in a step on a device that is short of memory
 
 
@@ -90,6 +91,7 @@ class ContinuousEngine:
         self.peak_cache_tokens = 0
         self._pending: list[PendingTokens] = []
         """Tokens in flight; on a CPU there are none between two steps."""
+        self._looks = 0
         self._decodes_first = False
         """Whether sequences have waited for a step of prompts, and decode before the next one."""
         self._reset_cache()
@@ -178,7 +180,11 @@ class ContinuousEngine:
     def _drop_stopped(self, beside: Step | None = None) -> None:
         """Drop sequences whose stream was closed or whose time is over, but none that `beside` runs."""
         runs = () if beside is None else {chunk.sequence for chunk in beside.chunks}
-        for sequence in self._scheduler.sequences:
+        running, sequences = list(self._scheduler.running), self._scheduler.sequences
+        self._looks += 1
+        # A long queue, which holds no blocks, is looked through now and then.
+        is_due = not running or len(sequences) - len(running) <= _OFTEN or self._looks % _OFTEN == 0
+        for sequence in sequences if is_due else running:
             if sequence.completion.stream.should_stop() and sequence not in runs:
                 self._drop(sequence)
 

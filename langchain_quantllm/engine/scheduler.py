@@ -63,7 +63,7 @@ class Scheduler:
         self._steps = 0
         # Of the step that is being planned:
         self._planned: set[Sequence] = set()
-        self._unread: set[Sequence] = set()  # sequences whose text is not read
+        self._unread: set[Sequence] = set()  # sequences that it leaves out, as their text is not read
         self._resting: list[Sequence] = []  # of these, the running ones, from old to young
         self._refused: set[Sequence] = set()  # waiting sequences without room
 
@@ -119,6 +119,10 @@ class Scheduler:
             self._plan_running({}, step)
             if step.decoding:
                 return step
+        if not self._queues and all(sequence.decodes for sequence in self.running):
+            if not step.decoding:
+                self._plan_running({}, step)
+            return step if step.decoding else None
         budget = self.step_tokens
         decoding = sum(s.decodes and not s.is_complete and s not in self._resting for s in self.running)
         if decoding and mixes:
@@ -150,8 +154,8 @@ class Scheduler:
     def _begin_step(self) -> None:
         self._steps += 1
         self._planned.clear()
-        self._unread = {sequence for sequence in self.sequences if sequence.is_unread}  # readers change it meanwhile
-        self._resting = [sequence for sequence in self.running if sequence in self._unread]
+        self._resting = [sequence for sequence in self.running if sequence.is_unread]
+        self._unread = set(self._resting)
 
     def push(self, sequence: Sequence, token_id: int) -> None:
         """Append a sampled token that the device has returned."""
@@ -212,6 +216,8 @@ class Scheduler:
         for sequence in queue:
             if lane.most is not None and rows >= lane.most:
                 return
+            if sequence.is_unread:
+                self._unread.add(sequence)  # for the whole step, whatever its reader does meanwhile
             if sequence.is_known and sequence not in self._unread:
                 yield sequence
                 rows += sequence not in self._refused
