@@ -164,13 +164,14 @@ class Watch:
         free = self._available - taken_by_decoding + sum(f.held for f in resting)
         running = sum(f.runs for f in facts.values()) - len(resting) + len(joined)
         promised = sum(facts[s].missing for s in (*prompts, *joined))
-        rows = Counter(f.lane for s, f in facts.items() if (f.runs and not f.rests) or s in joined)
+        rows = Counter(f.lane for f in facts.values() if f.runs and not f.rests)
         # Else some found room only when a prompt had ended, for what was left of the tokens.
         self._joined_at_once = not joined or promised + running <= free
         fitting: list[Sequence] = []
         unfit: list[Sequence] = []
         for sequence in sorted(facts, key=lambda s: facts[s].order)[:LOOKED_AT]:
             f = facts[sequence]
+            rows[f.lane] += sequence in joined  # those behind it in its lane had no place
             if f.runs or sequence in joined or f.rests or not f.is_prompt:
                 continue
             if f.lane.most is not None and rows[f.lane] >= f.lane.most:
