@@ -36,6 +36,7 @@ from benchmarks.soak_model import SoakModel, make_checkpoint
 from langchain_quantllm.engine import continuous
 from langchain_quantllm.engine import stream as stream_module
 from langchain_quantllm.errors import GenerationError, QuantLLMError
+from tests.support.critical import CriticalMessages
 
 MOST_UNREAD = 8
 """Chunks after which a stream of the soak is full."""
@@ -262,17 +263,6 @@ def _is_allowed(call: Call, error: QuantLLMError) -> bool:
     )
 
 
-class _Critical(logging.Handler):
-    """Collects the messages of engines whose books are wrong."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.CRITICAL)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
-
-
 def soak(requests: int, threads: int = 6, *, engine: str = "fast", seed: int = 0) -> dict[str, Any]:
     """Run the soak.
 
@@ -285,7 +275,7 @@ def soak(requests: int, threads: int = 6, *, engine: str = "fast", seed: int = 0
     Returns:
         What happened, and what was left behind.
     """
-    critical, log = _Critical(), logging.getLogger(continuous.__name__)
+    critical, log = CriticalMessages(), logging.getLogger(continuous.__name__)
     log.addHandler(critical)
     before = (continuous.CHECKS_INTEGRITY, stream_module.MOST_UNREAD)
     continuous.CHECKS_INTEGRITY, stream_module.MOST_UNREAD = True, MOST_UNREAD

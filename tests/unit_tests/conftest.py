@@ -13,28 +13,18 @@ import torch
 from transformers import AutoTokenizer
 
 from langchain_quantllm import QuantizedHuggingFaceLLM
+from tests.support.critical import CriticalMessages
 from tests.support.interpreter import interpret, selected_names
 from tests.support.models import llm_of, tiny_model
 from tests.support.selection import slow_but
 
 
-class _Critical(logging.Handler):
-    """Collects the critical messages of every engine's thread."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.CRITICAL)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
-
-
 @pytest.fixture(scope="session")
-def critical() -> Iterator[_Critical]:
+def critical() -> Iterator[CriticalMessages]:
     """The critical messages of engines, which check their blocks, slots and sequences whenever they are idle."""
     from langchain_quantllm.engine import continuous
 
-    handler, log = _Critical(), logging.getLogger(continuous.__name__)
+    handler, log = CriticalMessages(), logging.getLogger(continuous.__name__)
     log.addHandler(handler)
     continuous.CHECKS_INTEGRITY = True
     yield handler
@@ -42,7 +32,7 @@ def critical() -> Iterator[_Critical]:
 
 
 @pytest.fixture(autouse=True)
-def engines_stay_whole(critical: _Critical) -> Iterator[None]:
+def engines_stay_whole(critical: CriticalMessages) -> Iterator[None]:
     """Fail the test after which an engine's books are wrong."""
     yield
     messages, critical.messages = critical.messages, []
