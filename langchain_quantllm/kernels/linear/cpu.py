@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -90,6 +90,22 @@ def _four_bit_linear(x: torch.Tensor, weight: FourBitWeight) -> torch.Tensor:
         msg = f"this CPU multiplies {str(x.dtype).removeprefix('torch.')} as fast in the layer itself"
         raise UnsupportedError(msg)
     rows = x.reshape(-1, weight.in_features).float()
+    return dequantized_product(rows, weight, torch.matmul).view(*x.shape[:-1], weight.out_features)
+
+
+def dequantized_product(
+    rows: torch.Tensor, weight: FourBitWeight, product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Dequantize a weight piece by piece to the dtype of the rows, and multiply.
+
+    Args:
+        rows: Of shape `(rows, in_features)`.
+        weight: The weight.
+        product: Multiplies the rows by a piece of shape `(in_features, outputs of the piece)`.
+
+    Returns:
+        Of shape `(rows, out_features)`.
+    """
     outputs, inputs, block = weight.out_features, weight.in_features, weight.block_size
     octets, scales = weight.words.view(torch.uint8), block_scales(weight, torch.float32)
     whole_blocks = block // math.gcd(inputs, block)  # outputs after which a block ends
@@ -103,10 +119,10 @@ def _four_bit_linear(x: torch.Tensor, weight: FourBitWeight) -> torch.Tensor:
             block,
             weight.kind,
             (end - first, inputs),
-            torch.float32,
+            rows.dtype,
         )
-        found[:, first:end] = rows @ piece.t()
-    return found.view(*x.shape[:-1], outputs)
+        found[:, first:end] = product(rows, piece.t())
+    return found
 
 
 def has_16_bit_products() -> bool:

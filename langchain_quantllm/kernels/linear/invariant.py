@@ -11,22 +11,23 @@ from collections.abc import Sequence
 
 import torch
 
-from langchain_quantllm.compat.bitsandbytes import dequantized, four_bit_product
+from langchain_quantllm.compat.bitsandbytes import four_bit_product
 from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.kernels.invariant.ops import paused
 from langchain_quantllm.kernels.invariant.products import MOST_IN_A_TWIN, product
 from langchain_quantllm.kernels.invariant.tiles import Function, run_in_tiles
-from langchain_quantllm.kernels.linear.cpu import INT8_ALIGNMENT, has_16_bit_products, stored_product
-from langchain_quantllm.kernels.linear.reference import block_scales
+from langchain_quantllm.kernels.linear.cpu import (
+    INT8_ALIGNMENT,
+    dequantized_product,
+    has_16_bit_products,
+    stored_product,
+)
 from langchain_quantllm.kernels.linear.weights import FourBitWeight, Int8Weight, RepackedWeight, Weight
 
 __all__ = ["MOST_FOUR_BIT_ROWS", "grouped_linear", "quantized_linear"]
 
 MOST_FOUR_BIT_ROWS = math.inf
 """Rows above which the layer's own forward is used: none, as it computes something else."""
-
-_PIECE = 1 << 20
-"""Numbers of a 4-bit weight that are dequantized at once: 4 MB in float32."""
 
 _MOST_GROUPED = 3
 """Most weights of one launch on a GPU."""
@@ -114,21 +115,4 @@ def _int8(rows: torch.Tensor, weight: Int8Weight) -> torch.Tensor:
 def _four_bit(rows: torch.Tensor, weight: FourBitWeight) -> torch.Tensor:
     """Dequantize and multiply piece by piece."""
     wide = rows.dtype if rows.dtype == torch.bfloat16 and has_16_bit_products() else torch.float32
-    rows = rows.to(wide)
-    outputs, inputs, block = weight.out_features, weight.in_features, weight.block_size
-    octets, scales = weight.words.view(torch.uint8), block_scales(weight, torch.float32)
-    whole_blocks = block // math.gcd(inputs, block)  # outputs after which a block ends
-    most = max(1, _PIECE // inputs // whole_blocks) * whole_blocks
-    found = rows.new_empty(len(rows), outputs)
-    for first in range(0, outputs, most):
-        end = min(outputs, first + most)
-        piece = dequantized(
-            octets[first * inputs // 2 : end * inputs // 2],
-            scales[first * inputs // block : -(-end * inputs // block)],
-            block,
-            weight.kind,
-            (end - first, inputs),
-            wide,
-        )
-        found[:, first:end] = product(rows, piece.t())
-    return found
+    return dequantized_product(rows.to(wide), weight, product)
