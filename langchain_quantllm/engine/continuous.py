@@ -263,9 +263,11 @@ class ContinuousEngine:
         Between two decode steps lies the work of some `step_tokens_while_decoding` tokens of prompts.
         """
         parts = tokens / self._step_tokens[1]
+        if parts <= 1.5:
+            return None
         reads = {chunk.sequence for chunk in step.chunks}
         rows = [s for s in self._scheduler.running if s.decodes and not s.is_complete and s not in reads]
-        if parts <= 1.5 or not rows or not self._runner.can_replay(len(rows)):
+        if not rows or not self._runner.can_replay(len(rows)):
             return None
         layers_apart = max(1, round(len(self._parts.pools) / parts))
 
