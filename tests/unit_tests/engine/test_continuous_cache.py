@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -268,16 +269,19 @@ class TestMainMemory:
         assert make_tiny(kv_cache_memory=2 * available_memory("cpu")).invoke("Sea")
 
     @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell what is resident")
-    def test_what_another_model_s_cache_may_still_fill_is_not_free(self) -> None:
-        gc.collect()
-        size = int(0.7 * available_memory("cpu"))
+    def test_what_another_model_s_cache_may_still_fill_is_not_free(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        # What the machine has free, and what the models of other tests hold, changes while this runs.
+        monkeypatch.setattr(kv_cache, "available_memory", lambda _device: 8 * 2**30)
+        monkeypatch.setattr(kv_cache, "_mappings", weakref.WeakKeyDictionary())
+        size = int(0.7 * 8 * 2**30)
         alone = self.count(0.5)
         first = allocate_pools(self.SHAPES, self.count(size))
         with pytest.raises(NotEnoughMemoryError, match="other KV caches in this process may still fill"):
             self.count(size)
-        assert self.count(0.5) < 0.6 * alone, "a share of the free memory counts it, too"
+        assert self.count(0.5) == pytest.approx(0.3 * alone, rel=0.01), "a share of the free memory counts it, too"
         assert first[0].kv.shape[0] > 0
         del first
+        gc.collect()
         assert self.count(size) > 0
 
     @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell what is resident")
