@@ -22,7 +22,9 @@ from langchain_quantllm.loading.sources import check_sources
 from langchain_quantllm.loading.spec import LoadSpec
 from langchain_quantllm.quantization.calibration import Calibration, calibration_from, read_texts, sequences
 from langchain_quantllm.quantization.gptq import SHARD, GPTQRun, Progress, check_layers
-from langchain_quantllm.quantization.output_dir import free_folder, save_checkpoint
+from langchain_quantllm.quantization.journal import ENDING, Journal
+from langchain_quantllm.quantization.output_dir import OutputDir, claim_output
+from langchain_quantllm.quantization.saving import check_reopened, expected_logits, save_checkpoint, stored_bytes
 from langchain_quantllm.schemes import GPTQ, Prequantized, Scheme, Unquantized, scheme_from
 
 DAMPING = 0.01
@@ -78,6 +80,10 @@ def quantize(
     block is on the device at a time, so a GPU needs room for one block and its inputs. Finished blocks are kept beside
     the output, in a folder that ends in `.partial`: the same call resumes there after an interruption.
 
+    What was written is read again and compared before it takes its place, and whatever fails leaves the old content of
+    the output there. Models of bitsandbytes' schemes are also loaded once more, after the first one has left the
+    memory, to compare what they compute.
+
     Args:
         model_id: A folder, or the name of a repository on the Hub, with an unquantized decoder-only model.
         scheme: `"gptq"` or `GPTQ(bits=..., group_size=..., sym=..., desc_act=...)`; `"int8"`, `"nf4"`, `"nf4-double"`,
@@ -89,7 +95,8 @@ def quantize(
         damping: For GPTQ: added to the diagonal of the statistics, as a share of its mean.
         device: Device that computes: `"cpu"`, `"cuda"`, `"cuda:1"`; None is the first accelerator, else the CPU.
         dtype: Dtype of the unquantized part; `"auto"` is the checkpoint's, but float16 in place of float32.
-        overwrite: Replace an output that is there, and blocks of another run beside it.
+        overwrite: Replace a checkpoint that is there, and blocks of another run beside it. A folder that holds anything
+            else is never replaced.
         report: Called after each block of GPTQ, in the thread that quantizes.
         progress: Show progress bars of loading and writing.
         revision: Branch, tag or commit.
@@ -108,6 +115,7 @@ def quantize(
         MissingPackageError: If the scheme needs a package that is not installed.
         UnsupportedError: If the model cannot be quantized in this scheme.
         NotEnoughMemoryError: If the model does not fit into the memory.
+        OutputError: If the output cannot be written, has no room, or another run writes it.
     """
     began = time.perf_counter()
     wanted = _wanted(scheme)
@@ -127,36 +135,48 @@ def quantize(
     )
     check_packages(spec.scheme)
     check_sources(spec.model_id)
-    folder = free_folder(output or _named_after(spec.model_id, wanted), [spec.model_id], overwrite=overwrite)
-    source = find_source(spec)
-    import_quietly()
-    with without_torchao():
-        checkpoint = find_checkpoint(spec, source)
-    if checkpoint.quantization is not None:
-        msg = (
-            f"{spec.model_id} is quantized already, and the precision that this lost cannot be restored; give the "
-            "unquantized checkpoint."
-        )
-        raise CheckpointError(msg)
-    about: dict[str, Any] = {"scheme": wanted}
-    if isinstance(wanted, GPTQ):
-        options: dict[str, Any] = {"skip_modules": skip_modules, "damping": damping, "device": device, "report": report}
-        about = _write_gptq(spec, checkpoint, wanted, calibration, folder, overwrite=overwrite, **options)
-    else:
-        _write_bitsandbytes(spec, source, folder)
+    output = output or _named_after(spec.model_id, wanted)
+    files = [calibration_from(calibration).file] if is_gptq else []
+    place: dict[str, Any] = {"cache_dir": cache_dir, "beside": [ENDING] if is_gptq else []}
+    with claim_output(output, [spec.model_id], filter(None, files), overwrite=overwrite, **place) as claimed:
+        source = find_source(spec)
+        import_quietly()
+        with without_torchao():
+            checkpoint = find_checkpoint(spec, source)
+        if checkpoint.quantization is not None:
+            msg = (
+                f"{spec.model_id} is quantized already, and the precision that this lost cannot be restored; give the "
+                "unquantized checkpoint."
+            )
+            raise CheckpointError(msg)
+        about: dict[str, Any] = {"scheme": wanted}
+        if isinstance(wanted, GPTQ):
+            options: dict[str, Any] = {"skip_modules": skip_modules, "damping": damping, "report": report}
+            options |= {"device": device, "overwrite": overwrite}
+            about = _write_gptq(spec, checkpoint, wanted, calibration, claimed, **options)
+        else:
+            claimed.check_space(stored_bytes(checkpoint.config, wanted, spec))
+            _write_bitsandbytes(spec, source, claimed)
     release_memory()
-    weights_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    weights_bytes = sum(file.stat().st_size for file in claimed.folder.glob("*.safetensors"))
     total_s = time.perf_counter() - began
-    return QuantizedCheckpoint(folder=folder, weights_bytes=weights_bytes, total_s=total_s, **about)
+    return QuantizedCheckpoint(folder=claimed.folder, weights_bytes=weights_bytes, total_s=total_s, **about)
 
 
-def _write_bitsandbytes(spec: LoadSpec, source: str, folder: Path) -> None:
+def _write_bitsandbytes(spec: LoadSpec, source: str, output: OutputDir) -> None:
     loaded = load(spec, source)
-    pipeline = loaded.pipeline
-    preprocessor = getattr(pipeline, "processor", None) or pipeline.tokenizer
-    # Before the first forward, which repacks the weights on some CPUs.
-    save_checkpoint(folder, pipeline.model, preprocessor, progress=spec.progress, max_shard_size=SHARD)
-    loaded.close()
+    try:
+        pipeline = loaded.pipeline
+        preprocessor = getattr(pipeline, "processor", None) or pipeline.tokenizer
+        options: dict[str, Any] = {"progress": spec.progress, "trust_remote_code": spec.trust_remote_code}
+        # Before the first forward, which repacks the weights on some CPUs.
+        save_checkpoint(output, pipeline.model, preprocessor, max_shard_size=SHARD, **options)
+        expected = expected_logits(pipeline.model, pipeline.tokenizer)
+        del pipeline, preprocessor
+    finally:
+        loaded.close()
+    check_reopened(output.part, spec, expected)
+    output.publish()
 
 
 def _write_gptq(
@@ -164,7 +184,7 @@ def _write_gptq(
     checkpoint: Checkpoint,
     scheme: GPTQ,
     calibration: Any,
-    folder: Path,
+    output: OutputDir,
     *,
     skip_modules: Sequence[str],
     damping: float,
@@ -177,21 +197,29 @@ def _write_gptq(
     if not reads_text(config):
         msg = f"{spec.model_id} also reads images, and GPTQ is supported for models of text alone; use nf4 or int8."
         raise UnsupportedError(msg)
+    journal = Journal(output.folder)
     device = _usable_device(device)
     spec = dataclasses.replace(spec, dtype=_stored_dtype(spec, config))
     calibration = calibration_from(calibration)
     texts = read_texts(calibration)
     with without_torchao():
         layout, scheme = check_layers(config, scheme, skip_modules, trust_remote_code=spec.trust_remote_code)
+    # The finished blocks are written once, and all of them once more into the checkpoint.
+    output.check_space(2 * stored_bytes(config, scheme, spec) - journal.finished_bytes)
     loaded = load(spec, checkpoint.source)
-    tokenizer = loaded.pipeline.tokenizer
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    ids = sequences(calibration, texts, tokenizer, context) if texts else []
-    tokens = sum(map(len, ids))
-    run = GPTQRun(loaded.pipeline.model, layout, scheme, damping=damping, device=device, report=report)
-    resumed_blocks = run.run(ids, checkpoint.source, folder, overwrite=overwrite)
-    run.write(folder, tokenizer, calibration=calibration.source_label, tokens=tokens, progress=spec.progress)
-    loaded.close()
+    try:
+        tokenizer = loaded.pipeline.tokenizer
+        context = getattr(config.get_text_config(), "max_position_embeddings", None)
+        ids = sequences(calibration, texts, tokenizer, context) if texts else []
+        tokens = sum(map(len, ids))
+        model = loaded.pipeline.model
+        run = GPTQRun(model, layout, scheme, damping=damping, device=device, journal=journal, report=report)
+        resumed_blocks = run.run(ids, checkpoint.source, overwrite=overwrite)
+        about: dict[str, Any] = {"calibration": calibration.source_label, "tokens": tokens, "progress": spec.progress}
+        run.write(output, tokenizer, trust_remote_code=spec.trust_remote_code, **about)
+    finally:
+        journal.remove_empty()
+        loaded.close()
     return {
         "scheme": scheme,
         "calibration": calibration.label,
