@@ -159,7 +159,8 @@ def claim_output(
         InvalidOptionError: If the folder is in a place of others, or has content that may not be replaced.
         OutputError: If it cannot be written, or another run writes it.
     """
-    folder = output_folder(output, sources, files, cache_dir=cache_dir, beside=beside, overwrite=overwrite)
+    with output_errors(output):
+        folder = output_folder(output, sources, files, cache_dir=cache_dir, beside=beside, overwrite=overwrite)
     with contextlib.ExitStack() as stack:
         with output_errors(folder):
             stack.enter_context(_parents(folder))
@@ -174,7 +175,7 @@ def claim_output(
 
 
 @contextlib.contextmanager
-def output_errors(folder: Path) -> Iterator[None]:
+def output_errors(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Turn errors of the disk, and of the libraries that write to it, into `OutputError`.
 
     Args:
@@ -188,7 +189,7 @@ def output_errors(folder: Path) -> Iterator[None]:
         found = re.search(r"\(os error (\d+)\)", str(error))  # as the Rust code of safetensors and tokenizers writes it
         number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
         why = _REASONS.get(number or 0, f"{first_line(error)}; give another output")
-        msg = f"{folder} cannot be written: {why}. What was there before is left as it was."
+        msg = f"{os.fspath(folder)} cannot be written: {why}. What was there before is left as it was."
         raise OutputError(msg) from error
 
 

@@ -148,23 +148,23 @@ def _remove_dead(file: Path) -> None:
     Raises:
         _HeldError: If its process lives, or cannot be known because it runs on another machine.
     """
-    found = _read(file)
-    if not _is_dead(found, file):
-        raise _HeldError
-    aside = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}")
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError):  # released meanwhile, or removed by another run
+        before = file.stat()
+        if not _is_dead(_read(file), before.st_mtime):
+            raise _HeldError
+        aside = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}")
         file.rename(aside)  # of several runs that do so, one succeeds
-        if _read(aside) != found:  # and meanwhile it may have taken the lock
-            aside.rename(file)
+        after = aside.stat()
+        if (before.st_ino, before.st_mtime_ns) != (after.st_ino, after.st_mtime_ns):
+            aside.rename(file)  # another run has removed the dead one's already, and this lock is its own
             raise _HeldError
         aside.unlink()
 
 
-def _is_dead(owner: dict[str, object], file: Path) -> bool:
+def _is_dead(owner: dict[str, object], written: float) -> bool:
+    """Say whether the process of a lock file is dead, by the file's content and the time it was written."""
     if not owner:
-        with contextlib.suppress(OSError):
-            return time.time() - file.stat().st_mtime > _EMPTY_S
-        return True
+        return time.time() - written > _EMPTY_S
     if owner.get("host") != socket.gethostname():
         return False
     try:

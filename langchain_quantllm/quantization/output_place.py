@@ -51,6 +51,7 @@ def output_folder(
     Raises:
         InvalidOptionError: If it is, holds, or lies in a folder of others; is a file; or has content that may not be
             replaced.
+        OSError: If it cannot be read.
     """
     folder = _resolved(output)
     if not folder.name:
@@ -70,6 +71,7 @@ def check_content(folder: Path, *, overwrite: bool) -> None:
 
     Raises:
         InvalidOptionError: If it is a file, or its content may not be replaced.
+        OSError: If it cannot be read.
     """
     if os.path.lexists(folder) and not folder.is_dir():
         msg = f"output={str(folder)!r} is a file; give a folder."
@@ -78,9 +80,6 @@ def check_content(folder: Path, *, overwrite: bool) -> None:
         names = sorted(path.name for path in folder.iterdir())
     except FileNotFoundError:
         return
-    except OSError as error:
-        msg = f"output={str(folder)!r} cannot be read ({first_line(error)}); give another folder."
-        raise InvalidOptionError(msg) from error
     if names and not overwrite:
         msg = f"output={str(folder)!r} is not empty; give another folder, or overwrite=True to replace a checkpoint."
         raise InvalidOptionError(msg)

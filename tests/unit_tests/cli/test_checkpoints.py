@@ -34,7 +34,7 @@ def test_convert_writes_a_checkpoint_and_prints_its_folder(tmp_path: Path, monke
     ("file", "folder", "said"),
     [
         ("none.gguf", "out", "there is no file"),
-        ("broken.gguf", ".", "is there already and not empty"),
+        ("broken.gguf", ".", "which is read"),
         ("broken.gguf", "out", "transformers cannot read"),
     ],
 )
