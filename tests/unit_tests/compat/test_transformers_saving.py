@@ -21,7 +21,7 @@ def mixtral() -> Any:
     return transformers.MixtralForCausalLM(transformers.MixtralConfig(**options, num_local_experts=4))
 
 
-@pytest.mark.parametrize("make", [lambda: tiny_model(512), lambda: tiny_model(512, "gemma2"), mixtral])
+@pytest.mark.parametrize("make", [lambda: tiny_model(512), lambda: tiny_model(512, "qwen2"), mixtral])
 @pytest.mark.compat
 def test_tensors_are_those_of_the_file(tmp_path: Path, make: Any) -> None:
     model = make()
