@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from langchain_quantllm.compat.library_logging import progress_bars, without_torchao
+from langchain_quantllm.compat.transformers_auto import processor_parts
 from langchain_quantllm.compat.transformers_saving import saved_tensors
 from langchain_quantllm.errors import NotEnoughMemoryError, OutputError, QuantLLMError, UnsupportedError, first_line
 from langchain_quantllm.loading.checkpoint import find_checkpoint
@@ -64,8 +65,22 @@ def save_checkpoint(
     """
     with output.writing() as part, progress_bars(progress):
         model.save_pretrained(part, **options)
-        preprocessor.save_pretrained(part)
+        _save_preprocessor(preprocessor, part)
     check_written(part, model, preprocessor, trust_remote_code=trust_remote_code)
+
+
+def _save_preprocessor(preprocessor: Any, folder: Path) -> None:
+    """Save a tokenizer or a processor; of one without its part for videos, which needs torchvision, the other parts."""
+    is_processor = getattr(preprocessor, "tokenizer", None) is not None
+    parts = [getattr(preprocessor, name) for name in processor_parts(type(preprocessor))] if is_processor else []
+    if None not in parts:
+        preprocessor.save_pretrained(folder)
+        return
+    for part in parts:
+        if part is not None:
+            part.save_pretrained(folder)
+    if isinstance(preprocessor.chat_template, str):
+        (folder / "chat_template.jinja").write_text(preprocessor.chat_template, encoding="utf-8")
 
 
 def stored_bytes(config: Any, scheme: Scheme, spec: LoadSpec) -> int:

@@ -21,7 +21,9 @@ from langchain_quantllm.errors import OutputError
 from langchain_quantllm.quantization import gptq
 from langchain_quantllm.quantization.packing import RoundedLinear
 from tests.support.adapters import make_adapter
+from tests.support.chat_images import ask, chat_of
 from tests.support.checkpoints import make_checkpoint
+from tests.support.vision import FAMILIES, make_vision_checkpoint
 from tests.unit_tests.quantization.test_outputs import tree
 
 SCHEMES = ("nf4", "int8", "gptq", "merge")
@@ -255,3 +257,14 @@ def test_tied_weights_are_written_once(tmp_path: Path) -> None:
     names = load_file(done.folder / "model.safetensors").keys()
     assert "model.embed_tokens.weight" in names
     assert "lm_head.weight" not in names
+
+
+@pytest.mark.parametrize("family", [*FAMILIES])
+def test_models_that_read_images_are_written_with_their_processor(tmp_path: Path, family: str) -> None:
+    """Also where the processor's part for videos could not be loaded."""
+    plain = make_vision_checkpoint(tmp_path / "plain", family)
+    done = quantize(plain, "nf4", None, tmp_path / "out", device="cpu", progress=False)
+    one, two = (chat_of(folder, quantization="nf4" if folder == plain else None) for folder in (plain, done.folder))
+    assert one.invoke([ask(0)]).content == two.invoke([ask(0)]).content
+    one.unload()
+    two.unload()
