@@ -29,18 +29,19 @@ _logger = logging.getLogger(__name__)
 _SPARE_BYTES = 32 * 2**20
 """For the tokenizer, configs and headers, beside the weights."""
 
-_REASONS = {
-    errno.ENOSPC: "the disk is full; make room, or give an output on another disk",
-    errno.EDQUOT: "this user's quota of the disk is used up; make room, or give an output on another disk",
-    errno.EFBIG: "a file became larger than this system allows; give an output on another disk",
-    errno.EACCES: "this user may not write there; give another output",
-    errno.EPERM: "this user may not write there; give another output",
-    errno.EROFS: "the disk is read-only; give an output on another disk",
-    errno.ENAMETOOLONG: "its name is too long; give a shorter one",
-    errno.ENOTEMPTY: "something else has appeared there meanwhile, and is left alone; give another output",
-    errno.EEXIST: "something else has appeared there meanwhile, and is left alone; give another output",
+_OTHER_DISK = "give an output on another disk"
+_TAKEN = "something else has appeared there meanwhile, and is left alone; give another output"
+_ADVICE = {
+    errno.ENOSPC: f"make room, or {_OTHER_DISK}",
+    errno.EDQUOT: f"make room, or {_OTHER_DISK}",
+    errno.EFBIG: _OTHER_DISK,
+    errno.EROFS: _OTHER_DISK,
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ENOTEMPTY: _TAKEN,
+    errno.EEXIST: _TAKEN,
     errno.ENOTDIR: "a file is in its way; give another output",
 }
+"""What to do about an error of the system; where there is no better advice, to give another output."""
 
 _State = frozenset[tuple[str, int, int, int]]
 
@@ -188,8 +189,9 @@ def output_errors(folder: str | os.PathLike[str]) -> Iterator[None]:
     except Exception as error:
         found = re.search(r"\(os error (\d+)\)", str(error))  # as the Rust code of safetensors and tokenizers writes it
         number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
-        why = _REASONS.get(number or 0, f"{first_line(error)}; give another output")
-        msg = f"{os.fspath(folder)} cannot be written: {why}. What was there before is left as it was."
+        why = first_line(error) if number is None else os.strerror(number)
+        advice = _ADVICE.get(number or 0, "give another output")
+        msg = f"{os.fspath(folder)} could not be written: {why}; {advice}. What was there before is left as it was."
         raise OutputError(msg) from error
 
 

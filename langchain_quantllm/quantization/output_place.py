@@ -59,10 +59,13 @@ def output_folder(
     if _OWN.search(folder.name):
         msg = f"output={str(folder)!r} has the name of a run's own working folder; give another one."
         raise InvalidOptionError(msg)
-    sources, files = list(sources), list(files)
+    sources = list(sources)
     for ending in ("", *beside):
-        _check_apart(folder.with_name(folder.name + ending), sources, files, cache_dir)
+        _check_apart(folder.with_name(folder.name + ending), sources, cache_dir)
     check_content(folder, overwrite=overwrite)
+    for file in filter(None, map(_existing, files)):
+        if _holds(folder, file):
+            _refuse(folder, f"holds {str(file)!r}, which is read")
     return folder
 
 
@@ -130,13 +133,12 @@ def _resolved(path: str | os.PathLike[str]) -> Path:
 def _check_apart(
     folder: Path,
     sources: Iterable[str | os.PathLike[str]],
-    files: Iterable[str | os.PathLike[str]],
     cache_dir: str | None,
 ) -> None:
     """Check that replacing a folder removes nothing else.
 
     Raises:
-        InvalidOptionError: If it is, holds, or lies in a source, holds a file that is read, or is the system's.
+        InvalidOptionError: If it is, holds, or lies in a source, or is or holds a folder of the system's.
     """
     for source in filter(None, map(_existing, sources)):
         if source.is_dir() and _holds(source, folder):
@@ -144,9 +146,6 @@ def _check_apart(
             _refuse(folder, f"{what} {str(source)!r}, one of the sources")
         if any(_holds(folder, path) for path in (source, *_linked(source))):
             _refuse(folder, f"holds files of {str(source)!r}, one of the sources")
-    for file in filter(None, map(_existing, files)):
-        if _holds(folder, file):
-            _refuse(folder, f"holds {str(file)!r}, which is read")
     for cache in _hub_caches(cache_dir):
         if _holds(folder, cache) or _holds(cache, folder):
             _refuse(folder, f"is, holds or lies in {str(cache)!r}, the cache of the Hub")

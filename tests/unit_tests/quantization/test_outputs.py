@@ -63,7 +63,7 @@ def world(made: Path, tmp_path: Path) -> Path:
     (root / "models" / "other" / "mine.txt").write_text("mine")
     (root / "texts").mkdir()
     (root / "texts" / "config.json").write_text("[]")
-    (root / "texts" / "questions.txt").write_text("one two three " * 50)
+    (root / "texts" / "vocab.txt").write_text("one two three " * 50)
     (root / "to-models").symlink_to(root / "models")
     (root / "to-base").symlink_to(root / "models" / "base")
     # Weights elsewhere, to which the files of a checkpoint are links, as in the cache of the Hub.
@@ -106,11 +106,10 @@ class TestPlace:
         assert tree(world) == before
 
     def test_neither_is_the_calibration(self, world: Path) -> None:
+        """Though the names are those of a checkpoint."""
         before = tree(world)
-        with pytest.raises(InvalidOptionError, match=r"holds .*questions.txt', which is read"):
-            quantize(
-                world / "models" / "base", "gptq", world / "texts" / "questions.txt", world / "texts", overwrite=True
-            )
+        with pytest.raises(InvalidOptionError, match=r"holds .*vocab.txt', which is read"):
+            quantize(world / "models" / "base", "gptq", world / "texts" / "vocab.txt", world / "texts", overwrite=True)
         assert tree(world) == before
 
     def test_a_source_is_not_taken_for_the_finished_blocks_of_its_output(self, world: Path) -> None:

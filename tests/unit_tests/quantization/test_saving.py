@@ -87,7 +87,7 @@ def test_a_disk_that_takes_no_more(made: Path, tmp_path: Path, scheme: str, most
     output = old(tmp_path / "out")
     command = [sys.executable, "-c", _FULL, made / "base", made / "sql", output, scheme, str(most)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith(f"OutputError {output} cannot be written: a file became larger than"), done.stderr
+    assert done.stdout.startswith(f"OutputError {output} could not be written: File too large; give"), done.stderr
     assert done.stdout.count("\n") == 1
     found = tree(tmp_path)
     if scheme == "gptq" and most > 50_000:  # the finished blocks are for the next run
@@ -128,10 +128,10 @@ def test_places_that_cannot_be_written_are_found_out_before_the_work(
     (tmp_path / "file").write_text("file")
     for output, says in {
         tmp_path / "file" / "out": "a file is in its way|Not a directory",
-        tmp_path / "new" / ("n" * 300): "its name is too long",
-        tmp_path / "new" / ("n" * 245): "its name is too long",  # that of the folder beside it
-        Path("/proc/out"): "cannot be written",
-        Path("/sys/out"): "cannot be written",
+        tmp_path / "new" / ("n" * 300): "File name too long; give a shorter",
+        tmp_path / "new" / ("n" * 245): "File name too long; give a shorter",  # that of the folder beside it
+        Path("/proc/out"): "could not be written",
+        Path("/sys/out"): "could not be written",
     }.items():
         with pytest.raises(OutputError, match=says):
             run(made, scheme, output)
