@@ -10,6 +10,7 @@ from typer.testing import CliRunner, Result
 from langchain_quantllm.cli import app, checkpoints
 from langchain_quantllm.quantization import gguf
 from langchain_quantllm.quantization.output_dir import claim_output
+from tests.support.adapters import make_adapter
 from tests.support.checkpoints import make_checkpoint
 
 
@@ -67,16 +68,18 @@ def test_options_of_gptq_are_refused_with_other_schemes(tmp_path: Path) -> None:
 
 def test_outputs_that_are_refused_are_one_line(tmp_path: Path) -> None:
     """In the place of a source, in that of another run, and where nothing can be written."""
+    pytest.importorskip("peft")
     base = make_checkpoint(tmp_path / "models" / "base")
+    sql = make_adapter(base, tmp_path / "sql", seed=1)
     (tmp_path / "models" / "mine.txt").write_text("mine")
     (tmp_path / "file").touch()
     cases = {
         ("quantize", base, "-s", "nf4", "-o", tmp_path / "models", "--overwrite"): "one of the sources",
-        ("merge", base, base, "-o", base, "--overwrite"): "one of the sources",
+        ("merge", base, sql, "-o", base, "--overwrite"): "one of the sources",
         ("quantize", base, "-s", "nf4", "-o", tmp_path / "busy"): "being written by another run (process",
         ("convert", base / "config.json", tmp_path / "busy"): "being written by another run (process",
         ("quantize", base, "-s", "gptq", "-o", tmp_path / "file" / "out"): "could not be written: Not a directory",
-        ("merge", base, base, "-o", tmp_path / ("n" * 300)): "could not be written: File name too long",
+        ("merge", base, sql, "-o", tmp_path / ("n" * 300)): "could not be written: File name too long",
     }
     with claim_output(tmp_path / "busy", ()):
         for words, says in cases.items():
@@ -87,4 +90,4 @@ def test_outputs_that_are_refused_are_one_line(tmp_path: Path) -> None:
             assert says in result.stderr
             assert result.stderr.count("\n") == 1
     assert (tmp_path / "models" / "mine.txt").read_text() == "mine"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "models"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "models", "sql"]
