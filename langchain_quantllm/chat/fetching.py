@@ -250,19 +250,24 @@ class _Connection(http.client.HTTPConnection):
             if left_s <= 0:
                 raise TimeoutError
             try:
-                self.sock = socket.create_connection((address, self.port), left_s / (len(self._addresses) - index))
+                self._use(socket.create_connection((address, self.port), left_s / (len(self._addresses) - index)))
                 break
             except OSError as error:
                 failure = error
         else:
             raise failure
-        self._current = self.sock
         self.sock.settimeout(max(0.01, self.deadline - time.monotonic()))
         if self.context is not None:
             # The handshake is a step of its own, so that it can be cut off.
             options = {"server_hostname": self.host, "do_handshake_on_connect": False}
-            self._current = self.sock = self.context.wrap_socket(self.sock, **options)
-            self.sock.do_handshake()
+            secured = self.context.wrap_socket(self.sock, **options)
+            self._use(secured)
+            secured.do_handshake()
+
+    def _use(self, sock: Any) -> None:
+        self._current = self.sock = sock
+        if time.monotonic() >= self.deadline:  # `cut` may have come too early for this socket
+            raise TimeoutError
 
     def cut(self) -> None:
         """End whatever waits for the other side, in whatever thread; a server may send a byte now and then for ever."""

@@ -24,7 +24,7 @@ from langchain_quantllm.quantization.calibration import Calibration, calibration
 from langchain_quantllm.quantization.gptq import SHARD, GPTQRun, Progress, check_layers
 from langchain_quantllm.quantization.journal import ENDING, Journal
 from langchain_quantllm.quantization.output_dir import OutputDir, claim_output
-from langchain_quantllm.quantization.saving import check_reopened, expected_logits, save_checkpoint, stored_bytes
+from langchain_quantllm.quantization.saving import check_reopened, expected_logits, save_checkpoint, stored_weights
 from langchain_quantllm.schemes import GPTQ, Prequantized, Scheme, Unquantized, scheme_from
 
 DAMPING = 0.01
@@ -155,7 +155,7 @@ def quantize(
             options |= {"device": device, "overwrite": overwrite}
             about = _write_gptq(spec, checkpoint, wanted, calibration, claimed, **options)
         else:
-            claimed.check_space(stored_bytes(checkpoint.config, wanted, spec))
+            claimed.check_space(stored_weights(checkpoint.config, wanted, spec).total_bytes)
             _write_bitsandbytes(spec, source, claimed)
     release_memory()
     weights_bytes = sum(file.stat().st_size for file in claimed.folder.glob("*.safetensors"))
@@ -204,8 +204,9 @@ def _write_gptq(
     texts = read_texts(calibration)
     with without_torchao():
         layout, scheme = check_layers(config, scheme, skip_modules, trust_remote_code=spec.trust_remote_code)
-    # The finished blocks are written once, and all of them once more into the checkpoint.
-    output.check_space(2 * stored_bytes(config, scheme, spec) - journal.finished_bytes)
+    # The blocks are written one by one, and all of them once more into the checkpoint.
+    stored = stored_weights(config, scheme, spec)
+    output.check_space(stored.total_bytes + stored.quantized_bytes - journal.finished_bytes)
     loaded = load(spec, checkpoint.source)
     try:
         tokenizer = loaded.pipeline.tokenizer

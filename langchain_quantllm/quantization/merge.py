@@ -36,7 +36,7 @@ from langchain_quantllm.quantization.saving import (
     largest_difference,
     logits_of,
     save_checkpoint,
-    stored_bytes,
+    stored_weights,
     tolerance_of,
 )
 from langchain_quantllm.schemes import FP4, GPTQ, NF4, Int8, Unquantized, scheme_of_config
@@ -110,7 +110,7 @@ def merge_adapter(
         found = find_adapters(spec)[0]
         source = find_source(spec)
         checkpoint = _check_base(spec, source, found)
-        claimed.check_space(stored_bytes(checkpoint.config, Unquantized(), spec))
+        claimed.check_space(stored_weights(checkpoint.config, Unquantized(), spec).total_bytes)
         spec = dataclasses.replace(spec, adapters={})
         loaded = load(spec, source)
         try:

@@ -25,7 +25,7 @@ from langchain_quantllm.loading.checkpoint import find_checkpoint
 from langchain_quantllm.loading.devices import release_memory
 from langchain_quantllm.loading.registry import load
 from langchain_quantllm.loading.spec import LoadSpec
-from langchain_quantllm.memory import estimate_config
+from langchain_quantllm.memory import WeightBytes, estimate_config
 from langchain_quantllm.quantization.output_dir import OutputDir
 from langchain_quantllm.schemes import Scheme
 
@@ -83,7 +83,7 @@ def _save_preprocessor(preprocessor: Any, folder: Path) -> None:
         (folder / "chat_template.jinja").write_text(preprocessor.chat_template, encoding="utf-8")
 
 
-def stored_bytes(config: Any, scheme: Scheme, spec: LoadSpec) -> int:
+def stored_weights(config: Any, scheme: Scheme, spec: LoadSpec) -> WeightBytes:
     """Estimate the size of the weights that will be written; 0 for a format without a formula.
 
     Args:
@@ -94,10 +94,10 @@ def stored_bytes(config: Any, scheme: Scheme, spec: LoadSpec) -> int:
     config = copy.deepcopy(config)
     config.__dict__.pop("quantization_config", None)
     try:
-        return estimate_config(config, scheme, dtype=spec.dtype, trust_remote_code=spec.trust_remote_code).total_bytes
+        return estimate_config(config, scheme, dtype=spec.dtype, trust_remote_code=spec.trust_remote_code).weights
     except UnsupportedError as error:
         _logger.info("the free space is not compared with what will be written: %s", error)
-        return 0
+        return WeightBytes(quantized_bytes=0, unquantized_bytes=0, buffers_bytes=0)
 
 
 def check_written(folder: Path, model: Any, preprocessor: Any, *, trust_remote_code: bool = False) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,49 @@ def test_places_that_cannot_be_written_are_found_out_before_the_work(
         with pytest.raises(OutputError, match=says):
             run(made, scheme, output)
     assert tree(tmp_path) == {"file": b"file"}
+
+
+_QUANTIZE = """
+import sys
+import torch, transformers, bitsandbytes
+from langchain_quantllm import quantize
+print("begins", flush=True)
+quantize(sys.argv[1], sys.argv[2], None, sys.argv[3], overwrite=True, progress=False, device="cpu")
+print("ends", flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="needs kill -9")
+def test_quantizing_that_is_killed_leaves_a_whole_checkpoint(made: Path, tmp_path: Path) -> None:
+    """At moments all over the run; then the next run succeeds, and leaves nothing else."""
+    output, kinds = tmp_path / "out", set()
+    run(made, "int8", output)
+    started = subprocess.Popen([sys.executable, "-c", _QUANTIZE, made / "base", "int8", output], stdout=subprocess.PIPE)
+    assert started.stdout is not None
+    started.stdout.readline()
+    began = time.monotonic()
+    started.stdout.readline()
+    whole_s = time.monotonic() - began
+    assert started.wait() == 0
+    for i in range(12):
+        scheme = ("nf4", "int8")[i % 2]
+        command = [sys.executable, "-c", _QUANTIZE, made / "base", scheme, output]
+        child = subprocess.Popen(command, stdout=subprocess.PIPE)
+        assert child.stdout is not None
+        child.stdout.readline()
+        time.sleep(whole_s * (i + 1) / 12)
+        child.kill()
+        child.communicate()
+        config = json.loads((output / "config.json").read_text())
+        is_nf4 = config["quantization_config"]["load_in_4bit"]
+        names = load_file(output / "model.safetensors").keys()
+        assert any(name.endswith("nf4" if is_nf4 else "SCB") for name in names)
+        kinds.add((scheme == "nf4") == is_nf4)
+        if i % 4 == 3:
+            run(made, scheme, output)
+            assert os.listdir(tmp_path) == ["out"]
+    assert False in kinds
 
 
 # --- what is read again ---
