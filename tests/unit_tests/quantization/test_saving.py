@@ -162,13 +162,13 @@ def test_quantizing_that_is_killed_leaves_a_whole_checkpoint(made: Path, tmp_pat
     started.stdout.readline()
     whole_s = time.monotonic() - began
     assert started.wait() == 0
-    for i in range(12):
+    for i in range(5):
         scheme = ("nf4", "int8")[i % 2]
         command = [sys.executable, "-c", _QUANTIZE, made / "base", scheme, output]
         child = subprocess.Popen(command, stdout=subprocess.PIPE)
         assert child.stdout is not None
         child.stdout.readline()
-        time.sleep(whole_s * (i + 1) / 12)
+        time.sleep(whole_s * (i + 1) / 6)
         child.kill()
         child.communicate()
         config = json.loads((output / "config.json").read_text())
@@ -176,10 +176,9 @@ def test_quantizing_that_is_killed_leaves_a_whole_checkpoint(made: Path, tmp_pat
         names = load_file(output / "model.safetensors").keys()
         assert any(name.endswith("nf4" if is_nf4 else "SCB") for name in names)
         kinds.add((scheme == "nf4") == is_nf4)
-        if i % 4 == 3:
-            run(made, scheme, output)
-            assert os.listdir(tmp_path) == ["out"]
-    assert False in kinds
+    run(made, "nf4", output)
+    assert os.listdir(tmp_path) == ["out"]
+    assert False in kinds  # some were killed before their result took its place
 
 
 # --- what is read again ---
