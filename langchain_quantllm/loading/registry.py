@@ -26,7 +26,8 @@ from langchain_quantllm.compat.packages import check_packages, label_of
 from langchain_quantllm.engine.clean_thread import in_clean_thread
 from langchain_quantllm.engine.process import check_process, note_loading
 from langchain_quantllm.errors import UnsupportedError
-from langchain_quantllm.loading.adapters import check_adapters_fit, find_adapters, load_adapters
+from langchain_quantllm.loading.adapter_weights import load_adapters
+from langchain_quantllm.loading.adapters import check_adapters_fit, check_adapters_share, find_adapters
 from langchain_quantllm.loading.checkpoint import Checkpoint, check_attention, find_checkpoint, find_source, reconcile
 from langchain_quantllm.loading.devices import (
     default_device_map,
@@ -280,6 +281,7 @@ def load(spec: LoadSpec, source: str | None = None) -> LoadedModel:
     check_packages(spec.scheme)
     import_quietly()
     adapters = find_adapters(spec)
+    check_adapters_share(adapters)
     checkpoint = find_checkpoint(spec, source)
     scheme, quantization_config = reconcile(spec, checkpoint)
     check_packages(scheme)
