@@ -121,7 +121,7 @@ def _check_settings(adapter: Adapter) -> None:
     """Check that an adapter is of a kind that changes weights, and that peft takes its settings."""
     config, kind = adapter.config, adapter.config.get("peft_type")
     if not isinstance(kind, str):
-        msg = f"the {ADAPTER_CONFIG} of {adapter} cannot be read: its peft_type is {kind!r}, and not a text such as 'LORA'."
+        msg = f"the {ADAPTER_CONFIG} of {adapter} cannot be read: peft_type={kind!r} is no name such as 'LORA'."
         raise CheckpointError(msg)
     if kind in _PROMPTS:
         msg = (

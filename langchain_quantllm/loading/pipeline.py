@@ -15,6 +15,7 @@ from typing import Any
 from langchain_quantllm.compat.accelerate import has_device_map
 from langchain_quantllm.compat.bitsandbytes import filter_cast_warnings, shape_of
 from langchain_quantllm.compat.library_logging import progress_bars
+from langchain_quantllm.compat.transformers_auto import has_applied_adapter, without_adapter
 from langchain_quantllm.errors import (
     CheckpointError,
     InvalidOptionError,
@@ -76,7 +77,11 @@ def load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: A
                 output_loading_info=True,
                 **options,
                 **checkpoint.model_kwargs,
+                **without_adapter(),
             )
+    if has_applied_adapter(model):
+        msg = f"an adapter beside the weights of {spec.model_id} was applied to them; move its files elsewhere."
+        raise CheckpointError(msg)
     _check_complete(spec, checkpoint, model, info)
     model.eval()
     filter_cast_warnings(model)

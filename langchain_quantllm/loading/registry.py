@@ -28,7 +28,9 @@ from langchain_quantllm.engine.process import check_process, note_loading
 from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.loading.adapter_weights import load_adapters
 from langchain_quantllm.loading.adapters import check_adapters_fit, check_adapters_share, find_adapters
-from langchain_quantllm.loading.checkpoint import Checkpoint, check_attention, find_checkpoint, find_source, reconcile
+from langchain_quantllm.loading.checkpoint import Checkpoint, find_checkpoint, find_source, warn_of_adapter
+from langchain_quantllm.loading.choices import check_attention, reconcile
+from langchain_quantllm.loading.config_checks import check_parameters
 from langchain_quantllm.loading.devices import (
     default_device_map,
     devices_named,
@@ -283,6 +285,8 @@ def load(spec: LoadSpec, source: str | None = None) -> LoadedModel:
     adapters = find_adapters(spec)
     check_adapters_share(adapters)
     checkpoint = find_checkpoint(spec, source)
+    if checkpoint.has_adapter:
+        warn_of_adapter(spec)
     scheme, quantization_config = reconcile(spec, checkpoint)
     check_packages(scheme)
     check_attention(spec)
@@ -301,6 +305,8 @@ def load(spec: LoadSpec, source: str | None = None) -> LoadedModel:
                 checkpoint.config, scheme, dtype=spec.dtype, trust_remote_code=spec.trust_remote_code
             )
         if estimate is not None:
+            if checkpoint.stored is not None:
+                check_parameters(estimate, checkpoint.stored, quantized=checkpoint.quantization is not None)
             check_fits(estimate, devices, max_memory=spec.max_memory)
         with track_memory([d for d in devices if d != "cpu"]) as tracked:
             pipeline = load_pipeline(spec, checkpoint, quantization_config, device_map)

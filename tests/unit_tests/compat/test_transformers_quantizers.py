@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import transformers
 from packaging.version import Version
 from torch import nn
 
-from langchain_quantllm.compat.peft import peft_imported
 from langchain_quantllm.compat.transformers_quantizers import (
     BITSANDBYTES_LOGGER,
     dequantizing_gguf,
