@@ -180,13 +180,9 @@ def stored_in(spec: LoadSpec, config: Any, folder: str, weights_name: str | None
     if spec.use_safetensors and weights_name is None:
         check_not_pickled(files, index if index.name in files else None, spec.model_id)
     stored = read_stored_tensors(Path(folder), weights_name)
-    if (
-        stored is not None
-        and getattr(config, "dtype", None) is None
-        and spec.dtype == "auto"
-        and stored.dtype in FLOAT_DTYPES
-    ):
-        config.dtype = getattr(torch, stored.dtype)
+    dtype = None if stored is None or spec.dtype != "auto" else stored.dtype
+    if getattr(config, "dtype", None) is None and dtype in FLOAT_DTYPES:
+        config.dtype = getattr(torch, dtype)
     return stored
 
 

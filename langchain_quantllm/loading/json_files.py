@@ -22,21 +22,7 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: If it is no ordinary file, cannot be read, or holds something else.
     """
-    try:
-        status = file.stat()
-        if not stat.S_ISREG(status.st_mode):
-            msg = f"{file} cannot be read: it is no ordinary file; get the file again."
-            raise CheckpointError(msg)
-        if status.st_size > MOST_BYTES:
-            msg = f"{file} cannot be read: it has {status.st_size} bytes, and {MOST_BYTES} are allowed; get it again."
-            raise CheckpointError(msg)
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        kind = "is not JSON" if isinstance(error, ValueError | RecursionError) else "cannot be read"
-        msg = f"{file} {kind}: {first_line(error)}; get the file again."
-        raise CheckpointError(msg) from error
+    content = _read(file)
     if not isinstance(content, dict):
         msg = f"{file} does not hold a JSON object, but {type(content).__name__}; get the file again."
         raise CheckpointError(msg)
@@ -44,8 +30,33 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def json_or_empty(file: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object; an empty one if it is missing or damaged, which loading reports."""
+    """Read a JSON file, whose content is under the name `""` if it is no object.
+
+    Returns:
+        The content; empty if the file is missing or damaged, which loading reports.
+    """
     try:
-        return read_json(file)
+        content = _read(file)
     except CheckpointError:
         return {}
+    return content if isinstance(content, dict) else {"": content}
+
+
+def _read(file: Path) -> Any:
+    try:
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+            msg = f"{file} cannot be read: it is no ordinary file; get the file again."
+            raise CheckpointError(msg)
+        if status.st_size > MOST_BYTES:
+            msg = f"{file} cannot be read: it has {status.st_size} bytes, and {MOST_BYTES} are allowed; get it again."
+            raise CheckpointError(msg)
+        return json.loads(file.read_text(encoding="utf-8"))
+    except CheckpointError:
+        raise
+    except OSError as error:
+        msg = f"{file} cannot be read: {first_line(error)}; get the file again."
+        raise CheckpointError(msg) from error
+    except (ValueError, RecursionError) as error:
+        msg = f"{file} is not JSON: {first_line(error)}; get the file again."
+        raise CheckpointError(msg) from error

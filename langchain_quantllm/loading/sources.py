@@ -228,9 +228,8 @@ def wrong_folder(folder: Path, repository: str | None = None) -> QuantLLMError |
         repository: Name of the repository that it is a copy of; None for a user's own folder.
     """
     files = sorted(os.listdir(folder))
-    return wrong_files(
-        repository or str(folder), files, lambda name: json_or_empty(folder / name), is_local=repository is None
-    )
+    name, is_local = repository or str(folder), repository is None
+    return wrong_files(name, files, lambda file: json_or_empty(folder / file), is_local=is_local)
 
 
 def wrong_files(

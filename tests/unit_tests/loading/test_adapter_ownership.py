@@ -9,7 +9,6 @@ import itertools
 import json
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -169,8 +168,8 @@ class TestFiles:
         return Path(shutil.copytree(root / "chat", tmp_path / "strange"))
 
     @pytest.fixture(params=[None, "nf4"], ids=["float32", "nf4"])
-    def fields(self, request: pytest.FixtureRequest, root: Path) -> Iterator[dict[str, Any]]:
-        yield {
+    def fields(self, request: pytest.FixtureRequest, root: Path) -> dict[str, Any]:
+        return {
             "model_id": str(root / "tiny"),
             "quantization": request.param,
             "dtype": "float32",
