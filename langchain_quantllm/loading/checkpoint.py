@@ -88,8 +88,10 @@ def stored_profile(model_id: str) -> tuple[dict[str, Any], str | None, bool]:
         return {}, None, False
     config, tokenizer = (json_or_empty(Path(folder) / name) for name in ("config.json", "tokenizer_config.json"))
     template = tokenizer.get("chat_template")
-    with contextlib.suppress(OSError):
-        template = (Path(folder) / "chat_template.jinja").read_text(encoding="utf-8")
+    file = Path(folder) / "chat_template.jinja"
+    with contextlib.suppress(OSError, ValueError):  # loading reports it
+        if file.is_file():
+            template = file.read_text(encoding="utf-8")
     sees = any(word in name for name in config for word in ("vision", "image")) and has_image_processor(Path(folder))
     return config, None if template is None else str(template), sees
 

@@ -1,8 +1,10 @@
-"""How a checkpoint is loaded: its scheme and its attention, chosen from what was asked for and what it is."""
+"""How a checkpoint is loaded: its scheme and attention, from what was asked for and what it is; what cannot be."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +12,7 @@ from langchain_quantllm.compat.packages import is_installed, label_of
 from langchain_quantllm.errors import CheckpointError, MissingPackageError, UnsupportedError, pip_install
 from langchain_quantllm.loading.checkpoint import Checkpoint
 from langchain_quantllm.loading.spec import LoadSpec
+from langchain_quantllm.memory.estimate import build_on_meta
 from langchain_quantllm.schemes import GPTQ, Prequantized, Scheme, Unquantized, scheme_of_config
 
 _FLASH_PACKAGES = {
@@ -70,6 +73,40 @@ def _dtype_name(spec: LoadSpec, config: Any) -> str:
     text_config = config.get_text_config()
     dtype = getattr(config, "dtype", None) or getattr(text_config, "dtype", None) or "float32"
     return str(dtype).removeprefix("torch.")
+
+
+_EXPERT_STATE = re.compile(r"(.*\.experts)\.\d+\..+\.(SCB|absmax|quant_map|quant_state\..*)")
+"""Names of the quantization state of one expert's layer, as transformers 4 and bitsandbytes saved it."""
+
+
+def check_expert_layout(spec: LoadSpec, checkpoint: Checkpoint) -> None:
+    """Refuse experts that were quantized layer by layer, where the model now has them in one tensor.
+
+    transformers puts the packed weights together as if they were plain ones, and drops their scales.
+
+    Raises:
+        CheckpointError: If the checkpoint has such experts.
+    """
+    if checkpoint.stored is None:
+        return
+    lists = {found[1] for name in checkpoint.stored.tensors if (found := _EXPERT_STATE.fullmatch(name))}
+    if not lists:
+        return
+    import torch
+
+    config = copy.deepcopy(checkpoint.config)
+    config.__dict__.pop("quantization_config", None)
+    try:
+        model = build_on_meta(config, torch.float16, spec.trust_remote_code, spec.model_id)
+    except UnsupportedError:
+        return
+    if not {f"{name}.0" for name in lists} <= {name for name, _ in model.named_modules()}:
+        msg = (
+            f"{spec.model_id} is a mixture of experts that transformers 4 quantized expert by expert, and this "
+            "transformers has all experts of a layer in one tensor, into which quantized ones cannot be put; load the "
+            "unquantized checkpoint, with quantization= if you like."
+        )
+        raise CheckpointError(msg)
 
 
 def check_attention(spec: LoadSpec) -> None:

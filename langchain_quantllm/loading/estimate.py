@@ -84,7 +84,7 @@ def estimate_memory(
         stored = None if folder is None else stored_in(spec, config, folder)
         if folder is not None and (Path(folder) / ADAPTER_CONFIG).exists():
             warn_of_adapter(spec)
-    estimate = estimate_config(config, scheme, dtype=dtype, name=model_id, trust_remote_code=trust_remote_code)
-    if stored is not None:
-        check_parameters(estimate, stored, quantized=getattr(config, "quantization_config", None) is not None)
+        estimate = estimate_config(config, scheme, dtype=dtype, name=model_id, trust_remote_code=trust_remote_code)
+        if stored is not None:
+            check_parameters(estimate, stored, quantized=getattr(config, "quantization_config", None) is not None)
     return estimate

@@ -11,6 +11,10 @@ _PANIC = "PanicException"
 """Raised by libraries in Rust (tokenizers, safetensors) where they have a fault; it is no Exception."""
 
 
+_OUT_OF_MEMORY = "OutOfMemoryError"
+"""Raised by torch where a device has no more memory."""
+
+
 @contextlib.contextmanager
 def as_checkpoint_error(describe: Callable[[Exception], str]) -> Iterator[None]:
     """Turn whatever is raised inside into a CheckpointError, but this package's own errors and a lack of memory.
@@ -32,6 +36,9 @@ def as_checkpoint_error(describe: Callable[[Exception], str]) -> Iterator[None]:
         msg = f"{describe(error)}; the memory ran out, as the files say sizes that do not fit here."
         raise NotEnoughMemoryError(msg) from error
     except Exception as error:
+        if type(error).__name__ == _OUT_OF_MEMORY:
+            msg = f"{describe(error)}; use a scheme of fewer bits, or free what other programs hold."
+            raise NotEnoughMemoryError(msg) from error
         raise CheckpointError(describe(error)) from error
     except BaseException as error:
         if type(error).__name__ != _PANIC:

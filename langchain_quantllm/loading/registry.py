@@ -29,7 +29,7 @@ from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.loading.adapter_weights import load_adapters
 from langchain_quantllm.loading.adapters import check_adapters_fit, check_adapters_share, find_adapters
 from langchain_quantllm.loading.checkpoint import Checkpoint, find_checkpoint, find_source, warn_of_adapter
-from langchain_quantllm.loading.choices import check_attention, reconcile
+from langchain_quantllm.loading.choices import check_attention, check_expert_layout, reconcile
 from langchain_quantllm.loading.config_checks import check_parameters
 from langchain_quantllm.loading.devices import (
     default_device_map,
@@ -38,6 +38,7 @@ from langchain_quantllm.loading.devices import (
     release_memory,
     reset_peaks,
 )
+from langchain_quantllm.loading.foreign_errors import as_checkpoint_error, reason_of
 from langchain_quantllm.loading.gptq import check_gptq, read_layer_sizes
 from langchain_quantllm.loading.pipeline import load_pipeline
 from langchain_quantllm.loading.spec import LoadSpec
@@ -279,6 +280,11 @@ def load(spec: LoadSpec, source: str | None = None) -> LoadedModel:
         NotEnoughMemoryError: If it does not fit.
     """
     note_loading()
+    with as_checkpoint_error(lambda error: f"{spec.model_id} cannot be loaded: {reason_of(error)}"):
+        return _load(spec, source)
+
+
+def _load(spec: LoadSpec, source: str | None) -> LoadedModel:
     source = find_source(spec) if source is None else source
     check_packages(spec.scheme)
     import_quietly()
@@ -290,6 +296,7 @@ def load(spec: LoadSpec, source: str | None = None) -> LoadedModel:
     scheme, quantization_config = reconcile(spec, checkpoint)
     check_packages(scheme)
     check_attention(spec)
+    check_expert_layout(spec, checkpoint)
     device_map = default_device_map(spec)
     devices = devices_named(device_map, spec.max_memory)
     quiet = contextlib.nullcontext() if isinstance(scheme, Prequantized) else without_torchao()

@@ -1,4 +1,4 @@
-"""Files of an adapter in a model's folder: the model is loaded without it, and a folder of an adapter alone is refused."""
+"""Files of an adapter in a model's folder: a model is loaded without it, a folder without a model refused."""
 
 from __future__ import annotations
 
