@@ -341,12 +341,13 @@ def _wrong_config(what: str, config: Mapping[str, Any]) -> QuantLLMError | None:
             f"{what} holds a model for Apple's MLX, which transformers does not load; give the checkpoint that it was "
             "made of, with quantization='nf4' for 4 bits."
         )
-    kind = config.get("model_type")
+    kind = config.get("model_type") if isinstance(config.get("model_type"), str) else None
     if kind in _SPEECH:
         return UnsupportedError(f"{what} holds a {kind!r} model, which turns speech into text; {_ADVICE}")
     named = config.get("architectures")
     names = [str(name) for name in named] if isinstance(named, list) else []
-    has_code = {"AutoModelForCausalLM", "AutoModelForImageTextToText"} & set(config.get("auto_map") or ())
+    code = config.get("auto_map")
+    has_code = isinstance(code, dict) and {"AutoModelForCausalLM", "AutoModelForImageTextToText"} & code.keys()
     if has_code or config.get("is_decoder") or any(name.endswith(_WRITERS) for name in names):
         return None
     for name in names:

@@ -177,7 +177,7 @@ def _write_bitsandbytes(spec: LoadSpec, checkpoint: Checkpoint, folder: Path) ->
 
 
 def _check_share(spec: LoadSpec, quantized: int) -> None:
-    if not quantized:
+    if not quantized and spec.scheme is not None:
         msg = (
             f"{spec.model_id} has no linear layer that {label_of(spec.scheme)} quantizes: 0% of its weights would be "
             "smaller, so nothing was written."
