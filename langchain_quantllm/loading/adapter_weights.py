@@ -25,8 +25,9 @@ from langchain_quantllm.compat.peft import (
     settings_from,
 )
 from langchain_quantllm.engine.adapter_switch import activate
-from langchain_quantllm.errors import CheckpointError, QuantLLMError, first_line
+from langchain_quantllm.errors import CheckpointError, QuantLLMError
 from langchain_quantllm.loading.adapters import MERGE_ADVICE, Adapter
+from langchain_quantllm.loading.foreign_errors import reason_of
 from langchain_quantllm.loading.spec import LoadSpec
 from langchain_quantllm.memory import model_build_lock
 
@@ -78,7 +79,7 @@ def _load(model: Any, adapter: Adapter, base: Mapping[str, torch.Tensor]) -> Non
         raise
     except Exception as error:  # whatever peft raises for the settings and tensors of strangers
         beside = f" beside {', '.join(map(repr, loaded))}" if loaded else ""
-        msg = f"{adapter} cannot be loaded onto this model{beside}; was it made for it? {_reason(error)}"
+        msg = f"{adapter} cannot be loaded onto this model{beside}; was it made for it? {reason_of(error)}"
         raise CheckpointError(msg) from error
     before.check_unchanged(model, adapter)
     own = {name: tensor for name, tensor in _tensors_of(model).items() if tensor not in before}
@@ -89,13 +90,6 @@ def _load(model: Any, adapter: Adapter, base: Mapping[str, torch.Tensor]) -> Non
     if unexpected:
         msg = f"{adapter} has weights that this model has no place for, such as {min(unexpected)!r}; does it fit?"
         raise CheckpointError(msg)
-
-
-def _reason(error: Exception) -> str:
-    """Return the line of an error that says why: torch's come after a heading."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    is_heading = len(lines) > 1 and lines[0].startswith("Error(s) in loading")
-    return lines[1].rstrip(". ") if is_heading else first_line(error)
 
 
 def read_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:

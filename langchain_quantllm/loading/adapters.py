@@ -24,6 +24,7 @@ from langchain_quantllm.loading.hub import MissingFileError, Repository
 from langchain_quantllm.loading.json_files import read_json
 from langchain_quantllm.loading.sources import ADAPTER_CONFIG
 from langchain_quantllm.loading.spec import LoadSpec
+from langchain_quantllm.loading.stored_tensors import StoredTensor, read_header
 from langchain_quantllm.memory.estimate import build_on_meta
 
 _WEIGHTS, _PICKLE = "adapter_model.safetensors", "adapter_model.bin"
@@ -114,6 +115,8 @@ def _find(name: str, source: str, spec: LoadSpec) -> Adapter:
                 "or pass use_safetensors=False if you trust its maker"
             )
         raise CheckpointError(f"{msg}.")
+    if adapter.weights.is_file():
+        _check_ranks(adapter)
     return adapter
 
 
@@ -234,23 +237,33 @@ def _check_adapter_fits(adapter: Adapter, layers: Mapping[str, tuple[int, int] |
 
 def _sizes_of(adapter: Adapter) -> dict[str, tuple[int | None, int | None]]:
     """Read (in_features, out_features) of each layer off the header of an adapter's weights."""
-    from safetensors import SafetensorError, safe_open
-
     found: dict[str, tuple[int | None, int | None]] = {}
-    try:
-        with safe_open(adapter.weights, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118  (no dict)
-                layer, mark, matrix = key.removeprefix("base_model.model.").rpartition(".lora_")
-                if not mark or matrix not in ("A.weight", "B.weight"):
-                    continue
-                shape = file.get_slice(key).get_shape()
-                inputs, outputs = found.get(layer, (None, None))
-                if len(shape) == 2:
-                    found[layer] = (shape[1], outputs) if matrix[0] == "A" else (inputs, shape[0])
-    except (SafetensorError, OSError) as error:
-        msg = f"the weights of {adapter} are damaged: {first_line(error)}"
-        raise CheckpointError(msg) from error
+    for key, tensor in _header(adapter).items():
+        layer, mark, matrix = key.removeprefix("base_model.model.").rpartition(".lora_")
+        if not mark or matrix not in ("A.weight", "B.weight") or len(tensor.shape) != 2:
+            continue
+        inputs, outputs = found.get(layer, (None, None))
+        found[layer] = (tensor.shape[1], outputs) if matrix[0] == "A" else (inputs, tensor.shape[0])
     return found
+
+
+def _header(adapter: Adapter) -> Mapping[str, StoredTensor]:
+    try:
+        return read_header(adapter.weights)
+    except CheckpointError as error:
+        msg = f"the weights of {adapter} are damaged: {error}"
+        raise CheckpointError(msg) from error
+
+
+def _check_ranks(adapter: Adapter) -> None:
+    """Check that an adapter's ranks are in its file, before peft makes matrices of their size."""
+    pattern = adapter.config.get("rank_pattern")
+    ranks = [adapter.config.get("r"), *(pattern.values() if isinstance(pattern, Mapping) else ())]
+    widest = max((size for tensor in _header(adapter).values() for size in tensor.shape), default=0)
+    for rank in ranks:
+        if isinstance(rank, int | float) and not rank <= widest:
+            msg = f"{adapter} says r={str(rank)[:20]}, and its largest tensor has {widest} rows or columns."
+            raise CheckpointError(msg)
 
 
 def _layers_of(checkpoint: Checkpoint, trust_remote_code: bool) -> dict[str, tuple[int, int] | None] | None:

@@ -15,11 +15,16 @@ from langchain_quantllm.errors import CheckpointError
 from langchain_quantllm.loading.stored_tensors import StoredTensors, check_inside
 from langchain_quantllm.memory import MemoryEstimate
 
-_COUNTS = re.compile(r"(^|_)(layers?|depths?|blocks|n_layer|num_experts|n_routed_experts|num_local_experts)$")
+_LAYERS = re.compile(r"(^|_)(layers?|depths?|blocks|n_layer)$")
 """Names of sizes for each of which transformers makes a module, or an entry of a list."""
 
-_MOST = 4096
-"""Largest such size of a checkpoint whose files are not known: a multiple of any model's."""
+_MOST_LAYERS, _FEWEST_LAYERS = 1024, 128
+"""Largest such size of a checkpoint whose files are not here, and the smallest that is refused: some are no counts."""
+
+_IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+"""Names of entries for which transformers downloads and runs a kernel if they name a repository."""
+
+_MOST_DEPTH = 8
 
 _SLACK = 2
 """A head that is the input's embeddings, but is counted twice, at most doubles the parameters."""
@@ -28,21 +33,37 @@ _FEWEST_BITS = 2
 """Of a weight in a quantized checkpoint."""
 
 
-def check_raw_config(content: Mapping[str, Any], file: Path, *, use_safetensors: bool) -> None:
+def check_raw_config(
+    content: Mapping[str, Any],
+    file: Path,
+    *,
+    use_safetensors: bool,
+    trust_remote_code: bool = False,
+    stored: StoredTensors | None = None,
+) -> None:
     """Check the content of a config.json.
 
     Args:
         content: The content.
         file: The file, whose folder holds the checkpoint's others.
         use_safetensors: Whether weights in pickle files are refused.
+        trust_remote_code: Whether code of the checkpoint may run.
+        stored: The tensors in its files; None if they are not known.
 
     Raises:
-        CheckpointError: If it says sizes that no model has, or names a file of weights outside the checkpoint or, if
-            these are refused, a pickle file.
+        CheckpointError: If it says sizes that no model has, names a file of weights outside the checkpoint or, if
+            these are refused, a pickle file, or names a repository with code for its attention.
     """
-    for name, size in _sizes(content):
-        if not size <= _MOST:
-            msg = f"{file} says {name}={size!r}, and no model has more than {_MOST}; get the file again."
+    most = _MOST_LAYERS if stored is None else max(_FEWEST_LAYERS, len(stored.tensors))
+    for name, value in _entries(content):
+        if name in _IMPLEMENTATIONS and "/" in str(value) and not trust_remote_code:
+            msg = (
+                f"{file} says {name}={value!r}, which is code from a repository; if you trust its maker pass "
+                "trust_remote_code=True, else remove the entry."
+            )
+            raise CheckpointError(msg)
+        if _LAYERS.search(name) and isinstance(value, int | float) and not value <= most:
+            msg = f"{file} says {name}={str(value)[:20]}, and no model of these files has more than {most}; get the file again."
             raise CheckpointError(msg)
     weights = content.get("transformers_weights")
     if weights is None:
@@ -59,13 +80,12 @@ def check_raw_config(content: Mapping[str, Any], file: Path, *, use_safetensors:
         raise CheckpointError(msg)
 
 
-def _sizes(content: Mapping[str, Any], depth: int = 0) -> Iterator[tuple[str, int | float]]:
-    """Yield the sizes in a config and in the configs inside it."""
+def _entries(content: Mapping[str, Any], depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Yield the names and values in a config and in the configs inside it."""
     for name, value in content.items():
-        if isinstance(value, Mapping) and depth < 8:
-            yield from _sizes(value, depth + 1)
-        elif isinstance(value, int | float) and not isinstance(value, bool) and _COUNTS.search(name):
-            yield name, value
+        yield name, value
+        if isinstance(value, Mapping) and depth < _MOST_DEPTH:
+            yield from _entries(value, depth + 1)
 
 
 def check_parameters(estimate: MemoryEstimate, stored: StoredTensors, *, quantized: bool) -> None:

@@ -47,7 +47,10 @@ def as_checkpoint_error(describe: Callable[[Exception], str]) -> Iterator[None]:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the first line of an error, with its type where the line alone says little, as for a KeyError."""
+    """Return the line of an error that says why, with the error's type where the line alone says little."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):  # a heading
+        return f"{lines[0]} {lines[1]}".rstrip(". ")
     if isinstance(error, KeyError | IndexError | AttributeError | TypeError | AssertionError | ZeroDivisionError):
         return f"{type(error).__name__}: {first_line(error)}"
     return first_line(error)

@@ -201,7 +201,8 @@ def check_not_pickled(files: Iterable[str], index: Path | None, model_id: str) -
     """
     found = set(files)
     pickled = next(_pickled_in(index), None) if index is not None and SINGLE not in found else None
-    if pickled is None and not any(name.endswith((_SAFE, INDEX)) for name in found):
+    safe = [name for name in found if name.endswith((_SAFE, INDEX)) and not name.startswith("adapter_model")]
+    if pickled is None and not safe:
         pickled = next((name for name in (_PICKLED, _PICKLED_INDEX) if name in found), None)
     if pickled is not None:
         msg = (

@@ -1,13 +1,14 @@
 """Changed files of a checkpoint or an adapter: everything ends in a model or in one of this package's errors.
 
-Changes are aware of the structure: each value of each JSON file becomes one of another type or size, keys are missing or
-repeated, texts are cut or are no text, and in place of a file there is a folder, a pipe, or a link to itself.
+Changes are aware of the structure: values of JSON files become ones of another type or size, keys are missing or new,
+texts are cut or are no text, and in place of a file there is a folder, a pipe, or a link to itself.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import copy
 import json
 import os
 import random
@@ -21,14 +22,14 @@ from typing import Any
 import pytest
 
 from langchain_quantllm import QuantizedHuggingFaceLLM, estimate_memory
-from langchain_quantllm.errors import CheckpointError, NotEnoughMemoryError, QuantLLMError
+from langchain_quantllm.errors import CheckpointError, QuantLLMError
 from tests.support.adapters import make_adapter
 from tests.support.checkpoints import edit_json, make_checkpoint, quicken
 
 pytest.importorskip("peft")
 
 MOST_SECONDS, MOST_BYTES = 30.0, 2**30
-EVERYDAY, THOROUGH = 200, 5000
+EVERYDAY, THOROUGH = 100, 5000
 
 MODEL_FILES = (
     "config.json",
@@ -117,6 +118,10 @@ STRANGE: list[Any] = [
 ]
 
 
+def strange(chance: random.Random) -> Any:
+    return copy.deepcopy(chance.choice(STRANGE))
+
+
 def nested(depth: int) -> Any:
     value: Any = 1
     for _ in range(depth):
@@ -137,18 +142,18 @@ def change_value(chance: random.Random, content: Any) -> Any:
     top = [(content, key) for key in content] if isinstance(content, dict) else []
     found = top if chance.random() < 0.6 and top else list(places(content))
     if not found:
-        return chance.choice(STRANGE)
+        return strange(chance)
     container, key = chance.choice(found)
     kind = chance.random()
     if kind < 0.7:
-        container[key] = chance.choice(STRANGE) if kind < 0.67 else nested(chance.choice([20, 400]))
+        container[key] = strange(chance) if kind < 0.67 else nested(chance.choice([20, 400]))
     elif kind < 0.85:
         del container[key]
     elif isinstance(container, dict):
         names = ["auto_map", "quantization_config", "torch_dtype", "text_config", "tokenizer_class", "vocab_file", "x"]
-        container[chance.choice(names)] = chance.choice(STRANGE)
+        container[chance.choice(names)] = strange(chance)
     else:
-        container.append(chance.choice(STRANGE))
+        container.append(strange(chance))
     return content
 
 
@@ -275,18 +280,18 @@ def try_change(root: Path, folder: Path, seed: int) -> tuple[str, dict[str, str]
     chance = random.Random(seed)
     name = chance.choice([*MODEL_FILES, *ADAPTER_FILES])
     source = "adapter" if name in ADAPTER_FILES else "shards" if name.endswith("index.json") else "single"
-    copy = Path(shutil.copytree(root / source, folder / str(seed)))
+    changed = Path(shutil.copytree(root / source, folder / str(seed)))
     try:
-        did = change(chance, copy, name)
+        did = change(chance, changed, name)
         if source == "adapter":
             single = root / "single"
-            return did, {"adapter": outcome(lambda: load(single, adapters={"mine": str(copy)}))}
+            return did, {"adapter": outcome(lambda: load(single, adapters={"mine": str(changed)}))}
         return did, {
-            "estimate": outcome(lambda: estimate_memory(str(copy))),
-            "load": outcome(lambda: load(copy)),
+            "estimate": outcome(lambda: estimate_memory(str(changed))),
+            "load": outcome(lambda: load(changed)),
         }
     finally:
-        shutil.rmtree(copy)
+        shutil.rmtree(changed)
 
 
 def check_changes(root: Path, folder: Path, seeds: range) -> None:
@@ -297,7 +302,7 @@ def check_changes(root: Path, folder: Path, seeds: range) -> None:
         try:
             _, outcomes = try_change(root, folder, seed)
             counts.update(outcomes.items())
-        except Exception as error:  # noqa: BLE001  all are shown at the end
+        except Exception as error:
             raw.append(f"seed {seed}: {type(error).__name__}: {error}"[:300])
     print({f"{use} {end}": count for (use, end), count in sorted(counts.items())})
     assert not raw, "\n".join([f"{len(raw)} of {len(seeds)}", *raw[:40]])
@@ -313,3 +318,39 @@ def test_changed_files_end_in_a_model_or_an_error(root: Path, tmp_path: Path) ->
 
 def test_some_changed_files_end_in_a_model_or_an_error(root: Path, tmp_path: Path) -> None:
     check_changes(root, tmp_path, range(EVERYDAY))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000, and no model of these files has more than"),
+        ({"num_hidden_layers": 1e300}, "num_hidden_layers=1e\\+300"),
+        ({"num_hidden_layers": float("nan")}, "num_hidden_layers=nan"),
+        ({"num_hidden_layers": 2000}, "num_hidden_layers=2000, and no model of these files has more than 128"),
+        ({"num_hidden_layers": 100}, "its files hold"),
+        ({"text_config": {"n_layer": 10**7}}, "n_layer=10000000"),
+        ({"hidden_size": 10**9}, "parameters, but its files hold"),
+        ({"vocab_size": 10**10}, "parameters, but its files hold"),
+        ({"intermediate_size": 10**9}, "parameters, but its files hold"),
+        ({"num_attention_heads": 10**7, "num_key_value_heads": 10**7, "head_dim": 64}, "hidden size .* not a multiple"),
+    ],
+    ids=str,
+)
+def test_sizes_that_no_file_holds(root: Path, tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    changed = Path(shutil.copytree(root / "single", tmp_path / "copy"))
+    edit_json(changed / "config.json", **changes)
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    for action in (lambda: estimate_memory(str(changed)), lambda: load(changed)):
+        with pytest.raises(CheckpointError, match=words) as caught:
+            action()
+        assert "\n" not in str(caught.value)
+    assert time.monotonic() - began < MOST_SECONDS
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MOST_BYTES
+
+
+@pytest.mark.parametrize("changes", [{"r": 10**7}, {"rank_pattern": {"q_proj": 10**9}}, {"r": 1e300}], ids=str)
+def test_ranks_that_no_file_holds(root: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    changed = Path(shutil.copytree(root / "adapter", tmp_path / "copy"))
+    edit_json(changed / "adapter_config.json", **changes)
+    with pytest.raises(CheckpointError, match="says r=1.*largest tensor has 512"):
+        load(root / "single", adapters={"mine": str(changed)})
