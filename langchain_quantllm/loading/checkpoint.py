@@ -149,7 +149,15 @@ def read_config(spec: LoadSpec, source: str) -> tuple[Any, dict[str, Any]]:
         content = read_json(file)
     except CheckpointError as error:
         raise CheckpointError(explain(spec, error, "config")) from error
-    check_raw_config(content, file, use_safetensors=spec.use_safetensors, trust_remote_code=spec.trust_remote_code)
+    weights = content.get("transformers_weights")
+    stored = read_stored_tensors(file.parent, weights if isinstance(weights, str) else None)
+    check_raw_config(
+        content,
+        file,
+        use_safetensors=spec.use_safetensors,
+        trust_remote_code=spec.trust_remote_code,
+        stored=stored,
+    )
     options = {**hub_options(spec, folder), **copy.deepcopy(dict(spec.model_kwargs))}
     with as_checkpoint_error(lambda error: explain(spec, error, "config")):
         try:

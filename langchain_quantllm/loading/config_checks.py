@@ -63,7 +63,9 @@ def check_raw_config(
             )
             raise CheckpointError(msg)
         if _LAYERS.search(name) and isinstance(value, int | float) and not value <= most:
-            msg = f"{file} says {name}={str(value)[:20]}, and no model of these files has more than {most}; get the file again."
+            msg = (
+                f"{file} says {name}={str(value)[:20]}, and no model of these files has more than {most}; get it again."
+            )
             raise CheckpointError(msg)
     weights = content.get("transformers_weights")
     if weights is None:

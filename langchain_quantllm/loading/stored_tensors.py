@@ -108,6 +108,7 @@ def read_stored_tensors(folder: Path, weights_name: str | None = None) -> Stored
     """
     index_dtype = None
     name = weights_name or (SINGLE if (folder / SINGLE).is_file() else INDEX)
+    check_inside(name, folder / "config.json")
     if name.endswith(".json"):
         if not (folder / name).is_file():
             return None
