@@ -105,7 +105,7 @@ def set_weights(model: Any, name: str, tensors: Mapping[str, Any]) -> tuple[list
 
     # peft looks for each adapter's tensors in the modules that only others have copied.
     others = _copied(model, name, by_it=False)
-    given = {**dict.fromkeys(others, torch.empty(0)), **tensors}
+    given = {**dict.fromkeys(others, torch.empty(0, dtype=torch.float32)), **tensors}
     result = set_peft_model_state_dict(model, given, adapter_name=name)
     return list(result.missing_keys), [key for key in result.unexpected_keys if key not in others.values()]
 

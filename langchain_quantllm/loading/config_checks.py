@@ -13,7 +13,7 @@ from typing import Any
 
 from langchain_quantllm.errors import CheckpointError
 from langchain_quantllm.loading.stored_tensors import StoredTensors, check_inside
-from langchain_quantllm.memory import MemoryEstimate
+from langchain_quantllm.memory.estimate import MemoryEstimate
 
 _LAYERS = re.compile(r"(^|_)(layers?|depths?|blocks|n_layer)$")
 """Names of sizes for each of which transformers makes a module, or an entry of a list."""
@@ -21,7 +21,7 @@ _LAYERS = re.compile(r"(^|_)(layers?|depths?|blocks|n_layer)$")
 _MOST_LAYERS, _FEWEST_LAYERS = 1024, 128
 """Largest such size of a checkpoint whose files are not here, and the smallest that is refused: some are no counts."""
 
-_IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+_IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 """Names of entries for which transformers downloads and runs a kernel if they name a repository."""
 
 _MOST_DEPTH = 8
@@ -56,7 +56,7 @@ def check_raw_config(
     """
     most = _MOST_LAYERS if stored is None else max(_FEWEST_LAYERS, len(stored.tensors))
     for name, value in _entries(content):
-        if name in _IMPLEMENTATIONS and "/" in str(value) and not trust_remote_code:
+        if name.removeprefix("_") in _IMPLEMENTATIONS and "/" in str(value) and not trust_remote_code:
             msg = (
                 f"{file} says {name}={value!r}, which is code from a repository; if you trust its maker pass "
                 "trust_remote_code=True, else remove the entry."
