@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,12 +22,16 @@ from langchain_quantllm.loading.devices import default_device_map, release_memor
 from langchain_quantllm.loading.registry import load
 from langchain_quantllm.loading.sources import check_sources
 from langchain_quantllm.loading.spec import LoadSpec
+from langchain_quantllm.memory import estimate_config
+from langchain_quantllm.memory.weights import expert_parameters, parameter_counts
 from langchain_quantllm.quantization.calibration import Calibration, calibration_from, read_texts, sequences
 from langchain_quantllm.quantization.gptq import SHARD, GPTQRun, Progress, check_layers
 from langchain_quantllm.quantization.journal import ENDING, Journal
 from langchain_quantllm.quantization.output_dir import OutputDir, claim_output
 from langchain_quantllm.quantization.saving import check_reopened, expected_logits, save_checkpoint, stored_weights
 from langchain_quantllm.schemes import GPTQ, Prequantized, Scheme, Unquantized, scheme_from
+
+logger = logging.getLogger(__name__)
 
 DAMPING = 0.01
 """Number added to the diagonal of GPTQ's statistics, as a share of its mean. Source: section 3.3 of the paper."""
@@ -43,6 +49,8 @@ class QuantizedCheckpoint:
         calibration: Description of GPTQ's calibration; None for schemes that need none.
         calibration_tokens: Number of its tokens; 0 where weights were rounded to nearest.
         resumed_blocks: Number of blocks that came from an earlier run.
+        quantized_share: Share of the model's parameters that are quantized, from 0 to 1. Embeddings, the output head
+            and norms stay as they are, and so do the experts of a mixture where one tensor holds those of a layer.
     """
 
     folder: Path
@@ -52,6 +60,7 @@ class QuantizedCheckpoint:
     calibration: str | None = None
     calibration_tokens: int = 0
     resumed_blocks: int = 0
+    quantized_share: float = 0.0
 
 
 @in_clean_thread
@@ -113,7 +122,7 @@ def quantize(
         CheckpointError: If the checkpoint is quantized already, or cannot be read.
         ModelNotFoundError: If there is no such checkpoint.
         MissingPackageError: If the scheme needs a package that is not installed.
-        UnsupportedError: If the model cannot be quantized in this scheme.
+        UnsupportedError: If the model cannot be quantized in this scheme, or has no layer that it quantizes.
         NotEnoughMemoryError: If the model does not fit into the memory.
         OutputError: If the output cannot be written, has no room, or another run writes it.
     """
@@ -156,27 +165,57 @@ def quantize(
             about = _write_gptq(spec, checkpoint, wanted, calibration, claimed, **options)
         else:
             claimed.check_space(stored_weights(checkpoint.config, wanted, spec).total_bytes)
-            _write_bitsandbytes(spec, source, claimed)
+            about |= _write_bitsandbytes(spec, checkpoint, claimed)
     release_memory()
     weights_bytes = sum(file.stat().st_size for file in claimed.folder.glob("*.safetensors"))
     total_s = time.perf_counter() - began
     return QuantizedCheckpoint(folder=claimed.folder, weights_bytes=weights_bytes, total_s=total_s, **about)
 
 
-def _write_bitsandbytes(spec: LoadSpec, source: str, output: OutputDir) -> None:
-    loaded = load(spec, source)
+def _write_bitsandbytes(spec: LoadSpec, checkpoint: Checkpoint, output: OutputDir) -> dict[str, Any]:
+    """Quantize while loading, and write; returns the shares of the `QuantizedCheckpoint`."""
+    with contextlib.suppress(UnsupportedError):  # of a model without a formula, the loaded one is looked at below
+        estimate = estimate_config(checkpoint.config, spec.scheme, trust_remote_code=spec.trust_remote_code)
+        _check_share(spec, estimate.weights.quantized_bytes)
+    loaded = load(spec, checkpoint.source)
     try:
         pipeline = loaded.pipeline
+        quantized, total = parameter_counts(pipeline.model)
+        _check_share(spec, quantized)
         preprocessor = getattr(pipeline, "processor", None) or pipeline.tokenizer
         options: dict[str, Any] = {"progress": spec.progress, "trust_remote_code": spec.trust_remote_code}
         # Before the first forward, which repacks the weights on some CPUs.
         save_checkpoint(output, pipeline.model, preprocessor, max_shard_size=SHARD, **options)
+        shares = _shares(pipeline.model, quantized, total)
         expected = expected_logits(pipeline.model, pipeline.tokenizer)
         del pipeline, preprocessor
     finally:
         loaded.close()
     check_reopened(output.part, spec, expected)
     output.publish()
+    return shares
+
+
+def _check_share(spec: LoadSpec, quantized: int) -> None:
+    if not quantized and spec.scheme is not None:
+        msg = (
+            f"{spec.model_id} has no linear layer that {label_of(spec.scheme)} quantizes: 0% of its weights would be "
+            "smaller, so nothing was written."
+        )
+        raise UnsupportedError(msg)
+
+
+def _shares(model: Any, quantized: int, total: int) -> dict[str, Any]:
+    """Return the share of quantized parameters; logs if experts of a mixture are among the others."""
+    share, experts = quantized / total, expert_parameters(model) / total
+    if experts:
+        logger.warning(
+            "Only %.0f%% of the weights are quantized: the experts, %.0f%%, stay as they are, because one tensor holds "
+            "all of a layer, which this package does not quantize.",
+            100 * share,
+            100 * experts,
+        )
+    return {"quantized_share": share}
 
 
 def _write_gptq(
@@ -214,6 +253,9 @@ def _write_gptq(
         ids = sequences(calibration, texts, tokenizer, context) if texts else []
         tokens = sum(map(len, ids))
         model = loaded.pipeline.model
+        blocks = model.get_submodule(layout.prefix)
+        linears = (blocks[i].get_submodule(name) for i, names in enumerate(layout.layers) for name in names)
+        shares = _shares(model, sum(linear.weight.numel() for linear in linears), parameter_counts(model)[1])
         run = GPTQRun(model, layout, scheme, damping=damping, device=device, journal=journal, report=report)
         resumed_blocks = run.run(ids, checkpoint.source, overwrite=overwrite)
         about: dict[str, Any] = {"calibration": calibration.source_label, "tokens": tokens, "progress": spec.progress}
@@ -226,6 +268,7 @@ def _write_gptq(
         "calibration": calibration.label,
         "calibration_tokens": tokens,
         "resumed_blocks": resumed_blocks,
+        **shares,
     }
 
 

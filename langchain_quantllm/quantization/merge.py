@@ -15,17 +15,19 @@ from typing import Any
 from langchain_quantllm.compat.bitsandbytes import block_magnitudes
 from langchain_quantllm.compat.library_logging import quiet_logger, without_torchao
 from langchain_quantllm.compat.packages import label_of
-from langchain_quantllm.compat.peft import peft_imported
+from langchain_quantllm.compat.peft import peft_imported, set_weights
 from langchain_quantllm.compat.transformers_quantizers import (
     BITSANDBYTES_LOGGER,
     forget_quantization,
     was_quantized,
 )
 from langchain_quantllm.engine.clean_thread import in_clean_thread
-from langchain_quantllm.errors import CheckpointError, UnsupportedError, first_line
+from langchain_quantllm.errors import CheckpointError, QuantLLMError, UnsupportedError
+from langchain_quantllm.loading.adapter_weights import read_tensors
 from langchain_quantllm.loading.adapters import Adapter, check_adapters_fit, find_adapters
 from langchain_quantllm.loading.checkpoint import Checkpoint, find_checkpoint, find_source
 from langchain_quantllm.loading.devices import release_memory
+from langchain_quantllm.loading.foreign_errors import reason_of
 from langchain_quantllm.loading.registry import load
 from langchain_quantllm.loading.sources import check_sources
 from langchain_quantllm.loading.spec import LoadSpec
@@ -191,15 +193,17 @@ def _merged(model: Any, tokenizer: Any, adapter: Adapter) -> Any:
             from peft import PeftModel
 
             adapted = PeftModel.from_pretrained(model, str(adapter.folder), adapter_name=_NAME).eval()
-        except (ValueError, RuntimeError, KeyError, TypeError, OSError) as error:
-            msg = f"the adapter {adapter.source} does not fit this model; was it made for it? {first_line(error)}"
+            _check_loaded(adapted, adapter)
+        except QuantLLMError:
+            raise
+        except Exception as error:  # whatever peft raises for the settings and tensors of strangers
+            msg = f"the adapter {adapter.source} does not fit this model; was it made for it? {reason_of(error)}"
             raise CheckpointError(msg) from error
-        _check_loaded(adapted, adapter)
         expected = logits_of(adapted, tokenizer)
         try:
             merged = adapted.merge_and_unload(safe_merge=True)
-        except (ValueError, NotImplementedError, AttributeError, TypeError) as error:
-            msg = f"the adapter {adapter.source} cannot be merged: {first_line(error)}"
+        except Exception as error:  # as above
+            msg = f"the adapter {adapter.source} cannot be merged: {reason_of(error)}"
             raise UnsupportedError(msg) from error
     for name, parameter in merged.named_parameters():
         if not parameter.isfinite().all():
@@ -212,7 +216,7 @@ def _merged(model: Any, tokenizer: Any, adapter: Adapter) -> Any:
 def _check_tied(model: Any, adapter: Adapter) -> None:
     """Refuse an adapter of the output head where the input embeddings are the same tensor."""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or head.weight is not embeddings.weight:
+    if head is None or head.weight is not embeddings.weight or adapter.config.get("peft_type") == "TRAINABLE_TOKENS":
         return
     names = {path.rpartition(".")[2] for path, module in model.named_modules() if module in (head, embeddings)}
     targets = adapter.config.get("target_modules")
@@ -226,17 +230,13 @@ def _check_tied(model: Any, adapter: Adapter) -> None:
 
 
 def _check_loaded(adapted: Any, adapter: Adapter) -> None:
-    """Check that every tensor of the adapter was in its file; peft only warns otherwise."""
-    from peft import get_peft_model_state_dict
-    from safetensors import safe_open
-
-    file = adapter.folder / "adapter_model.safetensors"
-    if not file.is_file():
-        return
-    with safe_open(file, framework="pt") as stored:
-        keys = set(stored.keys())
-    wanted = get_peft_model_state_dict(adapted, adapter_name=_NAME, save_embedding_layers=False)
-    if lost := sorted(wanted.keys() - keys):
+    """Check that every tensor of the adapter's layers is in its file; peft only warns otherwise."""
+    missing = set(set_weights(adapted, _NAME, read_tensors(adapter))[0])
+    own = {
+        name: tensor for name, tensor in adapted.named_parameters(remove_duplicate=False) if _NAME in name.split(".")
+    }
+    filled = {id(tensor) for name, tensor in own.items() if name not in missing}  # tied ones have several names
+    if lost := sorted(name for name in own.keys() & missing if id(own[name]) not in filled):
         msg = f"the adapter {adapter.source} has no weights for {lost[0]!r}; was it made for this model?"
         raise CheckpointError(msg)
 
