@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from typing import Any
 
+from langchain_quantllm.chat.pieces import Piece, ToolCallDraft
 from langchain_quantllm.chat.scanner import CUT_OFF, Wait, held, prefixes
-from langchain_quantllm.chat.tool_calls import ARGUMENTS, CALL, FENCE, FUNCTION, CallReader, Piece, ToolCallDraft
+from langchain_quantllm.chat.tool_calls import ARGUMENTS, CALL, FENCE, CallReader
+from langchain_quantllm.chat.xml_calls import FUNCTION
 from langchain_quantllm.structured.tool_formats import HERMES, ReasoningFormat, ToolFormat
 
 _PLAIN_KEYS = frozenset({"name", *ARGUMENTS})
@@ -81,8 +82,7 @@ class AnswerParser(CallReader):
 
     def _step(self) -> list[Piece]:
         next(self._steps, None)
-        pieces, self._pieces = self._pieces, []
-        return _joined(pieces)
+        return self._take_pieces()
 
     def _answer(self) -> Wait[None]:
         if self._reasoning is not None:
@@ -93,7 +93,8 @@ class AnswerParser(CallReader):
         if self._tools:
             yield from self._whole(self._scan.at)
         yield from self._content()
-        self._emit("text", "".join(self._spaces))
+        if self._space is not None:
+            self._emit("text", self._space.end())
 
     def _thinks(self, reasoning: ReasoningFormat) -> Wait[bool]:
         start = self._scan.at
@@ -248,17 +249,6 @@ class AnswerParser(CallReader):
             if (yield from scan.skip()) != "{":
                 scan.at = start
                 return
-
-
-def _joined(pieces: Sequence[Piece]) -> list[Piece]:
-    """Make one piece of neighbours of one kind and one call."""
-    joined: list[Piece] = []
-    for (kind, index), group in groupby(pieces, key=lambda piece: (piece.kind, piece.index)):
-        if kind in ("call", "invalid"):
-            joined += group
-        else:
-            joined.append(Piece(kind=kind, text="".join(piece.text for piece in group), index=index))
-    return joined
 
 
 def _parameters(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:

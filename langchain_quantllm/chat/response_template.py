@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from langchain_quantllm.chat.notations import JSON_FAILURES, checked
-from langchain_quantllm.chat.tool_calls import Piece
+from langchain_quantllm.chat.pieces import Piece
 
 _KINDS = {"content": "text", "thinking": "reasoning", "reasoning": "reasoning", "reasoning_content": "reasoning"}
 

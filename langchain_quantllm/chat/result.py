@@ -16,7 +16,7 @@ from langchain_core.messages import AIMessage, AIMessageChunk, InvalidToolCall, 
 from langchain_core.messages.tool import ToolCallChunk, invalid_tool_call, tool_call, tool_call_chunk
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 
-from langchain_quantllm.chat.tool_calls import Piece
+from langchain_quantllm.chat.pieces import Piece
 from langchain_quantllm.engine.request import Request
 from langchain_quantllm.engine.result import Answer, Answers, completion_info
 from langchain_quantllm.engine.stream import Chunk

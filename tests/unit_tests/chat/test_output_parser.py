@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from langchain_quantllm.chat.output_parser import AnswerParser
+from langchain_quantllm.chat.pieces import Piece
 from langchain_quantllm.chat.response_template import TemplateParser
 from langchain_quantllm.chat.result import MessageBuilder
-from langchain_quantllm.chat.tool_calls import Piece
 from langchain_quantllm.structured.tool_formats import FORMATS, HERMES, REASONING, ToolFormat, format_of, reasoning_of
 
 FORMAT = {entry.name: entry for entry in FORMATS}
@@ -85,7 +85,7 @@ ANSWERS: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
     ("pythonic", "[now(), other(a=1), ]", "", [NOW, ("other", {"a": 1})]),
     ("pythonic", "[1] As the source says, now() is", "[1] As the source says, now() is", []),
     ("pythonic", "[other(a=1)]", "[other(a=1)]", []),
-    ("lfm2", 'So: <|tool_call_start|>[get_weather(city="Paris", days=3)]<|tool_call_end|>Wait.', "So:Wait.", [PARIS]),
+    ("lfm2", 'So: <|tool_call_start|>[get_weather(city="Paris", days=3)]<|tool_call_end|>Wait.', "So: Wait.", [PARIS]),
     ("mistral", '[TOOL_CALLS] [{"name": "get_weather", "arguments": ' + P + '}, {"name": "now", "arguments": {}}]', "",
      BOTH),
     ("mistral", '[TOOL_CALLS][{"name": "now", "arguments": {}, "id": "abcdefghi"}]', "", [NOW]),
@@ -247,7 +247,7 @@ BROKEN = [
 def test_a_broken_call_is_one_invalid_piece(name: str, answer: str, written: str) -> None:
     for parts in splits(answer):
         text, _, calls, invalid = parse(new(FORMAT[name]), parts)
-        assert (text, calls) == ("AB", [])
+        assert (text, calls) == ("A\nB" if answer.endswith("\nB") else "A B", [])
         assert [piece.text for piece in invalid] == [written]
         assert invalid[0].error
 
