@@ -6,7 +6,7 @@ Owns all that stands within calls. The places of calls in an answer are `output_
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from langchain_quantllm.chat.notations import checked, from_gemma, from_python, loaded
@@ -306,6 +306,12 @@ class CallReader(XmlCallReader):
             if not (yield from scan.take(",")):
                 yield from scan.take("]")
                 return
+
+
+def parameters_of(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Map the name of each function to the schema of its parameters."""
+    functions = [tool.get("function", tool) for tool in tools]
+    return {str(function["name"]): function.get("parameters") or {} for function in functions if "name" in function}
 
 
 def _end_tag(tool_format: ToolFormat) -> str:
