@@ -259,7 +259,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
         prompt = write_prompt(
             messages, chat, template, pipeline, variables=self.chat_template_kwargs, timeout_s=options.timeout
         )
-        answer = AnswerFormat(chat, template, prompt.text, pipeline.tokenizer, self.tool_format)
+        answer = AnswerFormat(chat, template, prompt, pipeline.tokenizer, self.tool_format)
         options = dataclasses.replace(
             options,
             add_special_tokens=prompt.adds_begin,

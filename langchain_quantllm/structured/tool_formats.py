@@ -231,7 +231,10 @@ REASONING: tuple[ReasoningFormat, ...] = (
 
 
 HARMONY_REASONING = ReasoningFormat("<|channel|>analysis<|message|>", "<|end|><|start|>assistant")
-"""That of gpt-oss, whose answers `HARMONY` reads."""
+"""That of gpt-oss, whose calls are in the format `HARMONY`."""
+
+FINAL_HEADER = "<|channel|>final<|message|>"
+"""The header of gpt-oss's answer to the user."""
 
 
 def reasoning_of(texts: str) -> ReasoningFormat | None:

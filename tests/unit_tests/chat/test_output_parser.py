@@ -659,7 +659,7 @@ def test_response_templates_with_broken_calls(inner: str) -> None:
     answer = f"<think>Hm.</think>A<tool_call>{inner}</tool_call>{HERMES_PARIS}B"
     for parts in splits(answer):
         text, reasoning, calls, invalid = parse(TemplateParser(Tokenizer(), PROMPT + "", TOOLS), parts)
-        assert (text, reasoning, calls) == ("AB", "Hm.", [PARIS])
+        assert (text, reasoning, calls) == ("A\nB", "Hm.", [PARIS])
         assert [piece.index for piece in invalid] == [0]
         assert invalid[0].text == inner
 
