@@ -75,7 +75,8 @@ class HarmonyParser(CallReader):
                 if recipient:
                     self._text(scan.text[written : scan.at])
                 yield from self._body("reasoning" if channel == "analysis" else "text")
-            yield from scan.take(*_ENDS)
+            if not (yield from scan.take(*_ENDS)) and scan.at == written:
+                self._text((yield from scan.take(*_MARKS)))  # one that begins no header
         assert self._space is not None
         self._emit("text", self._space.end())
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from langchain_quantllm.structured.schema_merge import IS_TYPE
@@ -19,6 +19,9 @@ _GEMMA_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[^\s{}\[\]:,"]+(?P<key>\s*:)?')
 _JSON_WORDS = {"True": "true", "False": "false", "None": "null"}
 _PYTHON_WORDS = {"true": True, "false": False, "null": None}
 
+MAX_DEPTH = 100
+"""The most brackets of arguments within each other; Python's readers and writers of JSON recurse over them."""
+
 JSON_FAILURES = (ValueError, RecursionError)
 """The errors of reading JSON; a deep nesting raises `RecursionError`."""
 
@@ -27,7 +30,7 @@ def checked(raw: str) -> str:
     """Return arguments as the text of a JSON object, which may come as a JSON string.
 
     Raises:
-        ValueError: They are not JSON, or another value.
+        ValueError: They are not JSON, or another value, or nested deeper than `MAX_DEPTH`.
     """
     value = loaded(raw)
     if isinstance(value, str):
@@ -37,7 +40,25 @@ def checked(raw: str) -> str:
         return "{}"
     if not isinstance(value, dict):
         raise ValueError("its arguments are not an object")
+    check_depth(value)
     return raw
+
+
+def check_depth(value: Any) -> None:
+    """Refuse a value that is nested too deeply.
+
+    Raises:
+        ValueError: It is nested deeper than `MAX_DEPTH`.
+    """
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [item for inner in level if isinstance(inner, dict | list) for item in _items(inner)]
+    if any(isinstance(inner, dict | list) for inner in level):
+        raise ValueError(f"its arguments are nested deeper than {MAX_DEPTH} brackets")
+
+
+def _items(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
 
 
 def loaded(raw: str) -> Any:
@@ -144,6 +165,7 @@ def from_python(arguments: str) -> str:
         if not isinstance(call, ast.Call) or call.args:
             raise ValueError("its arguments have no names")
         values = {str(word.arg): ast.literal_eval(_JsonWords().visit(word.value)) for word in call.keywords}
+        check_depth(values)
         return json.dumps(values, ensure_ascii=False, allow_nan=False)
     except (SyntaxError, TypeError, RecursionError, MemoryError) as error:
         raise ValueError("its arguments are not Python literals") from error

@@ -34,7 +34,9 @@ class _Notation(NamedTuple):
 
 
 _JSON = _Notation(
-    re.compile(r"[^\s\w+\-.,:]"),  # other than JSON's own outside strings: a closing tag ends an open value
+    # Outside strings, all but numbers, the letters of true, false, null, NaN and Infinity, and what stands between them:
+    # a tag ends a value that is open.
+    re.compile(r"[^\s\d+\-.,:aeflnrstuEINiy]"),
     "{[",
     {'"': re.compile(r'["\\\x00-\x1f]')},
     NOT_JSON,

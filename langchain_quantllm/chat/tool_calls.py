@@ -227,13 +227,13 @@ class CallReader(XmlCallReader):
         """Read `function<sep>NAME` and fenced arguments, or `NAME<sep>` and arguments."""
         scan = self._scan
         written = scan.at
-        yield from scan.until(_SEPARATOR, end, "\n")
+        yield from scan.until(_SEPARATOR, end, CALL, "\n")
         name = scan.text[written : scan.at].strip()
         if not (yield from scan.take(_SEPARATOR)):
             name = ""
         elif (yield from scan.skip()) != "{" and name == "function":
             start = scan.at
-            yield from scan.until("\n", "{", FENCE, end)
+            yield from scan.until("\n", "{", FENCE, end, CALL)
             name = scan.text[start : scan.at].strip()
             yield from scan.skip()
             yield from scan.take("```json", FENCE)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from langchain_quantllm.chat.notations import typed, types_of
+from langchain_quantllm.chat.notations import check_depth, typed, types_of
 from langchain_quantllm.chat.pieces import PieceWriter, ToolCallDraft
 from langchain_quantllm.chat.scanner import CUT_OFF, Wait
 
@@ -96,6 +96,11 @@ class XmlCallReader(PieceWriter):
         error = yield from self._parameters_into(values, self._tools.get(name, {}), notation, wrapped=wrapped)
         if error:
             yield from self._spoil_from(scan.at, call, error)
+            return
+        try:
+            check_depth(values)
+        except ValueError as problem:
+            yield from self._spoil_from(scan.at, call, str(problem))
             return
         call.arguments = json.dumps(values, ensure_ascii=False)
         self._complete(call)

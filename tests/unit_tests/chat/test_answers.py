@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import reduce
 from operator import add
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
 
 from langchain_quantllm import ChatQuantizedHuggingFace
 from tests.support.models import pipeline_of, scripted_model
 
+CONTEXT = 384
 HI = [HumanMessage("hi")]
 TURNS = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') }}"
-TOOLS = "{% if tools %}{{ '<|im_start|>system\n' }}{% for t in tools %}{{ t | tojson }}{% endfor %}{{ '<|im_end|>\n' }}{% endif %}"
+TOOLS = (
+    "{% if tools %}{{ '<|im_start|>system\n' }}{% for t in tools %}{{ t | tojson }}{% endfor %}{{ '<|im_end|>\n' }}"
+    "{% endif %}"
+)
 HERMES_CALLS = (
     "{% for c in m.tool_calls or [] %}{{ '<tool_call>\n{\"name\": ' + (c.function.name | tojson) + ', \"arguments\": '"
     " + (c.function.arguments | tojson) + '}\n</tool_call>' }}{% endfor %}"
@@ -53,44 +59,54 @@ def weather(city: str) -> str:
     return city
 
 
-@pytest.fixture(scope="module")
-def tokenizer(smollm2: Path) -> Any:
-    return transformers.AutoTokenizer.from_pretrained(smollm2)
+class Scripted:
+    """A model that writes the answer that it is told, and the chats over it."""
+
+    def __init__(self, tokenizer: Any, ends: list[str]) -> None:
+        self.tokenizer = tokenizer
+        self.model = scripted_model(len(tokenizer), [0], 1, context_tokens=CONTEXT)
+        end_ids = tokenizer.convert_tokens_to_ids(ends)
+        self.model.config.eos_token_id = self.model.generation_config.eos_token_id = end_ids
+        self.pipeline = pipeline_of(self.model, tokenizer)
+
+    def chat(self, template: str) -> Any:
+        return ChatQuantizedHuggingFace(
+            pipeline=self.pipeline, chat_template=template, temperature=0, max_new_tokens=100
+        )
+
+    def ask(self, template: str, answer: str, messages: Sequence[BaseMessage] = HI, *, tools: bool = True) -> AIMessage:
+        """Invoke the model, which writes an answer and then its end token; its stream must say the same."""
+        chat = self.chat(template)
+        ids = [*self.tokenizer(answer, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
+        begin = chat.get_num_tokens_from_messages(messages, tools=[weather] if tools else None) - 1
+        with torch.no_grad():
+            self.model.lm_head.weight.zero_()
+            for at, token_id in enumerate(ids):
+                self.model.lm_head.weight[token_id, begin + at] = 1.0
+        model = chat.bind_tools([weather]) if tools else chat
+        message = model.invoke(messages)
+        streamed = reduce(add, model.stream(messages))
+        for name in ("content", "additional_kwargs"):
+            assert getattr(streamed, name) == getattr(message, name)
+        assert calls_of(streamed) == calls_of(message)
+        assert streamed.response_metadata["finish_reason"] == message.response_metadata["finish_reason"]
+        assert isinstance(message, AIMessage)
+        return message
 
 
 @pytest.fixture(scope="module")
-def channels(smollm2: Path) -> Any:
-    """A tokenizer with gpt-oss's special tokens, in which a call ends an answer like any other."""
+def plain(smollm2: Path) -> Scripted:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
+    return Scripted(tokenizer, [tokenizer.eos_token])
+
+
+@pytest.fixture(scope="module")
+def channels(smollm2: Path) -> Scripted:
+    """Has gpt-oss's special tokens; a call ends an answer like its own end token."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
     tokenizer.add_special_tokens({"additional_special_tokens": CHANNEL_MARKS})
     tokenizer.eos_token = "<|return|>"
-    return tokenizer
-
-
-def ask(
-    tokenizer: Any, template: str, answer: str, messages: list[BaseMessage] = HI, *, tools: bool = True, **options: Any
-) -> AIMessage:
-    """Invoke a model that writes an answer and then its end token; its stream must say the same."""
-    ends = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(["<|call|>"] if "<|call|>" in answer else [])]
-    ids = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-
-    def chat(prompt_tokens: int) -> ChatQuantizedHuggingFace:
-        model = scripted_model(len(tokenizer), ids, prompt_tokens, context_tokens=512)
-        model.config.eos_token_id = model.generation_config.eos_token_id = ends
-        pipeline = pipeline_of(model, tokenizer)
-        return ChatQuantizedHuggingFace(
-            pipeline=pipeline, chat_template=template, temperature=0, max_new_tokens=100, **options
-        )
-
-    prompt_tokens = chat(1).get_num_tokens_from_messages(messages, tools=[weather] if tools else None)
-    model: Any = chat(prompt_tokens).bind_tools([weather]) if tools else chat(prompt_tokens)
-    message = model.invoke(messages)
-    streamed = reduce(add, model.stream(messages))
-    for name in ("content", "additional_kwargs"):
-        assert getattr(streamed, name) == getattr(message, name)
-    assert calls_of(streamed) == calls_of(message)
-    assert streamed.response_metadata["finish_reason"] == message.response_metadata["finish_reason"]
-    return message
+    return Scripted(tokenizer, ["<|return|>", "<|call|>"])
 
 
 def calls_of(message: AIMessage) -> list[tuple[str, Any]]:
@@ -103,40 +119,38 @@ def reasoning_of(message: AIMessage) -> str:
 
 @pytest.mark.parametrize("template", [THINKS, MAY_THINK])
 @pytest.mark.parametrize("end", ["", "\n</think>\n\n"])
-def test_a_call_is_found_behind_reasoning_that_is_closed_or_not(tokenizer: Any, template: str, end: str) -> None:
+def test_a_call_is_found_behind_reasoning_that_is_closed_or_not(plain: Scripted, template: str, end: str) -> None:
     opened = "<think>\n" if template is MAY_THINK else ""
-    message = ask(tokenizer, template, f"{opened}I look it up.\n{end}{CALL}")
+    message = plain.ask(template, f"{opened}I look it up.\n{end}{CALL}")
     assert (message.content, reasoning_of(message), calls_of(message)) == ("", "I look it up.", OSLO)
     assert message.response_metadata["finish_reason"] == "tool_calls"
 
 
-def test_a_call_that_reasoning_mentions_is_none(tokenizer: Any) -> None:
-    message = ask(tokenizer, THINKS, f"Not {CALL}, no.\n</think>\n\nIt snows.")
+def test_a_call_that_reasoning_mentions_is_none(plain: Scripted) -> None:
+    message = plain.ask(THINKS, f"Not {CALL}, no.\n</think>\n\nIt snows.")
     assert (message.content, reasoning_of(message), calls_of(message)) == ("It snows.", f"Not {CALL}, no.", [])
 
 
 @pytest.mark.parametrize("tools", [False, True])
-def test_an_answer_may_end_in_reasoning_that_the_template_opened(tokenizer: Any, tools: bool) -> None:
-    message = ask(tokenizer, THINKS, "It snows.", tools=tools)
+def test_an_answer_may_end_in_reasoning_that_the_template_opened(plain: Scripted, tools: bool) -> None:
+    message = plain.ask(THINKS, "It snows.", tools=tools)
     assert (message.content, reasoning_of(message), message.tool_calls) == ("", "It snows.", [])
     assert message.response_metadata["finish_reason"] == "stop"
     assert message.usage_metadata is not None
-    assert message.usage_metadata["output_tokens"] == len(tokenizer("It snows.")["input_ids"]) + 1
+    assert message.usage_metadata["output_tokens"] == len(plain.tokenizer("It snows.")["input_ids"]) + 1
 
 
-def test_a_forced_call_is_written_after_reasoning_is_closed(tokenizer: Any) -> None:
+def test_a_forced_call_is_written_after_reasoning_is_closed(plain: Scripted) -> None:
     pytest.importorskip("xgrammar")
-    model = scripted_model(len(tokenizer), [tokenizer.eos_token_id], 1, context_tokens=512)
-    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
-    chat: Any = ChatQuantizedHuggingFace(pipeline=pipeline_of(model, tokenizer), chat_template=THINKS, seed=1)
+    chat = plain.chat(THINKS)
     message = chat.bind_tools([weather], tool_choice="any").invoke(HI, max_new_tokens=80, temperature=1.0)
     assert [call["name"] for call in message.tool_calls] == ["weather"]
 
 
-def test_text_around_a_call_stays_apart_and_goes_back_into_the_template(tokenizer: Any) -> None:
-    message = ask(tokenizer, MAY_THINK, f"First I look.\n\n{CALL}\nThen I write.")
+def test_text_around_a_call_stays_apart_and_goes_back_into_the_template(plain: Scripted) -> None:
+    message = plain.ask(MAY_THINK, f"First I look.\n\n{CALL}\nThen I write.")
     assert (message.content, calls_of(message)) == ("First I look.\n\nThen I write.", OSLO)
-    again = ask(tokenizer, MAY_THINK, "It snows.", [*HI, message, HumanMessage("and?")])
+    again = plain.ask(MAY_THINK, "It snows.", [*HI, message, HumanMessage("and?")])
     assert again.content == "It snows."
 
 
@@ -152,54 +166,48 @@ def test_text_around_a_call_stays_apart_and_goes_back_into_the_template(tokenize
 )
 @pytest.mark.parametrize("tools", [False, True])
 def test_a_begun_answer_goes_on_where_it_is(
-    tokenizer: Any, begun: str, answer: str, content: str, reasoning: str, tools: bool
+    plain: Scripted, begun: str, answer: str, content: str, reasoning: str, tools: bool
 ) -> None:
     user = HumanMessage("What does <think> mean?")
-    message = ask(tokenizer, MAY_THINK, answer, [user, AIMessage(begun)], tools=tools)
+    message = plain.ask(MAY_THINK, answer, [user, AIMessage(begun)], tools=tools)
     assert (message.content, reasoning_of(message)) == (content, reasoning)
     assert message.response_metadata["finish_reason"] == "stop"
 
 
-def test_a_call_in_reasoning_that_a_begun_answer_opened(tokenizer: Any) -> None:
-    message = ask(tokenizer, MAY_THINK, f" see.\n{CALL}", [*HI, AIMessage("<think>\nLet me")])
+def test_a_call_in_reasoning_that_a_begun_answer_opened(plain: Scripted) -> None:
+    message = plain.ask(MAY_THINK, f" see.\n{CALL}", [*HI, AIMessage("<think>\nLet me")])
     assert (message.content, reasoning_of(message), calls_of(message)) == ("", " see.", OSLO)
 
 
-def test_calls_of_glm(tokenizer: Any) -> None:
-    message = ask(tokenizer, GLM, f"I look.\n{GLM_CALL}")
+def test_calls_of_glm(plain: Scripted) -> None:
+    message = plain.ask(GLM, f"I look.\n{GLM_CALL}")
     assert (message.content, calls_of(message)) == ("I look.", OSLO)
-    again = ask(tokenizer, GLM, "It snows.", [*HI, message, HumanMessage("and?")])
+    again = plain.ask(GLM, "It snows.", [*HI, message, HumanMessage("and?")])
     assert again.content == "It snows."
 
 
-def test_answers_in_channels(channels: Any) -> None:
+def test_answers_in_channels(channels: Scripted) -> None:
     thought = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
     for tools in (False, True):
-        message = ask(channels, CHANNELS, f"{thought}<|channel|>final<|message|>It snows.", tools=tools)
+        message = channels.ask(CHANNELS, f"{thought}<|channel|>final<|message|>It snows.", tools=tools)
         assert (message.content, reasoning_of(message), message.tool_calls) == ("It snows.", "Hm.", [])
-    message = ask(channels, CHANNELS, f"{thought}{CHANNEL_CALL}<|call|>")
+    message = channels.ask(CHANNELS, f"{thought}{CHANNEL_CALL}<|call|>")
     assert (message.content, reasoning_of(message), calls_of(message)) == ("", "Hm.", OSLO)
     assert message.response_metadata["finish_reason"] == "tool_calls"
-    again = ask(channels, CHANNELS, "<|channel|>final<|message|>It snows.", [*HI, message, HumanMessage("and?")])
+    again = channels.ask(CHANNELS, "<|channel|>final<|message|>It snows.", [*HI, message, HumanMessage("and?")])
     assert again.content == "It snows."
 
 
-@pytest.mark.parametrize(("template", "is_channels"), [(GLM, False), (CHANNELS, True)])
-def test_forced_calls_of_glm_and_in_channels(request: pytest.FixtureRequest, template: str, is_channels: bool) -> None:
+@pytest.mark.parametrize("template", [GLM, CHANNELS], ids=["GLM", "channels"])
+def test_forced_calls_of_glm_and_in_channels(plain: Scripted, channels: Scripted, template: str) -> None:
     pytest.importorskip("xgrammar")
-    tokenizer = request.getfixturevalue("channels" if is_channels else "tokenizer")
-    end = tokenizer.eos_token_id
-    model = scripted_model(len(tokenizer), [end], 1, context_tokens=512)
-    model.config.eos_token_id = model.generation_config.eos_token_id = end
-    chat: Any = ChatQuantizedHuggingFace(pipeline=pipeline_of(model, tokenizer), chat_template=template)
+    chat = (channels if template is CHANNELS else plain).chat(template)
+    schema = {"title": "a", "type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
     for seed in range(4):
-        forced = chat.bind_tools([weather], tool_choice="weather")
-        message = forced.invoke(HI, max_new_tokens=80, temperature=1.0, seed=seed)
+        options = {"max_new_tokens": 80, "temperature": 1.0, "seed": seed}
+        message = chat.bind_tools([weather], tool_choice="weather").invoke(HI, **options)
         assert message.invalid_tool_calls == []
         (call,) = message.tool_calls
         assert call["name"] == "weather"
         assert isinstance(call["args"]["city"], str)
-        structured = chat.with_structured_output(
-            {"title": "a", "type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
-        )
-        assert isinstance(structured.invoke(HI, max_new_tokens=80, temperature=1.0, seed=seed)["n"], int)
+        assert isinstance(chat.with_structured_output(schema).invoke(HI, **options)["n"], int)
