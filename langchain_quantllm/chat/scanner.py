@@ -34,8 +34,8 @@ class _Notation(NamedTuple):
 
 
 _JSON = _Notation(
-    # Outside strings, all but numbers, the letters of true, false, null, NaN and Infinity, and what stands between them:
-    # a tag ends a value that is open.
+    # Outside strings, all but numbers, the letters of true, false, null, NaN and Infinity, and what may stand between
+    # them: a tag ends a value that is open.
     re.compile(r"[^\s\d+\-.,:aeflnrstuEINiy]"),
     "{[",
     {'"': re.compile(r'["\\\x00-\x1f]')},

@@ -186,16 +186,21 @@ def test_calls_of_glm(plain: Scripted) -> None:
     assert again.content == "It snows."
 
 
-def test_answers_in_channels(channels: Scripted) -> None:
-    thought = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
-    for tools in (False, True):
-        message = channels.ask(CHANNELS, f"{thought}<|channel|>final<|message|>It snows.", tools=tools)
-        assert (message.content, reasoning_of(message), message.tool_calls) == ("It snows.", "Hm.", [])
-    message = channels.ask(CHANNELS, f"{thought}{CHANNEL_CALL}<|call|>")
+THOUGHT = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
+
+
+@pytest.mark.parametrize("tools", [False, True])
+def test_answers_in_channels(channels: Scripted, tools: bool) -> None:
+    message = channels.ask(CHANNELS, f"{THOUGHT}<|channel|>final<|message|>It snows.", tools=tools)
+    assert (message.content, reasoning_of(message), message.tool_calls) == ("It snows.", "Hm.", [])
+
+
+def test_calls_in_channels(channels: Scripted) -> None:
+    message = channels.ask(CHANNELS, f"{THOUGHT}{CHANNEL_CALL}<|call|>")
     assert (message.content, reasoning_of(message), calls_of(message)) == ("", "Hm.", OSLO)
     assert message.response_metadata["finish_reason"] == "tool_calls"
-    again = channels.ask(CHANNELS, "<|channel|>final<|message|>It snows.", [*HI, message, HumanMessage("and?")])
-    assert again.content == "It snows."
+    prompt = channels.chat(CHANNELS).get_num_tokens_from_messages([*HI, message, HumanMessage("and?")])
+    assert prompt > channels.chat(CHANNELS).get_num_tokens_from_messages([*HI, HumanMessage("and?")])
 
 
 @pytest.mark.parametrize("template", [GLM, CHANNELS], ids=["GLM", "channels"])
@@ -203,7 +208,7 @@ def test_forced_calls_of_glm_and_in_channels(plain: Scripted, channels: Scripted
     pytest.importorskip("xgrammar")
     chat = (channels if template is CHANNELS else plain).chat(template)
     schema = {"title": "a", "type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
-    for seed in range(4):
+    for seed in range(2):
         options = {"max_new_tokens": 80, "temperature": 1.0, "seed": seed}
         message = chat.bind_tools([weather], tool_choice="weather").invoke(HI, **options)
         assert message.invalid_tool_calls == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,21 @@ class TestTools:
         writer.write(text)
         assert writer.may_stop
         assert read_calls(tools, text) == [("f", {"text": value})]
+
+    @pytest.mark.parametrize("is_open", [False, True])
+    def test_automatic_calls_may_be_left_out_amid_reasoning(self, compiler: Compiler, is_open: bool) -> None:
+        marks = ("<think>", "</think>", is_open)
+        constraint = ToolCalls(HERMES, TOOLS, reasoning=marks)
+        writer = Writer(compiler, constraint)
+        writer.write(("" if is_open else "<think>") + "It snows, and <tool_call> is a tag")
+        assert writer.may_stop
+        writer.write("</think>\n\n" + HERMES.begin("get_weather"))
+        assert not writer.may_stop
+        writer.write('{"city": "Oslo"}' + HERMES.call_end)
+        assert writer.may_stop
+        required = Writer(compiler, replace(constraint, mode="required"))
+        required.write(("" if is_open else "<think>") + "It snows.")
+        assert not required.may_stop
 
     def test_formats_that_cannot_be_written_are_free_or_hermes(self, compiler: Compiler) -> None:
         for tools in FORMATS:
