@@ -81,12 +81,14 @@ def after_reasoning(
     Args:
         layout: The answer's.
         reasoning: `(begin, end, already_open)`, as constraints have it.
-        may_end_open: Whether the text may end amid reasoning that the prompt has opened: some models answer there.
+        may_end_open: Whether the text may end amid reasoning: some models never close what the prompt has opened.
     """
     begin, end, is_open = reasoning
     gap = {"type": "regex", "pattern": "[\\n ]{0,2}"}
-    if is_open and may_end_open:
-        return {"type": "dispatch", "rules": [(end, _sequence(gap, layout))], "loop": False}
+    if may_end_open:
+        reasoned = {"type": "dispatch", "rules": [(end, _sequence(gap, layout))], "loop": False}
+        begun = _sequence({"type": "const_string", "value": begin}, reasoned)
+        return reasoned if is_open else {"type": "or", "elements": [begun, layout]}
     reasoned = {"type": "tag", "begin": "" if is_open else begin, "content": {"type": "any_text"}, "end": end}
     both = _sequence(reasoned, gap)
     return _sequence(both if is_open else {"type": "optional", "content": both}, layout)
