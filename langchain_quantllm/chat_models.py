@@ -264,7 +264,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
         pipeline, template = self.pipeline, self._template()
         more: dict[str, Any] = {"timeout_s": options.timeout, "rules": self._fetch_rules()}
         prompt = write_prompt(messages, chat, template, pipeline, variables=self.chat_template_kwargs, **more)
-        answer = AnswerFormat(chat, template, prompt.text, pipeline.tokenizer, self.tool_format)
+        answer = AnswerFormat(chat, template, prompt, pipeline.tokenizer, self.tool_format)
         options = dataclasses.replace(
             options,
             add_special_tokens=prompt.adds_begin,
