@@ -24,11 +24,12 @@ from pydantic import Field, model_validator
 from langchain_quantllm.base import PreparedCall, QuantizedModel, langchain_errors
 from langchain_quantllm.base.aside import read_aside, run_aside, submit_aside
 from langchain_quantllm.chat.binding import BindingChatModel
+from langchain_quantllm.chat.messages import texts_with_roles
 from langchain_quantllm.chat.options import CHAT_OPTIONS, ChatOptions
 from langchain_quantllm.chat.plan import AnswerFormat, write_prompt
 from langchain_quantllm.chat.profile import checkpoint_profile, pipeline_profile
 from langchain_quantllm.chat.result import ResultReader, chat_result, combined_output
-from langchain_quantllm.chat.template import ChatTemplate
+from langchain_quantllm.chat.template import ChatTemplate, TemplateRefusalError
 from langchain_quantllm.compat.packages import is_installed
 from langchain_quantllm.data.counterparts import Kind
 from langchain_quantllm.engine.request import ModelLimits, TokenMask
@@ -324,13 +325,21 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
         """Count the tokens of a conversation's prompt, the template's included; loads the model if needed.
 
+        The count is that of `usage_metadata["input_tokens"]` of a call with these messages. Where a call would say that
+        the template does not take them, it is that of their texts, each after its role.
+
         Args:
-            messages: The conversation.
+            messages: The conversation, or any part of it; 0 tokens for none.
             tools: Tools that the prompt describes.
         """
+        if not messages:
+            return 0
         chat = ChatOptions.of({"tools": tools or ()})
         pipeline = self.pipeline
-        prompt = write_prompt(messages, chat, self._template(), pipeline, variables=self.chat_template_kwargs)
+        try:
+            prompt = write_prompt(messages, chat, self._template(), pipeline, variables=self.chat_template_kwargs)
+        except TemplateRefusalError:
+            return sum(self.get_num_tokens(text) for text in texts_with_roles(messages))
         ids, _ = prompt_inputs(self._loaded(), prompt.text, prompt.images, add_special_tokens=prompt.adds_begin)
         return len(ids)
 

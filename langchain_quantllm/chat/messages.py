@@ -83,6 +83,17 @@ def images_in(messages: Sequence[Mapping[str, Any]]) -> list[ImageSource]:
     return [part["image"] for content in lists for part in content if part["type"] == "image"]
 
 
+def texts_with_roles(messages: Sequence[BaseMessage]) -> list[str]:
+    """List the texts of messages, their calls included, each after its role."""
+    found = []
+    for message in template_messages(messages, images=True):
+        content = message["content"]
+        parts = [content] if isinstance(content, str) else [part["text"] for part in content if "text" in part]
+        calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
+        found.append(f"{message['role']}: " + "\n".join([*parts, *calls]))
+    return found
+
+
 def template_messages(messages: Sequence[BaseMessage], *, images: bool = False) -> list[Message]:
     """Turn LangChain's messages into dicts for a template.
 

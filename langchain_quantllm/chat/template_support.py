@@ -28,6 +28,13 @@ def template_errors() -> tuple[type[Exception], ...]:
     return (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
 
 
+def some_tool() -> dict[str, Any]:
+    """Make a tool for trials, with a name that no template has."""
+    parameters = {"type": "object", "properties": {"x": {"type": "string", "description": "x"}}, "required": ["x"]}
+    function = {"name": f"f{_MARK}", "description": "f", "parameters": parameters}
+    return {"type": "function", "function": function}
+
+
 def message_of(role: str, content: Any) -> Message:
     """Make a message."""
     return {"role": role, "content": content}
@@ -61,7 +68,7 @@ class TemplateSupport:
     @functools.cached_property
     def tools(self) -> bool:
         """Whether the template shows tools to the model."""
-        return self._shows([_user("a")], [f"f{_MARK}"], [_function(f"f{_MARK}")])
+        return self._shows([_user("a")], [some_tool()["function"]["name"]], [some_tool()])
 
     @functools.cached_property
     def arguments(self) -> str | None:
@@ -72,29 +79,6 @@ class TemplateSupport:
         return None
 
     @functools.cached_property
-    def results(self) -> bool:
-        """Whether it takes the results of calls."""
-        return self._shows([_user("a"), self._some_call(), _result(_MARK)], [_MARK], self._some_tool)
-
-    @functools.cached_property
-    def system(self) -> bool:
-        """Whether it takes a system message."""
-        return self._shows([message_of("system", _MARK), _user("b")], [_MARK])
-
-    @functools.cached_property
-    def late_system(self) -> bool:
-        """Whether it takes a system message amid the others."""
-        messages = [_user("a"), message_of("assistant", "b"), message_of("system", _MARK), _user("c")]
-        return self._shows(messages, [_MARK])
-
-    @functools.cached_property
-    def repeated_roles(self) -> bool:
-        """Whether it takes several messages of one role behind each other."""
-        answers = [message_of("assistant", f"3{_MARK}"), message_of("assistant", f"4{_MARK}")]
-        messages = [_user(f"1{_MARK}"), _user(f"2{_MARK}"), *answers, _user("a")]
-        return self._shows(messages, [f"{i}{_MARK}" for i in (1, 2, 3, 4)])
-
-    @functools.cached_property
     def long_ids(self) -> bool:
         """Whether it takes any ids of calls, and not those of nine letters and digits alone."""
         call_id = f"call_{_MARK * 4}"
@@ -102,7 +86,7 @@ class TemplateSupport:
 
     @property
     def _some_tool(self) -> list[Any]:
-        return [_function("f")] if self.tools else []
+        return [some_tool()] if self.tools else []
 
     def _some_call(self, call_id: str = CALL_ID) -> Message:
         return _call({"x": "y"} if self.arguments == "dict" else '{"x": "y"}', call_id)
@@ -199,11 +183,6 @@ def _text(text: str) -> dict[str, Any]:
 
 def _user(content: Any) -> Message:
     return message_of("user", content)
-
-
-def _function(name: str) -> dict[str, Any]:
-    parameters = {"type": "object", "properties": {"x": {"type": "string", "description": "x"}}, "required": ["x"]}
-    return {"type": "function", "function": {"name": name, "description": "f", "parameters": parameters}}
 
 
 def _call(arguments: Any, call_id: str = CALL_ID) -> Message:
