@@ -12,7 +12,7 @@ import dataclasses
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import ModelProfile
@@ -26,7 +26,7 @@ from langchain_quantllm.base.aside import read_aside, run_aside, submit_aside
 from langchain_quantllm.chat.binding import BindingChatModel
 from langchain_quantllm.chat.messages import texts_with_roles
 from langchain_quantllm.chat.options import CHAT_OPTIONS, ChatOptions
-from langchain_quantllm.chat.plan import AnswerFormat, write_prompt
+from langchain_quantllm.chat.plan import AnswerFormat, Prompt, write_prompt
 from langchain_quantllm.chat.profile import checkpoint_profile, pipeline_profile
 from langchain_quantllm.chat.result import ResultReader, chat_result, combined_output
 from langchain_quantllm.chat.template import ChatTemplate, TemplateRefusalError
@@ -124,6 +124,9 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
     """Variables for the template, such as `{"enable_thinking": False}`."""
     tool_format: str | None = None
     """The model's format of tool calls, by a name of `structured.tool_formats.FORMATS`; None asks the template."""
+    special_tokens: Literal["text", "allow"] = "text"
+    """Special tokens in the texts of messages and tools: `"text"` keeps them text, so that a stranger's text writes no
+    turn; `"allow"` lets them be tokens, as those that the template writes always are."""
     streaming: bool | None = None
     """True makes `invoke` stream inwardly, for callbacks that want tokens."""
     max_retries: int | None = None
@@ -257,9 +260,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
             raise InvalidOptionError(msg)
         _refuse_full_text(options.return_full_text)
         pipeline, template = self.pipeline, self._template()
-        prompt = write_prompt(
-            messages, chat, template, pipeline, variables=self.chat_template_kwargs, timeout_s=options.timeout
-        )
+        prompt = self._write_prompt(messages, chat, template, timeout_s=options.timeout)
         answer = AnswerFormat(chat, template, prompt.text, pipeline.tokenizer, self.tool_format)
         options = dataclasses.replace(
             options,
@@ -275,7 +276,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
         def new_reader() -> ResultReader:
             return ResultReader(answer.parser(), pipeline.tokenizer, self.model_id, parallel=chat.parallel is not False)
 
-        requests = self._requests(prompt.text, options, engine=engine, mask=mask, images=prompt.images)
+        requests = self._requests(prompt.pieces, options, engine=engine, mask=mask, images=prompt.images)
         return _PreparedCall(
             options=options,
             engine=engine,
@@ -293,6 +294,24 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
             msg = f"n={plan.options.n} answers cannot share one stream; pass n=1, or use generate."
             raise InvalidOptionError(msg)
         return plan
+
+    def _write_prompt(
+        self,
+        messages: Sequence[BaseMessage],
+        chat: ChatOptions,
+        template: ChatTemplate,
+        *,
+        timeout_s: float | None = None,
+    ) -> Prompt:
+        return write_prompt(
+            messages,
+            chat,
+            template,
+            self.pipeline,
+            variables=self.chat_template_kwargs,
+            allows_special_tokens=self.special_tokens == "allow",
+            timeout_s=timeout_s,
+        )
 
     def _template(self) -> ChatTemplate:
         """Return the chat template; all instances over the model share it, with the results of its trials."""
@@ -335,12 +354,11 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
         if not messages:
             return 0
         chat = ChatOptions.of({"tools": tools or ()})
-        pipeline = self.pipeline
         try:
-            prompt = write_prompt(messages, chat, self._template(), pipeline, variables=self.chat_template_kwargs)
+            prompt = self._write_prompt(messages, chat, self._template())
         except TemplateRefusalError:
             return sum(self.get_num_tokens(text) for text in texts_with_roles(messages))
-        ids, _ = prompt_inputs(self._loaded(), prompt.text, prompt.images, add_special_tokens=prompt.adds_begin)
+        ids, _ = prompt_inputs(self._loaded(), prompt.pieces, prompt.images, add_special_tokens=prompt.adds_begin)
         return len(ids)
 
     # LangChain's conventions.
@@ -353,6 +371,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
     def _identifying_params(self) -> Mapping[str, Any]:
         """All settings that change the output."""
         own = {name: getattr(self, name) for name in ("chat_template", "chat_template_kwargs", "tool_format")}
+        own["special_tokens"] = "" if self.special_tokens == "text" else self.special_tokens
         return {**super()._identifying_params, **{name: value for name, value in own.items() if value}}
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:

@@ -1,11 +1,12 @@
 """A model's chat template: from messages to the prompt.
 
-Owns rendering, and choosing the rules of `bridge` for conversations that the template does not take whole. The abilities
-of a template are `template_support`'s. Knows tokenizers and plain messages; no model and no LangChain.
+Owns rendering, and choosing the rules of `bridge` for conversations that the template does not take whole. The
+abilities of a template are `template_support`'s. Knows tokenizers and plain messages; no model and no LangChain.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import string
@@ -15,6 +16,7 @@ from typing import Any
 from langchain_quantllm.chat.bridge import Bridge, Shape, bridges, shape_of
 from langchain_quantllm.chat.images import ImageSource
 from langchain_quantllm.chat.messages import Message, images_in, joined
+from langchain_quantllm.chat.special_tokens import ControlTokens
 from langchain_quantllm.chat.template_support import (
     CALL_ID,
     TemplateSupport,
@@ -22,7 +24,8 @@ from langchain_quantllm.chat.template_support import (
     some_tool,
     template_errors,
 )
-from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
+from langchain_quantllm.errors import InvalidOptionError, QuantLLMError, UnsupportedError
+from langchain_quantllm.structured.tool_formats import reasoning_of
 
 _TOOLS_TEXT = """# Tools
 
@@ -75,6 +78,7 @@ class ChatTemplate:
         """
         own = getattr(processor, "chat_template", None)
         self._tokenizer = tokenizer
+        self._processor = processor
         self._given = template or (own if isinstance(own, str) else None)
         # Gemma's processors replace another token than the one that they call their image token.
         token = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
@@ -155,9 +159,7 @@ class ChatTemplate:
             prefill = last["content"]
         return self._write(self.support.written(fitted), tools, variables) + prefill, images_in(fitted)
 
-    def _bridges(
-        self, messages: Sequence[Message], has_tools: bool, variables: Mapping[str, Any]
-    ) -> Iterator[Bridge]:
+    def _bridges(self, messages: Sequence[Message], has_tools: bool, variables: Mapping[str, Any]) -> Iterator[Bridge]:
         """List the bridges for a conversation, the best for its shape first."""
         shape = shape_of(messages)
         key = f"{has_tools} {sorted(variables.items())} {shape.key}"
@@ -204,11 +206,33 @@ class ChatTemplate:
             )
         )
 
+    @functools.cached_property
+    def control_tokens(self) -> ControlTokens:
+        """The tokens that must not come from the text of a message."""
+        chat = [
+            message_of("system", "a"),
+            message_of("user", "b"),
+            message_of("assistant", "c"),
+            message_of("user", "d"),
+        ]
+        function = {"name": some_tool()["function"]["name"], "arguments": {"x": "y"}}
+        call = message_of("assistant", "") | {"tool_calls": [{"type": "function", "id": CALL_ID, "function": function}]}
+        result = message_of("tool", "f") | {"tool_call_id": CALL_ID, "name": function["name"]}
+        prompts = []
+        for messages, tools in ((chat, []), ([*chat, call, result], [some_tool()])):
+            try:
+                prompts.append(self.render(messages, tools)[0])
+            except QuantLLMError:  # the call itself will say so
+                prompts.append("")
+        reasoning = reasoning_of(self.text())
+        tags = () if reasoning is None else (reasoning.begin, reasoning.end)
+        return ControlTokens.of(
+            self._tokenizer, self._processor, chat_prompt=prompts[0], tool_prompt=prompts[1], tags=tags
+        )
+
     # What stays the same for every conversation.
 
-    def _with_tools(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
-    ) -> list[Message]:
+    def _with_tools(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[Message]:
         fitted = [dict(message) for message in messages]
         if tools and not self.support.tools:
             lines = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)

@@ -123,7 +123,9 @@ TEMPLATES = {
         "{% for m in messages %}{% if m.role not in ['user', 'assistant'] %}{{ raise_exception('unknown role') }}"
         "{% endif %}" + _TURN + "{% endfor %}" + _ASK
     ),
-    "prefill left out": "{% for m in messages %}{% if not (loop.last and m.role == 'assistant') %}" + _TURN + "{% endif %}"
+    "prefill left out": "{% for m in messages %}{% if not (loop.last and m.role == 'assistant') %}"
+    + _TURN
+    + "{% endif %}"
     "{% endfor %}" + _ASK,
     "mistral": MISTRAL,
     "gemma": GEMMA,

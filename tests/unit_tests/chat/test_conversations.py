@@ -11,7 +11,7 @@ import pytest
 from langchain_core.messages import AIMessage, ChatMessage, HumanMessage, SystemMessage, ToolMessage
 from transformers import AutoTokenizer
 
-from langchain_quantllm.chat.bridge import FILLER
+from langchain_quantllm.chat.bridge_rules import FILLER
 from langchain_quantllm.chat.messages import template_messages
 from langchain_quantllm.chat.template import ChatTemplate, TemplateRefusalError
 from tests.support.chat_templates import GEMMA, LLAMA_3, MISTRAL, QWEN, TEMPLATES, random_conversation
