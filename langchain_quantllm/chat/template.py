@@ -16,14 +16,15 @@ from typing import Any
 from langchain_quantllm.chat.bridge import Bridge, Shape, bridges, shape_of
 from langchain_quantllm.chat.images import ImageSource
 from langchain_quantllm.chat.messages import Message, images_in, joined
+from langchain_quantllm.chat.rendering import RefusalError, render_messages
 from langchain_quantllm.chat.special_tokens import ControlTokens
 from langchain_quantllm.chat.template_support import (
     CALL_ID,
     TemplateSupport,
     message_of,
     some_tool,
-    template_errors,
 )
+from langchain_quantllm.compat.jinja_bounds import TemplateBoundError
 from langchain_quantllm.errors import InvalidOptionError, QuantLLMError, UnsupportedError
 from langchain_quantllm.structured.tool_formats import reasoning_of
 
@@ -132,30 +133,29 @@ class ChatTemplate:
             variables = {"add_generation_prompt": True, "continue_final_message": False, **variables}
         messages = self._with_tools(messages, tools)
         shown = list(tools) if self.support.tools else []
-        refusal: Exception | None = None
+        refusal: RefusalError | None = None
         for bridge in self._bridges(messages, bool(tools), variables):
             try:
                 return self._write_over(bridge, messages, shown, variables)
-            except template_errors() as error:
+            except RefusalError as error:
                 refusal = refusal or error
-        is_broken = type(refusal).__name__ == "TemplateSyntaxError"
-        if is_broken:
-            msg = f"the model's chat template is not valid Jinja: {refusal}"
-            raise InvalidOptionError(msg) from refusal
+                if type(error.__cause__).__name__ in ("TemplateSyntaxError", "TemplateAssertionError"):
+                    msg = f"the model's chat template is not valid Jinja: {error}"
+                    raise InvalidOptionError(msg) from error
         msg = f"the model's chat template does not take this conversation: {refusal}"
         raise TemplateRefusalError(msg) from refusal
 
     def _write_over(
         self, bridge: Bridge, messages: Sequence[Message], tools: Sequence[Any], variables: Mapping[str, Any]
     ) -> tuple[str, list[ImageSource]]:
-        """Render a conversation over a bridge; raises one of `template_errors()` where the template refuses it."""
+        """Render a conversation over a bridge; raises a `RefusalError` where the template refuses it."""
         fitted = self._fit_calls(bridge.apply(messages))
         prefill = ""
         if bridge.appends_prefill:
             *fitted, last = fitted
             if not isinstance(last["content"], str):
                 msg = "an image cannot be written behind the prompt"
-                raise ValueError(msg)
+                raise RefusalError(msg)
             prefill = last["content"]
         return self._write(self.support.written(fitted), tools, variables) + prefill, images_in(fitted)
 
@@ -178,7 +178,7 @@ class ChatTemplate:
         for bridge in bridges(shape.messages, continues=_continues(shape.messages, variables)):
             try:
                 prompt, _ = self._write_over(bridge, shape.messages, shown, variables)
-            except template_errors():
+            except RefusalError:
                 continue
             loss = shape.loss(prompt)
             if shown and some_tool()["function"]["name"] not in prompt:
@@ -192,18 +192,13 @@ class ChatTemplate:
     def _write(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], variables: Mapping[str, Any] | None = None
     ) -> str:
-        if not messages:
-            msg = "there is no message"
-            raise ValueError(msg)
-        continues = _continues(messages, {})
-        return str(
-            self._tokenizer.apply_chat_template(
-                list(messages),
-                tools=list(tools) or None,
-                chat_template=self._given,
-                tokenize=False,
-                **{"add_generation_prompt": not continues, "continue_final_message": continues, **(variables or {})},
-            )
+        return render_messages(
+            self._tokenizer,
+            self.text(tools=bool(tools)),
+            messages,
+            tools,
+            continues=bool(messages) and _continues(messages, {}),
+            variables=variables or {},
         )
 
     @functools.cached_property
@@ -222,6 +217,8 @@ class ChatTemplate:
         for messages, tools in ((chat, []), ([*chat, call, result], [some_tool()])):
             try:
                 prompts.append(self.render(messages, tools)[0])
+            except TemplateBoundError:
+                raise
             except QuantLLMError:  # the call itself will say so
                 prompts.append("")
         reasoning = reasoning_of(self.text())

@@ -7,25 +7,22 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from langchain_quantllm.chat.messages import Content, Message
+from langchain_quantllm.compat.jinja_bounds import TemplateBoundError
 from langchain_quantllm.errors import UnsupportedError
+
+_logger = logging.getLogger(__name__)
 
 CALL_ID = "a1B2c3D4e"  # nine letters and digits, which every template takes
 _MARK = "Kq7Zx"  # appears in no template
 _ROLE_NAMES = {"system": "system", "user": "the user's", "assistant": "the assistant's", "tool": "tool"}
 
 Render = Callable[[Sequence[Mapping[str, Any]], Sequence[Any]], str]
-"""Renders messages and tools as they are given; raises one of `template_errors()` where the template refuses them."""
-
-
-def template_errors() -> tuple[type[Exception], ...]:
-    """List the errors of a template over messages that it refuses; Python's come from the template's own code."""
-    from jinja2.exceptions import TemplateError
-
-    return (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
+"""Renders messages and tools as they are given; raises any error where the template refuses them."""
 
 
 def some_tool() -> dict[str, Any]:
@@ -61,6 +58,7 @@ class TemplateSupport:
         self._render = render
         self._image_token = image_token
         self._has_processor = has_processor
+        self._is_stopped = False
         self._forms: dict[tuple[str, str], str | None] = {}
 
     # Roles, tools and calls.
@@ -96,10 +94,16 @@ class TemplateSupport:
         return text is not None and all(mark in text for mark in wanted)
 
     def _try(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> str | None:
+        if self._is_stopped:
+            return None
         try:
             return self._render(messages, tools)
-        except template_errors():
-            return None
+        except TemplateBoundError as error:
+            self._is_stopped = True  # so that not each trial takes as long; the call itself will say why
+            _logger.debug("trials of the chat template are given up: %s", error)
+        except Exception as error:  # whatever it is, the call itself will say so if it matters
+            _logger.debug("a trial of the chat template failed: %r", error)
+        return None
 
     # Content.
 

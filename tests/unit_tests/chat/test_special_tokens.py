@@ -145,7 +145,8 @@ def test_tokens_of_turns_that_are_not_special_are_kept_out_too(pipeline: Any) ->
     """As in DeepSeek, whose `<｜User｜>` is an added token but no special one."""
     tokenizer = copy.deepcopy(pipeline.tokenizer)
     tokenizer.add_tokens([AddedToken(name, special=False) for name in ("<｜User｜>", "<｜Assistant｜>", "<other>")])
-    template = "{% for m in messages %}{{ '<｜User｜>' if m.role == 'user' else '<｜Assistant｜>' }}{{ m.content }}{% endfor %}"
+    role = "{{ '<｜User｜>' if m.role == 'user' else '<｜Assistant｜>' }}"
+    template = f"{{% for m in messages %}}{role}{{{{ m.content }}}}{{% endfor %}}"
     chat = chat_over(pipeline_of(tiny_model(len(tokenizer)), tokenizer), template)
     ids = prompt_ids(chat, [HumanMessage("a<｜User｜>b<other>")])
     assert ids.count(tokenizer.convert_tokens_to_ids("<｜User｜>")) == 1
