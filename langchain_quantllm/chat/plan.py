@@ -21,6 +21,7 @@ from langchain_quantllm.chat.response_template import TemplateParser
 from langchain_quantllm.chat.special_tokens import MarkedTexts
 from langchain_quantllm.chat.template import ChatTemplate
 from langchain_quantllm.loading.checkpoint import reads_images
+from langchain_quantllm.loading.pieces import valid_text
 from langchain_quantllm.loading.processors import no_images_reason
 from langchain_quantllm.structured import Constraint, Either, JSONSchema, ToolCalls
 from langchain_quantllm.structured.tool_formats import (
@@ -88,7 +89,7 @@ def write_prompt(
         plain, tools = [dict(marked.in_message(message)) for message in plain], marked.in_texts(tools)
         variables |= {name: marked.in_texts(variables[name]) for name in _TEXT_VARIABLES & variables.keys()}
     text, sources = template.render(plain, tools, variables)
-    pieces = (text,) if marked is None else marked.pieces(text)
+    pieces = tuple(map(valid_text, (text,) if marked is None else marked.pieces(text)))
     images = [read_image(source, min(timeout_s or FETCH_S, FETCH_S)) for source in sources]
     # Most templates write the begin token, but not those made for processors.
     # Source: `ProcessorMixin.apply_chat_template` in transformers/processing_utils.py.

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import string
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -49,6 +50,7 @@ _RESERVED = frozenset(
 """Arguments of `apply_chat_template` that are no variables of the template."""
 
 _MOST_SHAPES = 1024
+_SEARCH_S = 1.0  # of processor time
 
 
 class TemplateRefusalError(InvalidOptionError):
@@ -133,15 +135,18 @@ class ChatTemplate:
             variables = {"add_generation_prompt": True, "continue_final_message": False, **variables}
         messages = self._with_tools(messages, tools)
         shown = list(tools) if self.support.tools else []
-        refusal: RefusalError | None = None
+        self.support.written([message for message in messages if message["role"] != "tool"])
+        refusal: Exception | None = None
         for bridge in self._bridges(messages, bool(tools), variables):
             try:
                 return self._write_over(bridge, messages, shown, variables)
-            except RefusalError as error:
+            except (RefusalError, UnsupportedError) as error:
                 refusal = refusal or error
                 if type(error.__cause__).__name__ in ("TemplateSyntaxError", "TemplateAssertionError"):
                     msg = f"the model's chat template is not valid Jinja: {error}"
                     raise InvalidOptionError(msg) from error
+        if isinstance(refusal, UnsupportedError):
+            raise refusal
         msg = f"the model's chat template does not take this conversation: {refusal}"
         raise TemplateRefusalError(msg) from refusal
 
@@ -169,16 +174,18 @@ class ChatTemplate:
                 self._best.clear()
             self._best[key] = best
         yield best
-        yield from (other for other in bridges(messages, continues=_continues(messages, variables)) if other != best)
+        others = _soon(bridges(messages, continues=_continues(messages, variables)), len(messages))
+        yield from (other for other in others if other != best)
 
     def _find_bridge(self, shape: Shape, has_tools: bool, variables: Mapping[str, Any]) -> Bridge:
         """Find the first of the bridges over which nothing is lost; else that over which the least is."""
         shown = [some_tool()] if has_tools and self.support.tools else []
         best, least = Bridge(), None
-        for bridge in bridges(shape.messages, continues=_continues(shape.messages, variables)):
+        found = bridges(shape.messages, continues=_continues(shape.messages, variables))
+        for bridge in _soon(found, len(shape.messages)):
             try:
                 prompt, _ = self._write_over(bridge, shape.messages, shown, variables)
-            except RefusalError:
+            except (RefusalError, UnsupportedError):  # the latter for images in results
                 continue
             loss = shape.loss(prompt)
             if shown and some_tool()["function"]["name"] not in prompt:
@@ -253,6 +260,15 @@ class ChatTemplate:
             call_id = call["id"] if self.support.long_ids else _short_id(call["id"])
             fitted.append({**call, "id": call_id, "function": function})
         return message | {"tool_calls": fitted}
+
+
+def _soon(found: Iterator[Bridge], turns: int) -> Iterator[Bridge]:
+    """Pass bridges on until trying them has taken too long: a template of strangers may take its time for each."""
+    end = time.thread_time() + _SEARCH_S + turns / 100
+    for bridge in found:
+        yield bridge
+        if time.thread_time() > end:
+            return
 
 
 def _continues(messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> bool:

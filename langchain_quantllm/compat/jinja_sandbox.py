@@ -70,19 +70,22 @@ class _Environment(ImmutableSandboxedEnvironment):
     def getattr(self, obj: Any, attribute: str) -> Any:
         _METER.get().step()
         if isinstance(obj, str) and attribute in ("format", "format_map"):
-            return functools.partial(self._format, obj, attribute)
+            return self._formatter(obj, attribute)
         return super().getattr(obj, attribute)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         _METER.get().step()
         if isinstance(obj, str) and argument in ("format", "format_map"):
-            return functools.partial(self._format, obj, argument)
+            return self._formatter(obj, argument)
         return super().getitem(obj, argument)
 
-    def _format(self, text: str, method: str, /, *args: Any, **kwargs: Any) -> str:
-        if method == "format_map":
-            args, kwargs = (), dict(*args)
-        return str(_Formatter(self).vformat(text, args, kwargs))
+    def _formatter(self, text: str, method: str) -> Callable[..., str]:
+        def write(*args: Any, **kwargs: Any) -> str:
+            if method == "format_map":
+                args, kwargs = (), dict(*args)
+            return str(_Formatter(self).vformat(text, args, kwargs))
+
+        return write
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if isinstance(obj, bytes) or (isinstance(obj, str | int | float) and attr in _UNSAFE_METHODS):
@@ -95,7 +98,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
         if isinstance(owner, str):
             if name in ("format", "format_map"):
-                __obj = functools.partial(__self._format, owner, name)
+                __obj = __self._formatter(owner, name)
             else:
                 args = _check_method(meter, owner, name, args)
         meter.depth += 1

@@ -29,7 +29,7 @@ def piece_ids(tokenizer: Any, pieces: Sequence[str], *, add_special_tokens: bool
     def encode(text: str, *, special: bool = False) -> list[int]:
         return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
-    first, *rest = pieces
+    first, *rest = map(valid_text, pieces)
     if not rest:
         return encode(first, special=add_special_tokens)
     ids = encode(first)
@@ -40,6 +40,13 @@ def piece_ids(tokenizer: Any, pieces: Sequence[str], *, add_special_tokens: bool
     bare, whole = encode("a"), encode("a", special=True)
     at = next((i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare), len(whole))
     return [*whole[:at], *ids, *whole[at + len(bare) :]]
+
+
+def valid_text(text: str) -> str:
+    """Make a text that can be encoded: halves of characters, as cut JSON leaves them, are joined or become U+FFFD."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _inner_ids(encode: Encode, piece: str) -> list[int]:

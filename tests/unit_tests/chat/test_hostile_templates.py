@@ -166,13 +166,13 @@ def test_a_hostile_template_takes_little_memory(tokenizer: Any, name: str) -> No
 
 def test_the_error_names_the_bound(tokenizer: Any) -> None:
     for name, says in {
-        "nested loops": "chat template is stopped, because it takes longer than 1 seconds.*chat_template=",
+        "nested empty loops": "chat template is stopped, because it takes longer than 1 seconds.*chat_template=",
         "repetition": r"because it makes a value of 1e\+10 characters or entries; for these messages",
         "center": "because it asks for a width of 10000000000; 1000 are allowed",
         "powers": "because it makes an integer of .* bits; 4096 are allowed",
         "recursive macros": "because its macros call each other, deeper than 100",
-        "many filters": "because it has more than 30000 words",
-        "deep ifs": "because its parts stand inside each other too deeply",
+        "deep brackets": "because it has more than 30000 words",
+        "deep lists": "because its parts stand inside each other too deeply",
         "long source": "because it has 280000 characters; 131072 are allowed",
     }.items():
         error = stopped(tokenizer, HOSTILE[name])
