@@ -114,7 +114,9 @@ def shape_of(messages: Sequence[Mapping[str, Any]]) -> Shape:
     Args:
         messages: The conversation.
     """
-    marked, groups, system = [], [], []
+    marked: list[Message] = []
+    groups: list[list[str]] = []
+    system: list[str] = []
     ids: dict[str, str] = {}
     for at, message in enumerate(messages):
         marks = []

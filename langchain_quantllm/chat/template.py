@@ -6,7 +6,6 @@ abilities of a template are `template_support`'s. Knows tokenizers and plain mes
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import string
@@ -23,6 +22,7 @@ from langchain_quantllm.chat.template_support import (
     CALL_ID,
     TemplateSupport,
     message_of,
+    remembered,
     some_tool,
 )
 from langchain_quantllm.compat.jinja_bounds import TemplateBoundError
@@ -85,7 +85,7 @@ class ChatTemplate:
         self._given = template or (own if isinstance(own, str) else None)
         # Gemma's processors replace another token than the one that they call their image token.
         token = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
-        self._best: dict[str, Bridge] = {}
+        self._best: dict[bytes, Bridge] = {}
         self.support = TemplateSupport(self._write, token, has_processor=processor is not None)
 
     def text(self, *, tools: bool = False) -> str:
@@ -167,7 +167,7 @@ class ChatTemplate:
     def _bridges(self, messages: Sequence[Message], has_tools: bool, variables: Mapping[str, Any]) -> Iterator[Bridge]:
         """List the bridges for a conversation, the best for its shape first."""
         shape = shape_of(messages)
-        key = f"{has_tools} {sorted(variables.items())} {shape.key}"
+        key = hashlib.sha256(repr((has_tools, dict(variables), shape.key)).encode("utf-8", "replace")).digest()
         if (best := self._best.get(key)) is None:
             best = self._find_bridge(shape, has_tools, variables)
             if len(self._best) >= _MOST_SHAPES:
@@ -208,7 +208,7 @@ class ChatTemplate:
             variables=variables or {},
         )
 
-    @functools.cached_property
+    @remembered
     def control_tokens(self) -> ControlTokens:
         """The tokens that must not come from the text of a message."""
         chat = [

@@ -5,11 +5,10 @@ Owns these trials and the forms of content that a template takes. Renders no con
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from langchain_quantllm.chat.messages import Content, Message
 from langchain_quantllm.compat.jinja_bounds import TemplateBoundError
@@ -17,12 +16,29 @@ from langchain_quantllm.errors import UnsupportedError
 
 _logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 CALL_ID = "a1B2c3D4e"  # nine letters and digits, which every template takes
 _MARK = "Kq7Zx"  # appears in no template
 _ROLE_NAMES = {"system": "system", "user": "the user's", "assistant": "the assistant's", "tool": "tool"}
 
 Render = Callable[[Sequence[Mapping[str, Any]], Sequence[Any]], str]
 """Renders messages and tools as they are given; raises any error where the template refuses them."""
+
+
+class remembered(Generic[T]):  # noqa: N801
+    """A property that is computed once; unlike `functools.cached_property` of Python 3.11, without a lock.
+
+    A slow template would hold up all others by that.
+    """
+
+    def __init__(self, compute: Callable[[Any], T]) -> None:
+        self._compute = compute
+        self.__doc__ = compute.__doc__
+
+    def __get__(self, owner: Any, kind: Any = None) -> T:
+        value = owner.__dict__[self._compute.__name__] = self._compute(owner)
+        return value
 
 
 def some_tool() -> dict[str, Any]:
@@ -63,12 +79,12 @@ class TemplateSupport:
 
     # Roles, tools and calls.
 
-    @functools.cached_property
+    @remembered
     def tools(self) -> bool:
         """Whether the template shows tools to the model."""
         return self._shows([_user("a")], [some_tool()["function"]["name"]], [some_tool()])
 
-    @functools.cached_property
+    @remembered
     def arguments(self) -> str | None:
         """The form of the arguments of calls: `"dict"`, `"text"`, or None where the template leaves calls out."""
         for form, arguments in (("dict", {"x": _MARK}), ("text", json.dumps({"x": _MARK}))):
@@ -76,7 +92,7 @@ class TemplateSupport:
                 return form
         return None
 
-    @functools.cached_property
+    @remembered
     def long_ids(self) -> bool:
         """Whether it takes any ids of calls, and not those of nine letters and digits alone."""
         call_id = f"call_{_MARK * 4}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import ItemsView, Iterable, Iterator, Mapping, MappingView, Sequence, ValuesView
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -31,6 +31,9 @@ DEPTH = 100
 
 _VALUE = 1 << 20
 _TOTAL = 1 << 26
+_ENTRY = 64
+"""Characters for which an entry of a list counts."""
+
 _INTEGER_BITS = 4096
 _WIDTH = 1000
 _SLOW_CHARS = 10_000
@@ -93,8 +96,10 @@ class Meter:
         if isinstance(value, str):
             size = len(value)
             self.size(size)
+        elif isinstance(value, MappingView):  # of a dict that was counted
+            size = _ENTRY * len(value)
         elif isinstance(value, list | tuple | Mapping | AbstractSet):
-            size = 8 * len(value)
+            size = _ENTRY * len(value)
             self.weight(value)
         elif isinstance(value, int):
             self.bits(value.bit_length())
@@ -122,9 +127,11 @@ class Meter:
         """
         if isinstance(value, str):
             return len(value)
+        if isinstance(value, ItemsView):
+            return sum(self.weight(key) + self.weight(entry) for key, entry in value)
         if isinstance(value, Mapping):
             entries: Iterable[Any] = itertools.chain(value, value.values())
-        elif isinstance(value, list | tuple | AbstractSet):
+        elif isinstance(value, list | tuple | AbstractSet | ValuesView):
             entries = value
         else:
             return 1
@@ -154,6 +161,12 @@ class Meter:
         if self.weight(value) > _SLOW_CHARS:
             msg = f"it gives a slow filter more than {_SLOW_CHARS} characters"
             raise TemplateBoundError(msg)
+
+    def stepping(self, values: Iterable[Any]) -> Iterator[Any]:
+        """Count a step for each entry of an iterable, as it is read."""
+        for value in values:
+            self.step()
+            yield value
 
     def taken(self, values: Any) -> Sequence[Any]:
         """Read the entries of any iterable into a list."""

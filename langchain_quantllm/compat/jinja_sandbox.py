@@ -12,6 +12,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
+from types import GeneratorType
 from typing import Any
 
 from jinja2 import nodes
@@ -48,7 +49,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset(["+", "-", "*", "/", "//", "%", "**"])
 
-    def concat(self, parts: Iterable[str]) -> str:  # type: ignore[override]
+    def concat(self, parts: Iterable[str]) -> str:
         meter, found, size = _METER.get(), [], 0
         for part in parts:
             size += len(part)
@@ -198,7 +199,8 @@ def _metered(name: str, function: Callable[..., Any], *, is_filter: bool) -> Cal
         if len(args) > at:
             value = _check_filter(meter, name, args[at], args[at + 1 :], kwargs)
             args = (*args[:at], value, *args[at + 1 :])
-        return meter.made(function(*args, **kwargs))
+        result = function(*args, **kwargs)
+        return meter.stepping(result) if isinstance(result, GeneratorType) else meter.made(result)
 
     return run
 

@@ -114,6 +114,13 @@ HOSTILE = {
     "many filters": "{{ 1" + "|abs" * 20000 + " }}",
     "lists inside lists": "{% set n = namespace(l=[]) %}{% for i in range(99999) %}{% set n.l = [n.l] %}{% endfor %}",
     "long source": "{# a #}" * 40000,
+    "generators inside each other": "{{ range(100000)" + " | select" * 300 + " | list | length }}",
+    "many views": "{% for i in range(99999) %}{% set x = dict(a=1, b=2, c=3).items() | list %}{% endfor %}" * 20,
+    "many slices of lists": "{% set l = range(9999) | list %}{% for i in l %}{% set x = l[:] %}{% endfor %}",
+    "spaces": "{%" + " " * 130000,
+    "raw": "{% raw %}" * 10000,
+    "quotes": "{{ '" + "\\" * 120000,
+    "digits": "{{ " + "9" * 120000 + " }}",
     "unclosed": "{% for x in " * 10000,
     "many comments": "{#" * 60000,
 }
@@ -186,7 +193,7 @@ def test_trials_of_a_hostile_template_take_no_longer(tokenizer: Any) -> None:
 
 
 def test_other_threads_go_on_meanwhile(tokenizer: Any) -> None:
-    hostile = threading.Thread(target=stopped, args=(tokenizer, HOSTILE["nested loops"]))
+    hostile = threading.Thread(target=stopped, args=(tokenizer, HOSTILE["nested loops"], [TOOL]))
     hostile.start()
     good, count = ChatTemplate(tokenizer, QWEN), 0
     while hostile.is_alive():
