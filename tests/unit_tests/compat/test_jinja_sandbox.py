@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ from jinja2.exceptions import SecurityError, TemplateError, UndefinedError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from langchain_quantllm.compat import jinja_sandbox
-from langchain_quantllm.compat.jinja_bounds import Meter, TemplateBoundError
+from langchain_quantllm.compat.jinja_bounds import TemplateBoundError
 from langchain_quantllm.compat.jinja_sandbox import render_chat_template
 
 MESSAGES = [
@@ -103,11 +102,3 @@ def test_larger_inputs_have_larger_bounds() -> None:
     assert render_chat_template(template, {"messages": messages}) == "a" * 4_000_000
     with pytest.raises(TemplateBoundError, match="it makes a value"):
         render_chat_template("{{ 'a' * 4000000 }}", {"messages": ["a"]})
-
-
-def test_weights_count_each_part_as_often_as_it_is_there() -> None:
-    meter = Meter({"messages": ["abc"]})
-    inner = ["ab", {"k": "v"}]
-    assert meter.weight(inner) == 1 + 2 + (1 + 1 + 1)
-    assert meter.weight([inner, inner]) == 1 + 2 * meter.weight(inner)
-    assert meter.weight(json.loads("[[[]]]")) == 3
