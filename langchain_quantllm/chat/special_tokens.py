@@ -93,10 +93,10 @@ class MarkedTexts:
     def in_message(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
         """Put marks into a message, by its role."""
         if message["role"] != "assistant":
-            marked: dict[str, Any] = self.in_texts(message)
-            return marked
+            whole: dict[str, Any] = self.in_texts(message)
+            return whole
         own = ("content", "reasoning_content")
-        rest: Any = self.in_texts({name: value for name, value in message.items() if name not in own})
+        rest: dict[str, Any] = self.in_texts({name: value for name, value in message.items() if name not in own})
         return rest | {name: self._marked(message[name], self._tokens.in_answers) for name in own if name in message}
 
     def _marked(self, value: Any, tokens: re.Pattern[str] | None) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -25,8 +27,7 @@ def test_doubled_lists_weigh_twice_without_being_walked() -> None:
         doubled = meter.made([doubled, doubled])
     assert meter.weight(doubled) > 2**15
     with pytest.raises(TemplateBoundError, match="it makes a value"):
-        for _ in range(60):
-            doubled = meter.made([doubled, doubled])
+        functools.reduce(lambda one, _: meter.made([one, one]), range(60), doubled)
 
 
 def test_views_of_dicts_weigh_as_their_entries() -> None:
@@ -64,5 +65,4 @@ def test_time_is_that_of_the_thread() -> None:
     time.sleep(1.2)
     meter.check_time()  # waiting is no work
     with pytest.raises(TemplateBoundError, match="it takes longer than 1 seconds of processor time"):
-        while True:
-            meter.step()
+        list(meter.stepping(itertools.repeat(None)))
