@@ -5,10 +5,8 @@ Knows tokenizers of transformers and no template.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
-
-Encode = Callable[[str], list[int]]
 
 _CONTEXTS = ("\n", "a", ".")
 """Texts to encode a piece behind; the tokens of most texts begin anew behind the first."""
@@ -33,8 +31,8 @@ def piece_ids(tokenizer: Any, pieces: Sequence[str], *, add_special_tokens: bool
     if not rest:
         return encode(first, special=add_special_tokens)
     ids = encode(first)
-    for piece in rest:
-        ids += _inner_ids(encode, piece) if piece else []
+    for inner in _inner_ids(tokenizer, rest):
+        ids += inner
     if not add_special_tokens:
         return ids
     bare, whole = encode("a"), encode("a", special=True)
@@ -42,17 +40,23 @@ def piece_ids(tokenizer: Any, pieces: Sequence[str], *, add_special_tokens: bool
     return [*whole[:at], *ids, *whole[at + len(bare) :]]
 
 
+def _inner_ids(tokenizer: Any, pieces: Sequence[str]) -> list[list[int]]:
+    """Encode pieces from the middle of a text, without the space that some tokenizers put before a text."""
+    found: dict[str, list[int]] = {"": []}
+    for context in (*_CONTEXTS, ""):
+        left = [piece for piece in dict.fromkeys(pieces) if piece not in found]
+        if not left:
+            break
+        texts = [context, *(context + piece for piece in left)]
+        head, *rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        for piece, row in zip(left, rows, strict=True):
+            if list(row[: len(head)]) == list(head):
+                found[piece] = list(row[len(head) :])
+    return [found[piece] for piece in pieces]
+
+
 def valid_text(text: str) -> str:
     """Make a text that can be encoded: halves of characters, as cut JSON leaves them, are joined or become U+FFFD."""
     if text.isascii():
         return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-
-def _inner_ids(encode: Encode, piece: str) -> list[int]:
-    """Encode a piece from the middle of a text, without the space that some tokenizers put before a text."""
-    for context in _CONTEXTS:
-        head, both = encode(context), encode(context + piece)
-        if both[: len(head)] == head:
-            return both[len(head) :]
-    return encode(piece)

@@ -236,3 +236,19 @@ def test_a_tokenizer_without_a_template_says_so(tokenizer: Any) -> None:
     bare.chat_template = None
     with pytest.raises(UnsupportedError, match="no chat template.*chat_template=.*QuantizedHuggingFaceLLM"):
         ChatTemplate(bare).render([{"role": "user", "content": "a"}])
+
+
+@pytest.mark.parametrize(
+    "failing", ["1 // 0", "2.0 ** 99999", "messages | tojson(indent={})", "nothing.a"]
+)
+def test_a_trial_that_fails_in_any_way_says_that_an_ability_is_missing(
+    render: Any, failing: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", logger="langchain_quantllm")
+    template = (
+        f"{{% if tools %}}{{{{ {failing} }}}}{{% endif %}}{{% for m in messages %}}{{{{ m.content }}}}{{% endfor %}}"
+    )
+    assert "<tools>" in render(template, [HumanMessage("a")], [TOOL])
+    assert "a trial of the chat template failed" in caplog.text
+    with pytest.raises(InvalidOptionError, match="chat template does not take this conversation: ."):
+        render(f"{{{{ {failing} }}}}", [HumanMessage("a")], [TOOL])
