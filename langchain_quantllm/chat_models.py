@@ -12,7 +12,7 @@ import dataclasses
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import ModelProfile
@@ -25,11 +25,12 @@ from langchain_quantllm.base import PreparedCall, QuantizedModel, langchain_erro
 from langchain_quantllm.base.aside import read_aside, run_aside, submit_aside
 from langchain_quantllm.chat.binding import BindingChatModel
 from langchain_quantllm.chat.fetching import FetchRules
-from langchain_quantllm.chat.options import CHAT_OPTIONS, ChatOptions
-from langchain_quantllm.chat.plan import AnswerFormat, write_prompt
+from langchain_quantllm.chat.messages import texts_with_roles
+from langchain_quantllm.chat.options import CHAT_OPTIONS, ChatOptions, refuse_full_text
+from langchain_quantllm.chat.plan import AnswerFormat, Prompt, write_prompt
 from langchain_quantllm.chat.profile import checkpoint_profile, pipeline_profile
 from langchain_quantllm.chat.result import ResultReader, chat_result, combined_output
-from langchain_quantllm.chat.template import ChatTemplate
+from langchain_quantllm.chat.template import ChatTemplate, TemplateRefusalError
 from langchain_quantllm.compat.packages import is_installed
 from langchain_quantllm.data.counterparts import Kind
 from langchain_quantllm.engine.request import ModelLimits, TokenMask
@@ -128,6 +129,9 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
     """Fetch images from addresses of this machine and of private networks too, and not from public ones alone."""
     allowed_domains: list[str] | None = None
     """The only hosts from which images are fetched, such as `["example.com", "*.example.org"]`; None is any."""
+    special_tokens: Literal["text", "allow"] = "text"
+    """Special tokens in the texts of messages and tools: `"text"` keeps them text, so that a stranger's text writes no
+    turn; `"allow"` lets them be tokens, as those that the template writes always are."""
     streaming: bool | None = None
     """True makes `invoke` stream inwardly, for callbacks that want tokens."""
     max_retries: int | None = None
@@ -157,7 +161,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
 
     @model_validator(mode="after")
     def _check_chat(self) -> ChatQuantizedHuggingFace:
-        _refuse_full_text(self.return_full_text)
+        refuse_full_text(self.return_full_text)
         names = [known.name for known in FORMATS]
         if self.tool_format is not None and self.tool_format not in names:
             msg = f"tool_format={self.tool_format!r} is not known{nearest(self.tool_format, names)}"
@@ -254,17 +258,11 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
     ) -> _PreparedCall:
         chat = ChatOptions.of(call)
         options = self._options(stop, {k: v for k, v in call.items() if k not in CHAT_OPTIONS})
-        if chat.model not in (None, self.model_id):
-            msg = (
-                f"model={chat.model!r} is not this model ({self.model_id!r}), which is loaded; make another "
-                "ChatQuantizedHuggingFace for it."
-            )
-            raise InvalidOptionError(msg)
-        _refuse_full_text(options.return_full_text)
-        pipeline, template = self.pipeline, self._template()
-        more: dict[str, Any] = {"timeout_s": options.timeout, "rules": self._fetch_rules()}
-        prompt = write_prompt(messages, chat, template, pipeline, variables=self.chat_template_kwargs, **more)
-        answer = AnswerFormat(chat, template, prompt, pipeline.tokenizer, self.tool_format)
+        chat.check_model(self.model_id)
+        refuse_full_text(options.return_full_text)
+        tokenizer = self.pipeline.tokenizer
+        prompt = self._write_prompt(messages, chat, options.timeout)
+        answer = AnswerFormat(chat, self._template(), prompt, tokenizer, self.tool_format)
         options = dataclasses.replace(
             options,
             add_special_tokens=prompt.adds_begin,
@@ -277,13 +275,13 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
             options = dataclasses.replace(options, min_new_tokens=0, min_length=0)
 
         def new_reader() -> ResultReader:
-            return ResultReader(answer.parser(), pipeline.tokenizer, self.model_id, parallel=chat.parallel is not False)
+            return ResultReader(answer.parser(), tokenizer, self.model_id, parallel=chat.parallel is not False)
 
-        requests = self._requests(prompt.text, options, engine=engine, mask=mask, images=prompt.images)
+        requests = self._requests(prompt.pieces, options, engine=engine, mask=mask, images=prompt.images)
         return _PreparedCall(
             options=options,
             engine=engine,
-            tokenizer=pipeline.tokenizer,
+            tokenizer=tokenizer,
             requests=requests,
             max_waiting=self.max_waiting,
             new_reader=new_reader,
@@ -299,8 +297,21 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
         return plan
 
     def _fetch_rules(self) -> FetchRules:
-        domains = None if self.allowed_domains is None else tuple(self.allowed_domains)
-        return FetchRules(allow_private=self.allow_private_urls, allowed_domains=domains)
+        return FetchRules(allow_private=self.allow_private_urls, allowed_domains=self.allowed_domains)
+
+    def _write_prompt(
+        self, messages: Sequence[BaseMessage], chat: ChatOptions, timeout_s: float | None = None
+    ) -> Prompt:
+        return write_prompt(
+            messages,
+            chat,
+            self._template(),
+            self.pipeline,
+            variables=self.chat_template_kwargs,
+            allows_special_tokens=self.special_tokens == "allow",
+            timeout_s=timeout_s,
+            rules=self._fetch_rules(),
+        )
 
     def _template(self) -> ChatTemplate:
         """Return the chat template; all instances over the model share it, with the results of its trials."""
@@ -333,15 +344,21 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
         """Count the tokens of a conversation's prompt, the template's included; loads the model if needed.
 
+        The count is that of `usage_metadata["input_tokens"]` of a call with these messages. Where a call would say that
+        the template does not take them, it is that of their texts, each after its role.
+
         Args:
-            messages: The conversation.
+            messages: The conversation, or any part of it; 0 tokens for none.
             tools: Tools that the prompt describes.
         """
+        if not messages:
+            return 0
         chat = ChatOptions.of({"tools": tools or ()})
-        pipeline = self.pipeline
-        more: dict[str, Any] = {"variables": self.chat_template_kwargs, "rules": self._fetch_rules()}
-        prompt = write_prompt(messages, chat, self._template(), pipeline, **more)
-        ids, _ = prompt_inputs(self._loaded(), prompt.text, prompt.images, add_special_tokens=prompt.adds_begin)
+        try:
+            prompt = self._write_prompt(messages, chat)
+        except TemplateRefusalError:
+            return sum(self.get_num_tokens(text) for text in texts_with_roles(messages))
+        ids, _ = prompt_inputs(self._loaded(), prompt.pieces, prompt.images, add_special_tokens=prompt.adds_begin)
         return len(ids)
 
     # LangChain's conventions.
@@ -354,6 +371,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
     def _identifying_params(self) -> Mapping[str, Any]:
         """All settings that change the output."""
         own = {name: getattr(self, name) for name in ("chat_template", "chat_template_kwargs", "tool_format")}
+        own["special_tokens"] = "" if self.special_tokens == "text" else self.special_tokens
         return {**super()._identifying_params, **{name: value for name, value in own.items() if value}}
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
@@ -377,9 +395,3 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
     def get_lc_namespace(cls) -> list[str]:
         """Return the path by which `load` finds the class."""
         return ["langchain_quantllm", "chat_models"]
-
-
-def _refuse_full_text(return_full_text: bool | None) -> None:
-    if return_full_text:
-        msg = "return_full_text=True is not possible here: a chat model returns messages; leave it out."
-        raise InvalidOptionError(msg)

@@ -15,7 +15,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
@@ -50,7 +50,7 @@ class FetchRules:
     """
 
     allow_private: bool = False
-    allowed_domains: tuple[str, ...] | None = None
+    allowed_domains: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         """Check the domains, and write them as hosts are compared."""

@@ -21,7 +21,7 @@ from langchain_core.messages import (
 )
 
 from langchain_quantllm.chat.images import ImageSource
-from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
+from langchain_quantllm.errors import InvalidOptionError, QuantLLMError, UnsupportedError, first_line
 
 Part = dict[str, Any]
 """`{"type": "text", "text": ...}` or `{"type": "image", "image": ImageSource}`."""
@@ -83,6 +83,17 @@ def images_in(messages: Sequence[Mapping[str, Any]]) -> list[ImageSource]:
     return [part["image"] for content in lists for part in content if part["type"] == "image"]
 
 
+def texts_with_roles(messages: Sequence[BaseMessage]) -> list[str]:
+    """List the texts of messages, their calls included, each after its role."""
+    found = []
+    for message in template_messages(messages, images=True):
+        content = message["content"]
+        parts = [content] if isinstance(content, str) else [part["text"] for part in content if "text" in part]
+        calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
+        found.append(f"{message['role']}: " + "\n".join([*parts, *calls]))
+    return found
+
+
 def template_messages(messages: Sequence[BaseMessage], *, images: bool = False) -> list[Message]:
     """Turn LangChain's messages into dicts for a template.
 
@@ -104,8 +115,23 @@ def template_messages(messages: Sequence[BaseMessage], *, images: bool = False) 
     if not messages:
         msg = "there are no messages; give at least one, such as HumanMessage('...')."
         raise InvalidOptionError(msg)
-    names = {c["id"]: c["name"] for m in messages if isinstance(m, AIMessage) for c in m.tool_calls if c["id"]}
-    return [made for at, message in enumerate(messages) for made in _convert(message, _Place(at, images), names)]
+    found: list[Message] = []
+    names: dict[str, str] = {}  # of the functions, by the ids of their calls
+    for at, message in enumerate(messages):
+        try:
+            made = _convert(message, _Place(at, images), names)
+        except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+            if isinstance(error, QuantLLMError):
+                raise
+            msg = (
+                f"message {at}, a {type(message).__name__}, cannot be read ({first_line(error)[:200]}); make it by "
+                "LangChain's classes, with a text or a list of content blocks."
+            )
+            raise InvalidOptionError(msg) from error
+        for call in (call for one in made for call in one.get("tool_calls", ()) if call["id"]):
+            names[call["id"]] = call["function"]["name"]
+        found += made
+    return found
 
 
 class _Place(NamedTuple):
@@ -119,15 +145,16 @@ def _convert(message: BaseMessage, place: _Place, names: Mapping[str, str]) -> l
     if isinstance(message, AIMessage):
         return [_from_ai(message, place)]
     if isinstance(message, ToolMessage):
-        made = {"role": "tool", "content": _content(message.content, place), "tool_call_id": message.tool_call_id}
-        name = message.name or names.get(message.tool_call_id)
-        return [made | ({"name": name} if name else {})]
+        call_id = str(message.tool_call_id or "")
+        made = {"role": "tool", "content": _content(message.content, place), "tool_call_id": call_id}
+        name = message.name or names.get(call_id)
+        return [made | ({"name": str(name)} if name else {})]
     if isinstance(message, FunctionMessage):
-        return [{"role": "tool", "content": _content(message.content, place), "name": message.name}]
+        return [{"role": "tool", "content": _content(message.content, place), "name": str(message.name)}]
     if isinstance(message, SystemMessage):
         role = "system"
     elif isinstance(message, ChatMessage):
-        role = _ROLES.get(message.role, message.role)
+        role = _ROLES.get(str(message.role), str(message.role))
     elif isinstance(message, HumanMessage):
         role = "user"
     else:
@@ -137,27 +164,28 @@ def _convert(message: BaseMessage, place: _Place, names: Mapping[str, str]) -> l
     if results and not content:
         return results
     made = {"role": role, "content": _content(content, place)}
-    return [*results, made | ({"name": message.name} if message.name else {})]
+    return [*results, made | ({"name": str(message.name)} if message.name else {})]
 
 
 def _from_ai(message: AIMessage, place: _Place) -> Message:
     wrong = [f"{call['name'] or ''}{call['args'] or ''}" for call in message.invalid_tool_calls]
     content = joined([_content(message.content, place), *wrong], "\n")
     made: Message = {"role": "assistant", "content": content}
-    for call in message.tool_calls:
-        try:
-            json.dumps(call["args"])
-        except (TypeError, ValueError) as error:
-            msg = f"message {place.at} calls {call['name']!r} with arguments that are not JSON: {error}."
-            raise InvalidOptionError(msg) from error
     if message.tool_calls:
-        made["tool_calls"] = [
-            {"type": "function", "id": c["id"] or "", "function": {"name": c["name"], "arguments": c["args"]}}
-            for c in message.tool_calls
-        ]
+        made["tool_calls"] = [_call(call, place) for call in message.tool_calls]
     if reasoning := _reasoning(message):
         made["reasoning_content"] = reasoning
     return made
+
+
+def _call(call: Mapping[str, Any], place: _Place) -> dict[str, Any]:
+    name = str(call["name"] or "")
+    try:
+        arguments = json.loads(json.dumps(call["args"]))
+    except (TypeError, ValueError, RecursionError) as error:
+        msg = f"message {place.at} calls {name[:100]!r} with arguments that are not JSON: {first_line(error)[:200]}."
+        raise InvalidOptionError(msg) from error
+    return {"type": "function", "id": str(call.get("id") or ""), "function": {"name": name, "arguments": arguments}}
 
 
 def _reasoning(message: AIMessage) -> str:
@@ -170,15 +198,15 @@ def _reasoning(message: AIMessage) -> str:
 
 def _tool_results(content: Any, place: _Place, names: Mapping[str, str]) -> tuple[list[Message], Any]:
     """Take Anthropic's tool results, which stand in a user's message, out of its content."""
-    if isinstance(content, str):
+    if not isinstance(content, list | tuple):
         return [], content
     found = [b for b in content if isinstance(b, dict) and b.get("type") == "tool_result"]
     results = [
         {
             "role": "tool",
             "content": _content(block.get("content") or "", place),
-            "tool_call_id": block.get("tool_use_id", ""),
-            "name": names.get(block.get("tool_use_id", ""), ""),
+            "tool_call_id": str(block.get("tool_use_id", "")),
+            "name": names.get(str(block.get("tool_use_id", "")), ""),
         }
         for block in found
     ]
@@ -187,8 +215,8 @@ def _tool_results(content: Any, place: _Place, names: Mapping[str, str]) -> tupl
 
 def _content(content: Any, place: _Place) -> Content:
     """Convert a message's content: its texts, a line each; a list of parts where images are among them."""
-    if isinstance(content, str):
-        return content
+    if content is None or isinstance(content, str):
+        return content or ""
     blocks = content if isinstance(content, list | tuple) else [content]
     found = [part for block in blocks if (part := _part(block, place)) is not None]
     if all(isinstance(part, str) for part in found):
@@ -199,6 +227,7 @@ def _content(content: Any, place: _Place) -> Content:
 def _part(block: Any, place: _Place) -> str | Part | None:
     """Convert a block to its text or its image; None for one that has no place in a prompt."""
     kind = block.get("type") if isinstance(block, Mapping) else None
+    kind = kind if isinstance(kind, str) else None
     if isinstance(block, str):
         return block
     if kind in _SAID_ELSEWHERE:
@@ -228,7 +257,10 @@ def _image(block: Mapping[str, Any], at: int) -> ImageSource:
         block = {"type": "image_url", "image_url": url if isinstance(url, Mapping) else {"url": url}}
         block |= {} if file_id is None else {"file_id": file_id}
     # LangChain reads all dialects of a standard block.
-    standard: Mapping[str, Any] = HumanMessage(content=[dict(block)]).content_blocks[0]
+    try:
+        standard: Mapping[str, Any] = HumanMessage(content=[dict(block)]).content_blocks[0]
+    except Exception:  # it has no promise for blocks of any form
+        standard = {}
     source = block.get("source")  # Anthropic's; LangChain has no standard for a file of its own
     file_id = file_id or (source.get("file_id") if isinstance(source, Mapping) else None)
     given = {

@@ -21,8 +21,10 @@ from langchain_quantllm.chat.messages import Message, images_in, joined, templat
 from langchain_quantllm.chat.options import ChatOptions
 from langchain_quantllm.chat.output_parser import AnswerParser
 from langchain_quantllm.chat.response_template import TemplateParser
+from langchain_quantllm.chat.special_tokens import MarkedTexts
 from langchain_quantllm.chat.template import ChatTemplate
 from langchain_quantllm.loading.checkpoint import reads_images
+from langchain_quantllm.loading.pieces import valid_text
 from langchain_quantllm.loading.processors import no_images_reason
 from langchain_quantllm.structured import Constraint, Either, JSONSchema, ToolCalls
 from langchain_quantllm.structured.tool_formats import (
@@ -39,14 +41,22 @@ from langchain_quantllm.structured.tool_formats import (
 
 _SCHEMA_TEXT = "Answer with a JSON object that matches this JSON schema, and with nothing else:\n{schema}"
 
+_TEXT_VARIABLES = frozenset({"documents"})
+"""Variables of templates that hold the texts of strangers."""
+
 
 class Prompt(NamedTuple):
     """A rendered conversation, and its Pillow images in the order of their placeholders."""
 
-    text: str
+    pieces: tuple[str, ...]  # between two of them, a special token of a message's text is cut
     images: list[Any]
     adds_begin: bool  # whether the tokenizer is to add its begin token
     begun: str  # the answer's beginning, where the conversation ends with one to continue
+
+    @property
+    def text(self) -> str:
+        """The whole prompt."""
+        return "".join(self.pieces)
 
 
 def write_prompt(
@@ -56,6 +66,7 @@ def write_prompt(
     pipeline: Any,
     *,
     variables: Mapping[str, Any],
+    allows_special_tokens: bool = False,
     timeout_s: float | None = None,
     rules: FetchRules,
 ) -> Prompt:
@@ -67,6 +78,7 @@ def write_prompt(
         template: The model's chat template.
         pipeline: The transformers pipeline that holds the model.
         variables: Variables of the template.
+        allows_special_tokens: Whether special tokens in the texts of messages and tools are tokens.
         timeout_s: Seconds after which fetching the images is given up; `FETCH_S` for each of them at the most.
         rules: Where images may be fetched from.
 
@@ -80,13 +92,20 @@ def write_prompt(
         raise error
     if isinstance(chat.constraint, JSONSchema):
         plain = _with_schema(plain, chat.constraint)
-    text, sources = template.render(plain, chat.tools, {**variables, **(chat.template_kwargs or {})})
+    tools, variables = list(chat.tools), {**variables, **(chat.template_kwargs or {})}
+    marked = None if allows_special_tokens else MarkedTexts(template.control_tokens)
+    shown = plain
+    if marked is not None:
+        shown, tools = [dict(marked.in_message(message)) for message in plain], marked.in_texts(tools)
+        variables |= {name: marked.in_texts(variables[name]) for name in _TEXT_VARIABLES & variables.keys()}
+    text, sources = template.render(shown, tools, variables)
+    pieces = tuple(map(valid_text, (text,) if marked is None else marked.pieces(text)))
     images = _read_images(sources, timeout_s, rules)
     # Most templates write the begin token, but not those made for processors.
     # Source: `ProcessorMixin.apply_chat_template` in transformers/processing_utils.py.
     begin = pipeline.tokenizer.bos_token
-    adds_begin = processor is not None and not (begin is not None and text.startswith(begin))
-    return Prompt(text, images, adds_begin, _begun_answer(plain, text))
+    adds_begin = processor is not None and not (begin is not None and pieces[0].startswith(begin))
+    return Prompt(pieces, images, adds_begin, _begun_answer(plain, "".join(pieces)))
 
 
 def _begun_answer(messages: Sequence[Message], prompt: str) -> str:

@@ -1,7 +1,7 @@
-"""A model's chat template: from messages to the prompt, and the rules for templates that cannot express them.
+"""A model's chat template: from messages to the prompt.
 
-Owns the rules. The abilities of a template are `template_support`'s. Knows tokenizers and plain messages; no model and
-no LangChain.
+Owns rendering, and choosing the rules of `bridge` for conversations that the template does not take whole. The
+abilities of a template are `template_support`'s. Knows tokenizers and plain messages; no model and no LangChain.
 """
 
 from __future__ import annotations
@@ -9,13 +9,25 @@ from __future__ import annotations
 import hashlib
 import json
 import string
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from langchain_quantllm.chat.bridge import Bridge, Shape, bridges, shape_of
 from langchain_quantllm.chat.images import ImageSource
 from langchain_quantllm.chat.messages import Message, images_in, joined
-from langchain_quantllm.chat.template_support import CALL_ID, TemplateSupport, message_of, template_errors
-from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
+from langchain_quantllm.chat.rendering import RefusalError, render_messages
+from langchain_quantllm.chat.special_tokens import ControlTokens
+from langchain_quantllm.chat.template_support import (
+    CALL_ID,
+    TemplateSupport,
+    message_of,
+    remembered,
+    some_tool,
+)
+from langchain_quantllm.compat.jinja_bounds import TemplateBoundError
+from langchain_quantllm.errors import InvalidOptionError, QuantLLMError, UnsupportedError
+from langchain_quantllm.structured.tool_formats import reasoning_of
 
 _TOOLS_TEXT = """# Tools
 
@@ -37,19 +49,24 @@ _RESERVED = frozenset(
 )
 """Arguments of `apply_chat_template` that are no variables of the template."""
 
+_MOST_SHAPES = 1024
+_SEARCH_S = 1.0  # of processor time
+
+
+class TemplateRefusalError(InvalidOptionError):
+    """A chat template takes a conversation in no shape into which it may be brought."""
+
 
 class ChatTemplate:
     """Renders conversations; made once for each tokenizer and template.
 
-    Where the template does not do it, by these rules:
+    A conversation that the template takes whole is rendered as transformers does it. What it refuses or leaves out is
+    brought into another shape by the rules of `bridge`, by as few of them as are needed; what stays the same for every
+    conversation:
 
-    - Tools are described in the system message, in the Hermes format; calls and their results become text of the
-      assistant's and the user's messages.
-    - A system message that the template refuses or leaves out stands before the first user message's text; one in the
-      middle joins the first. Several are joined.
-    - Messages of one role behind each other are joined, with an empty line in between, where the template insists on
-      roles that alternate.
-    - Ids of calls become nine letters and digits where the template insists on that (Mistral).
+    - Tools are described in the system message, in the Hermes format, where the template has no place for them.
+    - Arguments of calls are text where the template takes no dict. Ids of calls become nine letters and digits where
+      the template insists on that (Mistral).
     - An image for which a template that takes texts only has no place becomes the processor's image token, in a line
       of its own; an image of a role for which a template with places for images has none is an error.
     """
@@ -64,9 +81,11 @@ class ChatTemplate:
         """
         own = getattr(processor, "chat_template", None)
         self._tokenizer = tokenizer
+        self._processor = processor
         self._given = template or (own if isinstance(own, str) else None)
         # Gemma's processors replace another token than the one that they call their image token.
         token = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
+        self._best: dict[bytes, Bridge] = {}
         self.support = TemplateSupport(self._write, token, has_processor=processor is not None)
 
     def text(self, *, tools: bool = False) -> str:
@@ -114,74 +133,127 @@ class ChatTemplate:
             raise InvalidOptionError(msg)
         if messages and messages[-1].get("tool_calls"):  # written out as text, they would be a message to continue
             variables = {"add_generation_prompt": True, "continue_final_message": False, **variables}
-        fitted = self._fit(messages, tools)
+        messages = self._with_tools(messages, tools)
         shown = list(tools) if self.support.tools else []
-        try:
-            return self._write(self.support.written(fitted), shown, variables), images_in(fitted)
-        except template_errors() as error:
-            is_broken = type(error).__name__ == "TemplateSyntaxError"
-            problem = "is not valid Jinja" if is_broken else "does not take this conversation"
-            msg = f"the model's chat template {problem}: {error}"
-            raise InvalidOptionError(msg) from error
+        self.support.written([message for message in messages if message["role"] != "tool"])
+        refusal: Exception | None = None
+        for bridge in self._bridges(messages, bool(tools), variables):
+            try:
+                return self._write_over(bridge, messages, shown, variables)
+            except (RefusalError, UnsupportedError) as error:
+                refusal = refusal or error
+                if type(error.__cause__).__name__ in ("TemplateSyntaxError", "TemplateAssertionError"):
+                    msg = f"the model's chat template is not valid Jinja: {error}"
+                    raise InvalidOptionError(msg) from error
+        if isinstance(refusal, UnsupportedError):
+            raise refusal
+        msg = f"the model's chat template does not take this conversation: {refusal}"
+        raise TemplateRefusalError(msg) from refusal
+
+    def _write_over(
+        self, bridge: Bridge, messages: Sequence[Message], tools: Sequence[Any], variables: Mapping[str, Any]
+    ) -> tuple[str, list[ImageSource]]:
+        """Render a conversation over a bridge; raises a `RefusalError` where the template refuses it."""
+        fitted = self._fit_calls(bridge.apply(messages))
+        prefill = ""
+        if bridge.appends_prefill:
+            *fitted, last = fitted
+            if not isinstance(last["content"], str):
+                msg = "an image cannot be written behind the prompt"
+                raise RefusalError(msg)
+            prefill = last["content"]
+        return self._write(self.support.written(fitted), tools, variables) + prefill, images_in(fitted)
+
+    def _bridges(self, messages: Sequence[Message], has_tools: bool, variables: Mapping[str, Any]) -> Iterator[Bridge]:
+        """List the bridges for a conversation, the best for its shape first."""
+        shape = shape_of(messages)
+        key = hashlib.sha256(repr((has_tools, dict(variables), shape.key)).encode("utf-8", "replace")).digest()
+        if (best := self._best.get(key)) is None:
+            best = self._find_bridge(shape, has_tools, variables)
+            if len(self._best) >= _MOST_SHAPES:
+                self._best.clear()
+            self._best[key] = best
+        yield best
+        others = _soon(bridges(messages, continues=_continues(messages, variables)), len(messages))
+        yield from (other for other in others if other != best)
+
+    def _find_bridge(self, shape: Shape, has_tools: bool, variables: Mapping[str, Any]) -> Bridge:
+        """Find the first of the bridges over which nothing is lost; else that over which the least is."""
+        shown = [some_tool()] if has_tools and self.support.tools else []
+        best, least = Bridge(), None
+        found = bridges(shape.messages, continues=_continues(shape.messages, variables))
+        for bridge in _soon(found, len(shape.messages)):
+            try:
+                prompt, _ = self._write_over(bridge, shape.messages, shown, variables)
+            except (RefusalError, UnsupportedError):  # the latter for images in results
+                continue
+            loss = shape.loss(prompt)
+            if shown and some_tool()["function"]["name"] not in prompt:
+                loss = (loss[0] + 1, loss[1])
+            if least is None or loss < least:
+                best, least = bridge, loss
+            if loss == (0, 0):
+                break
+        return best
 
     def _write(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], variables: Mapping[str, Any] | None = None
     ) -> str:
-        last = messages[-1]
-        continues = last["role"] == "assistant" and not last.get("tool_calls") and bool(last["content"])
-        return str(
-            self._tokenizer.apply_chat_template(
-                list(messages),
-                tools=list(tools) or None,
-                chat_template=self._given,
-                tokenize=False,
-                **{"add_generation_prompt": not continues, "continue_final_message": continues, **(variables or {})},
-            )
+        return render_messages(
+            self._tokenizer,
+            self.text(tools=bool(tools)),
+            messages,
+            tools,
+            continues=bool(messages) and _continues(messages, {}),
+            variables=variables or {},
         )
 
-    # The rules.
+    @remembered
+    def control_tokens(self) -> ControlTokens:
+        """The tokens that must not come from the text of a message."""
+        chat = [
+            message_of("system", "a"),
+            message_of("user", "b"),
+            message_of("assistant", "c"),
+            message_of("user", "d"),
+        ]
+        function = {"name": some_tool()["function"]["name"], "arguments": {"x": "y"}}
+        call = message_of("assistant", "") | {"tool_calls": [{"type": "function", "id": CALL_ID, "function": function}]}
+        result = message_of("tool", "f") | {"tool_call_id": CALL_ID, "name": function["name"]}
+        prompts = []
+        for messages, tools in ((chat, []), ([*chat, call, result], [some_tool()])):
+            try:
+                prompts.append(self.render(messages, tools)[0])
+            except TemplateBoundError:
+                raise
+            except QuantLLMError:  # the call itself will say so
+                prompts.append("")
+        reasoning = reasoning_of(self.text())
+        tags = () if reasoning is None else (reasoning.begin, reasoning.end)
+        return ControlTokens.of(
+            self._tokenizer, self._processor, chat_prompt=prompts[0], tool_prompt=prompts[1], tags=tags
+        )
 
-    def _fit(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[Message]:
+    # What stays the same for every conversation.
+
+    def _with_tools(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[Message]:
         fitted = [dict(message) for message in messages]
-        has_calls = any(message.get("tool_calls") for message in fitted)
         if tools and not self.support.tools:
             lines = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
             fitted.insert(0, message_of("system", _TOOLS_TEXT.format(tools=lines)))
             if len(fitted) > 1 and fitted[1]["role"] == "system":  # the user's text comes first
                 fitted[0:2] = [message_of("system", joined([fitted[1]["content"], fitted[0]["content"]], "\n\n"))]
-        if has_calls or any(message["role"] == "tool" for message in fitted):
-            fitted = self._fit_calls(fitted)
-        fitted = self._fit_system(fitted)
-        if not self.support.repeated_roles:
-            fitted = _merged(fitted)
         return fitted
 
-    def _fit_calls(self, messages: list[Message]) -> list[Message]:
-        written_out = self.support.arguments is None or not self.support.results
-        fitted: list[Message] = []
-        for message in messages:
-            if written_out and message["role"] == "tool":
-                # Several results are one message, as in the models that this format comes from.
-                result = joined(["<tool_response>\n", message["content"], "\n</tool_response>"], "")
-                if fitted and fitted[-1].get("results"):
-                    fitted[-1]["content"] = joined([fitted[-1]["content"], result], "\n")
-                else:
-                    fitted.append({**message_of("user", result), "results": True})
-                continue
-            if calls := message.get("tool_calls"):
-                message = self._fit_call(message, calls, written_out=written_out)
-            elif message["role"] == "tool" and not self.support.long_ids:
-                message["tool_call_id"] = _short_id(message.get("tool_call_id", ""))
-            fitted.append(message)
-        return [{name: value for name, value in message.items() if name != "results"} for message in fitted]
+    def _fit_calls(self, messages: Sequence[Message]) -> list[Message]:
+        return [self._fit_call(m) if m.get("tool_calls") or m["role"] == "tool" else m for m in messages]
 
-    def _fit_call(self, message: Message, calls: Sequence[Any], *, written_out: bool) -> Message:
-        if written_out:
-            texts = [f"<tool_call>\n{json.dumps(c['function'], ensure_ascii=False)}\n</tool_call>" for c in calls]
-            rest = {name: value for name, value in message.items() if name != "tool_calls"}
-            return rest | {"content": joined([message["content"], *texts], "\n")}
+    def _fit_call(self, message: Message) -> Message:
+        if message["role"] == "tool":
+            call_id = message.get("tool_call_id", "")
+            return message if self.support.long_ids else message | {"tool_call_id": _short_id(call_id)}
         fitted = []
-        for call in calls:
+        for call in message["tool_calls"]:
             function = dict(call["function"])
             if self.support.arguments == "text":
                 function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
@@ -189,37 +261,21 @@ class ChatTemplate:
             fitted.append({**call, "id": call_id, "function": function})
         return message | {"tool_calls": fitted}
 
-    def _fit_system(self, messages: list[Message]) -> list[Message]:
-        systems = [message for message in messages if message["role"] == "system"]
-        if not systems:
-            return messages
-        rest = [message for message in messages if message["role"] != "system"]
-        leads = messages[0] is systems[0]
-        if self.support.system and leads and (len(systems) == 1 or self.support.late_system):
-            return messages
-        if self.support.system and self.support.late_system and not leads:
-            return messages
-        text = joined([message["content"] for message in systems], "\n\n")
-        if self.support.system:
-            return [message_of("system", text), *rest]
-        at = next((i for i, message in enumerate(rest) if message["role"] == "user"), None)
-        if at is None:
-            return [message_of("user", text), *rest]
-        rest[at] = rest[at] | {"content": joined([text, rest[at]["content"]], "\n\n")}
-        return rest
+
+def _soon(found: Iterator[Bridge], turns: int) -> Iterator[Bridge]:
+    """Pass bridges on until trying them has taken too long: a template of strangers may take its time for each."""
+    end = time.thread_time() + _SEARCH_S + turns / 100
+    for bridge in found:
+        yield bridge
+        if time.thread_time() > end:
+            return
 
 
-def _merged(messages: Sequence[Message]) -> list[Message]:
-    """Join messages of one role behind each other; calls and results stay as they are."""
-    merged: list[Message] = []
-    for message in messages:
-        last = merged[-1] if merged else None
-        plain = message["role"] in ("user", "assistant", "system") and not message.get("tool_calls")
-        if last is not None and plain and last["role"] == message["role"] and not last.get("tool_calls"):
-            merged[-1] = last | {"content": joined([last["content"], message["content"]], "\n\n")}
-        else:
-            merged.append(message)
-    return merged
+def _continues(messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> bool:
+    """Whether the last message is an answer to continue."""
+    last = messages[-1]
+    is_answer = last["role"] == "assistant" and not last.get("tool_calls") and bool(last["content"])
+    return is_answer and variables.get("continue_final_message", True) is not False
 
 
 def _short_id(call_id: str) -> str:

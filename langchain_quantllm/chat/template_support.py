@@ -5,27 +5,47 @@ Owns these trials and the forms of content that a template takes. Renders no con
 
 from __future__ import annotations
 
-import functools
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from langchain_quantllm.chat.messages import Content, Message
+from langchain_quantllm.compat.jinja_bounds import TemplateBoundError
 from langchain_quantllm.errors import UnsupportedError
+
+_logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 CALL_ID = "a1B2c3D4e"  # nine letters and digits, which every template takes
 _MARK = "Kq7Zx"  # appears in no template
 _ROLE_NAMES = {"system": "system", "user": "the user's", "assistant": "the assistant's", "tool": "tool"}
 
 Render = Callable[[Sequence[Mapping[str, Any]], Sequence[Any]], str]
-"""Renders messages and tools as they are given; raises one of `template_errors()` where the template refuses them."""
+"""Renders messages and tools as they are given; raises any error where the template refuses them."""
 
 
-def template_errors() -> tuple[type[Exception], ...]:
-    """List the errors of a template over messages that it refuses; Python's come from the template's own code."""
-    from jinja2.exceptions import TemplateError
+class remembered(Generic[T]):  # noqa: N801
+    """A property that is computed once; unlike `functools.cached_property` of Python 3.11, without a lock.
 
-    return (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
+    A slow template would hold up all others by that.
+    """
+
+    def __init__(self, compute: Callable[[Any], T]) -> None:
+        self._compute = compute
+        self.__doc__ = compute.__doc__
+
+    def __get__(self, owner: Any, kind: Any = None) -> T:
+        value = owner.__dict__[self._compute.__name__] = self._compute(owner)
+        return value
+
+
+def some_tool() -> dict[str, Any]:
+    """Make a tool for trials, with a name that no template has."""
+    parameters = {"type": "object", "properties": {"x": {"type": "string", "description": "x"}}, "required": ["x"]}
+    function = {"name": f"f{_MARK}", "description": "f", "parameters": parameters}
+    return {"type": "function", "function": function}
 
 
 def message_of(role: str, content: Any) -> Message:
@@ -54,16 +74,17 @@ class TemplateSupport:
         self._render = render
         self._image_token = image_token
         self._has_processor = has_processor
+        self._is_stopped = False
         self._forms: dict[tuple[str, str], str | None] = {}
 
     # Roles, tools and calls.
 
-    @functools.cached_property
+    @remembered
     def tools(self) -> bool:
         """Whether the template shows tools to the model."""
-        return self._shows([_user("a")], [f"f{_MARK}"], [_function(f"f{_MARK}")])
+        return self._shows([_user("a")], [some_tool()["function"]["name"]], [some_tool()])
 
-    @functools.cached_property
+    @remembered
     def arguments(self) -> str | None:
         """The form of the arguments of calls: `"dict"`, `"text"`, or None where the template leaves calls out."""
         for form, arguments in (("dict", {"x": _MARK}), ("text", json.dumps({"x": _MARK}))):
@@ -71,30 +92,7 @@ class TemplateSupport:
                 return form
         return None
 
-    @functools.cached_property
-    def results(self) -> bool:
-        """Whether it takes the results of calls."""
-        return self._shows([_user("a"), self._some_call(), _result(_MARK)], [_MARK], self._some_tool)
-
-    @functools.cached_property
-    def system(self) -> bool:
-        """Whether it takes a system message."""
-        return self._shows([message_of("system", _MARK), _user("b")], [_MARK])
-
-    @functools.cached_property
-    def late_system(self) -> bool:
-        """Whether it takes a system message amid the others."""
-        messages = [_user("a"), message_of("assistant", "b"), message_of("system", _MARK), _user("c")]
-        return self._shows(messages, [_MARK])
-
-    @functools.cached_property
-    def repeated_roles(self) -> bool:
-        """Whether it takes several messages of one role behind each other."""
-        answers = [message_of("assistant", f"3{_MARK}"), message_of("assistant", f"4{_MARK}")]
-        messages = [_user(f"1{_MARK}"), _user(f"2{_MARK}"), *answers, _user("a")]
-        return self._shows(messages, [f"{i}{_MARK}" for i in (1, 2, 3, 4)])
-
-    @functools.cached_property
+    @remembered
     def long_ids(self) -> bool:
         """Whether it takes any ids of calls, and not those of nine letters and digits alone."""
         call_id = f"call_{_MARK * 4}"
@@ -102,7 +100,7 @@ class TemplateSupport:
 
     @property
     def _some_tool(self) -> list[Any]:
-        return [_function("f")] if self.tools else []
+        return [some_tool()] if self.tools else []
 
     def _some_call(self, call_id: str = CALL_ID) -> Message:
         return _call({"x": "y"} if self.arguments == "dict" else '{"x": "y"}', call_id)
@@ -112,10 +110,16 @@ class TemplateSupport:
         return text is not None and all(mark in text for mark in wanted)
 
     def _try(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> str | None:
+        if self._is_stopped:
+            return None
         try:
             return self._render(messages, tools)
-        except template_errors():
-            return None
+        except TemplateBoundError as error:
+            self._is_stopped = True  # so that not each trial takes as long; the call itself will say why
+            _logger.debug("trials of the chat template are given up: %s", error)
+        except Exception as error:  # whatever it is, the call itself will say so if it matters
+            _logger.debug("a trial of the chat template failed: %r", error)
+        return None
 
     # Content.
 
@@ -199,11 +203,6 @@ def _text(text: str) -> dict[str, Any]:
 
 def _user(content: Any) -> Message:
     return message_of("user", content)
-
-
-def _function(name: str) -> dict[str, Any]:
-    parameters = {"type": "object", "properties": {"x": {"type": "string", "description": "x"}}, "required": ["x"]}
-    return {"type": "function", "function": {"name": name, "description": "f", "parameters": parameters}}
 
 
 def _call(arguments: Any, call_id: str = CALL_ID) -> Message:

@@ -11,6 +11,7 @@ from langchain_quantllm.compat.transformers_tokenizers import encodes_without_ch
 from langchain_quantllm.engine.clean_thread import in_clean_thread
 from langchain_quantllm.engine.worker import UNLOADED
 from langchain_quantllm.errors import GenerationError
+from langchain_quantllm.loading.pieces import piece_ids
 from langchain_quantllm.loading.processors import process
 from langchain_quantllm.loading.registry import LoadedModel
 from langchain_quantllm.options import normalize
@@ -28,29 +29,36 @@ def require_pipeline(model: LoadedModel) -> Any:
     return pipeline
 
 
-def token_ids(model: LoadedModel, text: str, *, add_special_tokens: bool = True) -> list[int]:
+def token_ids(model: LoadedModel, text: str | Sequence[str], *, add_special_tokens: bool = True) -> list[int]:
     """Tokenize a text; a begin token that the text already has, from a chat template say, is not doubled.
 
     Threads do so at once where the tokenizer allows it: a long text takes seconds.
+
+    Args:
+        model: The loaded model.
+        text: The text, or pieces of it of which none shares a token with the next.
+        add_special_tokens: Let the tokenizer add its begin token.
     """
     pipeline = require_pipeline(model)
     tokenizer = pipeline.tokenizer
     # A processor uses the same tokenizer, with other settings.
     is_shared = getattr(pipeline, "processor", None) is None and encodes_without_change(tokenizer)
     with contextlib.nullcontext() if is_shared else model.tokenizer_lock:
-        ids = list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+        pieces = (text,) if isinstance(text, str) else text
+        ids = piece_ids(tokenizer, pieces, add_special_tokens=add_special_tokens)
     bos = tokenizer.bos_token_id
     return ids[1:] if add_special_tokens and bos is not None and ids[:2] == [bos, bos] else ids
 
 
 def prompt_inputs(
-    model: LoadedModel, prompt: str, images: Sequence[Any] = (), *, add_special_tokens: bool = True
+    model: LoadedModel, prompt: str | Sequence[str], images: Sequence[Any] = (), *, add_special_tokens: bool = True
 ) -> tuple[list[int], dict[str, Any] | None]:
     """Turn a prompt into token ids, and its images into the model's other inputs, by the names of its arguments.
 
     Args:
         model: The loaded model.
-        prompt: The prompt, with a placeholder for each image.
+        prompt: The prompt, with a placeholder for each image; or pieces of it of which none shares a token with the
+            next.
         images: Pillow images, in the placeholders' order.
         add_special_tokens: Let the tokenizer add its begin token.
 
@@ -61,7 +69,8 @@ def prompt_inputs(
         return token_ids(model, prompt, add_special_tokens=add_special_tokens), None
     processor = require_pipeline(model).processor
     with model.tokenizer_lock:  # the processor uses the same tokenizer
-        return in_clean_thread(process)(processor, prompt, images, add_special_tokens=add_special_tokens)
+        pieces = (prompt,) if isinstance(prompt, str) else prompt
+        return in_clean_thread(process)(processor, pieces, images, add_special_tokens=add_special_tokens)
 
 
 def stop_token_ids(tokenizer: Any, stop: Sequence[str]) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from langchain_quantllm.compat.transformers_auto import (
     processor_class,
     processor_parts,
 )
+from langchain_quantllm.compat.transformers_processors import with_encoder
 from langchain_quantllm.errors import (
     CheckpointError,
     InvalidOptionError,
@@ -34,6 +36,7 @@ from langchain_quantllm.loading.checkpoint import (
     reads_text,
 )
 from langchain_quantllm.loading.hub import Repository, hub_options
+from langchain_quantllm.loading.pieces import piece_ids
 from langchain_quantllm.loading.spec import LoadSpec
 
 _PILLOW = "langchain-quantllm[vision]"
@@ -170,13 +173,13 @@ def no_images_reason(pipeline: Any, message: int) -> QuantLLMError | None:
 
 
 def process(
-    processor: Any, prompt: str, images: Sequence[Any], *, add_special_tokens: bool
+    processor: Any, pieces: Sequence[str], images: Sequence[Any], *, add_special_tokens: bool
 ) -> tuple[list[int], dict[str, Any]]:
     """Turn a prompt and its images into a model's inputs.
 
     Args:
         processor: A transformers processor.
-        prompt: The prompt, with a placeholder for each image.
+        pieces: The prompt, with a placeholder for each image, in pieces of which none shares a token with the next.
         images: Pillow images, in the placeholders' order.
         add_special_tokens: Let the tokenizer add its begin token.
 
@@ -187,9 +190,23 @@ def process(
     Raises:
         InvalidOptionError: If the processor rejects them.
     """
+    cut = f"Qz{secrets.token_hex(8)}e"
+    if len(pieces) > 1:  # the processor takes the text as one
+
+        def encode(text: str) -> list[int]:
+            return piece_ids(processor.tokenizer, text.split(cut), add_special_tokens=add_special_tokens)
+
+        reader = with_encoder(processor, encode)
+    else:
+        reader = processor
     try:
         inputs = dict(
-            processor(text=[prompt], images=[list(images)], return_tensors="pt", add_special_tokens=add_special_tokens)
+            reader(
+                text=[cut.join(pieces)],
+                images=[list(images)],
+                return_tensors="pt",
+                add_special_tokens=add_special_tokens,
+            )
         )
     except (ValueError, TypeError, IndexError, RuntimeError, StopIteration) as error:
         token = getattr(processor, "image_token", None)

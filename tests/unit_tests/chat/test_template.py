@@ -23,41 +23,9 @@ from transformers import AutoTokenizer
 from langchain_quantllm.chat.messages import template_messages
 from langchain_quantllm.chat.template import ChatTemplate
 from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
+from tests.support.chat_templates import GEMMA, MISTRAL
 
 TOOL = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}
-
-MISTRAL = """{{- bos_token }}
-{%- set system = "" %}
-{%- if messages[0].role == "system" %}
-  {%- set system = messages[0].content + "\n\n" %}{% set messages = messages[1:] %}
-{%- endif %}
-{%- if tools %}[AVAILABLE_TOOLS] {{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}
-{%- set ns = namespace(user=true) %}
-{%- for message in messages %}
-  {%- if message.role in ("user", "assistant") and not message.tool_calls %}
-    {%- if (message.role == "user") != ns.user %}{{ raise_exception("roles must alternate") }}{% endif %}
-    {%- set ns.user = not ns.user %}
-  {%- endif %}
-  {%- if message.role == "user" %}[INST] {{ system if loop.last }}{{ message.content }}[/INST]
-  {%- elif message.tool_calls %}[TOOL_CALLS] [
-    {%- for call in message.tool_calls %}
-      {%- if call.id | length != 9 %}{{ raise_exception("ids must have nine letters") }}{% endif %}
-      {{- {"name": call.function.name, "arguments": call.function.arguments, "id": call.id} | tojson }}
-    {%- endfor %}]{{ eos_token }}
-  {%- elif message.role == "assistant" %} {{ message.content }}{{ eos_token }}
-  {%- elif message.role == "tool" %}[TOOL_RESULTS] {{
-    {"content": message.content, "call_id": message.tool_call_id} | tojson }}[/TOOL_RESULTS]
-  {%- else %}{{ raise_exception("unknown role") }}{% endif %}
-{%- endfor %}"""
-
-GEMMA = """{{ bos_token }}
-{%- if messages[0].role == "system" %}{{ raise_exception("System role not supported") }}{% endif %}
-{%- for message in messages %}
-  {%- if (message.role == "user") != (loop.index0 % 2 == 0) %}{{ raise_exception("roles must alternate") }}{% endif %}
-  {%- set role = "model" if message.role == "assistant" else message.role %}
-  {{- "<start_of_turn>" + role + "\n" + message.content | trim + "<end_of_turn>\n" }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ "<start_of_turn>model\n" }}{% endif %}"""
 
 DEEPSEEK = """{% for message in messages %}
 {%- if message.role == "assistant" and message.tool_calls %}
@@ -257,8 +225,8 @@ def test_options_reach_the_template(render: Any) -> None:
 
 
 def test_the_refusal_of_a_template_is_told(render: Any) -> None:
-    with pytest.raises(InvalidOptionError, match="roles must alternate"):
-        render(GEMMA, [AIMessage("a"), HumanMessage("b")])
+    with pytest.raises(InvalidOptionError, match="does not take this conversation: only on Sundays"):
+        render("{{ raise_exception('only on Sundays') }}", [HumanMessage("a")])
 
 
 def test_a_tokenizer_without_a_template_says_so(tokenizer: Any) -> None:
@@ -268,3 +236,19 @@ def test_a_tokenizer_without_a_template_says_so(tokenizer: Any) -> None:
     bare.chat_template = None
     with pytest.raises(UnsupportedError, match="no chat template.*chat_template=.*QuantizedHuggingFaceLLM"):
         ChatTemplate(bare).render([{"role": "user", "content": "a"}])
+
+
+@pytest.mark.parametrize(
+    "failing", ["1 // 0", "2.0 ** 99999", "messages | tojson(indent={})", "nothing.a"]
+)
+def test_a_trial_that_fails_in_any_way_says_that_an_ability_is_missing(
+    render: Any, failing: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", logger="langchain_quantllm")
+    template = (
+        f"{{% if tools %}}{{{{ {failing} }}}}{{% endif %}}{{% for m in messages %}}{{{{ m.content }}}}{{% endfor %}}"
+    )
+    assert "<tools>" in render(template, [HumanMessage("a")], [TOOL])
+    assert "a trial of the chat template failed" in caplog.text
+    with pytest.raises(InvalidOptionError, match="chat template does not take this conversation: ."):
+        render(f"{{{{ {failing} }}}}", [HumanMessage("a")], [TOOL])

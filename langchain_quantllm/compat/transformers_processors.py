@@ -1,0 +1,48 @@
+"""A processor of transformers that encodes its text in another way.
+
+Processors call their tokenizer, an attribute, with a list of texts; no option says how to encode them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+
+class _Encoder:
+    """A tokenizer with its own way to encode a text."""
+
+    def __init__(self, tokenizer: Any, encode: Callable[[str], list[int]]) -> None:
+        self._tokenizer = tokenizer
+        self._encode = encode
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, text: Any, *, return_tensors: Any = None, **options: Any) -> Any:
+        from transformers import BatchEncoding
+
+        texts = [text] if isinstance(text, str) else text
+        rows = [self._encode(one) for one in texts]
+        masks = [[1] * len(row) for row in rows]
+        made = BatchEncoding({"input_ids": rows, "attention_mask": masks}, tensor_type=return_tensors)
+
+        def char_to_token(row: int, char: int) -> int:
+            """Count the tokens before that of a character, by encoding the text up to it (Idefics3 asks for images)."""
+            return len(self._encode(texts[row][: char + 1])) - 1
+
+        made.char_to_token = char_to_token
+        return made
+
+
+def with_encoder(processor: Any, encode: Callable[[str], list[int]]) -> Any:
+    """Copy a processor so that it encodes the text in which it has replaced the placeholders by `encode`.
+
+    Args:
+        processor: The processor, which stays as it is.
+        encode: Makes token ids of a text.
+    """
+    changed = copy.copy(processor)
+    changed.tokenizer = _Encoder(processor.tokenizer, encode)
+    return changed
