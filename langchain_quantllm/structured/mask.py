@@ -6,6 +6,7 @@ Owns the tokens' bytes, and the closing of a text before its tokens run out. Mak
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,12 @@ from langchain_quantllm.engine.request import TokenMask
 from langchain_quantllm.errors import GenerationError
 
 END_STATES = 24  # each takes about a hundred masks
+SLOW_S = 2.0
+SLOW_TOKEN_S = 0.1
+"""Seconds of the CPU that the masks of a row may take: the first, and the second for each token."""
+
+_DIGITS = 15  # in a row in a number, but for the last token's
+_NUMBER_END = re.compile(rb"(?:\d[eE][+-]?(\d*)|(\d+))\Z")
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,11 @@ class Vocabulary:
         self.plain = ~self.bits(self.special)
         controls = re.compile(rb'[^"]*[\x00-\x1f]')
         self.printed = ~self.bits(i for i, token in enumerate(tokens) if controls.match(token))
+        # Numbers of any length and exponent would be infinite, or more digits than Python reads.
+        self.no_digits = ~self.bits(i for i, token in enumerate(tokens) if token[:1].isdigit())
+        far = [re.compile(rb'[^"]*\d[eE][+-]?\d{3}|[eE][+-]?\d{3}|[^"]*\d{19}')]
+        far += [re.compile(far[0].pattern + rb"|\d{%d}" % n) for n in (3, 2, 1)]
+        self.near = [~self.bits(i for i, token in enumerate(tokens) if one.match(token)) for one in far]
         self.space = self.bits(i for t, i in self.ids.items() if t in (b" ", b"\n"))
         # Outside of strings no token is begun by these, but for the rest of a literal such as true.
         self.string_probe = self.bits(
@@ -126,12 +138,30 @@ class GrammarMask(TokenMask):
         self._pending = b""
         self._odd = 0  # whether an escape has begun
         self._last = 0  # byte of the text
+        self._tail = b""  # of the text, as long as a number may be
+        self._cpu_s = 0.0
         begin, end, self._is_open = compiled.reasoning or ("", "", False)
         self._begin, self._end = begin.encode(), end.encode()
         self._reasoned = bytearray() if compiled.reasoning else None
 
     def fill(self, bits: Any) -> bool:
-        """Set a bit for each token that may come next."""
+        """Set a bit for each token that may come next.
+
+        Raises:
+            GenerationError: If the masks of the row take too long.
+        """
+        began = time.thread_time()
+        is_limited = self._fill(bits)
+        self._cpu_s += time.thread_time() - began
+        if self._cpu_s > SLOW_S + SLOW_TOKEN_S * self._used:
+            msg = (
+                f"the masks of the first {self._used + 1} tokens took {self._cpu_s:.1f} s; at most {SLOW_S} s and "
+                f"{SLOW_TOKEN_S} s a token are possible; give a simpler constraint, with lower counts in its patterns."
+            )
+            raise GenerationError(msg)
+        return is_limited
+
+    def _fill(self, bits: Any) -> bool:
         words = self._vocabulary
         if self.ended or self._matcher.is_terminated():  # terminated: with `ignore_eos`
             bits.copy_(words.space)
@@ -161,9 +191,19 @@ class GrammarMask(TokenMask):
             _narrow(bits, words.escapes[self._odd])
         if self._compiled.style == "json" and inside:
             _narrow(bits, words.printed)  # xgrammar allows control characters in strings with lengths
+        if self._compiled.style and not inside:
+            self._limit_number(bits)
         if late:
             self._close(bits, inside)
         return True
+
+    def _limit_number(self, bits: Any) -> None:
+        """Keep a number finite, and its digits few enough to be read."""
+        number = _NUMBER_END.search(self._tail)
+        digits = 0 if number is None or number[1] is None else len(number[1])
+        _narrow(bits, self._vocabulary.near[min(digits + 1, 3) if number and number[1] is not None else 0])
+        if number is not None and number[2] is not None and len(number[2]) >= _DIGITS:
+            _narrow(bits, self._vocabulary.no_digits)
 
     def accept(self, token_id: int) -> None:
         """Advance by the sampled token."""
@@ -177,6 +217,7 @@ class GrammarMask(TokenMask):
         self._pending = self._pending[len(token) :] if token and self._pending.startswith(token) else b""
         backslashes = len(token) - len(token.rstrip(b"\\"))
         self._last = token[-1] if token else 0
+        self._tail = (self._tail + token)[-2 * _DIGITS :]
         self._odd = (backslashes + self._odd * (backslashes == len(token))) % 2
         if self._reasoned is not None:
             self._reasoned += token
