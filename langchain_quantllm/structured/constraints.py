@@ -70,8 +70,8 @@ class JSONSchema(Constraint):
         """Check the schema and keep its text."""
         if not isinstance(self.schema, Mapping | str):
             msg = (
-                f"JSONSchema(schema={shortened(repr(self.schema))}) is not possible; it must be a dict or JSON text, as "
-                "{'type': 'object'}; a pydantic class gives its own by model_json_schema()."
+                f"JSONSchema(schema={shortened(repr(self.schema))}) is not possible; it must be a dict or JSON text, "
+                "such as {'type': 'object'}; a pydantic class gives its own by model_json_schema()."
             )
             raise InvalidOptionError(msg)
         object.__setattr__(self, "schema", _checked_text("the schema", self.schema))

@@ -9,12 +9,13 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
+from langchain_quantllm.errors import InvalidOptionError
 from langchain_quantllm.structured.automaton import compile_cost
 from langchain_quantllm.structured.constraints import frozen_text
 from langchain_quantllm.structured.pattern_lengths import lengths, within
 from langchain_quantllm.structured.patterns import expression, read
 from langchain_quantllm.structured.scalar_schemas import FORMATS, XGRAMMAR_FORMATS, number, text
-from langchain_quantllm.structured.schema_limits import PATTERN_COST, Budget, checked, shortened
+from langchain_quantllm.structured.schema_limits import PATTERN_COST, Budget, check_json, checked, shortened
 from langchain_quantllm.structured.schema_merge import NothingValidError, fits, matches, merged
 
 UNENFORCED = (
@@ -252,6 +253,20 @@ class StrictSchema:
         if "items" in schema or "prefixItems" not in schema:
             schema["items"] = self._node(schema.get("items", True))
         return schema
+
+
+def checked_schema(schema: Mapping[str, Any]) -> None:
+    """Check that a schema can be enforced, before a model is asked.
+
+    Raises:
+        InvalidOptionError: If not.
+    """
+    try:
+        check_json(schema)
+        StrictSchema(schema).result()
+    except (ValueError, RecursionError) as error:
+        msg = f"the schema {shortened(frozen_text(schema.get('title', '')))} cannot be enforced: {error}."
+        raise InvalidOptionError(msg) from error
 
 
 def check_ends(schema: Any, defs: Mapping[str, Any]) -> None:

@@ -52,7 +52,7 @@ def _repeat_within(node: Repeat, least: int, most: int | None) -> Node | None:
     count = node.least or min(4 if node.most is None else node.most, 4)
     part = within(node.part, -(-least // count), None if most is None else most // count)
     if part is None:
-        return None
+        return Repeat(part=node.part, least=0, most=0) if node.least == least == 0 else None
     return Repeat(part=part, least=count if least else node.least, most=count if most is not None else node.most)
 
 

@@ -26,6 +26,7 @@ _TIME = rf"{_CLOCK}(Z|[+-]([01]\d|2[0-3]):[0-5]\d)"
 _HOST = r"([a-z0-9]{1,20}(-[a-z0-9]{1,20}){0,2}\.){1,4}([a-z]{2}|com|org|net|edu|gov|info)"
 _BYTE = r"(25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
 _GROUP = "[0-9a-f]{1,4}"
+_SHORT_PATH = r"(/[A-Za-z0-9._~-]{0,40}){0,3}(\?[A-Za-z0-9._~=&-]{0,40})?(#[A-Za-z0-9_-]{0,20})?"
 _PATH = r"(/[A-Za-z0-9._~-]*)*(\?[A-Za-z0-9._~=&-]*)?(#[A-Za-z0-9_-]*)?"
 FORMATS = {
     "date": _DATE,
@@ -153,6 +154,8 @@ def text(schema: dict[str, Any], budget: Budget) -> dict[str, Any]:
     if most is not None and most < least:
         msg = f"no text has minLength {least} and maxLength {most}"
         raise NothingValidError(msg)
+    if kind == "uri" and most is not None:
+        return _enforced(FORMATS[kind].replace(_PATH, _SHORT_PATH), least, most, budget)
     if kind in FORMATS:
         return _enforced(FORMATS[kind], least, most, budget)
     if pattern is not None:
