@@ -215,8 +215,9 @@ def _named(tool: Any) -> Any:
         raise InvalidOptionError(msg) from error
 
 
-def _arguments_schema(given: Any) -> dict[str, Any] | None:
+def _arguments_schema(tool: Any) -> dict[str, Any] | None:
     """Return the schema of a class, or of a tool's or function's arguments; None where LangChain's remains."""
+    given = tool
     try:
         if isinstance(given, BaseTool):
             given = given.tool_call_schema
@@ -229,6 +230,7 @@ def _arguments_schema(given: Any) -> dict[str, Any] | None:
     try:
         return class_schema(given)
     except InvalidOptionError:  # the tool checks its arguments itself
-        own: dict[str, Any] = given.model_json_schema()
+        model: Any = given
+        own: dict[str, Any] = model.model_json_schema()
         own = {**own["$defs"].get(own.get("$ref", "").rpartition("/")[2], {}), **own} if "$ref" in own else own
         return tidied(own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from typing import Any, get_args, get_origin
 
 import typing_extensions
@@ -9,24 +10,15 @@ from typing_extensions import NotRequired, ReadOnly, Required, TypedDict, get_ty
 
 from langchain_quantllm.errors import InvalidOptionError
 
-_MARKS = (
-    Required,
-    NotRequired,
-    ReadOnly,
-    *(getattr(__import__("typing"), n, None) for n in ("Required", "NotRequired")),
-)
+_REQUIRED = (Required, getattr(typing, "Required", Required))  # typing has them since Python 3.11
+_NOT_REQUIRED = (NotRequired, getattr(typing, "NotRequired", NotRequired))
 
 
 def required_names(kind: Any) -> set[str]:
     """Return the names of a `TypedDict` that are required, with annotations that are texts, too."""
-    names = set(kind.__required_keys__)
-    for name, hint in _hints(kind).items():
-        mark = get_origin(hint)
-        if mark is not None and mark in (Required, getattr(__import__("typing"), "Required", Required)):
-            names.add(name)
-        elif mark is not None and mark in (NotRequired, getattr(__import__("typing"), "NotRequired", NotRequired)):
-            names.discard(name)
-    return names
+    marks = {name: get_origin(hint) for name, hint in _hints(kind).items()}
+    names = set(kind.__required_keys__) | {name for name, mark in marks.items() if mark in _REQUIRED}
+    return names - {name for name, mark in marks.items() if mark in _NOT_REQUIRED}
 
 
 def _hints(kind: Any) -> dict[str, Any]:
@@ -52,14 +44,16 @@ def without_requirements(kind: Any, within: tuple[Any, ...] = ()) -> Any:
             msg = f"schema={within[0].__name__} refers to itself, which a TypedDict may not; give a pydantic class."
             raise InvalidOptionError(msg)
         fields = {name: without_requirements(hint, (*within, kind)) for name, hint in _hints(kind).items()}
-        plain = TypedDict(kind.__name__, fields)  # type: ignore[operator]
+        make: Any = TypedDict
+        plain = make(kind.__name__, fields)
         plain.__doc__ = kind.__doc__
         return plain
     origin, arguments = get_origin(kind), get_args(kind)
-    if origin is not None and origin in _MARKS:
+    if origin is not None and origin in (*_REQUIRED, *_NOT_REQUIRED, ReadOnly):
         return without_requirements(arguments[0], within)
     if origin is typing_extensions.Annotated:
-        return typing_extensions.Annotated[(without_requirements(arguments[0], within), *kind.__metadata__)]
+        annotated: Any = typing_extensions.Annotated
+        return annotated[(without_requirements(arguments[0], within), *kind.__metadata__)]
     if origin in (list, tuple, set, frozenset, dict) and arguments:
         return origin[tuple(without_requirements(one, within) for one in arguments)]
     return kind

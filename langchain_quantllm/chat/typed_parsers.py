@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from langchain_core.exceptions import OutputParserException
-from langchain_core.output_parsers import JsonOutputParser
+from langchain_core.output_parsers import BaseCumulativeTransformOutputParser, JsonOutputParser
 from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser
 from langchain_core.outputs import Generation
 from pydantic import TypeAdapter, ValidationError
@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from langchain_quantllm.chat.class_schemas import name_of
 
 
-class TypedJsonParser(JsonOutputParser):
+class TypedJsonParser(BaseCumulativeTransformOutputParser[Any]):
     """Parses the text of an answer."""
 
     kind: Any
@@ -32,10 +32,14 @@ class TypedJsonParser(JsonOutputParser):
                 return TypeAdapter(self.kind).validate_json(text)
             except ValidationError:
                 pass  # perhaps not JSON alone: a model without constraints surrounds it
-        value = super().parse_result(result, partial=partial)
+        value = JsonOutputParser().parse_result(result, partial=partial)
         if partial and value is None:
             return None
         return _validated(self.kind, value, text, partial=partial)
+
+    def parse(self, text: str) -> Any:
+        """Parse a text, as `parse_result` does."""
+        return self.parse_result([Generation(text=text)])
 
 
 class TypedCallParser(JsonOutputKeyToolsParser):

@@ -116,7 +116,8 @@ class StrictSchema:
         self._budget.add_schema()
         schema = {} if given is True or given is False else {k: v for k, v in given.items() if k in _KEYWORDS}
         if isinstance(items := schema.get("items"), list):  # the form of drafts before 2020-12
-            schema = {**schema, "prefixItems": items, "items": given.get("additionalItems", True)}
+            rest = given.get("additionalItems", True) if isinstance(given, dict) else True
+            schema = {**schema, "prefixItems": items, "items": rest}
         return checked(schema)
 
     def _open(self, given: Any) -> dict[str, Any]:
@@ -328,16 +329,16 @@ def longest(schema: Any, defs: Mapping[str, Any], known: dict[str, int] | None =
     known = {} if known is None else known
     if not isinstance(schema, dict):
         return 4
-    if ref := schema.get("$ref"):
-        name = ref.rpartition("/")[2]
+    if (ref := schema.get("$ref")) is not None:
+        name = str(ref).rpartition("/")[2]
         if name not in known:
             known[name] = 4
             known[name] = longest(defs[name], defs, known)
         return known[name]
     if "anyOf" in schema:
-        return max((longest(s, defs, known) for s in schema["anyOf"]), default=4)
+        return max([4, *(longest(s, defs, known) for s in schema["anyOf"])])
     if values := schema.get("enum", [schema["const"]] if "const" in schema else None):
-        return max(len(frozen_text(v).encode()) + 2 for v in values)
+        return max([4, *(len(frozen_text(v).encode()) + 2 for v in values)])
     if schema.get("type") == "object":
         parts = [len(k.encode()) + 8 + longest(v, defs, known) for k, v in schema.get("properties", {}).items()]
         return min(_LONGEST, 4 + sum(parts))

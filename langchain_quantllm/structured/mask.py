@@ -19,6 +19,8 @@ SLOW_S = 2.0
 SLOW_TOKEN_S = 0.1
 """Seconds of the CPU that the masks of a row may take: the first, and the second for each token."""
 
+_PATIENCE = 12  # tokens of a string that is to end, before its end is searched
+
 _DIGITS = 15  # in a row in a number, but for the last token's
 _NUMBER_END = re.compile(rb"(?:\d[eE][+-]?(\d*)|(\d+))\Z")
 
@@ -140,6 +142,7 @@ class GrammarMask(TokenMask):
         self._last = 0  # byte of the text
         self._tail = b""  # of the text, as long as a number may be
         self._cpu_s = 0.0
+        self._without_end = 0
         begin, end, self._is_open = compiled.reasoning or ("", "", False)
         self._begin, self._end = begin.encode(), end.encode()
         self._reasoned = bytearray() if compiled.reasoning else None
@@ -264,7 +267,19 @@ class GrammarMask(TokenMask):
             if end:
                 self._force(bits, end)
             return
+        if inside and self._end_string(bits):
+            return
         any(_narrow(bits, step) for step in (self._vocabulary.inside if inside else self._vocabulary.outside))
+
+    def _end_string(self, bits: Any) -> bool:
+        """Lead to the quote that ends a string, where its pattern asks for something else first."""
+        if any(_narrow(bits, step) for step in self._vocabulary.inside[:-1]):
+            return True
+        self._without_end += 1  # most patterns lead to their end by themselves
+        if self._without_end <= _PATIENCE:
+            return False
+        end = self._pending or self._shortest_end(b'"')
+        return bool(end) and self._force(bits, end)
 
     def _would_end(self, text: bytes) -> bool:
         ahead = self._matcher.fork()
@@ -288,10 +303,13 @@ class GrammarMask(TokenMask):
         ahead.fill_next_token_bitmask(bits, 0)
         return not bool((bits & self._vocabulary.string_probe).any())
 
-    def _shortest_end(self) -> bytes:
+    def _shortest_end(self, end: bytes = b"") -> bytes:
         """Find the shortest completion; empty where none is near.
 
         Among texts with the same allowed next tokens, only one is explored.
+
+        Args:
+            end: The text to come to in place of the end of all.
         """
         import torch
 
@@ -303,7 +321,7 @@ class GrammarMask(TokenMask):
                 ahead, text = self._matcher.fork(), path + bytes([code])
                 if not ahead.accept_string(text):
                     continue
-                if ahead.is_completed():
+                if bytes([code]) == end or (not end and ahead.is_completed()):
                     return text
                 bits.fill_(-1)
                 ahead.fill_next_token_bitmask(bits, 0)

@@ -333,7 +333,7 @@ def expression(node: Node, *, in_json: bool) -> str:
         part = part if isinstance(node.part, Characters) else f"({part})"
         if (node.least, node.most) == (0, 1):
             return f"({part}|)"  # after (a)? xgrammar 0.2.8 accepts an end of the group in place of the group
-        counts = {(0, None): "*", (1, None): "+"}.get((node.least, node.most))
+        counts = "" if node.most is not None or node.least > 1 else "*+"[node.least]
         return part + (counts or f"{{{node.least},{'' if node.most is None else node.most}}}")
     if isinstance(node, Sequence):
         parts = [expression(part, in_json=in_json) for part in node.parts]
