@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from enum import Enum
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -69,6 +70,10 @@ class _ClassSchema(GenerateJsonSchema):
 
     def dataclass_schema(self, schema: Any) -> JsonSchemaValue:
         return self._within(schema, super().dataclass_schema)
+
+    def dataclass_args_schema(self, schema: Any) -> JsonSchemaValue:
+        fields = [field for field in schema["fields"] if field.get("init") is not False]
+        return super().dataclass_args_schema({**schema, "fields": fields})
 
     # Fields.
 
@@ -170,6 +175,8 @@ class _ClassSchema(GenerateJsonSchema):
     # Choices.
 
     def literal_schema(self, schema: Any) -> JsonSchemaValue:
+        if any(isinstance(value, Enum) and not isinstance(value, str | int) for value in schema["expected"]):
+            raise self.refuse("a Literal of a member of an Enum")  # pydantic takes the member alone
         return self._choice(schema["expected"], super().literal_schema(schema))
 
     def enum_schema(self, schema: Any) -> JsonSchemaValue:
@@ -329,11 +336,11 @@ def _check_format(part: dict[str, Any], kind: Any) -> None:
 
 
 def tidied(schema: dict[str, Any]) -> dict[str, Any]:
-    """Leave out titles, and write definitions in place of references where that stays small."""
+    """Leave out titles and write definitions in place of references, unless it refers to itself or becomes large."""
     definitions = schema.get("$defs", {})
     room = [_MOST_INLINED]
 
-    def inlined(node: Any, within: tuple[str, ...] | None) -> Any:
+    def inlined(node: Any, within: tuple[str, ...]) -> Any:
         if isinstance(node, list):
             return [inlined(one, within) for one in node]
         if not isinstance(node, dict):
@@ -342,14 +349,14 @@ def tidied(schema: dict[str, Any]) -> dict[str, Any]:
         if room[0] < 0:
             raise OverflowError
         name = node.get("$ref", "").rpartition("/")[2] if isinstance(node.get("$ref"), str) else ""
-        if name in definitions and within is not None:
+        if name in definitions:
             if name in within:
                 raise OverflowError
             rest = {k: v for k, v in node.items() if k != "$ref"}
             return inlined({**definitions[name], **rest}, (*within, name))
         return {k: inlined_value(k, v, within) for k, v in node.items() if k != "title" or not isinstance(v, str)}
 
-    def inlined_value(key: str, value: Any, within: tuple[str, ...] | None) -> Any:
+    def inlined_value(key: str, value: Any, within: tuple[str, ...]) -> Any:
         if key in ("properties", "patternProperties", "$defs") and isinstance(value, dict):
             return {name: inlined(one, within) for name, one in value.items()}
         return value if key in ("default", "examples", "enum", "const", "discriminator") else inlined(value, within)
@@ -360,5 +367,4 @@ def tidied(schema: dict[str, Any]) -> dict[str, Any]:
             part.pop("discriminator", None)  # its mapping is to definitions
         return dict(whole)
     except OverflowError:
-        room[0] = 10**9
-        return dict(inlined(schema, None))
+        return schema

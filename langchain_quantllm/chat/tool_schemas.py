@@ -130,9 +130,11 @@ def answer_schema(schema: Any, strict: bool | None = None) -> tuple[str, dict[st
     if strict:
         for part in schemas_in(found):
             part |= {"additionalProperties": False} if "properties" in part else {}
-    about = _summary(schema) if is_type(schema) and isinstance(schema, type) else ""
     title = name_of(schema) if isinstance(schema, type) and not hasattr(schema, "__origin__") else "answer"
-    return title, {"title": title, **({"description": about} if about and "description" not in found else {}), **found}
+    if "$ref" in found:
+        return title, found
+    about = found.pop("description", None) or _summary(schema)
+    return title, {"title": title, **({"description": about} if about else {}), **found}
 
 
 def is_type(given: Any) -> bool:

@@ -13,7 +13,10 @@ def lengths(node: Node) -> tuple[int, int | None]:
         return 1, 1
     if isinstance(node, Repeat):
         least, most = lengths(node.part)
-        return least * node.least, 0 if 0 in (most, node.most) else None if None in (most, node.most) else most * node.most  # type: ignore[operator]
+        return least * node.least, 0 if 0 in (most, node.most) else None if None in (
+            most,
+            node.most,
+        ) else most * node.most  # type: ignore[operator]
     found = [lengths(part) for part in (node.parts if isinstance(node, Sequence) else node.options)]
     if isinstance(node, Sequence):
         return sum(a for a, _ in found), None if any(b is None for _, b in found) else sum(b or 0 for _, b in found)

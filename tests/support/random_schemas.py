@@ -28,13 +28,40 @@ BASES: list[dict[str, Any]] = [
         "minProperties": 1,
         "maxProperties": 4,
     },
-    {"allOf": [{"type": "integer", "minimum": 3}, {"maximum": 9}, {"$ref": "#/definitions/n"}], "definitions": {"n": {}}},
-    {"oneOf": [{"$ref": "#/$defs/a"}, {"type": "null"}], "$defs": {"a": {"type": "array", "items": {"$ref": "#/$defs/a"}}}},
+    {
+        "allOf": [{"type": "integer", "minimum": 3}, {"maximum": 9}, {"$ref": "#/definitions/n"}],
+        "definitions": {"n": {}},
+    },
+    {
+        "oneOf": [{"$ref": "#/$defs/a"}, {"type": "null"}],
+        "$defs": {"a": {"type": "array", "items": {"$ref": "#/$defs/a"}}},
+    },
 ]
 KEYWORDS = (
     *("type", "enum", "const", "properties", "required", "additionalProperties", "patternProperties", "propertyNames"),
-    *("items", "prefixItems", "minItems", "maxItems", "minLength", "maxLength", "pattern", "format", "minimum", "maximum"),
-    *("exclusiveMinimum", "exclusiveMaximum", "multipleOf", "anyOf", "oneOf", "allOf", "$ref", "minProperties", "title"),
+    *(
+        "items",
+        "prefixItems",
+        "minItems",
+        "maxItems",
+        "minLength",
+        "maxLength",
+        "pattern",
+        "format",
+        "minimum",
+        "maximum",
+    ),
+    *(
+        "exclusiveMinimum",
+        "exclusiveMaximum",
+        "multipleOf",
+        "anyOf",
+        "oneOf",
+        "allOf",
+        "$ref",
+        "minProperties",
+        "title",
+    ),
 )
 
 
@@ -46,24 +73,56 @@ def _nested(levels: int, key: str) -> dict[str, Any]:
 
 
 def _value(r: random.Random) -> Any:
-    """A value that some keywords take, and most do not."""
-    if r.random() < 0.5:
-        likely: list[Any] = [0, 1, 2, 5, 7.5, "a", "date", "uri", "^[a-c]{1,5}$", True, False, ["name"], {"type": "number"}]
-        likely += [[{"type": "integer"}, {"type": "string"}], {"a": {"enum": [1, "b"]}}, "string", ["null", "array"]]
-        return r.choice([*likely, {"$ref": "#"}, {"minimum": 5}, {"pattern": "^x+$"}])
+    """A value that few keywords take."""
     circle: dict[str, Any] = {"type": "object", "properties": {}}
     circle["properties"]["self"] = circle
     return r.choice(
         [
             *(None, True, False, 0, -1, 3, 2.5, 10**9, 10**30, 10**5000, 1e308, float("nan"), float("inf"), -1e-300),
-            *("", "x", "integer", "banana", "#", "#/", "#/$defs/none", "#/$defs/point", "http://a/b", "[", "(a+)+$", "a{10000}"),
-            *("((a{0,99}){0,99}){0,99}", "^(?=a)b", "\ud800", "x" * 100_000, b"bytes", {1, 2}, object(), lambda: 1, (1, "a")),
+            *(
+                "",
+                "x",
+                "integer",
+                "banana",
+                "#",
+                "#/",
+                "#/$defs/none",
+                "#/$defs/point",
+                "http://a/b",
+                "[",
+                "(a+)+$",
+                "a{10000}",
+            ),
+            *(
+                "((a{0,99}){0,99}){0,99}",
+                "^(?=a)b",
+                "\ud800",
+                "x" * 100_000,
+                b"bytes",
+                {1, 2},
+                object(),
+                lambda: 1,
+                (1, "a"),
+            ),
             *([], {}, [1, 2], ["a", "a"], {"a": 1}, {1: {}}, {"$ref": "#"}, {"$ref": "#/$defs/point/items"}, circle),
             *([{"type": "string"}] * 50, [{"anyOf": [{"minimum": i} for i in range(40)]} for _ in range(6)]),
             *({f"p{i}": {"type": "string", "maxLength": 30} for i in range(300)}, list(range(30_000)), ["y" * 3000]),
             *(_nested(10_000, "items"), _nested(50, "anyOf"), _nested(300, "allOf"), {"type": ["string", "integer"]}),
         ]
     )
+
+
+def _like(r: random.Random, old: Any) -> Any:
+    """A value of the same type, which may still be a wrong one."""
+    if isinstance(old, bool) or old is None:
+        return r.choice([True, False, {}])
+    if isinstance(old, int | float):
+        return r.choice([0, 1, 2, 5, 7.5, 40, old + 1])
+    if isinstance(old, str):
+        return r.choice(["a", "date", "uri", "^[a-c]{1,5}$", "integer", "string", "array", "#/$defs/point", old])
+    if isinstance(old, dict):
+        return {**old, r.choice(["minimum", "minItems", "minLength", "maxProperties"]): r.randint(0, 4)}
+    return [*old, *old]
 
 
 def _places(schema: Any, found: list[Any]) -> list[Any]:
@@ -88,7 +147,10 @@ def mutated_schema(r: random.Random) -> Any:
     for _ in range(r.choice([1, 1, 1, 2, 3])):
         place = r.choice(places)
         chance = r.random()
-        if isinstance(place, list):
+        if isinstance(place, dict) and place and r.random() < 0.7:
+            key = r.choice(list(place))
+            place[key] = _like(r, place[key])
+        elif isinstance(place, list):
             if chance < 0.2:
                 place.append(schema)  # it holds itself
             else:
