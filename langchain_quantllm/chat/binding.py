@@ -20,7 +20,7 @@ from langchain_core.utils.pydantic import is_basemodel_subclass
 from typing_extensions import is_typeddict
 
 from langchain_quantllm.chat.options import choice_of, listed_tools
-from langchain_quantllm.chat.tool_schemas import answer_schema, answer_tool, is_type, tool_schema
+from langchain_quantllm.chat.tool_schemas import answer_schema, answer_tool, is_type, tool_schema, traced_schema
 from langchain_quantllm.chat.typed_parsers import TypedCallParser, TypedJsonParser
 from langchain_quantllm.errors import InvalidOptionError
 from langchain_quantllm.structured import checked_schema
@@ -109,7 +109,8 @@ def _structured(
     if schema is None and method != "json_mode":
         msg = f"method={method!r} needs a schema; give a pydantic class, a TypedDict or a JSON schema."
         raise InvalidOptionError(msg)
-    about = {"kwargs": {"method": method, **({} if strict is None else {"strict": strict})}, "schema": schema}
+    about: dict[str, Any] = {"kwargs": {"method": method, **({} if strict is None else {"strict": strict})}}
+    about["schema"] = None if schema is None else traced_schema(schema)
     given = {**options, "ls_structured_output_format": about}
     tools = list(listed_tools(given.pop("tools", None) or ()))
     is_v1 = isinstance(schema, type) and is_basemodel_subclass(schema) and not hasattr(schema, "model_validate_json")

@@ -122,7 +122,7 @@ def choice_of(given: Any, tools: Sequence[Mapping[str, Any]]) -> ToolChoice:
     if isinstance(given, Mapping) and given.get("type") == "allowed_tools":
         given, allowed = _allowed(given, names)
     elif isinstance(given, Mapping):
-        given = _name_in(given) or given.get("type")
+        given = _name_in(given) or given.get("type") or dict(given)
     if given is True or given == "required":
         given = "any"
     if given is None or given is False or given in ("auto", "none"):

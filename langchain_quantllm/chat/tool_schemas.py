@@ -7,8 +7,10 @@ follows the schema is valid for the class. Knows no model.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any, get_type_hints
 
 from langchain_core.tools import BaseTool, StructuredTool
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
@@ -137,6 +139,16 @@ def answer_schema(schema: Any, strict: bool | None = None) -> tuple[str, dict[st
     return title, {"title": title, **({"description": about} if about else {}), **found}
 
 
+def traced_schema(schema: Any) -> Any:
+    """Return a wanted answer as LangChain's tracing can describe it; None where it cannot."""
+    try:
+        convert_to_json_schema(schema)
+    except _CONVERSION_ERRORS:
+        name, found = answer_schema(schema)
+        return {"title": name, **found} if "properties" in found else None
+    return schema
+
+
 def is_type(given: Any) -> bool:
     """Whether something is a type of values, not a value, a function or a tool."""
     if isinstance(given, type):
@@ -205,16 +217,24 @@ def _named(tool: Any) -> Any:
     if isinstance(tool, BaseTool | Mapping | type) or not callable(tool) or hasattr(tool, "__name__"):
         return tool
     inner: Any = tool
-    while hasattr(inner, "func"):
+    while isinstance(inner, functools.partial):
         inner = inner.func
-    name = getattr(inner, "__name__", type(tool).__name__)
-    called: Callable[..., Any] = tool if hasattr(tool, "func") else tool.__call__
-    about = (inner.__doc__ if inner is not tool else type(tool).__doc__) or name
+    named = getattr(inner, "__name__", None)
     try:
-        return StructuredTool.from_function(called, name=name, description=" ".join(about.split()))
+        signature = inspect.signature(tool)
+        hints = get_type_hints(inner if named else type(tool).__call__)
     except _CONVERSION_ERRORS as error:
         msg = f"the tool {shortened(repr(tool))} cannot be described ({shortened(str(error), 200)}); give a function."
         raise InvalidOptionError(msg) from error
+
+    def described(**_: Any) -> None:
+        """Stand for the tool while it is described."""
+
+    described.__name__ = named or type(tool).__name__
+    described.__doc__ = inspect.getdoc(inner if named else type(tool)) or described.__name__
+    described.__signature__ = signature  # type: ignore[attr-defined]
+    described.__annotations__ = {name: hints.get(name, Any) for name in signature.parameters}
+    return described
 
 
 def _arguments_schema(tool: Any) -> dict[str, Any] | None:
