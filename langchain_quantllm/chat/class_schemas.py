@@ -60,6 +60,9 @@ class _ClassSchema(GenerateJsonSchema):
             result: JsonSchemaValue = generate(schema)
         finally:
             self._settings = before
+        config = schema.get("config") or {}
+        if config.get("validate_by_name") and result.get("additionalProperties"):
+            result["additionalProperties"] = False  # one may be the name of a field beside its alias
         return result
 
     def model_schema(self, schema: Any) -> JsonSchemaValue:
@@ -73,7 +76,8 @@ class _ClassSchema(GenerateJsonSchema):
 
     def dataclass_args_schema(self, schema: Any) -> JsonSchemaValue:
         fields = [field for field in schema["fields"] if field.get("init") is not False]
-        return super().dataclass_args_schema({**schema, "fields": fields})
+        given: Any = {**schema, "fields": fields}
+        return super().dataclass_args_schema(given)
 
     # Fields.
 

@@ -53,7 +53,8 @@ def without_requirements(kind: Any, within: tuple[Any, ...] = ()) -> Any:
         return without_requirements(arguments[0], within)
     if origin is typing_extensions.Annotated:
         annotated: Any = typing_extensions.Annotated
-        return annotated[(without_requirements(arguments[0], within), *kind.__metadata__)]
+        parts = (without_requirements(arguments[0], within), *kind.__metadata__)
+        return annotated[parts]
     if origin in (list, tuple, set, frozenset, dict) and arguments:
         return origin[tuple(without_requirements(one, within) for one in arguments)]
     return kind

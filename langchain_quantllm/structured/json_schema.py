@@ -35,8 +35,8 @@ UNENFORCED = (
     "minProperties where a name is repeated",
     "what an enum or const says of objects and arrays beside other keywords of theirs",
     "oneOf where several branches match",
-    "formats other than date, date-time, time, duration, email, uri, uuid, uuid1 to uuid8, ipv4, ipv6, hostname, "
-    "json-pointer and relative-json-pointer",
+    "formats other than date, date-time, naive-date-time, time, naive-time, duration, email, uri, uuid, uuid1 to "
+    "uuid8, ipv4, ipv6, hostname, json-pointer and relative-json-pointer",
 )
 """Keywords of JSON schema that the masks do not enforce; the reader of the answer must check them."""
 
@@ -338,13 +338,14 @@ def longest(schema: Any, defs: Mapping[str, Any], known: dict[str, int] | None =
     if "anyOf" in schema:
         return max([4, *(longest(s, defs, known) for s in schema["anyOf"])])
     if values := schema.get("enum", [schema["const"]] if "const" in schema else None):
-        return max([4, *(len(frozen_text(v).encode()) + 2 for v in values)])
+        return max(len(frozen_text(v).encode()) + 2 for v in [0, *values])
     if schema.get("type") == "object":
         parts = [len(k.encode()) + 8 + longest(v, defs, known) for k, v in schema.get("properties", {}).items()]
         return min(_LONGEST, 4 + sum(parts))
     if schema.get("type") == "array":
         first = schema.get("prefixItems", ())
-        rest = max(1, schema.get("minItems", 0) - len(first)) * (2 + longest(schema.get("items"), defs, known))
+        count = max(1, int(schema.get("minItems", 0)) - len(first))
+        rest = count * (2 + longest(schema.get("items"), defs, known))
         return min(_LONGEST, 4 + rest + sum(2 + longest(s, defs, known) for s in first))
     # A pattern seldom asks for more than a date with its time.
     return 30 if "pattern" in schema or "format" in schema else 8 + int(schema.get("minLength", 0))

@@ -122,7 +122,7 @@ def _like(r: random.Random, old: Any) -> Any:
         return r.choice(["a", "date", "uri", "^[a-c]{1,5}$", "integer", "string", "array", "#/$defs/point", old])
     if isinstance(old, dict):
         return {**old, r.choice(["minimum", "minItems", "minLength", "maxProperties"]): r.randint(0, 4)}
-    return [*old, *old]
+    return [*old, *old] if isinstance(old, list) else None
 
 
 def _places(schema: Any, found: list[Any]) -> list[Any]:
