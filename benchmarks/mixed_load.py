@@ -44,10 +44,14 @@ class MixedLoad:
             requests += plan_requests(ids, options, self._engine.limits)
         return requests
 
-    def prompts_s(self) -> float:
-        """Run the prompts; returns seconds until the last one's first token."""
+    def prompts(self) -> list[Request]:
+        """Make new prompts. It takes longer than a step of the engine, and holds the interpreter's lock."""
+        return self._requests(self._prompts, self._prompt_tokens, 1)
+
+    def run_prompts(self, prompts: list[Request]) -> float:
+        """Run prompts; returns seconds until the last one's first token."""
         began = time.monotonic()
-        with self._engine.submit(self._requests(self._prompts, self._prompt_tokens, 1)) as stream:
+        with self._engine.submit(prompts) as stream:
             for _ in stream:
                 pass
         return time.monotonic() - began
@@ -62,6 +66,7 @@ class MixedLoad:
         Returns:
             Median and longest gap before and while the prompts are read, and the prompts' time, in milliseconds.
         """
+        prompts = self.prompts()
         stream = self._engine.submit(self._requests(self._streams, 30, new_tokens))
         times: list[list[float]] = [[] for _ in range(self._streams)]
 
@@ -76,7 +81,7 @@ class MixedLoad:
             time.sleep(0.01)
         time.sleep(before_s)
         began = time.monotonic()
-        prompts_s = self.prompts_s()
+        prompts_s = self.run_prompts(prompts)
         if reader.is_alive():
             stream.close()
         else:
@@ -118,7 +123,7 @@ def main() -> None:
             engine._step_tokens = (engine._step_tokens[0], budget)
             engine._scheduler.step_tokens_while_decoding = budget
         results = [load.run(arguments.before_s, arguments.new_tokens) for _ in range(arguments.repeats + 1)][1:]
-        alone_ms = [1000 * load.prompts_s() for _ in range(arguments.repeats)]
+        alone_ms = [1000 * load.run_prompts(load.prompts()) for _ in range(arguments.repeats)]
         medians = {key: round(statistics.median(r[key] for r in results), 1) for key in results[0]}
         medians["longest_gap_ms"] = round(max(r["longest_gap_ms"] for r in results), 1)
         print(json.dumps({"step_tokens": budget, **medians, "prompts_alone_ms": round(statistics.median(alone_ms), 1)}))

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from langchain_quantllm.bench.options import MEMORY, OVERVIEW, SPEED, BenchOptions
 from langchain_quantllm.bench.random_models import SHAPES, check_shape, random_checkpoint
 from langchain_quantllm.cli.console import (
     Device,
+    SafeConsole,
     accelerators,
     app,
     check_file,
@@ -219,7 +219,7 @@ def _show(report: Any, plots: Path | None, plot_format: str) -> None:
     from langchain_quantllm.bench.plots import save_plots
     from langchain_quantllm.cli.tables import tables
 
-    wide = Console(width=max(out.width, _WIDTH))
+    wide = SafeConsole(width=max(out.width, _WIDTH))
     for table in tables(report):
         wide.print(table)
     if plots is not None:

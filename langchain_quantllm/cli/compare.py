@@ -8,11 +8,22 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from langchain_quantllm.cli.console import Device, Model, app, check_file, demo_folder, err, errors, out, read_text, say
+from langchain_quantllm.cli.console import (
+    Device,
+    Model,
+    SafeConsole,
+    app,
+    check_file,
+    demo_folder,
+    err,
+    errors,
+    out,
+    read_text,
+    say,
+)
 from langchain_quantllm.errors import InvalidOptionError
 from langchain_quantllm.schemes import SCHEMES
 
@@ -61,7 +72,7 @@ def compare(
         finally:
             if not found and answers:  # the other model failed: the answers of the first are shown
                 _show_one(*answers[0], prompts)
-        wide = Console(width=max(out.width, 80))
+        wide = SafeConsole(width=max(out.width, 80))
         for one in found:
             wide.print(_answers_table(one))
         wide.print(_models_table(found))
@@ -81,7 +92,7 @@ def _show_one(compared: Any, answers: list[Any], prompts: list[str]) -> None:
         table.add_column(Text(head))
     for text, answer in zip(prompts, answers, strict=True):
         table.add_row(Text(text), Text(answer.text))
-    Console(width=max(out.width, 80)).print(table)
+    SafeConsole(width=max(out.width, 80)).print(table)
 
 
 def _lines(file: Path) -> list[str]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.text import Text
 from typer.core import TyperGroup
 
@@ -55,8 +57,31 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console()
-err = Console(stderr=True)
+
+
+class SafeConsole(Console):
+    """A console on which texts of models and checkpoints cannot control the terminal."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Render; in a terminal, with pictures of the control characters that are in texts."""
+        for segment in super().render(renderable, options):
+            if segment.control is None and self.is_terminal and _CONTROLS.search(segment.text):
+                yield Segment(_CONTROLS.sub(_picture, segment.text), segment.style)
+            else:
+                yield segment
+
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f-\x9f]")
+"""Those that start or are commands of a terminal, such as to write the clipboard; not tab, line feed and return."""
+
+
+def _picture(control: re.Match[str]) -> str:
+    code = ord(control[0])
+    return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else f"\\x{code:x}"
+
+
+out = SafeConsole()
+err = SafeConsole(stderr=True)
 
 
 def _print_version(wanted: bool) -> None:

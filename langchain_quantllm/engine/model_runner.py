@@ -191,8 +191,9 @@ class ModelRunner:
         for chunk in step.chunks:
             slot, count = chunk.sequence.slot, chunk.count
             spans.append(Span(slot=slot, first=first, position=chunk.start, count=count))
-            positions = range(chunk.start, chunk.start + count)
-            parts.append(torch.tensor([chunk.ids, list(positions), [slot] * count], dtype=torch.int32))
+            positions = torch.arange(chunk.start, chunk.start + count, dtype=torch.int32)
+            ids = torch.tensor(chunk.ids, dtype=torch.int32)
+            parts.append(torch.stack([ids, positions, torch.full_like(ids, slot)]))
             first += count
         packed = torch.cat(parts, 1).to(self.device, non_blocking=True)
         batch = Batch(table=self._table.blocks, slots=packed[2], positions=packed[1], spans=spans, decodes=False)

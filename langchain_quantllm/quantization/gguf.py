@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ from langchain_quantllm.errors import (
     InvalidOptionError,
     MissingPackageError,
     ModelNotFoundError,
+    QuantLLMError,
     pip_install,
 )
+from langchain_quantllm.memory.estimate import build_on_meta
 from langchain_quantllm.quantization.output_dir import save_checkpoint
 
 
@@ -36,7 +38,7 @@ def convert_gguf(file: str | Path, folder: str | Path, *, progress: bool = True)
         MissingPackageError: If `gguf`, or a package that the file's tokenizer needs, is not installed.
         ModelNotFoundError: If there is no such file.
         InvalidOptionError: If the folder is not empty.
-        CheckpointError: If transformers cannot read the file.
+        CheckpointError: If transformers cannot read the file, or it lacks tensors of the model that it describes.
         QuantLLMError: If the folder cannot be written; nothing is left of it then.
     """
     file, folder = Path(file).expanduser().resolve(), Path(folder).expanduser()
@@ -67,18 +69,63 @@ def _read(file: Path) -> tuple[Any, Any]:
     from langchain_quantllm.compat.transformers_quantizers import dequantizing_gguf, forget_quantization
 
     source: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
-    options = {"dtype": torch.bfloat16, **dequantizing_gguf(), **source}
-    try:
+    options = {"dtype": torch.bfloat16, "output_loading_info": True, **dequantizing_gguf(), **source}
+    with _reading(file):
+        _check_size(file, source)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
-        model = AutoModelForCausalLM.from_pretrained(file.parent, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(file.parent, **options)
+    _check_complete(file, {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    forget_quantization(model)
+    return model, tokenizer
+
+
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Turn what is raised while a file is read into this package's errors: the readers check little of it."""
+    try:
+        yield
+    except QuantLLMError:
+        raise
     except ImportError as error:
         msg = f"{file} needs a further package ({_reason(error)}): {pip_install('sentencepiece', 'tiktoken')}"
         raise MissingPackageError(msg) from error
-    except (ValueError, OSError, LookupError, RuntimeError, struct.error) as error:
+    except Exception as error:
         msg = f"transformers cannot read {file} ({_reason(error)}); give the checkpoint that the file was made of."
         raise CheckpointError(msg) from error
-    forget_quantization(model)
-    return model, tokenizer
+
+
+def _check_size(file: Path, source: dict[str, Any]) -> None:
+    """Check that the model that a file describes is no larger than the tensors in it, before it is allocated.
+
+    Raises:
+        CheckpointError: If it is.
+    """
+    import gguf
+    import torch
+    from transformers import AutoConfig
+
+    tensors = gguf.GGUFReader(file).tensors
+    blocks = {tensor.name.split(".")[1] for tensor in tensors if tensor.name.startswith("blk.")}
+    config = AutoConfig.from_pretrained(file.parent, **source)
+    layers = getattr(config, "num_hidden_layers", len(blocks))
+    if layers > len(blocks):
+        _check_complete(file, {f"blk.{len(blocks)}"})
+    model = build_on_meta(config, torch.bfloat16, False, file.name)
+    needed = sum(parameter.numel() for parameter in model.parameters())
+    there = sum(int(tensor.n_elements) for tensor in tensors)
+    # An output head that is the embeddings may be there once or twice.
+    if needed > there + model.get_input_embeddings().weight.numel():
+        msg = f"{file} describes a model of {needed} weights and holds {there}; get the file again."
+        raise CheckpointError(msg)
+
+
+def _check_complete(file: Path, missing: set[str]) -> None:
+    if missing:
+        msg = (
+            f"{file} lacks matching weights for {len(missing)} tensors of the model that it describes (for example "
+            f"{min(missing)!r}), which would have been initialized at random; get the file again."
+        )
+        raise CheckpointError(msg)
 
 
 def _reason(error: Exception) -> str:

@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from langchain_quantllm import QuantizedHuggingFaceLLM, estimate_memory, quantize
 from langchain_quantllm.errors import (
-    CheckpointError,
-    InvalidOptionError,
-    MissingPackageError,
     ModelNotFoundError,
     QuantLLMError,
     UnsupportedError,
@@ -29,8 +20,7 @@ from langchain_quantllm.errors import (
 from langchain_quantllm.loading.checkpoint import find_source
 from langchain_quantllm.loading.sources import check_sources, command_line, folder_of, wrong_files
 from langchain_quantllm.loading.spec import LoadSpec
-from langchain_quantllm.quantization.gguf import convert_gguf
-from tests.support.checkpoints import SIZES, FakeHub, make_checkpoint, run_python
+from tests.support.checkpoints import SIZES, FakeHub, run_python
 
 LLAMA = {**SIZES, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 WEIGHTS = {"model.safetensors": "no weights"}
@@ -351,118 +341,3 @@ def test_a_repository_is_found_without_the_list_of_its_files(tmp_path: Path, mon
         monkeypatch.setattr(hub, "_answer", hang_up)
         assert find_source(LoadSpec(model_id="acme/tiny", cache_dir=str(tmp_path / "cache"))) == "acme/tiny"
         assert "the list" in hub.asked
-
-
-# GGUF files.
-
-
-@pytest.fixture(scope="module")
-def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A GGUF file with a space in its name, and the checkpoint that it was made from."""
-    gguf = pytest.importorskip("gguf")
-    folder = tmp_path_factory.mktemp("gguf")
-    source = make_checkpoint(folder / "source", dtype="float32")
-    file = folder / "my tiny.gguf"
-    writer = gguf.GGUFWriter(str(file), "llama")
-    writer.add_block_count(SIZES["num_hidden_layers"])
-    writer.add_context_length(SIZES["max_position_embeddings"])
-    writer.add_embedding_length(SIZES["hidden_size"])
-    writer.add_feed_forward_length(SIZES["intermediate_size"])
-    writer.add_head_count(SIZES["num_attention_heads"])
-    writer.add_head_count_kv(SIZES["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(SIZES["vocab_size"])
-    tokenizer = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-    vocab = sorted(tokenizer["vocab"], key=tokenizer["vocab"].__getitem__)
-    vocab += [f"<unused{i}>" for i in range(SIZES["vocab_size"] - len(vocab))]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(vocab)
-    writer.add_token_types([3, 3, *[1] * (len(vocab) - 2)])
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in tokenizer["merges"]])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, SIZES["num_hidden_layers"])
-    for name, tensor in load_file(source / "model.safetensors").items():
-        if name.endswith(("q_proj.weight", "k_proj.weight")):  # as llama.cpp orders the rows of rotary heads
-            heads = SIZES["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
-            rows = tensor.shape[0] // heads
-            tensor = tensor.reshape(heads, 2, rows // 2, -1).swapaxes(1, 2).reshape(tensor.shape)
-        found = names.get_name(name, try_suffixes=(".weight",))
-        writer.add_tensor(found, tensor.numpy().astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file, source
-
-
-def test_the_command_that_the_error_names_converts_a_gguf_file(gguf_file: tuple[Path, Path]) -> None:
-    file, source = gguf_file
-    with pytest.raises(ModelNotFoundError) as caught:
-        QuantizedHuggingFaceLLM(model_id=str(file)).load()
-    command = re.search(r"once: (langchain-quantllm convert .+?) \(it needs", str(caught.value))
-    assert command is not None
-    program, *rest = shlex.split(command[1])
-    assert program == "langchain-quantllm"
-    convert = [sys.executable, "-m", "langchain_quantllm.cli", *rest]
-    done = subprocess.run(convert, capture_output=True, text=True, check=False, timeout=240)
-    assert done.returncode == 0, done.stderr
-    llm = QuantizedHuggingFaceLLM(model_id=rest[-1], max_new_tokens=6, progress=False, dtype="float32")
-    expected = {k: v.to(torch.bfloat16) for k, v in load_file(source / "model.safetensors").items()}
-    found = llm.load().pipeline.model.state_dict()
-    assert all(torch.equal(found[name].to(torch.bfloat16), weight) for name, weight in expected.items())
-    assert llm.pipeline.tokenizer("the lazy dog")["input_ids"]
-
-
-def test_nothing_is_left_of_a_conversion_that_fails(
-    gguf_file: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
-    file, _ = gguf_file
-    with pytest.raises(QuantLLMError, match="could not be written"):
-        convert_gguf(file, file / "out", progress=False)
-
-    def fail(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PreTrainedTokenizerBase, "save_pretrained", fail)
-        with pytest.raises(QuantLLMError, match="No space left"):
-            convert_gguf(file, tmp_path / "out", progress=False)
-    assert list(tmp_path.iterdir()) == []
-
-    def lack(*_: Any, **__: Any) -> None:
-        raise ImportError("\nit needs the tiktoken library\nand so on")
-
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lack)
-    with pytest.raises(MissingPackageError, match="tiktoken library.*pip install sentencepiece tiktoken"):
-        convert_gguf(file, tmp_path / "out", progress=False)
-
-
-def test_files_that_cannot_be_converted_are_reported(tmp_path: Path) -> None:
-    pytest.importorskip("gguf")
-    (tmp_path / "broken.gguf").write_bytes(b"GGUF, or so it says")
-    with pytest.raises(CheckpointError, match=r"transformers cannot read .*broken\.gguf"):
-        convert_gguf(tmp_path / "broken.gguf", tmp_path / "out", progress=False)
-    with pytest.raises(InvalidOptionError, match="not empty"):
-        convert_gguf(tmp_path / "broken.gguf", tmp_path, progress=False)
-    with pytest.raises(ModelNotFoundError, match="there is no file"):
-        convert_gguf(tmp_path / "none.gguf", tmp_path / "out", progress=False)
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "langchain_quantllm.cli",
-            "convert",
-            str(tmp_path / "none.gguf"),
-            str(tmp_path / "out"),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: there is no file")
