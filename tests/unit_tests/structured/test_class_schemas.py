@@ -102,9 +102,9 @@ def check_random_classes(compiler: Compiler, seeds: range) -> tuple[int, list[tu
 
 
 def test_random_classes_accept_every_answer(compiler: Compiler) -> None:
-    guaranteed, refused = check_random_classes(compiler, range(20))
+    guaranteed, refused = check_random_classes(compiler, range(8))
     assert refused == []
-    assert guaranteed >= 18
+    assert guaranteed >= 7
 
 
 @pytest.mark.slow
