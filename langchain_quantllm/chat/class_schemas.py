@@ -27,6 +27,7 @@ _OTHER_FORMATS = {
     "name-email": "email",
 }
 _ANY_TEXT = ("binary", "password", "path")
+_WITHOUT_LENGTH = ("date", "time", "datetime", "timedelta", "uuid", "bytes", "enum", "literal", "definition-ref")
 _UNHASHABLE = ("list", "dict", "set", "model", "typed-dict", "dataclass", "definition-ref", "deque", "any")
 _TEXT_KEYS = ("str", "date", "datetime", "time", "timedelta", "uuid", "enum", "literal", "url", "definition-ref", "any")
 
@@ -50,7 +51,11 @@ class _ClassSchema(GenerateJsonSchema):
             raise self.refuse("an existing path, or an encoded text,")
         if name == "ByteSize._validate":
             return {"type": "integer", "minimum": 0}
-        return super().generate_inner(schema)
+        result = super().generate_inner(schema)
+        most = self._settings[-1].get("str_max_length")
+        if most is not None and result.get("type") == "string" and schema["type"] not in _WITHOUT_LENGTH:
+            result.setdefault("maxLength", most)  # of addresses and the like, too, which are read from texts
+        return result
 
     def _within(self, schema: Any, generate: Any) -> JsonSchemaValue:
         """Generate a class's schema under its settings."""

@@ -12,7 +12,7 @@ from typing import Any
 from langchain_quantllm.structured.automaton import Node, compile_cost
 from langchain_quantllm.structured.pattern_lengths import lengths, within
 from langchain_quantllm.structured.patterns import expression, read
-from langchain_quantllm.structured.schema_limits import PATTERN_COST, Budget
+from langchain_quantllm.structured.schema_limits import PATTERN_COST, SHORT_TEXTS_COST, Budget
 from langchain_quantllm.structured.schema_merge import NothingValidError
 
 _MONTH_DAYS = (
@@ -165,7 +165,7 @@ def text(schema: dict[str, Any], budget: Budget) -> dict[str, Any]:
     if most is not None and max(least, most) <= _SHORT:
         # The same as the lengths alone, but with masks that take microseconds in place of milliseconds.
         written = rf'^[^"\\]{{{least},{most}}}$'
-        if budget.has_room(written, most):
+        if budget.has_room(written, most, SHORT_TEXTS_COST):
             budget.add_pattern(written, most)
             return {"type": "string", "pattern": written}
     return {"type": "string", **{k: schema[k] for k in ("minLength", "maxLength") if k in schema}}

@@ -206,11 +206,11 @@ class TestStrangers:
         compiled, refused, slowest = check_strangers(compiler, range(100))
         assert compiled > 20
         assert refused > 20
-        assert slowest < 3  # of all threads together
+        assert slowest < 5  # of all threads together
 
     @pytest.mark.slow
     def test_thousands_of_them(self, compiler: Compiler) -> None:
         compiled, refused, slowest = check_strangers(compiler, range(100, 2100))
         assert compiled + refused == 2000
         assert compiled > 400
-        assert slowest < 3
+        assert slowest < 5
