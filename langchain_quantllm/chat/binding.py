@@ -17,10 +17,13 @@ from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser,
 from langchain_core.runnables import Runnable, RunnableLambda, RunnableMap, RunnablePassthrough
 from langchain_core.tools import BaseTool
 from langchain_core.utils.pydantic import is_basemodel_subclass
+from typing_extensions import is_typeddict
 
-from langchain_quantllm.chat.options import choice_of
-from langchain_quantllm.chat.tool_schemas import answer_schema, tool_schema
+from langchain_quantllm.chat.options import choice_of, listed_tools
+from langchain_quantllm.chat.tool_schemas import answer_schema, answer_tool, is_type, tool_schema, traced_schema
+from langchain_quantllm.chat.typed_parsers import TypedCallParser, TypedJsonParser
 from langchain_quantllm.errors import InvalidOptionError
+from langchain_quantllm.structured import checked_schema
 
 
 class BindingChatModel(BaseChatModel):
@@ -53,7 +56,7 @@ class BindingChatModel(BaseChatModel):
         Raises:
             InvalidOptionError: If the choice is none of the tools.
         """
-        described = [tool_schema(tool, strict) for tool in tools]
+        described = [tool_schema(tool, strict) for tool in listed_tools(tools)]
         choice_of(tool_choice, described)
         given = {"tool_choice": tool_choice, "parallel_tool_calls": parallel_tool_calls}
         return self.bind(tools=described, **{k: v for k, v in given.items() if v is not None}, **kwargs)
@@ -70,7 +73,7 @@ class BindingChatModel(BaseChatModel):
         """Make the model answer with an object of a schema.
 
         Args:
-            schema: A pydantic class, a TypedDict, or a JSON schema.
+            schema: A pydantic class, a TypedDict, a dataclass or other type that pydantic knows, or a JSON schema.
             method: `"json_schema"` tells the model the schema and enforces it; `"function_calling"` makes it call a
                 function of that schema; `"json_mode"` allows any JSON object, and does not tell the schema.
             include_raw: Return a dict of `raw` (the message), `parsed`, and `parsing_error` in place of raising.
@@ -78,7 +81,7 @@ class BindingChatModel(BaseChatModel):
             **kwargs: Options of the calls, and `tools` that the model may call instead.
 
         Returns:
-            A runnable that returns an instance of the class, or a dict; None where the model called one of the tools.
+            A runnable that returns an instance of the type, or a dict; None where the model called one of the tools.
 
         Raises:
             InvalidOptionError: If the method is unknown, or needs a schema and has none.
@@ -106,22 +109,31 @@ def _structured(
     if schema is None and method != "json_mode":
         msg = f"method={method!r} needs a schema; give a pydantic class, a TypedDict or a JSON schema."
         raise InvalidOptionError(msg)
-    about = {"kwargs": {"method": method, **({} if strict is None else {"strict": strict})}, "schema": schema}
+    about: dict[str, Any] = {"kwargs": {"method": method, **({} if strict is None else {"strict": strict})}}
+    about["schema"] = None if schema is None else traced_schema(schema)
     given = {**options, "ls_structured_output_format": about}
-    tools = list(given.pop("tools", None) or ())
-    model: Any = schema if isinstance(schema, type) and is_basemodel_subclass(schema) else None
+    tools = list(listed_tools(given.pop("tools", None) or ()))
+    is_v1 = isinstance(schema, type) and is_basemodel_subclass(schema) and not hasattr(schema, "model_validate_json")
+    kind: Any = schema if is_type(schema) and not is_typeddict(schema) and not is_v1 else None
     if method == "function_calling":
-        wanted = tool_schema(schema)
+        wanted = answer_tool(schema, strict)
         name = wanted["function"]["name"]
         given = {"tool_choice": name, "parallel_tool_calls": False, "strict": strict, **given}
-        if model is not None:
-            return [wanted, *tools], given, PydanticToolsParser(tools=[model], first_tool_only=True)
+        if kind is not None:
+            return [wanted, *tools], given, TypedCallParser(key_name=name, kind=kind)
+        if is_v1:
+            return [wanted, *tools], given, PydanticToolsParser(tools=[schema], first_tool_only=True)
         return [wanted, *tools], given, JsonOutputKeyToolsParser(key_name=name, first_tool_only=True)
     response_format: dict[str, Any] = {"type": "json_object"}
     if method == "json_schema":
         name, described = answer_schema(schema, strict)
+        checked_schema(described)
         response_format = {"type": "json_schema", "json_schema": {"name": name, "schema": described}}
-    parser: Any = PydanticOutputParser(pydantic_object=model) if model is not None else JsonOutputParser()
+    parser: Any = JsonOutputParser()
+    if kind is not None:
+        parser = TypedJsonParser(kind=kind)
+    elif is_v1:
+        parser = PydanticOutputParser(pydantic_object=schema)
     given = {"response_format": response_format, **given}
     if not tools:
         return tools, given, parser

@@ -18,7 +18,7 @@ from langchain_quantllm.structured.constraints import (
     Regex,
     ToolCalls,
 )
-from langchain_quantllm.structured.json_schema import UNENFORCED
+from langchain_quantllm.structured.json_schema import UNENFORCED, checked_schema
 from langchain_quantllm.structured.mask import GrammarMask
 
 __all__ = [
@@ -33,4 +33,5 @@ __all__ = [
     "JSONSchema",
     "Regex",
     "ToolCalls",
+    "checked_schema",
 ]

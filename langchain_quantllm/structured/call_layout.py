@@ -6,11 +6,11 @@ of JSON, and compiles nothing.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from langchain_quantllm.structured.constraints import ToolCalls
+from langchain_quantllm.structured.schema_limits import read_json
 from langchain_quantllm.structured.tool_formats import HERMES, ToolFormat
 
 Layout = tuple[dict[str, Any], int, bool]
@@ -50,7 +50,7 @@ def calls_layout(constraint: ToolCalls, json_layout: Callable[[Any, str], Layout
     tools = writable(constraint.format)
     calls, reserve, grows = [], 0, False
     for text in constraint.tools:
-        function = json.loads(str(text))["function"]
+        function = read_json(str(text))["function"]
         parameters = function.get("parameters") or {"type": "object", "properties": {}}
         content, tokens, more = json_layout(parameters, tools.style)
         if value_ends(tools):

@@ -11,12 +11,28 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from langchain_quantllm.errors import InvalidOptionError, NamedOptions, nearest
+from langchain_quantllm.structured.schema_limits import check_json, shortened
 from langchain_quantllm.structured.tool_formats import ToolFormat
 
 
 def frozen_text(value: Any) -> str:
     """Write a value as JSON text, which can be hashed and keeps the order of properties."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _checked_text(option: str, value: Any) -> str:
+    """Write a schema or a tool as JSON text.
+
+    Raises:
+        InvalidOptionError: If it is no JSON, or too large.
+    """
+    try:
+        if not isinstance(value, str):
+            check_json(value)
+        return frozen_text(value)
+    except (ValueError, TypeError, RecursionError) as error:
+        msg = f"{option} cannot be enforced: {error}."
+        raise InvalidOptionError(msg) from error
 
 
 @dataclass(frozen=True)
@@ -54,11 +70,11 @@ class JSONSchema(Constraint):
         """Check the schema and keep its text."""
         if not isinstance(self.schema, Mapping | str):
             msg = (
-                f"JSONSchema(schema={self.schema!r}) is not possible; it must be a dict or JSON text, such as "
-                "{'type': 'object'}; a pydantic class gives its own by model_json_schema()."
+                f"JSONSchema(schema={shortened(repr(self.schema))}) is not possible; it must be a dict or JSON text, "
+                "such as {'type': 'object'}; a pydantic class gives its own by model_json_schema()."
             )
             raise InvalidOptionError(msg)
-        object.__setattr__(self, "schema", frozen_text(self.schema))
+        object.__setattr__(self, "schema", _checked_text("the schema", self.schema))
 
 
 @dataclass(frozen=True)
@@ -92,7 +108,7 @@ class Choice(Constraint):
             raise InvalidOptionError(msg)
         object.__setattr__(self, "options", tuple(self.options))
         if not self.options or not all(isinstance(o, str) and o for o in self.options):
-            msg = f"options={list(self.options)!r} must be texts, at least one, none of them empty."
+            msg = f"options={shortened(repr(list(self.options)))} must be texts, at least one, none of them empty."
             raise InvalidOptionError(msg)
 
 
@@ -126,7 +142,7 @@ class ToolCalls(Constraint):
 
     def __post_init__(self) -> None:
         """Check the options and keep the tools' JSON texts."""
-        object.__setattr__(self, "tools", tuple(frozen_text(tool) for tool in self.tools))
+        object.__setattr__(self, "tools", tuple(_checked_text("a tool", tool) for tool in self.tools))
         if self.mode not in ("auto", "required"):
             msg = f"mode={self.mode!r} is not known{nearest(str(self.mode), ('auto', 'required'))}"
             raise InvalidOptionError(msg)

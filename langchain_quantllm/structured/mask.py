@@ -6,6 +6,7 @@ Owns the tokens' bytes, and the closing of a text before its tokens run out. Mak
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,14 @@ from langchain_quantllm.engine.request import TokenMask
 from langchain_quantllm.errors import GenerationError
 
 END_STATES = 24  # each takes about a hundred masks
+SLOW_S = 2.0
+SLOW_TOKEN_S = 0.1
+"""Seconds of the CPU that the masks of a row may take: the first, and the second for each token."""
+
+_PATIENCE = 12  # tokens of a string that is to end, before its end is searched
+
+_DIGITS = 15  # in a row in a number, but for the last token's
+_NUMBER_END = re.compile(rb"(?:\d[eE][+-]?(\d*)|(\d+))\Z")
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,11 @@ class Vocabulary:
         self.plain = ~self.bits(self.special)
         controls = re.compile(rb'[^"]*[\x00-\x1f]')
         self.printed = ~self.bits(i for i, token in enumerate(tokens) if controls.match(token))
+        # Numbers of any length and exponent would be infinite, or more digits than Python reads.
+        self.no_digits = ~self.bits(i for i, token in enumerate(tokens) if token[:1].isdigit())
+        far = [re.compile(rb'[^"]*\d[eE][+-]?\d{3}|[eE][+-]?\d{3}|[^"]*\d{19}')]
+        far += [re.compile(far[0].pattern + rb"|\d{%d}" % n) for n in (3, 2, 1)]
+        self.near = [~self.bits(i for i, token in enumerate(tokens) if one.match(token)) for one in far]
         self.space = self.bits(i for t, i in self.ids.items() if t in (b" ", b"\n"))
         # Outside of strings no token is begun by these, but for the rest of a literal such as true.
         self.string_probe = self.bits(
@@ -127,12 +141,31 @@ class GrammarMask(TokenMask):
         self._pending = b""
         self._odd = 0  # whether an escape has begun
         self._last = 0  # byte of the text
+        self._tail = b""  # of the text, as long as a number may be
+        self._cpu_s = 0.0
+        self._without_end = 0
         begin, end, self._is_open = compiled.reasoning or ("", "", False)
         self._begin, self._end = begin.encode(), end.encode()
         self._reasoned = bytearray() if compiled.reasoning else None
 
     def fill(self, bits: Any) -> bool:
-        """Set a bit for each token that may come next."""
+        """Set a bit for each token that may come next.
+
+        Raises:
+            GenerationError: If the masks of the row take too long.
+        """
+        began = time.thread_time()
+        is_limited = self._fill(bits)
+        self._cpu_s += time.thread_time() - began
+        if self._cpu_s > SLOW_S + SLOW_TOKEN_S * self._used:
+            msg = (
+                f"the masks of the first {self._used + 1} tokens took {self._cpu_s:.1f} s; at most {SLOW_S} s and "
+                f"{SLOW_TOKEN_S} s a token are possible; give a simpler constraint, with lower counts in its patterns."
+            )
+            raise GenerationError(msg)
+        return is_limited
+
+    def _fill(self, bits: Any) -> bool:
         words = self._vocabulary
         if self.ended or self._matcher.is_terminated():  # terminated: with `ignore_eos`
             bits.copy_(words.space)
@@ -162,9 +195,19 @@ class GrammarMask(TokenMask):
             _narrow(bits, words.escapes[self._odd])
         if self._compiled.style == "json" and inside:
             _narrow(bits, words.printed)  # xgrammar allows control characters in strings with lengths
+        if self._compiled.style and not inside:
+            self._limit_number(bits)
         if late:
             self._close(bits, inside)
         return True
+
+    def _limit_number(self, bits: Any) -> None:
+        """Keep a number finite, and its digits few enough to be read."""
+        number = _NUMBER_END.search(self._tail)
+        digits = 0 if number is None or number[1] is None else len(number[1])
+        _narrow(bits, self._vocabulary.near[min(digits + 1, 3) if number and number[1] is not None else 0])
+        if number is not None and number[2] is not None and len(number[2]) >= _DIGITS:
+            _narrow(bits, self._vocabulary.no_digits)
 
     def accept(self, token_id: int) -> None:
         """Advance by the sampled token."""
@@ -178,6 +221,7 @@ class GrammarMask(TokenMask):
         self._pending = self._pending[len(token) :] if token and self._pending.startswith(token) else b""
         backslashes = len(token) - len(token.rstrip(b"\\"))
         self._last = token[-1] if token else 0
+        self._tail = (self._tail + token)[-2 * _DIGITS :]
         self._odd = (backslashes + self._odd * (backslashes == len(token))) % 2
         if self._reasoned is not None:
             self._reasoned += token
@@ -225,7 +269,19 @@ class GrammarMask(TokenMask):
             if end:
                 self._force(bits, end)
             return
+        if inside and self._end_string(bits):
+            return
         any(_narrow(bits, step) for step in (self._vocabulary.inside if inside else self._vocabulary.outside))
+
+    def _end_string(self, bits: Any) -> bool:
+        """Lead to the quote that ends a string, where its pattern asks for something else first."""
+        if any(_narrow(bits, step) for step in self._vocabulary.inside[:-1]):
+            return True
+        self._without_end += 1  # most patterns lead to their end by themselves
+        if self._without_end <= _PATIENCE:
+            return False
+        end = self._pending or self._shortest_end(b'"')
+        return bool(end) and self._force(bits, end)
 
     def _would_end(self, text: bytes) -> bool:
         ahead = self._matcher.fork()
@@ -249,10 +305,13 @@ class GrammarMask(TokenMask):
         ahead.fill_next_token_bitmask(bits, 0)
         return not bool((bits & self._vocabulary.string_probe).any())
 
-    def _shortest_end(self) -> bytes:
+    def _shortest_end(self, end: bytes = b"") -> bytes:
         """Find the shortest completion; empty where none is near.
 
         Among texts with the same allowed next tokens, only one is explored.
+
+        Args:
+            end: The text to come to in place of the end of all.
         """
         import torch
 
@@ -264,7 +323,7 @@ class GrammarMask(TokenMask):
                 ahead, text = self._matcher.fork(), path + bytes([code])
                 if not ahead.accept_string(text):
                     continue
-                if ahead.is_completed():
+                if bytes([code]) == end or (not end and ahead.is_completed()):
                     return text
                 bits.fill_(-1)
                 ahead.fill_next_token_bitmask(bits, 0)

@@ -7,10 +7,12 @@ followed by `json_schema`.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from fractions import Fraction
 from typing import Any
+
+from langchain_quantllm.structured.patterns import read
+from langchain_quantllm.structured.schema_limits import MOST_BRANCHES, SchemaLimitError, shortened
 
 
 class NothingValidError(ValueError):
@@ -29,7 +31,7 @@ def merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     """
     both = dict(one)
     for key, value in other.items():
-        both[key] = value if key not in both or both[key] == value else _both(key, both[key], value)
+        both[key] = value if key not in both or identity(both[key]) == identity(value) else _both(key, both[key], value)
     for some, others in ((one, other), (other, one)):
         if "prefixItems" in some and "prefixItems" not in others and "items" in others:
             both["prefixItems"] = [{"allOf": [item, others["items"]]} for item in some["prefixItems"]]
@@ -58,9 +60,14 @@ def _both(key: str, one: Any, other: Any) -> Any:
     if key.startswith("max") or key == "exclusiveMaximum":
         return min(one, other)
     if key == "anyOf":
+        if len(one) * len(other) > MOST_BRANCHES:
+            count = len(one) * len(other)
+            msg = f"an allOf joins two anyOf to {count} pairs of branches; at most {MOST_BRANCHES} are possible"
+            raise SchemaLimitError(msg)
         return [{"allOf": [a, b]} for a in one for b in other]
     if key == "enum":
-        return [value for value in one if value in other]
+        known = set(map(identity, other))
+        return [value for value in one if identity(value) in known]
     if key in ("items", "additionalProperties", "propertyNames"):
         return False if False in (one, other) else {"allOf": [one, other]}
     if key == "type" and (kinds := _shared_types(one, other)):
@@ -69,7 +76,7 @@ def _both(key: str, one: Any, other: Any) -> Any:
         a, b = Fraction(str(one)), Fraction(str(other))
         multiple = Fraction(math.lcm(a.numerator, b.numerator), math.gcd(a.denominator, b.denominator))
         return int(multiple) if multiple.denominator == 1 else float(multiple)
-    msg = f"{key} {one!r} and {key} {other!r} cannot both hold"
+    msg = f"{key} {shortened(one)!r} and {key} {shortened(other)!r} cannot both hold"
     raise NothingValidError(msg)
 
 
@@ -86,13 +93,18 @@ def matches(pattern: str, text: str) -> bool:
     """Whether a pattern is found in a text.
 
     Raises:
-        ValueError: If the pattern cannot be read.
+        ValueError: If the pattern cannot be read, or matching takes too long.
     """
-    try:
-        return re.search(pattern, text) is not None
-    except re.error as error:
-        msg = f"the pattern {pattern!r} cannot be read: {error}"
-        raise ValueError(msg) from error
+    return read(pattern).found_in(text)
+
+
+def identity(value: Any) -> Hashable:
+    """Return what is equal for two values that are the same in JSON, in which true is not 1 but 1.0 is."""
+    if isinstance(value, dict):
+        return frozenset((key, identity(one)) for key, one in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(map(identity, value))
+    return (value, isinstance(value, bool))
 
 
 def _is_number(value: Any) -> bool:
@@ -130,7 +142,8 @@ def fits(value: Any, schema: Mapping[str, Any]) -> bool:
     kinds = [kinds] if isinstance(kinds, str) else kinds
     if kinds and not any(IS_TYPE[kind](value) for kind in kinds if kind in IS_TYPE):
         return False
-    if value not in schema.get("enum", [value]) or value != schema.get("const", value):
+    known = identity(value)
+    if known not in map(identity, schema.get("enum", [value])) or known != identity(schema.get("const", value)):
         return False
     checks = _OF_NUMBERS if _is_number(value) else _OF_TEXTS if isinstance(value, str) else {}
     return all(check(value, schema[key]) for key, check in checks.items() if key in schema)
