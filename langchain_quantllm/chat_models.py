@@ -24,8 +24,9 @@ from pydantic import Field, model_validator
 from langchain_quantllm.base import PreparedCall, QuantizedModel, langchain_errors
 from langchain_quantllm.base.aside import read_aside, run_aside, submit_aside
 from langchain_quantllm.chat.binding import BindingChatModel
+from langchain_quantllm.chat.fetching import FetchRules
 from langchain_quantllm.chat.messages import texts_with_roles
-from langchain_quantllm.chat.options import CHAT_OPTIONS, ChatOptions
+from langchain_quantllm.chat.options import CHAT_OPTIONS, ChatOptions, refuse_full_text
 from langchain_quantllm.chat.plan import AnswerFormat, Prompt, write_prompt
 from langchain_quantllm.chat.profile import checkpoint_profile, pipeline_profile
 from langchain_quantllm.chat.result import ResultReader, chat_result, combined_output
@@ -124,6 +125,10 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
     """Variables for the template, such as `{"enable_thinking": False}`."""
     tool_format: str | None = None
     """The model's format of tool calls, by a name of `structured.tool_formats.FORMATS`; None asks the template."""
+    allow_private_urls: bool = False
+    """Fetch images from addresses of this machine and of private networks too, and not from public ones alone."""
+    allowed_domains: list[str] | None = None
+    """The only hosts from which images are fetched, such as `["example.com", "*.example.org"]`; None is any."""
     special_tokens: Literal["text", "allow"] = "text"
     """Special tokens in the texts of messages and tools: `"text"` keeps them text, so that a stranger's text writes no
     turn; `"allow"` lets them be tokens, as those that the template writes always are."""
@@ -156,11 +161,12 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
 
     @model_validator(mode="after")
     def _check_chat(self) -> ChatQuantizedHuggingFace:
-        _refuse_full_text(self.return_full_text)
+        refuse_full_text(self.return_full_text)
         names = [known.name for known in FORMATS]
         if self.tool_format is not None and self.tool_format not in names:
             msg = f"tool_format={self.tool_format!r} is not known{nearest(self.tool_format, names)}"
             raise InvalidOptionError(msg)
+        self._fetch_rules()
         return self
 
     # LangChain's calls.
@@ -252,16 +258,11 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
     ) -> _PreparedCall:
         chat = ChatOptions.of(call)
         options = self._options(stop, {k: v for k, v in call.items() if k not in CHAT_OPTIONS})
-        if chat.model not in (None, self.model_id):
-            msg = (
-                f"model={chat.model!r} is not this model ({self.model_id!r}), which is loaded; make another "
-                "ChatQuantizedHuggingFace for it."
-            )
-            raise InvalidOptionError(msg)
-        _refuse_full_text(options.return_full_text)
-        pipeline, template = self.pipeline, self._template()
-        prompt = self._write_prompt(messages, chat, template, timeout_s=options.timeout)
-        answer = AnswerFormat(chat, template, prompt.text, pipeline.tokenizer, self.tool_format)
+        chat.check_model(self.model_id)
+        refuse_full_text(options.return_full_text)
+        tokenizer = self.pipeline.tokenizer
+        prompt = self._write_prompt(messages, chat, options.timeout)
+        answer = AnswerFormat(chat, self._template(), prompt, tokenizer, self.tool_format)
         options = dataclasses.replace(
             options,
             add_special_tokens=prompt.adds_begin,
@@ -274,13 +275,13 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
             options = dataclasses.replace(options, min_new_tokens=0, min_length=0)
 
         def new_reader() -> ResultReader:
-            return ResultReader(answer.parser(), pipeline.tokenizer, self.model_id, parallel=chat.parallel is not False)
+            return ResultReader(answer.parser(), tokenizer, self.model_id, parallel=chat.parallel is not False)
 
         requests = self._requests(prompt.pieces, options, engine=engine, mask=mask, images=prompt.images)
         return _PreparedCall(
             options=options,
             engine=engine,
-            tokenizer=pipeline.tokenizer,
+            tokenizer=tokenizer,
             requests=requests,
             max_waiting=self.max_waiting,
             new_reader=new_reader,
@@ -295,22 +296,21 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
             raise InvalidOptionError(msg)
         return plan
 
+    def _fetch_rules(self) -> FetchRules:
+        return FetchRules(allow_private=self.allow_private_urls, allowed_domains=self.allowed_domains)
+
     def _write_prompt(
-        self,
-        messages: Sequence[BaseMessage],
-        chat: ChatOptions,
-        template: ChatTemplate,
-        *,
-        timeout_s: float | None = None,
+        self, messages: Sequence[BaseMessage], chat: ChatOptions, timeout_s: float | None = None
     ) -> Prompt:
         return write_prompt(
             messages,
             chat,
-            template,
+            self._template(),
             self.pipeline,
             variables=self.chat_template_kwargs,
             allows_special_tokens=self.special_tokens == "allow",
             timeout_s=timeout_s,
+            rules=self._fetch_rules(),
         )
 
     def _template(self) -> ChatTemplate:
@@ -355,7 +355,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
             return 0
         chat = ChatOptions.of({"tools": tools or ()})
         try:
-            prompt = self._write_prompt(messages, chat, self._template())
+            prompt = self._write_prompt(messages, chat)
         except TemplateRefusalError:
             return sum(self.get_num_tokens(text) for text in texts_with_roles(messages))
         ids, _ = prompt_inputs(self._loaded(), prompt.pieces, prompt.images, add_special_tokens=prompt.adds_begin)
@@ -395,9 +395,3 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
     def get_lc_namespace(cls) -> list[str]:
         """Return the path by which `load` finds the class."""
         return ["langchain_quantllm", "chat_models"]
-
-
-def _refuse_full_text(return_full_text: bool | None) -> None:
-    if return_full_text:
-        msg = "return_full_text=True is not possible here: a chat model returns messages; leave it out."
-        raise InvalidOptionError(msg)

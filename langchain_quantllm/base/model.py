@@ -175,11 +175,20 @@ class QuantizedModel(ModelFields):
             self._model = None
 
     def __getstate__(self) -> dict[Any, Any]:
-        """Return the fields, without the weights.
+        """Return the fields for a pickle, without the weights and the token: what loads it reads that from `HF_TOKEN`.
 
         Raises:
             TypeError: If the instance stands over a pipeline of your own.
         """
+        state = self._state()
+        return {
+            **state,
+            "__dict__": {**state["__dict__"], "token": None},
+            "__pydantic_fields_set__": state["__pydantic_fields_set__"] - {"token"},
+        }
+
+    def _state(self) -> dict[Any, Any]:
+        """Return the fields, without the weights."""
         if self.own_pipeline is not None:
             msg = (
                 "an LLM built from your own pipeline= cannot be pickled, because it does not own the weights; "
@@ -192,7 +201,7 @@ class QuantizedModel(ModelFields):
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
         """Copy the fields; the copy finds the loaded weights through the registry."""
-        state = copy.deepcopy(self.__getstate__(), memo)
+        state = copy.deepcopy(self._state(), memo)
         twin = type(self).__new__(type(self))
         twin.__setstate__(state)
         return twin

@@ -14,7 +14,8 @@ from langchain_quantllm.compat.library_logging import without_torchao
 from langchain_quantllm.compat.packages import check_packages
 from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
 from langchain_quantllm.llms import QuantizedHuggingFaceLLM
-from langchain_quantllm.loading.checkpoint import find_checkpoint, reconcile
+from langchain_quantllm.loading.checkpoint import find_checkpoint
+from langchain_quantllm.loading.choices import reconcile
 from langchain_quantllm.loading.devices import release_memory
 from langchain_quantllm.loading.estimate import estimate_memory
 from langchain_quantllm.loading.spec import LoadSpec

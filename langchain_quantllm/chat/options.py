@@ -81,6 +81,30 @@ class ChatOptions:
             return list(self.tools)
         return [tool for tool in self.tools if tool["function"]["name"] == self.choice]
 
+    def check_model(self, model_id: str) -> None:
+        """Check that a call asks for no other model than the loaded one.
+
+        Raises:
+            InvalidOptionError: If it does.
+        """
+        if self.model not in (None, model_id):
+            msg = (
+                f"model={self.model!r} is not this model ({model_id!r}), which is loaded; make another "
+                "ChatQuantizedHuggingFace for it."
+            )
+            raise InvalidOptionError(msg)
+
+
+def refuse_full_text(return_full_text: bool | None) -> None:
+    """Refuse an option of models that continue texts.
+
+    Raises:
+        InvalidOptionError: If it is set.
+    """
+    if return_full_text:
+        msg = "return_full_text=True is not possible here: a chat model returns messages; leave it out."
+        raise InvalidOptionError(msg)
+
 
 def choice_of(given: Any, tools: Sequence[Mapping[str, Any]]) -> str | None:
     """Read a tool choice: None, `"auto"`, `"any"`, `"none"`, or a tool's name.

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from typing import Any
 
+from langchain_quantllm.chat.pieces import Piece, ToolCallDraft
 from langchain_quantllm.chat.scanner import CUT_OFF, Wait, held, prefixes
-from langchain_quantllm.chat.tool_calls import ARGUMENTS, CALL, FENCE, FUNCTION, CallReader, Piece, ToolCallDraft
+from langchain_quantllm.chat.tool_calls import ARGUMENTS, CALL, FENCE, CallReader, parameters_of
+from langchain_quantllm.chat.xml_calls import FUNCTION
 from langchain_quantllm.structured.tool_formats import HERMES, ReasoningFormat, ToolFormat
 
 _PLAIN_KEYS = frozenset({"name", *ARGUMENTS})
@@ -34,6 +35,8 @@ class AnswerParser(CallReader):
     """Reads an answer in parts of any size and gives its pieces as soon as they are certain.
 
     The borders of the parts change nothing but the ends of the pieces. Reasoning stands at the beginning of an answer.
+    A call in it is a mention, and reasoning, if the reasoning is closed after it, and else a call; so from a call on,
+    nothing is certain before the reasoning or the answer ends.
 
     Small models do not keep to their format, so in every format these are calls as well: `<tool_call>` tags around
     a call in any format; JSON in `<tools>` tags, in a fenced block or as the whole answer, if it has nothing but the
@@ -59,13 +62,16 @@ class AnswerParser(CallReader):
             in_reasoning: The prompt has begun the reasoning already.
             hidden: Special tokens to leave out, each of which comes within one part.
         """
-        super().__init__(tool_format or HERMES, _parameters(tools) if tool_format else {})
+        super().__init__(tool_format or HERMES, parameters_of(tools) if tool_format else {})
         self._reasoning = reasoning
         self._in_reasoning = in_reasoning
         self._hidden = hidden
         tags = _openers(self._format) if self._tools else []
         self._opener = re.compile("|".join(map(re.escape, tags)) or r"(?!)")
         self._begun = prefixes(tags)
+        # A fence is frequent in reasoning, and it holds a call only in answers of small models.
+        self._reasoned_calls = [tag for tag in tags if tag not in (FENCE, *_TOOLS)]
+        self._apart = ""  # before the next reasoning, where there was some before
         self._fenced = False  # inside a fenced block which is text
         self._steps = self._answer()
 
@@ -81,19 +87,20 @@ class AnswerParser(CallReader):
 
     def _step(self) -> list[Piece]:
         next(self._steps, None)
-        pieces, self._pieces = self._pieces, []
-        return _joined(pieces)
+        return self._take_pieces()
 
     def _answer(self) -> Wait[None]:
         if self._reasoning is not None:
             inside = (yield from self._thinks(self._reasoning)) or self._in_reasoning
             while inside:
                 yield from self._think(self._reasoning)
+                self._apart = "\n"
                 inside = yield from self._thinks(self._reasoning)
         if self._tools:
             yield from self._whole(self._scan.at)
         yield from self._content()
-        self._emit("text", "".join(self._spaces))
+        if self._space is not None:
+            self._emit("text", self._space.end())
 
     def _thinks(self, reasoning: ReasoningFormat) -> Wait[bool]:
         start = self._scan.at
@@ -104,27 +111,41 @@ class AnswerParser(CallReader):
         return False
 
     def _think(self, reasoning: ReasoningFormat) -> Wait[None]:
-        """Emit reasoning to its end, without the line ends around it and the blank lines after it."""
+        """Emit reasoning to its end, without the line ends around it and the blank lines after it.
+
+        Reasoning that is never closed ends before its first call, if it has one.
+        """
         scan = self._scan
-        begun = prefixes([reasoning.end])
+        marks = [reasoning.end, *self._reasoned_calls]
+        pattern, begun = re.compile("|".join(map(re.escape, marks))), prefixes(marks)
         yield from scan.skip("\r\n")
         line_ends: list[str] = []  # before more reasoning, or its end
-        while (end := scan.text.find(reasoning.end, scan.at)) < 0:
+        while not (found := pattern.search(scan.text, scan.at)):
             cut = len(scan.text) if scan.ended else len(scan.text) - held(scan.text[scan.at :], begun)
-            part = scan.text[scan.at : cut]
-            shown = part if scan.ended else part.rstrip("\r\n")
-            if shown or scan.ended:
-                self._emit("reasoning", "".join(line_ends) + shown)
-                line_ends.clear()
-            line_ends.append(part[len(shown) :])
+            self._reason(scan.text[scan.at : cut], line_ends)
             scan.at = cut
             scan.forget()
             if not (yield from scan.more()):
+                self._emit("reasoning", "".join(line_ends))
                 return
-        self._emit("reasoning", ("".join(line_ends) + scan.text[scan.at : end]).rstrip("\r\n"))
-        scan.at = start = end + len(reasoning.end)
+        self._reason(scan.text[scan.at : found.start()], line_ends)
+        scan.at = start = found.start()
+        if not (yield from scan.until(reasoning.end)):
+            scan.at = start
+            return
+        self._reason(scan.text[start : scan.at], line_ends)
+        start = scan.at = scan.at + len(reasoning.end)
         yield from scan.skip()
         scan.at = max(start, scan.text.rfind("\n", start, scan.at) + 1)
+
+    def _reason(self, text: str, line_ends: list[str]) -> None:
+        """Emit reasoning; the line ends after it wait for more."""
+        shown = text.rstrip("\r\n")
+        if shown:
+            self._emit("reasoning", self._apart + "".join(line_ends) + shown)
+            self._apart = ""
+            line_ends.clear()
+        line_ends.append(text[len(shown) :])
 
     def _content(self) -> Wait[None]:
         scan = self._scan
@@ -248,23 +269,6 @@ class AnswerParser(CallReader):
             if (yield from scan.skip()) != "{":
                 scan.at = start
                 return
-
-
-def _joined(pieces: Sequence[Piece]) -> list[Piece]:
-    """Make one piece of neighbours of one kind and one call."""
-    joined: list[Piece] = []
-    for (kind, index), group in groupby(pieces, key=lambda piece: (piece.kind, piece.index)):
-        if kind in ("call", "invalid"):
-            joined += group
-        else:
-            joined.append(Piece(kind=kind, text="".join(piece.text for piece in group), index=index))
-    return joined
-
-
-def _parameters(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """Map the name of each function to the schema of its parameters."""
-    functions = [tool.get("function", tool) for tool in tools]
-    return {str(function["name"]): function.get("parameters") or {} for function in functions if "name" in function}
 
 
 def _openers(tool_format: ToolFormat) -> list[str]:

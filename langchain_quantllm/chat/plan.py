@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from langchain_core.messages import BaseMessage
 
-from langchain_quantllm.chat.images import FETCH_S, read_image
+from langchain_quantllm.chat.fetching import FetchRules
+from langchain_quantllm.chat.harmony import HarmonyParser
+from langchain_quantllm.chat.images import FETCH_S, ImageSource, read_image
 from langchain_quantllm.chat.messages import Message, images_in, joined, template_messages
 from langchain_quantllm.chat.options import ChatOptions
 from langchain_quantllm.chat.output_parser import AnswerParser
@@ -25,7 +28,10 @@ from langchain_quantllm.loading.pieces import valid_text
 from langchain_quantllm.loading.processors import no_images_reason
 from langchain_quantllm.structured import Constraint, Either, JSONSchema, ToolCalls
 from langchain_quantllm.structured.tool_formats import (
+    FINAL_HEADER,
     FORMATS,
+    HARMONY,
+    HARMONY_REASONING,
     HERMES,
     ReasoningFormat,
     ToolFormat,
@@ -45,6 +51,7 @@ class Prompt(NamedTuple):
     pieces: tuple[str, ...]  # between two of them, a special token of a message's text is cut
     images: list[Any]
     adds_begin: bool  # whether the tokenizer is to add its begin token
+    begun: str  # the answer's beginning, where the conversation ends with one to continue
 
     @property
     def text(self) -> str:
@@ -61,6 +68,7 @@ def write_prompt(
     variables: Mapping[str, Any],
     allows_special_tokens: bool = False,
     timeout_s: float | None = None,
+    rules: FetchRules,
 ) -> Prompt:
     """Render the messages of a call and read their images.
 
@@ -71,7 +79,8 @@ def write_prompt(
         pipeline: The transformers pipeline that holds the model.
         variables: Variables of the template.
         allows_special_tokens: Whether special tokens in the texts of messages and tools are tokens.
-        timeout_s: Seconds after which fetching an image is given up, if less than `FETCH_S`.
+        timeout_s: Seconds after which fetching the images is given up; `FETCH_S` for each of them at the most.
+        rules: Where images may be fetched from.
 
     Raises:
         InvalidOptionError: If the template refuses the conversation, or an image cannot be read.
@@ -85,16 +94,36 @@ def write_prompt(
         plain = _with_schema(plain, chat.constraint)
     tools, variables = list(chat.tools), {**variables, **(chat.template_kwargs or {})}
     marked = None if allows_special_tokens else MarkedTexts(template.control_tokens)
+    shown = plain
     if marked is not None:
-        plain, tools = [dict(marked.in_message(message)) for message in plain], marked.in_texts(tools)
+        shown, tools = [dict(marked.in_message(message)) for message in plain], marked.in_texts(tools)
         variables |= {name: marked.in_texts(variables[name]) for name in _TEXT_VARIABLES & variables.keys()}
-    text, sources = template.render(plain, tools, variables)
+    text, sources = template.render(shown, tools, variables)
     pieces = tuple(map(valid_text, (text,) if marked is None else marked.pieces(text)))
-    images = [read_image(source, min(timeout_s or FETCH_S, FETCH_S)) for source in sources]
+    images = _read_images(sources, timeout_s, rules)
     # Most templates write the begin token, but not those made for processors.
     # Source: `ProcessorMixin.apply_chat_template` in transformers/processing_utils.py.
     begin = pipeline.tokenizer.bos_token
-    return Prompt(pieces, images, processor is not None and not (begin is not None and pieces[0].startswith(begin)))
+    adds_begin = processor is not None and not (begin is not None and pieces[0].startswith(begin))
+    return Prompt(pieces, images, adds_begin, _begun_answer(plain, "".join(pieces)))
+
+
+def _begun_answer(messages: Sequence[Message], prompt: str) -> str:
+    """Return the beginning of the answer with which a prompt ends; empty where it ends with none."""
+    last = messages[-1] if messages else {}
+    content = last.get("content")
+    if last.get("role") != "assistant" or last.get("tool_calls") or not isinstance(content, str):
+        return ""
+    return content.strip() if prompt.rstrip().endswith(content.strip()) else ""
+
+
+def _read_images(sources: Sequence[ImageSource], timeout_s: float | None, rules: FetchRules) -> list[Any]:
+    end = None if timeout_s is None else time.monotonic() + timeout_s
+    images = []
+    for source in sources:
+        left_s = FETCH_S if end is None else min(FETCH_S, max(0.0, end - time.monotonic()))
+        images.append(read_image(source, left_s, rules))
+    return images
 
 
 def _with_schema(messages: list[Message], constraint: JSONSchema) -> list[Message]:
@@ -115,7 +144,7 @@ class AnswerFormat:
     """
 
     def __init__(
-        self, chat: ChatOptions, template: ChatTemplate, prompt: str, tokenizer: Any, format_name: str | None
+        self, chat: ChatOptions, template: ChatTemplate, prompt: Prompt, tokenizer: Any, format_name: str | None
     ) -> None:
         """Find the format.
 
@@ -128,39 +157,64 @@ class AnswerFormat:
         """
         self._tokenizer = tokenizer
         self._tools = chat.tools
+        self._prompt = prompt.text
+        text = template.text(tools=bool(chat.tools))
+        self._in_channels = format_name == HARMONY.name if format_name else format_of(text) is HARMONY
         self._tool_format = None
         if chat.tools and format_name is not None:
             self._tool_format = next(known for known in FORMATS if known.name == format_name)
         elif chat.tools:
-            self._tool_format = format_of(template.text(tools=True)) if template.support.tools else HERMES
-        self._reasoning = reasoning_of(template.text(tools=bool(chat.tools)))
-        self._in_reasoning = self._reasoning is not None and prompt.rstrip().endswith(self._reasoning.begin)
+            self._tool_format = format_of(text) if template.support.tools else HERMES
+        self._reasoning = HARMONY_REASONING if self._in_channels else reasoning_of(text)
+        self._in_reasoning = self._reasoning is not None and _is_in_reasoning(prompt, self._reasoning)
         # A tokenizer's own response template reads the answer together with the prompt.
         has_own = getattr(tokenizer, "response_template", None) is not None and format_name is None
-        self._own_prefix = prompt if has_own else None
+        self._own_prefix = prompt.text if has_own else None
         # A model that was not made for tools calls the same one again and again, if it may.
         parallel = template.support.tools if chat.parallel is None else chat.parallel
+        parallel = parallel and not self._in_channels  # where the first call ends the answer
         self.constraint = _constraint(chat, self._tool_format, parallel=parallel)
         if self.constraint is not None and (marks := self._reasoning) is not None:
-            reasoning = (marks.begin, marks.end, self._in_reasoning)
+            # A call has a header of its own; other answers that are held to a form have none.
+            header = FINAL_HEADER if self._in_channels and self.constraint is chat.constraint else ""
+            reasoning = (marks.begin, marks.end + header, self._in_reasoning)
             self.constraint = dataclasses.replace(self.constraint, reasoning=reasoning)
         self.is_optional = isinstance(self.constraint, ToolCalls) and self.constraint.mode == "auto"
         self._markers = _markers(tokenizer, self._tool_format, self._reasoning)
         self.shows_special_tokens = bool(self._markers) or has_own
 
-    def parser(self) -> AnswerParser | TemplateParser:
+    def parser(self) -> AnswerParser | HarmonyParser | TemplateParser:
         """Make the parser of one answer."""
         if self._own_prefix is not None:
             return TemplateParser(self._tokenizer, self._own_prefix, self._tools)
         tokens = self._tokenizer.all_special_tokens if self._markers else []
         hidden = [token for token in tokens if not any(token in mark or mark in token for mark in self._markers)]
+        pattern = re.compile("|".join(map(re.escape, hidden))) if hidden else None
+        if self._in_channels:
+            return HarmonyParser(self._tools, prefix=self._prompt, hidden=pattern)
         return AnswerParser(
             self._tool_format,
             self._tools,
             reasoning=self._reasoning,
             in_reasoning=self._in_reasoning,
-            hidden=re.compile("|".join(map(re.escape, hidden))) if hidden else None,
+            hidden=pattern,
         )
+
+
+def _is_in_reasoning(prompt: Prompt, marks: ReasoningFormat) -> bool:
+    """Whether the answer goes on in reasoning that the template or a begun answer has opened."""
+    before = prompt.text.rstrip().removesuffix(prompt.begun).rstrip()
+    is_open, rest = before.endswith(marks.begin), prompt.begun
+    while True:
+        if not is_open:
+            rest = rest.lstrip()
+            if not rest.startswith(marks.begin):
+                return False
+            rest = rest[len(marks.begin) :]
+        _, end, rest = rest.partition(marks.end)
+        if not end:
+            return True
+        is_open = False
 
 
 def _constraint(chat: ChatOptions, tool_format: ToolFormat | None, *, parallel: bool) -> Constraint | None:

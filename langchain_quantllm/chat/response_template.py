@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from langchain_quantllm.chat.notations import JSON_FAILURES, checked
-from langchain_quantllm.chat.tool_calls import Piece
+from langchain_quantllm.chat.pieces import Piece, TextSpace
 
 _KINDS = {"content": "text", "thinking": "reasoning", "reasoning": "reasoning", "reasoning_content": "reasoning"}
 
@@ -34,8 +34,8 @@ class TemplateParser:
         self._prefix = prefix
         self._calls = 0
         self._restart(prefix)
-        self._spaces: list[str] = []  # at the end of the region so far
-        self._shown = False
+        self._spaces = {"text": TextSpace(), "reasoning": TextSpace()}
+        self._shown = False  # whether some of the region has been
 
     def push(self, text: str) -> list[Piece]:
         """Take the next part of the answer and return the pieces that have become certain."""
@@ -90,30 +90,25 @@ class TemplateParser:
         for event in events:
             kind = _KINDS.get(event["field"], "")
             if event["type"] == "region_open":
-                self._body, self._spaces = [], []
-                self._shown = False
+                self._body, self._shown = [], False
+                for space in self._spaces.values():
+                    space.divide()
             elif event["type"] == "region_chunk":
                 self._body.append(event["text"])
-                if kind and not event.get("dirty") and (text := self._trimmed(event["text"])):
-                    pieces.append(Piece(kind=kind, text=text))
+                if kind and not event.get("dirty"):
+                    pieces += self._texts(kind, event["text"])
             elif event["field"] == "tool_calls":
                 pieces += self._called(event["value"])
             elif kind and not self._shown and event["value"]:
                 value = event["value"]  # of a region that comes at its end
-                pieces.append(Piece(kind=kind, text=value if isinstance(value, str) else json.dumps(value)))
+                pieces += self._texts(kind, value if isinstance(value, str) else json.dumps(value))
         return pieces
 
-    def _trimmed(self, text: str) -> str:
-        """Drop the space at a region's beginning; space at its end waits for more text."""
-        text = text if self._shown else text.lstrip()
-        shown = text.rstrip()
-        space = text[len(shown) :]
-        if shown:
-            shown = "".join(self._spaces) + shown
-            self._spaces, self._shown = [], True
-        if space:
-            self._spaces.append(space)
-        return shown
+    def _texts(self, kind: str, text: str) -> list[Piece]:
+        """Show the next text of a region, without the space around the region; regions of a kind are kept apart."""
+        shown = self._spaces[kind].add(text)
+        self._shown = self._shown or bool(shown)
+        return [Piece(kind=kind, text=shown)] if shown else []
 
     def _called(self, value: Any) -> list[Piece]:
         if isinstance(value, list):

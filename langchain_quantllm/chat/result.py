@@ -16,7 +16,8 @@ from langchain_core.messages import AIMessage, AIMessageChunk, InvalidToolCall, 
 from langchain_core.messages.tool import ToolCallChunk, invalid_tool_call, tool_call, tool_call_chunk
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 
-from langchain_quantllm.chat.tool_calls import Piece
+from langchain_quantllm.chat.notations import JSON_FAILURES
+from langchain_quantllm.chat.pieces import Piece
 from langchain_quantllm.engine.request import Request
 from langchain_quantllm.engine.result import Answer, Answers, completion_info
 from langchain_quantllm.engine.stream import Chunk
@@ -110,7 +111,7 @@ class MessageBuilder:
             if error is None:
                 try:
                     arguments = json.loads(written or "{}", strict=False)
-                except ValueError as reason:
+                except JSON_FAILURES as reason:
                     error = str(reason)
             if error is None and isinstance(arguments, dict):
                 calls.append(tool_call(name=call.name or "", args=arguments, id=call.id))

@@ -6,6 +6,7 @@ of calls. Steps are generators that `yield` where they need more text.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Collection, Generator
 from typing import NamedTuple, TypeAlias, TypeVar
@@ -33,13 +34,15 @@ class _Notation(NamedTuple):
 
 
 _JSON = _Notation(
-    re.compile(r"[^\s\w+\-.,:]"),  # other than JSON's own outside strings: a closing tag ends an open value
+    # Outside strings, all but numbers, the letters of true, false, null, NaN and Infinity, and what may stand between
+    # them: a tag ends a value that is open.
+    re.compile(r"[^\s\d+\-.,:aeflnrstuEINiy]"),
     "{[",
     {'"': re.compile(r'["\\\x00-\x1f]')},
     NOT_JSON,
 )
 _PYTHON = _Notation(
-    re.compile(r"[()\[\]{}'\"]"),
+    re.compile(r"[()\[\]{}'\"<]"),  # the begin of a tag is in no literal
     "{[(",
     {quote: re.compile(rf"[\\{quote}]") for quote in "'\""},
     "its brackets do not match",
@@ -54,6 +57,12 @@ def prefixes(texts: Collection[str]) -> frozenset[str]:
 def held(text: str, begun: frozenset[str]) -> int:
     """Return the length of the longest end of a text that is one of the beginnings."""
     return next((n for n in range(min(len(text), max(map(len, begun), default=0)), 0, -1) if text[-n:] in begun), 0)
+
+
+@functools.lru_cache(maxsize=64)
+def _any_of(marks: tuple[str, ...]) -> re.Pattern[str]:
+    """Compile a search that ends at the first mark; one for each mark would go to the end of the text each time."""
+    return re.compile("|".join(map(re.escape, marks)) or "(?!)")
 
 
 def _ignore() -> None:
@@ -112,12 +121,20 @@ class Scanner:
         self.at += len(found)
         return found
 
+    def starts(self, *options: str) -> Wait[bool]:
+        """Tell whether the text continues with one of the options, and stay before it."""
+        start = self.at
+        found = yield from self.take(*options)
+        self.at = start
+        return bool(found)
+
     def until(self, *marks: str) -> Wait[bool]:
         """Go to the first of the marks; to the end where there is none."""
         longest = max(map(len, marks), default=1)
+        pattern = _any_of(marks)
         while True:
-            if found := [place for mark in marks if (place := self.text.find(mark, self.at)) >= 0]:
-                self.at = min(found)
+            if found := pattern.search(self.text, self.at):
+                self.at = found.start()
                 return True
             start, self.at = self.at, len(self.text)
             if not (yield from self.more()):

@@ -1,66 +1,34 @@
-"""The reader of tool calls: JSON, XML, Gemma's notation and Python, with and without tags.
+"""The reader of tool calls: JSON, Gemma's notation and Python, with and without tags; `xml_calls` reads those in XML.
 
-Owns the pieces of an answer and all that stands within calls. The places of calls in an answer are `output_parser`'s.
+Owns all that stands within calls. The places of calls in an answer are `output_parser`'s.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from langchain_quantllm.chat.notations import checked, from_gemma, from_python, from_qwen_xml, loaded
-from langchain_quantllm.chat.scanner import CUT_OFF, NOT_JSON, Scanner, Wait
+from langchain_quantllm.chat.notations import checked, from_gemma, from_python, loaded
+from langchain_quantllm.chat.pieces import ToolCallDraft
+from langchain_quantllm.chat.scanner import CUT_OFF, NOT_JSON, Wait
+from langchain_quantllm.chat.xml_calls import FUNCTION, GLM, GLM_KEY, XmlCallReader
 from langchain_quantllm.structured.tool_formats import HERMES, ToolFormat
 
 ARGUMENTS = ("arguments", "parameters")
 FENCE = "```"
-FUNCTION = "<function="
 CALL = "<｜tool▁call▁begin｜>"
 
 _NAMES = ("name", "tool_name", "function")
+_ASIDE = ("id", "type", "index", "call_id", "tool_call_id")  # members of a call that say nothing of it
 _SEPARATOR = "<｜tool▁sep｜>"
 _MISTRAL = "[TOOL_CALLS]"
+_CALL_ID = "[CALL_ID]"
+_GEMMA_STRINGS = ("<escape>", '<|"|>')
 _NOT_A_CALL = "it is not a call"
-_NO_NAME = "it has no name"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Piece:
-    """A part of an answer.
-
-    Args:
-        kind: `"text"`, `"reasoning"`, `"call"`, `"arguments"` or `"invalid"`. An `"invalid"` piece replaces the
-            `"call"` and `"arguments"` pieces of its call.
-        text: The text; of a call the function's name; of arguments the next part of their JSON; of an invalid call the
-            model's words, without the name where a `"call"` piece has it.
-        index: The number of the call in the answer, from 0.
-        error: The error of an invalid call.
-    """
-
-    kind: str
-    text: str = ""
-    index: int = 0
-    error: str = ""
-
-
-@dataclass
-class ToolCallDraft:
-    """The call being read."""
-
-    keys: frozenset[str] | None = None  # the only ones of a call that must prove to be one
-    streams: bool = True  # else its pieces come when it has proved to be one
-    name: str = ""
-    nested: bool = False  # it stands in the member "function" of an object, as in OpenAI's API
-    arguments: str | None = None
-    index: int = -1  # -1 before its first piece
-    start: int = -1  # of the arguments in the text
-    end: int = -1
-    given: int = 0  # characters of the arguments
-
-
-class CallReader:
+class CallReader(XmlCallReader):
     """Reads calls from a text, once their beginning is found, and collects pieces.
 
     Arguments in JSON are streamed as they are written, others come whole.
@@ -73,73 +41,9 @@ class CallReader:
             tool_format: The model's format of calls.
             tools: The schema of each function's parameters by its name.
         """
-        self._scan = Scanner()
+        super().__init__(tools)
         self._format = tool_format
         self._end_tag = _end_tag(tool_format)
-        self._tools = tools
-        self._pieces: list[Piece] = []
-        self._calls = 0
-        self._spaces: list[str] = []  # at the end of the text so far; a call drops them
-        self._after_call = False
-
-    # Pieces.
-
-    def _emit(self, kind: str, text: str, index: int = 0, error: str = "") -> None:
-        if text or kind in ("call", "invalid"):
-            self._pieces.append(Piece(kind=kind, text=text, index=index, error=error))
-
-    def _text(self, text: str) -> None:
-        """Emit text without the space after a call; space at its end waits, as a call may follow."""
-        if not self._tools:
-            self._emit("text", text)
-            return
-        text = text.lstrip() if self._after_call else text
-        if shown := text.rstrip():
-            self._emit("text", "".join(self._spaces) + shown)
-            self._spaces.clear()
-            self._after_call = False
-        if space := text[len(shown) :]:
-            self._spaces.append(space)
-
-    def _enter(self, call: ToolCallDraft) -> None:
-        if call.index < 0:
-            call.index, self._calls = self._calls, self._calls + 1
-        self._spaces.clear()
-        self._after_call = True
-
-    def _name(self, call: ToolCallDraft) -> None:
-        """Emit the call's name, which makes it a call."""
-        self._enter(call)
-        self._emit("call", call.name, call.index)
-
-    def _complete(self, call: ToolCallDraft) -> str:
-        """Emit the rest of the call; returns its error, if any."""
-        if not call.name:
-            return _NO_NAME
-        if call.index < 0:
-            self._name(call)
-        if not call.given:
-            self._emit("arguments", "{}" if call.arguments is None else call.arguments, call.index)
-        return ""
-
-    def _finish(self, call: ToolCallDraft, written: int, error: str, *ends: str) -> Wait[bool]:
-        """Emit the rest of the call, or all of it as an invalid one; tell whether it was a call."""
-        if error := error or self._complete(call):
-            yield from self._spoil(call, written, error, *ends)
-        return not error
-
-    def _spoil(self, call: ToolCallDraft, written: int, error: str, *ends: str) -> Wait[None]:
-        """Emit all text to the closing tag, or to the next call, as an invalid call."""
-        scan = self._scan
-        named = call.index >= 0 and call.start >= 0
-        end = call.end
-        scan.at = start = call.start if named else written
-        yield from scan.until(*ends)
-        end = end if named and end >= 0 else scan.at
-        self._enter(call)
-        self._emit("invalid", scan.text[start:end].strip(), call.index, error)
-        if ends:
-            yield from scan.take(ends[0])
 
     # JSON.
 
@@ -188,7 +92,9 @@ class CallReader:
             return error
         if key in _NAMES and not call.name:
             return self._named_by(call, scan.text[start : scan.at])
-        return ""
+        if key in _NAMES:
+            return "it has a name twice"
+        return "" if key in _ASIDE else f"it has a member {key!r} beside its name and arguments"
 
     def _named_by(self, call: ToolCallDraft, written: str) -> str:
         try:
@@ -238,10 +144,10 @@ class CallReader:
         """Read calls from behind a tag to its closing one, in any format."""
         scan = self._scan
         end = HERMES.call_end.rpartition("\n")[2] if tag == HERMES.trigger else self._end_tag
-        ends = tuple(text for text in (end, tag) if text)
+        ends = (end, tag)
         written = scan.at
         if tag == FUNCTION:
-            yield from self._qwen_xml(written, end)
+            yield from self._qwen_call(written, wrapped=False)
         elif tag == CALL:
             yield from self._deepseek(end)
         elif (first := (yield from scan.skip())) and first in "{[":
@@ -249,12 +155,27 @@ class CallReader:
                 yield from self._close(end)
         elif tag == _MISTRAL:
             yield from self._mistral()
-        elif (yield from scan.take(FUNCTION)):
-            yield from self._qwen_xml(written, end)
+        elif tag == HERMES.trigger and (yield from scan.take(FUNCTION)):
+            yield from self._qwen_call(written, wrapped=True)
+        elif tag == HERMES.trigger and (name := (yield from self._glm_name())):
+            yield from self._xml_call(name, written, GLM)
         elif (yield from scan.take("call:")):
             yield from self._gemma(written, ends)
         else:
-            yield from self._spoil(ToolCallDraft(), written, NOT_JSON if first else CUT_OFF, *ends)
+            wrong = _NOT_A_CALL if self._format.style == "glm_xml" else NOT_JSON
+            yield from self._spoil(ToolCallDraft(), written, wrong if first else CUT_OFF, *ends)
+
+    def _glm_name(self) -> Wait[str]:
+        """Read the name before `<arg_key>`; in GLM's own format a call may have no arguments."""
+        scan = self._scan
+        start = scan.at
+        name = yield from scan.word()
+        yield from scan.skip()
+        ends = (GLM_KEY, self._end_tag) if self._format.style == "glm_xml" else (GLM_KEY,)
+        if name and (yield from scan.starts(*ends)):
+            return name
+        scan.at = start
+        return ""
 
     def _close(self, end: str) -> Wait[None]:
         """Go past the closing tag, and the superfluous bracket that small models write before it."""
@@ -294,25 +215,25 @@ class CallReader:
         """Read `f[ARGS]{...}`, with or without `[ARGS]` and a call's id before it."""
         scan = self._scan
         written = scan.at
-        yield from scan.until("[ARGS]", "[CALL_ID]", "{", _MISTRAL, "\n")
+        yield from scan.until("[ARGS]", _CALL_ID, "{", _MISTRAL, "\n")
         name = scan.text[written : scan.at].strip()
-        if (yield from scan.take("[CALL_ID]")):
-            yield from scan.until("[ARGS]", "{", _MISTRAL, "\n")
+        if (yield from scan.take(_CALL_ID)):
+            yield from scan.word()
         found = yield from scan.take("[ARGS]")
         known = bool(found or (yield from scan.peek()) == "{")
-        yield from self._named(name if known else "", written, _MISTRAL)
+        yield from self._named(name if known else "", written, "", _MISTRAL)
 
     def _deepseek(self, end: str) -> Wait[None]:
         """Read `function<sep>NAME` and fenced arguments, or `NAME<sep>` and arguments."""
         scan = self._scan
         written = scan.at
-        yield from scan.until(_SEPARATOR, end, "\n")
+        yield from scan.until(_SEPARATOR, end, CALL, "\n")
         name = scan.text[written : scan.at].strip()
         if not (yield from scan.take(_SEPARATOR)):
             name = ""
         elif (yield from scan.skip()) != "{" and name == "function":
             start = scan.at
-            yield from scan.until("\n", "{", FENCE, end)
+            yield from scan.until("\n", "{", FENCE, end, CALL)
             name = scan.text[start : scan.at].strip()
             yield from scan.skip()
             yield from scan.take("```json", FENCE)
@@ -333,33 +254,28 @@ class CallReader:
             error = CUT_OFF
         return (yield from self._finish(call, written, error, *ends))
 
-    def _qwen_xml(self, written: int, end: str) -> Wait[None]:
-        scan = self._scan
-        start = scan.at
-        yield from scan.until(">", "\n", "<")
-        call = ToolCallDraft(name=scan.text[start : scan.at].strip())
-        error = "" if (yield from scan.take(">")) and call.name else _NO_NAME
-        if not error:
-            self._name(call)
-            call.start = scan.at
-            error = "" if (yield from scan.until("</function>", end)) else CUT_OFF
-            parameters = self._tools.get(call.name, {})
-            error = error or self._convert(call, lambda text: from_qwen_xml(text, parameters), scan.at)
-        if (yield from self._finish(call, written, error, end)):
-            yield from scan.take("</function>")
-            yield from self._close(end)
-
     def _gemma(self, written: int, ends: tuple[str, ...]) -> Wait[None]:
         scan = self._scan
         call = ToolCallDraft(name=(yield from scan.word()))
-        error = "" if (yield from scan.skip()) == "{" and call.name else _NO_NAME
+        error = "" if (yield from scan.skip()) == "{" and call.name else "it has no name"
         if not error:
             self._name(call)
             call.start = scan.at
-            yield from scan.until(*ends)
-            error = self._convert(call, from_gemma, scan.at)
+            error = yield from self._past_gemma_object(ends)
+            error = error or self._convert(call, from_gemma, scan.at)
         if (yield from self._finish(call, written, error, *ends)):
             yield from self._close(ends[0])
+
+    def _past_gemma_object(self, ends: tuple[str, ...]) -> Wait[str]:
+        """Go to the call's end, which no string holds; returns the error of a string that is broken, else empty."""
+        scan = self._scan
+        while (yield from scan.until(*filter(None, ends), *_GEMMA_STRINGS)):
+            if not (mark := (yield from scan.take(*_GEMMA_STRINGS))):
+                break
+            if not (yield from scan.until(mark)):
+                return CUT_OFF
+            yield from scan.take(mark)
+        return ""
 
     def _python_calls(self, start: int, *, whole: bool = False, ends: tuple[str, ...] = ()) -> Wait[None]:
         """Read `[f(a=1), g()]`; a whole answer is text unless it begins with the name of a tool."""
@@ -390,6 +306,12 @@ class CallReader:
             if not (yield from scan.take(",")):
                 yield from scan.take("]")
                 return
+
+
+def parameters_of(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Map the name of each function to the schema of its parameters."""
+    functions = [tool.get("function", tool) for tool in tools]
+    return {str(function["name"]): function.get("parameters") or {} for function in functions if "name" in function}
 
 
 def _end_tag(tool_format: ToolFormat) -> str:

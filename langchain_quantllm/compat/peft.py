@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -46,6 +46,111 @@ def peft_imported() -> Iterator[None]:
         yield
 
 
+# Loading.
+
+_STANDS_FOR_BASE = ("base_layer", "original_module", "token_adapter")
+"""Parts of names under which peft's layers hold the model's own modules."""
+
+
+def settings_from(folder: str) -> Any:
+    """Read the settings of an adapter, for inference.
+
+    Args:
+        folder: Folder with its adapter_config.json.
+
+    Raises:
+        Exception: Whatever peft raises for settings that it does not take.
+    """
+    from peft import PeftConfig
+
+    settings = PeftConfig.from_pretrained(folder)
+    settings.inference_mode = True
+    return settings
+
+
+def why_not_injected(settings: Any) -> str | None:
+    """Return why peft cannot put the layers of an adapter into a model of transformers; None if it can."""
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(settings.peft_type)
+    if tuner is None or settings.is_prompt_learning:
+        return "it has no layers that could be put into a model"
+    if getattr(tuner, "uses_shared_state", False):
+        return "its layers share matrices, which lie outside the model"
+    return None
+
+
+def inject(model: Any, settings: Any, name: str) -> None:
+    """Put the layers of an adapter into a model of transformers, whose own methods about adapters work from then on."""
+    from peft import inject_adapter_in_model
+
+    inject_adapter_in_model(settings, model, name)
+    model._hf_peft_config_loaded = True
+
+
+def set_weights(model: Any, name: str, tensors: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Copy the tensors of an adapter's file into its layers.
+
+    Args:
+        model: The model, with the layers of the adapter.
+        name: The adapter.
+        tensors: Its tensors by the model's names, without the prefix of peft's wrapper.
+
+    Returns:
+        The names of the model's tensors that are not in the file, those of the base among them, and the names in the
+        file that the model has no place for.
+    """
+    import torch
+    from peft import set_peft_model_state_dict
+
+    # peft looks for each adapter's tensors in the modules that only others have copied.
+    others = _copied(model, name, by_it=False)
+    given = {**dict.fromkeys(others, torch.empty(0, dtype=torch.float32)), **tensors}
+    result = set_peft_model_state_dict(model, given, adapter_name=name)
+    return list(result.missing_keys), [key for key in result.unexpected_keys if key not in others.values()]
+
+
+def plain_name(name: str) -> str:
+    """Return the name that a tensor of a model has without peft's layers around its module."""
+    return ".".join(part for part in name.split(".") if part not in _STANDS_FOR_BASE)
+
+
+def copied_names(model: Any, name: str) -> set[str]:
+    """List the names in an adapter's file of the tensors of its copies of whole modules, and of tokens."""
+    return set(_copied(model, name, by_it=True))
+
+
+def _copied(model: Any, name: str, *, by_it: bool) -> dict[str, str]:
+    """Map names in an adapter's file to the model's, for modules that it copies, or else for those that it does not."""
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return {
+        f"{path}.{key}": f"{path}.{to}"
+        for path, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper) and _has_adapter(module, name) == by_it
+        for key, to in module.adapter_state_dict_load_map(name).items()
+    }
+
+
+def copied_modules(model: Any, name: str) -> dict[str, Any]:
+    """Return the modules of a model that an adapter replaces as a whole (`modules_to_save`), by their names."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    return {
+        path: module.original_module
+        for path, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save
+    }
+
+
+def clashing_module(model: Any) -> str | None:
+    """Return the name of a module of which one adapter changes rows, and another the whole: such a module fails."""
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+
+    found = ((path, module) for path, module in model.named_modules() if isinstance(module, TrainableTokensLayer))
+    return next((plain_name(path) for path, module in found if is_peft_layer_class(type(module.base_layer))), None)
+
+
 # Modules with adapters.
 
 
@@ -61,14 +166,19 @@ def adapter_modules(model: Any) -> list[Any]:
 
 def choose_adapter(module: Any, name: str | None) -> None:
     """Activate an adapter in a module of peft if it has it, else none; no parameter of the module is trained."""
-    has_it = name is not None
-    if has_it and hasattr(module, "check_set_adapter"):  # a copy of a whole module, which only some adapters have
-        has_it = module.check_set_adapter([name]) is not None
+    has_it = name is not None and _has_adapter(module, name)
     if has_it:
         module.set_adapter(name)
     module.enable_adapters(has_it)
     for parameter in module.parameters():
         parameter.requires_grad_(False)
+
+
+def _has_adapter(module: Any, name: str) -> bool:
+    """Say whether a module of peft has weights of an adapter; active without them, some kinds of layers fail."""
+    if (tokens := getattr(module, "token_adapter", None)) is not None:  # around a module some of whose rows change
+        return _has_adapter(tokens, name)
+    return any(name in getattr(module, attribute, ()) for attribute in module.adapter_layer_names)
 
 
 def choice_of(module: Any) -> tuple[list[str], bool]:

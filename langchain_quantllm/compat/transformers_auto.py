@@ -47,3 +47,17 @@ def make_processor(kind: Any, parts: list[Any], source: str, **options: Any) -> 
     partial: Any = type(kind.__name__, (kind,), {"check_argument_for_proper_class": check})
     settings, _ = kind.get_processor_dict(source, **options)
     return partial.from_args_and_dict(parts, settings)
+
+
+def without_adapter() -> dict[str, Any]:
+    """Return the options of `from_pretrained` with which it applies no adapter that lies beside a model's weights.
+
+    transformers looks for adapter_config.json in a folder that these name, and no checkpoint has. There is no option
+    that forbids it. Source: `maybe_load_adapters` in transformers/integrations/peft.py.
+    """
+    return {"adapter_kwargs": {"subfolder": "no-adapter-is-applied"}}
+
+
+def has_applied_adapter(model: Any) -> bool:
+    """Say whether `from_pretrained` has applied an adapter to a model."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False) or getattr(model, "peft_config", None))

@@ -8,9 +8,6 @@ from typing import Any
 BITSANDBYTES_LOGGER = "transformers.integrations.bitsandbytes"
 """Logger of the messages while a model of bitsandbytes is dequantized."""
 
-PEFT_LOGGER = "transformers.integrations.peft"
-"""Logger of the report after an adapter is loaded."""
-
 
 def quantization_config_from(settings: dict[str, Any]) -> Any:
     """Make a quantization config from its dict form."""

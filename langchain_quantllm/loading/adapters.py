@@ -1,21 +1,17 @@
-"""Adapters of peft: finding them, checking them before any weight is read, and loading them."""
+"""Adapters of peft: finding them, and checking them before any weight is read; `adapter_weights` loads them."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from langchain_quantllm.compat.library_logging import progress_bars, quiet_logger
-from langchain_quantllm.compat.peft import check_peft, peft_imported
-from langchain_quantllm.compat.transformers_quantizers import PEFT_LOGGER
-from langchain_quantllm.engine.adapter_switch import activate
+from langchain_quantllm.compat.peft import check_peft, peft_imported, settings_from, why_not_injected
 from langchain_quantllm.errors import (
     CheckpointError,
     InvalidOptionError,
@@ -25,13 +21,27 @@ from langchain_quantllm.errors import (
 )
 from langchain_quantllm.loading.checkpoint import Checkpoint
 from langchain_quantllm.loading.hub import MissingFileError, Repository
+from langchain_quantllm.loading.json_files import read_json
 from langchain_quantllm.loading.sources import ADAPTER_CONFIG
 from langchain_quantllm.loading.spec import LoadSpec
-from langchain_quantllm.memory import model_build_lock
+from langchain_quantllm.loading.stored_tensors import StoredTensor, read_header
 from langchain_quantllm.memory.estimate import build_on_meta
 
 _WEIGHTS, _PICKLE = "adapter_model.safetensors", "adapter_model.bin"
-_PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "ADAPTION_PROMPT")
+_CHANGES_BASE = ("pissa", "corda", "olora", "mica", "loftq", "lora_ga")
+"""Beginnings of `init_lora_weights` with which peft changes the base's weights when it makes the adapter's layers."""
+
+MERGE_ADVICE = "merge_adapter(model_id, adapter, output) writes a model of its own with it."
+"""For adapters that cannot be loaded beside others."""
+
+_REFUSED = {
+    "megatron_config": "imports a module that it names",
+    "alora_invocation_tokens": "starts at certain tokens, which only peft's own models look for",
+    "arrow_config": "mixes other adapters",
+}
+"""Settings of peft that cannot be honoured: what an adapter with one does."""
+
+_PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "ADAPTION_PROMPT", "XLORA")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +67,11 @@ class Adapter:
     def weights(self) -> Path:
         """The path of its weights in safetensors."""
         return self.folder / _WEIGHTS
+
+    @property
+    def pickled_weights(self) -> Path:
+        """The path of its weights in a pickle file."""
+        return self.folder / _PICKLE
 
 
 def find_adapters(spec: LoadSpec) -> list[Adapter]:
@@ -86,12 +101,31 @@ def _find(name: str, source: str, spec: LoadSpec) -> Adapter:
     path = Path(source).expanduser()
     folder = path.resolve() if path.is_dir() else _fetch(name, source, spec)
     try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        kind = str(config["peft_type"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        msg = f"the {ADAPTER_CONFIG} of adapter {name!r} ({source}) cannot be read: {first_line(error)}"
+        config = read_json(folder / ADAPTER_CONFIG)
+    except CheckpointError as error:
+        msg = f"the {ADAPTER_CONFIG} of adapter {name!r} ({source}) cannot be read: {error}"
         raise CheckpointError(msg) from error
     adapter = Adapter(name=name, source=source, folder=folder, config=config)
+    _check_settings(adapter)
+    if not adapter.weights.is_file() and (spec.use_safetensors or not (folder / _PICKLE).is_file()):
+        msg = f"{adapter} has no weights: there is no {_WEIGHTS} in it"
+        if spec.use_safetensors:
+            msg += (
+                f", and a {_PICKLE} is not read, as pickle files can run code while they load; save it anew with peft, "
+                "or pass use_safetensors=False if you trust its maker"
+            )
+        raise CheckpointError(f"{msg}.")
+    if adapter.weights.is_file():
+        _check_ranks(adapter)
+    return adapter
+
+
+def _check_settings(adapter: Adapter) -> None:
+    """Check that an adapter is of a kind that changes weights, and that peft takes its settings."""
+    config, kind = adapter.config, adapter.config.get("peft_type")
+    if not isinstance(kind, str):
+        msg = f"the {ADAPTER_CONFIG} of {adapter} cannot be read: peft_type={kind!r} is no name such as 'LORA'."
+        raise CheckpointError(msg)
     if kind in _PROMPTS:
         msg = (
             f"{adapter} is of the kind {kind}, which transformers cannot put into a model; give LoRA, or another kind "
@@ -104,15 +138,42 @@ def _find(name: str, source: str, spec: LoadSpec) -> Adapter:
             "train it with bias='none', or give a model into which it was merged."
         )
         raise CheckpointError(msg)
-    if not adapter.weights.is_file() and (spec.use_safetensors or not (folder / _PICKLE).is_file()):
-        msg = f"{adapter} has no weights: there is no {_WEIGHTS} in it"
-        if spec.use_safetensors:
-            msg += (
-                f", and a {_PICKLE} is not read, as pickle files can run code while they load; save it anew with peft, "
-                "or pass use_safetensors=False if you trust its maker"
+    for option, does in _REFUSED.items():
+        if config.get(option):
+            msg = f"{adapter} {does} ({option} in its {ADAPTER_CONFIG}), which is not supported; train it without."
+            raise CheckpointError(msg)
+    try:
+        with peft_imported(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of settings that this peft does not know
+            settings_from(str(adapter.folder))
+    except Exception as error:  # whatever peft raises for the settings of strangers
+        msg = f"the {ADAPTER_CONFIG} of {adapter} cannot be read by peft (peft_type={kind!r}): {first_line(error)}"
+        raise CheckpointError(msg) from error
+
+
+def check_adapters_share(adapters: Sequence[Adapter]) -> None:
+    """Check that adapters leave the base as it is for others, as far as their settings tell.
+
+    Raises:
+        CheckpointError: If one changes the base's weights or layers, or lies outside the model.
+    """
+    for adapter in adapters:
+        start = str(adapter.config.get("init_lora_weights", True)).lower()
+        if start.startswith(_CHANGES_BASE):
+            msg = (
+                f"{adapter} was trained with init_lora_weights={start!r}, which changes the base's weights for all "
+                f"others too; {MERGE_ADVICE}"
             )
-        raise CheckpointError(f"{msg}.")
-    return adapter
+            raise CheckpointError(msg)
+        if adapter.config.get("layer_replication"):
+            msg = f"{adapter} repeats layers of the base (layer_replication), for all others too; {MERGE_ADVICE}"
+            raise CheckpointError(msg)
+        with peft_imported(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            reason = why_not_injected(settings_from(str(adapter.folder)))
+        if reason is not None:
+            msg = f"{adapter} is of the kind {adapter.config['peft_type']}: {reason}; {MERGE_ADVICE}"
+            raise CheckpointError(msg)
 
 
 def _fetch(name: str, source: str, spec: LoadSpec) -> Path:
@@ -176,23 +237,33 @@ def _check_adapter_fits(adapter: Adapter, layers: Mapping[str, tuple[int, int] |
 
 def _sizes_of(adapter: Adapter) -> dict[str, tuple[int | None, int | None]]:
     """Read (in_features, out_features) of each layer off the header of an adapter's weights."""
-    from safetensors import SafetensorError, safe_open
-
     found: dict[str, tuple[int | None, int | None]] = {}
-    try:
-        with safe_open(adapter.weights, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118  (no dict)
-                layer, mark, matrix = key.removeprefix("base_model.model.").rpartition(".lora_")
-                if not mark or matrix not in ("A.weight", "B.weight"):
-                    continue
-                shape = file.get_slice(key).get_shape()
-                inputs, outputs = found.get(layer, (None, None))
-                if len(shape) == 2:
-                    found[layer] = (shape[1], outputs) if matrix[0] == "A" else (inputs, shape[0])
-    except (SafetensorError, OSError) as error:
-        msg = f"the weights of {adapter} are damaged: {first_line(error)}"
-        raise CheckpointError(msg) from error
+    for key, tensor in _header(adapter).items():
+        layer, mark, matrix = key.removeprefix("base_model.model.").rpartition(".lora_")
+        if not mark or matrix not in ("A.weight", "B.weight") or len(tensor.shape) != 2:
+            continue
+        inputs, outputs = found.get(layer, (None, None))
+        found[layer] = (tensor.shape[1], outputs) if matrix[0] == "A" else (inputs, tensor.shape[0])
     return found
+
+
+def _header(adapter: Adapter) -> Mapping[str, StoredTensor]:
+    try:
+        return read_header(adapter.weights)
+    except CheckpointError as error:
+        msg = f"the weights of {adapter} are damaged: {error}"
+        raise CheckpointError(msg) from error
+
+
+def _check_ranks(adapter: Adapter) -> None:
+    """Check that an adapter's ranks are in its file, before peft makes matrices of their size."""
+    pattern = adapter.config.get("rank_pattern")
+    ranks = [adapter.config.get("r"), *(pattern.values() if isinstance(pattern, Mapping) else ())]
+    widest = max((size for tensor in _header(adapter).values() for size in tensor.shape), default=0)
+    for rank in ranks:
+        if isinstance(rank, int | float) and not rank <= widest:
+            msg = f"{adapter} says r={str(rank)[:20]}, and its largest tensor has {widest} rows or columns."
+            raise CheckpointError(msg)
 
 
 def _layers_of(checkpoint: Checkpoint, trust_remote_code: bool) -> dict[str, tuple[int, int] | None] | None:
@@ -216,67 +287,3 @@ def _layers_of(checkpoint: Checkpoint, trust_remote_code: bool) -> dict[str, tup
         elif isinstance(module, Conv1D):
             layers[name] = module.nx, module.nf
     return layers
-
-
-# Loading.
-
-
-def load_adapters(model: Any, adapters: Sequence[Adapter], spec: LoadSpec) -> None:
-    """Put adapters into a loaded model, and activate the spec's default.
-
-    Raises:
-        CheckpointError: If one does not belong to the model.
-    """
-    if not adapters:
-        return
-    with peft_imported(), progress_bars(spec.progress):
-        for adapter in adapters:
-            _load(model, adapter)
-    activate(model, spec.adapter)
-
-
-def _load(model: Any, adapter: Adapter) -> None:
-    try:
-        # transformers' report lists adapters loaded earlier as newly initialized, so it is silenced.
-        with model_build_lock(), quiet_logger(PEFT_LOGGER), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            info = model.load_adapter(
-                str(adapter.folder),
-                adapter_name=adapter.name,
-                adapter_kwargs={"local_files_only": True},
-                use_safetensors=adapter.weights.is_file(),
-            )
-            lost = _own_tensors(getattr(info, "missing_keys", ()), adapter)
-            if lost:  # transformers does not know the names of all kinds; peft may
-                lost = _own_tensors(_load_by_peft(model, adapter), adapter)
-    except (ValueError, RuntimeError, KeyError, TypeError, OSError, ImportError) as error:
-        msg = f"{adapter} cannot be loaded onto this model; was it made for it? {first_line(error)}"
-        raise CheckpointError(msg) from error
-    if lost:
-        msg = f"{adapter} has no weights for {len(lost)} tensors, such as {lost[0]!r}; was it made for this model?"
-        raise CheckpointError(msg)
-    left = sorted(key for key in getattr(info, "unexpected_keys", ()) if ".lora_A" in key or ".lora_B" in key)
-    if left:
-        msg = f"{adapter} has weights that this model has no place for, such as {left[0]!r}; was it made for it?"
-        raise CheckpointError(msg)
-
-
-def _own_tensors(missing: Iterable[str], adapter: Adapter) -> list[str]:
-    """Pick the tensors of an adapter out of all missing ones."""
-    own = re.compile(rf"\.{re.escape(adapter.name)}(\.\w+)?$")
-    return sorted(key for key in missing if own.search(key))
-
-
-def _load_by_peft(model: Any, adapter: Adapter) -> list[str]:
-    """Load the weights of an adapter whose layers are there; returns the tensors that its file lacks."""
-    import torch
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    if adapter.weights.is_file():
-        tensors = load_file(adapter.weights)
-    else:
-        tensors = torch.load(adapter.folder / _PICKLE, map_location="cpu", weights_only=True)
-    # Renamed to the model's own names: peft wrote those of its wrapper.
-    tensors = {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}
-    return list(set_peft_model_state_dict(model, tensors, adapter_name=adapter.name).missing_keys)

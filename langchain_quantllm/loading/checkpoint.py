@@ -7,36 +7,40 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
-import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from langchain_quantllm.compat.packages import is_installed, label_of
 from langchain_quantllm.compat.transformers_auto import has_causal_lm, has_image_text_to_text
 from langchain_quantllm.compat.transformers_quantizers import knows_format
 from langchain_quantllm.errors import (
     CheckpointError,
-    MissingPackageError,
     UnsupportedError,
-    first_line,
     pip_install,
 )
+from langchain_quantllm.loading.config_checks import check_raw_config
+from langchain_quantllm.loading.foreign_errors import as_checkpoint_error, reason_of
 from langchain_quantllm.loading.gptq import GPTQCheckpoint, read_gptq_checkpoint, read_gptq_folder
 from langchain_quantllm.loading.hub import MissingFileError, Repository, hub_options
-from langchain_quantllm.loading.sources import check_sources, folder_of, wrong_folder
+from langchain_quantllm.loading.json_files import json_or_empty, read_json
+from langchain_quantllm.loading.sources import ADAPTER_CONFIG, check_sources, folder_of, wrong_folder
 from langchain_quantllm.loading.spec import LoadSpec
-from langchain_quantllm.schemes import GPTQ, Prequantized, Scheme, Unquantized, scheme_of_config
+from langchain_quantllm.loading.stored_tensors import (
+    INDEX,
+    StoredTensors,
+    check_not_pickled,
+    read_index,
+    read_stored_tensors,
+)
+from langchain_quantllm.schemes import FLOAT_DTYPES
 
-_FLASH_PACKAGES = {
-    "flash_attention_2": ("flash_attn", "flash-attn"),
-    "flash_attention_3": ("flash_attn_3", "flash-attn-3"),
-    "flash_attention_4": ("flash_attn_4", "flash-attn-4"),
-}
+_UNTRUSTED, _UNKNOWN = "trust_remote_code", "does not recognize this architecture"
+"""Words of transformers' errors."""
 
+logger = logging.getLogger(__name__)
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 """Files with the settings of a checkpoint's image processor."""
@@ -54,6 +58,8 @@ class Checkpoint:
         gptq: The settings of a GPTQ checkpoint; None for others.
         local: Whether `source` is a folder.
         model_kwargs: Those of the spec that are no fields of the config.
+        stored: The tensors in its files; None if they are not on this machine, not in safetensors, or damaged.
+        has_adapter: Whether files of an adapter lie beside its own; they are not part of it.
     """
 
     source: str
@@ -62,6 +68,12 @@ class Checkpoint:
     gptq: GPTQCheckpoint | None
     local: bool
     model_kwargs: Mapping[str, Any]
+    stored: StoredTensors | None = None
+    has_adapter: bool = False
+
+
+class UnknownModelError(CheckpointError):
+    """The config is of a model that transformers does not know, or whose own code is not trusted."""
 
 
 def stored_profile(model_id: str) -> tuple[dict[str, Any], str | None, bool]:
@@ -74,25 +86,19 @@ def stored_profile(model_id: str) -> tuple[dict[str, Any], str | None, bool]:
     folder = folder_of(model_id) or _cached_snapshot(LoadSpec(model_id=model_id))
     if folder is None:
         return {}, None, False
-    config, tokenizer = (_read_json(Path(folder) / name) for name in ("config.json", "tokenizer_config.json"))
+    config, tokenizer = (json_or_empty(Path(folder) / name) for name in ("config.json", "tokenizer_config.json"))
     template = tokenizer.get("chat_template")
-    with contextlib.suppress(OSError):
-        template = (Path(folder) / "chat_template.jinja").read_text(encoding="utf-8")
+    file = Path(folder) / "chat_template.jinja"
+    with contextlib.suppress(OSError, ValueError):  # loading reports it
+        if file.is_file():
+            template = file.read_text(encoding="utf-8")
     sees = any(word in name for name in config for word in ("vision", "image")) and has_image_processor(Path(folder))
     return config, None if template is None else str(template), sees
 
 
 def has_image_processor(folder: Path) -> bool:
     """Say whether a folder holds an image processor: in a file of its own, or in the processor's."""
-    return (folder / PROCESSOR_FILES[0]).is_file() or "image_processor" in _read_json(folder / PROCESSOR_FILES[1])
-
-
-def _read_json(file: Path) -> Any:
-    """Read a JSON file; an empty dict if it is missing or damaged."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+    return (folder / PROCESSOR_FILES[0]).is_file() or "image_processor" in json_or_empty(folder / PROCESSOR_FILES[1])
 
 
 def find_source(spec: LoadSpec) -> str:
@@ -137,13 +143,57 @@ def read_config(spec: LoadSpec, source: str) -> tuple[Any, dict[str, Any]]:
     """
     from transformers import AutoConfig
 
-    options = {**hub_options(spec, folder_of(source)), **copy.deepcopy(dict(spec.model_kwargs))}
+    folder = folder_of(source)
+    file = Repository.of(spec).fetch("config.json") if folder is None else Path(folder) / "config.json"
     try:
-        config, unused = AutoConfig.from_pretrained(source, return_unused_kwargs=True, **options)
-    except (ValueError, OSError) as error:
+        content = read_json(file)
+    except CheckpointError as error:
         raise CheckpointError(explain(spec, error, "config")) from error
+    weights = content.get("transformers_weights")
+    stored = read_stored_tensors(file.parent, weights if isinstance(weights, str) else None)
+    check_raw_config(
+        content,
+        file,
+        use_safetensors=spec.use_safetensors,
+        trust_remote_code=spec.trust_remote_code,
+        stored=stored,
+    )
+    options = {**hub_options(spec, folder), **copy.deepcopy(dict(spec.model_kwargs))}
+    with as_checkpoint_error(lambda error: explain(spec, error, "config")):
+        try:
+            config, unused = AutoConfig.from_pretrained(source, return_unused_kwargs=True, **options)
+        except ValueError as error:
+            if any(words in str(error) for words in (_UNTRUSTED, _UNKNOWN)):
+                raise UnknownModelError(explain(spec, error, "config")) from error
+            raise
     # from_pretrained gets the Hub's options anyway.
     return config, {name: value for name, value in unused.items() if name in spec.model_kwargs}
+
+
+def stored_in(spec: LoadSpec, config: Any, folder: str, weights_name: str | None = None) -> StoredTensors | None:
+    """Read which tensors a folder's files hold; a config that names no dtype gets theirs, as transformers loads them.
+
+    Args:
+        spec: The options of loading.
+        config: The transformers config.
+        folder: The folder.
+        weights_name: Name of the weight file or the index, where it is not the usual one.
+
+    Raises:
+        CheckpointError: If the index is damaged, or names other files than the checkpoint's, or pickle files where
+            these are refused.
+    """
+    import torch
+
+    files, index = {path.name for path in Path(folder).iterdir()}, Path(folder) / INDEX
+    weights_name = weights_name or getattr(config, "transformers_weights", None)
+    if spec.use_safetensors and weights_name is None:
+        check_not_pickled(files, index if index.name in files else None, spec.model_id)
+    stored = read_stored_tensors(Path(folder), weights_name)
+    dtype = None if stored is None or spec.dtype != "auto" else stored.dtype
+    if getattr(config, "dtype", None) is None and dtype in FLOAT_DTYPES:
+        config.dtype = getattr(torch, dtype)
+    return stored
 
 
 def find_checkpoint(spec: LoadSpec, source: str | None = None) -> Checkpoint:
@@ -159,18 +209,32 @@ def find_checkpoint(spec: LoadSpec, source: str | None = None) -> Checkpoint:
         UnsupportedError: If the model generates no text from text, or from text with images.
     """
     source = find_source(spec) if source is None else source
-    folder = folder_of(source)
     config, model_kwargs = read_config(spec, source)
+    with as_checkpoint_error(lambda error: explain(spec, error, "config")):
+        return _checkpoint_of(spec, source, config, model_kwargs)
+
+
+def _checkpoint_of(spec: LoadSpec, source: str, config: Any, model_kwargs: Mapping[str, Any]) -> Checkpoint:
+    folder = folder_of(source)
     _check_task(spec, config)
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None and not isinstance(quantization, dict):
         quantization = quantization.to_dict()
-    gptq = None
+    gptq, stored = None, None
     if folder is not None:
+        has_adapter = (Path(folder) / ADAPTER_CONFIG).exists()
         gptq = read_gptq_folder(Path(folder))
-    elif quantization is None or quantization.get("quant_method") == "gptq":
+        stored = stored_in(spec, config, folder, None if gptq is None else gptq.weights_name)
+    else:
         repository = Repository.of(spec)
-        gptq = read_gptq_checkpoint(repository.list_files(), repository.fetch)
+        files = repository.list_files()
+        has_adapter = ADAPTER_CONFIG in files
+        if spec.use_safetensors and INDEX in files:
+            check_not_pickled(files, repository.fetch(INDEX), spec.model_id)
+        elif INDEX in files:
+            read_index(repository.fetch(INDEX))
+        if quantization is None or quantization.get("quant_method") == "gptq":
+            gptq = read_gptq_checkpoint(files, repository.fetch)
     if gptq is not None:
         quantization = gptq.quantization_config
     _check_format(spec, quantization)
@@ -181,6 +245,8 @@ def find_checkpoint(spec: LoadSpec, source: str | None = None) -> Checkpoint:
         gptq=gptq,
         local=folder is not None,
         model_kwargs=model_kwargs,
+        stored=stored,
+        has_adapter=has_adapter,
     )
 
 
@@ -217,19 +283,22 @@ def _is_complete(folder: Path, weights: str) -> bool:
     index = folder / f"{weights}.index.json"
     if not index.is_file():
         return any(folder.glob(f"*{Path(weights).suffix}"))
-    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    try:
+        shards = set(read_index(index)["weight_map"].values())
+    except CheckpointError:  # loading reports it
+        return True
     return all((folder / shard).exists() for shard in shards)
 
 
 def explain(spec: LoadSpec, error: Exception, part: str) -> str:
     """Say in one sentence why a part of a checkpoint, such as its tokenizer, cannot be read."""
     text = str(error)
-    if "trust_remote_code" in text:
+    if _UNTRUSTED in text:
         return (
             f"{spec.model_id} comes with Python code of its own; read it, and if you trust it pass "
             "trust_remote_code=True."
         )
-    if "does not recognize this architecture" in text:
+    if _UNKNOWN in text:
         from transformers import __version__
 
         kind = re.search(r"model type `([^`]+)`", text)
@@ -239,10 +308,10 @@ def explain(spec: LoadSpec, error: Exception, part: str) -> str:
         )
     if part == "tokenizer":
         return (
-            f"{spec.model_id} has no tokenizer that can be read ({first_line(error)}); copy the model's tokenizer "
+            f"{spec.model_id} has no tokenizer that can be read ({reason_of(error)}); copy the model's tokenizer "
             "files into its folder, or install what it needs: pip install sentencepiece tiktoken"
         )
-    return f"the {part} of {spec.model_id} cannot be read: {first_line(error)}"
+    return f"the {part} of {spec.model_id} cannot be read: {reason_of(error)}"
 
 
 def reads_text(config: Any) -> bool:
@@ -268,80 +337,15 @@ def _check_task(spec: LoadSpec, config: Any) -> None:
         raise UnsupportedError(msg)
 
 
-def reconcile(spec: LoadSpec, checkpoint: Checkpoint) -> tuple[Scheme, Any]:
-    """Combine the scheme asked for with that of the checkpoint.
-
-    Returns:
-        The scheme to load in, and the `quantization_config` for `from_pretrained`, or None.
-
-    Raises:
-        CheckpointError: If the checkpoint is quantized in another scheme, or not quantized although it has to be.
-    """
-    given = spec.quantization_config
-    asked = spec.scheme
-    if given is not None:
-        asked = scheme_of_config(given if isinstance(given, Mapping) else given.to_dict())
-    if checkpoint.quantization is None:
-        if asked is not None and asked.calibrated and isinstance(asked, GPTQ):
-            msg = (
-                f"{spec.model_id} is not quantized, and GPTQ takes calibration data, so it is not made while loading; "
-                "give a GPTQ checkpoint, or use quantization='nf4' or 'int8', which need none."
-            )
-            raise CheckpointError(msg)
-        asked = asked or Unquantized()
-        return asked, given if given is not None else asked.transformers_config(_dtype_name(spec, checkpoint.config))
-    stored = scheme_of_config(checkpoint.quantization)
-    if asked is None:
-        return stored, None
-    if type(asked) is not type(stored) or (isinstance(asked, Prequantized) and asked.method != stored.method):  # type: ignore[attr-defined]
-        msg = (
-            f"{spec.model_id} is already quantized ({label_of(stored)}), so it cannot be loaded as {label_of(asked)}; "
-            "leave quantization out, or give the unquantized checkpoint."
-        )
-        raise CheckpointError(msg)
-    for option, want in asked.to_dict().items():
-        has = getattr(stored, option)
-        if option not in ("name", "kernel") and want != (list(has) if isinstance(has, tuple) else has):
-            msg = (
-                f"{spec.model_id} was quantized with {option}={has!r}, not {want!r}; leave {option} out, or give "
-                "another checkpoint."
-            )
-            raise CheckpointError(msg)
-    if isinstance(asked, GPTQ) and isinstance(stored, GPTQ):
-        return dataclasses.replace(stored, kernel=asked.kernel), None
-    return stored, None
-
-
-def _dtype_name(spec: LoadSpec, config: Any) -> str:
-    """Return the name of the dtype for the unquantized part of the model."""
-    if spec.dtype != "auto":
-        return spec.dtype
-    text_config = config.get_text_config()
-    dtype = getattr(config, "dtype", None) or getattr(text_config, "dtype", None) or "float32"
-    return str(dtype).removeprefix("torch.")
-
-
-def check_attention(spec: LoadSpec) -> None:
-    """Check that the attention asked for can run here.
-
-    Raises:
-        MissingPackageError: If its package is not installed.
-        UnsupportedError: If it needs a GPU and there is none.
-    """
-    name = spec.attn_implementation
-    if name not in _FLASH_PACKAGES:
+def warn_of_adapter(spec: LoadSpec) -> None:
+    """Log that a checkpoint's folder also holds an adapter, which is not applied unless it is asked for."""
+    own = folder_of(spec.model_id) or spec.model_id
+    if any((folder_of(source) or source) == own for source in spec.adapters.values()):
         return
-    import torch
-
-    module, package = _FLASH_PACKAGES[name]
-    if not torch.cuda.is_available():
-        msg = (
-            f"attn_implementation={name!r} runs on CUDA GPUs only, and there is none here; use 'sdpa', which runs "
-            "everywhere."
-        )
-        raise UnsupportedError(msg)
-    if not is_installed(module):
-        msg = (
-            f"attn_implementation={name!r} needs {package}: {pip_install(package)}; or use 'sdpa', which needs nothing."
-        )
-        raise MissingPackageError(msg)
+    logger.warning(
+        "%s holds a whole model and, beside it, an adapter (%s), which is not applied; pass adapter=%r to apply it, or "
+        "move these files elsewhere.",
+        spec.model_id,
+        ADAPTER_CONFIG,
+        spec.model_id,
+    )

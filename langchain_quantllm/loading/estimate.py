@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from langchain_quantllm.errors import CheckpointError, UnsupportedError
-from langchain_quantllm.loading.checkpoint import read_config
+from langchain_quantllm.errors import UnsupportedError
+from langchain_quantllm.loading.checkpoint import UnknownModelError, explain, read_config, stored_in, warn_of_adapter
+from langchain_quantllm.loading.config_checks import check_parameters
+from langchain_quantllm.loading.foreign_errors import as_checkpoint_error
 from langchain_quantllm.loading.hub import Repository
-from langchain_quantllm.loading.sources import check_sources, folder_of
+from langchain_quantllm.loading.sources import ADAPTER_CONFIG, check_sources, folder_of
 from langchain_quantllm.loading.spec import LoadSpec
 from langchain_quantllm.memory.estimate import MemoryEstimate, estimate_config
 from langchain_quantllm.schemes import Scheme, scheme_from
@@ -37,7 +40,8 @@ def estimate_memory(
         scheme: Name of a scheme or a scheme. None takes the checkpoint's own `quantization_config`, or else
             leaves the weights unquantized. `"gptq"` for an unquantized checkpoint estimates the result of quantizing
             it in groups of 128.
-        dtype: Dtype to load in; None or `"auto"` takes the config's, or float32 if it names none.
+        dtype: Dtype to load in; None or `"auto"` takes the config's; if it names none, that of the weight files, where
+            they are on this machine, else float32.
         revision: Branch, tag or commit on the Hub.
         token: Access token of the Hub.
         cache_dir: Folder in which files of the Hub are kept.
@@ -73,8 +77,14 @@ def estimate_memory(
             source = str(config_file.parent)
     try:
         config, _ = read_config(spec, source)
-    except CheckpointError as error:
-        if isinstance(error.__cause__, ValueError):  # a model type that is unknown here, or code that is not trusted
-            raise UnsupportedError(str(error)) from error.__cause__
-        raise
-    return estimate_config(config, scheme, dtype=dtype, name=model_id, trust_remote_code=trust_remote_code)
+    except UnknownModelError as error:
+        raise UnsupportedError(str(error)) from error.__cause__
+    folder = folder_of(source)
+    with as_checkpoint_error(lambda error: explain(spec, error, "config")):
+        stored = None if folder is None else stored_in(spec, config, folder)
+        if folder is not None and (Path(folder) / ADAPTER_CONFIG).exists():
+            warn_of_adapter(spec)
+        estimate = estimate_config(config, scheme, dtype=dtype, name=model_id, trust_remote_code=trust_remote_code)
+        if stored is not None:
+            check_parameters(estimate, stored, quantized=getattr(config, "quantization_config", None) is not None)
+    return estimate

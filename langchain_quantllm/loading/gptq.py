@@ -20,7 +20,6 @@ Use bfloat16 on the CPU, where most of these kernels are ten times slower in flo
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -35,6 +34,8 @@ from langchain_quantllm.errors import (
     UnsupportedError,
     nearest,
 )
+from langchain_quantllm.loading.json_files import read_json
+from langchain_quantllm.loading.stored_tensors import read_header
 from langchain_quantllm.schemes import GPTQ, GPTQ_BITS
 
 FORMATS = ("gptq", "gptq_v2")
@@ -85,9 +86,12 @@ def read_gptq_checkpoint(file_names: Collection[str], fetch: Callable[[str], Pat
         path = fetch(name) if name in file_names else None
         if path is None:
             continue
-        content = _read_json(path)
+        content = read_json(path)
         if name == "config.json":
             content = content.get("quantization_config") or {}
+            if not isinstance(content, dict):
+                msg = f"{path} says quantization_config={content!r}, which is no JSON object; get the file again."
+                raise CheckpointError(msg)
             if content and content.get("quant_method", "gptq") != "gptq":
                 return None
         # Other tools write files of these names too; those of GPTQ have at least the number of bits.
@@ -104,18 +108,6 @@ def read_gptq_checkpoint(file_names: Collection[str], fetch: Callable[[str], Pat
 def read_gptq_folder(folder: Path) -> GPTQCheckpoint | None:
     """Read the settings of a GPTQ checkpoint in a local folder; see `read_gptq_checkpoint`."""
     return read_gptq_checkpoint(os.listdir(folder), lambda name: folder / name)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        msg = f"{path} is not JSON: {error}; download the checkpoint again."
-        raise CheckpointError(msg) from error
-    if not isinstance(content, dict):
-        msg = f"{path} does not hold a JSON object; download the checkpoint again."
-        raise CheckpointError(msg)
-    return content
 
 
 def _normalized(content: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -207,11 +199,9 @@ def read_layer_sizes(weight_files: Iterable[Path], config: Mapping[str, Any]) ->
     Raises:
         CheckpointError: If a file is not a safetensors file, or a layer has other bits or groups.
     """
-    shapes: dict[str, list[int]] = {}
-    for path in weight_files:
-        shapes |= _read_shapes(path)
+    shapes = {name: tensor.shape for path in weight_files for name, tensor in read_header(path).items()}
     sizes = {}
-    for key, (words, _) in ((k, v) for k, v in shapes.items() if k.endswith(".qweight")):
+    for key, (words, _) in ((k, v) for k, v in shapes.items() if k.endswith(".qweight") and len(v) == 2):
         layer = key.removesuffix(".qweight")
         bits = config["bits"]
         in_features = shapes[f"{layer}.g_idx"][0] if f"{layer}.g_idx" in shapes else words * 32 // bits
@@ -228,17 +218,6 @@ def read_layer_sizes(weight_files: Iterable[Path], config: Mapping[str, Any]) ->
             raise CheckpointError(msg)
         sizes[layer] = in_features
     return sizes
-
-
-def _read_shapes(path: Path) -> dict[str, list[int]]:
-    """Read the shapes of a safetensors file. Source: safetensors' README, section Format."""
-    try:
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
-    except (ValueError, MemoryError, OverflowError, KeyError, TypeError, AttributeError) as error:
-        msg = f"{path} is not a safetensors file; download the checkpoint again."
-        raise CheckpointError(msg) from error
 
 
 # Kernels.

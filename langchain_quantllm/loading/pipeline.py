@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from langchain_quantllm.compat.accelerate import has_device_map
 from langchain_quantllm.compat.bitsandbytes import filter_cast_warnings, shape_of
 from langchain_quantllm.compat.library_logging import progress_bars
+from langchain_quantllm.compat.transformers_auto import has_applied_adapter, without_adapter
 from langchain_quantllm.errors import (
     CheckpointError,
     InvalidOptionError,
@@ -25,9 +25,12 @@ from langchain_quantllm.errors import (
 )
 from langchain_quantllm.loading.checkpoint import Checkpoint, explain
 from langchain_quantllm.loading.devices import devices_named, release_memory
+from langchain_quantllm.loading.foreign_errors import as_checkpoint_error
 from langchain_quantllm.loading.hub import hub_options
 from langchain_quantllm.loading.processors import load_processor
 from langchain_quantllm.loading.spec import LoadSpec
+from langchain_quantllm.loading.stored_tensors import INDEX, read_index
+from langchain_quantllm.loading.tokenizer_files import check_tokenizer_files
 from langchain_quantllm.memory import model_build_lock
 
 
@@ -76,7 +79,11 @@ def load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: A
                 output_loading_info=True,
                 **options,
                 **checkpoint.model_kwargs,
+                **without_adapter(),
             )
+    if has_applied_adapter(model):
+        msg = f"an adapter beside the weights of {spec.model_id} was applied to them; move its files elsewhere."
+        raise CheckpointError(msg)
     _check_complete(spec, checkpoint, model, info)
     model.eval()
     filter_cast_warnings(model)
@@ -91,10 +98,10 @@ def _load_tokenizer(spec: LoadSpec, checkpoint: Checkpoint) -> Any:
     from transformers import AutoTokenizer
 
     hub = hub_options(spec, checkpoint.source if checkpoint.local else None)
-    try:
+    with as_checkpoint_error(lambda error: explain(spec, error, "tokenizer")):
+        if checkpoint.local:
+            check_tokenizer_files(Path(checkpoint.source))
         return AutoTokenizer.from_pretrained(checkpoint.source, **hub)
-    except (ValueError, OSError, ImportError) as error:
-        raise CheckpointError(explain(spec, error, "tokenizer")) from error
 
 
 def _dtype(spec: LoadSpec, checkpoint: Checkpoint, device_map: Any) -> Any:
@@ -191,8 +198,8 @@ def _clearer_error(spec: LoadSpec, source: str, error: Exception) -> QuantLLMErr
 
 
 def _missing_shard(folder: str) -> str | None:
-    index = Path(folder) / "model.safetensors.index.json"
+    index = Path(folder) / INDEX
     if not index.is_file():
         return None
-    shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    shards = sorted(set(read_index(index)["weight_map"].values()))
     return next((shard for shard in shards if not (index.parent / shard).is_file()), None)

@@ -26,8 +26,11 @@ from langchain_quantllm.compat.packages import check_packages, label_of
 from langchain_quantllm.engine.clean_thread import in_clean_thread
 from langchain_quantllm.engine.process import check_process, note_loading
 from langchain_quantllm.errors import UnsupportedError
-from langchain_quantllm.loading.adapters import check_adapters_fit, find_adapters, load_adapters
-from langchain_quantllm.loading.checkpoint import Checkpoint, check_attention, find_checkpoint, find_source, reconcile
+from langchain_quantllm.loading.adapter_weights import load_adapters
+from langchain_quantllm.loading.adapters import check_adapters_fit, check_adapters_share, find_adapters
+from langchain_quantllm.loading.checkpoint import Checkpoint, find_checkpoint, find_source, warn_of_adapter
+from langchain_quantllm.loading.choices import check_attention, check_expert_layout, reconcile
+from langchain_quantllm.loading.config_checks import check_parameters
 from langchain_quantllm.loading.devices import (
     default_device_map,
     devices_named,
@@ -35,6 +38,7 @@ from langchain_quantllm.loading.devices import (
     release_memory,
     reset_peaks,
 )
+from langchain_quantllm.loading.foreign_errors import as_checkpoint_error, reason_of
 from langchain_quantllm.loading.gptq import check_gptq, read_layer_sizes
 from langchain_quantllm.loading.pipeline import load_pipeline
 from langchain_quantllm.loading.spec import LoadSpec
@@ -276,14 +280,23 @@ def load(spec: LoadSpec, source: str | None = None) -> LoadedModel:
         NotEnoughMemoryError: If it does not fit.
     """
     note_loading()
+    with as_checkpoint_error(lambda error: f"{spec.model_id} cannot be loaded: {reason_of(error)}"):
+        return _load(spec, source)
+
+
+def _load(spec: LoadSpec, source: str | None) -> LoadedModel:
     source = find_source(spec) if source is None else source
     check_packages(spec.scheme)
     import_quietly()
     adapters = find_adapters(spec)
+    check_adapters_share(adapters)
     checkpoint = find_checkpoint(spec, source)
+    if checkpoint.has_adapter:
+        warn_of_adapter(spec)
     scheme, quantization_config = reconcile(spec, checkpoint)
     check_packages(scheme)
     check_attention(spec)
+    check_expert_layout(spec, checkpoint)
     device_map = default_device_map(spec)
     devices = devices_named(device_map, spec.max_memory)
     quiet = contextlib.nullcontext() if isinstance(scheme, Prequantized) else without_torchao()
@@ -299,6 +312,8 @@ def load(spec: LoadSpec, source: str | None = None) -> LoadedModel:
                 checkpoint.config, scheme, dtype=spec.dtype, trust_remote_code=spec.trust_remote_code
             )
         if estimate is not None:
+            if checkpoint.stored is not None:
+                check_parameters(estimate, checkpoint.stored, quantized=checkpoint.quantization is not None)
             check_fits(estimate, devices, max_memory=spec.max_memory)
         with track_memory([d for d in devices if d != "cpu"]) as tracked:
             pipeline = load_pipeline(spec, checkpoint, quantization_config, device_map)

@@ -24,6 +24,7 @@ from langchain_quantllm.errors import (
     closest,
     pip_install,
 )
+from langchain_quantllm.loading.json_files import json_or_empty
 
 ADAPTER_CONFIG = "adapter_config.json"
 """peft's file with the settings of an adapter."""
@@ -99,7 +100,7 @@ def folder_of(model_id: str) -> str | None:
 def stored_quantization(model_id: str) -> dict[str, Any] | None:
     """Return the quantization config in a local folder's config.json; None if there is none, or no folder."""
     folder = folder_of(model_id)
-    quantization = None if folder is None else _read(Path(folder) / "config.json").get("quantization_config")
+    quantization = None if folder is None else json_or_empty(Path(folder) / "config.json").get("quantization_config")
     return quantization if isinstance(quantization, dict) else None
 
 
@@ -227,7 +228,8 @@ def wrong_folder(folder: Path, repository: str | None = None) -> QuantLLMError |
         repository: Name of the repository that it is a copy of; None for a user's own folder.
     """
     files = sorted(os.listdir(folder))
-    return wrong_files(repository or str(folder), files, lambda name: _read(folder / name), is_local=repository is None)
+    name, is_local = repository or str(folder), repository is None
+    return wrong_files(name, files, lambda file: json_or_empty(folder / file), is_local=is_local)
 
 
 def wrong_files(
@@ -258,6 +260,8 @@ def wrong_files(
     is_onnx = any(file.endswith((".onnx", ".onnx_data")) or file.startswith("openvino_model") for file in files)
     if "config.json" not in files:
         return _without_config(name, what, files, read, is_local=is_local)
+    if ADAPTER_CONFIG in files and not any(map(_is_model, weights)):  # as trainers save it
+        return _adapter_only(name, what, read)
     if not weights and ggufs:
         return _gguf_only(name, ggufs[0], is_local=is_local)
     if not weights and is_onnx:
@@ -272,10 +276,7 @@ def _without_config(
     name: str, what: str, files: Collection[str], read: Callable[[str], Mapping[str, Any]], *, is_local: bool
 ) -> QuantLLMError:
     if ADAPTER_CONFIG in files:
-        base = read(ADAPTER_CONFIG).get("base_model_name_or_path")
-        hint = f"write model_id={base!r}, adapter={name!r}." if base else None
-        hint = hint or f"pass the base model as model_id= and adapter={name!r}."
-        return ModelNotFoundError(f"{what} holds an adapter, not a model; {hint}")
+        return _adapter_only(name, what, read)
     if ggufs := _ggufs(files):
         return _gguf_only(name, ggufs[0], is_local=is_local)
     if not files:
@@ -303,6 +304,18 @@ def _without_config(
     return ModelNotFoundError(f"{what} has no config.json; is it a transformers checkpoint?")
 
 
+def _adapter_only(name: str, what: str, read: Callable[[str], Mapping[str, Any]]) -> QuantLLMError:
+    base = read(ADAPTER_CONFIG).get("base_model_name_or_path")
+    hint = f"write model_id={base!r}, adapter={name!r}." if isinstance(base, str) and base else None
+    hint = hint or f"pass the base model as model_id= and adapter={name!r}."
+    return ModelNotFoundError(f"{what} holds an adapter, not a model; {hint}")
+
+
+def _is_model(file: str) -> bool:
+    """Say whether a file of weights may be a model's, and is none that trainers save beside an adapter."""
+    return Path(file).suffix in (".safetensors", ".bin") and not file.startswith(("adapter_model", "training_args"))
+
+
 def _ggufs(files: Collection[str]) -> list[str]:
     """List the GGUF files; those that only project images into a model come last."""
     return sorted((f for f in files if f.endswith(".gguf")), key=lambda f: Path(f).name.startswith("mmproj"))
@@ -328,12 +341,13 @@ def _wrong_config(what: str, config: Mapping[str, Any]) -> QuantLLMError | None:
             f"{what} holds a model for Apple's MLX, which transformers does not load; give the checkpoint that it was "
             "made of, with quantization='nf4' for 4 bits."
         )
-    kind = config.get("model_type")
+    kind = config.get("model_type") if isinstance(config.get("model_type"), str) else None
     if kind in _SPEECH:
         return UnsupportedError(f"{what} holds a {kind!r} model, which turns speech into text; {_ADVICE}")
     named = config.get("architectures")
     names = [str(name) for name in named] if isinstance(named, list) else []
-    has_code = {"AutoModelForCausalLM", "AutoModelForImageTextToText"} & set(config.get("auto_map") or ())
+    code = config.get("auto_map")
+    has_code = isinstance(code, dict) and {"AutoModelForCausalLM", "AutoModelForImageTextToText"} & code.keys()
     if has_code or config.get("is_decoder") or any(name.endswith(_WRITERS) for name in names):
         return None
     for name in names:
@@ -343,11 +357,3 @@ def _wrong_config(what: str, config: Mapping[str, Any]) -> QuantLLMError | None:
     if kind in _ENCODERS:
         return UnsupportedError(f"{what} {_EMBEDDING}")
     return None
-
-
-def _read(file: Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # loading reports it
-        return {}
-    return content if isinstance(content, dict) else {"": content}

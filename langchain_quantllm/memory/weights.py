@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from langchain_quantllm.compat.bitsandbytes import is_quantized, is_state, states_of
+from langchain_quantllm.compat.bitsandbytes import is_quantized, is_state, shape_of, states_of
 from langchain_quantllm.compat.transformers_quantizers import float32_patterns, replaced_by_bitsandbytes
 from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.schemes import FP4, GPTQ, NF4, Int8, Scheme, Unquantized
@@ -187,6 +187,18 @@ def weight_bytes(
         UnsupportedError: If no formula is known for the scheme, or GPTQ finds no block of layers.
     """
     return _sum_by_kind(_computed_sizes(model, scheme, dtype, options or {}))
+
+
+def parameter_counts(model: PreTrainedModel) -> tuple[int, int]:
+    """Count the parameters of a loaded model: those that bitsandbytes holds quantized, and all, as if unquantized."""
+    shapes = {id(m.weight): shape for m in model.modules() if (shape := shape_of(m)) is not None}
+    quantized = sum(map(math.prod, shapes.values()))
+    return quantized, quantized + sum(p.numel() for p in model.parameters() if id(p) not in shapes)
+
+
+def expert_parameters(model: PreTrainedModel) -> int:
+    """Count the parameters that hold the weights of all experts of a layer at once, which no scheme quantizes."""
+    return sum(p.numel() for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name)
 
 
 def _computed_sizes(

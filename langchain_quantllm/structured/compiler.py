@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from langchain_quantllm.compat.packages import is_installed
 from langchain_quantllm.engine.request import TokenMask
 from langchain_quantllm.errors import InvalidOptionError, MissingPackageError, UnsupportedError, pip_install
+from langchain_quantllm.structured.call_layout import after_reasoning, calls_layout, has_trigger, value_ends, writable
 from langchain_quantllm.structured.constraints import (
     Choice,
     Constraint,
@@ -27,7 +28,6 @@ from langchain_quantllm.structured.constraints import (
 )
 from langchain_quantllm.structured.json_schema import StrictSchema, check_pattern, longest
 from langchain_quantllm.structured.mask import CompiledConstraint, GrammarMask, Vocabulary
-from langchain_quantllm.structured.tool_formats import HERMES, ToolFormat
 
 _CACHED = 32
 _CACHE_BYTES = 256 << 20
@@ -83,7 +83,7 @@ class Compiler:
             raise MissingPackageError(msg)
         import xgrammar
 
-        if isinstance(constraint, ToolCalls) and constraint.mode == "auto" and not _has_trigger(constraint.format):
+        if isinstance(constraint, ToolCalls) and constraint.mode == "auto" and not has_trigger(constraint.format):
             return None
         with self._lock:
             if self._compiler is None:
@@ -122,20 +122,23 @@ class Compiler:
         self._compiler = xgrammar.GrammarCompiler(read, max_threads=4, cache_limit_bytes=_CACHE_BYTES)
 
     def _compile(self, constraint: Constraint) -> CompiledConstraint:
+        is_auto = isinstance(constraint, ToolCalls) and constraint.mode == "auto"
         try:
             layout, reserve, grows = _layout(constraint)
             style = marks = ""
+            ends: tuple[str, ...] = ()
             endings: tuple[str, ...] = ()
             parts = constraint.options if isinstance(constraint, Either) else (constraint,)
             calls = next((part for part in parts if isinstance(part, ToolCalls)), None)
             if any(isinstance(part, JSONSchema | JSONObject) for part in parts):
                 style = "json"
             if calls is not None:
-                written = _writable(calls.format)
+                written = writable(calls.format)
+                ends = value_ends(written)
                 style, endings = written.style, (written.call_end + written.closing, written.closing)
                 marks = "\n".join((written.opening, written.call, *endings))
             if constraint.reasoning is not None:
-                layout = _after_reasoning(layout, constraint.reasoning)
+                layout = after_reasoning(layout, constraint.reasoning, may_end_open=is_auto)
                 marks += "\n".join(constraint.reasoning[:2])
             grammar = self._compiler.compile_structural_tag({"type": "structural_tag", "format": layout})
         except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
@@ -148,7 +151,8 @@ class Compiler:
             grows=grows,
             style=style,
             endings=tuple(e.encode() for e in endings),
-            is_auto=isinstance(constraint, ToolCalls) and constraint.mode == "auto",
+            value_ends=tuple(e.encode() for e in ends),
+            is_auto=is_auto,
             allowed_outside=~words.bits(
                 i for i in words.special if words.tokens[i].decode(errors="replace") not in marks
             ),
@@ -160,15 +164,6 @@ def _reason(error: Exception) -> str:
     """Return an error's message without xgrammar's time and source line."""
     text = re.sub(r"^\[[\d:]+\] \S+:\d+: ", "", str(error)).strip() or type(error).__name__
     return text if text.endswith(".") else f"{text}."
-
-
-def _has_trigger(tools: ToolFormat) -> bool:
-    return bool(tools.trigger) and _writable(tools) is tools and (tools.opening or tools.call).startswith(tools.trigger)
-
-
-def _writable(tools: ToolFormat) -> ToolFormat:
-    """Return a format that xgrammar can write: the given one, or Hermes, which is read in every format's answers."""
-    return tools if tools.style in ("json", "qwen_xml") else HERMES
 
 
 def _json(schema: Any, style: str = "json") -> _Layout:
@@ -197,40 +192,6 @@ def _layout(constraint: Constraint) -> _Layout:
         layouts, reserves, growing = zip(*map(_layout, constraint.options), strict=True)
         return _Layout({"type": "or", "elements": list(layouts)}, max(reserves), any(growing))
     if isinstance(constraint, ToolCalls):
-        return _calls(constraint)
+        return _Layout(*calls_layout(constraint, _json))
     msg = f"{type(constraint).__name__} is not a known constraint"
     raise TypeError(msg)
-
-
-def _calls(constraint: ToolCalls) -> _Layout:
-    """Lay out tool calls, amid text or alone."""
-    tools = _writable(constraint.format)
-    calls, reserve, grows = [], 0, False
-    for text in constraint.tools:
-        function = json.loads(str(text))["function"]
-        parameters = function.get("parameters") or {"type": "object", "properties": {}}
-        content, tokens, more = _json(parameters, tools.style)
-        calls.append({"type": "tag", "begin": tools.begin(function["name"]), "content": content, "end": tools.call_end})
-        reserve, grows = max(reserve, tokens), grows or more
-    marks = tools.call + tools.call_end + tools.separator + tools.closing
-    # A character outside ASCII may take a token for each of its bytes.
-    reserve += len(marks) // 2 if marks.isascii() else len(marks.encode())
-    once = not constraint.parallel
-    section: dict[str, Any] = {"type": "tags_with_separator", "tags": calls, "separator": tools.separator}
-    section |= {"at_least_one": True, "stop_after_first": once}
-    if tools.opening:
-        section = {"type": "tag", "begin": tools.opening, "content": section, "end": tools.closing}
-    if constraint.mode == "required":
-        return _Layout(section, reserve, grows)
-    tags = [section] if tools.opening else calls
-    free = {"type": "triggered_tags", "triggers": [tools.trigger], "tags": tags, "stop_after_first": once}
-    return _Layout(free, reserve, grows)
-
-
-def _after_reasoning(layout: dict[str, Any], reasoning: tuple[str, str, bool]) -> dict[str, Any]:
-    """Lay out reasoning before an answer; it may be left out where the prompt has not opened it."""
-    begin, end, is_open = reasoning
-    reasoned = {"type": "tag", "begin": "" if is_open else begin, "content": {"type": "any_text"}, "end": end}
-    gap = {"type": "regex", "pattern": "[\\n ]{0,2}"}
-    both = {"type": "sequence", "elements": [reasoned, gap]}
-    return {"type": "sequence", "elements": [both if is_open else {"type": "optional", "content": both}, layout]}

@@ -23,8 +23,9 @@ class CompiledConstraint:
     grammar: Any
     reserve: int  # the most tokens needed to close the text
     grows: bool  # whether that number grows with the brackets that are open
-    style: str  # "json", "qwen_xml" or "" where only the grammar tells the end of a text
+    style: str  # "json", "qwen_xml", "glm_xml" or "" where only the grammar tells the end of a text
     endings: tuple[bytes, ...]  # the end of the text after the last call's arguments, and after the call
+    value_ends: tuple[bytes, ...]  # in XML, the texts that may end a value
     is_auto: bool
     allowed_outside: Any  # ordinary tokens, and the special tokens that mark calls or reasoning
     reasoning: tuple[str, str, bool] | None
@@ -216,8 +217,9 @@ class GrammarMask(TokenMask):
             self._pending = b""
             if self._force(bits, certain):
                 return
-        if self._compiled.style == "qwen_xml" and self._ends_value() and self._force(bits, b"</parameter>"):
-            return
+        for end in self._compiled.value_ends:
+            if self._ends_value(end) and self._force(bits, end):
+                return
         if not self._compiled.style:
             end = self._pending or self._shortest_end()
             if end:
@@ -236,12 +238,12 @@ class GrammarMask(TokenMask):
         except UnicodeDecodeError:  # it begins or ends within a character
             return b""
 
-    def _ends_value(self) -> bool:
-        """Whether a parameter's end mark, or the rest of it, would end a value and not be a part of it."""
+    def _ends_value(self, end: bytes) -> bool:
+        """Whether an end of a parameter's value, or the rest of it, would end the value and not be a part of it."""
         import torch
 
         ahead = self._matcher.fork()
-        if not ahead.accept_string(self._pending or b"</parameter>"):
+        if not ahead.accept_string(self._pending or end):
             return False
         bits = torch.full_like(self._stops if self._stops is not None else self._vocabulary.space, -1)
         ahead.fill_next_token_bitmask(bits, 0)

@@ -28,7 +28,7 @@ class ToolFormat:
         opening: The text before the first call.
         separator: The text between two calls.
         closing: The text after the last call.
-        style: The notation of the arguments: `"json"`, `"qwen_xml"`, `"python"` or `"gemma"`.
+        style: The notation of the arguments: `"json"`, `"qwen_xml"`, `"glm_xml"`, `"python"` or `"gemma"`.
         inner: Further marks that a call may contain; the parser must see those that are special tokens.
     """
 
@@ -103,7 +103,29 @@ _FUNCTION_GEMMA = ToolFormat(
     inner=("<escape>",),
 )
 
+_GLM = ToolFormat(
+    name="glm",
+    marks=("<arg_key>", "<arg_value>"),
+    trigger="<tool_call>",
+    call="<tool_call>{name}\n",
+    call_end="</tool_call>",
+    separator="\n",
+    style="glm_xml",
+)
+
+HARMONY = ToolFormat(
+    name="harmony",
+    marks=("<|start|>", "<|channel|>", "<|message|>"),
+    trigger="<|channel|>commentary to=functions.",
+    call="<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>",
+    call_end="",  # <|call|> ends the answer
+    separator="",
+    inner=("<|start|>", "<|end|>", "<|call|>", "<|return|>"),
+)
+"""gpt-oss: an answer is messages in channels, and a call is one of them."""
+
 FORMATS: tuple[ToolFormat, ...] = (
+    HARMONY,
     ToolFormat(
         name="qwen_coder",
         marks=("<tool_call>", "<function=", "<parameter="),
@@ -113,6 +135,8 @@ FORMATS: tuple[ToolFormat, ...] = (
         separator="\n",
         style="qwen_xml",
     ),
+    replace(_GLM, name="glm_4_7", marks=("</arg_key><arg_value>",), call="<tool_call>{name}"),
+    _GLM,
     replace(
         _DEEPSEEK_V31,
         name="deepseek_v3",
@@ -204,6 +228,13 @@ REASONING: tuple[ReasoningFormat, ...] = (
     ReasoningFormat("<|channel>thought", "<channel|>"),  # Gemma 4
 )
 """All formats of reasoning."""
+
+
+HARMONY_REASONING = ReasoningFormat("<|channel|>analysis<|message|>", "<|end|><|start|>assistant")
+"""That of gpt-oss, whose calls are in the format `HARMONY`."""
+
+FINAL_HEADER = "<|channel|>final<|message|>"
+"""The header of gpt-oss's answer to the user."""
 
 
 def reasoning_of(texts: str) -> ReasoningFormat | None:

@@ -7,18 +7,30 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from langchain_quantllm.chat.harmony import HarmonyParser
 from langchain_quantllm.chat.output_parser import AnswerParser
+from langchain_quantllm.chat.pieces import Piece
 from langchain_quantllm.chat.response_template import TemplateParser
 from langchain_quantllm.chat.result import MessageBuilder
-from langchain_quantllm.chat.tool_calls import Piece
-from langchain_quantllm.structured.tool_formats import FORMATS, HERMES, REASONING, ToolFormat, format_of, reasoning_of
+from langchain_quantllm.structured.tool_formats import (
+    FORMATS,
+    HARMONY,
+    HERMES,
+    REASONING,
+    ToolFormat,
+    format_of,
+    reasoning_of,
+)
 
 FORMAT = {entry.name: entry for entry in FORMATS}
+AMID_TEXT = [entry for entry in FORMATS if entry != HARMONY]  # whose answers are texts with calls in them
 THINK = REASONING[0]
 
 TOOLS = [
@@ -57,6 +69,11 @@ XML = (
     "</function>\n</tool_call>"
 )
 
+GLM = (
+    "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n"
+    "<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n</tool_call>"
+)
+
 # name of the format, the answer, its text, its calls
 ANSWERS: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
     ("hermes", HERMES_PARIS, "", [PARIS]),
@@ -85,9 +102,11 @@ ANSWERS: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
     ("pythonic", "[now(), other(a=1), ]", "", [NOW, ("other", {"a": 1})]),
     ("pythonic", "[1] As the source says, now() is", "[1] As the source says, now() is", []),
     ("pythonic", "[other(a=1)]", "[other(a=1)]", []),
-    ("lfm2", 'So: <|tool_call_start|>[get_weather(city="Paris", days=3)]<|tool_call_end|>Wait.', "So:Wait.", [PARIS]),
+    ("lfm2", '<|tool_call_start|>[get_weather(city="Paris", days=3), now()]<|tool_call_end|>', "", BOTH),
+    ("lfm2", 'So: <|tool_call_start|>[get_weather(city="Paris", days=3)]<|tool_call_end|>Wait.', "So: Wait.", [PARIS]),
     ("mistral", '[TOOL_CALLS] [{"name": "get_weather", "arguments": ' + P + '}, {"name": "now", "arguments": {}}]', "",
      BOTH),
+    ("mistral_tekken", '[TOOL_CALLS][{"name": "get_weather", "arguments": ' + P + "}]", "", [PARIS]),
     ("mistral", '[TOOL_CALLS][{"name": "now", "arguments": {}, "id": "abcdefghi"}]', "", [NOW]),
     ("mistral_args", "Hm. [TOOL_CALLS]get_weather[ARGS]" + P + "[TOOL_CALLS]now[ARGS]{}", "Hm.", BOTH),
     ("mistral_args", "[TOOL_CALLS]get_weather" + P, "", [PARIS]),
@@ -99,6 +118,7 @@ ANSWERS: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
     ("deepseek_v3", DEEPSEEK[0] + V3.format("get_weather", P) + "\n" + V3.format("now", "{}") + DEEPSEEK[1], "", BOTH),
     ("deepseek_v31", "Ok." + DEEPSEEK[0] + V31.format("get_weather", P) + V31.format("now", "{}") + DEEPSEEK[1], "Ok.",
      BOTH),
+    ("deepseek_v31", DEEPSEEK[0] + V31.format("get_weather", P) + DEEPSEEK[1], "", [PARIS]),
     ("cohere", '<|START_ACTION|>[\n    {"tool_call_id": "0", "tool_name": "get_weather", "parameters": ' + P
      + '},\n    {"tool_call_id": "1", "tool_name": "now", "parameters": {}}\n]<|END_ACTION|>', "", BOTH),
     ("cohere", "<|START_RESPONSE|>Hello.<|END_RESPONSE|>", "Hello.", []),
@@ -109,12 +129,73 @@ ANSWERS: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
      "<parameter=days>\nsome\n</parameter>\n</function>\n</tool_call>", "",
      [("get_weather", {"city": "A\n\nB < C", "hours": [1, 2], "exact": True, "days": "some"})]),
     ("qwen_coder", HERMES_PARIS, "", [PARIS]),
+    ("glm", GLM, "", [PARIS]),
+    ("glm", f"I look.\n{GLM}\n<tool_call>now\n</tool_call>", "I look.", BOTH),
+    ("glm", f"I look.{GLM}I wait.", "I look.\nI wait.", [PARIS]),
+    ("glm", "<tool_call>other\n<arg_key>q</arg_key>\n<arg_value>a < b\n</arg_value>\n</tool_call>", "",
+     [("other", {"q": "a < b\n"})]),
+    ("glm", HERMES_PARIS, "", [PARIS]),
+    ("glm_4_7", GLM.replace("\n", "") + "<tool_call>now</tool_call>", "", BOTH),
     ("function_gemma", "<start_function_call>call:get_weather{city:<escape>Paris<escape>,days:3}<end_function_call>"
      "<start_function_call>call:now{}<end_function_call>", "", BOTH),
     ("gemma4", '<|tool_call>call:get_weather{city:<|"|>P, {x: "1"}<|"|>,hours:[1,2],exact:true}<tool_call|>', "",
      [("get_weather", {"city": 'P, {x: "1"}', "hours": [1, 2], "exact": True})]),
     ("gemma4", '<|tool_call>call:f{a:{b:[<|"|>c<|"|>,null]}}', "", [("f", {"a": {"b": ["c", None]}})]),
 ]  # fmt: skip
+
+END_TAGS = [
+    "</tool_call>", "</function>", "</parameter>", "</arg_value>", "<arg_key>", "<tool_call>", "[TOOL_CALLS]", "[ARGS]",
+    "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>", "<|/tool_call|>", "<|tool_call|>", "<|END_ACTION|>", "<tool_call|>",
+    "<end_function_call>", "<|tool_call_end|>", "<|python_tag|>", "```", "</tools>", "</think>", "<|end|>", "<|call|>",
+    "<|start|>", "<|message|>",
+]  # fmt: skip
+J = json.dumps
+QWEN_CALL = "<tool_call>\n<function=get_weather>\n<parameter=city>\n{}\n</parameter>\n</function>\n</tool_call>"
+GLM_CALL = "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>{}</arg_value>\n</tool_call>"
+WRITERS: dict[str, Callable[[str], str]] = {
+    "hermes": lambda v: f'<tool_call>\n{{"name": "get_weather", "arguments": {{"city": {J(v)}}}}}\n</tool_call>',
+    "llama3": lambda v: f'{{"name": "get_weather", "parameters": {{"city": {J(v)}}}}}',
+    "pythonic": lambda v: f"[get_weather(city={J(v)})]",
+    "lfm2": lambda v: f"<|tool_call_start|>[get_weather(city={J(v)})]<|tool_call_end|>",
+    "mistral": lambda v: f'[TOOL_CALLS] [{{"name": "get_weather", "arguments": {{"city": {J(v)}}}}}]',
+    "mistral_tekken": lambda v: f'[TOOL_CALLS][{{"name": "get_weather", "arguments": {{"city": {J(v)}}}}}]',
+    "mistral_args": lambda v: f'[TOOL_CALLS]get_weather[ARGS]{{"city": {J(v)}}}',
+    "phi4": lambda v: f'<|tool_call|>[{{"name": "get_weather", "arguments": {{"city": {J(v)}}}}}]<|/tool_call|>',
+    "granite": lambda v: f'<|tool_call|>[{{"name": "get_weather", "arguments": {{"city": {J(v)}}}}}]',
+    "deepseek_v3": lambda v: DEEPSEEK[0] + V3.format("get_weather", J({"city": v})) + DEEPSEEK[1],
+    "deepseek_v31": lambda v: DEEPSEEK[0] + V31.format("get_weather", J({"city": v})) + DEEPSEEK[1],
+    "cohere": lambda v: (
+        f'<|START_ACTION|>[{{"tool_name": "get_weather", "parameters": {{"city": {J(v)}}}}}]<|END_ACTION|>'
+    ),
+    "qwen_coder": QWEN_CALL.format,
+    "glm": GLM_CALL.format,
+    "glm_4_7": lambda v: GLM_CALL.replace("\n", "").format(v),
+    "function_gemma": lambda v: f"<start_function_call>call:get_weather{{city:<escape>{v}<escape>}}<end_function_call>",
+    "gemma4": lambda v: f'<|tool_call>call:get_weather{{city:<|"|>{v}<|"|>}}<tool_call|>',
+    "harmony": lambda v: (
+        f'<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{{"city": {J(v)}}}<|call|>'
+    ),
+}
+"""How each family writes a call with one text."""
+
+H_THINK = "<|channel|>analysis<|message|>I look.<|end|><|start|>assistant"
+H_CALL = "<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>" + P
+HARMONY_ANSWERS: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
+    ("<|channel|>final<|message|>Hello.<|return|>", "Hello.", "", []),
+    (f"{H_THINK}<|channel|>final<|message|>Hello.", "Hello.", "I look.", []),
+    (f"{H_THINK}{H_CALL}<|call|>", "", "I look.", [PARIS]),
+    (f"{H_THINK}{H_CALL}", "", "I look.", [PARIS]),
+    (f"{H_THINK} to=functions.get_weather<|channel|>commentary json<|message|>{P}<|call|>", "", "I look.", [PARIS]),
+    (f"<|channel|>commentary<|message|>First.<|end|><|start|>assistant{H_CALL}<|call|>", "First.", "", [PARIS]),
+    (f"{H_THINK}<|channel|>analysis<|message|>Again.<|end|>", "", "I look.\nAgain.", []),
+    (f"{H_CALL}<|call|><|start|>assistant<|channel|>commentary to=functions.now<|message|>{{}}<|call|>", "", "", BOTH),
+    ("<|channel|>commentary<|message|>One.<|end|><|start|>assistant<|channel|>final<|message|>Two.", "One.\nTwo.", "",
+     []),
+    ("Hello.", "Hello.", "", []),
+    (f"{H_THINK}<|channel|>final text<|message|>Hello.", "text\nHello.", "I look.", []),
+    ('{"a": 1}', '{"a": 1}', "", []),
+]  # fmt: skip
+"""Answers, their text, their reasoning, and their calls."""
 
 LENIENT: list[tuple[str, str, list[tuple[str, Any]]]] = [
     ('Here:\n```json\n{"name": "get_weather", "arguments": ' + P + "}\n```", "Here:", [PARIS]),
@@ -160,10 +241,10 @@ def parse(parser: Any, parts: list[str]) -> tuple[str, str, list[tuple[str, Any]
     return text, reasoning, [(name, json.loads(arguments)) for name, arguments in calls.values()], invalid
 
 
-def splits(answer: str) -> list[list[str]]:
+def splits(answer: str, count: int = 8) -> list[list[str]]:
     """The answer whole, by character and at random borders."""
     out = [[answer], list(answer)]
-    for seed in range(8):
+    for seed in range(count):
         cuts = sorted(random.Random(seed).choices(range(len(answer) + 1), k=5))
         out.append([answer[a:b] for a, b in zip([0, *cuts], [*cuts, len(answer)], strict=True)])
     return out
@@ -173,29 +254,64 @@ def new(tool_format: ToolFormat = HERMES, **options: Any) -> AnswerParser:
     return AnswerParser(tool_format, TOOLS, **options)
 
 
+def parser_of(name: str, **options: Any) -> Any:
+    """The parser that reads a format."""
+    return HarmonyParser(TOOLS) if name == "harmony" else new(FORMAT[name], **options)
+
+
+def parse_any(name: str, parts: list[str], **options: Any) -> tuple[str, str, list[tuple[str, Any]], list[Piece]]:
+    return parse(parser_of(name, **options), parts)
+
+
 @pytest.mark.parametrize(("name", "answer", "text", "calls"), ANSWERS)
 def test_answers_of_every_family_are_read(name: str, answer: str, text: str, calls: list[Any]) -> None:
     for parts in splits(answer):
         assert parse(new(FORMAT[name]), parts) == (text, "", calls, [])
 
 
+@pytest.mark.parametrize(("answer", "text", "reasoning", "calls"), HARMONY_ANSWERS)
+def test_answers_in_channels_are_read(answer: str, text: str, reasoning: str, calls: list[Any]) -> None:
+    for parts in splits(answer):
+        assert parse(HarmonyParser(TOOLS), parts) == (text, reasoning, calls, [])
+        prompt = "<|start|>system<|message|>a<|channel|>b<|end|><|start|>assistant"
+        assert parse(HarmonyParser(TOOLS, prefix=prompt), parts) == (text, reasoning, calls, [])
+        if not calls:
+            assert parse(HarmonyParser(), parts) == (text, reasoning, calls, [])
+
+
+def test_a_message_in_a_channel_that_the_prompt_began_goes_on() -> None:
+    begun = "<|start|>user<|message|>Hi<|end|><|start|>assistant<|channel|>analysis<|message|>Let me"
+    for parts in splits(f" see.<|end|><|start|>assistant{H_CALL}"):
+        assert parse(HarmonyParser(TOOLS, prefix=begun), parts) == ("", " see.", [PARIS], [])
+
+
+@pytest.mark.parametrize("arguments", ["[1]", "{'a': 1}", '{"a": ', "none"])
+def test_a_broken_call_in_a_channel_is_one_invalid_piece(arguments: str) -> None:
+    header = H_CALL.removesuffix(P)
+    for parts in splits(f"{H_THINK}{header}{arguments}<|call|><|start|>assistant<|channel|>final<|message|>So."):
+        text, reasoning, calls, invalid = parse(HarmonyParser(TOOLS), parts)
+        assert (text, reasoning, calls) == ("So.", "I look.", [])
+        assert [piece.text for piece in invalid] == [arguments.strip()]
+
+
 @pytest.mark.parametrize("entry", FORMATS, ids=lambda entry: entry.name)
 def test_calls_written_by_the_table_are_read(entry: ToolFormat) -> None:
     if entry.style != "json":
         return
-    written = [entry.begin(name) + json.dumps(arguments) + entry.call_end for name, arguments in BOTH]
+    calls = [PARIS] if entry.name == "harmony" else BOTH
+    written = [entry.begin(name) + json.dumps(arguments) + entry.call_end for name, arguments in calls]
     answer = entry.opening + entry.separator.join(written) + entry.closing
-    assert parse(new(entry), [answer]) == ("", "", BOTH, [])
+    assert parse_any(entry.name, [answer]) == ("", "", calls, [])
 
 
-@pytest.mark.parametrize("entry", FORMATS, ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", AMID_TEXT, ids=lambda entry: entry.name)
 @pytest.mark.parametrize(("answer", "text", "calls"), LENIENT)
 def test_small_models_write_calls_otherwise(entry: ToolFormat, answer: str, text: str, calls: list[Any]) -> None:
     for parts in splits(answer):
         assert parse(new(entry), parts) == (text, "", calls, [])
 
 
-@pytest.mark.parametrize("entry", FORMATS, ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", AMID_TEXT, ids=lambda entry: entry.name)
 @pytest.mark.parametrize("answer", TEXTS)
 def test_other_text_stays_as_it_is(entry: ToolFormat, answer: str) -> None:
     if not entry.trigger and answer.startswith('{"name": "now", "arguments": {}} is'):
@@ -247,7 +363,7 @@ BROKEN = [
 def test_a_broken_call_is_one_invalid_piece(name: str, answer: str, written: str) -> None:
     for parts in splits(answer):
         text, _, calls, invalid = parse(new(FORMAT[name]), parts)
-        assert (text, calls) == ("AB", [])
+        assert (text, calls) == ("A\nB" if answer.endswith("\nB") else "A B", [])
         assert [piece.text for piece in invalid] == [written]
         assert invalid[0].error
 
@@ -265,6 +381,80 @@ def test_of_a_list_that_was_cut_off_the_whole_calls_are_calls(answer: str, rest:
         text, _, calls, invalid = parse(new(), parts)
         assert (text, calls) == ("", [NOW])
         assert [(piece.index, piece.text, piece.error) for piece in invalid] == [(1, rest, "it is cut off")]
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in FORMATS])
+def test_a_value_may_hold_any_end_tag(name: str) -> None:
+    rng = random.Random(name)
+    values = [f'grep "{tag}" a.txt; ls b' for tag in END_TAGS]
+    values += [f"{tag}" for tag in END_TAGS] + [f"a\n{tag}\nb" for tag in END_TAGS]
+    values += ["".join(rng.choices([*END_TAGS, " ", "\n", "a", "'", "{", "]"], k=8)) for _ in range(40)]
+    for value in values:
+        answer = WRITERS[name](value)
+        read = [parse_any(name, parts) for parts in splits(answer, 3)]
+        assert read == read[:1] * len(read)
+        text, _, calls, invalid = read[0]
+        if is_certain(name, value):
+            assert (text, calls, invalid) == ("", [("get_weather", {"city": value})], []), value
+        else:
+            assert all(call == ("get_weather", {"city": value}) for call in calls), (value, calls)
+            assert calls or invalid
+
+
+def is_certain(name: str, value: str) -> bool:
+    """Whether a value's end is certain in a format; those in XML escape nothing."""
+    if "glm" in name:
+        return "<arg_key>" not in value and not re.search(r"</arg_value>\s*</tool_call>", value)
+    return name != "qwen_coder" or value.strip("\n") == value
+
+
+CUT = "the end of its parameter 'city' is not certain"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("qwen_coder", "a\n</parameter>\n</function>\n</tool_call>\nb"),
+        ("qwen_coder", "a\n</parameter>\n<parameter=days>\n3"),
+        ("qwen_coder", "a\n<parameter=days>\n3"),
+        ("qwen_coder", QWEN_CALL.format("x")),
+        ("qwen_coder", f"Like\n{QWEN_CALL.format('x')}\nor so."),
+        ("glm", "a</arg_value>\n</tool_call>b"),
+        ("glm", GLM_CALL.format("x")),
+        ("glm", f"Like\n{GLM_CALL.format('x')}\nor so."),
+    ],
+)
+def test_a_value_whose_end_is_not_certain_makes_an_invalid_call(name: str, value: str) -> None:
+    """Such a text can be read in two ways; one of them is a call with half of the value."""
+    for parts in splits(WRITERS[name](value) + "\nDone."):
+        text, _, calls, invalid = parse(new(FORMAT[name]), parts)
+        if "days" in value and "</parameter>" in value:  # the format itself says that these are two parameters
+            assert (text, calls) == ("Done.", [("get_weather", {"city": "a", "days": 3})])
+            continue
+        assert calls == []
+        assert CUT in invalid[0].error
+        assert "Done." in text
+
+
+def test_a_parameter_twice_makes_an_invalid_call() -> None:
+    value = "a\n</parameter>\n<parameter=city>\nb"
+    for parts in splits(QWEN_CALL.format(value)):
+        _, _, calls, invalid = parse(new(FORMAT["qwen_coder"]), parts)
+        assert calls == []
+        assert invalid[0].error == "it has the parameter 'city' twice"
+
+
+def test_texts_around_calls_stay_apart() -> None:
+    call = HERMES_NOW
+    for answer, text in [
+        (f"First I look.\n\n{call}\nThen I write.", "First I look.\n\nThen I write."),
+        (f"First.{call}Then.", "First.\nThen."),
+        (f"First. {call}\n{call}\n\nThen.\n{call}\n", "First.\n\nThen."),
+        (f"\n\n{call}\nThen.\n", "Then.\n"),
+        (f"  First.\n{call}", "  First."),
+    ]:
+        for parts in splits(answer):
+            assert parse(new(), parts)[0] == text
 
 
 def test_a_single_object_that_was_cut_off_is_text() -> None:
@@ -306,7 +496,8 @@ def test_without_tools_all_is_text(parser: AnswerParser) -> None:
         ("Hm. </think> Hello.", False, "Hm. </think> Hello.", "", []),
         ("It writes <think> first.", False, "It writes <think> first.", "", []),
         ("<think>\n\n</think>\n\nHello.", False, "Hello.", "", []),
-        ("<think>\nHm. " + HERMES_NOW, False, "", "Hm. " + HERMES_NOW, []),
+        ("<think>Hm.</think>\n<think>\nSo.\n</think>\nHello.", False, "Hello.", "Hm.\nSo.", []),
+        ("<think>\nHm. <tool_call>\nx</think>Hello.", False, "Hello.", "Hm. <tool_call>\nx", []),
         ("<think>Hm.</think>\n\n" + HERMES_PARIS, False, "", "Hm.", [PARIS]),
         ('<think>Hm.</think>\n\n{"name": "now"}', False, "", "Hm.", [NOW]),
         ("Hello.", False, "Hello.", "", []),
@@ -320,6 +511,31 @@ def test_reasoning_stands_at_the_beginning(
         if not calls and "tool_call" not in answer:
             plain = AnswerParser(None, reasoning=THINK, in_reasoning=inside)
             assert parse(plain, parts) == (text, reasoning, [], [])
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("name", [entry.name for entry in FORMATS if entry.trigger and entry.name != "harmony"])
+def test_a_call_in_reasoning_that_is_never_closed_is_a_call(name: str, inside: bool) -> None:
+    """In reasoning that is closed later, the same text is a mention of a call."""
+    call = next(answer for known, answer, text, calls in ANSWERS if known == name and calls and not text)
+    calls = next(calls for known, answer, text, calls in ANSWERS if known == name and calls and not text)
+    opened = "" if inside else "<think>\n"
+    for parts in splits(f"{opened}I look it up.\n{call}"):
+        parser = new(FORMAT[name], reasoning=THINK, in_reasoning=inside)
+        assert parse(parser, parts) == ("", "I look it up.", calls, [])
+    for parts in splits(f"{opened}Like\n{call}\nor so?\n</think>\n\nNo."):
+        parser = new(FORMAT[name], reasoning=THINK, in_reasoning=inside)
+        assert parse(parser, parts) == ("No.", f"Like\n{call}\nor so?", [], [])
+    for parts in splits(f"{opened}Like {call}\n</think>\n{call}\nSo."):
+        parser = new(FORMAT[name], reasoning=THINK, in_reasoning=inside)
+        assert parse(parser, parts) == ("So.", f"Like {call}", calls, [])
+
+
+def test_a_broken_call_in_reasoning_that_is_never_closed_is_invalid() -> None:
+    for parts in splits('Hm.\n<tool_call>\n{"name": "now", "arguments": {"a": 1\n</tool_call>\nSo.'):
+        text, reasoning, calls, invalid = parse(new(reasoning=THINK, in_reasoning=True), parts)
+        assert (text, reasoning, calls) == ("So.", "Hm.", [])
+        assert [piece.text for piece in invalid] == ['{"a": 1']
 
 
 def test_random_pieces_of_formats_never_raise() -> None:
@@ -383,6 +599,9 @@ def test_time_grows_with_the_length_only(name: str, begin: str, part: str) -> No
         ('<tool_call>\n<function=f>\n<parameter=a>, no "arguments"', "qwen_coder"),
         ("<|tool_call>call:", "gemma4"),
         ("<start_function_call>call:", "function_gemma"),
+        ("<tool_call>{name}\n<arg_key>{k}</arg_key>\n<arg_value>{v}</arg_value>", "glm"),
+        ("<tool_call>{name}<arg_key>{k}</arg_key><arg_value>{v}</arg_value>", "glm_4_7"),
+        ("<|start|>assistant<|channel|>analysis<|message|>", "harmony"),
     ],
 )
 def test_the_format_that_a_template_wants(template: str | None, name: str) -> None:
@@ -440,7 +659,7 @@ def test_response_templates_with_broken_calls(inner: str) -> None:
     answer = f"<think>Hm.</think>A<tool_call>{inner}</tool_call>{HERMES_PARIS}B"
     for parts in splits(answer):
         text, reasoning, calls, invalid = parse(TemplateParser(Tokenizer(), PROMPT + "", TOOLS), parts)
-        assert (text, reasoning, calls) == ("AB", "Hm.", [PARIS])
+        assert (text, reasoning, calls) == ("A\nB", "Hm.", [PARIS])
         assert [piece.index for piece in invalid] == [0]
         assert invalid[0].text == inner
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import reduce
 from operator import add
 
+from langchain_quantllm.chat.pieces import Piece
 from langchain_quantllm.chat.result import MessageBuilder
-from langchain_quantllm.chat.tool_calls import Piece
 
 CALLS = [
     Piece(kind="text", text="Hm."),

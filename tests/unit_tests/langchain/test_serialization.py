@@ -320,12 +320,40 @@ def test_the_token_is_loaded_from_a_secret(tiny: Path, monkeypatch: pytest.Monke
     assert revive(dumped, secrets_from_env=True).token.get_secret_value() == "hf_env"
 
 
-def test_the_token_survives_copies_and_pickle(tiny: Path) -> None:
+def test_the_token_survives_copies(tiny: Path) -> None:
     llm = make_llm(tiny, token=SECRET)
-    for way in (by_pickle, copy.copy, copy.deepcopy):
+    for way in (copy.copy, copy.deepcopy):
         twin = way(llm)
         assert twin.token.get_secret_value() == SECRET
         assert not spilled(twin)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_the_token_is_in_no_pickle(tiny: Path, protocol: int) -> None:
+    for given in ({"token": SECRET}, {"model_kwargs": {"token": SECRET}}, {"model_kwargs": {"use_auth_token": SECRET}}):
+        llm = make_llm(tiny, **given)
+        for pickled in (llm, llm.bind(stop=["x"]), {"chain": PromptTemplate.from_template("{x}") | llm}):
+            data = pickle.dumps(pickled, protocol)
+            assert SECRET.encode() not in data
+        twin = pickle.loads(pickle.dumps(llm, protocol))
+        assert twin.token is None
+        assert "token" not in twin.model_fields_set
+        assert twin == make_llm(tiny)
+        assert llm.token is not None
+        assert llm.token.get_secret_value() == SECRET  # pickling changed nothing
+
+
+@pytest.mark.enable_socket
+def test_what_was_pickled_reads_the_token_from_the_environment(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with FakeHub({"acme/gated": tiny}, gated=("acme/gated",)) as server:
+        FakeHub.point_to(server.url, monkeypatch)
+        twin = by_pickle(make_llm("acme/gated", token=server.TOKEN, cache_dir=str(tmp_path)))
+        with pytest.raises(QuantLLMError, match="is gated"):
+            twin.load()
+        monkeypatch.setenv("HF_TOKEN", server.TOKEN)
+        assert twin.load().is_loaded
 
 
 def test_load_spec_shows_no_token() -> None:

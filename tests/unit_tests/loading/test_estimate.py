@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import langchain_quantllm
 from langchain_quantllm import estimate_memory, memory
 from langchain_quantllm.errors import CheckpointError, ModelNotFoundError, UnsupportedError
 from tests.support.checkpoints import FakeHub, edit_json, make_cached, make_checkpoint
+from tests.support.loading import load
 
 
 def test_it_is_importable_from_the_package_and_from_memory() -> None:
@@ -60,3 +63,78 @@ def test_a_damaged_config_is_an_error_of_the_checkpoint(tmp_path: Path) -> None:
     (make_checkpoint(tmp_path) / "config.json").write_text('{"model_type": ')
     with pytest.raises(CheckpointError, match="the config of .* cannot be read"):
         estimate_memory(str(tmp_path))
+
+
+class TestNoDtype:
+    """A config that names no dtype: loading takes that of the files, and so does the estimate."""
+
+    @staticmethod
+    def make(folder: Path, first: str, others: str, *, shards: bool, in_index: str | None = None) -> Path:
+        """Write a checkpoint whose first tensor has another dtype than the others, and none in its config."""
+        from safetensors.torch import load_file, save_file
+
+        make_checkpoint(folder, dtype="float32")
+        tensors = load_file(folder / "model.safetensors")
+        names = sorted(tensors)
+        cast = {n: tensors[n].to(getattr(torch, first if n == names[0] else others)) for n in names}
+        if shards:
+            (folder / "model.safetensors").unlink()
+            parts = {"model-00002-of-00002": names[:5], "model-00001-of-00002": names[5:]}
+            for part, own in parts.items():
+                save_file({n: cast[n] for n in own}, folder / f"{part}.safetensors", metadata={"format": "pt"})
+            weight_map = {n: f"{part}.safetensors" for part, own in parts.items() for n in own}
+            metadata = {} if in_index is None else {"dtype": in_index}
+            index = {"metadata": metadata, "weight_map": weight_map}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        else:
+            save_file(cast, folder / "model.safetensors", metadata={"format": "pt"})
+        edit_json(folder / "config.json", dtype=None)
+        return folder
+
+    @pytest.mark.parametrize("shards", [False, True])
+    @pytest.mark.parametrize(
+        ("first", "others"),
+        [
+            ("bfloat16", "bfloat16"),
+            ("float16", "float16"),
+            ("float32", "bfloat16"),
+            ("bfloat16", "float32"),
+            ("float16", "float32"),
+        ],
+    )
+    def test_the_estimate_is_what_is_loaded(self, tmp_path: Path, first: str, others: str, shards: bool) -> None:
+        folder = self.make(tmp_path, first, others, shards=shards)
+        for scheme in ("none", "nf4"):
+            llm = load(folder, quantization=scheme)
+            estimate = estimate_memory(str(folder), scheme)
+            assert estimate.dtype == str(llm.pipeline.model.dtype).removeprefix("torch.")
+            assert estimate.weights == llm.memory_report().weights
+            llm.unload()
+
+    def test_an_index_that_names_one(self, tmp_path: Path) -> None:
+        folder = self.make(tmp_path, "float32", "float32", shards=True, in_index="bfloat16")
+        llm = load(folder)
+        assert estimate_memory(str(folder)).weights == llm.memory_report().weights
+        assert llm.pipeline.model.dtype == torch.bfloat16
+        llm.unload()
+
+    def test_the_check_of_memory_counts_it(self, tmp_path: Path) -> None:
+        folder = self.make(tmp_path, "bfloat16", "bfloat16", shards=False)
+        most = estimate_memory(str(folder)).total_bytes * 3 // 2
+        llm = load(folder, device_map="auto", max_memory={"cpu": most})
+        assert llm.is_loaded
+        llm.unload()
+
+    def test_what_was_asked_for_goes_before(self, tmp_path: Path) -> None:
+        folder = self.make(tmp_path, "bfloat16", "bfloat16", shards=False)
+        assert estimate_memory(str(folder), dtype="float32").dtype == "float32"
+        llm = load(folder, dtype="float32")
+        assert estimate_memory(str(folder), dtype="float32").weights == llm.memory_report().weights
+        llm.unload()
+
+    def test_quantize_keeps_it(self, tmp_path: Path) -> None:
+        from langchain_quantllm import GPTQ, quantize
+
+        folder = self.make(tmp_path / "plain", "bfloat16", "bfloat16", shards=False)
+        done = quantize(folder, GPTQ(bits=4, group_size=32), "none", output=tmp_path / "gptq", progress=False)
+        assert json.loads((done.folder / "config.json").read_text())["dtype"] == "bfloat16"

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import langchain_quantllm
 from langchain_quantllm import QuantizedHuggingFaceLLM, merge_adapter
 from langchain_quantllm.errors import CheckpointError, InvalidOptionError, ModelNotFoundError, UnsupportedError
 from tests.support.adapters import ATTENTION, Reference, make_adapter, quietly
-from tests.support.checkpoints import make_checkpoint, quicken
+from tests.support.checkpoints import SIZES, make_checkpoint, make_tokenizer, quicken
 from tests.support.gptq_checkpoints import make_gptq_checkpoint
 
 pytest.importorskip("peft")
@@ -136,6 +136,89 @@ def test_other_kinds(root: Path, tmp_path: Path, kind: str) -> None:
     assert Reference(folder).text(None, PROMPT) == reference.text(adapter, PROMPT)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"trainable_token_indices": [11, 15, 17]},
+        {"kind": "TrainableTokensConfig", "target_modules": ["embed_tokens"], "token_indices": [11, 12]},
+        {"target_modules": ["q_proj"], "target_parameters": ["up_proj.weight"]},
+    ],
+    ids=lambda fields: max(fields),
+)
+def test_tokens_and_parameters(tmp_path: Path, tied: bool, fields: dict[str, Any]) -> None:
+    base = make_checkpoint(tmp_path / "base", dtype="float32", tie_word_embeddings=tied)
+    adapter = make_adapter(base, tmp_path / "adapter", seed=3, **fields)
+    folder = merge_adapter(str(base), str(adapter), tmp_path / "merged", progress=False)
+    merged, reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), Reference(base)
+    ids = torch.arange(5, 30)[None]
+    with torch.no_grad():
+        found, expected, plain = (m(ids).logits for m in (merged, reference.model(adapter), reference.model(None)))
+    assert merged.config.tie_word_embeddings == tied
+    assert torch.allclose(found, expected, atol=1e-3)
+    assert (expected - plain).abs().max() > 1
+
+
+class TestExperts:
+    """Adapters of experts: with their names in transformers 4, one layer each, and of whole parameters."""
+
+    @pytest.fixture(scope="class", params=["mixtral", "qwen3_moe"])
+    @classmethod
+    def base(cls, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        folder = tmp_path_factory.mktemp(request.param)
+        sizes = {**SIZES, "moe_intermediate_size": 128, "head_dim": 32, "num_experts_per_tok": 2}
+        config = AutoConfig.for_model(request.param, **sizes, num_experts=4, num_local_experts=4)
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+        make_tokenizer().save_pretrained(folder)
+        return folder
+
+    def check(self, base: Path, adapter: Path, expected: torch.Tensor, output: Path) -> None:
+        """Check the merged checkpoint, and the adapter in the unmerged model, against logits."""
+        folder = merge_adapter(str(base), str(adapter), output, progress=False)
+        found = self.logits(folder)
+        assert torch.allclose(found, expected, atol=1e-3)
+        assert (expected - self.logits(base)).abs().max() > 1
+        llm = QuantizedHuggingFaceLLM(model_id=str(base), adapter=str(adapter), max_new_tokens=8, progress=False)
+        assert llm.invoke(PROMPT) == Reference(folder).text(None, PROMPT, 8)
+        assert llm.invoke(PROMPT, adapter="base") == Reference(base).text(None, PROMPT, 8)
+        llm.unload()
+
+    @staticmethod
+    def logits(folder: Path) -> torch.Tensor:
+        return logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), folder)
+
+    def test_one_layer_for_each_expert(self, base: Path, tmp_path: Path) -> None:
+        """Against the sum of weights and products, computed here from the files."""
+        tensors = load_file(base / "model.safetensors")
+        generator = torch.Generator().manual_seed(1)
+        adapter, weights = tmp_path / "adapter", {}
+        for name, weight in tensors.items():
+            if ".experts." not in name and "q_proj" not in name:
+                continue
+            down, up = (
+                torch.randn(size, generator=generator) * 0.15 for size in ((4, weight.shape[1]), (len(weight), 4))
+            )
+            layer = f"base_model.model.{name.removesuffix('.weight')}"
+            weights[f"{layer}.lora_A.weight"], weights[f"{layer}.lora_B.weight"] = down, up
+            tensors[name] = weight + 2.0 * up @ down
+        adapter.mkdir()
+        save_file(weights, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+        targets = sorted({name.split(".")[-3] for name in weights})
+        settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": targets}
+        (adapter / "adapter_config.json").write_text(json.dumps(settings))
+        summed = Path(shutil.copytree(base, tmp_path / "summed"))
+        save_file(tensors, summed / "model.safetensors", metadata={"format": "pt"})
+        self.check(base, adapter, self.logits(summed), tmp_path / "merged")
+
+    def test_parameters_of_all_experts(self, base: Path, tmp_path: Path) -> None:
+        names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        fields = {"target_modules": ["q_proj"], "target_parameters": names}
+        adapter = make_adapter(base, tmp_path / "adapter", seed=1, scale=0.3, **fields)
+        expected = logits(Reference(base).model(adapter), base)
+        self.check(base, adapter, expected, tmp_path / "merged")
+
+
 class TestOutput:
     def test_a_folder_that_is_not_empty(self, root: Path, tmp_path: Path) -> None:
         output = tmp_path / "merged"
@@ -143,10 +226,13 @@ class TestOutput:
         (output / "mine.txt").write_text("mine")
         with pytest.raises(InvalidOptionError, match="not empty.*overwrite=True"):
             merge(root, output)
+        with pytest.raises(InvalidOptionError, match="holds 'mine.txt', and overwrite=True only replaces"):
+            merge(root, output, overwrite=True)
         assert [path.name for path in output.iterdir()] == ["mine.txt"]
+        (output / "mine.txt").unlink()
+        merge(root, output, dtype="bfloat16")
         merge(root, output, overwrite=True)
-        assert "model.safetensors" in {path.name for path in output.iterdir()}
-        assert not (output / "mine.txt").exists()
+        assert json.loads((output / "config.json").read_text())["dtype"] == "float32"
         assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
     def test_an_empty_folder(self, root: Path, tmp_path: Path) -> None:
@@ -158,7 +244,7 @@ class TestOutput:
         with pytest.raises(InvalidOptionError, match="is a file"):
             merge(root, tmp_path / "file")
         for name in ("tiny", "sql"):
-            with pytest.raises(InvalidOptionError, match="is one of the sources"):
+            with pytest.raises(InvalidOptionError, match=f"is .*{name}', one of the sources"):
                 merge(root, root / name, overwrite=True)
 
     @pytest.mark.parametrize("overwrite", [False, True])
@@ -168,7 +254,7 @@ class TestOutput:
         output = tmp_path / "merged"
         if overwrite:
             output.mkdir()
-            (output / "mine.txt").write_text("mine")
+            (output / "config.json").write_text("mine")
 
         def fail(self: Any, folder: Any, **_: Any) -> None:
             (Path(folder) / "half").write_text("half")
@@ -178,7 +264,7 @@ class TestOutput:
         with pytest.raises(langchain_quantllm.errors.QuantLLMError, match="the disk is full"):
             merge(root, output, overwrite=overwrite)
         left = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")]
-        assert sorted(left) == (["merged", "merged/mine.txt"] if overwrite else [])
+        assert sorted(left) == (["merged", "merged/config.json"] if overwrite else [])
 
 
 class TestErrors:
