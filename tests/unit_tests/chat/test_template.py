@@ -238,9 +238,7 @@ def test_a_tokenizer_without_a_template_says_so(tokenizer: Any) -> None:
         ChatTemplate(bare).render([{"role": "user", "content": "a"}])
 
 
-@pytest.mark.parametrize(
-    "failing", ["1 // 0", "2.0 ** 99999", "messages | tojson(indent={})", "nothing.a"]
-)
+@pytest.mark.parametrize("failing", ["1 // 0", "2.0 ** 99999", "messages | tojson(indent={})", "nothing.a"])
 def test_a_trial_that_fails_in_any_way_says_that_an_ability_is_missing(
     render: Any, failing: str, caplog: pytest.LogCaptureFixture
 ) -> None:
