@@ -24,6 +24,7 @@ from pydantic import Field, model_validator
 from langchain_quantllm.base import PreparedCall, QuantizedModel, langchain_errors
 from langchain_quantllm.base.aside import read_aside, run_aside, submit_aside
 from langchain_quantllm.chat.binding import BindingChatModel
+from langchain_quantllm.chat.fetching import FetchRules
 from langchain_quantllm.chat.options import CHAT_OPTIONS, ChatOptions
 from langchain_quantllm.chat.plan import AnswerFormat, write_prompt
 from langchain_quantllm.chat.profile import checkpoint_profile, pipeline_profile
@@ -123,6 +124,10 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
     """Variables for the template, such as `{"enable_thinking": False}`."""
     tool_format: str | None = None
     """The model's format of tool calls, by a name of `structured.tool_formats.FORMATS`; None asks the template."""
+    allow_private_urls: bool = False
+    """Fetch images from addresses of this machine and of private networks too, and not from public ones alone."""
+    allowed_domains: list[str] | None = None
+    """The only hosts from which images are fetched, such as `["example.com", "*.example.org"]`; None is any."""
     streaming: bool | None = None
     """True makes `invoke` stream inwardly, for callbacks that want tokens."""
     max_retries: int | None = None
@@ -157,6 +162,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
         if self.tool_format is not None and self.tool_format not in names:
             msg = f"tool_format={self.tool_format!r} is not known{nearest(self.tool_format, names)}"
             raise InvalidOptionError(msg)
+        self._fetch_rules()
         return self
 
     # LangChain's calls.
@@ -256,9 +262,8 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
             raise InvalidOptionError(msg)
         _refuse_full_text(options.return_full_text)
         pipeline, template = self.pipeline, self._template()
-        prompt = write_prompt(
-            messages, chat, template, pipeline, variables=self.chat_template_kwargs, timeout_s=options.timeout
-        )
+        more: dict[str, Any] = {"timeout_s": options.timeout, "rules": self._fetch_rules()}
+        prompt = write_prompt(messages, chat, template, pipeline, variables=self.chat_template_kwargs, **more)
         answer = AnswerFormat(chat, template, prompt.text, pipeline.tokenizer, self.tool_format)
         options = dataclasses.replace(
             options,
@@ -292,6 +297,10 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
             msg = f"n={plan.options.n} answers cannot share one stream; pass n=1, or use generate."
             raise InvalidOptionError(msg)
         return plan
+
+    def _fetch_rules(self) -> FetchRules:
+        domains = None if self.allowed_domains is None else tuple(self.allowed_domains)
+        return FetchRules(allow_private=self.allow_private_urls, allowed_domains=domains)
 
     def _template(self) -> ChatTemplate:
         """Return the chat template; all instances over the model share it, with the results of its trials."""
@@ -330,7 +339,8 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
         """
         chat = ChatOptions.of({"tools": tools or ()})
         pipeline = self.pipeline
-        prompt = write_prompt(messages, chat, self._template(), pipeline, variables=self.chat_template_kwargs)
+        more: dict[str, Any] = {"variables": self.chat_template_kwargs, "rules": self._fetch_rules()}
+        prompt = write_prompt(messages, chat, self._template(), pipeline, **more)
         ids, _ = prompt_inputs(self._loaded(), prompt.text, prompt.images, add_special_tokens=prompt.adds_begin)
         return len(ids)
 

@@ -39,6 +39,10 @@ class UnsupportedError(QuantLLMError, RuntimeError):
     """This machine, model or engine does not support the request."""
 
 
+class OutputError(QuantLLMError, OSError):
+    """A checkpoint cannot be written: the disk is full, its place is not writable, or another run writes there."""
+
+
 class NotEnoughMemoryError(QuantLLMError, MemoryError):
     """The model or a request does not fit into the free memory."""
 

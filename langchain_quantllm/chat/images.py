@@ -1,7 +1,7 @@
 """The images of messages: their sources, and reading them.
 
-Owns decoding base64, fetching from the web, the bounds of both, and their errors. Knows no message format, no template
-and no model.
+Owns decoding base64 and images, the bounds of both, and their errors; `fetching` fetches. Knows no message format, no
+template and no model.
 """
 
 from __future__ import annotations
@@ -9,18 +9,17 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-import struct
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from langchain_quantllm._version import __version__
-from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
+from langchain_quantllm.chat.fetching import FetchError, FetchRules, fetch, shown
+from langchain_quantllm.errors import InvalidOptionError, UnsupportedError, first_line
 
 FETCH_S = 20.0
 """Seconds after which fetching an image ends with an error."""
 
 _MOST_BYTES = 64 * 2**20
+_PUBLIC = FetchRules()
 
 # Without EPS, for which Pillow starts another program, and without rare formats.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
@@ -45,15 +44,16 @@ class ImageSource:
     file_id: str | None = None
 
 
-def read_image(source: ImageSource, timeout_s: float = FETCH_S) -> Any:
+def read_image(source: ImageSource, timeout_s: float = FETCH_S, rules: FetchRules = _PUBLIC) -> Any:
     """Read an image.
 
-    URLs are fetched. Files of this machine are not read by their path: messages often repeat the words of strangers,
-    and the answer would tell them the content of the file.
+    URLs are fetched, as far as the rules allow it. Files of this machine are not read by their path: messages often
+    repeat the words of strangers, and the answer would tell them the content of the file.
 
     Args:
         source: The image in the message.
         timeout_s: Seconds after which fetching ends with an error.
+        rules: Where images may be fetched from.
 
     Returns:
         A Pillow image in RGB, upright; the first frame of several.
@@ -74,7 +74,12 @@ def read_image(source: ImageSource, timeout_s: float = FETCH_S) -> Any:
             raise InvalidOptionError(msg)
         return _open(_decode(data, name), name)
     if scheme in ("http", "https"):
-        return _open(_fetch(url, name, timeout_s), name)
+        try:
+            content = fetch(url, rules, timeout_s=timeout_s, most_bytes=_MOST_BYTES)
+        except FetchError as error:
+            msg = f"{name} cannot be fetched from {shown(url)}: {error}; check the address, or give it in base64."
+            raise InvalidOptionError(msg) from error
+        return _open(content, f"{name}, from {shown(url)},", quote=False)
     if source.file_id is not None:
         msg = f"{name} is given as file_id={source.file_id!r}, a file of another provider's; give it in base64."
         raise UnsupportedError(msg)
@@ -86,6 +91,9 @@ def read_image(source: ImageSource, timeout_s: float = FETCH_S) -> Any:
 
 
 def _decode(data: str, name: str) -> bytes:
+    if len(data) > _MOST_BYTES // 3 * 4 + _MOST_BYTES // 16:  # with line ends
+        msg = f"{name} is larger than {_MOST_BYTES >> 20} MiB; give a smaller one."
+        raise InvalidOptionError(msg)
     try:
         content = base64.b64decode("".join(data.split()), validate=True)
     except (binascii.Error, ValueError) as error:
@@ -97,31 +105,14 @@ def _decode(data: str, name: str) -> bytes:
     return content
 
 
-def _fetch(url: str, name: str, timeout_s: float) -> bytes:
-    import httpx  # a requirement of huggingface_hub
+def _open(content: bytes, name: str, *, quote: bool = True) -> Any:
+    """Decode a file.
 
-    deadline = time.monotonic() + timeout_s
-    content = bytearray()
-    headers = {"User-Agent": f"langchain-quantllm/{__version__}"}
-    try:
-        with httpx.stream("GET", url, headers=headers, timeout=timeout_s, follow_redirects=True) as response:
-            response.raise_for_status()
-            for piece in response.iter_bytes():
-                content += piece
-                if len(content) > _MOST_BYTES:
-                    msg = f"{name}, {url[:200]}, is larger than {_MOST_BYTES >> 20} MiB; give a smaller one."
-                    raise InvalidOptionError(msg)
-                if time.monotonic() > deadline:  # httpx limits each wait, not their sum
-                    msg = f"it took longer than {timeout_s:g} seconds"
-                    raise httpx.ReadTimeout(msg)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        why = str(error).partition("\n")[0] or type(error).__name__
-        msg = f"{name} cannot be fetched from {url[:200]} ({why}); check the address, or give the image in base64."
-        raise InvalidOptionError(msg) from error
-    return bytes(content)
-
-
-def _open(content: bytes, name: str) -> Any:
+    Args:
+        content: The file.
+        name: What it is, for errors.
+        quote: Errors may say what is in it. Not of a fetched one: whoever wrote its address could read it there.
+    """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     too_large = f"which Pillow takes for a decompression bomb (Image.MAX_IMAGE_PIXELS={Image.MAX_IMAGE_PIXELS})"
@@ -133,15 +124,16 @@ def _open(content: bytes, name: str) -> Any:
             raise InvalidOptionError(msg)
         # Source: `load_image` in transformers/image_utils.py, which processors use.
         return ImageOps.exif_transpose(image).convert("RGB")
+    except InvalidOptionError:
+        raise
     except UnidentifiedImageError as error:
-        msg = (
-            f"{name} is not an image that can be read: it begins with {content[:16]!r}; PNG, JPEG, WebP, GIF, BMP and "
-            "TIFF are read."
-        )
+        begin = f": it begins with {content[:16]!r}" if quote else ""
+        msg = f"{name} is not an image that can be read{begin}; PNG, JPEG, WebP, GIF, BMP and TIFF are read."
         raise InvalidOptionError(msg) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         msg = f"{name} has too many pixels, {too_large}; give a smaller one."
         raise InvalidOptionError(msg) from error
-    except (OSError, EOFError, SyntaxError, struct.error) as error:
-        msg = f"{name} is damaged ({error}); get its file again."
+    except Exception as error:  # Pillow's readers raise errors of any kind at damaged files
+        why = f" ({first_line(error)})" if quote else ""
+        msg = f"{name} is damaged{why}; get its file again."
         raise InvalidOptionError(msg) from error

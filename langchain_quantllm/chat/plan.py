@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from langchain_core.messages import BaseMessage
 
-from langchain_quantllm.chat.images import FETCH_S, read_image
+from langchain_quantllm.chat.fetching import FetchRules
+from langchain_quantllm.chat.images import FETCH_S, ImageSource, read_image
 from langchain_quantllm.chat.messages import Message, images_in, joined, template_messages
 from langchain_quantllm.chat.options import ChatOptions
 from langchain_quantllm.chat.output_parser import AnswerParser
@@ -50,6 +52,7 @@ def write_prompt(
     *,
     variables: Mapping[str, Any],
     timeout_s: float | None = None,
+    rules: FetchRules,
 ) -> Prompt:
     """Render the messages of a call and read their images.
 
@@ -59,7 +62,8 @@ def write_prompt(
         template: The model's chat template.
         pipeline: The transformers pipeline that holds the model.
         variables: Variables of the template.
-        timeout_s: Seconds after which fetching an image is given up, if less than `FETCH_S`.
+        timeout_s: Seconds after which fetching the images is given up; `FETCH_S` for each of them at the most.
+        rules: Where images may be fetched from.
 
     Raises:
         InvalidOptionError: If the template refuses the conversation, or an image cannot be read.
@@ -72,11 +76,20 @@ def write_prompt(
     if isinstance(chat.constraint, JSONSchema):
         plain = _with_schema(plain, chat.constraint)
     text, sources = template.render(plain, chat.tools, {**variables, **(chat.template_kwargs or {})})
-    images = [read_image(source, min(timeout_s or FETCH_S, FETCH_S)) for source in sources]
+    images = _read_images(sources, timeout_s, rules)
     # Most templates write the begin token, but not those made for processors.
     # Source: `ProcessorMixin.apply_chat_template` in transformers/processing_utils.py.
     begin = pipeline.tokenizer.bos_token
     return Prompt(text, images, processor is not None and not (begin is not None and text.startswith(begin)))
+
+
+def _read_images(sources: Sequence[ImageSource], timeout_s: float | None, rules: FetchRules) -> list[Any]:
+    end = None if timeout_s is None else time.monotonic() + timeout_s
+    images = []
+    for source in sources:
+        left_s = FETCH_S if end is None else min(FETCH_S, max(0.0, end - time.monotonic()))
+        images.append(read_image(source, left_s, rules))
+    return images
 
 
 def _with_schema(messages: list[Message], constraint: JSONSchema) -> list[Message]:

@@ -94,19 +94,23 @@ def _block_progress() -> Iterator[Callable[[Any], None]]:
         TimeElapsedColumn(),
         TextColumn("{task.fields[left]}"),
     )
-    with Progress(*columns, console=err) as bar:
-        task = bar.add_task("blocks", total=None, visible=False, left="")
+    bar = Progress(*columns, console=err)
+    task = bar.add_task("blocks", total=None, left="")
 
-        def report(progress: Any) -> None:
-            left = "" if progress.remaining_s is None else f"{progress.remaining_s:.0f} s left"
-            bar.update(task, completed=progress.done, total=progress.total, left=left, visible=True)
+    def report(progress: Any) -> None:
+        bar.start()  # at the first block: until then, and for other schemes, it would be an empty line
+        left = "" if progress.remaining_s is None else f"{progress.remaining_s:.0f} s left"
+        bar.update(task, completed=progress.done, total=progress.total, left=left)
 
-        try:
-            yield report
-        except KeyboardInterrupt:
-            if bar.tasks[0].completed:
-                bar.console.print("finished blocks are kept; the same command goes on from there")
-            raise
+    try:
+        yield report
+    except KeyboardInterrupt:
+        if bar.tasks[0].completed:
+            bar.console.print("finished blocks are kept; the same command goes on from there")
+        raise
+    finally:
+        if bar.live.is_started:
+            bar.stop()
 
 
 @app.command()

@@ -26,7 +26,9 @@ from langchain_quantllm.memory import estimate_config
 from langchain_quantllm.memory.weights import expert_parameters, parameter_counts
 from langchain_quantllm.quantization.calibration import Calibration, calibration_from, read_texts, sequences
 from langchain_quantllm.quantization.gptq import SHARD, GPTQRun, Progress, check_layers
-from langchain_quantllm.quantization.output_dir import free_folder, save_checkpoint
+from langchain_quantllm.quantization.journal import ENDING, Journal
+from langchain_quantllm.quantization.output_dir import OutputDir, claim_output
+from langchain_quantllm.quantization.saving import check_reopened, expected_logits, save_checkpoint, stored_weights
 from langchain_quantllm.schemes import GPTQ, Prequantized, Scheme, Unquantized, scheme_from
 
 logger = logging.getLogger(__name__)
@@ -87,6 +89,10 @@ def quantize(
     block is on the device at a time, so a GPU needs room for one block and its inputs. Finished blocks are kept beside
     the output, in a folder that ends in `.partial`: the same call resumes there after an interruption.
 
+    What was written is read again and compared before it takes its place, and whatever fails leaves the old content of
+    the output there. Models of bitsandbytes' schemes are also loaded once more, after the first one has left the
+    memory, to compare what they compute.
+
     Args:
         model_id: A folder, or the name of a repository on the Hub, with an unquantized decoder-only model.
         scheme: `"gptq"` or `GPTQ(bits=..., group_size=..., sym=..., desc_act=...)`; `"int8"`, `"nf4"`, `"nf4-double"`,
@@ -98,7 +104,8 @@ def quantize(
         damping: For GPTQ: added to the diagonal of the statistics, as a share of its mean.
         device: Device that computes: `"cpu"`, `"cuda"`, `"cuda:1"`; None is the first accelerator, else the CPU.
         dtype: Dtype of the unquantized part; `"auto"` is the checkpoint's, but float16 in place of float32.
-        overwrite: Replace an output that is there, and blocks of another run beside it.
+        overwrite: Replace a checkpoint that is there, and blocks of another run beside it. A folder that holds anything
+            else is never replaced.
         report: Called after each block of GPTQ, in the thread that quantizes.
         progress: Show progress bars of loading and writing.
         revision: Branch, tag or commit.
@@ -117,6 +124,7 @@ def quantize(
         MissingPackageError: If the scheme needs a package that is not installed.
         UnsupportedError: If the model cannot be quantized in this scheme, or has no layer that it quantizes.
         NotEnoughMemoryError: If the model does not fit into the memory.
+        OutputError: If the output cannot be written, has no room, or another run writes it.
     """
     began = time.perf_counter()
     wanted = _wanted(scheme)
@@ -136,43 +144,55 @@ def quantize(
     )
     check_packages(spec.scheme)
     check_sources(spec.model_id)
-    folder = free_folder(output or _named_after(spec.model_id, wanted), [spec.model_id], overwrite=overwrite)
-    source = find_source(spec)
-    import_quietly()
-    with without_torchao():
-        checkpoint = find_checkpoint(spec, source)
-    if checkpoint.quantization is not None:
-        msg = (
-            f"{spec.model_id} is quantized already, and the precision that this lost cannot be restored; give the "
-            "unquantized checkpoint."
-        )
-        raise CheckpointError(msg)
-    about: dict[str, Any] = {"scheme": wanted}
-    if isinstance(wanted, GPTQ):
-        options: dict[str, Any] = {"skip_modules": skip_modules, "damping": damping, "device": device, "report": report}
-        about = _write_gptq(spec, checkpoint, wanted, calibration, folder, overwrite=overwrite, **options)
-    else:
-        about |= _write_bitsandbytes(spec, checkpoint, folder)
+    output = output or _named_after(spec.model_id, wanted)
+    files = [calibration_from(calibration).file] if is_gptq else []
+    place: dict[str, Any] = {"cache_dir": cache_dir, "beside": [ENDING] if is_gptq else []}
+    with claim_output(output, [spec.model_id], filter(None, files), overwrite=overwrite, **place) as claimed:
+        source = find_source(spec)
+        import_quietly()
+        with without_torchao():
+            checkpoint = find_checkpoint(spec, source)
+        if checkpoint.quantization is not None:
+            msg = (
+                f"{spec.model_id} is quantized already, and the precision that this lost cannot be restored; give the "
+                "unquantized checkpoint."
+            )
+            raise CheckpointError(msg)
+        about: dict[str, Any] = {"scheme": wanted}
+        if isinstance(wanted, GPTQ):
+            options: dict[str, Any] = {"skip_modules": skip_modules, "damping": damping, "report": report}
+            options |= {"device": device, "overwrite": overwrite}
+            about = _write_gptq(spec, checkpoint, wanted, calibration, claimed, **options)
+        else:
+            claimed.check_space(stored_weights(checkpoint.config, wanted, spec).total_bytes)
+            about |= _write_bitsandbytes(spec, checkpoint, claimed)
     release_memory()
-    weights_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    weights_bytes = sum(file.stat().st_size for file in claimed.folder.glob("*.safetensors"))
     total_s = time.perf_counter() - began
-    return QuantizedCheckpoint(folder=folder, weights_bytes=weights_bytes, total_s=total_s, **about)
+    return QuantizedCheckpoint(folder=claimed.folder, weights_bytes=weights_bytes, total_s=total_s, **about)
 
 
-def _write_bitsandbytes(spec: LoadSpec, checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
+def _write_bitsandbytes(spec: LoadSpec, checkpoint: Checkpoint, output: OutputDir) -> dict[str, Any]:
     """Quantize while loading, and write; returns the shares of the `QuantizedCheckpoint`."""
     with contextlib.suppress(UnsupportedError):  # of a model without a formula, the loaded one is looked at below
         estimate = estimate_config(checkpoint.config, spec.scheme, trust_remote_code=spec.trust_remote_code)
         _check_share(spec, estimate.weights.quantized_bytes)
     loaded = load(spec, checkpoint.source)
-    pipeline = loaded.pipeline
-    quantized, total = parameter_counts(pipeline.model)
-    _check_share(spec, quantized)
-    preprocessor = getattr(pipeline, "processor", None) or pipeline.tokenizer
-    # Before the first forward, which repacks the weights on some CPUs.
-    save_checkpoint(folder, pipeline.model, preprocessor, progress=spec.progress, max_shard_size=SHARD)
-    shares = _shares(pipeline.model, quantized, total)
-    loaded.close()
+    try:
+        pipeline = loaded.pipeline
+        quantized, total = parameter_counts(pipeline.model)
+        _check_share(spec, quantized)
+        preprocessor = getattr(pipeline, "processor", None) or pipeline.tokenizer
+        options: dict[str, Any] = {"progress": spec.progress, "trust_remote_code": spec.trust_remote_code}
+        # Before the first forward, which repacks the weights on some CPUs.
+        save_checkpoint(output, pipeline.model, preprocessor, max_shard_size=SHARD, **options)
+        shares = _shares(pipeline.model, quantized, total)
+        expected = expected_logits(pipeline.model, pipeline.tokenizer)
+        del pipeline, preprocessor
+    finally:
+        loaded.close()
+    check_reopened(output.part, spec, expected)
+    output.publish()
     return shares
 
 
@@ -203,7 +223,7 @@ def _write_gptq(
     checkpoint: Checkpoint,
     scheme: GPTQ,
     calibration: Any,
-    folder: Path,
+    output: OutputDir,
     *,
     skip_modules: Sequence[str],
     damping: float,
@@ -216,25 +236,33 @@ def _write_gptq(
     if not reads_text(config):
         msg = f"{spec.model_id} also reads images, and GPTQ is supported for models of text alone; use nf4 or int8."
         raise UnsupportedError(msg)
+    journal = Journal(output.folder)
     device = _usable_device(device)
     spec = dataclasses.replace(spec, dtype=_stored_dtype(spec, config))
     calibration = calibration_from(calibration)
     texts = read_texts(calibration)
     with without_torchao():
         layout, scheme = check_layers(config, scheme, skip_modules, trust_remote_code=spec.trust_remote_code)
+    # The blocks are written one by one, and all of them once more into the checkpoint.
+    stored = stored_weights(config, scheme, spec)
+    output.check_space(stored.total_bytes + stored.quantized_bytes - journal.finished_bytes)
     loaded = load(spec, checkpoint.source)
-    tokenizer = loaded.pipeline.tokenizer
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    model = loaded.pipeline.model
-    blocks = model.get_submodule(layout.prefix)
-    linears = (blocks[i].get_submodule(name) for i, names in enumerate(layout.layers) for name in names)
-    shares = _shares(model, sum(linear.weight.numel() for linear in linears), parameter_counts(model)[1])
-    ids = sequences(calibration, texts, tokenizer, context) if texts else []
-    tokens = sum(map(len, ids))
-    run = GPTQRun(model, layout, scheme, damping=damping, device=device, report=report)
-    resumed_blocks = run.run(ids, checkpoint.source, folder, overwrite=overwrite)
-    run.write(folder, tokenizer, calibration=calibration.source_label, tokens=tokens, progress=spec.progress)
-    loaded.close()
+    try:
+        tokenizer = loaded.pipeline.tokenizer
+        context = getattr(config.get_text_config(), "max_position_embeddings", None)
+        ids = sequences(calibration, texts, tokenizer, context) if texts else []
+        tokens = sum(map(len, ids))
+        model = loaded.pipeline.model
+        blocks = model.get_submodule(layout.prefix)
+        linears = (blocks[i].get_submodule(name) for i, names in enumerate(layout.layers) for name in names)
+        shares = _shares(model, sum(linear.weight.numel() for linear in linears), parameter_counts(model)[1])
+        run = GPTQRun(model, layout, scheme, damping=damping, device=device, journal=journal, report=report)
+        resumed_blocks = run.run(ids, checkpoint.source, overwrite=overwrite)
+        about: dict[str, Any] = {"calibration": calibration.source_label, "tokens": tokens, "progress": spec.progress}
+        run.write(output, tokenizer, trust_remote_code=spec.trust_remote_code, **about)
+    finally:
+        journal.remove_empty()
+        loaded.close()
     return {
         "scheme": scheme,
         "calibration": calibration.label,

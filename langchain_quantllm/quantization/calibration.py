@@ -65,6 +65,12 @@ class Calibration(NamedOptions):
         return Path(str(self.source)).name if _is_file(self.source) else str(self.source)
 
     @property
+    def file(self) -> Path | None:
+        """The file that holds the texts; None where they come from elsewhere."""
+        is_named = isinstance(self.source, str | Path) and self.source not in (BUILT_IN, NONE)
+        return Path(str(self.source)).expanduser() if is_named and _is_file(self.source) else None
+
+    @property
     def label(self) -> str:
         """Description in a few words, without any text of the source."""
         tokens = "" if self.source == NONE else f", up to {self.samples} x {self.tokens} tokens"

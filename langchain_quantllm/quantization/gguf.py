@@ -11,14 +11,14 @@ from typing import Any
 from langchain_quantllm.compat.library_logging import progress_bars, without_torchao
 from langchain_quantllm.errors import (
     CheckpointError,
-    InvalidOptionError,
     MissingPackageError,
     ModelNotFoundError,
     QuantLLMError,
     pip_install,
 )
 from langchain_quantllm.memory.estimate import build_on_meta
-from langchain_quantllm.quantization.output_dir import save_checkpoint
+from langchain_quantllm.quantization.output_dir import claim_output
+from langchain_quantllm.quantization.saving import save_checkpoint
 
 
 def convert_gguf(file: str | Path, folder: str | Path, *, progress: bool = True) -> Path:
@@ -39,26 +39,27 @@ def convert_gguf(file: str | Path, folder: str | Path, *, progress: bool = True)
         ModelNotFoundError: If there is no such file.
         InvalidOptionError: If the folder is not empty.
         CheckpointError: If transformers cannot read the file, or it lacks tensors of the model that it describes.
-        QuantLLMError: If the folder cannot be written; nothing is left of it then.
+        OutputError: If the folder cannot be written; nothing is left of it then.
     """
-    file, folder = Path(file).expanduser().resolve(), Path(folder).expanduser()
+    file = Path(file).expanduser().resolve()
     if not file.is_file():
         msg = f"there is no file {file}; check the path."
         raise ModelNotFoundError(msg)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        msg = f"{folder} is there already and not empty; name a new folder."
-        raise InvalidOptionError(msg)
-    try:
-        import gguf as _  # noqa: F401
-    except ImportError as error:
-        msg = f"reading a GGUF file needs gguf: {pip_install('langchain-quantllm[demo]')}"
-        raise MissingPackageError(msg) from error
-    # The bar of GGUF's conversion has no switch; it writes to the standard error stream.
-    quiet = contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO())
-    with without_torchao(), progress_bars(progress), quiet:
-        model, tokenizer = _read(file)
-        save_checkpoint(folder, model, tokenizer)
-    return folder
+    with claim_output(folder, (), [file]) as output:
+        try:
+            import gguf as _  # noqa: F401
+        except ImportError as error:
+            msg = f"reading a GGUF file needs gguf: {pip_install('langchain-quantllm[demo]')}"
+            raise MissingPackageError(msg) from error
+        # The bar of GGUF's conversion has no switch; it writes to the standard error stream.
+        quiet = contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO())
+        with without_torchao(), progress_bars(progress), quiet:
+            output.check_space(file.stat().st_size)
+            model, tokenizer = _read(file)
+            output.check_space(sum(parameter.nbytes for parameter in model.parameters()))
+            save_checkpoint(output, model, tokenizer)
+        output.publish()
+    return output.folder
 
 
 def _read(file: Path) -> tuple[Any, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,16 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import nn
 
 from langchain_quantllm._version import __version__
 from langchain_quantllm.errors import InvalidOptionError
 from langchain_quantllm.memory.estimate import build_on_meta
 from langchain_quantllm.quantization.decoder_layers import DecoderLayers, Layout, find_layout
-from langchain_quantllm.quantization.output_dir import save_checkpoint
+from langchain_quantllm.quantization.journal import Journal
+from langchain_quantllm.quantization.output_dir import OutputDir
 from langchain_quantllm.quantization.packing import TENSORS, RoundedLinear
+from langchain_quantllm.quantization.saving import not_as_written, save_checkpoint
 from langchain_quantllm.quantization.solver import InputStatistics, Rounding, solve
 from langchain_quantllm.schemes import GPTQ
 
@@ -32,6 +32,9 @@ _COMMON_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 _KNOWN_BLOCKS = ("transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.layers")
 """Names of blocks that transformers finds by itself. Source: BLOCK_PATTERNS in optimum/gptq/constants.py."""
 SHARD = "5GB"
+
+_SAMPLED_ROWS = 32
+"""Rows of each layer that are compared after writing; of any number of bits, they fill whole words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,9 +154,20 @@ class GPTQRun:
         *,
         damping: float,
         device: str,
+        journal: Journal,
         report: Callable[[Progress], None] | None = None,
     ) -> None:
-        """Take over a model on the CPU; its blocks go to `device` one at a time, and `report` is called after each."""
+        """Take over a model on the CPU.
+
+        Args:
+            model: The model, which is changed.
+            layout: Its layers to quantize.
+            scheme: The scheme, with bits and a group size.
+            damping: Added to the diagonal of the statistics, as a share of its mean.
+            device: Where its blocks go, one at a time.
+            journal: Keeps the finished blocks.
+            report: Called after each block.
+        """
         self._model = model
         self._layout = layout
         assert scheme.bits is not None
@@ -166,15 +180,16 @@ class GPTQRun:
             damping=damping,
         )
         self._device = device
+        self._journal = journal
         self._report = report
+        self._samples: dict[str, torch.Tensor] = {}
 
-    def run(self, sequences: Sequence[Sequence[int]], source: str, output: Path, *, overwrite: bool) -> int:
+    def run(self, sequences: Sequence[Sequence[int]], source: str, *, overwrite: bool) -> int:
         """Quantize the blocks, except the ones from an interrupted run.
 
         Args:
             sequences: Token ids to calibrate with; without any, weights are rounded to nearest.
             source: Folder or repository of the checkpoint.
-            output: Output folder; finished blocks are kept beside it.
             overwrite: Delete the blocks of a run with other settings.
 
         Returns:
@@ -190,7 +205,7 @@ class GPTQRun:
             "dtype": str(self._model.dtype),
             "calibration": hashlib.sha256(json.dumps([list(ids) for ids in sequences]).encode()).hexdigest(),
         }
-        self._journal = _Journal(output, about, overwrite=overwrite)
+        self._journal.open(about, overwrite=overwrite)
         blocks = DecoderLayers(self._model, self._layout, sequences, self._device)
         began = time.perf_counter()
         resumed, solved_s = 0, 0.0
@@ -207,7 +222,7 @@ class GPTQRun:
                     resumed += 1
                 if index + 1 < self._layout.count:
                     blocks.advance(index)
-            self._pack(block, names, found)
+            self._pack(index, block, names, found)
             if self._report is not None:
                 done, total = index + 1, self._layout.count
                 left_s = (total - done) * solved_s / (done - resumed) if done > resumed else None
@@ -240,15 +255,29 @@ class GPTQRun:
             rounded = RoundedLinear.unpack(_tensors_of(name, packed), self._rounding.bits)
             block.get_submodule(name).weight.data.copy_(rounded.dequantize())
 
-    def _pack(self, block: Any, names: Sequence[str], packed: dict[str, torch.Tensor]) -> None:
-        """Replace the layers of a finished block by their packed tensors."""
+    def _pack(self, index: int, block: Any, names: Sequence[str], packed: dict[str, torch.Tensor]) -> None:
+        """Replace the layers of a finished block by their packed tensors, and keep some rows of what they stand for."""
         for name in names:
-            bias = block.get_submodule(name).bias
-            bias = None if bias is None else bias.detach()
+            linear = block.get_submodule(name)
+            self._samples[f"{self._layout.prefix}.{index}.{name}"] = (
+                linear.weight[:_SAMPLED_ROWS].detach().cpu().clone()
+            )
+            bias = None if linear.bias is None else linear.bias.detach()
             block.set_submodule(name, PackedLinear(_tensors_of(name, packed), bias))
 
-    def write(self, folder: Path, tokenizer: Any, *, calibration: str, tokens: int, progress: bool) -> None:
-        """Write the checkpoint, with the name of the calibration and its number of tokens, and remove the journal."""
+    def write(self, output: OutputDir, tokenizer: Any, *, calibration: str, tokens: int, **options: Any) -> None:
+        """Write the checkpoint and check it, put it in its place, and remove the journal.
+
+        Args:
+            output: The output.
+            tokenizer: The model's tokenizer.
+            calibration: Name of the calibration.
+            tokens: Number of its tokens.
+            **options: Further options of `save_checkpoint`.
+
+        Raises:
+            OutputError: If it cannot be written, or is not what was to be written; the journal stays.
+        """
         config: dict[str, Any] = {
             "quant_method": "gptq",
             "bits": self._rounding.bits,
@@ -272,48 +301,25 @@ class GPTQRun:
         if self._layout.prefix not in _KNOWN_BLOCKS:
             config["block_name_to_quantize"] = self._layout.prefix
         self._model.config.quantization_config = config
-        save_checkpoint(folder, self._model, tokenizer, progress=progress, max_shard_size=SHARD)
+        save_checkpoint(output, self._model, tokenizer, max_shard_size=SHARD, **options)
+        self._check_samples(output.part)
+        output.publish()
         self._journal.remove()
+
+    def _check_samples(self, folder: Path) -> None:
+        """Check that the packed layers of a checkpoint stand for the weights with which the blocks were computed."""
+        for file in folder.glob("*.safetensors"):
+            with safe_open(file, framework="pt") as stored:
+                for name in {key.removesuffix(".qweight") for key in stored.keys()} & self._samples.keys():  # noqa: SIM118
+                    expected = self._samples[name]
+                    words = len(expected) * self._rounding.bits // 32
+                    columns = {"qweight": len(expected), "scales": len(expected), "qzeros": words}
+                    parts = {key: stored.get_slice(f"{name}.{key}")[:, :n].contiguous() for key, n in columns.items()}
+                    parts["g_idx"] = stored.get_tensor(f"{name}.g_idx")
+                    found = RoundedLinear.unpack(parts, self._rounding.bits).dequantize().to(expected.dtype)
+                    if not torch.equal(found, expected):
+                        raise not_as_written(f"the packed weights of {name!r} stand for others")
 
 
 def _tensors_of(name: str, packed: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: packed[f"{name}.{key}"] for key in TENSORS}
-
-
-class _Journal:
-    """Folder of the finished blocks of one run, named `OUTPUT.partial`."""
-
-    def __init__(self, output: Path, about: Mapping[str, Any], *, overwrite: bool) -> None:
-        """Open the journal of the run that `about` describes, or begin one."""
-        self._folder = output.with_name(f"{output.name}.partial")
-        text = json.dumps(about, sort_keys=True, indent=1)
-        known = self._folder / "about.json"
-        if known.is_file() and known.read_text(encoding="utf-8") != text:
-            if not overwrite:
-                msg = (
-                    f"{self._folder} holds finished blocks of a quantization with other settings; give the same "
-                    "settings to resume it, another output, or overwrite=True to delete these blocks."
-                )
-                raise InvalidOptionError(msg)
-            shutil.rmtree(self._folder)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        known.write_text(text, encoding="utf-8")
-
-    def read(self, index: int) -> dict[str, torch.Tensor] | None:
-        """Read the tensors of a finished block; None if it is not finished, or its file is damaged."""
-        try:
-            with safe_open(self._path(index), framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is not a mapping)
-        except (OSError, SafetensorError):
-            return None
-
-    def write(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
-        unfinished = self._path(index).with_suffix(".unfinished")
-        save_file(tensors, unfinished)
-        unfinished.replace(self._path(index))
-
-    def remove(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _path(self, index: int) -> Path:
-        return self._folder / f"block-{index:04}.safetensors"

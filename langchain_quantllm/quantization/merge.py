@@ -25,22 +25,25 @@ from langchain_quantllm.engine.clean_thread import in_clean_thread
 from langchain_quantllm.errors import CheckpointError, QuantLLMError, UnsupportedError
 from langchain_quantllm.loading.adapter_weights import read_tensors
 from langchain_quantllm.loading.adapters import Adapter, check_adapters_fit, find_adapters
-from langchain_quantllm.loading.checkpoint import find_checkpoint, find_source
+from langchain_quantllm.loading.checkpoint import Checkpoint, find_checkpoint, find_source
 from langchain_quantllm.loading.devices import release_memory
 from langchain_quantllm.loading.foreign_errors import reason_of
 from langchain_quantllm.loading.registry import load
 from langchain_quantllm.loading.sources import check_sources
 from langchain_quantllm.loading.spec import LoadSpec
-from langchain_quantllm.quantization.output_dir import free_folder, save_checkpoint
+from langchain_quantllm.quantization.output_dir import claim_output
+from langchain_quantllm.quantization.saving import (
+    check_reopened,
+    expected_logits,
+    largest_difference,
+    logits_of,
+    save_checkpoint,
+    stored_weights,
+    tolerance_of,
+)
 from langchain_quantllm.schemes import FP4, GPTQ, NF4, Int8, Unquantized, scheme_of_config
 
 _NAME = "merged"
-_TEXTS = (
-    "The capital of France is Paris, and the capital of Italy is",
-    "SELECT name, age FROM people WHERE",
-    "1, 2, 3, 5, 8, 13,",
-)
-_TOLERANCE, _TOLERANCE_16BIT = 1e-3, 0.1
 _SCALE_TOLERANCE = 0.02  # of the largest weight of a block: bfloat16 rounds to 1/256
 
 
@@ -70,7 +73,7 @@ def merge_adapter(
         output: Folder to write; it appears when it is complete.
         dtype: Dtype of the result: `"auto"` (the checkpoint's), `"float16"`, `"bfloat16"` or `"float32"`.
         device: Device that computes, such as `"cpu"` or 0; None is the first GPU, else the CPU.
-        overwrite: Replace the content of the folder.
+        overwrite: Replace a checkpoint in the folder. One that holds anything else is never replaced.
         revision: Branch, tag or commit of the base model.
         token: Access token of the Hub.
         cache_dir: Folder in which files of the Hub are kept.
@@ -89,9 +92,9 @@ def merge_adapter(
             the same as both.
         ModelNotFoundError: If one of them is not there.
         MissingPackageError: If peft, or a package of the base model's format, is not installed.
+        OutputError: If the output cannot be written, has no room, or another run writes it.
     """
     check_sources(model_id, {_NAME: adapter})
-    folder = free_folder(output, (model_id, adapter), overwrite=overwrite)
     spec = LoadSpec(
         model_id=model_id,
         dtype=dtype,
@@ -105,22 +108,30 @@ def merge_adapter(
         progress=progress,
         adapters={_NAME: adapter},
     )
-    found = find_adapters(spec)[0]
-    source = find_source(spec)
-    _check_base(spec, source, found)
-    loaded = load(dataclasses.replace(spec, adapters={}), source)
-    try:
-        pipeline = loaded.pipeline
-        model = _merged(_dequantized(pipeline.model, model_id), pipeline.tokenizer, found)
-        save_checkpoint(folder, model, getattr(pipeline, "processor", None) or pipeline.tokenizer, progress=progress)
-    finally:
-        loaded.close()
-        release_memory()
-    return folder
+    with claim_output(output, (model_id, adapter), cache_dir=cache_dir, overwrite=overwrite) as claimed:
+        found = find_adapters(spec)[0]
+        source = find_source(spec)
+        checkpoint = _check_base(spec, source, found)
+        claimed.check_space(stored_weights(checkpoint.config, Unquantized(), spec).total_bytes)
+        spec = dataclasses.replace(spec, adapters={})
+        loaded = load(spec, source)
+        try:
+            pipeline = loaded.pipeline
+            model = _merged(_dequantized(pipeline.model, model_id), pipeline.tokenizer, found)
+            preprocessor = getattr(pipeline, "processor", None) or pipeline.tokenizer
+            save_checkpoint(claimed, model, preprocessor, progress=progress, trust_remote_code=trust_remote_code)
+            expected = expected_logits(model, pipeline.tokenizer)
+            del pipeline, model, preprocessor
+        finally:
+            loaded.close()
+            release_memory()
+        check_reopened(claimed.part, spec, expected)
+        claimed.publish()
+    return claimed.folder
 
 
-def _check_base(spec: LoadSpec, source: str, adapter: Adapter) -> None:
-    """Check the base's format, and that the adapter fits, before weights are read."""
+def _check_base(spec: LoadSpec, source: str, adapter: Adapter) -> Checkpoint:
+    """Find the base, and check its format and that the adapter fits, before weights are read."""
     with without_torchao():
         checkpoint = find_checkpoint(spec, source)
         scheme = Unquantized() if checkpoint.quantization is None else scheme_of_config(checkpoint.quantization)
@@ -132,6 +143,7 @@ def _check_base(spec: LoadSpec, source: str, adapter: Adapter) -> None:
             )
             raise UnsupportedError(msg)
         check_adapters_fit([adapter], checkpoint, trust_remote_code=spec.trust_remote_code)
+    return checkpoint
 
 
 # --- dequantizing ---
@@ -187,7 +199,7 @@ def _merged(model: Any, tokenizer: Any, adapter: Adapter) -> Any:
         except Exception as error:  # whatever peft raises for the settings and tensors of strangers
             msg = f"the adapter {adapter.source} does not fit this model; was it made for it? {reason_of(error)}"
             raise CheckpointError(msg) from error
-        expected = _logits(adapted, tokenizer)
+        expected = logits_of(adapted, tokenizer)
         try:
             merged = adapted.merge_and_unload(safe_merge=True)
         except Exception as error:  # as above
@@ -197,7 +209,7 @@ def _merged(model: Any, tokenizer: Any, adapter: Adapter) -> Any:
         if not parameter.isfinite().all():
             msg = f"the merged weights of {name!r} are not all finite; try dtype='float32'."
             raise CheckpointError(msg)
-    _check_same(_logits(merged, tokenizer), expected, merged.dtype)
+    _check_same(logits_of(merged, tokenizer), expected, merged.dtype)
     return merged
 
 
@@ -229,29 +241,11 @@ def _check_loaded(adapted: Any, adapter: Adapter) -> None:
         raise CheckpointError(msg)
 
 
-def _logits(model: Any, tokenizer: Any) -> list[Any]:
-    """Compute the logits of some texts, without their mean."""
-    import torch
-
-    device = model.get_input_embeddings().weight.device
-    found = []
-    with torch.no_grad():
-        for text in _TEXTS:
-            ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"].to(device)
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].float().cpu()
-            found.append(logits - logits.mean(-1, keepdim=True))
-    return found
-
-
 def _check_same(found: list[Any], expected: list[Any], dtype: Any) -> None:
-    import torch
-
-    tolerance = _TOLERANCE if dtype in (torch.float32, torch.float64) else _TOLERANCE_16BIT
-    for ours, theirs in zip(found, expected, strict=True):
-        difference = float((ours - theirs).norm() / theirs.norm().clamp(min=1e-12))
-        if not difference <= tolerance:
-            msg = (
-                "the merged model does not compute the same as the model with its adapter: its logits differ by "
-                f"{difference:.2g}, and {tolerance:g} is allowed; nothing was written. Try dtype='float32'."
-            )
-            raise CheckpointError(msg)
+    difference, tolerance = largest_difference(found, expected), tolerance_of(dtype)
+    if difference > tolerance:
+        msg = (
+            "the merged model does not compute the same as the model with its adapter: its logits differ by "
+            f"{difference:.2g}, and {tolerance:g} is allowed; nothing was written. Try dtype='float32'."
+        )
+        raise CheckpointError(msg)

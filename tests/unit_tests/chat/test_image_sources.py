@@ -56,8 +56,14 @@ def web() -> Iterator[str]:
     server.server_close()
 
 
+@pytest.fixture(scope="module")
+def local(folders: Any) -> Any:
+    """A chat model that may fetch from this machine."""
+    return chat_of(folders["llava"], allow_private_urls=True)
+
+
 @pytest.mark.enable_socket
-def test_urls_are_fetched(chat: Any, web: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_urls_are_fetched(chat: Any, local: Any, web: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = transformers_answer(chat, [plain("user", 4, "Hm?")])[0]
     for path in ("/picture.png", "/moved"):
         for dialect in (
@@ -67,14 +73,16 @@ def test_urls_are_fetched(chat: Any, web: str, monkeypatch: pytest.MonkeyPatch) 
             {"type": "image", "source_type": "url", "url": web + path},
             {"type": "image", "source": {"type": "url", "url": web + path}},
         ):
-            assert chat.invoke([HumanMessage([dialect, "Hm?"])]).content == expected
+            assert local.invoke([HumanMessage([dialect, "Hm?"])]).content == expected
 
     def fetch(path: str, **options: Any) -> Any:
-        return chat.invoke([HumanMessage("a"), HumanMessage([{"type": "image", "url": path}])], **options)
+        return local.invoke([HumanMessage("a"), HumanMessage([{"type": "image", "url": path}])], **options)
 
-    with pytest.raises(InvalidOptionError, match="message 1 cannot be fetched from .*/nothing .*404.*in base64"):
+    with pytest.raises(InvalidOptionError, match="message 1 cannot be fetched from .*/nothing: .*404.*in base64"):
         fetch(f"{web}/nothing")
-    with pytest.raises(InvalidOptionError, match=r"message 1 is not an image that can be read.*DOCTYPE.*PNG"):
+    with pytest.raises(
+        InvalidOptionError, match=r"message 1, from .*/page.html, is not an image that can be read; PNG"
+    ):
         fetch(f"{web}/page.html")
     with pytest.raises(InvalidOptionError, match="cannot be fetched from http://127.0.0.1:9/"):
         fetch("http://127.0.0.1:9/")
@@ -83,12 +91,12 @@ def test_urls_are_fetched(chat: Any, web: str, monkeypatch: pytest.MonkeyPatch) 
         fetch(f"{web}/drops", timeout=0.3)
     assert time.monotonic() - began < 1.5
     monkeypatch.setattr(images, "_MOST_BYTES", 2**17)
-    with pytest.raises(InvalidOptionError, match=r"/large, is larger than"):
+    with pytest.raises(InvalidOptionError, match=r"/large: it is larger than"):
         fetch(f"{web}/large")
 
 
 @pytest.mark.enable_socket
-async def test_fetching_leaves_the_event_loop_free(chat: Any, web: str) -> None:
+async def test_fetching_leaves_the_event_loop_free(local: Any, web: str) -> None:
     beats = 0
 
     async def beat() -> None:
@@ -99,7 +107,7 @@ async def test_fetching_leaves_the_event_loop_free(chat: Any, web: str) -> None:
 
     task = asyncio.create_task(beat())
     with pytest.raises(InvalidOptionError, match="longer than 0.4 seconds"):
-        await chat.ainvoke([HumanMessage([{"type": "image", "url": f"{web}/drops"}])], timeout=0.4)
+        await local.ainvoke([HumanMessage([{"type": "image", "url": f"{web}/drops"}])], timeout=0.4)
     task.cancel()
     assert beats > 15
 

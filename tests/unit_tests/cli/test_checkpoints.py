@@ -9,6 +9,9 @@ from typer.testing import CliRunner, Result
 
 from langchain_quantllm.cli import app, checkpoints
 from langchain_quantllm.quantization import gguf
+from langchain_quantllm.quantization.output_dir import claim_output
+from tests.support.adapters import make_adapter
+from tests.support.checkpoints import make_checkpoint
 
 
 def call(*words: object) -> Result:
@@ -34,7 +37,7 @@ def test_convert_writes_a_checkpoint_and_prints_its_folder(tmp_path: Path, monke
     ("file", "folder", "said"),
     [
         ("none.gguf", "out", "there is no file"),
-        ("broken.gguf", ".", "is there already and not empty"),
+        ("broken.gguf", ".", "is not empty"),
         ("broken.gguf", "out", "transformers cannot read"),
     ],
 )
@@ -61,3 +64,30 @@ def test_options_of_gptq_are_refused_with_other_schemes(tmp_path: Path) -> None:
     result = call("quantize", tmp_path, "-s", "nf4", "--calibration", "text.txt")
     assert result.exit_code == 1
     assert "--calibration and --skip are for gptq, and nf4 needs none" in result.stderr
+
+
+def test_outputs_that_are_refused_are_one_line(tmp_path: Path) -> None:
+    """In the place of a source, in that of another run, and where nothing can be written."""
+    pytest.importorskip("peft")
+    base = make_checkpoint(tmp_path / "models" / "base")
+    sql = make_adapter(base, tmp_path / "sql", seed=1)
+    (tmp_path / "models" / "mine.txt").write_text("mine")
+    (tmp_path / "file").touch()
+    cases = {
+        ("quantize", base, "-s", "nf4", "-o", tmp_path / "models", "--overwrite"): "one of the sources",
+        ("merge", base, sql, "-o", base, "--overwrite"): "one of the sources",
+        ("quantize", base, "-s", "nf4", "-o", tmp_path / "busy"): "being written by another run (process",
+        ("convert", base / "config.json", tmp_path / "busy"): "being written by another run (process",
+        ("quantize", base, "-s", "gptq", "-o", tmp_path / "file" / "out"): "could not be written: Not a directory",
+        ("merge", base, sql, "-o", tmp_path / ("n" * 300)): "could not be written: File name too long",
+    }
+    with claim_output(tmp_path / "busy", ()):
+        for words, says in cases.items():
+            result = call(*words)
+            assert result.exit_code == 1, words
+            assert result.stdout == ""
+            assert result.stderr.startswith("error: ")
+            assert says in result.stderr
+            assert result.stderr.count("\n") == 1
+    assert (tmp_path / "models" / "mine.txt").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "models", "sql"]

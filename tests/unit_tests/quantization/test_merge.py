@@ -226,10 +226,13 @@ class TestOutput:
         (output / "mine.txt").write_text("mine")
         with pytest.raises(InvalidOptionError, match="not empty.*overwrite=True"):
             merge(root, output)
+        with pytest.raises(InvalidOptionError, match="holds 'mine.txt', and overwrite=True only replaces"):
+            merge(root, output, overwrite=True)
         assert [path.name for path in output.iterdir()] == ["mine.txt"]
+        (output / "mine.txt").unlink()
+        merge(root, output, dtype="bfloat16")
         merge(root, output, overwrite=True)
-        assert "model.safetensors" in {path.name for path in output.iterdir()}
-        assert not (output / "mine.txt").exists()
+        assert json.loads((output / "config.json").read_text())["dtype"] == "float32"
         assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
     def test_an_empty_folder(self, root: Path, tmp_path: Path) -> None:
@@ -241,7 +244,7 @@ class TestOutput:
         with pytest.raises(InvalidOptionError, match="is a file"):
             merge(root, tmp_path / "file")
         for name in ("tiny", "sql"):
-            with pytest.raises(InvalidOptionError, match="is one of the sources"):
+            with pytest.raises(InvalidOptionError, match=f"is .*{name}', one of the sources"):
                 merge(root, root / name, overwrite=True)
 
     @pytest.mark.parametrize("overwrite", [False, True])
@@ -251,7 +254,7 @@ class TestOutput:
         output = tmp_path / "merged"
         if overwrite:
             output.mkdir()
-            (output / "mine.txt").write_text("mine")
+            (output / "config.json").write_text("mine")
 
         def fail(self: Any, folder: Any, **_: Any) -> None:
             (Path(folder) / "half").write_text("half")
@@ -261,7 +264,7 @@ class TestOutput:
         with pytest.raises(langchain_quantllm.errors.QuantLLMError, match="the disk is full"):
             merge(root, output, overwrite=overwrite)
         left = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")]
-        assert sorted(left) == (["merged", "merged/mine.txt"] if overwrite else [])
+        assert sorted(left) == (["merged", "merged/config.json"] if overwrite else [])
 
 
 class TestErrors:
