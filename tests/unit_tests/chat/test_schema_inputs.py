@@ -155,14 +155,18 @@ def test_requirements_of_typed_dicts() -> None:
     assert set(loose["properties"]) == {"title", "cast"}
 
 
-@pytest.mark.parametrize("given", [add, wait, functools.partial(add, 1), Adder(), greet, Person, Spot, Old], ids=repr)
+@pytest.mark.parametrize(
+    "given",
+    [add, wait, functools.partial(add, 1), Adder(), greet, Person, Spot, Old],
+    ids=lambda given: getattr(given, "__name__", type(given).__name__),
+)
 def test_tools_of_each_kind_have_a_name_and_parameters(chat: Any, given: Any) -> None:
     (described,) = chat.bind_tools([given]).kwargs["tools"]
     assert described["function"]["name"]
     assert described["function"]["parameters"]["properties"]
 
 
-@pytest.mark.parametrize("given", [add, "add", TWO[0], 3], ids=repr)
+@pytest.mark.parametrize("given", [add, "add", TWO[0], 3], ids=lambda given: type(given).__name__)
 def test_tools_are_a_list(chat: Any, given: Any) -> None:
     with pytest.raises(InvalidOptionError, match="is no list"):
         chat.bind_tools(given)
