@@ -22,6 +22,7 @@ from langchain_quantllm.errors import (
 from langchain_quantllm.loading.checkpoint import Checkpoint
 from langchain_quantllm.loading.hub import MissingFileError, Repository
 from langchain_quantllm.loading.json_files import read_json
+from langchain_quantllm.loading.name_patterns import may_take_long, texts_in
 from langchain_quantllm.loading.sources import ADAPTER_CONFIG
 from langchain_quantllm.loading.spec import LoadSpec
 from langchain_quantllm.loading.stored_tensors import StoredTensor, read_header
@@ -40,6 +41,17 @@ _REFUSED = {
     "arrow_config": "mixes other adapters",
 }
 """Settings of peft that cannot be honoured: what an adapter with one does."""
+
+_PATTERNS = (
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "target_parameters",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+)
+"""Settings whose texts peft matches with the names of modules as regular expressions."""
 
 _PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "ADAPTION_PROMPT", "XLORA")
 
@@ -141,6 +153,13 @@ def _check_settings(adapter: Adapter) -> None:
     for option, does in _REFUSED.items():
         if config.get(option):
             msg = f"{adapter} {does} ({option} in its {ADAPTER_CONFIG}), which is not supported; train it without."
+            raise CheckpointError(msg)
+    for option in _PATTERNS:
+        if slow := next((text for text in texts_in(config.get(option)) if may_take_long(text)), None):
+            msg = (
+                f"the {ADAPTER_CONFIG} of {adapter} has {option}={slow[:80]!r}, a regular expression that may take "
+                "forever to match a name; write it without repetitions in repetitions, or list the names."
+            )
             raise CheckpointError(msg)
     try:
         with peft_imported(), warnings.catch_warnings():
