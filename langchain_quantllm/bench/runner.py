@@ -36,7 +36,7 @@ from langchain_quantllm.bench.training import check_peft, kernels_of, measure_tr
 from langchain_quantllm.bench.warmup import warm_up
 from langchain_quantllm.compat.library_logging import without_torchao
 from langchain_quantllm.compat.packages import label_of
-from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
+from langchain_quantllm.errors import InvalidOptionError, QuantLLMError
 from langchain_quantllm.llms import QuantizedHuggingFaceLLM
 from langchain_quantllm.loading.devices import release_memory
 from langchain_quantllm.memory import estimate_memory, track_memory
@@ -178,7 +178,7 @@ class _SubjectBench:
             with without_torchao():
                 estimate = estimate_memory(self._subject.model_id, dtype="auto")
             return int(slack * estimate.kv_cache_bytes(tokens))
-        except UnsupportedError:  # a model without a formula
+        except QuantLLMError:  # a model without a formula; what else is wrong with it, loading tells
             return None
 
     def _load(self, llm: QuantizedHuggingFaceLLM, copy: Mapping[str, float] | None) -> dict[str, Any]:

@@ -62,6 +62,8 @@ def tool_schema(tool: Any, strict: bool | None = None) -> dict[str, Any]:
     if isinstance(tool, Mapping) and not {"function", *_ENVELOPES} & tool.keys() and "properties" not in tool:
         function["parameters"] = {k: v for k, v in tool.items() if k not in ("title", "description", "name")}
     elif (own := _arguments_schema(given)) is not None:
+        own = _with_its_parts(own)
+        _take_descriptions(own, function.get("parameters"))
         function["parameters"] = {name: own[name] for name in _OF_OBJECTS if name in own}
         if strict:
             for part in schemas_in(function["parameters"]):
@@ -84,6 +86,7 @@ def answer_tool(schema: Any, strict: bool | None = None) -> dict[str, Any]:
     if is_class and not _is_pydantic(schema):
         return tool_schema(schema, strict)
     name, found = answer_schema(schema, strict)
+    found = found if isinstance(schema, Mapping) else _with_its_parts(found)
     given = schema if isinstance(schema, Mapping) else {}
     given = next((given[key] for key in ("function", "json_schema") if isinstance(given.get(key), Mapping)), given)
     about = str(given.get("description") or found.get("description") or ("" if given else _summary(schema)))
@@ -191,6 +194,22 @@ def _converted(schema: Any, strict: bool | None) -> dict[str, Any]:
         )
         raise InvalidOptionError(msg) from error
     return found
+
+
+def _take_descriptions(schema: Mapping[str, Any], other: Any) -> None:
+    """Describe the arguments in a schema as another one does: LangChain reads them from a function's docstring."""
+    others = other.get("properties", {}) if isinstance(other, Mapping) else {}
+    for name, part in schema.get("properties", {}).items():
+        about = others.get(name)
+        if isinstance(about, Mapping) and "description" in about:
+            part.setdefault("description", about["description"])
+
+
+def _with_its_parts(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the schema of a class that refers to itself as an object, beside its definition: a function takes one."""
+    if "$ref" not in schema:
+        return dict(schema)
+    return {**schema["$defs"][schema["$ref"].removeprefix("#/$defs/")], "$defs": schema["$defs"]}
 
 
 def _check(given: Mapping[str, Any], what: str) -> None:

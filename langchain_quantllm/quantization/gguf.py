@@ -18,7 +18,6 @@ from langchain_quantllm.errors import (
 )
 from langchain_quantllm.memory.estimate import build_on_meta
 from langchain_quantllm.quantization.output_dir import claim_output
-from langchain_quantllm.quantization.saving import save_checkpoint
 
 
 def convert_gguf(file: str | Path, folder: str | Path, *, progress: bool = True) -> Path:
@@ -41,6 +40,8 @@ def convert_gguf(file: str | Path, folder: str | Path, *, progress: bool = True)
         CheckpointError: If transformers cannot read the file, or it lacks tensors of the model that it describes.
         OutputError: If the folder cannot be written; nothing is left of it then.
     """
+    from langchain_quantllm.quantization.saving import save_checkpoint  # imports torch
+
     file = Path(file).expanduser().resolve()
     if not file.is_file():
         msg = f"there is no file {file}; check the path."

@@ -194,7 +194,8 @@ class FakeHub:
         if path.startswith("/api/"):
             files = [{"rfilename": f.name} for f in sorted(self.repos[repo].iterdir())]
             if rest[:1] == ["tree"]:
-                tree = [{"type": "file", "path": f["rfilename"], "oid": "0" * 40, "size": 1} for f in files]
+                wanted = [] if rest[2:] else files  # no repository here has a folder
+                tree = [{"type": "file", "path": f["rfilename"], "oid": "0" * 40, "size": 1} for f in wanted]
                 return 200, {"Content-Type": "application/json"}, json.dumps(tree).encode()
             answer = {"id": repo, "modelId": repo, "sha": self.commit, "siblings": files, "tags": []}
             return 200, {"Content-Type": "application/json"}, json.dumps(answer).encode()

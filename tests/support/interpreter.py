@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -41,6 +42,23 @@ def selected_names(request: pytest.FixtureRequest, fixture: str) -> list[str]:
     tests = [item for item in request.session.items if item.path == request.path and isinstance(item, pytest.Function)]
     used = [test.callspec.params for test in tests if fixture in test.fixturenames and hasattr(test, "callspec")]
     return list(dict.fromkeys(params["name"] for params in used if "name" in params))
+
+
+def multiply_in_order() -> None:
+    """Let the interpreter sum each product's terms one after another, as a GPU's tile does whatever is beside it.
+
+    It multiplies tiles by NumPy's `matmul`, whose BLAS chooses another order for other numbers of rows on some CPUs.
+    Only for a process of its own.
+    """
+
+    def matmul(a: Any, b: Any, dtype: Any = None) -> Any:
+        a, b = a.astype(dtype or a.dtype), b.astype(dtype or b.dtype)
+        total = numpy.zeros((*a.shape[:-1], b.shape[-1]), a.dtype)
+        for k in range(a.shape[-1]):
+            total += a[..., k, None] * b[..., k, None, :]
+        return total
+
+    numpy.matmul = matmul  # type: ignore[assignment]
 
 
 def report_cases(run: Callable[[str], Any]) -> None:

@@ -6,8 +6,9 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 from datetime import date
-from typing import Any, Optional
+from typing import Annotated, Any, Optional
 
+import jsonschema
 import pytest
 from langchain_core.exceptions import OutputParserException
 from langchain_core.messages import AIMessage
@@ -258,3 +259,37 @@ def test_parsers_read_json_as_the_class_does_in_strict_mode() -> None:
 def test_a_streamed_answer_ends_with_the_instance(chat: Any) -> None:
     chunks = list(chat.with_structured_output(Spot).stream("A spot.", seed=1, temperature=1.0))
     assert isinstance(chunks[-1], Spot)
+
+
+def test_arguments_are_described_by_the_docstring(chat: Any) -> None:
+    def paint(colour: Annotated[str, "any colour"], spot: Spot, times: int = 1) -> str:
+        """Paint a spot.
+
+        Args:
+            colour: Not read, as the type says it.
+            spot: Where to paint.
+            times: How often.
+        """
+        return f"{colour} {spot} {times}"
+
+    properties = chat.bind_tools([paint]).kwargs["tools"][0]["function"]["parameters"]["properties"]
+    assert properties["colour"] == {"type": "string", "description": "any colour"}
+    assert properties["times"] == {"type": "integer", "default": 1, "description": "How often."}
+    assert properties["spot"]["description"] == "Where to paint."
+
+
+def test_a_class_that_refers_to_itself_keeps_its_parts(chat: Any) -> None:
+    tool = chat.bind_tools([Tree]).kwargs["tools"][0]["function"]["parameters"]
+    wanted = chat.with_structured_output(Tree, method="function_calling").steps[0].kwargs["tools"][0]["function"]
+    for parameters in (tool, wanted["parameters"]):
+        assert parameters["required"] == ["name"]
+        validator = jsonschema.Draft202012Validator(parameters)
+        assert validator.is_valid({"name": "a", "branches": [{"name": "b"}]})
+        assert not validator.is_valid({"name": "a", "branches": [3]})
+
+
+class Tree(BaseModel):
+    """A tree."""
+
+    name: str
+    branches: list[Tree] = []

@@ -18,7 +18,7 @@ from langchain_quantllm.kernels.invariant.attention import KEYS, attend_in_tiles
 from langchain_quantllm.kernels.invariant.ops import InvariantOps, paused
 from langchain_quantllm.kernels.linear import invariant, reference
 from langchain_quantllm.kernels.linear.weights import weight_of
-from tests.support.interpreter import report_cases
+from tests.support.interpreter import multiply_in_order, report_cases
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHAPES = [(64, 128), (1100, 64), (33, 7), (100, 52), (7, 1)]
@@ -354,4 +354,5 @@ def test_the_prefill_kernel_gives_a_query_the_same_in_any_tile(found: Any) -> No
 
 
 if __name__ == "__main__":
+    multiply_in_order()
     report_cases(lambda name: run(name, "cpu"))

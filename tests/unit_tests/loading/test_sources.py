@@ -252,12 +252,12 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_an_unreachable_hub_is_reported_within_seconds(tmp_path: Path, slept: list[float], cached: bool) -> None:
     if cached:  # an interrupted download: huggingface_hub would use its files, and wait for the rest
         make(
-            tmp_path / "models--acme--tiny",
+            tmp_path / "hub/models--acme--tiny",
             {"refs/main": "a" * 40, f"snapshots/{'a' * 40}/config.json": LLAMA},
         )
     for use in (
-        lambda: QuantizedHuggingFaceLLM(model_id="acme/tiny", cache_dir=str(tmp_path), progress=False).load(),
-        lambda: quantize("acme/tiny", "nf4", output=tmp_path / "out", cache_dir=str(tmp_path), progress=False),
+        lambda: QuantizedHuggingFaceLLM(model_id="acme/tiny", cache_dir=str(tmp_path / "hub"), progress=False).load(),
+        lambda: quantize("acme/tiny", "nf4", output=tmp_path / "out", cache_dir=str(tmp_path / "hub"), progress=False),
     ):
         slept.clear()
         with pytest.raises(ModelNotFoundError, match="the Hub could not be asked") as caught:
