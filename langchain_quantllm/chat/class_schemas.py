@@ -28,6 +28,8 @@ _OTHER_FORMATS = {
 }
 _ANY_TEXT = ("binary", "password", "path")
 _WITHOUT_LENGTH = ("date", "time", "datetime", "timedelta", "uuid", "bytes", "enum", "literal", "definition-ref")
+_FORMATS_WITHOUT_LENGTH = ("date", "naive", "time", "duration", "uuid", "uri")
+"""Types, and beginnings of formats, of texts to which a class's lengths of texts do not apply."""
 _UNHASHABLE = ("list", "dict", "set", "model", "typed-dict", "dataclass", "definition-ref", "deque", "any")
 _TEXT_KEYS = ("str", "date", "datetime", "time", "timedelta", "uuid", "enum", "literal", "url", "definition-ref", "any")
 
@@ -53,7 +55,8 @@ class _ClassSchema(GenerateJsonSchema):
             return {"type": "integer", "minimum": 0}
         result = super().generate_inner(schema)
         most = self._settings[-1].get("str_max_length")
-        if most is not None and result.get("type") == "string" and schema["type"] not in _WITHOUT_LENGTH:
+        has_length = result.get("type") == "string" and schema["type"] not in _WITHOUT_LENGTH
+        if most is not None and has_length and not str(result.get("format")).startswith(_FORMATS_WITHOUT_LENGTH):
             result.setdefault("maxLength", most)  # of addresses and the like, too, which are read from texts
         return result
 
