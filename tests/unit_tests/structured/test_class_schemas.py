@@ -9,6 +9,7 @@ import zoneinfo
 from collections.abc import Callable
 from datetime import date
 from decimal import Decimal
+from ipaddress import IPv6Address
 from typing import Annotated, Any, Literal
 
 import pydantic as p
@@ -39,6 +40,17 @@ class Named(BaseModel):
     name: Annotated[str, Field(min_length=4)] = Field(alias="Name")
 
 
+class Short(BaseModel):
+    """A bound of texts that no date and no UUID keeps."""
+
+    model_config = p.ConfigDict(str_max_length=12)
+    id: p.UUID3
+    at: p.NaiveDatetime
+    day: date
+    place: IPv6Address
+    name: str
+
+
 class Strict(BaseModel):
     model_config = p.ConfigDict(strict=True)
     day: date
@@ -63,6 +75,7 @@ GUARANTEED: list[Any] = [
     p.NaiveDatetime,
     Named,
     Strict,
+    Short,
     Node,
 ]
 
