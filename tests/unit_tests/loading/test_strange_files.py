@@ -29,7 +29,7 @@ from tests.support.checkpoints import edit_json, make_checkpoint, quicken
 pytest.importorskip("peft")
 
 MOST_SECONDS, MOST_BYTES = 30.0, 2**30
-EVERYDAY, THOROUGH = 100, 5000
+EVERYDAY, THOROUGH = 100, 1000
 
 MODEL_FILES = (
     "config.json",
