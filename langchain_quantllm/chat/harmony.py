@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from langchain_quantllm.chat.pieces import Piece, TextSpace, ToolCallDraft
+from langchain_quantllm.chat.pieces import TextSpace, ToolCallDraft
 from langchain_quantllm.chat.scanner import Wait, held, prefixes
 from langchain_quantllm.chat.tool_calls import CallReader, parameters_of
 from langchain_quantllm.structured.tool_formats import HARMONY
@@ -49,20 +49,6 @@ class HarmonyParser(CallReader):
         self._steps = self._answer()
         if (start := prefix.rfind(_START)) >= 0:
             self.push(prefix[start:])
-
-    def push(self, text: str) -> list[Piece]:
-        """Take the next part of the answer and return the pieces that have become certain."""
-        self._scan.add(text if self._hidden is None else self._hidden.sub("", text))
-        return self._step()
-
-    def finish(self) -> list[Piece]:
-        """End the answer and return the rest of its pieces."""
-        self._scan.ended = True
-        return self._step()
-
-    def _step(self) -> list[Piece]:
-        next(self._steps, None)
-        return self._take_pieces()
 
     def _answer(self) -> Wait[None]:
         scan = self._scan

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from langchain_quantllm.chat.pieces import Piece, ToolCallDraft
+from langchain_quantllm.chat.pieces import ToolCallDraft
 from langchain_quantllm.chat.scanner import CUT_OFF, Wait, held, prefixes
 from langchain_quantllm.chat.tool_calls import ARGUMENTS, CALL, FENCE, CallReader, parameters_of
 from langchain_quantllm.chat.xml_calls import FUNCTION
@@ -74,20 +74,6 @@ class AnswerParser(CallReader):
         self._apart = ""  # before the next reasoning, where there was some before
         self._fenced = False  # inside a fenced block which is text
         self._steps = self._answer()
-
-    def push(self, text: str) -> list[Piece]:
-        """Take the next part of the answer and return the pieces that have become certain."""
-        self._scan.add(text if self._hidden is None else self._hidden.sub("", text))
-        return self._step()
-
-    def finish(self) -> list[Piece]:
-        """End the answer and return the rest of its pieces."""
-        self._scan.ended = True
-        return self._step()
-
-    def _step(self) -> list[Piece]:
-        next(self._steps, None)
-        return self._take_pieces()
 
     def _answer(self) -> Wait[None]:
         if self._reasoning is not None:

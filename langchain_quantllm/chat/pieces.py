@@ -6,6 +6,7 @@ Reads no notation of calls.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -101,7 +102,10 @@ def _longer(one: str, other: str) -> str:
 
 
 class PieceWriter:
-    """Collects the pieces of an answer that a scanner goes through."""
+    """Collects the pieces of an answer that a scanner goes through, as its parts come in."""
+
+    _steps: Wait[None]  # of reading the answer; a subclass begins them
+    _hidden: re.Pattern[str] | None = None  # special tokens to leave out
 
     def __init__(self, tools: Mapping[str, Mapping[str, Any]]) -> None:
         """Begin with nothing read.
@@ -115,8 +119,18 @@ class PieceWriter:
         self._calls = 0
         self._space: TextSpace | None = TextSpace() if tools else None  # None where a text has no parts
 
-    def _take_pieces(self) -> list[Piece]:
-        """Return the pieces since the last time."""
+    def push(self, text: str) -> list[Piece]:
+        """Take the next part of the answer and return the pieces that have become certain."""
+        self._scan.add(text if self._hidden is None else self._hidden.sub("", text))
+        return self._step()
+
+    def finish(self) -> list[Piece]:
+        """End the answer and return the rest of its pieces."""
+        self._scan.ended = True
+        return self._step()
+
+    def _step(self) -> list[Piece]:
+        next(self._steps, None)
         pieces, self._pieces = self._pieces, []
         return _joined(pieces)
 

@@ -13,9 +13,9 @@ from langchain_quantllm.errors import (
     CheckpointError,
     MissingPackageError,
     ModelNotFoundError,
-    QuantLLMError,
     pip_install,
 )
+from langchain_quantllm.loading.foreign_errors import as_checkpoint_error, reason_of
 from langchain_quantllm.memory.estimate import build_on_meta
 from langchain_quantllm.quantization.output_dir import claim_output
 
@@ -84,16 +84,17 @@ def _read(file: Path) -> tuple[Any, Any]:
 @contextlib.contextmanager
 def _reading(file: Path) -> Iterator[None]:
     """Turn what is raised while a file is read into this package's errors: the readers check little of it."""
-    try:
-        yield
-    except QuantLLMError:
-        raise
-    except ImportError as error:
-        msg = f"{file} needs a further package ({_reason(error)}): {pip_install('sentencepiece', 'tiktoken')}"
-        raise MissingPackageError(msg) from error
-    except Exception as error:
-        msg = f"transformers cannot read {file} ({_reason(error)}); give the checkpoint that the file was made of."
-        raise CheckpointError(msg) from error
+
+    def describe(error: Exception) -> str:
+        reason = reason_of(error)
+        return f"transformers cannot read {file} ({reason}); give the checkpoint that the file was made of."
+
+    with as_checkpoint_error(describe):
+        try:
+            yield
+        except ImportError as error:
+            msg = f"{file} needs a further package ({reason_of(error)}): {pip_install('sentencepiece', 'tiktoken')}"
+            raise MissingPackageError(msg) from error
 
 
 def _check_size(file: Path, source: dict[str, Any]) -> None:
@@ -128,7 +129,3 @@ def _check_complete(file: Path, missing: set[str]) -> None:
             f"{min(missing)!r}), which would have been initialized at random; get the file again."
         )
         raise CheckpointError(msg)
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(". ")
