@@ -1,16 +1,27 @@
-"""Tiny random models that read images, of four families, and one of text."""
+"""Rendered prompts; tiny random models that read images, of four families, and one of text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from langchain_quantllm import ChatQuantizedHuggingFace
+from langchain_quantllm.chat.messages import template_messages
+from langchain_quantllm.chat.template import ChatTemplate
 from tests.support.chat_images import chat_of
 from tests.support.checkpoints import edit_json, make_checkpoint
 from tests.support.vision import FAMILIES, TEMPLATES, make_vision_checkpoint
+
+
+@pytest.fixture
+def render(tokenizer: Any) -> Any:
+    def render(template: str | None, messages: list[Any], tools: Any = (), **options: Any) -> str:
+        return ChatTemplate(tokenizer, template).render(template_messages(messages), tools, options)[0]
+
+    return render
 
 
 @pytest.fixture(scope="module")

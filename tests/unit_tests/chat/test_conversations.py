@@ -25,19 +25,6 @@ RESULT = ToolMessage("snow", tool_call_id="call_1")
 SYSTEM = SystemMessage("SYS")
 
 
-@pytest.fixture(scope="module")
-def tokenizer(smollm2: Path) -> Any:
-    return AutoTokenizer.from_pretrained(smollm2)
-
-
-@pytest.fixture
-def render(tokenizer: Any) -> Any:
-    def render(template: str | None, messages: list[Any], tools: Any = (), **options: Any) -> str:
-        return ChatTemplate(tokenizer, template).render(template_messages(messages), tools, options)[0]
-
-    return render
-
-
 def check_random_conversations(tokenizer: Any, template: str | None, count: int, seed: int) -> None:
     """Render random conversations; every text must stand in the prompt, and in order but for system messages."""
     chance = random.Random(seed)

@@ -126,11 +126,6 @@ HOSTILE = {
 }
 
 
-@pytest.fixture(scope="module")
-def tokenizer(smollm2: Path) -> Any:
-    return AutoTokenizer.from_pretrained(smollm2)
-
-
 def stopped(tokenizer: Any, template: str, tools: Any = ()) -> QuantLLMError:
     """Render with a hostile template, which must end soon by an error of the package; return it."""
     start = time.thread_time()

@@ -40,19 +40,6 @@ FIRST_SYSTEM_ONLY = """{% if messages[0].role == "system" %}<S>{{ messages[0].co
 {%- for m in messages if m.role != "system" %}<{{ m.role }}>{{ m.content }}{% endfor %}"""
 
 
-@pytest.fixture(scope="module")
-def tokenizer(smollm2: Path) -> Any:
-    return AutoTokenizer.from_pretrained(smollm2)
-
-
-@pytest.fixture
-def render(tokenizer: Any) -> Any:
-    def render(template: str | None, messages: list[Any], tools: Any = (), **options: Any) -> str:
-        return ChatTemplate(tokenizer, template).render(template_messages(messages), tools, options)[0]
-
-    return render
-
-
 CALL = AIMessage("", tool_calls=[{"name": "add", "args": {"a": 1, "b": "é"}, "id": "call_0123456789"}])
 RESULT = ToolMessage("3", tool_call_id="call_0123456789")
 
