@@ -23,7 +23,7 @@ POSITION = 60
 def main() -> None:
     """Measure, and print a line for each scheme and size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", help="an unquantized checkpoint")
+    parser.add_argument("folder", help="an unquantized checkpoint, or a quantized one with --schemes checkpoint")
     parser.add_argument("--schemes", nargs="+", default=["float32", "bfloat16", "nf4", "int8"])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--prompts", type=int, nargs="+", default=[256], help="their tokens")
@@ -36,8 +36,8 @@ def main() -> None:
 
 
 def measure(scheme: str, asked: argparse.Namespace) -> None:
-    """Measure one scheme: a name of `SCHEMES`, or a dtype."""
-    fields = {"dtype": scheme} if "float" in scheme else {"quantization": scheme}
+    """Measure one scheme: a name of `SCHEMES`, a dtype, or "checkpoint" for how the checkpoint is quantized."""
+    fields = {"dtype": scheme} if "float" in scheme else {"quantization": None if scheme == "checkpoint" else scheme}
     ordinary = QuantizedHuggingFaceLLM(
         model_id=asked.folder, max_new_tokens=1, prefix_caching=False, kv_cache_memory="64MiB", progress=False, **fields
     )

@@ -103,9 +103,10 @@ def store_value(
     tl.store(target + key_dim + columns, kept, mask=columns < value_dim)
     if is_finite == 0:
         tl.debug_barrier()  # all threads have stored the key
-        columns = tl.arange(0, key_tile)
+        # A name of its own: what a branch assigns keeps its shape.
+        key_columns = tl.arange(0, key_tile)
         nothing = tl.full([key_tile], float("nan"), tl.float32).to(target.dtype.element_ty)
-        tl.store(target + columns, nothing, mask=columns < key_dim)
+        tl.store(target + key_columns, nothing, mask=key_columns < key_dim)
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
