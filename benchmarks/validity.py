@@ -33,6 +33,7 @@ from langchain_core.messages import AIMessage
 from langchain_core.output_parsers import JsonOutputParser
 from langchain_core.runnables import Runnable
 from pydantic import AwareDatetime, BaseModel, Field, NaiveDatetime, TypeAdapter
+from pydantic.json_schema import GenerateJsonSchema
 
 from langchain_quantllm import ChatQuantizedHuggingFace
 
@@ -254,6 +255,22 @@ FOLDERS: dict[str, Any] = {
 }
 
 
+class AcceptedSchema(GenerateJsonSchema):
+    """The schema of a class, without what pydantic says of it but does not ask of an answer.
+
+    A set takes an item twice; a date without a time zone is no date-time of RFC 3339, and the only one that a
+    `NaiveDatetime` takes.
+    """
+
+    def set_schema(self, schema: Any) -> dict[str, Any]:
+        """Allow equal items."""
+        return {name: value for name, value in super().set_schema(schema).items() if name != "uniqueItems"}
+
+    def datetime_schema(self, schema: Any) -> dict[str, Any]:
+        """Leave a date without a time zone to the class."""
+        return {"type": "string"} if schema.get("tz_constraint") == "naive" else super().datetime_schema(schema)
+
+
 @dataclass(frozen=True)
 class Case:
     """A schema and a prompt for it.
@@ -273,7 +290,9 @@ class Case:
     @property
     def json_schema(self) -> dict[str, Any]:
         """The schema that answers are checked by."""
-        return self.schema if isinstance(self.schema, dict) else self.schema.model_json_schema()
+        if isinstance(self.schema, dict):
+            return self.schema
+        return self.schema.model_json_schema(schema_generator=AcceptedSchema)
 
     def error(self, value: Any) -> str:
         """Return the errors of a value; empty for a valid one."""

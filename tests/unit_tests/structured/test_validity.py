@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from benchmarks.validity import CASES, FORCED, STRUCTURED, Case, Question, Unconstrained, ask, ask_all, questions
+from benchmarks.validity import (
+    CASES,
+    FORCED,
+    FURTHER,
+    STRUCTURED,
+    Case,
+    Question,
+    Unconstrained,
+    ask,
+    ask_all,
+    questions,
+)
 from langchain_quantllm import ChatQuantizedHuggingFace
 from tests.support.models import pipeline_of, tiny_model
 
@@ -33,6 +44,11 @@ def test_every_answer_is_valid_and_seeds_vary_it(chat: Any) -> None:
     answers = ask_all(chat, forced + structured + again)
     assert [(a.question.case.name, a.question.kind, a.error, a.message) for a in answers if a.error] == []
     assert len({(a.question.case.name, a.value) for a in answers}) == len(answers)
+
+
+def test_every_answer_of_a_further_class_is_valid(chat: Any) -> None:
+    answers = ask_all(chat, questions(16, FORCED + STRUCTURED, FURTHER))
+    assert [(a.question.case.name, a.question.kind, a.error, a.value) for a in answers if a.error] == []
 
 
 def test_without_constraints_the_prompt_is_the_same(chat: Any) -> None:
