@@ -13,6 +13,8 @@ import statistics
 import time
 from typing import Any
 
+import torch
+
 from langchain_quantllm import QuantizedHuggingFaceLLM
 from langchain_quantllm.bench.prompts import Prompts
 
@@ -38,8 +40,9 @@ def main() -> None:
 def measure(scheme: str, asked: argparse.Namespace) -> None:
     """Measure one scheme: a name of `SCHEMES`, a dtype, or "checkpoint" for how the checkpoint is quantized."""
     fields = {"dtype": scheme} if "float" in scheme else {"quantization": None if scheme == "checkpoint" else scheme}
+    cache = "4GiB" if torch.cuda.is_available() else "64MiB"
     ordinary = QuantizedHuggingFaceLLM(
-        model_id=asked.folder, max_new_tokens=1, prefix_caching=False, kv_cache_memory="64MiB", progress=False, **fields
+        model_id=asked.folder, max_new_tokens=1, prefix_caching=False, kv_cache_memory=cache, progress=False, **fields
     )
     invariant = ordinary.model_copy(update={"batch_invariant": True})
     llms = (ordinary, invariant)

@@ -3,7 +3,8 @@
     python -m benchmarks.mixed_load FOLDER --quantization nf4
 
 Lets streams run by themselves first, then submits the prompts, for one new token each. The prompts alone, without
-streams, are the limit. Prints one line of JSON: medians over the repeats, in milliseconds, and the longest gap of each.
+streams, are the limit. Prints one line of JSON: medians over the repeats, in milliseconds, and the longest gap of all.
+Text is held back until its last character is whole: where a chunk has several tokens, each has its part of the gap.
 """
 
 from __future__ import annotations
@@ -68,16 +69,16 @@ class MixedLoad:
         """
         prompts = self.prompts()
         stream = self._engine.submit(self._requests(self._streams, 30, new_tokens))
-        times: list[list[float]] = [[] for _ in range(self._streams)]
+        chunks: list[list[tuple[float, int]]] = [[] for _ in range(self._streams)]
 
         def read() -> None:
             with contextlib.suppress(GenerationError):  # it is closed
                 for chunk in stream:
-                    times[chunk.row] += [time.monotonic()] * len(chunk.token_ids)
+                    chunks[chunk.row].append((time.monotonic(), len(chunk.token_ids)))
 
         reader = threading.Thread(target=read)
         reader.start()
-        while min(map(len, times)) < 2:
+        while min(map(len, chunks)) < 2:
             time.sleep(0.01)
         time.sleep(before_s)
         began = time.monotonic()
@@ -89,7 +90,8 @@ class MixedLoad:
         reader.join()
         while self._engine._blocks.held:  # type: ignore[attr-defined]
             time.sleep(0.01)
-        self.gaps = [(b - began, b - a) for row in times for a, b in itertools.pairwise(row)]
+        pairs = [pair for row in chunks for pair in itertools.pairwise(row)]
+        self.gaps = [(b - began, (b - a) / tokens) for (a, _), (b, tokens) in pairs for _ in range(tokens)]
         alone = [gap for at_s, gap in self.gaps if at_s < 0]
         beside = [gap for at_s, gap in self.gaps if 0 <= at_s <= prompts_s]
         return {
