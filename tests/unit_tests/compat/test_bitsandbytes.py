@@ -180,7 +180,9 @@ def test_only_cast_warnings_are_dropped(cast_logger: logging.Logger, caplog: pyt
 def test_bitsandbytes_logs_cast_warnings_by_this_logger(
     cast_logger: logging.Logger, caplog: pytest.LogCaptureFixture
 ) -> None:
-    layer, x = layer_of("int8").to("cuda"), torch.ones(2, INPUTS, dtype=torch.bfloat16, device="cuda")
+    # Quantized on its way to the GPU: one that was quantized on the CPU leaves a part of its state there.
+    layer = bnb.nn.Linear8bitLt(INPUTS, OUTPUTS, bias=False, has_fp16_weights=False, threshold=6.0).to("cuda")
+    x = torch.ones(2, INPUTS, dtype=torch.bfloat16, device="cuda")
     with caplog.at_level(logging.WARNING), torch.no_grad():
         layer(x)
         assert {record.name for record in caplog.records if "MatMul8bitLt" in record.message} == {cast_logger.name}
