@@ -11,14 +11,19 @@ from typing import Any
 
 from langchain_quantllm.chat.notations import JSON_FAILURES, checked
 from langchain_quantllm.chat.pieces import Piece, TextSpace
+from langchain_quantllm.chat.scanner import CUT_OFF
 
+_CALLS = "tool_calls"
+_WHOLE_OR_NOT = ("json", "python-call-list")
+"""Notations of transformers' templates that cannot be read where a part is missing."""
 _KINDS = {"content": "text", "thinking": "reasoning", "reasoning": "reasoning", "reasoning_content": "reasoning"}
 
 
 class TemplateParser:
     """Reads an answer by a tokenizer's response template, with `AnswerParser`'s interface.
 
-    Calls come whole, when they end. A call that transformers cannot read becomes an invalid piece.
+    Calls come whole, when they end. A call that transformers cannot read becomes an invalid piece, as does one whose
+    end is missing. What the template's patterns leave out of a call is left out.
     """
 
     def __init__(self, tokenizer: Any, prefix: str, tools: Sequence[Mapping[str, Any]] = ()) -> None:
@@ -33,6 +38,7 @@ class TemplateParser:
         self._tools = [dict(tool) for tool in tools] or None
         self._prefix = prefix
         self._calls = 0
+        self._end_marks = _end_marks(tokenizer)
         self._restart(prefix)
         self._spaces = {"text": TextSpace(), "reasoning": TextSpace()}
         self._shown = False  # whether some of the region has been
@@ -48,11 +54,16 @@ class TemplateParser:
 
     def finish(self) -> list[Piece]:
         """End the answer and return the rest of its pieces."""
+        text = "".join(self._fed)
+        is_cut = bool(self._end_marks) and not text.endswith(self._end_marks)
         try:
             _, events = self._parser.finalize()
         except Exception as error:  # a template's patterns and readers may raise any
-            return [self._invalid(error)]
-        return self._pieces(events)
+            return [self._invalid(CUT_OFF if is_cut else error)]
+        pieces = self._pieces(events[:-1])
+        if is_cut and events and (events[-1]["field"], events[-1]["type"]) == (_CALLS, "region_close"):
+            return [*pieces, self._invalid(CUT_OFF)]
+        return [*pieces, *self._pieces(events[-1:])]
 
     def _restart(self, prefix: str) -> None:
         self._prefix = prefix
@@ -97,7 +108,7 @@ class TemplateParser:
                 self._body.append(event["text"])
                 if kind and not event.get("dirty"):
                     pieces += self._texts(kind, event["text"])
-            elif event["field"] == "tool_calls":
+            elif event["field"] == _CALLS:
                 pieces += self._called(event["value"])
             elif kind and not self._shown and event["value"]:
                 value = event["value"]  # of a region that comes at its end
@@ -130,3 +141,19 @@ class TemplateParser:
         index, self._calls = self._calls, self._calls + 1
         message = str(error).partition("\n")[0] or type(error).__name__
         return Piece(kind="invalid", text="".join(self._body).strip(), index=index, error=message)
+
+
+def _end_marks(tokenizer: Any) -> tuple[str, ...]:
+    """Return the texts of which one must end a call, as it may lack arguments otherwise.
+
+    None where the calls' notation tells, where calls have no mark, or one that may be a token of the end, which no text
+    shows.
+    """
+    template = getattr(tokenizer, "response_template", None)
+    fields = template.get("fields") if isinstance(template, Mapping) else None
+    field = fields.get(_CALLS) if isinstance(fields, Mapping) else None
+    if not isinstance(field, Mapping) or field.get("content") in _WHOLE_OR_NOT:
+        return ()
+    close = field.get("close") or ()
+    marks = (close,) if isinstance(close, str) else tuple(close)
+    return () if set(marks) & set(tokenizer.all_special_tokens) else marks

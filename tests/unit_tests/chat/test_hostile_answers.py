@@ -10,10 +10,19 @@ import pytest
 
 from langchain_quantllm.chat import pieces
 from langchain_quantllm.chat.notations import MAX_DEPTH
+from langchain_quantllm.chat.response_template import TemplateParser
 from langchain_quantllm.chat.result import MessageBuilder
 from langchain_quantllm.chat.scanner import Scanner
 from langchain_quantllm.structured.tool_formats import FORMATS, REASONING
-from tests.unit_tests.chat.test_output_parser import END_TAGS, new, parse, parser_of
+from tests.unit_tests.chat.test_output_parser import (
+    END_TAGS,
+    PROMPT,
+    Tokenizer,
+    XMLTokenizer,
+    new,
+    parse,
+    parser_of,
+)
 
 NAMES = [entry.name for entry in FORMATS]
 PARTS = [
@@ -45,8 +54,7 @@ def check_composition(name: str, rng: random.Random) -> None:
     reasoning = rng.choice([None, *REASONING])
     options: dict[str, Any] = {"reasoning": reasoning, "in_reasoning": bool(reasoning) and rng.random() < 0.4}
     options = {} if name == "harmony" else options
-    cuts = sorted(rng.choices(range(len(answer) + 1), k=rng.randint(1, 8)))
-    parts = [answer[a:b] for a, b in zip([0, *cuts], [*cuts, len(answer)], strict=True)]
+    parts = in_parts(answer, rng)
     parser = parser_of(name, **options)
     given = [*parser.push(answer), *parser.finish()]
     whole = parse(parser_of(name, **options), [answer])
@@ -69,6 +77,28 @@ def test_of_any_answer_nothing_is_lost_and_its_parts_read_like_the_whole(name: s
     rng = random.Random(f"{name} {count}")
     for _ in range(count):
         check_composition(name, rng)
+
+
+def in_parts(answer: str, rng: random.Random) -> list[str]:
+    """Cut an answer anywhere."""
+    cuts = sorted(rng.choices(range(len(answer) + 1), k=rng.randint(1, 8)))
+    return [answer[a:b] for a, b in zip([0, *cuts], [*cuts, len(answer)], strict=True)]
+
+
+@pytest.mark.parametrize("tokenizer", [Tokenizer(), XMLTokenizer()], ids=["json", "xml"])
+@pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_response_templates_read_the_parts_of_any_answer_like_the_whole(tokenizer: Any, count: int) -> None:
+    rng = random.Random(count)
+    for _ in range(count):
+        answer, words = composition(rng)
+        prompt = rng.choice([PROMPT, PROMPT + "<think>\n", ""])
+        whole = parse(TemplateParser(tokenizer, prompt), [answer])
+        for parts in (in_parts(answer, rng), list(answer)):
+            assert whole == parse(TemplateParser(tokenizer, prompt), parts), answer
+        text, thought, calls, invalid = whole
+        if type(tokenizer) is Tokenizer:  # the other one's patterns leave out what is between the arguments
+            found = " ".join([text, thought, json.dumps(calls), *(piece.text for piece in invalid)])
+            assert [word for word in words if word not in found] == [], (answer, whole)
 
 
 QWEN = "<tool_call>\n<function=now>\n<parameter=a>\n"

@@ -617,7 +617,8 @@ def test_the_reasoning_that_a_template_names() -> None:
 class Tokenizer:
     """Has transformers' parser of a response template, as tokenizers give it."""
 
-    template = {  # noqa: RUF012
+    all_special_tokens = ("<|im_start|>", "<|im_end|>")
+    response_template = {  # noqa: RUF012
         "fields": {
             "thinking": {"open": "<think>", "close": "</think>"},
             "tool_calls": {
@@ -635,7 +636,27 @@ class Tokenizer:
     def get_response_parser(self, *, prefix: str, tools: Any = None) -> Any:
         from transformers.utils.chat_parsing import ResponseParser
 
-        return ResponseParser(self.template, prefix=prefix, tools=tools)
+        return ResponseParser(self.response_template, prefix=prefix, tools=tools)
+
+
+class XMLTokenizer(Tokenizer):
+    """Has calls whose arguments are in tags, of which transformers takes those that it finds."""
+
+    response_template = {  # noqa: RUF012
+        "fields": {
+            "thinking": {"open": "<think>", "close": "</think>"},
+            "tool_calls": {
+                "open_pattern": r"<tool_call>\s*<function=(?P<name>[\w.]+)>\s*",
+                "close": "</function>\n</tool_call>",
+                "repeats": True,
+                "content": "xml-inline",
+                "content_args": {"tag_pattern": r"<parameter=(?P<key>[^>\n]+)>\n(?P<value>.*?)\n</parameter>"},
+                "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}},
+            },
+            "content": {"close": "<|im_end|>"},
+        },
+        "start_anchor": "<|im_start|>assistant\n",
+    }
 
 
 PROMPT = "<|im_start|>assistant\n"
@@ -670,3 +691,24 @@ def test_response_templates_cut_anywhere() -> None:
         for parts in ([answer[:end]], list(answer[:end])):
             _, _, calls, invalid = parse(TemplateParser(Tokenizer(), PROMPT, TOOLS), parts)
             assert len(calls) + len(invalid) <= 1
+
+
+def test_response_templates_make_no_call_of_one_whose_end_is_missing() -> None:
+    """transformers reads the arguments that are there, and would call the tool without the others."""
+    begun = "<tool_call>\n<function=now>\n<parameter=a>\n1\n</parameter>\n<parameter=b>\n2\n</parameter>\n"
+    answer = f"So. {begun}</function>\n</tool_call>"
+    for end in range(len(answer) + 1):
+        for parts in ([answer[:end]], list(answer[:end])):
+            text, _, calls, invalid = parse(TemplateParser(XMLTokenizer(), PROMPT, TOOLS), parts)
+            assert calls == ([("now", {"a": "1", "b": "2"})] if end == len(answer) else [])
+            if answer[:end].count(">") > 1 and end < len(answer):
+                assert [piece.error for piece in invalid] == ["it is cut off"]
+            assert text.startswith("So.") or end < 3
+
+
+def test_response_templates_let_a_call_end_where_its_mark_is_an_end_token() -> None:
+    class Ended(XMLTokenizer):
+        all_special_tokens = ("</function>\n</tool_call>",)
+
+    answer = "<tool_call><function=now><parameter=a>\n1\n</parameter>\n"
+    assert parse(TemplateParser(Ended(), PROMPT, TOOLS), [answer])[2] == [("now", {"a": "1"})]
