@@ -13,8 +13,8 @@ from langchain_quantllm.structured.constraints import ToolCalls
 from langchain_quantllm.structured.schema_limits import read_json
 from langchain_quantllm.structured.tool_formats import HERMES, ToolFormat
 
-Layout = tuple[dict[str, Any], int, bool]
-"""A structural tag's format, the most tokens needed to close it, and whether that grows with nesting."""
+Layout = tuple[dict[str, Any], int, int]
+"""A structural tag's format, and the most tokens needed to close it: at first, and for each open object."""
 
 _WRITABLE = ("json", "qwen_xml", "glm_xml")
 _OBJECT_WORDS = frozenset({"type", "properties", "required", "additionalProperties", "$defs", "title", "description"})
@@ -48,7 +48,7 @@ def calls_layout(constraint: ToolCalls, json_layout: Callable[[Any, str], Layout
         json_layout: Lays out a value under a schema in a style of xgrammar's.
     """
     tools = writable(constraint.format)
-    calls, reserve, grows = [], 0, False
+    calls, reserve, object_reserve = [], 0, 0
     for text in constraint.tools:
         function = read_json(str(text))["function"]
         parameters = function.get("parameters") or {"type": "object", "properties": {}}
@@ -57,7 +57,7 @@ def calls_layout(constraint: ToolCalls, json_layout: Callable[[Any, str], Layout
             tokens += len("".join(_around_text("", tools))) // 2 * len(parameters.get("properties", ()))
             content = _xml_parameters(content, tools)
         calls.append({"type": "tag", "begin": tools.begin(function["name"]), "content": content, "end": tools.call_end})
-        reserve, grows = max(reserve, tokens), grows or more
+        reserve, object_reserve = max(reserve, tokens), max(object_reserve, more)
     marks = tools.call + tools.call_end + tools.separator + tools.closing
     # A character outside ASCII may take a token for each of its bytes.
     reserve += len(marks) // 2 if marks.isascii() else len(marks.encode())
@@ -67,10 +67,10 @@ def calls_layout(constraint: ToolCalls, json_layout: Callable[[Any, str], Layout
     if tools.opening:
         section = {"type": "tag", "begin": tools.opening, "content": section, "end": tools.closing}
     if constraint.mode == "required":
-        return section, reserve, grows
+        return section, reserve, object_reserve
     tags = [section] if tools.opening else calls
     free = {"type": "triggered_tags", "triggers": [tools.trigger], "tags": tags, "stop_after_first": once}
-    return free, reserve, grows
+    return free, reserve, object_reserve
 
 
 def after_reasoning(

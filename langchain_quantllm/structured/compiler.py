@@ -28,7 +28,7 @@ from langchain_quantllm.structured.constraints import (
     ToolCalls,
 )
 from langchain_quantllm.structured.grammar_limits import checked_grammar
-from langchain_quantllm.structured.json_schema import StrictSchema, longest
+from langchain_quantllm.structured.json_schema import StrictSchema, longest, required_length
 from langchain_quantllm.structured.mask import CompiledConstraint, GrammarMask, Vocabulary
 from langchain_quantllm.structured.patterns import expression, read
 from langchain_quantllm.structured.schema_limits import PATTERN_COST, Budget, read_json, shortened
@@ -38,11 +38,14 @@ _CACHE_BYTES = 256 << 20
 
 
 class _Layout(NamedTuple):
-    """A constraint in xgrammar's terms, the most tokens needed to close it, and whether that grows with nesting."""
+    """A constraint in xgrammar's terms, and the most tokens needed to close it: at first, and for each open object.
+
+    The last is 0 where that number does not grow with nesting.
+    """
 
     format: dict[str, Any]
     reserve: int
-    grows: bool
+    object_reserve: int
 
 
 class Compiler:
@@ -148,7 +151,7 @@ class Compiler:
     def _compile(self, constraint: Constraint) -> CompiledConstraint:
         is_auto = isinstance(constraint, ToolCalls) and constraint.mode == "auto"
         try:
-            layout, reserve, grows = _layout(constraint, Budget())
+            layout, reserve, object_reserve = _layout(constraint, Budget())
             marks = _marks(constraint)
             if constraint.reasoning is not None:
                 layout = after_reasoning(layout, constraint.reasoning, may_end_open=is_auto)
@@ -165,7 +168,7 @@ class Compiler:
         return CompiledConstraint(
             grammar=grammar,
             reserve=reserve,
-            grows=grows,
+            object_reserve=object_reserve,
             style=marks.style,
             endings=tuple(e.encode() for e in marks.endings),
             value_ends=tuple(e.encode() for e in marks.value_ends),
@@ -217,7 +220,8 @@ def _json(schema: Any, budget: Budget, style: str = "json") -> _Layout:
     strict = StrictSchema(schema, budget)
     result = strict.result()
     layout = {"type": "json_schema", "json_schema": result, "style": style, "max_whitespace_cnt": 1}
-    return _Layout(layout, longest(result, result.get("$defs", {})) // 2 + 12, strict.is_recursive)
+    object_reserve = required_length(result) // 2 + 2 if strict.is_recursive else 0
+    return _Layout(layout, longest(result, result.get("$defs", {})) // 2 + 12, object_reserve)
 
 
 def _layout(constraint: Constraint, budget: Budget) -> _Layout:
@@ -230,17 +234,17 @@ def _layout(constraint: Constraint, budget: Budget) -> _Layout:
         for option in constraint.options:
             budget.add_literal(option)
         options = [{"type": "const_string", "value": o} for o in constraint.options]
-        return _Layout({"type": "or", "elements": options}, max(map(len, constraint.options)), False)
+        return _Layout({"type": "or", "elements": options}, max(map(len, constraint.options)), 0)
     if isinstance(constraint, Regex):
         tree = read(constraint.pattern).whole
         pattern = expression(tree, in_json=False)
         budget.add_pattern(pattern, compile_cost(tree, PATTERN_COST))
-        return _Layout({"type": "regex", "pattern": pattern}, 16, True)
+        return _Layout({"type": "regex", "pattern": pattern}, 16, 1)
     if isinstance(constraint, Grammar):
-        return _Layout({"type": "grammar", "grammar": checked_grammar(constraint.ebnf)}, 16, True)
+        return _Layout({"type": "grammar", "grammar": checked_grammar(constraint.ebnf)}, 16, 1)
     if isinstance(constraint, Either):
         layouts, reserves, growing = zip(*(_layout(option, budget) for option in constraint.options), strict=True)
-        return _Layout({"type": "or", "elements": list(layouts)}, max(reserves), any(growing))
+        return _Layout({"type": "or", "elements": list(layouts)}, max(reserves), max(growing))
     if isinstance(constraint, ToolCalls):
         return _Layout(*calls_layout(constraint, lambda schema, style: _json(schema, budget, style)))
     msg = f"{type(constraint).__name__} is not a known constraint"

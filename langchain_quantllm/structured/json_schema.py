@@ -318,6 +318,16 @@ def _can_end(node: Any, ending: set[str]) -> bool:
     return True
 
 
+def required_length(schema: Any) -> int:
+    """Estimate the most characters that the required properties of an object in a schema need, without values."""
+    if isinstance(schema, list):
+        return max(map(required_length, schema), default=0)
+    if not isinstance(schema, dict):
+        return 0
+    own = sum(len(str(key).encode()) + 8 for key in schema.get("required", ()) if isinstance(key, str))
+    return max([own, *map(required_length, schema.values())])
+
+
 def longest(schema: Any, defs: Mapping[str, Any], known: dict[str, int] | None = None) -> int:
     """Estimate the characters of a value with every property and one element in each array.
 

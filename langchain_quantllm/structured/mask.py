@@ -31,7 +31,7 @@ class CompiledConstraint:
 
     grammar: Any
     reserve: int  # the most tokens needed to close the text
-    grows: bool  # whether that number grows with the brackets that are open
+    object_reserve: int  # the tokens that each open object adds to it; 0 where it does not grow with nesting
     style: str  # "json", "qwen_xml", "glm_xml" or "" where only the grammar tells the end of a text
     endings: tuple[bytes, ...]  # the end of the text after the last call's arguments, and after the call
     value_ends: tuple[bytes, ...]  # in XML, the texts that may end a value
@@ -120,6 +120,27 @@ def _narrow(bits: Any, by: Any) -> bool:
     return found
 
 
+class OpenObjects:
+    """Counts the objects of a text in JSON that are begun and not ended."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._in_string = False
+        self._is_escaped = False
+
+    def read(self, text: bytes) -> None:
+        """Take the next part of the text."""
+        for byte in text:
+            if self._is_escaped:
+                self._is_escaped = False
+            elif byte == ord('"'):
+                self._in_string = not self._in_string
+            elif self._in_string:
+                self._is_escaped = byte == ord("\\")
+            elif byte in b"{}":
+                self.count += 1 if byte == ord("{") else -1
+
+
 class GrammarMask(TokenMask):
     """Keeps one row to a constraint.
 
@@ -144,6 +165,7 @@ class GrammarMask(TokenMask):
         self._tail = b""  # of the text, as long as a number may be
         self._cpu_s = 0.0
         self._without_end = 0
+        self._objects = OpenObjects() if compiled.style == "json" and not compiled.is_auto else None
         begin, end, self._is_open = compiled.reasoning or ("", "", False)
         self._begin, self._end = begin.encode(), end.encode()
         self._reasoned = bytearray() if compiled.reasoning else None
@@ -222,6 +244,8 @@ class GrammarMask(TokenMask):
         backslashes = len(token) - len(token.rstrip(b"\\"))
         self._last = token[-1] if token else 0
         self._tail = (self._tail + token)[-2 * _DIGITS :]
+        if self._objects is not None and not self._is_thinking():
+            self._objects.read(token)
         self._odd = (backslashes + self._odd * (backslashes == len(token))) % 2
         if self._reasoned is not None:
             self._reasoned += token
@@ -234,7 +258,12 @@ class GrammarMask(TokenMask):
         return self._reasoned is not None and (self._is_open or len(self._reasoned) >= len(self._begin))
 
     def _reserve(self) -> int:
-        return min(self._compiled.reserve + self._compiled.grows * (self._used // 2), self._budget // 2)
+        """Estimate the tokens needed to close the text: at most half of all, or three quarters where objects nest."""
+        half, more = self._budget // 2, self._compiled.object_reserve
+        if more and self._objects is None:  # nesting is unknown
+            return min(self._compiled.reserve + self._used // 2, half)
+        nested = 0 if self._objects is None else more * self._objects.count
+        return max(min(self._compiled.reserve + nested, half), min(nested, self._budget - self._budget // 4))
 
     def _force(self, bits: Any, text: bytes) -> bool:
         """Allow only the longest token that begins a text, or the rest of it."""

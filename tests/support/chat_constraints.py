@@ -66,6 +66,13 @@ class Folder(BaseModel):
     inner: list[Folder]
 
 
+class Plant(BaseModel):
+    name: str = Field(max_length=12)
+    parts: list[Plant] = Field(default=[], max_length=2)
+    colors: set[Literal["green", "red"]]
+    counts: dict[date, int]
+
+
 class Times(BaseModel):
     day: date
     at: datetime

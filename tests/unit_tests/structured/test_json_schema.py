@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -16,6 +17,7 @@ from tests.support.chat_constraints import (
     Free,
     Loose,
     Node,
+    Plant,
     Point,
     Settings,
     Shape,
@@ -198,6 +200,16 @@ class TestSchemas:
                 deepest = max(tokens[i] for i in allowed)
                 writer.put(writer.random.choice([i for i in allowed if tokens[i] == deepest]))
             model.model_validate_json(writer.text)
+
+    @pytest.mark.parametrize("opening", ['{"name": "tree", "parts": [', '{"name":"a","parts":['])
+    def test_objects_that_need_more_to_end_than_to_begin_are_closed(self, compiler: Compiler, opening: str) -> None:
+        for budget in (120, 200, 256, 400):
+            writer = Writer(compiler, JSONSchema(Plant.model_json_schema()), max_new_tokens=budget)
+            tokens = itertools.cycle(writer.tokenizer.encode(opening, add_special_tokens=False))
+            while (token := next(tokens)) in writer.allowed():
+                writer.put(token)
+            assert writer.text.count("{") > budget // 60
+            Plant.model_validate_json(writer.rest())
 
     def test_a_text_is_closed_before_its_tokens_run_out(self, compiler: Compiler) -> None:
         for seed in range(10):
