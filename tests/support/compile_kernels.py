@@ -55,6 +55,8 @@ def main(module_name: str) -> None:
     launch = jit.JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        if options.get("enable_fp_fusion") is not True:
+            failures.append(f"{self.__name__}: launched without COMPILER_OPTIONS")
         try:
             launch(self, *args, grid=grid, warmup=True, **options)
         except CompiledError:

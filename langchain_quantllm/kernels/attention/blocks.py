@@ -6,7 +6,7 @@ import torch
 import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]  # not on every machine, and untyped
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
-from langchain_quantllm.kernels.launch import dense_vectors, power_of_2
+from langchain_quantllm.kernels.launch import COMPILER_OPTIONS, dense_vectors, power_of_2
 
 
 def write_kv(
@@ -41,6 +41,7 @@ def write_kv(
         key_tile=key_tile,
         value_tile=value_tile,
         num_warps=1,
+        **COMPILER_OPTIONS,
     )
 
 

@@ -10,7 +10,7 @@ import triton.language as tl  # type: ignore[import-not-found,import-untyped,unu
 
 from langchain_quantllm.kernels.attention.blocks import key_indices
 from langchain_quantllm.kernels.attention.softmax import fold, keys_within, scores_of
-from langchain_quantllm.kernels.launch import dense_vectors, power_of_2
+from langchain_quantllm.kernels.launch import COMPILER_OPTIONS, dense_vectors, power_of_2
 from langchain_quantllm.kernels.reference import PREFILL_TILE
 
 
@@ -63,6 +63,7 @@ def prefill_attention(
         masks_all=masks_all,
         num_warps=warps,
         num_stages=stages,
+        **COMPILER_OPTIONS,
     )
     return out
 

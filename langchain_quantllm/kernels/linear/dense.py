@@ -8,6 +8,7 @@ import torch
 import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]  # not on every machine, and untyped
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
+from langchain_quantllm.kernels.launch import COMPILER_OPTIONS
 from langchain_quantllm.kernels.linear.decoding import packed_words, zero_points
 from langchain_quantllm.kernels.linear.weights import GPTQWeight, Int8Weight
 
@@ -40,6 +41,7 @@ def dense(weight: GPTQWeight | Int8Weight, dtype: torch.dtype) -> torch.Tensor:
     _unpack_kernel[(-(-words // _WORDS), -(-width // _OUTPUTS))](
         weight.words, weight.scales, weight.zeros, weight.groups, out, words, width,
         bits=weight.bits, zero_point=weight.zero_point, rows=_WORDS, outputs=_OUTPUTS, per_word=per_word, num_warps=4,
+        **COMPILER_OPTIONS,
     )  # fmt: skip
     return out.t()
 
