@@ -24,7 +24,7 @@ from langchain_quantllm.memory.measure import device_name
 from langchain_quantllm.schemes import Scheme, Unquantized, scheme_of_config
 
 _CLASSIFIERS = ("classifier", "score", "head", "pooler.dense", "head.dense", "classifier.dense", "classifier.out_proj")
-"""Ends of the names of modules of a cross-encoder that stay unquantized: they are small, and the score is their output."""
+"""Ends of the names of modules of a cross-encoder that stay unquantized: they are small, and make the score."""
 
 
 @dataclass(frozen=True, kw_only=True)
