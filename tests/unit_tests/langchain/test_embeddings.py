@@ -263,9 +263,9 @@ def test_texts_of_mixed_lengths_in_small_batches_give_the_same(folder: Path) -> 
 
 
 def test_a_progress_bar_is_shown_where_it_is_asked_for(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    make(folder, progress=True).load()
+    loaded = make(folder, progress=True).load()
     capfd.readouterr()
-    make(folder, progress=True).embed_documents(TEXTS)  # ends before a bar would appear by itself
+    loaded.embed_documents(TEXTS)  # ends before a bar would appear by itself
     assert capfd.readouterr().err == ""
     make(folder, show_progress=True).embed_documents(TEXTS)
     assert "60/60" in capfd.readouterr().err
