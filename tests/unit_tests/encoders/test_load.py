@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import sys
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,13 @@ from sentence_transformers import SentenceTransformer
 from langchain_quantllm.encoders.embedding import Embed
 from langchain_quantllm.encoders.registry import LoadedEncoder, get_or_load
 from langchain_quantllm.encoders.spec import EncoderSpec
-from langchain_quantllm.errors import CheckpointError, InvalidOptionError, NotEnoughMemoryError, UnsupportedError
+from langchain_quantllm.errors import (
+    CheckpointError,
+    InvalidOptionError,
+    MissingPackageError,
+    NotEnoughMemoryError,
+    UnsupportedError,
+)
 from langchain_quantllm.schemes import scheme_from
 from tests.support.encoder_models import minilm, mpnet, plain_bert, tiny_embedder, tiny_qwen3_embedder
 
@@ -220,3 +227,19 @@ def test_a_damaged_weight_file_is_an_error_of_the_checkpoint(tmp_path: Path) -> 
     file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         load(folder)
+
+
+@pytest.mark.parametrize(("found", "words"), [(None, "langchain-quantllm[rag]"), ("5.1.0", "5.1.0 is too old")])
+def test_a_missing_or_old_sentence_transformers_is_named_with_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: str | None, words: str
+) -> None:
+    folder = tiny_embedder(tmp_path / "model")
+    if found is None:
+        monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    else:
+        monkeypatch.setattr("importlib.metadata.version", lambda name: found)
+    with pytest.raises(MissingPackageError) as caught:
+        load(folder)
+    assert words in str(caught.value)
+    assert "pip install" in str(caught.value)
