@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from langchain_quantllm.base import PreparedCall, QuantizedModel, langchain_errors
 from langchain_quantllm.base.aside import submit_aside
@@ -24,21 +22,8 @@ from langchain_quantllm.base.next_token import (
 from langchain_quantllm.engine.result import Answers
 from langchain_quantllm.errors import GenerationError, PromptTooLongError
 from langchain_quantllm.loading.inputs import require_pipeline, token_ids
+from langchain_quantllm.rerankers.ranking import PairScores
 from langchain_quantllm.rerankers.yes_no import YesNoFormat
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairScores:
-    """The scores of a query's documents.
-
-    Args:
-        scores: One for each document, in their order; higher is more relevant.
-        usage_metadata: Token counts as LangChain's `UsageMetadata`; `input_token_details["cache_read"]` counts tokens
-            that did not have to be computed. Empty where the model counts none.
-    """
-
-    scores: list[float]
-    usage_metadata: dict[str, Any]
 
 
 class DecoderScorer:
@@ -50,7 +35,12 @@ class DecoderScorer:
         Args:
             llm: An LLM or chat model of this package; its weights and engine are shared with its other callers.
         """
-        self.llm = llm
+        self.model = llm
+
+    @property
+    def is_probability(self) -> bool:
+        """Whether scores lie between 0 and 1: always."""
+        return True
 
     def format(self) -> YesNoFormat:
         """Return the format of the model's prompts; loads the model if it is not loaded.
@@ -58,11 +48,11 @@ class DecoderScorer:
         Raises:
             UnsupportedError: If the model cannot be asked for yes or no.
         """
-        model = self.llm._loaded()
+        model = self.model._loaded()
         pipeline = require_pipeline(model)
 
         def make() -> YesNoFormat:
-            return YesNoFormat(pipeline.tokenizer, getattr(pipeline, "processor", None), self.llm.model_id)
+            return YesNoFormat(pipeline.tokenizer, getattr(pipeline, "processor", None), self.model.model_id)
 
         found: YesNoFormat = model.remember(("yes or no",), make)
         return found
@@ -109,10 +99,10 @@ class DecoderScorer:
         self, query: str, texts: Sequence[str], instruction: str | None, max_length: int | None, cuts: bool
     ) -> PreparedCall:
         form = self.format()
-        limits = self.llm._engine(next_token_options(self.llm)).limits
+        limits = self.model._engine(next_token_options(self.model)).limits
         bounds = [n for n in (max_length, most_prompt_tokens(limits)) if n is not None]
         most_tokens = min(bounds, default=None)
-        encode = partial(token_ids, self.llm._loaded(), add_special_tokens=form.adds_begin)
+        encode = partial(token_ids, self.model._loaded(), add_special_tokens=form.adds_begin)
         prompts = form.for_query(query, instruction, encode)
         ids = []
         for i, text in enumerate(texts):
@@ -125,7 +115,7 @@ class DecoderScorer:
                 )
                 raise PromptTooLongError(msg)
             ids.append(prompt.ids)
-        return plan_next_tokens(self.llm, ids, form.answer_ids)
+        return plan_next_tokens(self.model, ids, form.answer_ids)
 
 
 def _read(answers: Answers) -> PairScores:
