@@ -33,7 +33,8 @@ async def work_aside(submit: Callable[..., Work], *call: Any) -> list[Any]:
 
     try:
         await run_aside(run)
-        return list(await asyncio.wrap_future(submitted[0].future))
+        future: asyncio.Future[list[Any]] = asyncio.wrap_future(submitted[0].future)
+        return await future
     except BaseException:  # of the call, or the end of the task
         is_cancelled = True
         for work in submitted:

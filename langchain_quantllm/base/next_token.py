@@ -38,9 +38,7 @@ def most_prompt_tokens(limits: ModelLimits) -> int | None:
     return min(bounds, default=None)
 
 
-def plan_next_tokens(
-    model: QuantizedModel, prompts: Sequence[Sequence[int]], token_ids: Sequence[int]
-) -> PreparedCall:
+def plan_next_tokens(model: QuantizedModel, prompts: Sequence[Sequence[int]], token_ids: Sequence[int]) -> PreparedCall:
     """Plan a call that reports the log probabilities of named tokens after each prompt.
 
     Args:

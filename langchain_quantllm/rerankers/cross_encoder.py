@@ -47,8 +47,8 @@ class QuantizedCrossEncoder(EncoderFields, BaseCrossEncoder):
     on_too_long: Literal["truncate", "error"] = "truncate"
     """What is done with a document that is too long: its end is cut, or the call raises a `PromptTooLongError`."""
     max_batch_tokens: int | None = Field(default=None, ge=1)
-    """Most tokens of a batch, padding included; None is 16,384 on an accelerator and 4,096 on the CPU. A batch that does
-    not fit into the memory is halved."""
+    """Most tokens of a batch, padding included; None is 16,384 on an accelerator and 4,096 on the CPU. A batch that
+    does not fit into the memory is halved."""
 
     _kind: ClassVar[str] = "cross_encoder"
 

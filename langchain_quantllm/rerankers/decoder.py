@@ -86,9 +86,7 @@ class DecoderScorer:
     ) -> PairScores:
         """Score texts by a query without blocking the event loop; see `score`. A cancelled task cancels its pairs."""
         with langchain_errors():
-            plan, stream = await submit_aside(
-                self._plan, query, texts, instruction, max_length, cuts, in_pieces=False
-            )
+            plan, stream = await submit_aside(self._plan, query, texts, instruction, max_length, cuts, in_pieces=False)
             answers = Answers(plan.requests)
             with stream:
                 async for chunk in stream:

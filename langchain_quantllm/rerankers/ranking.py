@@ -46,7 +46,9 @@ def texts_of(documents: Sequence[Any]) -> list[str]:
     Raises:
         InvalidOptionError: If one is neither a document nor a text.
     """
-    texts = [document if isinstance(document, str) else getattr(document, "page_content", None) for document in documents]
+    texts = [
+        document if isinstance(document, str) else getattr(document, "page_content", None) for document in documents
+    ]
     for i, (text, document) in enumerate(zip(texts, documents, strict=True)):
         if not isinstance(text, str):
             msg = f"documents[{i}] is {type(document).__name__}; give Documents of langchain_core, or texts."
