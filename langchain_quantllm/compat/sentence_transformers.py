@@ -144,3 +144,8 @@ def quantize_vectors(vectors: Any, precision: str, ranges: Any = None) -> Any:
     from sentence_transformers.util.quantization import quantize_embeddings
 
     return quantize_embeddings(vectors, precision=precision, ranges=ranges)  # type: ignore[arg-type]
+
+
+def vector_size(model: Any) -> int:
+    """Return the number of numbers in a vector of an embedding model."""
+    return int(model.get_embedding_dimension())

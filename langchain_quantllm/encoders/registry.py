@@ -68,6 +68,7 @@ class LoadedEncoder:
         *,
         sizes: Sequence[int],
         most_tokens: int | None = None,
+        most_items: int | None = None,
         progress: Callable[[int], None] | None = None,
         further_devices: Sequence[str] = (),
     ) -> Work:
@@ -78,6 +79,7 @@ class LoadedEncoder:
             items: Its items; none give a call that has ended.
             sizes: A rough size of each item, such as its characters.
             most_tokens: Most tokens of a batch, padding included; None is `default_most_tokens`.
+            most_items: Most items of a batch; None bounds the tokens alone.
             progress: Is told the number of further items that are done, in another thread.
             further_devices: Devices with processes of their own, which load the model too and stay until `close`.
 
@@ -85,8 +87,15 @@ class LoadedEncoder:
             EncodingError: If the model was unloaded.
             UnsupportedError: If this process was forked off the one that loaded the model, or starts no more threads.
         """
-        most_tokens = most_tokens or self.default_most_tokens
-        work = Work(self, operation, items, sizes=sizes, most_tokens=most_tokens, progress=progress)
+        work = Work(
+            self,
+            operation,
+            items,
+            sizes=sizes,
+            most_tokens=most_tokens or self.default_most_tokens,
+            most_items=most_items,
+            progress=progress,
+        )
         if not len(items):
             work.finish([])
             return work

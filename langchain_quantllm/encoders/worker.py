@@ -15,6 +15,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
+from concurrent.futures import TimeoutError as FutureTimeoutError  # another class before Python 3.11
 from typing import Any, Protocol
 
 from langchain_quantllm.encoders.batches import run_halving
@@ -58,6 +59,7 @@ class Work:
         items: Its items.
         sizes: A rough size of each item, such as its characters: large ones are measured first.
         most_tokens: Most tokens of a batch, padding included.
+        most_items: Most items of a batch; None bounds the tokens alone.
         progress: Is told the number of further items that are done.
     """
 
@@ -69,11 +71,14 @@ class Work:
         *,
         sizes: Sequence[int],
         most_tokens: int,
+        most_items: int | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> None:
         self.encoder: Any = encoder
         self.operation = operation
         self.most_tokens = most_tokens
+        self.most_items = most_items
+        self._ending = threading.Lock()
         self.future: Future[list[Any]] = Future()
         self._items = list(items)
         self._results: list[Any] = [None] * len(self._items)
@@ -129,10 +134,12 @@ class Work:
         """Keep results by their index; the last ones end the call."""
         for index, result in results:
             self._results[index] = result
-        self._missing -= len(results)
-        if self._progress is not None:
+        if self._progress is not None and results:
             self._progress(len(results))
-        if not self._missing:
+        with self._ending:
+            self._missing -= len(results)
+            is_last = not self._missing
+        if is_last:
             self._end(lambda: self.future.set_result(self._results))
 
     def fail(self, error: BaseException) -> None:
@@ -153,7 +160,7 @@ class Work:
             while True:
                 try:
                     return self.future.result(timeout=1.0)  # so that Ctrl-C gets through on every platform
-                except TimeoutError:
+                except FutureTimeoutError:
                     if self.future.done():
                         raise
         except CancelledError:
@@ -163,8 +170,9 @@ class Work:
             raise
 
     def _end(self, how: Callable[[], None]) -> None:
-        if self.future.set_running_or_notify_cancel() if not self.future.done() else False:
-            how()
+        with self._ending:
+            if not self.future.done() and self.future.set_running_or_notify_cancel():
+                how()
         self.encoder = None
 
 
@@ -185,6 +193,8 @@ class EncoderWorker:
         self._runners = list(runners)
         self._works: deque[Work] = deque()
         self._changed = threading.Condition()
+        self._batching = threading.Lock()
+        """Held by a thread that makes a batch; callers do not wait for it."""
         self._threads: list[threading.Thread] = []
         self._closed = False
         self._short_turn = True
@@ -238,7 +248,7 @@ class EncoderWorker:
             encoder = self._encoder()
             if encoder is None:
                 return
-            with self._changed:
+            with self._batching:
                 rows = self._next_batch(encoder)
             if rows:
                 self._run(encoder, runner, rows)
@@ -266,7 +276,8 @@ class EncoderWorker:
 
     def _next_batch(self, encoder: Any) -> list[tuple[Work, tuple[int, Any, int]]]:
         """Take the items of the next batch: those of the oldest or the shortest call, and of others that fit."""
-        live = [work for work in self._works if work.waits and not work.has_ended]
+        with self._changed:
+            live = [work for work in self._works if work.waits and not work.has_ended]
         if not live:
             return []
         by_size = sorted(live, key=lambda work: work.remaining)
@@ -277,7 +288,8 @@ class EncoderWorker:
         most_tokens = min(leader.most_tokens, self._fitting_tokens or leader.most_tokens)
         longest = max(1, leader.next_length)
         rows: list[tuple[Work, tuple[int, Any, int]]] = []
-        while leader.is_measured and (not rows or longest * (len(rows) + 1) <= most_tokens):
+        most_rows = leader.most_items or most_tokens
+        while leader.is_measured and (not rows or (longest * (len(rows) + 1) <= most_tokens and len(rows) < most_rows)):
             rows.append((leader, leader.take()))
         if leader.is_separate:
             return rows
@@ -288,7 +300,7 @@ class EncoderWorker:
                 continue
             while work.is_measured and work.next_length <= max(2 * longest, _SHORT_TOKENS):
                 widest = max(longest, work.next_length)
-                if widest * (len(rows) + 1) > most_tokens:
+                if widest * (len(rows) + 1) > most_tokens or len(rows) >= most_rows:
                     break
                 longest = widest
                 rows.append((work, work.take()))
@@ -337,10 +349,12 @@ class EncoderWorker:
         if len(works) == 1:
             works[0].fail(_described(error))
             return
-        with self._changed:
+        with self._batching:
             for work in works:
                 work.is_separate = True
                 work.give_back([row for owner, row in rows if owner is work])
+        with self._changed:
+            self._changed.notify_all()
 
 
 def _described(error: BaseException) -> BaseException:

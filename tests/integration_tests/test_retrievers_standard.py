@@ -16,8 +16,9 @@ from langchain_quantllm import LateInteractionReranker, QuantizedReranker
 from tests.support.rerankers import QUERY, save_cross_encoder, save_late_interaction
 
 pytest.importorskip("langchain_tests")
+pytest.importorskip("langchain_classic")
 pytest.importorskip("sentence_transformers")
-retrievers = pytest.importorskip("langchain_classic.retrievers")
+from langchain_classic.retrievers import ContextualCompressionRetriever
 from langchain_tests.integration_tests import RetrieversIntegrationTests
 
 
@@ -31,7 +32,7 @@ class _Standard(RetrieversIntegrationTests):
         def make(k: int = 5) -> BaseRetriever:
             store = InMemoryVectorStore(DeterministicFakeEmbedding(size=32))  # any: the reranker is tested
             store.add_documents([Document(f"a text of river {i}", metadata={"i": i}) for i in range(20)])
-            return retrievers.ContextualCompressionRetriever(
+            return ContextualCompressionRetriever(
                 base_compressor=type(self).compressor(k), base_retriever=store.as_retriever(search_kwargs={"k": 10})
             )
 

@@ -16,9 +16,7 @@ DOCUMENTS = [
     "berlin",
     "the capital of france lies on the river seine. " * 4,
 ]
-_WORDS = (
-    "what is the capital of france paris bananas are yellow berlin lies on river seine yes no a word with many".split()
-)
+_TEXT = "what is the capital of france paris bananas are yellow berlin lies on river seine yes no a word with many"
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 
@@ -26,7 +24,7 @@ def word_piece_tokenizer(folder: Path, *, most_tokens: int = 64) -> Any:
     """Make BERT's kind of tokenizer: some words, and letters for all others."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     vocabulary = [*special, *".,?!:-", *_LETTERS, *(f"##{letter}" for letter in _LETTERS)]
-    vocabulary += [word for word in _WORDS if word not in vocabulary]
+    vocabulary += [word for word in _TEXT.split() if word not in vocabulary]
     vocabulary += [f"[unused{i}]" for i in range(128 - len(vocabulary))]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
