@@ -105,7 +105,7 @@ class TestCrossEncoder:
     def test_scores_are_those_of_sentence_transformers(self, classifier: Path, encoder: QuantizedCrossEncoder) -> None:
         from sentence_transformers import CrossEncoder
 
-        expected = CrossEncoder(str(classifier), device="cpu").predict(PAIRS)
+        expected = CrossEncoder(str(classifier), device="cpu", local_files_only=True).predict(PAIRS)
         assert encoder.score(PAIRS) == pytest.approx(expected.tolist(), abs=1e-6)
         assert isinstance(encoder, BaseCrossEncoder)
         assert {type(score) for score in encoder.score(PAIRS)} == {float}
@@ -201,7 +201,7 @@ class TestLateInteraction:
     def test_scores_are_the_maxsim_of_sentence_transformers(self, late: Path) -> None:
         from sentence_transformers import MultiVectorEncoder
 
-        model = MultiVectorEncoder(str(late), device="cpu")
+        model = MultiVectorEncoder(str(late), device="cpu", local_files_only=True)
         expected = model.similarity(model.encode_query([QUERY]), model.encode_document(DOCUMENTS))[0]
         reranker = LateInteractionReranker(model_id=str(late), device="cpu", progress=False)
         assert reranker.score(QUERY, DOCUMENTS).scores == pytest.approx(expected.tolist(), abs=1e-4)
@@ -346,9 +346,17 @@ class TestKinds:
         with pytest.raises(UnsupportedError, match="use LateInteractionReranker"):
             QuantizedReranker(model_id=str(late), progress=False).load()
 
-    def test_a_reranker_is_refused_by_the_chat_model(self, classifier: Path) -> None:
+    def test_a_reranker_is_refused_by_the_chat_model(self, classifier: Path, tmp_path: Path) -> None:
         with pytest.raises(UnsupportedError, match="it classifies texts"):
             ChatQuantizedHuggingFace(model=str(classifier), progress=False).load()
+        from sentence_transformers import CrossEncoder
+
+        CrossEncoder(str(classifier), device="cpu", local_files_only=True).save_pretrained(str(tmp_path / "saved"))
+        with pytest.raises(UnsupportedError, match="it classifies texts"):
+            ChatQuantizedHuggingFace(model=str(tmp_path / "saved"), progress=False).load()
+        saved = QuantizedReranker(model_id=str(tmp_path / "saved"), progress=False)
+        expected = QuantizedReranker(model_id=str(classifier), progress=False).score(QUERY, DOCUMENTS).scores
+        assert saved.score(QUERY, DOCUMENTS).scores == expected
 
     def test_a_missing_folder_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(ModelNotFoundError, match="there is no folder"):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import pickle
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -300,6 +302,23 @@ class TestModel:
         own = QuantizedReranker(model_id=str(short_smollm2), quantization="nf4", progress=False)
         own.load()
         assert own._get_scorer().model._loaded() is chat._loaded()
+
+    def test_a_repository_of_sentence_transformers_over_a_language_model_is_one(
+        self, short_smollm2: Path, tmp_path: Path
+    ) -> None:
+        """As Qwen3-Reranker's is: with sentence-transformers' files beside those of the model."""
+        folder = tmp_path / "reranker"
+        shutil.copytree(short_smollm2, folder)
+        package = "sentence_transformers"
+        modules = [
+            {"idx": 0, "name": "0", "path": "", "type": f"{package}.base.modules.transformer.Transformer"},
+            {"idx": 1, "name": "1", "path": "1_LogitScore", "type": f"{package}.cross_encoder.modules.LogitScore"},
+        ]
+        (folder / "modules.json").write_text(json.dumps(modules))
+        (folder / "config_sentence_transformers.json").write_text(json.dumps({"model_type": "CrossEncoder"}))
+        reranker = QuantizedReranker(model_id=str(folder), progress=False)
+        plain = QuantizedReranker(model_id=str(short_smollm2), progress=False)
+        assert reranker.score(QUERY, TEXTS).scores == plain.score(QUERY, TEXTS).scores
 
     def test_loading_unloading_and_the_memory_report_are_the_model_s(self, short_smollm2: Path) -> None:
         reranker = QuantizedReranker(model_id=short_smollm2, quantization="int8", progress=False)
