@@ -18,7 +18,7 @@ from sentence_transformers import SentenceTransformer
 from langchain_quantllm.encoders.embedding import Embed
 from langchain_quantllm.encoders.registry import LoadedEncoder, get_or_load
 from langchain_quantllm.encoders.spec import EncoderSpec
-from langchain_quantllm.errors import CheckpointError, InvalidOptionError, UnsupportedError
+from langchain_quantllm.errors import CheckpointError, InvalidOptionError, NotEnoughMemoryError, UnsupportedError
 from langchain_quantllm.schemes import scheme_from
 from tests.support.encoder_models import minilm, mpnet, plain_bert, tiny_embedder, tiny_qwen3_embedder
 
@@ -184,6 +184,34 @@ def test_calibrated_schemes_and_missing_devices_are_refused(tmp_path: Path) -> N
             get_or_load(EncoderSpec(model_id=str(folder), device="cuda:0"))
         with pytest.raises(UnsupportedError, match="flash_attention_2"):
             load(folder, attn_implementation="flash_attention_2")
+
+
+def test_a_model_that_cannot_fit_is_refused_before_its_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_embedder(tmp_path / "large")
+    monkeypatch.setattr("langchain_quantllm.encoders.load.available_memory", lambda device: 20_000)
+    with pytest.raises(NotEnoughMemoryError, match=r"are free on cpu; use a scheme of fewer bits"):
+        load(folder)
+    assert load(folder, "nf4").scheme.name == "nf4"
+
+
+def test_a_model_with_routes_for_queries_and_documents_takes_each_and_pools_in_float32(tmp_path: Path) -> None:
+    from sentence_transformers.base.modules import Dense, Router, Transformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+
+    source = str(plain_bert(tmp_path / "plain"))
+    route = Router.for_query_document(
+        query_modules=[Transformer(source), Pooling(32, "mean"), Dense(32, 16), Normalize()],
+        document_modules=[Transformer(source), Pooling(32, "cls"), Dense(32, 16), Normalize()],
+    )
+    made = SentenceTransformer(modules=[route], device="cpu")
+    made.save(str(tmp_path / "routes"), create_model_card=False)
+    encoder = load(tmp_path / "routes", dtype="bfloat16")
+    for task, encode in (("query", made.encode_query), ("document", made.encode_document)):
+        vectors = vectors_of(encoder, ["abc", "def"], task=task)
+        assert np.abs(np.linalg.norm(vectors, axis=1) - 1).max() < 1e-6
+        assert (vectors * np.asarray(encode(["abc", "def"]))).sum(axis=1).min() > 0.999
 
 
 def test_a_damaged_weight_file_is_an_error_of_the_checkpoint(tmp_path: Path) -> None:

@@ -262,6 +262,15 @@ def test_texts_of_mixed_lengths_in_small_batches_give_the_same(folder: Path) -> 
         assert_close(make(folder, **fields).embed_documents(TEXTS), expected)
 
 
+def test_a_progress_bar_is_shown_where_it_is_asked_for(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    make(folder, progress=True).load()
+    capfd.readouterr()
+    make(folder, progress=True).embed_documents(TEXTS)  # ends before a bar would appear by itself
+    assert capfd.readouterr().err == ""
+    make(folder, show_progress=True).embed_documents(TEXTS)
+    assert "60/60" in capfd.readouterr().err
+
+
 # Memory, copies, serialization.
 
 
@@ -334,6 +343,7 @@ def test_a_forked_process_is_told_that_the_model_did_not_come_along(folder: Path
     assert "forked" in os.read(reading, 1000).decode()
 
 
+@pytest.mark.slow
 def test_several_devices_keep_their_processes_until_unload(folder: Path) -> None:
     source = make(folder, device=["cpu", "cpu"], max_batch_tokens=64)
     expected = make(folder).embed_documents(TEXTS)
