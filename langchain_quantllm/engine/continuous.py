@@ -337,7 +337,9 @@ class ContinuousEngine:
         try:
             if sequence.mask is not None:
                 sequence.mask.accept(token_id)
-            chunk = completion.push(token_id, token_logprob(token_id, logprob, sequence.request.options.logprobs))
+            request = sequence.request
+            report = token_logprob(token_id, logprob, request.options.logprobs, request.reported_ids)
+            chunk = completion.push(token_id, report)
         except BaseException as error:  # of the request's own mask, or of its tokenizer
             self._fail(sequence, error)
             return

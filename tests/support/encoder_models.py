@@ -68,6 +68,21 @@ def mpnet() -> Path:
     return folder
 
 
+def late_minilm() -> Path:
+    """Return the folder of a late-interaction model: all-MiniLM-L6-v2's vectors of tokens, normalized, for MaxSim."""
+    encoder = minilm()
+    with made_once("late-all-minilm-l6-v2") as (folder, scratch):
+        if scratch is not None:
+            from sentence_transformers import MultiVectorEncoder
+            from sentence_transformers.base.modules import Transformer
+            from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
+            from sentence_transformers.sentence_transformer.modules import Normalize
+
+            modules = [Transformer(str(encoder)), Normalize("token_embeddings"), MultiVectorMask(list(",.;:"))]
+            MultiVectorEncoder(modules=modules, device="cpu").save_pretrained(str(scratch / "model"))
+    return folder
+
+
 @contextlib.contextmanager
 def made_once(name: str) -> Iterator[tuple[Path, Path | None]]:
     """Yield the folder of a model, and a scratch folder if its folder `model` is still to be filled.
