@@ -13,6 +13,7 @@ from langchain_quantllm.schemes import FP4, GPTQ, NF4, SCHEMES, Int8, Scheme, Un
 if TYPE_CHECKING:
     from langchain_quantllm.bench.compare import compare
     from langchain_quantllm.chat_models import ChatQuantizedHuggingFace
+    from langchain_quantllm.embeddings import QuantizedHuggingFaceEmbeddings
     from langchain_quantllm.llms import QuantizedHuggingFaceLLM
     from langchain_quantllm.loading.estimate import estimate_memory
     from langchain_quantllm.memory import MemoryEstimate, MemoryReport, take_snapshot, track_memory
@@ -26,6 +27,7 @@ _LAZY = {
     "MemoryEstimate": "langchain_quantllm.memory",
     "MemoryReport": "langchain_quantllm.memory",
     "QuantizedCheckpoint": "langchain_quantllm.quantization.api",
+    "QuantizedHuggingFaceEmbeddings": "langchain_quantllm.embeddings",
     "QuantizedHuggingFaceLLM": "langchain_quantllm.llms",
     "compare": "langchain_quantllm.bench.compare",
     "estimate_memory": "langchain_quantllm.loading.estimate",
@@ -56,6 +58,7 @@ __all__ = [
     "MemoryEstimate",
     "MemoryReport",
     "QuantizedCheckpoint",
+    "QuantizedHuggingFaceEmbeddings",
     "QuantizedHuggingFaceLLM",
     "Scheme",
     "Unquantized",

@@ -55,6 +55,10 @@ class GenerationError(QuantLLMError, RuntimeError):
     """The model failed while generating; the error's cause says how."""
 
 
+class EncodingError(QuantLLMError, RuntimeError):
+    """An encoder failed while it computed vectors or scores; the error's cause says how."""
+
+
 class QueueFullError(GenerationError):
     """Too many requests wait for the model already; see `max_waiting`."""
 

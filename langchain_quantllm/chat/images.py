@@ -68,11 +68,7 @@ def read_image(source: ImageSource, timeout_s: float = FETCH_S, rules: FetchRule
     url = source.url or ""
     scheme = url.partition(":")[0].lower()
     if scheme == "data":
-        head, _, data = url.partition(",")
-        if not head.endswith(";base64"):
-            msg = f"{name} is given as {url[:60]!r}; a data URL must look like 'data:image/png;base64,...'."
-            raise InvalidOptionError(msg)
-        return _open(_decode(data, name), name)
+        return image_of_data_url(url, name)
     if scheme in ("http", "https"):
         try:
             content = fetch(url, rules, timeout_s=timeout_s, most_bytes=_MOST_BYTES)
@@ -88,6 +84,34 @@ def read_image(source: ImageSource, timeout_s: float = FETCH_S, rules: FetchRule
         "their path: open the file, and give its bytes in base64."
     )
     raise UnsupportedError(msg)
+
+
+def image_of_bytes(content: bytes, name: str) -> Any:
+    """Decode the content of a file.
+
+    Args:
+        content: The file.
+        name: The image's name in errors.
+
+    Returns:
+        A Pillow image in RGB, upright; the first frame of several.
+
+    Raises:
+        InvalidOptionError: If it is too large, damaged, no image, or has too many pixels.
+    """
+    if len(content) > _MOST_BYTES:
+        msg = f"{name} is larger than {_MOST_BYTES >> 20} MiB; give a smaller one."
+        raise InvalidOptionError(msg)
+    return _open(content, name)
+
+
+def image_of_data_url(url: str, name: str) -> Any:
+    """Decode a `data:` URL in base64; as `image_of_bytes`."""
+    head, _, data = url.partition(",")
+    if not head.endswith(";base64"):
+        msg = f"{name} is given as {url[:60]!r}; a data URL must look like 'data:image/png;base64,...'."
+        raise InvalidOptionError(msg)
+    return _open(_decode(data, name), name)
 
 
 def _decode(data: str, name: str) -> bytes:

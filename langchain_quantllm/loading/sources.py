@@ -81,8 +81,8 @@ _ENCODERS = frozenset(
 _SPEECH = frozenset({"whisper", "wav2vec2", "hubert", "wavlm", "moonshine"})
 
 _EMBEDDING = (
-    "holds an embedding model, which turns texts into vectors and generates no text; use HuggingFaceEmbeddings of "
-    "langchain-huggingface for it, and a language model such as Llama, Qwen or Mistral here."
+    "holds an embedding model, which turns texts into vectors and generates no text; use "
+    "QuantizedHuggingFaceEmbeddings for it, and a language model such as Llama, Qwen or Mistral here."
 )
 _LONGEST_SHOWN = 80
 _ADVICE = "use a decoder-only language model, such as Llama, Qwen or Mistral."
@@ -123,12 +123,17 @@ def _path_of(name: str, of: str = "") -> Path:
     return path
 
 
-def check_sources(model_id: str, adapters: Mapping[str, str] = MappingProxyType({})) -> None:
+def check_sources(
+    model_id: str,
+    adapters: Mapping[str, str] = MappingProxyType({}),
+    wrong: Callable[[Path], QuantLLMError | None] | None = None,
+) -> None:
     """Check a model id and adapters on this disk.
 
     Args:
         model_id: A folder, or the name of a repository, whose form alone is checked.
         adapters: Folder or repository of each adapter, by its name.
+        wrong: Returns the error if a folder's files are not those of the model that is wanted; None is `wrong_folder`.
 
     Raises:
         ModelNotFoundError: If there is no such folder, or no transformers checkpoint in it.
@@ -139,7 +144,7 @@ def check_sources(model_id: str, adapters: Mapping[str, str] = MappingProxyType(
         _check_adapter(name, source)
     path = _path_of(model_id)
     if path.is_dir():
-        if (error := wrong_folder(path.resolve())) is not None:
+        if (error := (wrong or wrong_folder)(path.resolve())) is not None:
             raise error
     elif path.exists():
         raise ModelNotFoundError(_describe_file(path))

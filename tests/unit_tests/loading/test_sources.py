@@ -60,7 +60,7 @@ KINDS: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "bert": (
         {"config.json": {"model_type": "bert", "architectures": ["BertModel"]}, **WEIGHTS},
-        ["embedding model", "HuggingFaceEmbeddings of langchain-huggingface"],
+        ["embedding model", "QuantizedHuggingFaceEmbeddings"],
     ),
     "bert for masks": (
         {"config.json": {"model_type": "bert", "architectures": ["BertForMaskedLM"]}, **WEIGHTS},
@@ -76,7 +76,7 @@ KINDS: dict[str, tuple[dict[str, Any], list[str]]] = {
             "modules.json": [{"type": "sentence_transformers.models.Transformer"}],
             **WEIGHTS,
         },
-        ["embedding model", "HuggingFaceEmbeddings"],
+        ["embedding model", "QuantizedHuggingFaceEmbeddings"],
     ),
     "adapter": (
         {"adapter_config.json": {"base_model_name_or_path": "acme/base"}, "adapter_model.safetensors": ""},

@@ -1,0 +1,1 @@
+"""Encoders: embedding models, cross-encoders and late-interaction models of sentence-transformers, quantized."""

@@ -1,0 +1,159 @@
+"""Loading an encoder: its checks, its quantization, and the memory that it takes."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from langchain_quantllm.compat.bitsandbytes import filter_cast_warnings, import_quietly
+from langchain_quantllm.compat.library_logging import progress_bars, quiet_logger, without_torchao
+from langchain_quantllm.compat.packages import check_packages, label_of
+from langchain_quantllm.compat.sentence_transformers import check_installed, keep_heads_in_float32, make_model
+from langchain_quantllm.encoders.source import EncoderSource, find_source
+from langchain_quantllm.encoders.spec import EncoderSpec
+from langchain_quantllm.engine.clean_thread import in_clean_thread
+from langchain_quantllm.engine.process import note_loading
+from langchain_quantllm.errors import CheckpointError, UnsupportedError
+from langchain_quantllm.loading.choices import check_attention
+from langchain_quantllm.loading.devices import release_memory, reset_peaks
+from langchain_quantllm.loading.foreign_errors import as_checkpoint_error, reason_of
+from langchain_quantllm.memory import TrackedMemory, model_build_lock, track_memory
+from langchain_quantllm.memory.measure import device_name
+from langchain_quantllm.schemes import Scheme, Unquantized, scheme_of_config
+
+_CLASSIFIERS = ("classifier", "score", "head", "pooler")
+"""Modules of a cross-encoder that stay unquantized: they are small, and the score is their output."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadEncoder:
+    """What loading gives.
+
+    Args:
+        model: The model of sentence-transformers.
+        scheme: The scheme of its weights.
+        tracked: The memory before, during and after loading.
+    """
+
+    model: Any
+    scheme: Scheme
+    tracked: TrackedMemory
+
+
+def device_of(spec: EncoderSpec) -> str:
+    """Return the device that a spec loads onto.
+
+    Raises:
+        InvalidOptionError: If the name is not understood.
+        UnsupportedError: If the device is not there.
+    """
+    import torch
+
+    if spec.device is not None:
+        return device_name(spec.device)
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "cpu" if accelerator is None else device_name(accelerator.type)
+
+
+@in_clean_thread
+def load(spec: EncoderSpec) -> ReadEncoder:
+    """Load an encoder.
+
+    Args:
+        spec: Which one and how.
+
+    Raises:
+        ModelNotFoundError: If there is no such model here or on the Hub.
+        CheckpointError: If it cannot be loaded as asked.
+        MissingPackageError: If a package is missing for it.
+        UnsupportedError: If it is another kind of model, or this machine cannot run it.
+        NotEnoughMemoryError: If it does not fit.
+    """
+    note_loading()
+    check_installed()
+    check_packages(spec.scheme)
+    source = find_source(spec)
+    with as_checkpoint_error(lambda error: f"{spec.model_id} cannot be loaded: {reason_of(error)}"):
+        return _load(spec, source)
+
+
+def _load(spec: EncoderSpec, source: EncoderSource) -> ReadEncoder:
+    import_quietly()
+    check_attention(spec)  # type: ignore[arg-type]  # it reads the name of the attention alone
+    scheme = _scheme(spec, source)
+    device = device_of(spec)
+    dtype = _dtype(spec, source, scheme)
+    model_kwargs = {
+        **({} if spec.model_kwargs is None else copy.deepcopy(dict(spec.model_kwargs))),
+        "dtype": dtype,
+        "use_safetensors": spec.use_safetensors or None,
+        "attn_implementation": spec.attn_implementation,
+        "quantization_config": _quantization_config(spec, scheme, dtype) if spec.scheme is not None else None,
+        "device_map": {"": device},
+    }
+    options = {
+        "trust_remote_code": spec.trust_remote_code,
+        "model_kwargs": {name: value for name, value in model_kwargs.items() if value is not None},
+    }
+    with (
+        without_torchao(),
+        progress_bars(spec.progress),
+        quiet_logger("sentence_transformers"),
+        track_memory([device] if device != "cpu" else []) as tracked,
+    ):
+        with model_build_lock():
+            model = make_model(spec.kind, str(source.folder), options, spec.pooling if source.modules is None else None)
+        keep_heads_in_float32(model)
+        model.eval()
+        filter_cast_warnings(model)
+        release_memory(collect=False)
+    reset_peaks([device])
+    return ReadEncoder(model=model, scheme=scheme, tracked=tracked)
+
+
+def _scheme(spec: EncoderSpec, source: EncoderSource) -> Scheme:
+    """Return the scheme of the loaded weights.
+
+    Raises:
+        CheckpointError: If the checkpoint is quantized already, and another scheme is asked for.
+    """
+    stored = source.config.get("quantization_config")
+    if not isinstance(stored, dict):
+        return spec.scheme or Unquantized()
+    has = scheme_of_config(stored)
+    if spec.scheme is not None and label_of(has) != label_of(spec.scheme):
+        msg = (
+            f"{spec.model_id} is already quantized ({label_of(has)}), so it cannot be loaded as "
+            f"{label_of(spec.scheme)}; leave quantization out, or give the unquantized checkpoint."
+        )
+        raise CheckpointError(msg)
+    check_packages(has)
+    return has
+
+
+def _dtype(spec: EncoderSpec, source: EncoderSource, scheme: Scheme) -> Any:
+    """Return the dtype of what is not quantized."""
+    import torch
+
+    if spec.dtype != "auto":
+        return getattr(torch, spec.dtype)
+    stored = str(source.config.get("dtype") or source.config.get("torch_dtype") or "float32").removeprefix("torch.")
+    if isinstance(scheme, Unquantized):
+        return getattr(torch, stored) if stored in ("float16", "bfloat16") else torch.float32
+    return torch.float16 if stored == "float16" else torch.bfloat16
+
+
+def _quantization_config(spec: EncoderSpec, scheme: Scheme, dtype: Any) -> Any:
+    """Return transformers' config of a scheme, for a checkpoint that is not quantized."""
+    if isinstance(scheme, Unquantized):
+        return None
+    if spec.kind == "cross_encoder":
+        skipped = tuple(getattr(scheme, "skip_modules", ()))
+        scheme = dataclasses.replace(scheme, skip_modules=tuple(dict.fromkeys((*skipped, *_CLASSIFIERS))))  # type: ignore[call-arg]
+    config = scheme.transformers_config(str(dtype).removeprefix("torch."))
+    if config is None:
+        msg = f"quantization={scheme.name!r} cannot be applied while an encoder loads; use 'int8', 'nf4' or 'fp4'."
+        raise UnsupportedError(msg)
+    return config

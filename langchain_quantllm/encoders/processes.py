@@ -1,0 +1,105 @@
+"""A process with a copy of an encoder on another device, kept open between calls.
+
+sentence-transformers' own pool moves the model to the CPU and sends it to each process; quantized weights do not
+survive that everywhere. Here the process loads the checkpoint itself, as the first one did.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from langchain_quantllm.encoders.spec import EncoderSpec
+from langchain_quantllm.encoders.worker import Operation
+from langchain_quantllm.errors import EncodingError, QuantLLMError, first_line
+
+_END_S = 5.0
+
+
+class EncoderProcess:
+    """A process that runs operations, started at the first one.
+
+    Args:
+        spec: What it loads, its device named.
+    """
+
+    def __init__(self, spec: EncoderSpec) -> None:
+        self._spec = spec
+        self._lock = threading.Lock()
+        self._process: Any = None
+        self._pipe: Any = None
+        self._closed = False
+
+    @property
+    def process_id(self) -> int | None:
+        """The id of the process; None before the first operation."""
+        return None if self._process is None else int(self._process.pid)
+
+    def run(self, encoder: Any, operation: Operation, items: Sequence[Any]) -> Sequence[Any]:
+        """Run an operation over prepared items there.
+
+        Raises:
+            EncodingError: If the process has ended.
+            QuantLLMError: What the operation raised there.
+        """
+        with self._lock:
+            if self._closed:
+                msg = "the process of this device was ended."
+                raise EncodingError(msg)
+            if self._process is None or not self._process.is_alive():
+                self._start()
+            try:
+                self._pipe.send((operation, list(items)))
+                has_failed, result = self._pipe.recv()
+            except (EOFError, OSError) as error:
+                msg = (
+                    f"the process on {self._spec.device} ended ({first_line(error)}); a script that uses several "
+                    "devices needs `if __name__ == '__main__':` around its calls."
+                )
+                raise EncodingError(msg) from error
+        if has_failed:
+            raise result
+        return result  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        """End the process."""
+        self._closed = True
+        process = self._process
+        if process is not None:
+            process.terminate()
+            process.join(_END_S)
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, there = context.Pipe()
+        self._process = context.Process(target=_serve, args=(self._spec, there), daemon=True)
+        self._process.start()
+        there.close()
+        weakref.finalize(self, self._process.terminate)
+
+
+def _serve(spec: EncoderSpec, pipe: Any) -> None:
+    """Load the model, and run what comes through the pipe; the body of the process."""
+    from langchain_quantllm.encoders.load import load
+
+    model = None
+    while True:
+        try:
+            operation, items = pipe.recv()
+        except EOFError:
+            return
+        try:
+            if model is None:
+                model = load(spec).model
+            pipe.send((False, operation.run(model, items)))
+        except MemoryError as error:
+            pipe.send((True, MemoryError(str(error))))
+        except QuantLLMError as error:
+            pipe.send((True, error))
+        except Exception as error:
+            is_memory = type(error).__name__ == "OutOfMemoryError"
+            kind: type[Exception] = MemoryError if is_memory else RuntimeError
+            pipe.send((True, kind(f"{type(error).__name__}: {first_line(error)}")))

@@ -1,0 +1,366 @@
+"""The threads of a loaded encoder, where concurrent calls meet in batches.
+
+A call becomes a `Work`: an operation over items. The thread measures the items' lengths, packs those of all calls with
+the same operation into batches, and gives each call its results in order. Short calls pass long ones at every second
+batch. A call whose items make a batch fail, fails alone. With several devices there is a thread for each.
+
+The threads hold the encoder weakly: they end with it. Knows no kind of model and no text.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future
+from concurrent.futures import TimeoutError as FutureTimeoutError  # another class before Python 3.11
+from typing import Any, Protocol
+
+from langchain_quantllm.encoders.batches import run_halving
+from langchain_quantllm.engine.clean_thread import start_thread
+from langchain_quantllm.engine.process import check_process, is_forked, note_loading
+from langchain_quantllm.errors import EncodingError, QuantLLMError, first_line
+
+UNLOADED = "the model was unloaded while this call was on its way; call again."
+
+_QUIET_S, _GATHER_S = 0.001, 0.01
+# Concurrent calls come a little apart. An idle thread begins when no more has come for the first of these times, and at
+# the latest after the second.
+
+_WINDOW = 512
+"""Items of a call that are measured at once; others may run between two windows."""
+
+_SHORT_TOKENS = 32
+"""Items up to this length join any batch."""
+
+
+class Operation(Protocol):
+    """The computation of a call; equal ones share batches. Frozen and picklable: other processes run it too."""
+
+    def measure(self, model: Any, items: Sequence[Any]) -> tuple[Sequence[Any], Sequence[int]]:
+        """Prepare items, and count their tokens; raises what is wrong with one of them.
+
+        Returns:
+            The prepared items, and the number of tokens of each.
+        """
+
+    def run(self, model: Any, items: Sequence[Any]) -> Sequence[Any]:
+        """Compute the results of prepared items, in their order."""
+
+
+class Work:
+    """One call: an operation over items, and its results as they come.
+
+    Args:
+        encoder: The loaded encoder, which lives as long as the call.
+        operation: The operation.
+        items: Its items.
+        sizes: A rough size of each item, such as its characters: large ones are measured first.
+        most_tokens: Most tokens of a batch, padding included.
+        most_items: Most items of a batch; None bounds the tokens alone.
+        progress: Is told the number of further items that are done.
+    """
+
+    def __init__(
+        self,
+        encoder: Any,
+        operation: Operation,
+        items: Sequence[Any],
+        *,
+        sizes: Sequence[int],
+        most_tokens: int,
+        most_items: int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self.encoder: Any = encoder
+        self.operation = operation
+        self.most_tokens = most_tokens
+        self.most_items = most_items
+        self._ending = threading.Lock()
+        self.future: Future[list[Any]] = Future()
+        self._items = list(items)
+        self._results: list[Any] = [None] * len(self._items)
+        self._unmeasured = deque(sorted(range(len(self._items)), key=lambda i: -sizes[i]))
+        self._pending: deque[tuple[int, Any, int]] = deque()
+        """Index, prepared item and tokens of the measured items, the longest first."""
+        self._missing = len(self._items)
+        self._progress = progress
+        self.is_separate = False
+        """Whether it shares no batch any more, as one that it was in has failed."""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it has all results, an error, or was cancelled."""
+        return self.future.done()
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether a measured item waits."""
+        return bool(self._pending)
+
+    @property
+    def waits(self) -> bool:
+        """Whether items wait for a batch."""
+        return bool(self._pending or self._unmeasured)
+
+    @property
+    def remaining(self) -> int:
+        """Number of items that wait for a batch."""
+        return len(self._pending) + len(self._unmeasured)
+
+    @property
+    def next_length(self) -> int:
+        """Tokens of the next measured item, the longest."""
+        return self._pending[0][2]
+
+    def measure(self, model: Any) -> None:
+        """Measure the next window of items."""
+        window = [self._unmeasured.popleft() for _ in range(min(_WINDOW, len(self._unmeasured)))]
+        prepared, lengths = self.operation.measure(model, [self._items[i] for i in window])
+        rows = zip(window, prepared, lengths, strict=True)
+        self._pending = deque(sorted(rows, key=lambda row: -row[2]))
+
+    def take(self) -> tuple[int, Any, int]:
+        """Take the next measured item."""
+        return self._pending.popleft()
+
+    def give_back(self, rows: Sequence[tuple[int, Any, int]]) -> None:
+        """Put items of a failed batch back."""
+        self._pending.extendleft(reversed(rows))
+
+    def finish(self, results: Sequence[tuple[int, Any]]) -> None:
+        """Keep results by their index; the last ones end the call."""
+        for index, result in results:
+            self._results[index] = result
+        if self._progress is not None and results:
+            self._progress(len(results))
+        with self._ending:
+            self._missing -= len(results)
+            is_last = not self._missing
+        if is_last:
+            self._end(lambda: self.future.set_result(self._results))
+
+    def fail(self, error: BaseException) -> None:
+        """End the call with an error."""
+        self._end(lambda: self.future.set_exception(error))
+
+    def cancel(self) -> None:
+        """End the call without results; items that wait are dropped."""
+        self.future.cancel()
+
+    def result(self) -> list[Any]:
+        """Wait for the results, in the order of the items.
+
+        Raises:
+            QuantLLMError: What the call ended with.
+        """
+        try:
+            while True:
+                try:
+                    return self.future.result(timeout=1.0)  # so that Ctrl-C gets through on every platform
+                except FutureTimeoutError:
+                    if self.future.done():
+                        raise
+        except CancelledError:
+            raise EncodingError(UNLOADED) from None
+        except BaseException:
+            self.cancel()
+            raise
+
+    def _end(self, how: Callable[[], None]) -> None:
+        with self._ending:
+            if not self.future.done() and self.future.set_running_or_notify_cancel():
+                how()
+        self.encoder = None
+
+
+class EncoderWorker:
+    """The queue of a loaded encoder's calls, and its threads.
+
+    Args:
+        encoder: The loaded encoder; held weakly.
+        runners: For each device, a function that runs an operation over prepared items there. The first one runs on
+            the encoder's own model.
+    """
+
+    def __init__(
+        self, encoder: Any, runners: Sequence[Callable[[Any, Operation, Sequence[Any]], Sequence[Any]]]
+    ) -> None:
+        note_loading()
+        self._encoder = weakref.ref(encoder)
+        self._runners = list(runners)
+        self._works: deque[Work] = deque()
+        self._changed = threading.Condition()
+        self._batching = threading.Lock()
+        """Held by a thread that makes a batch; callers do not wait for it."""
+        self._threads: list[threading.Thread] = []
+        self._closed = False
+        self._short_turn = True
+        self._fitting_tokens: int | None = None
+        self.batches = 0
+        """Number of batches that were run."""
+        weakref.finalize(encoder, self.close).atexit = False
+
+    def submit(self, work: Work) -> None:
+        """Queue a call.
+
+        Raises:
+            UnsupportedError: If this process was forked off the one that loaded the model, or starts no more threads.
+            EncodingError: If the model was unloaded.
+        """
+        check_process()
+        with self._changed:
+            if self._closed:
+                raise EncodingError(UNLOADED)
+            self._threads = [thread for thread in self._threads if thread.is_alive()]
+            for number in range(len(self._threads), len(self._runners)):
+                thread = threading.Thread(
+                    target=self._serve, args=(self._runners[number],), name="quantllm-encoder", daemon=True
+                )
+                start_thread(thread, "an encoder")
+                self._threads.append(thread)
+            self._works.append(work)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Fail all calls, and end the threads. In a forked process nothing is left to do."""
+        if is_forked():
+            return
+        with self._changed:
+            self._closed = True
+            works, self._works = list(self._works), deque()
+            threads = list(self._threads)
+            self._changed.notify_all()
+        for work in works:
+            work.fail(EncodingError(UNLOADED))
+        for thread in threads:
+            if thread is not threading.current_thread():
+                thread.join(timeout=30)
+
+    # The threads.
+
+    def _serve(self, runner: Callable[[Any, Operation, Sequence[Any]], Sequence[Any]]) -> None:
+        while True:
+            if not self._wait():
+                return
+            encoder = self._encoder()
+            if encoder is None:
+                return
+            with self._batching:
+                rows = self._next_batch(encoder)
+            if rows:
+                self._run(encoder, runner, rows)
+            del encoder, rows
+
+    def _wait(self) -> bool:
+        """Wait for work; an idle thread waits a moment for more of it. False after closing."""
+        with self._changed:
+            was_idle = False
+            while not self._closed and not self._drop_ended():
+                was_idle = True
+                self._changed.wait()
+            until, seen = time.monotonic() + _GATHER_S, -1
+            while was_idle and not self._closed and seen != len(self._works) and time.monotonic() < until:
+                seen = len(self._works)
+                self._changed.wait(_QUIET_S)
+            return not self._closed
+
+    def _drop_ended(self) -> bool:
+        """Drop calls that have ended, and say whether any has items that wait."""
+        for work in [work for work in self._works if work.has_ended]:
+            self._works.remove(work)
+            work.encoder = None
+        return any(work.waits for work in self._works)
+
+    def _next_batch(self, encoder: Any) -> list[tuple[Work, tuple[int, Any, int]]]:
+        """Take the items of the next batch: those of the oldest or the shortest call, and of others that fit."""
+        with self._changed:
+            live = [work for work in self._works if work.waits and not work.has_ended]
+        if not live:
+            return []
+        by_size = sorted(live, key=lambda work: work.remaining)
+        leader = by_size[0] if self._short_turn else live[0]
+        self._short_turn = not self._short_turn
+        if not self._measure(encoder, leader):
+            return []
+        most_tokens = min(leader.most_tokens, self._fitting_tokens or leader.most_tokens)
+        longest = max(1, leader.next_length)
+        rows: list[tuple[Work, tuple[int, Any, int]]] = []
+        most_rows = leader.most_items or most_tokens
+        while leader.is_measured and (not rows or (longest * (len(rows) + 1) <= most_tokens and len(rows) < most_rows)):
+            rows.append((leader, leader.take()))
+        if leader.is_separate:
+            return rows
+        for work in by_size:
+            if work is leader or work.is_separate or work.operation != leader.operation:
+                continue
+            if not self._measure(encoder, work):
+                continue
+            while work.is_measured and work.next_length <= max(2 * longest, _SHORT_TOKENS):
+                widest = max(longest, work.next_length)
+                if widest * (len(rows) + 1) > most_tokens or len(rows) >= most_rows:
+                    break
+                longest = widest
+                rows.append((work, work.take()))
+        return rows
+
+    def _measure(self, encoder: Any, work: Work) -> bool:
+        """Measure the next items of a call, if none is measured; False if it has failed."""
+        if not work.is_measured:
+            try:
+                with encoder.tokenizer_lock:
+                    work.measure(encoder.model)
+            except Exception as error:
+                work.fail(_described(error))
+                return False
+        return work.is_measured
+
+    def _run(
+        self,
+        encoder: Any,
+        runner: Callable[[Any, Operation, Sequence[Any]], Sequence[Any]],
+        rows: Sequence[tuple[Work, tuple[int, Any, int]]],
+    ) -> None:
+        operation = rows[0][0].operation
+        tokens = max(row[2] for _, row in rows)
+        self.batches += 1
+
+        def shrunk(count: int) -> None:
+            self._fitting_tokens = max(1, tokens * count // 2)
+
+        try:
+            results = run_halving(
+                lambda items: runner(encoder, operation, items), [item for _, (_, item, _) in rows], shrunk
+            )
+            if len(results) != len(rows):
+                msg = f"the model returned {len(results)} results for {len(rows)} items"
+                raise RuntimeError(msg)
+        except BaseException as error:
+            self._give_up(error, rows)
+            return
+        for work in dict.fromkeys(work for work, _ in rows):
+            work.finish([(row[0], result) for (owner, row), result in zip(rows, results, strict=True) if owner is work])
+
+    def _give_up(self, error: BaseException, rows: Sequence[tuple[Work, tuple[int, Any, int]]]) -> None:
+        """End a call whose batch failed; where several calls shared it, each tries again alone."""
+        works = list(dict.fromkeys(work for work, _ in rows))
+        if len(works) == 1:
+            works[0].fail(_described(error))
+            return
+        with self._batching:
+            for work in works:
+                work.is_separate = True
+                work.give_back([row for owner, row in rows if owner is work])
+        with self._changed:
+            self._changed.notify_all()
+
+
+def _described(error: BaseException) -> BaseException:
+    """Return an error of this package for what was raised in a thread."""
+    if isinstance(error, QuantLLMError):
+        return error
+    described = EncodingError(f"the encoder failed: {type(error).__name__}: {first_line(error)}.")
+    described.__cause__ = error
+    return described
