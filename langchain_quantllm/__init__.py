@@ -20,15 +20,19 @@ if TYPE_CHECKING:
     from langchain_quantllm.quantization.api import QuantizedCheckpoint, quantize
     from langchain_quantllm.quantization.calibration import Calibration
     from langchain_quantllm.quantization.merge import merge_adapter
+    from langchain_quantllm.rerankers import LateInteractionReranker, QuantizedCrossEncoder, QuantizedReranker
 
 _LAZY = {
     "Calibration": "langchain_quantllm.quantization.calibration",
     "ChatQuantizedHuggingFace": "langchain_quantllm.chat_models",
+    "LateInteractionReranker": "langchain_quantllm.rerankers",
     "MemoryEstimate": "langchain_quantllm.memory",
     "MemoryReport": "langchain_quantllm.memory",
     "QuantizedCheckpoint": "langchain_quantllm.quantization.api",
+    "QuantizedCrossEncoder": "langchain_quantllm.rerankers",
     "QuantizedHuggingFaceEmbeddings": "langchain_quantllm.embeddings",
     "QuantizedHuggingFaceLLM": "langchain_quantllm.llms",
+    "QuantizedReranker": "langchain_quantllm.rerankers",
     "compare": "langchain_quantllm.bench.compare",
     "estimate_memory": "langchain_quantllm.loading.estimate",
     "merge_adapter": "langchain_quantllm.quantization.merge",
@@ -55,11 +59,14 @@ __all__ = [
     "Calibration",
     "ChatQuantizedHuggingFace",
     "Int8",
+    "LateInteractionReranker",
     "MemoryEstimate",
     "MemoryReport",
     "QuantizedCheckpoint",
+    "QuantizedCrossEncoder",
     "QuantizedHuggingFaceEmbeddings",
     "QuantizedHuggingFaceLLM",
+    "QuantizedReranker",
     "Scheme",
     "Unquantized",
     "__version__",

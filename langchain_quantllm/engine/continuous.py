@@ -295,7 +295,8 @@ class ContinuousEngine:
         sequences = forward.sequences
         mask = self._fill_masks(sequences) if any(s.mask is not None for s in sequences) else None
         wanted = [n for s in sequences if (n := s.request.options.logprobs) is not None]
-        return self._runner.sample(forward, mask=mask, alternatives=max(wanted, default=None))
+        reported = sorted({i for s in sequences for i in s.request.reported_ids})
+        return self._runner.sample(forward, mask=mask, alternatives=max(wanted, default=None), reported_ids=reported)
 
     def _fill_masks(self, sequences: abc.Sequence[Sequence]) -> torch.Tensor:
         bits = self._runner.blank_masks(len(sequences))
@@ -337,7 +338,9 @@ class ContinuousEngine:
         try:
             if sequence.mask is not None:
                 sequence.mask.accept(token_id)
-            chunk = completion.push(token_id, token_logprob(token_id, logprob, sequence.request.options.logprobs))
+            request = sequence.request
+            report = token_logprob(token_id, logprob, request.options.logprobs, request.reported_ids)
+            chunk = completion.push(token_id, report)
         except BaseException as error:  # of the request's own mask, or of its tokenizer
             self._fail(sequence, error)
             return

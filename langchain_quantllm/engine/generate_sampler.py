@@ -68,7 +68,9 @@ class RowSampler:
             token_id = int(torch.searchsorted(cumulative, threshold, right=True).clamp(max=len(cumulative) - 1))
         if self._mask is not None:
             self._mask.accept(token_id)
-        return token_id, None if options.logprobs is None else _logprob(raw, token_id, options.logprobs)
+        if options.logprobs is None:
+            return token_id, None
+        return token_id, _logprob(raw, token_id, options.logprobs, self._request.reported_ids)
 
 
 def _penalize(logits: torch.Tensor, seen_ids: Sequence[int], penalty: float) -> None:
@@ -98,8 +100,13 @@ def _warpers(request: Request) -> list[Any]:
     return [warper for warper in built if warper is not None]
 
 
-def _logprob(logits: torch.Tensor, token_id: int, alternatives: int) -> TokenLogprob:
+def _logprob(
+    logits: torch.Tensor, token_id: int, alternatives: int, reported_ids: Sequence[int] = ()
+) -> TokenLogprob:
     logprobs = logits.log_softmax(-1)
+    if reported_ids:
+        reported = tuple((i, float(logprobs[i])) for i in reported_ids)
+        return TokenLogprob(token_id=token_id, logprob=float(logprobs[token_id]), top=reported)
     best = logprobs.topk(min(alternatives, len(logprobs)))
     top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
     return TokenLogprob(token_id=token_id, logprob=float(logprobs[token_id]), top=top)

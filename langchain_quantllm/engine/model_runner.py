@@ -338,7 +338,12 @@ class ModelRunner:
 
     @_on_device
     def sample(
-        self, forward: PendingForward, *, mask: torch.Tensor | None = None, alternatives: int | None = None
+        self,
+        forward: PendingForward,
+        *,
+        mask: torch.Tensor | None = None,
+        alternatives: int | None = None,
+        reported_ids: abc.Sequence[int] = (),
     ) -> PendingTokens:
         """Sample the next tokens after a forward.
 
@@ -346,6 +351,7 @@ class ModelRunner:
             forward: The forward.
             mask: Allowed tokens of each sequence as bits, made from `blank_masks`; needed if any sequence has a mask.
             alternatives: How many of the likeliest tokens to report; None for no log probabilities.
+            reported_ids: Further tokens to report with them.
         """
         rows = len(forward.sequences)
         needs = forward.needs
@@ -363,7 +369,8 @@ class ModelRunner:
         logprobs = None
         if alternatives is not None:
             with self._operations():
-                logprobs = log_probabilities(forward.logits[:rows].to(self.device), ids, alternatives)
+                logits = forward.logits[:rows].to(self.device)
+                logprobs = log_probabilities(logits, ids, alternatives, reported_ids)
         return PendingTokens(forward.sequences, ids, logprobs)
 
     def _sampling_step(

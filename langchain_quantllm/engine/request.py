@@ -78,6 +78,8 @@ class Request:
         owner: Stands for the object that `max_rows` is a setting of.
         shares_prefix: Whether it shares KV cache blocks of its prompt's beginning with other requests.
         mask: Makes the mask of the sequence's tokens; called once per sequence.
+        reported_ids: Tokens whose log probabilities are reported at each step, in place of the likeliest ones; with
+            `options.logprobs` only.
         media: Further tensors for the model, such as the pixels of images, by the names of its forward's arguments.
             Only the pipeline engine takes any.
     """
@@ -94,6 +96,7 @@ class Request:
     owner: int | None = None
     shares_prefix: bool = True
     mask: Callable[[], TokenMask] | None = None
+    reported_ids: tuple[int, ...] = ()
     media: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -332,6 +335,9 @@ def check_request(request: Request, limits: ModelLimits, *, logits_size: int, ad
         raise InvalidOptionError(msg)
     if any(not 0 <= i < logits_size for i in request.end_token_ids):
         msg = f"the tokens that end a text must lie below {logits_size}."
+        raise InvalidOptionError(msg)
+    if any(not 0 <= i < logits_size for i in request.reported_ids):
+        msg = f"the tokens whose log probabilities are reported must lie below {logits_size}."
         raise InvalidOptionError(msg)
     adapter = request.options.adapter
     if adapters is not None and adapter not in (None, BASE_ADAPTER, *adapters):

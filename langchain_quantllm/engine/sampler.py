@@ -242,7 +242,7 @@ class BatchSampler:
 
 
 def log_probabilities(
-    logits: torch.Tensor, token_ids: torch.Tensor, alternatives: int
+    logits: torch.Tensor, token_ids: torch.Tensor, alternatives: int, reported_ids: Sequence[int] = ()
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute the log probabilities of sampled tokens and of the likeliest ones, before any option.
 
@@ -250,11 +250,17 @@ def log_probabilities(
         logits: Of shape `(rows, vocab)`.
         token_ids: Of shape `(rows,)`; below 0 for none.
         alternatives: How many of the likeliest.
+        reported_ids: Further tokens to report, behind the likeliest.
 
     Returns:
-        Log probabilities of shape `(rows,)`; ids and log probabilities of the likeliest, `(rows, alternatives)`.
+        Log probabilities of shape `(rows,)`; ids and log probabilities of the likeliest, `(rows, alternatives)`,
+        and of the further ones behind them.
     """
     logprobs = logits.float().log_softmax(-1)
     best = logprobs.topk(min(alternatives, logprobs.shape[1]), -1)
     chosen = logprobs.gather(1, token_ids.long().clamp(min=0)[:, None])[:, 0]
-    return chosen, best.indices, best.values
+    if not reported_ids:
+        return chosen, best.indices, best.values
+    further = torch.tensor(reported_ids, dtype=torch.long).to(logits.device, non_blocking=True)
+    ids = torch.cat([best.indices, further.expand(len(logprobs), -1)], 1)
+    return chosen, ids, torch.cat([best.values, logprobs[:, further]], 1)

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from typing_extensions import Self
@@ -33,7 +33,7 @@ _WAIT_S = 1.0
 class TokenLogprob:
     """The log probability of one token, before temperature and the other sampling options.
 
-    `top` lists the likeliest tokens, best first, as `(token id, logprob)`.
+    `top` lists the likeliest tokens, best first, as `(token id, logprob)`; or the request's `reported_ids`, in order.
     """
 
     token_id: int
@@ -42,13 +42,27 @@ class TokenLogprob:
 
 
 def token_logprob(
-    token_id: int, found: tuple[float, list[int], list[float]] | None, wanted: int | None
+    token_id: int,
+    found: tuple[float, list[int], list[float]] | None,
+    wanted: int | None,
+    reported_ids: Sequence[int] = (),
 ) -> TokenLogprob | None:
-    """Make the report of a token from its log probability, the likeliest tokens and theirs; `wanted` of them."""
+    """Make the report of a token.
+
+    Args:
+        token_id: The token.
+        found: Its log probability; ids and log probabilities of the likeliest tokens, then of reported ones.
+        wanted: How many of the likeliest to report; None for no report.
+        reported_ids: Tokens to report in place of the likeliest.
+    """
     if wanted is None or found is None:
         return None
     chosen, ids, logprobs = found
-    return TokenLogprob(token_id=token_id, logprob=chosen, top=tuple(zip(ids, logprobs, strict=True))[:wanted])
+    top = tuple(zip(ids, logprobs, strict=True))
+    if reported_ids:
+        by_id = dict(top)
+        top = tuple((i, by_id[i]) for i in reported_ids)
+    return TokenLogprob(token_id=token_id, logprob=chosen, top=top if reported_ids else top[:wanted])
 
 
 @dataclass(frozen=True, kw_only=True)
