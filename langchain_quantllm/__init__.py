@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from langchain_quantllm.quantization.api import QuantizedCheckpoint, quantize
     from langchain_quantllm.quantization.calibration import Calibration
     from langchain_quantllm.quantization.merge import merge_adapter
+    from langchain_quantllm.speech import QuantizedWhisperParser
 
 _LAZY = {
     "Calibration": "langchain_quantllm.quantization.calibration",
@@ -27,6 +28,7 @@ _LAZY = {
     "MemoryReport": "langchain_quantllm.memory",
     "QuantizedCheckpoint": "langchain_quantllm.quantization.api",
     "QuantizedHuggingFaceLLM": "langchain_quantllm.llms",
+    "QuantizedWhisperParser": "langchain_quantllm.speech",
     "compare": "langchain_quantllm.bench.compare",
     "estimate_memory": "langchain_quantllm.loading.estimate",
     "merge_adapter": "langchain_quantllm.quantization.merge",
@@ -57,6 +59,7 @@ __all__ = [
     "MemoryReport",
     "QuantizedCheckpoint",
     "QuantizedHuggingFaceLLM",
+    "QuantizedWhisperParser",
     "Scheme",
     "Unquantized",
     "__version__",
