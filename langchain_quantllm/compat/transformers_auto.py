@@ -19,6 +19,13 @@ def has_image_text_to_text(model_type: str) -> bool:
     return model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
+def has_speech_seq2seq(model_type: str) -> bool:
+    """Say whether transformers has a model for a model type that turns speech into text."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
+
+    return model_type in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
+
+
 def load_image_processor(source: str, **options: Any) -> Any:
     """Load the image processor of a checkpoint; `transformers.AutoImageProcessor` would require torchvision."""
     from transformers.models.auto.image_processing_auto import AutoImageProcessor

@@ -26,7 +26,7 @@ from langchain_quantllm.loading.foreign_errors import as_checkpoint_error, reaso
 from langchain_quantllm.loading.gptq import GPTQCheckpoint, read_gptq_checkpoint, read_gptq_folder
 from langchain_quantllm.loading.hub import MissingFileError, Repository, hub_options
 from langchain_quantllm.loading.json_files import json_or_empty, read_json
-from langchain_quantllm.loading.sources import ADAPTER_CONFIG, check_sources, folder_of, wrong_folder
+from langchain_quantllm.loading.sources import ADAPTER_CONFIG, WHISPER, check_sources, folder_of, wrong_folder
 from langchain_quantllm.loading.spec import LoadSpec
 from langchain_quantllm.loading.stored_tensors import (
     INDEX,
@@ -111,19 +111,19 @@ def find_source(spec: LoadSpec) -> str:
         CheckpointError: If it is in a format that transformers does not load.
         UnsupportedError: If its files are those of a model that writes no text.
     """
-    check_sources(spec.model_id, spec.adapters)
+    check_sources(spec.model_id, spec.adapters, task=spec.task)
     if (folder := folder_of(spec.model_id)) is not None:
         return folder
     if spec.local_files_only is not False and (folder := _cached_snapshot(spec)) is not None:
-        if (error := wrong_folder(Path(folder), repository=spec.model_id)) is not None:
+        if (error := wrong_folder(Path(folder), repository=spec.model_id, task=spec.task)) is not None:
             raise error
         return folder
     repository = Repository.of(spec)
     try:
         config = repository.fetch("config.json", check_connection=True)
     except MissingFileError as error:
-        raise (repository.wrong_repository(None) or error) from error.__cause__
-    if (wrong := repository.wrong_repository(config)) is not None:
+        raise (repository.wrong_repository(None, task=spec.task) or error) from error.__cause__
+    if (wrong := repository.wrong_repository(config, task=spec.task)) is not None:
         raise wrong
     return spec.model_id
 
@@ -329,6 +329,14 @@ def _has_code(config: Any, auto_class: str) -> bool:
 
 
 def _check_task(spec: LoadSpec, config: Any) -> None:
+    if spec.task == "speech":
+        if config.model_type != WHISPER:
+            msg = (
+                f"{spec.model_id} is a {config.model_type!r} model, and this class takes Whisper models, such as "
+                "'openai/whisper-small'."
+            )
+            raise UnsupportedError(msg)
+        return
     if getattr(config, "is_encoder_decoder", False) or not (reads_text(config) or reads_images(config)):
         msg = (
             f"{spec.model_id} is a {config.model_type!r} model, which does not continue a text by itself; "

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from langchain_quantllm.compat.transformers_auto import has_image_text_to_text
+from langchain_quantllm.compat.transformers_auto import has_image_text_to_text, has_speech_seq2seq
 from langchain_quantllm.compat.transformers_models import cache_of
 from langchain_quantllm.errors import (
     CheckpointError,
@@ -229,10 +229,17 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_cod
         UnsupportedError: If the model cannot be built on the meta device.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForSeq2SeqLM,
+        AutoModelForSpeechSeq2Seq,
+    )
 
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    if not config.is_encoder_decoder and has_image_text_to_text(config.model_type):
+    if config.is_encoder_decoder and has_speech_seq2seq(config.model_type):
+        auto_class = AutoModelForSpeechSeq2Seq
+    elif not config.is_encoder_decoder and has_image_text_to_text(config.model_type):
         auto_class = AutoModelForImageTextToText
     try:
         with model_build_lock(), torch.device("meta"):
