@@ -163,7 +163,14 @@ def _wrong_pooling(spec: EncoderSpec, source: EncoderSource) -> QuantLLMError | 
         return None
     if source.modules is None:
         name = str(next(iter(source.config.get("architectures") or ()), ""))
-        if spec.pooling is None and not name.endswith(_WHOLE):
+        if name.endswith(_WHOLE):
+            if spec.pooling is None:
+                return None
+            return InvalidOptionError(
+                f"pooling={spec.pooling!r} has no meaning for {spec.model_id}, a {name} with one vector for each text "
+                "and picture; leave it out."
+            )
+        if spec.pooling is None:
             return InvalidOptionError(
                 f"{spec.model_id} does not say how the vectors of its tokens become the vector of a text: it has no "
                 f"{MODULES}. Look at its model card, and pass pooling='mean' (which sentence-transformers assumes), "
