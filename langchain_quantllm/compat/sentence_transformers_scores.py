@@ -18,6 +18,22 @@ def label_count(model: Any) -> int:
     return int(model.num_labels)
 
 
+def keep_scores_in_float32(model: Any) -> None:
+    """Let a cross-encoder's last layer give its scores in float32, whatever the dtype of its weights.
+
+    In 16 bits, scores near 8 lie 0.03 apart, and many documents of a ranking are equal.
+    """
+    import torch
+
+    scorers = [
+        name
+        for name, module in model.named_modules()
+        if type(module) is torch.nn.Linear and module.out_features == model.num_labels
+    ]
+    if scorers and model.keep_in_fp32_modules is not None:
+        model.set_keep_in_fp32_modules([*dict.fromkeys([*model.keep_in_fp32_modules, scorers[-1]])])
+
+
 def is_probability(model: Any) -> bool:
     """Say whether a cross-encoder's scores lie between 0 and 1, by the activation behind its head."""
     return type(model.activation_fn).__name__ == "Sigmoid"

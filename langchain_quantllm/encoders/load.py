@@ -11,6 +11,7 @@ from langchain_quantllm.compat.bitsandbytes import filter_cast_warnings, import_
 from langchain_quantllm.compat.library_logging import progress_bars, quiet_logger, without_torchao
 from langchain_quantllm.compat.packages import check_packages, label_of
 from langchain_quantllm.compat.sentence_transformers import check_installed, keep_heads_in_float32, make_model
+from langchain_quantllm.compat.sentence_transformers_scores import keep_scores_in_float32
 from langchain_quantllm.encoders.source import EncoderSource, find_source
 from langchain_quantllm.encoders.spec import EncoderSpec
 from langchain_quantllm.engine.clean_thread import in_clean_thread
@@ -23,7 +24,7 @@ from langchain_quantllm.memory import TrackedMemory, model_build_lock, track_mem
 from langchain_quantllm.memory.measure import device_name
 from langchain_quantllm.schemes import Scheme, Unquantized, scheme_of_config
 
-_CLASSIFIERS = ("classifier", "score", "head", "pooler")
+_CLASSIFIERS = ("classifier", "pre_classifier", "score", "head", "pooler", "pooler.dense")
 """Modules of a cross-encoder that stay unquantized: they are small, and the score is their output."""
 
 
@@ -106,6 +107,8 @@ def _load(spec: EncoderSpec, source: EncoderSource) -> ReadEncoder:
         with model_build_lock():
             model = make_model(spec.kind, str(source.folder), options, spec.pooling if source.modules is None else None)
         keep_heads_in_float32(model)
+        if spec.kind == "cross_encoder":
+            keep_scores_in_float32(model)
         model.eval()
         filter_cast_warnings(model)
         release_memory(collect=False)

@@ -100,9 +100,7 @@ def _warpers(request: Request) -> list[Any]:
     return [warper for warper in built if warper is not None]
 
 
-def _logprob(
-    logits: torch.Tensor, token_id: int, alternatives: int, reported_ids: Sequence[int] = ()
-) -> TokenLogprob:
+def _logprob(logits: torch.Tensor, token_id: int, alternatives: int, reported_ids: Sequence[int] = ()) -> TokenLogprob:
     logprobs = logits.log_softmax(-1)
     if reported_ids:
         reported = tuple((i, float(logprobs[i])) for i in reported_ids)

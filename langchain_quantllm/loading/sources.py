@@ -269,7 +269,9 @@ def wrong_files(
     if "modules.json" in files and "config_sentence_transformers.json" not in files:
         is_embedding = "sentence_transformers" in json.dumps(read("modules.json"))
     else:
-        is_embedding = "config_sentence_transformers.json" in files
+        settings = "config_sentence_transformers.json"
+        # A cross-encoder may be made of a model that writes texts; else its config says that it classifies.
+        is_embedding = settings in files and read(settings).get("model_type") != "CrossEncoder"
     if is_embedding:
         return UnsupportedError(f"{what} {_EMBEDDING}")
     if "model_index.json" in files:
