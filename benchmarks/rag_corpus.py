@@ -72,9 +72,7 @@ def passages(*, size: int = 800, overlap: int = 100) -> list[Passage]:
         overlap: Characters that two neighbours share.
     """
     splitter = RecursiveCharacterTextSplitter(chunk_size=size, chunk_overlap=overlap)
-    return [
-        Passage(source=name, text=part) for name, text in documents().items() for part in splitter.split_text(text)
-    ]
+    return [Passage(source=name, text=part) for name, text in documents().items() for part in splitter.split_text(text)]
 
 
 def questions() -> list[Question]:

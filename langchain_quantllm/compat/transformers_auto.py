@@ -26,6 +26,29 @@ def has_speech_seq2seq(model_type: str) -> bool:
     return model_type in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
 
 
+def encoder_maker(config: Any, *, is_classifier: bool) -> Any:
+    """Return the function that makes an untrained encoder of a config, of the class that sentence-transformers loads.
+
+    Args:
+        config: The config of the transformer.
+        is_classifier: Whether it has the head of a cross-encoder.
+
+    Returns:
+        A function with the arguments of `AutoModel.from_config`.
+
+    Source: `_load_model` of sentence_transformers/base/modules/transformer.py.
+    """
+    import transformers
+
+    if is_classifier:
+        return transformers.AutoModelForSequenceClassification.from_config
+    name = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}.get(config.model_type)
+    if name is None:
+        return transformers.AutoModel.from_config
+    made = getattr(transformers, name)
+    return lambda config, *, trust_remote_code=False, **options: made._from_config(config, **options)
+
+
 def load_image_processor(source: str, **options: Any) -> Any:
     """Load the image processor of a checkpoint; `transformers.AutoImageProcessor` would require torchvision."""
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
