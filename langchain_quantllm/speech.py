@@ -351,9 +351,7 @@ class QuantizedWhisperParser(BaseBlobParser, Serializable):
     def _new_transcriber(self) -> Transcriber:
         return Transcriber(require_pipeline(self._loaded()), self._options())
 
-    def _transcribed(
-        self, transcriber: Transcriber, pieces: Iterator[Piece]
-    ) -> Iterator[tuple[Piece, list[Segment]]]:
+    def _transcribed(self, transcriber: Transcriber, pieces: Iterator[Piece]) -> Iterator[tuple[Piece, list[Segment]]]:
         """Write down pieces in batches; files that are parsed at the same time take turns."""
         model = self._loaded()
         lock: threading.Lock = model.remember(("speech", "lock"), threading.Lock)

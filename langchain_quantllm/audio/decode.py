@@ -38,7 +38,7 @@ class Sound:
         damaged_at_s: Where in the file the decoder met damage first, in seconds; None for a file without.
     """
 
-    def __init__(self, container: Any, name: str, rate: int, max_duration_s: float | None) -> None:
+    def __init__(self, container: Any, name: str, rate: int, max_duration_s: float | None, limit: str) -> None:
         """Check the header of a file.
 
         Args:
@@ -46,11 +46,13 @@ class Sound:
             name: What the file is, for errors.
             rate: Samples a second of the blocks.
             max_duration_s: Most seconds of sound; None for any.
+            limit: What sets that limit, for the error.
 
         Raises:
             InvalidOptionError: If it holds no sound, too much of it, or has a sample rate that no sound has.
         """
-        self._container, self._name, self._rate, self._max_s = container, name, rate, max_duration_s
+        self._container, self._name, self._rate = container, name, rate
+        self._max_s, self._limit = max_duration_s, limit
         if not container.streams.audio:
             has_video = bool(container.streams.video)
             msg = f"{name} has no sound{', only pictures' if has_video else ''}; give a file with an audio track."
@@ -127,16 +129,18 @@ class Sound:
 
     def _check_duration(self, duration_s: float) -> None:
         if self._max_s is not None and duration_s > self._max_s:
-            msg = (
-                f"{self._name} lasts longer than max_duration_s={self._max_s:g} seconds allows; cut it, or raise the "
-                "limit."
-            )
+            msg = f"{self._name} lasts longer than {self._limit or f'max_duration_s={self._max_s:g} allows'}; cut it."
             raise InvalidOptionError(msg)
 
 
 @contextlib.contextmanager
 def open_sound(
-    file: BinaryIO, name: str, *, rate: int = SPEECH_RATE, max_duration_s: float | None = None
+    file: BinaryIO,
+    name: str,
+    *,
+    rate: int = SPEECH_RATE,
+    max_duration_s: float | None = None,
+    limit: str = "",
 ) -> Iterator[Sound]:
     """Open a sound file for the block; `av`, of the extra `audio`, decodes it.
 
@@ -145,6 +149,7 @@ def open_sound(
         name: What it is, for errors: `"the file talk.mp3"`.
         rate: Samples a second of the blocks.
         max_duration_s: Most seconds of sound; None for any.
+        limit: What sets that limit, for the error; the option where it is empty.
 
     Yields:
         The sound, not decoded yet.
@@ -164,7 +169,7 @@ def open_sound(
         msg = f"{name} is not sound that can be read; {_READ}."
         raise InvalidOptionError(msg) from error
     with container:
-        yield Sound(container, name, rate, max_duration_s)
+        yield Sound(container, name, rate, max_duration_s, limit)
 
 
 def check_decoder(what: str) -> None:

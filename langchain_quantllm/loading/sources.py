@@ -126,9 +126,7 @@ def _path_of(name: str, of: str = "") -> Path:
     return path
 
 
-def check_sources(
-    model_id: str, adapters: Mapping[str, str] = MappingProxyType({}), *, task: str = "text"
-) -> None:
+def check_sources(model_id: str, adapters: Mapping[str, str] = MappingProxyType({}), *, task: str = "text") -> None:
     """Check a model id and adapters on this disk.
 
     Args:
