@@ -166,7 +166,7 @@ def open_sound(
     try:
         container = open_container(file)
     except decoder_errors() as error:
-        msg = f"{name} is not sound that can be read; {_READ}."
+        msg = f"{name} is not sound that can be read, or is damaged; {_READ}."
         raise InvalidOptionError(msg) from error
     with container:
         yield Sound(container, name, rate, max_duration_s, limit)
