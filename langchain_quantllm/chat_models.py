@@ -135,9 +135,9 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
     tool_format: str | None = None
     """The model's format of tool calls, by a name of `structured.tool_formats.FORMATS`; None asks the template."""
     allow_private_urls: bool = False
-    """Fetch images and sounds from addresses of this machine and of private networks too, and not from public ones alone."""
+    """Fetch images and sounds from addresses of this machine and of private networks too, not only from public ones."""
     allowed_domains: list[str] | None = None
-    """The only hosts from which images and sounds are fetched, such as `["example.com", "*.example.org"]`; None is any."""
+    """The only hosts that media are fetched from, such as `["example.com", "*.example.org"]`; None is any."""
     special_tokens: Literal["text", "allow"] = "text"
     """Special tokens in the texts of messages and tools: `"text"` keeps them text, so that a stranger's text writes no
     turn; `"allow"` lets them be tokens, as those that the template writes always are."""

@@ -10,13 +10,18 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from typing import Any, BinaryIO
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 from langchain_quantllm.compat.av_decoding import decoder_errors, open_container
 from langchain_quantllm.compat.packages import is_installed
 from langchain_quantllm.errors import InvalidOptionError, MissingPackageError, pip_install
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+Samples: TypeAlias = "npt.NDArray[np.float32]"
+"""Samples of one channel, of shape `(samples,)`."""
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +71,7 @@ class Sound:
         if self.duration_s is not None:
             self._check_duration(self.duration_s)
 
-    def __iter__(self) -> Iterator[np.ndarray]:
+    def __iter__(self) -> Iterator[Samples]:
         """Yield the samples in blocks: float32 of shape `(samples,)`, mixed down to one channel.
 
         Raises:
@@ -89,7 +94,7 @@ class Sound:
     def _damage(self) -> tuple[str, float]:
         return self._name, self.damaged_at_s or 0.0
 
-    def _blocks(self) -> Iterator[np.ndarray]:
+    def _blocks(self) -> Iterator[Samples]:
         import av
 
         # Interleaved: of planar frames with more than eight channels PyAV 18 reads beyond the memory.
@@ -186,10 +191,12 @@ def check_decoder(what: str) -> None:
         raise MissingPackageError(msg)
 
 
-def _mixed(frame: Any) -> np.ndarray:
+def _mixed(frame: Any) -> Samples:
     """Mix an interleaved frame down to one channel; samples that are no numbers become silence."""
+    import numpy as np
+
     channels = frame.layout.nb_channels
-    samples: np.ndarray = frame.to_ndarray().reshape(-1, channels).mean(axis=1, dtype=np.float32)
+    samples: Samples = frame.to_ndarray().reshape(-1, channels).mean(axis=1, dtype=np.float32)
     return np.nan_to_num(samples, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from langchain_quantllm.audio.pieces import Piece
 from langchain_quantllm.compat import transformers_whisper as whisper
-from langchain_quantllm.loading.devices import release_memory
 from langchain_quantllm.errors import InvalidOptionError, NotEnoughMemoryError, UnsupportedError, nearest
+from langchain_quantllm.loading.devices import release_memory
 
 WINDOW_S = 30.0
 """Seconds of a window of Whisper's."""

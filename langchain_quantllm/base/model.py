@@ -288,8 +288,8 @@ class QuantizedModel(ModelFields):
         """Make the requests of one prompt, one for each of the `n` samples.
 
         Args:
-            prompt: The prompt, with a placeholder for each image and sound; or pieces of it of which none shares a token with
-                the next.
+            prompt: The prompt, with a placeholder for each image and sound; or pieces of it of which none shares a
+                token with the next.
             options: The resolved options of the call.
             engine: The engine of the call; None resolves it.
             mask: Makes the mask of a sequence's allowed tokens.

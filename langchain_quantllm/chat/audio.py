@@ -9,9 +9,7 @@ import io
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
-from langchain_quantllm.audio.decode import check_decoder, open_sound
+from langchain_quantllm.audio.decode import Samples, check_decoder, open_sound
 from langchain_quantllm.chat.fetching import FetchRules
 from langchain_quantllm.chat.media import FETCH_S, PUBLIC, MediaSource, read_file
 
@@ -26,7 +24,7 @@ class SoundSource(MediaSource):
 
 def read_sound(
     source: SoundSource, rate: int, longest_s: float, timeout_s: float = FETCH_S, rules: FetchRules = PUBLIC
-) -> np.ndarray:
+) -> Samples:
     """Read a sound.
 
     Args:
@@ -44,6 +42,8 @@ def read_sound(
         MissingPackageError: If the decoder is not installed.
         UnsupportedError: If the source is of a kind that is not read here.
     """
+    import numpy as np
+
     check_decoder(source.name)
     file = read_file(source, timeout_s, rules)
     limit = f"the {longest_s:g} seconds that the model hears"

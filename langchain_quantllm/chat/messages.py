@@ -102,8 +102,8 @@ def template_messages(messages: Sequence[BaseMessage], *, images: bool = False, 
     """Turn LangChain's messages into dicts for a template.
 
     A list of content blocks becomes its texts, a line each; where images or sounds are among them, a list of parts.
-    Reasoning of an earlier answer stands in `reasoning_content`, for templates that show it. A call whose arguments were no JSON
-    goes back as the text that it was.
+    Reasoning of an earlier answer stands in `reasoning_content`, for templates that show it. A call whose arguments
+    were no JSON goes back as the text that it was.
 
     Args:
         messages: At least one.

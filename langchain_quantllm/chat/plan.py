@@ -14,9 +14,9 @@ from typing import Any, Literal, NamedTuple
 
 from langchain_core.messages import BaseMessage
 
+from langchain_quantllm.chat.audio import SoundSource, read_sound
 from langchain_quantllm.chat.fetching import FetchRules
 from langchain_quantllm.chat.harmony import HarmonyParser
-from langchain_quantllm.chat.audio import SoundSource, read_sound
 from langchain_quantllm.chat.images import ImageSource, read_image
 from langchain_quantllm.chat.media import FETCH_S, MediaSource
 from langchain_quantllm.chat.messages import Message, joined, media_in, template_messages
@@ -93,7 +93,7 @@ def write_prompt(
     config = pipeline.model.config
     plain = template_messages(messages, images=_takes_images(processor, config), sounds=hears_sounds(config))
     for source in media_in(plain):
-        kind = "sound" if isinstance(source, SoundSource) else "image"
+        kind: Literal["image", "sound"] = "sound" if isinstance(source, SoundSource) else "image"
         if (error := no_media_reason(pipeline, kind, source.message)) is not None:
             raise error
     if isinstance(chat.constraint, JSONSchema):

@@ -1,4 +1,4 @@
-"""The inputs of a loaded model: token ids of prompts, tensors of images and sounds, and the options stored with a checkpoint."""
+"""The inputs of a loaded model: token ids of prompts, tensors of images and sounds, and a checkpoint's own options."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def token_ids(model: LoadedModel, text: str | Sequence[str], *, add_special_toke
 def prompt_inputs(
     model: LoadedModel, prompt: str | Sequence[str], media: Media = NO_MEDIA, *, add_special_tokens: bool = True
 ) -> tuple[list[int], dict[str, Any] | None]:
-    """Turn a prompt into token ids, and its images and sounds into the model's other inputs, by the names of its arguments.
+    """Turn a prompt into token ids, and its images and sounds into other inputs, by the names of the model's arguments.
 
     Args:
         model: The loaded model.
-        prompt: The prompt, with a placeholder for each image and sound; or pieces of it of which none shares a token with the
-            next.
+        prompt: The prompt, with a placeholder for each image and sound; or pieces of it of which none shares a token
+            with the next.
         media: The images and sounds, in the placeholders' order.
         add_special_tokens: Let the tokenizer add its begin token.
 

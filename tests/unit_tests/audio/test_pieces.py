@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -23,7 +25,7 @@ def test_pieces_put_together_are_the_sound(seed: int) -> None:
     pieces = list(cut(iter(blocks), RATE, longest_s))
     whole = np.concatenate([*blocks, np.zeros(0, np.float32)])
     assert np.array_equal(np.concatenate([*(piece.samples for piece in pieces), np.zeros(0, np.float32)]), whole)
-    for before, after in zip(pieces, pieces[1:], strict=False):
+    for before, after in pairwise(pieces):
         assert after.start_s == pytest.approx(before.end_s)
     for piece in pieces:
         assert 0 < len(piece.samples) <= round(longest_s * RATE)
