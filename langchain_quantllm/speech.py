@@ -46,9 +46,9 @@ class QuantizedWhisperParser(BaseBlobParser, Serializable):
 
     Takes blobs of WAV, MP3, FLAC, M4A, OGG, WebM, and of videos, whose pictures it does not look at. `av` decodes them:
     `pip install "langchain-quantllm[audio]"`. A file is read, decoded and written down piece by piece, each of up to 30
-    seconds and cut where the speaker pauses, so that its first Documents come while the rest is not even decoded, and an
-    hour takes the memory of a minute. The weights are loaded at the first use and shared by all instances of the same
-    settings.
+    seconds and cut where the speaker pauses, so that its first Documents come while the rest is not even decoded, and
+    an hour takes the memory of a minute. The weights are loaded at the first use and shared by all instances of
+    the same settings.
 
     Parse:
         ```python
@@ -85,8 +85,8 @@ class QuantizedWhisperParser(BaseBlobParser, Serializable):
     model_id: str = ""
     """A folder with a Whisper, or the name of a repository on the Hugging Face Hub; `model=` means the same."""
     quantization: Any = None
-    """The scheme of the weights: `"int8"`, `"nf4"`, `"fp4"`, a value such as `NF4(double_quantization=True)`, or None for
-    the checkpoint as it is."""
+    """The scheme of the weights: `"int8"`, `"nf4"`, `"fp4"`, a value such as `NF4(double_quantization=True)`, or None
+    for the checkpoint as it is."""
     quantization_config: Any = None
     """A transformers quantization config, such as `BitsAndBytesConfig(load_in_8bit=True)`, instead of
     `quantization`."""
@@ -132,8 +132,8 @@ class QuantizedWhisperParser(BaseBlobParser, Serializable):
     num_beams: int = Field(default=1, ge=1)
     """Beams of the search; 1 takes the most likely tokens."""
     temperature: float | tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-    """The temperature of the first try, and those of further tries for a piece whose text repeats itself or is unlikely.
-    These draw tokens at random: `0.0` alone gives the same text every time."""
+    """The temperature of the first try, and those of further tries for a piece whose text repeats itself or is
+    unlikely. These draw tokens at random: `0.0` alone gives the same text every time."""
     no_speech_threshold: float = Field(default=0.6, ge=0, le=1)
     """Probability of silence above which an unlikely text is left out."""
     logprob_threshold: float = -1.0
@@ -351,9 +351,7 @@ class QuantizedWhisperParser(BaseBlobParser, Serializable):
     def _new_transcriber(self) -> Transcriber:
         return Transcriber(require_pipeline(self._loaded()), self._options())
 
-    def _transcribed(
-        self, transcriber: Transcriber, pieces: Iterator[Piece]
-    ) -> Iterator[tuple[Piece, list[Segment]]]:
+    def _transcribed(self, transcriber: Transcriber, pieces: Iterator[Piece]) -> Iterator[tuple[Piece, list[Segment]]]:
         """Write down pieces in batches; files that are parsed at the same time take turns."""
         model = self._loaded()
         lock: threading.Lock = model.remember(("speech", "lock"), threading.Lock)
@@ -383,7 +381,7 @@ class QuantizedWhisperParser(BaseBlobParser, Serializable):
     # Serialization.
 
     def __getstate__(self) -> dict[Any, Any]:
-        """Return the fields for a pickle, without the weights and the token: what loads it reads that from `HF_TOKEN`."""
+        """Return the fields for a pickle, without weights and token: what loads it reads the token from `HF_TOKEN`."""
         state = self._state()
         return {
             **state,
@@ -440,7 +438,7 @@ def _opened(blob: Blob, name: str) -> Iterator[BinaryIO]:
         except (OSError, NotImplementedError, ValueError) as error:
             msg = f"{name} cannot be read: {error}; give a file that may be read, or its bytes with Blob.from_data."
             raise InvalidOptionError(msg) from error
-        yield file  # type: ignore[misc]
+        yield file
 
 
 def _close(found: Iterator[Document]) -> None:
@@ -457,7 +455,7 @@ class _Progress:
 
     def __enter__(self) -> Self:
         if self._is_shown:
-            from tqdm.auto import tqdm
+            from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
             total = None if self._total_s is None else math.ceil(self._total_s)
             self._bar = tqdm(total=total, unit="s", desc="Transcribing")

@@ -10,13 +10,18 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from typing import Any, BinaryIO
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 from langchain_quantllm.compat.av_decoding import decoder_errors, open_container
 from langchain_quantllm.compat.packages import is_installed
 from langchain_quantllm.errors import InvalidOptionError, MissingPackageError, pip_install
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+Samples: TypeAlias = "npt.NDArray[np.float32]"
+"""Samples of one channel, of shape `(samples,)`."""
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +43,7 @@ class Sound:
         damaged_at_s: Where in the file the decoder met damage first, in seconds; None for a file without.
     """
 
-    def __init__(self, container: Any, name: str, rate: int, max_duration_s: float | None) -> None:
+    def __init__(self, container: Any, name: str, rate: int, max_duration_s: float | None, limit: str) -> None:
         """Check the header of a file.
 
         Args:
@@ -46,11 +51,13 @@ class Sound:
             name: What the file is, for errors.
             rate: Samples a second of the blocks.
             max_duration_s: Most seconds of sound; None for any.
+            limit: What sets that limit, for the error.
 
         Raises:
             InvalidOptionError: If it holds no sound, too much of it, or has a sample rate that no sound has.
         """
-        self._container, self._name, self._rate, self._max_s = container, name, rate, max_duration_s
+        self._container, self._name, self._rate = container, name, rate
+        self._max_s, self._limit = max_duration_s, limit
         if not container.streams.audio:
             has_video = bool(container.streams.video)
             msg = f"{name} has no sound{', only pictures' if has_video else ''}; give a file with an audio track."
@@ -64,7 +71,7 @@ class Sound:
         if self.duration_s is not None:
             self._check_duration(self.duration_s)
 
-    def __iter__(self) -> Iterator[np.ndarray]:
+    def __iter__(self) -> Iterator[Samples]:
         """Yield the samples in blocks: float32 of shape `(samples,)`, mixed down to one channel.
 
         Raises:
@@ -87,7 +94,7 @@ class Sound:
     def _damage(self) -> tuple[str, float]:
         return self._name, self.damaged_at_s or 0.0
 
-    def _blocks(self) -> Iterator[np.ndarray]:
+    def _blocks(self) -> Iterator[Samples]:
         import av
 
         # Interleaved: of planar frames with more than eight channels PyAV 18 reads beyond the memory.
@@ -127,16 +134,18 @@ class Sound:
 
     def _check_duration(self, duration_s: float) -> None:
         if self._max_s is not None and duration_s > self._max_s:
-            msg = (
-                f"{self._name} lasts longer than max_duration_s={self._max_s:g} seconds allows; cut it, or raise the "
-                "limit."
-            )
+            msg = f"{self._name} lasts longer than {self._limit or f'max_duration_s={self._max_s:g} allows'}; cut it."
             raise InvalidOptionError(msg)
 
 
 @contextlib.contextmanager
 def open_sound(
-    file: BinaryIO, name: str, *, rate: int = SPEECH_RATE, max_duration_s: float | None = None
+    file: BinaryIO,
+    name: str,
+    *,
+    rate: int = SPEECH_RATE,
+    max_duration_s: float | None = None,
+    limit: str = "",
 ) -> Iterator[Sound]:
     """Open a sound file for the block; `av`, of the extra `audio`, decodes it.
 
@@ -145,6 +154,7 @@ def open_sound(
         name: What it is, for errors: `"the file talk.mp3"`.
         rate: Samples a second of the blocks.
         max_duration_s: Most seconds of sound; None for any.
+        limit: What sets that limit, for the error; the option where it is empty.
 
     Yields:
         The sound, not decoded yet.
@@ -161,10 +171,10 @@ def open_sound(
     try:
         container = open_container(file)
     except decoder_errors() as error:
-        msg = f"{name} is not sound that can be read; {_READ}."
+        msg = f"{name} is not sound that can be read, or is damaged; {_READ}."
         raise InvalidOptionError(msg) from error
     with container:
-        yield Sound(container, name, rate, max_duration_s)
+        yield Sound(container, name, rate, max_duration_s, limit)
 
 
 def check_decoder(what: str) -> None:
@@ -181,10 +191,12 @@ def check_decoder(what: str) -> None:
         raise MissingPackageError(msg)
 
 
-def _mixed(frame: Any) -> np.ndarray:
+def _mixed(frame: Any) -> Samples:
     """Mix an interleaved frame down to one channel; samples that are no numbers become silence."""
+    import numpy as np
+
     channels = frame.layout.nb_channels
-    samples: np.ndarray = frame.to_ndarray().reshape(-1, channels).mean(axis=1, dtype=np.float32)
+    samples: Samples = frame.to_ndarray().reshape(-1, channels).mean(axis=1, dtype=np.float32)
     return np.nan_to_num(samples, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
 
 

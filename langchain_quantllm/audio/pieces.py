@@ -9,6 +9,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
+
+from langchain_quantllm.audio.decode import Samples
 
 _FRAME_S = 0.02
 _PAUSE_S = 0.3
@@ -29,7 +32,7 @@ class Piece:
     """
 
     start_s: float
-    samples: np.ndarray = field(repr=False, compare=False)
+    samples: Samples = field(repr=False, compare=False)
     rate: int
 
     @property
@@ -52,7 +55,7 @@ class Piece:
         return not len(self.samples) or float(_loudness(self.samples, self.rate).max()) < _SILENCE
 
 
-def cut(blocks: Iterable[np.ndarray], rate: int, longest_s: float = 30.0) -> Iterator[Piece]:
+def cut(blocks: Iterable[Samples], rate: int, longest_s: float = 30.0) -> Iterator[Piece]:
     """Cut sound into pieces, each at the quietest moment of the second half of the longest piece.
 
     Holds one piece and one block at a time. The pieces follow each other without gap and without overlap.
@@ -63,7 +66,7 @@ def cut(blocks: Iterable[np.ndarray], rate: int, longest_s: float = 30.0) -> Ite
         longest_s: Longest piece in seconds.
     """
     longest, start = round(longest_s * rate), 0
-    held: list[np.ndarray] = []
+    held: list[Samples] = []
     count = 0
     for block in blocks:
         held.append(block)
@@ -77,15 +80,15 @@ def cut(blocks: Iterable[np.ndarray], rate: int, longest_s: float = 30.0) -> Ite
         yield Piece(start_s=start / rate, samples=np.concatenate(held), rate=rate)
 
 
-def _loudness(samples: np.ndarray, rate: int) -> np.ndarray:
+def _loudness(samples: Samples, rate: int) -> npt.NDArray[np.float64]:
     """Compute the root mean square of each frame; a last frame that is not full counts as one."""
     size = max(1, round(_FRAME_S * rate))
     padded = np.pad(samples, (0, -len(samples) % size)).reshape(-1, size)
-    loudness: np.ndarray = np.sqrt(np.square(padded, dtype=np.float64).mean(axis=1))
+    loudness: npt.NDArray[np.float64] = np.sqrt(np.square(padded, dtype=np.float64).mean(axis=1))
     return loudness
 
 
-def _quietest(samples: np.ndarray, rate: int, first: int) -> int:
+def _quietest(samples: Samples, rate: int, first: int) -> int:
     """Find the middle of the quietest span after a sample; of equally quiet ones the last.
 
     Args:

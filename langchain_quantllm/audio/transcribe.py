@@ -12,8 +12,8 @@ from typing import Any
 
 from langchain_quantllm.audio.pieces import Piece
 from langchain_quantllm.compat import transformers_whisper as whisper
-from langchain_quantllm.loading.devices import release_memory
 from langchain_quantllm.errors import InvalidOptionError, NotEnoughMemoryError, UnsupportedError, nearest
+from langchain_quantllm.loading.devices import release_memory
 
 WINDOW_S = 30.0
 """Seconds of a window of Whisper's."""
@@ -77,7 +77,9 @@ class TranscriptionOptions:
             msg = f"num_beams={self.num_beams} is not allowed; it must be 1 or more."
             raise InvalidOptionError(msg)
         if not self.temperatures or any(not 0 <= t <= 2 for t in self.temperatures):
-            msg = f"temperature={self.temperatures!r} is not allowed; give numbers from 0 to 2, such as (0.0, 0.4, 0.8)."
+            msg = (
+                f"temperature={self.temperatures!r} is not allowed; give numbers from 0 to 2, such as (0.0, 0.4, 0.8)."
+            )
             raise InvalidOptionError(msg)
 
     def for_model(self, model: Any, tokenizer: Any) -> dict[str, Any]:
@@ -195,7 +197,9 @@ class Transcriber:
         except torch.OutOfMemoryError as error:
             half = len(windows) // 2
             if not half:
-                msg = "the device ran out of memory over 30 seconds of sound; use a scheme of fewer bits, or num_beams=1."
+                msg = (
+                    "the device ran out of memory over 30 seconds of sound; use a scheme of fewer bits, or num_beams=1."
+                )
                 raise NotEnoughMemoryError(msg) from error
         release_memory()
         return [*self._windows(windows[:half]), *self._windows(windows[half:])]

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from typing import Any, BinaryIO
 
-_FORMATS = (
-    "wav,w64,aiff,au,caf,mp3,flac,aac,ogg,mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,asf,mpeg,mpegts,flv,amr"
-)
+_FORMATS = "wav,w64,aiff,au,caf,mp3,flac,aac,ogg,mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,asf,mpeg,mpegts,flv,amr"
 """Containers of sound, none of which names other files: no playlists, no `concat`."""
 
 

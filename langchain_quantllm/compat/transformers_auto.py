@@ -19,6 +19,17 @@ def has_image_text_to_text(model_type: str) -> bool:
     return model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
+_HEARING = frozenset({"qwen2_audio"})
+"""Types of models that continue texts with sounds in them, read no images, and were tried here."""
+
+
+def has_audio_text_to_text(model_type: str) -> bool:
+    """Say whether transformers has a model for a model type that continues texts with sounds, and reads no images."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+
+    return model_type in _HEARING and model_type in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+
+
 def has_speech_seq2seq(model_type: str) -> bool:
     """Say whether transformers has a model for a model type that turns speech into text."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES

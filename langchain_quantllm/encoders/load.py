@@ -36,7 +36,7 @@ _CLASSIFIERS = (
     "classifier.dense",
     "classifier.out_proj",
 )
-"""Ends of the names of a cross-encoder's modules that stay unquantized: they are small, and the score is their output."""
+"""Ends of the names of modules of a cross-encoder that stay unquantized: small ones, whose output is the score."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ LOADING_FIELDS = ("quantization", "quantization_config", *SPEC_FIELDS, "token", 
 _BITSANDBYTES = ("load_in_4bit", "load_in_8bit", "bnb_4bit_", "llm_int8_")
 _MODEL_KWARGS_ALIASES = {"torch_dtype": "dtype", "use_auth_token": "token"}
 _LIFTED = (*SPEC_FIELDS, "token", "quantization", "quantization_config")
-_TASKS = ("text-generation", "image-text-to-text")
+_TASKS = ("text-generation", "image-text-to-text", "any-to-any")
 
 
 def translate(given: Mapping[str, Any], option_fields: Collection[str], place: Place) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from langchain_quantllm.errors import (
     QuantLLMError,
     first_line,
 )
-from langchain_quantllm.loading.checkpoint import Checkpoint, explain
+from langchain_quantllm.loading.checkpoint import Checkpoint, explain, reads_images
 from langchain_quantllm.loading.devices import devices_named, release_memory
 from langchain_quantllm.loading.foreign_errors import as_checkpoint_error
 from langchain_quantllm.loading.hub import hub_options
@@ -38,7 +38,8 @@ def load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: A
     """Read a checkpoint's weights and tokenizer into a pipeline.
 
     Its task is automatic-speech-recognition for a spec of that task; image-text-to-text, with a processor, if the
-    model reads images and they can be read here; else text-generation.
+    model reads images and they can be read here; any-to-any, with a processor, if it hears sounds and reads no images;
+    else text-generation.
 
     Args:
         spec: The options of loading.
@@ -92,7 +93,12 @@ def _load_parts(spec: LoadSpec, checkpoint: Checkpoint) -> tuple[str, Any, dict[
     Returns:
         The task of the pipeline, the auto class of its model, and its other parts by their names.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSpeechSeq2Seq
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
+        AutoModelForSpeechSeq2Seq,
+    )
 
     if spec.task == "speech":
         parts = {"tokenizer": _load_tokenizer(spec, checkpoint), "feature_extractor": _load_features(spec, checkpoint)}
@@ -104,7 +110,9 @@ def _load_parts(spec: LoadSpec, checkpoint: Checkpoint) -> tuple[str, Any, dict[
         raise
     if processor is None:
         return "text-generation", AutoModelForCausalLM, {"tokenizer": _load_tokenizer(spec, checkpoint)}
-    return "image-text-to-text", AutoModelForImageTextToText, {"processor": processor}
+    if reads_images(checkpoint.config):
+        return "image-text-to-text", AutoModelForImageTextToText, {"processor": processor}
+    return "any-to-any", AutoModelForMultimodalLM, {"processor": processor}
 
 
 def _load_features(spec: LoadSpec, checkpoint: Checkpoint) -> Any:

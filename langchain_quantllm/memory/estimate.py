@@ -13,7 +13,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from langchain_quantllm.compat.transformers_auto import has_image_text_to_text, has_speech_seq2seq
+from langchain_quantllm.compat.transformers_auto import (
+    has_audio_text_to_text,
+    has_image_text_to_text,
+    has_speech_seq2seq,
+)
 from langchain_quantllm.compat.transformers_models import cache_of
 from langchain_quantllm.errors import (
     CheckpointError,
@@ -241,6 +245,7 @@ def build_on_meta(
     from transformers import (
         AutoModelForCausalLM,
         AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
         AutoModelForSeq2SeqLM,
         AutoModelForSpeechSeq2Seq,
     )
@@ -250,6 +255,8 @@ def build_on_meta(
         auto_class = AutoModelForSpeechSeq2Seq
     elif not config.is_encoder_decoder and has_image_text_to_text(config.model_type):
         auto_class = AutoModelForImageTextToText
+    elif has_audio_text_to_text(config.model_type):
+        auto_class = AutoModelForMultimodalLM
     try:
         with model_build_lock(), torch.device("meta"):
             # eager attention: a config that asks for a kernel that is not installed can still be estimated

