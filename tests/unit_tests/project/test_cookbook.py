@@ -19,8 +19,6 @@ COOKBOOK = Path(__file__).parents[3] / "cookbook"
 NOTEBOOKS = sorted(COOKBOOK.glob("*.ipynb"))
 SIZES = ((600, 60), (800, 100))
 PASSAGES = {(size, overlap): rag_corpus.passages(size=size, overlap=overlap) for size, overlap in SIZES}
-    (size, overlap): rag_corpus.passages(size=size, overlap=overlap) for size, overlap in ((600, 60), (800, 100))
-}
 execute = SimpleNamespace(**runpy.run_path(str(COOKBOOK / "execute.py")))
 
 
