@@ -158,6 +158,11 @@ class QuantizedHuggingFaceEmbeddings(EncoderFields, Embeddings):
             raise InvalidOptionError(msg)
         return self
 
+    def load(self) -> Self:
+        """Load the weights now instead of at the first use, on every device."""
+        self._loaded().worker(self._devices()[1:]).prepare()
+        return self
+
     # Texts.
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:

@@ -69,7 +69,7 @@ def keep_odd_layers_unpacked(model: Any) -> None:
         if state is None or not hasattr(module, "support_avx512bf16_for_cpu"):
             continue
         outputs, inputs = state.shape
-        if outputs % 32 or inputs % 2:
+        if outputs % 32 or inputs % state.blocksize:
             module.support_avx512bf16_for_cpu = False
 
 

@@ -30,13 +30,12 @@ _CLASSIFIERS = (
     "pre_classifier",
     "score",
     "head",
-    "pooler",
     "pooler.dense",
     "head.dense",
     "classifier.dense",
     "classifier.out_proj",
 )
-"""Ends of the names of modules of a cross-encoder that stay unquantized: small ones, whose output is the score."""
+"""Ends of the names of modules of a cross-encoder that stay unquantized: they are small, and make the score."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ _END_S = 5.0
 
 
 class EncoderProcess:
-    """A process that runs operations, started at the first one.
+    """A process that runs operations, a `Runner` of the worker's.
 
     Args:
         spec: What it loads, its device named.
@@ -35,8 +35,22 @@ class EncoderProcess:
 
     @property
     def process_id(self) -> int | None:
-        """The id of the process; None before the first operation."""
+        """The id of the process; None before it was started."""
         return None if self._process is None else int(self._process.pid)
+
+    def prepare(self) -> None:
+        """Start the process and wait until it has loaded the model, unless it runs already.
+
+        Raises:
+            QuantLLMError: What loading raised there.
+        """
+        with self._lock:
+            if self._closed:
+                msg = "the process of this device was ended."
+                raise EncodingError(msg)
+            if self._process is None or not self._process.is_alive():
+                self._start()
+                self._receive()
 
     def run(self, encoder: Any, operation: Operation, items: Sequence[Any]) -> Sequence[Any]:
         """Run an operation over prepared items there.
@@ -45,24 +59,9 @@ class EncoderProcess:
             EncodingError: If the process has ended.
             QuantLLMError: What the operation raised there.
         """
+        self.prepare()
         with self._lock:
-            if self._closed:
-                msg = "the process of this device was ended."
-                raise EncodingError(msg)
-            if self._process is None or not self._process.is_alive():
-                self._start()
-            try:
-                self._pipe.send((operation, list(items)))
-                has_failed, result = self._pipe.recv()
-            except (EOFError, OSError) as error:
-                msg = (
-                    f"the process on {self._spec.device} ended ({first_line(error)}); a script that uses several "
-                    "devices needs `if __name__ == '__main__':` around its calls."
-                )
-                raise EncodingError(msg) from error
-        if has_failed:
-            raise result
-        return result  # type: ignore[no-any-return]
+            return self._receive((operation, list(items)))  # type: ignore[no-any-return]
 
     def close(self) -> None:
         """End the process."""
@@ -71,6 +70,22 @@ class EncoderProcess:
         if process is not None:
             process.terminate()
             process.join(_END_S)
+
+    def _receive(self, message: Any = None) -> Any:
+        """Send a message, if there is one, and return the answer or raise the error that it is."""
+        try:
+            if message is not None:
+                self._pipe.send(message)
+            has_failed, result = self._pipe.recv()
+        except (EOFError, OSError) as error:
+            msg = (
+                f"the process on {self._spec.device} ended ({first_line(error)}); a script that uses several devices "
+                "needs `if __name__ == '__main__':` around its calls."
+            )
+            raise EncodingError(msg) from error
+        if has_failed:
+            raise result
+        return result
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -85,21 +100,27 @@ def _serve(spec: EncoderSpec, pipe: Any) -> None:
     """Load the model, and run what comes through the pipe; the body of the process."""
     from langchain_quantllm.encoders.load import load
 
-    model = None
+    try:
+        model = load(spec).model
+    except Exception as error:
+        pipe.send((True, _portable(error)))
+        return
+    pipe.send((False, None))
     while True:
         try:
             operation, items = pipe.recv()
         except EOFError:
             return
         try:
-            if model is None:
-                model = load(spec).model
             pipe.send((False, operation.run(model, items)))
-        except MemoryError as error:
-            pipe.send((True, MemoryError(str(error))))
-        except QuantLLMError as error:
-            pipe.send((True, error))
         except Exception as error:
-            is_memory = type(error).__name__ == "OutOfMemoryError"
-            kind: type[Exception] = MemoryError if is_memory else RuntimeError
-            pipe.send((True, kind(f"{type(error).__name__}: {first_line(error)}")))
+            pipe.send((True, _portable(error)))
+
+
+def _portable(error: Exception) -> Exception:
+    """Return an error that another process can read."""
+    if isinstance(error, QuantLLMError):
+        return type(error)(str(error))
+    is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    kind: type[Exception] = MemoryError if is_memory else RuntimeError
+    return kind(f"{type(error).__name__}: {first_line(error)}")

@@ -13,7 +13,7 @@ from langchain_quantllm.compat.packages import label_of
 from langchain_quantllm.encoders.load import ReadEncoder, device_of, load
 from langchain_quantllm.encoders.processes import EncoderProcess
 from langchain_quantllm.encoders.spec import EncoderSpec
-from langchain_quantllm.encoders.worker import UNLOADED, EncoderWorker, Operation, Work
+from langchain_quantllm.encoders.worker import UNLOADED, EncoderWorker, Operation, Runner, Work
 from langchain_quantllm.engine.process import check_process, note_loading
 from langchain_quantllm.errors import EncodingError
 from langchain_quantllm.loading.devices import devices_of, release_memory
@@ -110,11 +110,13 @@ class LoadedEncoder:
                 raise EncodingError(UNLOADED)
             key = tuple(further_devices)
             if key not in self._workers:
-                runners: list[Callable[[Any, Operation, Sequence[Any]], Sequence[Any]]] = [_run_here]
+                runners: list[Runner] = [_Here()]
                 for device in further_devices:
-                    process = EncoderProcess(dataclasses.replace(self.spec, device=device, progress=False))
+                    spec = dataclasses.replace(self.spec, device=device, progress=False)
+                    spec = dataclasses.replace(spec, device=device_of(spec))  # checked before a process is started
+                    process = EncoderProcess(spec)
                     self._processes.append(process)
-                    runners.append(process.run)
+                    runners.append(process)
                 self._workers[key] = EncoderWorker(self, runners)
             return self._workers[key]
 
@@ -157,12 +159,19 @@ class LoadedEncoder:
         release_memory()
 
 
-def _run_here(encoder: LoadedEncoder, operation: Operation, items: Sequence[Any]) -> Sequence[Any]:
-    model = encoder.model
-    if model is None:
-        raise EncodingError(UNLOADED)
-    with encoder.tokenizer_lock:
-        return operation.run(model, items)
+class _Here:
+    """The runner on the encoder's own model."""
+
+    def prepare(self) -> None:
+        """Do nothing: the model is loaded."""
+
+    def run(self, encoder: LoadedEncoder, operation: Operation, items: Sequence[Any]) -> Sequence[Any]:
+        """Run an operation, while nobody else uses the tokenizer."""
+        model = encoder.model
+        if model is None:
+            raise EncodingError(UNLOADED)
+        with encoder.tokenizer_lock:
+            return operation.run(model, items)
 
 
 class _Handle:

@@ -50,6 +50,16 @@ class Operation(Protocol):
         """Compute the results of prepared items, in their order."""
 
 
+class Runner(Protocol):
+    """A device that runs operations."""
+
+    def prepare(self) -> None:
+        """Make it ready, which may take long; does nothing where it is. Raises why it cannot."""
+
+    def run(self, encoder: Any, operation: Operation, items: Sequence[Any]) -> Sequence[Any]:
+        """Run an operation over prepared items."""
+
+
 class Work:
     """One call: an operation over items, and its results as they come.
 
@@ -181,13 +191,10 @@ class EncoderWorker:
 
     Args:
         encoder: The loaded encoder; held weakly.
-        runners: For each device, a function that runs an operation over prepared items there. The first one runs on
-            the encoder's own model.
+        runners: One for each device; the first one runs on the encoder's own model.
     """
 
-    def __init__(
-        self, encoder: Any, runners: Sequence[Callable[[Any, Operation, Sequence[Any]], Sequence[Any]]]
-    ) -> None:
+    def __init__(self, encoder: Any, runners: Sequence[Runner]) -> None:
         note_loading()
         self._encoder = weakref.ref(encoder)
         self._runners = list(runners)
@@ -224,6 +231,15 @@ class EncoderWorker:
             self._works.append(work)
             self._changed.notify_all()
 
+    def prepare(self) -> None:
+        """Wait until every device is ready; calls need not wait for it.
+
+        Raises:
+            QuantLLMError: If a device cannot be made ready.
+        """
+        for runner in self._runners:
+            runner.prepare()
+
     def close(self) -> None:
         """Fail all calls, and end the threads. In a forked process nothing is left to do."""
         if is_forked():
@@ -241,7 +257,15 @@ class EncoderWorker:
 
     # The threads.
 
-    def _serve(self, runner: Callable[[Any, Operation, Sequence[Any]], Sequence[Any]]) -> None:
+    def _serve(self, runner: Runner) -> None:
+        try:
+            runner.prepare()  # meanwhile the other devices work
+        except Exception as error:
+            with self._changed:
+                works = list(self._works)
+            for work in works:
+                work.fail(_described(error))
+            return
         while True:
             if not self._wait():
                 return
@@ -320,7 +344,7 @@ class EncoderWorker:
     def _run(
         self,
         encoder: Any,
-        runner: Callable[[Any, Operation, Sequence[Any]], Sequence[Any]],
+        runner: Runner,
         rows: Sequence[tuple[Work, tuple[int, Any, int]]],
     ) -> None:
         operation = rows[0][0].operation
@@ -332,7 +356,7 @@ class EncoderWorker:
 
         try:
             results = run_halving(
-                lambda items: runner(encoder, operation, items), [item for _, (_, item, _) in rows], shrunk
+                lambda items: runner.run(encoder, operation, items), [item for _, (_, item, _) in rows], shrunk
             )
             if len(results) != len(rows):
                 msg = f"the model returned {len(results)} results for {len(rows)} items"

@@ -295,8 +295,7 @@ class ContinuousEngine:
         sequences = forward.sequences
         mask = self._fill_masks(sequences) if any(s.mask is not None for s in sequences) else None
         wanted = [n for s in sequences if (n := s.request.options.logprobs) is not None]
-        reported = sorted({i for s in sequences for i in s.request.reported_ids})
-        return self._runner.sample(forward, mask=mask, alternatives=max(wanted, default=None), reported_ids=reported)
+        return self._runner.sample(forward, mask=mask, alternatives=max(wanted, default=None))
 
     def _fill_masks(self, sequences: abc.Sequence[Sequence]) -> torch.Tensor:
         bits = self._runner.blank_masks(len(sequences))

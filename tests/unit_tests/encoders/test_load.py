@@ -35,9 +35,7 @@ TEXTS = [
 
 
 def load(folder: Path | str, quantization: Any = None, **options: Any) -> LoadedEncoder:
-    spec = EncoderSpec(
-        model_id=str(folder), scheme=scheme_from(quantization), device="cpu", progress=False, **options
-    )
+    spec = EncoderSpec(model_id=str(folder), scheme=scheme_from(quantization), device="cpu", progress=False, **options)
     return get_or_load(spec)
 
 
@@ -53,7 +51,7 @@ def reference() -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ["quantization", "dtype", "least_cosine", "most_mb"],
+    ("quantization", "dtype", "least_cosine", "most_mb"),
     [
         (None, "float32", 0.999999, 91.0),
         ("none", "bfloat16", 0.9995, 45.5),
@@ -79,7 +77,7 @@ def test_minilm_keeps_its_vectors_and_takes_less_memory(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(["quantization", "least_cosine"], [("none", 0.9995), ("int8", 0.99), ("nf4", 0.95)])
+@pytest.mark.parametrize(("quantization", "least_cosine"), [("none", 0.9995), ("int8", 0.99), ("nf4", 0.95)])
 def test_mpnet_keeps_its_vectors_and_takes_less_memory(quantization: str, least_cosine: float) -> None:
     exact = vectors_of(load(mpnet(), dtype="float32"))
     encoder = load(mpnet(), quantization, dtype="bfloat16")
@@ -96,7 +94,7 @@ def test_vectors_are_the_same_whatever_the_batch() -> None:
     assert np.abs(together - alone).max() < 1e-6  # sums of float32 in another order; numbers are up to 0.2
 
 
-@pytest.mark.parametrize(["quantization", "most"], [(None, 1e-6), ("nf4", 0.02), ("int8", 0.02)])
+@pytest.mark.parametrize(("quantization", "most"), [(None, 1e-6), ("nf4", 0.02), ("int8", 0.02)])
 def test_a_decoder_gives_the_last_tokens_vector_alone_and_padded_on_the_left(
     tmp_path: Path, quantization: str | None, most: float
 ) -> None:
@@ -133,7 +131,9 @@ def test_a_classifier_keeps_its_head_unquantized(tmp_path: Path) -> None:
     encoder = load(folder, "nf4", kind="cross_encoder")
     kinds = {name: type(module).__name__ for name, module in encoder.model.named_modules()}
     assert [name for name, kind in kinds.items() if kind == "Linear4bit"]
-    assert not [name for name, kind in kinds.items() if kind == "Linear4bit" and ("classifier" in name or "pooler" in name)]
+    assert not [
+        name for name, kind in kinds.items() if kind == "Linear4bit" and ("classifier" in name or "pooler" in name)
+    ]
 
 
 def test_threads_that_ask_at_once_get_one_encoder_which_dies_with_its_last_holder(tmp_path: Path) -> None:
@@ -168,7 +168,9 @@ def test_a_released_encoder_is_loaded_again(tmp_path: Path) -> None:
 
 def test_specs_that_load_the_same_have_one_key(tmp_path: Path) -> None:
     spec = EncoderSpec(model_id=str(tmp_path))
-    assert spec.key() == EncoderSpec(model_id=f"{tmp_path}/", scheme=scheme_from("none"), token="x", progress=False).key()
+    assert (
+        spec.key() == EncoderSpec(model_id=f"{tmp_path}/", scheme=scheme_from("none"), token="x", progress=False).key()
+    )
     for change in ({"dtype": "float32"}, {"scheme": scheme_from("nf4")}, {"pooling": "cls"}, {"kind": "cross_encoder"}):
         assert dataclasses.replace(spec, **change).key() != spec.key()
 

@@ -48,7 +48,7 @@ def error_of(folder: Path | str, **options: Any) -> QuantLLMError:
 
 
 @pytest.mark.parametrize(
-    ["name", "kind", "words"],
+    ("name", "kind", "words"),
     [
         ("writer", "embedding", "ChatQuantizedHuggingFace"),
         ("classifier", "embedding", "QuantizedCrossEncoder"),
@@ -69,7 +69,7 @@ def test_a_model_of_another_kind_is_refused_with_the_class_for_it(
 
 
 @pytest.mark.parametrize(
-    ["name", "kind"],
+    ("name", "kind"),
     [
         ("embedder", "embedding"),
         ("qwen3", "embedding"),
@@ -138,7 +138,7 @@ def test_a_damaged_list_of_modules_is_an_error_of_the_checkpoint(
 
 
 @pytest.mark.parametrize(
-    ["options", "words"],
+    ("options", "words"),
     [
         ({"kind": "embeding"}, "did you mean 'embedding'"),
         ({"dtype": "half"}, "dtype='half'"),

@@ -68,7 +68,9 @@ def encoder(read: Any) -> Iterator[LoadedEncoder]:
         encoder.close()
 
 
-def submit(encoder: LoadedEncoder, operation: Double, items: list[Any], most_tokens: int = 10_000, **options: Any) -> Work:
+def submit(
+    encoder: LoadedEncoder, operation: Double, items: list[Any], most_tokens: int = 10_000, **options: Any
+) -> Work:
     return encoder.submit(operation, items, sizes=[1] * len(items), most_tokens=most_tokens, **options)
 
 

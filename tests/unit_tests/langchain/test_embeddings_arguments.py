@@ -15,7 +15,7 @@ from tests.support.encoder_models import minilm, tiny_embedder
 
 
 @pytest.mark.parametrize(
-    ["given", "fields"],
+    ("given", "fields"),
     [
         ({"model_kwargs": {"device": "cpu"}}, {"device": "cpu"}),
         ({"model_kwargs": {"device": "cpu", "trust_remote_code": True}}, {"trust_remote_code": True}),
@@ -32,7 +32,10 @@ from tests.support.encoder_models import minilm, tiny_embedder
         ({"show_progress": True, "cache_folder": "models"}, {"show_progress": True, "cache_dir": "models"}),
         ({"multi_process": False}, {"device": None}),
         ({"model_kwargs": {"backend": "torch"}}, {"model_kwargs": {}}),
-        ({"model_kwargs": {"low_cpu_mem_usage": True, "experts_implementation": "eager"}}, {"model_kwargs": {"experts_implementation": "eager"}}),
+        (
+            {"model_kwargs": {"low_cpu_mem_usage": True, "experts_implementation": "eager"}},
+            {"model_kwargs": {"experts_implementation": "eager"}},
+        ),
     ],
 )
 def test_arguments_become_fields(given: dict[str, Any], fields: dict[str, Any]) -> None:
@@ -42,7 +45,7 @@ def test_arguments_become_fields(given: dict[str, Any], fields: dict[str, Any]) 
 
 
 @pytest.mark.parametrize(
-    ["given", "words"],
+    ("given", "words"),
     [
         ({"model_kwargs": {"backend": "onnx"}}, "ONNX"),
         ({"model_kwargs": {"tokenizer_kwargs": {"model_max_length": 8}}}, "max_length="),
@@ -62,7 +65,10 @@ def test_arguments_without_a_counterpart_are_refused(given: dict[str, Any], word
 
 
 def test_translating_changes_no_argument_and_changes_nothing_the_second_time() -> None:
-    given = {"model_kwargs": {"device": "cpu", "model_kwargs": {"dtype": "float16"}}, "encode_kwargs": {"batch_size": 2}}
+    given = {
+        "model_kwargs": {"device": "cpu", "model_kwargs": {"dtype": "float16"}},
+        "encode_kwargs": {"batch_size": 2},
+    }
     once = translate_arguments(given)
     assert given["encode_kwargs"] == {"batch_size": 2}
     assert translate_arguments(once) == once

@@ -30,6 +30,7 @@ from langchain_quantllm.errors import (
     PromptTooLongError,
     UnsupportedError,
 )
+from tests.support.encoder_models import late_minilm
 from tests.support.rerankers import (
     DOCUMENTS,
     QUERY,
@@ -37,6 +38,7 @@ from tests.support.rerankers import (
     save_embedding_model,
     save_late_interaction,
 )
+from tests.support.selection import slow_but
 
 pytest.importorskip("sentence_transformers")
 
@@ -223,6 +225,32 @@ class TestLateInteraction:
         reranker = LateInteractionReranker(model_id=str(late), device="cpu", progress=False)
         with pytest.raises(PromptTooLongError, match="has 8[0-9] tokens, and 64 are possible; shorten it"):
             reranker.score("word " * 80, ["a"])
+
+
+ANSWERS = {
+    "How many people live in Berlin?": "Berlin had a population of 3,520,031 registered inhabitants in 2019.",
+    "Who wrote To Kill a Mockingbird?": "Harper Lee published her only famous book in 1960.",
+    "What does a whale eat?": "Blue whales feed almost exclusively on krill, which they filter out of the sea.",
+    "When did the first man walk on the moon?": "Neil Armstrong stepped onto the lunar surface on July 20, 1969.",
+    "How is glass made?": "Sand is melted together with soda ash and limestone at about 1700 degrees.",
+    "Why is the sky blue?": "Air molecules scatter short wavelengths of sunlight more strongly than long ones.",
+    "What is a black hole?": "A region of spacetime whose gravity is so strong that not even light escapes from it.",
+    "How do vaccines work?": "They train the immune system to recognize a pathogen by showing it a part of it.",
+    "Who painted the Mona Lisa?": "Leonardo da Vinci worked on the portrait in Florence from 1503 on.",
+    "What causes earthquakes?": "Tectonic plates stick at their edges, until the stress overcomes the friction.",
+}
+
+
+@pytest.mark.parametrize("scheme", slow_but(["nf4"], SCHEMES))
+def test_a_real_model_finds_each_question_s_answer_in_every_scheme(scheme: str) -> None:
+    """all-MiniLM's vectors of tokens, which were not even trained for MaxSim."""
+    reranker = LateInteractionReranker(
+        model_id=late_minilm(), quantization=scheme, device="cpu", top_n=1, progress=False
+    )
+    documents = [Document(text) for text in ANSWERS.values()]
+    for question, answer in ANSWERS.items():
+        assert [d.page_content for d in reranker.compress_documents(documents, question)] == [answer]
+    assert reranker.memory_report().weights.total_bytes < (100e6 if scheme == "none" else 36e6)
 
 
 class TestLengths:

@@ -100,6 +100,11 @@ class TestScores:
             [0.0] * 3, abs=0.5
         )
 
+    def test_documents_get_scores_of_their_own_in_16_bits(self, quantized_llm: QuantizedHuggingFaceLLM) -> None:
+        """The model's own logits near 16 lie 1/8 apart, so that about a third of these scores would differ."""
+        texts = [f"Berlin has {1000 + 17 * i} inhabitants in the year {1900 + i}." for i in range(24)]
+        assert len(set(QuantizedReranker(model=quantized_llm).score(QUERY, texts).scores)) >= 23
+
     def test_the_shared_beginning_is_computed_once(self, tiny_reranker: QuantizedReranker) -> None:
         texts = [f"{i} {i * i} a text" for i in range(10)]
         query = f"Which text is it? {time.monotonic()}"
