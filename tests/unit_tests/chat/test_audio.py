@@ -18,21 +18,33 @@ from langchain_quantllm.errors import CheckpointError, InvalidOptionError, Missi
 from tests.support.chat_images import TOKENS, chat_of
 from tests.support.chat_messages import folded
 from tests.support.checkpoints import make_checkpoint
-from tests.support.hearing import make_hearing_checkpoint, samples, sound_block, wav
+from tests.support.hearing import FAMILIES, make_hearing_checkpoint, samples, sound_block, wav
 from tests.support.sounds import encoded, only_video
 from tests.support.vision import make_vision_checkpoint, picture, png, without
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_hearing_checkpoint(tmp_path_factory.mktemp("hearing"))
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {family: make_hearing_checkpoint(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
 
 
 @pytest.fixture(scope="module")
-def chat(folder: Path) -> Iterator[ChatQuantizedHuggingFace]:
-    made = chat_of(folder)
+def chats(folders: dict[str, Path]) -> Iterator[dict[str, ChatQuantizedHuggingFace]]:
+    made = {family: chat_of(folder) for family, folder in folders.items()}
     yield made
-    made.unload()
+    for chat in made.values():
+        chat.unload()
+
+
+@pytest.fixture(scope="module")
+def folder(folders: dict[str, Path]) -> Path:
+    return folders["qwen2_audio"]
+
+
+@pytest.fixture(scope="module")
+def chat(chats: dict[str, ChatQuantizedHuggingFace]) -> ChatQuantizedHuggingFace:
+    """Return a chat model that hears and does not see."""
+    return chats["qwen2_audio"]
 
 
 def ask(*seeds: int, text: str = "What is this?") -> HumanMessage:
@@ -62,8 +74,10 @@ def transformers_answer(chat: Any, messages: list[dict[str, Any]]) -> tuple[str,
 # --- answers ---
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.compat
-def test_an_answer_is_that_of_generate(chat: Any) -> None:
+def test_an_answer_is_that_of_generate(chats: Any, family: str) -> None:
+    chat = chats[family]
     text, prompt_tokens = transformers_answer(chat, [plain("user", 0, "What is this?")])
     answer = chat.invoke([ask(0)])
     assert answer.content == text
@@ -76,7 +90,9 @@ def test_an_answer_is_that_of_generate(chat: Any) -> None:
     assert chat.invoke([ask(1)]).content != text
 
 
-def test_several_sounds_in_several_messages(chat: Any) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_several_sounds_in_several_messages(chats: Any, family: str) -> None:
+    chat = chats[family]
     by_hand = [plain("user", 1, 2, "Compare."), plain("assistant", "Loud."), plain("user", "And", 3, "?")]
     messages: list[BaseMessage] = [
         ask(1, 2, text="Compare."),
@@ -125,7 +141,9 @@ def test_text_alone_runs_on_the_fast_engine_and_sounds_on_generate(chat: Any) ->
         fast.invoke([ask(0)])
 
 
-def test_batches_with_and_without_sounds_do_not_mix(chat: Any) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batches_with_and_without_sounds_do_not_mix(chats: Any, family: str) -> None:
+    chat = chats[family]
     messages = [[ask(0)], "Hello.", [ask(1, 2)], "Hello again."]
     alone = [chat.invoke(one).content for one in messages]
     assert [answer.content for answer in chat.batch(messages)] == alone
@@ -136,9 +154,10 @@ def test_batches_with_and_without_sounds_do_not_mix(chat: Any) -> None:
     assert asyncio.run(run()) == alone
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
-def test_a_quantized_model_hears(folder: Path, quantization: str) -> None:
-    quantized = chat_of(folder, quantization=quantization)
+def test_a_quantized_model_hears(folders: dict[str, Path], family: str, quantization: str) -> None:
+    quantized = chat_of(folders[family], quantization=quantization)
     assert quantized.invoke([ask(0)]).content != quantized.invoke([ask(1)]).content
     text, prompt_tokens = transformers_answer(quantized, [plain("user", 0, "What is this?")])
     answer = quantized.invoke([ask(0)])
@@ -163,6 +182,26 @@ def test_the_profile_says_that_it_hears(chat: Any, folder: Path, tmp_path: Path)
 
 def test_an_llm_continues_text_with_the_same_model(folder: Path) -> None:
     assert QuantizedHuggingFaceLLM(model=str(folder), max_new_tokens=4, progress=False).invoke("a")
+
+
+def test_images_and_sounds_stand_in_one_message(chats: Any) -> None:
+    chat, image = chats["gemma4"], {"type": "image", "base64": png(picture()), "mime_type": "image/png"}
+    orders = ([image, sound_block(0), "?"], [sound_block(0), image, "?"], [image, sound_block(1), "?"])
+    answers = [chat.invoke([HumanMessage(list(order))]) for order in orders]
+    assert len({answer.content for answer in answers}) == 3
+    assert len({answer.usage_metadata["input_tokens"] for answer in answers}) == 1
+    assert chat.profile["image_inputs"] is chat.profile["audio_inputs"] is True
+
+
+def test_the_fast_engine_leaves_the_attention_of_the_part_that_hears(chats: Any) -> None:
+    chat = chats["gemma4"]
+    config = chat.pipeline.model.config
+    before = (config.audio_config._attn_implementation, config.text_config._attn_implementation)
+    text = chat.invoke([ask(0)]).content
+    assert chat.engine_info.name == "fast"
+    chat.invoke("Hello.")
+    assert (config.audio_config._attn_implementation, config.text_config._attn_implementation) == before
+    assert chat.invoke([ask(0)]).content == text
 
 
 # --- refusals ---
@@ -218,7 +257,9 @@ def test_an_address_of_this_machine_is_not_asked() -> None:
 
 def test_without_the_decoder_an_error_names_the_extra(chat: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("langchain_quantllm.audio.decode.is_installed", lambda name: name != "av")
-    with pytest.raises(MissingPackageError, match=r'the sound of message 0 .*pip install "langchain-quantllm\[audio\]"'):
+    with pytest.raises(
+        MissingPackageError, match=r'the sound of message 0 .*pip install "langchain-quantllm\[audio\]"'
+    ):
         chat.invoke([ask(0)])
 
 

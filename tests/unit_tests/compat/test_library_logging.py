@@ -82,3 +82,14 @@ def test_the_bars_of_transformers_are_the_ones_that_loading_shows(capfd: pytest.
             for _ in transformers_logging.tqdm(range(3), desc="weights"):
                 pass
         assert ("weights" in capfd.readouterr().err) == shown
+
+
+def test_messages_that_begin_with_a_text_are_dropped_inside_the_block(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("quantllm_dropped")
+    with dropped_messages(logger.name, "Known"):
+        with dropped_messages(logger.name, "Other"):
+            logger.warning("Known %s", "and dropped")
+        logger.warning("Other")
+        logger.warning("New")
+    logger.warning("Known after it")
+    assert [record.getMessage() for record in caplog.records] == ["Other", "New", "Known after it"]
