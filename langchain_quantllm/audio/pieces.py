@@ -58,7 +58,7 @@ class Piece:
         return not len(self.samples) or float(_loudness(self.samples, self.rate).max()) < _SILENCE
 
     def from_first_sound(self) -> Piece:
-        """Return the piece without the silence before its first sound: a model puts the first words at its beginning."""
+        """Return the piece without the silence before its first sound: models put the first words at its beginning."""
         is_loud = _loudness(self.samples, self.rate) >= _SILENCE
         return self.after(max(0.0, int(is_loud.argmax()) * _FRAME_S - _BEFORE_S)) if is_loud.any() else self
 

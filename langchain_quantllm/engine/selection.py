@@ -84,7 +84,7 @@ class Engines:
 
         Raises:
             UnsupportedError: If the fast engine is asked for, or a batch-invariant one, and cannot run the model.
-            InvalidOptionError: If it is asked for with images or sounds, or with options of transformers' `generate` only.
+            InvalidOptionError: If it is asked for with images or sounds, or with options of `generate` only.
         """
         check_process()
         option = None if options is None else needs_generate(options)

@@ -257,9 +257,7 @@ def test_an_address_of_this_machine_is_not_asked() -> None:
 
 def test_without_the_decoder_an_error_names_the_extra(chat: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("langchain_quantllm.audio.decode.is_installed", lambda name: name != "av")
-    with pytest.raises(
-        MissingPackageError, match=r'the sound of message 0 .*pip install "langchain-quantllm\[audio\]"'
-    ):
+    with pytest.raises(MissingPackageError, match=r'sound of message 0 .*pip install "langchain-quantllm\[audio\]"'):
         chat.invoke([ask(0)])
 
 

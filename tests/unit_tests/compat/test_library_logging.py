@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers.utils import logging as transformers_logging
 
-from langchain_quantllm.compat.library_logging import progress_bars, quiet_logger, without_torchao
+from langchain_quantllm.compat.library_logging import dropped_messages, progress_bars, quiet_logger, without_torchao
 
 
 def bars_shown() -> tuple[bool, bool]:
