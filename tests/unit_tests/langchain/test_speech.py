@@ -22,7 +22,7 @@ from langchain_core.documents import Document
 from langchain_core.documents.base import Blob
 from langchain_core.load import dumps, loads
 
-from langchain_quantllm import NF4, QuantizedHuggingFaceLLM, QuantizedWhisperParser
+from langchain_quantllm import NF4, QuantizedHuggingFaceLLM, QuantizedWhisperParser, estimate_memory
 from langchain_quantllm.compat import transformers_whisper
 from langchain_quantllm.errors import GenerationError, InvalidOptionError, NotEnoughMemoryError, UnsupportedError
 from tests.support.checkpoints import make_checkpoint
@@ -197,6 +197,17 @@ def test_quantized_models_take_less_memory_and_hear_the_same(
         assert small.scheme.name == quantization
     finally:
         small.unload()
+
+
+def test_the_estimate_of_its_memory_is_what_it_takes(folder: str) -> None:
+    for quantization in (None, "int8", "nf4"):
+        parser = QuantizedWhisperParser(model=folder, quantization=quantization, device="cpu", progress=False)
+        dtype = "bfloat16"  # instead of float16, in which a CPU takes three times as long
+        assert parser.pipeline.model.dtype == torch.bfloat16
+        estimate = estimate_memory(folder, quantization, dtype=dtype)
+        weights = parser.memory_report().weights
+        assert estimate.weights.total_bytes == pytest.approx(weights.total_bytes, rel=0.01)
+        parser.unload()
 
 
 def test_what_is_not_quantized_of_a_float32_checkpoint_is_held_in_16_bits(tmp_path: Path) -> None:
