@@ -91,7 +91,8 @@ class QuantizedWhisperParser(BaseBlobParser, Serializable):
     """A transformers quantization config, such as `BitsAndBytesConfig(load_in_8bit=True)`, instead of
     `quantization`."""
     dtype: str = "auto"
-    """Dtype of the unquantized weights: `"auto"` (the checkpoint's; 16 bits where the others are quantized),
+    """Dtype of the unquantized weights: `"auto"` (the checkpoint's; 16 bits where the others are quantized, bfloat16
+    instead of float16 on a CPU),
     `"float16"`, `"bfloat16"` or `"float32"`."""
     device: int | str | None = None
     """One device for the whole model: `"cpu"`, `"cuda:1"`, or a number, where -1 is the CPU."""

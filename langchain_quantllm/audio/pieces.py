@@ -17,6 +17,9 @@ _FRAME_S = 0.02
 _PAUSE_S = 0.3
 """Span over which the loudness is averaged in the search for a pause."""
 
+_BEFORE_S = 0.1
+"""Silence that stays before a first sound."""
+
 _SILENCE = 10 ** (-70 / 20)
 """Root mean square, of 1 for full scale, below which a frame is silence: 70 dB below, where no recording has speech."""
 
@@ -53,6 +56,11 @@ class Piece:
     def is_silent(self) -> bool:
         """Say whether no frame of it is louder than silence."""
         return not len(self.samples) or float(_loudness(self.samples, self.rate).max()) < _SILENCE
+
+    def from_first_sound(self) -> Piece:
+        """Return the piece without the silence before its first sound: models put the first words at its beginning."""
+        is_loud = _loudness(self.samples, self.rate) >= _SILENCE
+        return self.after(max(0.0, int(is_loud.argmax()) * _FRAME_S - _BEFORE_S)) if is_loud.any() else self
 
 
 def cut(blocks: Iterable[Samples], rate: int, longest_s: float = 30.0) -> Iterator[Piece]:

@@ -178,7 +178,7 @@ class Transcriber:
             NotEnoughMemoryError: If a single window does not fit.
         """
         found: list[list[Segment]] = [[] for _ in pieces]
-        rests: Mapping[int, Piece] = dict(enumerate(pieces))
+        rests: Mapping[int, Piece] = {i: piece.from_first_sound() for i, piece in enumerate(pieces)}
         while waiting := {i: rest for i, rest in rests.items() if _may_have_speech(rest)}:
             windows = list(waiting.values())
             rests = {}

@@ -9,9 +9,16 @@ import av
 import numpy as np
 
 _DATA = Path(__file__).parents[1] / "data"
-MUSEUM, MORNING = _DATA / "museum_en.ogg", _DATA / "morning_de.ogg"
+MUSEUM, MORNING, HARBOUR = (_DATA / f"{name}.ogg" for name in ("museum_en", "morning_de", "harbour_en"))
 MUSEUM_WORDS = "the museum opens at 9 in the morning children under 12 pay nothing the garden is open all day"
-MUSEUM_S = 8.6
+HARBOUR_WORDS = """
+good morning and welcome to our tour of the old harbour the first houses were built here when merchants from
+the north came to trade timber and salt most of them stayed only for the summer they slept on their ships and
+went home before the ice closed the bay the tall building on your left was a grain store it has very small
+windows because the grain had to stay dry and dark today it is a museum where you can see the maps of the
+early captains please do not touch the maps for the paper is very thin on the other side of the street lived
+the doctor she was the first woman in the country who was allowed to open her own practice
+"""
 
 
 def encoded(

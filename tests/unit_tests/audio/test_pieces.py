@@ -63,6 +63,19 @@ def test_a_short_word_makes_a_long_silence_no_silence() -> None:
     assert not Piece(start_s=0, samples=samples, rate=RATE).is_silent()
 
 
+@pytest.mark.parametrize(("silent_s", "start_s"), [(0.0, 10.0), (0.05, 10.0), (3.0, 12.9)])
+def test_a_piece_begins_just_before_its_first_sound(silent_s: float, start_s: float) -> None:
+    samples = np.concatenate([np.zeros(int(silent_s * RATE), np.float32), noise(2)])
+    piece = Piece(start_s=10.0, samples=samples, rate=RATE).from_first_sound()
+    assert piece.start_s == pytest.approx(start_s, abs=0.021)
+    assert np.array_equal(piece.samples[-2 * RATE :], noise(2))
+
+
+def test_a_silent_piece_stays() -> None:
+    piece = Piece(start_s=1.0, samples=np.zeros(RATE, np.float32), rate=RATE)
+    assert piece.from_first_sound() is piece
+
+
 def test_the_rest_of_a_piece_begins_where_it_is_cut() -> None:
     piece = Piece(start_s=60.0, samples=noise(10), rate=RATE)
     rest = piece.after(4.0)
