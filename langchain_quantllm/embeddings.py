@@ -21,7 +21,7 @@ from typing_extensions import Self
 from langchain_quantllm.base.aside import run_aside
 from langchain_quantllm.base.encoder_fields import EncoderFields
 from langchain_quantllm.chat.images import image_of_bytes, image_of_data_url
-from langchain_quantllm.compat.sentence_transformers import modalities_of, normalizes, prompts_of, vector_size
+from langchain_quantllm.compat.sentence_transformers import modalities_of, normalizes, prompts_of, reads, vector_size
 from langchain_quantllm.encoders.arguments import translate_arguments
 from langchain_quantllm.encoders.embedding import SDPA_KERNELS, Embed
 from langchain_quantllm.encoders.registry import LoadedEncoder
@@ -295,7 +295,7 @@ class QuantizedHuggingFaceEmbeddings(EncoderFields, Embeddings):
     ) -> Work:
         model = encoder.model
         is_image = what == "image"
-        if model is not None and ("image" if is_image else "text") not in modalities_of(model):
+        if model is not None and not reads(model, "image" if is_image else "text"):
             msg = (
                 f"{self.model_id} reads no {'pictures' if is_image else 'texts'}; it reads "
                 f"{', '.join(modalities_of(model))}."

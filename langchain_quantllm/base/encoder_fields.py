@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import weakref
@@ -208,8 +209,9 @@ class EncoderFields(Serializable):
             self._encoder = encoder
             for other in list(_instances.values()):  # copies that LangChain makes for a call may hold it alone
                 waits = other._encoder is None or other._encoder.closed
-                if waits and other is not self and other._spec().key() == spec.key():
-                    other._encoder = encoder
+                with contextlib.suppress(QuantLLMError):  # of a field that was set to a wrong value
+                    if waits and other is not self and other._spec().key() == spec.key():
+                        other._encoder = encoder
         return encoder
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -107,6 +107,11 @@ def modalities_of(model: Any) -> tuple[str, ...]:
     return tuple(str(modality) for modality in model.modalities if isinstance(modality, str))
 
 
+def reads(model: Any, modality: str) -> bool:
+    """Say whether a model reads `"text"` or `"image"`, by itself or in messages."""
+    return bool(model.supports(modality))
+
+
 def longest_input(model: Any) -> int | None:
     """Return the number of tokens from which on a model cuts texts; None if it does not say."""
     length = model.get_max_seq_length()

@@ -7,6 +7,7 @@ survive that everywhere. Here the process loads the checkpoint itself, as the fi
 from __future__ import annotations
 
 import multiprocessing
+import os
 import threading
 import weakref
 from collections.abc import Sequence
@@ -68,7 +69,7 @@ class EncoderProcess:
         self._closed = True
         process = self._process
         if process is not None:
-            process.terminate()
+            _end(process, os.getpid())
             process.join(_END_S)
 
     def _receive(self, message: Any = None) -> Any:
@@ -93,7 +94,13 @@ class EncoderProcess:
         self._process = context.Process(target=_serve, args=(self._spec, there), daemon=True)
         self._process.start()
         there.close()
-        weakref.finalize(self, self._process.terminate)
+        weakref.finalize(self, _end, self._process, os.getpid())
+
+
+def _end(process: Any, starter_id: int) -> None:
+    """End a process, unless this one was forked off the one that started it."""
+    if os.getpid() == starter_id:
+        process.terminate()
 
 
 def _serve(spec: EncoderSpec, pipe: Any) -> None:

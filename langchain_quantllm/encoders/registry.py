@@ -153,9 +153,11 @@ class LoadedEncoder:
             processes, self._processes = self._processes, []
             self.model = None
         for worker in workers:
-            worker.close()
+            worker.stop()
         for process in processes:
             process.close()
+        for worker in workers:
+            worker.join()
         release_memory()
 
 

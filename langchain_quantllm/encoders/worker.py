@@ -9,6 +9,7 @@ The threads hold the encoder weakly: they end with it. Knows no kind of model an
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
 import weakref
@@ -34,6 +35,9 @@ _WINDOW = 512
 
 _SHORT_TOKENS = 32
 """Items up to this length join any batch."""
+
+
+_workers: weakref.WeakSet[EncoderWorker] = weakref.WeakSet()
 
 
 class Operation(Protocol):
@@ -208,6 +212,7 @@ class EncoderWorker:
         self._fitting_tokens: int | None = None
         self.batches = 0
         """Number of batches that were run."""
+        _workers.add(self)
         weakref.finalize(encoder, self.close).atexit = False
 
     def submit(self, work: Work) -> None:
@@ -241,17 +246,24 @@ class EncoderWorker:
             runner.prepare()
 
     def close(self) -> None:
-        """Fail all calls, and end the threads. In a forked process nothing is left to do."""
+        """Fail all calls, and wait until the threads have ended. In a forked process nothing is left to do."""
+        self.stop()
+        self.join()
+
+    def stop(self) -> None:
+        """Fail all calls; the threads end after the batch that they run."""
         if is_forked():
             return
         with self._changed:
             self._closed = True
             works, self._works = list(self._works), deque()
-            threads = list(self._threads)
             self._changed.notify_all()
         for work in works:
             work.fail(EncodingError(UNLOADED))
-        for thread in threads:
+
+    def join(self) -> None:
+        """Wait until the threads have ended."""
+        for thread in [] if is_forked() else list(self._threads):
             if thread is not threading.current_thread():
                 thread.join(timeout=30)
 
@@ -260,23 +272,20 @@ class EncoderWorker:
     def _serve(self, runner: Runner) -> None:
         try:
             runner.prepare()  # meanwhile the other devices work
-        except Exception as error:
+            while self._wait():
+                encoder = self._encoder()
+                if encoder is None:
+                    return
+                with self._batching:
+                    rows = self._next_batch(encoder)
+                if rows:
+                    self._run(encoder, runner, rows)
+                del encoder, rows
+        except BaseException as error:  # no call may wait for a thread that has ended; the next one starts another
             with self._changed:
                 works = list(self._works)
             for work in works:
                 work.fail(_described(error))
-            return
-        while True:
-            if not self._wait():
-                return
-            encoder = self._encoder()
-            if encoder is None:
-                return
-            with self._batching:
-                rows = self._next_batch(encoder)
-            if rows:
-                self._run(encoder, runner, rows)
-            del encoder, rows
 
     def _wait(self) -> bool:
         """Wait for work; an idle thread waits a moment for more of it. False after closing."""
@@ -388,3 +397,11 @@ def _described(error: BaseException) -> BaseException:
     described = EncodingError(f"the encoder failed: {type(error).__name__}: {first_line(error)}.")
     described.__cause__ = error
     return described
+
+
+def _close_all() -> None:
+    for worker in list(_workers):
+        worker.close()
+
+
+atexit.register(_close_all)

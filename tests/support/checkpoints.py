@@ -192,9 +192,11 @@ class FakeHub:
         if repo in self.gated and authorization != f"Bearer {self.TOKEN}":
             return 403, {"X-Error-Code": "GatedRepo"}, b""
         if path.startswith("/api/"):
-            files = [{"rfilename": f.name} for f in sorted(self.repos[repo].iterdir())]
+            folder = self.repos[repo]
+            paths = sorted(path for path in folder.rglob("*") if path.is_file())
+            files = [{"rfilename": path.relative_to(folder).as_posix()} for path in paths]
             if rest[:1] == ["tree"]:
-                wanted = [] if rest[2:] else files  # no repository here has a folder
+                wanted = [] if rest[2:] else files  # only the whole tree is asked for
                 tree = [{"type": "file", "path": f["rfilename"], "oid": "0" * 40, "size": 1} for f in wanted]
                 return 200, {"Content-Type": "application/json"}, json.dumps(tree).encode()
             answer = {"id": repo, "modelId": repo, "sha": self.commit, "siblings": files, "tags": []}

@@ -17,7 +17,7 @@ import torch
 from langchain_quantllm.encoders.load import load
 from langchain_quantllm.encoders.registry import LoadedEncoder
 from langchain_quantllm.encoders.spec import EncoderSpec
-from langchain_quantllm.encoders.worker import Work
+from langchain_quantllm.encoders.worker import EncoderWorker, Work
 from langchain_quantllm.errors import EncodingError, InvalidOptionError, NotEnoughMemoryError
 from tests.support.encoder_models import tiny_embedder
 
@@ -181,6 +181,20 @@ def test_unloading_ends_waiting_calls_with_a_sentence(encoder: LoadedEncoder) ->
 
 def test_no_items_are_a_call_that_has_ended(encoder: LoadedEncoder) -> None:
     assert submit(encoder, Double(), []).result() == []
+
+
+def test_a_fault_of_the_thread_itself_ends_calls_and_the_next_one_runs(
+    encoder: LoadedEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Any, encoder: Any) -> Any:
+        monkeypatch.undo()
+        raise SystemError("the books are wrong")
+
+    monkeypatch.setattr(EncoderWorker, "_next_batch", fail)
+    with pytest.raises(EncodingError, match="the books are wrong"):
+        submit(encoder, Double(), [1]).result()
+    encoder.worker()._threads[0].join(10)
+    assert submit(encoder, Double(), [1]).result() == [2]
 
 
 def test_an_idle_thread_keeps_no_encoder_alive(read: Any) -> None:

@@ -334,6 +334,7 @@ def test_a_forked_process_is_told_that_the_model_did_not_come_along(folder: Path
     assert "forked" in os.read(reading, 1000).decode()
 
 
+@pytest.mark.slow
 def test_several_devices_keep_their_processes_until_unload(folder: Path) -> None:
     source = make(folder, device=["cpu", "cpu"], max_batch_tokens=64)
     expected = make(folder).embed_documents(TEXTS)
