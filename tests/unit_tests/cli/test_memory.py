@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import transformers
+from transformers import AutoConfig
 
+from langchain_quantllm import QuantizedWhisperParser, estimate_memory
 from langchain_quantllm.schemes import SCHEMES
 from tests.support.encoder_models import minilm, plain_bert, tiny_qwen3_embedder
 from tests.support.rerankers import save_cross_encoder, save_late_interaction
+from tests.support.speech_models import whisper_model
 from tests.unit_tests.cli.test_cli import call
 
 UNCALIBRATED = [name for name, scheme in SCHEMES.items() if not scheme.calibrated]
@@ -84,6 +87,15 @@ def test_memory_of_a_whisper_has_no_kv_cache_and_no_gptq(tmp_path: Path) -> None
     assert result.exit_code == 0, result.output
     assert list(rows(result.stdout)) == UNCALIBRATED
     assert "KV cache" not in result.stdout
+
+
+@pytest.mark.parametrize("scheme", ["none", "int8", "nf4"])
+def test_the_estimate_of_a_whisper_is_what_is_loaded(scheme: str) -> None:
+    parser = QuantizedWhisperParser(model=str(whisper_model()), quantization=scheme, device="cpu", progress=False)
+    loaded = parser.memory_report().to_dict()["weights"]["total_bytes"]
+    parser.unload()
+    estimate = estimate_memory(AutoConfig.from_pretrained(whisper_model()), scheme)
+    assert estimate.total_bytes == pytest.approx(loaded, rel=0.001)
 
 
 def test_memory_of_another_kind_of_model_is_an_error(tmp_path: Path) -> None:
