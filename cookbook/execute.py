@@ -1,8 +1,9 @@
 """Runs the notebooks and writes their outputs into them: `python cookbook/execute.py`, or with some of their paths.
 
-Two models are used: the demo's, and for the notebooks that read `CHAT_MODEL` the one that it names, else
-`qwen2.5-coder-0.5b` in the folder that `QUANTLLM_MODELS` names, else what the Hub has. What only this machine would
-see is left out of what is written: its folders, times of day, progress bars, versions of Python.
+Notebooks read the names of their models from environment variables. `CHAT_MODEL` is `qwen2.5-coder-0.5b` in the folder
+that `QUANTLLM_MODELS` names, where it is not set, else what the Hub has. `EMBEDDING_MODEL`, `SPEECH_MODEL` and
+`IMAGE_MODEL` are the models of tests/support, from packages on PyPI; the last is a random one. What only this machine
+would see is left out of what is written: its folders, times of day, progress bars, versions of Python.
 """
 
 from __future__ import annotations
@@ -27,6 +28,14 @@ METADATA = {
     "language_info": {"name": "python"},
 }
 """Of every notebook, whatever ran it."""
+
+NAMES = {
+    "CHAT_MODEL": "Qwen/Qwen2.5-Coder-0.5B-Instruct",
+    "EMBEDDING_MODEL": "sentence-transformers/all-MiniLM-L6-v2",
+    "SPEECH_MODEL": "openai/whisper-base",
+    "IMAGE_MODEL": "a random CLIP",
+}
+"""Environment variables of models, and the names that readers know these by."""
 
 ABSOLUTE_PATH = re.compile(
     r"""(?<![\w.:/~-])(/(home|root|Users|tmp|var|private|work|workspace|mnt|opt|usr|etc|dev/shm)/[^\s"'<>),;]*|[A-Za-z]:\\[^\s"'<>]+)"""
@@ -143,34 +152,64 @@ def _fault(output: NotebookNode) -> str | None:
     return None
 
 
-def folders(chat_model: str | None) -> dict[str, str]:
-    """Name the folders that outputs may hold, as a reader would know them."""
+def folders(environment: Mapping[str, str]) -> dict[str, str]:
+    """Name the folders that outputs may hold, as a reader would know them.
+
+    Args:
+        environment: The environment variables of the notebooks.
+    """
     from langchain_quantllm.cli.demo_model import demo_model
 
     names = {str(demo_model()): "SmolLM2-135M-Instruct", tempfile.gettempdir(): "tmp", str(Path.home()): "~"}
-    if chat_model:
-        names[chat_model] = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
-    return names
+    return names | {environment[name]: NAMES[name] for name in NAMES if environment.get(name)}
+
+
+def models(text: str) -> dict[str, str]:
+    """Return the environment variables of the models that a notebook reads; those without a model here are left out.
+
+    Args:
+        text: The notebook's file.
+    """
+    makers = {"CHAT_MODEL": _chat_model, "EMBEDDING_MODEL": _embedding_model, "SPEECH_MODEL": _speech_model}
+    makers["IMAGE_MODEL"] = _image_model
+    found = {name: os.environ.get(name) or make() for name, make in makers.items() if name in text}
+    return {name: folder for name, folder in found.items() if folder}
 
 
 def _chat_model() -> str | None:
-    """The folder of the model of the notebooks that read `CHAT_MODEL`; None leaves it to them."""
-    models = os.environ.get("QUANTLLM_MODELS")
-    return os.environ.get("CHAT_MODEL") or (str(Path(models) / "qwen2.5-coder-0.5b") if models else None)
+    root = os.environ.get("QUANTLLM_MODELS")
+    return str(Path(root) / "qwen2.5-coder-0.5b") if root else None
+
+
+def _embedding_model() -> str:
+    from tests.support.encoder_models import minilm
+
+    return str(minilm())
+
+
+def _speech_model() -> str:
+    from tests.support.speech_models import whisper_model
+
+    return str(whisper_model())
+
+
+def _image_model() -> str:
+    from tests.support.encoder_models import tiny_clip
+
+    return str(tiny_clip(Path(tempfile.mkdtemp(prefix="random-clip-")) / "model"))
 
 
 def main() -> int:
     """Run and write the notebooks that are named, else all."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("notebooks", nargs="*", type=Path, help="Default: all in this folder.")
-    chat_model = _chat_model()
-    names = folders(chat_model)
-    environment = {"CHAT_MODEL": chat_model} if chat_model else {}
+    sys.path.insert(0, str(HERE.parent))  # the tests' models
     faults = 0
     for path in parser.parse_args().notebooks or sorted(HERE.glob("*.ipynb")):
         started = time.perf_counter()
         try:
-            notebook = clean(run(path, **environment), names)
+            environment = models(path.read_text(encoding="utf-8"))
+            notebook = clean(run(path, **environment), folders(environment))
         except (NotebookError, CellExecutionError, CellTimeoutError, DeadKernelError) as error:
             print(f"{path.name} is left as it was: {error}", file=sys.stderr, flush=True)
             faults += 1

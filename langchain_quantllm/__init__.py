@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from langchain_quantllm.quantization.calibration import Calibration
     from langchain_quantllm.quantization.merge import merge_adapter
     from langchain_quantllm.rerankers import LateInteractionReranker, QuantizedCrossEncoder, QuantizedReranker
+    from langchain_quantllm.speech import QuantizedWhisperParser
 
 _LAZY = {
     "Calibration": "langchain_quantllm.quantization.calibration",
@@ -33,6 +34,7 @@ _LAZY = {
     "QuantizedHuggingFaceEmbeddings": "langchain_quantllm.embeddings",
     "QuantizedHuggingFaceLLM": "langchain_quantllm.llms",
     "QuantizedReranker": "langchain_quantllm.rerankers",
+    "QuantizedWhisperParser": "langchain_quantllm.speech",
     "compare": "langchain_quantllm.bench.compare",
     "estimate_memory": "langchain_quantllm.loading.estimate",
     "merge_adapter": "langchain_quantllm.quantization.merge",
@@ -67,6 +69,7 @@ __all__ = [
     "QuantizedHuggingFaceEmbeddings",
     "QuantizedHuggingFaceLLM",
     "QuantizedReranker",
+    "QuantizedWhisperParser",
     "Scheme",
     "Unquantized",
     "__version__",

@@ -110,6 +110,15 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
         For checkpoints of transformers' image-text-to-text models, in base64 or by an http(s) or data URL, in OpenAI's
         and Anthropic's blocks as well. Files are not read by their path.
 
+    Audio input:
+        ```python
+        sound = {"type": "audio", "base64": base64.b64encode(content).decode(), "mime_type": "audio/wav"}
+        chat.invoke([HumanMessage([sound, {"type": "text", "text": "What is said here?"}])])
+        ```
+
+        For checkpoints that hear, such as Qwen2-Audio and Gemma 4, in the ways of images, and in OpenAI's
+        `input_audio`. WAV, MP3, FLAC, M4A, OGG and others, which the package's extra `audio` decodes.
+
     Response metadata:
         `usage_metadata` counts tokens, those found in the KV cache included; `response_metadata` has
         `finish_reason` (`"stop"`, `"length"`, `"tool_calls"`), `model_name`, `seed`, `timing` in seconds, and
@@ -126,9 +135,9 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
     tool_format: str | None = None
     """The model's format of tool calls, by a name of `structured.tool_formats.FORMATS`; None asks the template."""
     allow_private_urls: bool = False
-    """Fetch images from addresses of this machine and of private networks too, and not from public ones alone."""
+    """Fetch images and sounds from addresses of this machine and of private networks too, not only from public ones."""
     allowed_domains: list[str] | None = None
-    """The only hosts from which images are fetched, such as `["example.com", "*.example.org"]`; None is any."""
+    """The only hosts that media are fetched from, such as `["example.com", "*.example.org"]`; None is any."""
     special_tokens: Literal["text", "allow"] = "text"
     """Special tokens in the texts of messages and tools: `"text"` keeps them text, so that a stranger's text writes no
     turn; `"allow"` lets them be tokens, as those that the template writes always are."""
@@ -268,7 +277,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
             add_special_tokens=prompt.adds_begin,
             skip_special_tokens=options.skip_special_tokens and not answer.shows_special_tokens,
         )
-        engine = self._engine(options, has_media=bool(prompt.images))
+        engine = self._engine(options, has_media=bool(prompt.media))
         mask = self._mask(answer, options, engine.limits)
         if mask is not None and not answer.is_optional:
             # A complete text may only end.
@@ -277,7 +286,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
         def new_reader() -> ResultReader:
             return ResultReader(answer.parser(), tokenizer, self.model_id, parallel=chat.parallel is not False)
 
-        requests = self._requests(prompt.pieces, options, engine=engine, mask=mask, images=prompt.images)
+        requests = self._requests(prompt.pieces, options, engine=engine, mask=mask, media=prompt.media)
         return _PreparedCall(
             options=options,
             engine=engine,
@@ -358,7 +367,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
             prompt = self._write_prompt(messages, chat)
         except TemplateRefusalError:
             return sum(self.get_num_tokens(text) for text in texts_with_roles(messages))
-        ids, _ = prompt_inputs(self._loaded(), prompt.pieces, prompt.images, add_special_tokens=prompt.adds_begin)
+        ids, _ = prompt_inputs(self._loaded(), prompt.pieces, prompt.media, add_special_tokens=prompt.adds_begin)
         return len(ids)
 
     # LangChain's conventions.

@@ -24,6 +24,7 @@ from langchain_quantllm.engine.stream import ChunkStream
 from langchain_quantllm.errors import GenerationTimeoutError, InvalidOptionError, PromptTooLongError
 from langchain_quantllm.loading.arguments import LOADING_FIELDS
 from langchain_quantllm.loading.inputs import prompt_inputs, require_pipeline, stop_token_ids, stored_options, token_ids
+from langchain_quantllm.loading.processors import NO_MEDIA, Media
 from langchain_quantllm.loading.registry import LoadedModel, get_or_load, wrap_pipeline
 from langchain_quantllm.loading.sources import stored_quantization
 from langchain_quantllm.memory import MemoryReport
@@ -282,32 +283,32 @@ class QuantizedModel(ModelFields):
         *,
         engine: Engine | None = None,
         mask: Callable[[], TokenMask] | None = None,
-        images: Sequence[Any] = (),
+        media: Media = NO_MEDIA,
     ) -> list[Request]:
         """Make the requests of one prompt, one for each of the `n` samples.
 
         Args:
-            prompt: The prompt, with a placeholder for each image; or pieces of it of which none shares a token with
-                the next.
+            prompt: The prompt, with a placeholder for each image and sound; or pieces of it of which none shares a
+                token with the next.
             options: The resolved options of the call.
             engine: The engine of the call; None resolves it.
             mask: Makes the mask of a sequence's allowed tokens.
-            images: Pillow images, in the placeholders' order.
+            media: The images and sounds, in the placeholders' order.
         """
         model = self._loaded()
         tokenizer = require_pipeline(model).tokenizer
-        ids, media = prompt_inputs(model, prompt, images, add_special_tokens=options.add_special_tokens)
+        ids, inputs = prompt_inputs(model, prompt, media, add_special_tokens=options.add_special_tokens)
         return plan_requests(
             ids,
             options,
-            (engine or self._engine(options, has_media=media is not None)).limits,
+            (engine or self._engine(options, has_media=inputs is not None)).limits,
             truncation_side=tokenizer.truncation_side,
             stop_token_ids=stop_token_ids(tokenizer, options.stop),
             max_rows=self.batch_size,
             owner=id(self),
             shares_prefix=self.prefix_caching,
             mask=mask,
-            media=media,
+            media=inputs,
         )
 
     # LangChain's conventions.

@@ -90,7 +90,7 @@ class Shape:
     @property
     def key(self) -> str:
         """The shape as a text: conversations of one shape differ in their texts alone."""
-        return json.dumps(self.messages, default=lambda _: "image")
+        return json.dumps(self.messages, default=lambda source: getattr(source, "noun", "image"))
 
     def loss(self, prompt: str) -> tuple[int, int]:
         """Count what a prompt lacks of the shape.

@@ -93,7 +93,7 @@ def shown(url: str) -> str:
     return f"{parts.scheme}://{host}{parts.path}"[:200]
 
 
-def fetch(url: str, rules: FetchRules, *, timeout_s: float, most_bytes: int) -> bytes:
+def fetch(url: str, rules: FetchRules, *, timeout_s: float, most_bytes: int, accept: str = "image/*") -> bytes:
     """Fetch a file.
 
     Args:
@@ -101,6 +101,7 @@ def fetch(url: str, rules: FetchRules, *, timeout_s: float, most_bytes: int) -> 
         rules: Where it may be fetched from.
         timeout_s: Seconds for everything together, redirects included.
         most_bytes: Largest file.
+        accept: The MIME types that are asked for.
 
     Raises:
         FetchError: If the rules forbid it, or it cannot be fetched.
@@ -108,7 +109,7 @@ def fetch(url: str, rules: FetchRules, *, timeout_s: float, most_bytes: int) -> 
     deadline = time.monotonic() + timeout_s
     try:
         for hop in range(_MOST_REDIRECTS + 1):
-            with _answer(url, rules, deadline, is_first=hop == 0) as answer:
+            with _answer(url, rules, deadline, accept, is_first=hop == 0) as answer:
                 if answer.status not in _REDIRECTS:
                     content = _body(answer, most_bytes)
                     if time.monotonic() >= deadline:  # a body without a length ends where it is cut off
@@ -146,7 +147,9 @@ def _reason(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _answer(url: str, rules: FetchRules, deadline: float, *, is_first: bool) -> Iterator[http.client.HTTPResponse]:
+def _answer(
+    url: str, rules: FetchRules, deadline: float, accept: str, *, is_first: bool
+) -> Iterator[http.client.HTTPResponse]:
     """Send one request, and yield the answer whose body is still to be read."""
     parts, port = _checked(url, rules, is_first=is_first)
     host = _plain(parts.hostname or "")
@@ -154,7 +157,7 @@ def _answer(url: str, rules: FetchRules, deadline: float, *, is_first: bool) -> 
     connection.deadline = deadline
     if parts.scheme == "https":
         connection.context, connection.default_port = _tls_context(), http.client.HTTPS_PORT
-    headers = {"User-Agent": f"langchain-quantllm/{__version__}", "Accept": "image/*", "Accept-Encoding": "identity"}
+    headers = {"User-Agent": f"langchain-quantllm/{__version__}", "Accept": accept, "Accept-Encoding": "identity"}
     if is_first and parts.username is not None:
         login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
         headers["Authorization"] = "Basic " + base64.b64encode(login.encode()).decode()

@@ -1,54 +1,33 @@
 """The images of messages: their sources, and reading them.
 
-Owns decoding base64 and images, the bounds of both, and their errors; `fetching` fetches. Knows no message format, no
+`media` reads the bytes; owns decoding them to images, the bounds of that, and its errors. Knows no message format, no
 template and no model.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import io
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from langchain_quantllm.chat.fetching import FetchError, FetchRules, fetch, shown
-from langchain_quantllm.errors import InvalidOptionError, UnsupportedError, first_line
-
-FETCH_S = 20.0
-"""Seconds after which fetching an image ends with an error."""
-
-_MOST_BYTES = 64 * 2**20
-_PUBLIC = FetchRules()
+from langchain_quantllm.chat.fetching import FetchRules
+from langchain_quantllm.chat.media import FETCH_S, MOST_BYTES, PUBLIC, MediaSource, bytes_of_data_url, read_file
+from langchain_quantllm.errors import InvalidOptionError, first_line
 
 # Without EPS, for which Pillow starts another program, and without rare formats.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageSource:
-    """An image in a message, not read yet: one of the three last fields.
+class ImageSource(MediaSource):
+    """An image in a message, not read yet."""
 
-    Args:
-        message: The number of the message, for errors.
-        kind: The type of its content block.
-        data: The file in base64.
-        url: An `http(s):` or `data:` URL.
-        file_id: The name of a file at another provider.
-    """
-
-    message: int
-    kind: str
-    data: str | None = field(default=None, repr=False)
-    url: str | None = None
-    file_id: str | None = None
+    noun: ClassVar[str] = "image"
+    example: ClassVar[str] = "image/png"
 
 
-def read_image(source: ImageSource, timeout_s: float = FETCH_S, rules: FetchRules = _PUBLIC) -> Any:
+def read_image(source: ImageSource, timeout_s: float = FETCH_S, rules: FetchRules = PUBLIC) -> Any:
     """Read an image.
-
-    URLs are fetched, as far as the rules allow it. Files of this machine are not read by their path: messages often
-    repeat the words of strangers, and the answer would tell them the content of the file.
 
     Args:
         source: The image in the message.
@@ -62,28 +41,8 @@ def read_image(source: ImageSource, timeout_s: float = FETCH_S, rules: FetchRule
         InvalidOptionError: If it cannot be fetched or decoded, is damaged, or has too many pixels.
         UnsupportedError: If the source is of a kind that is not read here.
     """
-    name = f"the image of message {source.message}"
-    if source.data is not None:
-        return _open(_decode(source.data, name), name)
-    url = source.url or ""
-    scheme = url.partition(":")[0].lower()
-    if scheme == "data":
-        return image_of_data_url(url, name)
-    if scheme in ("http", "https"):
-        try:
-            content = fetch(url, rules, timeout_s=timeout_s, most_bytes=_MOST_BYTES)
-        except FetchError as error:
-            msg = f"{name} cannot be fetched from {shown(url)}: {error}; check the address, or give it in base64."
-            raise InvalidOptionError(msg) from error
-        return _open(content, f"{name}, from {shown(url)},", quote=False)
-    if source.file_id is not None:
-        msg = f"{name} is given as file_id={source.file_id!r}, a file of another provider's; give it in base64."
-        raise UnsupportedError(msg)
-    msg = (
-        f"{name} is given as {url[:60]!r}; it must be base64, a data URL or an http(s) URL. Files are not read by "
-        "their path: open the file, and give its bytes in base64."
-    )
-    raise UnsupportedError(msg)
+    file = read_file(source, timeout_s, rules)
+    return _open(file.content, file.name, quote=file.is_own)
 
 
 def image_of_bytes(content: bytes, name: str) -> Any:
@@ -99,34 +58,15 @@ def image_of_bytes(content: bytes, name: str) -> Any:
     Raises:
         InvalidOptionError: If it is too large, damaged, no image, or has too many pixels.
     """
-    if len(content) > _MOST_BYTES:
-        msg = f"{name} is larger than {_MOST_BYTES >> 20} MiB; give a smaller one."
+    if len(content) > MOST_BYTES:
+        msg = f"{name} is larger than {MOST_BYTES >> 20} MiB; give a smaller one."
         raise InvalidOptionError(msg)
     return _open(content, name)
 
 
 def image_of_data_url(url: str, name: str) -> Any:
     """Decode a `data:` URL in base64; as `image_of_bytes`."""
-    head, _, data = url.partition(",")
-    if not head.endswith(";base64"):
-        msg = f"{name} is given as {url[:60]!r}; a data URL must look like 'data:image/png;base64,...'."
-        raise InvalidOptionError(msg)
-    return _open(_decode(data, name), name)
-
-
-def _decode(data: str, name: str) -> bytes:
-    if len(data) > _MOST_BYTES // 3 * 4 + _MOST_BYTES // 16:  # with line ends
-        msg = f"{name} is larger than {_MOST_BYTES >> 20} MiB; give a smaller one."
-        raise InvalidOptionError(msg)
-    try:
-        content = base64.b64decode("".join(data.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        msg = f"{name} is not valid base64 ({error}); give base64.b64encode(bytes of the file).decode()."
-        raise InvalidOptionError(msg) from error
-    if not content:
-        msg = f"{name} is empty; give base64.b64encode(bytes of the file).decode()."
-        raise InvalidOptionError(msg)
-    return content
+    return _open(bytes_of_data_url(url, name, ImageSource.example), name)
 
 
 def _open(content: bytes, name: str, *, quote: bool = True) -> Any:

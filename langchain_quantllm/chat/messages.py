@@ -20,14 +20,17 @@ from langchain_core.messages import (
     ToolMessage,
 )
 
+from langchain_quantllm.chat.audio import SoundSource
 from langchain_quantllm.chat.images import ImageSource
+from langchain_quantllm.chat.media import MediaSource
 from langchain_quantllm.errors import InvalidOptionError, QuantLLMError, UnsupportedError, first_line
 
 Part = dict[str, Any]
-"""`{"type": "text", "text": ...}` or `{"type": "image", "image": ImageSource}`."""
+"""`{"type": "text", "text": ...}`, `{"type": "image", "image": ImageSource}` or `{"type": "audio", "audio":
+SoundSource}`."""
 
 Content = str | list[Part]
-"""The content of a message; a list where images are part of it."""
+"""The content of a message; a list where images or sounds are part of it."""
 
 Message = dict[str, Any]
 """`role` and `content`, with `tool_calls`, `tool_call_id`, `name`, `reasoning_content`."""
@@ -53,7 +56,8 @@ _SAID_ELSEWHERE = frozenset(
 """Blocks whose content stands in other fields of the message, or is another provider's own."""
 
 _IMAGES = frozenset({"image", "image_url", "input_image"})
-_MEDIA = _IMAGES | {"audio", "input_audio", "video", "video_url", "file", "media", "document"}
+_SOUNDS = frozenset({"audio", "input_audio"})
+_MEDIA = _IMAGES | _SOUNDS | {"video", "video_url", "file", "media", "document"}
 
 
 def joined(contents: Sequence[Content], between: str) -> Content:
@@ -61,7 +65,7 @@ def joined(contents: Sequence[Content], between: str) -> Content:
 
     Args:
         contents: Texts and lists of parts.
-        between: Stands between two texts; images need nothing around them.
+        between: Stands between two texts; images and sounds need nothing around them.
     """
     filled = [content for content in contents if content]
     parts: list[Part] = []
@@ -77,16 +81,16 @@ def joined(contents: Sequence[Content], between: str) -> Content:
     return parts
 
 
-def images_in(messages: Sequence[Mapping[str, Any]]) -> list[ImageSource]:
-    """List the images of messages, in their order."""
+def media_in(messages: Sequence[Mapping[str, Any]]) -> list[MediaSource]:
+    """List the images and the sounds of messages, in their order."""
     lists = [message["content"] for message in messages if isinstance(message.get("content"), list)]
-    return [part["image"] for content in lists for part in content if part["type"] == "image"]
+    return [part[part["type"]] for content in lists for part in content if part["type"] != "text"]
 
 
 def texts_with_roles(messages: Sequence[BaseMessage]) -> list[str]:
     """List the texts of messages, their calls included, each after its role."""
     found = []
-    for message in template_messages(messages, images=True):
+    for message in template_messages(messages, images=True, sounds=True):
         content = message["content"]
         parts = [content] if isinstance(content, str) else [part["text"] for part in content if "text" in part]
         calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
@@ -94,16 +98,17 @@ def texts_with_roles(messages: Sequence[BaseMessage]) -> list[str]:
     return found
 
 
-def template_messages(messages: Sequence[BaseMessage], *, images: bool = False) -> list[Message]:
+def template_messages(messages: Sequence[BaseMessage], *, images: bool = False, sounds: bool = False) -> list[Message]:
     """Turn LangChain's messages into dicts for a template.
 
-    A list of content blocks becomes its texts, a line each; where images are among them, a list of parts. Reasoning
-    of an earlier answer stands in `reasoning_content`, for templates that show it. A call whose arguments were no JSON
-    goes back as the text that it was.
+    A list of content blocks becomes its texts, a line each; where images or sounds are among them, a list of parts.
+    Reasoning of an earlier answer stands in `reasoning_content`, for templates that show it. A call whose arguments
+    were no JSON goes back as the text that it was.
 
     Args:
         messages: At least one.
         images: Whether the model reads images.
+        sounds: Whether it hears sounds.
 
     Returns:
         The dicts, one more for each further tool result in a message.
@@ -119,7 +124,7 @@ def template_messages(messages: Sequence[BaseMessage], *, images: bool = False) 
     names: dict[str, str] = {}  # of the functions, by the ids of their calls
     for at, message in enumerate(messages):
         try:
-            made = _convert(message, _Place(at, images), names)
+            made = _convert(message, _Place(at, images, sounds), names)
         except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
             if isinstance(error, QuantLLMError):
                 raise
@@ -135,10 +140,17 @@ def template_messages(messages: Sequence[BaseMessage], *, images: bool = False) 
 
 
 class _Place(NamedTuple):
-    """The number of a message, and whether images may be in it."""
+    """The number of a message, and what may be in it."""
 
     at: int
     images: bool
+    sounds: bool
+
+    @property
+    def reads(self) -> str:
+        """What the model takes, in words."""
+        taken = ["text", *(["images"] if self.images else []), *(["sounds"] if self.sounds else [])]
+        return " and ".join(filter(None, (", ".join(taken[:-1]), taken[-1])))
 
 
 def _convert(message: BaseMessage, place: _Place, names: Mapping[str, str]) -> list[Message]:
@@ -214,7 +226,7 @@ def _tool_results(content: Any, place: _Place, names: Mapping[str, str]) -> tupl
 
 
 def _content(content: Any, place: _Place) -> Content:
-    """Convert a message's content: its texts, a line each; a list of parts where images are among them."""
+    """Convert a message's content: its texts, a line each; a list of parts where images or sounds are among them."""
     if content is None or isinstance(content, str):
         return content or ""
     blocks = content if isinstance(content, list | tuple) else [content]
@@ -225,7 +237,7 @@ def _content(content: Any, place: _Place) -> Content:
 
 
 def _part(block: Any, place: _Place) -> str | Part | None:
-    """Convert a block to its text or its image; None for one that has no place in a prompt."""
+    """Convert a block to its text, image or sound; None for one that has no place in a prompt."""
     kind = block.get("type") if isinstance(block, Mapping) else None
     kind = kind if isinstance(kind, str) else None
     if isinstance(block, str):
@@ -234,9 +246,12 @@ def _part(block: Any, place: _Place) -> str | Part | None:
         return None
     if kind in _IMAGES and place.images:
         return {"type": "image", "image": _image(block, place.at)}
+    if kind in _SOUNDS and place.sounds:
+        return {"type": "audio", "audio": _sound(block, place.at)}
     if kind in _MEDIA:
-        reads = "text and images" if place.images else "text"
-        msg = f"message {place.at} holds a block of type {kind!r}, and this model reads {reads} only; leave it out."
+        msg = (
+            f"message {place.at} holds a block of type {kind!r}, and this model reads {place.reads} only; leave it out."
+        )
         raise UnsupportedError(msg)
     if isinstance(block, Mapping) and isinstance(block.get("text"), str):
         return str(block["text"])
@@ -256,19 +271,9 @@ def _image(block: Mapping[str, Any], at: int) -> ImageSource:
         url = block.get("image_url")
         block = {"type": "image_url", "image_url": url if isinstance(url, Mapping) else {"url": url}}
         block |= {} if file_id is None else {"file_id": file_id}
-    # LangChain reads all dialects of a standard block.
-    try:
-        standard: Mapping[str, Any] = HumanMessage(content=[dict(block)]).content_blocks[0]
-    except Exception:  # it has no promise for blocks of any form
-        standard = {}
     source = block.get("source")  # Anthropic's; LangChain has no standard for a file of its own
     file_id = file_id or (source.get("file_id") if isinstance(source, Mapping) else None)
-    given = {
-        "data": standard.get("base64"),
-        "url": standard.get("url"),
-        "file_id": standard.get("file_id") or file_id,
-    }
-    texts = {name: value for name, value in given.items() if isinstance(value, str)}
+    texts = _given(block, file_id)
     if not texts:
         msg = (
             f"message {at} holds {str(dict(block))[:100]!r}, an image without its data; give "
@@ -276,3 +281,30 @@ def _image(block: Mapping[str, Any], at: int) -> ImageSource:
         )
         raise InvalidOptionError(msg)
     return ImageSource(message=at, kind=kind, **texts)
+
+
+def _sound(block: Mapping[str, Any], at: int) -> SoundSource:
+    """Find the source of a sound in a block of LangChain's or OpenAI's."""
+    texts = _given(block, block.get("file_id"))
+    if not texts:
+        msg = (
+            f"message {at} holds {str(dict(block))[:100]!r}, a sound without its data; give "
+            "{'type': 'audio', 'base64': ..., 'mime_type': 'audio/wav'} or {'type': 'audio', 'url': ...}."
+        )
+        raise InvalidOptionError(msg)
+    return SoundSource(message=at, kind=block["type"], **texts)
+
+
+def _given(block: Mapping[str, Any], file_id: Any) -> dict[str, str]:
+    """Find the data, the URL or the id of a file in a block, by the names of a source's fields."""
+    # LangChain reads all dialects of a standard block.
+    try:
+        standard: Mapping[str, Any] = HumanMessage(content=[dict(block)]).content_blocks[0]
+    except Exception:  # it has no promise for blocks of any form
+        standard = {}
+    given = {
+        "data": standard.get("base64"),
+        "url": standard.get("url"),
+        "file_id": standard.get("file_id") or file_id,
+    }
+    return {name: value for name, value in given.items() if isinstance(value, str)}

@@ -14,18 +14,21 @@ from typing import Any, Literal, NamedTuple
 
 from langchain_core.messages import BaseMessage
 
+from langchain_quantllm.chat.audio import SoundSource, read_sound
 from langchain_quantllm.chat.fetching import FetchRules
 from langchain_quantllm.chat.harmony import HarmonyParser
-from langchain_quantllm.chat.images import FETCH_S, ImageSource, read_image
-from langchain_quantllm.chat.messages import Message, images_in, joined, template_messages
+from langchain_quantllm.chat.images import ImageSource, read_image
+from langchain_quantllm.chat.media import FETCH_S, MediaSource
+from langchain_quantllm.chat.messages import Message, joined, media_in, template_messages
 from langchain_quantllm.chat.options import ChatOptions
 from langchain_quantllm.chat.output_parser import AnswerParser
 from langchain_quantllm.chat.response_template import TemplateParser
 from langchain_quantllm.chat.special_tokens import MarkedTexts
 from langchain_quantllm.chat.template import ChatTemplate
-from langchain_quantllm.loading.checkpoint import reads_images
+from langchain_quantllm.compat.transformers_processors import longest_sound_s
+from langchain_quantllm.loading.checkpoint import hears_sounds, reads_images
 from langchain_quantllm.loading.pieces import valid_text
-from langchain_quantllm.loading.processors import no_images_reason
+from langchain_quantllm.loading.processors import Media, no_media_reason
 from langchain_quantllm.structured import Constraint, Either, JSONSchema, ToolCalls
 from langchain_quantllm.structured.tool_formats import (
     FINAL_HEADER,
@@ -46,10 +49,10 @@ _TEXT_VARIABLES = frozenset({"documents"})
 
 
 class Prompt(NamedTuple):
-    """A rendered conversation, and its Pillow images in the order of their placeholders."""
+    """A rendered conversation, and its images and sounds in the order of their placeholders."""
 
     pieces: tuple[str, ...]  # between two of them, a special token of a message's text is cut
-    images: list[Any]
+    media: Media
     adds_begin: bool  # whether the tokenizer is to add its begin token
     begun: str  # the answer's beginning, where the conversation ends with one to continue
 
@@ -70,7 +73,7 @@ def write_prompt(
     timeout_s: float | None = None,
     rules: FetchRules,
 ) -> Prompt:
-    """Render the messages of a call and read their images.
+    """Render the messages of a call and read their images and sounds.
 
     Args:
         messages: The conversation.
@@ -79,17 +82,20 @@ def write_prompt(
         pipeline: The transformers pipeline that holds the model.
         variables: Variables of the template.
         allows_special_tokens: Whether special tokens in the texts of messages and tools are tokens.
-        timeout_s: Seconds after which fetching the images is given up; `FETCH_S` for each of them at the most.
-        rules: Where images may be fetched from.
+        timeout_s: Seconds after which fetching the media is given up; `FETCH_S` for each of them at the most.
+        rules: Where they may be fetched from.
 
     Raises:
-        InvalidOptionError: If the template refuses the conversation, or an image cannot be read.
-        UnsupportedError: If there is no template, or the model does not read the images.
+        InvalidOptionError: If the template refuses the conversation, or an image or a sound cannot be read.
+        UnsupportedError: If there is no template, or the model does not take the images or sounds.
     """
     processor = getattr(pipeline, "processor", None)
-    plain = template_messages(messages, images=processor is not None or reads_images(pipeline.model.config))
-    if (found := images_in(plain)) and (error := no_images_reason(pipeline, found[0].message)) is not None:
-        raise error
+    config = pipeline.model.config
+    plain = template_messages(messages, images=_takes_images(processor, config), sounds=hears_sounds(config))
+    for source in media_in(plain):
+        kind: Literal["image", "sound"] = "sound" if isinstance(source, SoundSource) else "image"
+        if (error := no_media_reason(pipeline, kind, source.message)) is not None:
+            raise error
     if isinstance(chat.constraint, JSONSchema):
         plain = _with_schema(plain, chat.constraint)
     tools, variables = list(chat.tools), {**variables, **(chat.template_kwargs or {})}
@@ -100,12 +106,12 @@ def write_prompt(
         variables |= {name: marked.in_texts(variables[name]) for name in _TEXT_VARIABLES & variables.keys()}
     text, sources = template.render(shown, tools, variables)
     pieces = tuple(map(valid_text, (text,) if marked is None else marked.pieces(text)))
-    images = _read_images(sources, timeout_s, rules)
+    media = _read_media(sources, processor, timeout_s, rules)
     # Most templates write the begin token, but not those made for processors.
     # Source: `ProcessorMixin.apply_chat_template` in transformers/processing_utils.py.
     begin = pipeline.tokenizer.bos_token
     adds_begin = processor is not None and not (begin is not None and pieces[0].startswith(begin))
-    return Prompt(pieces, images, adds_begin, _begun_answer(plain, "".join(pieces)))
+    return Prompt(pieces, media, adds_begin, _begun_answer(plain, "".join(pieces)))
 
 
 def _begun_answer(messages: Sequence[Message], prompt: str) -> str:
@@ -117,13 +123,22 @@ def _begun_answer(messages: Sequence[Message], prompt: str) -> str:
     return content.strip() if prompt.rstrip().endswith(content.strip()) else ""
 
 
-def _read_images(sources: Sequence[ImageSource], timeout_s: float | None, rules: FetchRules) -> list[Any]:
+def _takes_images(processor: Any, config: Any) -> bool:
+    return reads_images(config) or (processor is not None and not hears_sounds(config))
+
+
+def _read_media(sources: Sequence[MediaSource], processor: Any, timeout_s: float | None, rules: FetchRules) -> Media:
     end = None if timeout_s is None else time.monotonic() + timeout_s
-    images = []
+    images, sounds = [], []
     for source in sources:
         left_s = FETCH_S if end is None else min(FETCH_S, max(0.0, end - time.monotonic()))
-        images.append(read_image(source, left_s, rules))
-    return images
+        if isinstance(source, ImageSource):
+            images.append(read_image(source, left_s, rules))
+        elif isinstance(source, SoundSource):
+            features = processor.feature_extractor
+            rate, longest_s = features.sampling_rate, longest_sound_s(features)
+            sounds.append(read_sound(source, rate, longest_s, left_s, rules))
+    return Media(tuple(images), tuple(sounds))
 
 
 def _with_schema(messages: list[Message], constraint: JSONSchema) -> list[Message]:

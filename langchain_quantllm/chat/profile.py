@@ -12,16 +12,18 @@ from langchain_core.language_models import ModelProfile
 
 from langchain_quantllm.chat.template import ChatTemplate
 from langchain_quantllm.compat.packages import is_installed
-from langchain_quantllm.loading.checkpoint import stored_profile
+from langchain_quantllm.loading.checkpoint import hears_sounds, stored_profile
 from langchain_quantllm.structured.tool_formats import reasoning_of
 
 
 def checkpoint_profile(model_id: str, chat_template: str | None) -> ModelProfile | None:
     """Derive the profile of a checkpoint; None where its config is not on this disk."""
-    config, template, sees = stored_profile(model_id)
+    config, template, sees, hears = stored_profile(model_id)
     template = chat_template or template
     images = sees and template is not None and is_installed("PIL")
-    return _profile(config, template, images=images, tool_images=None if images else False) if config else None
+    sounds = hears and template is not None and is_installed("av")
+    tool_images = None if images else False
+    return _profile(config, template, images=images, tool_images=tool_images, sounds=sounds) if config else None
 
 
 def pipeline_profile(pipeline: Any, chat_template: str | None) -> ModelProfile | None:
@@ -29,19 +31,23 @@ def pipeline_profile(pipeline: Any, chat_template: str | None) -> ModelProfile |
     processor = getattr(pipeline, "processor", None)
     template = chat_template or getattr(processor, "chat_template", None) or pipeline.tokenizer.chat_template
     support = ChatTemplate(pipeline.tokenizer, chat_template, processor).support
-    images, tool_images = (template is not None and support.images(role) for role in ("user", "tool"))
+    has_pictures = getattr(processor, "image_processor", None) is not None
+    images, tool_images = (template is not None and has_pictures and support.images(role) for role in ("user", "tool"))
+    hears = template is not None and hears_sounds(pipeline.model.config) and support.sounds()
     config = pipeline.model.config.to_dict()
-    return _profile(config, template, images=images, tool_images=tool_images) if config else None
+    return _profile(config, template, images=images, tool_images=tool_images, sounds=hears) if config else None
 
 
-def _profile(config: Mapping[str, Any], template: Any, *, images: bool, tool_images: bool | None) -> ModelProfile:
+def _profile(
+    config: Mapping[str, Any], template: Any, *, images: bool, tool_images: bool | None, sounds: bool
+) -> ModelProfile:
     """Make a profile; `tool_images` is None where only a trial with the processor could tell."""
     profile = ModelProfile(
         text_inputs=True,
         text_outputs=True,
         image_inputs=images,
         image_url_inputs=images,
-        audio_inputs=False,
+        audio_inputs=sounds,
         video_inputs=False,
         pdf_inputs=False,
         tool_calling=True,

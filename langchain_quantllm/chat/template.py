@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from langchain_quantllm.chat.bridge import Bridge, Shape, bridges, shape_of
-from langchain_quantllm.chat.images import ImageSource
-from langchain_quantllm.chat.messages import Message, images_in, joined
+from langchain_quantllm.chat.media import MediaSource
+from langchain_quantllm.chat.messages import Message, joined, media_in
 from langchain_quantllm.chat.rendering import RefusalError, render_messages
 from langchain_quantllm.chat.special_tokens import ControlTokens
 from langchain_quantllm.chat.template_support import (
@@ -68,7 +68,7 @@ class ChatTemplate:
     - Arguments of calls are text where the template takes no dict. Ids of calls become nine letters and digits where
       the template insists on that (Mistral).
     - An image for which a template that takes texts only has no place becomes the processor's image token, in a line
-      of its own; an image of a role for which a template with places for images has none is an error.
+      of its own; an image of a role for which a template with places for images has none is an error. So are sounds.
     """
 
     def __init__(self, tokenizer: Any, template: str | None = None, processor: Any = None) -> None:
@@ -77,16 +77,19 @@ class ChatTemplate:
         Args:
             tokenizer: A tokenizer of transformers.
             template: A Jinja template.
-            processor: The processor of a model that reads images; its template comes before the tokenizer's.
+            processor: The processor of a model that reads images or hears; its template comes before the tokenizer's.
         """
         own = getattr(processor, "chat_template", None)
         self._tokenizer = tokenizer
         self._processor = processor
         self._given = template or (own if isinstance(own, str) else None)
         # Gemma's processors replace another token than the one that they call their image token.
-        token = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
+        tokens = {
+            "image": getattr(processor, "boi_token", None) or getattr(processor, "image_token", None),
+            "audio": getattr(processor, "audio_token", None),
+        }
         self._best: dict[bytes, Bridge] = {}
-        self.support = TemplateSupport(self._write, token, has_processor=processor is not None)
+        self.support = TemplateSupport(self._write, tokens, has_processor=processor is not None)
 
     def text(self, *, tools: bool = False) -> str:
         """The Jinja template; of several, the one for conversations with or without tools.
@@ -108,7 +111,7 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] = (),
         variables: Mapping[str, Any] | None = None,
-    ) -> tuple[str, list[ImageSource]]:
+    ) -> tuple[str, list[MediaSource]]:
         """Write a conversation as the model knows it, up to the beginning of its answer.
 
         A last message of the assistant without calls is one to continue.
@@ -119,12 +122,12 @@ class ChatTemplate:
             variables: Further variables of the template, such as `enable_thinking`.
 
         Returns:
-            The prompt, begin token included where the template writes one, and its images in the order in which they
-            stand in it.
+            The prompt, begin token included where the template writes one, and its images and sounds in the order in
+            which they stand in it.
 
         Raises:
             InvalidOptionError: If the template refuses the conversation.
-            UnsupportedError: If there is no template, or it has no place for an image.
+            UnsupportedError: If there is no template, or it has no place for an image or a sound.
         """
         self.text(tools=bool(tools))
         variables = dict(variables or {})
@@ -152,17 +155,17 @@ class ChatTemplate:
 
     def _write_over(
         self, bridge: Bridge, messages: Sequence[Message], tools: Sequence[Any], variables: Mapping[str, Any]
-    ) -> tuple[str, list[ImageSource]]:
+    ) -> tuple[str, list[MediaSource]]:
         """Render a conversation over a bridge; raises a `RefusalError` where the template refuses it."""
         fitted = self._fit_calls(bridge.apply(messages))
         prefill = ""
         if bridge.appends_prefill:
             *fitted, last = fitted
             if not isinstance(last["content"], str):
-                msg = "an image cannot be written behind the prompt"
+                msg = "an image or a sound cannot be written behind the prompt"
                 raise RefusalError(msg)
             prefill = last["content"]
-        return self._write(self.support.written(fitted), tools, variables) + prefill, images_in(fitted)
+        return self._write(self.support.written(fitted), tools, variables) + prefill, media_in(fitted)
 
     def _bridges(self, messages: Sequence[Message], has_tools: bool, variables: Mapping[str, Any]) -> Iterator[Bridge]:
         """List the bridges for a conversation, the best for its shape first."""

@@ -20,6 +20,7 @@ T = TypeVar("T")
 
 CALL_ID = "a1B2c3D4e"  # nine letters and digits, which every template takes
 _MARK = "Kq7Zx"  # appears in no template
+_NOUNS = {"image": "an image", "audio": "a sound"}
 _ROLE_NAMES = {"system": "system", "user": "the user's", "assistant": "the assistant's", "tool": "tool"}
 
 Render = Callable[[Sequence[Mapping[str, Any]], Sequence[Any]], str]
@@ -61,18 +62,21 @@ class TemplateSupport:
     - Where it takes lists of texts and images, an image is an entry of the list, for which the template writes its
       placeholder. A text alone stays a text, unless the template takes lists only.
     - Where it takes texts only, an image becomes the processor's image token, in a line of its own.
+
+    The same holds of sounds.
     """
 
-    def __init__(self, render: Render, image_token: str | None, *, has_processor: bool) -> None:
+    def __init__(self, render: Render, tokens: Mapping[str, str | None], *, has_processor: bool) -> None:
         """Begin with nothing tried.
 
         Args:
             render: Renders messages.
-            image_token: The text that the processor replaces by an image's tokens; None where that is unknown.
-            has_processor: Whether the model reads images.
+            tokens: The text that the processor replaces by the tokens of an `"image"` or of `"audio"`; None where that
+                is unknown.
+            has_processor: Whether the model reads images or hears.
         """
         self._render = render
-        self._image_token = image_token
+        self._tokens = tokens
         self._has_processor = has_processor
         self._is_stopped = False
         self._forms: dict[tuple[str, str], str | None] = {}
@@ -127,11 +131,15 @@ class TemplateSupport:
         """Whether an image may stand in a message of a role."""
         return self._has_processor and self._form("image", role) is not None
 
+    def sounds(self, role: str = "user") -> bool:
+        """Whether a sound may stand in a message of a role."""
+        return self._has_processor and self._form("audio", role) is not None
+
     def written(self, messages: Sequence[Mapping[str, Any]]) -> list[Message]:
         """Bring the contents of messages to the forms that the template takes.
 
         Raises:
-            UnsupportedError: If an image stands in a message of a role in which the template takes none.
+            UnsupportedError: If an image or a sound stands in a message of a role in which the template takes none.
         """
         if not self._has_processor:
             return [dict(message) for message in messages]
@@ -140,42 +148,46 @@ class TemplateSupport:
     def _written(self, role: str, content: Content) -> Any:
         if isinstance(content, str):
             return self._written_text(role, content)
-        form = self._form("image", role)
-        if form == "list":
-            return [{"type": "image"} if part["type"] == "image" else part for part in content]
-        if form is None:
-            at = next(part["image"].message for part in content if part["type"] == "image")
-            allowed = [name for known, name in _ROLE_NAMES.items() if self.images(known)]
-            use = f"put it into one of {' or '.join(allowed)} messages" if allowed else "give text"
-            msg = (
-                f"message {at} holds an image, and the model's chat template takes none in "
-                f"{_ROLE_NAMES.get(role, role)} messages; {use}."
-            )
-            raise UnsupportedError(msg)
-        token = self._image_token or ""
+        media = [part for part in content if part["type"] != "text"]
+        forms = {part["type"]: self._form(part["type"], role) for part in media}
+        for part in media:
+            if forms[part["type"]] is None:
+                raise self._refused(part, role)
+        if "list" in forms.values():
+            return [part if part["type"] == "text" else {"type": part["type"]} for part in content]
         return self._written_text(
-            role, "\n".join(token if part["type"] == "image" else part["text"] for part in content)
+            role, "\n".join(self._tokens.get(part["type"]) or part.get("text", "") for part in content)
+        )
+
+    def _refused(self, part: Mapping[str, Any], role: str) -> UnsupportedError:
+        kind, what = part["type"], _NOUNS[part["type"]]
+        allowed = [name for known, name in _ROLE_NAMES.items() if self._form(kind, known) is not None]
+        use = f"put it into one of {' or '.join(allowed)} messages" if allowed else "give text"
+        return UnsupportedError(
+            f"message {part[kind].message} holds {what}, and the model's chat template takes none in "
+            f"{_ROLE_NAMES.get(role, role)} messages; {use}."
         )
 
     def _written_text(self, role: str, text: str) -> Any:
         return text if self._form("text", role) == "text" else [_text(text)]
 
-    def _form(self, kind: Literal["text", "image"], role: str) -> str | None:
+    def _form(self, kind: Literal["text", "image", "audio"], role: str) -> str | None:
         if (kind, role) not in self._forms:
-            self._forms[kind, role] = self._form_of_text(role) if kind == "text" else self._form_of_images(role)
+            self._forms[kind, role] = self._form_of_text(role) if kind == "text" else self._form_of_media(kind, role)
         return self._forms[kind, role]
 
     def _form_of_text(self, role: str) -> str:
         takes_lists_only = self._trial(role, _MARK) is None and self._trial(role, [_text(_MARK)]) is not None
         return "list" if takes_lists_only else "text"
 
-    def _form_of_images(self, role: str) -> str | None:
-        with_image = self._trial(role, [{"type": "image"}, _text(_MARK)])
-        if with_image is not None and with_image != self._trial(role, [_text(_MARK)]):
+    def _form_of_media(self, kind: Literal["image", "audio"], role: str) -> str | None:
+        with_media = self._trial(role, [{"type": kind}, _text(_MARK)])
+        if with_media is not None and with_media != self._trial(role, [_text(_MARK)]):
             return "list"
-        if self._image_token is None or (role != "user" and self._form("image", "user") != "token"):
+        token = self._tokens.get(kind)
+        if token is None or (role != "user" and self._form(kind, "user") != "token"):
             return None
-        with_token = self._trial(role, self._written_text(role, f"{self._image_token}\n{_MARK}"))
+        with_token = self._trial(role, self._written_text(role, f"{token}\n{_MARK}"))
         return "token" if with_token is not None else None
 
     def _trial(self, role: str, content: Any) -> str | None:

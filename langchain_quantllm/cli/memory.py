@@ -11,7 +11,17 @@ from rich.table import Table
 from langchain_quantllm.cli.console import Revision, TrustRemoteCode, app, err, errors, find_model, out
 from langchain_quantllm.compat.packages import label_of
 from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
-from langchain_quantllm.schemes import SCHEMES
+from langchain_quantllm.loading.sources import WHISPER
+from langchain_quantllm.schemes import SCHEMES, Unquantized
+
+_SMALL_BYTES = 300_000_000
+"""Size in 16 bits up to which quantizing an encoder saves little; docs/rag.md has the measurement."""
+
+_KINDS = {
+    "embedding": "An embedding model",
+    "cross_encoder": "A cross-encoder",
+    "late_interaction": "A late-interaction model",
+}
 
 
 @app.command()
@@ -22,33 +32,96 @@ def memory(
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Estimate the memory of a model in every scheme, and which of them fit on this machine."""
+    """Estimate the memory of a model in every scheme, and which of them fit on this machine.
+
+    Language models, embedding models, rerankers and Whisper.
+    """
     with errors():
         if tokens < 0 or batch < 0:
             msg = f"--tokens {tokens} and --batch {batch} must not be negative."
             raise InvalidOptionError(msg)
-        checkpoint = find_model(model, revision=revision, trust_remote_code=trust_remote_code)
+        options = {"revision": revision, "trust_remote_code": trust_remote_code}
+        try:
+            checkpoint = find_model(model, **options)
+        except UnsupportedError as error:
+            if _show_encoder(model, options):
+                return
+            checkpoint = _find_speech(model, options, error)
         with err.status("computing the estimates"):
-            from langchain_quantllm.loading.devices import default_device_map
-            from langchain_quantllm.loading.spec import LoadSpec
-            from langchain_quantllm.memory import available_memory, estimate_memory
+            from langchain_quantllm.memory import estimate_memory
 
             config, stored = checkpoint.config, checkpoint.quantization
             if stored is not None:  # it may come from a file beside config.json
                 config.quantization_config = dict(stored)
             estimate = estimate_memory(config, trust_remote_code=trust_remote_code)
             sizes, notes = _sizes_by_scheme(estimate, config, stored, trust_remote_code=trust_remote_code)
-            place = next(iter(default_device_map(LoadSpec(model_id=model)).values()))
-            device = f"cuda:{place}" if isinstance(place, int) else str(place)
-            free_bytes = available_memory(device)
+            if config.model_type == WHISPER:
+                sizes.pop("gptq", None)
+            free_bytes, device = _free_memory(model)
         out.print(_table(f"{model}: estimate", estimate, sizes, free_bytes, device, tokens, batch))
         context = f"; the model's context is {estimate.context_tokens} tokens" if estimate.context_tokens else ""
         lines = [f"{estimate.parameters:,} parameters{context}. 1 MB is 1,000,000 bytes."]
-        if stored is None and sizes["gptq"] is not None:
+        if stored is None and sizes.get("gptq") is not None:
             lines.append("gptq is for 4 bits in groups of 128, and needs calibration: langchain-quantllm quantize")
         elif stored is not None:
             lines.append("The checkpoint is quantized already, and is loaded as it is.")
         out.print("\n".join([*lines, *notes]), markup=False, highlight=False, soft_wrap=True)
+
+
+def _find_speech(model: str, options: Mapping[str, Any], error: UnsupportedError) -> Any:
+    """Find a checkpoint that turns speech into text; raise the error if it is none."""
+    try:
+        return find_model(model, task="speech", **options)
+    except UnsupportedError:
+        raise error from None
+
+
+def _show_encoder(model: str, options: Mapping[str, Any]) -> bool:
+    """Print the estimates of an encoder; False if the model is none."""
+    from langchain_quantllm.encoders.estimate import estimate_encoder, find_encoder
+    from langchain_quantllm.encoders.spec import EncoderSpec
+
+    spec = EncoderSpec(model_id=model, **options)
+    files = find_encoder(spec)
+    if files is None:
+        return False
+    with err.status("computing the estimates"):
+        estimate = estimate_encoder(spec, files)
+        sizes: dict[str, int | None] = {**estimate.bytes_by_scheme}
+        if not sizes:
+            sizes[_name_of(estimate.scheme)] = estimate.total_bytes
+        elif estimate.dtype == "float32":
+            sizes = {"none (float32)": sizes.pop("none"), "none (bfloat16)": estimate.bytes_16bit, **sizes}
+        free_bytes, device = _free_memory(model)
+    out.print(_table(f"{model}: estimate", estimate, sizes, free_bytes, device))
+    limit = f"; it reads {estimate.context_tokens} tokens of a text" if estimate.context_tokens else ""
+    lines = [f"{_KINDS[files.kind]}: {estimate.parameters:,} parameters{limit}. 1 MB is 1,000,000 bytes."]
+    lines.append(_advice(estimate))
+    out.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+    return True
+
+
+def _advice(estimate: Any) -> str:
+    """Say whether quantizing an encoder pays."""
+    if not estimate.bytes_by_scheme and not isinstance(estimate.scheme, Unquantized):
+        return "The checkpoint is quantized already, and is loaded as it is."
+    if estimate.bytes_16bit <= _SMALL_BYTES:
+        return (
+            'A small model: 16 bits (dtype="bfloat16") save most of what there is to save. The schemes save a few more '
+            "megabytes and cost quality."
+        )
+    return "A large model: int8 keeps nearly all of its quality, nf4 is the smallest."
+
+
+def _free_memory(model: str) -> tuple[int, str]:
+    """Return the free bytes of the device that a model goes to, and its name."""
+    from langchain_quantllm.loading.devices import default_device_map
+    from langchain_quantllm.loading.spec import LoadSpec
+    from langchain_quantllm.memory import available_memory
+
+    place = next(iter(default_device_map(LoadSpec(model_id=model)).values()))
+    device = f"cuda:{place}" if isinstance(place, int) else str(place)
+    return available_memory(device), device
 
 
 def _sizes_by_scheme(
@@ -76,27 +149,30 @@ def _table(
     sizes: Mapping[str, int | None],
     free_bytes: int,
     device: str,
-    tokens: int,
-    batch: int,
+    tokens: int = 0,
+    batch: int = 0,
 ) -> Table:
+    """Make the table of the schemes; without columns of a KV cache where there is none, or its size is not known."""
     from langchain_quantllm.memory import format_bytes
 
-    cache_bytes = estimate.kv_cache_bytes(tokens, batch)
+    cache_bytes = estimate.kv_cache_bytes(tokens, batch) if estimate.kv_cache_bytes_per_token else None
     table = Table(title=f"{title}, {format_bytes(free_bytes)} free on {device}", title_justify="left")
-    heads = ("scheme", "weights", "against 16 bits", f"KV cache, {batch} x {tokens} tokens", "in all", "fits")
+    cache_heads = (f"KV cache, {batch} x {tokens} tokens", "in all") if cache_bytes is not None else ()
+    heads = ("scheme", "weights", "against 16 bits", *cache_heads, "fits")
     for head in heads:
         table.add_column(head, justify="left" if head == "scheme" else "right")
     for name, size_bytes in sizes.items():
         if size_bytes is None:
             table.add_row(name, *("-" for _ in heads[1:]))
             continue
+        all_bytes = size_bytes + (cache_bytes or 0)
+        cells = (format_bytes(cache_bytes), format_bytes(all_bytes)) if cache_bytes is not None else ()
         table.add_row(
             name,
             format_bytes(size_bytes),
             f"{round(100 * (size_bytes / estimate.bytes_16bit - 1)):+d}%",
-            format_bytes(cache_bytes),
-            format_bytes(size_bytes + cache_bytes),
-            "yes" if size_bytes + cache_bytes <= free_bytes else "no",
+            *cells,
+            "yes" if all_bytes <= free_bytes else "no",
         )
     return table
 

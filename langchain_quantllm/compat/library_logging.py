@@ -20,6 +20,21 @@ def quiet_logger(name: str, level: int = logging.ERROR) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def dropped_messages(name: str, beginning: str) -> Iterator[None]:
+    """Drop a logger's messages that begin with a text inside the block; blocks of several threads may overlap."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(beginning)
+
+    logger = logging.getLogger(name)
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+
+@contextlib.contextmanager
 def without_torchao() -> Iterator[None]:
     """Drop the warnings of torchao about its own build; transformers imports it wherever it is installed."""
     with quiet_logger("torchao"), quiet_logger("torch.utils._pytree"):

@@ -89,8 +89,14 @@ def attention_name(config: Any) -> str | None:
 
 
 def set_attention_name(config: Any, name: str | None) -> None:
-    """Set the name of the attention in a config."""
-    config._attn_implementation = name
+    """Set the name of the attention in a config, and not in those inside it.
+
+    The property sets it in all of these too, and Gemma 4's part for sounds takes no other attention than its own.
+    """
+    if "_attn_implementation_internal" in vars(config):
+        config._attn_implementation_internal = name
+    else:
+        config._attn_implementation = name
 
 
 def values_of(config: Any) -> Iterator[Any]:

@@ -19,6 +19,47 @@ def has_image_text_to_text(model_type: str) -> bool:
     return model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
+_HEARING = frozenset({"qwen2_audio"})
+"""Types of models that continue texts with sounds in them, read no images, and were tried here."""
+
+
+def has_audio_text_to_text(model_type: str) -> bool:
+    """Say whether transformers has a model for a model type that continues texts with sounds, and reads no images."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+
+    return model_type in _HEARING and model_type in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+
+
+def has_speech_seq2seq(model_type: str) -> bool:
+    """Say whether transformers has a model for a model type that turns speech into text."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
+
+    return model_type in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
+
+
+def encoder_maker(config: Any, *, is_classifier: bool) -> Any:
+    """Return the function that makes an untrained encoder of a config, of the class that sentence-transformers loads.
+
+    Args:
+        config: The config of the transformer.
+        is_classifier: Whether it has the head of a cross-encoder.
+
+    Returns:
+        A function with the arguments of `AutoModel.from_config`.
+
+    Source: `_load_model` of sentence_transformers/base/modules/transformer.py.
+    """
+    import transformers
+
+    if is_classifier:
+        return transformers.AutoModelForSequenceClassification.from_config
+    name = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}.get(config.model_type)
+    if name is None:
+        return transformers.AutoModel.from_config
+    made = getattr(transformers, name)
+    return lambda config, *, trust_remote_code=False, **options: made._from_config(config, **options)
+
+
 def load_image_processor(source: str, **options: Any) -> Any:
     """Load the image processor of a checkpoint; `transformers.AutoImageProcessor` would require torchvision."""
     from transformers.models.auto.image_processing_auto import AutoImageProcessor

@@ -1,4 +1,4 @@
-"""A processor of transformers that encodes its text in another way.
+"""Processors of transformers: encoding their text in another way, and the length of their sounds.
 
 Processors call their tokenizer, an attribute, with a list of texts; no option says how to encode them.
 """
@@ -6,6 +6,7 @@ Processors call their tokenizer, an attribute, with a list of texts; no option s
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -46,3 +47,19 @@ def with_encoder(processor: Any, encode: Callable[[str], list[int]]) -> Any:
     changed = copy.copy(processor)
     changed.tokenizer = _Encoder(processor.tokenizer, encode)
     return changed
+
+
+_MOST_S = 600.0
+"""Seconds of a sound where a feature extractor sets no bound."""
+
+
+def longest_sound_s(extractor: Any) -> float:
+    """Return the most seconds of a sound that a feature extractor takes whole; of a longer one it drops the end.
+
+    Whisper's kind has the number of samples as an attribute; Gemma's has it as a default of its call.
+    """
+    samples = getattr(extractor, "n_samples", None)
+    if samples is None:
+        parameter = inspect.signature(type(extractor).__call__).parameters.get("max_length")
+        samples = None if parameter is None or not isinstance(parameter.default, int) else parameter.default
+    return _MOST_S if not samples else min(_MOST_S, float(samples) / extractor.sampling_rate)

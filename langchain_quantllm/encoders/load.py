@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,11 +101,13 @@ def _explain(spec: EncoderSpec, error: Exception) -> str:
 
 
 def _load(spec: EncoderSpec, source: EncoderSource) -> ReadEncoder:
+    import torch
+
     import_quietly()
     check_attention(spec)  # type: ignore[arg-type]  # it reads the name of the attention alone
     scheme = _scheme(spec, source)
     device = device_of(spec)
-    dtype = _dtype(spec, source, scheme)
+    dtype = getattr(torch, dtype_of(spec, source.config, scheme))
     _check_memory(spec, source, scheme, device, dtype)
     model_kwargs = {
         **({} if spec.model_kwargs is None else copy.deepcopy(dict(spec.model_kwargs))),
@@ -180,26 +183,35 @@ def _scheme(spec: EncoderSpec, source: EncoderSource) -> Scheme:
     return has
 
 
-def _dtype(spec: EncoderSpec, source: EncoderSource, scheme: Scheme) -> Any:
-    """Return the dtype of what is not quantized."""
-    import torch
+def dtype_of(spec: EncoderSpec, config: Mapping[str, Any], scheme: Scheme) -> str:
+    """Return the name of the dtype of what is not quantized.
 
+    Args:
+        spec: How the encoder is loaded.
+        config: The config.json of its transformer.
+        scheme: The scheme of its weights.
+    """
     if spec.dtype != "auto":
-        return getattr(torch, spec.dtype)
-    stored = str(source.config.get("dtype") or source.config.get("torch_dtype") or "float32").removeprefix("torch.")
+        return spec.dtype
+    stored = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     if isinstance(scheme, Unquantized):
-        return getattr(torch, stored) if stored in ("float16", "bfloat16") else torch.float32
-    return torch.float16 if stored == "float16" else torch.bfloat16
+        return stored if stored in ("float16", "bfloat16") else "float32"
+    return "float16" if stored == "float16" else "bfloat16"
+
+
+def scheme_for(kind: str, scheme: Scheme) -> Scheme:
+    """Return a scheme that leaves the classifier of a cross-encoder unquantized; others as they are."""
+    if kind != "cross_encoder" or isinstance(scheme, Unquantized) or not hasattr(scheme, "skip_modules"):
+        return scheme
+    skipped = tuple(dict.fromkeys((*scheme.skip_modules, *_CLASSIFIERS)))
+    return dataclasses.replace(scheme, skip_modules=skipped)  # type: ignore[call-arg]
 
 
 def _quantization_config(spec: EncoderSpec, scheme: Scheme, dtype: Any) -> Any:
     """Return transformers' config of a scheme, for a checkpoint that is not quantized."""
     if isinstance(scheme, Unquantized):
         return None
-    if spec.kind == "cross_encoder":
-        skipped = tuple(getattr(scheme, "skip_modules", ()))
-        scheme = dataclasses.replace(scheme, skip_modules=tuple(dict.fromkeys((*skipped, *_CLASSIFIERS))))  # type: ignore[call-arg]
-    config = scheme.transformers_config(str(dtype).removeprefix("torch."))
+    config = scheme_for(spec.kind, scheme).transformers_config(str(dtype).removeprefix("torch."))
     if config is None:
         msg = f"quantization={scheme.name!r} cannot be applied while an encoder loads; use 'int8', 'nf4' or 'fp4'."
         raise UnsupportedError(msg)

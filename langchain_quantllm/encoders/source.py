@@ -33,13 +33,15 @@ MODULES = "modules.json"
 SETTINGS = "config_sentence_transformers.json"
 """sentence-transformers' file with the kind of a model and its prompts."""
 
-_KINDS = {
+MODEL_TYPES = {
     "SentenceTransformer": "embedding",
     "CrossEncoder": "cross_encoder",
     "MultiVectorEncoder": "late_interaction",
     "ColBERT": "late_interaction",
     "SparseEncoder": "sparse",
 }
+"""Kinds by the `model_type` of sentence-transformers' settings."""
+
 _USES = {
     "embedding": "an embedding model; use QuantizedHuggingFaceEmbeddings for it",
     "cross_encoder": "a cross-encoder, which scores pairs of texts; use QuantizedCrossEncoder or QuantizedReranker",
@@ -140,7 +142,7 @@ def _wrong_kind(spec: EncoderSpec, source: EncoderSource) -> QuantLLMError | Non
     name = names[0] if names else ""
     if source.modules is not None:
         settings = json_or_empty(source.folder / SETTINGS)
-        found = _KINDS.get(str(settings.get("model_type", "SentenceTransformer")), "embedding")
+        found = MODEL_TYPES.get(str(settings.get("model_type", "SentenceTransformer")), "embedding")
         if found == spec.kind:
             return None
         return UnsupportedError(f"{spec.model_id} is {_USES[found]}.")

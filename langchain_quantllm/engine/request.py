@@ -178,9 +178,9 @@ class Engine(Protocol):
 
 _REMEDIES = (
     "shorten it, or pass truncation='left' to drop its beginning",
-    "give fewer or smaller images, or less text",
+    "give fewer or smaller images, shorter sounds, or less text",
 )
-"""What to do about a prompt that is too long: of text, and with images."""
+"""What to do about a prompt that is too long: of text, and with images or sounds."""
 
 
 def plan_requests(

@@ -77,14 +77,14 @@ class Engines:
             engine: One of `ENGINES`.
             kv_cache_memory: Memory of the fast engine's KV cache; ignored once that engine is made.
             options: The call's options; None asks for the engine of ordinary calls.
-            has_media: Whether the model is given images beside the ids.
+            has_media: Whether the model is given images or sounds beside the ids.
             fuse: Whether the fast engine may use fused steps; ignored once that engine is made.
             batch_invariant: Whether the call's texts must not depend on the calls beside it: takes a fast engine of its
                 own, with a KV cache of its own, over the same weights.
 
         Raises:
             UnsupportedError: If the fast engine is asked for, or a batch-invariant one, and cannot run the model.
-            InvalidOptionError: If it is asked for with images, or with options of transformers' `generate` only.
+            InvalidOptionError: If it is asked for with images or sounds, or with options of `generate` only.
         """
         check_process()
         option = None if options is None else needs_generate(options)
@@ -93,9 +93,9 @@ class Engines:
                 return self._pipeline_engine("asked for")
             if has_media or option is not None:
                 if engine == "auto" and not batch_invariant:
-                    own = "images are read by transformers' own generate"
+                    own = "images and sounds are read by transformers' own generate"
                     return self._pipeline_engine(own if has_media else f"{option} is transformers' own")
-                what = "images are read" if has_media else f"{option} is carried out"
+                what = "images and sounds are read" if has_media else f"{option} is carried out"
                 msg = f"{what} by the pipeline engine only; use engine='auto' or 'pipeline'"
                 raise InvalidOptionError(f"{msg}, and batch_invariant=False." if batch_invariant else f"{msg}.")
             kind = batch_invariant

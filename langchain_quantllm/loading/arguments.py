@@ -33,7 +33,7 @@ LOADING_FIELDS = ("quantization", "quantization_config", *SPEC_FIELDS, "token", 
 _BITSANDBYTES = ("load_in_4bit", "load_in_8bit", "bnb_4bit_", "llm_int8_")
 _MODEL_KWARGS_ALIASES = {"torch_dtype": "dtype", "use_auth_token": "token"}
 _LIFTED = (*SPEC_FIELDS, "token", "quantization", "quantization_config")
-_TASKS = ("text-generation", "image-text-to-text")
+_TASKS = ("text-generation", "image-text-to-text", "any-to-any")
 
 
 def translate(given: Mapping[str, Any], option_fields: Collection[str], place: Place) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def translate(given: Mapping[str, Any], option_fields: Collection[str], place: P
             msg = f"{name}={kwargs!r} is not a dict; give names with values, such as {{'max_new_tokens': 64}}."
             raise InvalidOptionError(msg)
     options = _lift_model_kwargs(values)
-    _unify_types(values)
+    unify_types(values)
     for name in ("generation_kwargs", "pipeline_kwargs"):
         options.update(values.pop(name, None) or {})
     for name in ("batch_size", "adapter"):  # fields that HuggingFacePipeline's users put among the options
@@ -124,7 +124,7 @@ def _bitsandbytes_of(model_kwargs: dict[str, Any]) -> Scheme | None:
     return None
 
 
-def _unify_types(values: dict[str, Any]) -> None:
+def unify_types(values: dict[str, Any]) -> None:
     """Turn paths and torch dtypes into texts, and the device numbers that JSON made texts back into numbers."""
     if isinstance(limits := values.get("max_memory"), Mapping):
         values["max_memory"] = {int(k) if isinstance(k, str) and k.isdigit() else k: v for k, v in limits.items()}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from langchain_quantllm.compat.transformers_auto import has_causal_lm, has_image_text_to_text
+from langchain_quantllm.compat.transformers_auto import has_audio_text_to_text, has_causal_lm, has_image_text_to_text
 from langchain_quantllm.compat.transformers_quantizers import knows_format
 from langchain_quantllm.errors import (
     CheckpointError,
@@ -26,7 +26,7 @@ from langchain_quantllm.loading.foreign_errors import as_checkpoint_error, reaso
 from langchain_quantllm.loading.gptq import GPTQCheckpoint, read_gptq_checkpoint, read_gptq_folder
 from langchain_quantllm.loading.hub import MissingFileError, Repository, hub_options
 from langchain_quantllm.loading.json_files import json_or_empty, read_json
-from langchain_quantllm.loading.sources import ADAPTER_CONFIG, check_sources, folder_of, wrong_folder
+from langchain_quantllm.loading.sources import ADAPTER_CONFIG, WHISPER, check_sources, folder_of, wrong_folder
 from langchain_quantllm.loading.spec import LoadSpec
 from langchain_quantllm.loading.stored_tensors import (
     INDEX,
@@ -76,16 +76,16 @@ class UnknownModelError(CheckpointError):
     """The config is of a model that transformers does not know, or whose own code is not trusted."""
 
 
-def stored_profile(model_id: str) -> tuple[dict[str, Any], str | None, bool]:
+def stored_profile(model_id: str) -> tuple[dict[str, Any], str | None, bool, bool]:
     """Read the config and the chat template of a local folder, or of a repository in the Hub's cache.
 
     Returns:
-        The config, empty if there is none; the template; and whether the model reads images, as far as the names of
-        its config's fields and its files tell.
+        The config, empty if there is none; the template; and whether the model reads images, and whether it hears, as
+        far as the names of its config's fields and its files tell.
     """
     folder = folder_of(model_id) or _cached_snapshot(LoadSpec(model_id=model_id))
     if folder is None:
-        return {}, None, False
+        return {}, None, False, False
     config, tokenizer = (json_or_empty(Path(folder) / name) for name in ("config.json", "tokenizer_config.json"))
     template = tokenizer.get("chat_template")
     file = Path(folder) / "chat_template.jinja"
@@ -93,12 +93,18 @@ def stored_profile(model_id: str) -> tuple[dict[str, Any], str | None, bool]:
         if file.is_file():
             template = file.read_text(encoding="utf-8")
     sees = any(word in name for name in config for word in ("vision", "image")) and has_image_processor(Path(folder))
-    return config, None if template is None else str(template), sees
+    hears = config.get("audio_config") is not None and has_feature_extractor(Path(folder))
+    return config, None if template is None else str(template), sees, hears
 
 
 def has_image_processor(folder: Path) -> bool:
     """Say whether a folder holds an image processor: in a file of its own, or in the processor's."""
     return (folder / PROCESSOR_FILES[0]).is_file() or "image_processor" in json_or_empty(folder / PROCESSOR_FILES[1])
+
+
+def has_feature_extractor(folder: Path) -> bool:
+    """Say whether a folder holds a feature extractor: in a file of its own, or in the processor's."""
+    return (folder / PROCESSOR_FILES[0]).is_file() or "feature_extractor" in json_or_empty(folder / PROCESSOR_FILES[1])
 
 
 def find_source(spec: LoadSpec) -> str:
@@ -111,19 +117,19 @@ def find_source(spec: LoadSpec) -> str:
         CheckpointError: If it is in a format that transformers does not load.
         UnsupportedError: If its files are those of a model that writes no text.
     """
-    check_sources(spec.model_id, spec.adapters)
+    check_sources(spec.model_id, spec.adapters, task=spec.task)
     if (folder := folder_of(spec.model_id)) is not None:
         return folder
     if spec.local_files_only is not False and (folder := _cached_snapshot(spec)) is not None:
-        if (error := wrong_folder(Path(folder), repository=spec.model_id)) is not None:
+        if (error := wrong_folder(Path(folder), repository=spec.model_id, task=spec.task)) is not None:
             raise error
         return folder
     repository = Repository.of(spec)
     try:
         config = repository.fetch("config.json", check_connection=True)
     except MissingFileError as error:
-        raise (repository.wrong_repository(None) or error) from error.__cause__
-    if (wrong := repository.wrong_repository(config)) is not None:
+        raise (repository.wrong_repository(None, task=spec.task) or error) from error.__cause__
+    if (wrong := repository.wrong_repository(config, task=spec.task)) is not None:
         raise wrong
     return spec.model_id
 
@@ -324,12 +330,31 @@ def reads_images(config: Any) -> bool:
     return has_image_text_to_text(config.model_type) or _has_code(config, "AutoModelForImageTextToText")
 
 
+def hears_sounds(config: Any) -> bool:
+    """Say whether transformers has a model for a config that takes text and sounds.
+
+    Models that read images too hear where their config has a part for it.
+    """
+    if has_audio_text_to_text(config.model_type):
+        return True
+    return has_image_text_to_text(config.model_type) and getattr(config, "audio_config", None) is not None
+
+
 def _has_code(config: Any, auto_class: str) -> bool:
     return auto_class in (getattr(config, "auto_map", None) or {})
 
 
 def _check_task(spec: LoadSpec, config: Any) -> None:
-    if getattr(config, "is_encoder_decoder", False) or not (reads_text(config) or reads_images(config)):
+    if spec.task == "speech":
+        if config.model_type != WHISPER:
+            msg = (
+                f"{spec.model_id} is a {config.model_type!r} model, and this class takes Whisper models, such as "
+                "'openai/whisper-small'."
+            )
+            raise UnsupportedError(msg)
+        return
+    takes = reads_text(config) or reads_images(config) or hears_sounds(config)
+    if getattr(config, "is_encoder_decoder", False) or not takes:
         msg = (
             f"{spec.model_id} is a {config.model_type!r} model, which does not continue a text by itself; "
             "use a decoder-only language model, such as Llama, Qwen or Mistral."

@@ -11,6 +11,7 @@ from typing import Any
 from langchain_quantllm.compat.packages import is_installed, label_of
 from langchain_quantllm.errors import CheckpointError, MissingPackageError, UnsupportedError, pip_install
 from langchain_quantllm.loading.checkpoint import Checkpoint
+from langchain_quantllm.loading.devices import default_device_map, devices_named
 from langchain_quantllm.loading.spec import LoadSpec
 from langchain_quantllm.memory.estimate import build_on_meta
 from langchain_quantllm.schemes import GPTQ, Prequantized, Scheme, Unquantized, scheme_of_config
@@ -64,6 +65,26 @@ def reconcile(spec: LoadSpec, checkpoint: Checkpoint) -> tuple[Scheme, Any]:
     if isinstance(asked, GPTQ) and isinstance(stored, GPTQ):
         return dataclasses.replace(stored, kernel=asked.kernel), None
     return stored, None
+
+
+def choose_dtype(spec: LoadSpec, checkpoint: Checkpoint) -> str:
+    """Choose the dtype of the unquantized weights of a model for speech.
+
+    A third of a small Whisper is its embeddings, which are not quantized. In the float32 in which these models are
+    stored, the quantized model would be larger than the plain one in 16 bits. In float16 a CPU takes three times as
+    long as in bfloat16.
+
+    Returns:
+        The dtype of the spec, or `"bfloat16"`.
+    """
+    if spec.task != "speech" or spec.dtype != "auto" or checkpoint.quantization is not None:
+        return spec.dtype
+    stored = str(getattr(checkpoint.config, "dtype", None)).removeprefix("torch.")
+    if stored == "float16":
+        on_cpu = devices_named(default_device_map(spec), spec.max_memory)[:1] == ["cpu"]
+        return "bfloat16" if on_cpu else "auto"
+    is_quantized = spec.quantization_config is not None or spec.scheme not in (None, Unquantized())
+    return "bfloat16" if is_quantized and stored in ("None", "float32") else "auto"
 
 
 def _dtype_name(spec: LoadSpec, config: Any) -> str:

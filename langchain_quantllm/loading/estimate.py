@@ -11,7 +11,8 @@ from langchain_quantllm.loading.checkpoint import UnknownModelError, explain, re
 from langchain_quantllm.loading.config_checks import check_parameters
 from langchain_quantllm.loading.foreign_errors import as_checkpoint_error
 from langchain_quantllm.loading.hub import Repository
-from langchain_quantllm.loading.sources import ADAPTER_CONFIG, check_sources, folder_of
+from langchain_quantllm.loading.json_files import json_or_empty
+from langchain_quantllm.loading.sources import ADAPTER_CONFIG, WHISPER, check_sources, folder_of
 from langchain_quantllm.loading.spec import LoadSpec
 from langchain_quantllm.memory.estimate import MemoryEstimate, estimate_config
 from langchain_quantllm.schemes import Scheme, scheme_from
@@ -69,7 +70,9 @@ def estimate_memory(
         trust_remote_code=trust_remote_code,
         local_files_only=local_files_only or None,
     )
-    check_sources(model_id)
+    local = folder_of(model_id)
+    kind = None if local is None else json_or_empty(Path(local) / "config.json").get("model_type")
+    check_sources(model_id, task="speech" if kind == WHISPER else "text")
     source = model_id
     if folder_of(model_id) is None:
         config_file = Repository.of(spec).fetch("config.json")

@@ -111,11 +111,12 @@ class Repository:
         except (httpx.HTTPError, OSError) as error:
             raise ModelNotFoundError(f"{self.name} {self._reason(error, '', '')}") from error
 
-    def wrong_repository(self, config: Path | None) -> QuantLLMError | None:
-        """Return the error if the repository's files are no checkpoint of a language model; see `wrong_files`.
+    def wrong_repository(self, config: Path | None, *, task: str = "text") -> QuantLLMError | None:
+        """Return the error if the repository's files are no checkpoint of a task; see `wrong_files`.
 
         Args:
             config: Its config.json; None if it has none.
+            task: The task of the `LoadSpec`.
         """
 
         def read(name: str) -> Mapping[str, Any]:
@@ -125,7 +126,7 @@ class Repository:
 
         with contextlib.suppress(OSError, ValueError):  # the answer is a hint only
             files = [*self.list_files(), *(["config.json"] if config is not None else [])]
-            return wrong_files(self.name, files, read, is_local=False) if files else None
+            return wrong_files(self.name, files, read, is_local=False, task=task) if files else None
         return None
 
     def _offline(self) -> str | None:

@@ -1,4 +1,4 @@
-"""The inputs of a loaded model: token ids of prompts, tensors of images, and the options stored with a checkpoint."""
+"""The inputs of a loaded model: token ids of prompts, tensors of images and sounds, and a checkpoint's own options."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from langchain_quantllm.engine.clean_thread import in_clean_thread
 from langchain_quantllm.engine.worker import UNLOADED
 from langchain_quantllm.errors import GenerationError
 from langchain_quantllm.loading.pieces import piece_ids
-from langchain_quantllm.loading.processors import process
+from langchain_quantllm.loading.processors import NO_MEDIA, Media, process
 from langchain_quantllm.loading.registry import LoadedModel
 from langchain_quantllm.options import normalize
 
@@ -51,26 +51,26 @@ def token_ids(model: LoadedModel, text: str | Sequence[str], *, add_special_toke
 
 
 def prompt_inputs(
-    model: LoadedModel, prompt: str | Sequence[str], images: Sequence[Any] = (), *, add_special_tokens: bool = True
+    model: LoadedModel, prompt: str | Sequence[str], media: Media = NO_MEDIA, *, add_special_tokens: bool = True
 ) -> tuple[list[int], dict[str, Any] | None]:
-    """Turn a prompt into token ids, and its images into the model's other inputs, by the names of its arguments.
+    """Turn a prompt into token ids, and its images and sounds into other inputs, by the names of the model's arguments.
 
     Args:
         model: The loaded model.
-        prompt: The prompt, with a placeholder for each image; or pieces of it of which none shares a token with the
-            next.
-        images: Pillow images, in the placeholders' order.
+        prompt: The prompt, with a placeholder for each image and sound; or pieces of it of which none shares a token
+            with the next.
+        media: The images and sounds, in the placeholders' order.
         add_special_tokens: Let the tokenizer add its begin token.
 
     Returns:
-        The token ids, and the other inputs; None without images.
+        The token ids, and the other inputs; None without images and sounds.
     """
-    if not images:
+    if not media:
         return token_ids(model, prompt, add_special_tokens=add_special_tokens), None
     processor = require_pipeline(model).processor
     with model.tokenizer_lock:  # the processor uses the same tokenizer
         pieces = (prompt,) if isinstance(prompt, str) else prompt
-        return in_clean_thread(process)(processor, pieces, images, add_special_tokens=add_special_tokens)
+        return in_clean_thread(process)(processor, pieces, media, add_special_tokens=add_special_tokens)
 
 
 def stop_token_ids(tokenizer: Any, stop: Sequence[str]) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from langchain_quantllm.errors import (
     QuantLLMError,
     first_line,
 )
-from langchain_quantllm.loading.checkpoint import Checkpoint, explain
+from langchain_quantllm.loading.checkpoint import Checkpoint, explain, reads_images
 from langchain_quantllm.loading.devices import devices_named, release_memory
 from langchain_quantllm.loading.foreign_errors import as_checkpoint_error
 from langchain_quantllm.loading.hub import hub_options
@@ -37,8 +37,9 @@ from langchain_quantllm.memory import model_build_lock
 def load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: Any, device_map: Any) -> Any:
     """Read a checkpoint's weights and tokenizer into a pipeline.
 
-    Its task is image-text-to-text, with a processor, if the model reads images and they can be read here; else
-    text-generation.
+    Its task is automatic-speech-recognition for a spec of that task; image-text-to-text, with a processor, if the
+    model reads images and they can be read here; any-to-any, with a processor, if it hears sounds and reads no images;
+    else text-generation.
 
     Args:
         spec: The options of loading.
@@ -52,7 +53,7 @@ def load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: A
         MissingPackageError: If transformers needs a package that is not installed.
         NotEnoughMemoryError: If the memory runs out while loading.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, pipeline
+    from transformers import pipeline
 
     options = {
         **hub_options(spec, checkpoint.source if checkpoint.local else None),
@@ -64,13 +65,7 @@ def load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: A
     }
     options = {name: value for name, value in options.items() if value is not None}
     with progress_bars(spec.progress):
-        try:
-            processor = load_processor(spec, checkpoint)
-        except CheckpointError:
-            _load_tokenizer(spec, checkpoint)  # its error says more if the tokenizer is the reason
-            raise
-        tokenizer = _load_tokenizer(spec, checkpoint) if processor is None else processor.tokenizer
-        auto_class = AutoModelForCausalLM if processor is None else AutoModelForImageTextToText
+        task, auto_class, parts = _load_parts(spec, checkpoint)
         with model_build_lock(), _loading_errors(spec, checkpoint.source):
             model, info = auto_class.from_pretrained(
                 checkpoint.source,
@@ -89,9 +84,43 @@ def load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: A
     filter_cast_warnings(model)
     # Without a device, a pipeline moves a model to the first GPU, unless the model has a device map.
     device = None if has_device_map(model) else model.device
-    if processor is not None:
-        return pipeline("image-text-to-text", model=model, processor=processor, device=device)
-    return pipeline("text-generation", model=model, tokenizer=tokenizer, device=device)
+    return pipeline(task, model=model, device=device, **parts)
+
+
+def _load_parts(spec: LoadSpec, checkpoint: Checkpoint) -> tuple[str, Any, dict[str, Any]]:
+    """Load what a pipeline has beside the model.
+
+    Returns:
+        The task of the pipeline, the auto class of its model, and its other parts by their names.
+    """
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
+        AutoModelForSpeechSeq2Seq,
+    )
+
+    if spec.task == "speech":
+        parts = {"tokenizer": _load_tokenizer(spec, checkpoint), "feature_extractor": _load_features(spec, checkpoint)}
+        return "automatic-speech-recognition", AutoModelForSpeechSeq2Seq, parts
+    try:
+        processor = load_processor(spec, checkpoint)
+    except CheckpointError:
+        _load_tokenizer(spec, checkpoint)  # its error says more if the tokenizer is the reason
+        raise
+    if processor is None:
+        return "text-generation", AutoModelForCausalLM, {"tokenizer": _load_tokenizer(spec, checkpoint)}
+    if reads_images(checkpoint.config):
+        return "image-text-to-text", AutoModelForImageTextToText, {"processor": processor}
+    return "any-to-any", AutoModelForMultimodalLM, {"processor": processor}
+
+
+def _load_features(spec: LoadSpec, checkpoint: Checkpoint) -> Any:
+    from transformers import AutoFeatureExtractor
+
+    hub = hub_options(spec, checkpoint.source if checkpoint.local else None)
+    with as_checkpoint_error(lambda error: explain(spec, error, "feature extractor")):
+        return AutoFeatureExtractor.from_pretrained(checkpoint.source, **hub)
 
 
 def _load_tokenizer(spec: LoadSpec, checkpoint: Checkpoint) -> Any:

@@ -1,4 +1,4 @@
-"""Processors, which turn a prompt and its images into a model's inputs: finding, loading and calling them."""
+"""Processors, which turn a prompt, its images and its sounds into a model's inputs: finding, loading, calling them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from langchain_quantllm.compat.packages import is_installed
 from langchain_quantllm.compat.transformers_auto import (
@@ -31,7 +31,9 @@ from langchain_quantllm.loading.checkpoint import (
     PROCESSOR_FILES,
     Checkpoint,
     explain,
+    has_feature_extractor,
     has_image_processor,
+    hears_sounds,
     reads_images,
     reads_text,
 )
@@ -42,23 +44,37 @@ from langchain_quantllm.loading.spec import LoadSpec
 _PILLOW = "langchain-quantllm[vision]"
 
 
+class Media(NamedTuple):
+    """What a prompt holds beside its text: Pillow images, and samples of sounds, in the order of their placeholders."""
+
+    images: tuple[Any, ...] = ()
+    sounds: tuple[Any, ...] = ()
+
+    def __bool__(self) -> bool:
+        """Whether there is anything."""
+        return bool(self.images or self.sounds)
+
+
+NO_MEDIA = Media()
+
+
 def load_processor(spec: LoadSpec, checkpoint: Checkpoint) -> Any:
-    """Load the processor of a checkpoint that reads images.
+    """Load the processor of a checkpoint that reads images or hears sounds.
 
     Args:
         spec: The options of loading.
         checkpoint: The checkpoint.
 
     Returns:
-        A transformers processor; None if the checkpoint is loaded for text only: because it reads no images, or because
-        they cannot be read here.
+        A transformers processor; None if the checkpoint is loaded for text only: because it takes nothing else, or
+        because images cannot be read here.
 
     Raises:
         CheckpointError: If the processor is missing where the model needs one, or cannot be read.
         MissingPackageError: If it needs a package that is not installed.
     """
     if not reads_images(checkpoint.config):
-        return None
+        return _load_hearing(spec, checkpoint) if hears_sounds(checkpoint.config) else None
     if not is_installed("PIL"):
         if reads_text(checkpoint.config):
             return None
@@ -88,16 +104,33 @@ def load_processor(spec: LoadSpec, checkpoint: Checkpoint) -> Any:
             return make_processor(kind, loaded, source, **hub)
 
 
+def _load_hearing(spec: LoadSpec, checkpoint: Checkpoint) -> Any:
+    """Load the processor of a checkpoint that hears sounds and reads no images."""
+    from transformers import AutoProcessor
+
+    place = _find(spec, checkpoint)
+    if place is None:
+        msg = (
+            f"{_described(spec, checkpoint)} has no feature extractor ({' or '.join(PROCESSOR_FILES)}); copy these "
+            "files from where the model comes from."
+        )
+        raise CheckpointError(msg)
+    source, hub = place
+    with _processor_errors(spec):
+        return AutoProcessor.from_pretrained(source, **hub)
+
+
 def _described(spec: LoadSpec, checkpoint: Checkpoint) -> str:
     return f"{spec.model_id}, a {checkpoint.config.model_type!r} model, which reads text through its processor,"
 
 
 def _find(spec: LoadSpec, checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] | None:
-    """Find the files of an image processor: returns their source, and the Hub's options for it."""
+    """Find the files of a processor: returns their source, and the Hub's options for it."""
     from huggingface_hub.constants import is_offline_mode
 
     if checkpoint.local:
-        if has_image_processor(Path(checkpoint.source)):
+        folder = Path(checkpoint.source)
+        if has_image_processor(folder) or (hears_sounds(checkpoint.config) and has_feature_extractor(folder)):
             return checkpoint.source, hub_options(spec, checkpoint.source)
         if spec.local_files_only or is_offline_mode() or Path(spec.model_id).expanduser().is_dir():
             return None
@@ -118,10 +151,11 @@ def _works_without_videos(kind: Any) -> bool:
 
 def _part_loaders() -> dict[str, Any]:
     """Return the functions that load the parts of a processor without torchvision; None for the video part."""
-    from transformers import AutoTokenizer
+    from transformers import AutoFeatureExtractor, AutoTokenizer
 
     return {
         "tokenizer": AutoTokenizer.from_pretrained,
+        "feature_extractor": AutoFeatureExtractor.from_pretrained,
         "image_processor": load_image_processor,
         "video_processor": None,
     }
@@ -153,13 +187,21 @@ def _torchvision() -> str:
     return f"torchvision==0.{int(minor) + 15}.*" if major == "2" else "torchvision"
 
 
-def no_images_reason(pipeline: Any, message: int) -> QuantLLMError | None:
-    """Return the error for a loaded pipeline that cannot read images although its model can; None if it can.
+def no_media_reason(pipeline: Any, kind: Literal["image", "sound"], message: int) -> QuantLLMError | None:
+    """Return the error for a loaded pipeline that cannot take images or sounds although its model can; None if it can.
 
     Args:
-        pipeline: A transformers pipeline over a model that `reads_images`.
-        message: Number of the message that holds an image.
+        pipeline: A transformers pipeline over a model that `reads_images`, or `hears_sounds`.
+        kind: What is to be taken.
+        message: Number of the message that holds it.
     """
+    if kind == "sound":
+        if getattr(getattr(pipeline, "processor", None), "feature_extractor", None) is not None:
+            return None
+        return UnsupportedError(
+            f"message {message} holds a sound, and the model was loaded without the feature extractor that sounds "
+            f"need; add {' or '.join(PROCESSOR_FILES)} to its folder."
+        )
     if getattr(getattr(pipeline, "processor", None), "image_processor", None) is not None:
         return None
     if not is_installed("PIL"):
@@ -173,19 +215,20 @@ def no_images_reason(pipeline: Any, message: int) -> QuantLLMError | None:
 
 
 def process(
-    processor: Any, pieces: Sequence[str], images: Sequence[Any], *, add_special_tokens: bool
+    processor: Any, pieces: Sequence[str], media: Media, *, add_special_tokens: bool
 ) -> tuple[list[int], dict[str, Any]]:
-    """Turn a prompt and its images into a model's inputs.
+    """Turn a prompt, its images and its sounds into a model's inputs.
 
     Args:
         processor: A transformers processor.
-        pieces: The prompt, with a placeholder for each image, in pieces of which none shares a token with the next.
-        images: Pillow images, in the placeholders' order.
+        pieces: The prompt, with a placeholder for each image and sound, in pieces of which none shares a token with the
+            next.
+        media: The images and sounds, in the placeholders' order.
         add_special_tokens: Let the tokenizer add its begin token.
 
     Returns:
-        The token ids, in which each placeholder is expanded to the image's tokens, and the other inputs, such as
-        `pixel_values`, by their names.
+        The token ids, in which each placeholder is expanded to the tokens of what it stands for, and the other inputs,
+        such as `pixel_values`, by their names.
 
     Raises:
         InvalidOptionError: If the processor rejects them.
@@ -203,15 +246,25 @@ def process(
         inputs = dict(
             reader(
                 text=[cut.join(pieces)],
-                images=[list(images)],
                 return_tensors="pt",
                 add_special_tokens=add_special_tokens,
+                **_given_media(processor, media),
             )
         )
     except (ValueError, TypeError, IndexError, RuntimeError, StopIteration) as error:
-        token = getattr(processor, "image_token", None)
-        hint = f"; is {token!r}, which stands for an image, in the text of a message?" if token else ""
-        msg = f"the model's processor does not take this prompt with its images: {first_line(error)}{hint}"
+        kind, noun = ("image", "an image") if media.images else ("audio", "a sound")
+        token = getattr(processor, f"{kind}_token", None)
+        hint = f"; is {token!r}, which stands for {noun}, in the text of a message?" if token else ""
+        what = "images" if media.images else "sounds"
+        msg = f"the model's processor does not take this prompt with its {what}: {first_line(error)}{hint}"
         raise InvalidOptionError(msg) from error
     del inputs["attention_mask"]  # all ones: the prompt is alone
     return inputs.pop("input_ids")[0].tolist(), inputs
+
+
+def _given_media(processor: Any, media: Media) -> dict[str, Any]:
+    """Return the arguments for images, of which a processor takes a list for each prompt, and for sounds."""
+    given: dict[str, Any] = {"images": [list(media.images)]} if media.images else {}
+    if media.sounds:
+        given |= {"audio": list(media.sounds), "sampling_rate": processor.feature_extractor.sampling_rate}
+    return given

@@ -29,7 +29,7 @@ from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.loading.adapter_weights import load_adapters
 from langchain_quantllm.loading.adapters import check_adapters_fit, check_adapters_share, find_adapters
 from langchain_quantllm.loading.checkpoint import Checkpoint, find_checkpoint, find_source, warn_of_adapter
-from langchain_quantllm.loading.choices import check_attention, check_expert_layout, reconcile
+from langchain_quantllm.loading.choices import check_attention, check_expert_layout, choose_dtype, reconcile
 from langchain_quantllm.loading.config_checks import check_parameters
 from langchain_quantllm.loading.devices import (
     default_device_map,
@@ -293,6 +293,7 @@ def _load(spec: LoadSpec, source: str | None) -> LoadedModel:
     checkpoint = find_checkpoint(spec, source)
     if checkpoint.has_adapter:
         warn_of_adapter(spec)
+    spec = dataclasses.replace(spec, dtype=choose_dtype(spec, checkpoint))
     scheme, quantization_config = reconcile(spec, checkpoint)
     check_packages(scheme)
     check_attention(spec)

@@ -78,6 +78,9 @@ _ENCODERS = frozenset(
 )
 """Model types of text encoders, which turn a text into vectors."""
 
+WHISPER = "whisper"
+"""The model type of the models for speech that are loaded here."""
+
 _SPEECH = frozenset({"whisper", "wav2vec2", "hubert", "wavlm", "moonshine"})
 
 _EMBEDDING = (
@@ -126,6 +129,8 @@ def _path_of(name: str, of: str = "") -> Path:
 def check_sources(
     model_id: str,
     adapters: Mapping[str, str] = MappingProxyType({}),
+    *,
+    task: str = "text",
     wrong: Callable[[Path], QuantLLMError | None] | None = None,
 ) -> None:
     """Check a model id and adapters on this disk.
@@ -133,18 +138,20 @@ def check_sources(
     Args:
         model_id: A folder, or the name of a repository, whose form alone is checked.
         adapters: Folder or repository of each adapter, by its name.
+        task: The task of the `LoadSpec`.
         wrong: Returns the error if a folder's files are not those of the model that is wanted; None is `wrong_folder`.
 
     Raises:
         ModelNotFoundError: If there is no such folder, or no transformers checkpoint in it.
-        UnsupportedError: If it holds a model that writes no text.
+        UnsupportedError: If it holds a model of another task.
         CheckpointError: If it is in a format that transformers does not load.
     """
     for name, source in adapters.items():
         _check_adapter(name, source)
     path = _path_of(model_id)
     if path.is_dir():
-        if (error := (wrong or wrong_folder)(path.resolve())) is not None:
+        folder = path.resolve()
+        if (error := wrong(folder) if wrong is not None else wrong_folder(folder, task=task)) is not None:
             raise error
     elif path.exists():
         raise ModelNotFoundError(_describe_file(path))
@@ -225,31 +232,38 @@ def command_line(words: Sequence[str], *, is_windows: bool) -> str:
     return subprocess.list2cmdline(words) if is_windows else shlex.join(words)
 
 
-def wrong_folder(folder: Path, repository: str | None = None) -> QuantLLMError | None:
-    """Return the error if a folder's files are no checkpoint of a language model; see `wrong_files`.
+def wrong_folder(folder: Path, repository: str | None = None, *, task: str = "text") -> QuantLLMError | None:
+    """Return the error if a folder's files are no checkpoint of a task; see `wrong_files`.
 
     Args:
         folder: The folder.
         repository: Name of the repository that it is a copy of; None for a user's own folder.
+        task: The task of the `LoadSpec`.
     """
     files = sorted(os.listdir(folder))
     name, is_local = repository or str(folder), repository is None
-    return wrong_files(name, files, lambda file: json_or_empty(folder / file), is_local=is_local)
+    return wrong_files(name, files, lambda file: json_or_empty(folder / file), is_local=is_local, task=task)
 
 
 def wrong_files(
-    name: str, files: Collection[str], read: Callable[[str], Mapping[str, Any]], *, is_local: bool = True
+    name: str,
+    files: Collection[str],
+    read: Callable[[str], Mapping[str, Any]],
+    *,
+    is_local: bool = True,
+    task: str = "text",
 ) -> QuantLLMError | None:
-    """Return the error if the files of a folder or repository are no checkpoint of a language model.
+    """Return the error if the files of a folder or repository are no checkpoint of a task.
 
     Args:
         name: The folder or repository.
         files: Names of its files.
         read: Returns the content of one of its JSON files; empty if it cannot be read.
         is_local: Whether it is a folder.
+        task: The task of the `LoadSpec`.
 
     Returns:
-        The error, which says what the files are; None if they look like a language model's.
+        The error, which says what the files are; None if they look like those of a model for the task.
     """
     what = f"the folder {name}" if is_local else name
     if "modules.json" in files and "config_sentence_transformers.json" not in files:
@@ -276,7 +290,7 @@ def wrong_files(
             f"{what} holds a model for ONNX or OpenVINO, and no weights for PyTorch; give the checkpoint that it was "
             "made of."
         )
-    return _wrong_config(what, read("config.json"))
+    return _wrong_config(what, read("config.json"), task)
 
 
 def _without_config(
@@ -337,7 +351,7 @@ def _gguf_only(name: str, file: str, *, is_local: bool) -> QuantLLMError:
     )
 
 
-def _wrong_config(what: str, config: Mapping[str, Any]) -> QuantLLMError | None:
+def _wrong_config(what: str, config: Mapping[str, Any], task: str) -> QuantLLMError | None:
     """Return the error if a config.json has another task, or another library's format."""
     if "_class_name" in config:
         return UnsupportedError(
@@ -349,8 +363,17 @@ def _wrong_config(what: str, config: Mapping[str, Any]) -> QuantLLMError | None:
             "made of, with quantization='nf4' for 4 bits."
         )
     kind = config.get("model_type") if isinstance(config.get("model_type"), str) else None
+    if task == "speech":
+        if kind == WHISPER:
+            return None
+        return UnsupportedError(
+            f"{what} holds a {kind!r} model, and this class takes Whisper models, such as 'openai/whisper-small'."
+        )
     if kind in _SPEECH:
-        return UnsupportedError(f"{what} holds a {kind!r} model, which turns speech into text; {_ADVICE}")
+        own = "use QuantizedWhisperParser for it, and here " if kind == WHISPER else "use "
+        return UnsupportedError(
+            f"{what} holds a {kind!r} model, which turns speech into text; {own}{_ADVICE.removeprefix('use ')}"
+        )
     named = config.get("architectures")
     names = [str(name) for name in named] if isinstance(named, list) else []
     code = config.get("auto_map")

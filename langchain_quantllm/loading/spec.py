@@ -29,6 +29,9 @@ from langchain_quantllm.schemes import (
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 """Values of `attn_implementation`; transformers chooses SDPA where it is not given."""
 
+TASKS = ("text", "speech")
+"""Values of `task`."""
+
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -54,6 +57,7 @@ class LoadSpec:
         model_kwargs: Further keyword arguments of `from_pretrained`.
         adapters: Folder or repository of each peft adapter, by its name.
         adapter: Name of the default adapter, or `"base"`; it does not tell models apart.
+        task: `"text"` for a model that continues text, `"speech"` for one that writes down speech.
 
     Raises:
         InvalidOptionError: If a value is not allowed or two contradict each other.
@@ -76,6 +80,7 @@ class LoadSpec:
     model_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
     adapters: Mapping[str, str] = field(default_factory=dict, hash=False)
     adapter: str = field(default=BASE_ADAPTER, compare=False)
+    task: str = "text"
 
     def __post_init__(self) -> None:
         """Check everything that needs neither the checkpoint nor the machine."""
@@ -88,6 +93,7 @@ class LoadSpec:
             msg = "quantization and quantization_config say the same thing twice; give one of them."
             raise InvalidOptionError(msg)
         for name, value, allowed in (
+            ("task", self.task, TASKS),
             ("dtype", self.dtype, ("auto", *FLOAT_DTYPES)),
             ("attn_implementation", self.attn_implementation, (None, *ATTENTIONS)),
         ):
@@ -126,6 +132,7 @@ class LoadSpec:
                 "use_safetensors": self.use_safetensors,
                 "model_kwargs": dict(self.model_kwargs),
                 "adapters": {name: folder_of(source) or source for name, source in self.adapters.items()},
+                "task": self.task,
             },
             sort_keys=True,
             default=str,

@@ -9,11 +9,15 @@ import copy
 import logging
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from langchain_quantllm.compat.transformers_auto import has_image_text_to_text
+from langchain_quantllm.compat.transformers_auto import (
+    has_audio_text_to_text,
+    has_image_text_to_text,
+    has_speech_seq2seq,
+)
 from langchain_quantllm.compat.transformers_models import cache_of
 from langchain_quantllm.errors import (
     CheckpointError,
@@ -139,6 +143,7 @@ def estimate_config(
     dtype: str | torch.dtype | None = None,
     name: str | None = None,
     trust_remote_code: bool = False,
+    make: Callable[..., PreTrainedModel] | None = None,
 ) -> MemoryEstimate:
     """Compute the memory of the model that a config describes.
 
@@ -148,6 +153,7 @@ def estimate_config(
         dtype: As `estimate_memory` takes it.
         name: Name of the model in the result and in errors; None is the config's.
         trust_remote_code: Run Python code that comes with the checkpoint.
+        make: Makes the model of the config if it is an encoder, which has no KV cache; None makes a language model.
 
     Raises:
         InvalidOptionError: If the scheme or the dtype is unknown.
@@ -162,7 +168,7 @@ def estimate_config(
     used = _choose_scheme(asked, options, name)
     torch_dtype = _choose_dtype(dtype, config)
     context_tokens = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    model = build_on_meta(config, torch_dtype, trust_remote_code, name)
+    model = build_on_meta(config, torch_dtype, trust_remote_code, name, make)
     others = {} if options else {label: s for label, s in SCHEMES.items() if not s.calibrated}
     unquantized = weight_bytes(model, Unquantized(), torch_dtype)
     parameters = sum(p.numel() for p in model.parameters())
@@ -175,7 +181,7 @@ def estimate_config(
         bytes_16bit=2 * parameters + unquantized.buffers_bytes,
         context_tokens=context_tokens,
         bytes_by_scheme={label: weight_bytes(model, s, torch_dtype).total_bytes for label, s in others.items()},
-        **_cache_bytes(model),
+        **(_cache_bytes(model) if make is None else {"kv_cache_bytes_per_token": 0}),
     )
 
 
@@ -216,7 +222,13 @@ def _choose_dtype(dtype: str | torch.dtype | None, config: PreTrainedConfig) -> 
     return found
 
 
-def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool, name: str) -> PreTrainedModel:
+def build_on_meta(
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    name: str,
+    make: Callable[..., PreTrainedModel] | None = None,
+) -> PreTrainedModel:
     """Build the model of a config without memory for its weights.
 
     Args:
@@ -224,26 +236,38 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_cod
         dtype: Of the weights that it would have.
         trust_remote_code: Run Python code that comes with the checkpoint.
         name: Name of the model in errors.
+        make: Makes the model, as `AutoModel.from_config` does; None is that of a language model.
 
     Raises:
         UnsupportedError: If the model cannot be built on the meta device.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
+        AutoModelForSeq2SeqLM,
+        AutoModelForSpeechSeq2Seq,
+    )
 
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    if not config.is_encoder_decoder and has_image_text_to_text(config.model_type):
+    if config.is_encoder_decoder and has_speech_seq2seq(config.model_type):
+        auto_class = AutoModelForSpeechSeq2Seq
+    elif not config.is_encoder_decoder and has_image_text_to_text(config.model_type):
         auto_class = AutoModelForImageTextToText
+    elif has_audio_text_to_text(config.model_type):
+        auto_class = AutoModelForMultimodalLM
     try:
         with model_build_lock(), torch.device("meta"):
             # eager attention: a config that asks for a kernel that is not installed can still be estimated
-            return auto_class.from_config(
+            return (make or auto_class.from_config)(
                 config, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation="eager"
             )
     except Exception as error:  # whatever a model raises for the values of a stranger's config
+        kind = "" if make is not None else " as a language model"
         msg = (
-            f"model {name!r} (type {config.model_type!r}) cannot be built on the meta device as a language model, so"
-            f" its memory cannot be estimated: {first_line(error)}"
+            f"model {name!r} (type {config.model_type!r}) cannot be built on the meta device{kind}, so its memory"
+            f" cannot be estimated: {first_line(error)}"
         )
         raise UnsupportedError(msg) from error
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image, PngImagePlugin
 
-from langchain_quantllm.chat import images
+from langchain_quantllm.chat import media
 from langchain_quantllm.chat.images import ImageSource, read_image
 from langchain_quantllm.errors import InvalidOptionError
 
@@ -119,7 +119,7 @@ def test_other_formats_are_not_decoded(kind: str) -> None:
 
 
 def test_data_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "_MOST_BYTES", 30_000)
+    monkeypatch.setattr(media, "MOST_BYTES", 30_000)
     small, large = made("PNG", (50, 50)), made("PNG", (200, 200))
     assert len(small) < 30_000 < len(large)
     for url in (False, True):

@@ -56,7 +56,7 @@ def test_to_and_from_hugging_face_pipeline(folders: Any, chats: Any) -> None:
 
 def test_the_fast_engine_never_gets_an_image(folders: Any, chat: Any) -> None:
     model = chat._loaded()
-    with pytest.raises(InvalidOptionError, match="images are read by the pipeline engine only"):
+    with pytest.raises(InvalidOptionError, match="images and sounds are read by the pipeline engine only"):
         model.engines.choose("fast", has_media=True)
     assert model.engines.choose("auto", has_media=True).info.name == "pipeline"
     with pytest.raises(QuantLLMError, match="engine='auto'"):

@@ -15,7 +15,7 @@ import pytest
 from langchain_core.messages import HumanMessage, SystemMessage
 from PIL import Image
 
-from langchain_quantllm.chat import images
+from langchain_quantllm.chat import media
 from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
 from tests.support.chat_images import ask, block, chat_of, plain, transformers_answer
 from tests.support.models import forwards
@@ -90,7 +90,7 @@ def test_urls_are_fetched(chat: Any, local: Any, web: str, monkeypatch: pytest.M
     with pytest.raises(InvalidOptionError, match="longer than 0.3 seconds"):
         fetch(f"{web}/drops", timeout=0.3)
     assert time.monotonic() - began < 1.5
-    monkeypatch.setattr(images, "_MOST_BYTES", 2**17)
+    monkeypatch.setattr(media, "MOST_BYTES", 2**17)
     with pytest.raises(InvalidOptionError, match=r"/large: it is larger than"):
         fetch(f"{web}/large")
 

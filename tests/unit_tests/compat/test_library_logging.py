@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers.utils import logging as transformers_logging
 
-from langchain_quantllm.compat.library_logging import progress_bars, quiet_logger, without_torchao
+from langchain_quantllm.compat.library_logging import dropped_messages, progress_bars, quiet_logger, without_torchao
 
 
 def bars_shown() -> tuple[bool, bool]:
@@ -82,3 +82,14 @@ def test_the_bars_of_transformers_are_the_ones_that_loading_shows(capfd: pytest.
             for _ in transformers_logging.tqdm(range(3), desc="weights"):
                 pass
         assert ("weights" in capfd.readouterr().err) == shown
+
+
+def test_messages_that_begin_with_a_text_are_dropped_inside_the_block(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("quantllm_dropped")
+    with dropped_messages(logger.name, "Known"):
+        with dropped_messages(logger.name, "Other"):
+            logger.warning("Known %s", "and dropped")
+        logger.warning("Other")
+        logger.warning("New")
+    logger.warning("Known after it")
+    assert [record.getMessage() for record in caplog.records] == ["Other", "New", "Known after it"]

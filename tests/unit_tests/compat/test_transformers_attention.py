@@ -112,3 +112,13 @@ def test_values_of_a_config_show_every_change_but_the_attention_s_name(model: An
     before = list(values_of(model.config))
     model.config.rope_parameters["rope_theta"] = 7.0
     assert list(values_of(model.config)) != before
+
+
+def test_setting_the_name_in_a_config_leaves_those_inside_it() -> None:
+    from transformers import LlavaConfig
+
+    config = LlavaConfig(attn_implementation="sdpa")
+    config.vision_config._attn_implementation = "eager"
+    set_attention_name(config, "compat_test")
+    assert attention_name(config) == "compat_test"
+    assert (attention_name(config.vision_config), attention_name(config.text_config)) == ("eager", "sdpa")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from langchain_quantllm.compat.transformers_processors import with_encoder
+from langchain_quantllm.compat.transformers_processors import longest_sound_s, with_encoder
 from tests.support.vision import FAMILIES, TEMPLATES, make_vision_checkpoint, picture
 
 TOKENS = {"llava": "<image>", "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>"}
@@ -37,3 +37,11 @@ def test_a_processor_uses_the_given_encoder_for_its_whole_text(family: str, tmp_
     assert all(torch.equal(torch.as_tensor(found[name]), torch.as_tensor(expected[name])) for name in expected)
     again = processor(add_special_tokens=False, **options)  # the processor itself is as before
     assert torch.equal(again["input_ids"], expected["input_ids"])
+
+
+def test_a_feature_extractor_tells_the_longest_sound() -> None:
+    from transformers import Gemma4AudioFeatureExtractor, WhisperFeatureExtractor
+
+    assert longest_sound_s(WhisperFeatureExtractor()) == 30
+    assert longest_sound_s(WhisperFeatureExtractor(chunk_length=300)) == 300
+    assert longest_sound_s(Gemma4AudioFeatureExtractor()) == 30

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +12,13 @@ from typing import Any
 import nbformat
 import pytest
 
+from benchmarks import rag_corpus
 from tests.support.selection import skip_without_gptqmodel
 
 COOKBOOK = Path(__file__).parents[3] / "cookbook"
 NOTEBOOKS = sorted(COOKBOOK.glob("*.ipynb"))
+SIZES = ((600, 60), (800, 100))
+PASSAGES = {(size, overlap): rag_corpus.passages(size=size, overlap=overlap) for size, overlap in SIZES}
 execute = SimpleNamespace(**runpy.run_path(str(COOKBOOK / "execute.py")))
 
 
@@ -113,14 +117,37 @@ RUN = [pytest.param(path, marks=MARKS.get(path.stem, pytest.mark.slow), id=path.
 @pytest.mark.enable_socket  # a notebook's kernel is spoken to through local sockets
 @pytest.mark.parametrize("path", RUN)
 def test_notebook_runs(path: Path, request: pytest.FixtureRequest) -> None:
-    if "CHAT_MODEL" in path.read_text(encoding="utf-8"):
-        environment = {"CHAT_MODEL": str(request.getfixturevalue("qwen_coder"))}
-    else:
-        environment = {"RECIPE_STEPS": "16"}  # enough to see every stage run, too few to learn the task
-        request.getfixturevalue("smollm2")
-    ran = execute.clean(runs(path, **environment), execute.folders(environment.get("CHAT_MODEL")))
+    text = path.read_text(encoding="utf-8")
+    request.getfixturevalue("qwen_coder" if "CHAT_MODEL" in text else "smollm2")
+    environment = execute.models(text)
+    steps = {"RECIPE_STEPS": "16"}  # enough to see every stage run, too few to learn the task
+    ran = execute.clean(runs(path, **environment, **steps), execute.folders(environment))
     shipped = nbformat.read(path, as_version=4)
     assert [bool(cell.outputs) for cell in code_cells(shipped)] == [bool(cell.outputs) for cell in code_cells(ran)]
+
+
+QUESTIONS = json.loads((COOKBOOK / "data" / "questions.json").read_text(encoding="utf-8"))
+
+
+def test_there_are_thirty_questions() -> None:
+    assert len({entry["question"] for entry in QUESTIONS}) == 30
+    assert all(set(entry) == {"question", "source", "phrase", "answer"} and entry["answer"] for entry in QUESTIONS)
+
+
+@pytest.mark.parametrize("entry", QUESTIONS, ids=lambda entry: entry["phrase"])
+def test_the_phrase_of_a_question_stands_once_in_its_file_and_in_passages_whole(entry: dict[str, Any]) -> None:
+    (question,) = [each for each in rag_corpus.questions() if each.text == entry["question"]]
+    text = rag_corpus.plain(rag_corpus.documents()[question.source])
+    assert text.count(rag_corpus.plain(question.phrase)) == 1
+    for size, overlap in SIZES:  # of the notebook and of the benches
+        assert any(map(question.is_answered_by, PASSAGES[size, overlap]))
+
+
+def test_the_notebook_reads_every_page_that_a_question_names() -> None:
+    source = "".join(cell.source for cell in nbformat.read(COOKBOOK / "05_rag.ipynb", as_version=4).cells)
+    assert [e["source"] for e in QUESTIONS if f'"{e["source"].removesuffix(".md")}"' not in source] == [
+        "alice.txt" for e in QUESTIONS if e["source"] == "alice.txt"
+    ]
 
 
 @pytest.mark.slow

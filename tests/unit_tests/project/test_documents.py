@@ -21,14 +21,18 @@ import yaml
 from typer.main import get_command
 
 import langchain_quantllm
-from langchain_quantllm import SCHEMES, QuantizedHuggingFaceLLM, structured
+from langchain_quantllm import SCHEMES, QuantizedHuggingFaceLLM, QuantizedWhisperParser, structured
 from langchain_quantllm.base import QuantizedModel
+from langchain_quantllm.base.encoder_fields import EncoderFields
 from langchain_quantllm.cli import app
 from langchain_quantllm.compat.versions import TRIED
 from langchain_quantllm.errors import InvalidOptionError
 from tests.support.adapters import make_adapter
+from tests.support.encoder_models import minilm, tiny_clip, tiny_qwen3_embedder
 from tests.support.models import tiny_model
+from tests.support.rerankers import save_cross_encoder
 from tests.support.selection import slow_but
+from tests.support.speech_models import whisper_model
 from tests.support.vision import make_vision_checkpoint, picture
 
 if sys.version_info >= (3, 11):
@@ -57,8 +61,13 @@ STAND_INS = {
     "Qwen/Qwen2.5-7B-Instruct": "text",
     "Qwen/Qwen2.5-VL-7B-Instruct": "vision",
     "acme/qwen-support-lora": "sql-lora",
+    "Qwen/Qwen3-Embedding-0.6B": "embedder",
+    "sentence-transformers/all-MiniLM-L6-v2": "minilm",
+    "BAAI/bge-reranker-v2-m3": "cross-encoder",
+    "openai/clip-vit-base-patch32": "clip",
+    "openai/whisper-large-v3-turbo": "whisper",
 }
-"""The model of a block, and the folder that stands in for it here; all are made by `workplace`."""
+"""The model of a block, and the folder that stands in for it here; all are made by `workplace` and `shelf`."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +137,19 @@ def workplace(smollm2: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFa
     return folder
 
 
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the encoders and sounds that the page about retrieval takes."""
+    folder = tmp_path_factory.mktemp("shelf")
+    tiny_qwen3_embedder(folder / "embedder")
+    tiny_clip(folder / "clip")
+    save_cross_encoder(folder / "cross-encoder")
+    (folder / "minilm").symlink_to(minilm())
+    (folder / "whisper").symlink_to(whisper_model())
+    shutil.copy(ROOT / "tests" / "data" / "museum_en.ogg", folder)
+    return folder
+
+
 class StandIn(ast.NodeTransformer):
     """Puts the folder that stands in for a model into a block."""
 
@@ -144,17 +166,19 @@ REPEATED = {"README.ja.md", "docs/quantize_adapt_merge.md"}
 
 @pytest.mark.parametrize("document", slow_but(PYTHON_DOCUMENTS.keys() - REPEATED, PYTHON_DOCUMENTS))
 def test_the_blocks_of_a_document_run_in_their_order(
-    document: str, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    document: str, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     pytest.importorskip("xgrammar")
     shutil.copytree(workplace, tmp_path, dirs_exist_ok=True)
+    if document == "docs/rag.md":
+        shutil.copytree(request.getfixturevalue("shelf"), tmp_path, symlinks=True, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "__main__"}
     for block in [block for block in blocks("python") if block.document == document]:
         tree = StandIn().visit(ast.parse("\n" * (block.line - 1) + block.text, document))
         exec(compile(tree, str(ROOT / document), "exec"), names)
     for value in names.values():
-        if isinstance(value, QuantizedModel):
+        if isinstance(value, QuantizedModel | EncoderFields | QuantizedWhisperParser):
             value.unload()
 
 
