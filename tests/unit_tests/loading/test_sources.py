@@ -226,7 +226,7 @@ def test_names_that_no_folder_can_have(name: str) -> None:
 CODE = """
 import sys
 from langchain_quantllm import QuantizedHuggingFaceLLM
-from langchain_quantllm.errors import QuantLLMError, UnsupportedError
+from langchain_quantllm.errors import QuantLLMError
 gguf = sys.argv[1]
 given = [("/no/such/model", {}), (gguf, {}), ("acme/tiny", {"sql": "/no/such/adapter"}), ("acme/tiny", {})]
 for model_id, adapters in given:
