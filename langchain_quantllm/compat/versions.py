@@ -28,6 +28,7 @@ TRIED: Mapping[str, Tried] = {
     "langchain-core": Tried("1.7.0", "1.8.3"),
     "optimum": Tried("2.3.0", "2.3.0"),
     "peft": Tried("0.20.0", "0.21.2"),
+    "sentence-transformers": Tried("6.2.0", "6.2.0"),
     "torch": Tried("2.8.0", "2.15.0"),
     "transformers": Tried("5.14.0", "5.24.0"),
     "xgrammar": Tried("0.2.8", "0.2.9"),
