@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from langchain_quantllm.compat.accelerate import has_device_map
-from langchain_quantllm.compat.bitsandbytes import filter_cast_warnings, shape_of
+from langchain_quantllm.compat.bitsandbytes import filter_cast_warnings, keep_odd_layers_unpacked, shape_of
 from langchain_quantllm.compat.library_logging import progress_bars
 from langchain_quantllm.compat.transformers_auto import has_applied_adapter, without_adapter
 from langchain_quantllm.errors import (
@@ -82,6 +82,7 @@ def load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: A
     _check_complete(spec, checkpoint, model, info)
     model.eval()
     filter_cast_warnings(model)
+    keep_odd_layers_unpacked(model)
     # Without a device, a pipeline moves a model to the first GPU, unless the model has a device map.
     device = None if has_device_map(model) else model.device
     return pipeline(task, model=model, device=device, **parts)

@@ -194,3 +194,15 @@ def test_bitsandbytes_logs_cast_warnings_by_this_logger(
 
 def test_the_logger_of_kernels_is_there() -> None:
     assert compat._KERNELS in logging.root.manager.loggerDict
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "is_packed"), [(128, 64, True), (128, 40, False), (96, 64, False)])
+def test_layers_that_the_kernel_of_a_cpu_cannot_take_are_not_packed_for_it(
+    inputs: int, outputs: int, is_packed: bool
+) -> None:
+    """On a CPU with AVX512-BF16 their first forward fails otherwise."""
+    layer = bnb.nn.Linear4bit(inputs, outputs, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+    layer.weight = bnb.nn.Params4bit(torch.randn(outputs, inputs), requires_grad=False, quant_type="nf4").to("cpu")
+    layer.support_avx512bf16_for_cpu = True  # as its constructor finds it there
+    compat.keep_odd_layers_unpacked(nn.Sequential(layer))
+    assert layer.support_avx512bf16_for_cpu is is_packed
