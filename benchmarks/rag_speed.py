@@ -2,9 +2,9 @@
 
     python -m benchmarks.rag_speed FOLDER --schemes none int8 nf4 --device cpu
 
-Embeds the passages of benchmarks/rag_corpus.py, and finds the answers to its questions by their vectors. Prints one
-line of JSON for each scheme, and one for sentence-transformers in 16 bits with the same number of texts in a batch, in
-one process. Times are those of this machine: only the ratios mean something elsewhere.
+Embeds the passages of benchmarks/rag_corpus.py, and finds the answers to its questions by their vectors. Prints a line
+of JSON for each scheme, and one for sentence-transformers in 16 bits with the same number of texts in a batch. All are
+loaded at once and timed by turns. Times are those of this machine: only the ratios mean something elsewhere.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,17 +25,19 @@ from benchmarks.rag_corpus import Passage, Question, hit_rate, passages, questio
 from langchain_quantllm import QuantizedHuggingFaceEmbeddings
 
 Vectors = Any
+Embed = Callable[[list[str]], Vectors]
 
 
-def rate_per_s(embed: Callable[[list[str]], Vectors], texts: list[str], repeats: int) -> float:
-    """Return the median of the texts per second of several runs; the first is to warm up."""
-    rates = []
+def rates_per_s(ways: Mapping[str, Embed], texts: list[str], repeats: int) -> dict[str, float]:
+    """Return the medians of the texts per second, of runs by turns; the first turn is to warm up."""
+    rates: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(repeats + 1):
-        began = time.perf_counter()
-        embed(texts)
-        if repeat:
-            rates.append(len(texts) / (time.perf_counter() - began))
-    return statistics.median(rates)
+        for name, embed in ways.items():
+            began = time.perf_counter()
+            embed(texts)
+            if repeat:
+                rates[name].append(len(texts) / (time.perf_counter() - began))
+    return {name: statistics.median(values) for name, values in rates.items()}
 
 
 def quality(documents: Vectors, queries: Vectors, chosen: list[Passage], asked: list[Question]) -> dict[str, float]:
@@ -51,22 +53,6 @@ def cosines(vectors: Vectors, exact: Vectors) -> tuple[float, float]:
     return float(products.min()), float(products.mean())
 
 
-def measure(name: str, weight_bytes: int, embed: Callable[[list[str]], Vectors], given: Any, state: Any) -> None:
-    """Measure one way of embedding, and print its line."""
-    chosen, asked, exact = state
-    texts = [passage.text for passage in chosen]
-    vectors = np.asarray(embed(texts), dtype=np.float32)
-    queries = np.asarray(embed([question.text for question in asked]), dtype=np.float32)
-    if not exact:
-        exact.append(vectors)  # the first is float32
-    least, mean = cosines(vectors, exact[0])
-    line = {"name": name, "weights, MB": round(weight_bytes / 1e6, 1)}
-    line |= quality(vectors, queries, chosen, asked)
-    line |= {"least cosine to float32": round(least, 4), "mean cosine": round(mean, 4)}
-    line["documents/s"] = round(rate_per_s(embed, texts[: given.texts], given.repeats), 1)
-    print(json.dumps(line), flush=True)
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -76,6 +62,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="Texts of a batch, for both libraries.")
     parser.add_argument("--texts", type=int, default=64, help="Texts of a timed run.")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--speed-only", action="store_true", help="Leave out the quality.")
     given = parser.parse_args()
     print(
         json.dumps(
@@ -89,7 +76,8 @@ def main() -> None:
         ),
         flush=True,
     )
-    state = (passages(), questions(), [])
+    ways: dict[str, Embed] = {}
+    bytes_of: dict[str, int] = {}
     for scheme, dtype in [("none", "float32"), *((scheme, "bfloat16") for scheme in given.schemes)]:
         embeddings = QuantizedHuggingFaceEmbeddings(
             model_name=given.model,
@@ -99,21 +87,33 @@ def main() -> None:
             batch_size=given.batch,
             max_batch_tokens=1 << 20,
             progress=False,
-            query_prompt="",
         ).load()
         name = f"{scheme}, {dtype}" if scheme == "none" else scheme
-        size = embeddings.memory_report().to_dict()["weights"]["total_bytes"]
-        measure(name, size, embeddings.embed_documents, given, state)
-        embeddings.unload()
+        ways[name] = embeddings.embed_documents
+        bytes_of[name] = embeddings.memory_report().to_dict()["weights"]["total_bytes"]
     model = sentence_transformers.SentenceTransformer(
         given.model, device=given.device, model_kwargs={"dtype": torch.bfloat16}
     )
-    size = sum(parameter.nbytes for parameter in model.parameters())
+    name = "sentence-transformers, bfloat16"
+    ways[name] = lambda texts: model.encode(texts, batch_size=given.batch)
+    bytes_of[name] = sum(parameter.nbytes for parameter in model.parameters())
 
-    def encode(texts: list[str]) -> Vectors:
-        return model.encode(texts, batch_size=given.batch, normalize_embeddings=False).astype(np.float32)
-
-    measure("sentence-transformers, bfloat16", size, encode, given, state)
+    chosen, asked = passages(), questions()
+    texts = [passage.text for passage in chosen]
+    rates = rates_per_s(ways, texts[: given.texts], given.repeats)
+    reference = next((rate for name, rate in rates.items() if name == "none, bfloat16"), rates["none, float32"])
+    exact: Vectors = None
+    for name, embed in ways.items():
+        line: dict[str, Any] = {"name": name, "weights, MB": round(bytes_of[name] / 1e6, 1)}
+        line |= {"documents/s": round(rates[name], 1), "against 16 bits": round(rates[name] / reference, 2)}
+        if not given.speed_only:
+            vectors = np.asarray(embed(texts), dtype=np.float32)
+            queries = np.asarray(embed([question.text for question in asked]), dtype=np.float32)
+            exact = vectors if exact is None else exact  # the first is float32
+            least, mean = cosines(vectors, exact)
+            line |= quality(vectors, queries, chosen, asked)
+            line |= {"least cosine to float32": round(least, 4), "mean cosine": round(mean, 4)}
+        print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":
