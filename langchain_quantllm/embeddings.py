@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import io
-import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from langchain_core.embeddings import Embeddings
@@ -20,7 +17,7 @@ from typing_extensions import Self
 
 from langchain_quantllm.base.aside import run_aside
 from langchain_quantllm.base.encoder_fields import EncoderFields
-from langchain_quantllm.chat.images import image_of_bytes, image_of_data_url
+from langchain_quantllm.chat.image_files import read_images
 from langchain_quantllm.compat.sentence_transformers import modalities_of, normalizes, prompts_of, reads, vector_size
 from langchain_quantllm.encoders.arguments import translate_arguments
 from langchain_quantllm.encoders.embedding import SDPA_KERNELS, Embed
@@ -29,11 +26,8 @@ from langchain_quantllm.encoders.vectors import VectorForm
 from langchain_quantllm.encoders.worker import Work
 from langchain_quantllm.errors import (
     InvalidOptionError,
-    MissingPackageError,
     UnsupportedError,
-    first_line,
     nearest,
-    pip_install,
 )
 
 _PROMPT_NAMES = {"query": ("query",), "document": ("document", "passage", "corpus")}
@@ -221,7 +215,7 @@ class QuantizedHuggingFaceEmbeddings(EncoderFields, Embeddings):
             InvalidOptionError: If a picture is missing, damaged or too large.
             EncodingError: If the model failed.
         """
-        return self._embed(_read_images(images), "image")
+        return self._embed(read_images(images), "image")
 
     def embed_image(self, image: Any = None, *, uris: Sequence[str] | None = None) -> Any:
         """Embed one picture.
@@ -239,7 +233,7 @@ class QuantizedHuggingFaceEmbeddings(EncoderFields, Embeddings):
 
     async def aembed_images(self, images: Sequence[Any]) -> list[list[float]]:
         """Embed pictures without holding up the event loop; as `embed_images`."""
-        return await self._aembed(await run_aside(_read_images, images), "image")
+        return await self._aembed(await run_aside(read_images, images), "image")
 
     async def aembed_image(self, image: Any) -> list[float]:
         """Embed one picture without holding up the event loop; as `embed_image`."""
@@ -365,39 +359,3 @@ class QuantizedHuggingFaceEmbeddings(EncoderFields, Embeddings):
         delay_s = _BAR_DELAY_S if self.show_progress is None else 0.0
         with tqdm(total=count, desc="Embedding", unit=" " + what, delay=delay_s) as bar:
             yield bar.update
-
-
-def _read_images(images: Sequence[Any]) -> list[Any]:
-    """Read pictures from paths, data URLs, bytes or Pillow images, into Pillow images in RGB."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        msg = f"pictures need pillow: {pip_install('langchain-quantllm[vision]')}"
-        raise MissingPackageError(msg) from error
-    if isinstance(images, str | bytes | os.PathLike | Image.Image):
-        msg = "embed_images takes a list of pictures, not one; write [picture], or embed_image."
-        raise InvalidOptionError(msg)
-    return [_read_image(image, f"picture {index}", Image.Image) for index, image in enumerate(images)]
-
-
-def _read_image(image: Any, name: str, image_class: type) -> Any:
-    if isinstance(image, image_class):
-        return image.convert("RGB")  # type: ignore[attr-defined]
-    if isinstance(image, bytes | bytearray | memoryview):
-        return image_of_bytes(bytes(image), name)
-    if isinstance(image, io.IOBase):
-        return image_of_bytes(image.read(), name)
-    if isinstance(image, str) and image.startswith("data:"):
-        return image_of_data_url(image, name)
-    if isinstance(image, str) and "://" in image and not image.startswith("file://"):
-        msg = f"{name} is the URL {image[:60]!r}, and nothing is fetched from a network here; fetch it, and give bytes."
-        raise UnsupportedError(msg)
-    if not isinstance(image, str | os.PathLike):
-        msg = f"{name} is {type(image).__name__}; give a path, a data URL, bytes of a file, or a Pillow image."
-        raise InvalidOptionError(msg)
-    path = Path(os.fspath(image).removeprefix("file://"))
-    try:
-        return image_of_bytes(path.read_bytes(), f"{name}, {path},")
-    except OSError as error:
-        msg = f"{name}, {path}, cannot be read ({first_line(error)}); check the path."
-        raise InvalidOptionError(msg) from error

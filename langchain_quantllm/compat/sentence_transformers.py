@@ -68,11 +68,14 @@ def make_model(kind: str, folder: str, options: Mapping[str, Any], pooling: str 
 
 
 def keep_heads_in_float32(model: Any) -> None:
-    """Compute everything behind the first module in float32: pooling, projections, normalization, scores."""
-    children = list(model.children())
-    for module in children[1:]:
-        module.float()
-    children[0].register_forward_hook(_cast_outputs)
+    """Compute everything behind transformers in float32: pooling, projections, normalization, scores."""
+    from sentence_transformers.base.modules import InputModule, Module, Router
+
+    for module in model.modules():
+        if isinstance(module, InputModule) and not isinstance(module, Router):
+            module.register_forward_hook(_cast_outputs)
+        elif isinstance(module, Module) and not isinstance(module, Router):
+            module.float()
     # A model with a device map is aligned again, to the dtype of the transformer, by its first `encode` otherwise.
     model._modules_placed = True
 

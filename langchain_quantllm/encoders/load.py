@@ -17,11 +17,12 @@ from langchain_quantllm.encoders.source import EncoderSource, find_source
 from langchain_quantllm.encoders.spec import EncoderSpec
 from langchain_quantllm.engine.clean_thread import in_clean_thread
 from langchain_quantllm.engine.process import note_loading
-from langchain_quantllm.errors import CheckpointError, UnsupportedError
+from langchain_quantllm.errors import CheckpointError, NotEnoughMemoryError, UnsupportedError
 from langchain_quantllm.loading.choices import check_attention
 from langchain_quantllm.loading.devices import release_memory, reset_peaks
 from langchain_quantllm.loading.foreign_errors import as_checkpoint_error, reason_of
-from langchain_quantllm.memory import TrackedMemory, model_build_lock, track_memory
+from langchain_quantllm.loading.stored_tensors import read_stored_tensors
+from langchain_quantllm.memory import TrackedMemory, available_memory, format_bytes, model_build_lock, track_memory
 from langchain_quantllm.memory.measure import device_name
 from langchain_quantllm.schemes import Scheme, Unquantized, scheme_of_config
 
@@ -86,8 +87,17 @@ def load(spec: EncoderSpec) -> ReadEncoder:
     check_installed()
     check_packages(spec.scheme)
     source = find_source(spec)
-    with as_checkpoint_error(lambda error: f"{spec.model_id} cannot be loaded: {reason_of(error)}"):
+    with as_checkpoint_error(lambda error: _explain(spec, error)):
         return _load(spec, source)
+
+
+def _explain(spec: EncoderSpec, error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return (
+            f"{spec.model_id} comes with Python code of its own; read it, and if you trust it pass "
+            "trust_remote_code=True."
+        )
+    return f"{spec.model_id} cannot be loaded: {reason_of(error)}"
 
 
 def _load(spec: EncoderSpec, source: EncoderSource) -> ReadEncoder:
@@ -98,6 +108,7 @@ def _load(spec: EncoderSpec, source: EncoderSource) -> ReadEncoder:
     scheme = _scheme(spec, source)
     device = device_of(spec)
     dtype = getattr(torch, dtype_of(spec, source.config, scheme))
+    _check_memory(spec, source, scheme, device, dtype)
     model_kwargs = {
         **({} if spec.model_kwargs is None else copy.deepcopy(dict(spec.model_kwargs))),
         "dtype": dtype,
@@ -128,6 +139,28 @@ def _load(spec: EncoderSpec, source: EncoderSource) -> ReadEncoder:
         release_memory(collect=False)
     reset_peaks([device])
     return ReadEncoder(model=model, scheme=scheme, tracked=tracked)
+
+
+def _check_memory(spec: EncoderSpec, source: EncoderSource, scheme: Scheme, device: str, dtype: Any) -> None:
+    """Check that the weights fit, as far as the number of their elements tells.
+
+    Raises:
+        NotEnoughMemoryError: If they take more memory than is free, even if all of them were quantized.
+    """
+    stored = read_stored_tensors(source.transformer)
+    if stored is None or device == "mps":
+        return
+    is_stored = isinstance(source.config.get("quantization_config"), dict)
+    bits = 8 * dtype.itemsize if isinstance(scheme, Unquantized) else scheme.weight_bits or 4
+    needed_bytes = stored.size_bytes if is_stored else stored.elements * bits // 8
+    free_bytes = available_memory(device)
+    if needed_bytes > free_bytes:
+        msg = (
+            f"{spec.model_id} needs at least {format_bytes(needed_bytes)} for its weights in {label_of(scheme)!r}, and "
+            f"{format_bytes(free_bytes)} are free on {device}; use a scheme of fewer bits, another device, or a "
+            "smaller model."
+        )
+        raise NotEnoughMemoryError(msg)
 
 
 def _scheme(spec: EncoderSpec, source: EncoderSource) -> Scheme:

@@ -21,9 +21,11 @@ from langchain_quantllm.errors import (
     UnsupportedError,
     first_line,
 )
+from langchain_quantllm.loading.config_checks import check_raw_config
 from langchain_quantllm.loading.hub import MissingFileError, Repository
 from langchain_quantllm.loading.json_files import json_or_empty, read_json
 from langchain_quantllm.loading.sources import check_sources, folder_of
+from langchain_quantllm.loading.stored_tensors import read_stored_tensors
 
 MODULES = "modules.json"
 """sentence-transformers' file that lists the modules of a model."""
@@ -49,6 +51,9 @@ _USES = {
 _WHOLE = ("CLIPModel", "SiglipModel", "Siglip2Model")
 """Ends of the names of classes whose output is the vector of a text or an image already, without pooling."""
 
+_ACTIVATIONS = ("activation_function", "activation_fn", "sbert_ce_default_activation_function")
+"""Entries of configs that name a class of Python."""
+
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _IGNORED = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.ot", "*.onnx", "onnx/*", "openvino/*", "*.gguf"]
 """Files of a repository that are never loaded; pickles are, where they are allowed."""
@@ -60,11 +65,13 @@ class EncoderSource:
 
     Args:
         folder: The folder.
+        transformer: The folder of its transformer.
         modules: The entries of modules.json; None where a checkpoint of transformers has none.
         config: The config.json of the transformer; empty if it has none.
     """
 
     folder: Path
+    transformer: Path
     modules: tuple[Mapping[str, Any], ...] | None
     config: Mapping[str, Any]
 
@@ -75,16 +82,25 @@ def find_source(spec: EncoderSpec) -> EncoderSource:
     Raises:
         ModelNotFoundError: If there is no such folder or repository, or the Hub cannot be reached.
         UnsupportedError: If it is another kind of model.
-        CheckpointError: If its weights are in pickle files, which the spec refuses, or its files are damaged.
+        CheckpointError: If its weights are in pickle files or it has code of its own, which the spec refuses, or its
+            files are damaged.
         InvalidOptionError: If the spec's pooling is missing, or contradicts the model's own.
     """
     check_sources(spec.model_id, wrong=lambda folder: None)
     local = folder_of(spec.model_id)
     folder = Path(local) if local is not None else _snapshot(spec)
     source = _read(spec, folder)
-    for error in (_wrong_kind(spec, source), _wrong_pooling(spec, source), _pickled(spec, source)):
-        if error is not None:
+    for find_error in (_wrong_kind, _wrong_pooling, _pickled, _untrusted):
+        if (error := find_error(spec, source)) is not None:
             raise error
+    stored = read_stored_tensors(source.transformer)
+    check_raw_config(
+        source.config,
+        source.transformer / "config.json",
+        use_safetensors=spec.use_safetensors,
+        trust_remote_code=spec.trust_remote_code,
+        stored=stored,
+    )
     return source
 
 
@@ -99,7 +115,8 @@ def _read(spec: EncoderSpec, folder: Path) -> EncoderSource:
     if MODULES in names:
         modules = _read_modules(folder / MODULES)
     first = folder / str(modules[0].get("path", "")) if modules else folder
-    return EncoderSource(folder=folder, modules=modules, config=json_or_empty(first / "config.json"))
+    config = json_or_empty(first / "config.json")
+    return EncoderSource(folder=folder, transformer=first, modules=modules, config=config)
 
 
 def _read_modules(file: Path) -> tuple[Mapping[str, Any], ...]:
@@ -217,6 +234,30 @@ def _pickled(spec: EncoderSpec, source: EncoderSource) -> QuantLLMError | None:
                 "it to safetensors, or pass use_safetensors=False if you trust its maker."
             )
     return None
+
+
+def _untrusted(spec: EncoderSpec, source: EncoderSource) -> QuantLLMError | None:
+    """Return the error if the files name code that is not sentence-transformers' or torch's, and it is not trusted.
+
+    sentence-transformers refuses such modules, but replaces an activation by another one, with a warning.
+    """
+    if spec.trust_remote_code:
+        return None
+    entries = source.modules or ()
+    code = [str(entry.get("type", "")) for entry in entries]
+    code = [name for name in code if not name.startswith("sentence_transformers.")]
+    configs = [json_or_empty(source.folder / str(entry.get("path", "")) / "config.json") for entry in entries]
+    inner = source.config.get("sentence_transformers")
+    configs += [dict(source.config), json_or_empty(source.folder / SETTINGS), inner if isinstance(inner, dict) else {}]
+    for config in configs:
+        named = [config[key] for key in _ACTIVATIONS if isinstance(config.get(key), str)]
+        code += [name for name in named if not name.startswith("torch.nn.")]
+    if not code:
+        return None
+    return CheckpointError(
+        f"{spec.model_id} names Python code that is not sentence-transformers' own ({code[0]}); read it, and if you "
+        "trust its maker pass trust_remote_code=True."
+    )
 
 
 def _snapshot(spec: EncoderSpec) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import sys
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,13 @@ from sentence_transformers import SentenceTransformer
 from langchain_quantllm.encoders.embedding import Embed
 from langchain_quantllm.encoders.registry import LoadedEncoder, get_or_load
 from langchain_quantllm.encoders.spec import EncoderSpec
-from langchain_quantllm.errors import CheckpointError, InvalidOptionError, UnsupportedError
+from langchain_quantllm.errors import (
+    CheckpointError,
+    InvalidOptionError,
+    MissingPackageError,
+    NotEnoughMemoryError,
+    UnsupportedError,
+)
 from langchain_quantllm.schemes import scheme_from
 from tests.support.encoder_models import minilm, mpnet, plain_bert, tiny_embedder, tiny_qwen3_embedder
 
@@ -186,9 +193,53 @@ def test_calibrated_schemes_and_missing_devices_are_refused(tmp_path: Path) -> N
             load(folder, attn_implementation="flash_attention_2")
 
 
+def test_a_model_that_cannot_fit_is_refused_before_its_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_embedder(tmp_path / "large")
+    monkeypatch.setattr("langchain_quantllm.encoders.load.available_memory", lambda device: 20_000)
+    with pytest.raises(NotEnoughMemoryError, match=r"are free on cpu; use a scheme of fewer bits"):
+        load(folder)
+    assert load(folder, "nf4").scheme.name == "nf4"
+
+
+def test_a_model_with_routes_for_queries_and_documents_takes_each_and_pools_in_float32(tmp_path: Path) -> None:
+    from sentence_transformers.base.modules import Dense, Router, Transformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+
+    source = str(plain_bert(tmp_path / "plain"))
+    route = Router.for_query_document(
+        query_modules=[Transformer(source), Pooling(32, "mean"), Dense(32, 16), Normalize()],
+        document_modules=[Transformer(source), Pooling(32, "cls"), Dense(32, 16), Normalize()],
+    )
+    made = SentenceTransformer(modules=[route], device="cpu")
+    made.save(str(tmp_path / "routes"), create_model_card=False)
+    encoder = load(tmp_path / "routes", dtype="bfloat16")
+    for task, encode in (("query", made.encode_query), ("document", made.encode_document)):
+        vectors = vectors_of(encoder, ["abc", "def"], task=task)
+        assert np.abs(np.linalg.norm(vectors, axis=1) - 1).max() < 1e-6
+        assert (vectors * np.asarray(encode(["abc", "def"]))).sum(axis=1).min() > 0.999
+
+
 def test_a_damaged_weight_file_is_an_error_of_the_checkpoint(tmp_path: Path) -> None:
     folder = tiny_embedder(tmp_path / "damaged")
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         load(folder)
+
+
+@pytest.mark.parametrize(("found", "words"), [(None, "langchain-quantllm[rag]"), ("5.1.0", "5.1.0 is too old")])
+def test_a_missing_or_old_sentence_transformers_is_named_with_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: str | None, words: str
+) -> None:
+    folder = tiny_embedder(tmp_path / "model")
+    if found is None:
+        monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    else:
+        monkeypatch.setattr("importlib.metadata.version", lambda name: found)
+    with pytest.raises(MissingPackageError) as caught:
+        load(folder)
+    assert words in str(caught.value)
+    assert "pip install" in str(caught.value)

@@ -121,6 +121,40 @@ def test_weights_in_pickle_files_alone_are_refused_unless_allowed(
     assert find_source(EncoderSpec(model_id=str(folder), use_safetensors=False))
 
 
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("modules.json", {"type": "modeling_own.Pooling"}),
+        ("2_Dense/config.json", {"activation_function": "own_code.Activation"}),
+        ("2_Dense/config.json", {"activation_function": "torch.hub.list"}),
+        ("config_sentence_transformers.json", {"activation_fn": "os.getcwd"}),
+    ],
+)
+def test_code_of_the_models_own_is_refused_unless_trusted(
+    folders: dict[str, Path], tmp_path: Path, file: str, changes: dict[str, Any]
+) -> None:
+    folder = tmp_path / "own"
+    shutil.copytree(folders["embedder"], folder)
+    content = json.loads((folder / file).read_text("utf-8"))
+    (content[1] if isinstance(content, list) else content).update(changes)
+    (folder / file).write_text(json.dumps(content), "utf-8")
+    error = error_of(folder)
+    assert isinstance(error, CheckpointError)
+    assert "trust_remote_code=True" in str(error)
+    assert next(iter(changes.values())) in str(error)
+    assert find_source(EncoderSpec(model_id=str(folder), trust_remote_code=True))
+
+
+def test_a_config_with_code_for_its_attention_or_endless_layers_is_refused(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    for number, changes in enumerate(({"_attn_implementation": "some/kernel"}, {"num_hidden_layers": 10**9})):
+        folder = tmp_path / str(number)
+        shutil.copytree(folders["embedder"], folder)
+        edit_json(folder / "config.json", **changes)
+        assert isinstance(error_of(folder), CheckpointError)
+
+
 def test_a_wrong_folder_or_file_is_named(folders: dict[str, Path], tmp_path: Path) -> None:
     assert isinstance(error_of(tmp_path / "none"), ModelNotFoundError)
     assert isinstance(error_of(tmp_path), ModelNotFoundError)

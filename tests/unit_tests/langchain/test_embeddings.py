@@ -262,6 +262,15 @@ def test_texts_of_mixed_lengths_in_small_batches_give_the_same(folder: Path) -> 
         assert_close(make(folder, **fields).embed_documents(TEXTS), expected)
 
 
+def test_a_progress_bar_is_shown_where_it_is_asked_for(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    loaded = make(folder, progress=True).load()
+    capfd.readouterr()
+    loaded.embed_documents(TEXTS)  # ends before a bar would appear by itself
+    assert capfd.readouterr().err == ""
+    make(folder, show_progress=True).embed_documents(TEXTS)
+    assert "60/60" in capfd.readouterr().err
+
+
 # Memory, copies, serialization.
 
 
