@@ -11,9 +11,10 @@ import torch
 
 from langchain_quantllm import QuantizedHuggingFaceLLM
 from langchain_quantllm.engine.generate import GenerateEngine
-from langchain_quantllm.engine.request import Request
+from langchain_quantllm.engine.request import Request, plan_requests
 from langchain_quantllm.engine.result import Answers
 from langchain_quantllm.errors import InvalidOptionError
+from langchain_quantllm.options import GenerationOptions
 from tests.support.engine import PROMPTS, ask, plan
 from tests.support.models import llm_of, tiny_model
 
@@ -126,3 +127,21 @@ class TestIn16Bits:
         assert again.usage is not None
         assert again.usage.cached_tokens > 0  # a hook that stayed would have emptied the cache
         assert len(first.logprobs) == len(again.logprobs) == 2
+
+    def test_batch_invariant_requests_get_the_same_bits_alone_and_beside_others(self, short_smollm2: Path) -> None:
+        llm = QuantizedHuggingFaceLLM(
+            model_id=str(short_smollm2), device="cpu", batch_invariant=True, prefix_caching=False, progress=False
+        )
+        prompts = [llm.pipeline.tokenizer(text)["input_ids"] for text in PROMPTS]
+        options = GenerationOptions(max_new_tokens=1, logprobs=0, eos_token_id=())
+        engine = llm._engine(options)
+        made = [_named(plan_requests(ids, options, engine.limits, shares_prefix=False)) for ids in prompts]
+
+        def reports(requests: list[Request]) -> list[Any]:
+            answers = Answers(requests)
+            with engine.submit(requests) as stream:
+                for chunk in stream:
+                    answers.add(chunk)
+            return [answer.logprobs[0].top for answer in answers.rows]
+
+        assert reports([one for (one,) in made]) == [reports(one)[0] for one in made]
