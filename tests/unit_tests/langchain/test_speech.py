@@ -304,6 +304,34 @@ def test_async_gives_the_same_beside_a_live_event_loop(parser: QuantizedWhisperP
     assert asyncio.run(run()) > 10
 
 
+def test_a_cancelled_task_ends_at_once_and_closes_its_file(
+    parser: QuantizedWhisperParser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, begun, go_on = transformers_whisper.encode, threading.Event(), threading.Event()
+
+    def held(model: Any, features: Any) -> Any:
+        begun.set()
+        go_on.wait(30)
+        return encode(model, features)
+
+    monkeypatch.setattr(transformers_whisper, "encode", held)
+    closed = threading.Event()
+    monkeypatch.setattr("langchain_quantllm.speech._Progress.__exit__", lambda *_: closed.set())
+
+    async def run() -> None:
+        task = asyncio.create_task(parser.aparse(Blob.from_path(MUSEUM)))
+        while not begun.is_set():
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(task, 5)
+
+    asyncio.run(run())
+    assert not closed.is_set()
+    go_on.set()
+    assert closed.wait(60)
+
+
 def test_files_parsed_at_once_do_not_mix(parser: QuantizedWhisperParser, museum: list[Document]) -> None:
     results: dict[str, list[Document]] = {}
 

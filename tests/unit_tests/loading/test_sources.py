@@ -88,9 +88,9 @@ KINDS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"config.json": {**LLAMA, "architectures": ["LlamaForSequenceClassification"]}, **WEIGHTS},
         ["LlamaForSequenceClassification", "classifies texts"],
     ),
-    "whisper": (
-        {"config.json": {"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"]}, **WEIGHTS},
-        ["'whisper' model", "speech"],
+    "speech": (
+        {"config.json": {"model_type": "wav2vec2", "architectures": ["Wav2Vec2ForCTC"]}, **WEIGHTS},
+        ["'wav2vec2' model", "speech"],
     ),
     "onnx": ({"config.json": LLAMA, "model.onnx": ""}, ["ONNX"]),
     "onnx without a config": ({"model.onnx": ""}, ["another runtime"]),
@@ -115,6 +115,19 @@ def test_the_error_says_what_a_folder_holds(tmp_path: Path, kind: str) -> None:
     text = error_for(make(tmp_path / "model", files))
     for word in words:
         assert word in text
+
+
+def test_a_whisper_is_sent_to_the_class_for_speech(tmp_path: Path) -> None:
+    config = {"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"]}
+    folder = make(tmp_path / "model", {"config.json": config, **WEIGHTS})
+    check_sources(folder, task="speech")
+    for use in (
+        lambda: check_sources(folder),
+        lambda: QuantizedHuggingFaceLLM(model_id=folder, progress=False).load(),
+        lambda: quantize(folder, "nf4", progress=False),
+    ):
+        with pytest.raises(UnsupportedError, match="'whisper' model, which turns speech.*use QuantizedWhisperParser"):
+            use()
 
 
 @pytest.mark.parametrize(
