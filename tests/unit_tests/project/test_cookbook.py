@@ -114,6 +114,7 @@ MARKS = {"01_quickstart": [pytest.mark.slow, pytest.mark.compat]}
 RUN = [pytest.param(path, marks=MARKS.get(path.stem, pytest.mark.slow), id=path.stem) for path in NOTEBOOKS]
 
 
+@pytest.mark.timeout(1800)  # the longest takes some minutes on two cores
 @pytest.mark.enable_socket  # a notebook's kernel is spoken to through local sockets
 @pytest.mark.parametrize("path", RUN)
 def test_notebook_runs(path: Path, request: pytest.FixtureRequest) -> None:
