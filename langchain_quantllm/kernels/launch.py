@@ -22,7 +22,10 @@ except ImportError:  # an older Triton, where `early` is never set
     gdc_launch_dependents = gdc_wait = None
 
 COMPILER_OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
-"""Options of every launch: products and sums are fused, which newer versions of Triton do only where it is said."""
+"""Options of every launch: products and sums are fused, which newer versions of Triton do only where it is said.
+
+One kernel asks for the opposite.
+"""
 
 _HOPPER = (9, 0)
 _EARLY: dict[str, Any] = {**COMPILER_OPTIONS, "early": True, "launch_pdl": True}

@@ -93,8 +93,7 @@ def rotate_and_write(
         value_tile=power_of_2(value_dim),
         num_warps=1,
         # A fused multiply-add would omit the rounding of a product, which the compiler computes in 16 bits.
-        enable_fp_fusion=False,
-        **launch_options(query.device),
+        **launch_options(query.device) | {"enable_fp_fusion": False},
     )
     return out.transpose(1, 2)
 

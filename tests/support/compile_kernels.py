@@ -55,7 +55,7 @@ def main(module_name: str) -> None:
     launch = jit.JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        if options.get("enable_fp_fusion") is not True:
+        if "enable_fp_fusion" not in options:
             failures.append(f"{self.__name__}: launched without COMPILER_OPTIONS")
         try:
             launch(self, *args, grid=grid, warmup=True, **options)
@@ -68,7 +68,7 @@ def main(module_name: str) -> None:
     module = importlib.import_module(module_name)
     use_early_launches()
     for name in [name for table in TABLES for name in getattr(module, table, ())]:
-        with contextlib.suppress(Exception):  # nothing was computed: checks of results fail
+        with contextlib.suppress(AssertionError):  # nothing was computed: checks of results fail
             module.run(name, "cpu")
     print(json.dumps({"compiled": compiled, "failures": failures}))
 
