@@ -273,7 +273,7 @@ class QuantizedHuggingFaceEmbeddings(EncoderFields, Embeddings):
     async def _aembed(self, items: Sequence[Any], what: str) -> list[list[float]]:
         if not items:
             return []
-        encoder = self._encoder
+        encoder = self._model
         if encoder is None or encoder.closed:
             encoder = await run_aside(self._loaded)
         with self._progress(len(items), what) as progress:

@@ -159,9 +159,7 @@ class ModelFields(BaseLanguageModel[Any]):
         try:
             super().__init__(*args, **kwargs)
         except ValidationError as error:
-            causes = [e.get("ctx", {}).get("error") for e in error.errors(include_url=False)]
-            own = next((cause for cause in causes if isinstance(cause, QuantLLMError)), None)
-            raise (own or invalid_field(error)) from None  # the sentence itself, without pydantic's frame around it
+            raise own_error(error) from None  # the sentence itself, without pydantic's frame around it
 
     @classmethod
     def _names(cls) -> frozenset[str]:
@@ -295,7 +293,14 @@ OPTION_FIELDS = tuple(name for name in OPTIONS if name in ModelFields.model_fiel
 """Fields that are generation options."""
 
 
-def invalid_field(error: ValidationError) -> InvalidOptionError:
+def own_error(error: ValidationError) -> QuantLLMError:
+    """Return the error of this package behind one of pydantic's; its first one as a sentence if there is none."""
+    causes = [e.get("ctx", {}).get("error") for e in error.errors(include_url=False)]
+    own = next((cause for cause in causes if isinstance(cause, QuantLLMError)), None)
+    return own or _invalid_field(error)
+
+
+def _invalid_field(error: ValidationError) -> InvalidOptionError:
     """Turn pydantic's first error into one sentence."""
     found = error.errors(include_url=False)[0]
     words = str(found["msg"]).replace("Input should", "it must")

@@ -431,7 +431,7 @@ def test_a_longer_file_than_allowed_is_refused(folder: str) -> None:
     ("fields", "sentence"),
     [
         ({"model": ""}, "give model_id="),
-        ({"batchsize": 2}, "has no option 'batchsize'; did you mean 'batch_size'"),
+        ({"batchsize": 2}, r"has no field 'batchsize' \(batchsize=2\); did you mean 'batch_size'"),
         ({"task": "sing"}, "task='sing' is not allowed"),
         ({"per": "word"}, "per='word' is not allowed"),
         ({"batch_size": 0}, "batch_size=0 is not allowed"),
