@@ -233,7 +233,10 @@ class TestDocuments:
         before = [document.model_dump() for document in documents]
         found = reranker.compress_documents(documents, QUERY)
         scores = reranker.score(QUERY, documents).scores
-        assert [d.metadata["relevance_score"] for d in found] == sorted(scores, reverse=True)
+        given = [d.metadata["relevance_score"] for d in found]
+        assert given == sorted(given, reverse=True)
+        # The second call finds the beginning in the cache, so its sums are in another order.
+        assert given == pytest.approx(sorted(scores, reverse=True), abs=1e-5)
         assert [d.id for d in found] == [str(d.metadata["page"]) for d in found]
         assert [document.model_dump() for document in documents] == before
         assert type(found[0].metadata["relevance_score"]) is float
