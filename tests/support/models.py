@@ -159,7 +159,10 @@ def wait_for_rest(timeout_s: float = 20.0) -> None:
 def _is_at_rest(one: worker.Worker) -> bool:
     if one._waiting:  # checked first: the thread takes rows off the queue after it wakes up
         return False
-    frame = None if one._thread is None else sys._current_frames().get(one._thread.ident or 0)
+    thread = one._thread
+    if thread is None or thread.has_ended:  # another thread may have got its number
+        return True
+    frame = sys._current_frames().get(thread.ident or 0)
     codes = set()
     while frame is not None:
         codes.add(frame.f_code)
