@@ -1,0 +1,1 @@
+"""Products of rows with the experts that they are routed to."""
