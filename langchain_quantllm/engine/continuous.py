@@ -202,7 +202,8 @@ class ContinuousEngine:
                 continue
             try:
                 adapter = self._adapter_number(completion.request)
-                prefix_id = self._prefix_ids.first(completion.request, adapter)
+                shares = self._parts.states is None  # blocks hold keys and values, and no states
+                prefix_id = self._prefix_ids.first(completion.request, adapter) if shares else None
                 sequence = Sequence(completion, prefix_id=prefix_id, adapter=adapter)
             except BaseException as error:  # of the request's own mask
                 completion.stream.fail(request_failure(error))
@@ -269,7 +270,7 @@ class ContinuousEngine:
         rows = [s for s in self._scheduler.running if s.decodes and not s.is_complete and s not in reads]
         if not rows or not self._runner.can_replay(len(rows)):
             return None
-        layers_apart = max(1, round(len(self._parts.pools) / parts))
+        layers_apart = max(1, round(self._parts.probe.layer_count / parts))
 
         def decode(layer: int) -> None:
             if layer % layers_apart == 0:

@@ -16,18 +16,20 @@ import torch
 
 from langchain_quantllm.compat.transformers_attention import missing_attention_api
 from langchain_quantllm.compat.transformers_models import cache_name, cache_of
+from langchain_quantllm.compat.transformers_states import OTHER_LAYER_TYPES, states_of
 from langchain_quantllm.engine.adapter_switch import AdapterSwitch
 from langchain_quantllm.engine.attention import without_gradients
 from langchain_quantllm.engine.block_manager import BlockManager
 from langchain_quantllm.engine.fusion.fuse import Fusion
-from langchain_quantllm.engine.kv_cache import LayerShape, shapes_of
+from langchain_quantllm.engine.kv_cache import LayerShape, layers_of, shapes_of
 from langchain_quantllm.engine.model_runner import ModelRunner
 from langchain_quantllm.engine.scheduler import Scheduler
 from langchain_quantllm.engine.sequence import SamplingInput, Sequence, bare_sequence
+from langchain_quantllm.engine.state_pool import StateShape, state_shapes
 from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.options import BASE_ADAPTER
 
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_LAYER_TYPES = {"full_attention", "sliding_attention", *OTHER_LAYER_TYPES}
 _MOVING_ROPES = ("dynamic", "longrope")
 _FLOORS = {torch.float32: 1e-3, torch.float64: 1e-3}
 _FLOOR_16BIT = 0.05
@@ -77,14 +79,23 @@ class ModelProbe:
     """The facts that a first forward of a model shows.
 
     Args:
-        shapes: Shape of each layer's keys and values.
-        windows: Sliding window of each layer, 0 for none.
+        layers: Numbers of the layers that keep keys and values.
+        shapes: Shape of each of these layers' keys and values.
+        windows: Sliding window of each of them, 0 for none.
+        states: Shapes of the states that other layers, or the same ones, keep for each sequence.
         vocab_size: Width of the logits.
     """
 
+    layers: list[int]
     shapes: list[LayerShape]
     windows: list[int]
+    states: list[StateShape]
     vocab_size: int
+
+    @property
+    def layer_count(self) -> int:
+        """Layers up to the last one that keeps anything."""
+        return 1 + max([*self.layers, *(state.key.layer for state in self.states)])
 
 
 @without_gradients
@@ -112,9 +123,16 @@ def inspect_model(model: Any) -> ModelProbe:
     if any(not shape.dtype.is_floating_point or shape.dtype.itemsize < 2 for shape in shapes):
         msg = f"its cache is in {shapes[0].dtype}"
         raise UnsupportedError(msg)
+    layers = layers_of(cache)
+    states = state_shapes(states_of(cache))
+    if not layers and not states:
+        msg = "it gives no cache of keys and values"
+        raise UnsupportedError(msg)
     return ModelProbe(
+        layers=list(layers),
         shapes=shapes,
-        windows=[getattr(layer, "sliding_window", None) or 0 for layer in cache.layers],
+        windows=[getattr(layer, "sliding_window", None) or 0 for layer in layers.values()],
+        states=states,
         vocab_size=output.logits.shape[-1],
     )
 
@@ -159,7 +177,7 @@ def verify_engine(
     except Exception as error:
         msg = f"its own code fails over KV cache blocks: {error!r}"
         raise UnsupportedError(msg) from error
-    windows = [runner.windows.get(i) for i in range(len(probe.shapes))]
+    windows = [runner.windows.get(i) for i in probe.layers]
     if None in windows:
         msg = "its attention cannot be replaced"
         raise UnsupportedError(msg)
@@ -234,17 +252,17 @@ def _piece_by_piece(model: Any, text: abc.Sequence[int], single: int) -> torch.T
     logits, cache = [], None
     for start, end in itertools.pairwise(cuts):
         if end > start:
-            output = _plain(model, text[start:end], cache)
+            output = _plain(model, text[start:end], cache, seen=start)
             cache = cache_of(output)
             logits.append(output.logits[0].float())
     return torch.cat(logits)
 
 
-def _plain(model: Any, ids: abc.Sequence[int], cache: Any = None) -> Any:
+def _plain(model: Any, ids: abc.Sequence[int], cache: Any = None, seen: int = 0) -> Any:
     device = model.get_input_embeddings().weight.device
     given = torch.tensor([ids], device=device)
-    seen = 0 if cache is None else cache.get_seq_length()
-    mask = torch.ones(1, seen + len(ids), dtype=torch.long, device=device)
+    masked = len(ids) if cache is None or not layers_of(cache) else seen + len(ids)  # states say nothing of the past
+    mask = torch.ones(1, masked, dtype=torch.long, device=device)
     positions = {}
     if model.config.get_text_config() is not model.config:
         # Qwen-VL goes on from the positions of the last image that it was given.

@@ -1,0 +1,207 @@
+"""Modules that keep a state, in a forward over packed tokens of several sequences.
+
+Such a module wants each sequence in a row of its own. So its `forward` is replaced: the sequences that decode run as
+one batch of shape `(rows, 1)` over their gathered states, which a CUDA graph can hold; each chunk of a prompt runs as
+`(1, tokens)` from its sequence's state on. The rest of the model sees packed tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from langchain_quantllm.compat.transformers_states import StateCache, StateKey, is_cache, state_modules
+from langchain_quantllm.engine.adapter_choice import AdapterChoice
+from langchain_quantllm.engine.attention import Batch
+from langchain_quantllm.engine.forward_context import ForwardContext
+from langchain_quantllm.engine.forward_patch import ForwardPatch
+from langchain_quantllm.engine.state_pool import StatePool
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """Packed tokens that a module runs at once: single tokens of several sequences, or a chunk of one.
+
+    Args:
+        first: Index of the first token in the pack.
+        count: Tokens.
+        slots: Slot of each token's sequence, of shape `(tokens,)`; None for a chunk.
+        slot: Slot of a chunk's sequence.
+        begins: Whether the chunk is the beginning of its text.
+        adapters: The adapters of its tokens; None if the model runs as it is.
+    """
+
+    first: int
+    count: int
+    slots: torch.Tensor | None = None
+    slot: int = -1
+    begins: bool = False
+    adapters: AdapterChoice | None = None
+
+    def take(self, packed: torch.Tensor) -> torch.Tensor:
+        """Take its tokens from a tensor of shape `(1, all tokens, ...)`, in the shape that a module runs."""
+        own = packed[:, self.first : self.first + self.count]
+        return own if self.slots is None else own.transpose(0, 1)
+
+    def give(self, output: torch.Tensor) -> torch.Tensor:
+        """Turn the module's output into packed tokens, of shape `(1, tokens, ...)`."""
+        return output if self.slots is None else output.transpose(0, 1)
+
+
+class StateForward:
+    """The states of all layers in one forward of the engine.
+
+    A step with prompts stores its states when it has ended (`commit`), so that it can be run again after a failure, in
+    parts; a step that only decodes stores them layer by layer, which takes no memory.
+    """
+
+    def __init__(
+        self,
+        pool: StatePool,
+        batch: Batch,
+        adapters: AdapterChoice | None,
+        on_layer: Callable[[int], None] | None = None,
+    ) -> None:
+        """Divide the tokens of a batch.
+
+        Args:
+            pool: The states.
+            batch: The tokens.
+            adapters: The adapter of each token; None if the model runs as it is.
+            on_layer: Called with the number of each layer with a state, before it runs.
+        """
+        self._pool, self._batch, self._on_layer = pool, batch, on_layer
+        self._tokens = len(batch.slots)
+        self._waits = not batch.decodes
+        self._waiting: list[tuple[StateKey, _Part, torch.Tensor]] = []
+        self._parts = [replace(part, adapters=_adapters_of(part, adapters)) for part in _parts_of(batch)]
+
+    def run(
+        self,
+        context: ForwardContext,
+        module: Any,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run a module that keeps a state over packed tokens; see `ForwardPatch`."""
+        if self._on_layer is not None:
+            self._on_layer(getattr(module, "layer_idx", 0))
+        outputs = []
+        before = context.adapters
+        try:
+            for part in self._parts:
+                cache = StateCache(self._reading(part), self._pool.widths, begins=part.begins)
+                given = [self._given(value, part, cache) for value in args]
+                named = {name: self._given(value, part, cache) for name, value in kwargs.items()}
+                if "attention_mask" in named:
+                    named["attention_mask"] = None  # no token is padding
+                context.adapters = part.adapters
+                outputs.append(forward(*given, **named))
+                self._store(part, cache)
+        finally:
+            context.adapters = before
+        return self._packed(outputs)
+
+    def commit(self) -> None:
+        """Store the states of a step with prompts."""
+        for key, part, state in self._waiting:
+            self._write(key, part, state)
+        self._waiting.clear()
+
+    def _given(self, value: Any, part: _Part, cache: StateCache) -> Any:
+        """Return what a module gets for one of its arguments."""
+        if is_cache(value):
+            return cache
+        if isinstance(value, torch.Tensor):
+            return part.take(value) if value.shape[:2] == (1, self._tokens) else value
+        if isinstance(value, tuple):
+            return tuple(self._given(one, part, cache) for one in value)
+        return value
+
+    def _packed(self, outputs: Sequence[Any]) -> Any:
+        if isinstance(outputs[0], tuple):  # the first is the module's output, others are of use to nobody
+            return (self._packed([output[0] for output in outputs]), *[None] * (len(outputs[0]) - 1))
+        packed = [part.give(output) for part, output in zip(self._parts, outputs, strict=True)]
+        return packed[0] if len(packed) == 1 else torch.cat(packed, 1)
+
+    # States.
+
+    def _reading(self, part: _Part) -> Callable[[StateKey], torch.Tensor]:
+        def read(key: StateKey) -> torch.Tensor:
+            states = self._pool.tensors[key]
+            if part.slots is None:
+                return states[part.slot : part.slot + 1].clone()
+            return states.index_select(0, self._slots_on(states.device, part))
+
+        return read
+
+    def _store(self, part: _Part, cache: StateCache) -> None:
+        for key, state in cache.states.items():
+            if self._waits:
+                self._waiting.append((key, part, state.clone()))  # it may be a part of something large
+            else:
+                self._write(key, part, state)
+
+    def _write(self, key: StateKey, part: _Part, state: torch.Tensor) -> None:
+        states = self._pool.tensors[key]
+        if part.slots is None:
+            states[part.slot : part.slot + 1] = state
+        else:
+            states.index_copy_(0, self._slots_on(states.device, part), state.to(states.dtype))
+
+    def _slots_on(self, device: torch.device, part: _Part) -> torch.Tensor:
+        assert part.slots is not None
+        slots = part.slots
+        return self._batch.cached(("state slots", part.first, device), lambda: slots.to(device, torch.long))
+
+
+def _parts_of(batch: Batch) -> Iterator[_Part]:
+    """Divide a batch: sequences that decode, which come first, are one part, and each chunk is one."""
+    spans = batch.spans
+    rows = len(batch.slots)
+    if not batch.decodes:
+        rows = next((i for i, span in enumerate(spans) if span.count > 1 or not span.position), len(spans))
+    if rows:
+        yield _Part(first=0, count=rows, slots=batch.slots[:rows])
+    for span in spans[rows:] if not batch.decodes else ():
+        yield _Part(first=span.first, count=span.count, slot=span.slot, begins=not span.position)
+
+
+def _adapters_of(part: _Part, adapters: AdapterChoice | None) -> AdapterChoice | None:
+    if adapters is None:
+        return None
+    return replace(adapters, of_tokens=adapters.of_tokens[part.first : part.first + part.count], masks={})
+
+
+class StateModules:
+    """The modules of a model that keep states, patched for the engine's forwards."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        """Patch them until `close`."""
+        self._model = model
+        self._patches: list[ForwardPatch] = []
+        self.build()
+
+    def build(self) -> None:
+        """Find the modules anew, as after a change of the model."""
+        self.close()
+        self._patches = [ForwardPatch(module, _run) for module in state_modules(self._model)]
+
+    def close(self) -> None:
+        """Restore the modules' own forwards."""
+        for patch in self._patches:
+            patch.close()
+        self._patches = []
+
+
+def _run(
+    context: ForwardContext, module: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    given = [*args, *kwargs.values()]
+    if context.states is None or any(isinstance(value, StateCache) for value in given):  # of another patch: as it is
+        return forward(*args, **kwargs)
+    return context.states.run(context, module, forward, args, kwargs)
