@@ -30,7 +30,8 @@ from langchain_quantllm.engine.model_check import (
 from langchain_quantllm.engine.model_runner import ModelRunner
 from langchain_quantllm.engine.request import EngineInfo, ModelLimits
 from langchain_quantllm.engine.state_forward import StateModules
-from langchain_quantllm.engine.state_pool import StatePool, count_rows, state_bytes
+from langchain_quantllm.engine.state_pool import LEAST_ROWS, StatePool, count_rows, slots_of, state_bytes
+from langchain_quantllm.engine.state_snapshots import StateSnapshots
 from langchain_quantllm.engine.triton_attention import TritonAttention
 from langchain_quantllm.errors import NotEnoughMemoryError, UnsupportedError
 from langchain_quantllm.kernels.invariant.ops import InvariantOps
@@ -137,7 +138,7 @@ class EngineParts:
         left = [kind for kind in kinds if kind.left and not kind.fused]
         notes += [f"no {kind.kind} steps are fused: {max(kind.left, key=kind.left.__getitem__)}" for kind in left]
         if self.states is not None:
-            notes.append("no prefix caching: its layers keep a state")
+            notes.append(self._prefix_note())
         cache_tokens = self.limits.cache_tokens or 0
         return EngineInfo(
             name="fast",
@@ -149,6 +150,17 @@ class EngineParts:
             fused=fused,
             batch_invariant=self._batch_invariant,
         )
+
+    def new_snapshots(self) -> StateSnapshots | None:
+        """Return the rows for states at block borders, all free; None if the model keeps no states."""
+        return None if self.states is None else StateSnapshots(range(self.slots + 1, self.states.rows))
+
+    def _prefix_note(self) -> str:
+        assert self.states is not None
+        kept = self.states.rows - self.slots - 1
+        if not kept:
+            return "no prefix caching: there is no memory to keep its layers' states"
+        return f"its layers keep a state: prompts that begin alike go on from one of {kept} that are kept"
 
     # Building.
 
@@ -191,15 +203,17 @@ class EngineParts:
     def _make_runner(self, attention: Attention, budget: float | int | None) -> ModelRunner:
         """Allocate the pools and make a verified runner; with half the pool if memory is short."""
         shapes, states = self.probe.shapes, self.probe.states
+        rows = 0
         if states:
-            self.slots = count_rows(states, budget, most=self.slots + 1) - 1
+            rows = count_rows(states, budget, most=2 * self.slots + 1)
+            self.slots = slots_of(rows, most=self.slots)
         context = self.limits.context_tokens
-        taken = state_bytes(states, self.slots + 1)
+        taken = state_bytes(states, rows)
         blocks = count_blocks(shapes, budget, sequences=self.slots, context=context, state_bytes=taken)
         while True:
             self.limits = replace(self.limits, cache_tokens=(blocks - 1) * BLOCK_TOKENS)
             try:
-                self.states = StatePool(states, self.slots + 1) if states else None
+                self.states = StatePool(states, rows) if states else None
                 self.pools = allocate_pools(shapes, blocks)
                 return self._verified_runner(attention)
             except (NotEnoughMemoryError, torch.OutOfMemoryError):
@@ -210,7 +224,8 @@ class EngineParts:
             torch.cuda.empty_cache()
             blocks //= 2
             if states:
-                self.slots = max(2, self.slots // 2)
+                rows = max(LEAST_ROWS, rows // 2)
+                self.slots = slots_of(rows, most=self.slots)
 
     def _verified_runner(self, attention: Attention) -> ModelRunner:
         """Make the runner that gives the model's own logits: by registered attention, or by catching PyTorch's."""

@@ -202,8 +202,7 @@ class ContinuousEngine:
                 continue
             try:
                 adapter = self._adapter_number(completion.request)
-                shares = self._parts.states is None  # blocks hold keys and values, and no states
-                prefix_id = self._prefix_ids.first(completion.request, adapter) if shares else None
+                prefix_id = self._prefix_ids.first(completion.request, adapter)
                 sequence = Sequence(completion, prefix_id=prefix_id, adapter=adapter)
             except BaseException as error:  # of the request's own mask
                 completion.stream.fail(request_failure(error))
@@ -331,7 +330,8 @@ class ContinuousEngine:
         if token_id < 0:
             blocks = list(sequence.blocks)
             self._fail(sequence, GenerationError(NAN_LOGITS))
-            self._blocks.discard(spoiled_blocks(self._parts.pools, blocks))  # or its prompt could never run again
+            spoiled = blocks if self._parts.states else spoiled_blocks(self._parts.pools, blocks)
+            self._blocks.discard(spoiled)  # or its prompt could never run again
             return
         self._scheduler.push(sequence, token_id)
         completion = sequence.completion
@@ -377,7 +377,7 @@ class ContinuousEngine:
     def _reset_cache(self) -> None:
         """Forget the content of all blocks."""
         alone, beside = self._step_tokens
-        self._blocks = BlockManager((self.limits.cache_tokens or 0) // BLOCK_TOKENS + 1)
+        self._blocks = BlockManager((self.limits.cache_tokens or 0) // BLOCK_TOKENS + 1, self._parts.new_snapshots())
         self._prefix_ids = PrefixIds(self._blocks)
         self._scheduler = Scheduler(
             self._blocks, slots=self._parts.slots, step_tokens=alone, step_tokens_while_decoding=beside

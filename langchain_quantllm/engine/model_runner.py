@@ -32,7 +32,7 @@ from langchain_quantllm.engine.sequence import SamplingInput, Sequence
 from langchain_quantllm.engine.staging import PendingForward, StagingBuffers, step_inputs
 from langchain_quantllm.engine.state_forward import StateForward
 from langchain_quantllm.engine.state_pool import StatePool
-from langchain_quantllm.engine.step import Step
+from langchain_quantllm.engine.step import PrefillChunk, Step
 from langchain_quantllm.kernels.reference import PREFILL_TILE
 
 _BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
@@ -221,7 +221,7 @@ class ModelRunner:
         ids = torch.where(packed[0] == _ON_DEVICE, self.sampler.last_ids[packed[2].long()], packed[0])
         keep = [*range(len(step.decoding)), *last_tokens(step.chunks, len(step.decoding))]
         self._kept = keep
-        return self._forward(ids, batch, keep or [0], on_layer=on_layer)
+        return self._forward(ids, batch, keep or [0], on_layer=on_layer, chunks=step.chunks)
 
     def _forward_pack(self, pack: Pack) -> torch.Tensor:
         batch = Batch(
@@ -314,6 +314,7 @@ class ModelRunner:
         keep: list[int] | torch.Tensor | None,
         position_ids: torch.Tensor | None = None,
         on_layer: abc.Callable[[int], None] | None = None,
+        chunks: abc.Sequence[PrefillChunk] = (),
     ) -> torch.Tensor:
         """Run packed tokens of shape `(tokens,)`; returns logits of shape `(tokens kept, vocab)`."""
         if position_ids is None:
@@ -321,7 +322,7 @@ class ModelRunner:
         forward = PagedForward(self._attention, self._pools, batch, by_sdpa=self._by_sdpa, on_layer=on_layer)
         steps = {} if self._fusion is None else self._fusion.steps
         adapters = self._adapter_choice(batch, keep)
-        states = None if self._states is None else StateForward(self._states, batch, adapters, on_layer)
+        states = None if self._states is None else StateForward(self._states, batch, adapters, on_layer, chunks)
         context = ForwardContext(attention=forward, states=states, steps=steps, adapters=adapters)
         # A mask of four dimensions is taken as it is: none has to be made for an attention that ignores it, and layers
         # with a state do not look for padding in it, which would wait for the device.

@@ -293,7 +293,8 @@ class Scheduler:
             sequence.decodes = True
             sequence.sampled += 1
         sequence.register(self.blocks)
-        return PrefillChunk(sequence, start, end - start, is_last)
+        restored, saves = sequence.take_states(self.blocks)
+        return PrefillChunk(sequence, start, end - start, is_last, restored, saves)
 
     # Blocks.
 

@@ -19,26 +19,27 @@ from langchain_quantllm.engine.attention import Batch
 from langchain_quantllm.engine.forward_context import ForwardContext
 from langchain_quantllm.engine.forward_patch import ForwardPatch
 from langchain_quantllm.engine.state_pool import StatePool
+from langchain_quantllm.engine.step import PrefillChunk
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Part:
-    """Packed tokens that a module runs at once: single tokens of several sequences, or a chunk of one.
+    """Packed tokens that a module runs at once: single tokens of several sequences, or some of one.
 
     Args:
         first: Index of the first token in the pack.
         count: Tokens.
-        slots: Slot of each token's sequence, of shape `(tokens,)`; None for a chunk.
-        slot: Slot of a chunk's sequence.
-        begins: Whether the chunk is the beginning of its text.
+        slots: Slot of each token's sequence, of shape `(tokens,)`; None for tokens of one sequence.
+        source: Row of the states before these; None at the beginning of a text.
+        targets: Rows that the states after them go to.
         adapters: The adapters of its tokens; None if the model runs as it is.
     """
 
     first: int
     count: int
     slots: torch.Tensor | None = None
-    slot: int = -1
-    begins: bool = False
+    source: int | None = None
+    targets: tuple[int, ...] = ()
     adapters: AdapterChoice | None = None
 
     def take(self, packed: torch.Tensor) -> torch.Tensor:
@@ -64,6 +65,7 @@ class StateForward:
         batch: Batch,
         adapters: AdapterChoice | None,
         on_layer: Callable[[int], None] | None = None,
+        chunks: Sequence[PrefillChunk] = (),
     ) -> None:
         """Divide the tokens of a batch.
 
@@ -72,12 +74,15 @@ class StateForward:
             batch: The tokens.
             adapters: The adapter of each token; None if the model runs as it is.
             on_layer: Called with the number of each layer with a state, before it runs.
+            chunks: The chunks of prompts among the tokens.
         """
         self._pool, self._batch, self._on_layer = pool, batch, on_layer
         self._tokens = len(batch.slots)
         self._waits = not batch.decodes
         self._waiting: list[tuple[StateKey, _Part, torch.Tensor]] = []
-        self._parts = [replace(part, adapters=_adapters_of(part, adapters)) for part in _parts_of(batch)]
+        # Of the module that runs: its states after parts so far, by their rows. Later parts may go on from them.
+        self._latest: dict[tuple[StateKey, int], torch.Tensor] = {}
+        self._parts = [replace(part, adapters=_adapters_of(part, adapters)) for part in _parts_of(batch, chunks)]
 
     def run(
         self,
@@ -94,7 +99,7 @@ class StateForward:
         before = context.adapters
         try:
             for part in self._parts:
-                cache = StateCache(self._reading(part), self._pool.widths, begins=part.begins)
+                cache = StateCache(self._reading(part), self._pool.widths, begins=part.slots is None and part.source is None)
                 given = [self._given(value, part, cache) for value in args]
                 named = {name: self._given(value, part, cache) for name, value in kwargs.items()}
                 if "attention_mask" in named:
@@ -104,6 +109,7 @@ class StateForward:
                 self._store(part, cache)
         finally:
             context.adapters = before
+            self._latest.clear()
         return self._packed(outputs)
 
     def commit(self) -> None:
@@ -133,25 +139,29 @@ class StateForward:
     def _reading(self, part: _Part) -> Callable[[StateKey], torch.Tensor]:
         def read(key: StateKey) -> torch.Tensor:
             states = self._pool.tensors[key]
-            if part.slots is None:
-                return states[part.slot : part.slot + 1].clone()
-            return states.index_select(0, self._slots_on(states.device, part))
+            if part.slots is not None:
+                return states.index_select(0, self._slots_on(states.device, part))
+            assert part.source is not None
+            latest = self._latest.get((key, part.source))
+            return (states[part.source : part.source + 1] if latest is None else latest).clone()
 
         return read
 
     def _store(self, part: _Part, cache: StateCache) -> None:
         for key, state in cache.states.items():
-            if self._waits:
-                self._waiting.append((key, part, state.clone()))  # it may be a part of something large
-            else:
+            if not self._waits:
                 self._write(key, part, state)
+                continue
+            kept = state.to(self._pool.tensors[key].dtype, copy=True)  # it may be a part of something large
+            self._waiting.append((key, part, kept))
+            self._latest.update({(key, row): kept for row in part.targets})
 
     def _write(self, key: StateKey, part: _Part, state: torch.Tensor) -> None:
         states = self._pool.tensors[key]
-        if part.slots is None:
-            states[part.slot : part.slot + 1] = state
-        else:
+        if part.slots is not None:
             states.index_copy_(0, self._slots_on(states.device, part), state.to(states.dtype))
+        for row in part.targets:
+            states[row : row + 1] = state
 
     def _slots_on(self, device: torch.device, part: _Part) -> torch.Tensor:
         assert part.slots is not None
@@ -159,16 +169,28 @@ class StateForward:
         return self._batch.cached(("state slots", part.first, device), lambda: slots.to(device, torch.long))
 
 
-def _parts_of(batch: Batch) -> Iterator[_Part]:
-    """Divide a batch: sequences that decode, which come first, are one part, and each chunk is one."""
-    spans = batch.spans
-    rows = len(batch.slots)
-    if not batch.decodes:
-        rows = next((i for i, span in enumerate(spans) if span.count > 1 or not span.position), len(spans))
+def _parts_of(batch: Batch, chunks: Sequence[PrefillChunk]) -> Iterator[_Part]:
+    """Divide a batch: sequences that decode, which come first, are one part, and each chunk is one or several."""
+    rows = len(batch.slots) if batch.decodes else len(batch.spans) - len(chunks)
     if rows:
         yield _Part(first=0, count=rows, slots=batch.slots[:rows])
-    for span in spans[rows:] if not batch.decodes else ():
-        yield _Part(first=span.first, count=span.count, slot=span.slot, begins=not span.position)
+    first = rows
+    for chunk in chunks:
+        yield from _parts_of_chunk(chunk, first)
+        first += chunk.count
+
+
+def _parts_of_chunk(chunk: PrefillChunk, first: int) -> Iterator[_Part]:
+    """Divide a chunk behind the tokens whose states are saved."""
+    slot, at, end = chunk.sequence.slot, chunk.start, chunk.start + chunk.count
+    source = chunk.restored if chunk.restored is not None else slot if at else None
+    rows: dict[int, tuple[int, ...]] = {end: ()}
+    for position, row in chunk.saves:
+        rows[position] = (*rows.get(position, ()), row)
+    for border in sorted(rows):
+        targets = (slot, *rows[border])
+        yield _Part(first=first + at - chunk.start, count=border - at, source=source, targets=targets)
+        source, at = slot, border
 
 
 def _adapters_of(part: _Part, adapters: AdapterChoice | None) -> AdapterChoice | None:

@@ -17,7 +17,9 @@ from langchain_quantllm.engine.kv_cache import budget_on, zeros
 from langchain_quantllm.errors import NotEnoughMemoryError
 from langchain_quantllm.memory import format_bytes
 
-_LEAST_ROWS = 3  # of the two sequences that verify a model, and of padding
+LEAST_ROWS = 3
+"""Rows of the two sequences that verify a model, and of padding."""
+
 _SHARE = 2  # states take at most this part of the budget: a half, for models that keep keys and values as well
 
 
@@ -66,9 +68,9 @@ def count_rows(shapes: Sequence[StateShape], budget: float | int | None, *, most
         fitting = budget // _SHARE // max(1, sum(needed.values()))
     else:
         fitting = min(int(budget_on(device, budget)) // _SHARE // max(1, size) for device, size in needed.items())
-    if fitting < _LEAST_ROWS:
+    if fitting < LEAST_ROWS:
         msg = (
-            f"kv_cache_memory leaves no room for the states of {_LEAST_ROWS} sequences of "
+            f"kv_cache_memory leaves no room for the states of {LEAST_ROWS} sequences of "
             f"{format_bytes(sum(needed.values()))} each in half of it; raise it, "
             "free memory, or load the model in fewer bits."
         )
@@ -76,8 +78,18 @@ def count_rows(shapes: Sequence[StateShape], budget: float | int | None, *, most
     return min(fitting, most)
 
 
+def slots_of(rows: int, *, most: int) -> int:
+    """Compute how many of a pool's rows are slots, beside the one for padding; a quarter or more keeps states.
+
+    Args:
+        rows: Rows of the pool.
+        most: Maximum number of sequences at once.
+    """
+    return min(most, max(LEAST_ROWS - 1, 3 * (rows - 1) // 4))
+
+
 class StatePool:
-    """The states of all slots, and of a last row for padding.
+    """The states of all slots, of a row for padding behind them, and at block borders in the rest of the rows.
 
     Attributes:
         rows: Rows of each tensor.

@@ -22,9 +22,9 @@ from langchain_quantllm.engine.generate import limits_of
 from langchain_quantllm.engine.request import plan_requests
 from langchain_quantllm.engine.state_forward import StateForward
 from langchain_quantllm.engine.state_pool import StatePool, count_rows, state_bytes
-from langchain_quantllm.errors import NotEnoughMemoryError, UnsupportedError
+from langchain_quantllm.errors import GenerationError, NotEnoughMemoryError, UnsupportedError
 from langchain_quantllm.options import GenerationOptions
-from tests.support.engine import Background, ask, ids_after, plan
+from tests.support.engine import Answer, Background, ask, cached_tokens, ids_after, plan
 from tests.support.families import FAST, WITH_STATES, family_model, generated_ids, likeliest_ids, random_ids
 from tests.support.models import forwards, llm_of, slowly, wait_for_rest
 from tests.support.selection import slow_but
@@ -55,6 +55,10 @@ def engine_of(llm: QuantizedHuggingFaceLLM) -> Any:
     return llm._engine()
 
 
+def cached(answer: Answer) -> int | None:
+    return answer.usage.cached_tokens if answer.usage else None
+
+
 def likeliest(llm: QuantizedHuggingFaceLLM, prompt_ids: list[int], ids: list[int]) -> list[int]:
     return likeliest_ids(llm.pipeline.model, prompt_ids, ids)
 
@@ -75,7 +79,8 @@ class TestMemory:
         info, slots = llm.engine_info, engine_of(llm)._parts.slots
         assert slots < engine_of(make())._parts.slots
         row = sum(shape.row_bytes for shape in engine_of(llm)._parts.probe.states)
-        assert info.state_bytes == (slots + 1) * row
+        kept = int(info.reason.split("one of ")[1].split()[0])
+        assert info.state_bytes == (slots + 1 + kept) * row
         requests = [plan(llm, random_ids(5, seed=i), max_new_tokens=6)[0] for i in range(slots + 3)]
         with forwards(llm) as seen:
             answers = ask(llm, requests)
@@ -91,7 +96,7 @@ class TestMemory:
         llm = make("mamba2")
         info, parts = llm.engine_info, engine_of(llm)._parts
         assert info.kv_cache_bytes == 0
-        assert info.state_bytes == sum(state_bytes(parts.probe.states, parts.slots + 1).values())
+        assert info.state_bytes == sum(state_bytes(parts.probe.states, 2 * parts.slots + 1).values())
         assert info.kv_cache_tokens == parts.slots * 4096 - 16
 
     def test_a_fraction_is_one_of_what_is_free(self, make: MakeLLM) -> None:
@@ -205,6 +210,74 @@ class TestTokens:
             assert ids == likeliest(llm, list(request.prompt_ids), ids)
 
 
+class TestPrefixes:
+    def test_the_next_turn_goes_on_from_the_end_of_the_last_prompt(self, make: MakeLLM) -> None:
+        llm = make()
+        prompt_ids = random_ids(70)
+        answer = ids_after(llm, prompt_ids, max_new_tokens=20)
+        turn = [*prompt_ids, *answer, *random_ids(30, seed=8)]
+        [found] = ask(llm, plan(llm, turn, max_new_tokens=16))
+        assert cached(found) == 64
+        assert found.token_ids == generated_ids(llm.pipeline.model, turn, 16)
+        assert cached_tokens(llm, turn) == [112]
+
+    def test_a_beginning_that_two_prompts_share_is_kept_for_the_third(self, make: MakeLLM) -> None:
+        llm = make()
+        prompts = [[*random_ids(50), *random_ids(40, seed=seed)] for seed in (1, 2, 3)]
+        for prompt_ids, expected in zip(prompts, (0, 0, 48), strict=True):
+            [found] = ask(llm, plan(llm, prompt_ids, max_new_tokens=12))
+            assert cached(found) == expected
+            assert found.token_ids == generated_ids(llm.pipeline.model, prompt_ids, 12)
+
+    @pytest.mark.parametrize("prefix_caching", [True, False])
+    def test_samples_of_one_call_share_their_prompt(self, make: MakeLLM, prefix_caching: bool) -> None:
+        llm = make("granitemoehybrid", prefix_caching=prefix_caching)
+        answers = ask(llm, plan(llm, random_ids(45), n=3, max_new_tokens=12))
+        assert [cached(answer) for answer in answers] == [0, 32, 32]
+        expected = generated_ids(llm.pipeline.model, random_ids(45), 12)
+        assert [answer.token_ids for answer in answers] == [expected] * 3
+
+    def test_requests_without_prefix_caching_share_nothing(self, make: MakeLLM) -> None:
+        llm = make(prefix_caching=False)
+        assert [cached_tokens(llm, random_ids(45)) for _ in range(2)] == [[0], [0]]
+
+    def test_short_prompts_are_not_kept(self, make: MakeLLM) -> None:
+        llm = make()
+        assert [cached_tokens(llm, random_ids(31)) for _ in range(2)] == [[0], [0]]
+
+    def test_a_spoiled_state_fails_one_request_only(self, make: MakeLLM) -> None:
+        llm = make()
+        expected = ids_after(llm, random_ids(45))
+        pool = engine_of(llm)._parts.states
+        for tensor in pool.tensors.values():
+            tensor.fill_(math.nan)
+        with pytest.raises(GenerationError):
+            ids_after(llm, random_ids(45))
+        assert ids_after(llm, random_ids(45)) == expected
+
+    def test_without_memory_for_kept_states_the_engine_says_so(self, make: MakeLLM) -> None:
+        llm = make("mamba2", kv_cache_memory=2 * 3 * 22_528)
+        assert "no prefix caching: there is no memory" in llm.engine_info.reason
+        assert [cached_tokens(llm, random_ids(45)) for _ in range(2)] == [[0], [0]]
+
+    @pytest.mark.parametrize("name", slow_but([MIXED], WITH_STATES))
+    def test_many_prompts_that_begin_alike_get_their_own_tokens_in_little_memory(
+        self, make: MakeLLM, name: str
+    ) -> None:
+        parts = engine_of(make(name))._parts
+        token = sum(shape.token_bytes for shape in parts.probe.shapes)
+        row = sum(shape.row_bytes for shape in parts.probe.states)
+        llm = make(name, kv_cache_memory=max(2 * 14 * 16 * token, 2 * 8 * row))
+        prompts = []
+        for i in range(14):
+            prompts.append([*random_ids((16, 40, 90)[i % 3]), *random_ids(1 + 7 * i % 40, seed=i)])
+        for _ in range(2):
+            answers = ask(llm, [plan(llm, p, max_new_tokens=3 + 5 * i % 17)[0] for i, p in enumerate(prompts)])
+            for prompt_ids, answer in zip(prompts, answers, strict=True):
+                assert answer.token_ids == likeliest(llm, prompt_ids, answer.token_ids)
+        assert sum(cached(answer) or 0 for answer in answers) > 0
+
+
 class TestModel:
     def test_the_model_s_own_forward_stays_the_user_s_and_comes_back(self, make: MakeLLM) -> None:
         llm = make()
@@ -228,9 +301,6 @@ class TestModel:
     def test_batch_invariance_is_refused_with_the_reason(self, make: MakeLLM) -> None:
         with pytest.raises(UnsupportedError, match="keep a state"):
             make(batch_invariant=True).invoke("Sea")
-
-    def test_the_engine_says_that_prefixes_are_not_shared(self, make: MakeLLM) -> None:
-        assert "no prefix caching" in make().engine_info.reason
 
     @pytest.mark.parametrize("name", slow_but([MIXED, "granitemoehybrid", "lfm2", "mamba2"], WITH_STATES))
     def test_states_make_no_decode_step_wait_for_the_device(self, name: str, tokenizer: Any) -> None:
