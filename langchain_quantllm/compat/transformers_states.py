@@ -7,7 +7,6 @@ is refused by its cache or by the comparison of its logits.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -31,18 +30,18 @@ class StateKey(NamedTuple):
 
     layer: int
     kind: str
-    index: int
+    number: int
 
 
 def states_of(cache: Any) -> dict[StateKey, torch.Tensor]:
     """Read the states in a cache that a forward has filled; each has one row for each row of the batch."""
     found = {}
-    for number, layer in enumerate(cache.layers):
+    for layer_number, layer in enumerate(cache.layers):
         for kind in ("conv", "recurrent"):
             states = getattr(layer, f"{kind}_states", None)
             for index, state in states.items() if isinstance(states, Mapping) else ():
                 if state is not None:
-                    found[StateKey(number, kind, index)] = state
+                    found[StateKey(layer_number, kind, index)] = state
     return found
 
 
@@ -56,10 +55,10 @@ def holds_nothing(layer: Any) -> bool:
 
 def state_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """Iterate over the modules of a model that take their states from a cache."""
-    return (module for module in model.modules() if _keeps_states(type(module)))
+    kinds = {kind for kind in {type(module) for module in model.modules()} if _keeps_states(kind)}
+    return (module for module in model.modules() if type(module) in kinds)
 
 
-@functools.cache
 def _keeps_states(kind: type) -> bool:
     functions = (value for base in kind.__mro__ for value in vars(base).values() if inspect.isfunction(value))
     return any(_METHODS.intersection(inspect.unwrap(function).__code__.co_names) for function in functions)

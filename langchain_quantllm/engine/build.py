@@ -157,16 +157,17 @@ class EngineParts:
 
     def _prefix_note(self) -> str:
         assert self.states is not None
-        kept = self.states.rows - self.slots - 1
-        if not kept:
-            return "no prefix caching: there is no memory to keep its layers' states"
-        return f"its layers keep a state: prompts that begin alike go on from one of {kept} that are kept"
+        if not self.probe.continues:
+            return "no prefix caching and no parts of prompts: its layers go on from a state by single tokens only"
+        if kept := self.states.rows - self.slots - 1:
+            return f"its layers keep a state: prompts that begin alike go on from one of {kept} that are kept"
+        return "no prefix caching: there is no memory to keep its layers' states"
 
     # Building.
 
     def _choose_attention(self) -> Attention:
         shapes = self.probe.shapes
-        devices = {shape.device for shape in [*shapes, *self.probe.states]}
+        devices = {shape.device for shape in shapes} | {state.device for state in self.probe.states}
         if any(device.type != "cuda" for device in devices):
             kinds = {device.type for device in devices} - {"cpu"}
             return self._gathering(f"keys and values are on {', '.join(sorted(kinds))}" if kinds else None)
@@ -205,15 +206,15 @@ class EngineParts:
         shapes, states = self.probe.shapes, self.probe.states
         rows = 0
         if states:
-            rows = count_rows(states, budget, most=2 * self.slots + 1)
-            self.slots = slots_of(rows, most=self.slots)
+            rows = count_rows(states, budget, most=(1 + self.probe.continues) * self.slots + 1)
+            self.slots = self._slots_of(rows)
         context = self.limits.context_tokens
         taken = state_bytes(states, rows)
         blocks = count_blocks(shapes, budget, sequences=self.slots, context=context, state_bytes=taken)
         while True:
             self.limits = replace(self.limits, cache_tokens=(blocks - 1) * BLOCK_TOKENS)
             try:
-                self.states = StatePool(states, rows) if states else None
+                self.states = StatePool(states, rows, continues=self.probe.continues) if states else None
                 self.pools = allocate_pools(shapes, blocks)
                 return self._verified_runner(attention)
             except (NotEnoughMemoryError, torch.OutOfMemoryError):
@@ -225,7 +226,11 @@ class EngineParts:
             blocks //= 2
             if states:
                 rows = max(LEAST_ROWS, rows // 2)
-                self.slots = slots_of(rows, most=self.slots)
+                self.slots = self._slots_of(rows)
+
+    def _slots_of(self, rows: int) -> int:
+        """Divide the rows of the state pool: all but one are slots if none can keep states at block borders."""
+        return slots_of(rows, most=self.slots) if self.probe.continues else min(rows - 1, self.slots)
 
     def _verified_runner(self, attention: Attention) -> ModelRunner:
         """Make the runner that gives the model's own logits: by registered attention, or by catching PyTorch's."""

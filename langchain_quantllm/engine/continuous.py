@@ -106,8 +106,9 @@ class ContinuousEngine:
 
     @property
     def kv_resident_bytes(self) -> int | None:
-        """Bytes of the KV cache that lie in main memory; see `kv_cache.resident_bytes`."""
-        return resident_bytes(self._parts.pools)
+        """Bytes of the KV cache and states that lie in main memory; see `kv_cache.resident_bytes`."""
+        states = self._parts.states
+        return resident_bytes(self._parts.pools, () if states is None else states.tensors.values())
 
     def submit(
         self,
@@ -380,7 +381,11 @@ class ContinuousEngine:
         self._blocks = BlockManager((self.limits.cache_tokens or 0) // BLOCK_TOKENS + 1, self._parts.new_snapshots())
         self._prefix_ids = PrefixIds(self._blocks)
         self._scheduler = Scheduler(
-            self._blocks, slots=self._parts.slots, step_tokens=alone, step_tokens_while_decoding=beside
+            self._blocks,
+            slots=self._parts.slots,
+            step_tokens=alone,
+            step_tokens_while_decoding=beside,
+            cuts_prompts=self._parts.probe.continues,
         )
 
     def _rebuild(self) -> None:

@@ -10,7 +10,7 @@ import math
 import mmap
 import sys
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,16 +160,17 @@ def spoiled_blocks(pools: Sequence[LayerPool], blocks: Sequence[int]) -> list[in
     return sorted(spoiled)
 
 
-def resident_bytes(pools: Sequence[LayerPool]) -> int | None:
-    """Count the bytes of CPU pools that are in main memory because they were written to.
+def resident_bytes(pools: Sequence[LayerPool], states: Iterable[torch.Tensor] = ()) -> int | None:
+    """Count the bytes of CPU pools, and of states beside them, that are in main memory because they were written to.
 
     Returns:
         The bytes, in whole memory pages of the system. None for pools on other devices and on systems other than
         Linux.
     """
-    if any(pool.kv.device.type != "cpu" for pool in pools):
+    tensors = [*(pool.kv for pool in pools), *states]
+    if any(tensor.device.type != "cpu" for tensor in tensors):
         return None
-    counts = [_resident(pool.kv.data_ptr(), pool.kv.nbytes) for pool in pools]
+    counts = [_resident(tensor.data_ptr(), tensor.nbytes) for tensor in tensors]
     return None if None in counts else sum(count or 0 for count in counts)
 
 

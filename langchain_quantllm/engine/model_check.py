@@ -83,6 +83,7 @@ class ModelProbe:
         shapes: Shape of each of these layers' keys and values.
         windows: Sliding window of each of them, 0 for none.
         states: Shapes of the states that other layers, or the same ones, keep for each sequence.
+        continues: Whether several tokens at once go on from these states; else single tokens do.
         vocab_size: Width of the logits.
     """
 
@@ -90,6 +91,7 @@ class ModelProbe:
     shapes: list[LayerShape]
     windows: list[int]
     states: list[StateShape]
+    continues: bool
     vocab_size: int
 
     @property
@@ -133,8 +135,29 @@ def inspect_model(model: Any) -> ModelProbe:
         shapes=shapes,
         windows=[getattr(layer, "sliding_window", None) or 0 for layer in layers.values()],
         states=states,
+        continues=not states or _continues(model),
         vocab_size=output.logits.shape[-1],
     )
+
+
+def _continues(model: Any) -> bool:
+    """Whether several tokens of a model go on from its states; Mamba 1 of transformers begins anew then."""
+    ids = sample_ids(model, _LONG)
+    half = len(ids) // 2
+    several, of_several = _in_pieces(model, ids, [0, half, len(ids)])
+    singles, of_singles = _in_pieces(model, ids, [0, *range(half, len(ids) + 1)])
+    floor = _FLOORS.get(model.dtype, _FLOOR_16BIT)
+    noise = _NOISE_FACTOR * _difference(singles, _plain(model, ids).logits[0].float())
+    # Of the first layer, as its inputs are the same to the last bit.
+    first = {
+        key: state for key, state in states_of(of_singles).items() if key.layer == min(states_of(of_singles)).layer
+    }
+    states = [_distance(states_of(of_several)[key], state) for key, state in first.items()]
+    return max(states) <= _FLOOR_16BIT and _difference(several, singles) <= max(floor, noise)
+
+
+def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-12))
 
 
 def sample_ids(model: Any, count: int) -> list[int]:
@@ -190,7 +213,7 @@ def verify_engine(
                 chosen.enter_context(switch.chosen(name))
             if fusion is not None:
                 chosen.enter_context(fusion.exact())
-            _compare(model, sequence.ids[:-1], torch.stack(logits[sequence]))
+            _compare(model, sequence.ids[:-1], torch.stack(logits[sequence]), probe.continues)
 
 
 def run_greedily(
@@ -214,7 +237,7 @@ def run_greedily(
 
 
 @without_gradients
-def _compare(model: Any, text: abc.Sequence[int], logits: torch.Tensor) -> None:
+def _compare(model: Any, text: abc.Sequence[int], logits: torch.Tensor, continues: bool = True) -> None:
     """Compare the engine's logits with the model's own.
 
     How far apart two ways of computing the same may lie differs between dtypes and quantization schemes, so the
@@ -224,6 +247,7 @@ def _compare(model: Any, text: abc.Sequence[int], logits: torch.Tensor) -> None:
         model: The model.
         text: Token ids; the engine has sampled the last ones.
         logits: The engine's logits after its last tokens, of shape `(tokens, vocab)`.
+        continues: Whether the model's own second piece may be several tokens.
 
     Raises:
         UnsupportedError: If they differ by more than rounding does.
@@ -232,7 +256,10 @@ def _compare(model: Any, text: abc.Sequence[int], logits: torch.Tensor) -> None:
     expected = _plain(model, text).logits[0, -last:].float()
     if not expected.isfinite().all():
         return  # the model itself is broken; its requests will fail with that
-    noise = _difference(_piece_by_piece(model, text, last)[-last:], expected)
+    # Some kernels for one row round differently from those for several.
+    singles = range(len(text) - last + 1, len(text) + 1)
+    pieces, _ = _in_pieces(model, text, [0, *[len(text) // 2] * continues, *singles])
+    noise = _difference(pieces[-last:], expected)
     floor = _FLOORS.get(model.dtype, _FLOOR_16BIT)
     found = _difference(logits.float().to(expected.device), expected)
     if not found <= max(floor, _NOISE_FACTOR * noise):
@@ -243,19 +270,15 @@ def _compare(model: Any, text: abc.Sequence[int], logits: torch.Tensor) -> None:
         raise UnsupportedError(msg)
 
 
-def _piece_by_piece(model: Any, text: abc.Sequence[int], single: int) -> torch.Tensor:
-    """Compute the model's own logits, of shape `(tokens, vocab)`, in two pieces and then single tokens.
-
-    Some kernels for one row round differently from those for several.
-    """
-    cuts = [0, len(text) // 2, *range(len(text) - single + 1, len(text) + 1)]
+def _in_pieces(model: Any, text: abc.Sequence[int], cuts: abc.Sequence[int]) -> tuple[torch.Tensor, Any]:
+    """Compute the model's own logits, of shape `(tokens, vocab)`, piece by piece; returns its cache as well."""
     logits, cache = [], None
     for start, end in itertools.pairwise(cuts):
         if end > start:
             output = _plain(model, text[start:end], cache, seen=start)
             cache = cache_of(output)
             logits.append(output.logits[0].float())
-    return torch.cat(logits)
+    return torch.cat(logits), cache
 
 
 def _plain(model: Any, ids: abc.Sequence[int], cache: Any = None, seen: int = 0) -> Any:

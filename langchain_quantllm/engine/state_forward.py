@@ -82,7 +82,9 @@ class StateForward:
         self._waiting: list[tuple[StateKey, _Part, torch.Tensor]] = []
         # Of the module that runs: its states after parts so far, by their rows. Later parts may go on from them.
         self._latest: dict[tuple[StateKey, int], torch.Tensor] = {}
-        self._parts = [replace(part, adapters=_adapters_of(part, adapters)) for part in _parts_of(batch, chunks)]
+        self._parts = [
+            replace(part, adapters=_adapters_of(part, adapters)) for part in _parts_of(batch, chunks, pool.continues)
+        ]
 
     def run(
         self,
@@ -99,7 +101,9 @@ class StateForward:
         before = context.adapters
         try:
             for part in self._parts:
-                cache = StateCache(self._reading(part), self._pool.widths, begins=part.slots is None and part.source is None)
+                cache = StateCache(
+                    self._reading(part), self._pool.widths, begins=part.slots is None and part.source is None
+                )
                 given = [self._given(value, part, cache) for value in args]
                 named = {name: self._given(value, part, cache) for name, value in kwargs.items()}
                 if "attention_mask" in named:
@@ -169,22 +173,24 @@ class StateForward:
         return self._batch.cached(("state slots", part.first, device), lambda: slots.to(device, torch.long))
 
 
-def _parts_of(batch: Batch, chunks: Sequence[PrefillChunk]) -> Iterator[_Part]:
+def _parts_of(batch: Batch, chunks: Sequence[PrefillChunk], continues: bool) -> Iterator[_Part]:
     """Divide a batch: sequences that decode, which come first, are one part, and each chunk is one or several."""
     rows = len(batch.slots) if batch.decodes else len(batch.spans) - len(chunks)
     if rows:
         yield _Part(first=0, count=rows, slots=batch.slots[:rows])
     first = rows
     for chunk in chunks:
-        yield from _parts_of_chunk(chunk, first)
+        yield from _parts_of_chunk(chunk, first, continues)
         first += chunk.count
 
 
-def _parts_of_chunk(chunk: PrefillChunk, first: int) -> Iterator[_Part]:
-    """Divide a chunk behind the tokens whose states are saved."""
+def _parts_of_chunk(chunk: PrefillChunk, first: int, continues: bool) -> Iterator[_Part]:
+    """Divide a chunk behind the tokens whose states are saved, or all of it if several tokens cannot go on."""
     slot, at, end = chunk.sequence.slot, chunk.start, chunk.start + chunk.count
     source = chunk.restored if chunk.restored is not None else slot if at else None
     rows: dict[int, tuple[int, ...]] = {end: ()}
+    if source is not None and not continues:
+        rows |= dict.fromkeys(range(at + 1, end), ())
     for position, row in chunk.saves:
         rows[position] = (*rows.get(position, ()), row)
     for border in sorted(rows):

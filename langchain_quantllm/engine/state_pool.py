@@ -93,17 +93,18 @@ class StatePool:
 
     Attributes:
         rows: Rows of each tensor.
+        continues: Whether several tokens at once go on from a state; else single tokens do.
         tensors: Each state of all rows, of shape `(rows, ...)`. On a CPU they take memory as they are first written to.
         widths: Size of each state's last dimension.
     """
 
-    def __init__(self, shapes: Sequence[StateShape], rows: int) -> None:
+    def __init__(self, shapes: Sequence[StateShape], rows: int, *, continues: bool = True) -> None:
         """Allocate the states, as zeros.
 
         Raises:
             NotEnoughMemoryError: If the device has too little memory.
         """
-        self.rows = rows
+        self.rows, self.continues = rows, continues
         try:
             self.tensors = {shape.key: zeros((rows, *shape.size), shape.dtype, shape.device) for shape in shapes}
         except (torch.OutOfMemoryError, MemoryError, OSError, OverflowError) as error:

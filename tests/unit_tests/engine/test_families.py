@@ -14,7 +14,16 @@ from langchain_quantllm.engine.request import plan_requests
 from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.options import GenerationOptions
 from tests.support.engine import Answer
-from tests.support.families import FAST, NAMED, PLAIN, WITH_STATES, family_model, generated_ids, likeliest_ids, random_ids
+from tests.support.families import (
+    FAST,
+    NAMED,
+    PLAIN,
+    WITH_STATES,
+    family_model,
+    generated_ids,
+    likeliest_ids,
+    random_ids,
+)
 from tests.support.models import forwards, llm_of, slowly
 from tests.support.selection import QUICK_FAMILIES, slow_but
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import mmap
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,6 +35,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 MIXED = "qwen3_next"
 """A layer that keeps a state, one that keeps keys and values, and experts."""
+
+UNCUT = ("jamba", "zamba", "mamba", "falcon_mamba")
+"""Families of Mamba 1, whose layers in transformers go on from a state by single tokens only."""
 
 MakeLLM = Callable[..., QuantizedHuggingFaceLLM]
 
@@ -70,6 +75,16 @@ class TestMemory:
         assert info.state_bytes is not None
         assert 0.9 * 65536 < info.kv_cache_bytes + info.state_bytes <= 65536
         assert info.state_bytes <= 65536 / 2
+
+    def test_the_memory_report_counts_the_states(self, make: MakeLLM) -> None:
+        llm = make(kv_cache_memory="64KiB")
+        ids_after(llm, random_ids(40), max_new_tokens=20)
+        info, report = llm.engine_info, llm.memory_report()
+        assert report.kv_pool_bytes == (info.kv_cache_bytes or 0) + (info.state_bytes or 0)
+        if sys.platform == "linux":
+            pools = len(engine_of(llm)._parts.pools)
+            page = mmap.PAGESIZE
+            assert (report.kv_resident_bytes or 0) >= report.kv_pool_bytes / 4 > pools * page
 
     def test_a_model_without_states_has_none(self, make: MakeLLM) -> None:
         assert make("llama").engine_info.state_bytes is None
@@ -124,7 +139,8 @@ class TestTokens:
             with Background(lambda: ids_after(llm, short, max_new_tokens=40)) as beside:
                 seen.wait_for(3)
                 found = ids_after(llm, long, max_new_tokens=8)
-            assert len(seen.prefills) >= 4
+        longest = max(tokens for _, tokens in seen.shapes)
+        assert longest >= 300 if name in UNCUT else longest < 150
         assert found == generated_ids(llm.pipeline.model, long, 8)
         assert beside.result == likeliest(llm, short, beside.result)
 
@@ -187,8 +203,11 @@ class TestTokens:
         found = ids_after(llm, [77], max_new_tokens=12)
         assert found == generated_ids(llm.pipeline.model, [77], 12)
 
-    def test_a_step_of_prompts_that_fails_midway_is_repeated_from_the_states_before(self, make: MakeLLM) -> None:
-        llm = make()
+    @pytest.mark.parametrize("name", [MIXED, "jamba"])
+    def test_a_step_of_prompts_that_fails_midway_is_repeated_from_the_states_before(
+        self, make: MakeLLM, name: str
+    ) -> None:
+        llm = make(name)
         requests = [plan(llm, random_ids(count), max_new_tokens=9)[0] for count in (300, 5, 16, 150)]
         expected = [answer.token_ids for answer in ask(llm, requests)]
         failures = 0
@@ -200,7 +219,8 @@ class TestTokens:
                 msg = "no room for so many tokens"
                 raise torch.OutOfMemoryError(msg)
 
-        handle = llm.pipeline.model.model.norm.register_forward_hook(check)
+        inner = llm.pipeline.model.model
+        handle = (inner.norm if name == MIXED else inner.final_layernorm).register_forward_hook(check)
         try:
             assert [answer.token_ids for answer in ask(llm, requests)] == expected
         finally:
@@ -268,14 +288,17 @@ class TestPrefixes:
         token = sum(shape.token_bytes for shape in parts.probe.shapes)
         row = sum(shape.row_bytes for shape in parts.probe.states)
         llm = make(name, kv_cache_memory=max(2 * 14 * 16 * token, 2 * 8 * row))
-        prompts = []
-        for i in range(14):
-            prompts.append([*random_ids((16, 40, 90)[i % 3]), *random_ids(1 + 7 * i % 40, seed=i)])
+        prompts = [[*random_ids((16, 40, 90)[i % 3]), *random_ids(1 + 7 * i % 40, seed=i)] for i in range(14)]
         for _ in range(2):
             answers = ask(llm, [plan(llm, p, max_new_tokens=3 + 5 * i % 17)[0] for i, p in enumerate(prompts)])
             for prompt_ids, answer in zip(prompts, answers, strict=True):
                 assert answer.token_ids == likeliest(llm, prompt_ids, answer.token_ids)
-        assert sum(cached(answer) or 0 for answer in answers) > 0
+        assert (sum(cached(answer) or 0 for answer in answers) > 0) == (name not in UNCUT)
+
+    def test_a_model_whose_prompts_cannot_go_on_from_a_state_says_so(self, make: MakeLLM) -> None:
+        llm = make("jamba")
+        assert "no prefix caching and no parts of prompts" in llm.engine_info.reason
+        assert [cached_tokens(llm, random_ids(45)) for _ in range(2)] == [[0], [0]]
 
 
 class TestModel:
