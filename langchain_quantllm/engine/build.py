@@ -138,7 +138,7 @@ class EngineParts:
         left = [kind for kind in kinds if kind.left and not kind.fused]
         notes += [f"no {kind.kind} steps are fused: {max(kind.left, key=kind.left.__getitem__)}" for kind in left]
         if self.states is not None:
-            notes.append(self._prefix_note())
+            notes.append(self.states.prefix_note(self.slots))
         cache_tokens = self.limits.cache_tokens or 0
         return EngineInfo(
             name="fast",
@@ -154,14 +154,6 @@ class EngineParts:
     def new_snapshots(self) -> StateSnapshots | None:
         """Return the rows for states at block borders, all free; None if the model keeps no states."""
         return None if self.states is None else StateSnapshots(range(self.slots + 1, self.states.rows))
-
-    def _prefix_note(self) -> str:
-        assert self.states is not None
-        if not self.probe.continues:
-            return "no prefix caching and no parts of prompts: its layers go on from a state by single tokens only"
-        if kept := self.states.rows - self.slots - 1:
-            return f"its layers keep a state: prompts that begin alike go on from one of {kept} that are kept"
-        return "no prefix caching: there is no memory to keep its layers' states"
 
     # Building.
 
@@ -204,17 +196,17 @@ class EngineParts:
     def _make_runner(self, attention: Attention, budget: float | int | None) -> ModelRunner:
         """Allocate the pools and make a verified runner; with half the pool if memory is short."""
         shapes, states = self.probe.shapes, self.probe.states
-        rows = 0
+        rows, continues = 0, self.probe.continues
         if states:
-            rows = count_rows(states, budget, most=(1 + self.probe.continues) * self.slots + 1)
-            self.slots = self._slots_of(rows)
+            rows = count_rows(states, budget, most=(1 + continues) * self.slots + 1)
+            self.slots = slots_of(rows, most=self.slots, continues=continues)
         context = self.limits.context_tokens
         taken = state_bytes(states, rows)
         blocks = count_blocks(shapes, budget, sequences=self.slots, context=context, state_bytes=taken)
         while True:
             self.limits = replace(self.limits, cache_tokens=(blocks - 1) * BLOCK_TOKENS)
             try:
-                self.states = StatePool(states, rows, continues=self.probe.continues) if states else None
+                self.states = StatePool(states, rows, continues=continues) if states else None
                 self.pools = allocate_pools(shapes, blocks)
                 return self._verified_runner(attention)
             except (NotEnoughMemoryError, torch.OutOfMemoryError):
@@ -226,11 +218,7 @@ class EngineParts:
             blocks //= 2
             if states:
                 rows = max(LEAST_ROWS, rows // 2)
-                self.slots = self._slots_of(rows)
-
-    def _slots_of(self, rows: int) -> int:
-        """Divide the rows of the state pool: all but one are slots if none can keep states at block borders."""
-        return slots_of(rows, most=self.slots) if self.probe.continues else min(rows - 1, self.slots)
+                self.slots = slots_of(rows, most=self.slots, continues=continues)
 
     def _verified_runner(self, attention: Attention) -> ModelRunner:
         """Make the runner that gives the model's own logits: by registered attention, or by catching PyTorch's."""

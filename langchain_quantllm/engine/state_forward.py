@@ -79,12 +79,11 @@ class StateForward:
         self._pool, self._batch, self._on_layer = pool, batch, on_layer
         self._tokens = len(batch.slots)
         self._waits = not batch.decodes
-        self._waiting: list[tuple[StateKey, _Part, torch.Tensor]] = []
-        # Of the module that runs: its states after parts so far, by their rows. Later parts may go on from them.
+        # Of a step with prompts: states that are not stored yet, by their rows. Later parts may go on from them.
         self._latest: dict[tuple[StateKey, int], torch.Tensor] = {}
-        self._parts = [
-            replace(part, adapters=_adapters_of(part, adapters)) for part in _parts_of(batch, chunks, pool.continues)
-        ]
+        self._of_decoding: list[tuple[StateKey, _Part, torch.Tensor]] = []
+        parts = _parts_of(batch, chunks, pool.continues)
+        self._parts = [replace(part, adapters=_adapters_of(part, adapters)) for part in parts]
 
     def run(
         self,
@@ -113,14 +112,16 @@ class StateForward:
                 self._store(part, cache)
         finally:
             context.adapters = before
-            self._latest.clear()
         return self._packed(outputs)
 
     def commit(self) -> None:
         """Store the states of a step with prompts."""
-        for key, part, state in self._waiting:
+        for key, part, state in self._of_decoding:
             self._write(key, part, state)
-        self._waiting.clear()
+        for (key, row), state in self._latest.items():
+            self._pool.tensors[key][row : row + 1] = state
+        self._of_decoding.clear()
+        self._latest.clear()
 
     def _given(self, value: Any, part: _Part, cache: StateCache) -> Any:
         """Return what a module gets for one of its arguments."""
@@ -157,15 +158,13 @@ class StateForward:
                 self._write(key, part, state)
                 continue
             kept = state.to(self._pool.tensors[key].dtype, copy=True)  # it may be a part of something large
-            self._waiting.append((key, part, kept))
+            if part.slots is not None:
+                self._of_decoding.append((key, part, kept))
             self._latest.update({(key, row): kept for row in part.targets})
 
     def _write(self, key: StateKey, part: _Part, state: torch.Tensor) -> None:
         states = self._pool.tensors[key]
-        if part.slots is not None:
-            states.index_copy_(0, self._slots_on(states.device, part), state.to(states.dtype))
-        for row in part.targets:
-            states[row : row + 1] = state
+        states.index_copy_(0, self._slots_on(states.device, part), state.to(states.dtype))
 
     def _slots_on(self, device: torch.device, part: _Part) -> torch.Tensor:
         assert part.slots is not None

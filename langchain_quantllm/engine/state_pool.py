@@ -78,14 +78,15 @@ def count_rows(shapes: Sequence[StateShape], budget: float | int | None, *, most
     return min(fitting, most)
 
 
-def slots_of(rows: int, *, most: int) -> int:
-    """Compute how many of a pool's rows are slots, beside the one for padding; a quarter or more keeps states.
+def slots_of(rows: int, *, most: int, continues: bool) -> int:
+    """Compute how many of a pool's rows are slots, beside the one for padding; others keep states at block borders.
 
     Args:
         rows: Rows of the pool.
         most: Maximum number of sequences at once.
+        continues: Whether prompts go on from kept states, which then get a quarter of the rows or more.
     """
-    return min(most, max(LEAST_ROWS - 1, 3 * (rows - 1) // 4))
+    return min(most, max(LEAST_ROWS - 1, 3 * (rows - 1) // 4) if continues else rows - 1)
 
 
 class StatePool:
@@ -112,3 +113,11 @@ class StatePool:
             msg = f"the states of {rows} sequences, {size}, do not fit; lower kv_cache_memory."
             raise NotEnoughMemoryError(msg) from error
         self.widths = {shape.key: shape.size[-1] for shape in shapes}
+
+    def prefix_note(self, slots: int) -> str:
+        """Say whether prompts that begin alike share what is computed, if so many of the rows are slots."""
+        if not self.continues:
+            return "no prefix caching and no parts of prompts: its layers go on from a state by single tokens only"
+        if kept := self.rows - slots - 1:
+            return f"its layers keep a state: prompts that begin alike go on from one of {kept} that are kept"
+        return "no prefix caching: there is no memory to keep its layers' states"

@@ -55,13 +55,17 @@ def test_a_module_goes_on_from_our_states_as_from_its_own(name: str) -> None:
     module: Any = next(iter(state_modules(model)))
     theirs = DynamicCache(config=model.config)
     ours: dict[StateKey, torch.Tensor] = {}
+
+    def read(key: StateKey) -> torch.Tensor:
+        return ours[key].clone()
+
     widths = {key: state.shape[-1] for key, state in states_of(filled(model)).items()}
     for start, count in ((0, 2), (2, 11), (13, 1), (14, 1), (15, 5)):
         hidden = torch.randn(1, count, 64, generator=torch.Generator().manual_seed(start))
-        cache = StateCache(lambda key: ours[key].clone(), widths, begins=not start)
+        cache = StateCache(read, widths, begins=not start)
         found, expected = module(hidden, cache=cache), module(hidden, cache=theirs)
         torch.testing.assert_close(found, expected)
-        ours |= cache.states
+        ours.update(cache.states)
         kept = {key: state for key, state in states_of(theirs).items() if key.layer == module.layer_idx}
         assert ours.keys() == kept.keys()
         for key, state in kept.items():

@@ -135,10 +135,10 @@ class TestTokens:
         llm = make(name)
         short, long = random_ids(9), random_ids(300)
         assert engine_of(llm)._step_tokens[1] < 300
-        with forwards(llm, slowly(0.002)) as seen:
-            with Background(lambda: ids_after(llm, short, max_new_tokens=40)) as beside:
-                seen.wait_for(3)
-                found = ids_after(llm, long, max_new_tokens=8)
+        call = Background(lambda: ids_after(llm, short, max_new_tokens=40))
+        with forwards(llm, slowly(0.002)) as seen, call as beside:
+            seen.wait_for(3)
+            found = ids_after(llm, long, max_new_tokens=8)
         longest = max(tokens for _, tokens in seen.shapes)
         assert longest >= 300 if name in UNCUT else longest < 150
         assert found == generated_ids(llm.pipeline.model, long, 8)
