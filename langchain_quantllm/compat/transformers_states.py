@@ -8,6 +8,7 @@ is refused by its cache or by the comparison of its logits.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -22,11 +23,12 @@ _EMPTY_LAYER_TYPES = frozenset({"moe", "mlp", "attention"})  # Nemotron-H's; the
 OTHER_LAYER_TYPES = STATE_LAYER_TYPES | _EMPTY_LAYER_TYPES
 """Kinds of layers of models with states, beside full and sliding attention."""
 
-_METHODS = frozenset({"update_conv_state", "update_recurrent_state"})
+_METHODS = frozenset({"update_conv_state", "update_recurrent_state", "set_linear_cache"})
+_LINEAR_CACHE = "linear_cache"  # a list in MiniMax's own kind of cache
 
 
 class StateKey(NamedTuple):
-    """Names one state of a model: `kind` is `"conv"` or `"recurrent"`."""
+    """Names one state of a model: `kind` is `"conv"` or `"recurrent"`, or `"linear"` for MiniMax's."""
 
     layer: int
     kind: str
@@ -42,6 +44,9 @@ def states_of(cache: Any) -> dict[StateKey, torch.Tensor]:
             for index, state in states.items() if isinstance(states, Mapping) else ():
                 if state is not None:
                     found[StateKey(layer_number, kind, index)] = state
+    for layer_number, state in enumerate(getattr(cache, _LINEAR_CACHE, ())):
+        if isinstance(state, torch.Tensor):
+            found[StateKey(layer_number, "linear", 0)] = state
     return found
 
 
@@ -62,6 +67,19 @@ def state_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 def _keeps_states(kind: type) -> bool:
     functions = (value for base in kind.__mro__ for value in vars(base).values() if inspect.isfunction(value))
     return any(_METHODS.intersection(inspect.unwrap(function).__code__.co_names) for function in functions)
+
+
+def passing_for_own(ours: type, model: torch.nn.Module) -> type:
+    """Derive a kind of cache that passes for the one that a model insists on, as MiniMax does; else it is ours."""
+    modules = {type(module).__module__ for module in state_modules(model)}
+    own = {kind for name in modules for kind in vars(sys.modules[name]).values() if _keeps_linear_states(kind)}
+    for kind in own:
+        ours = type(ours.__name__, (ours, kind), {_LINEAR_CACHE: ()})
+    return ours
+
+
+def _keeps_linear_states(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Cache) and hasattr(kind, "set_linear_cache")
 
 
 def is_cache(value: Any) -> bool:
@@ -122,6 +140,14 @@ class StateCache(Cache):  # type: ignore[misc]  # transformers is not typed
         """Store a recurrent state, and return it."""
         self.states[StateKey(layer_idx, "recurrent", state_idx)] = recurrent_states
         return recurrent_states
+
+    def get_linear_cache(self, layer_idx: int) -> torch.Tensor | None:
+        """Return the state of a layer of MiniMax; None at the beginning."""
+        return None if self._begins else self._get(StateKey(layer_idx, "linear", 0))
+
+    def set_linear_cache(self, layer_idx: int, linear_cache: torch.Tensor) -> None:
+        """Store it."""
+        self.states[StateKey(layer_idx, "linear", 0)] = linear_cache
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
         """Say whether there are states from the text so far."""

@@ -13,7 +13,9 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from langchain_quantllm.compat.transformers_attention import WritingCache
 from langchain_quantllm.compat.transformers_models import cache_name, forward_parameters
+from langchain_quantllm.compat.transformers_states import passing_for_own
 from langchain_quantllm.engine import staging
 from langchain_quantllm.engine.adapter_choice import AdapterChoice
 from langchain_quantllm.engine.attention import Attention, Batch, LayerPool, PagedForward, Span
@@ -162,6 +164,7 @@ class ModelRunner:
         if self.captures:
             self._memory = torch.cuda.graph_pool_handle()  # the pool before was freed with its last graph
         self._configs = [] if self._by_sdpa else configs_of(self._model)
+        self._cache_kind = passing_for_own(WritingCache, self._model)
 
     @_on_device
     def run(
@@ -332,6 +335,7 @@ class ModelRunner:
         options = {"logits_to_keep": keep} if keep is not None and self._keeps_logits else {}
         records = contextlib.nullcontext() if self._head_input is None else self._head_input.recording(context)
         with paged_attention(context, self._configs) as cache, self._operations(), records:
+            cache.__class__ = self._cache_kind
             output = self._model(
                 input_ids=ids[None],
                 attention_mask=mask,

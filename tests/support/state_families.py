@@ -58,6 +58,17 @@ STATE_RECIPES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             "layer_types": ["conv", "sliding_attention", "full_attention"],
         },
     ),
+    "minimax": (
+        "MiniMax",
+        {
+            **_BASE,
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "block_size": 16,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+    ),
     "granitemoehybrid": (
         "GraniteMoeHybrid",
         {

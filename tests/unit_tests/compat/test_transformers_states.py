@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from langchain_quantllm.compat.transformers_attention import WritingCache
 from langchain_quantllm.compat.transformers_models import cache_of
 from langchain_quantllm.compat.transformers_states import (
     OTHER_LAYER_TYPES,
@@ -15,6 +16,7 @@ from langchain_quantllm.compat.transformers_states import (
     StateKey,
     holds_nothing,
     is_cache,
+    passing_for_own,
     state_modules,
     states_of,
 )
@@ -25,6 +27,12 @@ from tests.support.selection import slow_but
 def filled(model: Any, count: int = 9) -> Any:
     with torch.no_grad():
         return cache_of(model(input_ids=torch.tensor([random_ids(count)]), use_cache=True))
+
+
+def run(module: Any, hidden: torch.Tensor, cache: Any) -> torch.Tensor:
+    if type(module).__name__ == "MiniMaxLightningAttention":
+        return module(hidden, None, None, cache=cache)[0]
+    return module(hidden, cache=cache)
 
 
 @pytest.mark.parametrize("name", WITH_STATES)
@@ -53,7 +61,7 @@ def test_layers_hold_keys_and_values_states_both_or_nothing() -> None:
 def test_a_module_goes_on_from_our_states_as_from_its_own(name: str) -> None:
     model = family_model(FAST[name])
     module: Any = next(iter(state_modules(model)))
-    theirs = DynamicCache(config=model.config)
+    theirs = type(filled(model))() if name == "minimax" else DynamicCache(config=model.config)
     ours: dict[StateKey, torch.Tensor] = {}
 
     def read(key: StateKey) -> torch.Tensor:
@@ -63,13 +71,27 @@ def test_a_module_goes_on_from_our_states_as_from_its_own(name: str) -> None:
     for start, count in ((0, 2), (2, 11), (13, 1), (14, 1), (15, 5)):
         hidden = torch.randn(1, count, 64, generator=torch.Generator().manual_seed(start))
         cache = StateCache(read, widths, begins=not start)
-        found, expected = module(hidden, cache=cache), module(hidden, cache=theirs)
+        found, expected = (run(module, hidden, one) for one in (cache, theirs))
         torch.testing.assert_close(found, expected)
         ours.update(cache.states)
         kept = {key: state for key, state in states_of(theirs).items() if key.layer == module.layer_idx}
         assert ours.keys() == kept.keys()
         for key, state in kept.items():
             torch.testing.assert_close(ours[key], state)
+
+
+def test_our_cache_passes_for_minimax_s_own() -> None:
+    model = family_model(FAST["minimax"])
+    own = type(filled(model))
+    kind = passing_for_own(WritingCache, model)
+    cache = WritingCache(lambda key, value, layer: key)
+    cache.__class__ = kind
+    assert isinstance(cache, own)
+    assert isinstance(cache, WritingCache)
+    assert cache.get_seq_length() == 0
+    assert torch.equal(cache.update(torch.ones(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), 0)[0], torch.ones(1, 1, 2, 4))
+    assert passing_for_own(WritingCache, family_model(FAST["llama"])) is WritingCache
+    assert passing_for_own(WritingCache, family_model(FAST["qwen3_next"])) is WritingCache
 
 
 def test_a_cache_says_whether_there_are_states() -> None:

@@ -340,7 +340,10 @@ class TestModel:
             for module in modules:
                 states = StateForward(parts.states, batch, None)
                 with forward_context(ForwardContext(states=states)):
-                    module(torch.ones(1, 3, 64), cache=DynamicCache())
+                    given = {"cache": DynamicCache()}
+                    if name == "minimax":
+                        given |= {"position_embeddings": None, "attention_mask": None}
+                    module(torch.ones(1, 3, 64), **given)
         assert finder.found is None
         parts.close()
 
