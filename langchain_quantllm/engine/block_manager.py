@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 
+from langchain_quantllm.engine.state_snapshots import StateSnapshots
+
 BLOCK_TOKENS = 16
 """Tokens of one block."""
 
@@ -23,9 +25,15 @@ class BlockManager:
     that begin with different ids of `new_prefix_id` share nothing.
     """
 
-    def __init__(self, total: int) -> None:
-        """Begin with all blocks free; `total` counts block 0 as well."""
+    def __init__(self, total: int, snapshots: StateSnapshots | None = None) -> None:
+        """Begin with all blocks free.
+
+        Args:
+            total: Number of blocks, block 0 included.
+            snapshots: Where the states at the ends of blocks are kept, for models whose layers keep one.
+        """
         self.total = total
+        self.snapshots = snapshots
         self._free = list(range(total - 1, 0, -1))  # the lowest comes first: memory is touched as late as possible
         self._holders = [0] * total
         self._keys: list[Key | None] = [None] * total
@@ -152,3 +160,5 @@ class BlockManager:
         if key is not None:
             del self._by_key[key]
             self._keys[block] = None
+            if self.snapshots is not None:
+                self.snapshots.forget(self._prefix_ids[block])

@@ -29,6 +29,9 @@ from langchain_quantllm.engine.model_check import (
 )
 from langchain_quantllm.engine.model_runner import ModelRunner
 from langchain_quantllm.engine.request import EngineInfo, ModelLimits
+from langchain_quantllm.engine.state_forward import StateModules
+from langchain_quantllm.engine.state_pool import LEAST_ROWS, StatePool, count_rows, slots_of, state_bytes
+from langchain_quantllm.engine.state_snapshots import StateSnapshots
 from langchain_quantllm.engine.triton_attention import TritonAttention
 from langchain_quantllm.errors import NotEnoughMemoryError, UnsupportedError
 from langchain_quantllm.kernels.invariant.ops import InvariantOps
@@ -50,7 +53,8 @@ class EngineParts:
     Attributes:
         limits: The limits of the model's requests.
         probe: The facts of the model's first forward.
-        pools: The KV pool of each layer.
+        pools: The KV pool of each layer that keeps keys and values.
+        states: The states of layers that keep one for each sequence; None if there are none.
         runner: Runs the model.
         adapters: The adapters that sequences choose from; None if the model runs as it is.
         adapter_names: Their names; None likewise.
@@ -82,6 +86,8 @@ class EngineParts:
         self._notes = [] if no_fusion_reason is None else [f"no fused steps: {no_fusion_reason}"]
         self.limits = limits
         self.pools: list[LayerPool] = []
+        self.states: StatePool | None = None
+        self._state_modules: StateModules | None = None
         self.refusal: str | None = None
         self.adapters: LoraStack | None = None
         self.adapter_names = None if switch is None else switch.names
@@ -91,6 +97,11 @@ class EngineParts:
             if switch is not None:
                 self.adapters = LoraStack(model, switch.names)
             self.probe: ModelProbe = inspect_model(model)
+            if self.probe.states:
+                if batch_invariant:
+                    msg = "its layers keep a state, which is computed in another way alone than in a batch"
+                    raise UnsupportedError(msg)
+                self._state_modules = StateModules(model)
             # Before the parts are made: a change meanwhile is noticed with the first request.
             self._fingerprint = self._current_fingerprint()
             self.runner = self._make_runner(self._choose_attention(), cache_budget)
@@ -107,7 +118,9 @@ class EngineParts:
         """Take the adapters' forwards off the model, and release it and the KV pools; the limits stay readable."""
         if self.adapters is not None:
             self.adapters.close()
-        self.pools, self.adapters = [], None
+        if self._state_modules is not None:
+            self._state_modules.close()
+        self.pools, self.states, self.adapters = [], None, None
         self._model = self._switch = self._fusion = None
         vars(self).pop("runner", None)
 
@@ -124,6 +137,8 @@ class EngineParts:
             fused["sampling"] = 1
         left = [kind for kind in kinds if kind.left and not kind.fused]
         notes += [f"no {kind.kind} steps are fused: {max(kind.left, key=kind.left.__getitem__)}" for kind in left]
+        if self.states is not None:
+            notes.append(self.states.prefix_note(self.slots))
         cache_tokens = self.limits.cache_tokens or 0
         return EngineInfo(
             name="fast",
@@ -131,15 +146,20 @@ class EngineParts:
             graphs=self.runner.captures,
             kv_cache_tokens=cache_tokens,
             kv_cache_bytes=(cache_tokens + BLOCK_TOKENS) * token_bytes,
+            state_bytes=None if self.states is None else sum(state_bytes(self.probe.states, self.states.rows).values()),
             fused=fused,
             batch_invariant=self._batch_invariant,
         )
+
+    def new_snapshots(self) -> StateSnapshots | None:
+        """Return the rows for states at block borders, all free; None if the model keeps no states."""
+        return None if self.states is None else StateSnapshots(range(self.slots + 1, self.states.rows))
 
     # Building.
 
     def _choose_attention(self) -> Attention:
         shapes = self.probe.shapes
-        devices = {shape.device for shape in shapes}
+        devices = {shape.device for shape in shapes} | {state.device for state in self.probe.states}
         if any(device.type != "cuda" for device in devices):
             kinds = {device.type for device in devices} - {"cpu"}
             return self._gathering(f"keys and values are on {', '.join(sorted(kinds))}" if kinds else None)
@@ -150,7 +170,8 @@ class EngineParts:
 
             kind = InvariantTritonAttention if self._batch_invariant else TritonAttention
             attention = kind(attention_kernels, sorted(devices, key=str))
-            attention.try_out(allocate_pools(shapes[:1], _TRIED_BLOCKS)[0])
+            for pool in allocate_pools(shapes[:1], _TRIED_BLOCKS):
+                attention.try_out(pool)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # not installed, or without a compiler
@@ -174,20 +195,30 @@ class EngineParts:
 
     def _make_runner(self, attention: Attention, budget: float | int | None) -> ModelRunner:
         """Allocate the pools and make a verified runner; with half the pool if memory is short."""
-        shapes = self.probe.shapes
-        blocks = count_blocks(shapes, budget, sequences=self.slots, context=self.limits.context_tokens)
+        shapes, states = self.probe.shapes, self.probe.states
+        rows, continues = 0, self.probe.continues
+        if states:
+            rows = count_rows(states, budget, most=(1 + continues) * self.slots + 1)
+            self.slots = slots_of(rows, most=self.slots, continues=continues)
+        context = self.limits.context_tokens
+        taken = state_bytes(states, rows)
+        blocks = count_blocks(shapes, budget, sequences=self.slots, context=context, state_bytes=taken)
         while True:
             self.limits = replace(self.limits, cache_tokens=(blocks - 1) * BLOCK_TOKENS)
             try:
+                self.states = StatePool(states, rows, continues=continues) if states else None
                 self.pools = allocate_pools(shapes, blocks)
                 return self._verified_runner(attention)
             except (NotEnoughMemoryError, torch.OutOfMemoryError):
                 # Memory that is measured as free may be in pieces, or not for this process.
                 if budget is not None or blocks < _FEWEST_BLOCKS:
                     raise
-            self.pools = []
+            self.pools, self.states = [], None
             torch.cuda.empty_cache()
             blocks //= 2
+            if states:
+                rows = max(LEAST_ROWS, rows // 2)
+                self.slots = slots_of(rows, most=self.slots, continues=continues)
 
     def _verified_runner(self, attention: Attention) -> ModelRunner:
         """Make the runner that gives the model's own logits: by registered attention, or by catching PyTorch's."""
@@ -208,6 +239,8 @@ class EngineParts:
                 vocab_size=self.probe.vocab_size,
                 by_sdpa=by_sdpa,
                 can_capture=can_capture,
+                layers=self.probe.layers,
+                states=self.states,
                 no_graph_reason=self._no_graph_reason() if can_capture else None,
                 adapters=self.adapters,
                 fusion=self._fusion,
@@ -260,6 +293,8 @@ class EngineParts:
             except Exception as error:  # memory, say: the model runs without them
                 _log.warning("fused steps could not be found anew: %r", error)
         self.runner.model_changed(self._no_graph_reason() if self.runner.can_capture else None)
+        if self._state_modules is not None:
+            self._state_modules.build()
         if self.adapters is not None:
             self.refusal = changed_by_hand("they could not be taken anew")  # should memory run out here, say
             try:

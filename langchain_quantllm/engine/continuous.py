@@ -106,8 +106,9 @@ class ContinuousEngine:
 
     @property
     def kv_resident_bytes(self) -> int | None:
-        """Bytes of the KV cache that lie in main memory; see `kv_cache.resident_bytes`."""
-        return resident_bytes(self._parts.pools)
+        """Bytes of the KV cache and states that lie in main memory; see `kv_cache.resident_bytes`."""
+        states = self._parts.states
+        return resident_bytes(self._parts.pools, () if states is None else states.tensors.values())
 
     def submit(
         self,
@@ -269,7 +270,7 @@ class ContinuousEngine:
         rows = [s for s in self._scheduler.running if s.decodes and not s.is_complete and s not in reads]
         if not rows or not self._runner.can_replay(len(rows)):
             return None
-        layers_apart = max(1, round(len(self._parts.pools) / parts))
+        layers_apart = max(1, round(self._parts.probe.layer_count / parts))
 
         def decode(layer: int) -> None:
             if layer % layers_apart == 0:
@@ -330,7 +331,8 @@ class ContinuousEngine:
         if token_id < 0:
             blocks = list(sequence.blocks)
             self._fail(sequence, GenerationError(NAN_LOGITS))
-            self._blocks.discard(spoiled_blocks(self._parts.pools, blocks))  # or its prompt could never run again
+            spoiled = blocks if self._parts.states else spoiled_blocks(self._parts.pools, blocks)
+            self._blocks.discard(spoiled)  # or its prompt could never run again
             return
         self._scheduler.push(sequence, token_id)
         completion = sequence.completion
@@ -376,10 +378,14 @@ class ContinuousEngine:
     def _reset_cache(self) -> None:
         """Forget the content of all blocks."""
         alone, beside = self._step_tokens
-        self._blocks = BlockManager((self.limits.cache_tokens or 0) // BLOCK_TOKENS + 1)
+        self._blocks = BlockManager((self.limits.cache_tokens or 0) // BLOCK_TOKENS + 1, self._parts.new_snapshots())
         self._prefix_ids = PrefixIds(self._blocks)
         self._scheduler = Scheduler(
-            self._blocks, slots=self._parts.slots, step_tokens=alone, step_tokens_while_decoding=beside
+            self._blocks,
+            slots=self._parts.slots,
+            step_tokens=alone,
+            step_tokens_while_decoding=beside,
+            cuts_prompts=self._parts.probe.continues,
         )
 
     def _rebuild(self) -> None:

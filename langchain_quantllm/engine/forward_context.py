@@ -33,6 +33,21 @@ class Step(Protocol):
         ...
 
 
+class States(Protocol):
+    """The states of layers that keep some, in one forward; see `state_forward`."""
+
+    def run(
+        self,
+        context: ForwardContext,
+        module: Any,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Compute the output of a module that keeps a state, over packed tokens."""
+        ...
+
+
 class PrecomputedOutputs:
     """Outputs of modules for one input, computed before these modules are called."""
 
@@ -62,6 +77,7 @@ class ForwardContext:
 
     Args:
         attention: Attention over the blocks of the KV cache; None for the model's own attention.
+        states: States of the layers that keep some; None for the module's own.
         steps: Fused steps by the ids of the modules that they replace.
         adapters: The adapter of each token; None for peft's own choice.
         record: Called with each patched module that has no step, its arguments, keyword arguments and output.
@@ -70,6 +86,7 @@ class ForwardContext:
     """
 
     attention: PagedForward | None = None
+    states: States | None = None
     steps: Mapping[int, Step] = field(default_factory=dict)
     adapters: AdapterChoice | None = None
     record: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None] | None = None

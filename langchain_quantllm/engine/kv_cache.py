@@ -10,12 +10,13 @@ import math
 import mmap
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from langchain_quantllm.compat.transformers_states import holds_nothing
 from langchain_quantllm.engine.attention import LayerPool
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.errors import NotEnoughMemoryError
@@ -44,14 +45,19 @@ class LayerShape:
         return self.kv_heads * (self.key_dim + self.value_dim) * int(self.dtype.itemsize)
 
 
+def layers_of(cache: Any) -> dict[int, Any]:
+    """Return the layers of a filled transformers cache by their numbers, without those that keep no keys and values."""
+    return {number: layer for number, layer in enumerate(cache.layers) if not holds_nothing(layer)}
+
+
 def shapes_of(cache: Any) -> list[LayerShape]:
-    """Read the shapes of the layers of a transformers cache that a forward has filled.
+    """Read the shapes of the layers of a transformers cache that a forward has filled; see `layers_of`.
 
     Raises:
-        ValueError: If a layer holds anything but keys and values.
+        ValueError: If a layer holds anything but keys and values, or a state.
     """
     shapes = []
-    for layer in cache.layers:
+    for layer in layers_of(cache).values():
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if keys is None or values is None or keys.dim() != 4 or values.dim() != 4:
             msg = f"its cache has a {type(layer).__name__}, which does not hold exactly keys and values"
@@ -69,9 +75,14 @@ def shapes_of(cache: Any) -> list[LayerShape]:
 
 
 def count_blocks(
-    shapes: Sequence[LayerShape], budget: float | int | None, *, sequences: int, context: int | None
+    shapes: Sequence[LayerShape],
+    budget: float | int | None,
+    *,
+    sequences: int,
+    context: int | None,
+    state_bytes: Mapping[torch.device, int] | None = None,
 ) -> int:
-    """Compute how many blocks fit the budget, block 0 included.
+    """Compute how many blocks fit the budget, block 0 included. Without layers they take no memory, and count tokens.
 
     Layers on several devices share one count: the tightest device decides, and a budget in bytes is for all.
 
@@ -80,19 +91,23 @@ def count_blocks(
         budget: A fraction of what is free, bytes, or None.
         sequences: Maximum number of sequences at once.
         context: Most tokens of a sequence; None if the model has no limit.
+        state_bytes: What the states of the model's other layers take of the budget on each device.
 
     Raises:
         NotEnoughMemoryError: If there is no room for even a short text, or not for a budget in bytes.
     """
+    states = state_bytes or {}
     token_bytes = sum(shape.token_bytes for shape in shapes)
     most = min(context or _USEFUL_TOKENS, _USEFUL_TOKENS)
     useful = max(sequences * most, context or 0)
-    if isinstance(budget, int):
-        tokens = budget // token_bytes
+    if not shapes:
+        tokens = useful
+    elif isinstance(budget, int):
+        tokens = (budget - sum(states.values())) // token_bytes
     else:
-        fraction = DEFAULT_FRACTION if budget is None else budget
         tokens = min(
-            int(_free_memory(device) * fraction) // sum(s.token_bytes for s in shapes if s.device == device)
+            (budget_on(device, budget) - states.get(device, 0))
+            // sum(s.token_bytes for s in shapes if s.device == device)
             for device in {shape.device for shape in shapes}
         )
         if budget is None:
@@ -105,8 +120,14 @@ def count_blocks(
         )
         raise NotEnoughMemoryError(msg)
     if isinstance(budget, int):  # a fraction is one of what is free
-        _check_room(blocks * BLOCK_TOKENS * sum(s.token_bytes for s in shapes if s.device.type == "cpu"))
+        of_states = sum(size for device, size in states.items() if device.type == "cpu")
+        _check_room(of_states + blocks * BLOCK_TOKENS * sum(s.token_bytes for s in shapes if s.device.type == "cpu"))
     return blocks
+
+
+def budget_on(device: torch.device, budget: float | None) -> int:
+    """Compute the bytes of a budget on a device: a fraction of what is free there, by default `DEFAULT_FRACTION`."""
+    return int(_free_memory(device) * (DEFAULT_FRACTION if budget is None else budget))
 
 
 def allocate_pools(shapes: Sequence[LayerShape], blocks: int) -> list[LayerPool]:
@@ -118,7 +139,7 @@ def allocate_pools(shapes: Sequence[LayerShape], blocks: int) -> list[LayerPool]
     try:
         return [
             LayerPool(
-                kv=_zeros((blocks, BLOCK_TOKENS, s.kv_heads, s.key_dim + s.value_dim), s.dtype, s.device),
+                kv=zeros((blocks, BLOCK_TOKENS, s.kv_heads, s.key_dim + s.value_dim), s.dtype, s.device),
                 key_dim=s.key_dim,
             )
             for s in shapes
@@ -139,16 +160,17 @@ def spoiled_blocks(pools: Sequence[LayerPool], blocks: Sequence[int]) -> list[in
     return sorted(spoiled)
 
 
-def resident_bytes(pools: Sequence[LayerPool]) -> int | None:
-    """Count the bytes of CPU pools that are in main memory because they were written to.
+def resident_bytes(pools: Sequence[LayerPool], states: Iterable[torch.Tensor] = ()) -> int | None:
+    """Count the bytes of CPU pools, and of states beside them, that are in main memory because they were written to.
 
     Returns:
         The bytes, in whole memory pages of the system. None for pools on other devices and on systems other than
         Linux.
     """
-    if any(pool.kv.device.type != "cpu" for pool in pools):
+    tensors = [*(pool.kv for pool in pools), *states]
+    if any(tensor.device.type != "cpu" for tensor in tensors):
         return None
-    counts = [_resident(pool.kv.data_ptr(), pool.kv.nbytes) for pool in pools]
+    counts = [_resident(tensor.data_ptr(), tensor.nbytes) for tensor in tensors]
     return None if None in counts else sum(count or 0 for count in counts)
 
 
@@ -200,7 +222,7 @@ def _resident(address: int, size: int) -> int | None:
     return min(size, bytes(held).count(1) * mmap.PAGESIZE)
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Allocate zeros, so that steps which are only timed compute with numbers."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)

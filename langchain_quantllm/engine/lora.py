@@ -96,7 +96,9 @@ def _run_stacked(
     if layer is None:
         return base
     foreign_rank_mask = choice.foreign_rank_mask(layer)
-    if x.shape[-2] != len(foreign_rank_mask) or x.numel() != len(foreign_rank_mask) * x.shape[-1]:
+    if x.shape[:-1] == (len(foreign_rank_mask), 1):  # of a module that keeps a state, with each token in its own row
+        foreign_rank_mask = foreign_rank_mask[:, None]
+    elif x.shape[-2] != len(foreign_rank_mask) or x.numel() != len(foreign_rank_mask) * x.shape[-1]:
         msg = "a layer with adapters sees other tokens than the model was given"
         raise UnsupportedError(msg)
     # Masked, not multiplied by 0: if one adapter's product overflows, 0 times infinity is NaN for the other tokens.

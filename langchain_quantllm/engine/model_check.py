@@ -16,18 +16,20 @@ import torch
 
 from langchain_quantllm.compat.transformers_attention import missing_attention_api
 from langchain_quantllm.compat.transformers_models import cache_name, cache_of
+from langchain_quantllm.compat.transformers_states import OTHER_LAYER_TYPES, states_of
 from langchain_quantllm.engine.adapter_switch import AdapterSwitch
 from langchain_quantllm.engine.attention import without_gradients
 from langchain_quantllm.engine.block_manager import BlockManager
 from langchain_quantllm.engine.fusion.fuse import Fusion
-from langchain_quantllm.engine.kv_cache import LayerShape, shapes_of
+from langchain_quantllm.engine.kv_cache import LayerShape, layers_of, shapes_of
 from langchain_quantllm.engine.model_runner import ModelRunner
 from langchain_quantllm.engine.scheduler import Scheduler
 from langchain_quantllm.engine.sequence import SamplingInput, Sequence, bare_sequence
+from langchain_quantllm.engine.state_pool import StateShape, state_shapes
 from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.options import BASE_ADAPTER
 
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_LAYER_TYPES = {"full_attention", "sliding_attention", *OTHER_LAYER_TYPES}
 _MOVING_ROPES = ("dynamic", "longrope")
 _FLOORS = {torch.float32: 1e-3, torch.float64: 1e-3}
 _FLOOR_16BIT = 0.05
@@ -77,14 +79,25 @@ class ModelProbe:
     """The facts that a first forward of a model shows.
 
     Args:
-        shapes: Shape of each layer's keys and values.
-        windows: Sliding window of each layer, 0 for none.
+        layers: Numbers of the layers that keep keys and values.
+        shapes: Shape of each of these layers' keys and values.
+        windows: Sliding window of each of them, 0 for none.
+        states: Shapes of the states that other layers, or the same ones, keep for each sequence.
+        continues: Whether several tokens at once go on from these states; else single tokens do.
         vocab_size: Width of the logits.
     """
 
+    layers: list[int]
     shapes: list[LayerShape]
     windows: list[int]
+    states: list[StateShape]
+    continues: bool
     vocab_size: int
+
+    @property
+    def layer_count(self) -> int:
+        """Layers up to the last one that keeps anything."""
+        return 1 + max([*self.layers, *(state.key.layer for state in self.states)])
 
 
 @without_gradients
@@ -112,11 +125,39 @@ def inspect_model(model: Any) -> ModelProbe:
     if any(not shape.dtype.is_floating_point or shape.dtype.itemsize < 2 for shape in shapes):
         msg = f"its cache is in {shapes[0].dtype}"
         raise UnsupportedError(msg)
+    layers = layers_of(cache)
+    states = state_shapes(states_of(cache))
+    if not layers and not states:
+        msg = "it gives no cache of keys and values"
+        raise UnsupportedError(msg)
     return ModelProbe(
+        layers=list(layers),
         shapes=shapes,
-        windows=[getattr(layer, "sliding_window", None) or 0 for layer in cache.layers],
+        windows=[getattr(layer, "sliding_window", None) or 0 for layer in layers.values()],
+        states=states,
+        continues=not states or _continues(model),
         vocab_size=output.logits.shape[-1],
     )
+
+
+def _continues(model: Any) -> bool:
+    """Whether several tokens of a model go on from its states; Mamba 1 of transformers begins anew then."""
+    ids = sample_ids(model, _LONG)
+    half = len(ids) // 2
+    several, of_several = _in_pieces(model, ids, [0, half, len(ids)])
+    singles, of_singles = _in_pieces(model, ids, [0, *range(half, len(ids) + 1)])
+    floor = _FLOORS.get(model.dtype, _FLOOR_16BIT)
+    noise = _NOISE_FACTOR * _difference(singles, _plain(model, ids).logits[0].float())
+    # Of the first layer, as its inputs are the same to the last bit.
+    first = {
+        key: state for key, state in states_of(of_singles).items() if key.layer == min(states_of(of_singles)).layer
+    }
+    states = [_distance(states_of(of_several)[key], state) for key, state in first.items()]
+    return max(states) <= _FLOOR_16BIT and _difference(several, singles) <= max(floor, noise)
+
+
+def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-12))
 
 
 def sample_ids(model: Any, count: int) -> list[int]:
@@ -159,7 +200,7 @@ def verify_engine(
     except Exception as error:
         msg = f"its own code fails over KV cache blocks: {error!r}"
         raise UnsupportedError(msg) from error
-    windows = [runner.windows.get(i) for i in range(len(probe.shapes))]
+    windows = [runner.windows.get(i) for i in probe.layers]
     if None in windows:
         msg = "its attention cannot be replaced"
         raise UnsupportedError(msg)
@@ -172,7 +213,7 @@ def verify_engine(
                 chosen.enter_context(switch.chosen(name))
             if fusion is not None:
                 chosen.enter_context(fusion.exact())
-            _compare(model, sequence.ids[:-1], torch.stack(logits[sequence]))
+            _compare(model, sequence.ids[:-1], torch.stack(logits[sequence]), probe.continues)
 
 
 def run_greedily(
@@ -196,7 +237,7 @@ def run_greedily(
 
 
 @without_gradients
-def _compare(model: Any, text: abc.Sequence[int], logits: torch.Tensor) -> None:
+def _compare(model: Any, text: abc.Sequence[int], logits: torch.Tensor, continues: bool = True) -> None:
     """Compare the engine's logits with the model's own.
 
     How far apart two ways of computing the same may lie differs between dtypes and quantization schemes, so the
@@ -206,6 +247,7 @@ def _compare(model: Any, text: abc.Sequence[int], logits: torch.Tensor) -> None:
         model: The model.
         text: Token ids; the engine has sampled the last ones.
         logits: The engine's logits after its last tokens, of shape `(tokens, vocab)`.
+        continues: Whether the model's own second piece may be several tokens.
 
     Raises:
         UnsupportedError: If they differ by more than rounding does.
@@ -214,7 +256,10 @@ def _compare(model: Any, text: abc.Sequence[int], logits: torch.Tensor) -> None:
     expected = _plain(model, text).logits[0, -last:].float()
     if not expected.isfinite().all():
         return  # the model itself is broken; its requests will fail with that
-    noise = _difference(_piece_by_piece(model, text, last)[-last:], expected)
+    # Some kernels for one row round differently from those for several.
+    singles = range(len(text) - last + 1, len(text) + 1)
+    pieces, _ = _in_pieces(model, text, [0, *[len(text) // 2] * continues, *singles])
+    noise = _difference(pieces[-last:], expected)
     floor = _FLOORS.get(model.dtype, _FLOOR_16BIT)
     found = _difference(logits.float().to(expected.device), expected)
     if not found <= max(floor, _NOISE_FACTOR * noise):
@@ -225,26 +270,22 @@ def _compare(model: Any, text: abc.Sequence[int], logits: torch.Tensor) -> None:
         raise UnsupportedError(msg)
 
 
-def _piece_by_piece(model: Any, text: abc.Sequence[int], single: int) -> torch.Tensor:
-    """Compute the model's own logits, of shape `(tokens, vocab)`, in two pieces and then single tokens.
-
-    Some kernels for one row round differently from those for several.
-    """
-    cuts = [0, len(text) // 2, *range(len(text) - single + 1, len(text) + 1)]
+def _in_pieces(model: Any, text: abc.Sequence[int], cuts: abc.Sequence[int]) -> tuple[torch.Tensor, Any]:
+    """Compute the model's own logits, of shape `(tokens, vocab)`, piece by piece; returns its cache as well."""
     logits, cache = [], None
     for start, end in itertools.pairwise(cuts):
         if end > start:
-            output = _plain(model, text[start:end], cache)
+            output = _plain(model, text[start:end], cache, seen=start)
             cache = cache_of(output)
             logits.append(output.logits[0].float())
-    return torch.cat(logits)
+    return torch.cat(logits), cache
 
 
-def _plain(model: Any, ids: abc.Sequence[int], cache: Any = None) -> Any:
+def _plain(model: Any, ids: abc.Sequence[int], cache: Any = None, seen: int = 0) -> Any:
     device = model.get_input_embeddings().weight.device
     given = torch.tensor([ids], device=device)
-    seen = 0 if cache is None else cache.get_seq_length()
-    mask = torch.ones(1, seen + len(ids), dtype=torch.long, device=device)
+    masked = len(ids) if cache is None or not layers_of(cache) else seen + len(ids)  # states say nothing of the past
+    mask = torch.ones(1, masked, dtype=torch.long, device=device)
     positions = {}
     if model.config.get_text_config() is not model.config:
         # Qwen-VL goes on from the positions of the last image that it was given.

@@ -13,7 +13,9 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from langchain_quantllm.compat.transformers_attention import WritingCache
 from langchain_quantllm.compat.transformers_models import cache_name, forward_parameters
+from langchain_quantllm.compat.transformers_states import passing_for_own
 from langchain_quantllm.engine import staging
 from langchain_quantllm.engine.adapter_choice import AdapterChoice
 from langchain_quantllm.engine.attention import Attention, Batch, LayerPool, PagedForward, Span
@@ -30,7 +32,9 @@ from langchain_quantllm.engine.prefill_graphs import Pack, PrefillGraphs, last_t
 from langchain_quantllm.engine.sampler import MASKS, BatchSampler, PendingTokens, log_probabilities
 from langchain_quantllm.engine.sequence import SamplingInput, Sequence
 from langchain_quantllm.engine.staging import PendingForward, StagingBuffers, step_inputs
-from langchain_quantllm.engine.step import Step
+from langchain_quantllm.engine.state_forward import StateForward
+from langchain_quantllm.engine.state_pool import StatePool
+from langchain_quantllm.engine.step import PrefillChunk, Step
 from langchain_quantllm.kernels.reference import PREFILL_TILE
 
 _BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
@@ -74,6 +78,8 @@ class ModelRunner:
         vocab_size: int,
         by_sdpa: bool,
         can_capture: bool,
+        layers: abc.Sequence[int] | None = None,
+        states: StatePool | None = None,
         no_graph_reason: str | None = None,
         adapters: LoraStack | None = None,
         fusion: Fusion | None = None,
@@ -83,20 +89,23 @@ class ModelRunner:
 
         Args:
             model: A causal language model of transformers; nothing of it is changed.
-            pools: The KV pool of each layer.
+            pools: The KV pool of each layer that keeps keys and values.
             attention: Reads and writes them.
             slots: Maximum number of sequences at once.
             blocks_per_sequence: Most blocks of one sequence.
             vocab_size: Width of the model's logits.
             by_sdpa: Whether the model calls PyTorch's attention itself.
             can_capture: Whether this device and attention allow CUDA graphs.
+            layers: Numbers of the layers that keep keys and values; None for all.
+            states: The states of layers that keep some; None if there are none.
             no_graph_reason: Why this model's steps cannot be graphs, as far as is known.
             adapters: The adapters that sequences choose from; None if the model runs as it is.
             fusion: The model's fused steps; None if its modules run as they are.
             operations: Makes the context in which the model and the sampler run.
         """
         self._model = model
-        self._pools = pools
+        self._pools = dict(zip(range(len(pools)) if layers is None else layers, pools, strict=True))
+        self._states = states
         self._attention = attention
         self._by_sdpa = by_sdpa
         self._adapters, self._fusion, self._operations = adapters, fusion, operations
@@ -121,7 +130,7 @@ class ModelRunner:
             self._inputs = torch.zeros(staging.LINES, _MOST_ROWS, dtype=torch.int32, device=self.device)
             self._staging = StagingBuffers(staging.LINES, _MOST_ROWS)
             self._mask = torch.zeros(_MOST_ROWS, self._mask_words, dtype=torch.int32, device=self.device)
-            if attention.prefills_on_device and blocks_per_sequence * BLOCK_TOKENS >= PREFILL_TILE:
+            if states is None and attention.prefills_on_device and blocks_per_sequence * BLOCK_TOKENS >= PREFILL_TILE:
                 self._prefill_graphs = PrefillGraphs(self._forward_pack, self.device)
         self._mask_staging: StagingBuffers | None = None
         self._decode_graphs: dict[int, StepGraph] = {}
@@ -155,6 +164,7 @@ class ModelRunner:
         if self.captures:
             self._memory = torch.cuda.graph_pool_handle()  # the pool before was freed with its last graph
         self._configs = [] if self._by_sdpa else configs_of(self._model)
+        self._cache_kind = passing_for_own(WritingCache, self._model)
 
     @_on_device
     def run(
@@ -214,7 +224,7 @@ class ModelRunner:
         ids = torch.where(packed[0] == _ON_DEVICE, self.sampler.last_ids[packed[2].long()], packed[0])
         keep = [*range(len(step.decoding)), *last_tokens(step.chunks, len(step.decoding))]
         self._kept = keep
-        return self._forward(ids, batch, keep or [0], on_layer=on_layer)
+        return self._forward(ids, batch, keep or [0], on_layer=on_layer, chunks=step.chunks)
 
     def _forward_pack(self, pack: Pack) -> torch.Tensor:
         batch = Batch(
@@ -307,20 +317,25 @@ class ModelRunner:
         keep: list[int] | torch.Tensor | None,
         position_ids: torch.Tensor | None = None,
         on_layer: abc.Callable[[int], None] | None = None,
+        chunks: abc.Sequence[PrefillChunk] = (),
     ) -> torch.Tensor:
         """Run packed tokens of shape `(tokens,)`; returns logits of shape `(tokens kept, vocab)`."""
         if position_ids is None:
             position_ids = batch.positions.long()
         forward = PagedForward(self._attention, self._pools, batch, by_sdpa=self._by_sdpa, on_layer=on_layer)
         steps = {} if self._fusion is None else self._fusion.steps
-        context = ForwardContext(attention=forward, steps=steps, adapters=self._adapter_choice(batch, keep))
-        # A mask of four dimensions is taken as it is: none has to be made for an attention that ignores it.
+        adapters = self._adapter_choice(batch, keep)
+        states = None if self._states is None else StateForward(self._states, batch, adapters, on_layer, chunks)
+        context = ForwardContext(attention=forward, states=states, steps=steps, adapters=adapters)
+        # A mask of four dimensions is taken as it is: none has to be made for an attention that ignores it, and layers
+        # with a state do not look for padding in it, which would wait for the device.
         seen = self._ones[: len(ids)] if len(ids) <= len(self._ones) else torch.ones_like(ids)
-        mask = seen[None, None, None] if self._by_sdpa else seen[None]
+        mask = seen[None, None, None] if self._by_sdpa or states is not None else seen[None]
         # A list: a tensor would be copied to the device of the first layer, and is needed on that of the last.
         options = {"logits_to_keep": keep} if keep is not None and self._keeps_logits else {}
         records = contextlib.nullcontext() if self._head_input is None else self._head_input.recording(context)
         with paged_attention(context, self._configs) as cache, self._operations(), records:
+            cache.__class__ = self._cache_kind
             output = self._model(
                 input_ids=ids[None],
                 attention_mask=mask,
@@ -329,6 +344,8 @@ class ModelRunner:
                 **{self._cache_name: cache},
                 **options,
             )
+        if states is not None:
+            states.commit()
         self.windows = forward.windows
         logits: torch.Tensor = output.logits[0]
         return logits[keep] if keep is not None and not self._keeps_logits else logits

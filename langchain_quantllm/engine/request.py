@@ -119,6 +119,7 @@ class EngineInfo:
         graphs: Whether decode steps are CUDA graphs.
         kv_cache_tokens: Tokens that its KV cache holds; None where it grows as it needs to.
         kv_cache_bytes: Bytes of that KV cache.
+        state_bytes: Bytes of the states that layers keep beside it, for all sequences; None if no layer keeps any.
         fused: How many modules run by this package's kernels, by kind; see docs/engine.md.
         batch_invariant: Whether a text is the same, bit for bit, whatever runs beside it.
     """
@@ -128,6 +129,7 @@ class EngineInfo:
     graphs: bool = False
     kv_cache_tokens: int | None = None
     kv_cache_bytes: int | None = None
+    state_bytes: int | None = None
     fused: Mapping[str, int] = field(default_factory=dict)
     batch_invariant: bool = False
 

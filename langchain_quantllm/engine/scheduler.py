@@ -40,7 +40,15 @@ _PROMPT_SHARE = 4  # prompts get at least this part of a step's tokens, however 
 class Scheduler:
     """Plans one step after another."""
 
-    def __init__(self, blocks: BlockManager, *, slots: int, step_tokens: int, step_tokens_while_decoding: int) -> None:
+    def __init__(
+        self,
+        blocks: BlockManager,
+        *,
+        slots: int,
+        step_tokens: int,
+        step_tokens_while_decoding: int,
+        cuts_prompts: bool = True,
+    ) -> None:
         """Begin with no sequences.
 
         Args:
@@ -49,6 +57,8 @@ class Scheduler:
             step_tokens: Most tokens of a step in which no sequence decodes.
             step_tokens_while_decoding: Most tokens of a step in which sequences decode, one token each. If they leave
                 less than a quarter of it, prompts get that quarter all the same.
+            cuts_prompts: Whether a prompt may run in several steps; else a step takes the whole of one that it would
+                have begun, and has more tokens than these.
         """
         self.blocks = blocks
         self.running: list[Sequence] = []  # from old to young
@@ -56,6 +66,7 @@ class Scheduler:
         self.step_tokens_while_decoding = step_tokens_while_decoding
         self.preempted = 0
         """Preemptions so far: a sequence gave up its blocks for another one."""
+        self._cuts_prompts = cuts_prompts
         self._queues: dict[Lane, list[Sequence]] = {}  # of waiting sequences, from old to young
         self._total_slots = slots
         self._slots = list(range(slots - 1, -1, -1))
@@ -188,6 +199,8 @@ class Scheduler:
         """Divide tokens among prompts that run or can join now, and let the latter join."""
         while True:
             granted = _divide(budget, self._candidates())
+            if not self._cuts_prompts:
+                granted = {sequence: len(sequence.ids) - sequence.written for sequence in granted}
             refused = [sequence for sequence in granted if sequence.slot < 0 and not self._admit(sequence)]
             if not refused:
                 return granted
@@ -293,7 +306,8 @@ class Scheduler:
             sequence.decodes = True
             sequence.sampled += 1
         sequence.register(self.blocks)
-        return PrefillChunk(sequence, start, end - start, is_last)
+        restored, saves = sequence.take_states(self.blocks)
+        return PrefillChunk(sequence, start, end - start, is_last, restored, saves)
 
     # Blocks.
 

@@ -53,8 +53,9 @@ class Engines:
 
     @property
     def kv_cache_bytes(self) -> int | None:
-        """Bytes allocated for the KV caches of fast engines; None without such an engine."""
-        return _sum([fast.info.kv_cache_bytes for fast in self._fast.values()])
+        """Bytes allocated for the KV caches and states of fast engines; None without such an engine."""
+        infos = [fast.info for fast in self._fast.values()]
+        return _sum([None if i.kv_cache_bytes is None else i.kv_cache_bytes + (i.state_bytes or 0) for i in infos])
 
     @property
     def kv_resident_bytes(self) -> int | None:

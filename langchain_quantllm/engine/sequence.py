@@ -15,6 +15,9 @@ from langchain_quantllm.engine.request import Request
 from langchain_quantllm.engine.sampler import needs_of
 from langchain_quantllm.options import GenerationOptions
 
+_LEAST_SAVED = 2 * BLOCK_TOKENS
+"""Tokens of the shortest prefix whose states are kept."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingInput:
@@ -76,6 +79,9 @@ class Sequence:
         self.prefix_id = prefix_id
         self._last_prefix = prefix_id  # of the full blocks so far
         self._known_blocks = 0  # full blocks that others can find
+        self._restored: int | None = None  # row of the states that its next chunk goes on from
+        self._saved_borders: set[int] = set()  # ends of blocks at which its states are to be kept
+        self._saves: list[tuple[int, int]] = []  # positions in its next chunk, and the rows that keep the states there
         self.has_ended = False
         self.sampling_needs = needs_of(request)
         """What its sampling needs at every step: flags of `sampler`."""
@@ -102,26 +108,56 @@ class Sequence:
 
     def find_shared(self, manager: BlockManager) -> tuple[int, int]:
         """Count the blocks that it could share from here on: all of them, and those held by running sequences."""
-        found = held = 0
-        prefix, at = self._last_prefix, self.written
-        while prefix is not None and self._may_share(at):
-            block = manager.find(prefix, self.ids[at : at + BLOCK_TOKENS])
-            if block is None:
-                break
-            found, held, at = found + 1, held + manager.is_held(block), at + BLOCK_TOKENS
-            prefix = manager.prefix_id_of(block)
-        return found, held
+        blocks, _ = self._shareable(manager)
+        return len(blocks), sum(map(manager.is_held, blocks))
 
     def share(self, manager: BlockManager) -> None:
         """Take over the shared blocks that hold its next tokens."""
-        while self._last_prefix is not None and self._may_share(self.written):
-            block = manager.find(self._last_prefix, self.ids[self.written : self.written + BLOCK_TOKENS])
-            if block is None:
-                break
+        blocks, row = self._shareable(manager)
+        for block in blocks:
             self._last_prefix = manager.share(block)
             self.blocks.append(block)
             self._known_blocks += 1
             self.written += BLOCK_TOKENS
+        if row is not None and manager.snapshots is not None:
+            manager.snapshots.hold(row)
+            self._let_go(manager)
+            self._restored = row
+
+    def _shareable(self, manager: BlockManager) -> tuple[list[int], int | None]:
+        """Find the shared blocks that hold its next tokens.
+
+        For a model whose layers keep a state these end with the last block whose state is kept, in the row that is
+        returned as well. Where others have gone on from the same tokens before, its own state is to be kept.
+        """
+        found: list[int] = []
+        prefix, at, snapshots = self._last_prefix, self.written, manager.snapshots
+        usable, row = 0, None
+        while prefix is not None and self._may_share(at):
+            block = manager.find(prefix, self.ids[at : at + BLOCK_TOKENS])
+            if block is None:
+                break
+            found.append(block)
+            prefix, at = manager.prefix_id_of(block), at + BLOCK_TOKENS
+            if snapshots is not None and (saved := snapshots.find(prefix)) is not None:
+                usable, row = len(found), saved
+        if snapshots is None:
+            return found, None
+        if not self.written:
+            self._saved_borders = {at, (len(self.ids) - 1) // BLOCK_TOKENS * BLOCK_TOKENS}
+        return found[:usable], row
+
+    def _let_go(self, manager: BlockManager) -> int | None:
+        """Hold the row of states that it goes on from no more, and return it; None if it goes on from its own."""
+        row, self._restored = self._restored, None
+        if row is not None and manager.snapshots is not None:
+            manager.snapshots.release(row)
+        return row
+
+    def take_states(self, manager: BlockManager) -> tuple[int | None, tuple[tuple[int, int], ...]]:
+        """Return what its next chunk does with states, once: the row to go on from, and positions and rows to save."""
+        saves, self._saves = tuple(self._saves), []
+        return self._let_go(manager), saves
 
     def _may_share(self, at: int) -> bool:
         # The last token must run through the model: the next one is sampled from its logits.
@@ -136,6 +172,11 @@ class Sequence:
             block = self.blocks[self._known_blocks]
             self._last_prefix = manager.register(block, self._last_prefix, self.ids[at : at + BLOCK_TOKENS])
             self._known_blocks += 1
+            end = at + BLOCK_TOKENS
+            if manager.snapshots is not None and end in self._saved_borders and end >= _LEAST_SAVED:
+                self._saved_borders.discard(end)
+                if (row := manager.snapshots.save(self._last_prefix)) is not None:
+                    self._saves.append((end, row))
 
     def stop_sharing(self) -> None:
         """Share no blocks any more, and offer none."""
@@ -144,6 +185,8 @@ class Sequence:
     def release(self, manager: BlockManager) -> None:
         """Give up slot and blocks; if it runs again, all its known tokens are computed again."""
         manager.release(self.blocks)
+        self._let_go(manager)
+        self._saves, self._saved_borders = [], set()
         self.blocks = []
         self.written = 0
         self.slot = -1

@@ -11,13 +11,21 @@ from langchain_quantllm.engine.sequence import Sequence
 class PrefillChunk:
     """Tokens `start` to `start + count` of a sequence's ids, to be run in one step.
 
-    `is_last` says that the next token is sampled after them.
+    Args:
+        sequence: The sequence.
+        start: Position of the first token.
+        count: Tokens.
+        is_last: Whether the next token is sampled after them.
+        restored: Row of the state pool whose states it goes on from; None for its own.
+        saves: Positions behind some of its tokens, in order, and the rows that the states there are copied to.
     """
 
     sequence: Sequence
     start: int
     count: int
     is_last: bool
+    restored: int | None = None
+    saves: tuple[tuple[int, int], ...] = ()
 
     @property
     def ids(self) -> list[int]:
@@ -59,6 +67,8 @@ def split_step(step: Step, first_tokens: int) -> tuple[Step, Step]:
         first.append(rest.pop(0))
     if rest and first_tokens:
         chunk = rest[0]
-        first.append(replace(chunk, count=first_tokens, is_last=False))
-        rest[0] = replace(chunk, start=chunk.start + first_tokens, count=chunk.count - first_tokens)
+        cut = chunk.start + first_tokens
+        before, after = (tuple(s for s in chunk.saves if (s[0] <= cut) is is_before) for is_before in (True, False))
+        first.append(replace(chunk, count=first_tokens, is_last=False, saves=before))
+        rest[0] = replace(chunk, start=cut, count=chunk.count - first_tokens, restored=None, saves=after)
     return replace(step, chunks=first), Step([], [], rest)

@@ -26,7 +26,8 @@ def time_step(runner: ModelRunner, rows: int, position: int, repeats: int) -> fl
     Returns:
         Seconds per step, forward and greedy sampling.
     """
-    width, blocks = position // BLOCK_TOKENS + 1, runner._pools[0].kv.shape[0] - 1
+    width = position // BLOCK_TOKENS + 1
+    blocks = min([pool.kv.shape[0] - 1 for pool in runner._pools.values()], default=width)
     sequences = [bare_sequence([0], 1) for _ in range(rows)]
     for i, sequence in enumerate(sequences):
         sequence.slot, sequence.blocks = i, [1 + (i * width + j) % blocks for j in range(width)]

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import transformers
 
+from tests.support.state_families import STATE_RECIPES
+
 VOCAB = 500  # no multiple of 32, as a mask's words are
 CONTEXT = 512
 
@@ -190,6 +192,11 @@ def _lets_attention_be_chosen(family: Family) -> bool:
 
 FAST |= {name: family for name, family in _LATE.items() if _lets_attention_be_chosen(family)}
 
+WITH_STATES = tuple(STATE_RECIPES)
+"""Families whose layers keep a state."""
+
+FAST |= {name: _family(config, {}, **options) for name, (config, options) in STATE_RECIPES.items()}
+
 NAMED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "gpt_neox", "gpt2", "opt", "falcon-7b", "falcon-40b")
 NAMED += ("stablelm", "granite", "olmo")
 """Families that the fast engine must always drive."""
@@ -206,24 +213,6 @@ PLAIN: dict[str, tuple[Family, str]] = {
             expansion_ratio=2,
         ),
         "",
-    ),
-    "mamba": (
-        _family("Mamba", {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}),
-        "layers of kind",
-    ),
-    "jamba": (
-        _family(
-            "Jamba",
-            _GROUPED,
-            use_mamba_kernels=False,
-            num_experts=2,
-            num_experts_per_tok=1,
-            attn_layer_period=2,
-            attn_layer_offset=1,
-            mamba_d_state=8,
-            mamba_dt_rank=8,
-        ),
-        "layers of kind",
     ),
     "recurrent_gemma": (
         _family(

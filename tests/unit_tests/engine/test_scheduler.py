@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
-from langchain_quantllm.engine.scheduler import PASSED_STEPS
+from langchain_quantllm.engine.block_manager import BLOCK_TOKENS, BlockManager
+from langchain_quantllm.engine.scheduler import PASSED_STEPS, Scheduler
+from langchain_quantllm.engine.sequence import bare_sequence
 from langchain_quantllm.engine.step import PrefillChunk, Step
 from tests.support.scenarios import expected_ids, ids_of, random_simulation
 from tests.support.simulation import Simulated, Simulation
@@ -331,3 +332,19 @@ class TestSharing:
         assert simulation.blocks.held == 6 + 10
         simulation.finish()
         assert simulation.scheduler.preempted == 0
+
+
+def test_prompts_that_may_not_be_cut_run_in_one_step_each() -> None:
+    scheduler = Scheduler(BlockManager(80), slots=4, step_tokens=32, step_tokens_while_decoding=16, cuts_prompts=False)
+    lengths = [300, 5, 90, 17]
+    for seed, length in enumerate(lengths):
+        scheduler.add(bare_sequence(ids_of(seed, length), 40))
+    chunks = []
+    while len(chunks) < len(lengths):
+        step = scheduler.plan()
+        assert step is not None
+        chunks += step.chunks
+        for sequence in step.sampled:
+            scheduler.push(sequence, 0)
+    assert sorted(chunk.count for chunk in chunks) == sorted(lengths)
+    assert all(chunk.is_last and not chunk.start for chunk in chunks)
