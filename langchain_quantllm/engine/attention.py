@@ -133,6 +133,12 @@ class Attention(Protocol):
         ...
 
 
+AttentionArguments = tuple[
+    float | None, int | None, float | None, int | None, torch.Tensor | None
+]
+"""Scale, window, softcap, chunk and sinks, as `PagedForward.attend` takes them."""
+
+
 class PagedForward:
     """The attention of all layers in one forward of the engine."""
 

@@ -11,6 +11,7 @@ import torch
 
 from langchain_quantllm.compat.transformers_attention import attention_name
 from langchain_quantllm.engine.adapter_switch import AdapterSwitch, changed_by_hand
+from langchain_quantllm.engine.alibi import BiasedAttention
 from langchain_quantllm.engine.attention import Attention, LayerPool
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.engine.cuda_graphs import no_graph_reason
@@ -84,6 +85,7 @@ class EngineParts:
         self.pools: list[LayerPool] = []
         self.refusal: str | None = None
         self.adapters: LoraStack | None = None
+        self._biased = BiasedAttention(model)
         self.adapter_names = None if switch is None else switch.names
         self.is_gpu = model.get_input_embeddings().weight.device.type != "cpu"
         self.slots = SLOTS_GPU if self.is_gpu else SLOTS_CPU
@@ -105,6 +107,7 @@ class EngineParts:
 
     def close(self) -> None:
         """Take the adapters' forwards off the model, and release it and the KV pools; the limits stay readable."""
+        self._biased.close()
         if self.adapters is not None:
             self.adapters.close()
         self.pools, self.adapters = [], None

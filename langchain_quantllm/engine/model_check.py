@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from langchain_quantllm.compat.transformers_attention import missing_attention_api
+from langchain_quantllm.compat.transformers_alibi import has_known_biases, is_biased_by_distance
+from langchain_quantllm.compat.transformers_attention import CHUNKED_LAYER, missing_attention_api
 from langchain_quantllm.compat.transformers_models import cache_name, cache_of
 from langchain_quantllm.engine.adapter_switch import AdapterSwitch
 from langchain_quantllm.engine.attention import without_gradients
@@ -27,7 +28,7 @@ from langchain_quantllm.engine.sequence import SamplingInput, Sequence, bare_seq
 from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.options import BASE_ADAPTER
 
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_LAYER_TYPES = {"full_attention", "sliding_attention", CHUNKED_LAYER}
 _MOVING_ROPES = ("dynamic", "longrope")
 _FLOORS = {torch.float32: 1e-3, torch.float64: 1e-3}
 _FLOOR_16BIT = 0.05
@@ -49,11 +50,11 @@ def unsupported_reason(model: Any) -> str | None:
         return "its attention looks ahead"
     if others := set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES:
         return f"it has layers of kind {min(others)!r}, which store something other than keys and values"
-    if getattr(text, "alibi", False) or getattr(getattr(text, "attn_config", None), "alibi", False):
-        return "its attention is biased by distance (ALiBi)"
+    if is_biased_by_distance(text) and not any(map(has_known_biases, model.modules())):
+        return "its attention is biased by distance (ALiBi) in an unknown way"
     if getattr(text, "kv_lora_rank", None) is not None:
         return "its cache holds compressed keys and values (multi-head latent attention)"
-    if getattr(text, "attention_chunk_size", None) is not None:
+    if getattr(text, "attention_chunk_size", None) is not None and getattr(text, "layer_types", None) is None:
         return "its attention is divided into chunks"
     if rope := _moving_rope(getattr(text, "rope_parameters", None)):
         return f"its {rope!r} rotary positions change with the longest text of the batch"
