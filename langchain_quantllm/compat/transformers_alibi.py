@@ -77,8 +77,8 @@ def ignored_mask(config: Any) -> torch.Tensor | None:
 
 
 def _bloom(module: Any, attend: Attend, hidden_states: Any, residual: Any, *_: Any, **__: Any) -> Any:
-    states = module._reshape(module.query_key_value(hidden_states))
-    return module.dense(attend(*states, module.layer_idx, module.inv_norm_factor)) + residual
+    query, key, value = module._reshape(module.query_key_value(hidden_states))
+    return module.dense(attend(query, key, value, module.layer_idx, module.inv_norm_factor)) + residual
 
 
 def _mpt(module: Any, attend: Attend, hidden_states: Any, *_: Any, **__: Any) -> Any:

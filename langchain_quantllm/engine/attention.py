@@ -133,9 +133,7 @@ class Attention(Protocol):
         ...
 
 
-AttentionArguments = tuple[
-    float | None, int | None, float | None, int | None, torch.Tensor | None
-]
+AttentionArguments = tuple[float | None, int | None, float | None, int | None, torch.Tensor | None]
 """Scale, window, softcap, chunk and sinks, as `PagedForward.attend` takes them."""
 
 

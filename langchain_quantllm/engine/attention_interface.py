@@ -74,9 +74,7 @@ def paged_attention(context: ForwardContext, configs: Sequence[Any]) -> Iterator
         _borrow(config)
     try:
         with forward_context(context):
-            yield WritingCache(
-                _intercepted(attention) if attention.by_sdpa else attention.write, attention.offsets
-            )
+            yield WritingCache(_intercepted(attention) if attention.by_sdpa else attention.write, attention.offsets)
     finally:
         for config in configs:
             _give_back(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -198,6 +199,7 @@ class EngineParts:
         context = self.limits.context_tokens
         cached = (self.limits.cache_tokens or 0) // BLOCK_TOKENS
         blocks_per_sequence = cached if context is None else min(cached, -(-context // BLOCK_TOKENS))
+        most_tokens = min(self.limits.cache_tokens or 0, context or sys.maxsize)
         failure: UnsupportedError | None = None
         for by_sdpa in (False, True):
             if by_sdpa and attention_name(self._model.config) != "sdpa":
@@ -217,7 +219,7 @@ class EngineParts:
                 operations=InvariantOps if self._batch_invariant else contextlib.nullcontext,
             )
             try:
-                verify_engine(runner, self._model, self.probe, self._switch, self._fusion)
+                verify_engine(runner, self._model, self.probe, self._switch, self._fusion, most_tokens=most_tokens)
                 if self._batch_invariant:
                     self._verify_invariance(runner, cached + 1)
             except UnsupportedError as error:

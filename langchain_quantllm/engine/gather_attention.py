@@ -253,9 +253,7 @@ def _of_tile(scoring: _Scoring, heads: tuple[int, int], position: int, seen: sli
     return replace(scoring, sinks=sinks, biases=biases)
 
 
-def _visible(
-    position: int, count: int, first: int, stop: int, scoring: _Scoring, device: torch.device
-) -> torch.Tensor:
+def _visible(position: int, count: int, first: int, stop: int, scoring: _Scoring, device: torch.device) -> torch.Tensor:
     """Mask the keys from `first` to `stop` that each of `count` tokens sees: `(count, stop - first)`, bool."""
     at = torch.arange(position, position + count, device=device)[:, None]
     seen = torch.arange(first, stop, device=device)

@@ -16,10 +16,11 @@ import torch
 
 from langchain_quantllm.compat.transformers_alibi import has_known_biases, is_biased_by_distance
 from langchain_quantllm.compat.transformers_attention import CHUNKED_LAYER, missing_attention_api
-from langchain_quantllm.compat.transformers_models import cache_name, cache_of
+from langchain_quantllm.compat.transformers_models import cache_name, cache_of, forward_parameters
 from langchain_quantllm.engine.adapter_switch import AdapterSwitch
 from langchain_quantllm.engine.attention import without_gradients
-from langchain_quantllm.engine.block_manager import BlockManager
+from langchain_quantllm.engine.block_manager import BLOCK_TOKENS, BlockManager
+from langchain_quantllm.engine.checked_length import checked_length
 from langchain_quantllm.engine.fusion.fuse import Fusion
 from langchain_quantllm.engine.kv_cache import LayerShape, shapes_of
 from langchain_quantllm.engine.model_runner import ModelRunner
@@ -35,7 +36,7 @@ _FLOOR_16BIT = 0.05
 _NOISE_FACTOR = 4.0
 
 _LONG, _SHORT = 21, 5  # tokens of the two texts of a check: one fills more than a block, one does not
-_BLOCKS, _NEW_TOKENS = 6, 3  # of the verification
+_NEW_TOKENS = 3  # of each
 
 
 def unsupported_reason(model: Any) -> str | None:
@@ -133,8 +134,13 @@ def verify_engine(
     probe: ModelProbe,
     switch: AdapterSwitch | None = None,
     fusion: Fusion | None = None,
+    *,
+    most_tokens: int = 0,
 ) -> None:
     """Run two texts through the runner, in chunks and in one batch, and compare with the model itself.
+
+    A third one follows if length changes what the model's layers do: it goes beyond the change, where that takes about
+    a second at most.
 
     Args:
         runner: Runs the model.
@@ -142,24 +148,16 @@ def verify_engine(
         probe: The facts of its first forward.
         switch: Its adapters; each of the two texts uses a different one. None if the model runs as it is.
         fusion: Its fused steps, some of which are more exact than the model's own; None if there are none.
+        most_tokens: Tokens of the longest text that there is room for.
 
     Raises:
         UnsupportedError: If the model cannot run this way, or gives other logits.
     """
-    texts = [sample_ids(model, count) for count in (_LONG, _SHORT)]
     names = [None, None] if switch is None else [*switch.names, BASE_ADAPTER][:2]
-    numbers = [-1 if switch is None or name not in switch.names else switch.names.index(name) for name in names]
-    sequences = [bare_sequence(ids, _NEW_TOKENS, adapter=i) for ids, i in zip(texts, numbers, strict=True)]
-    try:
-        scheduler = Scheduler(
-            BlockManager(_BLOCKS), slots=2, step_tokens=_LONG - 6, step_tokens_while_decoding=_LONG - 6
-        )
-        logits = run_greedily(runner, sequences, scheduler)
-    except (UnsupportedError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        msg = f"its own code fails over KV cache blocks: {error!r}"
-        raise UnsupportedError(msg) from error
+    texts = [
+        _Text(ids=sample_ids(model, count), adapter=name) for count, name in zip((_LONG, _SHORT), names, strict=True)
+    ]
+    found = _run(runner, texts, switch, step_tokens=_LONG - 6)
     windows = [runner.windows.get(i) for i in range(len(probe.shapes))]
     if None in windows:
         msg = "its attention cannot be replaced"
@@ -167,13 +165,61 @@ def verify_engine(
     if windows != probe.windows:
         msg = f"its attention sees windows of {windows} tokens, and its cache keeps {probe.windows}"
         raise UnsupportedError(msg)
-    for sequence, name in zip(sequences, names, strict=True):
-        with contextlib.ExitStack() as chosen:
-            if switch is not None:
-                chosen.enter_context(switch.chosen(name))
-            if fusion is not None:
-                chosen.enter_context(fusion.exact())
-            _compare(model, sequence.ids[:-1], torch.stack(logits[sequence]))
+    for text, (ids, logits) in zip(texts, found, strict=True):
+        with _as_itself(text, switch, fusion):
+            _compare(model, ids, logits, cut=len(ids) // 2)
+    if count := checked_length(model, probe.windows, most_tokens - _NEW_TOKENS):
+        text = _Text(ids=sample_ids(model, count), adapter=names[0])
+        try:
+            [(ids, logits)] = _run(runner, [text], switch, step_tokens=-(-count // 2))
+            with _as_itself(text, switch, fusion):
+                _compare(model, ids, logits, cut=count - 2 * _NEW_TOKENS)
+        except torch.OutOfMemoryError:  # the model itself may need more for such a text than its requests do
+            torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Text:
+    """A text of the verification, and its adapter; None for the model as it is."""
+
+    ids: list[int]
+    adapter: str | None
+
+
+def _run(
+    runner: ModelRunner, texts: abc.Sequence[_Text], switch: AdapterSwitch | None, *, step_tokens: int
+) -> list[tuple[list[int], torch.Tensor]]:
+    """Continue texts in one batch; returns the tokens of each that the model has read, and the logits after the last.
+
+    Raises:
+        UnsupportedError: If the model's code fails.
+    """
+    known = () if switch is None else switch.names
+    numbers = [known.index(text.adapter) if text.adapter in known else -1 for text in texts]
+    sequences = [bare_sequence(text.ids, _NEW_TOKENS, adapter=i) for text, i in zip(texts, numbers, strict=True)]
+    blocks = 1 + sum(-(-(len(text.ids) + _NEW_TOKENS) // BLOCK_TOKENS) for text in texts)
+    try:
+        scheduler = Scheduler(
+            BlockManager(blocks), slots=len(texts), step_tokens=step_tokens, step_tokens_while_decoding=step_tokens
+        )
+        logits = run_greedily(runner, sequences, scheduler)
+    except (UnsupportedError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        msg = f"its own code fails over KV cache blocks: {error!r}"
+        raise UnsupportedError(msg) from error
+    return [(sequence.ids[:-1], torch.stack(logits[sequence])) for sequence in sequences]
+
+
+@contextlib.contextmanager
+def _as_itself(text: _Text, switch: AdapterSwitch | None, fusion: Fusion | None) -> abc.Iterator[None]:
+    """Let the model's own forward run with a text's adapter."""
+    with contextlib.ExitStack() as chosen:
+        if switch is not None:
+            chosen.enter_context(switch.chosen(text.adapter))
+        if fusion is not None:
+            chosen.enter_context(fusion.exact())
+        yield
 
 
 def run_greedily(
@@ -197,7 +243,7 @@ def run_greedily(
 
 
 @without_gradients
-def _compare(model: Any, text: abc.Sequence[int], logits: torch.Tensor) -> None:
+def _compare(model: Any, text: abc.Sequence[int], logits: torch.Tensor, *, cut: int) -> None:
     """Compare the engine's logits with the model's own.
 
     How far apart two ways of computing the same may lie differs between dtypes and quantization schemes, so the
@@ -207,15 +253,16 @@ def _compare(model: Any, text: abc.Sequence[int], logits: torch.Tensor) -> None:
         model: The model.
         text: Token ids; the engine has sampled the last ones.
         logits: The engine's logits after its last tokens, of shape `(tokens, vocab)`.
+        cut: Tokens of the first piece.
 
     Raises:
         UnsupportedError: If they differ by more than rounding does.
     """
     last = len(logits)
-    expected = _plain(model, text).logits[0, -last:].float()
+    expected = _plain(model, text, keep=last).logits[0, -last:].float()
     if not expected.isfinite().all():
         return  # the model itself is broken; its requests will fail with that
-    noise = _difference(_piece_by_piece(model, text, last)[-last:], expected)
+    noise = _difference(_piece_by_piece(model, text, cut, last)[-last:], expected)
     floor = _FLOORS.get(model.dtype, _FLOOR_16BIT)
     found = _difference(logits.float().to(expected.device), expected)
     if not found <= max(floor, _NOISE_FACTOR * noise):
@@ -226,22 +273,23 @@ def _compare(model: Any, text: abc.Sequence[int], logits: torch.Tensor) -> None:
         raise UnsupportedError(msg)
 
 
-def _piece_by_piece(model: Any, text: abc.Sequence[int], single: int) -> torch.Tensor:
-    """Compute the model's own logits, of shape `(tokens, vocab)`, in two pieces and then single tokens.
+def _piece_by_piece(model: Any, text: abc.Sequence[int], cut: int, single: int) -> torch.Tensor:
+    """Compute the model's own last logits, of shape `(tokens, vocab)`, in two pieces and then single tokens.
 
     Some kernels for one row round differently from those for several.
     """
-    cuts = [0, len(text) // 2, *range(len(text) - single + 1, len(text) + 1)]
+    cuts = [0, cut, *range(len(text) - single + 1, len(text) + 1)]
     logits, cache = [], None
     for start, end in itertools.pairwise(cuts):
         if end > start:
-            output = _plain(model, text[start:end], cache)
+            output = _plain(model, text[start:end], cache, keep=single)
             cache = cache_of(output)
             logits.append(output.logits[0].float())
     return torch.cat(logits)
 
 
-def _plain(model: Any, ids: abc.Sequence[int], cache: Any = None) -> Any:
+def _plain(model: Any, ids: abc.Sequence[int], cache: Any = None, *, keep: int | None = None) -> Any:
+    """Call the model; with `keep` it need not compute other logits than those of so many last tokens."""
     device = model.get_input_embeddings().weight.device
     given = torch.tensor([ids], device=device)
     seen = 0 if cache is None else cache.get_seq_length()
@@ -250,8 +298,10 @@ def _plain(model: Any, ids: abc.Sequence[int], cache: Any = None) -> Any:
     if model.config.get_text_config() is not model.config:
         # Qwen-VL goes on from the positions of the last image that it was given.
         positions = {"position_ids": torch.arange(seen, seen + len(ids), device=device)[None]}
-    given_cache = {} if cache is None else {cache_name(model): cache}
-    return model(input_ids=given, attention_mask=mask, use_cache=True, **given_cache, **positions)
+    options = {} if cache is None else {cache_name(model): cache}
+    if keep is not None and "logits_to_keep" in forward_parameters(model):
+        options["logits_to_keep"] = keep
+    return model(input_ids=given, attention_mask=mask, use_cache=True, **options, **positions)
 
 
 def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:

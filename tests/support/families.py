@@ -185,9 +185,7 @@ FAST: dict[str, Family] = {
         sliding_window=24,
         layer_types=["sliding_attention", "full_attention"],
     ),
-    "gpt_oss": _family(
-        "GptOss", _GROUPED, head_dim=16, sliding_window=24, num_local_experts=4, num_experts_per_tok=2
-    ),
+    "gpt_oss": _family("GptOss", _GROUPED, head_dim=16, sliding_window=24, num_local_experts=4, num_experts_per_tok=2),
     "mimo_v2_flash": _family(
         "MiMoV2Flash",
         _HIDDEN,

@@ -263,7 +263,20 @@ def _decode_kernel(
             skipped = tl.program_id(1) % programs * group_rows
             first = (token * kv_heads + head) * group + skipped
             count = tl.minimum(group - skipped, group_rows)
-            _combine(out, parts, levels, sinks, head * group + skipped, first, count, shares, value_dim, splits, value_tile, heads_tile)
+            _combine(
+                out,
+                parts,
+                levels,
+                sinks,
+                head * group + skipped,
+                first,
+                count,
+                shares,
+                value_dim,
+                splits,
+                value_tile,
+                heads_tile,
+            )
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]

@@ -73,8 +73,8 @@ def attend_in_tiles(
         end = -(-(begin + QUERIES) // KEYS) * KEYS
         grouped = asked[:, :, tile - first].reshape(kv_heads, -1, dim)
         keys = key[:, start:end].transpose(1, 2)
-        # The place of the tile in its chunk matters only if there are chunks.
-        mask = hidden = _mask(begin - start, end - start, window, chunk, start % chunk if chunk else 0, grouped.shape[1])
+        before = start % chunk if chunk else 0
+        mask = hidden = _mask(begin - start, end - start, window, chunk, before, grouped.shape[1])
         if biases is not None:
             mask = mask + _biases(biases, begin, start, end).view(kv_heads, -1, end - start)
         if softcap:
@@ -106,22 +106,22 @@ def _biases(biases: torch.Tensor, begin: int, start: int, end: int) -> torch.Ten
     return biases[:, None, seen] - biases[:, own, None]
 
 
-def _mask(begin: int, keys: int, window: int, chunk: int, skipped: int, rows: int) -> torch.Tensor:
+def _mask(begin: int, keys: int, window: int, chunk: int, before: int, rows: int) -> torch.Tensor:
     """Make the mask of a tile whose queries begin `begin` keys after the first one it reads.
 
-    That key is the one of place `skipped` in a chunk.
+    Its chunk has `before` keys before that one; 0 without chunks.
 
     Returns:
         Of shape `(rows, keys)`, float32: 0 for keys that a query sees, and minus infinity. Rows repeat the queries.
     """
-    return (_kept_mask if keys <= _KEPT_KEYS else _make_mask)(begin, keys, window, chunk, skipped, rows)
+    return (_kept_mask if keys <= _KEPT_KEYS else _make_mask)(begin, keys, window, chunk, before, rows)
 
 
-def _make_mask(begin: int, keys: int, window: int, chunk: int, skipped: int, rows: int) -> torch.Tensor:
+def _make_mask(begin: int, keys: int, window: int, chunk: int, before: int, rows: int) -> torch.Tensor:
     at, seen = torch.arange(begin, begin + QUERIES)[:, None], torch.arange(keys)
     hidden = (at < seen) | (at - seen >= window) if window else at < seen
     if chunk:
-        hidden = hidden | (seen < (at + skipped) // chunk * chunk - skipped)
+        hidden = hidden | (seen < (at + before) // chunk * chunk - before)
     mask = torch.zeros(QUERIES, keys, dtype=torch.float32).masked_fill(hidden, -torch.inf)
     return mask.repeat(rows // QUERIES, 1)
 

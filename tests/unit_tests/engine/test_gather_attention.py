@@ -170,7 +170,9 @@ class TestExactness:
         assert torch.equal(sequences.attend(), expected)
 
     @pytest.mark.parametrize("scoring", ["sinks", "biases", "all"])
-    def test_a_token_that_is_no_number_spoils_only_those_that_see_it_beside_sinks_and_biases(self, scoring: str) -> None:
+    def test_a_token_that_is_no_number_spoils_only_those_that_see_it_beside_sinks_and_biases(
+        self, scoring: str
+    ) -> None:
         options = scorings()[scoring]
         sequences = Sequences(New(before=20, count=40))
         expected = Sequences(*sequences.news).attend(**options)

@@ -368,7 +368,10 @@ def test_reference_is_the_attention_of_torch(name: str) -> None:
         mask = torch.zeros(case.heads, chunk, length, dtype=torch.float64).masked_fill(~visible, -torch.inf)
         if rows.biases is not None:
             mask += rows.biases[:, None, :length]
-        own = (rows.query[:, :, first : first + chunk], *(t[:, :, start : start + length] for t in (rows.key, rows.value)))
+        own = (
+            rows.query[:, :, first : first + chunk],
+            *(t[:, :, start : start + length] for t in (rows.key, rows.value)),
+        )
         query, key, value = (t.double() for t in own)
         if sinks is not None:  # a key of zeros, whose score is the sink, with a value of zeros
             mask = torch.cat([mask, sinks[:, None, None].expand(-1, chunk, 1)], -1)
