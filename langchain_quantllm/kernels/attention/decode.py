@@ -263,19 +263,9 @@ def _decode_kernel(
             skipped = tl.program_id(1) % programs * group_rows
             first = (token * kv_heads + head) * group + skipped
             count = tl.minimum(group - skipped, group_rows)
+            first_head = head * group + skipped
             _combine(
-                out,
-                parts,
-                levels,
-                sinks,
-                head * group + skipped,
-                first,
-                count,
-                shares,
-                value_dim,
-                splits,
-                value_tile,
-                heads_tile,
+                out, parts, levels, sinks, first_head, first, count, shares, value_dim, splits, value_tile, heads_tile
             )
 
 
