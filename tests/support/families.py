@@ -233,7 +233,6 @@ FAST: dict[str, Family] = {
     "mpt": _family("Mpt", _MPT),
     "mpt-6-heads": _family("Mpt", _MPT, d_model=96, n_heads=6),
     "falcon-alibi": _family("Falcon", ffn_hidden_size=128, alibi=True),
-    "falcon-alibi-eager": _family("Falcon", ffn_hidden_size=128, alibi=True, attention="eager"),
     "falcon-alibi-6-heads": _family(
         "Falcon", hidden_size=96, num_attention_heads=6, ffn_hidden_size=128, alibi=True, multi_query=False
     ),
@@ -261,6 +260,8 @@ NAMED += ("stablelm", "granite", "olmo")
 
 PLAIN: dict[str, tuple[Family, str]] = {
     "falcon-eager": (_family("Falcon", ffn_hidden_size=128, multi_query=True, attention="eager"), ""),
+    # transformers adds the biases twice there
+    "falcon-alibi-eager": (_family("Falcon", ffn_hidden_size=128, alibi=True, attention="eager"), "not its own"),
     "mamba": (
         _family("Mamba", {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}),
         "layers of kind",
