@@ -90,6 +90,13 @@ def chunk_of(module: Any) -> int:
     return int(config.attention_chunk_size)  # type: ignore[union-attr]
 
 
+def counting_layers(config: Any) -> set[int]:
+    """List the layers of a text model that count the positions of their tokens themselves; see `WritingCache`."""
+    if not getattr(config, "attn_temperature_tuning", False):
+        return set()
+    return {layer for layer, rotates in enumerate(config.no_rope_layers) if not rotates}
+
+
 # The name in a config.
 
 
@@ -158,7 +165,7 @@ class WritingCache(Cache):  # type: ignore[misc]  # transformers is not typed
     def get_seq_length(self, layer_idx: int | None = None) -> Any:
         """Return 0: the caller gives the position of every token.
 
-        A layer that names itself, as Llama 4's do, adds the result to the indices of its tokens and takes the sums for
+        A layer that names itself, as some of Llama 4's do, adds the result to the indices of its tokens and takes the sums for
         positions. It gets the difference for each token, of shape `(tokens,)`.
         """
         return 0 if layer_idx is None or self._offsets is None else self._offsets(layer_idx)

@@ -166,6 +166,8 @@ class PagedForward:
         self._layer = -1
         self.windows: dict[int, int] = {}
         """Window or chunk of each layer that has attended, 0 for none; used to check the model."""
+        self.counting: set[int] = set()
+        """Layers that have asked for `offsets`; used likewise."""
 
     @property
     def positions(self) -> int:
@@ -174,6 +176,7 @@ class PagedForward:
 
     def offsets(self, layer: int) -> torch.Tensor:
         """Return how far the position of each token is from its index in the pack: of shape `(tokens,)`, int32."""
+        self.counting.add(layer)
         device, positions = self._pools[layer].kv.device, self._batch.positions
 
         def make() -> torch.Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from langchain_quantllm.compat.transformers_alibi import has_known_biases, is_biased_by_distance
-from langchain_quantllm.compat.transformers_attention import CHUNKED_LAYER, missing_attention_api
+from langchain_quantllm.compat.transformers_attention import CHUNKED_LAYER, counting_layers, missing_attention_api
 from langchain_quantllm.compat.transformers_models import cache_name, cache_of, forward_parameters
 from langchain_quantllm.engine.adapter_switch import AdapterSwitch
 from langchain_quantllm.engine.attention import without_gradients
@@ -164,6 +164,9 @@ def verify_engine(
         raise UnsupportedError(msg)
     if windows != probe.windows:
         msg = f"its attention sees windows of {windows} tokens, and its cache keeps {probe.windows}"
+        raise UnsupportedError(msg)
+    if missing := counting_layers(model.config.get_text_config()) - runner.counting:
+        msg = f"its layer {min(missing)} counts positions in an unknown way"
         raise UnsupportedError(msg)
     for text, (ids, logits) in zip(texts, found, strict=True):
         with _as_itself(text, switch, fusion):

@@ -252,6 +252,7 @@ def _lets_attention_be_chosen(family: Family) -> bool:
     return bool(model._supports_attention_backend)
 
 
+FAST = {name: family for name, family in FAST.items() if hasattr(transformers, family.config)}
 FAST |= {name: family for name, family in _LATE.items() if _lets_attention_be_chosen(family)}
 
 NAMED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "gpt_neox", "gpt2", "opt", "falcon-7b", "falcon-40b")

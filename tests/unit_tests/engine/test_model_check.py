@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from langchain_quantllm import QuantizedHuggingFaceLLM
+from langchain_quantllm.engine.attention import PagedForward
 from langchain_quantllm.engine.checked_length import checked_length, turning_points
 from langchain_quantllm.engine.gather_attention import GatherAttention
 from tests.support.families import FAST, Family, family_model
@@ -60,9 +61,22 @@ def test_attention_of_another_kind_than_the_model_s_is_refused(
 def test_positions_that_a_layer_counts_wrongly_are_refused(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Llama 4's layers without rotary positions scale their queries by positions that they count themselves."""
     with monkeypatch.context() as patched:
-        patched.setattr("langchain_quantllm.engine.attention.PagedForward.offsets", lambda self, layer: 0)
+        offsets = PagedForward.offsets
+        patched.setattr(PagedForward, "offsets", lambda self, layer: 0 * offsets(self, layer))
         llm = llm_of(family_model(FAST["llama4"]), tokenizer)
-        assert llm.engine_info.name == "pipeline"
+        assert "its logits over KV cache blocks are not its own" in llm.engine_info.reason
+    llm.unload()
+
+
+def test_layers_that_count_positions_in_an_unknown_way_are_refused(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            "langchain_quantllm.compat.transformers_attention.WritingCache.get_seq_length", lambda self, layer=None: 0
+        )
+        llm = llm_of(family_model(FAST["llama4"]), tokenizer)
+        assert "its layer 1 counts positions in an unknown way" in llm.engine_info.reason
     llm.unload()
 
 
