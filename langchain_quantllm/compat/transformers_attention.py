@@ -165,10 +165,14 @@ class WritingCache(Cache):  # type: ignore[misc]  # transformers is not typed
     def get_seq_length(self, layer_idx: int | None = None) -> Any:
         """Return 0: the caller gives the position of every token.
 
-        A layer that names itself, as some of Llama 4's do, adds the result to the indices of its tokens and takes the sums for
-        positions. It gets the difference for each token, of shape `(tokens,)`.
+        A layer that names itself, as some of Llama 4's do, adds the result to the indices of its tokens and takes the
+        sums for positions. It gets the difference for each token, of shape `(tokens,)`.
         """
         return 0 if layer_idx is None or self._offsets is None else self._offsets(layer_idx)
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Return 0, to functions that make masks."""
+        return 0
 
     def get_mask_sizes(self, query_length: Any, layer_idx: int) -> tuple[int, int]:
         """Return the sizes of a mask over the new tokens only; the attention itself masks the cached ones."""

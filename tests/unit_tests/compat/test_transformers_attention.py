@@ -150,7 +150,7 @@ def test_a_layer_that_counts_positions_itself_adds_the_offsets_of_its_tokens() -
 
     def offsets(layer: int) -> torch.Tensor:
         asked.append(layer)
-        return torch.tensor([0] * 20 + [-20] * 20)
+        return torch.tensor([0] * 20 + [-20] * 20) if len(found) < 1 else torch.zeros(7)
 
     cache = WritingCache(lambda key, value, layer: key, offsets)
     attention(hidden, None, None, **{cache_name(model): cache})
@@ -159,6 +159,9 @@ def test_a_layer_that_counts_positions_itself_adds_the_offsets_of_its_tokens() -
     torch.testing.assert_close(query[:, :, :20], query[:, :, 20:])
     assert not torch.allclose(query[:, :, 0], query[:, :, 19])  # the temperature changes at 16
     assert cache.get_seq_length() == 0
+    asked.clear()
+    model(input_ids=IDS, **{cache_name(model): cache})
+    assert asked == [1]  # no mask does
     assert counting_layers(model.config) == {1}
     model.config.attn_temperature_tuning = False
     assert counting_layers(model.config) == set()
