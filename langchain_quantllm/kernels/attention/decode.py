@@ -232,15 +232,16 @@ def _decode_kernel(
             mask=visible[:, None] & (value_columns[None, :] < value_dim),
             other=0.0,
         )
+        shown = visible[None, :]
         scores = scores_of(asked, key, scale, softcap)
         if biases is not None:
             added = tl.load(
                 biases + heads[:, None] * biases_stride + seen[None, :],
-                mask=(members[:, None] < group) & visible[None, :],
+                mask=(members[:, None] < group) & shown,
                 other=0.0,
             )
             scores = biased(scores, added, own)
-        scores = tl.where(visible[None, :], scores, float("-inf"))
+        scores = tl.where(shown, scores, float("-inf"))
         total, highest, weight = fold(total, highest, weight, scores, value)
 
     found = total / tl.where(weight > 0, weight, 1.0)[:, None]
