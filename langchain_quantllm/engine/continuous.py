@@ -328,7 +328,7 @@ class ContinuousEngine:
             self._fail(sequence, GenerationError("the request's mask allows no token."))
             return
         if token_id < 0:
-            blocks = list(sequence.blocks)
+            blocks = [*sequence.given_back, *sequence.blocks[len(sequence.given_back) :]]
             self._fail(sequence, GenerationError(NAN_LOGITS))
             self._blocks.discard(spoiled_blocks(self._parts.pools, blocks))  # or its prompt could never run again
             return
@@ -379,7 +379,11 @@ class ContinuousEngine:
         self._blocks = BlockManager((self.limits.cache_tokens or 0) // BLOCK_TOKENS + 1)
         self._prefix_ids = PrefixIds(self._blocks)
         self._scheduler = Scheduler(
-            self._blocks, slots=self._parts.slots, step_tokens=alone, step_tokens_while_decoding=beside
+            self._blocks,
+            slots=self._parts.slots,
+            step_tokens=alone,
+            step_tokens_while_decoding=beside,
+            window=self._parts.probe.reach,
         )
 
     def _rebuild(self) -> None:

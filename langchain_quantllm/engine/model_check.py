@@ -80,13 +80,18 @@ class ModelProbe:
 
     Args:
         shapes: Shape of each layer's keys and values.
-        windows: Sliding window of each layer, 0 for none.
+        windows: Sliding window, or chunk, of each layer, 0 for none.
         vocab_size: Width of the logits.
     """
 
     shapes: list[LayerShape]
     windows: list[int]
     vocab_size: int
+
+    @property
+    def reach(self) -> int:
+        """The last positions that a token sees in any layer; 0 if it sees all in some."""
+        return max(self.windows) if self.windows and all(self.windows) else 0
 
 
 @without_gradients

@@ -68,7 +68,9 @@ def requests_of_all_kinds(llm: QuantizedHuggingFaceLLM, **options: Any) -> list[
     ]
 
 
-@pytest.mark.parametrize("family", ["llama-grouped", "mistral-window", "gemma2", "qwen2-window", "gpt_oss", "llama4", "bloom"])
+@pytest.mark.parametrize(
+    "family", ["llama-grouped", "mistral-window", "gemma2", "qwen2-window", "gpt_oss", "llama4", "bloom"]
+)
 @pytest.mark.parametrize("is_tight", [False, True])
 def test_free_blocks_full_of_nan_change_no_token(tokenizer: Any, family: str, is_tight: bool) -> None:
     model = family_model(FAST[family])
