@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from transformers import Cache
 
+CHUNKED_LAYER = "chunked_attention"
+"""Kind of a layer, in a config, whose tokens see their own chunk only."""
+
 INERT_ARGUMENTS = frozenset(
     {
         "dropout",
@@ -75,6 +78,25 @@ def mask_maker_of(name: str | None) -> Callable[..., Any]:
     return ALL_MASK_ATTENTION_FUNCTIONS[name]  # type: ignore[no-any-return]
 
 
+def chunk_of(module: Any) -> int:
+    """Return the size of the chunks that an attention module's layer is divided into; 0 for none.
+
+    Only the mask knows it, which the model makes by the kind of the layer in its config.
+    """
+    config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    kinds = getattr(config, "layer_types", None)
+    if not kinds or layer is None or kinds[layer] != CHUNKED_LAYER:
+        return 0
+    return int(config.attention_chunk_size)  # type: ignore[union-attr]
+
+
+def counting_layers(config: Any) -> set[int]:
+    """List the layers of a text model that count the positions of their tokens themselves; see `WritingCache`."""
+    if not getattr(config, "attn_temperature_tuning", False):
+        return set()
+    return {layer for layer, rotates in enumerate(config.no_rope_layers) if not rotates}
+
+
 # The name in a config.
 
 
@@ -119,10 +141,20 @@ def values_of(config: Any) -> Iterator[Any]:
 class WritingCache(Cache):  # type: ignore[misc]  # transformers is not typed
     """A cache object for a model that passes new keys and values on to a function, and keeps none."""
 
-    def __init__(self, write: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]) -> None:
-        """Pass keys, values and the number of the layer to `write`, which returns the keys for the attention."""
+    def __init__(
+        self,
+        write: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor],
+        offsets: Callable[[int], torch.Tensor] | None = None,
+    ) -> None:
+        """Keep the functions.
+
+        Args:
+            write: Called with keys, values and the number of the layer; returns the keys for the attention.
+            offsets: Called with the number of the layer; see `get_seq_length`. None if no layer asks.
+        """
         super().__init__(layers=[])
         self._write = write
+        self._offsets = offsets
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -130,8 +162,16 @@ class WritingCache(Cache):  # type: ignore[misc]  # transformers is not typed
         """Pass a layer's new keys and values on, each of shape `(1, kv_heads, tokens, dim)`."""
         return self._write(key_states, value_states, layer_idx), value_states
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return 0: the caller gives the position of every token."""
+    def get_seq_length(self, layer_idx: int | None = None) -> Any:
+        """Return 0: the caller gives the position of every token.
+
+        A layer that names itself, as some of Llama 4's do, adds the result to the indices of its tokens and takes the
+        sums for positions. It gets the difference for each token, of shape `(tokens,)`.
+        """
+        return 0 if layer_idx is None or self._offsets is None else self._offsets(layer_idx)
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Return 0, to functions that make masks."""
         return 0
 
     def get_mask_sizes(self, query_length: Any, layer_idx: int) -> tuple[int, int]:

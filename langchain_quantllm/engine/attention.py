@@ -101,10 +101,40 @@ class Attention(Protocol):
         ...
 
     def attend(
-        self, pool: LayerPool, query: torch.Tensor, batch: Batch, *, scale: float, window: int, softcap: float
+        self,
+        pool: LayerPool,
+        query: torch.Tensor,
+        batch: Batch,
+        *,
+        scale: float,
+        window: int,
+        softcap: float,
+        chunk: int = 0,
+        sinks: torch.Tensor | None = None,
+        biases: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attend with queries of shape `(1, heads, tokens, key_dim)`; returns `(1, tokens, heads, value_dim)`."""
+        """Attend with queries of shape `(1, heads, tokens, key_dim)`.
+
+        Args:
+            pool: The layer's keys and values.
+            query: The queries.
+            batch: Their tokens.
+            scale: Factor of the scores.
+            window: How many of the last positions a token sees, its own included; 0 for all.
+            softcap: Scores become `softcap * tanh(scores / softcap)`; 0 for no cap.
+            chunk: A token sees its own chunk of so many positions, up to itself; 0 for all.
+            sinks: See `kernels.reference.decode_attention`; on the device of the query.
+            biases: See `kernels.reference.decode_attention`; on the device of the query, for all positions of the
+                block table.
+
+        Returns:
+            Attended values of shape `(1, tokens, heads, value_dim)`.
+        """
         ...
+
+
+AttentionArguments = tuple[float | None, int | None, float | None, int | None, torch.Tensor | None]
+"""Scale, window, softcap, chunk and sinks, as `PagedForward.attend` takes them."""
 
 
 class PagedForward:
@@ -135,7 +165,25 @@ class PagedForward:
         self._on_layer = on_layer
         self._layer = -1
         self.windows: dict[int, int] = {}
-        """Window of each layer that has attended, 0 for none; used to check the model."""
+        """Window or chunk of each layer that has attended, 0 for none; used to check the model."""
+        self.counting: set[int] = set()
+        """Layers that have asked for `offsets`; used likewise."""
+
+    @property
+    def positions(self) -> int:
+        """How many positions a sequence may have."""
+        return int(self._batch.table.shape[1]) * int(self._pools[self._layer].kv.shape[1])
+
+    def offsets(self, layer: int) -> torch.Tensor:
+        """Return how far the position of each token is from its index in the pack: of shape `(tokens,)`, int32."""
+        self.counting.add(layer)
+        device, positions = self._pools[layer].kv.device, self._batch.positions
+
+        def make() -> torch.Tensor:
+            indices = torch.arange(len(positions), dtype=torch.int32, device=positions.device)
+            return (positions - indices).to(device)
+
+        return self._batch.cached((device, "offsets"), make)
 
     def write(self, key: torch.Tensor, value: torch.Tensor, layer: int) -> torch.Tensor:
         """Store a layer's new keys and values; returns the keys."""
@@ -176,10 +224,17 @@ class PagedForward:
             self._on_layer(layer)
 
     def attend(
-        self, query: torch.Tensor, scale: float | None, window: int | None = None, softcap: float | None = None
+        self,
+        query: torch.Tensor,
+        scale: float | None,
+        window: int | None = None,
+        softcap: float | None = None,
+        chunk: int | None = None,
+        sinks: torch.Tensor | None = None,
+        biases: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attend in the layer that was written last; returns `(1, tokens, heads, value_dim)`."""
-        self.windows[self._layer] = window or 0
+        """Attend in the layer that was written last; see `Attention.attend`. None is the default of each argument."""
+        self.windows[self._layer] = window or chunk or 0
         return self._attention.attend(
             self._pools[self._layer],
             query,
@@ -187,4 +242,7 @@ class PagedForward:
             scale=query.shape[-1] ** -0.5 if scale is None else scale,
             window=window or 0,
             softcap=softcap or 0.0,
+            chunk=chunk or 0,
+            sinks=sinks,
+            biases=biases,
         )

@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from langchain_quantllm.compat.transformers_alibi import ignored_mask
 from langchain_quantllm.compat.transformers_attention import (
     INERT_ARGUMENTS,
     WritingCache,
     attention_name,
     attention_of,
+    chunk_of,
     mask_maker_of,
     names_attention,
     register,
@@ -72,7 +74,7 @@ def paged_attention(context: ForwardContext, configs: Sequence[Any]) -> Iterator
         _borrow(config)
     try:
         with forward_context(context):
-            yield WritingCache(_intercepted(attention) if attention.by_sdpa else attention.write)
+            yield WritingCache(_intercepted(attention) if attention.by_sdpa else attention.write, attention.offsets)
     finally:
         for config in configs:
             _give_back(config)
@@ -110,6 +112,9 @@ def users_attention_name(config: Any) -> str | None:
     return attention_name(config) if names_attention(config) else None
 
 
+_SCORING_ARGUMENTS = ("scaling", "sliding_window", "softcap", "s_aux")
+"""How models call the scale, the window, the cap and the sinks that they pass to their attention."""
+
 _registered: dict[str | None, str] = {}
 
 
@@ -133,7 +138,7 @@ def _register(name: str | None) -> str:
         if forward is None:
             theirs = attention_of(name, module)
             return theirs(module, query, key, value, attention_mask, *args, **kwargs)  # type: ignore[no-any-return]
-        scale, window, softcap = (kwargs.pop(n, None) for n in ("scaling", "sliding_window", "softcap"))
+        scale, window, softcap, sinks = (kwargs.pop(n, None) for n in _SCORING_ARGUMENTS)
         if name == "sdpa":  # older transformers ignores the cap of Gemma 2 there, and `generate` is our measure
             softcap = None
         unknown = [n for n, value in kwargs.items() if value is not None and not n.startswith("output_")]
@@ -141,11 +146,11 @@ def _register(name: str | None) -> str:
         if unknown:
             msg = f"its attention takes {unknown[0]!r}"
             raise UnsupportedError(msg)
-        return forward.attend(query, scale, window, softcap), None
+        return forward.attend(query, scale, window, softcap, chunk_of(module), sinks), None
 
     def make_mask(*args: Any, **kwargs: Any) -> Any:
         if _current_attention() is not None:
-            return None  # positions and blocks say which keys are visible
+            return ignored_mask(kwargs.get("config"))  # positions and blocks say which keys are visible
         return mask_maker_of(name)(*args, **kwargs)
 
     register(ours, attend, make_mask)

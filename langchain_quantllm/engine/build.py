@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from langchain_quantllm.compat.transformers_attention import attention_name
 from langchain_quantllm.engine.adapter_switch import AdapterSwitch, changed_by_hand
+from langchain_quantllm.engine.alibi import BiasedAttention
 from langchain_quantllm.engine.attention import Attention, LayerPool
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.engine.cuda_graphs import no_graph_reason
@@ -90,6 +92,7 @@ class EngineParts:
         self._state_modules: StateModules | None = None
         self.refusal: str | None = None
         self.adapters: LoraStack | None = None
+        self._biased = BiasedAttention(model)
         self.adapter_names = None if switch is None else switch.names
         self.is_gpu = model.get_input_embeddings().weight.device.type != "cpu"
         self.slots = SLOTS_GPU if self.is_gpu else SLOTS_CPU
@@ -116,6 +119,7 @@ class EngineParts:
 
     def close(self) -> None:
         """Take the adapters' forwards off the model, and release it and the KV pools; the limits stay readable."""
+        self._biased.close()
         if self.adapters is not None:
             self.adapters.close()
         if self._state_modules is not None:
@@ -226,6 +230,7 @@ class EngineParts:
         context = self.limits.context_tokens
         cached = (self.limits.cache_tokens or 0) // BLOCK_TOKENS
         blocks_per_sequence = cached if context is None else min(cached, -(-context // BLOCK_TOKENS))
+        most_tokens = min(self.limits.cache_tokens or 0, context or sys.maxsize)
         failure: UnsupportedError | None = None
         for by_sdpa in (False, True):
             if by_sdpa and attention_name(self._model.config) != "sdpa":
@@ -247,7 +252,7 @@ class EngineParts:
                 operations=InvariantOps if self._batch_invariant else contextlib.nullcontext,
             )
             try:
-                verify_engine(runner, self._model, self.probe, self._switch, self._fusion)
+                verify_engine(runner, self._model, self.probe, self._switch, self._fusion, most_tokens=most_tokens)
                 if self._batch_invariant:
                     self._verify_invariance(runner, cached + 1)
             except UnsupportedError as error:

@@ -329,7 +329,7 @@ class ContinuousEngine:
             self._fail(sequence, GenerationError("the request's mask allows no token."))
             return
         if token_id < 0:
-            blocks = list(sequence.blocks)
+            blocks = [*sequence.given_back, *sequence.blocks[len(sequence.given_back) :]]
             self._fail(sequence, GenerationError(NAN_LOGITS))
             spoiled = blocks if self._parts.states else spoiled_blocks(self._parts.pools, blocks)
             self._blocks.discard(spoiled)  # or its prompt could never run again
@@ -386,6 +386,7 @@ class ContinuousEngine:
             step_tokens=alone,
             step_tokens_while_decoding=beside,
             cuts_prompts=self._parts.probe.continues,
+            window=0 if self._parts.states else self._parts.probe.reach,
         )
 
     def _rebuild(self) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -32,15 +33,27 @@ class _Scoring:
         scale: Factor of the scores.
         window: How many of the last positions a token sees, its own included; 0 for all.
         softcap: Scores become `softcap * tanh(scores / softcap)`; 0 for no cap.
+        chunk: A token sees its own chunk of so many positions, up to itself; 0 for all.
+        sinks: See `kernels.reference.decode_attention`.
+        biases: See `kernels.reference.decode_attention`.
     """
 
     scale: float
     window: int
     softcap: float
+    chunk: int = 0
+    sinks: torch.Tensor | None = None
+    biases: torch.Tensor | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether PyTorch's own attention scores keys this way."""
+        return not self.softcap and self.sinks is None and self.biases is None
 
     def first_seen(self, position: int) -> int:
         """Return the first position that a token sees."""
-        return max(0, position + 1 - self.window) if self.window else 0
+        first = max(0, position + 1 - self.window) if self.window else 0
+        return max(first, position // self.chunk * self.chunk) if self.chunk else first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +66,8 @@ class _Group:
         blocks: Their blocks, of shape `(rows * width,)`, int64; a sequence's last block again as padding.
         seen: The gathered tokens of a row that any of the new ones sees.
         mask: Those that each new one sees, of shape `(rows, 1, 1, seen)`, bool; None for all.
+        positions: Positions of these tokens, of shape `(rows, seen)`, int64; padding has one of the sequence's.
+        own: Positions of the new tokens, of shape `(rows, 1)`, int64.
         hidden: Indices of the gathered tokens of all rows that the new ones do not see, int64.
     """
 
@@ -61,6 +76,8 @@ class _Group:
     blocks: torch.Tensor
     seen: slice
     mask: torch.Tensor | None
+    positions: torch.Tensor
+    own: torch.Tensor
     hidden: torch.Tensor
 
 
@@ -80,14 +97,11 @@ class GatherAttention:
         flat = pool.kv.view(-1, *pool.kv.shape[2:])
         flat.index_copy_(0, indices, torch.cat([key, value], -1)[0].transpose(0, 1))
 
-    def attend(
-        self, pool: LayerPool, query: torch.Tensor, batch: Batch, *, scale: float, window: int, softcap: float
-    ) -> torch.Tensor:
+    def attend(self, pool: LayerPool, query: torch.Tensor, batch: Batch, **options: Any) -> torch.Tensor:
         """Attend; see `Attention.attend`."""
-        scoring = _Scoring(scale=scale, window=window, softcap=softcap)
-        groups = batch.cached(
-            ("groups", pool.kv.device, window, pool.kv.stride(0)), lambda: _groups(batch, pool, scoring)
-        )
+        scoring = _Scoring(**options)
+        key = ("groups", pool.kv.device, scoring.window, scoring.chunk, pool.kv.stride(0))
+        groups = batch.cached(key, lambda: _groups(batch, pool, scoring))
         if len(groups) == 1 and groups[0].tokens is None:
             return _decode(pool, query, groups[0], scoring)[None]
         out = query.new_empty(1, query.shape[2], query.shape[1], pool.value_dim)
@@ -113,6 +127,11 @@ def _decode(pool: LayerPool, query: torch.Tensor, group: _Group, scoring: _Scori
     # The queries of a group of heads see the same keys: they are passed as several positions of one head.
     asked = query[0] if group.tokens is None else query[0].index_select(1, group.tokens)
     asked = asked.transpose(0, 1).unflatten(1, (key.shape[1], -1))
+    if scoring.sinks is not None:
+        scoring = replace(scoring, sinks=scoring.sinks.view(*asked.shape[1:3], 1))
+    if scoring.biases is not None:
+        biases = scoring.biases[:, group.positions] - scoring.biases[:, group.own]
+        scoring = replace(scoring, biases=biases.transpose(0, 1).unflatten(1, asked.shape[1:3]))
     return _attend(asked, key, value, group.mask, scoring).flatten(1, 2)
 
 
@@ -170,6 +189,8 @@ def _group(
         blocks=blocks.flatten().to(device).long(),
         seen=slice(some[0], some[-1] + 1),
         mask=None if bool(mask.all()) else mask[:, None, None].to(device),
+        positions=torch.minimum(at, last)[:, some[0] : some[-1] + 1].to(device),
+        own=last.to(device),
         hidden=(~visible).flatten().nonzero()[:, 0].to(device),
     )
 
@@ -203,8 +224,8 @@ def _prefill(
     # A token that is no number must not reach those before it: other prompts begin with them, too.
     is_sound = bool(gathered.sum(dtype=torch.float32).isfinite())
     # Otherwise the scores are in memory; PyTorch has no fused attention for values of another size, either.
-    is_fused = is_sound and not scoring.softcap and pool.key_dim == pool.value_dim
-    if is_fused and not position and length <= (scoring.window or length):
+    is_fused = is_sound and scoring.is_plain and pool.key_dim == pool.value_dim
+    if is_fused and not position and length <= min(scoring.window or length, scoring.chunk or length):
         attended = scaled_dot_product_attention(asked, key, value, is_causal=True, scale=scoring.scale)
         out.copy_(attended.flatten(0, 1).transpose(0, 1))
         return
@@ -212,16 +233,34 @@ def _prefill(
     for at in range(0, count, at_once):
         stop = min(at + at_once, count)
         seen = slice(scoring.first_seen(position + at) - begin, position + stop - begin)
-        mask = _visible(position + at, stop - at, begin + seen.start, begin + seen.stop, scoring.window, query.device)
+        mask = _visible(position + at, stop - at, begin + seen.start, begin + seen.stop, scoring, query.device)
         attend = _attend if is_sound else _attend_around_nan
-        attended = attend(asked[:, :, at:stop], key[:, :, seen], value[:, :, seen], mask, scoring)
+        own = _of_tile(scoring, asked.shape[:2], position + at, slice(begin + seen.start, begin + seen.stop))
+        attended = attend(asked[:, :, at:stop], key[:, :, seen], value[:, :, seen], mask, own)
         out[at:stop] = attended.flatten(0, 1).transpose(0, 1)
 
 
-def _visible(position: int, count: int, first: int, stop: int, window: int, device: torch.device) -> torch.Tensor:
+def _of_tile(scoring: _Scoring, heads: tuple[int, int], position: int, seen: slice) -> _Scoring:
+    """Shape sinks and biases for scores of shape `(kv_heads, group, queries, keys)`.
+
+    The first query is at `position`, the last at that of the last key.
+    """
+    sinks, biases = scoring.sinks, scoring.biases
+    if sinks is not None:
+        sinks = sinks.view(*heads, 1, 1)
+    if biases is not None:
+        biases = (biases[:, None, seen] - biases[:, position : seen.stop, None]).unflatten(0, heads)
+    return replace(scoring, sinks=sinks, biases=biases)
+
+
+def _visible(position: int, count: int, first: int, stop: int, scoring: _Scoring, device: torch.device) -> torch.Tensor:
     """Mask the keys from `first` to `stop` that each of `count` tokens sees: `(count, stop - first)`, bool."""
-    ahead = torch.arange(position, position + count, device=device)[:, None] - torch.arange(first, stop, device=device)
-    return (ahead >= 0) & (ahead < window) if window else ahead >= 0
+    at = torch.arange(position, position + count, device=device)[:, None]
+    seen = torch.arange(first, stop, device=device)
+    visible = at >= seen
+    if scoring.window:
+        visible = visible & (at - seen < scoring.window)
+    return visible & (seen >= at // scoring.chunk * scoring.chunk) if scoring.chunk else visible
 
 
 # All tokens.
@@ -243,11 +282,10 @@ def _split(pool: LayerPool, kv: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scoring: _Scoring
 ) -> torch.Tensor:
-    """Attend with PyTorch; with a softcap in separate operations, as PyTorch's attention has none."""
-    if not scoring.softcap:
+    """Attend with PyTorch; in separate operations if its own attention does not score this way."""
+    if scoring.is_plain:
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scoring.scale)
-    shares = _scores(query, key, mask, scoring).softmax(-1, dtype=torch.float32).to(value.dtype)
-    return _product(shares, value)
+    return _product(_shares(_scores(query, key, mask, scoring), scoring.sinks).to(value.dtype), value)
 
 
 def _attend_around_nan(
@@ -256,7 +294,7 @@ def _attend_around_nan(
     """Attend in float32; a key or a value that is NaN or infinite spoils the tokens that see it, and no other."""
     spoils = ~value.isfinite().all(-1)
     scores = _scores(query.float(), key.float().masked_fill(spoils[..., None], torch.nan), mask, scoring)
-    return _product(scores.softmax(-1), value.float().masked_fill(spoils[..., None], 0)).to(value.dtype)
+    return _product(_shares(scores, scoring.sinks), value.float().masked_fill(spoils[..., None], 0)).to(value.dtype)
 
 
 def _scores(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scoring: _Scoring) -> torch.Tensor:
@@ -264,7 +302,17 @@ def _scores(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, s
     scores = _product(query, key.transpose(-1, -2)) * (scoring.scale / (scoring.softcap or 1.0))
     if scoring.softcap:
         scores = scoring.softcap * torch.tanh(scores)
+    if scoring.biases is not None:
+        scores = scores + scoring.biases
     return scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+
+
+def _shares(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Compute the softmax in float32, beside sinks in a shape that fits the scores."""
+    if sinks is None:
+        return scores.softmax(-1, dtype=torch.float32)
+    beside = sinks.float().expand(*scores.shape[:-1], 1)
+    return torch.cat([scores.float(), beside], -1).softmax(-1)[..., :-1]
 
 
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -22,11 +22,8 @@ from langchain_quantllm.kernels.invariant.ops import paused
 class InvariantGatherAttention(GatherAttention):
     """Gathers the blocks of sequences of similar length, and attends in tiles, sequence by sequence, in float32."""
 
-    def attend(
-        self, pool: LayerPool, query: torch.Tensor, batch: Batch, *, scale: float, window: int, softcap: float
-    ) -> torch.Tensor:
+    def attend(self, pool: LayerPool, query: torch.Tensor, batch: Batch, **scoring: Any) -> torch.Tensor:
         """Attend; see `Attention.attend`."""
-        options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
         out = query.new_empty(1, query.shape[2], query.shape[1], pool.value_dim)
         with paused():
             asked = query[0].float()
@@ -36,7 +33,7 @@ class InvariantGatherAttention(GatherAttention):
                 for i, key, value in zip(spans, keys, values, strict=True):
                     span, first = batch.spans[i], firsts[i]
                     queries = asked[:, first : first + span.count]
-                    attended = attend_in_tiles(queries, key, value, span.position, **options)
+                    attended = attend_in_tiles(queries, key, value, span.position, **scoring)
                     out[0, first : first + span.count] = attended.transpose(0, 1)
         return out
 
@@ -87,9 +84,7 @@ class InvariantTritonAttention(TritonAttention):
             msg = "Triton has no fast attention for prompts before compute capability 8.0"
             raise UnsupportedError(msg)
 
-    def attend(
-        self, pool: LayerPool, query: torch.Tensor, batch: Batch, *, scale: float, window: int, softcap: float
-    ) -> torch.Tensor:
+    def attend(self, pool: LayerPool, query: torch.Tensor, batch: Batch, **scoring: Any) -> torch.Tensor:
         """Attend; see `Attention.attend`."""
         device = query.device
         table, slots, positions = self._metadata(batch, device)
@@ -105,7 +100,6 @@ class InvariantTritonAttention(TritonAttention):
             batch.on_device[device, "tiles"] = tiles
         with self._on(device):
             attended: torch.Tensor = self._kernels.prefill_attention(
-                query, pool.kv, table, tiles,
-                value_dim=pool.value_dim, scale=scale, window=window, softcap=softcap, masks_all=True,
-            )  # fmt: skip
+                query, pool.kv, table, tiles, value_dim=pool.value_dim, masks_all=True, **scoring
+            )
         return attended

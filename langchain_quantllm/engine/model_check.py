@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 
-from langchain_quantllm.compat.transformers_attention import missing_attention_api
-from langchain_quantllm.compat.transformers_models import cache_name, cache_of
+from langchain_quantllm.compat.transformers_alibi import has_known_biases, is_biased_by_distance
+from langchain_quantllm.compat.transformers_attention import CHUNKED_LAYER, counting_layers, missing_attention_api
+from langchain_quantllm.compat.transformers_models import cache_name, cache_of, forward_parameters
 from langchain_quantllm.compat.transformers_states import OTHER_LAYER_TYPES, states_of
 from langchain_quantllm.engine.adapter_switch import AdapterSwitch
 from langchain_quantllm.engine.attention import without_gradients
-from langchain_quantllm.engine.block_manager import BlockManager
+from langchain_quantllm.engine.block_manager import BLOCK_TOKENS, BlockManager
+from langchain_quantllm.engine.checked_length import checked_length
 from langchain_quantllm.engine.fusion.fuse import Fusion
 from langchain_quantllm.engine.kv_cache import LayerShape, layers_of, shapes_of
 from langchain_quantllm.engine.model_runner import ModelRunner
@@ -29,14 +31,14 @@ from langchain_quantllm.engine.state_pool import StateShape, state_shapes
 from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.options import BASE_ADAPTER
 
-_LAYER_TYPES = {"full_attention", "sliding_attention", *OTHER_LAYER_TYPES}
+_LAYER_TYPES = {"full_attention", "sliding_attention", CHUNKED_LAYER, *OTHER_LAYER_TYPES}
 _MOVING_ROPES = ("dynamic", "longrope")
 _FLOORS = {torch.float32: 1e-3, torch.float64: 1e-3}
 _FLOOR_16BIT = 0.05
 _NOISE_FACTOR = 4.0
 
 _LONG, _SHORT = 21, 5  # tokens of the two texts of a check: one fills more than a block, one does not
-_BLOCKS, _NEW_TOKENS = 6, 3  # of the verification
+_NEW_TOKENS = 3  # of each
 
 
 def unsupported_reason(model: Any) -> str | None:
@@ -51,11 +53,11 @@ def unsupported_reason(model: Any) -> str | None:
         return "its attention looks ahead"
     if others := set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES:
         return f"it has layers of kind {min(others)!r}, which store something other than keys and values"
-    if getattr(text, "alibi", False) or getattr(getattr(text, "attn_config", None), "alibi", False):
-        return "its attention is biased by distance (ALiBi)"
+    if is_biased_by_distance(text) and not any(map(has_known_biases, model.modules())):
+        return "its attention is biased by distance (ALiBi) in an unknown way"
     if getattr(text, "kv_lora_rank", None) is not None:
         return "its cache holds compressed keys and values (multi-head latent attention)"
-    if getattr(text, "attention_chunk_size", None) is not None:
+    if getattr(text, "attention_chunk_size", None) is not None and getattr(text, "layer_types", None) is None:
         return "its attention is divided into chunks"
     if rope := _moving_rope(getattr(text, "rope_parameters", None)):
         return f"its {rope!r} rotary positions change with the longest text of the batch"
@@ -81,7 +83,7 @@ class ModelProbe:
     Args:
         layers: Numbers of the layers that keep keys and values.
         shapes: Shape of each of these layers' keys and values.
-        windows: Sliding window of each of them, 0 for none.
+        windows: Sliding window, or chunk, of each of them, 0 for none.
         states: Shapes of the states that other layers, or the same ones, keep for each sequence.
         continues: Whether several tokens at once go on from these states; else single tokens do.
         vocab_size: Width of the logits.
@@ -98,6 +100,11 @@ class ModelProbe:
     def layer_count(self) -> int:
         """Layers up to the last one that keeps anything."""
         return 1 + max([*self.layers, *(state.key.layer for state in self.states)])
+
+    @property
+    def reach(self) -> int:
+        """The last positions that a token sees in any layer; 0 if it sees all in some."""
+        return max(self.windows) if self.windows and all(self.windows) else 0
 
 
 @without_gradients
@@ -173,8 +180,13 @@ def verify_engine(
     probe: ModelProbe,
     switch: AdapterSwitch | None = None,
     fusion: Fusion | None = None,
+    *,
+    most_tokens: int = 0,
 ) -> None:
     """Run two texts through the runner, in chunks and in one batch, and compare with the model itself.
+
+    A third one follows if length changes what the model's layers do: it goes beyond the change, where that takes about
+    a second at most.
 
     Args:
         runner: Runs the model.
@@ -182,24 +194,16 @@ def verify_engine(
         probe: The facts of its first forward.
         switch: Its adapters; each of the two texts uses a different one. None if the model runs as it is.
         fusion: Its fused steps, some of which are more exact than the model's own; None if there are none.
+        most_tokens: Tokens of the longest text that there is room for.
 
     Raises:
         UnsupportedError: If the model cannot run this way, or gives other logits.
     """
-    texts = [sample_ids(model, count) for count in (_LONG, _SHORT)]
     names = [None, None] if switch is None else [*switch.names, BASE_ADAPTER][:2]
-    numbers = [-1 if switch is None or name not in switch.names else switch.names.index(name) for name in names]
-    sequences = [bare_sequence(ids, _NEW_TOKENS, adapter=i) for ids, i in zip(texts, numbers, strict=True)]
-    try:
-        scheduler = Scheduler(
-            BlockManager(_BLOCKS), slots=2, step_tokens=_LONG - 6, step_tokens_while_decoding=_LONG - 6
-        )
-        logits = run_greedily(runner, sequences, scheduler)
-    except (UnsupportedError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        msg = f"its own code fails over KV cache blocks: {error!r}"
-        raise UnsupportedError(msg) from error
+    texts = [
+        _Text(ids=sample_ids(model, count), adapter=name) for count, name in zip((_LONG, _SHORT), names, strict=True)
+    ]
+    found = _run(runner, texts, switch, step_tokens=_LONG - 6)
     windows = [runner.windows.get(i) for i in probe.layers]
     if None in windows:
         msg = "its attention cannot be replaced"
@@ -207,13 +211,64 @@ def verify_engine(
     if windows != probe.windows:
         msg = f"its attention sees windows of {windows} tokens, and its cache keeps {probe.windows}"
         raise UnsupportedError(msg)
-    for sequence, name in zip(sequences, names, strict=True):
-        with contextlib.ExitStack() as chosen:
-            if switch is not None:
-                chosen.enter_context(switch.chosen(name))
-            if fusion is not None:
-                chosen.enter_context(fusion.exact())
-            _compare(model, sequence.ids[:-1], torch.stack(logits[sequence]), probe.continues)
+    if missing := counting_layers(model.config.get_text_config()) - runner.counting:
+        msg = f"its layer {min(missing)} counts positions in an unknown way"
+        raise UnsupportedError(msg)
+    for text, (ids, logits) in zip(texts, found, strict=True):
+        with _as_itself(text, switch, fusion):
+            _compare(model, ids, logits, cut=len(ids) // 2, continues=probe.continues)
+    if count := checked_length(model, probe.windows, most_tokens - _NEW_TOKENS):
+        text = _Text(ids=sample_ids(model, count), adapter=names[0])
+        try:
+            [(ids, logits)] = _run(runner, [text], switch, step_tokens=-(-count // 2))
+            with _as_itself(text, switch, fusion):
+                _compare(model, ids, logits, cut=count - 2 * _NEW_TOKENS, continues=probe.continues)
+        except torch.OutOfMemoryError:  # the model itself may need more for such a text than its requests do
+            torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Text:
+    """A text of the verification, and its adapter; None for the model as it is."""
+
+    ids: list[int]
+    adapter: str | None
+
+
+def _run(
+    runner: ModelRunner, texts: abc.Sequence[_Text], switch: AdapterSwitch | None, *, step_tokens: int
+) -> list[tuple[list[int], torch.Tensor]]:
+    """Continue texts in one batch; returns the tokens of each that the model has read, and the logits after the last.
+
+    Raises:
+        UnsupportedError: If the model's code fails.
+    """
+    known = () if switch is None else switch.names
+    numbers = [known.index(text.adapter) if text.adapter in known else -1 for text in texts]
+    sequences = [bare_sequence(text.ids, _NEW_TOKENS, adapter=i) for text, i in zip(texts, numbers, strict=True)]
+    blocks = 1 + sum(-(-(len(text.ids) + _NEW_TOKENS) // BLOCK_TOKENS) for text in texts)
+    try:
+        scheduler = Scheduler(
+            BlockManager(blocks), slots=len(texts), step_tokens=step_tokens, step_tokens_while_decoding=step_tokens
+        )
+        logits = run_greedily(runner, sequences, scheduler)
+    except (UnsupportedError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        msg = f"its own code fails over KV cache blocks: {error!r}"
+        raise UnsupportedError(msg) from error
+    return [(sequence.ids[:-1], torch.stack(logits[sequence])) for sequence in sequences]
+
+
+@contextlib.contextmanager
+def _as_itself(text: _Text, switch: AdapterSwitch | None, fusion: Fusion | None) -> abc.Iterator[None]:
+    """Let the model's own forward run with a text's adapter."""
+    with contextlib.ExitStack() as chosen:
+        if switch is not None:
+            chosen.enter_context(switch.chosen(text.adapter))
+        if fusion is not None:
+            chosen.enter_context(fusion.exact())
+        yield
 
 
 def run_greedily(
@@ -237,7 +292,7 @@ def run_greedily(
 
 
 @without_gradients
-def _compare(model: Any, text: abc.Sequence[int], logits: torch.Tensor, continues: bool = True) -> None:
+def _compare(model: Any, text: abc.Sequence[int], logits: torch.Tensor, *, cut: int, continues: bool) -> None:
     """Compare the engine's logits with the model's own.
 
     How far apart two ways of computing the same may lie differs between dtypes and quantization schemes, so the
@@ -247,18 +302,19 @@ def _compare(model: Any, text: abc.Sequence[int], logits: torch.Tensor, continue
         model: The model.
         text: Token ids; the engine has sampled the last ones.
         logits: The engine's logits after its last tokens, of shape `(tokens, vocab)`.
+        cut: Tokens of the first piece.
         continues: Whether the model's own second piece may be several tokens.
 
     Raises:
         UnsupportedError: If they differ by more than rounding does.
     """
     last = len(logits)
-    expected = _plain(model, text).logits[0, -last:].float()
+    expected = _plain(model, text, keep=last).logits[0, -last:].float()
     if not expected.isfinite().all():
         return  # the model itself is broken; its requests will fail with that
     # Some kernels for one row round differently from those for several.
     singles = range(len(text) - last + 1, len(text) + 1)
-    pieces, _ = _in_pieces(model, text, [0, *[len(text) // 2] * continues, *singles])
+    pieces, _ = _in_pieces(model, text, [0, *[cut] * continues, *singles], keep=last)
     noise = _difference(pieces[-last:], expected)
     floor = _FLOORS.get(model.dtype, _FLOOR_16BIT)
     found = _difference(logits.float().to(expected.device), expected)
@@ -270,18 +326,26 @@ def _compare(model: Any, text: abc.Sequence[int], logits: torch.Tensor, continue
         raise UnsupportedError(msg)
 
 
-def _in_pieces(model: Any, text: abc.Sequence[int], cuts: abc.Sequence[int]) -> tuple[torch.Tensor, Any]:
-    """Compute the model's own logits, of shape `(tokens, vocab)`, piece by piece; returns its cache as well."""
+def _in_pieces(
+    model: Any, text: abc.Sequence[int], cuts: abc.Sequence[int], *, keep: int | None = None
+) -> tuple[torch.Tensor, Any]:
+    """Compute the model's own logits, of shape `(tokens, vocab)`, piece by piece; returns its cache as well.
+
+    With `keep`, other logits than those of so many last tokens of each piece may be missing.
+    """
     logits, cache = [], None
     for start, end in itertools.pairwise(cuts):
         if end > start:
-            output = _plain(model, text[start:end], cache, seen=start)
+            output = _plain(model, text[start:end], cache, seen=start, keep=keep)
             cache = cache_of(output)
             logits.append(output.logits[0].float())
     return torch.cat(logits), cache
 
 
-def _plain(model: Any, ids: abc.Sequence[int], cache: Any = None, seen: int = 0) -> Any:
+def _plain(
+    model: Any, ids: abc.Sequence[int], cache: Any = None, seen: int = 0, *, keep: int | None = None
+) -> Any:
+    """Call the model; with `keep` it need not compute other logits than those of so many last tokens."""
     device = model.get_input_embeddings().weight.device
     given = torch.tensor([ids], device=device)
     masked = len(ids) if cache is None or not layers_of(cache) else seen + len(ids)  # states say nothing of the past
@@ -290,8 +354,10 @@ def _plain(model: Any, ids: abc.Sequence[int], cache: Any = None, seen: int = 0)
     if model.config.get_text_config() is not model.config:
         # Qwen-VL goes on from the positions of the last image that it was given.
         positions = {"position_ids": torch.arange(seen, seen + len(ids), device=device)[None]}
-    given_cache = {} if cache is None else {cache_name(model): cache}
-    return model(input_ids=given, attention_mask=mask, use_cache=True, **given_cache, **positions)
+    options = {} if cache is None else {cache_name(model): cache}
+    if keep is not None and "logits_to_keep" in forward_parameters(model):
+        options["logits_to_keep"] = keep
+    return model(input_ids=given, attention_mask=mask, use_cache=True, **options, **positions)
 
 
 def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -48,6 +48,7 @@ class Scheduler:
         step_tokens: int,
         step_tokens_while_decoding: int,
         cuts_prompts: bool = True,
+        window: int = 0,
     ) -> None:
         """Begin with no sequences.
 
@@ -59,6 +60,7 @@ class Scheduler:
                 less than a quarter of it, prompts get that quarter all the same.
             cuts_prompts: Whether a prompt may run in several steps; else a step takes the whole of one that it would
                 have begun, and has more tokens than these.
+            window: The last positions that a token sees in any layer, its own included; 0 if it sees all.
         """
         self.blocks = blocks
         self.running: list[Sequence] = []  # from old to young
@@ -68,6 +70,7 @@ class Scheduler:
         """Preemptions so far: a sequence gave up its blocks for another one."""
         self._cuts_prompts = cuts_prompts
         self._queues: dict[Lane, list[Sequence]] = {}  # of waiting sequences, from old to young
+        self._window = window
         self._total_slots = slots
         self._slots = list(range(slots - 1, -1, -1))
         self._arrivals = itertools.count()
@@ -181,7 +184,7 @@ class Scheduler:
             RuntimeError: If they do not; the message says what is wrong.
         """
         self.blocks.check_integrity()
-        held = Counter(block for sequence in self.running for block in sequence.blocks)
+        held = Counter(block for sequence in self.running for block in sequence.blocks if block)
         slots = [sequence.slot for sequence in self.running] + self._slots
         faults = {
             "a slot is lost or used twice": sorted(slots) != list(range(self._total_slots)),
@@ -265,7 +268,7 @@ class Scheduler:
         active = [other for other in self.running if other not in self._resting]
         promised = sum(_missing_blocks(other) for other in active if not other.decodes)
         needed = _missing_blocks(sequence) - held + promised + len(active)
-        freed = {block for other in beside for block in other.blocks}
+        freed = {block for other in beside for block in other.blocks if block}
         if freed:
             freed.difference_update(block for other in active for block in other.blocks)
         return needed <= self.blocks.available + len(freed)
@@ -317,6 +320,8 @@ class Scheduler:
         Returns:
             False if there are too few: the sequence then waits for its turn, preempted if it is the youngest.
         """
+        if self._window:
+            sequence.give_back(self.blocks, self._window)
         while len(sequence.blocks) * BLOCK_TOKENS < tokens:
             block = self.blocks.take()
             if block is not None:

@@ -70,6 +70,9 @@ class Sequence:
         self.written = 0
         """Tokens whose keys and values are in the blocks, or in a step that is planned."""
         self.blocks: list[int] = []
+        """Blocks of its tokens; 0 for those that it has given back."""
+        self.given_back: list[int] = []
+        """Its first blocks, which lie before the window of all layers; others may hold them now."""
         self.slot = -1
         """Its index in the device's tables while it runs."""
         self.decodes = False
@@ -182,12 +185,23 @@ class Sequence:
         """Share no blocks any more, and offer none."""
         self.prefix_id = self._last_prefix = None
 
+    def give_back(self, manager: BlockManager, window: int) -> None:
+        """Give back the blocks before the window of its next token, as far as others can find them."""
+        passed = max(0, self.written + 1 - window) // BLOCK_TOKENS
+        if self._last_prefix is not None:
+            passed = min(passed, self._known_blocks)
+        before = len(self.given_back)
+        if passed > before:
+            manager.release(self.blocks[before:passed])
+            self.given_back += self.blocks[before:passed]
+            self.blocks[before:passed] = [0] * (passed - before)
+
     def release(self, manager: BlockManager) -> None:
         """Give up slot and blocks; if it runs again, all its known tokens are computed again."""
-        manager.release(self.blocks)
+        manager.release(self.blocks[len(self.given_back) :])
         self._let_go(manager)
         self._saves, self._saved_borders = [], set()
-        self.blocks = []
+        self.blocks, self.given_back = [], []
         self.written = 0
         self.slot = -1
         self.decodes = False

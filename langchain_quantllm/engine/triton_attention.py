@@ -37,15 +37,13 @@ class TritonAttention:
         with self._on(key.device):
             self._kernels.write_kv(key, value, pool.kv, table, slots, positions)
 
-    def attend(
-        self, pool: LayerPool, query: torch.Tensor, batch: Batch, *, scale: float, window: int, softcap: float
-    ) -> torch.Tensor:
+    def attend(self, pool: LayerPool, query: torch.Tensor, batch: Batch, **scoring: Any) -> torch.Tensor:
         """Attend; see `Attention.attend`."""
         if self._prefills_by is not None and not batch.decodes:
-            return self._prefills_by.attend(pool, query, batch, scale=scale, window=window, softcap=softcap)
+            return self._prefills_by.attend(pool, query, batch, **scoring)
         device = query.device
         table, slots, positions = self._metadata(batch, device)
-        options = {"value_dim": pool.value_dim, "scale": scale, "window": window, "softcap": softcap}
+        options = {"value_dim": pool.value_dim, **scoring}
         with self._on(device):
             if batch.decodes:
                 splits = self._kernels.default_splits(len(slots), pool.kv.shape[2], self._multiprocessors)

@@ -6,6 +6,8 @@ which transformers does.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch.nn.functional import gelu, layer_norm, silu
 
@@ -230,6 +232,9 @@ def decode_attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    chunk: int = 0,
+    sinks: torch.Tensor | None = None,
+    biases: torch.Tensor | None = None,
     splits: int = 1,
     arrivals: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -246,6 +251,11 @@ def decode_attention(
         scale: Factor of the scores.
         window: How many of the last positions a token sees, its own included; 0 for all.
         softcap: Scores become `softcap * tanh(scores / softcap)`; 0 for no cap.
+        chunk: A token sees its own chunk of so many positions, up to itself; 0 for all.
+        sinks: A score of each head that takes its share of the softmax and has no value, of shape `(heads,)`, floating,
+            contiguous; None for none.
+        biases: Added to the scores, by head and position of the key, less that of the token's own position. Of shape
+            `(heads, positions)`, float32, contiguous, finite, with at least as many positions as keys; None for none.
         splits: Most programs that share the keys of one sequence: a power of two. No effect here.
         arrivals: Counts of finished programs, for sequences that are shared. No effect here.
 
@@ -253,13 +263,15 @@ def decode_attention(
         The attended values of shape `(1, tokens, heads, value_dim)`, contiguous, in the dtype of `query`.
 
     Source:
-        The cap: Gemma 2, https://arxiv.org/abs/2408.00118, section 2.
+        The cap: Gemma 2, https://arxiv.org/abs/2408.00118, section 2. Sinks: gpt-oss,
+        https://arxiv.org/abs/2508.10925, section 2. Biases: ALiBi, https://arxiv.org/abs/2108.12409, section 3.
     """
     del splits, arrivals
+    scoring = _Scoring(scale, window, softcap, chunk, sinks, biases)
     out = query.new_empty((1, query.shape[2], query.shape[1], value_dim))
     for token, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
         keys, values = _history(kv, table[slot], position + 1, value_dim)
-        out[0, token] = _attend(query[0, :, token : token + 1], keys, values, position, scale, window, softcap)[0]
+        out[0, token] = _attend(query[0, :, token : token + 1], keys, values, position, scoring)[0]
     return out
 
 
@@ -273,6 +285,9 @@ def prefill_attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    chunk: int = 0,
+    sinks: torch.Tensor | None = None,
+    biases: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend with packed chunks of several prompts to the blocks of their sequences.
 
@@ -287,16 +302,20 @@ def prefill_attention(
         scale: Factor of the scores.
         window: How many of the last positions a token sees, its own included; 0 for all.
         softcap: Scores become `softcap * tanh(scores / softcap)`; 0 for no cap.
+        chunk: See `decode_attention`.
+        sinks: See `decode_attention`.
+        biases: See `decode_attention`.
 
     Returns:
         The attended values of shape `(1, tokens, heads, value_dim)`, contiguous, in the dtype of `query`; undefined
         for tokens in no tile.
     """
+    scoring = _Scoring(scale, window, softcap, chunk, sinks, biases)
     out = query.new_empty((1, query.shape[2], query.shape[1], value_dim))
     for slot, first, position, count in tiles.tolist():
         keys, values = _history(kv, table[slot], position + count, value_dim)
         tile = query[0, :, first : first + count]
-        out[0, first : first + count] = _attend(tile, keys, values, position, scale, window, softcap)
+        out[0, first : first + count] = _attend(tile, keys, values, position, scoring)
     return out
 
 
@@ -323,14 +342,19 @@ def _history(kv: torch.Tensor, blocks: torch.Tensor, tokens: int, value_dim: int
     return both[..., :-value_dim], both[..., -value_dim:]
 
 
+class _Scoring(NamedTuple):
+    """How keys are scored; see `decode_attention`."""
+
+    scale: float
+    window: int
+    softcap: float
+    chunk: int
+    sinks: torch.Tensor | None
+    biases: torch.Tensor | None
+
+
 def _attend(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    position: int,
-    scale: float,
-    window: int,
-    softcap: float,
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, position: int, scoring: _Scoring
 ) -> torch.Tensor:
     """Attend with tokens of one sequence, the first of them at `position`.
 
@@ -339,21 +363,30 @@ def _attend(
         keys: Keys of shape `(kv_heads, seen, key_dim)`, float32.
         values: Values of shape `(kv_heads, seen, value_dim)`, float32.
         position: Position of the first query in the sequence.
-        scale: Factor of the scores.
-        window: How many of the last positions a token sees; 0 for all.
-        softcap: The cap of the scores; 0 for none.
+        scoring: How keys are scored.
 
     Returns:
         Values of shape `(tokens, heads, value_dim)`, float32.
     """
     group = query.shape[0] // keys.shape[0]
-    scores = query.float() @ keys.repeat_interleave(group, 0).transpose(1, 2) * scale
-    if softcap > 0:
-        scores = softcap * torch.tanh(scores / softcap)
-    ages = torch.arange(position, position + query.shape[1], device=keys.device)[:, None]
-    ages = ages - torch.arange(keys.shape[1], device=keys.device)
-    hidden = ages < 0 if window <= 0 else (ages < 0) | (ages >= window)
-    shares = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    scores = query.float() @ keys.repeat_interleave(group, 0).transpose(1, 2) * scoring.scale
+    if scoring.softcap > 0:
+        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
+    at = torch.arange(position, position + query.shape[1], device=keys.device)
+    seen = torch.arange(keys.shape[1], device=keys.device)
+    if scoring.biases is not None:
+        scores = scores + (scoring.biases[:, None, seen] - scoring.biases[:, at, None])
+    ages = at[:, None] - seen
+    hidden = ages < 0
+    if scoring.window > 0:
+        hidden = hidden | (ages >= scoring.window)
+    if scoring.chunk > 0:
+        hidden = hidden | (seen < (at // scoring.chunk * scoring.chunk)[:, None])
+    scores = scores.masked_fill(hidden, -torch.inf)
+    if scoring.sinks is not None:
+        sinks = scoring.sinks.float()[:, None, None].expand(-1, query.shape[1], 1)
+        scores = torch.cat([scores, sinks], -1)
+    shares = scores.softmax(-1)[..., : keys.shape[1]]
     # Zero the values that no query sees: they may be NaN, as in an unwritten block, and 0 times NaN is NaN.
     unseen = hidden.all(0)[:, None]
     return (shares @ values.masked_fill(unseen, 0).repeat_interleave(group, 0)).transpose(0, 1)

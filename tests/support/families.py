@@ -39,6 +39,19 @@ _LONGROPE = {
 }
 
 
+_LLAMA4 = {
+    "head_dim": 16,
+    "intermediate_size_mlp": 128,
+    "num_local_experts": 2,
+    "attention_chunk_size": 24,
+    "layer_types": ["chunked_attention", "full_attention"],
+    "no_rope_layers": [1, 0],
+    "floor_scale": 16,  # the temperature changes at each multiple
+    "attn_scale": 0.5,
+}
+_MPT = {"vocab_size": VOCAB, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": CONTEXT, "expansion_ratio": 2}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """The recipe of a tiny model of a family.
@@ -174,6 +187,57 @@ FAST: dict[str, Family] = {
         sliding_window=24,
         layer_types=["sliding_attention", "full_attention"],
     ),
+    "gpt_oss": _family("GptOss", _GROUPED, head_dim=16, sliding_window=24, num_local_experts=4, num_experts_per_tok=2),
+    "mimo_v2_flash": _family(
+        "MiMoV2Flash",
+        _HIDDEN,
+        num_key_value_heads=1,
+        head_dim=24,
+        v_head_dim=16,
+        sliding_window=24,
+        layer_types=["sliding_attention", "full_attention"],
+        mlp_layer_types=["dense", "sparse"],
+        moe_intermediate_size=64,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+    ),
+    "granite_swa": _family(
+        "GraniteSWA",
+        _GROUPED,
+        attention_multiplier=0.2,
+        sliding_window=24,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "granitemoe_swa": _family(
+        "GraniteMoeSWA",
+        _GROUPED,
+        attention_multiplier=0.2,
+        sliding_window=24,
+        layer_types=["sliding_attention", "full_attention"],
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    ),
+    "flint": _family(
+        "Flint",
+        _GROUPED,
+        head_dim=16,
+        sliding_window=24,
+        layer_types=["sliding_attention", "full_attention"],
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+        num_experts=4,
+        num_experts_per_tok=2,
+    ),
+    "llama4": _family("Llama4Text", _GROUPED, **_LLAMA4),
+    "llama4-eager": _family("Llama4Text", _GROUPED, **_LLAMA4, attention="eager"),
+    "bloom": _family("Bloom", {"vocab_size": VOCAB, "hidden_size": 64, "n_layer": 2, "n_head": 4}),
+    "bloom-6-heads": _family("Bloom", {"vocab_size": VOCAB, "hidden_size": 96, "n_layer": 2, "n_head": 6}),
+    "mpt": _family("Mpt", _MPT),
+    "mpt-6-heads": _family("Mpt", _MPT, d_model=96, n_heads=6),
+    "falcon-alibi": _family("Falcon", ffn_hidden_size=128, alibi=True),
+    "falcon-alibi-6-heads": _family(
+        "Falcon", hidden_size=96, num_attention_heads=6, ffn_hidden_size=128, alibi=True, multi_query=False
+    ),
 }
 """Families with the common attention and cache."""
 
@@ -190,6 +254,7 @@ def _lets_attention_be_chosen(family: Family) -> bool:
     return bool(model._supports_attention_backend)
 
 
+FAST = {name: family for name, family in FAST.items() if hasattr(transformers, family.config)}
 FAST |= {name: family for name, family in _LATE.items() if _lets_attention_be_chosen(family)}
 
 WITH_STATES = tuple(STATE_RECIPES)
@@ -203,17 +268,8 @@ NAMED += ("stablelm", "granite", "olmo")
 
 PLAIN: dict[str, tuple[Family, str]] = {
     "falcon-eager": (_family("Falcon", ffn_hidden_size=128, multi_query=True, attention="eager"), ""),
-    "falcon-alibi": (_family("Falcon", ffn_hidden_size=128, alibi=True), ""),
-    "falcon-alibi-eager": (_family("Falcon", ffn_hidden_size=128, alibi=True, attention="eager"), ""),
-    "bloom": (_family("Bloom", {"vocab_size": VOCAB, "hidden_size": 64, "n_layer": 2, "n_head": 4}), ""),
-    "mpt": (
-        _family(
-            "Mpt",
-            {"vocab_size": VOCAB, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": CONTEXT},
-            expansion_ratio=2,
-        ),
-        "",
-    ),
+    # transformers adds the biases twice there
+    "falcon-alibi-eager": (_family("Falcon", ffn_hidden_size=128, alibi=True, attention="eager"), "not its own"),
     "recurrent_gemma": (
         _family(
             "RecurrentGemma",
@@ -235,22 +291,6 @@ PLAIN: dict[str, tuple[Family, str]] = {
             original_max_position_embeddings=CONTEXT // 4,
         ),
         "'longrope' rotary positions",
-    ),
-    "llama4": (
-        _family(
-            "Llama4Text",
-            _GROUPED,
-            head_dim=16,
-            intermediate_size_mlp=128,
-            num_local_experts=2,
-            attention_chunk_size=24,
-            layer_types=["chunked_attention", "full_attention"],
-        ),
-        "chunked_attention",
-    ),
-    "gpt_oss": (
-        _family("GptOss", _GROUPED, head_dim=16, sliding_window=24, num_local_experts=2, num_experts_per_tok=1),
-        "",
     ),
 }
 """Families that the fast engine cannot drive, each with a word of the reason."""
@@ -279,6 +319,8 @@ def family_model(family: Family) -> Any:
                     weight.normal_(0.0, family.gain)
                 elif name.endswith("bias"):
                     weight.normal_(0.0, 0.1)
+                elif name.endswith("sinks"):
+                    weight.normal_(0.0, 1.0)
     model.generation_config.eos_token_id = None
     return model
 

@@ -27,9 +27,9 @@ class Device:
     def write(self, blocks: abc.Sequence[int], position: int, value: int) -> None:
         self.memory[blocks[position // BLOCK_TOKENS]][position % BLOCK_TOKENS] = value
 
-    def holds(self, blocks: abc.Sequence[int], values: abc.Sequence[int]) -> bool:
-        """Whether a sequence with these blocks reads these values."""
-        for i in range(0, len(values), BLOCK_TOKENS):
+    def holds(self, blocks: abc.Sequence[int], values: abc.Sequence[int], first: int = 0) -> bool:
+        """Whether a sequence with these blocks reads these values, from the block of the first position on."""
+        for i in range(max(0, first) // BLOCK_TOKENS * BLOCK_TOKENS, len(values), BLOCK_TOKENS):
             expected = list(values[i : i + BLOCK_TOKENS])
             if self.memory[blocks[i // BLOCK_TOKENS]][: len(expected)] != expected:
                 return False
@@ -92,13 +92,16 @@ class Simulation:
         step_tokens_while_decoding: int = 24,
         is_late: bool = False,
         mixes: bool = True,
+        window: int = 0,
     ) -> None:
+        self.window = window
         self.blocks = BlockManager(blocks)
         self.scheduler = Scheduler(
             self.blocks,
             slots=slots,
             step_tokens=step_tokens,
             step_tokens_while_decoding=step_tokens_while_decoding,
+            window=window,
         )
         self.slots = slots
         self.device = Device(blocks)
@@ -220,7 +223,8 @@ class Simulation:
             self._run_chunk(self.rows[chunk.sequence], chunk)
         for chunk in plan.chunks:
             row = self.rows[chunk.sequence]
-            assert self.device.holds(chunk.sequence.blocks, row.values[: chunk.start + chunk.count])
+            values = row.values[: chunk.start + chunk.count]
+            assert self.device.holds(chunk.sequence.blocks, values, self._first_seen(chunk.start))
         sampling = [self.rows[state] for state in plan.sampled]
         for row in sampling:
             row.extend(row.next_id())
@@ -254,10 +258,16 @@ class Simulation:
         blocks = row.state.blocks
         assert (start + count - 1) // BLOCK_TOKENS < len(blocks), "a position outside of the sequence's blocks"
         if reads:
-            assert self.device.holds(blocks, row.values[:start]), "the values read are not its own prefix"
+            seen = self._first_seen(start)
+            assert self.device.holds(blocks, row.values[:start], seen), "the values read are not its own prefix"
         for position in range(start, start + count):
+            assert blocks[position // BLOCK_TOKENS], "a position in a block that was given back"
             self.device.write(blocks, position, row.values[position])
         row.computed = start + count
+
+    def _first_seen(self, position: int) -> int:
+        """Return the first position that a token sees."""
+        return position + 1 - self.window if self.window else 0
 
     def _deliver(self, drawn: abc.Sequence[Simulated]) -> None:
         for row in drawn:
@@ -367,8 +377,10 @@ class Simulation:
         holders: dict[int, list[tuple[Simulated, int]]] = {}
         for state in running:
             assert len(state.blocks) * BLOCK_TOKENS >= state.written
-            assert len(set(state.blocks)) == len(state.blocks)
-            for i, block in enumerate(state.blocks):
+            own = [(i, block) for i, block in enumerate(state.blocks) if block]
+            assert len({block for _, block in own}) == len(own)
+            assert len(own) == len(state.blocks) or self.window
+            for i, block in own:
                 holders.setdefault(block, []).append((self.rows[state], i))
         assert 0 not in holders
         assert all(0 < block < blocks.total and blocks.is_held(block) for block in holders)

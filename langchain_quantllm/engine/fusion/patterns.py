@@ -15,6 +15,7 @@ import torch
 
 from langchain_quantllm.compat.transformers_attention import WritingCache
 from langchain_quantllm.compat.transformers_models import given_cache_name
+from langchain_quantllm.engine.attention import AttentionArguments
 from langchain_quantllm.engine.forward_context import ForwardContext
 
 _Forward = Callable[..., Any]
@@ -152,7 +153,7 @@ class RotaryStep:
         output: Name of the output projection.
         layout: See `kernels.reference.rotate_and_write`.
         rounds: See `kernels.reference.rotate_and_write`.
-        arguments: Scale, window and softcap, as the module passes them to its attention.
+        arguments: Scale, window, softcap, chunk and sinks, as the module's attention gets them.
     """
 
     kernels: Any
@@ -160,7 +161,7 @@ class RotaryStep:
     output: str
     layout: int
     rounds: bool
-    arguments: tuple[float | None, int | None, float | None]
+    arguments: AttentionArguments
 
     def run(
         self, module: Any, forward: _Forward, context: ForwardContext, args: tuple[Any, ...], kwargs: dict[str, Any]

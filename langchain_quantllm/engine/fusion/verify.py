@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from langchain_quantllm.compat.transformers_models import given_cache_name
-from langchain_quantllm.engine.attention import Batch, LayerPool, PagedForward, Span
+from langchain_quantllm.engine.attention import AttentionArguments, Batch, LayerPool, PagedForward, Span
 from langchain_quantllm.engine.attention_interface import paged_attention
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.engine.cuda_graphs import hooks_of
@@ -249,7 +249,7 @@ class _OwnBlocks(PagedForward):
         tokens, device = hidden.shape[1], hidden.device
         self.blocks = -(-tokens // BLOCK_TOKENS)
         self.pools = {i: replace(pool, kv=torch.zeros_like(pool.kv)) for i, pool in (like or {}).items()}
-        self.arguments: tuple[float | None, int | None, float | None] | None = None
+        self.arguments: AttentionArguments | None = None
         positions = torch.arange(tokens, dtype=torch.int32, device=device)
         batch = Batch(
             table=torch.arange(1, self.blocks + 1, dtype=torch.int32, device=device)[None],
@@ -269,11 +269,18 @@ class _OwnBlocks(PagedForward):
         return super().write(key, value, layer)
 
     def attend(
-        self, query: torch.Tensor, scale: float | None, window: int | None = None, softcap: float | None = None
+        self,
+        query: torch.Tensor,
+        scale: float | None,
+        window: int | None = None,
+        softcap: float | None = None,
+        chunk: int | None = None,
+        sinks: torch.Tensor | None = None,
+        biases: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend, and record the arguments."""
-        self.arguments = (scale, window, softcap)
-        return super().attend(query, scale, window, softcap)
+        self.arguments = (scale, window, softcap, chunk, sinks)
+        return super().attend(query, *self.arguments, biases)
 
 
 # Layers.

@@ -9,7 +9,7 @@ import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]  # 
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
 from langchain_quantllm.kernels.attention.blocks import key_indices
-from langchain_quantllm.kernels.attention.softmax import fold, keys_within, scores_of
+from langchain_quantllm.kernels.attention.softmax import biased, fold, keys_within, scores_of, with_sink
 from langchain_quantllm.kernels.launch import dense_vectors, launch_options, power_of_2, wait_for_inputs
 
 _MOST_GROUP_ROWS = 64
@@ -31,6 +31,9 @@ def decode_attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    chunk: int = 0,
+    sinks: torch.Tensor | None = None,
+    biases: torch.Tensor | None = None,
     splits: int = 1,
     arrivals: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -38,7 +41,8 @@ def decode_attention(
 
     Up to `splits` programs share the keys of one sequence, and the last of them combines their results; a sequence with
     few keys is not shared, and none is without `arrivals`. The counts in `arrivals` are zeros before and after a call,
-    and belong to one call at a time. `window` and `softcap` are compiled in.
+    and belong to one call at a time. `window`, `softcap` and `chunk` are compiled in, and whether there are `sinks` and
+    `biases`.
 
     Source:
         Sharing a sequence: Flash-Decoding, https://pytorch.org/blog/flash-decoding/.
@@ -65,10 +69,13 @@ def decode_attention(
         parts,
         levels,
         arrivals,
+        sinks,
+        biases,
         scale,
         query.stride(1),
         query.stride(2),
         table.stride(0),
+        0 if biases is None else biases.stride(0),
         block_tokens=block_tokens,
         kv_heads=kv_heads,
         group=group,
@@ -76,6 +83,7 @@ def decode_attention(
         value_dim=value_dim,
         window=window,
         softcap=softcap,
+        chunk=chunk,
         splits=splits,
         key_tile=power_of_2(key_dim, 16),
         value_tile=power_of_2(value_dim, 16),
@@ -145,10 +153,13 @@ def _decode_kernel(
     parts: tl.tensor,
     levels: tl.tensor,
     arrivals: tl.tensor,
+    sinks: tl.tensor,
+    biases: tl.tensor,
     scale: tl.tensor,
     query_head_stride: tl.tensor,
     query_token_stride: tl.tensor,
     table_stride: tl.tensor,
+    biases_stride: tl.tensor,
     block_tokens: tl.constexpr,
     kv_heads: tl.constexpr,
     group: tl.constexpr,
@@ -156,6 +167,7 @@ def _decode_kernel(
     value_dim: tl.constexpr,
     window: tl.constexpr,
     softcap: tl.constexpr,
+    chunk: tl.constexpr,
     splits: tl.constexpr,
     key_tile: tl.constexpr,
     value_tile: tl.constexpr,
@@ -184,6 +196,8 @@ def _decode_kernel(
     begin = 0
     if window > 0:
         begin = tl.maximum(end - window, 0)
+    if chunk > 0:
+        begin = tl.maximum(begin, (end - 1) // chunk * chunk)
     first_tile = begin // keys
     tiles = tl.cdiv(end, keys) - first_tile
     share = tl.cdiv(tiles, splits)
@@ -202,6 +216,8 @@ def _decode_kernel(
     highest = tl.full([group_rows], float("-inf"), tl.float32)
     weight = tl.zeros([group_rows], tl.float32)
     total = tl.zeros([group_rows, value_tile], tl.float32)
+    if biases is not None:
+        own = tl.load(biases + heads * biases_stride + end - 1, mask=members < group, other=0.0)
     for tile in range(start, stop, keys):
         seen = tile + tl.arange(0, keys)
         visible = (seen >= begin) & (seen < end)
@@ -216,7 +232,16 @@ def _decode_kernel(
             mask=visible[:, None] & (value_columns[None, :] < value_dim),
             other=0.0,
         )
-        scores = tl.where(visible[None, :], scores_of(asked, key, scale, softcap), float("-inf"))
+        shown = visible[None, :]
+        scores = scores_of(asked, key, scale, softcap)
+        if biases is not None:
+            added = tl.load(
+                biases + heads[:, None] * biases_stride + seen[None, :],
+                mask=(members[:, None] < group) & shown,
+                other=0.0,
+            )
+            scores = biased(scores, added, own)
+        scores = tl.where(shown, scores, float("-inf"))
         total, highest, weight = fold(total, highest, weight, scores, value)
 
     found = total / tl.where(weight > 0, weight, 1.0)[:, None]
@@ -224,6 +249,9 @@ def _decode_kernel(
     held = (members[:, None] < group) & (value_columns[None, :] < value_dim)
     shares = tl.cdiv(tiles, share)
     if splits == 1 or shares == 1:
+        if sinks is not None:
+            sink = tl.load(sinks + heads, mask=members < group, other=0.0)
+            found = found * (weight / with_sink(weight, highest, sink))[:, None]
         tl.store(out + row[:, None] * value_dim + value_columns[None, :], found.to(out.dtype.element_ty), mask=held)
     else:
         at = row * splits + split
@@ -236,7 +264,10 @@ def _decode_kernel(
             skipped = tl.program_id(1) % programs * group_rows
             first = (token * kv_heads + head) * group + skipped
             count = tl.minimum(group - skipped, group_rows)
-            _combine(out, parts, levels, first, count, shares, value_dim, splits, value_tile, heads_tile)
+            first_head = head * group + skipped
+            _combine(
+                out, parts, levels, sinks, first_head, first, count, shares, value_dim, splits, value_tile, heads_tile
+            )
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
@@ -244,6 +275,8 @@ def _combine(
     out: tl.tensor,
     parts: tl.tensor,
     levels: tl.tensor,
+    sinks: tl.tensor,
+    first_head: tl.tensor,
     first: tl.tensor,
     heads: tl.tensor,
     shares: tl.tensor,
@@ -258,7 +291,9 @@ def _combine(
         out: Results of shape `(tokens * heads, value_dim)`.
         parts: Values of the shares, of shape `(tokens * heads, splits, value_dim)`, float32.
         levels: Their binary logarithms, of shape `(tokens * heads, splits)`, float32; finite.
-        first: Index of the first head, of `tokens * heads`.
+        sinks: Sinks of all heads, of shape `(heads of a token,)`; None for none.
+        first_head: The first head.
+        first: Its index, of `tokens * heads`.
         heads: Number of heads, at least 1.
         shares: How many of the `splits` are written.
         value_dim: Size of a value.
@@ -274,6 +309,8 @@ def _combine(
     found = tl.load(levels + rows[:, None] * splits + every, mask=held[:, None] & (every < shares), other=float("-inf"))
     highest = tl.where(held, tl.max(found, 1), 0.0)
     weight = tl.where(held, tl.sum(tl.exp2(found - highest[:, None]), 1), 1.0)
+    if sinks is not None:
+        weight = with_sink(weight, highest, tl.load(sinks + first_head + members, mask=held, other=0.0))
     total = tl.zeros([heads_tile, value_tile], tl.float32)
     room: tl.constexpr = _COMBINED_AT_ONCE // (heads_tile * value_tile)
     at_once: tl.constexpr = min(splits, max(1, room))

@@ -9,7 +9,7 @@ import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]  # 
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
 from langchain_quantllm.kernels.attention.blocks import key_indices
-from langchain_quantllm.kernels.attention.softmax import fold, keys_within, scores_of
+from langchain_quantllm.kernels.attention.softmax import biased, fold, keys_within, scores_of, with_sink
 from langchain_quantllm.kernels.launch import COMPILER_OPTIONS, dense_vectors, power_of_2
 from langchain_quantllm.kernels.reference import PREFILL_TILE
 
@@ -24,12 +24,16 @@ def prefill_attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    chunk: int = 0,
+    sinks: torch.Tensor | None = None,
+    biases: torch.Tensor | None = None,
     masks_all: bool = False,
 ) -> torch.Tensor:
     """Attend with packed chunks of several prompts; see `reference.prefill_attention`.
 
-    `window`, `softcap` and `masks_all` are compiled in. With `masks_all`, all tiles of keys are masked, also where
-    every query sees them, so that a query's result does not depend on its tile, bit for bit.
+    `window`, `softcap`, `chunk` and `masks_all` are compiled in, and whether there are `sinks` and `biases`. With
+    `masks_all`, all tiles of keys are masked, also where every query sees them, so that a query's result does not
+    depend on its tile, bit for bit.
 
     Source:
         The softmax over tiles: FlashAttention-2, https://arxiv.org/abs/2307.08691, algorithm 1.
@@ -45,10 +49,13 @@ def prefill_attention(
         table,
         tiles,
         out,
+        sinks,
+        biases,
         scale,
         query.stride(1),
         query.stride(2),
         table.stride(0),
+        0 if biases is None else biases.stride(0),
         block_tokens=block_tokens,
         kv_heads=kv_heads,
         group=heads // kv_heads,
@@ -56,6 +63,7 @@ def prefill_attention(
         value_dim=value_dim,
         window=window,
         softcap=softcap,
+        chunk=chunk,
         key_tile=power_of_2(key_dim, 16),
         value_tile=power_of_2(value_dim, 16),
         queries=queries,
@@ -89,10 +97,13 @@ def _prefill_kernel(
     table: tl.tensor,
     tiles: tl.tensor,
     out: tl.tensor,
+    sinks: tl.tensor,
+    biases: tl.tensor,
     scale: tl.tensor,
     query_head_stride: tl.tensor,
     query_token_stride: tl.tensor,
     table_stride: tl.tensor,
+    biases_stride: tl.tensor,
     block_tokens: tl.constexpr,
     kv_heads: tl.constexpr,
     group: tl.constexpr,
@@ -100,6 +111,7 @@ def _prefill_kernel(
     value_dim: tl.constexpr,
     window: tl.constexpr,
     softcap: tl.constexpr,
+    chunk: tl.constexpr,
     key_tile: tl.constexpr,
     value_tile: tl.constexpr,
     queries: tl.constexpr,
@@ -138,10 +150,16 @@ def _prefill_kernel(
     weight = tl.zeros([queries], tl.float32)
     total = tl.zeros([queries, value_tile], tl.float32)
 
+    if biases is not None:
+        added = biases + tl.cast(head, tl.int64) * biases_stride
+        own = tl.load(added + position + members, mask=members < count, other=0.0)
     start = 0
     begin = 0
-    if window > 0:
-        begin = tl.maximum(position - window + 1, 0)
+    if window > 0 or chunk > 0:
+        if window > 0:
+            begin = tl.maximum(position - window + 1, 0)
+        if chunk > 0:
+            begin = tl.maximum(begin, position // chunk * chunk)
         start = begin // keys * keys
     elif not masks_all:
         # Whole tiles of keys that every query sees need no mask.
@@ -152,6 +170,8 @@ def _prefill_kernel(
             key = tl.load(key_base + indices[:, None], mask=key_columns[None, :] < key_dim, other=0.0)
             value = tl.load(value_base + indices[:, None], mask=value_columns[None, :] < value_dim, other=0.0)
             scores = scores_of(asked, key, scale, softcap)
+            if biases is not None:
+                scores = biased(scores, tl.load(added + seen)[None, :], own)
             total, highest, weight = fold(total, highest, weight, scores, value)
     for tile in range(start, end, keys):
         seen = tile + tl.arange(0, keys)
@@ -165,10 +185,17 @@ def _prefill_kernel(
         visible = ages >= 0
         if window > 0:
             visible = visible & (ages < window)
-        scores = tl.where(visible, scores_of(asked, key, scale, softcap), float("-inf"))
+        if chunk > 0:
+            visible = visible & (seen[None, :] >= ((position + members) // chunk * chunk)[:, None])
+        scores = scores_of(asked, key, scale, softcap)
+        if biases is not None:
+            scores = biased(scores, tl.load(added + seen, mask=written, other=0.0)[None, :], own)
+        scores = tl.where(visible, scores, float("-inf"))
         total, highest, weight = fold(total, highest, weight, scores, value)
 
     # Only rows after the last token can have seen no key; they are not stored.
+    if sinks is not None:
+        weight = with_sink(weight, highest, tl.load(sinks + head))
     found = total / tl.where(weight > 0, weight, 1.0)[:, None]
     heads = tl.num_programs(0)
     tl.store(

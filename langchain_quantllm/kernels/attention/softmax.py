@@ -62,6 +62,36 @@ def fold(
     return total, peak, weight
 
 
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def biased(scores: tl.tensor, biases: tl.tensor, own: tl.tensor) -> tl.tensor:
+    """Add biases to scores in base 2, relative to the bias of each query's own position, so that sums stay small.
+
+    Args:
+        scores: Of shape `(queries, keys)`, float32.
+        biases: Of the keys, of shape `(queries or 1, keys)`, float32.
+        own: Of the queries' own positions, of shape `(queries,)`, float32.
+
+    Returns:
+        Scores of shape `(queries, keys)`, float32.
+    """
+    return scores + (biases - own[:, None]) * _LOG2_E
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def with_sink(weight: tl.tensor, highest: tl.tensor, sink: tl.tensor) -> tl.tensor:
+    """Add the exponential of a sink to a finished softmax.
+
+    Args:
+        weight: Sum of the exponentials, relative to `highest`, of shape `(queries,)`, float32.
+        highest: The highest score in base 2 of shape `(queries,)`, float32.
+        sink: Score of the sink, of shape `(queries,)` or one for all, floating.
+
+    Returns:
+        The sum with the sink: infinite if the sink lies so far above all scores that no other share is left.
+    """
+    return weight + tl.exp2(sink.to(tl.float32) * _LOG2_E - highest)
+
+
 def keys_within(tile_bytes: int, token_bytes: int, most: int) -> int:
     """Return the largest power of two of keys, from 16 to `most`, whose tile fits."""
     return min(most, max(16, 1 << (tile_bytes // token_bytes).bit_length() - 1))

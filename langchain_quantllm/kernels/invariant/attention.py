@@ -31,6 +31,9 @@ def attend_in_tiles(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    chunk: int = 0,
+    sinks: torch.Tensor | None = None,
+    biases: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend with consecutive queries of one sequence.
 
@@ -43,6 +46,9 @@ def attend_in_tiles(
         scale: Factor of the scores.
         window: Most keys that a query sees; 0 for all.
         softcap: The cap of the scores; 0 for none.
+        chunk: Size of the chunks, each of which sees only itself; 0 for no chunks.
+        sinks: See `kernels.reference.decode_attention`.
+        biases: See `kernels.reference.decode_attention`.
 
     Returns:
         Of shape `(heads, tokens, value_dim)`, float32.
@@ -62,32 +68,60 @@ def attend_in_tiles(
     found = []
     for tile in range(first, last + 1):
         begin = tile * QUERIES
-        start = max(0, begin - window + 1) // KEYS * KEYS if window else 0
+        start = max(0, begin - window + 1) if window else 0
+        start = max(start, begin // chunk * chunk if chunk else 0) // KEYS * KEYS
         end = -(-(begin + QUERIES) // KEYS) * KEYS
         grouped = asked[:, :, tile - first].reshape(kv_heads, -1, dim)
-        keys, mask = key[:, start:end].transpose(1, 2), _mask(begin - start, end - start, window, grouped.shape[1])
+        keys = key[:, start:end].transpose(1, 2)
+        before = start % chunk if chunk else 0
+        mask = hidden = _mask(begin - start, end - start, window, chunk, before, grouped.shape[1])
+        if biases is not None:
+            mask = mask + _biases(biases, begin, start, end).view(kv_heads, -1, end - start)
         if softcap:
             scores = softcap * torch.tanh(torch.bmm(grouped, keys) / softcap) + mask
         else:
             scores = torch.baddbmm(mask, grouped, keys)
         if not is_sound:  # NaN stays NaN with minus infinity added
-            scores = scores.masked_fill(mask == -torch.inf, -torch.inf)
-        found.append(torch.bmm(scores.softmax(-1), value[:, start:end]).view(heads, QUERIES, -1))
+            scores = scores.masked_fill(hidden == -torch.inf, -torch.inf)
+        found.append(torch.bmm(_shares(scores, sinks), value[:, start:end]).view(heads, QUERIES, -1))
     return (found[0] if len(found) == 1 else torch.cat(found, 1))[:, skipped : skipped + tokens]
 
 
-def _mask(begin: int, keys: int, window: int, rows: int) -> torch.Tensor:
+def _shares(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Compute the softmax of scores of shape `(kv_heads, rows, keys)`, with the sinks of the heads."""
+    if sinks is None:
+        return scores.softmax(-1)
+    of_rows = sinks.float().view(len(scores), -1, 1).expand(-1, -1, QUERIES).reshape(*scores.shape[:2], 1)
+    return torch.cat([scores, of_rows], -1).softmax(-1)[..., :-1]
+
+
+def _biases(biases: torch.Tensor, begin: int, start: int, end: int) -> torch.Tensor:
+    """Take the biases of keys from `start` to `end`, relative to those of a tile's queries from `begin`.
+
+    Returns:
+        Of shape `(heads, QUERIES, keys)`, float32; the last one again beyond the end of `biases`, where no key is seen.
+    """
+    last = biases.shape[1] - 1
+    own, seen = (torch.arange(*ends).clamp(max=last) for ends in ((begin, begin + QUERIES), (start, end)))
+    return biases[:, None, seen] - biases[:, own, None]
+
+
+def _mask(begin: int, keys: int, window: int, chunk: int, before: int, rows: int) -> torch.Tensor:
     """Make the mask of a tile whose queries begin `begin` keys after the first one it reads.
+
+    Its chunk has `before` keys before that one; 0 without chunks.
 
     Returns:
         Of shape `(rows, keys)`, float32: 0 for keys that a query sees, and minus infinity. Rows repeat the queries.
     """
-    return (_kept_mask if keys <= _KEPT_KEYS else _make_mask)(begin, keys, window, rows)
+    return (_kept_mask if keys <= _KEPT_KEYS else _make_mask)(begin, keys, window, chunk, before, rows)
 
 
-def _make_mask(begin: int, keys: int, window: int, rows: int) -> torch.Tensor:
-    ages = torch.arange(begin, begin + QUERIES)[:, None] - torch.arange(keys)
-    hidden = (ages < 0) | (ages >= window) if window else ages < 0
+def _make_mask(begin: int, keys: int, window: int, chunk: int, before: int, rows: int) -> torch.Tensor:
+    at, seen = torch.arange(begin, begin + QUERIES)[:, None], torch.arange(keys)
+    hidden = (at < seen) | (at - seen >= window) if window else at < seen
+    if chunk:
+        hidden = hidden | (seen < (at + before) // chunk * chunk - before)
     mask = torch.zeros(QUERIES, keys, dtype=torch.float32).masked_fill(hidden, -torch.inf)
     return mask.repeat(rows // QUERIES, 1)
 

@@ -12,6 +12,8 @@ from langchain_quantllm.compat.transformers_attention import (
     WritingCache,
     attention_name,
     attention_of,
+    chunk_of,
+    counting_layers,
     mask_maker_of,
     missing_attention_api,
     names_attention,
@@ -21,10 +23,12 @@ from langchain_quantllm.compat.transformers_attention import (
 )
 from langchain_quantllm.compat.transformers_models import cache_name
 from langchain_quantllm.engine.model_check import unsupported_reason
+from tests.support.families import FAST, family_model
 from tests.support.models import tiny_model
 
+WITH_SINKS = ("gpt_oss", "mimo_v2_flash", "granite_swa", "granitemoe_swa", "flint")
 IDS = torch.arange(1, 8)[None]
-COMPUTED = {"scaling", "sliding_window", "softcap"}
+COMPUTED = {"scaling", "sliding_window", "softcap", "s_aux"}
 
 
 @pytest.fixture(params=["llama", "qwen2", "mistral"])
@@ -101,6 +105,66 @@ def test_without_the_registry_the_fast_engine_says_so(monkeypatch: pytest.Monkey
     finally:
         monkeypatch.undo()
         missing_attention_api.cache_clear()
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_SINKS if name in FAST])
+@torch.no_grad()
+def test_sinks_come_as_an_argument_beside_the_window(name: str) -> None:
+    model = family_model(FAST[name])
+    eager = attention_name(model.config)
+    found: list[tuple[int | None, Any]] = []
+
+    def attend(module: Any, *args: Any, **kwargs: Any) -> Any:
+        found.append((kwargs.get("sliding_window"), kwargs.get("s_aux")))
+        return attention_of(eager, module)(module, *args, **kwargs)
+
+    register("compat_test", attend, mask_maker_of(eager))
+    set_attention_name(model.config, "compat_test")
+    model(input_ids=IDS)
+    assert [window for window, _ in found] == [24, None]
+    kinds = [None if sinks is None else sinks.shape for _, sinks in found]
+    assert kinds == [(4,), None if name == "mimo_v2_flash" else (4,)]
+
+
+def test_the_chunks_of_a_layer_are_in_its_config() -> None:
+    for name, expected in {"llama4": [24, 0], "gemma3": [0, 0], "llama": [0, 0]}.items():
+        attentions = [m for n, m in family_model(FAST[name]).named_modules() if n.endswith("self_attn")]
+        assert [chunk_of(module) for module in attentions] == expected
+    assert chunk_of(torch.nn.Linear(1, 1)) == 0
+
+
+@torch.no_grad()
+def test_a_layer_that_counts_positions_itself_adds_the_offsets_of_its_tokens() -> None:
+    model = family_model(FAST["llama4"])
+    attention = next(m for n, m in model.named_modules() if n.endswith("layers.1.self_attn"))
+    found: list[torch.Tensor] = []
+
+    def attend(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        found.append(query)
+        return query.transpose(1, 2), None
+
+    register("compat_test", attend, lambda *args, **kwargs: None)
+    set_attention_name(model.config, "compat_test")
+    hidden = torch.randn(1, 1, 64).expand(1, 40, 64)
+    asked: list[int] = []
+
+    def offsets(layer: int) -> torch.Tensor:
+        asked.append(layer)
+        return torch.tensor([0] * 20 + [-20] * 20) if len(found) < 1 else torch.zeros(7)
+
+    cache = WritingCache(lambda key, value, layer: key, offsets)
+    attention(hidden, None, None, **{cache_name(model): cache})
+    assert asked == [1]
+    [query] = found  # of two texts of 20 tokens, behind each other
+    torch.testing.assert_close(query[:, :, :20], query[:, :, 20:])
+    assert not torch.allclose(query[:, :, 0], query[:, :, 19])  # the temperature changes at 16
+    assert cache.get_seq_length() == 0
+    asked.clear()
+    model(input_ids=IDS, **{cache_name(model): cache})
+    assert asked == [1]  # no mask does
+    assert counting_layers(model.config) == {1}
+    model.config.attn_temperature_tuning = False
+    assert counting_layers(model.config) == set()
 
 
 def test_values_of_a_config_show_every_change_but_the_attention_s_name(model: Any) -> None:

@@ -199,7 +199,21 @@ def test_rows_of_several_adapters_have_the_texts_of_single_calls(tmp_path: Path)
     llm.unload()
 
 
-@pytest.mark.parametrize("name", slow_but(["llama", "gemma2", "mixtral", "falcon-7b", "gpt2"], list(FAST)))
+COMPLEX = ("llama4", "llama4-eager")
+"""Families with rotary positions in complex numbers, of which nothing is known."""
+
+QUICK = ["llama", "gemma2", "mixtral", "falcon-7b", "gpt2", "gpt_oss", "bloom"]
+
+
+@pytest.mark.parametrize("name", COMPLEX)
+def test_a_family_with_complex_numbers_is_refused(name: str, tokenizer: Any) -> None:
+    llm = llm_of(family_model(FAST[name]), tokenizer, batch_invariant=True)
+    with pytest.raises(UnsupportedError, match="aten::polar"):
+        _ = llm.engine_info
+    llm.unload()
+
+
+@pytest.mark.parametrize("name", slow_but(QUICK, [name for name in FAST if name not in COMPLEX]))
 def test_every_family_is_invariant(name: str, tokenizer: Any) -> None:
     llm = llm_of(family_model(FAST[name]), tokenizer, batch_invariant=True, engine="fast", kv_cache_memory=1 << 22)
     prompt = random_ids(37)

@@ -33,7 +33,7 @@ class TestTheUsersModel:
             tiny.invoke("Sea")
         assert config._attn_implementation == before
 
-    @pytest.mark.parametrize("family", ["llama", "mistral-window", "gemma2", "mixtral"])
+    @pytest.mark.parametrize("family", ["llama", "mistral-window", "gemma2", "mixtral", "gpt_oss", "bloom", "mpt"])
     def test_generate_runs_in_another_thread_meanwhile(self, tokenizer: Any, family: str) -> None:
         """With padding, whose mask only the user's own attention knows."""
         model = family_model(FAST[family])

@@ -26,6 +26,7 @@ from tests.support.engine import (
 )
 from tests.support.families import FAST, family_model, random_ids
 from tests.support.models import fail_at, forwards, llm_of, slowly, tiny_model, wait_for_rest, wait_until
+from tests.support.selection import slow_but
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -55,6 +56,9 @@ def fill_with_nan(llm: QuantizedHuggingFaceLLM) -> None:
         pool.kv.fill_(torch.nan)
 
 
+NAN_FAMILIES = ["llama-grouped", "mistral-window", "gemma2", "qwen2-window"]
+
+
 def requests_of_all_kinds(llm: QuantizedHuggingFaceLLM, **options: Any) -> list[Request]:
     """Greedy and seeded ones, longer than a chunk, shorter than a block, with a beginning in common."""
     common = random_ids(40)
@@ -68,7 +72,7 @@ def requests_of_all_kinds(llm: QuantizedHuggingFaceLLM, **options: Any) -> list[
     ]
 
 
-@pytest.mark.parametrize("family", ["llama-grouped", "mistral-window", "gemma2", "qwen2-window"])
+@pytest.mark.parametrize("family", slow_but(NAN_FAMILIES, [*NAN_FAMILIES, "gpt_oss", "llama4", "bloom"]))
 @pytest.mark.parametrize("is_tight", [False, True])
 def test_free_blocks_full_of_nan_change_no_token(tokenizer: Any, family: str, is_tight: bool) -> None:
     model = family_model(FAST[family])
@@ -83,7 +87,8 @@ def test_free_blocks_full_of_nan_change_no_token(tokenizer: Any, family: str, is
     for _ in range(2):  # the second time with shared blocks
         assert [answer.token_ids for answer in ask(llm, requests)] == expected
     engine = llm._engine()
-    assert (engine._scheduler.preempted > 0) == is_tight
+    frees_blocks = family == "mistral-window"  # as all of its layers have one: enough for the others
+    assert (engine._scheduler.preempted > 0) == (is_tight and not frees_blocks)
     llm.unload()
 
 

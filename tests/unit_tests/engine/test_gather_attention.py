@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from langchain_quantllm.engine.attention import Batch, LayerPool, Span
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.engine.gather_attention import GatherAttention
+from langchain_quantllm.engine.invariant_attention import InvariantGatherAttention
 from langchain_quantllm.kernels import reference
 
 HEADS, KV_HEADS, KEY_DIM = 4, 2, 16
@@ -68,12 +69,13 @@ class Sequences:
             decodes=all(span.count == 1 for span in spans),
         )
 
-    def attend(self, window: int = 0, softcap: float = 0.0) -> torch.Tensor:
-        attention, batch = GatherAttention(), self.batch()
+    def attend(self, window: int = 0, softcap: float = 0.0, attention: Any = None, **options: Any) -> torch.Tensor:
+        attention, batch = attention or GatherAttention(), self.batch()
         attention.write(self.pool, self.key, self.value, batch)
-        return attention.attend(self.pool, self.query, batch, scale=0.3, window=window, softcap=softcap)
+        given = {"scale": 0.3, "window": window, "softcap": softcap, **options}
+        return attention.attend(self.pool, self.query, batch, **given)
 
-    def expected(self, window: int = 0, softcap: float = 0.0) -> torch.Tensor:
+    def expected(self, window: int = 0, softcap: float = 0.0, **options: Any) -> torch.Tensor:
         """Attend by the reference of the kernels, which takes every sequence by itself."""
         tiles = [
             (span.slot, span.first + at, span.position + at, 1)
@@ -81,7 +83,26 @@ class Sequences:
             for at in range(span.count)
         ]
         given: dict[str, Any] = {"value_dim": self.value_dim, "scale": 0.3, "window": window, "softcap": softcap}
-        return reference.prefill_attention(self.query, self.pool.kv, self.table, torch.tensor(tiles), **given)
+        return reference.prefill_attention(
+            self.query, self.pool.kv, self.table, torch.tensor(tiles), **given, **options
+        )
+
+
+def scorings(positions: int = 1000) -> dict[str, dict[str, Any]]:
+    """Further ways to score keys: sinks and biases of each head, chunks, and all of them."""
+    made = torch.Generator().manual_seed(3)
+    sinks = torch.randn(HEADS, generator=made) + 1
+    slopes = 0.05 * 2.0 ** torch.arange(HEADS)[:, None]
+    biases = slopes * torch.arange(positions) + torch.randn(HEADS, positions, generator=made)
+    return {
+        "sinks": {"sinks": sinks},
+        "sinks in a window": {"sinks": sinks, "window": 24},
+        "chunks": {"chunk": 24},
+        "chunks of a token": {"chunk": 1},
+        "biases": {"biases": biases},
+        "biases in a window": {"biases": biases, "window": 24},
+        "all": {"sinks": sinks, "biases": biases, "chunk": 40, "softcap": 2.0},
+    }
 
 
 MIXES = {
@@ -120,6 +141,22 @@ class TestExactness:
         found = sequences.attend(window, softcap)
         torch.testing.assert_close(found, sequences.expected(window, softcap), rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.parametrize("attention", [GatherAttention, InvariantGatherAttention])
+    @pytest.mark.parametrize("scoring", scorings())
+    @pytest.mark.parametrize("mix", MIXES)
+    def test_sinks_chunks_and_biases_are_those_of_the_reference(self, mix: str, scoring: str, attention: Any) -> None:
+        sequences, options = Sequences(*MIXES[mix]), scorings()[scoring]
+        found = sequences.attend(**options, attention=attention())
+        torch.testing.assert_close(found, sequences.expected(**options), rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.usefixtures("small_bounds")
+    @pytest.mark.parametrize("scoring", scorings())
+    @pytest.mark.parametrize("mix", MIXES)
+    def test_bounded_memory_changes_nothing_of_sinks_chunks_and_biases(self, mix: str, scoring: str) -> None:
+        sequences, options = Sequences(*MIXES[mix]), scorings()[scoring]
+        found = sequences.attend(**options)
+        torch.testing.assert_close(found, sequences.expected(**options), rtol=1e-5, atol=1e-5)
+
     @pytest.mark.parametrize("value_dim", [8, 24])
     @pytest.mark.parametrize("mix", ["alike", "a chunk", "decoding beside a chunk"])
     def test_values_may_have_another_size_than_keys(self, mix: str, value_dim: int) -> None:
@@ -131,6 +168,18 @@ class TestExactness:
         expected = Sequences(New(before=200), New(before=20)).attend()
         sequences.table[1, 2:] = sequences.table[0, 2:]
         assert torch.equal(sequences.attend(), expected)
+
+    @pytest.mark.parametrize("scoring", ["sinks", "biases", "all"])
+    def test_a_token_that_is_no_number_spoils_only_those_that_see_it_beside_sinks_and_biases(
+        self, scoring: str
+    ) -> None:
+        options = scorings()[scoring]
+        sequences = Sequences(New(before=20, count=40))
+        expected = Sequences(*sequences.news).attend(**options)
+        sequences.value[0, :, 25] = torch.nan
+        found = sequences.attend(**options)
+        torch.testing.assert_close(found[0, :25], expected[0, :25], rtol=1e-5, atol=1e-5)
+        assert not found[0, 25:].isfinite().all(-1).any()
 
     @pytest.mark.parametrize("softcap", [0.0, 2.0])
     @pytest.mark.parametrize("number", [torch.nan, torch.inf])
@@ -203,6 +252,13 @@ class TestCost:
     @pytest.mark.parametrize("count", [1, 50])
     def test_a_window_costs_its_own_length(self, count: int) -> None:
         assert gathered([New(before=3000, count=count)], window=100).elements <= (100 + count + 32) * TOKEN
+
+    @pytest.mark.parametrize("count", [1, 50])
+    def test_a_chunk_of_the_layer_costs_its_own_length(self, count: int) -> None:
+        sequences = Sequences(New(before=3030, count=count))  # position 30 of a chunk, and those after it
+        with Gathered(sequences.pool) as counted:
+            sequences.attend(chunk=100)
+        assert counted.elements <= (30 + count + 32) * TOKEN
 
     def test_decoding_beside_a_chunk_takes_no_operation_for_each_row(self) -> None:
         def operations(rows: int) -> int:

@@ -256,6 +256,39 @@ class TestTooFewBlocks:
         assert second.state.cached_tokens == 0  # it says what was there when it came
 
 
+@pytest.mark.parametrize("is_late", [False, True], ids=["early", "late"])
+@pytest.mark.parametrize("prefix_id", [None, 1])
+class TestWindows:
+    def test_a_sequence_holds_the_blocks_that_its_next_tokens_see(self, is_late: bool, prefix_id: int | None) -> None:
+        simulation = Simulation(blocks=60, step_tokens=32, window=40, is_late=is_late)
+        row = simulation.add(ids_of(1, 300), 200, prefix_id=prefix_id)
+        most = -(-(40 + 32) // BLOCK_TOKENS) + 1 + is_late * 2  # unknown tokens are not found by others yet
+        while simulation.step():
+            assert simulation.blocks.held <= most
+        assert row.state.ids == expected_ids(row)
+
+    def test_what_it_gives_back_lets_others_run(self, is_late: bool, prefix_id: int | None) -> None:
+        preempted = []
+        for window in (0, 40):
+            simulation = Simulation(blocks=20, step_tokens=32, window=window, is_late=is_late)
+            rows = [simulation.add(ids_of(i, 50), 180, prefix_id=prefix_id) for i in range(4)]
+            simulation.finish()
+            assert all(row.state.ids == expected_ids(row) for row in rows)
+            preempted.append(simulation.scheduler.preempted)
+        assert preempted[0] > 0
+        assert preempted[1] == 0
+
+    def test_others_find_what_it_has_given_back(self, is_late: bool, prefix_id: int | None) -> None:
+        simulation = Simulation(blocks=60, step_tokens=32, window=40, is_late=is_late)
+        first = simulation.add(ids_of(1, 200), 100, prefix_id=prefix_id)
+        for _ in range(20):
+            simulation.step()
+        assert first.state.given_back
+        second = simulation.add([*ids_of(1, 200)[:150], *ids_of(2, 9)], 4, prefix_id=prefix_id)
+        simulation.finish()
+        assert second.state.cached_tokens == (0 if prefix_id is None else 144)
+
+
 class TestSharing:
     def share(self, *lengths: int, prefix_ids: abc.Sequence[int | None] = (7, 7), common: int = 64) -> list[Simulated]:
         """Run sequences at once whose prompts agree in their first tokens."""

@@ -17,13 +17,15 @@ from tests.support.simulation import Simulated, Simulation
 class Kind:
     """The odds of a load: per step of an arrival, of a change of resting, and of a cancellation.
 
-    Where sequences share blocks, their values are checked, and the promises that depend on counted needs are not.
+    Where sequences share blocks or give them back, their values are checked, and the promises that depend on counted
+    needs are not.
     """
 
     arrives: float
     rests: float
     cancels: float
     shares: bool = False
+    windows: bool = False
 
 
 KINDS = {
@@ -32,6 +34,8 @@ KINDS = {
     "unread": Kind(0.3, 0.2, 0.02),
     "mostly unread": Kind(0.5, 0.6, 0.0),
     "sharing": Kind(0.4, 0.3, 0.05, shares=True),
+    "windows": Kind(0.4, 0.3, 0.05, windows=True),
+    "sharing windows": Kind(0.4, 0.3, 0.05, shares=True, windows=True),
 }
 
 
@@ -52,9 +56,10 @@ class Load:
             step_tokens_while_decoding=rng.choice([1, 7, 16, 32]),
             is_late=rng.random() < 0.5,
             mixes=rng.random() < 0.6,
+            window=rng.choice([1, 16, 20, 50]) if kind.windows else 0,
         )
         self.simulation.steps_between = rng.choice([0, 1, 3])
-        if not kind.shares:
+        if not (kind.shares or kind.windows):
             self.simulation.watch = Watch(self.simulation.scheduler, slots)
         self._prefix_ids = (
             [None, *(self.simulation.blocks.new_prefix_id() for _ in range(2))] if kind.shares else [None]

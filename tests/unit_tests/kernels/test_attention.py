@@ -38,6 +38,11 @@ class Case:
     value_dim: int = 16
     window: int = 0
     softcap: float = 0.0
+    chunk: int = 0
+    sinks: float | None = None
+    """Mean of the heads' sinks; None for none."""
+    slope: float = 0.0
+    """Bias of a key for each position, of the first head; twice as much for the next one."""
     splits: int = 1
     page_tokens: int = 16
 
@@ -65,6 +70,16 @@ def _cases() -> Iterator[Case]:
         "softcap-far-beyond": {"softcap": 0.01},
         "softcap-window": {"softcap": 20.0, "window": 30, "dtype": torch.bfloat16},
         "pages-of-32": {"page_tokens": 32},
+        "chunk-1": {"chunk": 1},
+        "chunk-24": {"chunk": 24, "lengths": (1, 24, 25, 47, 200)},
+        "chunk-100": {"chunk": 100, "lengths": (99, 100, 101, 300), "dtype": torch.float16},
+        "sinks": {"heads": 6, "kv_heads": 2, "sinks": 0.0},
+        "sinks-far-above": {"sinks": 200.0},
+        "sinks-far-below": {"sinks": -200.0},
+        "sinks-window": {"heads": 4, "sinks": 1.0, "window": 20, "dtype": torch.bfloat16},
+        "biases": {"heads": 3, "kv_heads": 3, "slope": 0.01},
+        "biases-grouped": {"heads": 6, "kv_heads": 2, "slope": 0.05, "dtype": torch.bfloat16},
+        "biases-of-all-kinds": {"heads": 6, "kv_heads": 2, "slope": 0.05, "sinks": 1.0, "chunk": 40, "softcap": 5.0},
     }
     # From the start and with history; up to the middle of a page, its first place and its last; more than a block.
     chunks = {"lengths": (5, 130, 33, 32), "chunks": (5, 66, 1, 16)}
@@ -76,6 +91,8 @@ def _cases() -> Iterator[Case]:
         yield long
         yield replace(long, name=f"{long.name}-window", window=100)
         yield replace(long, name=f"{long.name}-half-80", dtype=torch.float16, key_dim=80, value_dim=48)
+        yield replace(long, name=f"{long.name}-sinks", sinks=2.0)
+        yield replace(long, name=f"{long.name}-chunk-biases", chunk=500, slope=0.01)
     yield Case(name="decode-splits-64", splits=64, lengths=(2, 1100), dtype=torch.float16, key_dim=256, value_dim=256)
     for block in (1, 7, 16):
         yield Case(name=f"prefill-blocks-of-{block}", block=block, lengths=(30, 17), chunks=(10, 17))
@@ -96,6 +113,8 @@ def _features(case: Case) -> list[Any]:
         (way, case.dtype),
         ("heads", way, case.heads > 1, case.kv_heads > 1),
         ("scores", way, case.window > 0, case.softcap > 0),
+        ("kinds", way, case.chunk > 0, case.sinks, case.slope > 0),
+        ("shared", case.splits > 1, case.sinks is not None, case.slope > 0),
         ("values", way, case.key_dim == case.value_dim),
         ("dim", case.key_dim),
         ("splits", case.splits),
@@ -137,6 +156,14 @@ class Rows:
         asked = len(case.lengths) if case.chunks is None else sum(case.chunks)
         made_query = torch.randn(1, asked, case.heads, case.key_dim, generator=made)
         self.query = made_query.to(device, case.dtype).transpose(1, 2)
+        self.sinks = self.biases = None
+        if case.sinks is not None:
+            self.sinks = (torch.randn(case.heads, generator=made) + case.sinks).to(device, case.dtype)
+        if case.slope:
+            # By the position and something else, so that no other position's is right.
+            slopes = case.slope * 2.0 ** torch.arange(case.heads)[:, None]
+            positions = torch.arange(max(case.lengths))
+            self.biases = (slopes * positions + torch.randn(slopes.shape[0], len(positions), generator=made)).to(device)
 
 
 def blocks_of(case: Case, slots: list[int]) -> torch.Tensor:
@@ -155,6 +182,7 @@ def blocks_of(case: Case, slots: list[int]) -> torch.Tensor:
 def attend(module: Any, case: Case, rows: Rows) -> torch.Tensor:
     """Call `decode_attention` or `prefill_attention` of a module."""
     given = {"value_dim": case.value_dim, "scale": 0.3, "window": case.window, "softcap": case.softcap}
+    given |= {"chunk": case.chunk, "sinks": rows.sinks, "biases": rows.biases}
     device = rows.kv.device
     if case.chunks is not None:
         blocks = blocks_of(case, rows.slots).to(device)
@@ -331,19 +359,29 @@ def test_splits_fill_the_device(found: Any) -> None:
 def test_reference_is_the_attention_of_torch(name: str) -> None:
     case = replace(CASES[name], dtype=torch.float32)
     rows, start, first = Rows(case), 0, 0
+    sinks = None if rows.sinks is None else rows.sinks.double()
     out = attend(reference, case, rows)[0]
     for length, chunk in zip(case.lengths, case.chunks or [1] * len(case.lengths), strict=True):
-        ages = torch.arange(length - chunk, length)[:, None] - torch.arange(length)
-        expected = torch.nn.functional.scaled_dot_product_attention(
+        at, seen = torch.arange(length - chunk, length)[:, None], torch.arange(length)
+        visible = (at >= seen) & (at - seen < (case.window or length))
+        visible &= at // (case.chunk or length) == seen // (case.chunk or length)
+        mask = torch.zeros(case.heads, chunk, length, dtype=torch.float64).masked_fill(~visible, -torch.inf)
+        if rows.biases is not None:
+            mask += rows.biases[:, None, :length]
+        own = (
             rows.query[:, :, first : first + chunk],
-            rows.key[:, :, start : start + length],
-            rows.value[:, :, start : start + length],
-            attn_mask=(ages >= 0) & (ages < (case.window or length)),
-            scale=0.3,
-            enable_gqa=True,
+            *(t[:, :, start : start + length] for t in (rows.key, rows.value)),
         )
-        # Both in float32, with sums in another order.
-        torch.testing.assert_close(out[first : first + chunk].transpose(0, 1), expected[0], rtol=1e-4, atol=1e-5)
+        query, key, value = (t.double() for t in own)
+        if sinks is not None:  # a key of zeros, whose score is the sink, with a value of zeros
+            mask = torch.cat([mask, sinks[:, None, None].expand(-1, chunk, 1)], -1)
+            key, value = (torch.nn.functional.pad(t, (0, 0, 0, 1)) for t in (key, value))
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True
+        )
+        out_of_row = out[first : first + chunk].transpose(0, 1).double()
+        # In float32 and in float64.
+        torch.testing.assert_close(out_of_row, expected[0], rtol=1e-4, atol=1e-5)
         start, first = start + length, first + chunk
 
 

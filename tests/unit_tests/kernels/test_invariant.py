@@ -226,6 +226,18 @@ def test_a_query_is_the_same_with_any_others(window: int, softcap: float) -> Non
         torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["sinks", "biases", "chunk", "all"])
+def test_a_query_with_sinks_biases_or_chunks_is_the_same_with_any_others(kind: str) -> None:
+    query, key, value = random(4, 150, 24), random(2, 192, 24, seed=1), random(2, 192, 16, seed=2)
+    kinds = {"sinks": random(4, seed=3), "biases": random(4, 150, seed=4), "chunk": 20}
+    options: dict[str, Any] = {"scale": 0.3, **(kinds if kind == "all" else {kind: kinds[kind]})}
+    whole = attend_in_tiles(query, key, value, 0, **options)
+    for start, end in ((0, 1), (0, 7), (5, 6), (63, 65), (8, 150), (149, 150), (100, 131)):
+        padded = -(-end // KEYS) * KEYS
+        found = attend_in_tiles(query[:, start:end], key[:, :padded], value[:, :padded], start, **options)
+        assert torch.equal(found, whole[:, start:end])
+
+
 @pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (20, 0.0), (0, 5.0)])
 @pytest.mark.parametrize("spoilt", ["key", "value"])
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
@@ -305,7 +317,9 @@ def run_attention(device: str) -> dict[str, Any]:
     from langchain_quantllm.kernels.attention import PREFILL_TILE, prefill_attention
 
     report = {}
-    for window in (0, 20):
+    sinks, biases = random(2, seed=3).to(device), random(2, 70, seed=4).to(device)
+    kinds: list[dict[str, Any]] = [{}, {"window": 20}, {"chunk": 20}, {"sinks": sinks}, {"biases": biases}]
+    for kind in kinds:
         heads, tokens, dim = 2, 70, 16
         kv = random(9, 16, 1, 2 * dim, seed=1).to(device)
         table = torch.arange(9, dtype=torch.int32, device=device)[None]
@@ -316,10 +330,10 @@ def run_attention(device: str) -> dict[str, Any]:
             runs = [(0, at - start, at, min(size, end - at)) for at in range(start, end, size)]
             cut = torch.tensor(runs, dtype=torch.int32, device=device)
             part = query[:, :, start:end].contiguous()
-            options: dict[str, Any] = {"value_dim": dim, "scale": 0.25, "window": window, "masks_all": True}
+            options: dict[str, Any] = {"value_dim": dim, "scale": 0.25, "masks_all": True, **kind}
             found.append((start, end, prefill_attention(part, kv, table, cut, **options)))
         whole = found[0][2]
-        report[str(window)] = {"same": all(torch.equal(part, whole[:, start:end]) for start, end, part in found)}
+        report["".join(kind)] = {"same": all(torch.equal(part, whole[:, start:end]) for start, end, part in found)}
     return report
 
 

@@ -1,0 +1,110 @@
+"""The check of a model when its engine is made: what it refuses, and how long its texts are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from langchain_quantllm import QuantizedHuggingFaceLLM
+from langchain_quantllm.engine.attention import PagedForward
+from langchain_quantllm.engine.checked_length import checked_length, turning_points
+from langchain_quantllm.engine.gather_attention import GatherAttention
+from tests.support.families import FAST, Family, family_model
+from tests.support.models import llm_of, tiny_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Change = Callable[[dict[str, Any]], dict[str, Any]]
+FAULTS: dict[str, tuple[str, Change]] = {
+    "no window": ("mistral-window", lambda given: given | {"window": 0}),
+    "a smaller window": ("mistral-window", lambda given: given | {"window": given["window"] and 20}),
+    "a larger window": ("gemma3", lambda given: given | {"window": given["window"] and 30}),
+    "no chunks": ("llama4", lambda given: given | {"chunk": 0}),
+    "a window for a chunk": ("llama4", lambda given: given | {"window": given["chunk"], "chunk": 0}),
+    "other chunks": ("llama4", lambda given: given | {"chunk": given["chunk"] and 32}),
+    "no sinks": ("gpt_oss", lambda given: given | {"sinks": None}),
+    "other sinks": ("granite_swa", lambda given: given | {"sinks": given["sinks"] + 0.5}),
+    "no biases": ("bloom", lambda given: given | {"biases": None}),
+    "other biases": ("mpt", lambda given: given | {"biases": given["biases"] * 1.1}),
+}
+"""Attention that a family does not have."""
+
+
+def llm_with(family: Family, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, change: Change) -> Any:
+    """Make an LLM while attention over blocks has a fault."""
+    attend = GatherAttention.attend
+
+    def wrong(self: Any, pool: Any, query: torch.Tensor, batch: Any, **given: Any) -> torch.Tensor:
+        return attend(self, pool, query, batch, **change(given))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(GatherAttention, "attend", wrong)
+        llm = llm_of(family_model(family), tokenizer)
+        assert llm.engine_info is not None  # makes the engine
+    return llm
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_attention_of_another_kind_than_the_model_s_is_refused(
+    fault: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, change = FAULTS[fault]
+    llm: QuantizedHuggingFaceLLM = llm_with(FAST[name], tokenizer, monkeypatch, change)
+    assert llm.engine_info.name == "pipeline"
+    assert "its logits over KV cache blocks are not its own" in llm.engine_info.reason
+    llm.unload()
+
+
+def test_positions_that_a_layer_counts_wrongly_are_refused(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama 4's layers without rotary positions scale their queries by positions that they count themselves."""
+    with monkeypatch.context() as patched:
+        offsets = PagedForward.offsets
+        patched.setattr(PagedForward, "offsets", lambda self, layer: 0 * offsets(self, layer))
+        llm = llm_of(family_model(FAST["llama4"]), tokenizer)
+        assert "its logits over KV cache blocks are not its own" in llm.engine_info.reason
+    llm.unload()
+
+
+def test_layers_that_count_positions_in_an_unknown_way_are_refused(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            "langchain_quantllm.compat.transformers_attention.WritingCache.get_seq_length", lambda self, layer=None: 0
+        )
+        llm = llm_of(family_model(FAST["llama4"]), tokenizer)
+        assert "its layer 1 counts positions in an unknown way" in llm.engine_info.reason
+    llm.unload()
+
+
+class TestLength:
+    def test_a_text_goes_beyond_the_longest_change_that_there_is_room_for(self) -> None:
+        model = tiny_model(512)
+        assert checked_length(model, [0, 0], 1000) == 0
+        assert checked_length(model, [24, 0], 1000) == 40
+        assert checked_length(model, [24, 512], 1000) == 576
+        assert checked_length(model, [24, 512], 575) == 40
+        assert checked_length(model, [24, 512], 39) == 0
+
+    def test_a_text_is_as_long_as_a_second_allows(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = tiny_model(512)
+        assert checked_length(model, [24, 1024], 8000) == 1152
+        assert checked_length(model, [24, 4096], 8000) == 40
+        monkeypatch.setattr("langchain_quantllm.engine.checked_length._CPU_PRODUCTS", 2**25)
+        assert checked_length(model, [24, 1024], 8000) == 40
+
+    def test_factors_that_change_with_length_are_found_in_the_config(self) -> None:
+        config = family_model(FAST["llama4"]).config
+        assert turning_points(config, [24, 0]) == {24, 16}
+        config.attn_temperature_tuning = False
+        assert turning_points(config, [24, 0]) == {24}
+        config.rope_parameters = {"rope_type": "longrope", "original_max_position_embeddings": 128}
+        assert turning_points(config, []) == {128}
+        config.rope_parameters = {"full_attention": {"rope_type": "dynamic"}, "sliding_attention": None}
+        assert turning_points(config, []) == {config.max_position_embeddings}
+        config.rope_parameters = {"rope_type": "yarn", "llama_4_scaling_beta": 0.1}
+        config.rope_parameters["original_max_position_embeddings"] = 64
+        assert turning_points(config, []) == {64}
