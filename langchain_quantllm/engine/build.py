@@ -17,6 +17,8 @@ from langchain_quantllm.engine.cuda_graphs import no_graph_reason
 from langchain_quantllm.engine.fingerprint import Fingerprint, fingerprint
 from langchain_quantllm.engine.fusion.fuse import Fusion
 from langchain_quantllm.engine.gather_attention import GatherAttention
+from langchain_quantllm.engine.image_check import no_images_reason, verify_images
+from langchain_quantllm.engine.image_reader import ImageReader
 from langchain_quantllm.engine.invariance import check_operations, verify_invariance
 from langchain_quantllm.engine.invariant_attention import InvariantGatherAttention, InvariantTritonAttention
 from langchain_quantllm.engine.kv_cache import allocate_pools, count_blocks
@@ -53,6 +55,7 @@ class EngineParts:
         pools: The KV pool of each layer.
         runner: Runs the model.
         adapters: The adapters that sequences choose from; None if the model runs as it is.
+        images: Reads the images of prompts; None until `read_images` was called with success.
         adapter_names: Their names; None likewise.
         slots: Maximum number of sequences at once.
         is_gpu: Whether the model lies on a GPU.
@@ -84,6 +87,8 @@ class EngineParts:
         self.pools: list[LayerPool] = []
         self.refusal: str | None = None
         self.adapters: LoraStack | None = None
+        self.images: ImageReader | None = None
+        self._no_images_reason: str | None = None
         self.adapter_names = None if switch is None else switch.names
         self.is_gpu = model.get_input_embeddings().weight.device.type != "cpu"
         self.slots = SLOTS_GPU if self.is_gpu else SLOTS_CPU
@@ -107,9 +112,16 @@ class EngineParts:
         """Take the adapters' forwards off the model, and release it and the KV pools; the limits stay readable."""
         if self.adapters is not None:
             self.adapters.close()
-        self.pools, self.adapters = [], None
+        if self.images is not None:
+            self.images.close()
+        self.pools, self.adapters, self.images = [], None, None
         self._model = self._switch = self._fusion = None
         vars(self).pop("runner", None)
+
+    @property
+    def model(self) -> Any:
+        """The model."""
+        return self._model
 
     @property
     def info(self) -> EngineInfo:
@@ -124,6 +136,8 @@ class EngineParts:
             fused["sampling"] = 1
         left = [kind for kind in kinds if kind.left and not kind.fused]
         notes += [f"no {kind.kind} steps are fused: {max(kind.left, key=kind.left.__getitem__)}" for kind in left]
+        if self._no_images_reason is not None:
+            notes.append(f"images are read by transformers' own generate: {self._no_images_reason}")
         cache_tokens = self.limits.cache_tokens or 0
         return EngineInfo(
             name="fast",
@@ -233,6 +247,33 @@ class EngineParts:
     def _no_graph_reason(self) -> str | None:
         return no_graph_reason(self._model, frozenset() if self._fusion is None else self._fusion.replaced_ids)
 
+    def read_images(self, processor: Any) -> str | None:
+        """Let prompts hold images from now on, if the model gives the same logits for one as by itself.
+
+        Args:
+            processor: The model's processor.
+
+        Returns:
+            The reason why they cannot; None if they can.
+        """
+        if self.images is None and self._no_images_reason is None:
+            self._no_images_reason = no_images_reason(self._model, processor)
+            if self._no_images_reason is None:
+                reader = ImageReader(self._model)
+                try:
+                    verify_images(
+                        self.runner, reader, self._model, processor, self.probe.shapes, self._switch, self._fusion
+                    )
+                except UnsupportedError as error:
+                    reader.close()
+                    self._no_images_reason = str(error)
+                except BaseException:
+                    reader.close()
+                    raise
+                else:
+                    self.images = self.runner.image_reader = reader
+        return self._no_images_reason
+
     # Changes.
 
     def _current_fingerprint(self) -> Fingerprint:
@@ -259,6 +300,8 @@ class EngineParts:
                 release_heap()
             except Exception as error:  # memory, say: the model runs without them
                 _log.warning("fused steps could not be found anew: %r", error)
+        if self.images is not None:
+            self.images.begin_anew()
         self.runner.model_changed(self._no_graph_reason() if self.runner.can_capture else None)
         if self.adapters is not None:
             self.refusal = changed_by_hand("they could not be taken anew")  # should memory run out here, say

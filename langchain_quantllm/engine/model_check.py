@@ -214,7 +214,22 @@ def _compare(model: Any, text: abc.Sequence[int], logits: torch.Tensor) -> None:
     expected = _plain(model, text).logits[0, -last:].float()
     if not expected.isfinite().all():
         return  # the model itself is broken; its requests will fail with that
-    noise = _difference(_piece_by_piece(model, text, last)[-last:], expected)
+    check_logits(model, logits, expected, _difference(_piece_by_piece(model, text, last)[-last:], expected))
+
+
+@without_gradients
+def own_spread(model: Any, last: int) -> float:
+    """Measure how far the model's own logits after the last tokens of a text lie apart; see `_compare`."""
+    text = sample_ids(model, _LONG)
+    return _difference(_piece_by_piece(model, text, last)[-last:], _plain(model, text).logits[0, -last:].float())
+
+
+def check_logits(model: Any, logits: torch.Tensor, expected: torch.Tensor, noise: float) -> None:
+    """Check the engine's logits against the model's own, whose spread is given, both of shape `(tokens, vocab)`.
+
+    Raises:
+        UnsupportedError: If they differ by more than rounding does.
+    """
     floor = _FLOORS.get(model.dtype, _FLOOR_16BIT)
     found = _difference(logits.float().to(expected.device), expected)
     if not found <= max(floor, _NOISE_FACTOR * noise):

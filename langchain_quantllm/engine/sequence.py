@@ -5,12 +5,15 @@ The scheduler reads tokens and blocks only, the model runner slots and positions
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import abc
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS, BlockManager
 from langchain_quantllm.engine.detokenizer import Completion
+from langchain_quantllm.engine.prompt_images import PromptImages
 from langchain_quantllm.engine.request import Request
 from langchain_quantllm.engine.sampler import needs_of
 from langchain_quantllm.options import GenerationOptions
@@ -53,6 +56,7 @@ class Sequence:
         request = completion.request
         self.completion = completion
         self.request = request
+        self.images: PromptImages | None = request.images
         self.ids = list(request.prompt_ids)
         self.prompt_tokens = len(self.ids)
         self.max_new_tokens = request.max_new_tokens
@@ -87,8 +91,18 @@ class Sequence:
 
     @property
     def is_known(self) -> bool:
-        """Whether no sampled token is pending."""
-        return len(self.ids) == self.prompt_tokens + self.sampled
+        """Whether all tokens are known: none that was sampled is pending, and its images are read."""
+        return self.has_seen_images and len(self.ids) == self.prompt_tokens + self.sampled
+
+    @property
+    def has_seen_images(self) -> bool:
+        """Whether the vision tower has run over its images, if it has any."""
+        return self.images is None or self.images.are_read
+
+    @property
+    def position_delta(self) -> int:
+        """The number to be added to the positions of its tokens behind the last image."""
+        return 0 if self.images is None else self.images.position_delta
 
     @property
     def is_unread(self) -> bool:
@@ -100,12 +114,18 @@ class Sequence:
         """Whether no more tokens are to be sampled."""
         return self.sampled >= self.max_new_tokens
 
+    def rope_positions(self, start: int, count: int) -> torch.Tensor:
+        """Return the positions of tokens in three dimensions, of shape `(3, count)`, int32."""
+        if self.images is not None:
+            return self.images.positions_of(start, count)
+        return torch.arange(start, start + count, dtype=torch.int32).expand(3, -1)
+
     def find_shared(self, manager: BlockManager) -> tuple[int, int]:
         """Count the blocks that it could share from here on: all of them, and those held by running sequences."""
         found = held = 0
         prefix, at = self._last_prefix, self.written
         while prefix is not None and self._may_share(at):
-            block = manager.find(prefix, self.ids[at : at + BLOCK_TOKENS])
+            block = manager.find(prefix, self._content(at))
             if block is None:
                 break
             found, held, at = found + 1, held + manager.is_held(block), at + BLOCK_TOKENS
@@ -115,13 +135,18 @@ class Sequence:
     def share(self, manager: BlockManager) -> None:
         """Take over the shared blocks that hold its next tokens."""
         while self._last_prefix is not None and self._may_share(self.written):
-            block = manager.find(self._last_prefix, self.ids[self.written : self.written + BLOCK_TOKENS])
+            block = manager.find(self._last_prefix, self._content(self.written))
             if block is None:
                 break
             self._last_prefix = manager.share(block)
             self.blocks.append(block)
             self._known_blocks += 1
             self.written += BLOCK_TOKENS
+
+    def _content(self, at: int) -> abc.Sequence[int]:
+        """Return the tokens of a full block as the block manager knows them: those of images by their content."""
+        ids = self.ids[at : at + BLOCK_TOKENS]
+        return ids if self.images is None else self.images.content(at, ids)
 
     def _may_share(self, at: int) -> bool:
         # The last token must run through the model: the next one is sampled from its logits.
@@ -134,7 +159,7 @@ class Sequence:
         while (self._known_blocks + 1) * BLOCK_TOKENS <= min(self.written, len(self.ids)):
             at = self._known_blocks * BLOCK_TOKENS
             block = self.blocks[self._known_blocks]
-            self._last_prefix = manager.register(block, self._last_prefix, self.ids[at : at + BLOCK_TOKENS])
+            self._last_prefix = manager.register(block, self._last_prefix, self._content(at))
             self._known_blocks += 1
 
     def stop_sharing(self) -> None:
@@ -168,7 +193,7 @@ class Sequence:
 
 
 def bare_sequence(
-    prompt_ids: Iterable[int],
+    prompt_ids: abc.Iterable[int],
     max_new_tokens: int,
     *,
     prefix_id: int | None = None,
@@ -176,6 +201,7 @@ def bare_sequence(
     max_rows: int | None = None,
     owner: int | None = None,
     priority: int = 0,
+    images: PromptImages | None = None,
 ) -> Sequence:
     """Make a greedy sequence without text and end tokens, for checks and measurements."""
     request = Request(
@@ -188,5 +214,6 @@ def bare_sequence(
         eos_token_ids=(),
         max_rows=max_rows,
         owner=owner,
+        images=images,
     )
     return Sequence(Completion(request, lambda ids: ""), prefix_id=prefix_id, adapter=adapter)
