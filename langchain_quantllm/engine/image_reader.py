@@ -65,7 +65,12 @@ class ImageReader:
             Exception: Whatever the model raises.
         """
         for image in images.images:
-            self._features(image)
+            if (count := len(self._features(image).embeddings)) != image.tokens:
+                msg = (
+                    f"the model's vision tower gives {count} features for an image that has {image.tokens} tokens in "
+                    "the prompt; does the processor belong to this model?"
+                )
+                raise GenerationError(msg)
         images.are_read = True
 
     def overlay(self, chunks: abc.Sequence[PrefillChunk], first: int) -> ImageOverlay | None:
@@ -100,12 +105,6 @@ class ImageReader:
             return kept
         self.runs += 1
         features = image_features(self._model, image.inputs, self._device)
-        if len(features.embeddings) != image.tokens:
-            msg = (
-                f"the model's vision tower gives {len(features.embeddings)} features for an image that has "
-                f"{image.tokens} tokens in the prompt; its processor belongs to another model."
-            )
-            raise GenerationError(msg)
         features = ImageFeatures(*(_moved(part, self._device) for part in features))
         self._patch_layers(len(features.deepstack))
         self._keep(image.content, features)

@@ -359,7 +359,9 @@ class ModelRunner:
             position_ids = batch.positions.long()
         forward = PagedForward(self._attention, self._pools, batch, by_sdpa=self._by_sdpa, on_layer=on_layer)
         steps = {} if self._fusion is None else self._fusion.steps
-        context = ForwardContext(attention=forward, steps=steps, adapters=self._adapter_choice(batch, keep), images=images)
+        context = ForwardContext(
+            attention=forward, steps=steps, adapters=self._adapter_choice(batch, keep), images=images
+        )
         # A mask of four dimensions is taken as it is: none has to be made for an attention that ignores it.
         seen = self._ones[: len(ids)] if len(ids) <= len(self._ones) else torch.ones_like(ids)
         mask = seen[None, None, None] if self._by_sdpa else seen[None]
