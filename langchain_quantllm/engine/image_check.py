@@ -127,4 +127,5 @@ def _own_logits(model: Any, ids: list[int], media: Mapping[str, Any]) -> torch.T
     given = torch.tensor([ids], device=device)
     inputs = moved_inputs(model, with_text_tokens(media, len(ids)), device)
     output = model(input_ids=given, attention_mask=torch.ones_like(given), use_cache=False, **inputs)
-    return output.logits[0].float()  # type: ignore[no-any-return]
+    logits: torch.Tensor = output.logits[0]
+    return logits.float()

@@ -84,10 +84,9 @@ class Engines:
                 own, with a KV cache of its own, over the same weights.
 
         Raises:
-            UnsupportedError: If the fast engine is asked for, or a batch-invariant one, and cannot run the model, or
-                read the images and sounds.
-            InvalidOptionError: If it is asked for with options of `generate` only, or a batch-invariant one with
-                images or sounds.
+            UnsupportedError: If the fast engine is asked for, or a batch-invariant one, and cannot run the model.
+            InvalidOptionError: If it is asked for with images or sounds that it does not read, or with options of
+                `generate` only.
         """
         check_process()
         option = None if options is None else needs_generate(options)
@@ -114,7 +113,8 @@ class Engines:
                 if no_media_reason is None:
                     return self._fast[kind]
                 if engine == "fast":
-                    raise UnsupportedError(f"{no_media_reason}; use engine='auto' or 'pipeline'.")
+                    msg = f"{no_media_reason}; use engine='auto' or 'pipeline'."
+                    raise InvalidOptionError(msg)
                 return self._pipeline_engine(no_media_reason)
             reason = f"the fast engine cannot drive this model: {self._no_fast_reasons[kind]}"
             if batch_invariant:
