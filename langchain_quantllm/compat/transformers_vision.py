@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -44,9 +44,9 @@ def image_token_id(model: Any) -> int | None:
 
 
 def looks_ahead_in_images(model: Any) -> bool:
-    """Say whether the tokens of an image attend to later ones of the same image, as Gemma 3's do."""
+    """Say whether all tokens of an unbroken run of image tokens attend to each other, as Gemma 3's do."""
     part = vision_model(model)
-    if getattr(model.config.get_text_config(), "use_bidirectional_attention", None):
+    if getattr(model.config.get_text_config(), "use_bidirectional_attention", None) == "vision":
         return True
     return "token_type_ids" in inspect.signature(part.forward).parameters
 
@@ -110,7 +110,7 @@ def token_counts(model: Any, images: Sequence[Mapping[str, torch.Tensor]], place
         side = vision.patch_size * getattr(config, "spatial_merge_size", 1)
         counts = [int((image["image_sizes"] // side).prod()) for image in images]
     else:
-        counts = _run_lengths(places)
+        counts = [stop - start for start, stop in unbroken_runs(places)]
         if len(counts) != len(images):  # an image of several tiles, or several images behind each other
             counts = [len(places) // len(images)] * len(images)
     if sum(counts) != len(places):
@@ -119,10 +119,11 @@ def token_counts(model: Any, images: Sequence[Mapping[str, torch.Tensor]], place
     return counts
 
 
-def _run_lengths(places: Sequence[int]) -> list[int]:
-    """Count the tokens of each unbroken run of indices."""
-    runs = itertools.groupby(enumerate(places), lambda pair: pair[1] - pair[0])
-    return [len(list(run)) for _, run in runs]
+def unbroken_runs(places: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Iterate over the bounds of the unbroken runs of rising indices."""
+    for _, pairs in itertools.groupby(enumerate(places), lambda pair: pair[1] - pair[0]):
+        run = [place for _, place in pairs]
+        yield run[0], run[-1] + 1
 
 
 def image_features(model: Any, image: Mapping[str, torch.Tensor], device: torch.device) -> ImageFeatures:

@@ -24,12 +24,15 @@ class Span:
         first: Index of the first of these tokens in the pack.
         position: Position of that token in the sequence.
         count: New tokens.
+        groups: Bounds of runs of positions whose tokens all see each other, as those of an image may; a run ends
+            within the span.
     """
 
     slot: int
     first: int
     position: int
     count: int
+    groups: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass

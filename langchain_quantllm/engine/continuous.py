@@ -303,7 +303,7 @@ class ContinuousEngine:
         try:
             return [self._runner.run(step, [sampling[sequence] for sequence in step.sampled], between)]
         except torch.OutOfMemoryError:
-            if tokens <= _LEAST_CHUNK:
+            if tokens <= _LEAST_CHUNK or not split_step(step, max(_LEAST_CHUNK, tokens // 2))[1].chunks:
                 raise
         # Outside of the handler, whose error holds the tensors of the failed step.
         torch.cuda.empty_cache()

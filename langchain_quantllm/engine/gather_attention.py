@@ -96,7 +96,8 @@ class GatherAttention:
         for span in batch.spans:
             if span.count > 1:
                 tokens = slice(span.first, span.first + span.count)
-                _prefill(pool, query[0, :, tokens], out[0, tokens], batch.table[span.slot], span.position, scoring)
+                table = batch.table[span.slot]
+                _prefill(pool, query[0, :, tokens], out[0, tokens], table, span.position, scoring, span.groups)
         return out
 
 
@@ -178,7 +179,13 @@ def _group(
 
 
 def _prefill(
-    pool: LayerPool, query: torch.Tensor, out: torch.Tensor, table: torch.Tensor, position: int, scoring: _Scoring
+    pool: LayerPool,
+    query: torch.Tensor,
+    out: torch.Tensor,
+    table: torch.Tensor,
+    position: int,
+    scoring: _Scoring,
+    groups: tuple[tuple[int, int], ...] = (),
 ) -> None:
     """Attend with consecutive tokens of one sequence.
 
@@ -189,9 +196,10 @@ def _prefill(
         table: The sequence's blocks.
         position: Position of the first token.
         scoring: How keys are scored.
+        groups: Bounds of runs of positions whose tokens all see each other.
     """
     count = query.shape[1]
-    begin, length = scoring.first_seen(position), position + count
+    begin, length = min([scoring.first_seen(position), *(start for start, _ in groups)]), position + count
     first_block = begin // BLOCK_TOKENS
     blocks = table[first_block : -(-length // BLOCK_TOKENS)].to(pool.kv.device).long()
     gathered = pool.kv.index_select(0, blocks).flatten(0, 1)
@@ -204,15 +212,20 @@ def _prefill(
     is_sound = bool(gathered.sum(dtype=torch.float32).isfinite())
     # Otherwise the scores are in memory; PyTorch has no fused attention for values of another size, either.
     is_fused = is_sound and not scoring.softcap and pool.key_dim == pool.value_dim
-    if is_fused and not position and length <= (scoring.window or length):
+    if is_fused and not groups and not position and length <= (scoring.window or length):
         attended = scaled_dot_product_attention(asked, key, value, is_causal=True, scale=scoring.scale)
         out.copy_(attended.flatten(0, 1).transpose(0, 1))
         return
     at_once = max(_LEAST_QUERIES, _SCORES // (len(gathered) * (1 if is_fused else len(query))))
     for at in range(0, count, at_once):
         stop = min(at + at_once, count)
-        seen = slice(scoring.first_seen(position + at) - begin, position + stop - begin)
-        mask = _visible(position + at, stop - at, begin + seen.start, begin + seen.stop, scoring.window, query.device)
+        here = [group for group in groups if group[0] < position + stop and group[1] > position + at]
+        first = min([scoring.first_seen(position + at), *(start for start, _ in here)])
+        last = max([position + stop, *(end for _, end in here)])
+        seen = slice(first - begin, last - begin)
+        mask = _visible(position + at, stop - at, first, last, scoring.window, query.device)
+        for start, end in here:
+            mask[max(0, start - position - at) : end - position - at, start - first : end - first] = True
         attend = _attend if is_sound else _attend_around_nan
         attended = attend(asked[:, :, at:stop], key[:, :, seen], value[:, :, seen], mask, scoring)
         out[at:stop] = attended.flatten(0, 1).transpose(0, 1)

@@ -15,7 +15,6 @@ from langchain_quantllm.compat.peft import adapter_modules
 from langchain_quantllm.compat.transformers_processors import sample_image_prompt
 from langchain_quantllm.compat.transformers_vision import (
     image_token_id,
-    looks_ahead_in_images,
     moved_inputs,
     text_modules,
     vision_model,
@@ -44,8 +43,6 @@ def no_images_reason(model: Any, processor: Any) -> str | None:
         return "it has no vision tower that is known here"
     if getattr(processor, "image_processor", None) is None:
         return "it was loaded without the processor for images"
-    if looks_ahead_in_images(model):
-        return "the tokens of an image attend to later ones of it"
     adapted = {id(module) for module in adapter_modules(model)}
     if adapted - text_modules(model):
         return "its adapters change the part that reads images"

@@ -45,7 +45,9 @@ def unsupported_reason(model: Any) -> str | None:
     text = config.get_text_config()
     if getattr(config, "is_encoder_decoder", False):
         return "it is an encoder-decoder model"
-    if not getattr(text, "is_causal", True) or getattr(text, "use_bidirectional_attention", False):
+    # "vision" is among the tokens of an image only.
+    looks_ahead = getattr(text, "use_bidirectional_attention", None) not in (None, False, "vision")
+    if looks_ahead or not getattr(text, "is_causal", True):
         return "its attention looks ahead"
     if others := set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES:
         return f"it has layers of kind {min(others)!r}, which store something other than keys and values"

@@ -225,7 +225,7 @@ class ModelRunner:
         self,
         step: Step,
         on_layer: abc.Callable[[int], None] | None = None,
-        images: ImageOverlay | None = None,
+        overlay: ImageOverlay | None = None,
         position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         spans, parts = [], []
@@ -237,7 +237,9 @@ class ModelRunner:
         first = len(spans)
         for chunk in step.chunks:
             slot, count = chunk.sequence.slot, chunk.count
-            spans.append(Span(slot=slot, first=first, position=chunk.start, count=count))
+            images = chunk.sequence.images
+            groups = () if images is None else images.groups(chunk.start, count)
+            spans.append(Span(slot=slot, first=first, position=chunk.start, count=count, groups=groups))
             positions = torch.arange(chunk.start, chunk.start + count, dtype=torch.int32)
             ids = torch.tensor(chunk.ids, dtype=torch.int32)
             parts.append(torch.stack([ids, positions, torch.full_like(ids, slot)]))
@@ -248,7 +250,7 @@ class ModelRunner:
         ids = torch.where(packed[0] == _ON_DEVICE, self.sampler.last_ids[packed[2].long()], packed[0])
         keep = [*range(len(step.decoding)), *last_tokens(step.chunks, len(step.decoding))]
         self._kept = keep
-        return self._forward(ids, batch, keep or [0], position_ids, on_layer, images)
+        return self._forward(ids, batch, keep or [0], position_ids, on_layer, overlay)
 
     def _rope_positions(self, step: Step) -> torch.Tensor | None:
         """Compute the positions of a step's tokens, of shape `(3, tokens)`; None if they are those in the sequences."""

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from langchain_quantllm.compat import transformers_vision
+from langchain_quantllm.compat.transformers_vision import unbroken_runs
 from langchain_quantllm.errors import InvalidOptionError
 
 _OFFSET_BITS = 32
@@ -58,6 +59,8 @@ class PromptImages:
         places: Sequence[int],
         positions: torch.Tensor | None = None,
         position_delta: int = 0,
+        *,
+        look_ahead: bool = False,
     ) -> None:
         """Note where the images stand.
 
@@ -66,6 +69,7 @@ class PromptImages:
             places: Indices of their tokens in the prompt, in order.
             positions: See the attributes.
             position_delta: Likewise.
+            look_ahead: Whether the tokens of an unbroken run of image tokens all see each other.
         """
         self.images = tuple(images)
         self.positions = positions
@@ -73,12 +77,35 @@ class PromptImages:
         self.are_read = False
         starts = itertools.accumulate((image.tokens for image in self.images), initial=0)
         self._places = [list(places[start : start + i.tokens]) for i, start in zip(self.images, starts, strict=False)]
+        self._runs = list(unbroken_runs(places)) if look_ahead else []
+        contents = self._contents_seen()
         self._keys = {
-            place: -(image.content << _OFFSET_BITS | offset) - 1
-            for image, of_image in zip(self.images, self._places, strict=True)
+            place: -(content << _OFFSET_BITS | offset) - 1
+            for content, of_image in zip(contents, self._places, strict=True)
             for offset, place in enumerate(of_image)
         }
         self._end = places[-1] + 1
+
+    def _contents_seen(self) -> list[int]:
+        """List numbers of what the tokens of each image see: its content, and that of images in the same run."""
+        if not self._runs:
+            return [image.content for image in self.images]
+        runs = [next(start for start, stop in self._runs if start <= at[0] < stop) for at in self._places]
+        seen: dict[int, list[int]] = {}
+        for image, run in zip(self.images, runs, strict=True):
+            seen.setdefault(run, []).append(image.content)
+        return [image.content ^ _joint(seen[run]) for image, run in zip(self.images, runs, strict=True)]
+
+    def groups(self, start: int, count: int) -> tuple[tuple[int, int], ...]:
+        """List the runs of tokens that all see each other, with one among `count` tokens from `start` on, as bounds."""
+        return tuple((first, stop) for first, stop in self._runs if first < start + count and stop > start)
+
+    def chunk_end(self, start: int, end: int) -> int:
+        """Move the end of a chunk out of a run whose tokens all see each other: before it, or else behind it."""
+        for first, stop in self._runs:
+            if first < end < stop:
+                return first if first > start else stop
+        return end
 
     def content(self, start: int, ids: Sequence[int]) -> Sequence[int]:
         """Return tokens from `start` on with image tokens replaced by numbers below 0 of their images' content.
@@ -138,7 +165,13 @@ def read_prompt(model: Any, ids: Sequence[int], media: Mapping[str, Any]) -> Pro
         msg = "the prompt has images, and no tokens that stand for them; is the image's place in the chat template?"
         raise InvalidOptionError(msg)
     images = [Image(inputs=p, content=_content(p), tokens=n) for p, n in zip(parts, counts, strict=True)]
-    return PromptImages(images, places, positions, delta)
+    look_ahead = transformers_vision.looks_ahead_in_images(model)
+    return PromptImages(images, places, positions, delta, look_ahead=look_ahead)
+
+
+def _joint(contents: Sequence[int]) -> int:
+    """Compute one number of the contents of several images in their order."""
+    return int.from_bytes(hashlib.blake2b(repr(contents).encode(), digest_size=16).digest(), "little")
 
 
 def _content(inputs: Mapping[str, torch.Tensor]) -> int:

@@ -120,6 +120,10 @@ class Sequence:
             return self.images.positions_of(start, count)
         return torch.arange(start, start + count, dtype=torch.int32).expand(3, -1)
 
+    def chunk_end(self, start: int, end: int) -> int:
+        """Return where a chunk of its tokens may end, at `end` or near it: some images must not be cut."""
+        return end if self.images is None else self.images.chunk_end(start, end)
+
     def find_shared(self, manager: BlockManager) -> tuple[int, int]:
         """Count the blocks that it could share from here on: all of them, and those held by running sequences."""
         found = held = 0

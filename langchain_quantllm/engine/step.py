@@ -51,7 +51,10 @@ class Step:
 
 
 def split_step(step: Step, first_tokens: int) -> tuple[Step, Step]:
-    """Divide the chunks of a step: the first one keeps the decoding sequences and so many tokens of prompts."""
+    """Divide the chunks of a step: the first one keeps the decoding sequences and so many tokens of prompts.
+
+    Where a chunk cannot be cut, the first one may have more tokens.
+    """
     first: list[PrefillChunk] = []
     rest = list(step.chunks)
     while rest and rest[0].count <= first_tokens:
@@ -59,6 +62,10 @@ def split_step(step: Step, first_tokens: int) -> tuple[Step, Step]:
         first.append(rest.pop(0))
     if rest and first_tokens:
         chunk = rest[0]
-        first.append(replace(chunk, count=first_tokens, is_last=False))
-        rest[0] = replace(chunk, start=chunk.start + first_tokens, count=chunk.count - first_tokens)
+        cut = chunk.sequence.chunk_end(chunk.start, chunk.start + first_tokens)
+        kept = min(cut - chunk.start, chunk.count)
+        first.append(replace(chunk, count=kept, is_last=chunk.is_last and kept == chunk.count))
+        rest[0] = replace(chunk, start=chunk.start + kept, count=chunk.count - kept)
+        if not rest[0].count:
+            del rest[0]
     return replace(step, chunks=first), Step([], [], rest)

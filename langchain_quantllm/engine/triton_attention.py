@@ -16,6 +16,8 @@ from langchain_quantllm.errors import UnsupportedError
 _TRIED_TOLERANCE = 0.02
 """Largest relative error in `try_out`: some roundings to 16 bits. A missing one of 16 splits gives 0.25."""
 
+_BY_GROUPS = GatherAttention()
+
 
 class TritonAttention:
     """Attends in the blocks, without gathering them, by the Triton kernels; lengths stay on the device."""
@@ -41,6 +43,8 @@ class TritonAttention:
         self, pool: LayerPool, query: torch.Tensor, batch: Batch, *, scale: float, window: int, softcap: float
     ) -> torch.Tensor:
         """Attend; see `Attention.attend`."""
+        if not batch.decodes and any(span.groups for span in batch.spans):  # the kernels know no such groups
+            return _BY_GROUPS.attend(pool, query, batch, scale=scale, window=window, softcap=softcap)
         if self._prefills_by is not None and not batch.decodes:
             return self._prefills_by.attend(pool, query, batch, scale=scale, window=window, softcap=softcap)
         device = query.device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,24 @@ from transformers import BatchFeature
 
 from langchain_quantllm import ChatQuantizedHuggingFace
 from tests.support.chat_images import TOKENS, chat_of
+from tests.support.checkpoints import edit_json
 from tests.support.engine import Answer
 from tests.support.hearing import make_hearing_checkpoint
 from tests.support.vision import make_vision_checkpoint, mistral_pipeline
 
-FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl", "idefics3", "internvl", "mistral3", "gemma4")
-"""Models whose images the fast engine reads."""
+LOOK_AHEAD = ("gemma3", "gemma4_large")
+"""Models in which the tokens of an image see later ones of it."""
+
+FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl", "idefics3", "internvl", "mistral3", "gemma4", *LOOK_AHEAD)
 
 
 def make_chat(folder: Path, family: str, **fields: Any) -> ChatQuantizedHuggingFace:
     """Make a tiny model that reads images, with an engine of its own."""
-    if family == "gemma4":
-        make_hearing_checkpoint(folder, family)
+    if family.startswith("gemma4"):
+        make_hearing_checkpoint(folder, "gemma4")
+        if family in LOOK_AHEAD:
+            text = json.loads((folder / "config.json").read_text(encoding="utf-8"))["text_config"]
+            edit_json(folder / "config.json", text_config={**text, "use_bidirectional_attention": "vision"})
     else:
         make_vision_checkpoint(folder, family)
     if family == "mistral3":

@@ -21,14 +21,14 @@ from langchain_quantllm.compat.transformers_vision import (
     token_counts,
     vision_model,
 )
-from tests.support.image_requests import FAMILIES, make_chat
+from tests.support.image_requests import FAMILIES, LOOK_AHEAD, make_chat
 from tests.support.vision import picture
 
 CPU = torch.device("cpu")
 SIZES = [(90, 40), (40, 40), (30, 70)]
 
 
-@pytest.fixture(scope="module", params=(*FAMILIES, "gemma3"))
+@pytest.fixture(scope="module", params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -108,7 +108,7 @@ def test_positions_in_three_dimensions(pipeline: Any, family: str) -> None:
 
 @pytest.mark.compat
 def test_models_that_look_ahead_in_images(pipeline: Any, family: str) -> None:
-    assert looks_ahead_in_images(pipeline.model) == (family == "gemma3")
+    assert looks_ahead_in_images(pipeline.model) == (family in LOOK_AHEAD)
 
 
 def test_the_modules_of_the_text(pipeline: Any) -> None:

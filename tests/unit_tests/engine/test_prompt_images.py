@@ -7,6 +7,7 @@ import torch
 from langchain_quantllm.engine.block_manager import BlockManager
 from langchain_quantllm.engine.prompt_images import Image, PromptImages
 from langchain_quantllm.engine.sequence import Sequence, bare_sequence
+from langchain_quantllm.engine.step import PrefillChunk, Step, split_step
 
 PLACES = [4, 5, 6, 20, 21, 23, 24, 25]
 IDS = [9 if i in PLACES else i + 100 for i in range(50)]
@@ -42,6 +43,42 @@ def test_the_content_of_blocks_is_that_of_their_images() -> None:
     # The same image, one token further on.
     assert images().content(20, IDS[20:36])[0] != images(1, 2).content(21, IDS[21:37])[0]
     assert images().content(32, IDS[32:48]) == IDS[32:48]
+
+
+def test_chunks_do_not_end_within_images_that_look_ahead() -> None:
+    found = PromptImages([image(1, 3), image(2, 5)], PLACES, look_ahead=True)  # the second one in two runs
+    ends = {3: 3, 4: 4, 5: 4, 6: 4, 7: 7, 21: 20, 22: 22, 23: 23, 24: 23, 26: 26}
+    assert {end: found.chunk_end(0, end) for end in ends} == ends
+    assert (found.chunk_end(4, 5), found.chunk_end(5, 6), found.chunk_end(23, 24)) == (7, 7, 26)
+    assert images().chunk_end(4, 5) == 5
+    assert found.groups(0, 21) == ((4, 7), (20, 22))
+    assert found.groups(7, 13) == ()
+    assert images().groups(0, 50) == ()
+
+
+def test_images_that_see_each_other_are_one_content() -> None:
+    def content(*contents: int) -> list[int]:
+        places = range(4, 4 + 2 * len(contents))
+        found = PromptImages([image(one, 2) for one in contents], places, look_ahead=True)
+        return list(found.content(0, IDS[:16]))
+
+    assert content(1, 2) == content(1, 2)
+    assert content(1, 2)[4:6] != content(1, 3)[4:6]
+    assert content(1, 2)[6:8] != content(3, 2)[6:8]
+    assert content(1, 2) != content(2, 1)
+
+
+def test_an_image_that_looks_ahead_is_not_divided_for_lack_of_memory() -> None:
+    found = PromptImages([image(1, 20)], range(4, 24), look_ahead=True)
+    step = Step([], [], [PrefillChunk(sequence(found), 0, 50, is_last=True)])
+    first, rest = split_step(step, 16)
+    assert [(c.start, c.count, c.is_last) for c in first.chunks] == [(0, 4, False)]
+    first, rest = split_step(rest, 16)
+    assert [(c.start, c.count, c.is_last) for c in first.chunks] == [(4, 20, False)]
+    assert [(c.start, c.count, c.is_last) for c in rest.chunks] == [(24, 26, True)]
+    only = Step([], [], [PrefillChunk(sequence(found), 4, 20, is_last=True)])
+    first, rest = split_step(only, 16)
+    assert (first.chunks, rest.chunks) == (only.chunks, [])
 
 
 def sequence(found: PromptImages, ids: list[int] = IDS) -> Sequence:
