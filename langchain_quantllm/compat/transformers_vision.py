@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -43,12 +43,15 @@ def image_token_id(model: Any) -> int | None:
     return next((found for name in names if (found := getattr(model.config, name, None)) is not None), None)
 
 
-def looks_ahead_in_images(model: Any) -> bool:
-    """Say whether all tokens of an unbroken run of image tokens attend to each other, as Gemma 3's do."""
-    part = vision_model(model)
+def looking_ahead(model: Any) -> Literal["nowhere", "everywhere", "in windows"]:
+    """Say in which layers all tokens of an unbroken run of image tokens attend to each other.
+
+    In Gemma 3 in all of them, in the larger Gemma 4 in those with a sliding window.
+    """
     if getattr(model.config.get_text_config(), "use_bidirectional_attention", None) == "vision":
-        return True
-    return "token_type_ids" in inspect.signature(part.forward).parameters
+        return "in windows"
+    has_types = "token_type_ids" in inspect.signature(vision_model(model).forward).parameters
+    return "everywhere" if has_types else "nowhere"
 
 
 def text_modules(model: Any) -> set[int]:

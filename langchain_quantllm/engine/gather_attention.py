@@ -97,7 +97,8 @@ class GatherAttention:
             if span.count > 1:
                 tokens = slice(span.first, span.first + span.count)
                 table = batch.table[span.slot]
-                _prefill(pool, query[0, :, tokens], out[0, tokens], table, span.position, scoring, span.groups)
+                runs = span.groups_in(window)
+                _prefill(pool, query[0, :, tokens], out[0, tokens], table, span.position, scoring, runs)
         return out
 
 
@@ -196,10 +197,10 @@ def _prefill(
         table: The sequence's blocks.
         position: Position of the first token.
         scoring: How keys are scored.
-        groups: Bounds of runs of positions whose tokens all see each other.
+        groups: Bounds of runs of positions whose tokens all see each other, within the window.
     """
     count = query.shape[1]
-    begin, length = min([scoring.first_seen(position), *(start for start, _ in groups)]), position + count
+    begin, length = scoring.first_seen(position), position + count
     first_block = begin // BLOCK_TOKENS
     blocks = table[first_block : -(-length // BLOCK_TOKENS)].to(pool.kv.device).long()
     gathered = pool.kv.index_select(0, blocks).flatten(0, 1)
@@ -219,22 +220,30 @@ def _prefill(
     at_once = max(_LEAST_QUERIES, _SCORES // (len(gathered) * (1 if is_fused else len(query))))
     for at in range(0, count, at_once):
         stop = min(at + at_once, count)
-        here = [group for group in groups if group[0] < position + stop and group[1] > position + at]
-        first = min([scoring.first_seen(position + at), *(start for start, _ in here)])
-        last = max([position + stop, *(end for _, end in here)])
-        seen = slice(first - begin, last - begin)
-        mask = _visible(position + at, stop - at, first, last, scoring.window, query.device)
-        for start, end in here:
-            mask[max(0, start - position - at) : end - position - at, start - first : end - first] = True
+        last = max([position + stop, *(end for start, end in groups if start < position + stop)])
+        seen = slice(scoring.first_seen(position + at) - begin, last - begin)
+        bounds = (begin + seen.start, begin + seen.stop)
+        mask = _visible(position + at, stop - at, *bounds, scoring.window, query.device, groups)
         attend = _attend if is_sound else _attend_around_nan
         attended = attend(asked[:, :, at:stop], key[:, :, seen], value[:, :, seen], mask, scoring)
         out[at:stop] = attended.flatten(0, 1).transpose(0, 1)
 
 
-def _visible(position: int, count: int, first: int, stop: int, window: int, device: torch.device) -> torch.Tensor:
+def _visible(
+    position: int,
+    count: int,
+    first: int,
+    stop: int,
+    window: int,
+    device: torch.device,
+    groups: tuple[tuple[int, int], ...] = (),
+) -> torch.Tensor:
     """Mask the keys from `first` to `stop` that each of `count` tokens sees: `(count, stop - first)`, bool."""
     ahead = torch.arange(position, position + count, device=device)[:, None] - torch.arange(first, stop, device=device)
-    return (ahead >= 0) & (ahead < window) if window else ahead >= 0
+    seen = ahead >= 0
+    for start, end in groups:
+        seen[max(0, start - position) : max(0, end - position), max(0, start - first) : max(0, end - first)] = True
+    return seen & (ahead < window) if window else seen
 
 
 # All tokens.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import abc
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -238,8 +239,10 @@ class ModelRunner:
         for chunk in step.chunks:
             slot, count = chunk.sequence.slot, chunk.count
             images = chunk.sequence.images
-            groups = () if images is None else images.groups(chunk.start, count)
-            spans.append(Span(slot=slot, first=first, position=chunk.start, count=count, groups=groups))
+            span = Span(slot=slot, first=first, position=chunk.start, count=count)
+            if images is not None and (groups := images.groups(chunk.start, count)):
+                span = replace(span, groups=groups, groups_need_window=images.groups_need_window)
+            spans.append(span)
             positions = torch.arange(chunk.start, chunk.start + count, dtype=torch.int32)
             ids = torch.tensor(chunk.ids, dtype=torch.int32)
             parts.append(torch.stack([ids, positions, torch.full_like(ids, slot)]))

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -51,6 +51,7 @@ class PromptImages:
         positions: Positions of the prompt's tokens, of shape `(3, tokens)`, where the model's have three dimensions.
         position_delta: Is added to the positions of all later tokens.
         are_read: Whether the vision tower has taken all of them once.
+        groups_need_window: Whether the tokens of `groups` see each other in layers with a window only.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class PromptImages:
         positions: torch.Tensor | None = None,
         position_delta: int = 0,
         *,
-        look_ahead: bool = False,
+        looks_ahead: Literal["nowhere", "everywhere", "in windows"] = "nowhere",
     ) -> None:
         """Note where the images stand.
 
@@ -69,7 +70,7 @@ class PromptImages:
             places: Indices of their tokens in the prompt, in order.
             positions: See the attributes.
             position_delta: Likewise.
-            look_ahead: Whether the tokens of an unbroken run of image tokens all see each other.
+            looks_ahead: In which layers the tokens of an unbroken run of image tokens all see each other.
         """
         self.images = tuple(images)
         self.positions = positions
@@ -77,7 +78,8 @@ class PromptImages:
         self.are_read = False
         starts = itertools.accumulate((image.tokens for image in self.images), initial=0)
         self._places = [list(places[start : start + i.tokens]) for i, start in zip(self.images, starts, strict=False)]
-        self._runs = list(unbroken_runs(places)) if look_ahead else []
+        self._runs = [] if looks_ahead == "nowhere" else list(unbroken_runs(places))
+        self.groups_need_window = looks_ahead == "in windows"
         contents = self._contents_seen()
         self._keys = {
             place: -(content << _OFFSET_BITS | offset) - 1
@@ -165,8 +167,7 @@ def read_prompt(model: Any, ids: Sequence[int], media: Mapping[str, Any]) -> Pro
         msg = "the prompt has images, and no tokens that stand for them; is the image's place in the chat template?"
         raise InvalidOptionError(msg)
     images = [Image(inputs=p, content=_content(p), tokens=n) for p, n in zip(parts, counts, strict=True)]
-    look_ahead = transformers_vision.looks_ahead_in_images(model)
-    return PromptImages(images, places, positions, delta, look_ahead=look_ahead)
+    return PromptImages(images, places, positions, delta, looks_ahead=transformers_vision.looking_ahead(model))
 
 
 def _joint(contents: Sequence[int]) -> int:

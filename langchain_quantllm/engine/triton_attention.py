@@ -43,7 +43,7 @@ class TritonAttention:
         self, pool: LayerPool, query: torch.Tensor, batch: Batch, *, scale: float, window: int, softcap: float
     ) -> torch.Tensor:
         """Attend; see `Attention.attend`."""
-        if not batch.decodes and any(span.groups for span in batch.spans):  # the kernels know no such groups
+        if not batch.decodes and any(span.groups_in(window) for span in batch.spans):  # the kernels know no such groups
             return _BY_GROUPS.attend(pool, query, batch, scale=scale, window=window, softcap=softcap)
         if self._prefills_by is not None and not batch.decodes:
             return self._prefills_by.attend(pool, query, batch, scale=scale, window=window, softcap=softcap)

@@ -19,8 +19,8 @@ from tests.support.engine import Answer
 from tests.support.hearing import make_hearing_checkpoint
 from tests.support.vision import make_vision_checkpoint, mistral_pipeline
 
-LOOK_AHEAD = ("gemma3", "gemma4_large")
-"""Models in which the tokens of an image see later ones of it."""
+LOOK_AHEAD = {"gemma3": "everywhere", "gemma4_large": "in windows"}
+"""Models in which the tokens of an image see later ones of it, and in which layers."""
 
 FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl", "idefics3", "internvl", "mistral3", "gemma4", *LOOK_AHEAD)
 

@@ -14,7 +14,7 @@ from langchain_quantllm.compat.transformers_vision import (
     has_rope_index,
     image_features,
     image_token_id,
-    looks_ahead_in_images,
+    looking_ahead,
     rope_positions,
     split_images,
     text_modules,
@@ -108,7 +108,7 @@ def test_positions_in_three_dimensions(pipeline: Any, family: str) -> None:
 
 @pytest.mark.compat
 def test_models_that_look_ahead_in_images(pipeline: Any, family: str) -> None:
-    assert looks_ahead_in_images(pipeline.model) == (family in LOOK_AHEAD)
+    assert looking_ahead(pipeline.model) == LOOK_AHEAD.get(family, "nowhere")
 
 
 def test_the_modules_of_the_text(pipeline: Any) -> None:

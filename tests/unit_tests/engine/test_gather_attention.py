@@ -136,9 +136,10 @@ class TestExactness:
         scores = sequences.query[0] @ key.mT * 0.3
         scores = softcap * torch.tanh(scores / softcap) if softcap else scores
         at, seen = torch.arange(37, 77)[:, None], torch.arange(77)
-        mask = (seen <= at) & (seen > at - window) if window else seen <= at
+        mask = seen <= at
         for start, end in groups:
             mask |= (at >= start) & (at < end) & (seen >= start) & (seen < end)
+        mask &= (seen > at - window) if window else True
         expected = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value
         torch.testing.assert_close(found[0], expected.transpose(0, 1), rtol=1e-5, atol=1e-5)
 

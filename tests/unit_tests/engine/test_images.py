@@ -5,17 +5,21 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from langchain_core.messages import AIMessage, HumanMessage
 
 from langchain_quantllm import ChatQuantizedHuggingFace
 from langchain_quantllm.errors import GenerationError, InvalidOptionError
 from langchain_quantllm.loading.processors import Media
-from tests.support.chat_images import ask, block
+from tests.support.adapters import quietly
+from tests.support.chat_images import ask, block, chat_of
 from tests.support.image_requests import (
     FAMILIES,
     ask_all,
@@ -26,6 +30,7 @@ from tests.support.image_requests import (
     tower_runs,
 )
 from tests.support.models import forwards, slowly
+from tests.support.vision import make_vision_checkpoint
 
 IMAGES = Media(images=(object(),))
 TEXTS = ([HumanMessage("What is the capital of Norway?")], [HumanMessage("Hello.")])
@@ -274,6 +279,49 @@ def test_the_model_is_as_it_was_without_the_engine(make: Any) -> None:
     chat.unload()
     assert "forward" not in vars(embedding)
     assert "forward" not in vars(layers[0])
+
+
+# --- adapters ---
+
+
+def adapter(folder: Path, to: Path, modules: str, seed: int) -> Path:
+    with quietly():
+        import peft
+
+        model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=modules))
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        model.save_pretrained(to)
+    return to
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_adapters_beside_images(tmp_path: Path, reads: bool) -> None:
+    """Those of the text part run in one batch; with one on the tower, `generate` reads the images."""
+    folder = make_vision_checkpoint(tmp_path / "llava")
+    modules = r".*language_model.*q_proj" if reads else r".*(language_model|vision_tower).*q_proj"
+    adapters = {name: str(adapter(folder, tmp_path / name, modules, i)) for i, name in enumerate(["one", "two"])}
+    chat = chat_of(folder, adapters=adapters)
+    info = chat._engine(media=IMAGES).info
+    assert info.name == ("fast" if reads else "pipeline")
+    assert ("its adapters change the part that reads images" in info.reason) != reads
+    names = ["one", "two", "base"]
+    answers = [chat.invoke([ask(0)], adapter=name).content for name in names]
+    assert len(set(answers)) == 3
+    by_generate = ChatQuantizedHuggingFace(
+        **{**chat.model_dump(exclude_unset=True), "adapters": adapters, "engine": "pipeline"}
+    )
+    assert [by_generate.invoke([ask(0)], adapter=name).content for name in names] == answers
+    with ThreadPoolExecutor() as pool:
+        together = pool.map(lambda name: chat.invoke([ask(0)], adapter=name).content, names)
+        assert list(together) == answers
+    if reads:
+        assert tower_runs(chat) == 2  # with the picture of the check
+    chat.unload()
 
 
 # --- models that the engine does not read images with ---

@@ -46,7 +46,7 @@ def test_the_content_of_blocks_is_that_of_their_images() -> None:
 
 
 def test_chunks_do_not_end_within_images_that_look_ahead() -> None:
-    found = PromptImages([image(1, 3), image(2, 5)], PLACES, look_ahead=True)  # the second one in two runs
+    found = PromptImages([image(1, 3), image(2, 5)], PLACES, looks_ahead="everywhere")  # the second one in two runs
     ends = {3: 3, 4: 4, 5: 4, 6: 4, 7: 7, 21: 20, 22: 22, 23: 23, 24: 23, 26: 26}
     assert {end: found.chunk_end(0, end) for end in ends} == ends
     assert (found.chunk_end(4, 5), found.chunk_end(5, 6), found.chunk_end(23, 24)) == (7, 7, 26)
@@ -59,7 +59,7 @@ def test_chunks_do_not_end_within_images_that_look_ahead() -> None:
 def test_images_that_see_each_other_are_one_content() -> None:
     def content(*contents: int) -> list[int]:
         places = range(4, 4 + 2 * len(contents))
-        found = PromptImages([image(one, 2) for one in contents], places, look_ahead=True)
+        found = PromptImages([image(one, 2) for one in contents], places, looks_ahead="everywhere")
         return list(found.content(0, IDS[:16]))
 
     assert content(1, 2) == content(1, 2)
@@ -69,7 +69,7 @@ def test_images_that_see_each_other_are_one_content() -> None:
 
 
 def test_an_image_that_looks_ahead_is_not_divided_for_lack_of_memory() -> None:
-    found = PromptImages([image(1, 20)], range(4, 24), look_ahead=True)
+    found = PromptImages([image(1, 20)], range(4, 24), looks_ahead="everywhere")
     step = Step([], [], [PrefillChunk(sequence(found), 0, 50, is_last=True)])
     first, rest = split_step(step, 16)
     assert [(c.start, c.count, c.is_last) for c in first.chunks] == [(0, 4, False)]
