@@ -264,14 +264,14 @@ class EngineParts:
                     verify_images(
                         self.runner, reader, self._model, processor, self.probe.shapes, self._switch, self._fusion
                     )
-                except UnsupportedError as error:
-                    reader.close()
-                    self._no_images_reason = str(error)
-                except BaseException:
-                    reader.close()
-                    raise
-                else:
                     self.images = self.runner.image_reader = reader
+                except UnsupportedError as error:
+                    self._no_images_reason = str(error)
+                except torch.OutOfMemoryError:  # there may be more the next time
+                    return "the device had no memory left to check it"
+                finally:
+                    if self.images is None:
+                        reader.close()
         return self._no_images_reason
 
     # Changes.

@@ -119,6 +119,8 @@ class ContinuousEngine:
 
         The first call runs a prompt with a small image, beside the requests in flight.
         """
+        if self._parts.images is not None:
+            return None
         return in_clean_thread(self._parts.read_images)(processor)
 
     def submit(

@@ -24,6 +24,9 @@ LOOK_AHEAD = {"gemma3": "everywhere", "gemma4_large": "in windows"}
 
 FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl", "idefics3", "internvl", "mistral3", "gemma4", *LOOK_AHEAD)
 
+QUICK = ("llava", "qwen2_5_vl", "qwen3_vl", "gemma3")
+"""Of these, one of each kind of positions, of features and of attention."""
+
 
 def make_chat(folder: Path, family: str, **fields: Any) -> ChatQuantizedHuggingFace:
     """Make a tiny model that reads images, with an engine of its own."""

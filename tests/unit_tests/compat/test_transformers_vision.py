@@ -21,14 +21,15 @@ from langchain_quantllm.compat.transformers_vision import (
     token_counts,
     vision_model,
 )
-from tests.support.image_requests import FAMILIES, LOOK_AHEAD, make_chat
+from tests.support.image_requests import FAMILIES, LOOK_AHEAD, QUICK, make_chat
+from tests.support.selection import slow_but
 from tests.support.vision import picture
 
 CPU = torch.device("cpu")
 SIZES = [(90, 40), (40, 40), (30, 70)]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=slow_but(QUICK, FAMILIES))
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

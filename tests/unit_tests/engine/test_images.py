@@ -22,6 +22,7 @@ from tests.support.adapters import quietly
 from tests.support.chat_images import ask, block, chat_of
 from tests.support.image_requests import (
     FAMILIES,
+    QUICK,
     ask_all,
     engine_of,
     generated,
@@ -30,6 +31,7 @@ from tests.support.image_requests import (
     tower_runs,
 )
 from tests.support.models import forwards, slowly
+from tests.support.selection import slow_but
 from tests.support.vision import make_vision_checkpoint
 
 IMAGES = Media(images=(object(),))
@@ -42,7 +44,7 @@ def sized(*sizes: tuple[int, int], text: str = "Hm?") -> HumanMessage:
     return HumanMessage([*parts, text])
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=slow_but(QUICK, FAMILIES))
 def chat(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     made = make_chat(tmp_path_factory.mktemp("images") / request.param, request.param)
     yield made
