@@ -277,7 +277,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
             add_special_tokens=prompt.adds_begin,
             skip_special_tokens=options.skip_special_tokens and not answer.shows_special_tokens,
         )
-        engine = self._engine(options, has_media=bool(prompt.media))
+        engine = self._engine(options, media=prompt.media)
         mask = self._mask(answer, options, engine.limits)
         if mask is not None and not answer.is_optional:
             # A complete text may only end.

@@ -260,7 +260,7 @@ class QuantizedModel(ModelFields):
         options = resolve([given, self._field_options()], stored_options(pipeline))
         return dataclasses.replace(options, adapter=adapter)
 
-    def _engine(self, options: GenerationOptions | None = None, *, has_media: bool = False) -> Engine:
+    def _engine(self, options: GenerationOptions | None = None, *, media: Media = NO_MEDIA) -> Engine:
         """Return the engine for a call's options; None asks for the engine of ordinary calls."""
         model = self._loaded()
         with model.lock:
@@ -270,7 +270,7 @@ class QuantizedModel(ModelFields):
                 self.engine,
                 self.kv_cache_memory,
                 options,
-                has_media=has_media,
+                media=frozenset(name for name, given in media._asdict().items() if given),
                 fuse=self.fuse,
                 batch_invariant=self.batch_invariant,
             )
@@ -301,7 +301,7 @@ class QuantizedModel(ModelFields):
         return plan_requests(
             ids,
             options,
-            (engine or self._engine(options, has_media=inputs is not None)).limits,
+            (engine or self._engine(options, media=media)).limits,
             truncation_side=tokenizer.truncation_side,
             stop_token_ids=stop_token_ids(tokenizer, options.stop),
             max_rows=self.batch_size,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +48,23 @@ def with_encoder(processor: Any, encode: Callable[[str], list[int]]) -> Any:
     changed = copy.copy(processor)
     changed.tokenizer = _Encoder(processor.tokenizer, encode)
     return changed
+
+
+def sample_image_prompt(processor: Any) -> tuple[list[int], dict[str, Any]]:
+    """Make a short prompt with one small picture of random pixels.
+
+    Args:
+        processor: A processor for texts and images.
+
+    Returns:
+        Token ids, and the other inputs of the model.
+    """
+    from PIL import Image
+
+    picture = Image.frombytes("RGB", (64, 48), random.Random(0).randbytes(64 * 48 * 3))  # noqa: S311  (no secrets)
+    inputs = dict(processor(text=[f"{processor.image_token}\n"], images=[[picture]], return_tensors="pt"))
+    del inputs["attention_mask"]
+    return inputs.pop("input_ids")[0].tolist(), inputs
 
 
 _MOST_S = 600.0

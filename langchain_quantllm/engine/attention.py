@@ -24,12 +24,21 @@ class Span:
         first: Index of the first of these tokens in the pack.
         position: Position of that token in the sequence.
         count: New tokens.
+        groups: Bounds of runs of positions whose tokens all see each other, within the window, as those of an image
+            may; a run ends within the span.
+        groups_need_window: Whether they do so in layers with a window only.
     """
 
     slot: int
     first: int
     position: int
     count: int
+    groups: tuple[tuple[int, int], ...] = ()
+    groups_need_window: bool = False
+
+    def groups_in(self, window: int) -> tuple[tuple[int, int], ...]:
+        """Return the groups in layers with such a window, 0 for none."""
+        return self.groups if window or not self.groups_need_window else ()
 
 
 @dataclass

@@ -19,6 +19,8 @@ from langchain_quantllm.engine.cuda_graphs import no_graph_reason
 from langchain_quantllm.engine.fingerprint import Fingerprint, fingerprint
 from langchain_quantllm.engine.fusion.fuse import Fusion
 from langchain_quantllm.engine.gather_attention import GatherAttention
+from langchain_quantllm.engine.image_check import no_images_reason, verify_images
+from langchain_quantllm.engine.image_reader import ImageReader
 from langchain_quantllm.engine.invariance import check_operations, verify_invariance
 from langchain_quantllm.engine.invariant_attention import InvariantGatherAttention, InvariantTritonAttention
 from langchain_quantllm.engine.kv_cache import allocate_pools, count_blocks
@@ -59,6 +61,7 @@ class EngineParts:
         states: The states of layers that keep one for each sequence; None if there are none.
         runner: Runs the model.
         adapters: The adapters that sequences choose from; None if the model runs as it is.
+        images: Reads the images of prompts; None until `read_images` was called with success.
         adapter_names: Their names; None likewise.
         slots: Maximum number of sequences at once.
         is_gpu: Whether the model lies on a GPU.
@@ -93,6 +96,8 @@ class EngineParts:
         self.refusal: str | None = None
         self.adapters: LoraStack | None = None
         self._biased = BiasedAttention(model)
+        self.images: ImageReader | None = None
+        self._no_images_reason: str | None = None
         self.adapter_names = None if switch is None else switch.names
         self.is_gpu = model.get_input_embeddings().weight.device.type != "cpu"
         self.slots = SLOTS_GPU if self.is_gpu else SLOTS_CPU
@@ -124,9 +129,16 @@ class EngineParts:
             self.adapters.close()
         if self._state_modules is not None:
             self._state_modules.close()
-        self.pools, self.states, self.adapters = [], None, None
+        if self.images is not None:
+            self.images.close()
+        self.pools, self.states, self.adapters, self.images = [], None, None, None
         self._model = self._switch = self._fusion = None
         vars(self).pop("runner", None)
+
+    @property
+    def model(self) -> Any:
+        """The model."""
+        return self._model
 
     @property
     def info(self) -> EngineInfo:
@@ -143,6 +155,8 @@ class EngineParts:
         notes += [f"no {kind.kind} steps are fused: {max(kind.left, key=kind.left.__getitem__)}" for kind in left]
         if self.states is not None:
             notes.append(self.states.prefix_note(self.slots))
+        if self._no_images_reason is not None:
+            notes.append(f"images are read by transformers' own generate: {self._no_images_reason}")
         cache_tokens = self.limits.cache_tokens or 0
         return EngineInfo(
             name="fast",
@@ -271,6 +285,33 @@ class EngineParts:
     def _no_graph_reason(self) -> str | None:
         return no_graph_reason(self._model, frozenset() if self._fusion is None else self._fusion.replaced_ids)
 
+    def read_images(self, processor: Any) -> str | None:
+        """Let prompts hold images from now on, if the model gives the same logits for one as by itself.
+
+        Args:
+            processor: The model's processor.
+
+        Returns:
+            The reason why they cannot; None if they can.
+        """
+        if self.images is None and self._no_images_reason is None:
+            self._no_images_reason = no_images_reason(self._model, processor)
+            if self._no_images_reason is None:
+                reader = ImageReader(self._model)
+                try:
+                    verify_images(
+                        self.runner, reader, self._model, processor, self.probe.shapes, self._switch, self._fusion
+                    )
+                    self.images = self.runner.image_reader = reader
+                except UnsupportedError as error:
+                    self._no_images_reason = str(error)
+                except torch.OutOfMemoryError:  # there may be more the next time
+                    return "the device had no memory left to check it"
+                finally:
+                    if self.images is None:
+                        reader.close()
+        return self._no_images_reason
+
     # Changes.
 
     def _current_fingerprint(self) -> Fingerprint:
@@ -297,6 +338,8 @@ class EngineParts:
                 release_heap()
             except Exception as error:  # memory, say: the model runs without them
                 _log.warning("fused steps could not be found anew: %r", error)
+        if self.images is not None:
+            self.images.begin_anew()
         self.runner.model_changed(self._no_graph_reason() if self.runner.can_capture else None)
         if self._state_modules is not None:
             self._state_modules.build()

@@ -7,7 +7,8 @@ scheduler knows no tensors and the runner no text; the engine joins them.
 from __future__ import annotations
 
 import logging
-from collections import abc, deque
+from collections import Counter, abc, deque
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,16 +24,17 @@ from langchain_quantllm.engine.generate import NAN_LOGITS, limits_of
 from langchain_quantllm.engine.kv_cache import resident_bytes, spoiled_blocks
 from langchain_quantllm.engine.lora import NO_ADAPTER
 from langchain_quantllm.engine.prefix_ids import PrefixIds
+from langchain_quantllm.engine.prompt_images import PromptImages, read_prompt
 from langchain_quantllm.engine.request import EngineInfo, Request, check_queue, check_request
 from langchain_quantllm.engine.sampler import NOTHING_ALLOWED, PendingTokens
-from langchain_quantllm.engine.scheduler import Scheduler
+from langchain_quantllm.engine.scheduler import Scheduler, age
 from langchain_quantllm.engine.sequence import SamplingInput, Sequence
 from langchain_quantllm.engine.staging import PendingForward
 from langchain_quantllm.engine.step import Step, split_step
 from langchain_quantllm.engine.step_timing import time_step
 from langchain_quantllm.engine.stream import ChunkStream, token_logprob
 from langchain_quantllm.engine.worker import UNLOADED, Worker
-from langchain_quantllm.errors import GenerationError, NotEnoughMemoryError
+from langchain_quantllm.errors import GenerationError, InvalidOptionError, NotEnoughMemoryError
 from langchain_quantllm.memory import check_cache_budget
 
 _log = logging.getLogger(__name__)
@@ -44,6 +46,7 @@ CHECKS_INTEGRITY = False
 """Check slots, blocks and sequences whenever the engine is idle; switched on by tests."""
 
 _OFTEN = 64  # waiting requests that are looked at in every step, and steps after which more of them are
+_SEEN_AHEAD = 4  # waiting requests of an owner, whose images have been read
 _LEAST_CHUNK = 16  # tokens of prompts in a step on a device that is short of memory
 
 
@@ -91,6 +94,8 @@ class ContinuousEngine:
         self.peak_cache_tokens = 0
         self._pending: list[PendingTokens] = []
         """Tokens in flight; on a CPU there are none between two steps."""
+        self._with_images: list[Sequence] = []
+        """Waiting sequences with images, read or not."""
         self._looks = 0
         self._decodes_first = False
         """Whether sequences have waited for a step of prompts, and decode before the next one."""
@@ -109,6 +114,15 @@ class ContinuousEngine:
         """Bytes of the KV cache and states that lie in main memory; see `kv_cache.resident_bytes`."""
         states = self._parts.states
         return resident_bytes(self._parts.pools, () if states is None else states.tensors.values())
+
+    def read_images(self, processor: Any) -> str | None:
+        """Let requests hold images from now on; returns the reason why they cannot, None if they can.
+
+        The first call runs a prompt with a small image, beside the requests in flight.
+        """
+        if self._parts.images is not None:
+            return None
+        return in_clean_thread(self._parts.read_images)(processor)
 
     def submit(
         self,
@@ -131,6 +145,7 @@ class ContinuousEngine:
         parts = self._parts
         for request in requests:
             check_request(request, self.limits, logits_size=parts.probe.vocab_size, adapters=parts.adapter_names)
+        requests = self._find_images(requests)
         scheduler = self._scheduler
         arriving = max(0, self._worker.queued - scheduler.free_slots)
         check_queue(scheduler.waiting_count + arriving, max_waiting)
@@ -138,6 +153,18 @@ class ContinuousEngine:
         stream.wake = self._worker.wake
         self._worker.submit(completions)
         return stream
+
+    def _find_images(self, requests: abc.Sequence[Request]) -> abc.Sequence[Request]:
+        """Find the images of requests; samples of one call share theirs."""
+        found: dict[int, PromptImages] = {}
+        for request in requests:
+            if request.media is not None and id(request.media) not in found:
+                if self._parts.images is None:
+                    msg = "images and sounds of this model are read by the pipeline engine only; use engine='auto'."
+                    raise InvalidOptionError(msg)
+                read = in_clean_thread(read_prompt)
+                found[id(request.media)] = read(self._parts.model, request.prompt_ids, request.media)
+        return [r if r.media is None else replace(r, media=None, images=found[id(r.media)]) for r in requests]
 
     def time_step(self, rows: int, position: int, repeats: int) -> float:
         """Time the decode step by itself, without queue and text; only while nothing runs. See `step_timing`."""
@@ -160,11 +187,12 @@ class ContinuousEngine:
         while True:
             # 1. Take new requests, and drop cancelled ones.
             self._take(waiting)
+            has_read = self._read_next_images()
             # 2. Plan the next step: which sequences decode, and which tokens of prompts run.
             plan = self._scheduler.plan(mixes=not self._runner.captures, decodes_first=self._decodes_first)
             self.peak_cache_tokens = max(self.peak_cache_tokens, self._blocks.held * BLOCK_TOKENS)
             if plan is None and not self._pending:
-                if not self._rests():
+                if not has_read and not self._rests():
                     break
                 continue
             # 3. Enqueue its forward; a long one of prompts with decode steps of other sequences between its layers.
@@ -209,6 +237,37 @@ class ContinuousEngine:
                 completion.stream.fail(request_failure(error))
                 continue
             self._scheduler.add(sequence)
+            if sequence.images is not None:
+                self._with_images.append(sequence)
+
+    def _read_next_images(self) -> bool:
+        """Run the vision tower for one request, the oldest first; a failure is that request's alone.
+
+        Before its sequence may join, so that no other one shares blocks of a prompt that fails. Between two requests
+        the others go on; of one owner, only so many are read ahead, as the features are to be kept until they are used.
+
+        Returns:
+            False if there was none.
+        """
+        self._with_images = [s for s in self._with_images if not s.has_ended and s.slot < 0]
+        ahead = Counter(s.lane for s in self._with_images if s.has_seen_images and not s.is_unread)
+        for sequence in sorted(self._with_images, key=age):
+            if not sequence.has_seen_images and ahead[sequence.lane] < _SEEN_AHEAD:
+                self._read_images(sequence)
+                return True
+        return False
+
+    def _read_images(self, sequence: Sequence) -> None:
+        assert sequence.images is not None
+        assert self._parts.images is not None
+        try:
+            self._parts.images.read(sequence.images)
+        except torch.OutOfMemoryError as error:
+            failure = GenerationError("the device ran out of memory for the request's images; give fewer or smaller.")
+            failure.__cause__ = error
+            self._fail(sequence, failure)
+        except BaseException as error:
+            self._fail(sequence, error)
 
     def _rests(self) -> bool:
         """Wait if all sequences rest because their text is not read; False if there is none left."""
@@ -247,7 +306,7 @@ class ContinuousEngine:
         try:
             return [self._runner.run(step, [sampling[sequence] for sequence in step.sampled], between)]
         except torch.OutOfMemoryError:
-            if tokens <= _LEAST_CHUNK:
+            if tokens <= _LEAST_CHUNK or not split_step(step, max(_LEAST_CHUNK, tokens // 2))[1].chunks:
                 raise
         # Outside of the handler, whose error holds the tensors of the failed step.
         torch.cuda.empty_cache()
@@ -378,6 +437,7 @@ class ContinuousEngine:
     def _reset_cache(self) -> None:
         """Forget the content of all blocks."""
         alone, beside = self._step_tokens
+        self._with_images = []
         self._blocks = BlockManager((self.limits.cache_tokens or 0) // BLOCK_TOKENS + 1, self._parts.new_snapshots())
         self._prefix_ids = PrefixIds(self._blocks)
         self._scheduler = Scheduler(

@@ -16,6 +16,7 @@ import torch
 
 from langchain_quantllm.engine.adapter_choice import AdapterChoice
 from langchain_quantllm.engine.attention import PagedForward
+from langchain_quantllm.engine.image_overlay import ImageOverlay
 
 
 class Step(Protocol):
@@ -80,6 +81,7 @@ class ForwardContext:
         states: States of the layers that keep some; None for the module's own.
         steps: Fused steps by the ids of the modules that they replace.
         adapters: The adapter of each token; None for peft's own choice.
+        images: Features of images among the tokens; None if there are none.
         record: Called with each patched module that has no step, its arguments, keyword arguments and output.
         normed: Outputs of norms whose kernel also computed their input.
         projected: Outputs of linear layers that were multiplied together with another one.
@@ -89,6 +91,7 @@ class ForwardContext:
     states: States | None = None
     steps: Mapping[int, Step] = field(default_factory=dict)
     adapters: AdapterChoice | None = None
+    images: ImageOverlay | None = None
     record: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None] | None = None
     normed: PrecomputedOutputs = field(default_factory=PrecomputedOutputs)
     projected: PrecomputedOutputs = field(default_factory=PrecomputedOutputs)

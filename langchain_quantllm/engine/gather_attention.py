@@ -110,7 +110,9 @@ class GatherAttention:
         for span in batch.spans:
             if span.count > 1:
                 tokens = slice(span.first, span.first + span.count)
-                _prefill(pool, query[0, :, tokens], out[0, tokens], batch.table[span.slot], span.position, scoring)
+                table = batch.table[span.slot]
+                runs = span.groups_in(scoring.window)
+                _prefill(pool, query[0, :, tokens], out[0, tokens], table, span.position, scoring, runs)
         return out
 
 
@@ -199,7 +201,13 @@ def _group(
 
 
 def _prefill(
-    pool: LayerPool, query: torch.Tensor, out: torch.Tensor, table: torch.Tensor, position: int, scoring: _Scoring
+    pool: LayerPool,
+    query: torch.Tensor,
+    out: torch.Tensor,
+    table: torch.Tensor,
+    position: int,
+    scoring: _Scoring,
+    groups: tuple[tuple[int, int], ...] = (),
 ) -> None:
     """Attend with consecutive tokens of one sequence.
 
@@ -210,6 +218,7 @@ def _prefill(
         table: The sequence's blocks.
         position: Position of the first token.
         scoring: How keys are scored.
+        groups: Bounds of runs of positions whose tokens all see each other, within the window.
     """
     count = query.shape[1]
     begin, length = scoring.first_seen(position), position + count
@@ -224,7 +233,7 @@ def _prefill(
     # A token that is no number must not reach those before it: other prompts begin with them, too.
     is_sound = bool(gathered.sum(dtype=torch.float32).isfinite())
     # Otherwise the scores are in memory; PyTorch has no fused attention for values of another size, either.
-    is_fused = is_sound and scoring.is_plain and pool.key_dim == pool.value_dim
+    is_fused = is_sound and not groups and scoring.is_plain and pool.key_dim == pool.value_dim
     if is_fused and not position and length <= min(scoring.window or length, scoring.chunk or length):
         attended = scaled_dot_product_attention(asked, key, value, is_causal=True, scale=scoring.scale)
         out.copy_(attended.flatten(0, 1).transpose(0, 1))
@@ -232,32 +241,42 @@ def _prefill(
     at_once = max(_LEAST_QUERIES, _SCORES // (len(gathered) * (1 if is_fused else len(query))))
     for at in range(0, count, at_once):
         stop = min(at + at_once, count)
-        seen = slice(scoring.first_seen(position + at) - begin, position + stop - begin)
-        mask = _visible(position + at, stop - at, begin + seen.start, begin + seen.stop, scoring, query.device)
+        last = max([position + stop, *(end for start, end in groups if start < position + stop)])
+        seen = slice(scoring.first_seen(position + at) - begin, last - begin)
+        bounds = (begin + seen.start, begin + seen.stop)
+        mask = _visible(position + at, stop - at, *bounds, scoring, query.device, groups)
         attend = _attend if is_sound else _attend_around_nan
-        own = _of_tile(scoring, asked.shape[:2], position + at, slice(begin + seen.start, begin + seen.stop))
+        queries = slice(position + at, position + stop)
+        own = _of_tile(scoring, asked.shape[:2], queries, slice(*bounds))
         attended = attend(asked[:, :, at:stop], key[:, :, seen], value[:, :, seen], mask, own)
         out[at:stop] = attended.flatten(0, 1).transpose(0, 1)
 
 
-def _of_tile(scoring: _Scoring, heads: tuple[int, int], position: int, seen: slice) -> _Scoring:
-    """Shape sinks and biases for scores of shape `(kv_heads, group, queries, keys)`.
-
-    The first query is at `position`, the last at that of the last key.
-    """
+def _of_tile(scoring: _Scoring, heads: tuple[int, int], queries: slice, seen: slice) -> _Scoring:
+    """Shape sinks and biases for scores of shape `(kv_heads, group, queries, keys)`, by the positions of both."""
     sinks, biases = scoring.sinks, scoring.biases
     if sinks is not None:
         sinks = sinks.view(*heads, 1, 1)
     if biases is not None:
-        biases = (biases[:, None, seen] - biases[:, position : seen.stop, None]).unflatten(0, heads)
+        biases = (biases[:, None, seen] - biases[:, queries, None]).unflatten(0, heads)
     return replace(scoring, sinks=sinks, biases=biases)
 
 
-def _visible(position: int, count: int, first: int, stop: int, scoring: _Scoring, device: torch.device) -> torch.Tensor:
+def _visible(
+    position: int,
+    count: int,
+    first: int,
+    stop: int,
+    scoring: _Scoring,
+    device: torch.device,
+    groups: tuple[tuple[int, int], ...] = (),
+) -> torch.Tensor:
     """Mask the keys from `first` to `stop` that each of `count` tokens sees: `(count, stop - first)`, bool."""
     at = torch.arange(position, position + count, device=device)[:, None]
     seen = torch.arange(first, stop, device=device)
     visible = at >= seen
+    for start, end in groups:
+        visible[max(0, start - position) : max(0, end - position), max(0, start - first) : max(0, end - first)] = True
     if scoring.window:
         visible = visible & (at - seen < scoring.window)
     return visible & (seen >= at // scoring.chunk * scoring.chunk) if scoring.chunk else visible

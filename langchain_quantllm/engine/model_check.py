@@ -49,7 +49,9 @@ def unsupported_reason(model: Any) -> str | None:
     text = config.get_text_config()
     if getattr(config, "is_encoder_decoder", False):
         return "it is an encoder-decoder model"
-    if not getattr(text, "is_causal", True) or getattr(text, "use_bidirectional_attention", False):
+    # "vision" is among the tokens of an image only.
+    looks_ahead = getattr(text, "use_bidirectional_attention", None) not in (None, False, "vision")
+    if looks_ahead or not getattr(text, "is_causal", True):
         return "its attention looks ahead"
     if others := set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES:
         return f"it has layers of kind {min(others)!r}, which store something other than keys and values"
@@ -312,10 +314,35 @@ def _compare(model: Any, text: abc.Sequence[int], logits: torch.Tensor, *, cut: 
     expected = _plain(model, text, keep=last).logits[0, -last:].float()
     if not expected.isfinite().all():
         return  # the model itself is broken; its requests will fail with that
-    # Some kernels for one row round differently from those for several.
+    noise = _noise(model, text, expected, cut=cut, continues=continues)
+    check_logits(model, logits, expected, noise)
+
+
+def _noise(model: Any, text: abc.Sequence[int], expected: torch.Tensor, *, cut: int, continues: bool) -> float:
+    """Measure how far the model's last logits lie from those that it computes itself in pieces and single tokens.
+
+    Some kernels for one row round differently from those for several.
+    """
+    last = len(expected)
     singles = range(len(text) - last + 1, len(text) + 1)
     pieces, _ = _in_pieces(model, text, [0, *[cut] * continues, *singles], keep=last)
-    noise = _difference(pieces[-last:], expected)
+    return _difference(pieces[-last:], expected)
+
+
+@without_gradients
+def own_spread(model: Any, last: int, *, continues: bool = True) -> float:
+    """Measure how far the model's own logits after the last tokens of a text lie apart; see `_compare`."""
+    text = sample_ids(model, _LONG)
+    expected = _plain(model, text).logits[0, -last:].float()
+    return _noise(model, text, expected, cut=len(text) // 2, continues=continues)
+
+
+def check_logits(model: Any, logits: torch.Tensor, expected: torch.Tensor, noise: float) -> None:
+    """Check the engine's logits against the model's own, whose spread is given, both of shape `(tokens, vocab)`.
+
+    Raises:
+        UnsupportedError: If they differ by more than rounding does.
+    """
     floor = _FLOORS.get(model.dtype, _FLOOR_16BIT)
     found = _difference(logits.float().to(expected.device), expected)
     if not found <= max(floor, _NOISE_FACTOR * noise):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import abc
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from langchain_quantllm.compat.transformers_attention import WritingCache
 from langchain_quantllm.compat.transformers_models import cache_name, forward_parameters
 from langchain_quantllm.compat.transformers_states import passing_for_own
+from langchain_quantllm.compat.transformers_vision import has_rope_index
 from langchain_quantllm.engine import staging
 from langchain_quantllm.engine.adapter_choice import AdapterChoice
 from langchain_quantllm.engine.attention import Attention, Batch, LayerPool, PagedForward, Span
@@ -26,6 +28,8 @@ from langchain_quantllm.engine.cuda_graphs import StepGraph, WaitFinder
 from langchain_quantllm.engine.forward_context import ForwardContext
 from langchain_quantllm.engine.fusion.fuse import Fusion
 from langchain_quantllm.engine.fusion.sampling import find_sampling_kernel
+from langchain_quantllm.engine.image_overlay import ImageOverlay
+from langchain_quantllm.engine.image_reader import ImageReader
 from langchain_quantllm.engine.lora import LoraStack
 from langchain_quantllm.engine.named_logits import HeadInput
 from langchain_quantllm.engine.prefill_graphs import Pack, PrefillGraphs, last_tokens
@@ -118,9 +122,13 @@ class ModelRunner:
         self._padding_slot = slots
         self._is_inside = False  # of an eager step, between two layers
         self._head_input: HeadInput | None = None  # of the step that runs, if its requests name tokens
+        self.image_reader: ImageReader | None = None
+        """Reads the images of prompts; None if there are none."""
+        self._has_rope_index = has_rope_index(model)
         self._kept: list[int] = []  # tokens of the last eager step whose logits were asked for
         self._table = BlockTable(slots + 1, blocks_per_sequence, self.device)
         self._ones = torch.ones(_MOST_ROWS, dtype=torch.long, device=self.device)
+        self._vocab_size = vocab_size
         self._mask_words = -(-vocab_size // 32)
         self._keeps_logits, self._cache_name = "logits_to_keep" in forward_parameters(model), cache_name(model)
         self.windows: dict[int, int] = {}  # of each layer that attended in the last eager forward; 0 for none
@@ -137,6 +145,22 @@ class ModelRunner:
         self._decode_graphs: dict[int, StepGraph] = {}
         self._sampling_graphs: dict[tuple[int, int, int], StepGraph] = {}
         self.drop_graphs()
+
+    def twin(self, pools: abc.Sequence[LayerPool], *, slots: int, blocks_per_sequence: int) -> ModelRunner:
+        """Make a runner of the same model, with pools and tables of its own and without graphs, for a check."""
+        return ModelRunner(
+            self._model,
+            pools,
+            self._attention,
+            slots=slots,
+            blocks_per_sequence=blocks_per_sequence,
+            vocab_size=self._vocab_size,
+            by_sdpa=self._by_sdpa,
+            can_capture=False,
+            adapters=self._adapters,
+            fusion=self._fusion,
+            operations=self._operations,
+        )
 
     @property
     def captures(self) -> bool:
@@ -186,13 +210,18 @@ class ModelRunner:
         sampled, named_logits = step.sampled, None
         named = reported_tokens(sampled)
         self._head_input = HeadInput(self._model) if named else None
+        images = None
+        if self.image_reader is not None:
+            images = self.image_reader.overlay(step.chunks, len(step.decoding))
+        positions = self._rope_positions(step)
         may_replay = self._prefill_graphs is not None and self.captures and not step.decoding and on_layer is None
+        may_replay &= images is None and positions is None
         if self._prefill_graphs is not None and may_replay and not named:
             logits = self._prefill_graphs.run(step.chunks, self._padding_slot, self._memory)
         if logits is None:
             self._is_inside = on_layer is not None
             try:
-                logits = self._run_eagerly(step, on_layer)
+                logits = self._run_eagerly(step, on_layer, images, positions)
             finally:
                 self._is_inside = False
             if self._head_input is not None:
@@ -204,7 +233,13 @@ class ModelRunner:
 
     # Steps with chunks of prompts: all tokens packed behind each other, those of decoding sequences first.
 
-    def _run_eagerly(self, step: Step, on_layer: abc.Callable[[int], None] | None = None) -> torch.Tensor:
+    def _run_eagerly(
+        self,
+        step: Step,
+        on_layer: abc.Callable[[int], None] | None = None,
+        overlay: ImageOverlay | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         spans, parts = [], []
         for first, (sequence, position) in enumerate(zip(step.decoding, step.positions, strict=True)):
             spans.append(Span(slot=sequence.slot, first=first, position=position, count=1))
@@ -214,7 +249,11 @@ class ModelRunner:
         first = len(spans)
         for chunk in step.chunks:
             slot, count = chunk.sequence.slot, chunk.count
-            spans.append(Span(slot=slot, first=first, position=chunk.start, count=count))
+            images = chunk.sequence.images
+            span = Span(slot=slot, first=first, position=chunk.start, count=count)
+            if images is not None and (groups := images.groups(chunk.start, count)):
+                span = replace(span, groups=groups, groups_need_window=images.groups_need_window)
+            spans.append(span)
             positions = torch.arange(chunk.start, chunk.start + count, dtype=torch.int32)
             ids = torch.tensor(chunk.ids, dtype=torch.int32)
             parts.append(torch.stack([ids, positions, torch.full_like(ids, slot)]))
@@ -225,7 +264,16 @@ class ModelRunner:
         ids = torch.where(packed[0] == _ON_DEVICE, self.sampler.last_ids[packed[2].long()], packed[0])
         keep = [*range(len(step.decoding)), *last_tokens(step.chunks, len(step.decoding))]
         self._kept = keep
-        return self._forward(ids, batch, keep or [0], on_layer=on_layer, chunks=step.chunks)
+        return self._forward(ids, batch, keep or [0], position_ids, on_layer, overlay, step.chunks)
+
+    def _rope_positions(self, step: Step) -> torch.Tensor | None:
+        """Compute the positions of a step's tokens, of shape `(3, tokens)`; None if they are those in the sequences."""
+        runs = [*step.decoding, *(chunk.sequence for chunk in step.chunks)]
+        if not self._has_rope_index or all(sequence.images is None for sequence in runs):
+            return None
+        spans = [(s, position, 1) for s, position in zip(step.decoding, step.positions, strict=True)]
+        spans += [(chunk.sequence, chunk.start, chunk.count) for chunk in step.chunks]
+        return torch.cat([s.rope_positions(at, count) for s, at, count in spans], 1).long().to(self.device)
 
     def _forward_pack(self, pack: Pack) -> torch.Tensor:
         batch = Batch(
@@ -277,6 +325,8 @@ class ModelRunner:
 
     def _decode_step(self, inputs: torch.Tensor, spans: abc.Sequence[Span] = ()) -> torch.Tensor:
         at, position_ids, block_index = inputs[: staging.BLOCK_INDEX + 1].long()
+        if self._has_rope_index:
+            position_ids = position_ids + self._table.position_deltas[at]
         self._table.blocks[at, block_index] = inputs[staging.BLOCK]
         batch = Batch(
             table=self._table.blocks,
@@ -318,6 +368,7 @@ class ModelRunner:
         keep: list[int] | torch.Tensor | None,
         position_ids: torch.Tensor | None = None,
         on_layer: abc.Callable[[int], None] | None = None,
+        images: ImageOverlay | None = None,
         chunks: abc.Sequence[PrefillChunk] = (),
     ) -> torch.Tensor:
         """Run packed tokens of shape `(tokens,)`; returns logits of shape `(tokens kept, vocab)`."""
@@ -327,7 +378,7 @@ class ModelRunner:
         steps = {} if self._fusion is None else self._fusion.steps
         adapters = self._adapter_choice(batch, keep)
         states = None if self._states is None else StateForward(self._states, batch, adapters, on_layer, chunks)
-        context = ForwardContext(attention=forward, states=states, steps=steps, adapters=adapters)
+        context = ForwardContext(attention=forward, states=states, steps=steps, adapters=adapters, images=images)
         # A mask of four dimensions is taken as it is: none has to be made for an attention that ignores it, and layers
         # with a state do not look for padding in it, which would wait for the device.
         seen = self._ones[: len(ids)] if len(ids) <= len(self._ones) else torch.ones_like(ids)
@@ -340,7 +391,7 @@ class ModelRunner:
             output = self._model(
                 input_ids=ids[None],
                 attention_mask=mask,
-                position_ids=position_ids[None],
+                position_ids=position_ids.unsqueeze(-2),
                 use_cache=True,
                 **{self._cache_name: cache},
                 **options,

@@ -81,7 +81,7 @@ class Request:
         reported_ids: Tokens whose log probabilities are reported at each step, in place of the likeliest ones; with
             `options.logprobs` only.
         media: Further tensors for the model, such as the pixels of images, by the names of its forward's arguments.
-            Only the pipeline engine takes any.
+        images: The images among them as the fast engine reads them; made by its `submit`.
     """
 
     prompt_ids: tuple[int, ...]
@@ -98,6 +98,7 @@ class Request:
     mask: Callable[[], TokenMask] | None = None
     reported_ids: tuple[int, ...] = ()
     media: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
+    images: Any = field(default=None, repr=False, compare=False)
 
     @property
     def end_token_ids(self) -> tuple[int, ...]:

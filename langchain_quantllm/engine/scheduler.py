@@ -300,7 +300,7 @@ class Scheduler:
         elif before and sequence.sampled == 0:  # another sequence has written these tokens meanwhile
             sequence.cached_tokens += sequence.written - before
         start = sequence.written
-        end = min(start + tokens, len(sequence.ids))
+        end = sequence.chunk_end(start, min(start + tokens, len(sequence.ids)))
         if not self._reserve(sequence, end):
             return None
         sequence.written = end

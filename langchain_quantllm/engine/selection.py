@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from langchain_quantllm.engine.adapter_switch import AdapterSwitch
@@ -68,7 +69,7 @@ class Engines:
         kv_cache_memory: Any = None,
         options: GenerationOptions | None = None,
         *,
-        has_media: bool = False,
+        media: frozenset[str] = frozenset(),
         fuse: bool = True,
         batch_invariant: bool = False,
     ) -> Engine:
@@ -78,25 +79,25 @@ class Engines:
             engine: One of `ENGINES`.
             kv_cache_memory: Memory of the fast engine's KV cache; ignored once that engine is made.
             options: The call's options; None asks for the engine of ordinary calls.
-            has_media: Whether the model is given images or sounds beside the ids.
+            media: What the model is given beside the ids: `"images"`, `"sounds"`.
             fuse: Whether the fast engine may use fused steps; ignored once that engine is made.
             batch_invariant: Whether the call's texts must not depend on the calls beside it: takes a fast engine of its
                 own, with a KV cache of its own, over the same weights.
 
         Raises:
             UnsupportedError: If the fast engine is asked for, or a batch-invariant one, and cannot run the model.
-            InvalidOptionError: If it is asked for with images or sounds, or with options of `generate` only.
+            InvalidOptionError: If it is asked for with images or sounds that it does not read, or with options of
+                `generate` only.
         """
         check_process()
         option = None if options is None else needs_generate(options)
         with self._lock:
             if engine == "pipeline":
                 return self._pipeline_engine("asked for")
-            if has_media or option is not None:
+            if option is not None or (media and batch_invariant):
                 if engine == "auto" and not batch_invariant:
-                    own = "images and sounds are read by transformers' own generate"
-                    return self._pipeline_engine(own if has_media else f"{option} is transformers' own")
-                what = "images and sounds are read" if has_media else f"{option} is carried out"
+                    return self._pipeline_engine(f"{option} is transformers' own")
+                what = "images and sounds are read" if option is None else f"{option} is carried out"
                 msg = f"{what} by the pipeline engine only; use engine='auto' or 'pipeline'"
                 raise InvalidOptionError(f"{msg}, and batch_invariant=False." if batch_invariant else f"{msg}.")
             kind = batch_invariant
@@ -109,7 +110,13 @@ class Engines:
                 else:
                     self._fast[kind] = fast
             if kind in self._fast:
-                return self._fast[kind]
+                no_media_reason = self._no_media_reason(self._fast[kind], media)
+                if no_media_reason is None:
+                    return self._fast[kind]
+                if engine == "fast":
+                    msg = f"{no_media_reason}; use engine='auto' or 'pipeline'."
+                    raise InvalidOptionError(msg)
+                return self._pipeline_engine(no_media_reason)
             reason = f"the fast engine cannot drive this model: {self._no_fast_reasons[kind]}"
             if batch_invariant:
                 msg = f"with batch_invariant=True {reason}; use batch_invariant=False."
@@ -118,6 +125,13 @@ class Engines:
                 msg = f"{reason}; use engine='auto' or 'pipeline'."
                 raise UnsupportedError(msg)
             return self._pipeline_engine(reason)
+
+    def _no_media_reason(self, fast: ContinuousEngine, media: frozenset[str]) -> str | None:
+        """Find the reason why images and sounds are read by the pipeline engine; None if the fast one reads them."""
+        if "sounds" in media:
+            return "sounds are read by transformers' own generate"
+        reason = fast.read_images(getattr(self._pipeline, "processor", None)) if media else None
+        return None if reason is None else f"images are read by transformers' own generate: {reason}"
 
     @in_clean_thread
     def _make_fast(
@@ -184,7 +198,7 @@ class Engines:
             from langchain_quantllm.engine.generate import GenerateEngine
 
             self._plain = GenerateEngine(self._pipeline, reason, self._switch)
-        return self._plain
+        return self._plain if self._plain.info.reason == reason else _ForReason(self._plain, reason)
 
     def close(self) -> None:
         """Cancel all requests and release the model.
@@ -202,6 +216,17 @@ class Engines:
                 engine.close()
         for fusion in fusions:
             fusion.close()
+
+
+class _ForReason:
+    """The pipeline engine, chosen for another reason than that it was made for."""
+
+    def __init__(self, engine: GenerateEngine, reason: str) -> None:
+        self._engine = engine
+        self.info = replace(engine.info, reason=reason)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
 
 
 def _sum(counts: Sequence[int | None]) -> int | None:

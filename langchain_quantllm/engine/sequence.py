@@ -5,12 +5,15 @@ The scheduler reads tokens and blocks only, the model runner slots and positions
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import abc
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS, BlockManager
 from langchain_quantllm.engine.detokenizer import Completion
+from langchain_quantllm.engine.prompt_images import PromptImages
 from langchain_quantllm.engine.request import Request
 from langchain_quantllm.engine.sampler import needs_of
 from langchain_quantllm.options import GenerationOptions
@@ -56,6 +59,7 @@ class Sequence:
         request = completion.request
         self.completion = completion
         self.request = request
+        self.images: PromptImages | None = request.images
         self.ids = list(request.prompt_ids)
         self.prompt_tokens = len(self.ids)
         self.max_new_tokens = request.max_new_tokens
@@ -96,8 +100,18 @@ class Sequence:
 
     @property
     def is_known(self) -> bool:
-        """Whether no sampled token is pending."""
-        return len(self.ids) == self.prompt_tokens + self.sampled
+        """Whether all tokens are known: none that was sampled is pending, and its images are read."""
+        return self.has_seen_images and len(self.ids) == self.prompt_tokens + self.sampled
+
+    @property
+    def has_seen_images(self) -> bool:
+        """Whether the vision tower has run over its images, if it has any."""
+        return self.images is None or self.images.are_read
+
+    @property
+    def position_delta(self) -> int:
+        """The number to be added to the positions of its tokens behind the last image."""
+        return 0 if self.images is None else self.images.position_delta
 
     @property
     def is_unread(self) -> bool:
@@ -108,6 +122,16 @@ class Sequence:
     def is_complete(self) -> bool:
         """Whether no more tokens are to be sampled."""
         return self.sampled >= self.max_new_tokens
+
+    def rope_positions(self, start: int, count: int) -> torch.Tensor:
+        """Return the positions of tokens in three dimensions, of shape `(3, count)`, int32."""
+        if self.images is not None:
+            return self.images.positions_of(start, count)
+        return torch.arange(start, start + count, dtype=torch.int32).expand(3, -1)
+
+    def chunk_end(self, start: int, end: int) -> int:
+        """Return where a chunk of its tokens may end, at `end` or near it: some images must not be cut."""
+        return end if self.images is None else self.images.chunk_end(start, end)
 
     def find_shared(self, manager: BlockManager) -> tuple[int, int]:
         """Count the blocks that it could share from here on: all of them, and those held by running sequences."""
@@ -137,7 +161,7 @@ class Sequence:
         prefix, at, snapshots = self._last_prefix, self.written, manager.snapshots
         usable, row = 0, None
         while prefix is not None and self._may_share(at):
-            block = manager.find(prefix, self.ids[at : at + BLOCK_TOKENS])
+            block = manager.find(prefix, self._content(at))
             if block is None:
                 break
             found.append(block)
@@ -162,6 +186,11 @@ class Sequence:
         saves, self._saves = tuple(self._saves), []
         return self._let_go(manager), saves
 
+    def _content(self, at: int) -> abc.Sequence[int]:
+        """Return the tokens of a full block as the block manager knows them: those of images by their content."""
+        ids = self.ids[at : at + BLOCK_TOKENS]
+        return ids if self.images is None else self.images.content(at, ids)
+
     def _may_share(self, at: int) -> bool:
         # The last token must run through the model: the next one is sampled from its logits.
         return len(self.blocks) * BLOCK_TOKENS <= at and len(self.ids) - at > BLOCK_TOKENS
@@ -173,7 +202,7 @@ class Sequence:
         while (self._known_blocks + 1) * BLOCK_TOKENS <= min(self.written, len(self.ids)):
             at = self._known_blocks * BLOCK_TOKENS
             block = self.blocks[self._known_blocks]
-            self._last_prefix = manager.register(block, self._last_prefix, self.ids[at : at + BLOCK_TOKENS])
+            self._last_prefix = manager.register(block, self._last_prefix, self._content(at))
             self._known_blocks += 1
             end = at + BLOCK_TOKENS
             if manager.snapshots is not None and end in self._saved_borders and end >= _LEAST_SAVED:
@@ -225,7 +254,7 @@ class Sequence:
 
 
 def bare_sequence(
-    prompt_ids: Iterable[int],
+    prompt_ids: abc.Iterable[int],
     max_new_tokens: int,
     *,
     prefix_id: int | None = None,
@@ -233,6 +262,7 @@ def bare_sequence(
     max_rows: int | None = None,
     owner: int | None = None,
     priority: int = 0,
+    images: PromptImages | None = None,
 ) -> Sequence:
     """Make a greedy sequence without text and end tokens, for checks and measurements."""
     request = Request(
@@ -245,5 +275,6 @@ def bare_sequence(
         eos_token_ids=(),
         max_rows=max_rows,
         owner=owner,
+        images=images,
     )
     return Sequence(Completion(request, lambda ids: ""), prefix_id=prefix_id, adapter=adapter)

@@ -59,7 +59,10 @@ class Step:
 
 
 def split_step(step: Step, first_tokens: int) -> tuple[Step, Step]:
-    """Divide the chunks of a step: the first one keeps the decoding sequences and so many tokens of prompts."""
+    """Divide the chunks of a step: the first one keeps the decoding sequences and so many tokens of prompts.
+
+    Where a chunk cannot be cut, the first one may have more tokens.
+    """
     first: list[PrefillChunk] = []
     rest = list(step.chunks)
     while rest and rest[0].count <= first_tokens:
@@ -67,8 +70,12 @@ def split_step(step: Step, first_tokens: int) -> tuple[Step, Step]:
         first.append(rest.pop(0))
     if rest and first_tokens:
         chunk = rest[0]
-        cut = chunk.start + first_tokens
-        before, after = (tuple(s for s in chunk.saves if (s[0] <= cut) is is_before) for is_before in (True, False))
-        first.append(replace(chunk, count=first_tokens, is_last=False, saves=before))
-        rest[0] = replace(chunk, start=cut, count=chunk.count - first_tokens, restored=None, saves=after)
+        cut = chunk.sequence.chunk_end(chunk.start, chunk.start + first_tokens)
+        kept = min(cut - chunk.start, chunk.count)
+        end = chunk.start + kept
+        before, after = (tuple(s for s in chunk.saves if (s[0] <= end) is is_before) for is_before in (True, False))
+        first.append(replace(chunk, count=kept, is_last=chunk.is_last and kept == chunk.count, saves=before))
+        rest[0] = replace(chunk, start=end, count=chunk.count - kept, restored=None, saves=after)
+        if not rest[0].count:
+            del rest[0]
     return replace(step, chunks=first), Step([], [], rest)

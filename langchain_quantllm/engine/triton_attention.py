@@ -16,6 +16,8 @@ from langchain_quantllm.errors import UnsupportedError
 _TRIED_TOLERANCE = 0.02
 """Largest relative error in `try_out`: some roundings to 16 bits. A missing one of 16 splits gives 0.25."""
 
+_BY_GROUPS = GatherAttention()
+
 
 class TritonAttention:
     """Attends in the blocks, without gathering them, by the Triton kernels; lengths stay on the device."""
@@ -39,6 +41,8 @@ class TritonAttention:
 
     def attend(self, pool: LayerPool, query: torch.Tensor, batch: Batch, **scoring: Any) -> torch.Tensor:
         """Attend; see `Attention.attend`."""
+        if not batch.decodes and any(span.groups_in(scoring.get("window", 0)) for span in batch.spans):
+            return _BY_GROUPS.attend(pool, query, batch, **scoring)  # the kernels know no such groups
         if self._prefills_by is not None and not batch.decodes:
             return self._prefills_by.attend(pool, query, batch, **scoring)
         device = query.device

@@ -139,6 +139,7 @@ class Worker:
                     self._run_engine()
                 except BaseException as error:
                     self._give_up(error, first)
+                first = None  # while the thread waits, it holds no request's images
         finally:
             self._leave()
 

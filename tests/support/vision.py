@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,16 @@ TEMPLATES = {
         "{% elif part['type'] == 'image' %}<image>{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
         "{% if add_generation_prompt %}Assistant:{% endif %}"
     ),
+    "internvl": _CHATML.replace("IMAGE", "<IMG_CONTEXT>"),
+    "mistral3": (
+        "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}[INST]"
+        "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+        "{% if part['type'] == 'image' %}[IMG]{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}[/INST]"
+        "{% else %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+        "{{ message['content'][0]['text'] }}{% endif %}{{ eos_token }}{% endif %}{% endfor %}"
+    ),
 }
+TEMPLATES["qwen3_vl"] = TEMPLATES["qwen2_5_vl"]
 _SPECIAL = {
     "llava": ["<image>"],
     "qwen2_5_vl": [
@@ -81,7 +91,18 @@ _SPECIAL = {
     ],
     "gemma3": ["<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>", "<image_soft_token>"],
     "idefics3": ["<|im_start|>", "<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>"],
+    "internvl": ["<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"],
+    "mistral3": ["[INST]", "[/INST]", "[IMG]", "[IMG_BREAK]", "[IMG_END]"],
 }
+_SPECIAL["qwen3_vl"] = _SPECIAL["qwen2_5_vl"]
+_INTERNVL = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
+}
+_IN_PARTS = ("qwen2_5_vl", "qwen3_vl", "internvl", "mistral3")
+"""Families whose whole processor needs torchvision, for videos: only its parts are saved."""
 
 
 def _tokenizer(family: str) -> Any:
@@ -90,12 +111,14 @@ def _tokenizer(family: str) -> Any:
 
     source = make_tokenizer()
     backend = type(source._tokenizer).from_str(source._tokenizer.to_str())
-    if family != "qwen2_5_vl":
+    if family not in ("qwen2_5_vl", "qwen3_vl", "mistral3"):
         backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     extra = {}
     if family == "gemma3":
         names = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
         extra = {"extra_special_tokens": names}
+    if family == "internvl":
+        extra = {"extra_special_tokens": _INTERNVL}
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>", **extra
     )
@@ -212,7 +235,113 @@ def _qwen2_5_vl(tokenizer: Any) -> tuple[Any, Any]:
     return config, images
 
 
+def _qwen3_vl(tokenizer: Any) -> tuple[Any, Any]:
+    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in _SPECIAL["qwen3_vl"]}
+    rope = {"rope_type": "default", "mrope_section": [6, 5, 5], "mrope_interleaved": True, "rope_theta": 10000.0}
+    config = transformers.Qwen3VLConfig(
+        vision_config={
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "depth": 3,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "patch_size": 8,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0, 1],
+            "initializer_range": 0.3,
+        },
+        text_config={
+            **TEXT,
+            "num_hidden_layers": 3,
+            "head_dim": 32,
+            "vocab_size": len(tokenizer),
+            "rope_parameters": rope,
+        },
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=False,
+    )
+    images = transformers.Qwen2VLImageProcessorPil(
+        patch_size=8, temporal_patch_size=2, merge_size=2, size={"shortest_edge": 256, "longest_edge": 64 * 64}
+    )
+    return config, images
+
+
+def _internvl(tokenizer: Any) -> tuple[Any, Any]:
+    config = transformers.InternVLConfig(
+        vision_config={
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": [32, 32],
+            "patch_size": [8, 8],
+        },
+        text_config={"model_type": "qwen2", **TEXT, "vocab_size": len(tokenizer)},
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=4,
+        tie_word_embeddings=False,
+    )
+    size = {"height": 32, "width": 32}
+    return config, transformers.GotOcr2ImageProcessorPil(size=size, crop_to_patches=True, min_patches=1, max_patches=4)
+
+
+def _mistral3(tokenizer: Any) -> tuple[Any, Any]:
+    config = transformers.Mistral3Config(
+        vision_config={
+            "model_type": "pixtral",
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "head_dim": 32,
+            "image_size": 64,
+            "patch_size": 8,
+        },
+        text_config={
+            "model_type": "mistral",
+            **TEXT,
+            "head_dim": 32,
+            "sliding_window": None,
+            "vocab_size": len(tokenizer),
+        },
+        image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"),
+        spatial_merge_size=2,
+        vision_feature_layer=-1,
+        tie_word_embeddings=False,
+    )
+    images = transformers.PixtralImageProcessorPil(size={"longest_edge": 48}, patch_size={"height": 16, "width": 16})
+    return config, images
+
+
+class MistralProcessor(transformers.ProcessorMixin):  # type: ignore[misc]  # transformers is not typed
+    """As PixtralProcessor, which cannot be imported without torchvision."""
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.image_token = "[IMG]"
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+
+    def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **_: Any) -> str:
+        rows, columns = (int(side) // 16 for side in image_inputs["image_sizes"][image_idx])
+        return "[IMG_BREAK]".join(["[IMG]" * columns] * rows) + "[IMG_END]"
+
+
+def mistral_pipeline(folder: Path) -> Any:
+    """Make the pipeline of a Mistral 3 checkpoint by hand."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    images = transformers.PixtralImageProcessorPil.from_pretrained(folder)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    processor = MistralProcessor(images, tokenizer, chat_template=TEMPLATES["mistral3"])
+    return transformers.pipeline("image-text-to-text", model=model, processor=processor)
+
+
 _BUILDERS = {"llava": _llava, "gemma3": _gemma3, "idefics3": _idefics3, "qwen2_5_vl": _qwen2_5_vl}
+_MORE = {"qwen3_vl": _qwen3_vl, "internvl": _internvl, "mistral3": _mistral3}
 
 
 def _can_be_built(processor: str) -> bool:
@@ -223,13 +352,14 @@ def _can_be_built(processor: str) -> bool:
     return True
 
 
+MORE_FAMILIES = tuple(_MORE)
 FAMILIES = tuple(f for f in _BUILDERS if f != "idefics3" or _can_be_built("Idefics3ImageProcessorPil"))
 
 
 def make_vision_checkpoint(folder: Path, family: str = "llava", *, seed: int = 0, dtype: str = "float32") -> Path:
     """Write a random vision-language model and its processor into a folder; return the folder."""
     tokenizer = _tokenizer(family)
-    config, processor = _BUILDERS[family](tokenizer)
+    config, processor = {**_BUILDERS, **_MORE}[family](tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = transformers.AutoModelForImageTextToText.from_config(config).eval()
@@ -240,9 +370,16 @@ def make_vision_checkpoint(folder: Path, family: str = "llava", *, seed: int = 0
     model.generation_config.update(eos_token_id=1, pad_token_id=1)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     processor.save_pretrained(folder)
-    if family == "qwen2_5_vl":  # only an image processor: the whole one needs torchvision, for videos
+    if family in _IN_PARTS:
         tokenizer.chat_template = TEMPLATES[family]
         tokenizer.save_pretrained(folder)
+    if family == "internvl":
+        settings = {
+            "processor_class": "InternVLProcessor",
+            "image_seq_length": 4,
+            "video_processor": {"video_processor_type": "InternVLVideoProcessor"},
+        }
+        (folder / "processor_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return folder
 
 

@@ -137,7 +137,7 @@ def test_text_alone_runs_on_the_fast_engine_and_sounds_on_generate(chat: Any) ->
     text, _ = transformers_answer(chat, [plain("system", "You help."), plain("user", "Hello.")])
     assert chat.invoke([SystemMessage("You help."), HumanMessage("Hello.")]).content == text
     fast = ChatQuantizedHuggingFace(**{**chat.model_dump(exclude_unset=True), "engine": "fast"})
-    with pytest.raises(InvalidOptionError, match="images and sounds are read by the pipeline engine only"):
+    with pytest.raises(InvalidOptionError, match="sounds are read by transformers' own generate; use engine='auto'"):
         fast.invoke([ask(0)])
 
 

@@ -13,7 +13,6 @@ from langchain_quantllm.errors import (
     CheckpointError,
     InvalidOptionError,
     MissingPackageError,
-    QuantLLMError,
     UnsupportedError,
 )
 from tests.support.chat_images import ask, chat_of, plain, transformers_answer
@@ -54,13 +53,17 @@ def test_to_and_from_hugging_face_pipeline(folders: Any, chats: Any) -> None:
     assert back.invoke("The quick") == llm.invoke("The quick")
 
 
-def test_the_fast_engine_never_gets_an_image(folders: Any, chat: Any) -> None:
-    model = chat._loaded()
+def test_the_engine_of_calls_with_images(folders: Any, chat: Any) -> None:
+    assert chat_of(folders["llava"], engine="fast").invoke([ask(0)]).content == chat.invoke([ask(0)]).content
+    choose, images = chat._loaded().engines.choose, frozenset({"images"})
+    chosen = {name: choose(name, media=images).info.name for name in ("fast", "auto", "pipeline")}
+    assert chosen == {"fast": "fast", "auto": "fast", "pipeline": "pipeline"}
     with pytest.raises(InvalidOptionError, match="images and sounds are read by the pipeline engine only"):
-        model.engines.choose("fast", has_media=True)
-    assert model.engines.choose("auto", has_media=True).info.name == "pipeline"
-    with pytest.raises(QuantLLMError, match="engine='auto'"):
-        chat_of(folders["llava"], engine="fast").invoke([ask(0)])
+        choose("auto", media=images, batch_invariant=True)
+    sounds = frozenset({"sounds"})
+    assert choose("auto", media=sounds).info.reason == "sounds are read by transformers' own generate"
+    with pytest.raises(InvalidOptionError, match="sounds are read by transformers' own generate; use engine='auto'"):
+        choose("fast", media=sounds)
 
 
 # --- loading ---

@@ -37,7 +37,8 @@ def test_an_answer_is_that_of_generate(chats: Any, family: str) -> None:
     assert chat.get_num_tokens_from_messages([message]) == prompt_tokens
     streamed = list(chat.stream([message]))
     assert folded(streamed).content == text
-    assert folded(streamed).usage_metadata == answer.usage_metadata
+    counts = [dict(a.usage_metadata, input_token_details=None) for a in (folded(streamed), answer)]  # but for the cache
+    assert counts[0] == counts[1]
     assert len(streamed) > 3
 
     async def run() -> None:
@@ -63,8 +64,10 @@ def test_several_images_in_several_messages(chats: Any, family: str) -> None:
     assert (answer.content, answer.usage_metadata["input_tokens"]) == (text, prompt_tokens)
     messages[0] = ask(2, 1, text="Compare.")
     logprobs = [a.response_metadata["logprobs"]["content"] for a in chat.batch([messages, messages], logprobs=0)]
-    assert logprobs[0] == logprobs[1]
-    assert logprobs[0] != chat.invoke([ask(1, 2, text="Compare."), *messages[1:]], logprobs=0)
+    likeliest = [[(one["token_id"], pytest.approx(one["logprob"], abs=1e-4)) for one in row] for row in logprobs]
+    assert likeliest[0] == [(one["token_id"], one["logprob"]) for one in logprobs[1]]  # but for rounding beside others
+    in_order = chat.invoke([ask(1, 2, text="Compare."), *messages[1:]], logprobs=0).response_metadata["logprobs"]
+    assert likeliest[0] != [(one["token_id"], one["logprob"]) for one in in_order["content"]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

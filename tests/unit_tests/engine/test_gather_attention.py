@@ -21,10 +21,11 @@ HEADS, KV_HEADS, KEY_DIM = 4, 2, 16
 
 @dataclass(frozen=True, kw_only=True)
 class New:
-    """A sequence in a forward: tokens written before it, and new ones."""
+    """A sequence in a forward: tokens written before it, new ones, and runs of positions that see each other."""
 
     before: int
     count: int = 1
+    groups: tuple[tuple[int, int], ...] = ()
 
 
 class Sequences:
@@ -56,7 +57,7 @@ class Sequences:
     def batch(self) -> Batch:
         spans, first = [], 0
         for slot, new in enumerate(self.news):
-            spans.append(Span(slot=slot, first=first, position=new.before, count=new.count))
+            spans.append(Span(slot=slot, first=first, position=new.before, count=new.count, groups=new.groups))
             first += new.count
         return Batch(
             table=self.table,
@@ -156,6 +157,28 @@ class TestExactness:
         sequences, options = Sequences(*MIXES[mix]), scorings()[scoring]
         found = sequences.attend(**options)
         torch.testing.assert_close(found, sequences.expected(**options), rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("bounds", ["large", "small"])
+    @pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (24, 0.0), (5, 2.0)])
+    def test_tokens_of_a_group_see_each_other(
+        self, window: int, softcap: float, bounds: str, request: pytest.FixtureRequest
+    ) -> None:
+        if bounds == "small":
+            request.getfixturevalue("small_bounds")
+        groups = ((30, 47), (50, 53), (53, 67))  # the first one began before the chunk
+        sequences = Sequences(New(before=37, count=40, groups=groups))
+        found = sequences.attend(window, softcap)
+        kv = sequences.pool.kv[sequences.table[0].long()].flatten(0, 1)[:77].transpose(0, 1)
+        key, value = (part.repeat_interleave(HEADS // KV_HEADS, 0) for part in kv.split(KEY_DIM, -1))
+        scores = sequences.query[0] @ key.mT * 0.3
+        scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+        at, seen = torch.arange(37, 77)[:, None], torch.arange(77)
+        mask = seen <= at
+        for start, end in groups:
+            mask |= (at >= start) & (at < end) & (seen >= start) & (seen < end)
+        mask &= (seen > at - window) if window else True
+        expected = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value
+        torch.testing.assert_close(found[0], expected.transpose(0, 1), rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize("value_dim", [8, 24])
     @pytest.mark.parametrize("mix", ["alike", "a chunk", "decoding beside a chunk"])
