@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from langchain_quantllm.compat.transformers_attention import attention_name
+from langchain_quantllm.compat.transformers_rotary import moving_rope
 from langchain_quantllm.engine.adapter_switch import AdapterSwitch, changed_by_hand
 from langchain_quantllm.engine.attention import Attention, LayerPool
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
@@ -29,6 +30,7 @@ from langchain_quantllm.engine.model_check import (
 )
 from langchain_quantllm.engine.model_runner import ModelRunner
 from langchain_quantllm.engine.request import EngineInfo, ModelLimits
+from langchain_quantllm.engine.rotary_lengths import RotaryLengths
 from langchain_quantllm.engine.triton_attention import TritonAttention
 from langchain_quantllm.errors import NotEnoughMemoryError, UnsupportedError
 from langchain_quantllm.kernels.invariant.ops import InvariantOps
@@ -54,6 +56,7 @@ class EngineParts:
         runner: Runs the model.
         adapters: The adapters that sequences choose from; None if the model runs as it is.
         adapter_names: Their names; None likewise.
+        rotary: The rotary positions that follow from a text's length; None if they do not.
         slots: Maximum number of sequences at once.
         is_gpu: Whether the model lies on a GPU.
         refusal: Why no sequence can run with the model as it is now; None if they can.
@@ -84,12 +87,15 @@ class EngineParts:
         self.pools: list[LayerPool] = []
         self.refusal: str | None = None
         self.adapters: LoraStack | None = None
+        self.rotary: RotaryLengths | None = None
         self.adapter_names = None if switch is None else switch.names
         self.is_gpu = model.get_input_embeddings().weight.device.type != "cpu"
         self.slots = SLOTS_GPU if self.is_gpu else SLOTS_CPU
         try:
             if switch is not None:
                 self.adapters = LoraStack(model, switch.names)
+            if moving_rope(model.config.get_text_config()) is not None:
+                self.rotary = RotaryLengths(model, limits.context_tokens)
             self.probe: ModelProbe = inspect_model(model)
             # Before the parts are made: a change meanwhile is noticed with the first request.
             self._fingerprint = self._current_fingerprint()
@@ -107,7 +113,9 @@ class EngineParts:
         """Take the adapters' forwards off the model, and release it and the KV pools; the limits stay readable."""
         if self.adapters is not None:
             self.adapters.close()
-        self.pools, self.adapters = [], None
+        if self.rotary is not None:
+            self.rotary.close()
+        self.pools, self.adapters, self.rotary = [], None, None
         self._model = self._switch = self._fusion = None
         vars(self).pop("runner", None)
 
@@ -211,6 +219,7 @@ class EngineParts:
                 no_graph_reason=self._no_graph_reason() if can_capture else None,
                 adapters=self.adapters,
                 fusion=self._fusion,
+                needs_lengths=self.rotary is not None,
                 operations=InvariantOps if self._batch_invariant else contextlib.nullcontext,
             )
             try:
@@ -260,6 +269,13 @@ class EngineParts:
             except Exception as error:  # memory, say: the model runs without them
                 _log.warning("fused steps could not be found anew: %r", error)
         self.runner.model_changed(self._no_graph_reason() if self.runner.can_capture else None)
+        if self.rotary is not None:
+            try:
+                self.refusal = None
+                self.rotary.build()
+            except UnsupportedError as error:
+                self.refusal = f"the model was changed: {error}"
+                return
         if self.adapters is not None:
             self.refusal = changed_by_hand("they could not be taken anew")  # should memory run out here, say
             try:

@@ -64,6 +64,8 @@ class ForwardContext:
         attention: Attention over the blocks of the KV cache; None for the model's own attention.
         steps: Fused steps by the ids of the modules that they replace.
         adapters: The adapter of each token; None for peft's own choice.
+        text_lengths: The length that decides on each token's rotary frequencies, of shape `(tokens,)`; None if no
+            length does.
         record: Called with each patched module that has no step, its arguments, keyword arguments and output.
         normed: Outputs of norms whose kernel also computed their input.
         projected: Outputs of linear layers that were multiplied together with another one.
@@ -72,6 +74,7 @@ class ForwardContext:
     attention: PagedForward | None = None
     steps: Mapping[int, Step] = field(default_factory=dict)
     adapters: AdapterChoice | None = None
+    text_lengths: torch.Tensor | None = None
     record: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None] | None = None
     normed: PrecomputedOutputs = field(default_factory=PrecomputedOutputs)
     projected: PrecomputedOutputs = field(default_factory=PrecomputedOutputs)

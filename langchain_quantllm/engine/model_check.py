@@ -28,7 +28,6 @@ from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.options import BASE_ADAPTER
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
-_MOVING_ROPES = ("dynamic", "longrope")
 _FLOORS = {torch.float32: 1e-3, torch.float64: 1e-3}
 _FLOOR_16BIT = 0.05
 _NOISE_FACTOR = 4.0
@@ -55,21 +54,9 @@ def unsupported_reason(model: Any) -> str | None:
         return "its cache holds compressed keys and values (multi-head latent attention)"
     if getattr(text, "attention_chunk_size", None) is not None:
         return "its attention is divided into chunks"
-    if rope := _moving_rope(getattr(text, "rope_parameters", None)):
-        return f"its {rope!r} rotary positions change with the longest text of the batch"
     if not hasattr(model, "get_input_embeddings") or model.get_input_embeddings() is None:
         return "it has no input embeddings"
     return None
-
-
-def _moving_rope(parameters: Any) -> str | None:
-    if not isinstance(parameters, abc.Mapping):
-        return None
-    kinds = [
-        parameters.get("rope_type"),
-        *(p.get("rope_type") for p in parameters.values() if isinstance(p, abc.Mapping)),
-    ]
-    return next((kind for kind in kinds if kind in _MOVING_ROPES), None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,6 +77,7 @@ class ModelRunner:
         no_graph_reason: str | None = None,
         adapters: LoraStack | None = None,
         fusion: Fusion | None = None,
+        needs_lengths: bool = False,
         operations: abc.Callable[[], Any] = contextlib.nullcontext,
     ) -> None:
         """Allocate the tables.
@@ -93,12 +94,14 @@ class ModelRunner:
             no_graph_reason: Why this model's steps cannot be graphs, as far as is known.
             adapters: The adapters that sequences choose from; None if the model runs as it is.
             fusion: The model's fused steps; None if its modules run as they are.
+            needs_lengths: Whether rotary frequencies follow from the lengths of texts.
             operations: Makes the context in which the model and the sampler run.
         """
         self._model = model
         self._pools = pools
         self._attention = attention
         self._by_sdpa = by_sdpa
+        self._needs_lengths = needs_lengths
         self._adapters, self._fusion, self._operations = adapters, fusion, operations
         self.device = model.get_input_embeddings().weight.device
         self.is_asynchronous = self.device.type == "cuda"
@@ -313,7 +316,12 @@ class ModelRunner:
             position_ids = batch.positions.long()
         forward = PagedForward(self._attention, self._pools, batch, by_sdpa=self._by_sdpa, on_layer=on_layer)
         steps = {} if self._fusion is None else self._fusion.steps
-        context = ForwardContext(attention=forward, steps=steps, adapters=self._adapter_choice(batch, keep))
+        context = ForwardContext(
+            attention=forward,
+            steps=steps,
+            adapters=self._adapter_choice(batch, keep),
+            text_lengths=self._text_lengths(batch) if self._needs_lengths else None,
+        )
         # A mask of four dimensions is taken as it is: none has to be made for an attention that ignores it.
         seen = self._ones[: len(ids)] if len(ids) <= len(self._ones) else torch.ones_like(ids)
         mask = seen[None, None, None] if self._by_sdpa else seen[None]
@@ -340,6 +348,10 @@ class ModelRunner:
         of_tokens = self._table.adapters[batch.slots.long()]
         sees_all = keep is None or not self._keeps_logits
         return self._adapters.choice(of_tokens, of_tokens if sees_all else of_tokens[keep])
+
+    def _text_lengths(self, batch: Batch) -> torch.Tensor:
+        """Compute the length that decides on each token's rotary frequencies, of shape `(tokens,)`."""
+        return torch.maximum(self._table.prompt_lengths[batch.slots.long()], batch.positions + 1)
 
     # Sampling.
 

@@ -15,6 +15,7 @@ import transformers
 
 VOCAB = 500  # no multiple of 32, as a mask's words are
 CONTEXT = 512
+ORIGINAL_CONTEXT = 128  # beyond it, long rotary factors
 
 _HIDDEN = {
     "vocab_size": VOCAB,
@@ -33,7 +34,7 @@ _LONGROPE = {
     "short_factor": [1.0] * 8,
     "long_factor": [2.0] * 8,
     "factor": 4.0,
-    "original_max_position_embeddings": CONTEXT // 4,
+    "original_max_position_embeddings": ORIGINAL_CONTEXT,
 }
 
 
@@ -82,6 +83,8 @@ FAST: dict[str, Family] = {
             "original_max_position_embeddings": 64,
         },
     ),
+    "llama-dynamic-rope": _family("Llama", _GROUPED, rope_parameters=_DYNAMIC),
+    "llama-longrope": _family("Llama", _GROUPED, rope_parameters=_LONGROPE),
     "llama-eager": _family("Llama", _GROUPED, attention="eager"),
     "mistral": _family("Mistral", _GROUPED, sliding_window=None),
     "mistral-window": _family("Mistral", _GROUPED, sliding_window=24),
@@ -110,6 +113,28 @@ FAST: dict[str, Family] = {
     "phi-qk-norm": _family("Phi", qk_layernorm=True),
     "phi3": _family("Phi3", _GROUPED),
     "phi3-window": _family("Phi3", _GROUPED, sliding_window=24),
+    "phi3-longrope": _family(
+        "Phi3", _GROUPED, rope_parameters=_LONGROPE, original_max_position_embeddings=ORIGINAL_CONTEXT
+    ),
+    "phi3-longrope-partial": _family(
+        "Phi3",
+        _GROUPED,
+        rope_parameters={
+            **_LONGROPE,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0 + i / 10 for i in range(6)],
+            "long_factor": [1.5 + i / 2 for i in range(6)],
+        },
+        original_max_position_embeddings=ORIGINAL_CONTEXT,
+    ),
+    "phimoe-longrope": _family(
+        "Phimoe",
+        _GROUPED,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=None,
+        rope_parameters={**_LONGROPE, "short_mscale": 1.1, "long_mscale": 1.3},
+    ),
     "gpt_neox": _family("GPTNeoX"),
     "gpt_neox-sequential": _family("GPTNeoX", use_parallel_residual=False, attention_bias=False),
     "gpt2": _family("GPT2", _GPT2),
@@ -236,16 +261,6 @@ PLAIN: dict[str, tuple[Family, str]] = {
             block_types=["recurrent", "attention"],
         ),
         "layers of kind",
-    ),
-    "llama-dynamic-rope": (_family("Llama", _GROUPED, rope_parameters=_DYNAMIC), "'dynamic' rotary positions"),
-    "phi3-longrope": (
-        _family(
-            "Phi3",
-            _GROUPED,
-            rope_parameters=_LONGROPE,
-            original_max_position_embeddings=CONTEXT // 4,
-        ),
-        "'longrope' rotary positions",
     ),
     "llama4": (
         _family(
