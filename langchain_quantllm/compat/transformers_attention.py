@@ -119,8 +119,8 @@ def values_of(config: Any) -> Iterator[Any]:
 class WritingCache(Cache):  # type: ignore[misc]  # transformers is not typed
     """A cache object for a model that passes new keys and values on to a function, and keeps none."""
 
-    def __init__(self, write: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]) -> None:
-        """Pass keys, values and the number of the layer to `write`, which returns the keys for the attention."""
+    def __init__(self, write: Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Pass keys, values and the number of the layer to `write`, which returns both for the attention."""
         super().__init__(layers=[])
         self._write = write
 
@@ -128,7 +128,7 @@ class WritingCache(Cache):  # type: ignore[misc]  # transformers is not typed
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Pass a layer's new keys and values on, each of shape `(1, kv_heads, tokens, dim)`."""
-        return self._write(key_states, value_states, layer_idx), value_states
+        return self._write(key_states, value_states, layer_idx)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return 0: the caller gives the position of every token."""

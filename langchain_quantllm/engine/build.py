@@ -21,6 +21,7 @@ from langchain_quantllm.engine.gather_attention import GatherAttention
 from langchain_quantllm.engine.invariance import check_operations, verify_invariance
 from langchain_quantllm.engine.invariant_attention import InvariantGatherAttention, InvariantTritonAttention
 from langchain_quantllm.engine.kv_cache import allocate_pools, count_blocks
+from langchain_quantllm.engine.latent_attention import LatentLayers
 from langchain_quantllm.engine.lora import NO_ADAPTER, LoraStack
 from langchain_quantllm.engine.model_check import (
     ModelProbe,
@@ -97,6 +98,8 @@ class EngineParts:
             if moving_rope(model.config.get_text_config()) is not None:
                 self.rotary = RotaryLengths(model, limits.context_tokens)
             self.probe: ModelProbe = inspect_model(model)
+            self._latents = LatentLayers(model)
+            self.probe = replace(self.probe, shapes=self._latents.build(self.probe.shapes))
             # Before the parts are made: a change meanwhile is noticed with the first request.
             self._fingerprint = self._current_fingerprint()
             self.runner = self._make_runner(self._choose_attention(), cache_budget)
@@ -116,7 +119,7 @@ class EngineParts:
         if self.rotary is not None:
             self.rotary.close()
         self.pools, self.adapters, self.rotary = [], None, None
-        self._model = self._switch = self._fusion = None
+        self._model = self._switch = self._fusion = self._latents = None
         vars(self).pop("runner", None)
 
     @property
@@ -220,6 +223,7 @@ class EngineParts:
                 adapters=self.adapters,
                 fusion=self._fusion,
                 needs_lengths=self.rotary is not None,
+                latents=self._latents,
                 operations=InvariantOps if self._batch_invariant else contextlib.nullcontext,
             )
             try:
@@ -269,10 +273,12 @@ class EngineParts:
             except Exception as error:  # memory, say: the model runs without them
                 _log.warning("fused steps could not be found anew: %r", error)
         self.runner.model_changed(self._no_graph_reason() if self.runner.can_capture else None)
-        if self.rotary is not None:
+        if self.rotary is not None or self._latents.absorptions:
             try:
                 self.refusal = None
-                self.rotary.build()
+                if self.rotary is not None:
+                    self.rotary.build()
+                self._latents.build(self.probe.shapes)
             except UnsupportedError as error:
                 self.refusal = f"the model was changed: {error}"
                 return

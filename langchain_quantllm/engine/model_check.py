@@ -50,8 +50,8 @@ def unsupported_reason(model: Any) -> str | None:
         return f"it has layers of kind {min(others)!r}, which store something other than keys and values"
     if getattr(text, "alibi", False) or getattr(getattr(text, "attn_config", None), "alibi", False):
         return "its attention is biased by distance (ALiBi)"
-    if getattr(text, "kv_lora_rank", None) is not None:
-        return "its cache holds compressed keys and values (multi-head latent attention)"
+    if getattr(text, "index_topk", None) is not None:
+        return "an indexer chooses the tokens that its attention sees"
     if getattr(text, "attention_chunk_size", None) is not None:
         return "its attention is divided into chunks"
     if not hasattr(model, "get_input_embeddings") or model.get_input_embeddings() is None:

@@ -24,6 +24,7 @@ from langchain_quantllm.engine.cuda_graphs import StepGraph, WaitFinder
 from langchain_quantllm.engine.forward_context import ForwardContext
 from langchain_quantllm.engine.fusion.fuse import Fusion
 from langchain_quantllm.engine.fusion.sampling import find_sampling_kernel
+from langchain_quantllm.engine.latent_attention import LatentLayers
 from langchain_quantllm.engine.lora import LoraStack
 from langchain_quantllm.engine.named_logits import HeadInput
 from langchain_quantllm.engine.prefill_graphs import Pack, PrefillGraphs, last_tokens
@@ -78,6 +79,7 @@ class ModelRunner:
         adapters: LoraStack | None = None,
         fusion: Fusion | None = None,
         needs_lengths: bool = False,
+        latents: LatentLayers | None = None,
         operations: abc.Callable[[], Any] = contextlib.nullcontext,
     ) -> None:
         """Allocate the tables.
@@ -95,13 +97,14 @@ class ModelRunner:
             adapters: The adapters that sequences choose from; None if the model runs as it is.
             fusion: The model's fused steps; None if its modules run as they are.
             needs_lengths: Whether rotary frequencies follow from the lengths of texts.
+            latents: The layers that cache latents; None if none do.
             operations: Makes the context in which the model and the sampler run.
         """
         self._model = model
         self._pools = pools
         self._attention = attention
         self._by_sdpa = by_sdpa
-        self._needs_lengths = needs_lengths
+        self._needs_lengths, self._latents = needs_lengths, latents
         self._adapters, self._fusion, self._operations = adapters, fusion, operations
         self.device = model.get_input_embeddings().weight.device
         self.is_asynchronous = self.device.type == "cuda"
@@ -321,6 +324,7 @@ class ModelRunner:
             steps=steps,
             adapters=self._adapter_choice(batch, keep),
             text_lengths=self._text_lengths(batch) if self._needs_lengths else None,
+            absorptions={} if self._latents is None else self._latents.absorptions,
         )
         # A mask of four dimensions is taken as it is: none has to be made for an attention that ignores it.
         seen = self._ones[: len(ids)] if len(ids) <= len(self._ones) else torch.ones_like(ids)

@@ -200,6 +200,63 @@ FAST: dict[str, Family] = {
 }
 """Families with the common attention and cache."""
 
+_LATENT = {
+    **_HIDDEN,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 40,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 20,
+}
+_ROUTED = {
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+
+LATENT: dict[str, Family] = {
+    "deepseek_v2": _family("DeepseekV2", _LATENT, **_ROUTED),
+    "deepseek_v2-lite": _family("DeepseekV2", _LATENT, **_ROUTED, **{"q_lora_rank": None}),
+    "deepseek_v3": _family("DeepseekV3", _LATENT, **_ROUTED),
+    "deepseek_v3-yarn": _family(
+        "DeepseekV3",
+        _LATENT,
+        **_ROUTED,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 128,
+        },
+    ),
+    "glm4_moe_lite": _family("Glm4MoeLite", _LATENT, **_ROUTED),
+    "minicpm3": _family("MiniCPM3", _LATENT),
+    "minicpm3-longrope": _family(
+        "MiniCPM3",
+        _LATENT,
+        rope_parameters={**_LONGROPE, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+    ),
+    "youtu": _family("Youtu", _LATENT),
+    "longcat_flash": _family(
+        "LongcatFlash",
+        _LATENT,
+        head_dim=8,
+        ffn_hidden_size=128,
+        expert_ffn_hidden_size=32,
+        n_routed_experts=4,
+        zero_expert_num=2,
+        moe_topk=2,
+        num_layers=2,
+    ),
+    "axk1": _family("AXK1", _LATENT, **_ROUTED),
+}
+"""Families that cache latents instead of keys and values."""
+
 _LATE: Mapping[str, Family] = {
     "gptj": _family("GPTJ", _GPT2, rotary_dim=8),
     "codegen": _family("CodeGen", _GPT2, n_ctx=CONTEXT, rotary_dim=8),
@@ -213,6 +270,7 @@ def _lets_attention_be_chosen(family: Family) -> bool:
     return bool(model._supports_attention_backend)
 
 
+FAST |= LATENT
 FAST |= {name: family for name, family in _LATE.items() if _lets_attention_be_chosen(family)}
 
 NAMED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "gpt_neox", "gpt2", "opt", "falcon-7b", "falcon-40b")
