@@ -35,7 +35,7 @@ class LatentDimensions:
 def latent_attentions(model: Any) -> Iterator[tuple[Any, LatentDimensions]]:
     """Iterate over the attentions of a model that make keys and values from latents."""
     for module in model.modules():
-        sizes = [getattr(module, name, None) for name in _DIMENSIONS]
+        sizes: list[Any] = [getattr(module, name, None) for name in _DIMENSIONS]
         if "kv_b_proj" in module._modules and all(isinstance(size, int) for size in sizes):
             rank, plain, rotary, value, layer = sizes
             yield module, LatentDimensions(layer=layer, rank=rank, rotary=rotary, plain=plain, value=value)

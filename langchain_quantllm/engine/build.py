@@ -35,7 +35,7 @@ from langchain_quantllm.engine.rotary_lengths import RotaryLengths
 from langchain_quantllm.engine.triton_attention import TritonAttention
 from langchain_quantllm.errors import NotEnoughMemoryError, UnsupportedError
 from langchain_quantllm.kernels.invariant.ops import InvariantOps
-from langchain_quantllm.memory import release_heap
+from langchain_quantllm.memory import format_bytes, release_heap
 
 _log = logging.getLogger(__name__)
 
@@ -119,8 +119,9 @@ class EngineParts:
         if self.rotary is not None:
             self.rotary.close()
         self.pools, self.adapters, self.rotary = [], None, None
-        self._model = self._switch = self._fusion = self._latents = None
-        vars(self).pop("runner", None)
+        self._model = self._switch = self._fusion = None
+        for name in ("runner", "_latents"):
+            vars(self).pop(name, None)
 
     @property
     def info(self) -> EngineInfo:
@@ -129,6 +130,8 @@ class EngineParts:
         notes = list(self._notes)
         if self.runner.no_graph_reason:
             notes.append(f"decode steps are not CUDA graphs: {self.runner.no_graph_reason}")
+        if copied := self._latents.copied_bytes:
+            notes.append(f"matrices of its latents are dequantized, in {format_bytes(copied)}")
         kinds = () if self._fusion is None else self._fusion.summary
         fused = {kind.kind: kind.fused for kind in kinds}
         if self.runner.sampler.has_kernel:
@@ -154,8 +157,10 @@ class EngineParts:
         if any(device.type != "cuda" for device in devices):
             kinds = {device.type for device in devices} - {"cpu"}
             return self._gathering(f"keys and values are on {', '.join(sorted(kinds))}" if kinds else None)
-        if any(max(shape.key_dim, shape.value_dim) > 256 for shape in shapes):
+        if any(max(shape.key_dim, shape.value_dim) > 256 for shape in shapes if not shape.is_latent):
             return self._gathering("heads are larger than 256")
+        if any(shape.value_dim > 512 or shape.key_dim > 256 for shape in shapes if shape.is_latent):
+            return self._gathering("latents are larger than 512")
         try:
             from langchain_quantllm.kernels import attention as attention_kernels
 

@@ -219,7 +219,7 @@ _ROUTED = {
 
 LATENT: dict[str, Family] = {
     "deepseek_v2": _family("DeepseekV2", _LATENT, **_ROUTED),
-    "deepseek_v2-lite": _family("DeepseekV2", _LATENT, **_ROUTED, **{"q_lora_rank": None}),
+    "deepseek_v2-lite": _family("DeepseekV2", _LATENT, **_ROUTED, q_lora_rank=None),
     "deepseek_v3": _family("DeepseekV3", _LATENT, **_ROUTED),
     "deepseek_v3-yarn": _family(
         "DeepseekV3",

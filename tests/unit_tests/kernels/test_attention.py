@@ -40,6 +40,12 @@ class Case:
     softcap: float = 0.0
     splits: int = 1
     page_tokens: int = 16
+    is_latent: bool = False
+    """Whether values belong to keys, too."""
+
+    @property
+    def query_dim(self) -> int:
+        return self.key_dim + self.value_dim if self.is_latent else self.key_dim
 
 
 def _cases() -> Iterator[Case]:
@@ -54,6 +60,9 @@ def _cases() -> Iterator[Case]:
         "values-smaller": {"key_dim": 48, "value_dim": 32, "dtype": torch.bfloat16},
         "values-larger": {"key_dim": 24, "value_dim": 72},
         "latent": {"key_dim": 192, "value_dim": 128, "dtype": torch.bfloat16},
+        "latents": {"key_dim": 8, "value_dim": 40, "is_latent": True},
+        "latents-half": {"key_dim": 64, "value_dim": 512, "is_latent": True, "heads": 20, "dtype": torch.bfloat16},
+        "latents-256": {"key_dim": 32, "value_dim": 256, "is_latent": True, "heads": 40, "dtype": torch.float16},
         "one-head": {"heads": 1, "kv_heads": 1},
         "plain-heads": {"heads": 3, "kv_heads": 3},
         "grouped-heads": {"heads": 6, "kv_heads": 2},
@@ -76,6 +85,7 @@ def _cases() -> Iterator[Case]:
         yield long
         yield replace(long, name=f"{long.name}-window", window=100)
         yield replace(long, name=f"{long.name}-half-80", dtype=torch.float16, key_dim=80, value_dim=48)
+        yield replace(long, name=f"{long.name}-latents", key_dim=16, value_dim=48, is_latent=True)
     yield Case(name="decode-splits-64", splits=64, lengths=(2, 1100), dtype=torch.float16, key_dim=256, value_dim=256)
     for block in (1, 7, 16):
         yield Case(name=f"prefill-blocks-of-{block}", block=block, lengths=(30, 17), chunks=(10, 17))
@@ -97,6 +107,7 @@ def _features(case: Case) -> list[Any]:
         ("heads", way, case.heads > 1, case.kv_heads > 1),
         ("scores", way, case.window > 0, case.softcap > 0),
         ("values", way, case.key_dim == case.value_dim),
+        ("latent", way, case.is_latent),
         ("dim", case.key_dim),
         ("splits", case.splits),
         ("block", case.block),
@@ -135,7 +146,9 @@ class Rows:
         self.kv = self.empty.clone()
         reference.write_kv(self.key, self.value, self.kv, self.table, self.rows, self.positions)
         asked = len(case.lengths) if case.chunks is None else sum(case.chunks)
-        made_query = torch.randn(1, asked, case.heads, case.key_dim, generator=made)
+        made_query = torch.randn(1, asked, case.heads, case.query_dim, generator=made)
+        if case.is_latent:  # long queries, whose scores are no further apart
+            made_query *= (case.key_dim / case.query_dim) ** 0.5
         self.query = made_query.to(device, case.dtype).transpose(1, 2)
 
 
@@ -336,7 +349,7 @@ def test_reference_is_the_attention_of_torch(name: str) -> None:
         ages = torch.arange(length - chunk, length)[:, None] - torch.arange(length)
         expected = torch.nn.functional.scaled_dot_product_attention(
             rows.query[:, :, first : first + chunk],
-            rows.key[:, :, start : start + length],
+            (torch.cat([rows.key, rows.value], -1) if case.is_latent else rows.key)[:, :, start : start + length],
             rows.value[:, :, start : start + length],
             attn_mask=(ages >= 0) & (ages < (case.window or length)),
             scale=0.3,
