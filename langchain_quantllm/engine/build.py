@@ -118,10 +118,11 @@ class EngineParts:
             self.adapters.close()
         if self.rotary is not None:
             self.rotary.close()
+        if (latents := vars(self).pop("_latents", None)) is not None:
+            latents.close()
         self.pools, self.adapters, self.rotary = [], None, None
         self._model = self._switch = self._fusion = None
-        for name in ("runner", "_latents"):
-            vars(self).pop(name, None)
+        vars(self).pop("runner", None)
 
     @property
     def info(self) -> EngineInfo:

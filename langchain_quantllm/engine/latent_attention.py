@@ -10,7 +10,7 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,8 @@ import torch
 from langchain_quantllm.compat.peft import is_peft_layer_class
 from langchain_quantllm.compat.transformers_latent import LatentDimensions, expansion_of, latent_attentions
 from langchain_quantllm.engine.attention import without_gradients
+from langchain_quantllm.engine.forward_context import ForwardContext
+from langchain_quantllm.engine.forward_patch import ForwardPatch
 from langchain_quantllm.engine.kv_cache import LayerShape
 from langchain_quantllm.errors import UnsupportedError
 
@@ -53,14 +55,19 @@ class LatentLayers:
 
     Attributes:
         absorptions: The matrices of each, by the ids of the attention modules.
-        copied_bytes: Bytes of those that are copies, as the layer's own weights are quantized.
     """
 
     def __init__(self, model: Any) -> None:
         """Begin with none; see `build`."""
         self._model = model
+        self._patches: list[ForwardPatch] = []
+        self._copies: dict[int, torch.Tensor] = {}
         self.absorptions: Mapping[int, Absorption] = {}
-        self.copied_bytes = 0
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of matrices that are copies, as the layer's own weights are quantized."""
+        return sum(copy.nbytes for copy in self._copies.values())
 
     @without_gradients
     def build(self, shapes: Sequence[LayerShape]) -> list[LayerShape]:
@@ -75,19 +82,44 @@ class LatentLayers:
         Raises:
             UnsupportedError: If the matrices of a layer cannot be read.
         """
-        found, absorptions, self.copied_bytes = list(shapes), {}, 0
+        self.close()
+        found, absorptions = list(shapes), {}
         for module, sizes in latent_attentions(self._model):
             if sizes.layer >= len(shapes) or not _keeps_latents(shapes[sizes.layer], sizes):
                 continue
-            weight, is_copy = _dense_weight(expansion_of(module), sizes, shapes[sizes.layer])
+            layer = expansion_of(module)
+            weight, is_copy = _dense_weight(layer, sizes, shapes[sizes.layer])
+            if is_copy:
+                self._copies[id(layer)] = weight
+                self._patches.append(ForwardPatch(layer, self._run_copy))
             matrices = weight.unflatten(0, (-1, sizes.plain + sizes.value))
             key, value = matrices.split([sizes.plain, sizes.value], 1)
             absorptions[id(module)] = Absorption(key=key, value=value)
-            self.copied_bytes += weight.nbytes if is_copy else 0
             shape = found[sizes.layer]
             found[sizes.layer] = replace(shape, key_dim=sizes.rotary, value_dim=sizes.rank, is_latent=True)
         self.absorptions = absorptions
         return found
+
+    def close(self) -> None:
+        """Restore every module's `forward`, and drop the matrices."""
+        for patch in self._patches:
+            patch.close()
+        self._patches, self._copies, self.absorptions = [], {}, {}
+
+    def _run_copy(
+        self,
+        context: ForwardContext,
+        module: Any,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Multiply by the copy: a quantized layer may round its input, which absorbed products do not."""
+        del context
+        copy = self._copies.get(id(module))
+        if copy is None or len(args) != 1 or kwargs:
+            return forward(*args, **kwargs)
+        return torch.nn.functional.linear(args[0], copy)
 
 
 def _keeps_latents(shape: LayerShape, sizes: LatentDimensions) -> bool:

@@ -10,12 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from langchain_quantllm.engine.forward_context import ForwardContext, forward_context
 from langchain_quantllm.engine.kv_cache import LayerShape
 from langchain_quantllm.engine.latent_attention import Absorption, LatentLayers
 from langchain_quantllm.engine.model_check import inspect_model
 from langchain_quantllm.errors import UnsupportedError
 from tests.support.adapters import quietly
-from tests.support.families import LATENT, family_model, generated_ids, random_ids
+from tests.support.families import LATENT, family_model, generated_ids, likeliest_ids, random_ids
 from tests.support.models import llm_of
 from tests.unit_tests.engine.test_families import complete
 
@@ -95,13 +96,18 @@ def test_quantized_matrices_are_dequantized_once(quantized: Any, tokenizer: Any)
     given = torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(0))
     expected = attention.kv_b_proj(given).view(3, HEADS, 96).transpose(0, 1)
     found = torch.cat([given @ absorption.key.transpose(1, 2), given @ absorption.value.transpose(1, 2)], -1)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    # On some CPUs, bitsandbytes rounds the inputs and outputs of 4-bit layers to bfloat16.
+    assert (found - expected).norm() <= 2**-7 * expected.norm()
+    latents.close()
     llm = llm_of(quantized, tokenizer)
     assert llm.engine_info.name == "fast", llm.engine_info.reason
     assert "dequantized" in llm.engine_info.reason
     for count in (5, 40):
-        assert complete(llm, random_ids(count), 24).token_ids == generated_ids(quantized, random_ids(count), 24)
+        text = complete(llm, random_ids(count), 24).token_ids
+        with forward_context(ForwardContext()):  # the copies in place of the layers that round
+            assert likeliest_ids(quantized, random_ids(count), text) == text
     llm.unload()
+    assert "forward" not in vars(attention.kv_b_proj)
 
 
 def test_changed_matrices_count_from_the_next_request_on(tokenizer: Any) -> None:
