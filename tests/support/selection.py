@@ -13,7 +13,16 @@ from langchain_quantllm.compat.packages import is_installed
 T = TypeVar("T")
 
 QUICK_FAMILIES = ("llama-grouped", "mistral-window", "qwen3", "gemma2", "phi", "gpt_neox", "gpt2", "opt-350m")
-QUICK_FAMILIES += ("falcon-40b", "mixtral", "cohere2", "falcon-alibi", "mamba", "llama-dynamic-rope", "llama4")
+QUICK_FAMILIES += (
+    "falcon-40b",
+    "mixtral",
+    "cohere2",
+    "falcon-alibi",
+    "mamba",
+    "llama-dynamic-rope",
+    "llama4",
+    "deepseek_v3",
+)
 """Families of models with one of each kind of attention, positions, norms, experts, and reasons to be refused."""
 
 

@@ -15,6 +15,7 @@ from langchain_quantllm.engine.rotary_lengths import RotaryLengths
 from langchain_quantllm.errors import UnsupportedError
 from tests.support.families import FAST, ORIGINAL_CONTEXT, family_model, generated_ids, random_ids
 from tests.support.models import llm_of
+from tests.support.selection import slow_but
 from tests.unit_tests.engine.test_families import Case, Visit, complete, run_visits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -23,7 +24,7 @@ LONG = ["phi3-longrope", "phi3-longrope-partial", "phimoe-longrope", "llama-long
 TEXT = random_ids(300, seed=5)
 
 
-@pytest.fixture(scope="module", params=LONG)
+@pytest.fixture(scope="module", params=slow_but(["phi3-longrope-partial", "llama-longrope"], LONG))
 def case(request: pytest.FixtureRequest, tokenizer: Any) -> Iterator[Case]:
     model = family_model(FAST[request.param])
     llm = llm_of(model, tokenizer)

@@ -62,7 +62,7 @@ def _cases() -> Iterator[Case]:
         "latent": {"key_dim": 192, "value_dim": 128, "dtype": torch.bfloat16},
         "latents": {"key_dim": 8, "value_dim": 40, "is_latent": True},
         "latents-half": {"key_dim": 64, "value_dim": 512, "is_latent": True, "heads": 20, "dtype": torch.bfloat16},
-        "latents-256": {"key_dim": 32, "value_dim": 256, "is_latent": True, "heads": 40, "dtype": torch.float16},
+        "latents-256": {"key_dim": 64, "value_dim": 256, "is_latent": True, "heads": 40, "dtype": torch.bfloat16},
         "one-head": {"heads": 1, "kv_heads": 1},
         "plain-heads": {"heads": 3, "kv_heads": 3},
         "grouped-heads": {"heads": 6, "kv_heads": 2},
