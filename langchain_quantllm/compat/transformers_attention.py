@@ -143,13 +143,13 @@ class WritingCache(Cache):  # type: ignore[misc]  # transformers is not typed
 
     def __init__(
         self,
-        write: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor],
+        write: Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]],
         offsets: Callable[[int], torch.Tensor] | None = None,
     ) -> None:
         """Keep the functions.
 
         Args:
-            write: Called with keys, values and the number of the layer; returns the keys for the attention.
+            write: Called with keys, values and the number of the layer; returns both for the attention.
             offsets: Called with the number of the layer; see `get_seq_length`. None if no layer asks.
         """
         super().__init__(layers=[])
@@ -160,7 +160,7 @@ class WritingCache(Cache):  # type: ignore[misc]  # transformers is not typed
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Pass a layer's new keys and values on, each of shape `(1, kv_heads, tokens, dim)`."""
-        return self._write(key_states, value_states, layer_idx), value_states
+        return self._write(key_states, value_states, layer_idx)
 
     def get_seq_length(self, layer_idx: int | None = None) -> Any:
         """Return 0: the caller gives the position of every token.

@@ -74,15 +74,28 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPool:
-    """Keys and values of one layer: `kv` has the shape `(blocks, BLOCK_TOKENS, kv_heads, key_dim + value_dim)`."""
+    """Keys and values of one layer: `kv` has the shape `(blocks, BLOCK_TOKENS, kv_heads, key_dim + value_dim)`.
+
+    Args:
+        kv: The numbers: each key followed by its value.
+        key_dim: Size of a key, per head.
+        is_latent: Whether a value belongs to the key as well, so that queries have the size of both; see
+            `latent_attention`.
+    """
 
     kv: torch.Tensor
     key_dim: int
+    is_latent: bool = False
 
     @property
     def value_dim(self) -> int:
         """Size of a value, per head."""
         return int(self.kv.shape[-1]) - self.key_dim
+
+    @property
+    def query_dim(self) -> int:
+        """Size of a query, per head."""
+        return int(self.kv.shape[-1]) if self.is_latent else self.key_dim
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -122,7 +135,7 @@ class Attention(Protocol):
         sinks: torch.Tensor | None = None,
         biases: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attend with queries of shape `(1, heads, tokens, key_dim)`.
+        """Attend with queries of shape `(1, heads, tokens, query_dim)`.
 
         Args:
             pool: The layer's keys and values.
@@ -194,11 +207,19 @@ class PagedForward:
 
         return self._batch.cached((device, "offsets"), make)
 
-    def write(self, key: torch.Tensor, value: torch.Tensor, layer: int) -> torch.Tensor:
-        """Store a layer's new keys and values; returns the keys."""
+    def write(self, key: torch.Tensor, value: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store a layer's new keys and values; returns those that the model goes on with.
+
+        Latents come with their rotated keys. The model makes keys and values from them, which nothing reads: those of
+        one token are enough.
+        """
         self._begin(layer)
-        self._attention.write(self._pools[layer], key, value, self._batch)
-        return key
+        pool = self._pools[layer]
+        if pool.is_latent:
+            self._attention.write(pool, value, key, self._batch)
+            return key[:, :, :1], value[:, :, :1]
+        self._attention.write(pool, key, value, self._batch)
+        return key, value
 
     def rotate_and_write(
         self,

@@ -49,11 +49,15 @@ class _InterceptedKey(torch.Tensor):  # type: ignore[misc]  # torch is not follo
             return func(*args, **(kwargs or {}))
 
 
-def _intercepted(attention: PagedForward) -> Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]:
+_Write = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+
+
+def _intercepted(attention: PagedForward) -> _Write:
     """Write as `attention` does, and let the model go on with keys whose attention is intercepted."""
 
-    def write(key: torch.Tensor, value: torch.Tensor, layer: int) -> torch.Tensor:
-        return attention.write(key, value, layer).as_subclass(_InterceptedKey)
+    def write(key: torch.Tensor, value: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        key, value = attention.write(key, value, layer)
+        return key.as_subclass(_InterceptedKey), value
 
     return write
 
@@ -134,8 +138,9 @@ def _register(name: str | None) -> str:
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        forward = _current_attention()
-        if forward is None:
+        context = current_context()
+        forward = None if context is None else context.attention
+        if context is None or forward is None:
             theirs = attention_of(name, module)
             return theirs(module, query, key, value, attention_mask, *args, **kwargs)  # type: ignore[no-any-return]
         scale, window, softcap, sinks = (kwargs.pop(n, None) for n in _SCORING_ARGUMENTS)
@@ -146,7 +151,12 @@ def _register(name: str | None) -> str:
         if unknown:
             msg = f"its attention takes {unknown[0]!r}"
             raise UnsupportedError(msg)
-        return forward.attend(query, scale, window, softcap, chunk_of(module), sinks), None
+        scoring = (window, softcap, chunk_of(module), sinks)
+        absorption = context.absorptions.get(id(module))
+        if absorption is None:
+            return forward.attend(query, scale, *scoring), None
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        return absorption.expand(forward.attend(absorption.absorb(query), scale, *scoring)), None
 
     def make_mask(*args: Any, **kwargs: Any) -> Any:
         if _current_attention() is not None:

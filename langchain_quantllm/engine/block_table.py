@@ -1,4 +1,4 @@
-"""The block table on the device: the blocks, and the adapter, of the sequence in each slot."""
+"""The block table on the device: the blocks, the adapter and the length of the sequence in each slot."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ class BlockTable:
         blocks: The blocks of each row's sequence in their order, of shape `(slots, blocks of a sequence)`, int32.
         adapters: Number of the adapter that it runs with, of shape `(slots,)`, int32.
         position_deltas: See `Sequence.position_delta`; of shape `(slots,)`, int32.
+        prompt_lengths: Tokens of its prompt; see `Sequence.rotary_tokens`. Of shape `(slots,)`, int32.
     """
 
     def __init__(self, slots: int, blocks_per_sequence: int, device: torch.device) -> None:
@@ -26,6 +27,7 @@ class BlockTable:
         self.blocks = torch.zeros(slots, blocks_per_sequence, dtype=torch.int32, device=device)
         self.adapters = torch.full((slots,), NO_ADAPTER, dtype=torch.int32, device=device)
         self.position_deltas = torch.zeros(slots, dtype=torch.int32, device=device)
+        self.prompt_lengths = torch.zeros(slots, dtype=torch.int32, device=device)
         self._device = device
 
     def enter_step(self, step: Step) -> None:
@@ -47,5 +49,6 @@ class BlockTable:
         blocks = torch.tensor([s.blocks + [0] * (width - len(s.blocks)) for s in sequences], dtype=torch.int32)
         slots = torch.tensor([sequence.slot for sequence in sequences]).to(self._device, non_blocking=True)
         self.blocks[slots, :width] = blocks.to(self._device, non_blocking=True)
-        rows = torch.tensor([[s.adapter for s in sequences], [s.position_delta for s in sequences]], dtype=torch.int32)
-        self.adapters[slots], self.position_deltas[slots] = rows.to(self._device, non_blocking=True)
+        rows = torch.tensor([(s.adapter, s.position_delta, s.rotary_tokens) for s in sequences], dtype=torch.int32)
+        adapters, deltas, lengths = rows.T.to(self._device, non_blocking=True)
+        self.adapters[slots], self.position_deltas[slots], self.prompt_lengths[slots] = adapters, deltas, lengths

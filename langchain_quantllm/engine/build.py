@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from langchain_quantllm.compat.transformers_attention import attention_name
+from langchain_quantllm.compat.transformers_rotary import moving_rope
 from langchain_quantllm.engine.adapter_switch import AdapterSwitch, changed_by_hand
 from langchain_quantllm.engine.alibi import BiasedAttention
 from langchain_quantllm.engine.attention import Attention, LayerPool
@@ -24,6 +25,7 @@ from langchain_quantllm.engine.image_reader import ImageReader
 from langchain_quantllm.engine.invariance import check_operations, verify_invariance
 from langchain_quantllm.engine.invariant_attention import InvariantGatherAttention, InvariantTritonAttention
 from langchain_quantllm.engine.kv_cache import allocate_pools, count_blocks
+from langchain_quantllm.engine.latent_attention import LatentLayers
 from langchain_quantllm.engine.lora import NO_ADAPTER, LoraStack
 from langchain_quantllm.engine.model_check import (
     ModelProbe,
@@ -33,13 +35,14 @@ from langchain_quantllm.engine.model_check import (
 )
 from langchain_quantllm.engine.model_runner import ModelRunner
 from langchain_quantllm.engine.request import EngineInfo, ModelLimits
+from langchain_quantllm.engine.rotary_lengths import RotaryLengths
 from langchain_quantllm.engine.state_forward import StateModules
 from langchain_quantllm.engine.state_pool import LEAST_ROWS, StatePool, count_rows, slots_of, state_bytes
 from langchain_quantllm.engine.state_snapshots import StateSnapshots
 from langchain_quantllm.engine.triton_attention import TritonAttention
 from langchain_quantllm.errors import NotEnoughMemoryError, UnsupportedError
 from langchain_quantllm.kernels.invariant.ops import InvariantOps
-from langchain_quantllm.memory import release_heap
+from langchain_quantllm.memory import format_bytes, release_heap
 
 _log = logging.getLogger(__name__)
 
@@ -63,6 +66,7 @@ class EngineParts:
         adapters: The adapters that sequences choose from; None if the model runs as it is.
         images: Reads the images of prompts; None until `read_images` was called with success.
         adapter_names: Their names; None likewise.
+        rotary: The rotary positions that follow from a text's length; None if they do not.
         slots: Maximum number of sequences at once.
         is_gpu: Whether the model lies on a GPU.
         refusal: Why no sequence can run with the model as it is now; None if they can.
@@ -98,18 +102,23 @@ class EngineParts:
         self._biased = BiasedAttention(model)
         self.images: ImageReader | None = None
         self._no_images_reason: str | None = None
+        self.rotary: RotaryLengths | None = None
         self.adapter_names = None if switch is None else switch.names
         self.is_gpu = model.get_input_embeddings().weight.device.type != "cpu"
         self.slots = SLOTS_GPU if self.is_gpu else SLOTS_CPU
         try:
             if switch is not None:
                 self.adapters = LoraStack(model, switch.names)
+            if moving_rope(model.config.get_text_config()) is not None:
+                self.rotary = RotaryLengths(model, limits.context_tokens)
             self.probe: ModelProbe = inspect_model(model)
             if self.probe.states:
                 if batch_invariant:
                     msg = "its layers keep a state, which is computed in another way alone than in a batch"
                     raise UnsupportedError(msg)
                 self._state_modules = StateModules(model)
+            self._latents = LatentLayers(model)
+            self.probe = replace(self.probe, shapes=self._latents.build(self.probe.layers, self.probe.shapes))
             # Before the parts are made: a change meanwhile is noticed with the first request.
             self._fingerprint = self._current_fingerprint()
             self.runner = self._make_runner(self._choose_attention(), cache_budget)
@@ -131,7 +140,11 @@ class EngineParts:
             self._state_modules.close()
         if self.images is not None:
             self.images.close()
-        self.pools, self.states, self.adapters, self.images = [], None, None, None
+        if self.rotary is not None:
+            self.rotary.close()
+        if (latents := vars(self).pop("_latents", None)) is not None:
+            latents.close()
+        self.pools, self.states, self.adapters, self.images, self.rotary = [], None, None, None, None
         self._model = self._switch = self._fusion = None
         vars(self).pop("runner", None)
 
@@ -147,6 +160,8 @@ class EngineParts:
         notes = list(self._notes)
         if self.runner.no_graph_reason:
             notes.append(f"decode steps are not CUDA graphs: {self.runner.no_graph_reason}")
+        if copied := self._latents.copied_bytes:
+            notes.append(f"matrices of its latents are dequantized, in {format_bytes(copied)}")
         kinds = () if self._fusion is None else self._fusion.summary
         fused = {kind.kind: kind.fused for kind in kinds}
         if self.runner.sampler.has_kernel:
@@ -181,8 +196,10 @@ class EngineParts:
         if any(device.type != "cuda" for device in devices):
             kinds = {device.type for device in devices} - {"cpu"}
             return self._gathering(f"keys and values are on {', '.join(sorted(kinds))}" if kinds else None)
-        if any(max(shape.key_dim, shape.value_dim) > 256 for shape in shapes):
+        if any(max(shape.key_dim, shape.value_dim) > 256 for shape in shapes if not shape.is_latent):
             return self._gathering("heads are larger than 256")
+        if any(shape.value_dim > 512 or shape.key_dim > 256 for shape in shapes if shape.is_latent):
+            return self._gathering("latents are larger than 512")
         try:
             from langchain_quantllm.kernels import attention as attention_kernels
 
@@ -263,6 +280,8 @@ class EngineParts:
                 no_graph_reason=self._no_graph_reason() if can_capture else None,
                 adapters=self.adapters,
                 fusion=self._fusion,
+                needs_lengths=self.rotary is not None,
+                latents=self._latents,
                 operations=InvariantOps if self._batch_invariant else contextlib.nullcontext,
             )
             try:
@@ -343,6 +362,15 @@ class EngineParts:
         self.runner.model_changed(self._no_graph_reason() if self.runner.can_capture else None)
         if self._state_modules is not None:
             self._state_modules.build()
+        if self.rotary is not None or self._latents.absorptions:
+            try:
+                self.refusal = None
+                if self.rotary is not None:
+                    self.rotary.build()
+                self._latents.build(self.probe.layers, self.probe.shapes)
+            except UnsupportedError as error:
+                self.refusal = f"the model was changed: {error}"
+                return
         if self.adapters is not None:
             self.refusal = changed_by_hand("they could not be taken anew")  # should memory run out here, say
             try:

@@ -232,7 +232,8 @@ class ContinuousEngine:
             try:
                 adapter = self._adapter_number(completion.request)
                 prefix_id = self._prefix_ids.first(completion.request, adapter)
-                sequence = Sequence(completion, prefix_id=prefix_id, adapter=adapter)
+                again = self._prefix_ids.recomputation(completion.request, adapter)
+                sequence = Sequence(completion, prefix_id=prefix_id, adapter=adapter, recomputation=again)
             except BaseException as error:  # of the request's own mask
                 completion.stream.fail(request_failure(error))
                 continue
@@ -439,7 +440,7 @@ class ContinuousEngine:
         alone, beside = self._step_tokens
         self._with_images = []
         self._blocks = BlockManager((self.limits.cache_tokens or 0) // BLOCK_TOKENS + 1, self._parts.new_snapshots())
-        self._prefix_ids = PrefixIds(self._blocks)
+        self._prefix_ids = PrefixIds(self._blocks, self._parts.rotary)
         self._scheduler = Scheduler(
             self._blocks,
             slots=self._parts.slots,
@@ -454,7 +455,7 @@ class ContinuousEngine:
 
         Running sequences go on, with their blocks and the new weights.
         """
-        self._prefix_ids = PrefixIds(self._blocks)
+        self._prefix_ids = PrefixIds(self._blocks, self._parts.rotary)
         for sequence in self._scheduler.sequences:
             sequence.stop_sharing()
         self._parts.rebuild()

@@ -15,6 +15,7 @@ import torch
 
 from langchain_quantllm.compat.peft import is_peft_layer_class, state_of
 from langchain_quantllm.compat.transformers_attention import values_of
+from langchain_quantllm.compat.transformers_rotary import is_moving_rotary
 from langchain_quantllm.engine.attention_interface import users_attention_name
 from langchain_quantllm.engine.cuda_graphs import hooks_of
 from langchain_quantllm.engine.forward_patch import ForwardPatch
@@ -74,6 +75,8 @@ def fingerprint(model: Any, *, names_adapters: bool = False) -> Fingerprint:
             waiting += [child for child in children.values() if child is not None]
         for tensors in (state["_parameters"], state["_buffers"]):
             if tensors:
+                if "rope_type" in state and is_moving_rotary(module):
+                    tensors = {name: tensor for name, tensor in tensors.items() if name != "inv_freq"}
                 for tensor in tensors.values():
                     if tensor is not None:
                         _add_tensor(tensor, objects, numbers, versions)

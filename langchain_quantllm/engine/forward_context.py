@@ -49,6 +49,18 @@ class States(Protocol):
         ...
 
 
+class Absorption(Protocol):
+    """Replaces the heads' keys and values by products on the side of the queries and of what is attended."""
+
+    def absorb(self, query: torch.Tensor) -> torch.Tensor:
+        """Turn the queries of an attention into those for the pool."""
+        ...
+
+    def expand(self, attended: torch.Tensor) -> torch.Tensor:
+        """Turn what is attended in the pool into values."""
+        ...
+
+
 class PrecomputedOutputs:
     """Outputs of modules for one input, computed before these modules are called."""
 
@@ -82,6 +94,9 @@ class ForwardContext:
         steps: Fused steps by the ids of the modules that they replace.
         adapters: The adapter of each token; None for peft's own choice.
         images: Features of images among the tokens; None if there are none.
+        text_lengths: The length that decides on each token's rotary frequencies, of shape `(tokens,)`; None if no
+            length does.
+        absorptions: What the attentions with latents multiply by, by their ids; see `latent_attention`.
         record: Called with each patched module that has no step, its arguments, keyword arguments and output.
         normed: Outputs of norms whose kernel also computed their input.
         projected: Outputs of linear layers that were multiplied together with another one.
@@ -92,6 +107,8 @@ class ForwardContext:
     steps: Mapping[int, Step] = field(default_factory=dict)
     adapters: AdapterChoice | None = None
     images: ImageOverlay | None = None
+    text_lengths: torch.Tensor | None = None
+    absorptions: Mapping[int, Absorption] = field(default_factory=dict)
     record: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None] | None = None
     normed: PrecomputedOutputs = field(default_factory=PrecomputedOutputs)
     projected: PrecomputedOutputs = field(default_factory=PrecomputedOutputs)

@@ -213,7 +213,7 @@ def _prefill(
 
     Args:
         pool: The layer's keys and values.
-        query: Queries of shape `(heads, count, key_dim)`.
+        query: Queries of shape `(heads, count, query_dim)`.
         out: The result, of shape `(count, heads, value_dim)`. Written to.
         table: The sequence's blocks.
         position: Position of the first token.
@@ -233,7 +233,7 @@ def _prefill(
     # A token that is no number must not reach those before it: other prompts begin with them, too.
     is_sound = bool(gathered.sum(dtype=torch.float32).isfinite())
     # Otherwise the scores are in memory; PyTorch has no fused attention for values of another size, either.
-    is_fused = is_sound and not groups and scoring.is_plain and pool.key_dim == pool.value_dim
+    is_fused = is_sound and not groups and scoring.is_plain and pool.query_dim == pool.value_dim
     if is_fused and not position and length <= min(scoring.window or length, scoring.chunk or length):
         attended = scaled_dot_product_attention(asked, key, value, is_causal=True, scale=scoring.scale)
         out.copy_(attended.flatten(0, 1).transpose(0, 1))
@@ -295,7 +295,7 @@ def _pool_indices(batch: Batch, device: torch.device) -> torch.Tensor:
 def _split(pool: LayerPool, kv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Split `(sequences, tokens, kv_heads, dims)` into keys and values of `(sequences, kv_heads, tokens, dim)`."""
     kv = kv.transpose(1, 2)
-    return kv[..., : pool.key_dim], kv[..., pool.key_dim :]
+    return kv[..., : pool.query_dim], kv[..., pool.key_dim :]
 
 
 def _attend(

@@ -56,7 +56,7 @@ class InvariantGatherAttention(GatherAttention):
         for i, span in enumerate(spans):  # what another sequence has left there may be NaN
             gathered[i, span.position + span.count :] = 0
         gathered = gathered.transpose(1, 2)
-        keys, values = gathered.split([pool.key_dim, pool.value_dim], -1)
+        keys, values = gathered[..., : pool.query_dim], gathered[..., pool.key_dim :]
         contiguous = {"dtype": torch.float32, "memory_format": torch.contiguous_format, "copy": True}
         return keys.to(**contiguous), values.to(**contiguous)
 

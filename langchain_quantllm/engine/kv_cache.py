@@ -31,13 +31,14 @@ _USEFUL_TOKENS = 4096  # of a sequence, in a pool of default size: more is rarel
 
 @dataclass(frozen=True, kw_only=True)
 class LayerShape:
-    """The keys and values that a layer stores for each token, and their device."""
+    """The keys and values that a layer stores for each token, and their device; see `LayerPool`."""
 
     kv_heads: int
     key_dim: int
     value_dim: int
     dtype: torch.dtype
     device: torch.device
+    is_latent: bool = False
 
     @property
     def token_bytes(self) -> int:
@@ -141,6 +142,7 @@ def allocate_pools(shapes: Sequence[LayerShape], blocks: int) -> list[LayerPool]
             LayerPool(
                 kv=zeros((blocks, BLOCK_TOKENS, s.kv_heads, s.key_dim + s.value_dim), s.dtype, s.device),
                 key_dim=s.key_dim,
+                is_latent=s.is_latent,
             )
             for s in shapes
         ]

@@ -22,6 +22,7 @@ from langchain_quantllm.engine.adapter_switch import AdapterSwitch
 from langchain_quantllm.engine.attention import without_gradients
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS, BlockManager
 from langchain_quantllm.engine.checked_length import checked_length
+from langchain_quantllm.engine.forward_context import ForwardContext, forward_context
 from langchain_quantllm.engine.fusion.fuse import Fusion
 from langchain_quantllm.engine.kv_cache import LayerShape, layers_of, shapes_of
 from langchain_quantllm.engine.model_runner import ModelRunner
@@ -32,7 +33,6 @@ from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.options import BASE_ADAPTER
 
 _LAYER_TYPES = {"full_attention", "sliding_attention", CHUNKED_LAYER, *OTHER_LAYER_TYPES}
-_MOVING_ROPES = ("dynamic", "longrope")
 _FLOORS = {torch.float32: 1e-3, torch.float64: 1e-3}
 _FLOOR_16BIT = 0.05
 _NOISE_FACTOR = 4.0
@@ -57,25 +57,13 @@ def unsupported_reason(model: Any) -> str | None:
         return f"it has layers of kind {min(others)!r}, which store something other than keys and values"
     if is_biased_by_distance(text) and not any(map(has_known_biases, model.modules())):
         return "its attention is biased by distance (ALiBi) in an unknown way"
-    if getattr(text, "kv_lora_rank", None) is not None:
-        return "its cache holds compressed keys and values (multi-head latent attention)"
+    if getattr(text, "index_topk", None) is not None:
+        return "an indexer chooses the tokens that its attention sees"
     if getattr(text, "attention_chunk_size", None) is not None and getattr(text, "layer_types", None) is None:
         return "its attention is divided into chunks"
-    if rope := _moving_rope(getattr(text, "rope_parameters", None)):
-        return f"its {rope!r} rotary positions change with the longest text of the batch"
     if not hasattr(model, "get_input_embeddings") or model.get_input_embeddings() is None:
         return "it has no input embeddings"
     return None
-
-
-def _moving_rope(parameters: Any) -> str | None:
-    if not isinstance(parameters, abc.Mapping):
-        return None
-    kinds = [
-        parameters.get("rope_type"),
-        *(p.get("rope_type") for p in parameters.values() if isinstance(p, abc.Mapping)),
-    ]
-    return next((kind for kind in kinds if kind in _MOVING_ROPES), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,8 +256,8 @@ def _as_itself(text: _Text, switch: AdapterSwitch | None, fusion: Fusion | None)
     with contextlib.ExitStack() as chosen:
         if switch is not None:
             chosen.enter_context(switch.chosen(text.adapter))
-        if fusion is not None:
-            chosen.enter_context(fusion.exact())
+        # The engine's own way of modules that round more by themselves.
+        chosen.enter_context(forward_context(ForwardContext()) if fusion is None else fusion.exact())
         yield
 
 
@@ -369,9 +357,7 @@ def _in_pieces(
     return torch.cat(logits), cache
 
 
-def _plain(
-    model: Any, ids: abc.Sequence[int], cache: Any = None, seen: int = 0, *, keep: int | None = None
-) -> Any:
+def _plain(model: Any, ids: abc.Sequence[int], cache: Any = None, seen: int = 0, *, keep: int | None = None) -> Any:
     """Call the model; with `keep` it need not compute other logits than those of so many last tokens."""
     device = model.get_input_embeddings().weight.device
     given = torch.tensor([ids], device=device)

@@ -30,6 +30,7 @@ from langchain_quantllm.engine.fusion.fuse import Fusion
 from langchain_quantllm.engine.fusion.sampling import find_sampling_kernel
 from langchain_quantllm.engine.image_overlay import ImageOverlay
 from langchain_quantllm.engine.image_reader import ImageReader
+from langchain_quantllm.engine.latent_attention import LatentLayers
 from langchain_quantllm.engine.lora import LoraStack
 from langchain_quantllm.engine.named_logits import HeadInput
 from langchain_quantllm.engine.prefill_graphs import Pack, PrefillGraphs, last_tokens
@@ -87,6 +88,8 @@ class ModelRunner:
         no_graph_reason: str | None = None,
         adapters: LoraStack | None = None,
         fusion: Fusion | None = None,
+        needs_lengths: bool = False,
+        latents: LatentLayers | None = None,
         operations: abc.Callable[[], Any] = contextlib.nullcontext,
     ) -> None:
         """Allocate the tables.
@@ -105,6 +108,8 @@ class ModelRunner:
             no_graph_reason: Why this model's steps cannot be graphs, as far as is known.
             adapters: The adapters that sequences choose from; None if the model runs as it is.
             fusion: The model's fused steps; None if its modules run as they are.
+            needs_lengths: Whether rotary frequencies follow from the lengths of texts.
+            latents: The layers that cache latents; None if none do.
             operations: Makes the context in which the model and the sampler run.
         """
         self._model = model
@@ -112,6 +117,7 @@ class ModelRunner:
         self._states = states
         self._attention = attention
         self._by_sdpa = by_sdpa
+        self._needs_lengths, self._latents = needs_lengths, latents
         self._adapters, self._fusion, self._operations = adapters, fusion, operations
         self.device = model.get_input_embeddings().weight.device
         self.is_asynchronous = self.device.type == "cuda"
@@ -378,7 +384,15 @@ class ModelRunner:
         steps = {} if self._fusion is None else self._fusion.steps
         adapters = self._adapter_choice(batch, keep)
         states = None if self._states is None else StateForward(self._states, batch, adapters, on_layer, chunks)
-        context = ForwardContext(attention=forward, states=states, steps=steps, adapters=adapters, images=images)
+        context = ForwardContext(
+            attention=forward,
+            states=states,
+            steps=steps,
+            adapters=adapters,
+            images=images,
+            text_lengths=self._text_lengths(batch) if self._needs_lengths else None,
+            absorptions={} if self._latents is None else self._latents.absorptions,
+        )
         # A mask of four dimensions is taken as it is: none has to be made for an attention that ignores it, and layers
         # with a state do not look for padding in it, which would wait for the device.
         seen = self._ones[: len(ids)] if len(ids) <= len(self._ones) else torch.ones_like(ids)
@@ -409,6 +423,10 @@ class ModelRunner:
         of_tokens = self._table.adapters[batch.slots.long()]
         sees_all = keep is None or not self._keeps_logits
         return self._adapters.choice(of_tokens, of_tokens if sees_all else of_tokens[keep])
+
+    def _text_lengths(self, batch: Batch) -> torch.Tensor:
+        """Compute the length that decides on each token's rotary frequencies, of shape `(tokens,)`."""
+        return torch.maximum(self._table.prompt_lengths[batch.slots.long()], batch.positions + 1)
 
     # Sampling.
 

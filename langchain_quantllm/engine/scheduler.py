@@ -128,6 +128,7 @@ class Scheduler:
             decodes_first: Of these two, decode if any sequence can.
         """
         self._begin_step()
+        self._begin_anew()
         step = Step([], [], [])
         if decodes_first and not mixes:
             self._plan_running({}, step)
@@ -170,6 +171,15 @@ class Scheduler:
         self._planned.clear()
         self._resting = [sequence for sequence in self.running if sequence.is_unread]
         self._unread = set(self._resting)
+
+    def _begin_anew(self) -> None:
+        """Let sequences whose keys and values become others give up their blocks, and wait to be computed again."""
+        for sequence in [sequence for sequence in self.running if sequence.is_outgrown]:
+            sequence.begin_anew()
+            if sequence in self._resting:
+                self._resting.remove(sequence)
+            self._leave(sequence)
+            self._queue(sequence)
 
     def push(self, sequence: Sequence, token_id: int) -> None:
         """Append a sampled token that the device has returned."""
@@ -284,7 +294,9 @@ class Scheduler:
                 if sequence in granted and (chunk := self._plan_chunk(sequence, granted[sequence])):
                     step.chunks.append(chunk)
                     self._planned.add(sequence)
-            elif decodes and not sequence.is_complete and self._reserve(sequence, sequence.written + 1):
+            elif sequence.is_complete or sequence.is_outgrown:
+                continue
+            elif decodes and self._reserve(sequence, sequence.written + 1):
                 step.decoding.append(sequence)
                 step.positions.append(sequence.written)
                 sequence.written += 1

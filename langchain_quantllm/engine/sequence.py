@@ -6,7 +6,7 @@ The scheduler reads tokens and blocks only, the model runner slots and positions
 from __future__ import annotations
 
 from collections import abc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -35,6 +35,19 @@ class SamplingInput:
     may_end: bool = True
 
 
+@dataclass(frozen=True, kw_only=True)
+class Recomputation:
+    """The length at which a sequence's keys and values become others.
+
+    Args:
+        tokens: The most tokens with those before.
+        prefix_id: The prefix id before its first block afterwards; None to share no blocks then.
+    """
+
+    tokens: int
+    prefix_id: int | None
+
+
 class Lane(NamedTuple):
     """Sequences of one owner, of which at most `most` run at once; None for no such limit."""
 
@@ -48,20 +61,29 @@ class Sequence:
     A sampled token is pending until the device has returned it: `sampled` counts it, `ids` does not hold it yet.
     """
 
-    def __init__(self, completion: Completion, *, prefix_id: int | None = None, adapter: int = -1) -> None:
+    def __init__(
+        self,
+        completion: Completion,
+        *,
+        prefix_id: int | None = None,
+        adapter: int = -1,
+        recomputation: Recomputation | None = None,
+    ) -> None:
         """Begin a sequence with the prompt of a request.
 
         Args:
             completion: The request's completion, which its tokens go to.
             prefix_id: The prefix id before its first block (see `BlockManager`); None to share no blocks.
             adapter: Number of the LoRA adapter that it runs with; -1 for none.
+            recomputation: Where all its keys and values become others; None for nowhere.
         """
         request = completion.request
         self.completion = completion
         self.request = request
         self.images: PromptImages | None = request.images
         self.ids = list(request.prompt_ids)
-        self.prompt_tokens = len(self.ids)
+        self.prompt_tokens = self.rotary_tokens = len(self.ids)
+        """`rotary_tokens`: the tokens whose rotary frequencies follow from their number together."""
         self.max_new_tokens = request.max_new_tokens
         self.lane = Lane() if request.max_rows is None else Lane(request.owner, request.max_rows)
         self.priority = request.options.priority
@@ -89,6 +111,7 @@ class Sequence:
         self._restored: int | None = None  # row of the states that its next chunk goes on from
         self._saved_borders: set[int] = set()  # ends of blocks at which its states are to be kept
         self._saves: list[tuple[int, int]] = []  # positions in its next chunk, and the rows that keep the states there
+        self._recomputation = recomputation
         self.has_ended = False
         self.sampling_needs = needs_of(request)
         """What its sampling needs at every step: flags of `sampler`."""
@@ -132,6 +155,19 @@ class Sequence:
     def chunk_end(self, start: int, end: int) -> int:
         """Return where a chunk of its tokens may end, at `end` or near it: some images must not be cut."""
         return end if self.images is None else self.images.chunk_end(start, end)
+
+    @property
+    def is_outgrown(self) -> bool:
+        """Whether its keys and values must be computed anew before its next token is."""
+        again = self._recomputation
+        return again is not None and self.decodes and self.written >= again.tokens and not self.is_complete
+
+    def begin_anew(self) -> None:
+        """Become a text beyond the length of its recomputation, whose blocks are others."""
+        assert self._recomputation is not None
+        self.rotary_tokens = self.written + 1
+        self.prefix_id = self._recomputation.prefix_id
+        self._recomputation = None
 
     def find_shared(self, manager: BlockManager) -> tuple[int, int]:
         """Count the blocks that it could share from here on: all of them, and those held by running sequences."""
@@ -213,6 +249,8 @@ class Sequence:
     def stop_sharing(self) -> None:
         """Share no blocks any more, and offer none."""
         self.prefix_id = self._last_prefix = None
+        if self._recomputation is not None:
+            self._recomputation = replace(self._recomputation, prefix_id=None)
 
     def give_back(self, manager: BlockManager, window: int) -> None:
         """Give back the blocks before the window of its next token, as far as others can find them."""

@@ -69,7 +69,7 @@ class TritonAttention:
         """
         (blocks, block_tokens, heads, _), device = pool.kv.shape, pool.kv.device
         made = torch.Generator(device).manual_seed(0)
-        shapes = [(blocks * block_tokens, pool.key_dim), (blocks * block_tokens, pool.value_dim), (1, pool.key_dim)]
+        shapes = [(blocks * block_tokens, pool.key_dim), (blocks * block_tokens, pool.value_dim), (1, pool.query_dim)]
         key, value, query = (
             torch.randn(1, heads, *shape, generator=made, dtype=torch.float32, device=device).to(pool.kv.dtype)
             for shape in shapes
@@ -78,9 +78,11 @@ class TritonAttention:
         positions = torch.arange(blocks * block_tokens, dtype=torch.int32, device=device)
         written = Batch(table=table, slots=torch.zeros_like(positions), positions=positions, spans=(), decodes=False)
         last = Batch(table=table, slots=written.slots[-1:], positions=positions[-1:], spans=(), decodes=True)
-        scale = pool.key_dim**-0.5
+        scale = pool.query_dim**-0.5
         with torch.cuda.device(device):
             self.write(pool, key, value, written)
+            if pool.is_latent:
+                key = torch.cat([key, value], -1)
             expected = scaled_dot_product_attention(query.float(), key.float(), value.float(), scale=scale)[:, :, 0]
             for _ in range(2):  # the second call reuses the arrival counts
                 attended = self.attend(pool, query, last, scale=scale, window=0, softcap=0.0)[:, 0].float()

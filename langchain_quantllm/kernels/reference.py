@@ -242,12 +242,12 @@ def decode_attention(
 
     Args:
         query: Queries of shape `(1, heads, tokens, key_dim)`, floating, with any strides. `heads` is a multiple of
-            `kv_heads`.
+            `kv_heads`. If they have the size of a key and a value together, the value belongs to the key as well.
         kv: The pool of one layer; see `write_kv`.
         table: Block table; see `write_kv`.
         slots: Row of the table of each token; see `write_kv`.
         positions: The last position that each token sees, its own, of shape `(tokens,)`, int32, contiguous.
-        value_dim: Size of a value; the rest of the pool's last dimension is the key.
+        value_dim: Size of a value, which the pool's last dimension ends with.
         scale: Factor of the scores.
         window: How many of the last positions a token sees, its own included; 0 for all.
         softcap: Scores become `softcap * tanh(scores / softcap)`; 0 for no cap.
@@ -270,7 +270,7 @@ def decode_attention(
     scoring = _Scoring(scale, window, softcap, chunk, sinks, biases)
     out = query.new_empty((1, query.shape[2], query.shape[1], value_dim))
     for token, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
-        keys, values = _history(kv, table[slot], position + 1, value_dim)
+        keys, values = _history(kv, table[slot], position + 1, query.shape[3], value_dim)
         out[0, token] = _attend(query[0, :, token : token + 1], keys, values, position, scoring)[0]
     return out
 
@@ -292,7 +292,7 @@ def prefill_attention(
     """Attend with packed chunks of several prompts to the blocks of their sequences.
 
     Args:
-        query: Queries of shape `(1, heads, tokens, key_dim)`, floating, with any strides.
+        query: Queries; see `decode_attention`.
         kv: The pool of one layer; see `write_kv`. Contains the keys and values of these tokens already.
         table: Block table; see `write_kv`.
         tiles: Runs of consecutive tokens of a sequence, of shape `(n, 4)`, int32, contiguous: the row of the table,
@@ -313,7 +313,7 @@ def prefill_attention(
     scoring = _Scoring(scale, window, softcap, chunk, sinks, biases)
     out = query.new_empty((1, query.shape[2], query.shape[1], value_dim))
     for slot, first, position, count in tiles.tolist():
-        keys, values = _history(kv, table[slot], position + count, value_dim)
+        keys, values = _history(kv, table[slot], position + count, query.shape[3], value_dim)
         tile = query[0, :, first : first + count]
         out[0, first : first + count] = _attend(tile, keys, values, position, scoring)
     return out
@@ -331,7 +331,9 @@ def default_splits(tokens: int, kv_heads: int, multiprocessors: int) -> int:
     return 1
 
 
-def _history(kv: torch.Tensor, blocks: torch.Tensor, tokens: int, value_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _history(
+    kv: torch.Tensor, blocks: torch.Tensor, tokens: int, key_dim: int, value_dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Gather the first tokens of a sequence.
 
     Returns:
@@ -339,7 +341,7 @@ def _history(kv: torch.Tensor, blocks: torch.Tensor, tokens: int, value_dim: int
     """
     used = blocks[: -(-tokens // kv.shape[1])].long()
     both = kv[used].flatten(0, 1)[:tokens].transpose(0, 1).float()
-    return both[..., :-value_dim], both[..., -value_dim:]
+    return both[..., :key_dim], both[..., -value_dim:]
 
 
 class _Scoring(NamedTuple):

@@ -17,6 +17,7 @@ from tests.support.state_families import STATE_RECIPES
 
 VOCAB = 500  # no multiple of 32, as a mask's words are
 CONTEXT = 512
+ORIGINAL_CONTEXT = 128  # beyond it, long rotary factors
 
 _HIDDEN = {
     "vocab_size": VOCAB,
@@ -35,7 +36,7 @@ _LONGROPE = {
     "short_factor": [1.0] * 8,
     "long_factor": [2.0] * 8,
     "factor": 4.0,
-    "original_max_position_embeddings": CONTEXT // 4,
+    "original_max_position_embeddings": ORIGINAL_CONTEXT,
 }
 
 
@@ -97,6 +98,8 @@ FAST: dict[str, Family] = {
             "original_max_position_embeddings": 64,
         },
     ),
+    "llama-dynamic-rope": _family("Llama", _GROUPED, rope_parameters=_DYNAMIC),
+    "llama-longrope": _family("Llama", _GROUPED, rope_parameters=_LONGROPE),
     "llama-eager": _family("Llama", _GROUPED, attention="eager"),
     "mistral": _family("Mistral", _GROUPED, sliding_window=None),
     "mistral-window": _family("Mistral", _GROUPED, sliding_window=24),
@@ -125,6 +128,28 @@ FAST: dict[str, Family] = {
     "phi-qk-norm": _family("Phi", qk_layernorm=True),
     "phi3": _family("Phi3", _GROUPED),
     "phi3-window": _family("Phi3", _GROUPED, sliding_window=24),
+    "phi3-longrope": _family(
+        "Phi3", _GROUPED, rope_parameters=_LONGROPE, original_max_position_embeddings=ORIGINAL_CONTEXT
+    ),
+    "phi3-longrope-partial": _family(
+        "Phi3",
+        _GROUPED,
+        rope_parameters={
+            **_LONGROPE,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0 + i / 10 for i in range(6)],
+            "long_factor": [1.5 + i / 2 for i in range(6)],
+        },
+        original_max_position_embeddings=ORIGINAL_CONTEXT,
+    ),
+    "phimoe-longrope": _family(
+        "Phimoe",
+        _GROUPED,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=None,
+        rope_parameters={**_LONGROPE, "short_mscale": 1.1, "long_mscale": 1.3},
+    ),
     "gpt_neox": _family("GPTNeoX"),
     "gpt_neox-sequential": _family("GPTNeoX", use_parallel_residual=False, attention_bias=False),
     "gpt2": _family("GPT2", _GPT2),
@@ -241,6 +266,63 @@ FAST: dict[str, Family] = {
 }
 """Families with the common attention and cache."""
 
+_LATENT = {
+    **_HIDDEN,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 40,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 20,
+}
+_ROUTED = {
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+
+LATENT: dict[str, Family] = {
+    "deepseek_v2": _family("DeepseekV2", _LATENT, **_ROUTED),
+    "deepseek_v2-lite": _family("DeepseekV2", _LATENT, **_ROUTED, q_lora_rank=None),
+    "deepseek_v3": _family("DeepseekV3", _LATENT, **_ROUTED),
+    "deepseek_v3-yarn": _family(
+        "DeepseekV3",
+        _LATENT,
+        **_ROUTED,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 128,
+        },
+    ),
+    "glm4_moe_lite": _family("Glm4MoeLite", _LATENT, **_ROUTED),
+    "minicpm3": _family("MiniCPM3", _LATENT),
+    "minicpm3-longrope": _family(
+        "MiniCPM3",
+        _LATENT,
+        rope_parameters={**_LONGROPE, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+    ),
+    "youtu": _family("Youtu", _LATENT),
+    "longcat_flash": _family(
+        "LongcatFlash",
+        _LATENT,
+        head_dim=8,
+        ffn_hidden_size=128,
+        expert_ffn_hidden_size=32,
+        n_routed_experts=4,
+        zero_expert_num=2,
+        moe_topk=2,
+        num_layers=2,
+    ),
+    "axk1": _family("AXK1", _LATENT, **_ROUTED),
+}
+"""Families that cache latents instead of keys and values."""
+
 _LATE: Mapping[str, Family] = {
     "gptj": _family("GPTJ", _GPT2, rotary_dim=8),
     "codegen": _family("CodeGen", _GPT2, n_ctx=CONTEXT, rotary_dim=8),
@@ -254,6 +336,7 @@ def _lets_attention_be_chosen(family: Family) -> bool:
     return bool(model._supports_attention_backend)
 
 
+FAST |= LATENT
 FAST = {name: family for name, family in FAST.items() if hasattr(transformers, family.config)}
 FAST |= {name: family for name, family in _LATE.items() if _lets_attention_be_chosen(family)}
 
@@ -281,16 +364,6 @@ PLAIN: dict[str, tuple[Family, str]] = {
             block_types=["recurrent", "attention"],
         ),
         "layers of kind",
-    ),
-    "llama-dynamic-rope": (_family("Llama", _GROUPED, rope_parameters=_DYNAMIC), "'dynamic' rotary positions"),
-    "phi3-longrope": (
-        _family(
-            "Phi3",
-            _GROUPED,
-            rope_parameters=_LONGROPE,
-            original_max_position_embeddings=CONTEXT // 4,
-        ),
-        "'longrope' rotary positions",
     ),
 }
 """Families that the fast engine cannot drive, each with a word of the reason."""

@@ -260,7 +260,7 @@ class _OwnBlocks(PagedForward):
         )
         super().__init__(GatherAttention(), self.pools, batch, by_sdpa=False)
 
-    def write(self, key: torch.Tensor, value: torch.Tensor, layer: int) -> torch.Tensor:
+    def write(self, key: torch.Tensor, value: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Store, in a pool that is allocated for the first keys of a layer."""
         if layer not in self.pools:
             shape = (self.blocks + 1, BLOCK_TOKENS, key.shape[1], key.shape[3] + value.shape[3])

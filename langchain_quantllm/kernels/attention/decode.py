@@ -9,11 +9,22 @@ import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]  # 
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
 from langchain_quantllm.kernels.attention.blocks import key_indices
-from langchain_quantllm.kernels.attention.softmax import biased, fold, keys_within, scores_of, with_sink
+from langchain_quantllm.kernels.attention.softmax import (
+    biased,
+    fold,
+    keys_within,
+    latent_scores_of,
+    load_latent_query,
+    scores_of,
+    with_sink,
+)
 from langchain_quantllm.kernels.launch import dense_vectors, launch_options, power_of_2, wait_for_inputs
 
 _MOST_GROUP_ROWS = 64
 """Query heads of one program; more query heads of one key head are divided between programs."""
+_MOST_LATENT_BYTES = 64
+"""The same for latents, times the bytes of a number: a program holds a query and a sum of that length for each."""
+_LEAST_ROWS = 16
 _ALONE_TILES = 2
 """Most tiles of keys of a sequence that is not shared: sharing costs more time to start and to combine."""
 _COMBINED_AT_ONCE = tl.constexpr(8192)
@@ -48,13 +59,15 @@ def decode_attention(
         Sharing a sequence: Flash-Decoding, https://pytorch.org/blog/flash-decoding/.
     """
     query = dense_vectors(query)
-    _, heads, tokens, key_dim = query.shape
-    _, block_tokens, kv_heads, _ = kv.shape
+    _, heads, tokens, query_dim = query.shape
+    _, block_tokens, kv_heads, row = kv.shape
+    key_dim, is_latent = row - value_dim, query_dim == row
     group = heads // kv_heads
-    group_rows = min(power_of_2(group, 16), _MOST_GROUP_ROWS)
+    most_rows = _MOST_LATENT_BYTES // kv.element_size() if is_latent else _MOST_GROUP_ROWS
+    group_rows = min(power_of_2(group, _LEAST_ROWS), most_rows)
     if arrivals is None:
         arrivals, splits = positions, 1
-    keys, warps, stages = _decode_tiles(key_dim, value_dim, kv.element_size())
+    keys, warps, stages = _decode_tiles(key_dim, value_dim, kv.element_size(), is_latent)
     out = query.new_empty((1, tokens, heads, value_dim))
     # If no sequence is shared, the kernel accesses neither of these, nor the arrivals.
     parts = out if splits == 1 else kv.new_empty((tokens, heads, splits, value_dim), dtype=torch.float32)
@@ -85,6 +98,7 @@ def decode_attention(
         softcap=softcap,
         chunk=chunk,
         splits=splits,
+        is_latent=is_latent,
         key_tile=power_of_2(key_dim, 16),
         value_tile=power_of_2(value_dim, 16),
         group_rows=group_rows,
@@ -110,7 +124,7 @@ def arrivals(multiprocessors: int, device: torch.device) -> torch.Tensor:
         group.
     """
     most_groups = 8 * multiprocessors // 3
-    return torch.zeros(most_groups * (1024 // _MOST_GROUP_ROWS), dtype=torch.int32, device=device)
+    return torch.zeros(most_groups * (1024 // _LEAST_ROWS), dtype=torch.int32, device=device)
 
 
 def default_splits(tokens: int, kv_heads: int, multiprocessors: int) -> int:
@@ -133,8 +147,10 @@ def default_splits(tokens: int, kv_heads: int, multiprocessors: int) -> int:
 
 
 @cache
-def _decode_tiles(key_dim: int, value_dim: int, element_bytes: int) -> tuple[int, int, int]:
+def _decode_tiles(key_dim: int, value_dim: int, element_bytes: int, is_latent: bool) -> tuple[int, int, int]:
     """Choose keys per tile, warps and stages, for the 99 KB of shared memory of consumer cards."""
+    if is_latent:  # queries of that length take a third of it
+        return (32, 8, 2) if element_bytes < 4 else (16, 8, 1)
     token_bytes = (power_of_2(key_dim, 16) + power_of_2(value_dim, 16)) * element_bytes
     if element_bytes == 4:
         # Without tensor cores the operands of a product are in registers: small tiles, many warps.
@@ -169,6 +185,7 @@ def _decode_kernel(
     softcap: tl.constexpr,
     chunk: tl.constexpr,
     splits: tl.constexpr,
+    is_latent: tl.constexpr,
     key_tile: tl.constexpr,
     value_tile: tl.constexpr,
     group_rows: tl.constexpr,
@@ -212,6 +229,15 @@ def _decode_kernel(
         mask=(members[:, None] < group) & (key_columns[None, :] < key_dim),
         other=0.0,
     ).to(kv.dtype.element_ty)
+    asked_latent = asked
+    if is_latent:
+        asked_latent = load_latent_query(
+            query + token * query_token_stride + heads[:, None] * query_head_stride,
+            members[:, None] < group,
+            key_dim,
+            value_dim,
+            value_tile,
+        ).to(kv.dtype.element_ty)
 
     highest = tl.full([group_rows], float("-inf"), tl.float32)
     weight = tl.zeros([group_rows], tl.float32)
@@ -233,7 +259,10 @@ def _decode_kernel(
             other=0.0,
         )
         shown = visible[None, :]
-        scores = scores_of(asked, key, scale, softcap)
+        if is_latent:
+            scores = latent_scores_of(asked, key, asked_latent, value, scale, softcap)
+        else:
+            scores = scores_of(asked, key, scale, softcap)
         if biases is not None:
             added = tl.load(
                 biases + heads[:, None] * biases_stride + seen[None, :],

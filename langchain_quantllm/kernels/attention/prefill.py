@@ -9,7 +9,15 @@ import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]  # 
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
 from langchain_quantllm.kernels.attention.blocks import key_indices
-from langchain_quantllm.kernels.attention.softmax import biased, fold, keys_within, scores_of, with_sink
+from langchain_quantllm.kernels.attention.softmax import (
+    biased,
+    fold,
+    keys_within,
+    latent_scores_of,
+    load_latent_query,
+    scores_of,
+    with_sink,
+)
 from langchain_quantllm.kernels.launch import COMPILER_OPTIONS, dense_vectors, power_of_2
 from langchain_quantllm.kernels.reference import PREFILL_TILE
 
@@ -39,9 +47,10 @@ def prefill_attention(
         The softmax over tiles: FlashAttention-2, https://arxiv.org/abs/2307.08691, algorithm 1.
     """
     query = dense_vectors(query)
-    _, heads, tokens, key_dim = query.shape
-    _, block_tokens, kv_heads, _ = kv.shape
-    queries, keys, warps, stages = _prefill_tiles(key_dim, value_dim, kv.element_size(), kv.device)
+    _, heads, tokens, query_dim = query.shape
+    _, block_tokens, kv_heads, row = kv.shape
+    key_dim, is_latent = row - value_dim, query_dim == row
+    queries, keys, warps, stages = _prefill_tiles(key_dim, value_dim, kv.element_size(), kv.device, is_latent)
     out = query.new_empty((1, tokens, heads, value_dim))
     _prefill_kernel[(heads, tiles.shape[0], PREFILL_TILE // queries)](
         query,
@@ -64,6 +73,7 @@ def prefill_attention(
         window=window,
         softcap=softcap,
         chunk=chunk,
+        is_latent=is_latent,
         key_tile=power_of_2(key_dim, 16),
         value_tile=power_of_2(value_dim, 16),
         queries=queries,
@@ -77,9 +87,13 @@ def prefill_attention(
 
 
 @cache
-def _prefill_tiles(key_dim: int, value_dim: int, element_bytes: int, device: torch.device) -> tuple[int, int, int, int]:
+def _prefill_tiles(
+    key_dim: int, value_dim: int, element_bytes: int, device: torch.device, is_latent: bool
+) -> tuple[int, int, int, int]:
     """Choose queries and keys per tile, warps and stages, for 99 KB of shared memory or Hopper's 227."""
     token_bytes = (power_of_2(key_dim, 16) + power_of_2(value_dim, 16)) * element_bytes
+    if is_latent:  # as in `decode`
+        return (PREFILL_TILE // 2, 32, 8, 2) if element_bytes < 4 else (PREFILL_TILE // 4, 16, 8, 1)
     if element_bytes == 4:
         return PREFILL_TILE // 2, 16, 8, 2
     if token_bytes <= 512:
@@ -112,6 +126,7 @@ def _prefill_kernel(
     window: tl.constexpr,
     softcap: tl.constexpr,
     chunk: tl.constexpr,
+    is_latent: tl.constexpr,
     key_tile: tl.constexpr,
     value_tile: tl.constexpr,
     queries: tl.constexpr,
@@ -144,6 +159,15 @@ def _prefill_kernel(
         mask=(members[:, None] < count) & (key_columns[None, :] < key_dim),
         other=0.0,
     ).to(kv.dtype.element_ty)
+    asked_latent = asked
+    if is_latent:
+        asked_latent = load_latent_query(
+            query + tl.cast(head, tl.int64) * query_head_stride + (first + members)[:, None] * query_token_stride,
+            members[:, None] < count,
+            key_dim,
+            value_dim,
+            value_tile,
+        ).to(kv.dtype.element_ty)
     key_base = kv + key_columns[None, :]
     value_base = kv + key_dim + value_columns[None, :]
     highest = tl.full([queries], float("-inf"), tl.float32)
@@ -169,7 +193,10 @@ def _prefill_kernel(
             indices = key_indices(blocks, seen, None, block_tokens, kv_heads, head // group) * (key_dim + value_dim)
             key = tl.load(key_base + indices[:, None], mask=key_columns[None, :] < key_dim, other=0.0)
             value = tl.load(value_base + indices[:, None], mask=value_columns[None, :] < value_dim, other=0.0)
-            scores = scores_of(asked, key, scale, softcap)
+            if is_latent:
+                scores = latent_scores_of(asked, key, asked_latent, value, scale, softcap)
+            else:
+                scores = scores_of(asked, key, scale, softcap)
             if biases is not None:
                 scores = biased(scores, tl.load(added + seen)[None, :], own)
             total, highest, weight = fold(total, highest, weight, scores, value)
@@ -187,7 +214,10 @@ def _prefill_kernel(
             visible = visible & (ages < window)
         if chunk > 0:
             visible = visible & (seen[None, :] >= ((position + members) // chunk * chunk)[:, None])
-        scores = scores_of(asked, key, scale, softcap)
+        if is_latent:
+            scores = latent_scores_of(asked, key, asked_latent, value, scale, softcap)
+        else:
+            scores = scores_of(asked, key, scale, softcap)
         if biases is not None:
             scores = biased(scores, tl.load(added + seen, mask=written, other=0.0)[None, :], own)
         scores = tl.where(visible, scores, float("-inf"))

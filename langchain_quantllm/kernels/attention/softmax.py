@@ -23,7 +23,12 @@ def scores_of(query: tl.tensor, key: tl.tensor, scale: tl.tensor, softcap: tl.co
     Returns:
         Scores of shape `(queries, keys)`, float32.
     """
-    scores = dot(query, tl.trans(key), None)
+    return _capped(dot(query, tl.trans(key), None), scale, softcap)
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def _capped(scores: tl.tensor, scale: tl.tensor, softcap: tl.constexpr) -> tl.tensor:
+    """Scale products to scores in base 2, and cap them; see `scores_of`."""
     if softcap > 0:
         # tanh(x) = 1 - 2 / (exp(2x) + 1), which has no overflow: its exponential may be 0 or inf.
         doubled = tl.exp2(scores * (scale * (2 * _LOG2_E / softcap)))
@@ -31,6 +36,51 @@ def scores_of(query: tl.tensor, key: tl.tensor, scale: tl.tensor, softcap: tl.co
     else:
         scores = scores * (scale * _LOG2_E)
     return scores
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def latent_scores_of(
+    query: tl.tensor,
+    key: tl.tensor,
+    latent_query: tl.tensor,
+    latent: tl.tensor,
+    scale: tl.tensor,
+    softcap: tl.constexpr,
+) -> tl.tensor:
+    """Compute scores in base 2 where the value, a latent, belongs to the key as well; see `scores_of`.
+
+    Args:
+        query: Parts of the queries for the keys, of shape `(queries, key_tile)`.
+        key: Keys of shape `(keys, key_tile)`.
+        latent_query: Parts of the queries for the latents, of shape `(queries, value_tile)`.
+        latent: Latents of shape `(keys, value_tile)`.
+        scale: Factor of the scores.
+        softcap: The cap of the scores; 0 for none.
+
+    Returns:
+        Scores of shape `(queries, keys)`, float32.
+    """
+    return _capped(dot(latent_query, tl.trans(latent), dot(query, tl.trans(key), None)), scale, softcap)
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def load_latent_query(
+    rows: tl.tensor, wanted: tl.tensor, key_dim: tl.constexpr, value_dim: tl.constexpr, value_tile: tl.constexpr
+) -> tl.tensor:
+    """Load the parts of some queries for the latents, which follow those for the keys.
+
+    Args:
+        rows: Pointers to the queries, of shape `(queries, 1)`.
+        wanted: Mask of the queries to load, of shape `(queries, 1)`.
+        key_dim: Size of a key without the latent.
+        value_dim: Size of a latent.
+        value_tile: `value_dim`, rounded up to a power of two.
+
+    Returns:
+        Of shape `(queries, value_tile)`; zeros where not wanted.
+    """
+    columns = tl.arange(0, value_tile)
+    return tl.load(rows + key_dim + columns[None, :], mask=wanted & (columns[None, :] < value_dim), other=0.0)
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]

@@ -31,7 +31,7 @@ class New:
 class Sequences:
     """Sequences of random keys and values in a pool that holds NaN wherever none of them has written."""
 
-    def __init__(self, *news: New, value_dim: int = KEY_DIM) -> None:
+    def __init__(self, *news: New, value_dim: int = KEY_DIM, is_latent: bool = False) -> None:
         made = torch.Generator().manual_seed(len(news))
         self.news = news
         self.value_dim = value_dim
@@ -42,7 +42,7 @@ class Sequences:
         for slot, own in enumerate(order.split(widths)):
             self.table[slot, : len(own)] = own
         shape = (sum(widths) + 1, BLOCK_TOKENS, KV_HEADS, KEY_DIM + value_dim)
-        self.pool = LayerPool(kv=torch.full(shape, torch.nan), key_dim=KEY_DIM)
+        self.pool = LayerPool(kv=torch.full(shape, torch.nan), key_dim=KEY_DIM, is_latent=is_latent)
         for slot, new in enumerate(news):
             positions = torch.arange(new.before, dtype=torch.int32)
             slots = torch.full_like(positions, slot)
@@ -50,7 +50,7 @@ class Sequences:
             given = (*kv.split([KEY_DIM, value_dim], -1), self.pool.kv, self.table)
             reference.write_kv(*given, slots, positions)
         tokens = sum(new.count for new in news)
-        self.query = torch.randn(1, HEADS, tokens, KEY_DIM, generator=made)
+        self.query = torch.randn(1, HEADS, tokens, self.pool.query_dim, generator=made)
         self.key = torch.randn(1, KV_HEADS, tokens, KEY_DIM, generator=made)
         self.value = torch.randn(1, KV_HEADS, tokens, value_dim, generator=made)
 
@@ -185,6 +185,14 @@ class TestExactness:
     def test_values_may_have_another_size_than_keys(self, mix: str, value_dim: int) -> None:
         sequences = Sequences(*MIXES[mix], value_dim=value_dim)
         torch.testing.assert_close(sequences.attend(24), sequences.expected(24), rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (24, 0.0), (0, 2.0)])
+    @pytest.mark.parametrize("value_dim", [8, 40])
+    @pytest.mark.parametrize("mix", MIXES)
+    def test_values_may_belong_to_keys(self, mix: str, value_dim: int, window: int, softcap: float) -> None:
+        sequences = Sequences(*MIXES[mix], value_dim=value_dim, is_latent=True)
+        found = sequences.attend(window, softcap)
+        torch.testing.assert_close(found, sequences.expected(window, softcap), rtol=1e-5, atol=1e-5)
 
     def test_slots_that_held_a_longer_sequence_point_at_foreign_blocks(self) -> None:
         sequences = Sequences(New(before=200), New(before=20))

@@ -45,6 +45,12 @@ class Case:
     """Bias of a key for each position, of the first head; twice as much for the next one."""
     splits: int = 1
     page_tokens: int = 16
+    is_latent: bool = False
+    """Whether values belong to keys, too."""
+
+    @property
+    def query_dim(self) -> int:
+        return self.key_dim + self.value_dim if self.is_latent else self.key_dim
 
 
 def _cases() -> Iterator[Case]:
@@ -59,6 +65,9 @@ def _cases() -> Iterator[Case]:
         "values-smaller": {"key_dim": 48, "value_dim": 32, "dtype": torch.bfloat16},
         "values-larger": {"key_dim": 24, "value_dim": 72},
         "latent": {"key_dim": 192, "value_dim": 128, "dtype": torch.bfloat16},
+        "latents": {"key_dim": 8, "value_dim": 40, "is_latent": True},
+        "latents-half": {"key_dim": 64, "value_dim": 512, "is_latent": True, "heads": 20, "dtype": torch.bfloat16},
+        "latents-256": {"key_dim": 64, "value_dim": 256, "is_latent": True, "heads": 40, "dtype": torch.bfloat16},
         "one-head": {"heads": 1, "kv_heads": 1},
         "plain-heads": {"heads": 3, "kv_heads": 3},
         "grouped-heads": {"heads": 6, "kv_heads": 2},
@@ -93,6 +102,7 @@ def _cases() -> Iterator[Case]:
         yield replace(long, name=f"{long.name}-half-80", dtype=torch.float16, key_dim=80, value_dim=48)
         yield replace(long, name=f"{long.name}-sinks", sinks=2.0)
         yield replace(long, name=f"{long.name}-chunk-biases", chunk=500, slope=0.01)
+        yield replace(long, name=f"{long.name}-latents", key_dim=16, value_dim=48, is_latent=True)
     yield Case(name="decode-splits-64", splits=64, lengths=(2, 1100), dtype=torch.float16, key_dim=256, value_dim=256)
     for block in (1, 7, 16):
         yield Case(name=f"prefill-blocks-of-{block}", block=block, lengths=(30, 17), chunks=(10, 17))
@@ -116,6 +126,7 @@ def _features(case: Case) -> list[Any]:
         ("kinds", way, case.chunk > 0, case.sinks, case.slope > 0),
         ("shared", case.splits > 1, case.sinks is not None, case.slope > 0),
         ("values", way, case.key_dim == case.value_dim),
+        ("latent", way, case.is_latent),
         ("dim", case.key_dim),
         ("splits", case.splits),
         ("block", case.block),
@@ -154,7 +165,9 @@ class Rows:
         self.kv = self.empty.clone()
         reference.write_kv(self.key, self.value, self.kv, self.table, self.rows, self.positions)
         asked = len(case.lengths) if case.chunks is None else sum(case.chunks)
-        made_query = torch.randn(1, asked, case.heads, case.key_dim, generator=made)
+        made_query = torch.randn(1, asked, case.heads, case.query_dim, generator=made)
+        if case.is_latent:  # long queries, whose scores are no further apart
+            made_query *= (case.key_dim / case.query_dim) ** 0.5
         self.query = made_query.to(device, case.dtype).transpose(1, 2)
         self.sinks = self.biases = None
         if case.sinks is not None:
@@ -370,7 +383,8 @@ def test_reference_is_the_attention_of_torch(name: str) -> None:
             mask += rows.biases[:, None, :length]
         own = (
             rows.query[:, :, first : first + chunk],
-            *(t[:, :, start : start + length] for t in (rows.key, rows.value)),
+            (torch.cat([rows.key, rows.value], -1) if case.is_latent else rows.key)[:, :, start : start + length],
+            rows.value[:, :, start : start + length],
         )
         query, key, value = (t.double() for t in own)
         if sinks is not None:  # a key of zeros, whose score is the sink, with a value of zeros
