@@ -82,3 +82,47 @@ def test_each_matrix_of_each_expert_is_what_bitsandbytes_makes_of_it(folders: An
                 torch.testing.assert_close(values, rounded(weight, scheme), rtol=1e-5, atol=1e-6)
             if projection.bias is not None:
                 torch.testing.assert_close(stacked.stack.bias, getattr(plain[path], projection.bias).detach())
+
+
+def reference_model(kind: str, scheme: str, folder: Path) -> Any:
+    """Make the unquantized model whose experts have the rounded values, its other layers quantized as ever."""
+    from transformers import AutoModelForCausalLM
+
+    from langchain_quantllm.schemes import SCHEMES
+
+    config = SCHEMES[scheme].transformers_config("float32")
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map={"": "cpu"})
+    for experts in experts_in(model).values():
+        for name, projection in projections(experts).items():
+            weight = getattr(experts, name).data
+            for expert in range(EXPERTS):
+                turned = weight[expert].t() if projection.transposed else weight[expert]
+                turned.copy_(rounded(turned.clone().contiguous(), scheme))
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "scheme"), [("qwen3_moe", "nf4-double"), ("gpt_oss", "int8"), ("mixtral", "fp4")])
+def test_logits_are_those_of_a_model_with_the_rounded_weights(folders: Any, kind: str, scheme: str) -> None:
+    expected = reference_model(kind, scheme, folders(kind))(input_ids=IDS).logits
+    found = load(folders(kind), scheme)(input_ids=IDS).logits
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_quantized_experts_change_the_logits_about_as_much_as_the_dense_layers(folders: Any, scheme: str) -> None:
+    expected = make_mixture("qwen3_moe")(input_ids=IDS).logits
+    both = difference(load(folders("qwen3_moe"), scheme)(input_ids=IDS).logits, expected)
+    dense = difference(load(folders("qwen3_moe"), unquantized_experts(scheme))(input_ids=IDS).logits, expected)
+    assert 0.5 * dense < both < 2 * dense
+
+
+def unquantized_experts(scheme: str) -> Any:
+    from langchain_quantllm import Int8
+
+    return {"int8": Int8, "nf4": NF4}[scheme](skip_modules=["experts"])
