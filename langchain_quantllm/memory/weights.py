@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from langchain_quantllm.compat.bitsandbytes import is_quantized, is_state, shape_of, states_of
-from langchain_quantllm.compat.transformers_quantizers import float32_patterns, replaced_by_bitsandbytes
 from langchain_quantllm.compat.transformers_experts import projections
+from langchain_quantllm.compat.transformers_quantizers import float32_patterns, replaced_by_bitsandbytes
 from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.memory.experts import (
     expert_bytes,
@@ -265,7 +265,7 @@ def _quantized_projections(
         return {}
     skipped = scheme.transformers_config("bfloat16").llm_int8_skip_modules
     nested = not isinstance(scheme, Int8) and scheme.double_quantization
-    sizes = {}
+    sizes: dict[str, tuple[int, ...]] = {}
     for path, found in experts.items():
         paths = [path, *(f"{path}.{name}" for name in found)]
         fits = unfit_reason(model.get_submodule(path), scheme.bits) is None

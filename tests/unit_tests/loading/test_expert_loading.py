@@ -69,7 +69,6 @@ def experts_in(model: Any) -> dict[str, Any]:
         ("mixtral", "fp4"),
         ("gpt_oss", "int8"),
         ("gpt_oss", "nf4-double"),
-        ("aria", "nf4"),
         ("nemotron_h", "int8"),
         ("deepseek_v3", "nf4"),
     ],
