@@ -98,9 +98,11 @@ def test_parameters_of_all_experts_are_passed_on_whole(tmp_path: Path) -> None:
         assert torch.equal(values, stored[name])
 
 
-def test_names_are_kept_by_the_rules_for_layers(tmp_path: Path) -> None:
+def test_names_are_kept_by_the_rules_for_layers_and_sizes_are_the_readers(tmp_path: Path) -> None:
     reader = Recorder()
-    load("mixtral", tmp_path, reader)
+    model, _ = load("mixtral", tmp_path, reader)
+    name = "model.layers.0.mlp.experts.down_proj"
+    assert model.hf_quantizer.param_element_size(model, name, model.get_parameter(name)) == reader.element_bytes(name)
     assert reader.kept("lm_head")
     assert not reader.kept("model.layers.0.mlp.experts")
 

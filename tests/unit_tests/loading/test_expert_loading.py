@@ -212,6 +212,20 @@ def test_experts_that_cannot_be_quantized_stay_and_one_warning_and_the_report_ha
     assert words in " ".join(repr(llm.memory_report()).split())
 
 
+def test_a_running_batch_writes_what_generate_writes(folders: Any) -> None:
+    llm = QuantizedHuggingFaceLLM(
+        model_id=str(folders("qwen3_moe")), quantization="nf4", progress=False, max_new_tokens=8
+    )
+    found = llm.invoke("The capital of France")
+    assert llm.engine_info is not None
+    assert llm.engine_info.name == "fast"
+    tokenizer, model = llm.pipeline.tokenizer, llm.pipeline.model
+    ids = tokenizer("The capital of France", return_tensors="pt")["input_ids"]
+    output = model.generate(ids, max_new_tokens=8, do_sample=False)
+    assert found == tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    llm.unload()
+
+
 def test_models_that_other_programs_load_stay_as_they_are(folders: Any) -> None:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
