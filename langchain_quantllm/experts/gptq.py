@@ -47,7 +47,9 @@ def gptq_stack(
         zeros = (zeros + 1) & top if zeros_minus_one else zeros
         unpacked.append(_rows(zeros, index))
     zeros = join_outputs(unpacked, interleaved=interleaved)
-    scales = join_outputs([_rows(part["scales"], i) for part, i in zip(parts, indices, strict=True)], interleaved=interleaved)
+    scales = join_outputs(
+        [_rows(part["scales"], i) for part, i in zip(parts, indices, strict=True)], interleaved=interleaved
+    )
     words = join_outputs([part["qweight"] for part in parts], interleaved=interleaved)
     sizes = {group_size_of(row, scales.shape[1], codes_per_word(bits)) for row in groups}
     first = int(zeros.flatten()[0])

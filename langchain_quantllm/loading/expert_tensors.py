@@ -305,9 +305,7 @@ def _layer_shapes(inputs: int, outputs: int, form: ExpertFormat) -> Shapes:
     }
 
 
-def _check(
-    name: str, shape: tuple[int, ...], dtypes: tuple[str, ...], stored: Mapping[str, StoredTensor]
-) -> None:
+def _check(name: str, shape: tuple[int, ...], dtypes: tuple[str, ...], stored: Mapping[str, StoredTensor]) -> None:
     tensor = stored.get(name)
     if tensor is None:
         msg = f"the checkpoint lacks the tensor {name!r} of its packed experts; is it complete?"

@@ -15,7 +15,7 @@ from typing import Any
 
 from langchain_quantllm.compat.transformers_conversions import ExpertNames
 from langchain_quantllm.compat.transformers_loading import mark_initialized, model_class_with
-from langchain_quantllm.errors import UnsupportedError
+from langchain_quantllm.errors import CheckpointError, UnsupportedError
 from langchain_quantllm.loading.checkpoint import Checkpoint
 from langchain_quantllm.loading.expert_tensors import ExpertFormat, StoredProjection, find_projections, format_of
 from langchain_quantllm.loading.hub import MissingFileError, Repository
@@ -160,6 +160,9 @@ def find_packed_experts(spec: LoadSpec, checkpoint: Checkpoint) -> PackedExperts
         stored |= header
         places |= dict.fromkeys(header, file)
     found = find_projections(model, stored, form)
+    if not found and form.kind == "mxfp4":
+        msg = f"{spec.model_id} says quant_method='mxfp4', and its files have no packed experts; is it complete?"
+        raise CheckpointError(msg)
     if not found:
         return None
     return PackedExperts(

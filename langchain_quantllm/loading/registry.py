@@ -330,9 +330,7 @@ def _load(spec: LoadSpec, source: str | None) -> LoadedModel:
     return model
 
 
-def _prepare_gptq(
-    checkpoint: Checkpoint, scheme: GPTQ, devices: Sequence[str], experts: PackedExperts | None
-) -> GPTQ:
+def _prepare_gptq(checkpoint: Checkpoint, scheme: GPTQ, devices: Sequence[str], experts: PackedExperts | None) -> GPTQ:
     """Write the quantization and the weights' file name into a GPTQ checkpoint's config, and choose the kernel."""
     gptq = checkpoint.gptq
     if gptq is None:

@@ -178,5 +178,3 @@ def pack_mxfp4(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
     codes = codes + 8 * (grouped < 0)
     blocks = (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8)
     return values.flatten(-2), blocks, (exponents[..., 0] + 127).to(torch.uint8)
-
-
