@@ -1,6 +1,6 @@
 """transformers' loading: a model that is changed after it was made, and before its weights are read.
 
-`from_pretrained` makes a model by calling its class, on the meta device, and looks for a weight for each of its tensors.
+`from_pretrained` makes a model by calling its class, on the meta device, and looks for weights for its tensors.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def model_class_with(
     unread = {rf"(.*\.)?{re.escape(ending)}$" for ending in {_ending(name) for name in ignored}}
     later = {rf"^{re.escape(name)}\." for name in filled}
 
-    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+    def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
         change(self)
         self._keys_to_ignore_on_load_unexpected = {*(self._keys_to_ignore_on_load_unexpected or ()), *unread}
         self._keys_to_ignore_on_load_missing = {*(self._keys_to_ignore_on_load_missing or ()), *later}
 
-    return type(kind.__name__, (kind,), {"__init__": __init__, "__module__": kind.__module__})
+    return type(kind.__name__, (kind,), {"__init__": init, "__module__": kind.__module__})
 
 
 def _ending(name: str) -> str:

@@ -1,8 +1,8 @@
 """Experts in GPTQ's format: from the packed layers of a checkpoint to a stack, and back.
 
 A checkpoint has a packed layer for each expert of a part of a projection, such as the gates. Here the layers of all
-experts are one tensor of each name, with the experts as the first axis: `qweight` of shape `(experts, in_features * bits
-/ 32, out_features)`, `qzeros` of `(experts, groups, out_features * bits / 32)`, `scales` of `(experts, groups,
+experts are one tensor of each name, with the experts as the first axis: `qweight` of shape `(experts, in_features *
+bits / 32, out_features)`, `qzeros` of `(experts, groups, out_features * bits / 32)`, `scales` of `(experts, groups,
 out_features)` and `g_idx` of `(experts, in_features)`.
 """
 
@@ -19,7 +19,7 @@ from langchain_quantllm.kernels.linear.weights import codes_per_word, group_size
 __all__ = ["from_awq", "gptq_layers", "gptq_stack", "join_outputs", "split_outputs", "to_awq"]
 
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
-"""The place in a word of AWQ of each of 8 outputs. Source: `AWQ_REVERSE_ORDER` in AutoAWQ, awq/utils/packing_utils.py."""
+"""The place of each of 8 outputs in a word of AWQ. Source: awq/utils/packing_utils.py of AutoAWQ."""
 
 
 def gptq_stack(
@@ -41,15 +41,13 @@ def gptq_stack(
     """
     groups, indices = _common_groups([part["g_idx"] for part in parts])
     top = (1 << bits) - 1
-    unpacked = []
+    zeros_of, scales_of = [], []
     for part, index in zip(parts, indices, strict=True):
-        zeros = _unpack(part["qzeros"], bits)
-        zeros = (zeros + 1) & top if zeros_minus_one else zeros
-        unpacked.append(_rows(zeros, index))
-    zeros = join_outputs(unpacked, interleaved=interleaved)
-    scales = join_outputs(
-        [_rows(part["scales"], i) for part, i in zip(parts, indices, strict=True)], interleaved=interleaved
-    )
+        own = _unpack(part["qzeros"], bits)
+        zeros_of.append(_rows((own + 1) & top if zeros_minus_one else own, index))
+        scales_of.append(_rows(part["scales"], index))
+    zeros = join_outputs(zeros_of, interleaved=interleaved)
+    scales = join_outputs(scales_of, interleaved=interleaved)
     words = join_outputs([part["qweight"] for part in parts], interleaved=interleaved)
     sizes = {group_size_of(row, scales.shape[1], codes_per_word(bits)) for row in groups}
     first = int(zeros.flatten()[0])

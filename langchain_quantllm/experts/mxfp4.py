@@ -43,7 +43,7 @@ def round_to_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Round weights to nearest, ties to the even code, in blocks whose scale is set by their largest magnitude.
 
     Args:
-        weight: Weights of shape `(..., out_features, in_features)`, floating and finite, `in_features` a multiple of 32.
+        weight: Weights of shape `(..., out_features, in_features)`, finite, `in_features` a multiple of 32.
 
     Returns:
         Blocks of shape `(..., out_features, in_features / 32, 16)` and scales of shape `(..., out_features, in_features

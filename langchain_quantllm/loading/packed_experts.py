@@ -39,7 +39,7 @@ class PackedExperts:
         stored: The tensors in the checkpoint's files.
         files: The file of each tensor.
         quantization: The checkpoint's quantization config.
-        packed_linears: Names in the model of its packed linear layers; None if all inside its decoder layers are packed.
+        packed_linears: Names in the model of its packed linear layers; None if all of its decoder layers are packed.
     """
 
     model_class: type

@@ -169,7 +169,7 @@ def pack_awq(codes: torch.Tensor) -> torch.Tensor:
 
 
 def pack_mxfp4(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Round weights of shape `(..., in_features)` down in magnitude to mxfp4; return them, the blocks and the scales."""
+    """Round weights of shape `(..., in_features)` towards zero to mxfp4; return them, blocks and scales."""
     grouped = weights.unflatten(-1, (-1, 32))
     exponents = torch.floor(torch.log2(grouped.abs().amax(-1, keepdim=True))) - 2
     magnitudes = (grouped / 2**exponents).abs()
