@@ -8,7 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,9 @@ logger = logging.getLogger(__name__)
 DAMPING = 0.01
 """Number added to the diagonal of GPTQ's statistics, as a share of its mean. Source: section 3.3 of the paper."""
 
+_NAMED = 8
+"""Experts that a warning names."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedCheckpoint:
@@ -50,7 +53,9 @@ class QuantizedCheckpoint:
         calibration_tokens: Number of its tokens; 0 where weights were rounded to nearest.
         resumed_blocks: Number of blocks that came from an earlier run.
         quantized_share: Share of the model's parameters that are quantized, from 0 to 1. Embeddings, the output head
-            and norms stay as they are, and so do the experts of a mixture where one tensor holds those of a layer.
+            and norms stay as they are, and so do the experts of a mixture in a layout that is not known.
+        rare_experts: Experts of a mixture that fewer tokens of GPTQ's calibration reached than an expert has inputs,
+            with how many; other tokens of their layer stood in for the rest.
     """
 
     folder: Path
@@ -61,6 +66,7 @@ class QuantizedCheckpoint:
     calibration_tokens: int = 0
     resumed_blocks: int = 0
     quantized_share: float = 0.0
+    rare_experts: Mapping[str, int] = field(default_factory=dict)
 
 
 @in_clean_thread
@@ -205,9 +211,9 @@ def _check_share(spec: LoadSpec, quantized: int) -> None:
         raise UnsupportedError(msg)
 
 
-def _shares(model: Any, quantized: int, total: int) -> dict[str, Any]:
+def _shares(model: Any, quantized: int, total: int, *, quantized_experts: int = 0) -> dict[str, Any]:
     """Return the share of quantized parameters; logs if experts of a mixture are among the others."""
-    share, experts = quantized / total, expert_parameters(model) / total
+    share, experts = quantized / total, (expert_parameters(model) - quantized_experts) / total
     if experts:
         logger.warning(
             "Only %.0f%% of the weights are quantized: the experts, %.0f%%, stay as they are, because one tensor holds "
@@ -255,11 +261,14 @@ def _write_gptq(
         model = loaded.pipeline.model
         blocks = model.get_submodule(layout.prefix)
         linears = (blocks[i].get_submodule(name) for i, names in enumerate(layout.layers) for name in names)
-        shares = _shares(model, sum(linear.weight.numel() for linear in linears), parameter_counts(model)[1])
+        experts = sum(own.elements for found in layout.experts for own in found)
+        quantized = experts + sum(linear.weight.numel() for linear in linears)
+        shares = _shares(model, quantized, parameter_counts(model)[1], quantized_experts=experts)
         run = GPTQRun(model, layout, scheme, damping=damping, device=device, journal=journal, report=report)
         resumed_blocks = run.run(ids, checkpoint.source, overwrite=overwrite)
         about: dict[str, Any] = {"calibration": calibration.source_label, "tokens": tokens, "progress": spec.progress}
         run.write(output, tokenizer, trust_remote_code=spec.trust_remote_code, **about)
+        _warn_of_rare(run.rare_experts)
     finally:
         journal.remove_empty()
         loaded.close()
@@ -268,8 +277,23 @@ def _write_gptq(
         "calibration": calibration.label,
         "calibration_tokens": tokens,
         "resumed_blocks": resumed_blocks,
+        "rare_experts": run.rare_experts,
         **shares,
     }
+
+
+def _warn_of_rare(experts: Mapping[str, int]) -> None:
+    """Log which experts the calibration hardly reached."""
+    if not experts:
+        return
+    named = sorted(experts, key=lambda name: experts[name])[:_NAMED]
+    logger.warning(
+        "Fewer tokens of the calibration reached %d experts than they have inputs, so that other tokens of their "
+        "layers stood in for the rest: %s%s. More calibration tokens, Calibration(samples=...), reach more of them.",
+        len(experts),
+        ", ".join(f"{name} ({experts[name]})" for name in named),
+        " and others" if len(experts) > _NAMED else "",
+    )
 
 
 def _usable_device(device: str | None) -> str:

@@ -62,12 +62,12 @@ class RoundedLinear:
             bits=bits,
         )
 
-    def rows(self, first: int, last: int) -> RoundedLinear:
-        """Return the outputs from `first` to before `last`."""
+    def outputs(self, which: slice) -> RoundedLinear:
+        """Return a part of the outputs."""
         return RoundedLinear(
-            codes=self.codes[:, first:last],
-            zeros=self.zeros[:, first:last],
-            scales=self.scales[:, first:last],
+            codes=self.codes[:, which],
+            zeros=self.zeros[:, which],
+            scales=self.scales[:, which],
             g_idx=self.g_idx.clone(),
             bits=self.bits,
         )
