@@ -4,8 +4,8 @@ Since transformers 5 a mixture's experts are one module with a parameter of thre
 with `use_experts_implementation`, which leaves the layout in attributes. Source: transformers/integrations/moe.py.
 
 Experts of classes without that decorator stay as they are: those of Llama 4 (every expert reads every token), DBRX (all
-experts in one matrix), JetMoE (another call of `forward`), LongCat (experts that do nothing, with rows of their own) and
-Step 3 (no attributes). Experts of Switch and NLLB are ordinary linear layers.
+experts in one matrix), JetMoE (another call of `forward`), LongCat (experts without weights among them) and Step 3 (no
+attributes). Experts of Switch and NLLB are ordinary linear layers.
 """
 
 from __future__ import annotations

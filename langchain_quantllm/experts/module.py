@@ -45,6 +45,10 @@ class QuantizedExperts:
             total.index_add_(0, tokens, weighted.float())
         return total.to(hidden_states.dtype)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by the model's own class: that of the object is made while a program runs."""
+        return _restored, (type(self).__mro__[2],), self.__dict__.copy()
+
 
 def replace_weights(module: torch.nn.Module, weights: dict[str, StackedLinear]) -> None:
     """Replace the weights of a model's experts, whose class takes up `QuantizedExperts`.
@@ -61,6 +65,11 @@ def replace_weights(module: torch.nn.Module, weights: dict[str, StackedLinear]) 
         setattr(module, name, stacked)
     if not isinstance(module, QuantizedExperts):
         module.__class__ = _quantized_class(type(module))
+
+
+def _restored(kind: type) -> Any:
+    made = _quantized_class(kind)
+    return made.__new__(made)
 
 
 _classes: dict[type, type] = {}
