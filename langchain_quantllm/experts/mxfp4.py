@@ -54,8 +54,8 @@ def round_to_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     # frexp gives a mantissa in [0.5, 1), so the exponent of a power of two is one less.
     exponents = torch.frexp(largest).exponent - 1 - _LARGEST_EXPONENT
     exponents = torch.where(largest == 0, 0, exponents).clamp(-127, 127)
-    scaled = torch.ldexp(values, -exponents.unsqueeze(-1))
-    magnitudes = torch.tensor(E2M1[:8], device=weight.device)
+    scaled = torch.ldexp(values, -exponents.unsqueeze(-1)).contiguous()
+    magnitudes = torch.tensor(E2M1[:8], dtype=torch.float32, device=weight.device)
     middles = (magnitudes[1:] + magnitudes[:-1]) / 2
     # A value in the middle goes to the even code: up from below an even one, else down.
     above, below = torch.bucketize(scaled.abs(), middles, right=True), torch.bucketize(scaled.abs(), middles)

@@ -110,6 +110,11 @@ def expert_bytes(projection: Projection, bits: int, *, nested: bool = False) -> 
     return words, experts * blocks, code, 4 * experts * outer, 4 * 256, 4 * experts
 
 
+def mxfp4_expert_bytes(projection: Projection) -> tuple[int, ...]:
+    """Compute the bytes of the weights of one projection of all experts in mxfp4: values of 4 bits, scales of 8."""
+    return projection.elements // 2, projection.elements // 32
+
+
 def gptq_expert_bytes(projection: Projection, bits: int, group_size: int) -> tuple[int, ...]:
     """Compute the bytes of the weights of one projection of all experts, quantized by GPTQ.
 

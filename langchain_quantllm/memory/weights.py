@@ -13,17 +13,18 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from langchain_quantllm.compat.bitsandbytes import is_quantized, is_state, shape_of, states_of
-from langchain_quantllm.compat.transformers_quantizers import float32_patterns, replaced_by_bitsandbytes
 from langchain_quantllm.compat.transformers_experts import projections
+from langchain_quantllm.compat.transformers_quantizers import float32_patterns, replaced_by_bitsandbytes
 from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.memory.experts import (
     expert_bytes,
     expert_counts,
     expert_modules,
     gptq_expert_bytes,
+    mxfp4_expert_bytes,
     unfit_reason,
 )
-from langchain_quantllm.schemes import FP4, GPTQ, NF4, Int8, Scheme, Unquantized
+from langchain_quantllm.schemes import FP4, GPTQ, MXFP4, NF4, Int8, Scheme, Unquantized
 
 if TYPE_CHECKING:
     import torch
@@ -261,6 +262,8 @@ def _quantized_projections(
             for path, found in experts.items()
             for name, projection in found.items()
         }
+    if isinstance(scheme, MXFP4):
+        return {f"{path}.{name}": mxfp4_expert_bytes(p) for path, found in experts.items() for name, p in found.items()}
     if not isinstance(scheme, Int8 | NF4 | FP4):
         return {}
     skipped = scheme.transformers_config("bfloat16").llm_int8_skip_modules
@@ -293,7 +296,7 @@ def _quantized_linears(
 
     Source: `GPTQQuantizer.convert_model` in optimum/gptq/quantizer.py.
     """
-    if isinstance(scheme, Unquantized):
+    if isinstance(scheme, Unquantized | MXFP4):
         return {}
     linears = dict(_linears(model))
     if isinstance(scheme, GPTQ):

@@ -27,9 +27,10 @@ from langchain_quantllm.memory.weights import expert_parameters, parameter_count
 from langchain_quantllm.quantization.calibration import Calibration, calibration_from, read_texts, sequences
 from langchain_quantllm.quantization.gptq import SHARD, GPTQRun, Progress, check_layers
 from langchain_quantllm.quantization.journal import ENDING, Journal
+from langchain_quantllm.quantization.mxfp4 import check_mxfp4, pack_mxfp4
 from langchain_quantllm.quantization.output_dir import OutputDir, claim_output
 from langchain_quantllm.quantization.saving import check_reopened, expected_logits, save_checkpoint, stored_weights
-from langchain_quantllm.schemes import GPTQ, Prequantized, Scheme, Unquantized, scheme_from
+from langchain_quantllm.schemes import GPTQ, MXFP4, SCHEMES, Prequantized, Scheme, Unquantized, scheme_from
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ def quantize(
     Args:
         model_id: A folder, or the name of a repository on the Hub, with an unquantized decoder-only model.
         scheme: `"gptq"` or `GPTQ(bits=..., group_size=..., sym=..., desc_act=...)`; `"int8"`, `"nf4"`, `"nf4-double"`,
-            `"fp4"`, `"fp4-double"`, or such a scheme with its options.
+            `"fp4"`, `"fp4-double"`, or such a scheme with its options; `"mxfp4"` for gpt-oss.
         calibration: For GPTQ: a `Calibration`, or its source: texts, a file, a data set's name, `"none"` for rounding
             to nearest; None is the text that comes with the package. It is not written into the checkpoint.
         output: Folder to write; None is one in the current folder, named after model and scheme.
@@ -134,13 +135,13 @@ def quantize(
     """
     began = time.perf_counter()
     wanted = _wanted(scheme)
-    is_gptq = isinstance(wanted, GPTQ)
+    is_gptq, in_place = isinstance(wanted, GPTQ), isinstance(wanted, GPTQ | MXFP4)
     _check_gptq_options(wanted, calibration, skip_modules, damping)
     spec = LoadSpec(
         model_id=os.fspath(model_id),
-        scheme=Unquantized() if is_gptq else wanted,
+        scheme=Unquantized() if in_place else wanted,
         dtype=dtype,
-        device_map={"": "cpu"} if is_gptq else device,
+        device_map={"": "cpu"} if in_place else device,
         revision=revision,
         token=token,
         cache_dir=cache_dir,
@@ -170,8 +171,11 @@ def quantize(
             options |= {"device": device, "overwrite": overwrite}
             about = _write_gptq(spec, checkpoint, wanted, calibration, claimed, **options)
         else:
+            if isinstance(wanted, MXFP4):
+                check_mxfp4(checkpoint.config, spec.model_id)
             claimed.check_space(stored_weights(checkpoint.config, wanted, spec).total_bytes)
-            about |= _write_bitsandbytes(spec, checkpoint, claimed)
+            write = _write_mxfp4 if isinstance(wanted, MXFP4) else _write_bitsandbytes
+            about |= write(spec, checkpoint, claimed)
     release_memory()
     weights_bytes = sum(file.stat().st_size for file in claimed.folder.glob("*.safetensors"))
     total_s = time.perf_counter() - began
@@ -195,6 +199,24 @@ def _write_bitsandbytes(spec: LoadSpec, checkpoint: Checkpoint, output: OutputDi
         shares = _shares(pipeline.model, quantized, total)
         expected = expected_logits(pipeline.model, pipeline.tokenizer)
         del pipeline, preprocessor
+    finally:
+        loaded.close()
+    check_reopened(output.part, spec, expected)
+    output.publish()
+    return shares
+
+
+def _write_mxfp4(spec: LoadSpec, checkpoint: Checkpoint, output: OutputDir) -> dict[str, Any]:
+    """Round the experts of a loaded model, and write; returns the shares of the `QuantizedCheckpoint`."""
+    loaded = load(spec, checkpoint.source)
+    try:
+        model, tokenizer = loaded.pipeline.model, loaded.pipeline.tokenizer
+        total = parameter_counts(model)[1]
+        shares = {"quantized_share": pack_mxfp4(model) / total}
+        options: dict[str, Any] = {"progress": spec.progress, "trust_remote_code": spec.trust_remote_code}
+        save_checkpoint(output, model, tokenizer, max_shard_size=SHARD, **options)
+        expected = expected_logits(model, tokenizer)
+        del model, tokenizer
     finally:
         loaded.close()
     check_reopened(output.part, spec, expected)
@@ -329,7 +351,7 @@ def _wanted(scheme: Any) -> Scheme:
     wanted = scheme_from(scheme)
     if wanted is None or isinstance(wanted, Unquantized | Prequantized):
         name = "none" if wanted is None else label_of(wanted)
-        msg = f"scheme={name!r} cannot be written; use 'gptq', 'int8', 'nf4', 'nf4-double', 'fp4' or 'fp4-double'."
+        msg = f"scheme={name!r} cannot be written; use one of {', '.join(n for n in SCHEMES if n != 'none')}."
         raise InvalidOptionError(msg)
     if not isinstance(wanted, GPTQ):
         return wanted

@@ -198,8 +198,8 @@ class RoutedTokens:
         count = sum(map(len, mine))
         if count < least:
             every = torch.cat([hidden[(experts != expert).all(dim=-1)] for hidden, experts in self._batches])
-            places = torch.linspace(0, len(every) - 1, min(least - count, len(every))).round().long()
-            mine.append(every[places])
+            wanted = min(least - count, len(every))
+            mine.append(every[torch.arange(wanted) * len(every) // max(wanted, 1)])
         return [part for rows in mine for part in rows.split(_ROWS_AT_ONCE) if len(part)], count
 
 

@@ -12,13 +12,16 @@ from safetensors.torch import load_file
 
 from langchain_quantllm import GPTQ, Calibration, quantize
 from langchain_quantllm.compat.transformers_experts import is_experts, projections
-from langchain_quantllm.errors import InvalidOptionError
+from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
+from langchain_quantllm.experts.mxfp4 import mxfp4_stack
+from langchain_quantllm.kernels.experts.reference import dequantize
 from langchain_quantllm.loading.registry import load
 from langchain_quantllm.loading.spec import LoadSpec
 from langchain_quantllm.quantization.decoder_layers import DecoderLayers, find_layout
 from langchain_quantllm.quantization.expert_layers import ExpertLayers, RoutedTokens, find_experts
 from langchain_quantllm.quantization.gptq import Progress
 from langchain_quantllm.quantization.packing import TENSORS, RoundedLinear
+from langchain_quantllm.schemes import MXFP4
 from tests.support.checkpoints import make_tokenizer
 from tests.support.mixtures import EXPERTS, make_mixture
 from tests.support.packed_experts import NAMES
@@ -224,3 +227,29 @@ def test_a_group_size_that_does_not_divide_experts_is_refused(tmp_path: Path) ->
         InvalidOptionError, match=r"in_features=32 of layer 'model\.layers\.0\.mlp\.experts\.0\.down_proj'"
     ):
         quantize(source, GPTQ(group_size=64), "none", tmp_path / "out", progress=False)
+
+
+def test_gpt_oss_is_written_in_mxfp4_and_computes_with_the_rounded_weights(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", "gpt_oss")
+    done = quantize(source, "mxfp4", output=tmp_path / "out", progress=False, device="cpu")
+    plain, packed = (load_file(folder / "model.safetensors") for folder in (source, done.folder))
+    twin = make_mixture("gpt_oss", vocab_size=512, dtype=torch.float16).float()
+    for path, module in twin.named_modules():
+        for name in projections(module):
+            weight = plain.pop(f"{path}.{name}").transpose(1, 2).float()
+            blocks, scales = packed.pop(f"{path}.{name}_blocks"), packed.pop(f"{path}.{name}_scales")
+            rounded = torch.stack([dequantize(mxfp4_stack(blocks, scales), e, torch.float32) for e in range(EXPERTS)])
+            assert 0.01 < float((rounded - weight).norm() / weight.norm()) < 0.2
+            getattr(module, name).data.copy_(rounded.transpose(1, 2))
+    assert plain.keys() == packed.keys()
+    loaded = load(LoadSpec(model_id=str(done.folder), dtype="float32", progress=False, device_map={"": "cpu"}))
+    assert loaded.scheme == done.scheme == MXFP4()
+    with torch.no_grad():
+        found, expected = loaded.pipeline.model(IDS).logits, twin(IDS).logits
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert 0.5 < done.quantized_share < 1
+
+
+def test_mxfp4_is_for_gpt_oss(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="mxfp4 is gpt-oss's format"):
+        quantize(write(tmp_path / "source"), "mxfp4", output=tmp_path / "out", progress=False)
