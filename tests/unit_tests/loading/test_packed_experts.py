@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import importlib.util
 import json
@@ -20,8 +21,9 @@ from langchain_quantllm.loading.checkpoint import find_checkpoint
 from langchain_quantllm.loading.packed_experts import find_packed_experts
 from langchain_quantllm.loading.registry import load
 from langchain_quantllm.loading.spec import LoadSpec
+from langchain_quantllm.memory import estimate_config
 from langchain_quantllm.schemes import MXFP4, NF4
-from tests.support.checkpoints import edit_json
+from tests.support.checkpoints import FakeHub, edit_json
 from tests.support.packed_experts import FILE, make_packed
 
 IDS = torch.arange(3, 43)[None]
@@ -130,6 +132,40 @@ def test_the_experts_take_their_bits_and_nothing_more_while_they_load(tmp_path: 
         numbers = stack.experts * stack.in_features * stack.out_features
         assert stack.words.nbytes + stack.scales.nbytes == numbers * 17 // 32
         assert stack.bias.dtype == torch.bfloat16
+
+
+@needs_gptqmodel
+@pytest.mark.parametrize(("kind", "method"), [("gpt_oss", "mxfp4"), ("mixtral", "gptq")])
+def test_the_memory_is_estimated(tmp_path: Path, kind: str, method: str) -> None:
+    make_packed(tmp_path, kind, method, dtype=torch.bfloat16)
+    found = load(spec_of(tmp_path, dtype="auto"))
+    assert found.estimate is not None
+    assert found.estimate.weights.experts_bytes == found.weights.experts_bytes
+    packed = sum(
+        t.nbytes for stack in stacks_of(found.pipeline.model) for t in vars(stack).values() if hasattr(t, "nbytes")
+    )
+    assert found.weights.experts_bytes == packed
+
+
+def test_gpt_oss_20b_is_estimated_below_14_gb() -> None:
+    from transformers import GptOssConfig
+
+    config = GptOssConfig(num_hidden_layers=24, num_local_experts=32, dtype="bfloat16")
+    config.quantization_config = {"quant_method": "mxfp4"}
+    estimate = estimate_config(config)
+    assert estimate.scheme == MXFP4()
+    assert estimate.parameters == pytest.approx(20.9e9, rel=0.01)
+    assert 13e9 < estimate.total_bytes < 14e9
+
+
+@pytest.mark.enable_socket
+def test_a_checkpoint_on_the_hub_is_downloaded_and_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    twin = make_packed(tmp_path / "packed", "gpt_oss", "mxfp4")
+    with FakeHub({"acme/packed": tmp_path / "packed"}) as hub:
+        FakeHub.point_to(hub.url, monkeypatch)
+        cache = {"cache_dir": str(tmp_path / "cache"), "local_files_only": False}
+        found = load(dataclasses.replace(spec_of(tmp_path), model_id="acme/packed", **cache))
+    assert difference(found.pipeline.model, twin) < 1e-5
 
 
 def test_mxfp4_is_a_scheme_that_its_checkpoints_keep(tmp_path: Path) -> None:
