@@ -351,7 +351,7 @@ def _wanted(scheme: Any) -> Scheme:
     wanted = scheme_from(scheme)
     if wanted is None or isinstance(wanted, Unquantized | Prequantized):
         name = "none" if wanted is None else label_of(wanted)
-        msg = f"scheme={name!r} cannot be written; use one of {', '.join(n for n in SCHEMES if n != 'none')}."
+        msg = f"scheme={name!r} cannot be written; use one of {', '.join(repr(n) for n in SCHEMES if n != 'none')}."
         raise InvalidOptionError(msg)
     if not isinstance(wanted, GPTQ):
         return wanted

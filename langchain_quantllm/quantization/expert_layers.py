@@ -176,7 +176,6 @@ class RoutedTokens:
     def __init__(self) -> None:
         """Start without tokens."""
         self._batches: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._count = 0
 
     def add(self, hidden: torch.Tensor, experts: torch.Tensor) -> None:
         """Add tokens.
@@ -186,7 +185,6 @@ class RoutedTokens:
             experts: The experts of each token, of shape `(tokens, k)`.
         """
         self._batches.append((hidden.cpu(), experts.cpu()))
-        self._count += len(hidden)
 
     def of(self, expert: int, least: int) -> tuple[list[torch.Tensor], int]:
         """Return the tokens of an expert; if there are fewer than `least`, then others of the layer with them.
@@ -194,13 +192,18 @@ class RoutedTokens:
         Returns:
             The tokens in parts, and how many were routed to the expert.
         """
-        mine = [hidden[(experts == expert).any(dim=-1)] for hidden, experts in self._batches]
-        count = sum(map(len, mine))
-        if count < least:
-            every = torch.cat([hidden[(experts != expert).all(dim=-1)] for hidden, experts in self._batches])
-            wanted = min(least - count, len(every))
-            mine.append(every[torch.arange(wanted) * len(every) // max(wanted, 1)])
-        return [part for rows in mine for part in rows.split(_ROWS_AT_ONCE) if len(part)], count
+        if len(self._batches) > 1:
+            hidden, experts = zip(*self._batches, strict=True)
+            self._batches = [(torch.cat(hidden), torch.cat(experts))]
+        [(every, chosen)] = self._batches
+        routed = (chosen == expert).any(dim=-1)
+        rows, others = every[routed], (~routed).nonzero()[:, 0]
+        count = len(rows)
+        wanted = min(max(least - count, 0), len(others))
+        if wanted:
+            places = others[torch.arange(wanted) * len(others) // wanted]
+            rows = torch.cat([rows, every[places]])
+        return [part for part in rows.split(_ROWS_AT_ONCE) if len(part)], count
 
 
 def find_experts(model: Any, prefix: str) -> tuple[tuple[ExpertLayers, ...], ...]:
