@@ -165,7 +165,8 @@ def _quantizer_class(bits: int) -> Any:
             return found
 
         def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-            return self.reader.takes(param_name) or super().param_needs_quantization(model, param_name, **kwargs)
+            is_linear = super().param_needs_quantization(model, param_name, **kwargs)
+            return bool(self.reader.takes(param_name) or is_linear)
 
         def param_element_size(self, model: Any, param_name: str, param: Any) -> float:
             if self.reader.takes(param_name):
@@ -276,10 +277,10 @@ def _converter_class() -> Any:
         """
 
         def __init__(self, *args: Any, quantizer: Any, patterns: Mapping[str, tuple[int, str]], replaced: Any) -> None:
-            super().__init__(*args)
-            self.quantizer, self.patterns, self.replaced = quantizer, patterns, replaced
+            sources, targets, self.merging = args
             # The loader casts no tensor of an operation with a quantizer.
-            self.merging, self.operations = self.operations, [_Marked(quantizer)]
+            super().__init__(sources, targets, [_Marked(quantizer)])
+            self.quantizer, self.patterns, self.replaced = quantizer, patterns, replaced
 
         def __deepcopy__(self, memo: dict[int, Any]) -> Any:
             found = copy.copy(self)

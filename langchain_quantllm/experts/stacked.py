@@ -44,7 +44,7 @@ class StackedLinear(torch.nn.Module):  # type: ignore[misc]  # torch is not foll
         return stack
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> StackedLinear:
-        """Apply a function of `to`, `cuda` or `half` to the tensors; quantized weights and their scales keep a dtype."""
+        """Apply a function of `to`, `cuda` or `half` to the tensors; quantized weights and scales keep theirs."""
         stays = type(self._bare) is not FloatStack
 
         def apply(tensor: torch.Tensor) -> torch.Tensor:

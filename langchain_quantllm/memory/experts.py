@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from langchain_quantllm.compat.transformers_experts import Projection, is_experts, projections, unsupported_experts
+from langchain_quantllm.compat.transformers_quantizers import replaced_by_bitsandbytes
+from langchain_quantllm.schemes import FP4, GPTQ, MXFP4, NF4, Int8, Scheme
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 __all__ = [
     "BLOCK_SIZE",
     "expert_bytes",
     "expert_counts",
     "expert_modules",
-    "gptq_expert_bytes",
+    "quantized_projections",
     "unfit_reason",
     "unquantized_reasons",
 ]
@@ -90,6 +94,33 @@ def expert_counts(model: torch.nn.Module) -> tuple[int, int]:
     return quantized, plain
 
 
+def quantized_projections(
+    model: PreTrainedModel, scheme: Scheme, options: Mapping[str, Any]
+) -> dict[str, tuple[int, ...]]:
+    """Find the parameters of experts that a scheme quantizes: the bytes of the tensors in the place of each."""
+    experts = {path: found for path, module in model.named_modules() if (found := projections(module))}
+    if isinstance(scheme, GPTQ):
+        bits, group_size = scheme.bits or options.get("bits") or 4, options.get("group_size", 128)
+        return {
+            f"{path}.{name}": _gptq_bytes(projection, bits, group_size)
+            for path, found in experts.items()
+            for name, projection in found.items()
+        }
+    if isinstance(scheme, MXFP4):
+        return {f"{path}.{name}": _mxfp4_bytes(p) for path, found in experts.items() for name, p in found.items()}
+    if not isinstance(scheme, Int8 | NF4 | FP4):
+        return {}
+    skipped = scheme.transformers_config("bfloat16").llm_int8_skip_modules
+    nested = not isinstance(scheme, Int8) and scheme.double_quantization
+    sizes: dict[str, tuple[int, ...]] = {}
+    for path, found in experts.items():
+        paths = [path, *(f"{path}.{name}" for name in found)]
+        fits = unfit_reason(model.get_submodule(path), scheme.bits) is None
+        if fits and len(replaced_by_bitsandbytes(model, paths, skipped)) == len(paths):
+            sizes |= {f"{path}.{name}": expert_bytes(p, scheme.bits, nested=nested) for name, p in found.items()}
+    return sizes
+
+
 def expert_bytes(projection: Projection, bits: int, *, nested: bool = False) -> tuple[int, ...]:
     """Compute the bytes of the tensors with the weights of one projection of all experts.
 
@@ -110,12 +141,12 @@ def expert_bytes(projection: Projection, bits: int, *, nested: bool = False) -> 
     return words, experts * blocks, code, 4 * experts * outer, 4 * 256, 4 * experts
 
 
-def mxfp4_expert_bytes(projection: Projection) -> tuple[int, ...]:
+def _mxfp4_bytes(projection: Projection) -> tuple[int, ...]:
     """Compute the bytes of the weights of one projection of all experts in mxfp4: values of 4 bits, scales of 8."""
     return projection.elements // 2, projection.elements // 32
 
 
-def gptq_expert_bytes(projection: Projection, bits: int, group_size: int) -> tuple[int, ...]:
+def _gptq_bytes(projection: Projection, bits: int, group_size: int) -> tuple[int, ...]:
     """Compute the bytes of the weights of one projection of all experts, quantized by GPTQ.
 
     Args:

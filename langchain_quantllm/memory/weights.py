@@ -13,17 +13,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from langchain_quantllm.compat.bitsandbytes import is_quantized, is_state, shape_of, states_of
-from langchain_quantllm.compat.transformers_experts import projections
 from langchain_quantllm.compat.transformers_quantizers import float32_patterns, replaced_by_bitsandbytes
 from langchain_quantllm.errors import UnsupportedError
-from langchain_quantllm.memory.experts import (
-    expert_bytes,
-    expert_counts,
-    expert_modules,
-    gptq_expert_bytes,
-    mxfp4_expert_bytes,
-    unfit_reason,
-)
+from langchain_quantllm.memory.experts import expert_counts, expert_modules, quantized_projections
 from langchain_quantllm.schemes import FP4, GPTQ, MXFP4, NF4, Int8, Scheme, Unquantized
 
 if TYPE_CHECKING:
@@ -227,7 +219,7 @@ def _computed_sizes(
 ) -> Iterator[tuple[Kind, int]]:
     """Yield (kind, bytes) of every tensor of the loaded model."""
     quantized = _quantized_linears(model, scheme, options)
-    packed = _quantized_projections(model, scheme, options) if packed_experts else {}
+    packed = quantized_projections(model, scheme, options) if packed_experts else {}
     kept_in_float32 = _float32_pattern(model, dtype)
     experts = expert_modules(model)
     seen: set[int] = set()
@@ -248,33 +240,6 @@ def _computed_sizes(
                     continue
                 float32 = tensor.is_floating_point() and kept_in_float32 and kept_in_float32.search(f"{path}.{name}")
                 yield own, 4 * tensor.numel() if float32 else tensor.nbytes
-
-
-def _quantized_projections(
-    model: PreTrainedModel, scheme: Scheme, options: Mapping[str, Any]
-) -> dict[str, tuple[int, ...]]:
-    """Find the parameters of experts that a scheme quantizes: the bytes of the tensors in the place of each."""
-    experts = {path: found for path, module in model.named_modules() if (found := projections(module))}
-    if isinstance(scheme, GPTQ):
-        bits, group_size = scheme.bits or options.get("bits") or 4, options.get("group_size", 128)
-        return {
-            f"{path}.{name}": gptq_expert_bytes(projection, bits, group_size)
-            for path, found in experts.items()
-            for name, projection in found.items()
-        }
-    if isinstance(scheme, MXFP4):
-        return {f"{path}.{name}": mxfp4_expert_bytes(p) for path, found in experts.items() for name, p in found.items()}
-    if not isinstance(scheme, Int8 | NF4 | FP4):
-        return {}
-    skipped = scheme.transformers_config("bfloat16").llm_int8_skip_modules
-    nested = not isinstance(scheme, Int8) and scheme.double_quantization
-    sizes = {}
-    for path, found in experts.items():
-        paths = [path, *(f"{path}.{name}" for name in found)]
-        fits = unfit_reason(model.get_submodule(path), scheme.bits) is None
-        if fits and len(replaced_by_bitsandbytes(model, paths, skipped)) == len(paths):
-            sizes |= {f"{path}.{name}": expert_bytes(p, scheme.bits, nested=nested) for name, p in found.items()}
-    return sizes
 
 
 def _float32_pattern(model: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[str] | None:

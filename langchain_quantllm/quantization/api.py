@@ -54,7 +54,7 @@ class QuantizedCheckpoint:
         calibration_tokens: Number of its tokens; 0 where weights were rounded to nearest.
         resumed_blocks: Number of blocks that came from an earlier run.
         quantized_share: Share of the model's parameters that are quantized, from 0 to 1. Embeddings, the output head
-            and norms stay as they are, and so do the experts of a mixture in a layout that is not known.
+            and norms stay as they are, and so do routers and shared gates of a mixture of experts.
         rare_experts: Experts of a mixture that fewer tokens of GPTQ's calibration reached than an expert has inputs,
             with how many; other tokens of their layer stood in for the rest.
     """
@@ -186,7 +186,7 @@ def _write_bitsandbytes(spec: LoadSpec, checkpoint: Checkpoint, output: OutputDi
     """Quantize while loading, and write; returns the shares of the `QuantizedCheckpoint`."""
     with contextlib.suppress(UnsupportedError):  # of a model without a formula, the loaded one is looked at below
         estimate = estimate_config(checkpoint.config, spec.scheme, trust_remote_code=spec.trust_remote_code)
-        _check_share(spec, estimate.weights.quantized_bytes)
+        _check_share(spec, estimate.weights.quantized_bytes + estimate.weights.experts_bytes)
     loaded = load(spec, checkpoint.source)
     try:
         pipeline = loaded.pipeline
@@ -238,8 +238,7 @@ def _shares(model: Any, quantized: int, total: int, *, quantized_experts: int = 
     share, experts = quantized / total, (expert_parameters(model) - quantized_experts) / total
     if experts:
         logger.warning(
-            "Only %.0f%% of the weights are quantized: the experts, %.0f%%, stay as they are, because one tensor holds "
-            "all of a layer, which this package does not quantize.",
+            "Only %.0f%% of the weights are quantized: experts of this mixture, %.0f%%, stay as they are.",
             100 * share,
             100 * experts,
         )

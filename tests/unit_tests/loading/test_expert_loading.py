@@ -69,7 +69,6 @@ def experts_in(model: Any) -> dict[str, Any]:
         ("mixtral", "fp4"),
         ("gpt_oss", "int8"),
         ("gpt_oss", "nf4-double"),
-        ("aria", "nf4"),
         ("nemotron_h", "int8"),
         ("deepseek_v3", "nf4"),
     ],
@@ -211,6 +210,20 @@ def test_experts_that_cannot_be_quantized_stay_and_one_warning_and_the_report_ha
     said = [r.getMessage() for r in caplog.records if words in r.getMessage()]
     assert len(said) == 1
     assert words in " ".join(repr(llm.memory_report()).split())
+
+
+def test_a_running_batch_writes_what_generate_writes(folders: Any) -> None:
+    llm = QuantizedHuggingFaceLLM(
+        model_id=str(folders("qwen3_moe")), quantization="nf4", progress=False, max_new_tokens=8
+    )
+    found = llm.invoke("The capital of France")
+    assert llm.engine_info is not None
+    assert llm.engine_info.name == "fast"
+    tokenizer, model = llm.pipeline.tokenizer, llm.pipeline.model
+    ids = tokenizer("The capital of France", return_tensors="pt")["input_ids"]
+    output = model.generate(ids, max_new_tokens=8, do_sample=False)
+    assert found == tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    llm.unload()
 
 
 def test_models_that_other_programs_load_stay_as_they_are(folders: Any) -> None:

@@ -60,7 +60,6 @@ def assert_same_stacks(found: Any, expected: Any) -> None:
         ("mixtral", "nf4-double"),
         ("gpt_oss", "fp4-double"),
         ("nemotron_h", "nf4"),
-        ("aria", "int8"),
     ],
 )
 def test_what_is_written_is_read_bit_by_bit(tmp_path: Path, kind: str, scheme: str) -> None:
