@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from langchain_quantllm.kernels.linear.bit_packing import pack_bits
 from langchain_quantllm.kernels.linear.codebook import CODEBOOKS
 from langchain_quantllm.kernels.linear.weights import FourBitWeight, GPTQWeight, Int8Weight, Weight
-from langchain_quantllm.quantization.packing import pack_bits
 
 LINEAR_SHAPES = {
     "llama-2-7b": [(4096, (4096,) * 3), (4096, (4096,)), (4096, (11008,) * 2), (11008, (4096,))],

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from langchain_quantllm._version import __version__
-from langchain_quantllm.schemes import FP4, GPTQ, NF4, SCHEMES, Int8, Scheme, Unquantized
+from langchain_quantllm.schemes import FP4, GPTQ, MXFP4, NF4, SCHEMES, Int8, Scheme, Unquantized
 
 if TYPE_CHECKING:
     from langchain_quantllm.bench.compare import compare
@@ -56,6 +56,7 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "FP4",
     "GPTQ",
+    "MXFP4",
     "NF4",
     "SCHEMES",
     "Calibration",

@@ -62,7 +62,7 @@ class Scheme(NamedOptions):
     packages: ClassVar[tuple[str, ...]] = ()
     """Import names of the packages that loading needs."""
     calibrated: ClassVar[bool] = False
-    """Whether quantizing takes calibration data, so that a checkpoint cannot be quantized while it loads."""
+    """Whether a checkpoint is not quantized while it loads: quantizing takes calibration data, or is done before."""
 
     @property
     def weight_bits(self) -> int | None:
@@ -280,6 +280,20 @@ class GPTQ(Scheme):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MXFP4(Scheme):
+    """Experts in mxfp4, as gpt-oss has them: 4-bit floats in blocks of 32 inputs with a scale that is a power of two.
+
+    A checkpoint in it is loaded as it is, and `quantize` makes one. Everything but the experts is unquantized.
+
+    Source: OCP Microscaling Formats (MX) Specification v1.0.
+    """
+
+    name: ClassVar[str] = "mxfp4"
+    calibrated: ClassVar[bool] = True
+    bits: ClassVar[int] = 4
+
+
+@dataclass(frozen=True, kw_only=True)
 class Prequantized(Scheme):
     """A checkpoint in another format, which transformers loads by the checkpoint's own config.
 
@@ -302,10 +316,11 @@ SCHEMES: Mapping[str, Scheme] = {
     "fp4": FP4(),
     "fp4-double": FP4(double_quantization=True),
     "gptq": GPTQ(),
+    "mxfp4": MXFP4(),
 }
 """Every name that `quantization=` takes, with its scheme."""
 
-_CLASSES = {cls.name: cls for cls in (Unquantized, Int8, NF4, FP4, GPTQ, Prequantized)}
+_CLASSES = {cls.name: cls for cls in (Unquantized, Int8, NF4, FP4, GPTQ, MXFP4, Prequantized)}
 
 
 def scheme_from(value: str | Mapping[str, Any] | Scheme | None) -> Scheme | None:
@@ -385,6 +400,8 @@ def scheme_of_config(config: Mapping[str, Any]) -> Scheme:
             skip_modules=skipped,
             fp32_cpu_offload=offload,
         )
+    if method == "mxfp4":
+        return MXFP4()
     bits = config.get("bits", config.get("w_bit"))
     if method == "gptq":
         known = {name: config[name] for name in ("group_size", "sym", "desc_act") if config.get(name) is not None}

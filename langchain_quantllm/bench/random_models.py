@@ -111,7 +111,7 @@ def _save_random_gptq(model: Any, folder: Path, bits: int) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from langchain_quantllm.quantization.packing import pack_bits
+    from langchain_quantllm.kernels.linear.bit_packing import pack_bits
 
     middle, step = 1 << bits - 1, 0.032 / (1 << bits)
     tensors = {}

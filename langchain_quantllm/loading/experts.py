@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 EXPERT_STATE = re.compile(r"(.*\.experts)\.\d+\..+\.(SCB|absmax|quant_map|quant_state\..*)")
 """Names of the quantization state of one expert's layer, as transformers 4, bitsandbytes and this package save it."""
 
-_PACKED_EXPERT = re.compile(r"\.experts\.\d+\..+\.qweight$")
-"""Names of the words of one expert's layer, as GPTQ and AWQ save them."""
+_PACKED_EXPERT = re.compile(r"\.experts\.(.+\.qweight|\w+_blocks)$")
+"""Names of the words of experts in GPTQ, AWQ and mxfp4."""
 
 
 def read_experts(checkpoint: Checkpoint, quantization_config: Any) -> Any:

@@ -28,6 +28,7 @@ from langchain_quantllm.loading.devices import devices_named, release_memory
 from langchain_quantllm.loading.experts import read_experts
 from langchain_quantllm.loading.foreign_errors import as_checkpoint_error
 from langchain_quantllm.loading.hub import hub_options
+from langchain_quantllm.loading.packed_experts import PackedExperts
 from langchain_quantllm.loading.processors import load_processor
 from langchain_quantllm.loading.spec import LoadSpec
 from langchain_quantllm.loading.stored_tensors import INDEX, read_index
@@ -35,7 +36,13 @@ from langchain_quantllm.loading.tokenizer_files import check_tokenizer_files
 from langchain_quantllm.memory import model_build_lock
 
 
-def load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: Any, device_map: Any) -> Any:
+def load_pipeline(
+    spec: LoadSpec,
+    checkpoint: Checkpoint,
+    quantization_config: Any,
+    device_map: Any,
+    experts: PackedExperts | None = None,
+) -> Any:
     """Read a checkpoint's weights and tokenizer into a pipeline.
 
     Its task is automatic-speech-recognition for a spec of that task; image-text-to-text, with a processor, if the
@@ -47,6 +54,7 @@ def load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: A
         checkpoint: The checkpoint.
         quantization_config: For `from_pretrained`; None to use the checkpoint's own.
         device_map: The device map of the model.
+        experts: The experts that the checkpoint has packed.
 
     Raises:
         CheckpointError: If weights, tokenizer or processor are missing, damaged or of another shape.
@@ -69,7 +77,7 @@ def load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: A
     with progress_bars(spec.progress):
         task, auto_class, parts = _load_parts(spec, checkpoint)
         with model_build_lock(), _loading_errors(spec, checkpoint.source):
-            model, info = auto_class.from_pretrained(
+            model, info = (experts or auto_class).from_pretrained(
                 checkpoint.source,
                 config=checkpoint.config,
                 use_safetensors=spec.use_safetensors or None,

@@ -41,6 +41,7 @@ from langchain_quantllm.loading.devices import (
 from langchain_quantllm.loading.experts import has_packed_experts
 from langchain_quantllm.loading.foreign_errors import as_checkpoint_error, reason_of
 from langchain_quantllm.loading.gptq import check_gptq, read_layer_sizes
+from langchain_quantllm.loading.packed_experts import PackedExperts, find_packed_experts
 from langchain_quantllm.loading.pipeline import load_pipeline
 from langchain_quantllm.loading.spec import LoadSpec
 from langchain_quantllm.memory import (
@@ -312,6 +313,7 @@ def _load(spec: LoadSpec, source: str | None) -> LoadedModel:
     check_packages(scheme)
     check_attention(spec)
     check_expert_layout(spec, checkpoint)
+    experts = find_packed_experts(spec, checkpoint)
     device_map = default_device_map(spec)
     devices = devices_named(device_map, spec.max_memory)
     quiet = contextlib.nullcontext() if isinstance(scheme, Prequantized) else without_torchao()
@@ -319,7 +321,7 @@ def _load(spec: LoadSpec, source: str | None) -> LoadedModel:
     # gptqmodel is imported before the first measurement, and works only inside its block.
     with gptqmodel_imported() if needs_gptqmodel else contextlib.nullcontext(), quiet:
         if isinstance(scheme, GPTQ):
-            scheme = _prepare_gptq(checkpoint, scheme, devices)
+            scheme = _prepare_gptq(checkpoint, scheme, devices, experts)
         check_adapters_fit(adapters, checkpoint, trust_remote_code=spec.trust_remote_code)
         estimate = None
         with contextlib.suppress(UnsupportedError):  # a model or format without a formula is measured only
@@ -335,7 +337,7 @@ def _load(spec: LoadSpec, source: str | None) -> LoadedModel:
                 check_parameters(estimate, checkpoint.stored, quantized=checkpoint.quantization is not None)
             check_fits(estimate, devices, max_memory=spec.max_memory)
         with track_memory([d for d in devices if d != "cpu"]) as tracked:
-            pipeline = load_pipeline(spec, checkpoint, quantization_config, device_map)
+            pipeline = load_pipeline(spec, checkpoint, quantization_config, device_map, experts)
             if isinstance(scheme, GPTQ):
                 uncompile_gptq_model(pipeline.model)
             load_adapters(pipeline.model, adapters, spec)
@@ -346,7 +348,7 @@ def _load(spec: LoadSpec, source: str | None) -> LoadedModel:
     return model
 
 
-def _prepare_gptq(checkpoint: Checkpoint, scheme: GPTQ, devices: Sequence[str]) -> GPTQ:
+def _prepare_gptq(checkpoint: Checkpoint, scheme: GPTQ, devices: Sequence[str], experts: PackedExperts | None) -> GPTQ:
     """Write the quantization and the weights' file name into a GPTQ checkpoint's config, and choose the kernel."""
     gptq = checkpoint.gptq
     if gptq is None:
@@ -357,6 +359,8 @@ def _prepare_gptq(checkpoint: Checkpoint, scheme: GPTQ, devices: Sequence[str]) 
         name = gptq.weights_name or ""
         files = [folder / name] if name.endswith(".safetensors") else sorted(folder.glob("*.safetensors"))
         sizes = read_layer_sizes(files, gptq.quantization_config)
+        own = frozenset() if experts is None else experts.layers  # whose kernels are not gptqmodel's
+        sizes = {name: size for name, size in sizes.items() if name not in own}
     kind = devices[0].partition(":")[0] if devices else "cpu"
     checkpoint.config.quantization_config = check_gptq(gptq.quantization_config, scheme, kind, sizes)
     if gptq.weights_name:

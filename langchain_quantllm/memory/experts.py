@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from langchain_quantllm.compat.transformers_experts import Projection, is_experts, projections, unsupported_experts
 from langchain_quantllm.compat.transformers_quantizers import replaced_by_bitsandbytes
-from langchain_quantllm.schemes import FP4, GPTQ, NF4, Int8, Scheme
+from langchain_quantllm.schemes import FP4, GPTQ, MXFP4, NF4, Int8, Scheme
 
 if TYPE_CHECKING:
     import torch
@@ -106,6 +106,8 @@ def quantized_projections(
             for path, found in experts.items()
             for name, projection in found.items()
         }
+    if isinstance(scheme, MXFP4):
+        return {f"{path}.{name}": _mxfp4_bytes(p) for path, found in experts.items() for name, p in found.items()}
     if not isinstance(scheme, Int8 | NF4 | FP4):
         return {}
     skipped = scheme.transformers_config("bfloat16").llm_int8_skip_modules
@@ -137,6 +139,11 @@ def expert_bytes(projection: Projection, bits: int, *, nested: bool = False) -> 
         return words, 4 * experts * blocks, code, 0
     outer = math.ceil(blocks / _NESTED_BLOCK_SIZE)
     return words, experts * blocks, code, 4 * experts * outer, 4 * 256, 4 * experts
+
+
+def _mxfp4_bytes(projection: Projection) -> tuple[int, ...]:
+    """Compute the bytes of the weights of one projection of all experts in mxfp4: values of 4 bits, scales of 8."""
+    return projection.elements // 2, projection.elements // 32
 
 
 def _gptq_bytes(projection: Projection, bits: int, group_size: int) -> tuple[int, ...]:

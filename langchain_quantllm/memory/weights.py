@@ -16,7 +16,7 @@ from langchain_quantllm.compat.bitsandbytes import is_quantized, is_state, shape
 from langchain_quantllm.compat.transformers_quantizers import float32_patterns, replaced_by_bitsandbytes
 from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.memory.experts import expert_counts, expert_modules, quantized_projections
-from langchain_quantllm.schemes import FP4, GPTQ, NF4, Int8, Scheme, Unquantized
+from langchain_quantllm.schemes import FP4, GPTQ, MXFP4, NF4, Int8, Scheme, Unquantized
 
 if TYPE_CHECKING:
     import torch
@@ -261,7 +261,7 @@ def _quantized_linears(
 
     Source: `GPTQQuantizer.convert_model` in optimum/gptq/quantizer.py.
     """
-    if isinstance(scheme, Unquantized):
+    if isinstance(scheme, Unquantized | MXFP4):
         return {}
     linears = dict(_linears(model))
     if isinstance(scheme, GPTQ):

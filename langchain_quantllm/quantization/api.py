@@ -8,7 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,18 @@ from langchain_quantllm.memory.weights import expert_parameters, parameter_count
 from langchain_quantllm.quantization.calibration import Calibration, calibration_from, read_texts, sequences
 from langchain_quantllm.quantization.gptq import SHARD, GPTQRun, Progress, check_layers
 from langchain_quantllm.quantization.journal import ENDING, Journal
+from langchain_quantllm.quantization.mxfp4 import check_mxfp4, pack_mxfp4
 from langchain_quantllm.quantization.output_dir import OutputDir, claim_output
 from langchain_quantllm.quantization.saving import check_reopened, expected_logits, save_checkpoint, stored_weights
-from langchain_quantllm.schemes import GPTQ, Prequantized, Scheme, Unquantized, scheme_from
+from langchain_quantllm.schemes import GPTQ, MXFP4, SCHEMES, Prequantized, Scheme, Unquantized, scheme_from
 
 logger = logging.getLogger(__name__)
 
 DAMPING = 0.01
 """Number added to the diagonal of GPTQ's statistics, as a share of its mean. Source: section 3.3 of the paper."""
+
+_NAMED = 8
+"""Experts that a warning names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +55,8 @@ class QuantizedCheckpoint:
         resumed_blocks: Number of blocks that came from an earlier run.
         quantized_share: Share of the model's parameters that are quantized, from 0 to 1. Embeddings, the output head
             and norms stay as they are, and so do routers and shared gates of a mixture of experts.
+        rare_experts: Experts of a mixture that fewer tokens of GPTQ's calibration reached than an expert has inputs,
+            with how many; other tokens of their layer stood in for the rest.
     """
 
     folder: Path
@@ -61,6 +67,7 @@ class QuantizedCheckpoint:
     calibration_tokens: int = 0
     resumed_blocks: int = 0
     quantized_share: float = 0.0
+    rare_experts: Mapping[str, int] = field(default_factory=dict)
 
 
 @in_clean_thread
@@ -96,7 +103,7 @@ def quantize(
     Args:
         model_id: A folder, or the name of a repository on the Hub, with an unquantized decoder-only model.
         scheme: `"gptq"` or `GPTQ(bits=..., group_size=..., sym=..., desc_act=...)`; `"int8"`, `"nf4"`, `"nf4-double"`,
-            `"fp4"`, `"fp4-double"`, or such a scheme with its options.
+            `"fp4"`, `"fp4-double"`, or such a scheme with its options; `"mxfp4"` for gpt-oss.
         calibration: For GPTQ: a `Calibration`, or its source: texts, a file, a data set's name, `"none"` for rounding
             to nearest; None is the text that comes with the package. It is not written into the checkpoint.
         output: Folder to write; None is one in the current folder, named after model and scheme.
@@ -128,13 +135,13 @@ def quantize(
     """
     began = time.perf_counter()
     wanted = _wanted(scheme)
-    is_gptq = isinstance(wanted, GPTQ)
+    is_gptq, in_place = isinstance(wanted, GPTQ), isinstance(wanted, GPTQ | MXFP4)
     _check_gptq_options(wanted, calibration, skip_modules, damping)
     spec = LoadSpec(
         model_id=os.fspath(model_id),
-        scheme=Unquantized() if is_gptq else wanted,
+        scheme=Unquantized() if in_place else wanted,
         dtype=dtype,
-        device_map={"": "cpu"} if is_gptq else device,
+        device_map={"": "cpu"} if in_place else device,
         revision=revision,
         token=token,
         cache_dir=cache_dir,
@@ -164,8 +171,11 @@ def quantize(
             options |= {"device": device, "overwrite": overwrite}
             about = _write_gptq(spec, checkpoint, wanted, calibration, claimed, **options)
         else:
+            if isinstance(wanted, MXFP4):
+                check_mxfp4(checkpoint.config, spec.model_id)
             claimed.check_space(stored_weights(checkpoint.config, wanted, spec).total_bytes)
-            about |= _write_bitsandbytes(spec, checkpoint, claimed)
+            write = _write_mxfp4 if isinstance(wanted, MXFP4) else _write_bitsandbytes
+            about |= write(spec, checkpoint, claimed)
     release_memory()
     weights_bytes = sum(file.stat().st_size for file in claimed.folder.glob("*.safetensors"))
     total_s = time.perf_counter() - began
@@ -196,6 +206,24 @@ def _write_bitsandbytes(spec: LoadSpec, checkpoint: Checkpoint, output: OutputDi
     return shares
 
 
+def _write_mxfp4(spec: LoadSpec, checkpoint: Checkpoint, output: OutputDir) -> dict[str, Any]:
+    """Round the experts of a loaded model, and write; returns the shares of the `QuantizedCheckpoint`."""
+    loaded = load(spec, checkpoint.source)
+    try:
+        model, tokenizer = loaded.pipeline.model, loaded.pipeline.tokenizer
+        total = parameter_counts(model)[1]
+        shares = {"quantized_share": pack_mxfp4(model) / total}
+        options: dict[str, Any] = {"progress": spec.progress, "trust_remote_code": spec.trust_remote_code}
+        save_checkpoint(output, model, tokenizer, max_shard_size=SHARD, **options)
+        expected = expected_logits(model, tokenizer)
+        del model, tokenizer
+    finally:
+        loaded.close()
+    check_reopened(output.part, spec, expected)
+    output.publish()
+    return shares
+
+
 def _check_share(spec: LoadSpec, quantized: int) -> None:
     if not quantized and spec.scheme is not None:
         msg = (
@@ -205,9 +233,9 @@ def _check_share(spec: LoadSpec, quantized: int) -> None:
         raise UnsupportedError(msg)
 
 
-def _shares(model: Any, quantized: int, total: int) -> dict[str, Any]:
+def _shares(model: Any, quantized: int, total: int, *, quantized_experts: int = 0) -> dict[str, Any]:
     """Return the share of quantized parameters; logs if experts of a mixture are among the others."""
-    share, experts = quantized / total, expert_parameters(model) / total
+    share, experts = quantized / total, (expert_parameters(model) - quantized_experts) / total
     if experts:
         logger.warning(
             "Only %.0f%% of the weights are quantized: experts of this mixture, %.0f%%, stay as they are.",
@@ -254,11 +282,14 @@ def _write_gptq(
         model = loaded.pipeline.model
         blocks = model.get_submodule(layout.prefix)
         linears = (blocks[i].get_submodule(name) for i, names in enumerate(layout.layers) for name in names)
-        shares = _shares(model, sum(linear.weight.numel() for linear in linears), parameter_counts(model)[1])
+        experts = sum(own.elements for found in layout.experts for own in found)
+        quantized = experts + sum(linear.weight.numel() for linear in linears)
+        shares = _shares(model, quantized, parameter_counts(model)[1], quantized_experts=experts)
         run = GPTQRun(model, layout, scheme, damping=damping, device=device, journal=journal, report=report)
         resumed_blocks = run.run(ids, checkpoint.source, overwrite=overwrite)
         about: dict[str, Any] = {"calibration": calibration.source_label, "tokens": tokens, "progress": spec.progress}
         run.write(output, tokenizer, trust_remote_code=spec.trust_remote_code, **about)
+        _warn_of_rare(run.rare_experts)
     finally:
         journal.remove_empty()
         loaded.close()
@@ -267,8 +298,23 @@ def _write_gptq(
         "calibration": calibration.label,
         "calibration_tokens": tokens,
         "resumed_blocks": resumed_blocks,
+        "rare_experts": run.rare_experts,
         **shares,
     }
+
+
+def _warn_of_rare(experts: Mapping[str, int]) -> None:
+    """Log which experts the calibration hardly reached."""
+    if not experts:
+        return
+    named = sorted(experts, key=lambda name: experts[name])[:_NAMED]
+    logger.warning(
+        "Fewer tokens of the calibration reached %d experts than they have inputs, so that other tokens of their "
+        "layers stood in for the rest: %s%s. More calibration tokens, Calibration(samples=...), reach more of them.",
+        len(experts),
+        ", ".join(f"{name} ({experts[name]})" for name in named),
+        " and others" if len(experts) > _NAMED else "",
+    )
 
 
 def _usable_device(device: str | None) -> str:
@@ -304,7 +350,7 @@ def _wanted(scheme: Any) -> Scheme:
     wanted = scheme_from(scheme)
     if wanted is None or isinstance(wanted, Unquantized | Prequantized):
         name = "none" if wanted is None else label_of(wanted)
-        msg = f"scheme={name!r} cannot be written; use 'gptq', 'int8', 'nf4', 'nf4-double', 'fp4' or 'fp4-double'."
+        msg = f"scheme={name!r} cannot be written; use one of {', '.join(repr(n) for n in SCHEMES if n != 'none')}."
         raise InvalidOptionError(msg)
     if not isinstance(wanted, GPTQ):
         return wanted

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from langchain_quantllm.errors import UnsupportedError
+from langchain_quantllm.quantization.expert_layers import ExpertLayers, RoutedTokens, find_experts
 
 _CHECK_TOKENS = 12
 _BATCH_TOKENS = 4096
@@ -29,10 +30,12 @@ class Layout:
     Args:
         prefix: Name of the list of blocks, such as `"model.layers"`.
         layers: Names of the linear layers inside a block, for each block, in the order of the model.
+        experts: The experts of mixtures inside a block, for each block.
     """
 
     prefix: str
     layers: tuple[tuple[str, ...], ...]
+    experts: tuple[tuple[ExpertLayers, ...], ...]
 
     @property
     def count(self) -> int:
@@ -66,7 +69,7 @@ def find_layout(model: Any) -> Layout:
             "GPTQ checkpoints hold nothing else; use nf4 or int8."
         )
         raise UnsupportedError(msg)
-    return Layout(prefix=prefix, layers=layers)
+    return Layout(prefix=prefix, layers=layers, experts=find_experts(model, prefix))
 
 
 class DecoderLayers:
@@ -173,6 +176,20 @@ class DecoderLayers:
             raise _SeenError
 
         self._run_hooked(index, {names[0]: hook})
+
+    def routed(self, index: int, experts: str) -> RoutedTokens:
+        """Return the inputs of a block's experts, over all sequences."""
+        found = RoutedTokens()
+
+        def hook(_: Any, args: Any, kwargs: Any) -> None:
+            hidden, chosen = [*args, *kwargs.values()][:2]
+            found.add(hidden, chosen)
+            raise _SeenError
+
+        module = self._blocks[index].get_submodule(experts)
+        with module.register_forward_pre_hook(hook, with_kwargs=True):
+            self._run_hooked(index, {})
+        return found
 
     def _run_hooked(self, index: int, hooks: dict[str, Callable[..., None]], batches: int | None = None) -> None:
         block = self._blocks[index]

@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from langchain_quantllm._version import __version__
+from langchain_quantllm.compat.transformers_conversions import ExpertNames
 from langchain_quantllm.errors import InvalidOptionError
+from langchain_quantllm.loading.expert_stacks import OpenFiles
+from langchain_quantllm.loading.stored_tensors import read_header
 from langchain_quantllm.memory.estimate import build_on_meta
 from langchain_quantllm.quantization.decoder_layers import DecoderLayers, Layout, find_layout
+from langchain_quantllm.quantization.expert_layers import TOKENS, ExpertLayers, PackedLinear
 from langchain_quantllm.quantization.journal import Journal
 from langchain_quantllm.quantization.output_dir import OutputDir
 from langchain_quantllm.quantization.packing import TENSORS, RoundedLinear
@@ -86,6 +89,13 @@ def check_layers(
         for name in names
     }
     sizes = {name: linear.in_features for name, linear in linears.items()}
+    of_experts = {
+        f"{layout.prefix}.{i}.{name}": (inputs, outputs)
+        for i, found in enumerate(layout.experts)
+        for experts in found
+        for name, inputs, outputs in experts.sizes()
+    }
+    sizes |= {name: inputs for name, (inputs, _) in of_experts.items()}
     even = [size for size in _COMMON_SIZES if not any(s % size for s in sizes.values())]
     if scheme.group_size is None:
         scheme = replace(scheme, group_size=max((size for size in even if size <= GROUP_SIZE), default=-1))
@@ -99,12 +109,16 @@ def check_layers(
     for name, linear in linears.items():
         for which in ("in_features", "out_features"):
             _check_packable(name, which, getattr(linear, which), scheme.bits or 4)
+    for name, (inputs, outputs) in of_experts.items():
+        _check_packable(name, "in_features", inputs, scheme.bits or 4)
+        _check_packable(name, "out_features", outputs, scheme.bits or 4)
     return layout, scheme
 
 
 def _without(layout: Layout, skip_modules: Sequence[str]) -> Layout:
-    """Remove the layers whose names end in one of `skip_modules`."""
-    known = sorted({name for names in layout.layers for name in names})
+    """Remove the layers whose names end in one of `skip_modules`; experts are skipped as a whole."""
+    paths = {experts.path for found in layout.experts for experts in found}
+    known = sorted({name for names in layout.layers for name in names} | paths)
     skipped: set[str] = set()
     for ending in skip_modules:
         ending_so = [name for name in known if f".{name}".endswith(f".{ending}")]
@@ -116,7 +130,8 @@ def _without(layout: Layout, skip_modules: Sequence[str]) -> Layout:
         msg = "skip_modules leaves no layer to quantize; leave some names out."
         raise InvalidOptionError(msg)
     kept = tuple(tuple(name for name in names if name not in skipped) for names in layout.layers)
-    return replace(layout, layers=kept)
+    experts = tuple(tuple(own for own in found if own.path not in skipped) for found in layout.experts)
+    return replace(layout, layers=kept, experts=experts)
 
 
 def _check_packable(name: str, which: str, size: int, bits: int) -> None:
@@ -129,18 +144,6 @@ def _check_packable(name: str, which: str, size: int, bits: int) -> None:
 
 
 # --- the run ---
-
-
-class PackedLinear(nn.Module):  # type: ignore[misc]
-    """The packed tensors of a layer, in its place in a finished block."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor], bias: torch.Tensor | None) -> None:
-        """Hold the tensors."""
-        super().__init__()
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor)
-        if bias is not None:
-            self.register_buffer("bias", bias)
 
 
 class GPTQRun:
@@ -183,6 +186,8 @@ class GPTQRun:
         self._journal = journal
         self._report = report
         self._samples: dict[str, torch.Tensor] = {}
+        self.rare_experts: dict[str, int] = {}
+        """Experts that fewer tokens reached than they have inputs, with how many; others stood in for the rest."""
 
     def run(self, sequences: Sequence[Sequence[int]], source: str, *, overwrite: bool) -> int:
         """Quantize the blocks, except the ones from an interrupted run.
@@ -202,6 +207,7 @@ class GPTQRun:
             "weights": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
             "rounding": vars(self._rounding),
             "layers": self._layout.layers,
+            "experts": [[own.path for own in found] for found in self._layout.experts],
             "dtype": str(self._model.dtype),
             "calibration": hashlib.sha256(json.dumps([list(ids) for ids in sequences]).encode()).hexdigest(),
         }
@@ -215,10 +221,11 @@ class GPTQRun:
             with blocks.on_device(index) as block:
                 if found is None:
                     found = self._quantize(blocks, block, index, names)
+                    found |= self._quantize_experts(blocks, block, index)
                     self._journal.write(index, found)
                     solved_s += time.perf_counter() - started
                 else:
-                    self._restore(block, names, found)
+                    self._restore(block, index, names, found)
                     resumed += 1
                 if index + 1 < self._layout.count:
                     blocks.advance(index)
@@ -243,17 +250,30 @@ class GPTQRun:
             rounded = solve(weight, statistics, self._rounding)
             first = 0
             for name, linear in zip(group, linears, strict=True):
-                part = rounded.rows(first, first + linear.out_features)
+                part = rounded.outputs(slice(first, first + linear.out_features))
                 linear.weight.data.copy_(part.dequantize())
                 packed |= {f"{name}.{key}": tensor for key, tensor in part.pack().items()}
                 first += linear.out_features
         return packed
 
-    def _restore(self, block: Any, names: Sequence[str], packed: dict[str, torch.Tensor]) -> None:
+    def _quantize_experts(self, blocks: DecoderLayers, block: Any, index: int) -> dict[str, torch.Tensor]:
+        """Round the experts of a block, whose other layers are rounded."""
+        packed: dict[str, torch.Tensor] = {}
+        for experts in self._layout.experts[index]:
+            tokens = blocks.routed(index, experts.path) if blocks.states else None
+            packed |= experts.quantize(block.get_submodule(experts.path), tokens, self._rounding)
+        return packed
+
+    def _restore(self, block: Any, index: int, names: Sequence[str], packed: dict[str, torch.Tensor]) -> None:
         """Set the weights of a block to the ones from an earlier run."""
         for name in names:
             rounded = RoundedLinear.unpack(_tensors_of(name, packed), self._rounding.bits)
             block.get_submodule(name).weight.data.copy_(rounded.dequantize())
+        for experts in self._layout.experts[index]:
+            module = block.get_submodule(experts.path)
+            for expert in range(experts.count):
+                for projection, weight in experts.rounded(expert, packed, self._rounding.bits).items():
+                    experts.set_weight(module, projection, expert, weight)
 
     def _pack(self, index: int, block: Any, names: Sequence[str], packed: dict[str, torch.Tensor]) -> None:
         """Replace the layers of a finished block by their packed tensors, and keep some rows of what they stand for."""
@@ -264,6 +284,22 @@ class GPTQRun:
             )
             bias = None if linear.bias is None else linear.bias.detach()
             block.set_submodule(name, PackedLinear(_tensors_of(name, packed), bias))
+        for experts in self._layout.experts[index]:
+            self._pack_experts(index, block, experts, packed)
+
+    def _pack_experts(self, index: int, block: Any, experts: ExpertLayers, packed: dict[str, torch.Tensor]) -> None:
+        """Replace the experts of a finished block; of one of them, keep some rows."""
+        module = block.get_submodule(experts.path)
+        prefix = f"{self._layout.prefix}.{index}."
+        for name, projection, part in experts.layers(index % experts.count):
+            weight = experts.weight(module, projection, index % experts.count)[experts.rows(projection, part)]
+            self._samples[prefix + name] = weight[:_SAMPLED_ROWS].cpu().clone()
+        counts = packed.get(f"{experts.path}.{TOKENS}")
+        if counts is not None:
+            least = experts.least_tokens
+            rare = {e: int(count) for e, count in enumerate(counts) if count < least}
+            self.rare_experts |= {f"{prefix}{experts.path}.{e}": count for e, count in rare.items()}
+        block.set_submodule(experts.path, experts.pack(module, packed))
 
     def write(self, output: OutputDir, tokenizer: Any, *, calibration: str, tokens: int, **options: Any) -> None:
         """Write the checkpoint and check it, put it in its place, and remove the journal.
@@ -297,6 +333,13 @@ class GPTQRun:
         blocks = self._model.get_submodule(self._layout.prefix)
         if any(isinstance(module, nn.Linear) for module in blocks.modules()):  # layers that were skipped
             quantized = {name for names in self._layout.layers for name in names}
+            quantized |= {
+                name
+                for found in self._layout.experts
+                for experts in found
+                for expert in range(experts.count)
+                for name, *_ in experts.layers(expert)
+            }
             config["modules_in_block_to_quantize"] = [sorted(quantized)]
         if self._layout.prefix not in _KNOWN_BLOCKS:
             config["block_name_to_quantize"] = self._layout.prefix
@@ -308,17 +351,21 @@ class GPTQRun:
 
     def _check_samples(self, folder: Path) -> None:
         """Check that the packed layers of a checkpoint stand for the weights with which the blocks were computed."""
-        for file in folder.glob("*.safetensors"):
-            with safe_open(file, framework="pt") as stored:
-                for name in {key.removesuffix(".qweight") for key in stored.keys()} & self._samples.keys():  # noqa: SIM118
-                    expected = self._samples[name]
-                    words = len(expected) * self._rounding.bits // 32
-                    columns = {"qweight": len(expected), "scales": len(expected), "qzeros": words}
-                    parts = {key: stored.get_slice(f"{name}.{key}")[:, :n].contiguous() for key, n in columns.items()}
-                    parts["g_idx"] = stored.get_tensor(f"{name}.g_idx")
-                    found = RoundedLinear.unpack(parts, self._rounding.bits).dequantize().to(expected.dtype)
-                    if not torch.equal(found, expected):
-                        raise not_as_written(f"the packed weights of {name!r} stand for others")
+        renamed = ExpertNames(self._model, ()).renamed
+        files = {key: file for file in folder.glob("*.safetensors") for key in read_header(file)}
+        layers = {renamed(key): key.removesuffix(".qweight") for key in files if key.endswith(".qweight")}
+        with OpenFiles(files) as stored:
+            for name, expected in self._samples.items():
+                layer = layers.get(f"{name}.qweight")
+                if layer is None:
+                    raise not_as_written(f"the packed weights of {name!r} are missing")
+                words = len(expected) * self._rounding.bits // 32
+                columns = {"qweight": len(expected), "scales": len(expected), "qzeros": words}
+                parts = {key: stored.tensor(f"{layer}.{key}")[:, :n].contiguous() for key, n in columns.items()}
+                parts["g_idx"] = stored.tensor(f"{layer}.g_idx")
+                found = RoundedLinear.unpack(parts, self._rounding.bits).dequantize().to(expected.dtype)
+                if not torch.equal(found, expected):
+                    raise not_as_written(f"the packed weights of {layer!r} stand for others")
 
 
 def _tensors_of(name: str, packed: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

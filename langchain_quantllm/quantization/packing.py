@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from langchain_quantllm.kernels.linear.bit_packing import pack_bits, unpack_bits
+
 TENSORS = ("qweight", "qzeros", "scales", "g_idx")
 """Names of a packed layer's tensors."""
 
@@ -60,44 +62,12 @@ class RoundedLinear:
             bits=bits,
         )
 
-    def rows(self, first: int, last: int) -> RoundedLinear:
-        """Return the outputs from `first` to before `last`."""
+    def outputs(self, which: slice) -> RoundedLinear:
+        """Return a part of the outputs."""
         return RoundedLinear(
-            codes=self.codes[:, first:last],
-            zeros=self.zeros[:, first:last],
-            scales=self.scales[:, first:last],
+            codes=self.codes[:, which],
+            zeros=self.zeros[:, which],
+            scales=self.scales[:, which],
             g_idx=self.g_idx.clone(),
             bits=self.bits,
         )
-
-
-def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack codes along their last axis into words, as one little-endian stream of bits.
-
-    Args:
-        codes: uint8 of shape `(rows, n)`, `n * bits` a multiple of 32.
-        bits: Bits of a code.
-
-    Returns:
-        int32 of shape `(rows, n * bits / 32)`; 3 bits put 32 codes into 3 words, two of them across a border.
-    """
-    rows, n = codes.shape
-    single = (codes.unsqueeze(-1) >> torch.arange(bits, dtype=torch.uint8, device=codes.device)) & 1
-    octets = single.reshape(rows, n * bits // 8, 8) << torch.arange(8, dtype=torch.uint8, device=codes.device)
-    return octets.sum(-1, dtype=torch.uint8).contiguous().view(torch.int32)
-
-
-def unpack_bits(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """Read codes from words; the reverse of `pack_bits`.
-
-    Args:
-        words: int32 of shape `(rows, m)`.
-        bits: Bits of a code.
-
-    Returns:
-        uint8 of shape `(rows, m * 32 / bits)`.
-    """
-    octets = words.contiguous().view(torch.uint8)
-    single = (octets.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=words.device)) & 1
-    codes = single.reshape(words.shape[0], -1, bits) << torch.arange(bits, dtype=torch.uint8, device=words.device)
-    return codes.sum(-1, dtype=torch.uint8)

@@ -16,7 +16,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from langchain_quantllm.quantization.packing import RoundedLinear, pack_bits
+from langchain_quantllm.kernels.linear.bit_packing import pack_bits
+from langchain_quantllm.quantization.packing import RoundedLinear
 
 Layout = Literal["config", "quantize_config", "old_name"]
 

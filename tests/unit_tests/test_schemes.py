@@ -255,7 +255,7 @@ def test_wrong_options_are_refused_with_what_is_allowed(make: Any, words: list[s
         *((v, ["'int8'", "'nf4'", "'fp4'"]) for v in ("bnb", "bitsandbytes")),
         *(
             (v, ["its own config", "leave quantization out"])
-            for v in ("awq", "AWQ", "fp8", "mxfp4", "w4a16", "torchao")
+            for v in ("awq", "AWQ", "fp8", "nvfp4", "w4a16", "torchao")
         ),
         *((v, ["'gptq'", "GPTQ(bits=4)"]) for v in ("gptq-4bit", "gptq-int4", "AutoGPTQ")),
         *(

@@ -13,7 +13,7 @@ import torch
 
 from langchain_quantllm.kernels.linear.weights import FourBitWeight, GPTQWeight, Int8Weight
 
-__all__ = ["FloatStack", "FourBitStack", "GPTQStack", "Int8Stack", "Mxfp4Stack", "Stack"]
+__all__ = ["MXFP4_BLOCK", "FloatStack", "FourBitStack", "GPTQStack", "Int8Stack", "Mxfp4Stack", "Stack"]
 
 MXFP4_BLOCK = 32
 """Elements of mxfp4 that share a scale."""

@@ -302,13 +302,13 @@ def _gptq(module: Any, stored: StoredTensors) -> GPTQWeight | None:
         zeros=zeros.detach(),
         scales=scales.detach(),
         groups=groups.detach(),
-        group_size=_group_size(groups, len(scales), codes_per_word(bits)),
+        group_size=group_size_of(groups, len(scales), codes_per_word(bits)),
         zero_point=_zero_point(zeros, bits),
         bias=_bias(module),
     )
 
 
-def _group_size(groups: torch.Tensor, count: int, per_word: int) -> int:
+def group_size_of(groups: torch.Tensor, count: int, per_word: int) -> int:
     """Find the size of consecutive groups; 0 if they are not consecutive, or kernels cannot use the size."""
     size = len(groups) if count == 1 else -(-len(groups) // count)
     usable = count == 1 or (size % per_word == 0 and not size & size - 1)

@@ -18,9 +18,10 @@ import torch
 
 from langchain_quantllm.compat.gptqmodel_import import gptqmodel_imported
 from langchain_quantllm.kernels.linear import reference as linear_reference
+from langchain_quantllm.kernels.linear.bit_packing import pack_bits
 from langchain_quantllm.kernels.linear.config import LinearConfig, config_for
 from langchain_quantllm.kernels.linear.weights import FourBitWeight, GPTQWeight, Int8Weight, Weight, weight_of
-from langchain_quantllm.quantization.packing import RoundedLinear, pack_bits
+from langchain_quantllm.quantization.packing import RoundedLinear
 from tests.support.interpreter import report_cases
 from tests.support.selection import covering, slow_but
 

@@ -211,6 +211,9 @@ FORMATS = {
     "quantization.gptq": {"qzeros", "g_idx"},
     "quantization.solver": {"g_idx"},
     "loading.gptq": {"qzeros", "g_idx"},
+    "loading.expert_tensors": {"qzeros", "g_idx"},
+    "loading.expert_stacks": {"qzeros", "g_idx"},
+    "experts.gptq": {"qzeros", "g_idx"},
     # The layer that is public, made for measuring.
     "bench.memory": {"Linear8bitLt"},
 }

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from langchain_quantllm.quantization.packing import RoundedLinear, pack_bits, unpack_bits
+from langchain_quantllm.kernels.linear.bit_packing import pack_bits, unpack_bits
+from langchain_quantllm.quantization.packing import RoundedLinear
 from langchain_quantllm.quantization.solver import InputStatistics, solve
 from tests.support.quantization import rounding
 
