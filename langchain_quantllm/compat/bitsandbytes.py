@@ -135,8 +135,11 @@ def four_bit_state(weight: Any) -> FourBitState | None:
     Source: `QuantState` and `_convert_weight_packed_for_cpu` in bitsandbytes/functional.py.
     """
     state = getattr(weight, "quant_state", None)
-    if state is None:
-        return None
+    return None if state is None else state_from(state)
+
+
+def state_from(state: Any) -> FourBitState:
+    """Read a `QuantState` of bitsandbytes."""
     nested = None
     if (of_scales := getattr(state, "state2", None)) is not None:  # repacking removes it
         nested = NestedScales(

@@ -25,6 +25,7 @@ from langchain_quantllm.errors import (
 )
 from langchain_quantllm.loading.checkpoint import Checkpoint, explain, reads_images
 from langchain_quantllm.loading.devices import devices_named, release_memory
+from langchain_quantllm.loading.experts import read_experts
 from langchain_quantllm.loading.foreign_errors import as_checkpoint_error
 from langchain_quantllm.loading.hub import hub_options
 from langchain_quantllm.loading.processors import load_processor
@@ -55,6 +56,7 @@ def load_pipeline(spec: LoadSpec, checkpoint: Checkpoint, quantization_config: A
     """
     from transformers import pipeline
 
+    quantization_config = read_experts(checkpoint, quantization_config)
     options = {
         **hub_options(spec, checkpoint.source if checkpoint.local else None),
         "dtype": _dtype(spec, checkpoint, device_map),

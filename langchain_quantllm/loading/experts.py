@@ -1,0 +1,75 @@
+"""Mixtures of experts in bitsandbytes' schemes: the config with which transformers reads their experts."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from langchain_quantllm.compat.transformers_expert_loading import (
+    missing_loading_api,
+    reading_config,
+    stored_reading_config,
+)
+from langchain_quantllm.compat.transformers_quantizers import quantization_config_from
+from langchain_quantllm.experts.reader import BitsAndBytesExperts
+from langchain_quantllm.loading.checkpoint import Checkpoint
+from langchain_quantllm.loading.stored_tensors import StoredTensors
+from langchain_quantllm.schemes import FP4, NF4, Int8, scheme_of_config
+
+__all__ = ["EXPERT_STATE", "read_experts", "stores_quantized_experts"]
+
+logger = logging.getLogger(__name__)
+
+EXPERT_STATE = re.compile(r"(.*\.experts)\.\d+\..+\.(SCB|absmax|quant_map|quant_state\..*)")
+"""Names of the quantization state of one expert's layer, as transformers 4, bitsandbytes and this package save it."""
+
+
+def read_experts(checkpoint: Checkpoint, quantization_config: Any) -> Any:
+    """Let a reader of experts take part in loading, if the model is a mixture in a scheme of bitsandbytes.
+
+    Args:
+        checkpoint: The checkpoint; if it is quantized, its config is changed.
+        quantization_config: For `from_pretrained`; None to use the checkpoint's own.
+
+    Returns:
+        The `quantization_config` for `from_pretrained`.
+    """
+    given = quantization_config if checkpoint.quantization is None else checkpoint.quantization
+    if given is None or not is_mixture(checkpoint.config):
+        return quantization_config
+    settings = dict(given if isinstance(given, Mapping) else given.to_dict())
+    scheme = scheme_of_config(settings)
+    if not isinstance(scheme, Int8 | NF4 | FP4):
+        return quantization_config
+    if (lacking := missing_loading_api()) is not None:
+        logger.warning("The experts are not quantized, because of transformers' version: %s.", lacking)
+        return quantization_config
+    if checkpoint.quantization is not None:
+        reader = _reader(scheme, stored=stores_quantized_experts(checkpoint.stored))
+        checkpoint.config.quantization_config = stored_reading_config(settings, reader)
+        return None
+    config = quantization_config_from(settings) if isinstance(given, Mapping) else given
+    return reading_config(config, _reader(scheme, stored=None))
+
+
+def _reader(scheme: Int8 | NF4 | FP4, *, stored: bool | None) -> BitsAndBytesExperts:
+    import torch
+
+    if isinstance(scheme, Int8):
+        return BitsAndBytesExperts(bits=8, stored=stored)
+    storage = getattr(torch, scheme.storage_dtype)
+    nested = scheme.double_quantization
+    return BitsAndBytesExperts(bits=4, kind=scheme.name, nested=nested, stored=stored, storage=storage)
+
+
+def stores_quantized_experts(stored: StoredTensors | None) -> bool:
+    """Say whether the experts in a quantized checkpoint are quantized too; assumed if its files are not here."""
+    return stored is None or any(EXPERT_STATE.fullmatch(name) for name in stored.tensors)
+
+
+def is_mixture(config: Any) -> bool:
+    """Say whether a config is that of a mixture of experts, as far as the names in it tell."""
+    configs = [config, config.get_text_config(decoder=True)]
+    return any("expert" in name for one in configs for name in vars(one))
