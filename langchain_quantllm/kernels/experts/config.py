@@ -121,12 +121,11 @@ def _tile(
         return LinearConfig(regime="tile", outputs=16, words=16, warps=4, stages=2, decode="table", tile_rows=tile_rows)
     outputs = 128 if is_roomy and not is_gated else 64
     warps = 8 if tile_rows > _MOST_TILE_ROWS // 2 and outputs == 2 * _MOST_TILE_ROWS else 4
-    if layout == "values":
-        words = 64
-    else:
-        words = 16 if layout == "packed" and bits < 8 else 32
+    is_small = layout == "packed" and bits < 8
+    # Of many rows, the inputs fill the shared memory: less of each leaves room for another program.
+    words = 64 if layout == "values" else 16 if is_small or tile_rows > 2 * _FEWEST_TILE_ROWS else 32
     decode = "permute" if tile_rows > _FEWEST_TILE_ROWS and is_roomy else "shuffle"
-    stages = 1 if any_order else 4 if is_roomy and tile_rows <= 2 * _FEWEST_TILE_ROWS else 3
+    stages = 1 if any_order else 4 if is_small and is_roomy else 3
     return LinearConfig(
         regime="tile", outputs=outputs, words=words, warps=warps, stages=stages, decode=decode, tile_rows=tile_rows
     )

@@ -52,9 +52,9 @@ class Case:
     name: str
     kind: str = "nf4"
     gating: str = "silu"
-    tokens: int = 3
+    tokens: int = 2
     chosen: int = 2
-    experts: int = 5
+    experts: int = 3
     hidden: int = 64
     inner: int = 32
     bias: bool = False
@@ -78,11 +78,12 @@ def _cases() -> Iterator[Case]:
         for regime in ("vector", "tile"):
             plain = Case(name=f"{kind}-{regime}", kind=kind, regime=regime)
             yield plain
-            odd = replace(plain, hidden=96, inner=160 if kind != "gptq3" else 96, bias=True, tokens=4)
+            odd = replace(plain, hidden=96, inner=160 if kind != "gptq3" else 96, bias=True, tokens=3)
             yield replace(odd, name=f"{plain.name}-odd-biased-gpt-oss", gating="gpt-oss", some_left_out=True)
-            half = replace(plain, dtype=halves[number % 2], tokens=9)
+            half = replace(plain, dtype=halves[number % 2], tokens=9 if regime == "tile" else 1)
             yield replace(half, name=f"{plain.name}-16-bits", gating="gelu")
-            yield replace(half, name=f"{plain.name}-not-gated", gating="relu-squared", bias=True)
+            if kind in ("nf4", "gptq4", "float"):
+                yield replace(half, name=f"{plain.name}-not-gated", gating="relu-squared", bias=True)
     for gating in GATINGS:
         for regime in ("vector", "tile"):
             yield Case(name=f"{gating}-{regime}", gating=gating, regime=regime, kind="int8", inner=40)
@@ -97,15 +98,14 @@ def _cases() -> Iterator[Case]:
             yield replace(gptq, name=f"{gptq.name}-symmetric", symmetric=True, dtype=torch.bfloat16)
     yield Case(name="nf4-split", split=True, gating="gelu", regime="vector", bias=True)
     yield Case(name="mxfp4-split-tile", split=True, kind="mxfp4", regime="tile", bias=True)
-    for tokens in (1, 2, 6, 40, 200):
-        yield Case(name=f"tokens-{tokens}", tokens=tokens, experts=12, dtype=torch.bfloat16)
-        yield Case(name=f"tokens-{tokens}-gptq", tokens=tokens, experts=6, kind="gptq4", symmetric=True)
+    for tokens, kind in ((1, "nf4"), (1, "gptq4"), (2, "mxfp4"), (6, "gptq4"), (40, "nf4"), (200, "int8")):
+        yield Case(name=f"tokens-{tokens}-{kind}", tokens=tokens, experts=4, kind=kind, dtype=torch.bfloat16)
     for kind in ("nf4", "gptq4", "float"):
-        many = Case(name=f"{kind}-one-expert", kind=kind, regime="tile", tokens=21, one_expert=True, chosen=4)
+        many = Case(name=f"{kind}-one-expert", kind=kind, regime="tile", tokens=9, one_expert=True, chosen=4)
         yield many
         yield replace(many, name=f"{kind}-larger-tiles", tile_rows=32, one_expert=False, dtype=torch.float16)
     yield Case(name="none-left", tokens=4, some_left_out=True, experts=1)
-    yield Case(name="many-experts", tokens=7, experts=70, chosen=8, regime="tile", hidden=32)
+    yield Case(name="many-experts", tokens=2, experts=70, chosen=8, kind="float", regime="tile", hidden=32)
 
 
 CASES = {case.name: case for case in _cases()}
@@ -114,11 +114,11 @@ CASES = {case.name: case for case in _cases()}
 def _features(case: Case) -> list[Any]:
     return [
         (case.kind, case.regime),
-        (case.kind, case.dtype == torch.float32),
-        (case.gating, case.regime),
-        ("order", case.kind, case.act_order, case.regime),
-        ("two", case.kind, case.split),
-        ("nested", case.kind, case.nested),
+        (case.regime, case.dtype),
+        case.gating,
+        ("order", case.act_order, case.regime, case.kind == "gptq3"),
+        ("two", case.split, case.kind.startswith("gptq")),
+        ("nested", case.regime, case.nested),
         ("bias", case.regime, case.bias),
         (case.tokens, case.tile_rows),
         ("left out", case.regime, case.some_left_out),
@@ -176,7 +176,7 @@ def config_of(case: Case) -> ExpertsConfig | None:
     if case.regime is None:
         return None
     if case.regime == "vector":
-        config = LinearConfig(regime="vector", outputs=32 if case.kind == "gptq3" else 8, words=8, warps=1)
+        config = LinearConfig(regime="vector", outputs=32, words=8, warps=1)
     else:
         config = LinearConfig(regime="tile", outputs=16, words=16, stages=2, decode="table", tile_rows=case.tile_rows)
     return ExpertsConfig(first=config, second=replace(config, outputs=2 * config.outputs))
@@ -209,6 +209,7 @@ def run_case(case: Case, device: str) -> dict[str, Any]:
         "shape": list(found.shape),
         "dtype": str(found.dtype),
         "again": torch.equal(found, again),
+        "cuts": device == "cpu" and case.dtype == torch.bfloat16,
         "error": float(error.nan_to_num(nan=torch.inf)),
         "largest": float(expected.abs().max()) if len(expected) else 0.0,
     }
@@ -237,12 +238,12 @@ def run_alone(device: str) -> dict[str, Any]:
     if device == "cpu":
         multiply_in_order()
     report = {}
-    for kind in KINDS:
-        case = Case(name="", kind=kind, tokens=23, chosen=2, bias=True, dtype=torch.bfloat16, hidden=64, inner=64)
+    for kind in ("nf4", "int8", "gptq4", "mxfp4", "float"):
+        case = Case(name="", kind=kind, tokens=9, bias=True, dtype=torch.bfloat16)
         x, first, second, index, weights, gating = inputs_of(case, device)
         whole = dispatch.tiled_experts(x, first, second, index, weights, gating, tile_rows=16)
         same = True
-        for part in (slice(0, 1), slice(22, 23), slice(3, 12)):
+        for part in (slice(0, 1), slice(3, 8)):
             alone = dispatch.tiled_experts(x[part], first, second, index[part], weights[part], gating, tile_rows=16)
             same &= torch.equal(alone, whole[part])
         report[kind] = bool(same)
@@ -303,12 +304,13 @@ def check(report: dict[str, Any], case: Case) -> None:
     """Compare a report with what must be.
 
     In 16 bits, the inputs of the second product are rounded, on tensor cores the weights too, and the outputs of each
-    expert: some roundings, independent of each other. In float32 sums have another order.
+    expert: some roundings, independent of each other. In float32 sums have another order. The interpreter cuts results
+    off to bfloat16 where others round, so that the errors of a weight, of its inputs and of the outputs add up.
     """
     assert report["shape"] == [case.tokens, case.hidden]
     assert report["dtype"] == str(case.dtype)
     assert report["again"], "the same tokens twice differ"
-    bound = 1e-5 if case.dtype == torch.float32 else 3 * ROUNDING[case.dtype]
+    bound = 1e-5 if case.dtype == torch.float32 else (8 if report["cuts"] else 3) * ROUNDING[case.dtype]
     assert report["error"] <= bound
 
 
@@ -347,7 +349,9 @@ def test_rows_are_put_into_tiles_of_their_experts(found: Any) -> None:
 
 
 def test_tiles_of_one_size_give_a_token_the_same_among_any_others(found: Any) -> None:
-    assert found("alone") == dict.fromkeys(KINDS, True)
+    report = found("alone")
+    assert len(report) == 5
+    assert all(report.values()), report
 
 
 def test_what_there_is_not_is_refused(found: Any) -> None:
