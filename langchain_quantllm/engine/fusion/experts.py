@@ -34,7 +34,7 @@ from langchain_quantllm.kernels.experts.weights import FloatStack, Stack
 
 __all__ = ["ExpertsStep", "experts_step", "gating_of", "is_experts"]
 
-_COPIES = 40
+_COPIES = 12
 """How often the tokens of a recorded call are repeated, to compare tiles of rows as well."""
 
 _ALPHAS = (1.0, 1.702)

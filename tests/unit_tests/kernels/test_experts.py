@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from langchain_quantllm.engine.fusion.fuse import EXPERTS, Fusion
+from langchain_quantllm.kernels import reference as plain
 from langchain_quantllm.kernels.experts import reference
 from langchain_quantllm.kernels.experts.config import ExpertsConfig
 from langchain_quantllm.kernels.experts.gating import (
@@ -24,10 +26,13 @@ from langchain_quantllm.kernels.experts.gating import (
     Gating,
 )
 from langchain_quantllm.kernels.experts.weights import Stack
+from langchain_quantllm.kernels.linear import reference as plain_linear
 from langchain_quantllm.kernels.linear.config import LinearConfig
 from langchain_quantllm.kernels.linear.weights import weight_of
 from tests.support.expert_stacks import float_stack, moved, mxfp4_stack, stack_of, with_bias
+from tests.support.fusion import in_engine
 from tests.support.interpreter import multiply_in_order, report_cases
+from tests.support.mixtures import make_mixture
 from tests.support.selection import covering, slow_but
 from tests.unit_tests.kernels.test_linear import Case as LinearCase
 from tests.unit_tests.kernels.test_linear import layer
@@ -293,7 +298,22 @@ def run_empty(device: str) -> dict[str, Any]:
     return {"shape": list(dispatch.experts(x[:0], first, second, index[:0], weights[:0], gating).shape)}
 
 
-OTHERS = {"sorted": run_sorted, "alone": run_alone, "refusals": run_refusals, "empty": run_empty}
+def run_model(device: str) -> dict[str, Any]:
+    """Fuse the experts of a model with the kernels, and compare its logits."""
+    from langchain_quantllm.kernels.experts import dispatch
+
+    model = make_mixture("gpt_oss", num_hidden_layers=1).to(device)
+    fusion = Fusion(model, kernels=plain, linear_kernels=plain_linear, experts_kernels=dispatch, kinds=(EXPERTS,))
+    [found] = fusion.summary
+    ids = torch.arange(3, 24, device=device)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        with in_engine(fusion):
+            error = (model(ids).logits - expected).norm() / expected.norm()
+    return {"fused": found.fused, "left": dict(found.left), "error": float(error)}
+
+
+OTHERS = {"model": run_model, "sorted": run_sorted, "alone": run_alone, "refusals": run_refusals, "empty": run_empty}
 
 
 def run(name: str, device: str) -> dict[str, Any]:
@@ -358,6 +378,12 @@ def test_what_there_is_not_is_refused(found: Any) -> None:
     refused = found("refusals")["refused"]
     assert len(refused) == 7
     assert sum("regime" in reason or "splits" in reason or "tiles of experts" in reason for reason in refused) == 3
+
+
+def test_a_model_gives_the_same_logits_by_the_kernels(found: Any) -> None:
+    report = found("model")
+    assert (report["fused"], report["left"]) == (1, {})
+    assert report["error"] < 1e-5
 
 
 def test_no_tokens_make_no_outputs(found: Any) -> None:
