@@ -120,7 +120,7 @@ def random_stack(kind: str, experts: int, outputs: int, inputs: int, device: str
 def expert_bytes(stack: Stack) -> int:
     """Count the bytes of the weights and scales of one expert."""
     read = [stack.values] if isinstance(stack, FloatStack) else [stack.words, stack.scales]
-    return sum(tensor.numel() * tensor.element_size() for tensor in read) // stack.experts
+    return int(sum(tensor.numel() * tensor.element_size() for tensor in read) // stack.experts)
 
 
 def choices(layer: Layer, rows: int, device: str) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -185,7 +185,8 @@ def _save_random_gptq(model: Any, folder: Path, bits: int) -> None:
             f"{layer}.g_idx": torch.arange(columns, **words).div(GPTQ_GROUP_SIZE, rounding_mode="floor").cpu(),
         }
 
-    tensors, device = {}, model.device
+    tensors: dict[str, Any] = {}
+    device = model.device
     for name, tensor in model.state_dict().items():
         layer = name.removesuffix(".weight")
         if layer == "lm_head" and model.config.tie_word_embeddings:
@@ -208,7 +209,7 @@ def _save_random_gptq(model: Any, folder: Path, bits: int) -> None:
 
 
 def _save_random_mxfp4(model: Any, folder: Path) -> None:
-    tensors = {}
+    tensors: dict[str, Any] = {}
     for name, tensor in model.state_dict().items():
         if is_experts_weight(name, tensor):
             tensors |= dict(packed_mxfp4_experts(name, tensor))

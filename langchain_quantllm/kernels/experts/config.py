@@ -76,9 +76,7 @@ def config_for(
     rows = tokens * chosen
     if tile_rows is None:
         if tokens <= _MOST_VECTOR_TOKENS or 2 * rows <= first.experts:
-            return ExpertsConfig(
-                first=_vector(_format(first), dtype, is_gated), second=_vector(_format(second), dtype, False)
-            )
+            return ExpertsConfig(first=_vector(_format(first), is_gated), second=_vector(_format(second), False))
         wanted = power_of_2(-(-rows // first.experts))
         tile_rows = min(_MOST_TILE_ROWS, max(_FEWEST_TILE_ROWS, wanted))
     return ExpertsConfig(
@@ -87,22 +85,22 @@ def config_for(
     )
 
 
-def _format(stack: Stack) -> tuple[str, int, bool]:
-    """Return the layout of `parts`, the bits of a weight, and whether groups are in any order."""
+def _format(stack: Stack) -> tuple[str, int, bool, bool]:
+    """Return the layout of `parts`, a weight's bits, whether groups are in any order, and whether there is one zero."""
     if isinstance(stack, GPTQStack):
-        return "packed", stack.bits, not stack.group_size
+        return "packed", stack.bits, not stack.group_size, stack.zero_point >= 0
     if isinstance(stack, FloatStack):
-        return "values", 8 * stack.values.element_size(), False
-    return "rows", 8 if isinstance(stack, Int8Stack) else 4, False
+        return "values", 8 * stack.values.element_size(), False, True
+    return "rows", 8 if isinstance(stack, Int8Stack) else 4, False, True
 
 
 @cache
-def _vector(form: tuple[str, int, bool], dtype: torch.dtype, is_gated: bool) -> LinearConfig:
+def _vector(form: tuple[str, int, bool, bool], is_gated: bool) -> LinearConfig:
     """Choose tiles that give several programs to each multiprocessor with a row of 8 experts."""
-    layout, bits, any_order = form
+    layout, bits, any_order, has_one_zero = form
     if layout == "packed":  # a program reads 128 bytes of each row of words
-        words = 8 if any_order else 16 if bits > 3 else 8
-        return LinearConfig(regime="vector", outputs=32, words=words, warps=2 if not any_order else 1, stages=3)
+        words, warps = (8, 1) if any_order else (64, 4) if is_gated and has_one_zero and bits > 3 else (32, 4)
+        return LinearConfig(regime="vector", outputs=32, words=words, warps=warps, stages=1 if any_order else 3)
     if layout == "values":
         return LinearConfig(regime="vector", outputs=8 if is_gated else 16, words=256, warps=4, stages=3)
     outputs = 8 if is_gated else 16
@@ -113,10 +111,10 @@ def _vector(form: tuple[str, int, bool], dtype: torch.dtype, is_gated: bool) -> 
 
 @cache
 def _tile(
-    form: tuple[str, int, bool], dtype: torch.dtype, is_gated: bool, is_roomy: bool, tile_rows: int
+    form: tuple[str, int, bool, bool], dtype: torch.dtype, is_gated: bool, is_roomy: bool, tile_rows: int
 ) -> LinearConfig:
     """Choose tiles as `linear.config` does, of half the outputs if a program has two weights."""
-    layout, bits, any_order = form
+    layout, bits, any_order, _ = form
     if dtype == torch.float32:  # needs twice the memory, and no tensor cores
         return LinearConfig(regime="tile", outputs=16, words=16, warps=4, stages=2, decode="table", tile_rows=tile_rows)
     outputs = 128 if is_roomy and not is_gated else 64

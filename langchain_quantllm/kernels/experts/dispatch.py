@@ -273,7 +273,7 @@ def _pointers(stack: Stack) -> tuple[torch.Tensor, ...]:
 
 def _strides(stack: Stack) -> tuple[int, ...]:
     """Return how far the tensors of one expert are from those of the next one."""
-    shared = ()
+    shared: tuple[int, ...] = ()
     if isinstance(stack, FourBitStack):
         shared = (2,) if stack.nested else (2, 3, 4)
     return tuple(0 if i in shared else tensor.stride(0) for i, tensor in enumerate(_pointers(stack)))

@@ -10,6 +10,7 @@ import torch
 
 from langchain_quantllm.compat.transformers_experts import is_experts
 from langchain_quantllm.engine.continuous import ContinuousEngine
+from langchain_quantllm.engine.cuda_graphs import WaitFinder
 from langchain_quantllm.engine.fusion.experts import gating_of
 from langchain_quantllm.engine.fusion.fuse import EXPERTS, FusedKind, Fusion
 from langchain_quantllm.errors import UnsupportedError
@@ -22,7 +23,7 @@ from langchain_quantllm.kernels.experts.weights import FloatStack, Int8Stack
 from langchain_quantllm.kernels.linear import reference as linear_reference
 from tests.support.families import FAST, family_model, generated_ids, random_ids
 from tests.support.fusion import forwards_in, in_engine, logits_of, write
-from tests.support.mixtures import VOCAB, make_mixture
+from tests.support.mixtures import HIDDEN, VOCAB, make_mixture
 from tests.support.models import pipeline_of
 
 FAMILIES = ("mixtral", "qwen3_moe", "olmoe", "granitemoe", "afmoe", "mixtral-eager")
@@ -214,3 +215,31 @@ def test_an_activation_with_hooks_is_left_alone() -> None:
     experts.act_fn.register_forward_hook(lambda module, args, output: 2 * output)
     with pytest.raises(UnsupportedError, match="hooks"):
         gating_of(experts, torch.device("cpu"))
+
+
+class QuietExperts:
+    """Experts without operations of PyTorch once they are verified, as the kernels on a GPU have none."""
+
+    def __init__(self) -> None:
+        self.is_verified = False
+
+    def experts(self, x: torch.Tensor, *given: Any) -> torch.Tensor:
+        return torch.zeros_like(x) if self.is_verified else experts_reference.experts(x, *given)
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_nothing_around_the_experts_makes_the_host_wait(kind: str) -> None:
+    model = make_mixture(kind, **({"num_key_value_heads": 4} if kind == "deepseek_v3" else {}))
+    for experts in experts_in(model):
+        quantize(experts)
+    kernels = QuietExperts()
+    fusion = fuse(model, kernels, kinds=(EXPERTS,))
+    kernels.is_verified = True
+    block = next(module for module in model.modules() if any(map(is_experts, module.children())))
+    x = torch.randn(1, 3, HIDDEN)
+    with torch.no_grad(), WaitFinder() as own:
+        block(x)
+    assert own.found is not None, "the plain version waits"
+    with torch.no_grad(), in_engine(fusion), WaitFinder() as watched:
+        block(x)
+    assert watched.found is None
