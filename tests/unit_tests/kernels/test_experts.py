@@ -94,7 +94,7 @@ def _cases() -> Iterator[Case]:
             yield Case(name=f"{gating}-{regime}", gating=gating, regime=regime, kind="int8", inner=40)
     for kind in ("nf4", "fp4"):
         for regime in ("vector", "tile"):
-            yield Case(name=f"{kind}-nested-{regime}", kind=kind, nested=True, regime=regime, hidden=160, inner=128)
+            yield Case(name=f"{kind}-nested-{regime}", kind=kind, nested=True, regime=regime, inner=160)
     for bits in (2, 3, 4, 8):
         for regime in ("vector", "tile"):
             gptq = Case(name=f"gptq{bits}-{regime}", kind=f"gptq{bits}", regime=regime, hidden=128, inner=64)
