@@ -48,7 +48,7 @@ def memory(
                 return
             checkpoint = _find_speech(model, options, error)
         with err.status("computing the estimates"):
-            from langchain_quantllm.memory import estimate_memory
+            from langchain_quantllm.memory import estimate_memory, format_bytes
 
             config, stored = checkpoint.config, checkpoint.quantization
             if stored is not None:  # it may come from a file beside config.json
@@ -61,6 +61,9 @@ def memory(
         out.print(_table(f"{model}: estimate", estimate, sizes, free_bytes, device, tokens, batch))
         context = f"; the model's context is {estimate.context_tokens} tokens" if estimate.context_tokens else ""
         lines = [f"{estimate.parameters:,} parameters{context}. 1 MB is 1,000,000 bytes."]
+        if estimate.weights.experts_bytes:
+            size = format_bytes(estimate.weights.experts_bytes)
+            lines.append(f"In {_name_of(estimate.scheme)}, {size} of the weights are experts.")
         if stored is None and sizes.get("gptq") is not None:
             lines.append("gptq is for 4 bits in groups of 128, and needs calibration: langchain-quantllm quantize")
         elif stored is not None:

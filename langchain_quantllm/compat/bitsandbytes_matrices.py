@@ -101,7 +101,9 @@ def stored_four_bit(
 
     nested: dict[str, Any] = {}
     if (inner := state.nested) is not None:
-        inner_state = QuantState(absmax=inner.scales, blocksize=inner.block_size, code=inner.code, dtype=inner.scales.dtype)
+        inner_state = QuantState(
+            absmax=inner.scales, blocksize=inner.block_size, code=inner.code, dtype=inner.scales.dtype
+        )
         nested = {"offset": inner.offset, "state2": inner_state}
     own = QuantState(
         absmax=state.scales,

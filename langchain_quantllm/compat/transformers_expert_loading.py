@@ -13,6 +13,7 @@ import copy
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from langchain_quantllm.compat.bitsandbytes_matrices import FOUR_BIT_NAMES, INT8_NAMES
@@ -91,7 +92,7 @@ def missing_loading_api() -> str | None:
     except ImportError as error:
         return str(error)
     needed = {
-        WeightConverter: ("materialize_tensors", "convert"),
+        WeightConverter: ("convert",),
         ConversionOps: ("convert",),
         HfQuantizer: ("update_weight_conversions", "get_state_dict_and_metadata", "param_element_size"),
     }
@@ -164,7 +165,8 @@ def _quantizer_class(bits: int) -> Any:
             return found
 
         def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-            return self.reader.takes(param_name) or super().param_needs_quantization(model, param_name, **kwargs)
+            is_linear = super().param_needs_quantization(model, param_name, **kwargs)
+            return bool(self.reader.takes(param_name) or is_linear)
 
         def param_element_size(self, model: Any, param_name: str, param: Any) -> float:
             if self.reader.takes(param_name):
@@ -257,59 +259,44 @@ def _converter(quantizer: Any, sources: list[str], target: str, operations: list
             for name in names
         }
     ordered = sorted(patterns, key=len, reverse=True)  # a name is matched by the first
-    operation = _read_experts_class()(quantizer, patterns, operations)
-    return _converter_class()(ordered, [target], [operation], replaced=replaced)
+    return _converter_class()(ordered, [target], operations, quantizer=quantizer, patterns=patterns, replaced=replaced)
 
 
 @functools.cache
 def _converter_class() -> Any:
     from transformers.core_model_loading import WeightConverter
 
-    class ExpertConverter(WeightConverter):  # type: ignore[misc]
-        """Collects the tensors of all experts, and reads none of them by itself."""
+    class ExpertConverter(WeightConverter):  # type: ignore[misc]  # transformers is not followed
+        """Passes the matrices of experts to the reader; those that stay as they are are put together as ever.
 
-        def __init__(self, *args: Any, replaced: Any = None, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self.replaced = replaced
+        Args:
+            args: As of its base.
+            quantizer: The quantizer.
+            patterns: Number of a matrix of an expert and end of a tensor's name, by the pattern of the name.
+            replaced: The converter in whose place this one is, or None.
+        """
 
-        def materialize_tensors(self) -> dict[str, list[Callable[[], Any]]]:
-            collected = {name: list(map(_reader_of, found)) for name, found in self.collected_tensors.items()}
-            self.collected_tensors.clear()
-            return collected
-
-    return ExpertConverter
-
-
-def _reader_of(tensor: Any) -> Callable[[], Any]:
-    """Return a function that reads a tensor which the loader collected: a function, a future, or itself."""
-    if callable(getattr(tensor, "result", None)):
-        read: Callable[[], Any] = tensor.result
-        return read
-    return tensor if callable(tensor) else lambda: tensor
-
-
-@functools.cache
-def _read_experts_class() -> Any:
-    from transformers.core_model_loading import ConversionOps
-
-    class ReadExperts(ConversionOps):  # type: ignore[misc]
-        """Passes the matrices of experts to the reader; those that stay as they are are put together as ever."""
-
-        def __init__(self, quantizer: Any, patterns: Mapping[str, tuple[int, str]], operations: list[Any]) -> None:
-            self.hf_quantizer = quantizer  # the loader casts no tensor of an operation with one
-            self.patterns = patterns
-            self.operations = operations
+        def __init__(self, *args: Any, quantizer: Any, patterns: Mapping[str, tuple[int, str]], replaced: Any) -> None:
+            sources, targets, self.merging = args
+            # The loader casts no tensor of an operation with a quantizer.
+            super().__init__(sources, targets, [_Marked(quantizer)])
+            self.quantizer, self.patterns, self.replaced = quantizer, patterns, replaced
 
         def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-            return self
+            found = copy.copy(self)
+            for name in ("collected_tensors", "layer_targets"):
+                setattr(found, name, copy.copy(getattr(self, name)))
+            return found
 
-        def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-            name, reader = kwargs["full_layer_name"], self.hf_quantizer.reader
-            is_packed = any(self.patterns[pattern][1] != "weight" for pattern in input_dict)
-            if not reader.takes(name) or (self.hf_quantizer.pre_quantized and not is_packed):
-                return self._merged(input_dict, **kwargs)
-            reader.read(kwargs["model"], name, self._experts(input_dict))
-            kwargs["missing_keys"].discard(name)
+        def convert(self, layer_name: str, model: Any = None, loading_info: Any = None, **kwargs: Any) -> Any:
+            collected = {name: list(map(_reader_of, found)) for name, found in self.collected_tensors.items()}
+            self.collected_tensors.clear()
+            is_packed = any(self.patterns[pattern][1] != "weight" for pattern in collected)
+            reader = self.quantizer.reader
+            if not reader.takes(layer_name) or (self.quantizer.pre_quantized and not is_packed):
+                return {layer_name: self._merged(collected, model.get_parameter(layer_name).dtype)}
+            reader.read(model, layer_name, self._experts(collected))
+            loading_info.missing_keys.discard(layer_name)
             return {}
 
         def _experts(self, collected: Mapping[str, list[Any]]) -> list[list[StoredMatrix]]:
@@ -320,14 +307,26 @@ def _read_experts_class() -> Any:
                 number, name = self.patterns[pattern]
                 for expert, tensor in enumerate(tensors):
                     experts[expert][number][name] = tensor
-            return experts  # type: ignore[return-value]
+            return experts  # type: ignore[return-value]  # a dict is a mapping
 
-        def _merged(self, collected: Mapping[str, list[Any]], **kwargs: Any) -> dict[str, Any]:
-            dtype = kwargs["model"].get_parameter(kwargs["full_layer_name"]).dtype
+        def _merged(self, collected: Mapping[str, list[Any]], dtype: Any) -> Any:
             sources = sorted(collected, key=lambda pattern: self.patterns[pattern][0])
             found: dict[str, Any] = {source: [read().to(dtype) for read in collected[source]] for source in sources}
-            for operation in self.operations:
-                found = operation.convert(found, **{**kwargs, "source_patterns": sources})
-            return found
+            for operation in self.merging:
+                found = operation.convert(found, source_patterns=sources, target_patterns=self.target_patterns)
+            return next(iter(found.values()))
 
-    return ReadExperts
+    return ExpertConverter
+
+
+@dataclass(frozen=True)
+class _Marked:
+    hf_quantizer: Any
+
+
+def _reader_of(tensor: Any) -> Callable[[], Any]:
+    """Return a function that reads a tensor which the loader collected: a function, a future, or itself."""
+    if callable(getattr(tensor, "result", None)):
+        read: Callable[[], Any] = tensor.result
+        return read
+    return tensor if callable(tensor) else lambda: tensor

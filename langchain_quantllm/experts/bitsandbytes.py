@@ -18,7 +18,16 @@ from langchain_quantllm.kernels.experts.weights import FourBitStack, Int8Stack
 from langchain_quantllm.kernels.linear import reference
 from langchain_quantllm.kernels.linear.weights import FourBitWeight, Int8Weight
 
-__all__ = ["FourBitMatrix", "Int8Matrix", "four_bit_stack", "int8_stack", "join", "split_four_bit", "split_int8"]
+__all__ = [
+    "FourBitMatrix",
+    "Int8Matrix",
+    "four_bit_stack",
+    "int8_stack",
+    "join",
+    "join_int8",
+    "split_four_bit",
+    "split_int8",
+]
 
 FourBitMatrix: TypeAlias = "tuple[torch.Tensor, FourBitState]"
 """Bytes of two indices each, and the state; see `compat.bitsandbytes_matrices.quantize_four_bit`."""
@@ -68,9 +77,7 @@ def int8_stack(matrices: Sequence[Int8Matrix], bias: torch.Tensor | None = None)
     outputs, inputs = matrices[0][0].shape
     codes = torch.stack([codes.reshape(-1) for codes, _ in matrices])
     scales = torch.stack([scales.float().reshape(-1) for _, scales in matrices])
-    return Int8Stack(
-        in_features=inputs, out_features=outputs, words=codes.view(torch.int32), scales=scales, bias=bias
-    )
+    return Int8Stack(in_features=inputs, out_features=outputs, words=codes.view(torch.int32), scales=scales, bias=bias)
 
 
 def join(parts: Sequence[FourBitMatrix]) -> FourBitMatrix:
@@ -99,6 +106,11 @@ def join(parts: Sequence[FourBitMatrix]) -> FourBitMatrix:
     shape = (sum(state.shape[0] for state in states), first.shape[1])
     scales = torch.cat([state.scales for state in states])
     return torch.cat([octets for octets, _ in parts]), replace(first, shape=shape, scales=scales, nested=nested)
+
+
+def join_int8(parts: Sequence[Int8Matrix]) -> Int8Matrix:
+    """Put matrices with the same inputs above each other."""
+    return torch.cat([codes for codes, _ in parts]), torch.cat([scales for _, scales in parts])
 
 
 def split_four_bit(weight: FourBitWeight, parts: int) -> list[FourBitMatrix]:

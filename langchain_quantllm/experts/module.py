@@ -45,6 +45,10 @@ class QuantizedExperts:
             total.index_add_(0, tokens, weighted.float())
         return total.to(hidden_states.dtype)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by the model's own class: that of the object is made while a program runs."""
+        return _restored, (type(self).__mro__[2],), self.__dict__.copy()
+
 
 def replace_weights(module: torch.nn.Module, weights: dict[str, StackedLinear]) -> None:
     """Replace the weights of a model's experts, whose class takes up `QuantizedExperts`.
@@ -61,6 +65,34 @@ def replace_weights(module: torch.nn.Module, weights: dict[str, StackedLinear]) 
         setattr(module, name, stacked)
     if not isinstance(module, QuantizedExperts):
         module.__class__ = _quantized_class(type(module))
+
+
+def restore_weights(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Undo `replace_weights`: dequantize the weights of experts, which are parameters of the model's own class again.
+
+    Args:
+        module: The experts; does nothing if their weights were not replaced.
+        dtype: Dtype of the parameters.
+    """
+    if not isinstance(module, QuantizedExperts):
+        return
+    own: Any = module
+    for name, stacked in list(own.named_children()):
+        if not isinstance(stacked, StackedLinear):
+            continue
+        stack = stacked.stack
+        weights = torch.stack([stacked.dequantize(e, torch.float32).to(dtype) for e in range(stack.experts)])
+        delattr(module, name)
+        weights = weights.transpose(1, 2).contiguous() if own.is_transposed else weights
+        setattr(module, name, torch.nn.Parameter(weights, requires_grad=False))
+        if stack.bias is not None:
+            setattr(module, f"{name}_bias", torch.nn.Parameter(stack.bias.to(dtype), requires_grad=False))
+    module.__class__ = type(module).__mro__[2]
+
+
+def _restored(kind: type) -> Any:
+    made: Any = _quantized_class(kind)
+    return made.__new__(made)
 
 
 _classes: dict[type, type] = {}

@@ -87,12 +87,15 @@ class BitsAndBytesExperts(ExpertReader):
         if len(experts) != projection.experts:
             msg = f"{name} has matrices of {len(experts)} experts, and {projection.experts} are needed."
             raise CheckpointError(msg)
+        if any(part.keys() != experts[0][0].keys() for parts in experts for part in parts):
+            msg = f"{name} lacks tensors of some experts, each of which needs {', '.join(sorted(experts[0][0]))}."
+            raise CheckpointError(msg)
         if self._stored is None:
             dtype = model.get_parameter(name).dtype
             self._put(model, name, self._quantized(_matrices(experts, dtype)))
         elif self._bits == 8:
             rows = ([(part["weight"](), part["SCB"]()) for part in parts] for parts in experts)
-            self._put(model, name, self._int8([tuple(map(torch.cat, zip(*row, strict=True))) for row in rows]))  # type: ignore[misc]
+            self._put(model, name, bitsandbytes.int8_stack([bitsandbytes.join_int8(parts) for parts in rows]))
         else:
             read = ([read_four_bit({n: t() for n, t in part.items()}) for part in parts] for parts in experts)
             self._put(model, name, bitsandbytes.four_bit_stack([bitsandbytes.join(parts) for parts in read]))
@@ -135,7 +138,7 @@ class BitsAndBytesExperts(ExpertReader):
 
     def _stored_matrices(self, stack: Stack, patterns: Sequence[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Return the tensors of all matrices of a stack by their names, of patterns with `*` for the expert."""
-        found = {}
+        found: dict[str, torch.Tensor] = {}
         for expert in range(stack.experts):
             if isinstance(stack, FourBitStack):
                 parts = [
@@ -152,11 +155,8 @@ class BitsAndBytesExperts(ExpertReader):
     def _quantized(self, matrices: Iterable[torch.Tensor]) -> Stack:
         """Quantize matrices of shape `(out_features, in_features)`, each of which is freed before the next is read."""
         if self._bits == 8:
-            return self._int8([quantize_int8(matrix) for matrix in matrices])
+            return bitsandbytes.int8_stack([quantize_int8(matrix) for matrix in matrices])
         return bitsandbytes.four_bit_stack([quantize_four_bit(m, self._kind, nested=self._nested) for m in matrices])
-
-    def _int8(self, matrices: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Stack:
-        return bitsandbytes.int8_stack(matrices)
 
     def _put(self, model: Any, name: str, stack: Stack) -> None:
         """Put a stack in the place of a parameter; the experts change once all of theirs are there."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
 
 from langchain_quantllm.kernels.experts import reference
-from langchain_quantllm.kernels.experts.weights import Stack
+from langchain_quantllm.kernels.experts.weights import FloatStack, Stack
 
 
 class StackedLinear(torch.nn.Module):  # type: ignore[misc]  # torch is not followed
@@ -42,6 +43,19 @@ class StackedLinear(torch.nn.Module):  # type: ignore[misc]  # torch is not foll
         stack: Stack = replace(self._bare, **{name: getattr(self, name) for name in self._buffers})
         return stack
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> StackedLinear:
+        """Apply a function of `to`, `cuda` or `half` to the tensors; quantized weights and scales keep theirs."""
+        stays = type(self._bare) is not FloatStack
+
+        def apply(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            if not stays or moved.dtype == tensor.dtype or tensor is self.bias:
+                return moved
+            return tensor.to(moved.device)
+
+        super()._apply(apply, recurse)
+        return self
+
     def dequantize(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """Return the weight of one expert, of shape `(out_features, in_features)`."""
         return reference.dequantize(self.stack, expert, dtype)
@@ -50,7 +64,8 @@ class StackedLinear(torch.nn.Module):  # type: ignore[misc]  # torch is not foll
         """Multiply rows of shape `(rows, in_features)` by the weight of one expert, and add its bias."""
         stack = self.stack
         bias = None if stack.bias is None else stack.bias[expert].to(x.dtype)
-        return torch.nn.functional.linear(x, reference.dequantize(stack, expert, x.dtype), bias)
+        weight = reference.dequantize(stack, expert, torch.float32)  # 16 bits would round code and scale each
+        return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
 
     def extra_repr(self) -> str:
         """Describe the layer in its model's text."""

@@ -25,7 +25,8 @@ from langchain_quantllm.compat.peft import (
     settings_from,
 )
 from langchain_quantllm.engine.adapter_switch import activate
-from langchain_quantllm.errors import CheckpointError, QuantLLMError
+from langchain_quantllm.errors import CheckpointError, QuantLLMError, UnsupportedError
+from langchain_quantllm.experts.stacked import StackedLinear
 from langchain_quantllm.loading.adapters import MERGE_ADVICE, Adapter
 from langchain_quantllm.loading.foreign_errors import reason_of
 from langchain_quantllm.loading.spec import LoadSpec
@@ -68,7 +69,9 @@ def _load(model: Any, adapter: Adapter, base: Mapping[str, torch.Tensor]) -> Non
         with model_build_lock(), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             tensors = {key.removeprefix(_WRAPPER): tensor for key, tensor in read_tensors(adapter).items()}
-            inject(model, settings_from(str(adapter.folder)), adapter.name)
+            settings = settings_from(str(adapter.folder))
+            _leave_out_experts(model, settings, tensors, adapter)
+            inject(model, settings, adapter.name)
             if (name := clashing_module(model)) is not None:
                 msg = f"another adapter changes {name!r} in another way"
                 raise ValueError(msg)
@@ -139,6 +142,26 @@ class _Tensors:
 
 def _address(tensor: torch.Tensor) -> int:
     return 0 if tensor.device.type == "meta" else tensor.data_ptr()
+
+
+def _leave_out_experts(model: Any, settings: Any, tensors: Mapping[str, torch.Tensor], adapter: Adapter) -> None:
+    """Keep an adapter's layers off quantized experts, which have the names of linear layers and are none.
+
+    Raises:
+        UnsupportedError: If the adapter has weights for them.
+    """
+    experts = [name for name, module in model.named_modules() if isinstance(module, StackedLinear)]
+    if not experts:
+        return
+    if getattr(settings, "target_parameters", None) or any(".experts." in name for name in tensors):
+        msg = (
+            f"{adapter} changes the experts of this mixture, which are quantized; load the model unquantized, or keep "
+            f"its experts so, such as NF4(skip_modules=['experts']), or {MERGE_ADVICE}"
+        )
+        raise UnsupportedError(msg)
+    excluded = getattr(settings, "exclude_modules", None) or []
+    if not isinstance(excluded, str):  # a text is a regular expression
+        settings.exclude_modules = [*excluded, *experts]
 
 
 def _check_copies(model: Any, adapter: Adapter) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from langchain_quantllm.compat.packages import is_installed, label_of
+from langchain_quantllm.compat.transformers_experts import is_experts
 from langchain_quantllm.errors import CheckpointError, MissingPackageError, UnsupportedError, pip_install
 from langchain_quantllm.loading.checkpoint import Checkpoint
 from langchain_quantllm.loading.devices import default_device_map, devices_named
+from langchain_quantllm.loading.experts import EXPERT_STATE
 from langchain_quantllm.loading.spec import LoadSpec
 from langchain_quantllm.memory.estimate import build_on_meta
+from langchain_quantllm.memory.experts import unfit_reason
 from langchain_quantllm.schemes import GPTQ, Prequantized, Scheme, Unquantized, scheme_of_config
 
 _FLASH_PACKAGES = {
@@ -96,21 +98,17 @@ def _dtype_name(spec: LoadSpec, config: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-_EXPERT_STATE = re.compile(r"(.*\.experts)\.\d+\..+\.(SCB|absmax|quant_map|quant_state\..*)")
-"""Names of the quantization state of one expert's layer, as transformers 4 and bitsandbytes saved it."""
-
-
 def check_expert_layout(spec: LoadSpec, checkpoint: Checkpoint) -> None:
-    """Refuse experts that were quantized layer by layer, where the model now has them in one tensor.
+    """Refuse experts that were quantized layer by layer, where the model has them in one tensor of another layout.
 
-    transformers puts the packed weights together as if they were plain ones, and drops their scales.
+    transformers would put the packed weights together as if they were plain ones, and drop their scales.
 
     Raises:
         CheckpointError: If the checkpoint has such experts.
     """
     if checkpoint.stored is None:
         return
-    lists = {found[1] for name in checkpoint.stored.tensors if (found := _EXPERT_STATE.fullmatch(name))}
+    lists = {found[1] for name in checkpoint.stored.tensors if (found := EXPERT_STATE.fullmatch(name))}
     if not lists:
         return
     import torch
@@ -121,11 +119,16 @@ def check_expert_layout(spec: LoadSpec, checkpoint: Checkpoint) -> None:
         model = build_on_meta(config, torch.float16, spec.trust_remote_code, spec.model_id)
     except UnsupportedError:
         return
-    if not {f"{name}.0" for name in lists} <= {name for name, _ in model.named_modules()}:
+    modules = dict(model.named_modules())
+    if {f"{name}.0" for name in lists} <= modules.keys():
+        return
+    bits = 8 if (checkpoint.quantization or {}).get("load_in_8bit") else 4
+    reasons = [reason for module in modules.values() if (reason := unfit_reason(module, bits)) is not None]
+    if reasons or not any(map(is_experts, modules.values())):
         msg = (
-            f"{spec.model_id} is a mixture of experts that transformers 4 quantized expert by expert, and this "
-            "transformers has all experts of a layer in one tensor, into which quantized ones cannot be put; load the "
-            "unquantized checkpoint, with quantization= if you like."
+            f"{spec.model_id} is a mixture of experts that was quantized expert by expert, and this transformers has "
+            f"all experts of a layer in one tensor, into which these cannot be put"
+            f"{f' ({reasons[0]})' if reasons else ''}; load the unquantized checkpoint, with quantization= if you like."
         )
         raise CheckpointError(msg)
 

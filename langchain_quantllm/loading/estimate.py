@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.loading.checkpoint import UnknownModelError, explain, read_config, stored_in, warn_of_adapter
 from langchain_quantllm.loading.config_checks import check_parameters
+from langchain_quantllm.loading.experts import has_packed_experts
 from langchain_quantllm.loading.foreign_errors import as_checkpoint_error
 from langchain_quantllm.loading.hub import Repository
 from langchain_quantllm.loading.json_files import json_or_empty
@@ -87,7 +88,14 @@ def estimate_memory(
         stored = None if folder is None else stored_in(spec, config, folder)
         if folder is not None and (Path(folder) / ADAPTER_CONFIG).exists():
             warn_of_adapter(spec)
-        estimate = estimate_config(config, scheme, dtype=dtype, name=model_id, trust_remote_code=trust_remote_code)
+        estimate = estimate_config(
+            config,
+            scheme,
+            dtype=dtype,
+            name=model_id,
+            trust_remote_code=trust_remote_code,
+            packed_experts=has_packed_experts(getattr(config, "quantization_config", None), stored),
+        )
         if stored is not None:
             check_parameters(estimate, stored, quantized=getattr(config, "quantization_config", None) is not None)
     return estimate

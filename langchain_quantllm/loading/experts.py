@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from langchain_quantllm.compat.transformers_expert_loading import (
     missing_loading_api,
@@ -13,17 +13,22 @@ from langchain_quantllm.compat.transformers_expert_loading import (
     stored_reading_config,
 )
 from langchain_quantllm.compat.transformers_quantizers import quantization_config_from
-from langchain_quantllm.experts.reader import BitsAndBytesExperts
 from langchain_quantllm.loading.checkpoint import Checkpoint
 from langchain_quantllm.loading.stored_tensors import StoredTensors
 from langchain_quantllm.schemes import FP4, NF4, Int8, scheme_of_config
 
-__all__ = ["EXPERT_STATE", "read_experts", "stores_quantized_experts"]
+if TYPE_CHECKING:
+    from langchain_quantllm.experts.reader import BitsAndBytesExperts
+
+__all__ = ["EXPERT_STATE", "has_packed_experts", "read_experts"]
 
 logger = logging.getLogger(__name__)
 
 EXPERT_STATE = re.compile(r"(.*\.experts)\.\d+\..+\.(SCB|absmax|quant_map|quant_state\..*)")
 """Names of the quantization state of one expert's layer, as transformers 4, bitsandbytes and this package save it."""
+
+_PACKED_EXPERT = re.compile(r"\.experts\.\d+\..+\.qweight$")
+"""Names of the words of one expert's layer, as GPTQ and AWQ save them."""
 
 
 def read_experts(checkpoint: Checkpoint, quantization_config: Any) -> Any:
@@ -47,7 +52,7 @@ def read_experts(checkpoint: Checkpoint, quantization_config: Any) -> Any:
         logger.warning("The experts are not quantized, because of transformers' version: %s.", lacking)
         return quantization_config
     if checkpoint.quantization is not None:
-        reader = _reader(scheme, stored=stores_quantized_experts(checkpoint.stored))
+        reader = _reader(scheme, stored=has_packed_experts(checkpoint.quantization, checkpoint.stored))
         checkpoint.config.quantization_config = stored_reading_config(settings, reader)
         return None
     config = quantization_config_from(settings) if isinstance(given, Mapping) else given
@@ -57,6 +62,8 @@ def read_experts(checkpoint: Checkpoint, quantization_config: Any) -> Any:
 def _reader(scheme: Int8 | NF4 | FP4, *, stored: bool | None) -> BitsAndBytesExperts:
     import torch
 
+    from langchain_quantllm.experts.reader import BitsAndBytesExperts
+
     if isinstance(scheme, Int8):
         return BitsAndBytesExperts(bits=8, stored=stored)
     storage = getattr(torch, scheme.storage_dtype)
@@ -64,9 +71,16 @@ def _reader(scheme: Int8 | NF4 | FP4, *, stored: bool | None) -> BitsAndBytesExp
     return BitsAndBytesExperts(bits=4, kind=scheme.name, nested=nested, stored=stored, storage=storage)
 
 
-def stores_quantized_experts(stored: StoredTensors | None) -> bool:
-    """Say whether the experts in a quantized checkpoint are quantized too; assumed if its files are not here."""
-    return stored is None or any(EXPERT_STATE.fullmatch(name) for name in stored.tensors)
+def has_packed_experts(quantization: Mapping[str, Any] | None, stored: StoredTensors | None) -> bool:
+    """Say whether the experts of a mixture are quantized once it is loaded in a scheme.
+
+    Args:
+        quantization: The checkpoint's quantization; None for a checkpoint that loading quantizes.
+        stored: The tensors in its files; where they are not known, its experts are taken to be quantized.
+    """
+    if quantization is None or stored is None:
+        return True
+    return any(EXPERT_STATE.fullmatch(name) or _PACKED_EXPERT.search(name) for name in stored.tensors)
 
 
 def is_mixture(config: Any) -> bool:

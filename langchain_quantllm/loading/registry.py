@@ -38,6 +38,7 @@ from langchain_quantllm.loading.devices import (
     release_memory,
     reset_peaks,
 )
+from langchain_quantllm.loading.experts import has_packed_experts
 from langchain_quantllm.loading.foreign_errors import as_checkpoint_error, reason_of
 from langchain_quantllm.loading.gptq import check_gptq, read_layer_sizes
 from langchain_quantllm.loading.pipeline import load_pipeline
@@ -53,6 +54,7 @@ from langchain_quantllm.memory import (
     track_memory,
     weights_by_kind,
 )
+from langchain_quantllm.memory.experts import expert_counts, unquantized_reasons
 from langchain_quantllm.schemes import GPTQ, Prequantized, Scheme, Unquantized, scheme_of_config
 
 
@@ -118,7 +120,9 @@ class LoadedModel:
         """
         if self.estimate is None and not self.closed:  # a user's own pipeline
             with contextlib.suppress(UnsupportedError):
-                self.estimate = estimate_config(self.pipeline.model.config)
+                model = self.pipeline.model
+                packed = expert_counts(model)[0] > 0
+                self.estimate = estimate_config(model.config, packed_experts=packed)
         tracked, estimate, engines = self.tracked, self.estimate, self.engines
         cached_tokens = engines.peak_cache_tokens if engines is not None else 0
         token_bytes = estimate.kv_cache_bytes_per_token if estimate is not None else None
@@ -142,8 +146,18 @@ class LoadedModel:
             kv_pool_bytes=engines.kv_cache_bytes if engines is not None else None,
             kv_resident_bytes=engines.kv_resident_bytes if engines is not None and cached_tokens else None,
             weights_grown_bytes=grown_bytes,
-            notes=memory_notes(now, self.weights),
+            notes=(*self._expert_notes(), *memory_notes(now, self.weights)),
         )
+
+    def _expert_notes(self) -> list[str]:
+        """Say in a sentence of a report why a mixture's experts are not quantized, where a scheme was to do it."""
+        if self.pipeline is None or self.scheme.weight_bits not in (4, 8):
+            return []
+        reasons = unquantized_reasons(self.pipeline.model, self.scheme.weight_bits)
+        return [
+            f"The experts of {count} layer{'s' if count > 1 else ''} are not quantized: {reason}."
+            for reason, count in reasons.items()
+        ]
 
     @cached_property
     def summary(self) -> str:
@@ -310,7 +324,11 @@ def _load(spec: LoadSpec, source: str | None) -> LoadedModel:
         estimate = None
         with contextlib.suppress(UnsupportedError):  # a model or format without a formula is measured only
             estimate = estimate_config(
-                checkpoint.config, scheme, dtype=spec.dtype, trust_remote_code=spec.trust_remote_code
+                checkpoint.config,
+                scheme,
+                dtype=spec.dtype,
+                trust_remote_code=spec.trust_remote_code,
+                packed_experts=has_packed_experts(checkpoint.quantization, checkpoint.stored),
             )
         if estimate is not None:
             if checkpoint.stored is not None:

@@ -144,6 +144,7 @@ def estimate_config(
     name: str | None = None,
     trust_remote_code: bool = False,
     make: Callable[..., PreTrainedModel] | None = None,
+    packed_experts: bool = True,
 ) -> MemoryEstimate:
     """Compute the memory of the model that a config describes.
 
@@ -154,6 +155,7 @@ def estimate_config(
         name: Name of the model in the result and in errors; None is the config's.
         trust_remote_code: Run Python code that comes with the checkpoint.
         make: Makes the model of the config if it is an encoder, which has no KV cache; None makes a language model.
+        packed_experts: Whether a checkpoint that is quantized has the experts of a mixture quantized too.
 
     Raises:
         InvalidOptionError: If the scheme or the dtype is unknown.
@@ -177,7 +179,7 @@ def estimate_config(
         scheme=used,
         dtype=str(torch_dtype).removeprefix("torch."),
         parameters=parameters,
-        weights=weight_bytes(model, used, torch_dtype, options),
+        weights=weight_bytes(model, used, torch_dtype, options, packed_experts=packed_experts),
         bytes_16bit=2 * parameters + unquantized.buffers_bytes,
         context_tokens=context_tokens,
         bytes_by_scheme={label: weight_bytes(model, s, torch_dtype).total_bytes for label, s in others.items()},

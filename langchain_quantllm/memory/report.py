@@ -321,7 +321,9 @@ class MemoryReport(_Report):
 
     def _table(self) -> Table:
         sizes = self.weights.to_dict()
-        kinds = [(kind, sizes[f"{kind}_bytes"]) for kind in ("quantized", "unquantized", "buffers", "offloaded")]
+        kinds = [
+            (kind, sizes[f"{kind}_bytes"]) for kind in ("quantized", "experts", "unquantized", "buffers", "offloaded")
+        ]
         parts = ", ".join(f"{format_bytes(size)} {kind}" for kind, size in kinds if size)
         lines = [f"Weights: {format_bytes(self.weights.total_bytes)} = {parts}."]
         if self.kv_cache_bytes is not None:

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from langchain_quantllm.compat.bitsandbytes import is_quantized, is_state, shape_of, states_of
 from langchain_quantllm.compat.transformers_quantizers import float32_patterns, replaced_by_bitsandbytes
 from langchain_quantllm.errors import UnsupportedError
+from langchain_quantllm.memory.experts import expert_counts, expert_modules, quantized_projections
 from langchain_quantllm.schemes import FP4, GPTQ, NF4, Int8, Scheme, Unquantized
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-Kind = Literal["quantized", "unquantized", "buffers", "offloaded"]
+Kind = Literal["quantized", "unquantized", "buffers", "experts", "offloaded"]
 
 _CUDA_BLOCK_BYTES = 512
 """Source: `kMinBlockSize` of torch's c10/cuda/CUDACachingAllocator: every allocation is rounded up to it."""
@@ -52,6 +53,7 @@ class WeightBytes:
         quantized_bytes: Packed weights with their scales, codes and zero points.
         unquantized_bytes: Parameters left in a float dtype: embeddings, output head, norms, biases.
         buffers_bytes: Buffers of modules that are not quantized, such as rotary frequencies.
+        experts_bytes: Weights of a mixture's experts, quantized with their scales, or not; in none of the others.
         offloaded_bytes: Parameters that lie outside the model (accelerate's offload); not in the total.
         padding_bytes: Added by CUDA's allocator, which rounds every tensor up to 512 bytes; not in the total.
     """
@@ -59,13 +61,14 @@ class WeightBytes:
     quantized_bytes: int
     unquantized_bytes: int
     buffers_bytes: int
+    experts_bytes: int = 0
     offloaded_bytes: int = 0
     padding_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
         """Bytes of all tensors that lie in memory, without padding."""
-        return self.quantized_bytes + self.unquantized_bytes + self.buffers_bytes
+        return self.quantized_bytes + self.unquantized_bytes + self.buffers_bytes + self.experts_bytes
 
     @property
     def cuda_bytes(self) -> int:
@@ -79,7 +82,7 @@ class WeightBytes:
 
 def _sum_by_kind(sizes: Iterable[tuple[Kind, int]]) -> WeightBytes:
     """Add up the sizes of single tensors, given as (kind, bytes)."""
-    totals = {"quantized": 0, "unquantized": 0, "buffers": 0, "offloaded": 0, "padding": 0}
+    totals = {"quantized": 0, "unquantized": 0, "buffers": 0, "experts": 0, "offloaded": 0, "padding": 0}
     for kind, size_bytes in sizes:
         totals[kind] += size_bytes
         if kind != "offloaded":
@@ -128,6 +131,7 @@ def _measured_sizes(model: torch.nn.Module) -> Iterator[tuple[Kind, int]]:
 
 def _tensors_by_kind(model: torch.nn.Module) -> Iterator[tuple[Kind, torch.Tensor]]:
     """Yield every plain tensor of the model with its kind, shared ones as often as they occur."""
+    experts = expert_modules(model)
     for module in model.modules():
         parameters = {name: p for name, p in module._parameters.items() if p is not None}
         buffers = {name: b for name, b in module._buffers.items() if b is not None}
@@ -138,6 +142,8 @@ def _tensors_by_kind(model: torch.nn.Module) -> Iterator[tuple[Kind, torch.Tenso
             kind: Kind = "buffers" if name in buffers else "unquantized"
             if packed:
                 kind = "unquantized" if name == "bias" else "quantized"
+            if module in experts:
+                kind = "experts"
             yield from ((kind, plain) for plain in _plain_tensors(tensor))
         if packed:  # state that lies beside the parameters: Linear8bitLt.state, repacked weights of GPTQ kernels
             state = [v for name, v in vars(module).items() if name not in ("_parameters", "_buffers", "_modules")]
@@ -170,7 +176,12 @@ def _plain_tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def weight_bytes(
-    model: PreTrainedModel, scheme: Scheme, dtype: torch.dtype, options: Mapping[str, Any] | None = None
+    model: PreTrainedModel,
+    scheme: Scheme,
+    dtype: torch.dtype,
+    options: Mapping[str, Any] | None = None,
+    *,
+    packed_experts: bool = True,
 ) -> WeightBytes:
     """Compute the weights of a model as it will be loaded under a scheme.
 
@@ -179,6 +190,7 @@ def weight_bytes(
         scheme: Scheme of the weights.
         dtype: The dtype that the rest of the model is loaded in.
         options: The checkpoint's `quantization_config`, for what the scheme does not say (`group_size`).
+        packed_experts: Whether the scheme quantizes the experts of a mixture too.
 
     Returns:
         Bytes by kind, tied weights counted once.
@@ -186,27 +198,30 @@ def weight_bytes(
     Raises:
         UnsupportedError: If no formula is known for the scheme, or GPTQ finds no block of layers.
     """
-    return _sum_by_kind(_computed_sizes(model, scheme, dtype, options or {}))
+    return _sum_by_kind(_computed_sizes(model, scheme, dtype, options or {}, packed_experts))
 
 
 def parameter_counts(model: PreTrainedModel) -> tuple[int, int]:
-    """Count the parameters of a loaded model: those that bitsandbytes holds quantized, and all, as if unquantized."""
+    """Count the parameters of a loaded model: those that are quantized, and all, as if unquantized."""
     shapes = {id(m.weight): shape for m in model.modules() if (shape := shape_of(m)) is not None}
-    quantized = sum(map(math.prod, shapes.values()))
+    experts, _ = expert_counts(model)
+    quantized = sum(map(math.prod, shapes.values())) + experts
     return quantized, quantized + sum(p.numel() for p in model.parameters() if id(p) not in shapes)
 
 
 def expert_parameters(model: PreTrainedModel) -> int:
-    """Count the parameters that hold the weights of all experts of a layer at once, which no scheme quantizes."""
+    """Count the parameters that hold the weights of all experts of a layer at once, and are not quantized."""
     return sum(p.numel() for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name)
 
 
 def _computed_sizes(
-    model: PreTrainedModel, scheme: Scheme, dtype: torch.dtype, options: Mapping[str, Any]
+    model: PreTrainedModel, scheme: Scheme, dtype: torch.dtype, options: Mapping[str, Any], packed_experts: bool
 ) -> Iterator[tuple[Kind, int]]:
     """Yield (kind, bytes) of every tensor of the loaded model."""
     quantized = _quantized_linears(model, scheme, options)
+    packed = quantized_projections(model, scheme, options) if packed_experts else {}
     kept_in_float32 = _float32_pattern(model, dtype)
+    experts = expert_modules(model)
     seen: set[int] = set()
     for path, module in model.named_modules():
         features = quantized.get(path)
@@ -216,11 +231,15 @@ def _computed_sizes(
                 if tensor is None or id(tensor) in seen:
                     continue
                 seen.add(id(tensor))
+                own: Kind = "experts" if module in experts else kind
                 if features is not None and name == "weight":
                     yield from (("quantized", size_bytes) for size_bytes in _linear_bytes(scheme, *features, options))
                     continue
+                if (sizes := packed.get(f"{path}.{name}")) is not None:
+                    yield from ((own, size_bytes) for size_bytes in sizes)
+                    continue
                 float32 = tensor.is_floating_point() and kept_in_float32 and kept_in_float32.search(f"{path}.{name}")
-                yield kind, 4 * tensor.numel() if float32 else tensor.nbytes
+                yield own, 4 * tensor.numel() if float32 else tensor.nbytes
 
 
 def _float32_pattern(model: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[str] | None:

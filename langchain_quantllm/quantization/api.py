@@ -50,7 +50,7 @@ class QuantizedCheckpoint:
         calibration_tokens: Number of its tokens; 0 where weights were rounded to nearest.
         resumed_blocks: Number of blocks that came from an earlier run.
         quantized_share: Share of the model's parameters that are quantized, from 0 to 1. Embeddings, the output head
-            and norms stay as they are, and so do the experts of a mixture where one tensor holds those of a layer.
+            and norms stay as they are, and so do routers and shared gates of a mixture of experts.
     """
 
     folder: Path
@@ -176,7 +176,7 @@ def _write_bitsandbytes(spec: LoadSpec, checkpoint: Checkpoint, output: OutputDi
     """Quantize while loading, and write; returns the shares of the `QuantizedCheckpoint`."""
     with contextlib.suppress(UnsupportedError):  # of a model without a formula, the loaded one is looked at below
         estimate = estimate_config(checkpoint.config, spec.scheme, trust_remote_code=spec.trust_remote_code)
-        _check_share(spec, estimate.weights.quantized_bytes)
+        _check_share(spec, estimate.weights.quantized_bytes + estimate.weights.experts_bytes)
     loaded = load(spec, checkpoint.source)
     try:
         pipeline = loaded.pipeline
@@ -210,8 +210,7 @@ def _shares(model: Any, quantized: int, total: int) -> dict[str, Any]:
     share, experts = quantized / total, expert_parameters(model) / total
     if experts:
         logger.warning(
-            "Only %.0f%% of the weights are quantized: the experts, %.0f%%, stay as they are, because one tensor holds "
-            "all of a layer, which this package does not quantize.",
+            "Only %.0f%% of the weights are quantized: experts of this mixture, %.0f%%, stay as they are.",
             100 * share,
             100 * experts,
         )

@@ -23,6 +23,7 @@ from langchain_quantllm.compat.transformers_quantizers import (
 )
 from langchain_quantllm.engine.clean_thread import in_clean_thread
 from langchain_quantllm.errors import CheckpointError, QuantLLMError, UnsupportedError
+from langchain_quantllm.experts.module import restore_weights
 from langchain_quantllm.loading.adapter_weights import read_tensors
 from langchain_quantllm.loading.adapters import Adapter, check_adapters_fit, find_adapters
 from langchain_quantllm.loading.checkpoint import Checkpoint, find_checkpoint, find_source
@@ -164,6 +165,8 @@ def _dequantized(model: Any, name: str) -> Any:
     layers = dict(model.named_modules())
     for path, scale in scales.items():
         _check_scales(layers[path].weight, *scale, f"{path} of {name}")
+    for layer in layers.values():
+        restore_weights(layer, dtype)
     forget_quantization(model)
     return model
 

@@ -9,7 +9,7 @@ import transformers
 
 EXPERTS = 4
 HIDDEN = 64
-VOCAB = 256
+VOCAB = 512  # as the tokenizer of `checkpoints`
 
 _COMMON = {
     "vocab_size": VOCAB,

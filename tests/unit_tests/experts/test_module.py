@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
 import torch
 import transformers
 
+from langchain_quantllm.compat.bitsandbytes_matrices import quantize_four_bit, quantize_int8
+from langchain_quantllm.experts.bitsandbytes import four_bit_stack, int8_stack
 from langchain_quantllm.experts.module import replace_weights
 from langchain_quantllm.experts.stacked import StackedLinear
 from langchain_quantllm.kernels.experts.weights import FloatStack, Int8Stack, Mxfp4Stack
@@ -96,3 +100,36 @@ def test_weights_move_with_the_model() -> None:
     moved = experts.to(torch.float64)
     assert moved.down_proj.stack.values.dtype == torch.float64
     assert moved.down_proj.stack.bias.dtype == torch.float64
+
+
+@torch.no_grad()
+def test_quantized_experts_are_pickled_copied_and_moved_as_other_modules() -> None:
+    experts = experts_of("gpt_oss")
+    stacks = {}
+    for name in ("gate_up_proj", "down_proj"):
+        weight, bias = getattr(experts, name).detach(), getattr(experts, f"{name}_bias").detach()
+        matrices = [quantize_four_bit(matrix.t().contiguous(), "nf4", nested=True) for matrix in weight]
+        stacks[name] = StackedLinear(four_bit_stack(matrices, bias))
+    replace_weights(experts, stacks)
+    x, index, weights = torch.randn(3, HIDDEN), torch.tensor([[0, 1], [2, 3], [3, 0]]), torch.rand(3, 2)
+    expected = experts(x, index, weights)
+    for again in (pickle.loads(pickle.dumps(experts)), copy.deepcopy(experts)):
+        assert type(again) is type(experts)
+        assert torch.equal(again(x, index, weights), expected)
+    fresh = copy.deepcopy(experts)
+    for tensor in fresh.state_dict().values():
+        tensor.zero_()
+    assert not torch.equal(fresh(x, index, weights), expected)
+    fresh.load_state_dict(experts.state_dict())
+    assert torch.equal(fresh(x, index, weights), expected)
+    assert {t.device.type for t in copy.deepcopy(experts).to("meta").state_dict().values()} == {"meta"}
+
+
+@torch.no_grad()
+def test_another_dtype_is_that_of_the_biases_and_not_of_the_scales() -> None:
+    torch.manual_seed(0)
+    matrices = [quantize_int8(torch.randn(8, 16)) for _ in range(2)]
+    stacked = StackedLinear(int8_stack(matrices, torch.randn(2, 8))).to(torch.bfloat16)
+    assert stacked.scales.dtype == torch.float32
+    assert stacked.words.dtype == torch.int32
+    assert stacked.bias.dtype == torch.bfloat16

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import langchain_quantllm
-from langchain_quantllm import QuantizedHuggingFaceLLM, merge_adapter
+from langchain_quantllm import QuantizedHuggingFaceLLM, merge_adapter, quantize
 from langchain_quantllm.errors import CheckpointError, InvalidOptionError, ModelNotFoundError, UnsupportedError
 from tests.support.adapters import ATTENTION, Reference, make_adapter, quietly
 from tests.support.checkpoints import SIZES, make_checkpoint, make_tokenizer, quicken
@@ -217,6 +217,31 @@ class TestExperts:
         adapter = make_adapter(base, tmp_path / "adapter", seed=1, scale=0.3, **fields)
         expected = logits(Reference(base).model(adapter), base)
         self.check(base, adapter, expected, tmp_path / "merged")
+
+    def test_into_quantized_experts(self, base: Path, tmp_path: Path) -> None:
+        """Against an adapter in the model with the dequantized weights, which merging without one writes."""
+        fields = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}
+        adapter = make_adapter(base, tmp_path / "adapter", seed=1, scale=0.3, **fields)
+        nothing = make_adapter(base, tmp_path / "nothing", seed=1, scale=0.0, **fields)
+        quantize(base, "nf4", output=tmp_path / "quantized", progress=False)
+        plain = merge_adapter(tmp_path / "quantized", nothing, tmp_path / "plain", progress=False)
+        merged = merge_adapter(tmp_path / "quantized", adapter, tmp_path / "merged", progress=False)
+        quantized = QuantizedHuggingFaceLLM(model_id=str(tmp_path / "quantized"), progress=False).load()
+        found = logits(quantized.pipeline.model, base)
+        assert (self.logits(plain) - found).norm() < 0.05 * found.norm()  # bitsandbytes multiplies in bfloat16
+        expected = logits(Reference(plain).model(adapter), plain)
+        assert torch.allclose(self.logits(merged), expected, atol=1e-3)
+        llm = QuantizedHuggingFaceLLM(model_id=str(tmp_path / "quantized"), adapter=str(adapter), progress=False)
+        with pytest.raises(UnsupportedError, match="changes the experts of this mixture, which are quantized"):
+            llm.load()
+
+    def test_of_dense_layers_beside_quantized_experts(self, base: Path, tmp_path: Path) -> None:
+        names = ["q_proj", "down_proj"] if "mixtral" in base.name else ["q_proj"]  # peft knows qwen3's as experts
+        adapter = make_adapter(base, tmp_path / "adapter", seed=1, scale=0.3, target_modules=names)
+        options = {"quantization": "nf4", "max_new_tokens": 8, "progress": False}
+        llm = QuantizedHuggingFaceLLM(model_id=str(base), adapter=str(adapter), **options)
+        plain = QuantizedHuggingFaceLLM(model_id=str(base), **options)
+        assert llm.invoke(PROMPT) != llm.invoke(PROMPT, adapter="base") == plain.invoke(PROMPT)
 
 
 class TestOutput:
