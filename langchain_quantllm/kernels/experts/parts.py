@@ -81,8 +81,8 @@ def add_vector_products(
     this lane holds for the others, `x` a pointer to the row, `column` the indices of the outputs, of which those from
     `width` on do not count, `first` the index of the first of the `row_words` words of an output, `out_step` and
     `in_step` the strides of "values". `block_size` inputs share a scale; of "packed", it is 0 if groups are in any
-    order. `chunk` words share a scale. `scaling` says how scales of "rows" are stored: "plain", "nested" or as "exponents".
-    `lower_first`: the first value of a byte is in its lower half.
+    order. `chunk` words share a scale. `scaling` says how scales of "rows" are stored: "plain", "nested" or as
+    "exponents". `lower_first`: the first value of a byte is in its lower half.
     """
     place = first + tl.arange(0, words)
     inside = place < row_words
