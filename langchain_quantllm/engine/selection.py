@@ -165,9 +165,10 @@ class Engines:
     def _fuse(self, batch_invariant: bool, *, fuse: bool) -> tuple[Fusion | None, str | None]:
         """Find the model's fused steps; returns None if there are none, with the reason if users should know it."""
         from langchain_quantllm.compat.bitsandbytes import is_quantized
-        from langchain_quantllm.engine.fusion.fuse import LINEAR, Fusion
+        from langchain_quantllm.engine.fusion.fuse import EXPERTS, LINEAR, Fusion
         from langchain_quantllm.engine.model_check import unsupported_reason
         from langchain_quantllm.kernels import reference
+        from langchain_quantllm.kernels.experts import invariant as invariant_experts
         from langchain_quantllm.kernels.linear import cpu as cpu_linear
         from langchain_quantllm.kernels.linear import invariant as invariant_linear
 
@@ -182,8 +183,9 @@ class Engines:
             options = {"kernels": reference, "linear_kernels": cpu_linear, "kinds": (LINEAR,)}
         if batch_invariant:
             options["linear_kernels"] = invariant_linear
-            if not fuse:
-                options["kinds"] = (LINEAR,)
+            if "kinds" not in options:
+                options["experts_kernels"] = invariant_experts
+                options |= {} if fuse else {"kinds": (LINEAR, EXPERTS)}
         try:
             fusion = Fusion(model, **options)
         except Exception as error:  # memory, say: the model runs without

@@ -12,6 +12,7 @@ import torch
 import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]  # not on every machine, and untyped
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
+from langchain_quantllm.kernels.activation import ACTIVATIONS, activated
 from langchain_quantllm.kernels.launch import launch_options, power_of_2, wait_for_inputs
 from langchain_quantllm.kernels.reference import (
     GELU,
@@ -40,8 +41,6 @@ __all__ = [
 
 _ACTIVATION_TILE = 1024
 """Numbers of one program of `activation_mul`."""
-
-_ACTIVATIONS = {SILU: 0, GELU: 1, GELU_TANH: 2}
 
 
 def rms_norm(
@@ -92,7 +91,7 @@ def activation_mul(gate: torch.Tensor, up: torch.Tensor, activation: str) -> tor
         gate.stride(0),
         up.stride(0),
         width,
-        activation=_ACTIVATIONS[activation],
+        activation=ACTIVATIONS[activation],
         tile=tile,
         num_warps=4,
         **launch_options(out.device),
@@ -208,13 +207,5 @@ def _activation_mul_kernel(
     inside = columns < width
     x = tl.load(gate + row * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
     factor = tl.load(up + row * up_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    if activation == 0:
-        activated = x / (1 + tl.exp(-x))
-    elif activation == 1:
-        activated = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
-    else:
-        # tanh(u) = 1 - 2 / (exp(2u) + 1), which has no overflow: its exponential may be 0 or inf.
-        doubled = tl.exp(1.5957691216057308 * (x + 0.044715 * x * x * x))
-        activated = 0.5 * x * (2 - 2 / (doubled + 1))
-    activated = activated.to(out.dtype.element_ty).to(tl.float32)
-    tl.store(out + row * width + columns, (activated * factor).to(out.dtype.element_ty), mask=inside)
+    gate_value = activated(x, activation).to(out.dtype.element_ty).to(tl.float32)
+    tl.store(out + row * width + columns, (gate_value * factor).to(out.dtype.element_ty), mask=inside)

@@ -18,6 +18,7 @@ from langchain_quantllm.engine.attention import without_gradients
 from langchain_quantllm.engine.attention_interface import configs_of
 from langchain_quantllm.engine.forward_context import ForwardContext, Step, forward_context
 from langchain_quantllm.engine.forward_patch import ForwardPatch
+from langchain_quantllm.engine.fusion.experts import ExpertsStep, experts_step, is_experts
 from langchain_quantllm.engine.fusion.linear import LinearStep, group_shared_input, is_quantized_linear, linear_step
 from langchain_quantllm.engine.fusion.patterns import NormStep, RotaryStep
 from langchain_quantllm.engine.fusion.recorded_call import RecordedCall, tensors_of
@@ -34,13 +35,15 @@ from langchain_quantllm.engine.fusion.verify import (
     rotary_step,
 )
 from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
+from langchain_quantllm.kernels.experts.gating import Gating
 
 LINEAR, NORM, GATED_MLP, COS_SIN, ROTARY, RESIDUAL = "linear", "norm", "gated_mlp", "cos_sin", "rotary", "residual"
+EXPERTS = "experts"
 
-KINDS = (LINEAR, NORM, GATED_MLP, COS_SIN, ROTARY, RESIDUAL)
+KINDS = (LINEAR, NORM, GATED_MLP, COS_SIN, ROTARY, RESIDUAL, EXPERTS)
 """Kinds of steps, as `EngineInfo.fused` calls them: linear layers with quantized weights, grouped if they share an
 input; RMSNorms; activation times up in MLPs; the cosines and sines of positions; rotation with the writing of keys and
-values; addition with the norm after it."""
+values; addition with the norm after it; experts of mixtures, without the router before them."""
 
 _MAY_BE = {
     LINEAR: is_quantized_linear,
@@ -49,6 +52,7 @@ _MAY_BE = {
     COS_SIN: is_cos_sin_module,
     ROTARY: is_rotary,
     RESIDUAL: is_layer,
+    EXPERTS: is_experts,
 }
 _CHECKED_TOKENS = 7
 
@@ -72,7 +76,13 @@ class Fusion:
     """The fused steps of one model."""
 
     def __init__(
-        self, model: Any, *, kernels: Any = None, linear_kernels: Any = None, kinds: Sequence[str] = KINDS
+        self,
+        model: Any,
+        *,
+        kernels: Any = None,
+        linear_kernels: Any = None,
+        experts_kernels: Any = None,
+        kinds: Sequence[str] = KINDS,
     ) -> None:
         """Find the modules that can be fused, and patch them.
 
@@ -80,6 +90,8 @@ class Fusion:
             model: A causal language model of transformers.
             kernels: `kernels.norms` or `kernels.reference`; None for the first on a CUDA GPU, and no fusion elsewhere.
             linear_kernels: `kernels.linear.dispatch`, `.cpu` or `.reference`; None likewise.
+            experts_kernels: `kernels.experts.dispatch`, `.invariant` or `.reference`; None for the first on a CUDA GPU,
+                and experts that stay as they are elsewhere.
             kinds: The kinds to fuse, of `KINDS`.
 
         Raises:
@@ -91,6 +103,7 @@ class Fusion:
         self._model = model
         self._kernels = kernels
         self._linear_kernels = linear_kernels
+        self._experts_kernels = experts_kernels
         self._kinds = tuple(kinds)
         self._patches: list[ForwardPatch] = []
         self.steps: dict[int, Step] = {}
@@ -107,11 +120,10 @@ class Fusion:
         home = self._model.get_input_embeddings().weight.device
         try:
             with _current_device(home):
-                kernels, linear_kernels = self._kernels, self._linear_kernels
-                if kernels is None or linear_kernels is None:
-                    ours = _kernels_for(home)
-                    kernels, linear_kernels = kernels or ours[0], linear_kernels or ours[1]
-                self._fuse(kernels, linear_kernels, home)
+                given = (self._kernels, self._linear_kernels, self._experts_kernels)
+                needed = given[:2] if home.type == "cpu" else given
+                ours = _kernels_for(home) if None in needed else given
+                self._fuse(_Kernels(*(one or our for one, our in zip(given, ours, strict=True))), home)
         except UnsupportedError as error:
             self.close()
             self.unsupported_reason = str(error)
@@ -141,17 +153,17 @@ class Fusion:
         )
 
     @without_gradients
-    def _fuse(self, kernels: Any, linear_kernels: Any, home: torch.device) -> None:
+    def _fuse(self, kernels: _Kernels, home: torch.device) -> None:
         candidates = _Candidates(home)
         for module in self._model.modules():
             for kind, may_be in _MAY_BE.items():
-                if may_be(module):
+                if may_be(module) and (kind != EXPERTS or kernels.experts is not None):
                     candidates.add(kind, module)
         wanted = {id(module): module for modules in candidates.modules.values() for module in modules}
         self._patches = [ForwardPatch(module, _run_step) for module in wanted.values()]
         calls = self._record(home)
         try:
-            self.steps = self._verify(candidates, calls, kernels, linear_kernels)
+            self.steps = self._verify(candidates, calls, kernels)
         finally:
             kept = [patch for patch in self._patches if patch.module_id in self.steps]
             for patch in self._patches:
@@ -182,14 +194,15 @@ class Fusion:
         return calls
 
     def _verify(
-        self, candidates: _Candidates, calls: Mapping[int, RecordedCall], kernels: Any, linear_kernels: Any
+        self, candidates: _Candidates, calls: Mapping[int, RecordedCall], all_kernels: _Kernels
     ) -> dict[int, Step]:
         """Find the step of each candidate; returns the steps by the modules' ids."""
+        kernels = all_kernels.small
 
         def find(kind: str, make: Callable[[RecordedCall], Any], *, needed: bool = False) -> dict[int, Any]:
             return candidates.find(kind, calls, make) if needed or kind in self._kinds else {}
 
-        linears = group_shared_input(find(LINEAR, lambda call: linear_step(call, linear_kernels)), calls)
+        linears = group_shared_input(find(LINEAR, lambda call: linear_step(call, all_kernels.linear)), calls)
         runs_alone = NORM in self._kinds
         norms: dict[int, NormStep] = find(
             NORM, lambda call: norm_step(call, kernels, runs_alone=runs_alone), needed=RESIDUAL in self._kinds
@@ -204,13 +217,22 @@ class Fusion:
             return likely
 
         attentions = find(ROTARY, find_rotary)
+        gating: Gating | None = None
+
+        def find_experts(call: RecordedCall) -> ExpertsStep:
+            nonlocal gating
+            step = experts_step(call, all_kernels.experts, gating)
+            gating = step.gating
+            return step
+
+        experts = find(EXPERTS, find_experts)
         norm_of_input = {id(call.originals[0]): call for key, call in calls.items() if key in norms}
         layers = find(RESIDUAL, lambda call: residual_step(call, norms, norm_of_input.get(id(call.originals[1]))))
         # A norm is patched if it is fused by itself, or if a layer computes its output.
         following = {id(step.following[1]()) for step in layers.values() if step.following is not None}
         used = {key: step for key, step in norms.items() if key in following or (step.runs_alone and not step.centers)}
         candidates.count(NORM, len(used))
-        return {**linears, **used, **mlps, **cos_sins, **attentions, **layers}
+        return {**linears, **used, **mlps, **cos_sins, **attentions, **experts, **layers}
 
 
 class _Candidates:
@@ -280,8 +302,17 @@ def _current_device(home: torch.device) -> contextlib.AbstractContextManager[Any
     return torch.cuda.device(home) if home.type == "cuda" else contextlib.nullcontext()
 
 
-def _kernels_for(home: torch.device) -> tuple[Any, Any]:
-    """Return the kernels of small steps and of linear layers for a device.
+@dataclass(frozen=True)
+class _Kernels:
+    """The kernels of small steps, of linear layers, and of experts, which may be None."""
+
+    small: Any
+    linear: Any
+    experts: Any
+
+
+def _kernels_for(home: torch.device) -> tuple[Any, Any, Any]:
+    """Return the kernels of small steps, of linear layers and of experts for a device.
 
     Raises:
         UnsupportedError: If there are none.
@@ -291,6 +322,7 @@ def _kernels_for(home: torch.device) -> tuple[Any, Any]:
         raise UnsupportedError(msg)
     try:
         from langchain_quantllm.kernels import norms
+        from langchain_quantllm.kernels.experts import dispatch as experts_dispatch
         from langchain_quantllm.kernels.linear import dispatch
 
         weight = torch.ones(16, dtype=torch.float32, device=home)
@@ -300,4 +332,4 @@ def _kernels_for(home: torch.device) -> tuple[Any, Any]:
     except Exception as error:  # not installed, or no compiler on this machine
         msg = f"Triton cannot be used ({error!r})"
         raise UnsupportedError(msg) from error
-    return norms, dispatch
+    return norms, dispatch, experts_dispatch

@@ -13,6 +13,7 @@ from langchain_quantllm.kernels.linear.decoding import (
     all_scaled_codes,
     centered,
     decoded,
+    halves_swapped,
     inverse_units,
     joined,
     lane_value,
@@ -23,7 +24,7 @@ from langchain_quantllm.kernels.linear.decoding import (
 )
 from langchain_quantllm.kernels.linear.grouping import pick, program_place, sum_of
 
-_SIGNS = tl.constexpr(-2139062144)
+SIGNS = tl.constexpr(-2139062144)
 """0x80808080: turns four int8 into codes from 0 to 255, with 128 for zero."""
 
 
@@ -92,22 +93,14 @@ def row_vector_kernel(
         inside = place < row_words
         loaded = tl.load(stored + held + place[None, :], mask=inside[None, :], other=0)
         if bits == 4:
-            scale = _scales(
+            scale = block_scales(
                 scales, nested_code, nested_scales, offset, held, first, row_words,
                 outputs, words, block_size, chunk, nested, nested_block_size,
             )  # fmt: skip
         else:
-            loaded = loaded ^ _SIGNS
+            loaded = loaded ^ SIGNS
             scale = 1.0
-        if bits == 8:
-            values = all_scaled_codes(loaded, magic, 8, 128)
-        elif ptx != "":
-            values = decoded(loaded, code, tl.float16, ptx)
-        elif INTERPRETED or decode == "table":
-            values = lookup_in_memory(loaded, code, tl.float32)
-        else:
-            values = lookup_word_by_shuffle(loaded, value)
-        weight = joined(values, outputs, words, per_word).to(tl.float32)
+        weight = row_values(loaded, code, value, magic, outputs, words, bits, decode, ptx, False)
         at = x + place[:, None] * per_word + tl.arange(0, per_word)[None, :]
         found_1 += _sums(weight, at, inside, scale, outputs, words, bits)
         if rows > 1:
@@ -180,7 +173,6 @@ def row_tile_kernel(
     held = tl.minimum(column, width - 1)[:, None] * row_words
     row = tl.program_id(2) * padded_rows + tl.arange(0, padded_rows)
     found = tl.zeros([outputs, padded_rows], tl.float32)
-    zero = tl.full([1, 1], 128.0, tl.float32)
 
     share = tl.cdiv(tl.cdiv(row_words, words), splits)
     start = tl.program_id(1) * share * words
@@ -197,17 +189,13 @@ def row_tile_kernel(
         )
         inputs = strided(tile, padded_rows, words, per_word)
         if bits == 4:
-            values = decoded(loaded, code, dtype, ptx)
-            scale = _scales(
+            scale = block_scales(
                 scales, nested_code, nested_scales, offset, held, first, row_words,
                 outputs, words, block_size, chunk, nested, nested_block_size,
             )  # fmt: skip
-            for j in tl.static_range(per_word):
-                found = dot(scaled(values[j], scale, dtype), tl.trans(inputs[j]), found)
+            found = add_four_bit_products(found, loaded, scale, inputs, code, dtype, ptx, False)
         else:
-            loaded = loaded ^ _SIGNS
-            for j in tl.static_range(per_word):
-                found = dot(centered(loaded, zero, 8 * j, 8, dtype), tl.trans(inputs[j]), found)
+            found = add_int8_products(found, loaded, inputs, dtype)
 
     let_next_begin(early)
     if bits == 8:
@@ -224,6 +212,66 @@ def row_tile_kernel(
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def row_values(
+    words_read: tl.tensor,
+    code: tl.tensor,
+    value: tl.tensor,
+    magic: tl.tensor,
+    outputs: tl.constexpr,
+    words: tl.constexpr,
+    bits: tl.constexpr,
+    decode: tl.constexpr,
+    ptx: tl.constexpr,
+    lower_first: tl.constexpr,
+) -> tl.tensor:
+    """Decode a tile of words to `(outputs, words, per_word)`, float32; int8 by `scaled_code`, its signs turned.
+
+    With `lower_first`, the first of two values of a byte is in its lower half.
+    """
+    if bits == 8:
+        values = all_scaled_codes(words_read, magic, 8, 128)
+    elif ptx != "":
+        values = decoded(words_read, code, tl.float16, ptx)
+    elif INTERPRETED or decode == "table":
+        values = lookup_in_memory(words_read, code, tl.float32)
+    else:
+        values = lookup_word_by_shuffle(words_read, value)
+    if lower_first:
+        values = halves_swapped(values)
+    return joined(values, outputs, words, 32 // bits).to(tl.float32)
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def add_four_bit_products(
+    found: tl.tensor,
+    words_read: tl.tensor,
+    scale: tl.tensor,
+    inputs: tl.tensor,
+    code: tl.tensor,
+    dtype: tl.constexpr,
+    ptx: tl.constexpr,
+    lower_first: tl.constexpr,
+) -> tl.tensor:
+    """Add the products of a tile of words and their `strided` inputs to `(outputs, rows)`, on tensor cores."""
+    values = decoded(words_read, code, dtype, ptx)
+    if lower_first:
+        values = halves_swapped(values)
+    for j in tl.static_range(8):
+        found = dot(scaled(values[j], scale, dtype), tl.trans(inputs[j]), found)
+    return found
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def add_int8_products(found: tl.tensor, words_read: tl.tensor, inputs: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """Add the products of a tile of int8 and their `strided` inputs to `(outputs, rows)`, without scales."""
+    zero = tl.full([1, 1], 128.0, tl.float32)
+    codes = words_read ^ SIGNS
+    for j in tl.static_range(4):
+        found = dot(centered(codes, zero, 8 * j, 8, dtype), tl.trans(inputs[j]), found)
+    return found
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
 def _sums(
     weight: tl.tensor,
     at: tl.tensor,
@@ -234,7 +282,19 @@ def _sums(
     bits: tl.constexpr,
 ) -> tl.tensor:
     """Multiply a tile of shape `(outputs, words, per_word)` by the inputs at `at`; four words become one sum."""
-    inputs = tl.load(at, mask=inside[:, None], other=0.0).to(tl.float32)
+    return row_sums(weight, tl.load(at, mask=inside[:, None], other=0.0).to(tl.float32), scale, outputs, words, bits)
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def row_sums(
+    weight: tl.tensor,
+    inputs: tl.tensor,
+    scale: tl.tensor,
+    outputs: tl.constexpr,
+    words: tl.constexpr,
+    bits: tl.constexpr,
+) -> tl.tensor:
+    """Multiply a tile of shape `(outputs, words, per_word)` by inputs `(words, per_word)`; four words are one sum."""
     if bits == 8:
         inputs *= inverse_units(bits, 32 // bits)
     found = tl.sum(weight * inputs[None, :, :], 2) * scale
@@ -242,7 +302,7 @@ def _sums(
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
-def _scales(
+def block_scales(
     scales: tl.tensor,
     nested_code: tl.tensor,
     nested_scales: tl.tensor,
@@ -256,8 +316,12 @@ def _scales(
     chunk: tl.constexpr,
     nested: tl.constexpr,
     nested_block_size: tl.constexpr,
+    exponents: tl.constexpr = False,
 ) -> tl.tensor:
-    """Load the scale of each word of a tile of shape `(outputs, words)`; `chunk` consecutive words share a scale."""
+    """Load the scale of each word of a tile of shape `(outputs, words)`; `chunk` consecutive words share a scale.
+
+    `exponents` are powers of two, biased by 127, of which the lowest is 0.
+    """
     chunks: tl.constexpr = words // chunk
     place = first + chunk * tl.arange(0, chunks)
     index = (held + place[None, :]) // (block_size // 8)
@@ -267,6 +331,8 @@ def _scales(
         fine = tl.load(nested_code + tl.load(scales + index, mask=inside, other=0).to(tl.int32))
         # The offset is loaded for each scale, as `decoded` takes only values made of loads.
         scale = fine * coarse + tl.load(offset + 0 * index)
+    elif exponents:
+        scale = (tl.load(scales + index, mask=inside, other=0).to(tl.int32) << 23).to(tl.float32, bitcast=True)
     else:
         scale = tl.load(scales + index, mask=inside, other=0.0)
     return tl.reshape(tl.broadcast_to(scale[:, :, None], [outputs, chunks, chunk]), [outputs, words])

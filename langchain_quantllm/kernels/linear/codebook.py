@@ -1,4 +1,4 @@
-"""PTX that looks up 16 indices of 4 bits, in two words, as values of nf4 or fp4 in 16 bits.
+"""PTX that looks up 16 indices of 4 bits, in two words, as values of nf4, fp4 or mxfp4 in 16 bits.
 
 The values come in pairs from the same place of two neighbouring words, as tensor cores take them.
 
@@ -7,14 +7,17 @@ and 1 ms for one `shfl`, which runs beside them. "permute" is 3 of the former, "
 half and half.
 
 Source: `prmt` and `shfl.sync` are described in NVIDIA's PTX ISA 8.5, sections 9.7.8.7 and 9.7.8.6. The values:
-bitsandbytes 0.50.2, bitsandbytes/functional.py, `get_4bit_type`.
+bitsandbytes 0.50.2, bitsandbytes/functional.py, `get_4bit_type`; those of mxfp4, e2m1: OCP Microscaling Formats (MX)
+Specification v1.0, section 5.3.3.
 """
 
 from __future__ import annotations
 
 import struct
 
-__all__ = ["CODEBOOKS", "CONSTRAINTS", "GROUPS_SHUFFLED", "lookup_ptx"]
+__all__ = ["CODEBOOKS", "CONSTRAINTS", "GROUPS_SHUFFLED", "MXFP4", "lookup_ptx"]
+
+MXFP4 = "mxfp4"
 
 _FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 CODEBOOKS = {
@@ -25,6 +28,7 @@ CODEBOOKS = {
         0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
     ),
     "fp4": tuple(value / 12 for value in _FP4) + tuple(-value / 12 for value in _FP4),
+    MXFP4: (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0),
 }  # fmt: skip
 """The 16 values that indices stand for."""
 

@@ -139,6 +139,12 @@ def decoded(words: tl.tensor, code: tl.tensor, dtype: tl.constexpr, ptx: tl.cons
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def halves_swapped(values: tl.tensor) -> tl.tensor:
+    """Swap the two values of each byte of a word of 8."""
+    return values[1], values[0], values[3], values[2], values[5], values[4], values[7], values[6]
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
 def joined(values: tl.tensor, rows: tl.constexpr, words: tl.constexpr, per_word: tl.constexpr) -> tl.tensor:
     """Join `per_word` tensors of shape `(rows, words)` to `(rows, words, per_word)`; threads keep their numbers."""
     if per_word == 4:

@@ -47,7 +47,8 @@ _TWO_PROGRAMS = {"maxnreg": 128}
 _FOLDED = 1024
 """Sums that one program adds up over the splits."""
 
-_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+"""Triton's names of dtypes."""
 
 
 def quantized_linear(
@@ -165,7 +166,7 @@ def _multiply(
         constants |= {"rows": rows, "stages": config.stages}
     else:
         padded = config.tile_rows or min(_MOST_TILE_ROWS, max(16, 1 << (rows - 1).bit_length()))
-        constants |= {"padded_rows": padded, "dtype": _DTYPES[x.dtype], "num_stages": config.stages}
+        constants |= {"padded_rows": padded, "dtype": DTYPES[x.dtype], "num_stages": config.stages}
         grid = (*grid, -(-rows // padded))
     pointers: list[Any] = [_all(weights, "words"), _all(weights, "scales")]
     if isinstance(first, GPTQWeight):
@@ -176,7 +177,7 @@ def _multiply(
             "per_word": per_word,
             "group_size": first.group_size,
             "zero_point": first.zero_point,
-            "chunk": _chunk(first.in_features, first.group_size, per_word, config.words),
+            "chunk": shared_chunk(first.in_features, first.group_size, per_word, config.words),
         }
         kernel = packed_vector_kernel if is_vector else packed_tile_kernel
         if not is_vector and config.warps == 8 and first.bits == 4:
@@ -199,7 +200,7 @@ def _all(weights: Sequence[Any], name: str) -> tuple[torch.Tensor, ...]:
     return tuple(getattr(weight, name) for weight in weights)
 
 
-def _chunk(in_features: int, size: int, per_word: int, words: int) -> int:
+def shared_chunk(in_features: int, size: int, per_word: int, words: int) -> int:
     """Count the consecutive words of a tile that always have the same scale."""
     if size == in_features or not size:
         return words

@@ -78,7 +78,7 @@ def packed_vector_kernel(
         loaded = packed_words(stored, place, column, width, inside[:, None] & seen[None, :], bits)
         at = x + place[:, None] * per_word + tl.arange(0, per_word)[None, :]
         if group_size > 0:
-            scale, zero = _group(
+            scale, zero = group_values(
                 scales,
                 zeros,
                 column,
@@ -114,7 +114,7 @@ def packed_vector_kernel(
             if rows > 3:
                 x_4 = columns_of(at + 3 * row_stride, inside, words, per_word)
             for j in tl.static_range(per_word):
-                scale, zero = _group_of_each(
+                scale, zero = group_values_of_each(
                     scales, zeros, groups, column, width, place * per_word + j, inside, bits, zero_point
                 )
                 weight = centered(loaded, zero, bits * j, bits, tl.float32) * scale
@@ -152,6 +152,19 @@ def _sums(
 ) -> tl.tensor:
     """Multiply a tile of codes of shape `(words, outputs, per_word)` by the inputs at `at`."""
     inputs = tl.load(at, mask=inside[:, None], other=0.0).to(tl.float32)
+    return packed_sums(weight, inputs, scale, zero, bits, zero_point)
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def packed_sums(
+    weight: tl.tensor,
+    inputs: tl.tensor,
+    scale: tl.tensor,
+    zero: tl.tensor,
+    bits: tl.constexpr,
+    zero_point: tl.constexpr,
+) -> tl.tensor:
+    """Multiply a tile of codes of shape `(words, outputs, per_word)` by inputs `(words, per_word)`, and scale."""
     found = tl.sum(weight * (inputs * inverse_units(bits, weight.shape[2]))[:, None, :], 2)
     if zero_point < 0:
         found -= zero * tl.sum(inputs, 1)[:, None]
@@ -197,12 +210,10 @@ def packed_tile_kernel(
     groups = pick(which, all_groups, weights)
     width = pick(which, widths, weights)
     total = sum_of(widths, weights)
-    middle: tl.constexpr = 1 << (bits - 1) if zero_point < 0 else zero_point
     column = local * outputs + tl.arange(0, outputs)
     seen = column < width
     row = tl.program_id(2) * padded_rows + tl.arange(0, padded_rows)
     found = tl.zeros([outputs, padded_rows], tl.float32)
-    constant = tl.full([1, 1], 1.0 * middle, tl.float32)
 
     share = tl.cdiv(tl.cdiv(row_words, words), splits)
     start = tl.program_id(1) * share * words
@@ -218,43 +229,10 @@ def packed_tile_kernel(
             mask=(row < rows)[:, None] & (element < row_words * per_word)[None, :],
             other=0.0,
         )
-        inputs = strided(tile, padded_rows, words, per_word)
-        if group_size > 0 and chunk >= words:
-            part = tl.zeros([outputs, padded_rows], tl.float32)
-            for j in tl.static_range(per_word):
-                part = dot(tl.trans(centered(loaded, constant, bits * j, bits, dtype)), tl.trans(inputs[j]), part)
-            group = first * per_word // group_size
-            if zero_point < 0:
-                zero = _zeros(zeros, group, column, width, seen, bits) - middle
-                part -= zero[:, None] * tl.sum(tile.to(tl.float32), 1)[None, :]
-            scale = tl.load(scales + group * width + column, mask=seen, other=0.0).to(tl.float32)
-            found += part * scale[:, None]
-        elif group_size > 0:
-            scale, zero = _group(
-                scales,
-                zeros,
-                column,
-                width,
-                first,
-                row_words,
-                outputs,
-                words,
-                bits,
-                per_word,
-                group_size,
-                chunk,
-                zero_point,
-            )
-            for j in tl.static_range(per_word):
-                weight = scaled(centered(loaded, zero, bits * j, bits, dtype), scale, dtype)
-                found = dot(tl.trans(weight), tl.trans(inputs[j]), found)
-        else:
-            for j in tl.static_range(per_word):
-                scale, zero = _group_of_each(
-                    scales, zeros, groups, column, width, place * per_word + j, inside, bits, zero_point
-                )
-                weight = scaled(centered(loaded, zero, bits * j, bits, dtype), scale, dtype)
-                found = dot(tl.trans(weight), tl.trans(inputs[j]), found)
+        found = add_packed_products(
+            found, loaded, tile, scales, zeros, groups, column, width, first, row_words,
+            outputs, words, padded_rows, bits, per_word, group_size, chunk, zero_point, dtype,
+        )  # fmt: skip
 
     let_next_begin(early)
     if biased:
@@ -269,6 +247,78 @@ def packed_tile_kernel(
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def add_packed_products(
+    found: tl.tensor,
+    loaded: tl.tensor,
+    tile: tl.tensor,
+    scales: tl.tensor,
+    zeros: tl.tensor,
+    groups: tl.tensor,
+    column: tl.tensor,
+    width: tl.tensor,
+    first: tl.tensor,
+    row_words: tl.tensor,
+    outputs: tl.constexpr,
+    words: tl.constexpr,
+    padded_rows: tl.constexpr,
+    bits: tl.constexpr,
+    per_word: tl.constexpr,
+    group_size: tl.constexpr,
+    chunk: tl.constexpr,
+    zero_point: tl.constexpr,
+    dtype: tl.constexpr,
+) -> tl.tensor:
+    """Add the products of a tile of packed words and inputs `(rows, words * per_word)` to `(outputs, rows)`.
+
+    If a tile is in one group, integers are multiplied, which are exact in 16 bits, and their sum is scaled; otherwise
+    the weights are scaled.
+    """
+    middle: tl.constexpr = 1 << (bits - 1) if zero_point < 0 else zero_point
+    seen = column < width
+    place = first + tl.arange(0, words)
+    inside = place < row_words
+    inputs = strided(tile, padded_rows, words, per_word)
+    if group_size > 0 and chunk >= words:
+        constant = tl.full([1, 1], 1.0 * middle, tl.float32)
+        part = tl.zeros([outputs, padded_rows], tl.float32)
+        for j in tl.static_range(per_word):
+            part = dot(tl.trans(centered(loaded, constant, bits * j, bits, dtype)), tl.trans(inputs[j]), part)
+        group = first * per_word // group_size
+        if zero_point < 0:
+            zero = _zeros(zeros, group, column, width, seen, bits) - middle
+            part -= zero[:, None] * tl.sum(tile.to(tl.float32), 1)[None, :]
+        scale = tl.load(scales + group * width + column, mask=seen, other=0.0).to(tl.float32)
+        found += part * scale[:, None]
+    elif group_size > 0:
+        scale, zero = group_values(
+            scales,
+            zeros,
+            column,
+            width,
+            first,
+            row_words,
+            outputs,
+            words,
+            bits,
+            per_word,
+            group_size,
+            chunk,
+            zero_point,
+        )
+        for j in tl.static_range(per_word):
+            weight = scaled(centered(loaded, zero, bits * j, bits, dtype), scale, dtype)
+            found = dot(tl.trans(weight), tl.trans(inputs[j]), found)
+    else:
+        for j in tl.static_range(per_word):
+            scale, zero = group_values_of_each(
+                scales, zeros, groups, column, width, place * per_word + j, inside, bits, zero_point
+            )
+            weight = scaled(centered(loaded, zero, bits * j, bits, dtype), scale, dtype)
+            found = dot(tl.trans(weight), tl.trans(inputs[j]), found)
+    return found
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
 def _zeros(
     zeros: tl.tensor, group: tl.tensor, column: tl.tensor, width: tl.tensor, inside: tl.tensor, bits: tl.constexpr
 ) -> tl.tensor:
@@ -277,7 +327,7 @@ def _zeros(
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
-def _group(
+def group_values(
     scales: tl.tensor,
     zeros: tl.tensor,
     column: tl.tensor,
@@ -309,7 +359,7 @@ def _group(
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
-def _group_of_each(
+def group_values_of_each(
     scales: tl.tensor,
     zeros: tl.tensor,
     groups: tl.tensor,

@@ -7,14 +7,20 @@ import re
 import pytest
 import torch
 
-from langchain_quantllm.kernels.linear.codebook import CODEBOOKS, GROUPS_SHUFFLED, lookup_ptx
+from langchain_quantllm.kernels.linear.codebook import CODEBOOKS, GROUPS_SHUFFLED, MXFP4, lookup_ptx
 
 
-@pytest.mark.parametrize("kind", CODEBOOKS)
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_codebooks_are_those_of_bitsandbytes(kind: str) -> None:
     from bitsandbytes.functional import get_4bit_type
 
     assert torch.equal(torch.tensor(CODEBOOKS[kind]), get_4bit_type(kind, device="cpu"))
+
+
+def test_the_codebook_of_mxfp4_is_that_of_transformers() -> None:
+    from transformers.integrations.mxfp4 import FP4_VALUES
+
+    assert list(CODEBOOKS[MXFP4]) == FP4_VALUES
 
 
 def emulate(ptx: str, words: tuple[int, int]) -> list[int]:

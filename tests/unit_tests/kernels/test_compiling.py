@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-MODULES = ("attention", "invariant", "linear", "norms_and_rotary", "sampling")
+MODULES = ("attention", "experts", "invariant", "linear", "norms_and_rotary", "sampling")
 
 
 @pytest.mark.parametrize("name", MODULES)
