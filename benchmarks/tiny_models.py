@@ -66,10 +66,19 @@ OWN: Mapping[str, Mapping[str, Any]] = {
     "falcon_h1": {"mamba_d_head": 32, "mamba_d_ssm": 128},
     "mamba2": {"head_dim": 32, "n_groups": 2},
     "nemotron_h": {"mamba_head_dim": 32, "n_groups": 2},
-    "zamba2": {"mamba_headdim": 32, "n_mamba_heads": 4, "attention_head_dim": 32, "num_query_groups": 4,
-               "attention_hidden_size": 128, "num_key_value_heads": 4, "kv_channels": 16, "hybrid_layer_ids": [1, 3],
-               "num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2,
-               "use_mamba_kernels": False},
+    "zamba2": {
+        "mamba_headdim": 32,
+        "n_mamba_heads": 4,
+        "attention_head_dim": 32,
+        "num_query_groups": 4,
+        "attention_hidden_size": 128,
+        "num_key_value_heads": 4,
+        "kv_channels": 16,
+        "hybrid_layer_ids": [1, 3],
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "use_mamba_kernels": False,
+    },
     "dory": {"num_hidden_layers": 3},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
@@ -88,7 +97,10 @@ OWN: Mapping[str, Mapping[str, Any]] = {
     "ministral": {"head_dim": 16},
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
     "qwen4_exp_text": {
-        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 32,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 32,
         "indexer_compress_ratio": 4,
     },
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "num_key_value_heads": 1},
@@ -98,8 +110,13 @@ OWN: Mapping[str, Mapping[str, Any]] = {
         }
     },
     "zamba": {
-        "num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2, "n_mamba_heads": 2,
-        "attention_hidden_size": 128, "attention_head_dim": 32, "num_key_value_heads": 4, "use_mamba_kernels": False,
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "n_mamba_heads": 2,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "num_key_value_heads": 4,
+        "use_mamba_kernels": False,
     },
     "hunyuan_vl_text": {
         "head_dim": 16,
@@ -109,13 +126,20 @@ OWN: Mapping[str, Mapping[str, Any]] = {
 }
 """Fields of single architectures, by the type of their config."""
 _SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+_WITH_SECTIONS = (
+    "qwen2_vl_text",
+    "qwen2_5_vl_text",
+    "paddleocr_vl_text",
+    "glm4v_text",
+    "glm46v_text",
+    "glm_ocr_text",
+    "glmga_text",
+)
 OWN = {
-    **dict.fromkeys(
-        ("qwen2_vl_text", "qwen2_5_vl_text", "paddleocr_vl_text", "glm4v_text", "glm46v_text", "glm_ocr_text", "glmga_text"),
-        {"rope_parameters": _SECTIONS},
-    ),
+    **{name: {"rope_parameters": _SECTIONS} for name in _WITH_SECTIONS},
     "glm4v_moe_text": {
-        "rope_parameters": {**_SECTIONS, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}, "head_dim": 16,
+        "rope_parameters": {**_SECTIONS, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]},
+        "head_dim": 16,
     },
     **OWN,
 }
@@ -163,7 +187,7 @@ def _shrunk(config: Any) -> Any:
     if given.get("is_decoder", _value(config, "is_decoder")) is False:
         given["is_decoder"] = True
     given |= dict(OWN.get(config.model_type, {}))
-    given = {name: value for name, value in given.items() if not (name in ("model_type",))}
+    given.pop("model_type", None)
     return kind(**given)
 
 
@@ -213,7 +237,7 @@ def _kept_layers(config: Any) -> tuple[int, list[int]] | None:
 
 
 def tiny_model(model_type: str, *, seed: int = 0, gain: float = 0.3, images: bool = False) -> Any:
-    """Make a tiny random model of a type, in float32 on the CPU, with wide weights: texts change from token to token."""
+    """Make a tiny random model of a type, in float32, with wide weights, so that texts change from token to token."""
     config = tiny_config(model_type)
     auto = AutoModelForImageTextToText if images else AutoModelForCausalLM
     with torch.device("meta"):
