@@ -19,6 +19,7 @@ __all__ = [
     "quantize_four_bit",
     "quantize_int8",
     "read_four_bit",
+    "read_int8",
     "stored_four_bit",
     "stored_int8",
 ]
@@ -84,6 +85,15 @@ def read_four_bit(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, Fo
     weight = tensors["weight"]
     state = QuantState.from_dict({name: t for name, t in tensors.items() if name != "weight"}, device=weight.device)
     return weight.contiguous().view(torch.uint8).reshape(-1), state_from(state)
+
+
+def read_int8(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read a matrix in 8 bits from its tensors in a checkpoint, by the names of `INT8_NAMES`.
+
+    Returns:
+        As of `quantize_int8`.
+    """
+    return tensors["weight"], tensors["SCB"].float()
 
 
 def stored_four_bit(

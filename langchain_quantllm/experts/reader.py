@@ -13,6 +13,7 @@ from langchain_quantllm.compat.bitsandbytes_matrices import (
     quantize_four_bit,
     quantize_int8,
     read_four_bit,
+    read_int8,
     stored_four_bit,
     stored_int8,
 )
@@ -94,7 +95,7 @@ class BitsAndBytesExperts(ExpertReader):
             dtype = model.get_parameter(name).dtype
             self._put(model, name, self._quantized(_matrices(experts, dtype)))
         elif self._bits == 8:
-            rows = ([(part["weight"](), part["SCB"]()) for part in parts] for parts in experts)
+            rows = ([read_int8({n: t() for n, t in part.items()}) for part in parts] for parts in experts)
             self._put(model, name, bitsandbytes.int8_stack([bitsandbytes.join_int8(parts) for parts in rows]))
         else:
             read = ([read_four_bit({n: t() for n, t in part.items()}) for part in parts] for parts in experts)

@@ -26,7 +26,6 @@ from langchain_quantllm.compat.peft import (
 )
 from langchain_quantllm.engine.adapter_switch import activate
 from langchain_quantllm.errors import CheckpointError, QuantLLMError, UnsupportedError
-from langchain_quantllm.experts.stacked import StackedLinear
 from langchain_quantllm.loading.adapters import MERGE_ADVICE, Adapter
 from langchain_quantllm.loading.foreign_errors import reason_of
 from langchain_quantllm.loading.spec import LoadSpec
@@ -150,6 +149,8 @@ def _leave_out_experts(model: Any, settings: Any, tensors: Mapping[str, torch.Te
     Raises:
         UnsupportedError: If the adapter has weights for them.
     """
+    from langchain_quantllm.experts.stacked import StackedLinear
+
     experts = [name for name, module in model.named_modules() if isinstance(module, StackedLinear)]
     if not experts:
         return

@@ -23,7 +23,6 @@ from langchain_quantllm.compat.transformers_quantizers import (
 )
 from langchain_quantllm.engine.clean_thread import in_clean_thread
 from langchain_quantllm.errors import CheckpointError, QuantLLMError, UnsupportedError
-from langchain_quantllm.experts.module import restore_weights
 from langchain_quantllm.loading.adapter_weights import read_tensors
 from langchain_quantllm.loading.adapters import Adapter, check_adapters_fit, find_adapters
 from langchain_quantllm.loading.checkpoint import Checkpoint, find_checkpoint, find_source
@@ -158,6 +157,8 @@ def _dequantized(model: Any, name: str) -> Any:
     """
     if not was_quantized(model):
         return model
+    from langchain_quantllm.experts.module import restore_weights
+
     scales = {path: found for path, module in model.named_modules() if (found := block_magnitudes(module)) is not None}
     dtype = model.dtype
     with quiet_logger(BITSANDBYTES_LOGGER):
