@@ -20,7 +20,7 @@ from langchain_quantllm.schemes import FP4, NF4, Int8, scheme_of_config
 if TYPE_CHECKING:
     from langchain_quantllm.experts.reader import BitsAndBytesExperts
 
-__all__ = ["EXPERT_STATE", "has_packed_experts", "read_experts"]
+__all__ = ["EXPERT_STATE", "has_packed_experts", "is_mixture", "read_experts"]
 
 logger = logging.getLogger(__name__)
 

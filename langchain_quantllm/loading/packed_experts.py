@@ -18,6 +18,7 @@ from langchain_quantllm.compat.transformers_loading import mark_initialized, mod
 from langchain_quantllm.errors import CheckpointError, UnsupportedError
 from langchain_quantllm.loading.checkpoint import Checkpoint
 from langchain_quantllm.loading.expert_tensors import ExpertFormat, StoredProjection, find_projections, format_of
+from langchain_quantllm.loading.experts import is_mixture
 from langchain_quantllm.loading.hub import MissingFileError, Repository
 from langchain_quantllm.loading.spec import LoadSpec
 from langchain_quantllm.loading.stored_tensors import INDEX, SINGLE, StoredTensor, read_header, read_index
@@ -137,7 +138,9 @@ def find_packed_experts(spec: LoadSpec, checkpoint: Checkpoint) -> PackedExperts
         UnsupportedError: If the model keeps its experts in a layout of its own.
     """
     form = format_of(checkpoint.quantization)
-    if form is None or (checkpoint.local and checkpoint.stored is None):  # loading reports damaged files
+    if form is None or not is_mixture(checkpoint.config):
+        return None
+    if checkpoint.local and checkpoint.stored is None:  # loading reports damaged files
         return None
     import torch
 
@@ -146,8 +149,6 @@ def find_packed_experts(spec: LoadSpec, checkpoint: Checkpoint) -> PackedExperts
     try:
         model = build_on_meta(config, torch.bfloat16, spec.trust_remote_code, spec.model_id)
     except UnsupportedError:  # as above
-        return None
-    if not any("expert" in name for name, _ in model.named_modules()):
         return None
     stored: dict[str, StoredTensor] = {}
     places: dict[str, Path] = {}
