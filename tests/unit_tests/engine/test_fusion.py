@@ -21,6 +21,7 @@ from langchain_quantllm.engine.cuda_graphs import no_graph_reason
 from langchain_quantllm.engine.fingerprint import fingerprint
 from langchain_quantllm.engine.fusion.fuse import (
     COS_SIN,
+    EXPERTS,
     GATED_MLP,
     KINDS,
     LINEAR,
@@ -84,7 +85,8 @@ def fuse(model: Any, **options: Any) -> Fusion:
 
 def is_whole(name: str, kind: FusedKind) -> bool:
     """Whether a family of `WHOLE` has all modules of a kind fused, and at least one."""
-    if kind.kind == LINEAR or (name, kind.kind) == ("gemma3", COS_SIN):  # nothing is quantized; angles of two kinds
+    # Nothing is quantized, no family has experts; angles of two kinds.
+    if kind.kind in (LINEAR, EXPERTS) or (name, kind.kind) == ("gemma3", COS_SIN):
         return kind.fused == 0 and not kind.left
     return kind.fused > 0 and not kind.left
 
