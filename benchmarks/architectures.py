@@ -247,9 +247,8 @@ def main() -> None:
             gc.collect()
     tried = [f for f in findings if not f.not_tried]
     fast = [f for f in tried if f.engine == "fast"]
-    print(
-        f"{len(findings)} architectures, {len(tried)} tried, {len(fast)} fast, {sum(bool(f.wrong) for f in fast)} wrong"
-    )
+    wrong = [f for f in findings if f.wrong]
+    print(f"{len(findings)} architectures, {len(tried)} tried, {len(fast)} fast, {len(wrong)} wrong")
     print(Counter(re.sub(r"[0-9.]+|'[^']*'", "…", f.reason) for f in tried if f.reason).most_common())
     if given.record:
         record(table(findings))

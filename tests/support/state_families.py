@@ -145,3 +145,6 @@ STATE_RECIPES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "falcon_mamba": ("FalconMamba", {**_PURE, "state_size": 8}),
 }
 """By the family's name: the name of its config, and the config's options."""
+
+SINGLE_TOKENS = ("jamba", "zamba", "mamba", "falcon_mamba")
+"""Families of Mamba 1, whose layers in transformers go on from a state by single tokens only."""
