@@ -76,13 +76,13 @@ def test_the_eager_attention_is_found_beside_the_class(model: Any) -> None:
 
 
 @torch.no_grad()
-def test_the_cache_is_given_what_is_new_and_its_keys_are_used(model: Any) -> None:
+def test_the_cache_is_given_what_is_new_and_what_it_returns_is_used(model: Any) -> None:
     expected = model(input_ids=IDS).logits
     written: list[tuple[int, torch.Size, torch.Size]] = []
 
-    def write(key: torch.Tensor, value: torch.Tensor, layer: int) -> torch.Tensor:
+    def write(key: torch.Tensor, value: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         written.append((layer, key.shape, value.shape))
-        return key
+        return key, value
 
     positions = torch.arange(IDS.shape[1])[None]
     options = {cache_name(model): WritingCache(write), "position_ids": positions, "use_cache": True}
