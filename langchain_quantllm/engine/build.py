@@ -318,9 +318,7 @@ class EngineParts:
             if self._no_images_reason is None:
                 reader = ImageReader(self._model)
                 try:
-                    verify_images(
-                        self.runner, reader, self._model, processor, self.probe.shapes, self._switch, self._fusion
-                    )
+                    verify_images(self.runner, reader, self._model, processor, self.probe, self._switch, self._fusion)
                     self.images = self.runner.image_reader = reader
                 except UnsupportedError as error:
                     self._no_images_reason = str(error)

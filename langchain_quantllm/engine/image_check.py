@@ -25,12 +25,13 @@ from langchain_quantllm.engine.attention import without_gradients
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS, BlockManager
 from langchain_quantllm.engine.fusion.fuse import Fusion
 from langchain_quantllm.engine.image_reader import ImageReader
-from langchain_quantllm.engine.kv_cache import LayerShape, allocate_pools
-from langchain_quantllm.engine.model_check import check_logits, own_spread, run_greedily, sample_ids
+from langchain_quantllm.engine.kv_cache import allocate_pools
+from langchain_quantllm.engine.model_check import ModelProbe, check_logits, own_spread, run_greedily, sample_ids
 from langchain_quantllm.engine.model_runner import ModelRunner
 from langchain_quantllm.engine.prompt_images import read_prompt
 from langchain_quantllm.engine.scheduler import Scheduler
 from langchain_quantllm.engine.sequence import Sequence, bare_sequence
+from langchain_quantllm.engine.state_pool import StatePool
 from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
 from langchain_quantllm.options import BASE_ADAPTER
 
@@ -55,7 +56,7 @@ def verify_images(
     reader: ImageReader,
     model: Any,
     processor: Any,
-    shapes: list[LayerShape],
+    probe: ModelProbe,
     switch: AdapterSwitch | None = None,
     fusion: Fusion | None = None,
 ) -> None:
@@ -66,7 +67,7 @@ def verify_images(
         reader: Reads the images.
         model: The model.
         processor: Its processor.
-        shapes: Shape of each layer's keys and values.
+        probe: What the model's layers keep.
         switch: Its adapters; None if it runs as it is.
         fusion: Its fused steps; None if there are none.
 
@@ -79,14 +80,14 @@ def verify_images(
         ids += text[:_TEXT]
         images = read_prompt(model, ids, with_text_tokens(media, len(ids)))
         reader.read(images)
-        ids, logits = _run(runner, reader, shapes, bare_sequence(ids, _NEW_TOKENS, images=images), text)
+        ids, logits = _run(runner, reader, probe, bare_sequence(ids, _NEW_TOKENS, images=images), text)
         with contextlib.ExitStack() as chosen:
             if switch is not None:
                 chosen.enter_context(switch.chosen(BASE_ADAPTER))
             if fusion is not None:
                 chosen.enter_context(fusion.exact())
             expected = _own_logits(model, ids, media)[-len(logits) :]
-            spread = own_spread(model, len(logits))
+            spread = own_spread(model, len(logits), continues=probe.continues)
     except (UnsupportedError, torch.OutOfMemoryError):
         raise
     except InvalidOptionError as error:
@@ -99,7 +100,7 @@ def verify_images(
 
 
 def _run(
-    runner: ModelRunner, reader: ImageReader, shapes: list[LayerShape], sequence: Sequence, text: list[int]
+    runner: ModelRunner, reader: ImageReader, probe: ModelProbe, sequence: Sequence, text: list[int]
 ) -> tuple[list[int], torch.Tensor]:
     """Run a sequence with an image beside a text, so that a chunk ends within the image.
 
@@ -107,7 +108,9 @@ def _run(
         The tokens that logits follow from, and the logits after the last of them, of shape `(tokens, vocab)`.
     """
     blocks = len(sequence.ids) // BLOCK_TOKENS + 2
-    twin = runner.twin(allocate_pools(shapes, blocks + 3), slots=2, blocks_per_sequence=blocks)
+    pools = allocate_pools(probe.shapes, blocks + 3)
+    states = StatePool(probe.states, 3, continues=probe.continues) if probe.states else None
+    twin = runner.twin(pools, states, slots=2, blocks_per_sequence=blocks)
     twin.image_reader = reader
     assert sequence.images is not None
     step_tokens = max(sequence.images.middle, len(text) + 1)

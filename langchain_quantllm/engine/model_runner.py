@@ -152,7 +152,9 @@ class ModelRunner:
         self._sampling_graphs: dict[tuple[int, int, int], StepGraph] = {}
         self.drop_graphs()
 
-    def twin(self, pools: abc.Sequence[LayerPool], *, slots: int, blocks_per_sequence: int) -> ModelRunner:
+    def twin(
+        self, pools: abc.Sequence[LayerPool], states: StatePool | None, *, slots: int, blocks_per_sequence: int
+    ) -> ModelRunner:
         """Make a runner of the same model, with pools and tables of its own and without graphs, for a check."""
         return ModelRunner(
             self._model,
@@ -163,8 +165,12 @@ class ModelRunner:
             vocab_size=self._vocab_size,
             by_sdpa=self._by_sdpa,
             can_capture=False,
+            layers=list(self._pools),
+            states=states,
             adapters=self._adapters,
             fusion=self._fusion,
+            needs_lengths=self._needs_lengths,
+            latents=self._latents,
             operations=self._operations,
         )
 

@@ -22,7 +22,7 @@ from tests.support.vision import make_vision_checkpoint, mistral_pipeline
 LOOK_AHEAD = {"gemma3": "everywhere", "gemma4_large": "in windows"}
 """Models in which the tokens of an image see later ones of it, and in which layers."""
 
-FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl", "idefics3", "internvl", "mistral3", "gemma4", *LOOK_AHEAD)
+FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "idefics3", "internvl", "mistral3", "gemma4", *LOOK_AHEAD)
 
 QUICK = ("llava", "qwen2_5_vl", "qwen3_vl", "gemma3")
 """Of these, one of each kind of positions, of features and of attention."""

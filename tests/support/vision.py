@@ -78,7 +78,7 @@ TEMPLATES = {
         "{{ message['content'][0]['text'] }}{% endif %}{{ eos_token }}{% endif %}{% endfor %}"
     ),
 }
-TEMPLATES["qwen3_vl"] = TEMPLATES["qwen2_5_vl"]
+TEMPLATES["qwen3_vl"] = TEMPLATES["qwen3_5"] = TEMPLATES["qwen2_5_vl"]
 _SPECIAL = {
     "llava": ["<image>"],
     "qwen2_5_vl": [
@@ -94,14 +94,14 @@ _SPECIAL = {
     "internvl": ["<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"],
     "mistral3": ["[INST]", "[/INST]", "[IMG]", "[IMG_BREAK]", "[IMG_END]"],
 }
-_SPECIAL["qwen3_vl"] = _SPECIAL["qwen2_5_vl"]
+_SPECIAL["qwen3_vl"] = _SPECIAL["qwen3_5"] = _SPECIAL["qwen2_5_vl"]
 _INTERNVL = {
     "start_image_token": "<img>",
     "end_image_token": "</img>",
     "context_image_token": "<IMG_CONTEXT>",
     "video_token": "<video>",
 }
-_IN_PARTS = ("qwen2_5_vl", "qwen3_vl", "internvl", "mistral3")
+_IN_PARTS = ("qwen2_5_vl", "qwen3_vl", "qwen3_5", "internvl", "mistral3")
 """Families whose whole processor needs torchvision, for videos: only its parts are saved."""
 
 
@@ -111,7 +111,7 @@ def _tokenizer(family: str) -> Any:
 
     source = make_tokenizer()
     backend = type(source._tokenizer).from_str(source._tokenizer.to_str())
-    if family not in ("qwen2_5_vl", "qwen3_vl", "mistral3"):
+    if family not in ("qwen2_5_vl", "qwen3_vl", "qwen3_5", "mistral3"):
         backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     extra = {}
     if family == "gemma3":
@@ -271,6 +271,50 @@ def _qwen3_vl(tokenizer: Any) -> tuple[Any, Any]:
     return config, images
 
 
+def _qwen3_5(tokenizer: Any) -> tuple[Any, Any]:
+    """A model whose layers keep a state, beside attention."""
+    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in _SPECIAL["qwen3_5"]}
+    rope = {
+        "rope_type": "default",
+        "mrope_section": [6, 5, 5],
+        "mrope_interleaved": True,
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 1.0,
+    }
+    config = transformers.Qwen3_5Config(
+        vision_config={
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "depth": 2,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "patch_size": 8,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "num_position_embeddings": 64,
+            "initializer_range": 0.3,
+        },
+        text_config={
+            **TEXT,
+            "num_hidden_layers": 3,
+            "head_dim": 32,
+            "vocab_size": len(tokenizer),
+            "rope_parameters": rope,
+            "layer_types": ["full_attention", "linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+        },
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=False,
+    )
+    return config, _qwen3_vl(tokenizer)[1]
+
+
 def _internvl(tokenizer: Any) -> tuple[Any, Any]:
     config = transformers.InternVLConfig(
         vision_config={
@@ -341,7 +385,7 @@ def mistral_pipeline(folder: Path) -> Any:
 
 
 _BUILDERS = {"llava": _llava, "gemma3": _gemma3, "idefics3": _idefics3, "qwen2_5_vl": _qwen2_5_vl}
-_MORE = {"qwen3_vl": _qwen3_vl, "internvl": _internvl, "mistral3": _mistral3}
+_MORE = {"qwen3_vl": _qwen3_vl, "qwen3_5": _qwen3_5, "internvl": _internvl, "mistral3": _mistral3}
 
 
 def _can_be_built(processor: str) -> bool:
