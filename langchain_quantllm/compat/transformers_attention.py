@@ -30,6 +30,7 @@ INERT_ARGUMENTS = frozenset(
         "past_key_values",
         "layer_past",
         "num_items_in_batch",
+        "logits_to_keep",
     }
 )
 """Arguments that models pass to their attention and that do not change its output over a whole cache."""

@@ -178,6 +178,11 @@ def has_rope_index(model: Any) -> bool:
     return hasattr(vision_model(model), "get_rope_index")
 
 
+def remembers_positions(model: Any) -> bool:
+    """Say whether a model goes on from the positions of the last image that it was given, unless it is told others."""
+    return any(hasattr(module, "rope_deltas") for module in model.modules())
+
+
 def rope_positions(model: Any, ids: Sequence[int], media: Mapping[str, Any]) -> tuple[torch.Tensor, int]:
     """Compute the positions of a prompt with images.
 

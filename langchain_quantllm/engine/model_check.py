@@ -18,6 +18,7 @@ from langchain_quantllm.compat.transformers_alibi import has_known_biases, is_bi
 from langchain_quantllm.compat.transformers_attention import CHUNKED_LAYER, counting_layers, missing_attention_api
 from langchain_quantllm.compat.transformers_models import cache_name, cache_of, forward_parameters
 from langchain_quantllm.compat.transformers_states import OTHER_LAYER_TYPES, states_of
+from langchain_quantllm.compat.transformers_vision import remembers_positions
 from langchain_quantllm.engine.adapter_switch import AdapterSwitch
 from langchain_quantllm.engine.attention import without_gradients
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS, BlockManager
@@ -364,8 +365,7 @@ def _plain(model: Any, ids: abc.Sequence[int], cache: Any = None, seen: int = 0,
     masked = len(ids) if cache is None or not layers_of(cache) else seen + len(ids)  # states say nothing of the past
     mask = torch.ones(1, masked, dtype=torch.long, device=device)
     positions = {}
-    if model.config.get_text_config() is not model.config:
-        # Qwen-VL goes on from the positions of the last image that it was given.
+    if remembers_positions(model):
         positions = {"position_ids": torch.arange(seen, seen + len(ids), device=device)[None]}
     options = {} if cache is None else {cache_name(model): cache}
     if keep is not None and "logits_to_keep" in forward_parameters(model):

@@ -32,6 +32,24 @@ STATE_RECIPES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "qwen3_next": ("Qwen3Next", {**_BASE, **_DELTA, **_EXPERTS, "shared_expert_intermediate_size": 64}),
     "qwen3_5": ("Qwen3_5Text", {**_BASE, **_DELTA}),
     "qwen3_5_moe": ("Qwen3_5MoeText", {**_BASE, **_DELTA, **_EXPERTS, "shared_expert_intermediate_size": 64}),
+    "kimi_linear": (
+        "KimiLinear",
+        {
+            **_BASE,
+            "num_key_value_heads": 4,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "linear_head_dim": 16,
+            "linear_num_heads": 4,
+            "layer_types": ["linear_attention", "full_attention"],
+            "mlp_layer_types": ["dense", "sparse"],
+        },
+    ),
     "olmo_hybrid": (
         "OlmoHybrid",
         {

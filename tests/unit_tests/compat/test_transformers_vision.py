@@ -15,6 +15,7 @@ from langchain_quantllm.compat.transformers_vision import (
     image_features,
     image_token_id,
     looking_ahead,
+    remembers_positions,
     rope_positions,
     split_images,
     text_modules,
@@ -85,7 +86,7 @@ def test_features_for_decoder_layers(pipeline: Any, family: str) -> None:
 @pytest.mark.compat
 def test_positions_in_three_dimensions(pipeline: Any, family: str) -> None:
     model = pipeline.model
-    assert has_rope_index(model) == family.startswith("qwen")
+    assert has_rope_index(model) == remembers_positions(model) == family.startswith("qwen")
     if not has_rope_index(model):
         return
     ids, media = prompt(pipeline, SIZES)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.tiny_models import tiny_model as tiny_architecture
 from langchain_quantllm import QuantizedHuggingFaceLLM
 from langchain_quantllm.engine.attention import PagedForward
 from langchain_quantllm.engine.checked_length import checked_length, turning_points
@@ -53,6 +54,13 @@ def test_attention_of_another_kind_than_the_model_s_is_refused(
 ) -> None:
     name, change = FAULTS[fault]
     llm: QuantizedHuggingFaceLLM = llm_with(FAST[name], tokenizer, monkeypatch, change)
+    assert llm.engine_info.name == "pipeline"
+    assert "its logits over KV cache blocks are not its own" in llm.engine_info.reason
+    llm.unload()
+
+
+def test_positions_that_do_not_begin_at_0_are_refused(tokenizer: Any) -> None:
+    llm = llm_of(tiny_architecture("kosmos-2.5", images=True), tokenizer)
     assert llm.engine_info.name == "pipeline"
     assert "its logits over KV cache blocks are not its own" in llm.engine_info.reason
     llm.unload()

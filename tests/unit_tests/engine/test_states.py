@@ -150,6 +150,8 @@ class TestTokens:
             pytest.skip("keeps no keys and values, and never runs out of blocks")
         row = sum(shape.row_bytes for shape in parts.probe.states)
         llm = make(name, kv_cache_memory=max(2 * 12 * 16 * token, 2 * 7 * row))
+        if 7 * row >= 4 * 105 * token:
+            pytest.skip("the least memory for its states leaves room for all blocks")
         requests = [plan(llm, random_ids(30, seed=i), max_new_tokens=75)[0] for i in range(4)]
         answers = ask(llm, requests)
         assert engine_of(llm)._scheduler.preempted > 0
