@@ -179,16 +179,16 @@ def _examine_schemes(found: Finding, model: Any) -> None:
             for p in module.parameters()}  # fmt: skip
     rest = [p for p in model.parameters() if id(p) not in ends]
     weights = sum(p.numel() for p in rest if p.dim() > 1)
-    for scheme in SCHEMES:
-        try:
-            bytes_of = {
-                name: estimate_config(model.config, name, dtype="bfloat16").weights.unquantized_bytes
-                for name in ("none", scheme)
-            }
-        except Exception as error:
-            found.quantized_note = first_line(error)
-            return
-        found.quantized[scheme] = (bytes_of["none"] - bytes_of[scheme]) / 2 / max(1, weights)
+    try:
+        plain, *others = (estimate_config(model.config, name, dtype="bfloat16").weights for name in ("none", *SCHEMES))
+    except Exception as error:
+        found.quantized_note = first_line(error)
+        return
+    for scheme, in_scheme in zip(SCHEMES, others, strict=True):
+        # Experts are a kind of their own, quantized or not.
+        experts = plain.experts_bytes if in_scheme.experts_bytes < plain.experts_bytes else 0
+        smaller = plain.unquantized_bytes - in_scheme.unquantized_bytes + experts
+        found.quantized[scheme] = smaller / 2 / max(1, weights)
 
 
 def table(findings: Sequence[Finding]) -> str:
