@@ -29,7 +29,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from benchmarks.soak_model import byte_tokenizer
-from benchmarks.tiny_models import tiny_model
+from benchmarks.tiny_models import is_decoder_only, tiny_model
 from langchain_quantllm import QuantizedHuggingFaceLLM
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.engine.fusion.fuse import Fusion
@@ -63,6 +63,7 @@ class Finding:
     Args:
         model_type: The type of its config.
         reads_images: Whether it is tried as a model that reads images, with texts alone.
+        is_decoder_only: See `tiny_models.is_decoder_only`.
         not_tried: Why there is no model to try; empty if there is one.
         engine: "fast" or "pipeline".
         reason: Why it is not fast.
@@ -74,6 +75,7 @@ class Finding:
 
     model_type: str
     reads_images: bool = False
+    is_decoder_only: bool = True
     not_tried: str = ""
     engine: str = ""
     reason: str = ""
@@ -88,6 +90,7 @@ def examine(model_type: str, *, reads_images: bool) -> Finding:
     """Try an architecture."""
     found = Finding(model_type=model_type, reads_images=reads_images)
     try:
+        found.is_decoder_only = is_decoder_only(model_type)
         model = tiny_model(model_type, images=reads_images)
         if getattr(model.config, "is_encoder_decoder", False):
             found.not_tried = "an encoder-decoder"
@@ -191,23 +194,29 @@ def _examine_schemes(found: Finding, model: Any) -> None:
         found.quantized[scheme] = smaller / 2 / max(1, weights)
 
 
+def _line(found: Finding) -> str:
+    shares = [f"{found.quantized[s]:.0%}" if s in found.quantized else "-" for s in SCHEMES]
+    note = (found.reason or found.notes or "-").replace("|", "\\|").replace("<", "&lt;")
+    return f"| {' | '.join([found.model_type, found.engine, note, ', '.join(found.fused) or '-', *shares])} |"
+
+
 def table(findings: Sequence[Finding]) -> str:
     """Write the findings as Markdown."""
     tried = [f for f in findings if not f.not_tried]
+    sections = {
+        "Decoder-only language models": [f for f in tried if not f.reads_images and f.is_decoder_only],
+        "Encoders that decode, and decoders of encoder-decoders": [
+            f for f in tried if not f.reads_images and not f.is_decoder_only
+        ],
+        "Models that read images, with texts alone": [f for f in tried if f.reads_images],
+    }
     lines = []
-    for reads_images, title in ((False, "Language models"), (True, "Models that read images, with texts alone")):
-        mine = [f for f in tried if f.reads_images == reads_images]
-        fast = [f for f in mine if f.engine == "fast"]
-        lines += [f"### {title}", "", f"{len(fast)} of {len(mine)} run on the fast engine.", ""]
-        lines += [
-            "| type | engine | why not fast, or what its steps do without | fused | int8 | nf4 |",
-            "|---|---|---|---|---|---|",
-        ]
-        for found in sorted(mine, key=lambda f: f.model_type):
-            fused = ", ".join(found.fused) or "-"
-            shares = [f"{found.quantized[s]:.0%}" if s in found.quantized else "-" for s in SCHEMES]
-            note = (found.reason or found.notes or "-").replace("|", "\\|").replace("<", "&lt;")
-            lines.append(f"| {found.model_type} | {found.engine} | {note} | {fused} | {' | '.join(shares)} |")
+    for title, mine in sections.items():
+        fast = sum(f.engine == "fast" for f in mine)
+        lines += [f"### {title}", "", f"{fast} of {len(mine)} run on the fast engine.", ""]
+        columns = ("type", "engine", "why not fast, or what its steps do without", "fused", *SCHEMES)
+        lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        lines += [_line(found) for found in sorted(mine, key=lambda f: f.model_type)]
         lines.append("")
     untried = [f for f in findings if f.not_tried]
     lines += ["Not tried:", ""]

@@ -158,6 +158,12 @@ def tiny_config(model_type: str) -> Any:
     return _shrunk(kind())
 
 
+def is_decoder_only(model_type: str) -> bool:
+    """Whether models of a type are decoders as they are published, and no part of an encoder-decoder."""
+    config = CONFIG_MAPPING[model_type]()
+    return not _value(config, "is_encoder_decoder") and _value(config, "is_decoder") is not False
+
+
 def _shrunk(config: Any) -> Any:
     kind = type(config)
     given: dict[str, Any] = {}

@@ -82,7 +82,7 @@ def test_a_padded_pack_gives_the_logits_of_its_chunks(family: str, counts: tuple
             assert found.shape[0] == MOST_SEQUENCES
             # Products of matrices of other sizes differ in the last digits.
             torch.testing.assert_close(found[: len(expected)], expected, rtol=1e-4, atol=1e-5)
-            assert all(pool.kv.isfinite().all() for pool in runner._pools)
+            assert all(pool.kv.isfinite().all() for pool in runner._pools.values())
 
 
 def test_packs_of_every_length_fit_the_memory_without_overlap() -> None:
