@@ -152,7 +152,7 @@ def test_a_layer_that_counts_positions_itself_adds_the_offsets_of_its_tokens() -
         asked.append(layer)
         return torch.tensor([0] * 20 + [-20] * 20) if len(found) < 1 else torch.zeros(7)
 
-    cache = WritingCache(lambda key, value, layer: key, offsets)
+    cache = WritingCache(lambda key, value, layer: (key, value), offsets)
     attention(hidden, None, None, **{cache_name(model): cache})
     assert asked == [1]
     [query] = found  # of two texts of 20 tokens, behind each other

@@ -84,7 +84,7 @@ def test_our_cache_passes_for_minimax_s_own() -> None:
     model = family_model(FAST["minimax"])
     own = type(filled(model))
     kind = passing_for_own(WritingCache, model)
-    cache = WritingCache(lambda key, value, layer: key)
+    cache = WritingCache(lambda key, value, layer: (key, value))
     cache.__class__ = kind
     assert isinstance(cache, own)
     assert isinstance(cache, WritingCache)

@@ -150,8 +150,8 @@ class TestSalts:
             engine._prefix_ids.first(salted, -1)
             engine._prefix_ids.first(request, -1)
         assert len(engine._prefix_ids._shared) == engine._blocks.total
-        assert (-1, None) in engine._prefix_ids._shared
-        assert (-1, "9999") in engine._prefix_ids._shared
+        assert (-1, None, False) in engine._prefix_ids._shared
+        assert (-1, "9999", False) in engine._prefix_ids._shared
 
 
 class TestKVCacheMemory:
