@@ -140,7 +140,7 @@ def _sizes_by_scheme(
     sizes = sizes or {_name_of(estimate.scheme): estimate.total_bytes}
     notes = []
     for name in SCHEMES if stored is None else ():
-        if name not in sizes:
+        if name not in sizes and (name != "mxfp4" or config.model_type == "gpt_oss"):
             try:
                 sizes[name] = estimate_memory(config, name, trust_remote_code=trust_remote_code).total_bytes
             except UnsupportedError as error:  # of this scheme alone

@@ -90,7 +90,7 @@ class DecoderLayers:
         self._home = next(model.parameters()).device
         self._dtype = torch.float32 if device == "cpu" else model.dtype  # CPUs are slow or imprecise in 16 bits
         self._own_dtype = model.dtype
-        self._returns_tuple = False
+        self._beside: tuple[None, ...] | None = None  # what a block returns beside its output; None for a lone tensor
         self._check_blocks()
         rows = max(1, _BATCH_TOKENS // len(sequences[0])) if sequences else 1
         recorded = [self._record(torch.tensor(sequences[at : at + rows])) for at in range(0, len(sequences), rows)]
@@ -105,7 +105,7 @@ class DecoderLayers:
         hook = self._blocks[-1].register_forward_hook(lambda _, __, output: outputs.append(output))
         with torch.no_grad(), hook:
             self._model(input_ids=ids.to(self._home), use_cache=False)
-        self._returns_tuple = isinstance(outputs[0], tuple)
+        self._beside = (None,) * (len(outputs[0]) - 1) if isinstance(outputs[0], tuple) else None
         expected = _hidden(outputs[0]).float()
         state, calls = self._record(ids)
         for block, call in zip(self._blocks, calls, strict=True):
@@ -125,7 +125,7 @@ class DecoderLayers:
         def record(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             states.append(hidden_states)
             calls.append((args, kwargs))
-            return (hidden_states,) if self._returns_tuple else hidden_states
+            return hidden_states if self._beside is None else (hidden_states, *self._beside)
 
         with torch.no_grad(), _forwards_replaced(self._blocks, record):
             self._model.base_model(input_ids=ids.to(self._home), use_cache=False)
