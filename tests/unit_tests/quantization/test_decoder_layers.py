@@ -9,7 +9,6 @@ from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.quantization.decoder_layers import DecoderLayers, find_layout
 from tests.support import families
 
-
 WITHOUT_BLOCKS = ("longcat_flash",)
 """Families whose blocks are not found, as their config counts two layers for each: refused."""
 
