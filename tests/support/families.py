@@ -363,7 +363,7 @@ PLAIN: dict[str, tuple[Family, str]] = {
             attention_window_size=24,
             block_types=["recurrent", "attention"],
         ),
-        "layers of kind",
+        "no cache of keys and values",
     ),
 }
 """Families that the fast engine cannot drive, each with a word of the reason."""
