@@ -14,7 +14,7 @@ from langchain_quantllm import GPTQ, NF4, ChatQuantizedHuggingFace, QuantizedHug
 from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
 from tests.support.adapters import make, make_adapter_folders
 from tests.support.engine import PROMPTS, AllowOnly, ask, cached_tokens, ids_of, on_pipeline, plan
-from tests.support.families import FAST, family_model, random_ids
+from tests.support.families import FAST, WITH_STATES, family_model, random_ids
 from tests.support.invariance import logits_of_requests
 from tests.support.models import llm_of, tiny_model
 from tests.support.selection import skip_without_gptqmodel, slow_but
@@ -202,13 +202,14 @@ def test_rows_of_several_adapters_have_the_texts_of_single_calls(tmp_path: Path)
 VARIANT = {
     **dict.fromkeys(("llama4", "llama4-eager", "deepseek_v2", "deepseek_v2-lite"), "aten::polar"),
     "longcat_flash": "aten::aminmax",
+    **dict.fromkeys(WITH_STATES, "its layers keep a state"),
 }
 """Families with an operation that is not known to be invariant: complex numbers, for example."""
 
 QUICK = ["llama", "gemma2", "mixtral", "falcon-7b", "gpt2", "gpt_oss", "bloom"]
 
 
-@pytest.mark.parametrize("name", VARIANT)
+@pytest.mark.parametrize("name", slow_but(["llama4", "qwen3_next"], VARIANT))
 def test_families_with_an_operation_that_may_vary_are_refused(name: str, tokenizer: Any) -> None:
     llm = llm_of(family_model(FAST[name]), tokenizer, batch_invariant=True)
     with pytest.raises(UnsupportedError, match=VARIANT[name]):
