@@ -65,7 +65,9 @@ def four_bit_fault(octets: torch.Tensor, state: FourBitState) -> str | None:
 def int8_fault(codes: torch.Tensor, scales: torch.Tensor) -> str | None:
     """Return what is wrong with a checkpoint's matrix, as `four_bit_fault` does; or None."""
     if codes.dtype != torch.int8 or codes.dim() != 2:
-        return f"its codes are {str(codes.dtype).removeprefix('torch.')} of shape {tuple(codes.shape)}, not an int8 matrix"
+        return (
+            f"its codes are {str(codes.dtype).removeprefix('torch.')} of shape {tuple(codes.shape)}, not an int8 matrix"
+        )
     if scales.numel() != len(codes):
         return f"it has {scales.numel()} scales, and {len(codes)} are needed"
     return None

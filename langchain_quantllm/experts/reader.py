@@ -95,10 +95,14 @@ class BitsAndBytesExperts(ExpertReader):
             dtype = model.get_parameter(name).dtype
             self._put(model, name, self._quantized(_matrices(experts, dtype)))
         elif self._bits == 8:
-            rows = (_read(name, number, parts, read_int8, bitsandbytes.int8_fault) for number, parts in enumerate(experts))
+            rows = (
+                _read(name, number, parts, read_int8, bitsandbytes.int8_fault) for number, parts in enumerate(experts)
+            )
             self._put(model, name, bitsandbytes.int8_stack([bitsandbytes.join_int8(parts) for parts in rows]))
         else:
-            read = (_read(name, n, parts, read_four_bit, bitsandbytes.four_bit_fault) for n, parts in enumerate(experts))
+            read = (
+                _read(name, n, parts, read_four_bit, bitsandbytes.four_bit_fault) for n, parts in enumerate(experts)
+            )
             self._put(model, name, bitsandbytes.four_bit_stack([bitsandbytes.join(parts) for parts in read]))
 
     def take(self, model: Any, name: str, values: torch.Tensor) -> None:

@@ -193,7 +193,11 @@ def edited_state(tensor: torch.Tensor, **changes: Any) -> torch.Tensor:
         pytest.param("nf4-double", "nested_absmax", lambda t: t[:0], "0 scales of scales, and 1", id="nested-scales"),
         pytest.param("nf4-double", "nested_quant_map", lambda t: t[:7], "7 codes of scales", id="nested-codes"),
         pytest.param(
-            "nf4-double", "__nf4", lambda t: edited_state(t, nested_blocksize=0), "block of scales", id="no-nested-block"
+            "nf4-double",
+            "__nf4",
+            lambda t: edited_state(t, nested_blocksize=0),
+            "block of scales",
+            id="no-nested-block",
         ),
         pytest.param("int8", "SCB", lambda t: t[:3], "3 scales, and", id="int8-scales"),
         pytest.param("int8", "weight", torch.Tensor.half, "codes are float16", id="float-codes"),
