@@ -143,6 +143,7 @@ def _register() -> None:
         register_quantizer(method)(_quantizer_class(bits))
 
 
+@functools.cache
 def _quantizer_class(bits: int) -> Any:
     from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
     from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
@@ -192,8 +193,17 @@ def _quantizer_class(bits: int) -> Any:
             state, metadata = super().get_state_dict_and_metadata(model)
             return (self.reader.state_dict(model, self.sources) if state is None else state), metadata
 
+        def __reduce__(self) -> tuple[Any, ...]:
+            """Pickle by the bits: the class is made while a program runs."""
+            return _unpickled, (bits,), self.__dict__.copy()
+
     ExpertQuantizer.__qualname__ = ExpertQuantizer.__name__ = f"ExpertQuantizer{bits}bit"
     return ExpertQuantizer
+
+
+def _unpickled(bits: int) -> Any:
+    made = _quantizer_class(bits)
+    return made.__new__(made)
 
 
 def _restore_conversions(model: Any) -> None:

@@ -6,9 +6,10 @@ those of both.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -21,7 +22,9 @@ from langchain_quantllm.kernels.linear.weights import FourBitWeight, Int8Weight
 __all__ = [
     "FourBitMatrix",
     "Int8Matrix",
+    "four_bit_fault",
     "four_bit_stack",
+    "int8_fault",
     "int8_stack",
     "join",
     "join_int8",
@@ -34,6 +37,45 @@ FourBitMatrix: TypeAlias = "tuple[torch.Tensor, FourBitState]"
 
 Int8Matrix: TypeAlias = "tuple[torch.Tensor, torch.Tensor]"
 """Codes of shape `(out_features, in_features)`, and scales of shape `(out_features,)`."""
+
+
+def four_bit_fault(octets: torch.Tensor, state: FourBitState) -> str | None:
+    """Return what is wrong with the sizes of a checkpoint's matrix, outside which the kernels would read; or None."""
+    if len(state.shape) != 2 or min(state.shape) < 1:
+        return f"its shape is {tuple(state.shape)}, not that of a matrix"
+    sizes = [("a block of weights", state.block_size, 8)]
+    blocks, scales = _blocks(math.prod(state.shape), state.block_size), state.scales
+    needed = [("bytes", octets, math.prod(state.shape) // 2), ("scales", scales, blocks), ("codes", state.code, 16)]
+    if (nested := state.nested) is not None:
+        sizes.append(("a block of scales", nested.block_size, 1))
+        outer = _blocks(blocks, nested.block_size)
+        needed += [("codes of scales", nested.code, 256), ("scales of scales", nested.scales, outer)]
+        needed.append(("offsets of scales", nested.offset, 1))
+    for what, size, least in sizes:
+        if type(size) is not int or size < least or size & (size - 1):
+            return f"{what} has {size!r} elements, which is no power of 2 from {least} on"
+    for what, tensor, count in needed:
+        if tensor.numel() != count:
+            return f"it has {tensor.numel()} {what}, and {count} are needed"
+    if (scales.dtype == torch.uint8) != (nested is not None) or (nested is None and not scales.is_floating_point()):
+        return f"its scales are {str(scales.dtype).removeprefix('torch.')}"
+    return None
+
+
+def int8_fault(codes: torch.Tensor, scales: torch.Tensor) -> str | None:
+    """Return what is wrong with a checkpoint's matrix, as `four_bit_fault` does; or None."""
+    if codes.dtype != torch.int8 or codes.dim() != 2:
+        return (
+            f"its codes are {str(codes.dtype).removeprefix('torch.')} of shape {tuple(codes.shape)}, not an int8 matrix"
+        )
+    if scales.numel() != len(codes):
+        return f"it has {scales.numel()} scales, and {len(codes)} are needed"
+    return None
+
+
+def _blocks(elements: int, block_size: Any) -> int:
+    """Count blocks; 0 for a size that `four_bit_fault` refuses."""
+    return -(-elements // block_size) if type(block_size) is int and block_size > 0 else 0
 
 
 def four_bit_stack(matrices: Sequence[FourBitMatrix], bias: torch.Tensor | None = None) -> FourBitStack:

@@ -95,10 +95,14 @@ class BitsAndBytesExperts(ExpertReader):
             dtype = model.get_parameter(name).dtype
             self._put(model, name, self._quantized(_matrices(experts, dtype)))
         elif self._bits == 8:
-            rows = ([read_int8({n: t() for n, t in part.items()}) for part in parts] for parts in experts)
+            rows = (
+                _read(name, number, parts, read_int8, bitsandbytes.int8_fault) for number, parts in enumerate(experts)
+            )
             self._put(model, name, bitsandbytes.int8_stack([bitsandbytes.join_int8(parts) for parts in rows]))
         else:
-            read = ([read_four_bit({n: t() for n, t in part.items()}) for part in parts] for parts in experts)
+            read = (
+                _read(name, n, parts, read_four_bit, bitsandbytes.four_bit_fault) for n, parts in enumerate(experts)
+            )
             self._put(model, name, bitsandbytes.four_bit_stack([bitsandbytes.join(parts) for parts in read]))
 
     def take(self, model: Any, name: str, values: torch.Tensor) -> None:
@@ -181,3 +185,23 @@ class BitsAndBytesExperts(ExpertReader):
 def _matrices(experts: Sequence[Sequence[StoredMatrix]], dtype: torch.dtype) -> Iterable[torch.Tensor]:
     for parts in experts:
         yield torch.cat([part["weight"]().to(dtype) for part in parts])
+
+
+def _read(
+    name: str,
+    expert: int,
+    parts: Sequence[StoredMatrix],
+    read: Callable[[Mapping[str, torch.Tensor]], Any],
+    fault_of: Callable[..., str | None],
+) -> list[Any]:
+    """Read the matrices of an expert from a checkpoint.
+
+    Raises:
+        CheckpointError: If the tensors of one do not fit each other.
+    """
+    found = [read({ending: tensor() for ending, tensor in part.items()}) for part in parts]
+    for matrix in found:
+        if (fault := fault_of(*matrix)) is not None:
+            msg = f"a matrix of expert {expert} of {name} is damaged: {fault}; get the checkpoint again."
+            raise CheckpointError(msg)
+    return found

@@ -236,7 +236,8 @@ def _complete(
     """Arrange the layers of single experts by parts and numbers."""
     example, layer = next(iter(own.values()))
     assert layer is not None
-    wanted = [(part, expert) for part in range(layer.parts) for expert in range(projection.experts)]
+    # A config may say any number of experts: the search ends at the first that is missing.
+    wanted = ((part, expert) for part in range(layer.parts) for expert in range(projection.experts))
     missing = next((place for place in wanted if place not in own), None)
     if missing is not None:
         msg = (
@@ -244,7 +245,7 @@ def _complete(
             f"{layer.parts}; it has {example + '.qweight'!r}); is it complete?"
         )
         raise CheckpointError(msg)
-    extra = next((name for place, (name, _) in own.items() if place not in wanted), None)
+    extra = next((name for (_, expert), (name, _) in own.items() if expert >= projection.experts), None)
     if extra is not None:
         msg = f"the checkpoint has {extra + '.qweight'!r}, and its config says {projection.experts} experts."
         raise CheckpointError(msg)

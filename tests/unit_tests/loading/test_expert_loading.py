@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import pickle
 import weakref
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,16 @@ def test_logits_are_those_of_a_model_with_the_rounded_weights(folders: Any, kind
     expected = reference_model(kind, scheme, folders(kind))(input_ids=IDS).logits
     found = load(folders(kind), scheme)(input_ids=IDS).logits
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", ["int8", "nf4-double"])
+def test_a_loaded_mixture_is_pickled_and_computes_the_same(folders: Any, scheme: str) -> None:
+    model = load(folders("qwen3_moe"), scheme)
+    expected = model(input_ids=IDS).logits
+    found = pickle.loads(pickle.dumps(model))
+    assert all(isinstance(experts, QuantizedExperts) for experts in experts_in(found).values())
+    torch.testing.assert_close(found(input_ids=IDS).logits, expected)
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:

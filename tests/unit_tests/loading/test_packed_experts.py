@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import importlib.util
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -292,6 +293,18 @@ def test_more_experts_than_the_config_says_are_an_error(tmp_path: Path) -> None:
     edit_json(tmp_path / "config.json", num_experts=3, num_local_experts=3)
     with pytest.raises(CheckpointError, match=r"experts\.3\.gate_proj\.qweight'.*3 experts"):
         load(spec_of(tmp_path))
+
+
+def test_a_config_that_says_a_huge_number_of_experts_takes_no_memory_for_them(tmp_path: Path) -> None:
+    make_packed(tmp_path, "qwen3_moe", "gptq", attention=False)
+    edit_json(tmp_path / "config.json", num_experts=10**7, num_local_experts=10**7)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match="lacks a packed layer of expert 4"):
+            load(spec_of(tmp_path))
+        assert tracemalloc.get_traced_memory()[1] < 50e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_packed_experts_of_a_family_with_a_layout_of_its_own_are_refused(tmp_path: Path) -> None:

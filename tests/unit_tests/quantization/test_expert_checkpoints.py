@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +169,51 @@ def test_an_expert_that_is_missing_is_an_error(tmp_path: Path) -> None:
     kept = {name: tensor for name, tensor in tensors.items() if ".1.mlp.experts.3." not in name}
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="experts"):
+        load(folder)
+
+
+def edited_state(tensor: torch.Tensor, **changes: Any) -> torch.Tensor:
+    """Change the numbers in a quantization state, which is JSON in a tensor."""
+    return torch.tensor(list(json.dumps(json.loads(bytes(tensor.tolist())) | changes).encode()), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "ending", "edit", "words"),
+    [
+        pytest.param("nf4", "weight", lambda t: t[:64], "64 bytes, and 1024", id="bytes"),
+        pytest.param("nf4", "absmax", lambda t: t[:3], "3 scales, and 32", id="scales"),
+        pytest.param("nf4", "absmax", torch.Tensor.int, "scales are int32", id="integer-scales"),
+        pytest.param("nf4", "quant_map", lambda t: t[:4], "4 codes, and 16", id="codes"),
+        pytest.param("nf4", "__nf4", lambda t: edited_state(t, blocksize=0), "has 0 elements", id="no-block"),
+        pytest.param("nf4", "__nf4", lambda t: edited_state(t, blocksize=-64), "has -64 elements", id="negative-block"),
+        pytest.param("nf4", "__nf4", lambda t: edited_state(t, blocksize=32), "32 scales, and 64", id="smaller-block"),
+        pytest.param("nf4", "__nf4", lambda t: edited_state(t, shape=[-32, -64]), r"\(-32, -64\)", id="negative-shape"),
+        pytest.param("nf4", "__nf4", lambda t: edited_state(t, shape=[10**9, 10**9]), "1024 bytes", id="huge-shape"),
+        pytest.param("nf4", "__nf4", lambda t: edited_state(t, shape=[32, 8, 8]), "of a matrix", id="three-axes"),
+        pytest.param("nf4-double", "nested_absmax", lambda t: t[:0], "0 scales of scales, and 1", id="nested-scales"),
+        pytest.param("nf4-double", "nested_quant_map", lambda t: t[:7], "7 codes of scales", id="nested-codes"),
+        pytest.param(
+            "nf4-double",
+            "__nf4",
+            lambda t: edited_state(t, nested_blocksize=0),
+            "block of scales",
+            id="no-nested-block",
+        ),
+        pytest.param("int8", "SCB", lambda t: t[:3], "3 scales, and", id="int8-scales"),
+        pytest.param("int8", "weight", torch.Tensor.half, "codes are float16", id="float-codes"),
+        pytest.param("int8", "weight", torch.Tensor.flatten, "codes are int8 of shape", id="flat-codes"),
+    ],
+)
+def test_matrices_whose_tensors_do_not_fit_each_other_are_an_error(
+    tmp_path: Path, scheme: str, ending: str, edit: Callable[[torch.Tensor], torch.Tensor], words: str
+) -> None:
+    folder = as_transformers_4(save_mixture("qwen3_moe", tmp_path / "plain"), tmp_path / "stored", scheme)
+    tensors = load_file(folder / "model.safetensors")
+    for name in tensors:  # of all experts, which then have the same shapes
+        if ".experts." in name and name.endswith(ending if ending[0] == "_" else f".{ending}"):
+            tensors[name] = edit(tensors[name]).contiguous().clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"expert 0 of model.layers.*{words}"):
         load(folder)
 
 
