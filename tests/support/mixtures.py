@@ -45,7 +45,7 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "n_routed_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1,
             "topk_group": 1, "q_lora_rank": None, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16,
-            "v_head_dim": 16, "first_k_dense_replace": 1, "n_shared_experts": 1,
+            "v_head_dim": 16, "first_k_dense_replace": 1, "n_shared_experts": 1, "num_key_value_heads": 4,
         },
     ),
     "llama4": (
