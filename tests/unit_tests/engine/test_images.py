@@ -20,7 +20,7 @@ from langchain_quantllm import ChatQuantizedHuggingFace
 from langchain_quantllm.errors import GenerationError, InvalidOptionError
 from langchain_quantllm.loading.processors import Media
 from tests.support.adapters import quietly
-from tests.support.chat_images import ask, block, chat_of
+from tests.support.chat_images import TOKENS, ask, block, chat_of
 from tests.support.image_requests import (
     FAMILIES,
     QUICK,
@@ -367,3 +367,18 @@ def test_the_reason_is_that_of_the_call(make: Any) -> None:
     assert "num_beams" in chat._engine(beams).info.reason
     assert "its logits" in chat._engine(media=IMAGES).info.reason
     assert "num_beams" in chat._engine(beams).info.reason
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3"])
+def test_two_engines_of_one_model_read_images(make: Any, family: str) -> None:
+    chat = make(family)
+    expected = [generated(chat, [ask(i)]) for i in range(4)]
+    assert ask_all(chat, [[ask(0)]])[0].token_ids == expected[0]
+    second = ChatQuantizedHuggingFace(pipeline=chat.pipeline, max_tokens=TOKENS)
+    info = second._engine(media=IMAGES).info
+    assert info.name == "fast", info.reason
+    assert ask_all(second, [[ask(1)]])[0].token_ids == expected[1]
+    assert ask_all(chat, [[ask(2)]])[0].token_ids == expected[2]
+    chat.unload()
+    assert ask_all(second, [[ask(3)]])[0].token_ids == expected[3]
+    second.unload()
