@@ -152,7 +152,7 @@ def most_tokens(llm: QuantizedHuggingFaceLLM) -> int:
 
 
 def time_bare_step(loaded: LoadedModel, batch: int) -> float | None:
-    """Time a step of the engine alone, at the mean length of a text; None with an engine that has no step of so many."""
+    """Time a step of the engine alone, at the mean length of a text; None if the engine has none of so many."""
     engine: Any = loaded.llm._engine()
     if not hasattr(engine, "time_step"):
         return None

@@ -330,7 +330,8 @@ class ContinuousEngine:
     def _decode_between(self, step: Step, tokens: int) -> abc.Callable[[int], None] | None:
         """Return the hook that decodes between the layers of so many tokens of a step's prompts; None for none.
 
-        The sequences of all of its prompts are left alone: some may not have run yet, and no token is sampled. Between two decode steps lies the work of some `step_tokens_while_decoding` tokens of prompts.
+        The sequences of all of its prompts are left alone: some may not have run yet, and no token is sampled. Between
+        two decode steps lies the work of some `step_tokens_while_decoding` tokens of prompts.
         """
         parts = tokens / self._step_tokens[1]
         if parts <= 1.5:
