@@ -28,7 +28,7 @@ from langchain_quantllm.engine.prompt_images import PromptImages, read_prompt
 from langchain_quantllm.engine.request import EngineInfo, Request, check_queue, check_request
 from langchain_quantllm.engine.sampler import NOTHING_ALLOWED, PendingTokens
 from langchain_quantllm.engine.scheduler import Scheduler, age
-from langchain_quantllm.engine.sequence import SamplingInput, Sequence
+from langchain_quantllm.engine.sequence import Lane, SamplingInput, Sequence
 from langchain_quantllm.engine.staging import PendingForward
 from langchain_quantllm.engine.step import Step, split_step
 from langchain_quantllm.engine.step_timing import time_step
@@ -257,9 +257,11 @@ class ContinuousEngine:
             False if there was none.
         """
         self._with_images = [s for s in self._with_images if not s.has_ended and s.slot < 0]
-        ahead = Counter(s.lane for s in self._with_images if s.has_seen_images and not s.is_unread)
+        ahead: Counter[Lane] = Counter()  # read ones that are older
         for sequence in sorted(self._with_images, key=age):
-            if not sequence.has_seen_images and ahead[sequence.lane] < _SEEN_AHEAD:
+            if sequence.has_seen_images:
+                ahead[sequence.lane] += not sequence.is_unread
+            elif ahead[sequence.lane] < _SEEN_AHEAD:
                 self._read_images(sequence)
                 return True
         return False
