@@ -152,15 +152,16 @@ def most_tokens(llm: QuantizedHuggingFaceLLM) -> int:
 
 
 def time_bare_step(loaded: LoadedModel, batch: int) -> float | None:
-    """Time a step of the engine alone, at the mean length of a text; None with an engine that has no such step."""
+    """Time a step of the engine alone, at the mean length of a text; None if the engine has none of so many."""
     engine: Any = loaded.llm._engine()
     if not hasattr(engine, "time_step"):
         return None
     options = loaded.options
     steps = _STEPS_CPU if loaded.device == "cpu" else _STEPS_GPU
-    step_s: float = statistics.median(
-        engine.time_step(batch, _mean_position(options), steps) for _ in range(options.repeats)
-    )
+    times = [engine.time_step(batch, _mean_position(options), steps) for _ in range(options.repeats)]
+    if None in times:
+        return None
+    step_s: float = statistics.median(times)
     loaded.report(f"bare step of {batch}: {1e3 * step_s:.2f} ms, {batch / step_s:.1f} tokens/s")
     return step_s
 

@@ -360,7 +360,8 @@ class EngineParts:
         self.runner.model_changed(self._no_graph_reason() if self.runner.can_capture else None)
         if self._state_modules is not None:
             self._state_modules.build()
-        if self.rotary is not None or self._latents.absorptions:
+        has_latents = any(shape.is_latent for shape in self.probe.shapes)  # be their matrices readable now or not
+        if self.rotary is not None or has_latents:
             try:
                 self.refusal = None
                 if self.rotary is not None:

@@ -28,7 +28,7 @@ from langchain_quantllm.engine.prompt_images import PromptImages, read_prompt
 from langchain_quantllm.engine.request import EngineInfo, Request, check_queue, check_request
 from langchain_quantllm.engine.sampler import NOTHING_ALLOWED, PendingTokens
 from langchain_quantllm.engine.scheduler import Scheduler, age
-from langchain_quantllm.engine.sequence import SamplingInput, Sequence
+from langchain_quantllm.engine.sequence import Lane, SamplingInput, Sequence
 from langchain_quantllm.engine.staging import PendingForward
 from langchain_quantllm.engine.step import Step, split_step
 from langchain_quantllm.engine.step_timing import time_step
@@ -166,8 +166,14 @@ class ContinuousEngine:
                 found[id(request.media)] = read(self._parts.model, request.prompt_ids, request.media)
         return [r if r.media is None else replace(r, media=None, images=found[id(r.media)]) for r in requests]
 
-    def time_step(self, rows: int, position: int, repeats: int) -> float:
-        """Time the decode step by itself, without queue and text; only while nothing runs. See `step_timing`."""
+    def time_step(self, rows: int, position: int, repeats: int) -> float | None:
+        """Time the decode step by itself, without queue and text; only while nothing runs. See `step_timing`.
+
+        Returns:
+            Seconds; None if fewer sequences than these run at once.
+        """
+        if rows > self._parts.slots:
+            return None
         self._reset_cache()  # the blocks are overwritten
         return in_clean_thread(time_step)(self._runner, rows, position, repeats)
 
@@ -251,9 +257,11 @@ class ContinuousEngine:
             False if there was none.
         """
         self._with_images = [s for s in self._with_images if not s.has_ended and s.slot < 0]
-        ahead = Counter(s.lane for s in self._with_images if s.has_seen_images and not s.is_unread)
+        ahead: Counter[Lane] = Counter()  # read ones that are older
         for sequence in sorted(self._with_images, key=age):
-            if not sequence.has_seen_images and ahead[sequence.lane] < _SEEN_AHEAD:
+            if sequence.has_seen_images:
+                ahead[sequence.lane] += not sequence.is_unread
+            elif ahead[sequence.lane] < _SEEN_AHEAD:
                 self._read_images(sequence)
                 return True
         return False
@@ -299,10 +307,13 @@ class ContinuousEngine:
             chunk.sequence.start()
         return self._run_step(step, {sequence: sequence.next_sampling_input() for sequence in step.sampled})
 
-    def _run_step(self, step: Step, sampling: dict[Sequence, SamplingInput]) -> list[PendingForward]:
-        """Run a step; in smaller ones if the device has no room for all of its prompts' tokens."""
+    def _run_step(
+        self, step: Step, sampling: dict[Sequence, SamplingInput], whole: Step | None = None
+    ) -> list[PendingForward]:
+        """Run a step, or a part of a `whole` one; in smaller ones if the device has no room for all of its prompts."""
         tokens = sum(chunk.count for chunk in step.chunks)
-        between = self._decode_between(step, tokens)
+        whole = whole or step
+        between = self._decode_between(whole, tokens)
         self._decodes_first = bool(tokens) and between is None
         try:
             return [self._runner.run(step, [sampling[sequence] for sequence in step.sampled], between)]
@@ -316,12 +327,13 @@ class ContinuousEngine:
         alone, beside = self._step_tokens
         self._step_tokens = (min(half, alone), min(half, beside))
         self._scheduler.step_tokens, self._scheduler.step_tokens_while_decoding = self._step_tokens
-        return [forward for part in split_step(step, half) for forward in self._run_step(part, sampling)]
+        return [forward for part in split_step(step, half) for forward in self._run_step(part, sampling, whole)]
 
     def _decode_between(self, step: Step, tokens: int) -> abc.Callable[[int], None] | None:
-        """Return the hook that decodes between the layers of a long step of prompts; None if nothing is to decode.
+        """Return the hook that decodes between the layers of so many tokens of a step's prompts; None for none.
 
-        Between two decode steps lies the work of some `step_tokens_while_decoding` tokens of prompts.
+        The sequences of all of its prompts are left alone: some may not have run yet, and no token is sampled. Between
+        two decode steps lies the work of some `step_tokens_while_decoding` tokens of prompts.
         """
         parts = tokens / self._step_tokens[1]
         if parts <= 1.5:

@@ -163,8 +163,12 @@ def _adder(level: int) -> Any:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        output = forward(*args, **kwargs)
-        images = context.images
+        # For a patch below this one, of another engine of the model, there are none: they are added once.
+        images, context.images = context.images, None
+        try:
+            output = forward(*args, **kwargs)
+        finally:
+            context.images = images
         if images is None or level >= len(images.deepstack):
             return output
         hidden = output[0] if isinstance(output, tuple) else output

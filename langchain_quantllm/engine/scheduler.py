@@ -349,6 +349,8 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.preempted += 1
+        if sequence.is_outgrown:  # else its next token would follow from keys and values of the shorter text
+            sequence.begin_anew()
         if sequence in self._resting:
             self._resting.remove(sequence)
         self._leave(sequence)

@@ -321,6 +321,44 @@ class TestShortMemory:
         assert engine._scheduler.step_tokens <= most
         assert engine._blocks.held == 0
 
+    def test_decode_steps_between_layers_leave_all_parts_of_a_divided_step_alone(
+        self, make_tiny: MakeLLM, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        llm = make_tiny(prefix_caching=False)
+        running = [plan(llm, ids_of(20), max_new_tokens=60)[0], plan(llm, ids_of(25), max_new_tokens=60)[0]]
+        long = [plan(llm, ids_of(count), max_new_tokens=9)[0] for count in (180, 170, 90)]
+        expected = [ask(llm, [request])[0].token_ids for request in (*running, *long)]
+        engine: Any = llm._engine()
+        # As on a GPU, with eager steps in the place of graphs.
+        monkeypatch.setattr(type(engine._runner), "captures", property(lambda runner: True))
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+        monkeypatch.setattr(engine._runner, "can_replay", lambda rows: True)
+        monkeypatch.setattr(engine._runner, "_bucket", lambda rows: None)
+        monkeypatch.setattr(engine._runner, "is_asynchronous", True)
+        engine._step_tokens = (1200, 64)
+        engine._reset_cache()
+        failures = 0
+
+        def check(module: Any, args: Any, output: Any) -> None:
+            nonlocal failures
+            if output.shape[1] > 300:
+                failures += 1
+                msg = "no room for so many tokens"
+                raise torch.OutOfMemoryError(msg)
+
+        llm.pipeline.model.model.norm.register_forward_hook(check)
+        streams = [engine.submit([request]) for request in running]
+        found: list[list[int]] = [[*next(stream).token_ids] for stream in map(iter, streams)]
+        beside = engine.submit(long)
+        found += [[] for _ in long]
+        for chunk in beside:
+            found[2 + chunk.row] += chunk.token_ids
+        for ids, stream in zip(found, streams, strict=False):
+            for chunk in stream:
+                ids += chunk.token_ids
+        assert failures == 1
+        assert found == expected
+
     def test_running_out_of_memory_fails_the_running_requests_with_advice(self, make_tiny: MakeLLM) -> None:
         llm = make_tiny()
         expected = llm.invoke("Sea")

@@ -17,10 +17,11 @@ import transformers
 from langchain_core.messages import AIMessage, HumanMessage
 
 from langchain_quantllm import ChatQuantizedHuggingFace
+from langchain_quantllm.engine.sequence import bare_sequence
 from langchain_quantllm.errors import GenerationError, InvalidOptionError
 from langchain_quantllm.loading.processors import Media
 from tests.support.adapters import quietly
-from tests.support.chat_images import ask, block, chat_of
+from tests.support.chat_images import TOKENS, ask, block, chat_of
 from tests.support.image_requests import (
     FAMILIES,
     QUICK,
@@ -367,3 +368,38 @@ def test_the_reason_is_that_of_the_call(make: Any) -> None:
     assert "num_beams" in chat._engine(beams).info.reason
     assert "its logits" in chat._engine(media=IMAGES).info.reason
     assert "num_beams" in chat._engine(beams).info.reason
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3"])
+def test_two_engines_of_one_model_read_images(make: Any, family: str) -> None:
+    chat = make(family)
+    expected = [generated(chat, [ask(i)]) for i in range(4)]
+    assert ask_all(chat, [[ask(0)]])[0].token_ids == expected[0]
+    second = ChatQuantizedHuggingFace(pipeline=chat.pipeline, max_tokens=TOKENS)
+    info = second._engine(media=IMAGES).info
+    assert info.name == "fast", info.reason
+    assert ask_all(second, [[ask(1)]])[0].token_ids == expected[1]
+    assert ask_all(chat, [[ask(2)]])[0].token_ids == expected[2]
+    chat.unload()
+    assert ask_all(second, [[ask(3)]])[0].token_ids == expected[3]
+    second.unload()
+
+
+def test_an_urgent_request_is_read_though_others_have_been_read_ahead(make: Any) -> None:
+    chat = make("llava")
+    ask_all(chat, [[ask(0)]])
+    engine = engine_of(chat)
+
+    def waiting(seed: int, priority: int) -> Any:
+        [request] = engine._find_images(chat._plan([ask(seed)], None, {}).requests)
+        return bare_sequence(request.prompt_ids, 4, images=request.images, priority=priority)
+
+    patient, urgent = [waiting(10 + i, 5) for i in range(6)], waiting(30, 0)
+    engine._with_images = [*patient]
+    while engine._read_next_images():
+        pass
+    assert sum(sequence.has_seen_images for sequence in patient) == 4
+    engine._with_images.append(urgent)
+    assert engine._read_next_images()
+    assert urgent.has_seen_images
+    engine._with_images = []

@@ -14,7 +14,7 @@ from langchain_quantllm.engine.forward_context import ForwardContext, forward_co
 from langchain_quantllm.engine.kv_cache import LayerShape
 from langchain_quantllm.engine.latent_attention import Absorption, LatentLayers
 from langchain_quantllm.engine.model_check import inspect_model
-from langchain_quantllm.errors import UnsupportedError
+from langchain_quantllm.errors import GenerationError, UnsupportedError
 from tests.support.adapters import quietly
 from tests.support.families import LATENT, family_model, generated_ids, likeliest_ids, random_ids
 from tests.support.models import llm_of
@@ -127,6 +127,21 @@ def test_changed_matrices_count_from_the_next_request_on(tokenizer: Any) -> None
     model.model.layers[0].self_attn.kv_b_proj = changed
     after = complete(llm, ids, 16).token_ids
     assert after == generated_ids(model, ids, 16) != before
+    llm.unload()
+
+
+def test_matrices_that_can_be_read_again_end_the_refusal(tokenizer: Any) -> None:
+    model = family_model(LATENT["deepseek_v3"])
+    llm = llm_of(model, tokenizer)
+    ids = random_ids(20)
+    expected = complete(llm, ids, 16).token_ids
+    attention = model.model.layers[0].self_attn
+    own = attention.kv_b_proj
+    attention.kv_b_proj = torch.nn.Linear(own.in_features, own.out_features)
+    with pytest.raises(GenerationError, match="the model was changed: .* with a bias"):
+        complete(llm, ids, 16)
+    attention.kv_b_proj = own
+    assert complete(llm, ids, 16).token_ids == expected
     llm.unload()
 
 

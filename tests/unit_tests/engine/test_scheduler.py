@@ -10,7 +10,7 @@ import pytest
 
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS, BlockManager
 from langchain_quantllm.engine.scheduler import PASSED_STEPS, Scheduler
-from langchain_quantllm.engine.sequence import bare_sequence
+from langchain_quantllm.engine.sequence import Recomputation, Sequence, bare_sequence
 from langchain_quantllm.engine.step import PrefillChunk, Step
 from tests.support.scenarios import expected_ids, ids_of, random_simulation
 from tests.support.simulation import Simulated, Simulation
@@ -381,3 +381,32 @@ def test_prompts_that_may_not_be_cut_run_in_one_step_each() -> None:
             scheduler.push(sequence, 0)
     assert sorted(chunk.count for chunk in chunks) == sorted(lengths)
     assert all(chunk.is_last and not chunk.start for chunk in chunks)
+
+
+def test_a_text_that_gives_way_at_the_length_of_its_recomputation_is_computed_as_the_longer_text() -> None:
+    blocks = BlockManager(9)
+    scheduler = Scheduler(blocks, slots=3, step_tokens=128, step_tokens_while_decoding=128)
+    old, urgent = bare_sequence(range(47), 40), bare_sequence(range(8), 40, priority=-1)
+    recomputation = Recomputation(tokens=32, prefix_id=None)
+    grown = Sequence(bare_sequence(range(31), 40).completion, recomputation=recomputation)
+    for sequence in (old, grown):
+        scheduler.add(sequence)
+    assert scheduler.plan(mixes=False) is not None
+    for sequence in (old, grown):
+        scheduler.push(sequence, 7)
+    scheduler.add(urgent)
+    prompts = scheduler.plan(mixes=False)
+    assert prompts is not None
+    assert [chunk.sequence for chunk in prompts.chunks] == [urgent]
+    beside = scheduler.plan_beside(prompts)
+    assert beside is not None
+    assert beside.decoding == [old, grown]
+    for sequence in (old, grown):
+        scheduler.push(sequence, 7)
+    while blocks.take() is not None:
+        pass
+    beside = scheduler.plan_beside(prompts)
+    assert beside is not None
+    assert beside.decoding == [old]
+    assert scheduler.waiting == [grown]
+    assert grown.rotary_tokens == len(grown.ids) == 33

@@ -74,6 +74,12 @@ class TestMemory:
         assert 0.9 * 65536 < info.kv_cache_bytes + info.state_bytes <= 65536
         assert info.state_bytes <= 65536 / 2
 
+    def test_a_step_of_more_sequences_than_have_states_is_not_timed(self, make: MakeLLM) -> None:
+        engine = engine_of(make(kv_cache_memory="64KiB"))
+        slots = engine._parts.slots
+        assert engine.time_step(slots, 20, 1) > 0
+        assert engine.time_step(slots + 1, 20, 1) is None
+
     def test_the_memory_report_counts_the_states(self, make: MakeLLM) -> None:
         llm = make(kv_cache_memory="64KiB")
         ids_after(llm, random_ids(40), max_new_tokens=20)
