@@ -186,7 +186,10 @@ class EngineParts:
 
     def new_snapshots(self) -> StateSnapshots | None:
         """Return the rows for states at block borders, all free; None if the model keeps no states."""
-        return None if self.states is None else StateSnapshots(range(self.slots + 1, self.states.rows))
+        if self.states is None:
+            return None
+        kept = range(self.slots + 1, self.states.rows if self.states.continues else self.slots + 1)
+        return StateSnapshots(kept)
 
     # Building.
 
