@@ -131,6 +131,15 @@ class TestMemory:
         assert sum(tensor.nbytes for tensor in pool.tensors.values()) == sum(state_bytes(shapes, 5).values())
 
 
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_states_are_kept_only_where_several_tokens_go_on_from_them(make: MakeLLM, name: str) -> None:
+    parts = engine_of(make(name))._parts
+    parts.slots -= 1  # leaves a row of states that is no slot
+    snapshots = parts.new_snapshots()
+    assert snapshots is not None
+    assert (snapshots.save(1) is None) == (name in SINGLE_TOKENS)
+
+
 class TestTokens:
     @pytest.mark.parametrize("name", slow_but([MIXED, "mamba2"], WITH_STATES))
     def test_long_prompts_go_on_from_the_states_of_their_chunks_while_others_decode(
