@@ -63,6 +63,8 @@ class Scheme(NamedOptions):
     """Import names of the packages that loading needs."""
     calibrated: ClassVar[bool] = False
     """Whether a checkpoint is not quantized while it loads: quantizing takes calibration data, or is done before."""
+    model_types: ClassVar[tuple[str, ...] | None] = None
+    """transformers' names of the models that can be quantized so; None for any."""
 
     @property
     def weight_bits(self) -> int | None:
@@ -290,6 +292,7 @@ class MXFP4(Scheme):
 
     name: ClassVar[str] = "mxfp4"
     calibrated: ClassVar[bool] = True
+    model_types: ClassVar[tuple[str, ...] | None] = ("gpt_oss",)
     bits: ClassVar[int] = 4
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from environment import ROOT, Environment, locked_torch
 
 UV = "uv==0.13.9"
-EXTRAS = ("adapters", "audio", "bench", "demo", "gptq", "huggingface", "rag", "structured", "vision")
+EXTRAS = ("adapters", "audio", "bench", "demo", "gptq", "huggingface", "rag", "serve", "structured", "vision")
 BUILD = ("hatchling>=1.27", "editables>=0.5")
 """What builds this package, so that installing it asks for nothing more."""
 OLDEST_TORCH = "2.8.0"

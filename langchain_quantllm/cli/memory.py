@@ -139,8 +139,8 @@ def _sizes_by_scheme(
     sizes: dict[str, int | None] = {**estimate.bytes_by_scheme}
     sizes = sizes or {_name_of(estimate.scheme): estimate.total_bytes}
     notes = []
-    for name in SCHEMES if stored is None else ():
-        if name not in sizes and (name != "mxfp4" or config.model_type == "gpt_oss"):
+    for name, scheme in SCHEMES.items() if stored is None else ():
+        if name not in sizes and config.model_type in (scheme.model_types or (config.model_type,)):
             try:
                 sizes[name] = estimate_memory(config, name, trust_remote_code=trust_remote_code).total_bytes
             except UnsupportedError as error:  # of this scheme alone

@@ -161,12 +161,17 @@ def estimate_config(
         InvalidOptionError: If the scheme or the dtype is unknown.
         CheckpointError: If the checkpoint is already quantized in another scheme than the one asked for.
         UnsupportedError: If the model type is no language model, cannot be built on the meta device, or its
-            format has no known formula.
+            format has no known formula; or the scheme is for models of other types.
     """
     asked = scheme_from(scheme)
     name = name or config.name_or_path or config.model_type
     config = copy.deepcopy(config)
     options = _pop_quantization(config)
+    types = None if asked is None or options else asked.model_types
+    if asked is not None and types is not None and config.model_type not in types:
+        found = f"{name!r} is of type {config.model_type!r}"
+        msg = f"quantization={asked.name!r} is for models of type {', '.join(types)}, and {found}."
+        raise UnsupportedError(msg)
     used = _choose_scheme(asked, options, name)
     torch_dtype = _choose_dtype(dtype, config)
     context_tokens = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)

@@ -14,10 +14,10 @@ from langchain_quantllm.experts.stacked import StackedLinear
 from langchain_quantllm.kernels.experts.weights import MXFP4_BLOCK
 from langchain_quantllm.loading.expert_stacks import SavedNames
 from langchain_quantllm.loading.expert_tensors import StoredProjection, format_of
+from langchain_quantllm.schemes import MXFP4
 
 __all__ = ["check_mxfp4", "pack_mxfp4"]
 
-_FAMILY = "gpt_oss"
 _CONFIG = {
     "quant_method": "mxfp4",
     "modules_to_not_convert": [
@@ -36,7 +36,7 @@ def check_mxfp4(config: Any, model_id: str) -> None:
     Raises:
         UnsupportedError: If other programs would not read it, or its sizes do not fit.
     """
-    if config.model_type != _FAMILY:
+    if config.model_type not in (MXFP4.model_types or ()):
         msg = f"{model_id} is a {config.model_type!r} model, and mxfp4 is gpt-oss's format; use 'gptq' or 'nf4'."
         raise UnsupportedError(msg)
     sizes = {"hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size}

@@ -21,6 +21,9 @@ from langchain_quantllm.errors import ModelNotFoundError
 from langchain_quantllm.schemes import SCHEMES
 from tests.support.checkpoints import make_checkpoint, run_python
 
+DENSE_SCHEMES = [name for name, scheme in SCHEMES.items() if scheme.model_types is None]
+"""Schemes of any model, in the order in which they are shown."""
+
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -88,10 +91,21 @@ def test_memory_lists_every_scheme(smollm2: Path) -> None:
     result = call("memory", smollm2, "--tokens", 1000)
     assert result.exit_code == 0
     rows = [line.split("│")[1].strip() for line in result.stdout.splitlines() if line.startswith("│")]
-    assert rows == list(SCHEMES)
+    assert rows == DENSE_SCHEMES
     assert "134,515,008 parameters" in result.stdout
     assert "gptq is for 4 bits in groups of 128, and needs calibration: langchain-quantllm quantize" in result.stdout
     assert result.stderr == ""
+
+
+def test_memory_lists_mxfp4_for_the_family_that_has_it(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 32}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    AutoConfig.for_model("gpt_oss", vocab_size=500, **sizes, **heads).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    result = call("memory", tmp_path, "--tokens", 100)
+    assert result.exit_code == 0, result.output
+    rows = [line.split("│")[1].strip() for line in result.stdout.splitlines() if line.startswith("│")]
+    assert rows == list(SCHEMES)
 
 
 @pytest.mark.parametrize("kind", ["mpt", "llama"])
@@ -103,8 +117,8 @@ def test_memory_leaves_out_the_scheme_that_a_model_cannot_have(kind: str, tmp_pa
     assert result.exit_code == 0, result.output
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if "│" in line]
     rows = {row[0]: row[1:] for row in cells}
-    assert list(rows) == list(SCHEMES)
-    assert all("MB" in rows[name][0] or "kB" in rows[name][0] for name in SCHEMES if name != "gptq")
+    assert list(rows) == DENSE_SCHEMES
+    assert all("MB" in rows[name][0] or "kB" in rows[name][0] for name in DENSE_SCHEMES if name != "gptq")
     is_left_out = kind == "mpt"
     assert (set(rows["gptq"]) == {"-"}) == is_left_out
     assert ("gptq: " in result.stdout) == is_left_out

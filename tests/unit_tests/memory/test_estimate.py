@@ -246,3 +246,8 @@ class TestFit:
             check_fits(estimate, ["cpu"], max_memory={"cpu": "6GB"}, tokens=4096, batch=8)
         with pytest.raises(InvalidOptionError, match="'much'"):
             check_fits(estimate, ["cpu"], max_memory={"cpu": "much"})
+
+
+def test_a_scheme_of_other_models_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="for models of type gpt_oss, and 'llama' is of type 'llama'"):
+        estimate_memory(LLAMA_2_7B, "mxfp4")
