@@ -20,8 +20,15 @@ class BiasedAttention:
 
     def __init__(self, model: Any) -> None:
         """Patch the modules; none if the model has no such biases."""
+        self._model = model
         self._biases: dict[Any, torch.Tensor] = {}
-        self._patches = [ForwardPatch(module, self._attend) for module in model.modules() if has_known_biases(module)]
+        self._patches: list[ForwardPatch] = []
+        self.build()
+
+    def build(self) -> None:
+        """Find the modules anew, as after a change of the model."""
+        self.close()
+        self._patches = [ForwardPatch(m, self._attend) for m in self._model.modules() if has_known_biases(m)]
 
     def close(self) -> None:
         """Restore every module's `forward`, and free the biases."""

@@ -361,6 +361,9 @@ class EngineParts:
         if self.images is not None:
             self.images.begin_anew()
         self.runner.model_changed(self._no_graph_reason() if self.runner.can_capture else None)
+        self._biased.build()
+        if self.images is None:
+            self._no_images_reason = None  # found anew with the next image
         if self._state_modules is not None:
             self._state_modules.build()
         has_latents = any(shape.is_latent for shape in self.probe.shapes)  # be their matrices readable now or not

@@ -182,7 +182,8 @@ class ContinuousEngine:
         self._worker.close("the model was unloaded while it was generating.")
         self._parts.close()
         self._tokenizer = None
-        del self._runner, self._scheduler
+        for name in ("_runner", "_scheduler"):
+            vars(self).pop(name, None)
 
     # The loop.
 

@@ -141,6 +141,18 @@ class TestChanges:
         wait_for_rest()
         assert ids_after(llm, ids_of(40)) == before
 
+    def test_a_replaced_attention_with_biases_reads_blocks_too(self, tokenizer: Any) -> None:
+        model, other = family_model(FAST["mpt"]), family_model(FAST["mpt"])
+        with torch.no_grad():
+            other.transformer.blocks[0].attn.Wqkv.weight.mul_(-1.5)
+        llm, prompt_ids = llm_of(model, tokenizer), [20 + i for i in range(30)]
+        before = ids_after(llm, prompt_ids)
+        wait_for_rest()
+        model.transformer.blocks[0].attn = other.transformer.blocks[0].attn
+        after = ids_after(llm, prompt_ids)
+        assert after == generated_ids(model, prompt_ids, 12)
+        assert after != before
+
     def test_a_change_right_after_a_call_is_noticed(self, make_tiny: MakeLLM) -> None:
         """When the engine's thread is not asleep yet."""
         llm = make_tiny()

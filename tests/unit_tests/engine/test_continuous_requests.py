@@ -245,3 +245,12 @@ class TestCallers:
     def test_an_unknown_engine_is_an_error(self, tiny: QuantizedHuggingFaceLLM, engine: str) -> None:
         with pytest.raises(InvalidOptionError, match="'auto', 'fast', 'pipeline'"):
             QuantizedHuggingFaceLLM(pipeline=tiny.pipeline, engine=engine)
+
+
+def test_an_engine_can_be_closed_twice(make_tiny: MakeLLM) -> None:
+    llm = make_tiny()
+    engine, requests = llm._engine(), plan(llm, ids_of(4))
+    engine.close()
+    engine.close()
+    with pytest.raises(GenerationError, match="unloaded"):
+        engine.submit(requests)

@@ -361,6 +361,17 @@ def test_a_model_that_does_something_else_with_images_goes_to_generate_in_the_op
         fast.invoke([ask(0)])
 
 
+def test_a_model_that_was_put_right_reads_images_again(make: Any) -> None:
+    chat = make("llava")
+    kind = type(chat.pipeline.model.model)
+    show_images_upside_down(chat.pipeline.model)
+    assert chat._engine(media=IMAGES).info.name == "pipeline"
+    chat.pipeline.model.model.__class__ = kind
+    assert ask_all(chat, [[HumanMessage("Hello.")]])[0].token_ids  # a request, at which changes are noticed
+    assert chat._engine(media=IMAGES).info.name == "fast"
+    assert ask_all(chat, [[ask(0)]])[0].token_ids == generated(chat, [ask(0)])
+
+
 def test_the_reason_is_that_of_the_call(make: Any) -> None:
     chat = make("llava")
     show_images_upside_down(chat.pipeline.model)
