@@ -140,6 +140,14 @@ class TestScores:
         assert other.score(QUERY, TEXTS[:3]).scores == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_progress_bar_counts_documents(tiny_reranker: QuantizedReranker, capfd: pytest.CaptureFixture[str]) -> None:
+    expected = tiny_reranker.score(QUERY, TEXTS).scores
+    capfd.readouterr()
+    shown = tiny_reranker.model_copy(update={"show_progress": True})
+    assert shown.score(QUERY, TEXTS).scores == expected
+    assert f"{len(TEXTS)}/{len(TEXTS)}" in capfd.readouterr().err
+
+
 def _logit(probability: float) -> float:
     return math.log(probability / (1 - probability))
 
