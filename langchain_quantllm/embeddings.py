@@ -117,7 +117,7 @@ class QuantizedHuggingFaceEmbeddings(EncoderFields, Embeddings):
     """Cut a text that is too long, or raise a `PromptTooLongError`."""
     max_batch_tokens: int | None = Field(default=None, ge=1)
     """Most tokens of a batch, padding included; None is 4,096 on a CPU and 16,384 on others. It is halved where memory
-    runs out."""
+    runs out, and doubled again after some batches that fit."""
     batch_size: int | None = Field(default=None, ge=1)
     """Most texts of a batch; None bounds the tokens alone."""
     sdpa_kernel: str | None = None

@@ -136,11 +136,6 @@ def _load(spec: EncoderSpec, source: EncoderSource) -> ReadEncoder:
         "quantization_config": None if spec.scheme is None else _quantization_config(spec, source, scheme, dtype),
         "device_map": {"": device},
     }
-    options = {
-        "trust_remote_code": spec.trust_remote_code,
-        "model_kwargs": {name: value for name, value in model_kwargs.items() if value is not None},
-    }
-    pooling = spec.pooling if source.modules is None else None
     with (
         without_torchao(),
         progress_bars(spec.progress),
@@ -148,13 +143,9 @@ def _load(spec: EncoderSpec, source: EncoderSource) -> ReadEncoder:
         track_memory([device] if device != "cpu" else []) as tracked,
     ):
         with model_build_lock():
-            model = make_model(spec.kind, str(source.folder), options, pooling)
+            model = _make(spec, source, model_kwargs)
             if _is_refined(scheme, source):
-                plain_kwargs = {**options["model_kwargs"], "device_map": {"": "cpu"}}
-                del plain_kwargs["quantization_config"]
-                _refine(
-                    model, make_model(spec.kind, str(source.folder), {**options, "model_kwargs": plain_kwargs}, pooling)
-                )
+                _refine(model, _make(spec, source, {**model_kwargs, "quantization_config": None}))
         keep_heads_in_float32(model)
         if spec.kind == "cross_encoder":
             keep_scores_in_float32(model)
@@ -165,6 +156,15 @@ def _load(spec: EncoderSpec, source: EncoderSource) -> ReadEncoder:
         release_memory(collect=False)
     reset_peaks([device])
     return ReadEncoder(model=model, scheme=scheme, tracked=tracked)
+
+
+def _make(spec: EncoderSpec, source: EncoderSource, model_kwargs: Mapping[str, Any]) -> Any:
+    """Make the model of sentence-transformers; arguments of transformers that are None are left out."""
+    options = {
+        "trust_remote_code": spec.trust_remote_code,
+        "model_kwargs": {name: value for name, value in model_kwargs.items() if value is not None},
+    }
+    return make_model(spec.kind, str(source.folder), options, spec.pooling if source.modules is None else None)
 
 
 def _check_memory(spec: EncoderSpec, source: EncoderSource, scheme: Scheme, device: str, dtype: Any) -> None:
