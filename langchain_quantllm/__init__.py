@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from langchain_quantllm.bench.compare import compare
     from langchain_quantllm.chat_models import ChatQuantizedHuggingFace
     from langchain_quantllm.embeddings import QuantizedHuggingFaceEmbeddings
+    from langchain_quantllm.encoders.estimate import estimate_memory
     from langchain_quantllm.llms import QuantizedHuggingFaceLLM
-    from langchain_quantllm.loading.estimate import estimate_memory
     from langchain_quantllm.memory import MemoryEstimate, MemoryReport, take_snapshot, track_memory
     from langchain_quantllm.quantization.api import QuantizedCheckpoint, quantize
     from langchain_quantllm.quantization.calibration import Calibration
@@ -36,7 +36,7 @@ _LAZY = {
     "QuantizedReranker": "langchain_quantllm.rerankers",
     "QuantizedWhisperParser": "langchain_quantllm.speech",
     "compare": "langchain_quantllm.bench.compare",
-    "estimate_memory": "langchain_quantllm.loading.estimate",
+    "estimate_memory": "langchain_quantllm.encoders.estimate",
     "merge_adapter": "langchain_quantllm.quantization.merge",
     "quantize": "langchain_quantllm.quantization.api",
     "take_snapshot": "langchain_quantllm.memory",

@@ -7,8 +7,8 @@ pooling and normalization are those of the model's own files, which sentence-tra
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Literal
 
 from langchain_core.embeddings import Embeddings
@@ -17,6 +17,7 @@ from typing_extensions import Self
 
 from langchain_quantllm.base.aside import run_aside
 from langchain_quantllm.base.encoder_fields import EncoderFields
+from langchain_quantllm.base.progress import progress_bar
 from langchain_quantllm.chat.image_files import read_images
 from langchain_quantllm.compat.sentence_transformers import modalities_of, normalizes, prompts_of, reads, vector_size
 from langchain_quantllm.encoders.arguments import translate_arguments
@@ -35,9 +36,6 @@ _PROMPT_NAMES = {"query": ("query",), "document": ("document", "passage", "corpu
 
 Source: `encode_query` and `encode_document` of sentence-transformers.
 """
-
-_BAR_DELAY_S = 5.0
-"""Seconds after which a progress bar appears, unless it is asked for."""
 
 _FEW_VECTORS = 64
 """Vectors up to this number are turned into lists on the event loop."""
@@ -119,7 +117,7 @@ class QuantizedHuggingFaceEmbeddings(EncoderFields, Embeddings):
     """Cut a text that is too long, or raise a `PromptTooLongError`."""
     max_batch_tokens: int | None = Field(default=None, ge=1)
     """Most tokens of a batch, padding included; None is 4,096 on a CPU and 16,384 on others. It is halved where memory
-    runs out."""
+    runs out, and doubled again after some batches that fit."""
     batch_size: int | None = Field(default=None, ge=1)
     """Most texts of a batch; None bounds the tokens alone."""
     sdpa_kernel: str | None = None
@@ -347,15 +345,7 @@ class QuantizedHuggingFaceEmbeddings(EncoderFields, Embeddings):
                 raise InvalidOptionError(msg)
         return list(texts)
 
-    @contextlib.contextmanager
-    def _progress(self, count: int, what: str) -> Iterator[Callable[[int], None] | None]:
+    def _progress(self, count: int, what: str) -> AbstractContextManager[Callable[[int], None] | None]:
         """Show a progress bar for documents and pictures inside the block."""
-        is_shown = self.progress if self.show_progress is None else self.show_progress
-        if what == "query" or not is_shown:
-            yield None
-            return
-        from tqdm.auto import tqdm  # type: ignore[import-untyped]
-
-        delay_s = _BAR_DELAY_S if self.show_progress is None else 0.0
-        with tqdm(total=count, desc="Embedding", unit=" " + what, delay=delay_s) as bar:
-            yield bar.update
+        show = False if what == "query" else self.show_progress
+        return progress_bar(count, title="Embedding", unit=what, show=show, default=self.progress)

@@ -1,4 +1,8 @@
-"""The memory that an encoder will take, from its small JSON files alone: no weights are read or downloaded."""
+"""`estimate_memory` for every kind of model, and the memory of an encoder.
+
+Encoders are estimated from their small JSON files alone, others by `loading.estimate`: no weights are read or
+downloaded.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +10,23 @@ import contextlib
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from langchain_quantllm.compat.transformers_auto import encoder_maker
 from langchain_quantllm.encoders.load import dtype_of, scheme_for
 from langchain_quantllm.encoders.source import MODEL_TYPES, MODULES, SETTINGS, json_list
 from langchain_quantllm.encoders.spec import EncoderSpec
-from langchain_quantllm.errors import UnsupportedError
+from langchain_quantllm.errors import CheckpointError, ModelNotFoundError, UnsupportedError
+from langchain_quantllm.loading.estimate import estimate_memory as estimate_language_model
 from langchain_quantllm.loading.hub import MissingFileError, Repository
 from langchain_quantllm.loading.json_files import json_or_empty
 from langchain_quantllm.loading.sources import folder_of
 from langchain_quantllm.memory import MemoryEstimate, estimate_config
 from langchain_quantllm.schemes import SCHEMES, Scheme, Unquantized, scheme_from
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig
 
 _CLASSIFIER = "ForSequenceClassification"
 _WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
@@ -42,6 +51,65 @@ class EncoderFiles:
     config: Mapping[str, Any]
     head_parameters: int
     most_tokens: int | None
+
+
+def estimate_memory(
+    model_id: str | PreTrainedConfig,
+    scheme: str | Mapping[str, Any] | Scheme | None = None,
+    *,
+    dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | None = None,
+    trust_remote_code: bool = False,
+    local_files_only: bool = False,
+) -> MemoryEstimate:
+    """Compute the memory that a model will take from its config, without reading any weights.
+
+    Language models, Whisper, embedding models, cross-encoders and late-interaction models.
+
+    Args:
+        model_id: Hub id, folder, or the transformers config of a language model. An AutoGPTQ folder that has only a
+            `quantize_config.json` must come as a config with `quantization_config` set.
+        scheme: Name of a scheme or a scheme. None takes the checkpoint's own `quantization_config`, or else
+            leaves the weights unquantized. `"gptq"` for an unquantized language model estimates the result of
+            quantizing it in groups of 128.
+        dtype: Dtype to load in; None or `"auto"` takes the config's; if it names none, that of the weight files, where
+            they are on this machine, else float32. What is not quantized of a float32 encoder is in bfloat16.
+        revision: Branch, tag or commit on the Hub.
+        token: Access token of the Hub.
+        cache_dir: Folder in which files of the Hub are kept.
+        trust_remote_code: Run Python code that comes with the checkpoint.
+        local_files_only: Do not ask the Hub.
+
+    Returns:
+        The bytes by kind, and the bytes that each token adds to the KV cache: none in an encoder.
+
+    Raises:
+        ModelNotFoundError: If there is no config under the id.
+        InvalidOptionError: If the scheme or the dtype is unknown, or the scheme needs calibration and the model is an
+            encoder.
+        CheckpointError: If the config is damaged, or already quantized in another scheme than the one asked for.
+        UnsupportedError: If the model is of no kind that is known here, cannot be built on the meta device, or its
+            format has no known formula.
+    """
+    asked = scheme_from(scheme)  # a wrong one is reported before the Hub is asked
+    place = {"revision": revision, "token": token, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
+    if isinstance(model_id, str) and model_id:
+        named = "auto" if dtype is None else str(dtype).removeprefix("torch.")
+        spec = EncoderSpec(model_id=model_id, local_files_only=local_files_only or None, **place)  # type: ignore[arg-type]
+        files = None
+        with contextlib.suppress(ModelNotFoundError, CheckpointError):  # the estimate of a language model raises them
+            files = find_encoder(spec)
+        if files is not None:
+            spec = dataclasses.replace(spec, dtype=named, scheme=asked if _is_plain(files) else None)
+            return estimate_encoder(spec, files, asked)
+    return estimate_language_model(model_id, asked, dtype=dtype, local_files_only=local_files_only, **place)  # type: ignore[arg-type]
+
+
+def _is_plain(files: EncoderFiles) -> bool:
+    """Say whether a checkpoint is not quantized, so that any scheme that needs no calibration can be asked for."""
+    return files.config.get("quantization_config") is None
 
 
 def find_encoder(spec: EncoderSpec) -> EncoderFiles | None:
@@ -115,7 +183,7 @@ def _estimate(spec: EncoderSpec, files: EncoderFiles, config: Any, scheme: Schem
     dtype = dtype_of(spec, files.config, scheme or Unquantized())
     found = estimate_config(
         config,
-        None if scheme is None else scheme_for(files.kind, scheme),
+        None if scheme is None else scheme_for(files.kind, scheme, files.config),
         dtype=dtype,
         name=spec.model_id,
         trust_remote_code=spec.trust_remote_code,

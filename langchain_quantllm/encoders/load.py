@@ -8,7 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from langchain_quantllm.compat.bitsandbytes import filter_cast_warnings, import_quietly, keep_odd_layers_unpacked
+from langchain_quantllm.compat.bitsandbytes import (
+    filter_cast_warnings,
+    four_bit_state,
+    import_quietly,
+    keep_odd_layers_unpacked,
+    shape_of,
+)
+from langchain_quantllm.compat.bitsandbytes_scales import refine_scales
 from langchain_quantllm.compat.library_logging import progress_bars, quiet_logger, without_torchao
 from langchain_quantllm.compat.packages import check_packages, label_of
 from langchain_quantllm.compat.sentence_transformers import check_installed, keep_heads_in_float32, make_model
@@ -24,7 +31,7 @@ from langchain_quantllm.loading.foreign_errors import as_checkpoint_error, reaso
 from langchain_quantllm.loading.stored_tensors import read_stored_tensors
 from langchain_quantllm.memory import TrackedMemory, available_memory, format_bytes, model_build_lock, track_memory
 from langchain_quantllm.memory.measure import device_name
-from langchain_quantllm.schemes import Scheme, Unquantized, scheme_of_config
+from langchain_quantllm.schemes import FP4, NF4, Int8, Scheme, Unquantized, scheme_of_config
 
 _CLASSIFIERS = (
     "classifier",
@@ -37,6 +44,18 @@ _CLASSIFIERS = (
     "classifier.out_proj",
 )
 """Ends of the names of modules of a cross-encoder that stay unquantized: they are small, and make the score."""
+
+
+_NARROW = 512
+"""Width below which an encoder in 4 bits keeps some layers in 16 bits, and gets scales of least error; docs/rag.md has
+the measurement."""
+
+_SENSITIVE = (
+    *("self.value", "attention.output.dense", "attention.dense", "value_proj"),  # BERT and its kin
+    *("attn.v", "attn.o", "v_lin", "out_lin", "v_proj", "o_proj", "out_proj", "Wqkv", "attn.Wo"),
+)
+"""Ends of the names of the layers that a narrow encoder keeps: values and outputs of attention, whose rounding moves a
+vector the most for each byte."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,12 +133,8 @@ def _load(spec: EncoderSpec, source: EncoderSource) -> ReadEncoder:
         "dtype": dtype,
         "use_safetensors": spec.use_safetensors or None,
         "attn_implementation": spec.attn_implementation,
-        "quantization_config": _quantization_config(spec, scheme, dtype) if spec.scheme is not None else None,
+        "quantization_config": None if spec.scheme is None else _quantization_config(spec, source, scheme, dtype),
         "device_map": {"": device},
-    }
-    options = {
-        "trust_remote_code": spec.trust_remote_code,
-        "model_kwargs": {name: value for name, value in model_kwargs.items() if value is not None},
     }
     with (
         without_torchao(),
@@ -128,7 +143,9 @@ def _load(spec: EncoderSpec, source: EncoderSource) -> ReadEncoder:
         track_memory([device] if device != "cpu" else []) as tracked,
     ):
         with model_build_lock():
-            model = make_model(spec.kind, str(source.folder), options, spec.pooling if source.modules is None else None)
+            model = _make(spec, source, model_kwargs)
+            if _is_refined(scheme, source):
+                _refine(model, _make(spec, source, {**model_kwargs, "quantization_config": None}))
         keep_heads_in_float32(model)
         if spec.kind == "cross_encoder":
             keep_scores_in_float32(model)
@@ -139,6 +156,15 @@ def _load(spec: EncoderSpec, source: EncoderSource) -> ReadEncoder:
         release_memory(collect=False)
     reset_peaks([device])
     return ReadEncoder(model=model, scheme=scheme, tracked=tracked)
+
+
+def _make(spec: EncoderSpec, source: EncoderSource, model_kwargs: Mapping[str, Any]) -> Any:
+    """Make the model of sentence-transformers; arguments of transformers that are None are left out."""
+    options = {
+        "trust_remote_code": spec.trust_remote_code,
+        "model_kwargs": {name: value for name, value in model_kwargs.items() if value is not None},
+    }
+    return make_model(spec.kind, str(source.folder), options, spec.pooling if source.modules is None else None)
 
 
 def _check_memory(spec: EncoderSpec, source: EncoderSource, scheme: Scheme, device: str, dtype: Any) -> None:
@@ -199,19 +225,58 @@ def dtype_of(spec: EncoderSpec, config: Mapping[str, Any], scheme: Scheme) -> st
     return "float16" if stored == "float16" else "bfloat16"
 
 
-def scheme_for(kind: str, scheme: Scheme) -> Scheme:
-    """Return a scheme that leaves the classifier of a cross-encoder unquantized; others as they are."""
-    if kind != "cross_encoder" or isinstance(scheme, Unquantized) or not hasattr(scheme, "skip_modules"):
+def scheme_for(kind: str, scheme: Scheme, config: Mapping[str, Any]) -> Scheme:
+    """Return a scheme with the layers of an encoder that stay unquantized.
+
+    They are the classifier of a cross-encoder, and with 4 bits the sensitive layers of a narrow encoder. A list of the
+    caller's own, `skip_modules`, stands in place of the latter.
+
+    Args:
+        kind: One of `spec.KINDS`.
+        scheme: The scheme that is asked for.
+        config: The config.json of the transformer.
+    """
+    if not isinstance(scheme, Int8 | NF4 | FP4):
         return scheme
-    skipped = tuple(dict.fromkeys((*scheme.skip_modules, *_CLASSIFIERS)))
-    return dataclasses.replace(scheme, skip_modules=skipped)  # type: ignore[call-arg]
+    kept = scheme.skip_modules
+    if not kept and _is_narrow(scheme, config):
+        kept = _SENSITIVE
+    if kind == "cross_encoder":
+        kept = (*kept, *_CLASSIFIERS)
+    return dataclasses.replace(scheme, skip_modules=tuple(dict.fromkeys(kept)))
 
 
-def _quantization_config(spec: EncoderSpec, scheme: Scheme, dtype: Any) -> Any:
+def _is_narrow(scheme: Scheme, config: Mapping[str, Any]) -> bool:
+    """Say whether an encoder is narrow, and is to have weights of 4 bits."""
+    widths = (config.get(name) for name in ("hidden_size", "d_model", "dim"))
+    width = next((size for size in widths if type(size) is int), _NARROW)
+    return isinstance(scheme, NF4 | FP4) and width < _NARROW
+
+
+def _is_refined(scheme: Scheme, source: EncoderSource) -> bool:
+    """Say whether an encoder gets scales of least error."""
+    return _is_narrow(scheme, source.config) and not isinstance(source.config.get("quantization_config"), dict)
+
+
+def _refine(model: Any, plain: Any) -> None:
+    """Quantize the 4-bit layers of a model anew, with scales of least error.
+
+    Args:
+        model: The quantized model.
+        plain: The same before it was quantized.
+    """
+    for name, module in model.named_modules():
+        if four_bit_state(getattr(module, "weight", None)) is None:
+            continue
+        weight = plain.get_submodule(name).weight
+        refine_scales(module.weight, weight if weight.shape == shape_of(module) else weight.T)  # Conv1D is transposed
+
+
+def _quantization_config(spec: EncoderSpec, source: EncoderSource, scheme: Scheme, dtype: Any) -> Any:
     """Return transformers' config of a scheme, for a checkpoint that is not quantized."""
     if isinstance(scheme, Unquantized):
         return None
-    config = scheme_for(spec.kind, scheme).transformers_config(str(dtype).removeprefix("torch."))
+    config = scheme_for(spec.kind, scheme, source.config).transformers_config(str(dtype).removeprefix("torch."))
     if config is None:
         msg = f"quantization={scheme.name!r} cannot be applied while an encoder loads; use 'int8', 'nf4' or 'fp4'."
         raise UnsupportedError(msg)

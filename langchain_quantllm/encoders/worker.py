@@ -36,6 +36,11 @@ _WINDOW = 512
 _SHORT_TOKENS = 32
 """Items up to this length join any batch."""
 
+_GROWS_AFTER = 8
+"""Batches of the largest size that fit, after which a size that was halved for lack of memory is doubled."""
+
+_MOST_WAIT = 512
+"""Such batches after which it is doubled at the latest, where doubling it has failed."""
 
 _workers: weakref.WeakSet[EncoderWorker] = weakref.WeakSet()
 
@@ -209,7 +214,7 @@ class EncoderWorker:
         self._threads: list[threading.Thread] = []
         self._closed = False
         self._short_turn = True
-        self._fitting_tokens: int | None = None
+        self._size = _BatchSize()
         self.batches = 0
         """Number of batches that were run."""
         _workers.add(self)
@@ -318,7 +323,7 @@ class EncoderWorker:
         self._short_turn = not self._short_turn
         if not self._measure(encoder, leader):
             return []
-        most_tokens = min(leader.most_tokens, self._fitting_tokens or leader.most_tokens)
+        most_tokens = self._size.within(leader.most_tokens)
         longest = max(1, leader.next_length)
         rows: list[tuple[Work, tuple[int, Any, int]]] = []
         most_rows = leader.most_items or most_tokens
@@ -359,9 +364,12 @@ class EncoderWorker:
         operation = rows[0][0].operation
         tokens = max(row[2] for _, row in rows)
         self.batches += 1
+        has_shrunk = False
 
         def shrunk(count: int) -> None:
-            self._fitting_tokens = max(1, tokens * count // 2)
+            nonlocal has_shrunk
+            has_shrunk = True
+            self._size.shrink(tokens * count)
 
         try:
             results = run_halving(
@@ -373,6 +381,8 @@ class EncoderWorker:
         except BaseException as error:
             self._give_up(error, rows)
             return
+        if not has_shrunk:
+            self._size.count(tokens * len(rows))
         for work in dict.fromkeys(work for work, _ in rows):
             work.finish([(row[0], result) for (owner, row), result in zip(rows, results, strict=True) if owner is work])
 
@@ -388,6 +398,45 @@ class EncoderWorker:
                 work.give_back([row for owner, row in rows if owner is work])
         with self._changed:
             self._changed.notify_all()
+
+
+class _BatchSize:
+    """The most tokens of a batch after memory ran out: halved then, doubled again after batches that fit."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._most_tokens: int | None = None
+        self._wait = _GROWS_AFTER
+        self._fitted = 0
+        self._is_tried = False
+
+    def within(self, most_tokens: int) -> int:
+        """Return the most tokens of a batch that may have `most_tokens`."""
+        with self._lock:
+            if self._most_tokens is not None and self._fitted >= self._wait:
+                if self._is_tried:  # the size before this one was doubled, and fits
+                    self._wait = _GROWS_AFTER
+                self._fitted, self._most_tokens, self._is_tried = 0, 2 * self._most_tokens, True
+            if self._most_tokens is None or self._most_tokens >= most_tokens:
+                return most_tokens
+            return self._most_tokens
+
+    def shrink(self, tokens: int) -> None:
+        """Halve the size of a batch of so many tokens that did not fit; after a doubling, wait twice as long for one.
+
+        A batch is halved again and again until its parts fit: all of it is one failure of the doubled size.
+        """
+        with self._lock:
+            if self._is_tried:
+                self._wait = min(2 * self._wait, _MOST_WAIT)
+            self._is_tried, self._fitted = False, 0
+            self._most_tokens = max(1, tokens // 2)
+
+    def count(self, tokens: int) -> None:
+        """Count a batch of so many tokens that fitted; small ones say nothing about larger ones."""
+        with self._lock:
+            if self._most_tokens is not None and 2 * tokens > self._most_tokens:
+                self._fitted += 1
 
 
 def _described(error: BaseException) -> BaseException:

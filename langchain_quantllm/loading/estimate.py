@@ -1,4 +1,4 @@
-"""`estimate_memory`: finds a model's config, and computes the memory that the model will take."""
+"""The memory of language models and Whisper: finds a model's config, and computes what the model will take."""
 
 from __future__ import annotations
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Literal
 
 from langchain_core.callbacks import Callbacks
@@ -13,6 +14,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from langchain_quantllm.base.encoder_fields import EncoderFields
+from langchain_quantllm.base.progress import progress_bar
 from langchain_quantllm.errors import InvalidOptionError
 from langchain_quantllm.rerankers.ranking import PairScores, check_query, ranked, texts_of
 
@@ -31,6 +33,8 @@ class ScoringCompressor(EncoderFields, BaseDocumentCompressor):
     max_batch_tokens: int | None = Field(default=None, ge=1)
     """Most tokens of a batch, padding included; None leaves it to the model. A batch that does not fit into the memory
     is halved."""
+    show_progress: bool | None = None
+    """Show a progress bar for documents: always, never, or (None) with `progress=True` after five seconds."""
 
     @model_validator(mode="after")
     def _check_min_score(self) -> Self:
@@ -38,6 +42,10 @@ class ScoringCompressor(EncoderFields, BaseDocumentCompressor):
             msg = f"min_score={self.min_score} is not allowed; it must be a number, or None for no bound."
             raise InvalidOptionError(msg)
         return self
+
+    def _progress(self, count: int) -> AbstractContextManager[Callable[[int], None] | None]:
+        """Show a progress bar for documents inside the block."""
+        return progress_bar(count, title="Reranking", unit="document", show=self.show_progress, default=self.progress)
 
     @abstractmethod
     def score(self, query: str, texts: Sequence[str | Document]) -> PairScores:

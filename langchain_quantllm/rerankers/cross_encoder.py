@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Literal
 
 from langchain_core.cross_encoders import BaseCrossEncoder
 from pydantic import Field
 
+from langchain_quantllm.base.aside import run_aside
 from langchain_quantllm.base.encoder_fields import EncoderFields
 from langchain_quantllm.base.encoder_work import work_aside
+from langchain_quantllm.base.progress import progress_bar
 from langchain_quantllm.compat.sentence_transformers_scores import is_probability, label_count
 from langchain_quantllm.encoders.registry import LoadedEncoder
 from langchain_quantllm.encoders.scoring import ScorePairs
 from langchain_quantllm.encoders.source import find_source
 from langchain_quantllm.encoders.worker import Work
 from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
-from langchain_quantllm.rerankers.ranking import PairScores, check_query
+from langchain_quantllm.rerankers.ranking import PairScores, ScoreSettings, check_query
 
 
 class QuantizedCrossEncoder(EncoderFields, BaseCrossEncoder):
@@ -50,6 +53,9 @@ class QuantizedCrossEncoder(EncoderFields, BaseCrossEncoder):
     """Most tokens of a batch, padding included; None is 16,384 on an accelerator and 4,096 on the CPU. A batch that
     does not fit into the memory is halved."""
 
+    show_progress: bool | None = None
+    """Show a progress bar for pairs: always, never, or (None) with `progress=True` after five seconds."""
+
     _kind: ClassVar[str] = "cross_encoder"
 
     def score(self, text_pairs: list[tuple[str, str]]) -> list[float]:
@@ -66,20 +72,33 @@ class QuantizedCrossEncoder(EncoderFields, BaseCrossEncoder):
             PromptTooLongError: If a query leaves no room for a document, or a document is too long and not to be cut.
             EncodingError: If a score is no number.
         """
-        return self._submit(text_pairs).result()
+        checked, encoder = _checked(text_pairs), self._loaded()
+        with self._progress(len(checked)) as progress:
+            return self._submit(encoder, checked, progress=progress).result()
 
     async def ascore(self, text_pairs: list[tuple[str, str]]) -> list[float]:
         """Score pairs of texts without blocking the event loop; see `score`. Concurrent calls meet in batches."""
-        return await work_aside(self._submit, text_pairs)
+        checked, encoder = _checked(text_pairs), await run_aside(self._loaded)
+        with self._progress(len(checked)) as progress:
+            return await work_aside(self._submit, encoder, checked, None, progress)
 
-    def _submit(self, pairs: Sequence[tuple[str, str]], operation: ScorePairs | None = None) -> Work:
+    def _progress(self, count: int) -> AbstractContextManager[Callable[[int], None] | None]:
+        """Show a progress bar for pairs inside the block."""
+        return progress_bar(count, title="Scoring", unit="pair", show=self.show_progress, default=self.progress)
+
+    def _submit(
+        self,
+        encoder: LoadedEncoder,
+        pairs: Sequence[tuple[str, str]],
+        operation: ScorePairs | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Work:
         """Queue a call."""
-        checked = _checked(pairs)
         if operation is None:
             cuts = self.on_too_long == "truncate"
             operation = ScorePairs(prompt=self.prompt, max_length=self.max_length, cuts=cuts)
-        sizes = [len(query) + len(document) for query, document in checked]
-        return self._loaded().submit(operation, checked, sizes=sizes, most_tokens=self.max_batch_tokens)
+        sizes = [len(query) + len(document) for query, document in pairs]
+        return encoder.submit(operation, pairs, sizes=sizes, most_tokens=self.max_batch_tokens, progress=progress)
 
     def _loaded(self) -> LoadedEncoder:
         """Return the model, loaded if it is not.
@@ -123,28 +142,25 @@ class ClassifierScorer:
         """Whether scores lie between 0 and 1; loads the model if it is not loaded."""
         return is_probability(self.model._loaded().model)
 
-    def score(
-        self, query: str, texts: Sequence[str], *, instruction: str | None, max_length: int | None, cuts: bool
-    ) -> PairScores:
+    def score(self, query: str, texts: Sequence[str], settings: ScoreSettings) -> PairScores:
         """Score texts by a query; see `QuantizedCrossEncoder.score`."""
-        return PairScores(self._submit(query, texts, instruction, max_length, cuts).result(), {})
+        return PairScores(self._submit(query, texts, settings).result(), {})
 
-    async def ascore(
-        self, query: str, texts: Sequence[str], *, instruction: str | None, max_length: int | None, cuts: bool
-    ) -> PairScores:
+    async def ascore(self, query: str, texts: Sequence[str], settings: ScoreSettings) -> PairScores:
         """Score texts by a query without blocking the event loop."""
-        return PairScores(await work_aside(self._submit, query, texts, instruction, max_length, cuts), {})
+        return PairScores(await work_aside(self._submit, query, texts, settings), {})
 
-    def _submit(
-        self, query: str, texts: Sequence[str], instruction: str | None, max_length: int | None, cuts: bool
-    ) -> Work:
+    def _submit(self, query: str, texts: Sequence[str], settings: ScoreSettings) -> Work:
         operation = ScorePairs(
-            prompt=instruction or self.model.prompt, max_length=max_length or self.model.max_length, cuts=cuts
+            prompt=settings.instruction or self.model.prompt,
+            max_length=settings.max_length or self.model.max_length,
+            cuts=settings.cuts,
         )
         model = self.model
         if self._max_batch_tokens is not None and self._max_batch_tokens != model.max_batch_tokens:
             model = model.model_copy(update={"max_batch_tokens": self._max_batch_tokens})
-        return model._submit([(query, text) for text in texts], operation)
+        pairs = [(query, text) for text in texts]
+        return model._submit(model._loaded(), pairs, operation, settings.progress)
 
 
 def _checked(pairs: Sequence[Any]) -> list[tuple[str, str]]:

@@ -20,9 +20,10 @@ from langchain_quantllm.base.next_token import (
     summed_usage,
 )
 from langchain_quantllm.engine.result import Answers
+from langchain_quantllm.engine.stream import Chunk
 from langchain_quantllm.errors import GenerationError, PromptTooLongError
 from langchain_quantllm.loading.inputs import require_pipeline, token_ids
-from langchain_quantllm.rerankers.ranking import PairScores
+from langchain_quantllm.rerankers.ranking import PairScores, ScoreSettings
 from langchain_quantllm.rerankers.yes_no import YesNoFormat
 
 
@@ -57,63 +58,61 @@ class DecoderScorer:
         found: YesNoFormat = model.remember(("yes or no",), make)
         return found
 
-    def score(
-        self, query: str, texts: Sequence[str], *, instruction: str | None, max_length: int | None, cuts: bool
-    ) -> PairScores:
+    def score(self, query: str, texts: Sequence[str], settings: ScoreSettings) -> PairScores:
         """Score texts by a query.
 
         Args:
             query: The query.
             texts: The documents' texts; at least one.
-            instruction: What makes a document relevant; None is the model card's.
-            max_length: Most tokens of a prompt; None is what the model takes.
-            cuts: Whether the ends of documents that are too long are cut; if not, they are an error.
+            settings: How; the instruction is the model card's where there is none.
 
         Raises:
             PromptTooLongError: If a document is too long and not to be cut, or the query leaves no room for any.
             GenerationError: If the model's scores are no numbers.
         """
         with langchain_errors():
-            plan = self._plan(query, texts, instruction, max_length, cuts)
+            plan = self._plan(query, texts, settings)
             answers = Answers(plan.requests)
             with plan.submit(in_pieces=False) as stream:
                 for chunk in stream:
-                    answers.add(chunk)
+                    _add(answers, chunk, settings)
             return _read(answers)
 
-    async def ascore(
-        self, query: str, texts: Sequence[str], *, instruction: str | None, max_length: int | None, cuts: bool
-    ) -> PairScores:
+    async def ascore(self, query: str, texts: Sequence[str], settings: ScoreSettings) -> PairScores:
         """Score texts by a query without blocking the event loop; see `score`. A cancelled task cancels its pairs."""
         with langchain_errors():
-            plan, stream = await submit_aside(self._plan, query, texts, instruction, max_length, cuts, in_pieces=False)
+            plan, stream = await submit_aside(self._plan, query, texts, settings, in_pieces=False)
             answers = Answers(plan.requests)
             with stream:
                 async for chunk in stream:
-                    answers.add(chunk)
+                    _add(answers, chunk, settings)
             return _read(answers)
 
-    def _plan(
-        self, query: str, texts: Sequence[str], instruction: str | None, max_length: int | None, cuts: bool
-    ) -> PreparedCall:
+    def _plan(self, query: str, texts: Sequence[str], settings: ScoreSettings) -> PreparedCall:
         form = self.format()
         limits = self.model._engine(next_token_options(self.model)).limits
-        bounds = [n for n in (max_length, most_prompt_tokens(limits)) if n is not None]
+        bounds = [n for n in (settings.max_length, most_prompt_tokens(limits)) if n is not None]
         most_tokens = min(bounds, default=None)
         encode = partial(token_ids, self.model._loaded(), add_special_tokens=form.adds_begin)
-        prompts = form.for_query(query, instruction, encode)
+        prompts = form.for_query(query, settings.instruction, encode)
         ids = []
         for i, text in enumerate(texts):
             prompt = prompts.prompt(text, most_tokens)
-            if prompt.is_cut and not cuts:
+            if prompt.is_cut and not settings.cuts:
+                bound = "max_length" if most_tokens == settings.max_length else "the model"
                 msg = (
-                    f"documents[{i}] makes a prompt of more than {most_tokens} tokens, the most of "
-                    f"{'max_length' if most_tokens == max_length else 'the model'}; split it, or cut its end with "
-                    "on_too_long='truncate'."
+                    f"documents[{i}] makes a prompt of more than {most_tokens} tokens, the most of {bound}; split it, "
+                    "or cut its end with on_too_long='truncate'."
                 )
                 raise PromptTooLongError(msg)
             ids.append(prompt.ids)
         return plan_next_tokens(self.model, ids, form.answer_ids)
+
+
+def _add(answers: Answers, chunk: Chunk, settings: ScoreSettings) -> None:
+    answers.add(chunk)
+    if chunk.finish_reason is not None and settings.progress is not None:
+        settings.progress(1)
 
 
 def _read(answers: Answers) -> PairScores:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from langchain_core.documents import Document
@@ -56,7 +56,8 @@ class LateInteractionReranker(ScoringCompressor):
         if not given:
             return PairScores([], {})
         (vectors,) = self._submit_query(query).result()
-        return PairScores(self._submit_documents(vectors, given).result(), {})
+        with self._progress(len(given)) as progress:
+            return PairScores(self._submit_documents(vectors, given, progress).result(), {})
 
     async def ascore(self, query: str, texts: Sequence[str | Document]) -> PairScores:
         """Score texts or documents by a query without blocking the event loop; see `score`."""
@@ -64,13 +65,16 @@ class LateInteractionReranker(ScoringCompressor):
         if not given:
             return PairScores([], {})
         (vectors,) = await work_aside(self._submit_query, query)
-        return PairScores(await work_aside(self._submit_documents, vectors, given), {})
+        with self._progress(len(given)) as progress:
+            return PairScores(await work_aside(self._submit_documents, vectors, given, progress), {})
 
     def _submit_query(self, query: str) -> Work:
         return self._loaded().submit(EmbedQueries(), [query], sizes=[len(query)], most_tokens=self.max_batch_tokens)
 
-    def _submit_documents(self, vectors: Any, texts: Sequence[str]) -> Work:
+    def _submit_documents(self, vectors: Any, texts: Sequence[str], progress: Callable[[int], None] | None) -> Work:
         operation = ScoreDocuments(max_length=self.max_length, cuts=self.on_too_long == "truncate")
         items = [(vectors, text) for text in texts]
         sizes = [len(text) for text in texts]
-        return self._loaded().submit(operation, items, sizes=sizes, most_tokens=self.max_batch_tokens)
+        return self._loaded().submit(
+            operation, items, sizes=sizes, most_tokens=self.max_batch_tokens, progress=progress
+        )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from langchain_core.documents import Document
@@ -23,6 +24,23 @@ class PairScores(NamedTuple):
 
     scores: list[float]
     usage_metadata: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreSettings:
+    """How the documents of a query are scored.
+
+    Args:
+        instruction: What makes a document relevant; None is the model's own.
+        max_length: Most tokens of what the model reads at once; None is what it takes.
+        cuts: Whether the ends of documents that are too long are cut; if not, they are an error.
+        progress: Is told the number of further documents that are scored.
+    """
+
+    instruction: str | None = None
+    max_length: int | None = None
+    cuts: bool = True
+    progress: Callable[[int], None] | None = None
 
 
 def check_query(query: object) -> str:

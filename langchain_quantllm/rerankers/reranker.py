@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 from langchain_core.documents import Document
@@ -20,7 +20,7 @@ from langchain_quantllm.rerankers.compressor import ScoringCompressor
 from langchain_quantllm.rerankers.cross_encoder import ClassifierScorer, QuantizedCrossEncoder
 from langchain_quantllm.rerankers.decoder import DecoderScorer
 from langchain_quantllm.rerankers.kind import is_decoder
-from langchain_quantllm.rerankers.ranking import PairScores
+from langchain_quantllm.rerankers.ranking import PairScores, ScoreSettings
 
 _SHARED_FIELDS = (*LOADING_FIELDS, "progress")
 
@@ -122,7 +122,9 @@ class QuantizedReranker(ScoringCompressor):
         query, given = self._inputs(query, texts)
         if not given:
             return PairScores([], {})
-        return self._ready().score(query, given, **self._settings())
+        scorer = self._ready()
+        with self._progress(len(given)) as progress:
+            return scorer.score(query, given, self._settings(progress))
 
     async def ascore(self, query: str, texts: Sequence[str | Document]) -> PairScores:
         """Score texts or documents by a query without blocking the event loop; see `score`."""
@@ -130,14 +132,16 @@ class QuantizedReranker(ScoringCompressor):
         if not given:
             return PairScores([], {})
         scorer = await run_aside(self._ready)
-        return await scorer.ascore(query, given, **self._settings())
+        with self._progress(len(given)) as progress:
+            return await scorer.ascore(query, given, self._settings(progress))
 
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "instruction": self.instruction,
-            "max_length": self.max_length,
-            "cuts": self.on_too_long == "truncate",
-        }
+    def _settings(self, progress: Callable[[int], None] | None) -> ScoreSettings:
+        return ScoreSettings(
+            instruction=self.instruction,
+            max_length=self.max_length,
+            cuts=self.on_too_long == "truncate",
+            progress=progress,
+        )
 
     def _ready(self) -> DecoderScorer | ClassifierScorer:
         """Return the scorer, whose model is loaded and can give the scores that are asked for."""

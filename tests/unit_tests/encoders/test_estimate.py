@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 
+import langchain_quantllm
 from langchain_quantllm.encoders.estimate import estimate_encoder, find_encoder
 from langchain_quantllm.encoders.registry import get_or_load
 from langchain_quantllm.encoders.spec import EncoderSpec
-from langchain_quantllm.errors import CheckpointError, UnsupportedError
+from langchain_quantllm.errors import CheckpointError, InvalidOptionError, ModelNotFoundError, UnsupportedError
 from langchain_quantllm.memory import MemoryEstimate, WeightBytes
 from langchain_quantllm.schemes import SCHEMES
 from tests.support.encoder_models import edit_json, minilm, plain_bert, tiny_clip, tiny_embedder, tiny_qwen3_embedder
 from tests.support.rerankers import save_cross_encoder, save_late_interaction
+from tests.support.speech_models import whisper_model
 
 
 def estimated(folder: Path, scheme: str | None = None) -> MemoryEstimate:
@@ -55,6 +57,42 @@ def test_other_kinds_as_loaded(kind: str, scheme: str, tmp_path: Path) -> None:
     }[kind]()
     weights, _ = loaded(folder, kind if "_" in kind else "embedding", scheme)
     assert estimated(folder, scheme).total_bytes == weights.total_bytes
+
+
+@pytest.mark.parametrize("scheme", [None, "int8", "nf4"])
+@pytest.mark.parametrize("kind", ["embedding", "plain", "qwen3", "cross_encoder", "late_interaction"])
+def test_the_public_function_knows_every_kind_as_the_command_does(
+    kind: str, scheme: str | None, tmp_path: Path
+) -> None:
+    folder = {
+        "embedding": lambda: tiny_embedder(tmp_path / "m", hidden=64, dense=48),
+        "plain": lambda: plain_bert(tmp_path / "m", hidden=64),
+        "qwen3": lambda: tiny_qwen3_embedder(tmp_path / "m"),
+        "cross_encoder": lambda: save_cross_encoder(tmp_path / "m"),
+        "late_interaction": lambda: save_late_interaction(tmp_path / "m", tmp_path / "scratch"),
+    }[kind]()
+    found = langchain_quantllm.estimate_memory(str(folder), scheme)
+    assert found == estimated(folder, scheme)
+    assert found.kv_cache_bytes_per_token == 0
+
+
+def test_the_public_function_takes_the_dtype_of_an_encoder_and_refuses_calibrated_schemes() -> None:
+    in_16_bits = langchain_quantllm.estimate_memory(str(minilm()), "none", dtype="bfloat16")
+    in_32_bits = langchain_quantllm.estimate_memory(str(minilm()))
+    assert 2 * in_16_bits.weights.unquantized_bytes == in_32_bits.weights.unquantized_bytes
+    assert in_16_bits.dtype == "bfloat16"
+    with pytest.raises(InvalidOptionError, match="'int8', 'nf4'"):
+        langchain_quantllm.estimate_memory(str(minilm()), "gptq")
+    with pytest.raises(InvalidOptionError, match="dtype"):
+        langchain_quantllm.estimate_memory(str(minilm()), dtype="int3")
+
+
+def test_the_public_function_estimates_language_models_and_whisper(smollm2: Path, tmp_path: Path) -> None:
+    found = langchain_quantllm.estimate_memory(str(smollm2), "nf4")
+    assert found.kv_cache_bytes_per_token
+    assert langchain_quantllm.estimate_memory(str(whisper_model()), "int8").total_bytes > 0
+    with pytest.raises(ModelNotFoundError):
+        langchain_quantllm.estimate_memory(str(tmp_path))
 
 
 def test_no_weights_are_read(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
+from benchmarks.rag_corpus import passages
 from langchain_quantllm.encoders.embedding import Embed
 from langchain_quantllm.encoders.registry import LoadedEncoder, get_or_load
 from langchain_quantllm.encoders.spec import EncoderSpec
@@ -26,7 +27,7 @@ from langchain_quantllm.errors import (
     NotEnoughMemoryError,
     UnsupportedError,
 )
-from langchain_quantllm.schemes import scheme_from
+from langchain_quantllm.schemes import NF4, scheme_from
 from tests.support.encoder_models import minilm, mpnet, plain_bert, tiny_embedder, tiny_qwen3_embedder
 
 TEXTS = [
@@ -64,9 +65,9 @@ def reference() -> np.ndarray:
         ("none", "bfloat16", 0.9995, 45.5),
         ("none", "float16", 0.9999, 45.5),
         ("int8", "auto", 0.99, 35.0),
-        ("nf4", "auto", 0.95, 30.1),
-        ("nf4-double", "auto", 0.95, 29.6),
-        ("fp4", "auto", 0.90, 30.1),
+        ("nf4", "auto", 0.96, 32.6),
+        ("nf4-double", "auto", 0.96, 32.2),
+        ("fp4", "auto", 0.90, 32.6),
     ],
 )
 def test_minilm_keeps_its_vectors_and_takes_less_memory(
@@ -81,6 +82,32 @@ def test_minilm_keeps_its_vectors_and_takes_less_memory(
     assert report.weights.total_bytes / 1e6 <= most_mb
     assert report.bytes_16bit is not None
     assert abs(report.bytes_16bit / 1e6 - 45.4) < 0.1
+
+
+@pytest.mark.slow
+def test_minilm_in_nf4_keeps_the_vectors_of_a_book() -> None:
+    book = [passage.text for passage in passages() if passage.source == "alice.txt"][::6]
+    exact = vectors_of(load(minilm(), dtype="float32"), book)
+    assert len(exact) > 30
+    for scheme in ("nf4", "nf4-double"):
+        assert (vectors_of(load(minilm(), scheme), book) * exact).sum(axis=1).min() >= 0.95
+
+
+def test_a_narrow_encoder_in_4_bits_keeps_values_and_outputs_of_attention_unless_told_otherwise(
+    tmp_path: Path,
+) -> None:
+    def kept(hidden: int, scheme: Any) -> set[str]:
+        folder = tiny_embedder(tmp_path / f"width-{hidden}", hidden=hidden)
+        encoder = load(folder, scheme)
+        plain = [name for name, module in encoder.model.named_modules() if type(module) is torch.nn.Linear]
+        return {name.partition("layer.0.")[2] for name in plain if "layer.0." in name}
+
+    sensitive = {"attention.self.value", "attention.output.dense"}
+    assert kept(64, "nf4") == kept(64, "fp4") == sensitive
+    assert kept(64, "int8") == set()
+    assert kept(512, "nf4") == set()
+    assert kept(64, NF4(skip_modules=("pooler",))) == set()
+    assert kept(64, NF4(skip_modules=("self.key",))) == {"attention.self.key"}
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import threading
 import time
 import weakref
@@ -152,6 +153,26 @@ def test_batches_are_halved_when_memory_runs_out_and_stay_small(encoder: LoadedE
     assert max(len(batch) - 1 for batch in _seen) <= 4
     with pytest.raises(NotEnoughMemoryError):
         submit(encoder, Double(most_items=0), [1]).result()
+
+
+def test_batches_grow_again_up_to_the_callers_size_when_memory_is_free(encoder: LoadedEncoder) -> None:
+    assert submit(encoder, Double(most_items=4), [6] * 32, most_tokens=32 * 6).result() == [12] * 32
+    _seen.clear()
+    assert submit(encoder, Double(), [6] * 2000, most_tokens=32 * 6).result() == [12] * 2000
+    sizes = [len(batch) - 1 for batch in _seen]
+    assert sizes[0] <= 4
+    assert sorted(sizes[:-1]) == sizes[:-1]
+    assert max(sizes) == 32
+
+
+def test_doubling_that_fails_is_tried_less_and_less(encoder: LoadedEncoder) -> None:
+    operation = Double(most_items=4)
+    assert submit(encoder, operation, [6] * 4000, most_tokens=32 * 6).result() == [12] * 4000
+    sizes = [len(batch) - 1 for batch in _seen]
+    failures = [place for place, size in enumerate(sizes) if size > 4 and place > 10]
+    assert 2 <= len(failures) <= 10
+    waits = [after - before for before, after in itertools.pairwise(failures)]
+    assert sorted(waits) == waits
 
 
 def test_most_items_bounds_a_batch(encoder: LoadedEncoder) -> None:

@@ -74,6 +74,36 @@ def reranker(request: pytest.FixtureRequest, classifier: Path, late: Path) -> Qu
     return QuantizedReranker(model_id=str(classifier), device="cpu", progress=False, top_n=None)
 
 
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_progress_bar_counts_documents_where_it_is_asked_for(
+    reranker: Any, is_async: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def rank(model: Any) -> Any:
+        given = [Document(text) for text in DOCUMENTS]
+        return (
+            asyncio.run(model.acompress_documents(given, QUERY)) if is_async else model.compress_documents(given, QUERY)
+        )
+
+    quiet = reranker.model_copy(update={"progress": True}).load()
+    capfd.readouterr()
+    expected = rank(quiet)  # ends before a bar would appear by itself
+    assert capfd.readouterr().err == ""
+    assert rank(quiet.model_copy(update={"show_progress": True})) == expected
+    assert f"{len(DOCUMENTS)}/{len(DOCUMENTS)}" in capfd.readouterr().err
+    rank(quiet.model_copy(update={"show_progress": False}))
+    assert capfd.readouterr().err == ""
+
+
+def test_a_cross_encoder_shows_the_progress_of_pairs(
+    encoder: QuantizedCrossEncoder, capfd: pytest.CaptureFixture[str]
+) -> None:
+    expected = encoder.score(PAIRS)
+    capfd.readouterr()
+    shown = encoder.model_copy(update={"show_progress": True})
+    assert shown.score(PAIRS) == expected
+    assert f"{len(PAIRS)}/{len(PAIRS)}" in capfd.readouterr().err
+
+
 def transformer_of(reranker: Any) -> Any:
     """Return the module of a loaded reranker that runs its transformer."""
     reranker.load()
