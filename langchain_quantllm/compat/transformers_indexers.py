@@ -78,10 +78,10 @@ def ignored_index_mask(config: Any) -> torch.Tensor | None:
 
 
 def limited_forward(module: Any, most: int) -> Callable[..., torch.Tensor]:
-    """Return an indexer's own forward that chooses fewer tokens: at most so many."""
+    """Return an indexer's own forward that chooses at most so many tokens."""
     limited = copy.copy(module)  # its layers are the same
     vars(limited).pop("forward", None)
-    limited.index_topk = min(most, module.index_topk)
+    limited.index_topk = most
     return limited.forward  # type: ignore[no-any-return]
 
 

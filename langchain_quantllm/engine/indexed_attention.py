@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 
-from langchain_quantllm.compat.transformers_indexers import IndexCache, arguments_for, indexers, limited_forward
+from langchain_quantllm.compat.transformers_indexers import IndexCache, arguments_for, indexers
 from langchain_quantllm.engine.adapter_choice import AdapterChoice
 from langchain_quantllm.engine.attention import Batch, LayerPool, PagedForward, Span
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.engine.forward_context import ForwardContext
 from langchain_quantllm.engine.forward_patch import ForwardPatch
 from langchain_quantllm.engine.gather_attention import cut_widths
+from langchain_quantllm.engine.index_trial import IndexTrial
 from langchain_quantllm.errors import UnsupportedError
 
 _SCORES = 2**25
@@ -86,7 +87,7 @@ class IndexedLayers:
         """Patch the indexers until `close`."""
         self._model = model
         self._patches: list[ForwardPatch] = []
-        self._limit: int | None = None
+        self._trial: IndexTrial | None = None
         self.most_chosen: list[int] = []
         self.build()
 
@@ -112,16 +113,16 @@ class IndexedLayers:
         return note
 
     @contextlib.contextmanager
-    def limited(self, most: int) -> Iterator[None]:
-        """Let indexers choose at most so many tokens in this engine's forwards, the model's own included, for a check.
+    def trial(self, most: int | None) -> Iterator[IndexTrial]:
+        """Run a trial in this engine's forwards: indexers choose at most so many tokens, so that a short text shows it.
 
-        So a check of a short text shows which tokens are chosen.
+        None lets them choose as many as always.
         """
-        self._limit = most
+        self._trial = IndexTrial(most)
         try:
-            yield
+            yield self._trial
         finally:
-            self._limit = None
+            self._trial = None
 
     def _run(
         self,
@@ -133,11 +134,16 @@ class IndexedLayers:
     ) -> Any:
         if any(isinstance(value, IndexCache) for value in (*args, *kwargs.values())):  # of another patch: as it is
             return forward(*args, **kwargs)
-        if self._limit is not None:
-            forward = limited_forward(module, self._limit)
+        trial = self._trial
         if context.attention is None:
-            return forward(*args, **kwargs)
-        return _choose(context, context.attention, module, forward, args, kwargs)
+            replayed = None if trial is None else trial.replay(module, *args, **kwargs)
+            return forward(*args, **kwargs) if replayed is None else replayed
+        if trial is not None:
+            forward = trial.forward(module)
+        chosen = _choose(context, context.attention, module, forward, args, kwargs)
+        if trial is not None:
+            trial.record(module, context.attention.batch, chosen)
+        return chosen
 
 
 def _choose(
@@ -195,8 +201,8 @@ def _parts_of(batch: Batch, device: torch.device, heads: int) -> list[_Part]:
     for span in batch.spans:
         if span.count > 1:
             at_once = max(_LEAST_QUERIES, _SCORES // (heads * (span.position + span.count)))
-            for at in range(0, span.count, at_once):
-                parts.append(_part_of_span(batch, span, at, min(at + at_once, span.count), device))
+            starts = range(0, span.count, at_once)
+            parts += [_part_of_span(batch, span, at, min(at + at_once, span.count), device) for at in starts]
     return parts
 
 

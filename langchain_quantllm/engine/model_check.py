@@ -203,7 +203,39 @@ def verify_engine(
     texts = [
         _Text(ids=sample_ids(model, count), adapter=name) for count, name in zip((_LONG, _SHORT), names, strict=True)
     ]
-    found = _run(runner, texts, switch, step_tokens=_LONG - 6)
+
+    def check(texts: abc.Sequence[_Text], step_tokens: int, cut: int | None = None, chosen: int | None = None) -> None:
+        with contextlib.nullcontext() if indexed is None else indexed.trial(chosen) as trial:
+            found = _run(runner, texts, switch, step_tokens=step_tokens)
+            _check_layers(runner, model, probe)
+            for text, (ids, logits) in zip(texts, found, strict=True):
+                replaying = contextlib.nullcontext() if trial is None else trial.replaying(len(ids))
+                with _as_itself(text, switch, fusion), replaying:
+                    _compare(model, ids, logits, cut=cut or len(ids) // 2, continues=probe.continues)
+            if trial is not None:
+                trial.check(model.dtype)
+
+    check(texts, _LONG - 6)
+    most_chosen = [] if indexed is None else indexed.most_chosen
+    if most_chosen:
+        check(texts, _LONG - 6, chosen=_CHOSEN)
+    checked = _LONG + _NEW_TOKENS
+    if count := checked_length(model, [*probe.windows, *most_chosen], most_tokens - _NEW_TOKENS):
+        try:
+            text = _Text(ids=sample_ids(model, count), adapter=names[0])
+            check([text], -(-count // 2), cut=count - 2 * _NEW_TOKENS)
+            checked = count + _NEW_TOKENS
+        except torch.OutOfMemoryError:  # the model itself may need more for such a text than its requests do
+            torch.cuda.empty_cache()
+    return checked
+
+
+def _check_layers(runner: ModelRunner, model: Any, probe: ModelProbe) -> None:
+    """Check that each layer has attended as the model's config and cache say.
+
+    Raises:
+        UnsupportedError: If not.
+    """
     windows = [runner.windows.get(i) for i in probe.layers]
     if None in windows:
         msg = "its attention cannot be replaced"
@@ -217,29 +249,6 @@ def verify_engine(
     if (expected := indexed_layers(model.config.get_text_config())) != runner.choosing:
         msg = f"its attention sees chosen tokens in the layers {sorted(runner.choosing)} instead of {sorted(expected)}"
         raise UnsupportedError(msg)
-
-    def compare() -> None:
-        for text, (ids, logits) in zip(texts, found, strict=True):
-            with _as_itself(text, switch, fusion):
-                _compare(model, ids, logits, cut=len(ids) // 2, continues=probe.continues)
-
-    compare()
-    most_chosen = [] if indexed is None else indexed.most_chosen
-    if indexed is not None and most_chosen:
-        with indexed.limited(_CHOSEN):
-            found = _run(runner, texts, switch, step_tokens=_LONG - 6)
-            compare()
-    checked = _LONG + _NEW_TOKENS
-    if count := checked_length(model, [*probe.windows, *most_chosen], most_tokens - _NEW_TOKENS):
-        text = _Text(ids=sample_ids(model, count), adapter=names[0])
-        try:
-            [(ids, logits)] = _run(runner, [text], switch, step_tokens=-(-count // 2))
-            with _as_itself(text, switch, fusion):
-                _compare(model, ids, logits, cut=count - 2 * _NEW_TOKENS, continues=probe.continues)
-            checked = count + _NEW_TOKENS
-        except torch.OutOfMemoryError:  # the model itself may need more for such a text than its requests do
-            torch.cuda.empty_cache()
-    return checked
 
 
 @dataclass(frozen=True, kw_only=True)
