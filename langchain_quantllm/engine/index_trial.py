@@ -18,7 +18,7 @@ from langchain_quantllm.engine.attention import Batch
 from langchain_quantllm.errors import UnsupportedError
 
 _LAST = 3  # tokens of a text that are counted apart, too: they are decoded
-_MOST_OTHERS = {torch.float32: 0.02, torch.float64: 0.02}
+_MOST_OTHERS = {torch.float32: 0.005, torch.float64: 0.005}
 _MOST_OTHERS_16BIT = 0.1  # of tokens chosen at random, almost half would differ
 
 
