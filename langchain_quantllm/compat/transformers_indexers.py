@@ -45,7 +45,7 @@ def indexers(model: torch.nn.Module) -> Iterator[Any]:
 
 def has_unknown_indexer(model: torch.nn.Module) -> bool:
     """Say whether a model has an indexer, or a layer with chosen tokens, beside known ones."""
-    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    config = model.config.get_text_config()
     known = {id(module) for module in indexers(model)}
     needs_some = bool(indexed_layers(config)) or getattr(config, "index_topk", None) is not None
     return (needs_some and not known) or any(_stores(type(m)) and id(m) not in known for m in model.modules())

@@ -367,6 +367,9 @@ def _lets_attention_be_chosen(family: Family) -> bool:
     return bool(model._supports_attention_backend)
 
 
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24):
+    INDEXED = {}  # older releases keep the keys of indexers, and use their choice, in other ways
+
 FAST |= LATENT | INDEXED
 FAST = {name: family for name, family in FAST.items() if hasattr(transformers, family.config)}
 FAST |= {name: family for name, family in _LATE.items() if _lets_attention_be_chosen(family)}

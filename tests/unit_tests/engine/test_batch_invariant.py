@@ -203,7 +203,7 @@ VARIANT = {
     **dict.fromkeys(("llama4", "llama4-eager", "deepseek_v2", "deepseek_v2-lite"), "aten::polar"),
     "longcat_flash": "aten::aminmax",
     **dict.fromkeys(WITH_STATES, "its layers keep a state"),
-    **dict.fromkeys((name for name in INDEXED if name in FAST), "an indexer chooses"),
+    **dict.fromkeys(INDEXED, "an indexer chooses"),
 }
 """Families with an operation that is not known to be invariant: complex numbers, for example."""
 
