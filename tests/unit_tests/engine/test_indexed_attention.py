@@ -78,7 +78,7 @@ class TestMemory:
         assert info.kv_cache_tokens == (2**20 // token_bytes // 16 - 1) * 16
         assert info.kv_cache_bytes == (info.kv_cache_tokens + 16) * token_bytes
         config = AutoConfig.for_model(name, **INDEXED[name].options)
-        assert estimate_config(config, "none", dtype="float32").kv_cache_bytes_per_token == token_bytes
+        assert estimate_config(config, "none", dtype="bfloat16").kv_cache_bytes_per_token == token_bytes / 2
 
     def test_the_pools_take_as_much(self, make: MakeLLM) -> None:
         llm = make(SHARING, kv_cache_memory="1MiB")
