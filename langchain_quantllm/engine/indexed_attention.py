@@ -80,7 +80,7 @@ class IndexedLayers:
     """The layers of a model whose attention sees chosen tokens.
 
     Attributes:
-        most_chosen: By each indexer's number of tokens that it chooses at most, sorted; empty if there are no indexers.
+        most_chosen: How many tokens the indexers choose at most: each number once, in order.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:

@@ -277,7 +277,7 @@ class TestCheck:
         assert "sees 3000 chosen tokens" in info.reason
         assert "the check was of texts of 24 tokens, with fewer chosen" in info.reason
 
-    @pytest.mark.parametrize("name", NAMES)
+    @pytest.mark.parametrize("name", slow_but([SHARING, "dots3_note_text"], NAMES))
     def test_models_in_16_bits_pass_it(self, name: str, tokenizer: Any) -> None:
         family = INDEXED[name]
         dense = {"mlp_layer_types": ["dense"] * family.options["num_hidden_layers"]}  # no experts to choose as well
