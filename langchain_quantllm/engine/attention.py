@@ -81,11 +81,19 @@ class LayerPool:
         key_dim: Size of a key, per head.
         is_latent: Whether a value belongs to the key as well, so that queries have the size of both; see
             `latent_attention`.
+        index_keys: The keys of the layer's indexer, of shape `(blocks, BLOCK_TOKENS, dim)`; None if it has none. See
+            `indexed_attention`.
     """
 
     kv: torch.Tensor
     key_dim: int
     is_latent: bool = False
+    index_keys: torch.Tensor | None = None
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All that the layer stores."""
+        return [self.kv] if self.index_keys is None else [self.kv, self.index_keys]
 
     @property
     def value_dim(self) -> int:
@@ -190,6 +198,22 @@ class PagedForward:
         """Window or chunk of each layer that has attended, 0 for none; used to check the model."""
         self.counting: set[int] = set()
         """Layers that have asked for `offsets`; used likewise."""
+        self.choosing: set[int] = set()
+        """Layers that have attended to chosen tokens; used likewise."""
+
+    @property
+    def batch(self) -> Batch:
+        """The tokens."""
+        return self._batch
+
+    @property
+    def layer(self) -> int:
+        """Number of the layer that was written last; -1 before the first."""
+        return self._layer
+
+    def pool(self, layer: int) -> LayerPool:
+        """Return the KV pool of a layer."""
+        return self._pools[layer]
 
     @property
     def positions(self) -> int:

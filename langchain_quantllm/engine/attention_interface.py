@@ -8,6 +8,7 @@ attention that the user has set.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -27,7 +28,14 @@ from langchain_quantllm.compat.transformers_attention import (
     register,
     set_attention_name,
 )
+from langchain_quantllm.compat.transformers_indexers import (
+    INDICES_ARGUMENT,
+    MASKED_ATTENTIONS,
+    hide_unchosen,
+    ignored_index_mask,
+)
 from langchain_quantllm.engine.attention import PagedForward
+from langchain_quantllm.engine.chosen_attention import attend_to_chosen
 from langchain_quantllm.engine.forward_context import ForwardContext, current_context, forward_context
 from langchain_quantllm.errors import UnsupportedError
 
@@ -142,8 +150,11 @@ def _register(name: str | None) -> str:
         forward = None if context is None else context.attention
         if context is None or forward is None:
             theirs = attention_of(name, module)
+            if name in MASKED_ATTENTIONS and (chosen := kwargs.pop(INDICES_ARGUMENT, None)) is not None:
+                attention_mask = hide_unchosen(attention_mask, chosen, key.shape[2])
             return theirs(module, query, key, value, attention_mask, *args, **kwargs)  # type: ignore[no-any-return]
         scale, window, softcap, sinks = (kwargs.pop(n, None) for n in _SCORING_ARGUMENTS)
+        chosen = kwargs.pop(INDICES_ARGUMENT, None)
         if name == "sdpa":  # older transformers ignores the cap of Gemma 2 there, and `generate` is our measure
             softcap = None
         unknown = [n for n, value in kwargs.items() if value is not None and not n.startswith("output_")]
@@ -152,15 +163,17 @@ def _register(name: str | None) -> str:
             msg = f"its attention takes {unknown[0]!r}"
             raise UnsupportedError(msg)
         scoring = (window, softcap, chunk_of(module), sinks)
+        attend_paged = forward.attend if chosen is None else functools.partial(attend_to_chosen, forward, chosen)
         absorption = context.absorptions.get(id(module))
         if absorption is None:
-            return forward.attend(query, scale, *scoring), None
+            return attend_paged(query, scale, *scoring), None
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        return absorption.expand(forward.attend(absorption.absorb(query), scale, *scoring)), None
+        return absorption.expand(attend_paged(absorption.absorb(query), scale, *scoring)), None
 
     def make_mask(*args: Any, **kwargs: Any) -> Any:
         if _current_attention() is not None:
-            return ignored_mask(kwargs.get("config"))  # positions and blocks say which keys are visible
+            mask = ignored_mask(kwargs.get("config"))  # positions and blocks say which keys are visible
+            return ignored_index_mask(kwargs.get("config")) if mask is None else mask
         return mask_maker_of(name)(*args, **kwargs)
 
     register(ours, attend, make_mask)

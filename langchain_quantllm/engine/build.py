@@ -22,6 +22,7 @@ from langchain_quantllm.engine.fusion.fuse import Fusion
 from langchain_quantllm.engine.gather_attention import GatherAttention
 from langchain_quantllm.engine.image_check import no_images_reason, verify_images
 from langchain_quantllm.engine.image_reader import ImageReader
+from langchain_quantllm.engine.indexed_attention import IndexedLayers
 from langchain_quantllm.engine.invariance import check_operations, verify_invariance
 from langchain_quantllm.engine.invariant_attention import InvariantGatherAttention, InvariantTritonAttention
 from langchain_quantllm.engine.kv_cache import allocate_pools, count_blocks
@@ -97,6 +98,8 @@ class EngineParts:
         self.pools: list[LayerPool] = []
         self.states: StatePool | None = None
         self._state_modules: StateModules | None = None
+        self._indexed: IndexedLayers | None = None
+        self._checked_tokens = 0  # of the longest text that the model was checked with
         self.refusal: str | None = None
         self.adapters: LoraStack | None = None
         self._biased = BiasedAttention(model)
@@ -117,6 +120,11 @@ class EngineParts:
                     msg = "its layers keep a state, which is computed in another way alone than in a batch"
                     raise UnsupportedError(msg)
                 self._state_modules = StateModules(model)
+            if any(shape.index_dim for shape in self.probe.shapes):
+                if batch_invariant:
+                    msg = "an indexer chooses the tokens that its attention sees, by scores that depend on the batch"
+                    raise UnsupportedError(msg)
+                self._indexed = IndexedLayers(model)
             self._latents = LatentLayers(model)
             self.probe = replace(self.probe, shapes=self._latents.build(self.probe.layers, self.probe.shapes))
             # Before the parts are made: a change meanwhile is noticed with the first request.
@@ -138,6 +146,8 @@ class EngineParts:
             self.adapters.close()
         if self._state_modules is not None:
             self._state_modules.close()
+        if self._indexed is not None:
+            self._indexed.close()
         if self.images is not None:
             self.images.close()
         if self.rotary is not None:
@@ -162,6 +172,8 @@ class EngineParts:
             notes.append(f"decode steps are not CUDA graphs: {self.runner.no_graph_reason}")
         if copied := self._latents.copied_bytes:
             notes.append(f"matrices of its latents are dequantized, in {format_bytes(copied)}")
+        if self._indexed is not None:
+            notes.append(self._indexed.note(self._checked_tokens))
         kinds = () if self._fusion is None else self._fusion.summary
         fused = {kind.kind: kind.fused for kind in kinds}
         if self.runner.sampler.has_kernel:
@@ -288,7 +300,15 @@ class EngineParts:
                 operations=InvariantOps if self._batch_invariant else contextlib.nullcontext,
             )
             try:
-                verify_engine(runner, self._model, self.probe, self._switch, self._fusion, most_tokens=most_tokens)
+                self._checked_tokens = verify_engine(
+                    runner,
+                    self._model,
+                    self.probe,
+                    self._switch,
+                    self._fusion,
+                    most_tokens=most_tokens,
+                    indexed=self._indexed,
+                )
                 if self._batch_invariant:
                     self._verify_invariance(runner, cached + 1)
             except UnsupportedError as error:
@@ -305,6 +325,8 @@ class EngineParts:
         verify_invariance(runner, self._model, blocks=blocks, slots=self.slots, adapter=adapter)
 
     def _no_graph_reason(self) -> str | None:
+        if self._indexed is not None:
+            return "an indexer chooses the tokens that attention sees, by lengths on the host"
         return no_graph_reason(self._model, frozenset() if self._fusion is None else self._fusion.replaced_ids)
 
     def read_images(self, processor: Any) -> str | None:
@@ -366,6 +388,8 @@ class EngineParts:
             self._no_images_reason = None  # found anew with the next image
         if self._state_modules is not None:
             self._state_modules.build()
+        if self._indexed is not None:
+            self._indexed.build()
         has_latents = any(shape.is_latent for shape in self.probe.shapes)  # be their matrices readable now or not
         if self.rotary is not None or has_latents:
             try:

@@ -144,7 +144,7 @@ def _groups(batch: Batch, pool: LayerPool, scoring: _Scoring) -> list[_Group]:
     by_width = sorted(rows, key=lambda row: _width(row[1], scoring), reverse=True)
     widths = [_width(span, scoring) for _, span in by_width]
     device, block_bytes = pool.kv.device, pool.kv.stride(0) * pool.kv.itemsize
-    cuts = list(_cut(widths, max(1, _GATHERED_BYTES // block_bytes)))
+    cuts = list(cut_widths(widths, max(1, _GATHERED_BYTES // block_bytes)))
     if batch.decodes and len(cuts) == 1:
         return [replace(_group(batch, rows, widths[0], scoring, device), tokens=None)]
     return [_group(batch, by_width[start:stop], widths[start], scoring, device) for start, stop in cuts]
@@ -155,7 +155,7 @@ def _width(span: Span, scoring: _Scoring) -> int:
     return span.position // BLOCK_TOKENS - scoring.first_seen(span.position) // BLOCK_TOKENS + 1
 
 
-def _cut(widths: Sequence[int], most_blocks: int) -> Iterator[tuple[int, int]]:
+def cut_widths(widths: Sequence[int], most_blocks: int) -> Iterator[tuple[int, int]]:
     """Cut widths in falling order into groups, each padded to its first one; yields the bounds of each.
 
     A cut is made where padding would begin to be more than half, and costs more than another group, and where a group

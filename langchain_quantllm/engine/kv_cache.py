@@ -11,11 +11,12 @@ import mmap
 import sys
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from langchain_quantllm.compat.transformers_indexers import index_keys_of
 from langchain_quantllm.compat.transformers_states import holds_nothing
 from langchain_quantllm.engine.attention import LayerPool
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
@@ -31,7 +32,10 @@ _USEFUL_TOKENS = 4096  # of a sequence, in a pool of default size: more is rarel
 
 @dataclass(frozen=True, kw_only=True)
 class LayerShape:
-    """The keys and values that a layer stores for each token, and their device; see `LayerPool`."""
+    """What a layer stores for each token, and on which device: keys, values, and the key of its indexer.
+
+    See `LayerPool`. A layer without an indexer of its own has an `index_dim` of 0.
+    """
 
     kv_heads: int
     key_dim: int
@@ -39,11 +43,14 @@ class LayerShape:
     dtype: torch.dtype
     device: torch.device
     is_latent: bool = False
+    index_dim: int = 0
+    index_dtype: torch.dtype = torch.float32
 
     @property
     def token_bytes(self) -> int:
         """Bytes of one token."""
-        return self.kv_heads * (self.key_dim + self.value_dim) * int(self.dtype.itemsize)
+        of_index = self.index_dim * int(self.index_dtype.itemsize)
+        return self.kv_heads * (self.key_dim + self.value_dim) * int(self.dtype.itemsize) + of_index
 
 
 def layers_of(cache: Any) -> dict[int, Any]:
@@ -63,15 +70,16 @@ def shapes_of(cache: Any) -> list[LayerShape]:
         if keys is None or values is None or keys.dim() != 4 or values.dim() != 4:
             msg = f"its cache has a {type(layer).__name__}, which does not hold exactly keys and values"
             raise ValueError(msg)
-        shapes.append(
-            LayerShape(
-                kv_heads=keys.shape[1],
-                key_dim=keys.shape[-1],
-                value_dim=values.shape[-1],
-                dtype=keys.dtype,
-                device=keys.device,
-            )
+        shape = LayerShape(
+            kv_heads=keys.shape[1],
+            key_dim=keys.shape[-1],
+            value_dim=values.shape[-1],
+            dtype=keys.dtype,
+            device=keys.device,
         )
+        if (index_keys := index_keys_of(layer)) is not None:
+            shape = replace(shape, index_dim=index_keys.shape[-1], index_dtype=index_keys.dtype)
+        shapes.append(shape)
     return shapes
 
 
@@ -143,6 +151,7 @@ def allocate_pools(shapes: Sequence[LayerShape], blocks: int) -> list[LayerPool]
                 kv=zeros((blocks, BLOCK_TOKENS, s.kv_heads, s.key_dim + s.value_dim), s.dtype, s.device),
                 key_dim=s.key_dim,
                 is_latent=s.is_latent,
+                index_keys=zeros((blocks, BLOCK_TOKENS, s.index_dim), s.index_dtype, s.device) if s.index_dim else None,
             )
             for s in shapes
         ]
@@ -153,10 +162,10 @@ def allocate_pools(shapes: Sequence[LayerShape], blocks: int) -> list[LayerPool]
 
 
 def spoiled_blocks(pools: Sequence[LayerPool], blocks: Sequence[int]) -> list[int]:
-    """Find the blocks in which a key or a value of any layer is NaN or infinite; waits for the device."""
+    """Find the blocks in which a number of any layer is NaN or infinite; waits for the device."""
     spoiled: set[int] = set()
-    for kv in (pool.kv for pool in pools):
-        of_layer = kv[torch.tensor(blocks, dtype=torch.long, device=kv.device)]
+    for tensor in (tensor for pool in pools for tensor in pool.tensors):
+        of_layer = tensor[torch.tensor(blocks, dtype=torch.long, device=tensor.device)]
         spoils = ~of_layer.flatten(1).isfinite().all(1)
         spoiled.update(block for block, is_spoiled in zip(blocks, spoils.tolist(), strict=True) if is_spoiled)
     return sorted(spoiled)
@@ -169,7 +178,7 @@ def resident_bytes(pools: Sequence[LayerPool], states: Iterable[torch.Tensor] = 
         The bytes, in whole memory pages of the system. None for pools on other devices and on systems other than
         Linux.
     """
-    tensors = [*(pool.kv for pool in pools), *states]
+    tensors = [*(tensor for pool in pools for tensor in pool.tensors), *states]
     if any(tensor.device.type != "cpu" for tensor in tensors):
         return None
     counts = [_resident(tensor.data_ptr(), tensor.nbytes) for tensor in tensors]

@@ -16,6 +16,7 @@ import torch
 
 from langchain_quantllm.compat.transformers_alibi import has_known_biases, is_biased_by_distance
 from langchain_quantllm.compat.transformers_attention import CHUNKED_LAYER, counting_layers, missing_attention_api
+from langchain_quantllm.compat.transformers_indexers import INDEXED_LAYER, has_unknown_indexer, indexed_layers
 from langchain_quantllm.compat.transformers_models import cache_name, cache_of, forward_parameters
 from langchain_quantllm.compat.transformers_states import OTHER_LAYER_TYPES, states_of
 from langchain_quantllm.compat.transformers_vision import remembers_positions
@@ -25,6 +26,7 @@ from langchain_quantllm.engine.block_manager import BLOCK_TOKENS, BlockManager
 from langchain_quantllm.engine.checked_length import checked_length
 from langchain_quantllm.engine.forward_context import ForwardContext, forward_context
 from langchain_quantllm.engine.fusion.fuse import Fusion
+from langchain_quantllm.engine.indexed_attention import IndexedLayers
 from langchain_quantllm.engine.kv_cache import LayerShape, layers_of, shapes_of
 from langchain_quantllm.engine.model_runner import ModelRunner
 from langchain_quantllm.engine.scheduler import Scheduler
@@ -33,13 +35,14 @@ from langchain_quantllm.engine.state_pool import StateShape, state_shapes
 from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.options import BASE_ADAPTER
 
-_LAYER_TYPES = {"full_attention", "sliding_attention", CHUNKED_LAYER, *OTHER_LAYER_TYPES}
+_LAYER_TYPES = {"full_attention", "sliding_attention", CHUNKED_LAYER, INDEXED_LAYER, *OTHER_LAYER_TYPES}
 _FLOORS = {torch.float32: 1e-3, torch.float64: 1e-3}
 _FLOOR_16BIT = 0.05
 _NOISE_FACTOR = 4.0
 
 _LONG, _SHORT = 21, 5  # tokens of the two texts of a check: one fills more than a block, one does not
 _NEW_TOKENS = 3  # of each
+_CHOSEN = 10  # tokens that an indexer chooses in these texts
 
 
 def unsupported_reason(model: Any) -> str | None:
@@ -58,8 +61,8 @@ def unsupported_reason(model: Any) -> str | None:
         return f"it has layers of kind {min(others)!r}, which store something other than keys and values"
     if is_biased_by_distance(text) and not any(map(has_known_biases, model.modules())):
         return "its attention is biased by distance (ALiBi) in an unknown way"
-    if getattr(text, "index_topk", None) is not None:
-        return "an indexer chooses the tokens that its attention sees"
+    if has_unknown_indexer(model):
+        return "an indexer of an unknown kind chooses the tokens that its attention sees"
     if getattr(text, "attention_chunk_size", None) is not None and getattr(text, "layer_types", None) is None:
         return "its attention is divided into chunks"
     if not hasattr(model, "get_input_embeddings") or model.get_input_embeddings() is None:
@@ -173,10 +176,12 @@ def verify_engine(
     fusion: Fusion | None = None,
     *,
     most_tokens: int = 0,
-) -> None:
+    indexed: IndexedLayers | None = None,
+) -> int:
     """Run two texts through the runner, in chunks and in one batch, and compare with the model itself.
 
-    A third one follows if length changes what the model's layers do: it goes beyond the change, where that takes about
+    If indexers choose the tokens that attention sees, they follow once more with fewer tokens chosen than they have. A
+    third one follows if length changes what the model's layers do: it goes beyond the change, where that takes about
     a second at most.
 
     Args:
@@ -186,6 +191,10 @@ def verify_engine(
         switch: Its adapters; each of the two texts uses a different one. None if the model runs as it is.
         fusion: Its fused steps, some of which are more exact than the model's own; None if there are none.
         most_tokens: Tokens of the longest text that there is room for.
+        indexed: Its layers with indexers; None if there are none.
+
+    Returns:
+        Tokens of the longest text.
 
     Raises:
         UnsupportedError: If the model cannot run this way, or gives other logits.
@@ -194,7 +203,39 @@ def verify_engine(
     texts = [
         _Text(ids=sample_ids(model, count), adapter=name) for count, name in zip((_LONG, _SHORT), names, strict=True)
     ]
-    found = _run(runner, texts, switch, step_tokens=_LONG - 6)
+
+    def check(texts: abc.Sequence[_Text], step_tokens: int, cut: int | None = None, chosen: int | None = None) -> None:
+        with contextlib.nullcontext() if indexed is None else indexed.trial(chosen) as trial:
+            found = _run(runner, texts, switch, step_tokens=step_tokens)
+            _check_layers(runner, model, probe)
+            for text, (ids, logits) in zip(texts, found, strict=True):
+                replaying = contextlib.nullcontext() if trial is None else trial.replaying(len(ids))
+                with _as_itself(text, switch, fusion), replaying:
+                    _compare(model, ids, logits, cut=cut or len(ids) // 2, continues=probe.continues)
+            if trial is not None:
+                trial.check(model.dtype)
+
+    check(texts, _LONG - 6)
+    most_chosen = [] if indexed is None else indexed.most_chosen
+    if most_chosen:
+        check(texts, _LONG - 6, chosen=_CHOSEN)
+    checked = _LONG + _NEW_TOKENS
+    if count := checked_length(model, [*probe.windows, *most_chosen], most_tokens - _NEW_TOKENS):
+        try:
+            text = _Text(ids=sample_ids(model, count), adapter=names[0])
+            check([text], -(-count // 2), cut=count - 2 * _NEW_TOKENS)
+            checked = count + _NEW_TOKENS
+        except torch.OutOfMemoryError:  # the model itself may need more for such a text than its requests do
+            torch.cuda.empty_cache()
+    return checked
+
+
+def _check_layers(runner: ModelRunner, model: Any, probe: ModelProbe) -> None:
+    """Check that each layer has attended as the model's config and cache say.
+
+    Raises:
+        UnsupportedError: If not.
+    """
     windows = [runner.windows.get(i) for i in probe.layers]
     if None in windows:
         msg = "its attention cannot be replaced"
@@ -205,17 +246,9 @@ def verify_engine(
     if missing := counting_layers(model.config.get_text_config()) - runner.counting:
         msg = f"its layer {min(missing)} counts positions in an unknown way"
         raise UnsupportedError(msg)
-    for text, (ids, logits) in zip(texts, found, strict=True):
-        with _as_itself(text, switch, fusion):
-            _compare(model, ids, logits, cut=len(ids) // 2, continues=probe.continues)
-    if count := checked_length(model, probe.windows, most_tokens - _NEW_TOKENS):
-        text = _Text(ids=sample_ids(model, count), adapter=names[0])
-        try:
-            [(ids, logits)] = _run(runner, [text], switch, step_tokens=-(-count // 2))
-            with _as_itself(text, switch, fusion):
-                _compare(model, ids, logits, cut=count - 2 * _NEW_TOKENS, continues=probe.continues)
-        except torch.OutOfMemoryError:  # the model itself may need more for such a text than its requests do
-            torch.cuda.empty_cache()
+    if (expected := indexed_layers(model.config.get_text_config())) != runner.choosing:
+        msg = f"its attention sees chosen tokens in the layers {sorted(runner.choosing)} instead of {sorted(expected)}"
+        raise UnsupportedError(msg)
 
 
 @dataclass(frozen=True, kw_only=True)

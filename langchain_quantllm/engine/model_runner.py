@@ -139,6 +139,7 @@ class ModelRunner:
         self._keeps_logits, self._cache_name = "logits_to_keep" in forward_parameters(model), cache_name(model)
         self.windows: dict[int, int] = {}  # of each layer that attended in the last eager forward; 0 for none
         self.counting: set[int] = set()  # layers that counted positions in it
+        self.choosing: set[int] = set()  # layers that attended to chosen tokens in it
         self.no_graph_reason = no_graph_reason  # or found in a capture
         self._prefill_graphs: PrefillGraphs | None = None
         if can_capture:
@@ -418,7 +419,7 @@ class ModelRunner:
             )
         if states is not None:
             states.commit()
-        self.windows, self.counting = forward.windows, forward.counting
+        self.windows, self.counting, self.choosing = forward.windows, forward.counting, forward.choosing
         logits: torch.Tensor = output.logits[0]
         return logits[keep] if keep is not None and not self._keeps_logits else logits
 

@@ -287,6 +287,8 @@ def _cache_bytes(model: PreTrainedModel) -> dict[str, Any]:
     """
     import torch
 
+    from langchain_quantllm.compat.transformers_indexers import index_keys_of
+
     input_ids = torch.zeros((1, 1), dtype=torch.long, device="meta")
     decoder = {"decoder_input_ids": input_ids} if model.config.is_encoder_decoder else {}
     try:
@@ -301,7 +303,7 @@ def _cache_bytes(model: PreTrainedModel) -> dict[str, Any]:
         return {"kv_cache_bytes_per_token": None}
     total_bytes, sliding_bytes, window_tokens = 0, 0, None
     for layer in layers:
-        tensors = (getattr(layer, "keys", None), getattr(layer, "values", None))
+        tensors = (getattr(layer, "keys", None), getattr(layer, "values", None), index_keys_of(layer))
         size_bytes = sum(t.nbytes for t in tensors if t is not None)
         total_bytes += size_bytes
         if size_bytes and getattr(layer, "is_sliding", False):

@@ -323,6 +323,37 @@ LATENT: dict[str, Family] = {
 }
 """Families that cache latents instead of keys and values."""
 
+_INDEXED = {
+    **_LATENT,
+    **{name: size for name, size in _ROUTED.items() if name != "first_k_dense_replace"},
+    "mlp_layer_types": ["dense", "sparse"],
+    "num_key_value_heads": 4,
+    "index_topk": 12,
+    "index_head_dim": 16,
+    "index_n_heads": 16,  # with few heads, many scores are 0, and chance decides between equal ones
+}
+_THREE_LAYERS = {"num_hidden_layers": 3, "mlp_layer_types": ["dense", "sparse", "sparse"]}
+_SHARED_INDICES = {**_THREE_LAYERS, "indexer_types": ["full", "shared", "full"]}
+
+INDEXED: dict[str, Family] = {
+    "deepseek_v32": _family("DeepseekV32", _INDEXED),
+    "glm_moe_dsa": _family("GlmMoeDsa", _INDEXED, **_SHARED_INDICES),
+    "glm_moe_dsa-eager": _family("GlmMoeDsa", _INDEXED, **_SHARED_INDICES, attention="eager"),
+    "axk2": _family("AXK2", _INDEXED, gated_norm_rank=16),
+    "hy_v4": _family("HYV4", _INDEXED, **_SHARED_INDICES),
+    "dots3_note_text": _family(
+        "Dots3NoteText",
+        _INDEXED,
+        **_THREE_LAYERS,
+        per_layer_config=None,
+        head_dim=20,
+        sliding_window=24,
+        shared_experts_intermediate_size=64,
+        layer_types=["indexed_attention", "sliding_attention", "indexed_attention"],
+    ),
+}
+"""Families with latents, and an indexer that chooses the tokens that their attention sees."""
+
 _LATE: Mapping[str, Family] = {
     "gptj": _family("GPTJ", _GPT2, rotary_dim=8),
     "codegen": _family("CodeGen", _GPT2, n_ctx=CONTEXT, rotary_dim=8),
@@ -336,7 +367,10 @@ def _lets_attention_be_chosen(family: Family) -> bool:
     return bool(model._supports_attention_backend)
 
 
-FAST |= LATENT
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24):
+    INDEXED = {}  # older releases keep the keys of indexers, and use their choice, in other ways
+
+FAST |= LATENT | INDEXED
 FAST = {name: family for name, family in FAST.items() if hasattr(transformers, family.config)}
 FAST |= {name: family for name, family in _LATE.items() if _lets_attention_be_chosen(family)}
 

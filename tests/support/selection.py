@@ -14,7 +14,16 @@ T = TypeVar("T")
 
 QUICK_FAMILIES = ("llama-grouped", "mistral-window", "qwen3", "gemma2", "phi", "gpt_neox", "gpt2", "opt-350m")
 QUICK_FAMILIES += ("falcon-40b", "mixtral", "cohere2", "falcon-alibi", "falcon-eager", "llama-dynamic-rope")
-QUICK_FAMILIES += ("llama4", "gpt_oss", "qwen3_next", "lfm2", "granitemoehybrid", "mamba2", "deepseek_v3")
+QUICK_FAMILIES += (
+    "llama4",
+    "gpt_oss",
+    "qwen3_next",
+    "lfm2",
+    "granitemoehybrid",
+    "mamba2",
+    "deepseek_v3",
+    "glm_moe_dsa",
+)
 """Families of models with one of each kind of attention, positions, norms, experts, and reasons to be refused."""
 
 

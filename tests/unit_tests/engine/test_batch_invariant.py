@@ -14,7 +14,7 @@ from langchain_quantllm import GPTQ, NF4, ChatQuantizedHuggingFace, QuantizedHug
 from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
 from tests.support.adapters import make, make_adapter_folders
 from tests.support.engine import PROMPTS, AllowOnly, ask, cached_tokens, ids_of, on_pipeline, plan
-from tests.support.families import FAST, WITH_STATES, family_model, random_ids
+from tests.support.families import FAST, INDEXED, WITH_STATES, family_model, random_ids
 from tests.support.invariance import logits_of_requests
 from tests.support.models import llm_of, tiny_model
 from tests.support.selection import skip_without_gptqmodel, slow_but
@@ -203,6 +203,7 @@ VARIANT = {
     **dict.fromkeys(("llama4", "llama4-eager", "deepseek_v2", "deepseek_v2-lite"), "aten::polar"),
     "longcat_flash": "aten::aminmax",
     **dict.fromkeys(WITH_STATES, "its layers keep a state"),
+    **dict.fromkeys(INDEXED, "an indexer chooses"),
 }
 """Families with an operation that is not known to be invariant: complex numbers, for example."""
 

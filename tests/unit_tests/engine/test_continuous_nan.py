@@ -24,7 +24,7 @@ from tests.support.engine import (
     on_pipeline,
     plan,
 )
-from tests.support.families import FAST, family_model, random_ids
+from tests.support.families import FAST, INDEXED, family_model, random_ids
 from tests.support.models import fail_at, forwards, llm_of, slowly, tiny_model, wait_for_rest, wait_until
 from tests.support.selection import slow_but
 
@@ -52,8 +52,8 @@ def fill_with_nan(llm: QuantizedHuggingFaceLLM) -> None:
     wait_for_rest()
     assert engine._blocks.held == 0
     engine._reset_cache()
-    for pool in engine._parts.pools:
-        pool.kv.fill_(torch.nan)
+    for tensor in (tensor for pool in engine._parts.pools for tensor in pool.tensors):
+        tensor.fill_(torch.nan)
 
 
 NAN_FAMILIES = ["llama-grouped", "mistral-window", "gemma2", "qwen2-window"]
@@ -72,14 +72,17 @@ def requests_of_all_kinds(llm: QuantizedHuggingFaceLLM, **options: Any) -> list[
     ]
 
 
-@pytest.mark.parametrize("family", slow_but(NAN_FAMILIES, [*NAN_FAMILIES, "gpt_oss", "llama4", "bloom"]))
+@pytest.mark.parametrize(
+    "family",
+    slow_but(NAN_FAMILIES, [*NAN_FAMILIES, "gpt_oss", "llama4", "bloom", *INDEXED]),
+)
 @pytest.mark.parametrize("is_tight", [False, True])
 def test_free_blocks_full_of_nan_change_no_token(tokenizer: Any, family: str, is_tight: bool) -> None:
     model = family_model(FAST[family])
     fresh = llm_of(model, tokenizer)
     expected = [answer.token_ids for answer in ask(fresh, requests_of_all_kinds(fresh))]
     engine: Any = fresh._engine()
-    block_bytes = sum(pool.kv[0].nbytes for pool in engine._parts.pools)
+    block_bytes = sum(tensor[0].nbytes for pool in engine._parts.pools for tensor in pool.tensors)
     fresh.unload()
     llm = llm_of(model, tokenizer, kv_cache_memory=26 * block_bytes if is_tight else None)
     fill_with_nan(llm)
