@@ -91,6 +91,15 @@ def chunk_of(module: Any) -> int:
     return int(config.attention_chunk_size)  # type: ignore[union-attr]
 
 
+def heads_in_turn(module: Any) -> int:
+    """Return the number of key heads whose query heads take turns in an attention module; 0 for all other modules.
+
+    Query head `h` of JetMoE, where a head of each expert is behind those of the one before, sees key head
+    `h % key_heads`; elsewhere the query heads of a key head are behind each other.
+    """
+    return int(module.num_key_value_heads) if type(module).__name__ == "JetMoeAttention" else 0
+
+
 def counting_layers(config: Any) -> set[int]:
     """List the layers of a text model that count the positions of their tokens themselves; see `WritingCache`."""
     if not getattr(config, "attn_temperature_tuning", False):

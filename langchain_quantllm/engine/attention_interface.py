@@ -22,6 +22,7 @@ from langchain_quantllm.compat.transformers_attention import (
     attention_name,
     attention_of,
     chunk_of,
+    heads_in_turn,
     mask_maker_of,
     names_attention,
     register,
@@ -152,6 +153,9 @@ def _register(name: str | None) -> str:
             msg = f"its attention takes {unknown[0]!r}"
             raise UnsupportedError(msg)
         scoring = (window, softcap, chunk_of(module), sinks)
+        if key_heads := heads_in_turn(module):
+            attended = forward.attend(_reordered(query, 1, -1, key_heads), scale, *scoring)
+            return _reordered(attended, 2, key_heads, -1), None
         absorption = context.absorptions.get(id(module))
         if absorption is None:
             return forward.attend(query, scale, *scoring), None
@@ -166,6 +170,11 @@ def _register(name: str | None) -> str:
     register(ours, attend, make_mask)
     _registered[name] = ours
     return ours
+
+
+def _reordered(states: torch.Tensor, dim: int, *sizes: int) -> torch.Tensor:
+    """Turn heads that are in the order of two indices of such sizes into the order of the second and the first one."""
+    return states.unflatten(dim, sizes).transpose(dim, dim + 1).flatten(dim, dim + 1)
 
 
 def configs_of(model: torch.nn.Module) -> list[Any]:

@@ -34,6 +34,7 @@ from langchain_quantllm.engine.model_check import (
     verify_engine,
 )
 from langchain_quantllm.engine.model_runner import ModelRunner
+from langchain_quantllm.engine.own_attention import OwnAttention
 from langchain_quantllm.engine.request import EngineInfo, ModelLimits
 from langchain_quantllm.engine.rotary_lengths import RotaryLengths
 from langchain_quantllm.engine.state_forward import StateModules
@@ -100,6 +101,7 @@ class EngineParts:
         self.refusal: str | None = None
         self.adapters: LoraStack | None = None
         self._biased = BiasedAttention(model)
+        self._own = OwnAttention(model)
         self.images: ImageReader | None = None
         self._no_images_reason: str | None = None
         self.rotary: RotaryLengths | None = None
@@ -111,7 +113,7 @@ class EngineParts:
                 self.adapters = LoraStack(model, switch.names)
             if moving_rope(model.config.get_text_config()) is not None:
                 self.rotary = RotaryLengths(model, limits.context_tokens)
-            self.probe: ModelProbe = inspect_model(model)
+            self.probe: ModelProbe = self._own_probe(inspect_model(model))
             if self.probe.states:
                 if batch_invariant:
                     msg = "its layers keep a state, which is computed in another way alone than in a batch"
@@ -134,6 +136,7 @@ class EngineParts:
     def close(self) -> None:
         """Take the adapters' forwards off the model, and release it and the KV pools; the limits stay readable."""
         self._biased.close()
+        self._own.close()
         if self.adapters is not None:
             self.adapters.close()
         if self._state_modules is not None:
@@ -192,6 +195,13 @@ class EngineParts:
         return StateSnapshots(kept)
 
     # Building.
+
+    def _own_probe(self, probe: ModelProbe) -> ModelProbe:
+        """Add to a probe what attentions that compute their scores by themselves do beside the model's own cache."""
+        layers = probe.layers
+        return replace(
+            probe, shapes=self._own.shapes(layers, probe.shapes), windows=self._own.windows(layers, probe.windows)
+        )
 
     def _choose_attention(self) -> Attention:
         shapes = self.probe.shapes

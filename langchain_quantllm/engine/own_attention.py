@@ -1,0 +1,73 @@
+"""Attention modules that compute their scores by themselves, over the blocks of the KV cache.
+
+In the engine's forwards they run their own projections with the attention of the forward between them. Knows no model:
+the parts of each stand in `compat.transformers_own_attentions`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from langchain_quantllm.compat.transformers_own_attentions import (
+    computes_scores_itself,
+    layer_of,
+    run_attention,
+    value_repeats_of,
+    window_of,
+)
+from langchain_quantllm.engine.forward_context import ForwardContext
+from langchain_quantllm.engine.forward_patch import ForwardPatch
+from langchain_quantllm.engine.kv_cache import LayerShape
+
+
+class OwnAttention:
+    """Replaces such modules of a model in the engine's forwards, until `close`."""
+
+    def __init__(self, model: Any) -> None:
+        """Patch the modules; none if the model has no such ones."""
+        modules = [module for module in model.modules() if computes_scores_itself(module)]
+        self._windows = {layer_of(module): window_of(module) for module in modules}
+        self._value_repeats = {layer_of(module): value_repeats_of(module) for module in modules}
+        self._patches = [ForwardPatch(module, _attend) for module in modules]
+
+    def close(self) -> None:
+        """Restore every module's `forward`."""
+        for patch in self._patches:
+            patch.close()
+        self._patches = []
+
+    def windows(self, layers: Sequence[int], of_cache: Sequence[int]) -> list[int]:
+        """Return the window of each layer, 0 for none, which the model's own cache may not know.
+
+        Args:
+            layers: Numbers of the layers that keep keys and values.
+            of_cache: The windows that the cache knows.
+        """
+        return [self._windows.get(layer) or known for layer, known in zip(layers, of_cache, strict=True)]
+
+    def shapes(self, layers: Sequence[int], of_cache: Sequence[LayerShape]) -> list[LayerShape]:
+        """Return what each layer writes, by what it keeps in the model's own cache; see `windows`."""
+        return [
+            replace(shape, value_dim=shape.value_dim * self._value_repeats.get(layer, 1))
+            for layer, shape in zip(layers, of_cache, strict=True)
+        ]
+
+
+def _attend(
+    context: ForwardContext, module: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    attention = context.attention
+    if attention is None:
+        return forward(*args, **kwargs)
+
+    def attend(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None = None
+    ) -> torch.Tensor:
+        attention.write(key, value, layer_of(module))
+        return attention.attend(query, scale, window_of(module))
+
+    return run_attention(module, attend, args, kwargs)
