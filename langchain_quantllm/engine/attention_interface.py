@@ -21,6 +21,7 @@ from langchain_quantllm.compat.transformers_attention import (
     WritingCache,
     attention_name,
     attention_of,
+    attends_to_text,
     chunk_of,
     heads_in_turn,
     mask_maker_of,
@@ -28,6 +29,7 @@ from langchain_quantllm.compat.transformers_attention import (
     register,
     set_attention_name,
 )
+from langchain_quantllm.compat.transformers_relative import passes_relative_bias
 from langchain_quantllm.engine.attention import PagedForward
 from langchain_quantllm.engine.forward_context import ForwardContext, current_context, forward_context
 from langchain_quantllm.errors import UnsupportedError
@@ -141,10 +143,13 @@ def _register(name: str | None) -> str:
     ) -> tuple[torch.Tensor, None]:
         context = current_context()
         forward = None if context is None else context.attention
-        if context is None or forward is None:
+        if context is None or forward is None or not attends_to_text(module):
             theirs = attention_of(name, module)
             return theirs(module, query, key, value, attention_mask, *args, **kwargs)  # type: ignore[no-any-return]
         scale, window, softcap, sinks = (kwargs.pop(n, None) for n in _SCORING_ARGUMENTS)
+        relative = None
+        if passes_relative_bias(module):
+            relative, sinks = (_by_token(kwargs.pop(n, None)) for n in ("position_bias", "sinks"))
         if name == "sdpa":  # older transformers ignores the cap of Gemma 2 there, and `generate` is our measure
             softcap = None
         unknown = [n for n, value in kwargs.items() if value is not None and not n.startswith("output_")]
@@ -158,7 +163,7 @@ def _register(name: str | None) -> str:
             return _reordered(attended, 2, key_heads, -1), None
         absorption = context.absorptions.get(id(module))
         if absorption is None:
-            return forward.attend(query, scale, *scoring), None
+            return forward.attend(query, scale, *scoring, relative=relative), None
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         return absorption.expand(forward.attend(absorption.absorb(query), scale, *scoring)), None
 
@@ -170,6 +175,11 @@ def _register(name: str | None) -> str:
     register(ours, attend, make_mask)
     _registered[name] = ours
     return ours
+
+
+def _by_token(scores: torch.Tensor | None) -> torch.Tensor | None:
+    """Turn scores of each query of shape `(1, heads, tokens, n)` into those of `(heads, tokens, n)`."""
+    return None if scores is None else scores[0]
 
 
 def _reordered(states: torch.Tensor, dim: int, *sizes: int) -> torch.Tensor:

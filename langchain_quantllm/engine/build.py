@@ -35,6 +35,7 @@ from langchain_quantllm.engine.model_check import (
 )
 from langchain_quantllm.engine.model_runner import ModelRunner
 from langchain_quantllm.engine.own_attention import OwnAttention
+from langchain_quantllm.engine.relative_bias import RelativeBiases
 from langchain_quantllm.engine.request import EngineInfo, ModelLimits
 from langchain_quantllm.engine.rotary_lengths import RotaryLengths
 from langchain_quantllm.engine.state_forward import StateModules
@@ -102,6 +103,7 @@ class EngineParts:
         self.adapters: LoraStack | None = None
         self._biased = BiasedAttention(model)
         self._own = OwnAttention(model)
+        self._relative = RelativeBiases(model)
         self.images: ImageReader | None = None
         self._no_images_reason: str | None = None
         self.rotary: RotaryLengths | None = None
@@ -137,6 +139,7 @@ class EngineParts:
         """Take the adapters' forwards off the model, and release it and the KV pools; the limits stay readable."""
         self._biased.close()
         self._own.close()
+        self._relative.close()
         if self.adapters is not None:
             self.adapters.close()
         if self._state_modules is not None:
@@ -213,6 +216,8 @@ class EngineParts:
             return self._gathering("heads are larger than 256")
         if any(shape.value_dim > 512 or shape.key_dim > 256 for shape in shapes if shape.is_latent):
             return self._gathering("latents are larger than 512")
+        if self._relative.count:
+            return self._gathering("each query has its own biases")
         try:
             from langchain_quantllm.kernels import attention as attention_kernels
 
