@@ -1,4 +1,4 @@
-"""Attentions of transformers that compute their scores by themselves: GPT-Neo, XGLM, GIT and DiffLlama.
+"""Attentions of transformers that compute their scores by themselves: GPT, GPT-Neo, XGLM, GIT and DiffLlama.
 
 No registry reaches what they do between their projections, so their parts are used here one by one. None of these is
 promised by transformers.
@@ -34,13 +34,16 @@ class _Kind:
     Args:
         run: Its forward, with another attention between its projections: takes the module, the attention, and the
             arguments of its own forward; returns its output.
-        layer: Name of the attribute with its layer's number.
+        layer: Name of the attribute with its layer's number; None for modules that do not know it.
+        uncached: Number and size of the heads whose keys and values it computes at each call; None if it keeps them in
+            a cache.
         window: How many of the last positions a token sees, 0 for all.
         value_repeats: How many values of the cache's size a head of keys has.
     """
 
     run: Callable[..., torch.Tensor]
-    layer: str = "layer_idx"
+    layer: str | None = "layer_idx"
+    uncached: Callable[[Any], tuple[int, int]] | None = None
     window: Callable[[Any], int] = lambda module: 0
     value_repeats: int = 1
 
@@ -50,9 +53,16 @@ def computes_scores_itself(module: Any) -> bool:
     return _kind_of(module) is not None
 
 
-def layer_of(module: Any) -> int:
-    """Return the number of the layer that an attention belongs to."""
-    return int(getattr(module, _known(module).layer))
+def layer_of(module: Any) -> int | None:
+    """Return the number of the layer that an attention belongs to; None if it does not know."""
+    name = _known(module).layer
+    return None if name is None else int(getattr(module, name))
+
+
+def uncached_heads(module: Any) -> tuple[int, int] | None:
+    """Return the number and the size of the heads of an attention without a cache; None for those with one."""
+    uncached = _known(module).uncached
+    return None if uncached is None else uncached(module)
 
 
 def window_of(module: Any) -> int:
@@ -65,7 +75,7 @@ def value_repeats_of(module: Any) -> int:
     return _known(module).value_repeats
 
 
-def run_attention(module: Any, attend: Attend, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+def run_attention(module: Any, attend: Attend, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Run an attention's forward with another attention between its projections.
 
     Args:
@@ -75,9 +85,22 @@ def run_attention(module: Any, attend: Attend, args: tuple[Any, ...], kwargs: Ma
         kwargs: Keyword arguments of its forward.
 
     Returns:
-        Its output, and None for the shares.
+        What its forward returns, without the shares.
     """
-    return _known(module).run(module, attend, *args, **kwargs), None
+    kind = _known(module)
+    output = kind.run(module, attend, *args, **kwargs)
+    return [output] if kind.uncached is not None else (output, None)
+
+
+def _gpt(module: Any, attend: Attend, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    projected = module.c_attn(hidden_states).split(module.split_size, dim=2)
+    states = [states.unflatten(-1, (module.n_head, -1)).transpose(1, 2) for states in projected]
+    output: torch.Tensor = module.c_proj(attend(*states, None if module.scale else 1.0).flatten(2))
+    return output
+
+
+def _gpt_heads(module: Any) -> tuple[int, int]:
+    return module.n_head, module.split_size // module.n_head
 
 
 def _gpt_neo(module: Any, attend: Attend, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -132,6 +155,7 @@ def _heads(hidden_states: torch.Tensor, dim: int, *projections: Any) -> list[tor
 
 
 _KINDS: Mapping[tuple[str, str], _Kind] = {
+    ("openai", "Attention"): _Kind(run=_gpt, layer=None, uncached=_gpt_heads),
     ("gpt_neo", "GPTNeoSelfAttention"): _Kind(run=_gpt_neo, layer="layer_id", window=_gpt_neo_window),
     ("xglm", "XGLMAttention"): _Kind(run=_xglm),
     ("git", "GitSelfAttention"): _Kind(run=_git),
@@ -143,7 +167,9 @@ _KINDS: Mapping[tuple[str, str], _Kind] = {
 def _kind_of(module: Any) -> _Kind | None:
     package = type(module).__module__.removeprefix("transformers.models.").partition(".")[0]
     kind = _KINDS.get((package, type(module).__name__))
-    return None if kind is None or not isinstance(getattr(module, kind.layer, None), int) else kind
+    if kind is None or kind.layer is None:
+        return kind
+    return kind if isinstance(getattr(module, kind.layer, None), int) else None
 
 
 def _known(module: Any) -> _Kind:

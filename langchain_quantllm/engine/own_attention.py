@@ -16,6 +16,7 @@ from langchain_quantllm.compat.transformers_own_attentions import (
     computes_scores_itself,
     layer_of,
     run_attention,
+    uncached_heads,
     value_repeats_of,
     window_of,
 )
@@ -30,9 +31,13 @@ class OwnAttention:
     def __init__(self, model: Any) -> None:
         """Patch the modules; none if the model has no such ones."""
         modules = [module for module in model.modules() if computes_scores_itself(module)]
-        self._windows = {layer_of(module): window_of(module) for module in modules}
-        self._value_repeats = {layer_of(module): value_repeats_of(module) for module in modules}
-        self._patches = [ForwardPatch(module, _attend) for module in modules]
+        layers = [place if (layer := layer_of(module)) is None else layer for place, module in enumerate(modules)]
+        self._layers = {id(module): layer for module, layer in zip(modules, layers, strict=True)}
+        self._windows = {layer: window_of(module) for module, layer in zip(modules, layers, strict=True)}
+        self._value_repeats = {layer: value_repeats_of(module) for module, layer in zip(modules, layers, strict=True)}
+        self.uncached = [_uncached_shape(model, module) for module in modules if uncached_heads(module) is not None]
+        """What each layer of a model without a cache would keep in one; empty for other models."""
+        self._patches = [ForwardPatch(module, self._attend) for module in modules]
 
     def close(self) -> None:
         """Restore every module's `forward`."""
@@ -56,18 +61,34 @@ class OwnAttention:
             for layer, shape in zip(layers, of_cache, strict=True)
         ]
 
+    def _attend(
+        self,
+        context: ForwardContext,
+        module: Any,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        attention = context.attention
+        if attention is None:
+            return forward(*args, **kwargs)
 
-def _attend(
-    context: ForwardContext, module: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    attention = context.attention
-    if attention is None:
-        return forward(*args, **kwargs)
+        def attend(
+            query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None = None
+        ) -> torch.Tensor:
+            attention.write(key, value, self._layers[id(module)])
+            return attention.attend(query, scale, window_of(module))
 
-    def attend(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None = None
-    ) -> torch.Tensor:
-        attention.write(key, value, layer_of(module))
-        return attention.attend(query, scale, window_of(module))
+        return run_attention(module, attend, args, kwargs)
 
-    return run_attention(module, attend, args, kwargs)
+
+def _uncached_shape(model: Any, module: Any) -> LayerShape:
+    heads = uncached_heads(module)
+    assert heads is not None
+    return LayerShape(
+        kv_heads=heads[0],
+        key_dim=heads[1],
+        value_dim=heads[1],
+        dtype=model.get_input_embeddings().weight.dtype,
+        device=next(module.parameters()).device,
+    )

@@ -279,6 +279,9 @@ FAST: dict[str, Family] = {
 """Families with the common attention and cache."""
 
 OWN_ATTENTION: dict[str, Family] = {
+    "openai-gpt": _family(
+        "OpenAIGPT", {"vocab_size": VOCAB, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT}
+    ),
     "gpt_neo": _family("GPTNeo", _GPT_NEO, attention_types=[[["global", "local"], 1]]),
     "gpt_neo-local": _family("GPTNeo", _GPT_NEO, attention_types=[[["local"], 2]]),
     "xglm": _family(
