@@ -94,8 +94,8 @@ def run_attention(module: Any, attend: Attend, args: tuple[Any, ...], kwargs: Ma
 
 def _gpt(module: Any, attend: Attend, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
     projected = module.c_attn(hidden_states).split(module.split_size, dim=2)
-    states = [states.unflatten(-1, (module.n_head, -1)).transpose(1, 2) for states in projected]
-    output: torch.Tensor = module.c_proj(attend(*states, None if module.scale else 1.0).flatten(2))
+    query, key, value = (states.unflatten(-1, (module.n_head, -1)).transpose(1, 2) for states in projected)
+    output: torch.Tensor = module.c_proj(attend(query, key, value, None if module.scale else 1.0).flatten(2))
     return output
 
 
@@ -104,8 +104,8 @@ def _gpt_heads(module: Any) -> tuple[int, int]:
 
 
 def _gpt_neo(module: Any, attend: Attend, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    states = _heads(hidden_states, module.head_dim, module.q_proj, module.k_proj, module.v_proj)
-    output: torch.Tensor = module.out_proj(attend(*states, 1.0).flatten(2))
+    query, key, value = _heads(hidden_states, module.head_dim, module.q_proj, module.k_proj, module.v_proj)
+    output: torch.Tensor = module.out_proj(attend(query, key, value, 1.0).flatten(2))
     return output
 
 
@@ -114,14 +114,14 @@ def _gpt_neo_window(module: Any) -> int:
 
 
 def _xglm(module: Any, attend: Attend, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    states = _heads(hidden_states, module.head_dim, module.q_proj, module.k_proj, module.v_proj)
-    output: torch.Tensor = module.out_proj(attend(*states, module.scaling).flatten(2))
+    query, key, value = _heads(hidden_states, module.head_dim, module.q_proj, module.k_proj, module.v_proj)
+    output: torch.Tensor = module.out_proj(attend(query, key, value, module.scaling).flatten(2))
     return output
 
 
 def _git(module: Any, attend: Attend, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    states = _heads(hidden_states, module.attention_head_size, module.query, module.key, module.value)
-    return attend(*states).flatten(2)
+    query, key, value = _heads(hidden_states, module.attention_head_size, module.query, module.key, module.value)
+    return attend(query, key, value).flatten(2)
 
 
 def _diffllama(

@@ -19,9 +19,9 @@ from langchain_quantllm.compat.transformers_alibi import ignored_mask
 from langchain_quantllm.compat.transformers_attention import (
     INERT_ARGUMENTS,
     WritingCache,
+    attends_to_text,
     attention_name,
     attention_of,
-    attends_to_text,
     chunk_of,
     heads_in_turn,
     mask_maker_of,

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
+from langchain_quantllm.compat.transformers_models import forward_parameters
+
 _VOCAB, _CONTEXT = 500, 512
 
 _BASE = {
@@ -212,3 +216,15 @@ STATE_RECIPES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 SINGLE_TOKENS = ("jamba", "zamba", "mamba", "falcon_mamba")
 """Families of Mamba 1, whose layers in transformers go on from a state by single tokens only."""
+
+
+def inputs_of(module: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return what a module with a state is called with beside its cache, by hidden states of its model's width.
+
+    Inkling's convolutions see the width of keys or of values as well, and some take what these were computed from.
+    """
+    if not hasattr(module, "conv_idx"):
+        return (hidden,)
+    width = module.conv1d.in_channels if hasattr(module, "conv1d") else module.static_weight.shape[1]
+    further = (hidden,) if "dynamic_input" in forward_parameters(module) else ()
+    return (hidden[..., :width], *further)
