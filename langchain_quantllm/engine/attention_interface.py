@@ -148,7 +148,7 @@ def _register(name: str | None) -> str:
             return theirs(module, query, key, value, attention_mask, *args, **kwargs)  # type: ignore[no-any-return]
         scale, window, softcap, sinks = (kwargs.pop(n, None) for n in _SCORING_ARGUMENTS)
         relative = None
-        if passes_relative_bias(module):
+        if context.biases_by_distance and passes_relative_bias(module):
             relative, sinks = (_by_token(kwargs.pop(n, None)) for n in ("position_bias", "sinks"))
         if name == "sdpa":  # older transformers ignores the cap of Gemma 2 there, and `generate` is our measure
             softcap = None

@@ -37,7 +37,10 @@ def _compute(
     context: ForwardContext, module: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Compute biases by distance."""
-    return forward(*args, **kwargs) if context.attention is None else profiles_of(module, args, kwargs)
+    if context.attention is None:
+        return forward(*args, **kwargs)
+    context.biases_by_distance = True
+    return profiles_of(module, args, kwargs)
 
 
 def _count(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-
-from langchain_quantllm.compat.transformers_models import forward_parameters
 
 _VOCAB, _CONTEXT = 500, 512
 
@@ -226,5 +225,5 @@ def inputs_of(module: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
     if not hasattr(module, "conv_idx"):
         return (hidden,)
     width = module.conv1d.in_channels if hasattr(module, "conv1d") else module.static_weight.shape[1]
-    further = (hidden,) if "dynamic_input" in forward_parameters(module) else ()
+    further = (hidden,) if "dynamic_input" in inspect.signature(type(module).forward).parameters else ()
     return (hidden[..., :width], *further)
