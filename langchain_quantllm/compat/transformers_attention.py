@@ -91,11 +91,27 @@ def chunk_of(module: Any) -> int:
     return int(config.attention_chunk_size)  # type: ignore[union-attr]
 
 
+def attends_to_text(module: Any) -> bool:
+    """Say whether a module attends to the tokens of a text; those of Inkling 2 between layers attend to layers."""
+    return getattr(module, "is_causal", True) is not False or hasattr(module, "layer_idx")
+
+
+def heads_in_turn(module: Any) -> int:
+    """Return the number of key heads whose query heads take turns in an attention module; 0 for all other modules.
+
+    Query head `h` of JetMoE, where a head of each expert is behind those of the one before, sees key head
+    `h % key_heads`; elsewhere the query heads of a key head are behind each other.
+    """
+    return int(module.num_key_value_heads) if type(module).__name__ == "JetMoeAttention" else 0
+
+
 def counting_layers(config: Any) -> set[int]:
     """List the layers of a text model that count the positions of their tokens themselves; see `WritingCache`."""
-    if not getattr(config, "attn_temperature_tuning", False):
-        return set()
-    return {layer for layer, rotates in enumerate(config.no_rope_layers) if not rotates}
+    if getattr(config, "attn_temperature_tuning", False):
+        return {layer for layer, rotates in enumerate(config.no_rope_layers) if not rotates}
+    if config.model_type == "inkling_text" and config.log_scaling_n_floor is not None:
+        return {layer for layer, kind in enumerate(config.layer_types) if kind != "hybrid_sliding"}
+    return set()
 
 
 # The name in a config.
@@ -156,6 +172,8 @@ class WritingCache(Cache):  # type: ignore[misc]  # transformers is not typed
         super().__init__(layers=[])
         self._write = write
         self._offsets = offsets
+        self.answers_queries = False
+        """Whether a layer that asks where its queries are is answered; see `get_query_offset`."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -171,9 +189,9 @@ class WritingCache(Cache):  # type: ignore[misc]  # transformers is not typed
         """
         return 0 if layer_idx is None or self._offsets is None else self._offsets(layer_idx)
 
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Return 0, to functions that make masks."""
-        return 0
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        """Return 0, to functions that make masks; to a layer, when it `answers_queries`, as `get_seq_length` does."""
+        return self.get_seq_length(layer_idx) if self.answers_queries else 0
 
     def get_mask_sizes(self, query_length: Any, layer_idx: int) -> tuple[int, int]:
         """Return the sizes of a mask over the new tokens only; the attention itself masks the cached ones."""

@@ -142,6 +142,7 @@ class Attention(Protocol):
         chunk: int = 0,
         sinks: torch.Tensor | None = None,
         biases: torch.Tensor | None = None,
+        relative: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend with queries of shape `(1, heads, tokens, query_dim)`.
 
@@ -153,9 +154,12 @@ class Attention(Protocol):
             window: How many of the last positions a token sees, its own included; 0 for all.
             softcap: Scores become `softcap * tanh(scores / softcap)`; 0 for no cap.
             chunk: A token sees its own chunk of so many positions, up to itself; 0 for all.
-            sinks: See `kernels.reference.decode_attention`; on the device of the query.
+            sinks: See `kernels.reference.decode_attention`; on the device of the query. With `relative` they may be
+                those of each token, of shape `(heads, tokens, 1)`.
             biases: See `kernels.reference.decode_attention`; on the device of the query, for all positions of the
                 block table.
+            relative: Added to the scores, by head, token and distance of the key, of shape `(heads, tokens,
+                distances)`; keys further away get none. None for none, which kernels must be given.
 
         Returns:
             Attended values of shape `(1, tokens, heads, value_dim)`.
@@ -286,9 +290,11 @@ class PagedForward:
         chunk: int | None = None,
         sinks: torch.Tensor | None = None,
         biases: torch.Tensor | None = None,
+        relative: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend in the layer that was written last; see `Attention.attend`. None is the default of each argument."""
         self.windows[self._layer] = window or chunk or 0
+        of_tokens = {} if relative is None else {"relative": relative}
         return self._attention.attend(
             self._pools[self._layer],
             query,
@@ -299,4 +305,5 @@ class PagedForward:
             chunk=chunk or 0,
             sinks=sinks,
             biases=biases,
+            **of_tokens,
         )

@@ -20,9 +20,11 @@ from langchain_quantllm.compat.transformers_alibi import ignored_mask
 from langchain_quantllm.compat.transformers_attention import (
     INERT_ARGUMENTS,
     WritingCache,
+    attends_to_text,
     attention_name,
     attention_of,
     chunk_of,
+    heads_in_turn,
     mask_maker_of,
     names_attention,
     register,
@@ -34,6 +36,7 @@ from langchain_quantllm.compat.transformers_indexers import (
     hide_unchosen,
     ignored_index_mask,
 )
+from langchain_quantllm.compat.transformers_relative import passes_relative_bias
 from langchain_quantllm.engine.attention import PagedForward
 from langchain_quantllm.engine.chosen_attention import attend_to_chosen
 from langchain_quantllm.engine.forward_context import ForwardContext, current_context, forward_context
@@ -148,13 +151,15 @@ def _register(name: str | None) -> str:
     ) -> tuple[torch.Tensor, None]:
         context = current_context()
         forward = None if context is None else context.attention
-        if context is None or forward is None:
+        if context is None or forward is None or not attends_to_text(module):
             theirs = attention_of(name, module)
             if name in MASKED_ATTENTIONS and (chosen := kwargs.pop(INDICES_ARGUMENT, None)) is not None:
                 attention_mask = hide_unchosen(attention_mask, chosen, key.shape[2])
             return theirs(module, query, key, value, attention_mask, *args, **kwargs)  # type: ignore[no-any-return]
         scale, window, softcap, sinks = (kwargs.pop(n, None) for n in _SCORING_ARGUMENTS)
-        chosen = kwargs.pop(INDICES_ARGUMENT, None)
+        chosen, relative = kwargs.pop(INDICES_ARGUMENT, None), None
+        if context.biases_by_distance and passes_relative_bias(module):
+            relative, sinks = (_by_token(kwargs.pop(n, None)) for n in ("position_bias", "sinks"))
         if name == "sdpa":  # older transformers ignores the cap of Gemma 2 there, and `generate` is our measure
             softcap = None
         unknown = [n for n, value in kwargs.items() if value is not None and not n.startswith("output_")]
@@ -163,7 +168,14 @@ def _register(name: str | None) -> str:
             msg = f"its attention takes {unknown[0]!r}"
             raise UnsupportedError(msg)
         scoring = (window, softcap, chunk_of(module), sinks)
-        attend_paged = forward.attend if chosen is None else functools.partial(attend_to_chosen, forward, chosen)
+        if key_heads := heads_in_turn(module):
+            attended = forward.attend(_reordered(query, 1, -1, key_heads), scale, *scoring)
+            return _reordered(attended, 2, key_heads, -1), None
+        attend_paged: Any = forward.attend
+        if chosen is not None:
+            attend_paged = functools.partial(attend_to_chosen, forward, chosen)
+        elif relative is not None:
+            attend_paged = functools.partial(forward.attend, relative=relative)
         absorption = context.absorptions.get(id(module))
         if absorption is None:
             return attend_paged(query, scale, *scoring), None
@@ -179,6 +191,16 @@ def _register(name: str | None) -> str:
     register(ours, attend, make_mask)
     _registered[name] = ours
     return ours
+
+
+def _by_token(scores: torch.Tensor | None) -> torch.Tensor | None:
+    """Turn scores of each query of shape `(1, heads, tokens, n)` into those of `(heads, tokens, n)`."""
+    return None if scores is None else scores[0]
+
+
+def _reordered(states: torch.Tensor, dim: int, *sizes: int) -> torch.Tensor:
+    """Turn heads that are in the order of two indices of such sizes into the order of the second and the first one."""
+    return states.unflatten(dim, sizes).transpose(dim, dim + 1).flatten(dim, dim + 1)
 
 
 def configs_of(model: torch.nn.Module) -> list[Any]:

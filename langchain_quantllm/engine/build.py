@@ -35,6 +35,8 @@ from langchain_quantllm.engine.model_check import (
     verify_engine,
 )
 from langchain_quantllm.engine.model_runner import ModelRunner
+from langchain_quantllm.engine.own_attention import OwnAttention
+from langchain_quantllm.engine.relative_bias import RelativeBiases
 from langchain_quantllm.engine.request import EngineInfo, ModelLimits
 from langchain_quantllm.engine.rotary_lengths import RotaryLengths
 from langchain_quantllm.engine.state_forward import StateModules
@@ -97,12 +99,13 @@ class EngineParts:
         self.limits = limits
         self.pools: list[LayerPool] = []
         self.states: StatePool | None = None
-        self._state_modules: StateModules | None = None
         self._indexed: IndexedLayers | None = None
         self._checked_tokens = 0  # of the longest text that the model was checked with
         self.refusal: str | None = None
         self.adapters: LoraStack | None = None
-        self._biased = BiasedAttention(model)
+        self._own, self._relative = OwnAttention(model), RelativeBiases(model)
+        self._patched: list[BiasedAttention | OwnAttention | RelativeBiases | StateModules | IndexedLayers]
+        self._patched = [BiasedAttention(model), self._own, self._relative]
         self.images: ImageReader | None = None
         self._no_images_reason: str | None = None
         self.rotary: RotaryLengths | None = None
@@ -114,17 +117,18 @@ class EngineParts:
                 self.adapters = LoraStack(model, switch.names)
             if moving_rope(model.config.get_text_config()) is not None:
                 self.rotary = RotaryLengths(model, limits.context_tokens)
-            self.probe: ModelProbe = inspect_model(model)
+            self.probe: ModelProbe = self._own_probe(inspect_model(model, self._own.uncached))
             if self.probe.states:
                 if batch_invariant:
                     msg = "its layers keep a state, which is computed in another way alone than in a batch"
                     raise UnsupportedError(msg)
-                self._state_modules = StateModules(model)
+                self._patched.append(StateModules(model))
             if any(shape.index_dim for shape in self.probe.shapes):
                 if batch_invariant:
                     msg = "an indexer chooses the tokens that its attention sees, by scores that depend on the batch"
                     raise UnsupportedError(msg)
                 self._indexed = IndexedLayers(model)
+                self._patched.append(self._indexed)
             self._latents = LatentLayers(model)
             self.probe = replace(self.probe, shapes=self._latents.build(self.probe.layers, self.probe.shapes))
             # Before the parts are made: a change meanwhile is noticed with the first request.
@@ -141,13 +145,13 @@ class EngineParts:
 
     def close(self) -> None:
         """Take the adapters' forwards off the model, and release it and the KV pools; the limits stay readable."""
-        self._biased.close()
+        for patched in self._patched:
+            patched.close()
+        self._patched, self._indexed = [], None
+        for name in ("_own", "_relative"):
+            vars(self).pop(name, None)
         if self.adapters is not None:
             self.adapters.close()
-        if self._state_modules is not None:
-            self._state_modules.close()
-        if self._indexed is not None:
-            self._indexed.close()
         if self.images is not None:
             self.images.close()
         if self.rotary is not None:
@@ -205,6 +209,13 @@ class EngineParts:
 
     # Building.
 
+    def _own_probe(self, probe: ModelProbe) -> ModelProbe:
+        """Add to a probe what attentions that compute their scores by themselves do beside the model's own cache."""
+        layers = probe.layers
+        return replace(
+            probe, shapes=self._own.shapes(layers, probe.shapes), windows=self._own.windows(layers, probe.windows)
+        )
+
     def _choose_attention(self) -> Attention:
         shapes = self.probe.shapes
         devices = {shape.device for shape in shapes} | {state.device for state in self.probe.states}
@@ -215,6 +226,8 @@ class EngineParts:
             return self._gathering("heads are larger than 256")
         if any(shape.value_dim > 512 or shape.key_dim > 256 for shape in shapes if shape.is_latent):
             return self._gathering("latents are larger than 512")
+        if self._relative.count:
+            return self._gathering("each query has its own biases")
         try:
             from langchain_quantllm.kernels import attention as attention_kernels
 
@@ -383,13 +396,10 @@ class EngineParts:
         if self.images is not None:
             self.images.begin_anew()
         self.runner.model_changed(self._no_graph_reason() if self.runner.can_capture else None)
-        self._biased.build()
+        for patched in self._patched:
+            patched.build()
         if self.images is None:
             self._no_images_reason = None  # found anew with the next image
-        if self._state_modules is not None:
-            self._state_modules.build()
-        if self._indexed is not None:
-            self._indexed.build()
         has_latents = any(shape.is_latent for shape in self.probe.shapes)  # be their matrices readable now or not
         if self.rotary is not None or has_latents:
             try:

@@ -44,6 +44,8 @@ def turning_points(config: Any, windows: abc.Iterable[int]) -> set[int]:
     points = {*windows}
     if getattr(config, "attn_temperature_tuning", False):
         points.add(int(config.floor_scale))
+    # Distances without a bias and positions with another scale of scores, in Inkling.
+    points |= {int(getattr(config, name, None) or 0) for name in ("rel_extent", "log_scaling_n_floor")}
     ropes = getattr(config, "rope_parameters", None)
     ropes = ropes if isinstance(ropes, abc.Mapping) else {}
     for rope in (ropes, *(p for p in ropes.values() if isinstance(p, abc.Mapping))):

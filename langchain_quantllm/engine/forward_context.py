@@ -97,6 +97,7 @@ class ForwardContext:
         text_lengths: The length that decides on each token's rotary frequencies, of shape `(tokens,)`; None if no
             length does.
         absorptions: What the attentions with latents multiply by, by their ids; see `latent_attention`.
+        biases_by_distance: Whether the biases that attentions pass are those of distances; see `relative_bias`.
         record: Called with each patched module that has no step, its arguments, keyword arguments and output.
         normed: Outputs of norms whose kernel also computed their input.
         projected: Outputs of linear layers that were multiplied together with another one.
@@ -109,6 +110,7 @@ class ForwardContext:
     images: ImageOverlay | None = None
     text_lengths: torch.Tensor | None = None
     absorptions: Mapping[int, Absorption] = field(default_factory=dict)
+    biases_by_distance: bool = False
     record: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None] | None = None
     normed: PrecomputedOutputs = field(default_factory=PrecomputedOutputs)
     projected: PrecomputedOutputs = field(default_factory=PrecomputedOutputs)

@@ -36,6 +36,7 @@ class _Scoring:
         chunk: A token sees its own chunk of so many positions, up to itself; 0 for all.
         sinks: See `kernels.reference.decode_attention`.
         biases: See `kernels.reference.decode_attention`.
+        relative: See `Attention.attend`; of the tokens that attend.
     """
 
     scale: float
@@ -44,11 +45,20 @@ class _Scoring:
     chunk: int = 0
     sinks: torch.Tensor | None = None
     biases: torch.Tensor | None = None
+    relative: torch.Tensor | None = None
 
     @property
     def is_plain(self) -> bool:
         """Whether PyTorch's own attention scores keys this way."""
-        return not self.softcap and self.sinks is None and self.biases is None
+        return not self.softcap and self.sinks is None and self.biases is None and self.relative is None
+
+    def of_tokens(self, tokens: slice | torch.Tensor | None) -> _Scoring:
+        """Return that of some of the tokens; None for all."""
+        if self.relative is None or tokens is None:
+            return self
+        has_own_sinks = self.sinks is not None and self.sinks.dim() > 1
+        sinks = self.sinks[:, tokens] if self.sinks is not None and has_own_sinks else self.sinks
+        return replace(self, relative=self.relative[:, tokens], sinks=sinks)
 
     def first_seen(self, position: int) -> int:
         """Return the first position that a token sees."""
@@ -106,13 +116,14 @@ class GatherAttention:
             return _decode(pool, query, groups[0], scoring)[None]
         out = query.new_empty(1, query.shape[2], query.shape[1], pool.value_dim)
         for group in groups:
-            out[0].index_copy_(0, group.tokens, _decode(pool, query, group, scoring))
+            out[0].index_copy_(0, group.tokens, _decode(pool, query, group, scoring.of_tokens(group.tokens)))
         for span in batch.spans:
             if span.count > 1:
                 tokens = slice(span.first, span.first + span.count)
                 table = batch.table[span.slot]
                 runs = span.groups_in(scoring.window)
-                _prefill(pool, query[0, :, tokens], out[0, tokens], table, span.position, scoring, runs)
+                own = scoring.of_tokens(tokens)
+                _prefill(pool, query[0, :, tokens], out[0, tokens], table, span.position, own, runs)
         return out
 
 
@@ -130,9 +141,13 @@ def _decode(pool: LayerPool, query: torch.Tensor, group: _Group, scoring: _Scori
     asked = query[0] if group.tokens is None else query[0].index_select(1, group.tokens)
     asked = asked.transpose(0, 1).unflatten(1, (key.shape[1], -1))
     if scoring.sinks is not None:
-        scoring = replace(scoring, sinks=scoring.sinks.view(*asked.shape[1:3], 1))
+        sinks = scoring.sinks.transpose(0, 1) if scoring.sinks.dim() > 1 else scoring.sinks[None]
+        scoring = replace(scoring, sinks=sinks.reshape(-1, *asked.shape[1:3], 1))
     if scoring.biases is not None:
         biases = scoring.biases[:, group.positions] - scoring.biases[:, group.own]
+        scoring = replace(scoring, biases=biases.transpose(0, 1).unflatten(1, asked.shape[1:3]))
+    if scoring.relative is not None:
+        biases = _by_distance(scoring.relative, group.own - group.positions)
         scoring = replace(scoring, biases=biases.transpose(0, 1).unflatten(1, asked.shape[1:3]))
     return _attend(asked, key, value, group.mask, scoring).flatten(1, 2)
 
@@ -247,7 +262,7 @@ def _prefill(
         mask = _visible(position + at, stop - at, *bounds, scoring, query.device, groups)
         attend = _attend if is_sound else _attend_around_nan
         queries = slice(position + at, position + stop)
-        own = _of_tile(scoring, asked.shape[:2], queries, slice(*bounds))
+        own = _of_tile(scoring.of_tokens(slice(at, stop)), asked.shape[:2], queries, slice(*bounds))
         attended = attend(asked[:, :, at:stop], key[:, :, seen], value[:, :, seen], mask, own)
         out[at:stop] = attended.flatten(0, 1).transpose(0, 1)
 
@@ -256,8 +271,13 @@ def _of_tile(scoring: _Scoring, heads: tuple[int, int], queries: slice, seen: sl
     """Shape sinks and biases for scores of shape `(kv_heads, group, queries, keys)`, by the positions of both."""
     sinks, biases = scoring.sinks, scoring.biases
     if sinks is not None:
-        sinks = sinks.view(*heads, 1, 1)
-    if biases is not None:
+        sinks = sinks.reshape(*heads, -1, 1)
+    if scoring.relative is not None:
+        device = scoring.relative.device
+        places = (torch.arange(part.start, part.stop, device=device) for part in (queries, seen))
+        distances = torch.sub(*torch.meshgrid(*places, indexing="ij"))
+        biases = _by_distance(scoring.relative, distances).unflatten(0, heads)
+    elif biases is not None:
         biases = (biases[:, None, seen] - biases[:, queries, None]).unflatten(0, heads)
     return replace(scoring, sinks=sinks, biases=biases)
 
@@ -280,6 +300,22 @@ def _visible(
     if scoring.window:
         visible = visible & (at - seen < scoring.window)
     return visible & (seen >= at // scoring.chunk * scoring.chunk) if scoring.chunk else visible
+
+
+def _by_distance(relative: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
+    """Take each token's biases of keys at some distances.
+
+    Args:
+        relative: See `Attention.attend`.
+        distances: How far each key is behind the token, of shape `(tokens, keys)`, int64; negative for keys that a
+            mask hides.
+
+    Returns:
+        Of shape `(heads, tokens, keys)`.
+    """
+    most = relative.shape[-1] - 1
+    taken = relative.gather(-1, distances.clamp(0, most).expand(len(relative), -1, -1))
+    return taken.masked_fill(distances > most, 0)
 
 
 # All tokens.

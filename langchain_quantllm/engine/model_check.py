@@ -102,8 +102,12 @@ class ModelProbe:
 
 
 @without_gradients
-def inspect_model(model: Any) -> ModelProbe:
+def inspect_model(model: Any, uncached: abc.Sequence[LayerShape] = ()) -> ModelProbe:
     """Run one short text and read the layers of its cache.
+
+    Args:
+        model: The model.
+        uncached: What the layers of a model without a cache would keep in one; see `own_attention`.
 
     Raises:
         UnsupportedError: If the model keeps no cache of keys and values.
@@ -116,6 +120,15 @@ def inspect_model(model: Any) -> ModelProbe:
         msg = f"its forward fails on plain token ids: {error!r}"
         raise UnsupportedError(msg) from error
     cache = cache_of(output)
+    if cache is None and uncached:
+        return ModelProbe(
+            layers=list(range(len(uncached))),
+            shapes=list(uncached),
+            windows=[0] * len(uncached),
+            states=[],
+            continues=True,
+            vocab_size=output.logits.shape[-1],
+        )
     if cache is None or not getattr(cache, "layers", None):
         msg = "it gives no cache of keys and values"
         raise UnsupportedError(msg)
@@ -385,9 +398,10 @@ def _in_pieces(
     logits, cache = [], None
     for start, end in itertools.pairwise(cuts):
         if end > start:
-            output = _plain(model, text[start:end], cache, seen=start, keep=keep)
+            seen = 0 if cache is None else start  # a model without a cache begins anew
+            output = _plain(model, text[seen:end], cache, seen=seen, keep=keep)
             cache = cache_of(output)
-            logits.append(output.logits[0].float())
+            logits.append(output.logits[0, start - end :].float())
     return torch.cat(logits), cache
 
 

@@ -134,10 +134,20 @@ class StateForward:
         return value
 
     def _packed(self, outputs: Sequence[Any]) -> Any:
-        if isinstance(outputs[0], tuple):  # the first is the module's output, others are of use to nobody
-            return (self._packed([output[0] for output in outputs]), *[None] * (len(outputs[0]) - 1))
+        if isinstance(outputs[0], tuple):  # tensors of tokens; whatever else is among them is of use to nobody
+            return tuple(
+                self._packed(parts) if self._are_tokens(parts) else None for parts in zip(*outputs, strict=True)
+            )
         packed = [part.give(output) for part, output in zip(self._parts, outputs, strict=True)]
         return packed[0] if len(packed) == 1 else torch.cat(packed, 1)
+
+    def _are_tokens(self, outputs: Sequence[Any]) -> bool:
+        """Whether one output of a module for each part has the tokens of that part."""
+        return all(
+            isinstance(output, torch.Tensor)
+            and output.shape[:2] == ((1, part.count), (part.count, 1))[part.slots is not None]
+            for part, output in zip(self._parts, outputs, strict=True)
+        )
 
     # States.
 

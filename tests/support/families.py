@@ -50,6 +50,15 @@ _LLAMA4 = {
     "floor_scale": 16,  # the temperature changes at each multiple
     "attn_scale": 0.5,
 }
+_GPT_NEO = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_layers": 2,
+    "num_heads": 4,
+    "max_position_embeddings": CONTEXT,
+    "window_size": 24,
+}
 _MPT = {"vocab_size": VOCAB, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": CONTEXT, "expansion_ratio": 2}
 
 
@@ -263,8 +272,44 @@ FAST: dict[str, Family] = {
     "falcon-alibi-6-heads": _family(
         "Falcon", hidden_size=96, num_attention_heads=6, ffn_hidden_size=128, alibi=True, multi_query=False
     ),
+    "jetmoe": _family(
+        "JetMoe", _GROUPED, num_attention_heads=6, kv_channels=16, num_local_experts=4, num_experts_per_tok=3
+    ),
 }
 """Families with the common attention and cache."""
+
+OWN_ATTENTION: dict[str, Family] = {
+    "openai-gpt": _family(
+        "OpenAIGPT", {"vocab_size": VOCAB, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT}
+    ),
+    "gpt_neo": _family("GPTNeo", _GPT_NEO, attention_types=[[["global", "local"], 1]]),
+    "gpt_neo-local": _family("GPTNeo", _GPT_NEO, attention_types=[[["local"], 2]]),
+    "xglm": _family(
+        "XGLM",
+        {
+            "vocab_size": VOCAB,
+            "d_model": 64,
+            "ffn_dim": 128,
+            "num_layers": 2,
+            "attention_heads": 4,
+            "max_position_embeddings": CONTEXT,
+        },
+    ),
+    "git": _family(
+        "Git",
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 16,
+            "patch_size": 8,
+        },
+    ),
+    "diffllama": _family("DiffLlama", _GROUPED),
+    "diffllama-4-kv-heads": _family("DiffLlama", _HIDDEN, num_attention_heads=8, num_key_value_heads=4, head_dim=16),
+}
+"""Families whose attention computes its scores by itself, without the one that a config names."""
 
 _LATENT = {
     **_HIDDEN,
@@ -370,7 +415,7 @@ def _lets_attention_be_chosen(family: Family) -> bool:
 if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24):
     INDEXED = {}  # older releases keep the keys of indexers, and use their choice, in other ways
 
-FAST |= LATENT | INDEXED
+FAST |= LATENT | INDEXED | OWN_ATTENTION
 FAST = {name: family for name, family in FAST.items() if hasattr(transformers, family.config)}
 FAST |= {name: family for name, family in _LATE.items() if _lets_attention_be_chosen(family)}
 

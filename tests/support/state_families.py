@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 _VOCAB, _CONTEXT = 500, 512
 
@@ -27,6 +30,22 @@ _DELTA = {
 _MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_expand": 2, "mamba_chunk_size": 16}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 _PURE = {"vocab_size": _VOCAB, "hidden_size": 64, "num_hidden_layers": 2}
+_BOTH = ["hybrid_sliding", "hybrid"]
+_INKLING = {
+    **_BASE,
+    "unpadded_vocab_size": _VOCAB,
+    "head_dim": 16,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 1,
+    "swa_head_dim": 24,
+    "sliding_window_size": 24,
+    "d_rel": 8,
+    "rel_extent": 20,  # nothing is added to the scores of keys that are further away
+    "log_scaling_n_floor": 8,  # scores grow from there
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+}
 
 STATE_RECIPES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "qwen3_next": ("Qwen3Next", {**_BASE, **_DELTA, **_EXPERTS, "shared_expert_intermediate_size": 64}),
@@ -155,6 +174,36 @@ STATE_RECIPES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             "use_mamba_kernels": False,
         },
     ),
+    "zaya": (
+        "Zaya",
+        {
+            **_BASE,
+            "head_dim": 16,
+            "num_experts": 4,
+            "moe_intermediate_size": 64,
+            "router_hidden_size": 16,
+            "sliding_window": 24,
+            "layer_types": ["hybrid", "hybrid_sliding"],
+        },
+    ),
+    "inkling": (
+        "InklingText",
+        {**_INKLING, "n_shared_experts": 1, "layer_types": _BOTH, "mlp_layer_types": ["dense", "sparse"]},
+    ),
+    "inkling2": ("Inkling2Text", {**_INKLING, "layer_types": _BOTH, "n_layers_per_attn_res_block": 1}),
+    "inkling2_loop": (
+        "Inkling2LoopText",
+        {
+            **_INKLING,
+            "num_hidden_layers": 3,
+            "layer_types": ["hybrid_sliding", *_BOTH],
+            "n_layers_per_attn_res_block": 1,
+            "loop_layer_index_start": 1,
+            "loop_layer_index_end": 3,
+            "loop_num_passes": 2,
+            "loop_gate_rank": 16,
+        },
+    ),
     "mamba": ("Mamba", {**_PURE, "state_size": 8}),
     "mamba2": (
         "Mamba2",
@@ -166,3 +215,15 @@ STATE_RECIPES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 SINGLE_TOKENS = ("jamba", "zamba", "mamba", "falcon_mamba")
 """Families of Mamba 1, whose layers in transformers go on from a state by single tokens only."""
+
+
+def inputs_of(module: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return what a module with a state is called with beside its cache, by hidden states of its model's width.
+
+    Inkling's convolutions see the width of keys or of values as well, and some take what these were computed from.
+    """
+    if not hasattr(module, "conv_idx"):
+        return (hidden,)
+    width = module.conv1d.in_channels if hasattr(module, "conv1d") else module.static_weight.shape[1]
+    further = (hidden,) if "dynamic_input" in inspect.signature(type(module).forward).parameters else ()
+    return (hidden[..., :width], *further)

@@ -277,10 +277,11 @@ class _OwnBlocks(PagedForward):
         chunk: int | None = None,
         sinks: torch.Tensor | None = None,
         biases: torch.Tensor | None = None,
+        relative: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend, and record the arguments."""
         self.arguments = (scale, window, softcap, chunk, sinks)
-        return super().attend(query, *self.arguments, biases)
+        return super().attend(query, *self.arguments, biases, relative)
 
 
 # Layers.

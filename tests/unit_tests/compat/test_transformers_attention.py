@@ -10,10 +10,12 @@ import torch
 from langchain_quantllm.compat.transformers_attention import (
     INERT_ARGUMENTS,
     WritingCache,
+    attends_to_text,
     attention_name,
     attention_of,
     chunk_of,
     counting_layers,
+    heads_in_turn,
     mask_maker_of,
     missing_attention_api,
     names_attention,
@@ -186,3 +188,54 @@ def test_setting_the_name_in_a_config_leaves_those_inside_it() -> None:
     set_attention_name(config, "compat_test")
     assert attention_name(config) == "compat_test"
     assert (attention_name(config.vision_config), attention_name(config.text_config)) == ("eager", "sdpa")
+
+
+@torch.no_grad()
+def test_the_query_heads_of_a_key_head_take_turns_in_jetmoe() -> None:
+    model = family_model(FAST["jetmoe"])
+    attentions = [module for module in model.modules() if heads_in_turn(module)]
+    assert [heads_in_turn(module) for module in attentions] == [2, 2]
+    keys: list[Any] = []
+    name = attention_name(model.config)
+
+    def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        assert query.shape[1] == 6
+        keys.append(key)
+        return attention_of(name, module)(module, query, key, value, attention_mask, **kwargs)
+
+    register("compat_turns", attend, lambda *args, **kwargs: mask_maker_of(name)(*args, **kwargs))
+    set_attention_name(model.config, "compat_turns")
+    model(input_ids=IDS)
+    for key in keys:  # of each query head, as the module repeats them
+        for head in range(6):
+            assert torch.equal(key[:, head], key[:, head % 2])
+        assert not torch.equal(key[:, 0], key[:, 1])
+    assert not any(map(heads_in_turn, family_model(FAST["mixtral"]).modules()))
+
+
+def test_attentions_between_layers_are_told_from_those_to_a_text() -> None:
+    modules = list(family_model(FAST["inkling2"]).modules())
+    others = {type(module).__name__ for module in modules if not attends_to_text(module)}
+    assert others == {"Inkling2BlockAttentionResidual"}
+    for name in ("llama", "gpt2", "falcon-7b", "gpt_bigcode", "opt"):
+        assert all(map(attends_to_text, family_model(FAST[name]).modules()))
+
+
+@torch.no_grad()
+def test_a_layer_of_inkling_asks_the_cache_where_its_queries_are() -> None:
+    model = family_model(FAST["inkling"])
+    config = model.config
+    assert counting_layers(config) == {1}
+    config.log_scaling_n_floor = None
+    assert counting_layers(config) == set()
+    asked: list[int] = []
+
+    def offsets(layer: int) -> torch.Tensor:
+        asked.append(layer)
+        return torch.arange(len(IDS[0]))
+
+    cache = WritingCache(lambda key, value, layer: (key, value), offsets)
+    assert cache.get_query_offset(1) == 0  # a function that makes a mask
+    cache.answers_queries = True
+    assert torch.equal(cache.get_query_offset(1), torch.arange(len(IDS[0])))
+    assert asked == [1]

@@ -22,6 +22,7 @@ from langchain_quantllm.compat.transformers_states import (
 )
 from tests.support.families import FAST, WITH_STATES, family_model, random_ids
 from tests.support.selection import slow_but
+from tests.support.state_families import inputs_of
 
 
 def filled(model: Any, count: int = 9) -> Any:
@@ -32,7 +33,8 @@ def filled(model: Any, count: int = 9) -> Any:
 def run(module: Any, hidden: torch.Tensor, cache: Any) -> torch.Tensor:
     if type(module).__name__ == "MiniMaxLightningAttention":
         return module(hidden, None, None, cache=cache)[0]
-    return module(hidden, cache=cache)
+    output = module(*inputs_of(module, hidden), cache=cache)
+    return torch.cat([part.flatten(2) for part in output], -1) if isinstance(output, tuple) else output
 
 
 @pytest.mark.parametrize("name", WITH_STATES)
@@ -40,7 +42,15 @@ def test_each_layer_with_states_has_one_module_that_keeps_them(name: str) -> Non
     model = family_model(FAST[name])
     states = states_of(filled(model))
     assert states
-    assert [module.layer_idx for module in state_modules(model)] == sorted({key.layer for key in states})
+    modules = [module.layer_idx for module in state_modules(model)]
+    if name.startswith("inkling"):  # four in each layer, and again in each pass of a loop, as further layers
+        layers = model.config.num_hidden_layers
+        assert modules == sorted([*range(layers)] * 4)
+        passes = 2 if name == "inkling2_loop" else 0
+        assert {key.layer for key in states} == {*range(layers + passes)}
+        assert len(states) == 4 * (layers + passes)
+    else:
+        assert modules == sorted({key.layer for key in states})
     assert all(state.shape[0] == 1 for state in states.values())
     assert set(model.config.layer_types or ()) - {"full_attention", "sliding_attention"} <= OTHER_LAYER_TYPES
 
@@ -74,7 +84,8 @@ def test_a_module_goes_on_from_our_states_as_from_its_own(name: str) -> None:
         found, expected = (run(module, hidden, one) for one in (cache, theirs))
         torch.testing.assert_close(found, expected)
         ours.update(cache.states)
-        kept = {key: state for key, state in states_of(theirs).items() if key.layer == module.layer_idx}
+        own = module.layer_idx, getattr(module, "conv_idx", None)
+        kept = {k: state for k, state in states_of(theirs).items() if own in {(k.layer, k.number), (k.layer, None)}}
         assert ours.keys() == kept.keys()
         for key, state in kept.items():
             torch.testing.assert_close(ours[key], state)

@@ -141,14 +141,22 @@ class TestChanges:
         wait_for_rest()
         assert ids_after(llm, ids_of(40)) == before
 
-    def test_a_replaced_attention_with_biases_reads_blocks_too(self, tokenizer: Any) -> None:
-        model, other = family_model(FAST["mpt"]), family_model(FAST["mpt"])
+    @pytest.mark.parametrize(
+        ("family", "path", "values"),
+        [
+            ("mpt", "transformer.blocks.0.attn", "Wqkv"),
+            ("gpt_neo", "transformer.h.0.attn.attention", "v_proj"),
+        ],
+    )
+    def test_a_replaced_attention_reads_blocks_too(self, tokenizer: Any, family: str, path: str, values: str) -> None:
+        """The engine stands in for all of it, or for a part of it."""
+        model, other = family_model(FAST[family]), family_model(FAST[family])
         with torch.no_grad():
-            other.transformer.blocks[0].attn.Wqkv.weight.mul_(-1.5)
+            other.get_submodule(path).get_submodule(values).weight.mul_(-1.5)
         llm, prompt_ids = llm_of(model, tokenizer), [20 + i for i in range(30)]
         before = ids_after(llm, prompt_ids)
         wait_for_rest()
-        model.transformer.blocks[0].attn = other.transformer.blocks[0].attn
+        model.set_submodule(path, other.get_submodule(path))
         after = ids_after(llm, prompt_ids)
         assert after == generated_ids(model, prompt_ids, 12)
         assert after != before

@@ -180,6 +180,33 @@ class TestExactness:
         expected = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value
         torch.testing.assert_close(found[0], expected.transpose(0, 1), rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.parametrize("bounds", ["large", "small"])
+    @pytest.mark.parametrize(("window", "has_sinks"), [(0, False), (24, False), (0, True), (24, True)])
+    @pytest.mark.parametrize("mix", MIXES)
+    def test_biases_by_distance_and_sinks_are_those_of_each_token(
+        self, mix: str, window: int, has_sinks: bool, bounds: str, request: pytest.FixtureRequest
+    ) -> None:
+        if bounds == "small":
+            request.getfixturevalue("small_bounds")
+        sequences, made = Sequences(*MIXES[mix]), torch.Generator().manual_seed(5)
+        tokens, extent = sequences.query.shape[2], 19
+        relative = torch.randn(HEADS, tokens, extent, generator=made)
+        sinks = torch.randn(HEADS, tokens, 1, generator=made) + 1 if has_sinks else None
+        found = sequences.attend(window, relative=relative, sinks=sinks)
+        for span in sequences.batch().spans:
+            blocks = sequences.table[span.slot].long()
+            kv = sequences.pool.kv[blocks].flatten(0, 1).transpose(0, 1).repeat_interleave(HEADS // KV_HEADS, 0)
+            for token, position in enumerate(range(span.position, span.position + span.count), start=span.first):
+                first = max(0, position + 1 - window) if window else 0
+                key, value = kv[:, first : position + 1].split(KEY_DIM, -1)
+                scores = (key @ sequences.query[0, :, token, :, None])[..., 0] * 0.3
+                for at in range(max(first, position + 1 - extent), position + 1):
+                    scores[:, at - first] += relative[:, token, position - at]
+                beside = scores.new_empty(HEADS, 0) if sinks is None else sinks[:, token]
+                shares = torch.cat([scores, beside], -1).softmax(-1)[:, : position + 1 - first]
+                expected = (shares[:, None] @ value)[:, 0]
+                torch.testing.assert_close(found[0, token], expected, rtol=1e-5, atol=1e-5)
+
     @pytest.mark.parametrize("value_dim", [8, 24])
     @pytest.mark.parametrize("mix", ["alike", "a chunk", "decoding beside a chunk"])
     def test_values_may_have_another_size_than_keys(self, mix: str, value_dim: int) -> None:

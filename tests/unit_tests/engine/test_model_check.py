@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import pad
 
 from benchmarks.tiny_models import tiny_model as tiny_architecture
 from langchain_quantllm import QuantizedHuggingFaceLLM
@@ -29,6 +30,16 @@ FAULTS: dict[str, tuple[str, Change]] = {
     "no sinks": ("gpt_oss", lambda given: given | {"sinks": None}),
     "other sinks": ("granite_swa", lambda given: given | {"sinks": given["sinks"] + 0.5}),
     "no biases": ("bloom", lambda given: given | {"biases": None}),
+    "a window where there is none": ("gpt_neo", lambda given: given | {"window": given["window"] or 22}),
+    "no window beside full attention": ("gpt_neo", lambda given: given | {"window": 0}),
+    "another scale": ("gpt_neo", lambda given: given | {"scale": 0.25}),
+    "no biases by distance": ("inkling", lambda given: given | {"relative": None}),
+    "biases of the next distance": ("inkling", lambda given: given | {"relative": given["relative"].roll(1, -1)}),
+    "a bias of keys far away": (
+        "inkling2",
+        lambda given: given | {"relative": pad(given["relative"], (0, 1), value=1.0)},
+    ),
+    "no sinks of tokens": ("inkling2", lambda given: given | {"sinks": None}),
     "other biases": ("mpt", lambda given: given | {"biases": given["biases"] * 1.1}),
 }
 """Attention that a family does not have."""
@@ -66,24 +77,31 @@ def test_positions_that_do_not_begin_at_0_are_refused(tokenizer: Any) -> None:
     llm.unload()
 
 
-def test_positions_that_a_layer_counts_wrongly_are_refused(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Llama 4's layers without rotary positions scale their queries by positions that they count themselves."""
+@pytest.mark.parametrize("name", ["llama4", "inkling"])
+def test_positions_that_a_layer_counts_wrongly_are_refused(
+    name: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Llama 4's layers without rotary positions scale their queries by positions that they count themselves.
+
+    So do Inkling's without a window.
+    """
     with monkeypatch.context() as patched:
         offsets = PagedForward.offsets
         patched.setattr(PagedForward, "offsets", lambda self, layer: 0 * offsets(self, layer))
-        llm = llm_of(family_model(FAST["llama4"]), tokenizer)
+        llm = llm_of(family_model(FAST[name]), tokenizer)
         assert "its logits over KV cache blocks are not its own" in llm.engine_info.reason
     llm.unload()
 
 
+@pytest.mark.parametrize("name", ["llama4", "inkling"])
 def test_layers_that_count_positions_in_an_unknown_way_are_refused(
-    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    name: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(
             "langchain_quantllm.compat.transformers_attention.WritingCache.get_seq_length", lambda self, layer=None: 0
         )
-        llm = llm_of(family_model(FAST["llama4"]), tokenizer)
+        llm = llm_of(family_model(FAST[name]), tokenizer)
         assert "its layer 1 counts positions in an unknown way" in llm.engine_info.reason
     llm.unload()
 
@@ -107,6 +125,7 @@ class TestLength:
     def test_factors_that_change_with_length_are_found_in_the_config(self) -> None:
         config = family_model(FAST["llama4"]).config
         assert turning_points(config, [24, 0]) == {24, 16}
+        assert turning_points(family_model(FAST["inkling"]).config, [24, 0]) == {24, 20, 8}
         config.attn_temperature_tuning = False
         assert turning_points(config, [24, 0]) == {24}
         config.rope_parameters = {"rope_type": "longrope", "original_max_position_embeddings": 128}

@@ -13,6 +13,7 @@ import torch
 from transformers import DynamicCache
 
 from langchain_quantllm import QuantizedHuggingFaceLLM
+from langchain_quantllm.compat.transformers_states import state_modules
 from langchain_quantllm.engine.adapter_switch import AdapterSwitch
 from langchain_quantllm.engine.attention import Batch
 from langchain_quantllm.engine.build import EngineParts
@@ -30,7 +31,7 @@ from tests.support.engine import Answer, Background, ask, cached_tokens, ids_aft
 from tests.support.families import FAST, WITH_STATES, family_model, generated_ids, likeliest_ids, random_ids
 from tests.support.models import forwards, llm_of, slowly, wait_for_rest
 from tests.support.selection import slow_but
-from tests.support.state_families import SINGLE_TOKENS
+from tests.support.state_families import SINGLE_TOKENS, inputs_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -349,8 +350,9 @@ class TestModel:
         rows = torch.tensor([0, 2, parts.slots], dtype=torch.int32)
         zero = torch.zeros_like(rows)
         batch = Batch(table=zero[:, None], slots=rows, positions=zero, spans=(), decodes=True)
-        modules = [m for m in model.modules() if isinstance(m.__dict__.get("forward"), ForwardPatch)]
+        modules = list(state_modules(model))
         assert modules
+        assert all(isinstance(module.__dict__.get("forward"), ForwardPatch) for module in modules)
         with torch.no_grad(), WaitFinder() as finder:
             for module in modules:
                 states = StateForward(parts.states, batch, None)
@@ -358,7 +360,7 @@ class TestModel:
                     given = {"cache": DynamicCache()}
                     if name == "minimax":
                         given |= {"position_embeddings": None, "attention_mask": None}
-                    module(torch.ones(1, 3, 64), **given)
+                    module(*inputs_of(module, torch.ones(1, 3, 64)), **given)
         assert finder.found is None
         parts.close()
 

@@ -15,14 +15,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 BLOCK_BYTES = 2 * 16 * 2 * 32 * 4  # of two layers with two heads of keys and values of 16 numbers
 
 
-@pytest.mark.parametrize(("name", "is_freed"), [("mistral-window", True), ("mistral", False), ("gemma3", False)])
+@pytest.mark.parametrize(
+    ("name", "is_freed"), [("mistral-window", True), ("gpt_neo-local", True), ("mistral", False), ("gemma3", False)]
+)
 @pytest.mark.parametrize("prefix_caching", [True, False])
 def test_blocks_before_the_window_of_all_layers_are_freed(
     name: str, is_freed: bool, prefix_caching: bool, tokenizer: Any
 ) -> None:
     model = family_model(FAST[name])
-    dim = FAST[name].options.get("head_dim", 16) // 16
-    llm = llm_of(model, tokenizer, kv_cache_memory=24 * BLOCK_BYTES * dim, prefix_caching=prefix_caching)
+    options = FAST[name].options
+    scale = options.get("head_dim", 16) * options.get("num_heads", 2) // 32
+    llm = llm_of(model, tokenizer, kv_cache_memory=24 * BLOCK_BYTES * scale, prefix_caching=prefix_caching)
     assert llm.engine_info.name == "fast"
     prompts = [random_ids(40 + i, seed=i) for i in range(3)]
     answers = ask(llm, [plan(llm, prompt, max_new_tokens=150, ignore_eos=True)[0] for prompt in prompts])
