@@ -36,6 +36,7 @@ from langchain_quantllm.engine.model_check import (
 from langchain_quantllm.engine.model_runner import ModelRunner
 from langchain_quantllm.engine.request import EngineInfo, ModelLimits
 from langchain_quantllm.engine.rotary_lengths import RotaryLengths
+from langchain_quantllm.engine.stages import Stages
 from langchain_quantllm.engine.state_forward import StateModules
 from langchain_quantllm.engine.state_pool import LEAST_ROWS, StatePool, count_rows, slots_of, state_bytes
 from langchain_quantllm.engine.state_snapshots import StateSnapshots
@@ -82,6 +83,7 @@ class EngineParts:
         fusion: Fusion | None,
         no_fusion_reason: str | None,
         batch_invariant: bool = False,
+        stages: Stages | None = None,
     ) -> None:
         """Allocate the parts, and check that they give the model's own logits; see `ContinuousEngine`."""
         if (reason := unsupported_reason(model)) is not None:
@@ -91,6 +93,7 @@ class EngineParts:
         self._model = model
         self._switch = switch
         self._fusion = fusion
+        self._stages = stages
         self._batch_invariant = batch_invariant
         self._notes = [] if no_fusion_reason is None else [f"no fused steps: {no_fusion_reason}"]
         self.limits = limits
@@ -145,7 +148,7 @@ class EngineParts:
         if (latents := vars(self).pop("_latents", None)) is not None:
             latents.close()
         self.pools, self.states, self.adapters, self.images, self.rotary = [], None, None, None, None
-        self._model = self._switch = self._fusion = None
+        self._model = self._switch = self._fusion = self._stages = None
         vars(self).pop("runner", None)
 
     @property
@@ -158,6 +161,8 @@ class EngineParts:
         """The engine's name, and which of its features cannot be used."""
         token_bytes = sum(shape.token_bytes for shape in self.probe.shapes)
         notes = list(self._notes)
+        if self._stages is not None:
+            notes.append(self._stages.note)
         if self.runner.no_graph_reason:
             notes.append(f"decode steps are not CUDA graphs: {self.runner.no_graph_reason}")
         if copied := self._latents.copied_bytes:
@@ -286,6 +291,7 @@ class EngineParts:
                 needs_lengths=self.rotary is not None,
                 latents=self._latents,
                 operations=InvariantOps if self._batch_invariant else contextlib.nullcontext,
+                stages=self._stages,
             )
             try:
                 verify_engine(runner, self._model, self.probe, self._switch, self._fusion, most_tokens=most_tokens)
@@ -305,7 +311,10 @@ class EngineParts:
         verify_invariance(runner, self._model, blocks=blocks, slots=self.slots, adapter=adapter)
 
     def _no_graph_reason(self) -> str | None:
-        return no_graph_reason(self._model, frozenset() if self._fusion is None else self._fusion.replaced_ids)
+        if self._stages is not None and self.probe.states:
+            return "layers on several GPUs keep a state"
+        replaced = frozenset() if self._fusion is None else self._fusion.replaced_ids
+        return no_graph_reason(self._model, replaced, has_stages=self._stages is not None)
 
     def read_images(self, processor: Any) -> str | None:
         """Let prompts hold images from now on, if the model gives the same logits for one as by itself.
@@ -352,6 +361,10 @@ class EngineParts:
                 break
 
     def _rebuild_once(self) -> None:
+        if self._stages is not None:
+            if self._fusion is not None:
+                self._fusion.close()
+            self._stages.build()
         if self._fusion is not None:
             try:
                 self._fusion.build()

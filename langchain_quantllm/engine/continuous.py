@@ -29,6 +29,7 @@ from langchain_quantllm.engine.request import EngineInfo, Request, check_queue, 
 from langchain_quantllm.engine.sampler import NOTHING_ALLOWED, PendingTokens
 from langchain_quantllm.engine.scheduler import Scheduler, age
 from langchain_quantllm.engine.sequence import Lane, SamplingInput, Sequence
+from langchain_quantllm.engine.stages import Stages
 from langchain_quantllm.engine.staging import PendingForward
 from langchain_quantllm.engine.step import Step, split_step
 from langchain_quantllm.engine.step_timing import time_step
@@ -62,6 +63,7 @@ class ContinuousEngine:
         fusion: Fusion | None = None,
         no_fusion_reason: str | None = None,
         batch_invariant: bool = False,
+        stages: Stages | None = None,
     ) -> None:
         """Take a loaded text-generation pipeline, and check that its model can run this way.
 
@@ -72,6 +74,7 @@ class ContinuousEngine:
             fusion: The model's fused steps, which the caller closes; None if its modules run as they are.
             no_fusion_reason: Why there are none although they were asked for.
             batch_invariant: Give a request the same logits, bit for bit, whatever runs beside it.
+            stages: The stages of a model on several devices, which the caller closes; None to run it by its own hooks.
 
         Raises:
             UnsupportedError: If the model cannot run this way; the message is the reason.
@@ -87,6 +90,7 @@ class ContinuousEngine:
             fusion=fusion,
             no_fusion_reason=no_fusion_reason,
             batch_invariant=batch_invariant,
+            stages=stages,
         )
         self._runner = self._parts.runner
         self._step_tokens = _STEP_TOKENS_GPU if self._parts.is_gpu else _STEP_TOKENS_CPU
