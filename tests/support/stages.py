@@ -27,13 +27,19 @@ class RecordedGraph(TorchDispatchMode):
         super().__init__()
         self._calls: list[tuple[Any, Any, Any, list[torch.Tensor]]] = []
         self.replays = 0
+        self.made: dict[int, torch.Tensor] = {}
+        """A tensor over each memory that the block has allocated, by its address."""
+        self.read: dict[int, str] = {}
+        """The operation that first used other memory, by the memory's address."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if not func.name().startswith("aten::empty"):
-            given = {t.untyped_storage().data_ptr() for t in tensors_in((args, kwargs))}
-            made = [t for t in tensors_in(out) if t.untyped_storage().data_ptr() not in given]
+        given = {address_of(t) for t in tensors_in((args, kwargs))}
+        made = [t for t in tensors_in(out) if address_of(t) not in given]
+        self.made |= {address_of(t): t for t in made}
+        if not func.name().startswith("aten::empty"):  # which takes only shapes from a tensor
+            self.read |= {address: func.name() for address in given - self.made.keys() - self.read.keys()}
             if made or func._schema.is_mutable:
                 self._calls.append((func, args, kwargs, made))
         return out
@@ -55,6 +61,11 @@ def recorded(device: torch.device, pool: Any) -> Iterator[RecordedGraph]:
     assert pool is None
     with RecordedGraph() as graph:
         yield graph
+
+
+def address_of(tensor: torch.Tensor) -> int:
+    """Return the address of a tensor's memory, which views share."""
+    return int(tensor.untyped_storage().data_ptr())
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
