@@ -199,7 +199,9 @@ class ContinuousEngine:
             self._take(waiting)
             has_read = self._read_next_images()
             # 2. Plan the next step: which sequences decode, and which tokens of prompts run.
-            plan = self._scheduler.plan(mixes=not self._runner.captures, decodes_first=self._decodes_first)
+            plan = self._scheduler.plan(
+                mixes=not self._runner.captures, decodes_first=self._decodes_first, parts=self._runner.steps_at_once
+            )
             self.peak_cache_tokens = max(self.peak_cache_tokens, self._blocks.held * BLOCK_TOKENS)
             if plan is None and not self._pending:
                 if not has_read and not self._rests():
@@ -209,9 +211,9 @@ class ContinuousEngine:
             forwards = [] if plan is None else self._launch(plan)
             if self._runner.is_asynchronous:
                 # 4. While the device runs it, turn the tokens of the step before into text.
-                self._deliver(self._pending)
+                in_flight = self._deliver_before(forwards)
                 # 5. Enqueue the sampling of the next tokens.
-                self._pending = self._sample(forwards)
+                self._pending = [*in_flight, *self._sample(forwards)]
             else:
                 self._deliver(self._sample(forwards))
         self._check_idle()
@@ -391,6 +393,21 @@ class ContinuousEngine:
         return bits
 
     # Tokens.
+
+    def _deliver_before(self, forwards: abc.Sequence[PendingForward]) -> list[PendingTokens]:
+        """Deliver pending tokens before those after some forwards are sampled.
+
+        Returns:
+            Tokens of other sequences that stay in flight, where several steps run at the same time.
+        """
+        runs = {sequence for forward in forwards for sequence in forward.sequences}
+        kept = len(self._pending)
+        others = self._runner.steps_at_once - 1 if forwards else 0
+        while others > 0 and kept > 0 and runs.isdisjoint(self._pending[kept - 1].sequences):
+            kept, others = kept - 1, others - 1
+        in_flight = self._pending[kept:]
+        self._deliver(self._pending[:kept])
+        return in_flight
 
     def _deliver(self, pending: abc.Sequence[PendingTokens]) -> None:
         """Wait for the tokens of a step and append them to their sequences."""

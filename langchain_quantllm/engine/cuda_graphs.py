@@ -53,9 +53,7 @@ def hooks_of(module: torch.nn.Module) -> tuple[int, ...]:
     return tuple(key for key, hook in hooks.items() if not is_idle_hook(hook))
 
 
-def no_graph_reason(
-    model: torch.nn.Module, whole: Collection[int] = (), *, has_stages: bool = False
-) -> str | None:
+def no_graph_reason(model: torch.nn.Module, whole: Collection[int] = (), *, has_stages: bool = False) -> str | None:
     """Find the reason why steps of a model cannot be CUDA graphs; None if none is known.
 
     Args:

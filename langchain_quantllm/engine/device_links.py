@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 
@@ -15,6 +18,7 @@ class DeviceLinks:
     def __init__(self) -> None:
         """Open no link yet."""
         self.uses_host = False
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._by_host: dict[tuple[torch.device, torch.device], HostLink | None] = {}
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
@@ -27,6 +31,21 @@ class DeviceLinks:
             target.copy_(source, non_blocking=True)
         else:
             link.copy(source, target)
+
+    @contextlib.contextmanager
+    def beside(self, device: torch.device) -> Iterator[torch.cuda.Stream | None]:
+        """Receive copies on a GPU beside its other work inside the block: on a stream of its own, the current one.
+
+        Yields:
+            The stream; None for other devices, where copies are received at once.
+        """
+        if device.type != "cuda":
+            yield None
+            return
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        with torch.cuda.device(device), torch.cuda.stream(self._streams[device]):
+            yield self._streams[device]
 
     def _link(self, source: torch.device, target: torch.device) -> HostLink | None:
         if source.type != "cuda" or target.type != "cuda":

@@ -35,8 +35,7 @@ class ForwardPatch:
     @property
     def __wrapped__(self) -> Any:
         """The forward that the patch stands before: `inspect.signature` finds its parameters here."""
-        module = self._module()
-        return self._before or (type(module).forward if module is None else forward_of(module))
+        return self._before or forward_of(self._module())
 
     @property
     def before(self) -> Any:

@@ -157,7 +157,12 @@ class ModelRunner:
             if self._sampling_device != self.device:
                 self._sampling_inputs = torch.zeros_like(self._inputs, device=self._sampling_device)
                 self._sampling_staging = StagingBuffers(staging.LINES, _MOST_ROWS)
-            if stages is None and states is None and attention.prefills_on_device and blocks_per_sequence * BLOCK_TOKENS >= PREFILL_TILE:
+            if (
+                stages is None
+                and states is None
+                and attention.prefills_on_device
+                and blocks_per_sequence * BLOCK_TOKENS >= PREFILL_TILE
+            ):
                 self._prefill_graphs = PrefillGraphs(self._forward_pack, self.device)
         self._mask_staging: StagingBuffers | None = None
         self._decode_graphs: dict[int, StepGraph | StagedGraph] = {}
@@ -192,6 +197,11 @@ class ModelRunner:
         """Whether steps become CUDA graphs."""
         return self.can_capture and self.no_graph_reason is None
 
+    @property
+    def steps_at_once(self) -> int:
+        """How many steps run at the same time, each in another stage; 1 for a model on one device."""
+        return self._stages.steps_at_once if self._stages is not None and self.captures else 1
+
     def model_changed(self, no_graph_reason: str | None) -> None:
         """Begin anew with a model whose modules or weights have changed.
 
@@ -203,10 +213,17 @@ class ModelRunner:
             self._prefill_graphs.no_graph_reason = None
         self.drop_graphs()
 
+    def synchronize(self) -> None:
+        """Wait for the work of all devices."""
+        if self._stages is not None:
+            self._stages.synchronize()
+        elif self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def drop_graphs(self) -> None:
         """Drop all graphs, as after a failure, and look for the model's configs anew."""
-        if self._decode_graphs:  # none of them may still run
-            torch.cuda.synchronize(self.device) if self._stages is None else self._stages.synchronize()
+        if self._decode_graphs:
+            self.synchronize()  # none of them may still run
         self._decode_graphs.clear()
         self._sampling_graphs.clear()
         if self._prefill_graphs is not None:
@@ -217,6 +234,12 @@ class ModelRunner:
             self._memory = torch.cuda.graph_pool_handle()  # the pool before was freed with its last graph
         self._configs = [] if self._by_sdpa else configs_of(self._model)
         self._cache_kind = passing_for_own(WritingCache, self._model)
+
+    def enter(self, sequences: abc.Sequence[Sequence]) -> None:
+        """Enter sequences, at least one, with all their blocks, as before a step that only decodes."""
+        self._table.enter(sequences)
+        if self._stages is not None:
+            self._stages.enter(sequences)
 
     @_on_device
     def run(
@@ -269,6 +292,8 @@ class ModelRunner:
         overlay: ImageOverlay | None = None,
         position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        if self._stages is not None:
+            self._stages.await_tokens(sequence.slot for sequence in step.decoding)
         spans, parts = [], []
         for first, (sequence, position) in enumerate(zip(step.decoding, step.positions, strict=True)):
             spans.append(Span(slot=sequence.slot, first=first, position=position, count=1))
@@ -319,6 +344,8 @@ class ModelRunner:
 
     def _decode(self, step: Step, sampling: abc.Sequence[SamplingInput]) -> PendingForward:
         sequences, positions = step.decoding, step.positions
+        if self._stages is not None:
+            self._stages.await_tokens(sequence.slot for sequence in sequences)
         blocks = [s.blocks[position // BLOCK_TOKENS] for s, position in zip(sequences, positions, strict=True)]
         inputs = step_inputs(sequences, positions, blocks, sampling)
         bucket = self._bucket(len(sequences))
@@ -525,13 +552,16 @@ class ModelRunner:
             on_device = None if mask is None else mask.to(self._sampling_device, non_blocking=True)
             ids = self._sampling_step(forward.logits.to(self._sampling_device), forward.inputs, needs, on_device)
         if self._stages is not None:
-            self._stages.return_tokens(forward.inputs[staging.SLOT])
+            self._stages.return_tokens(forward.inputs[staging.SLOT], [s.slot for s in forward.sequences])
         if mask is not None and self._mask_staging is not None:
             self._mask_staging.copied()
         logprobs = None
         if alternatives is not None:
             with self._operations():
-                logits, reported_ids = forward.logits[:rows].to(self._sampling_device), reported_tokens(forward.sequences)
+                logits, reported_ids = (
+                    forward.logits[:rows].to(self._sampling_device),
+                    reported_tokens(forward.sequences),
+                )
                 logprobs = log_probabilities(logits, ids, alternatives, reported_ids, forward.named_logits)
         return PendingTokens(forward.sequences, ids, logprobs)
 

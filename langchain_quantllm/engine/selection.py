@@ -238,7 +238,8 @@ class Engines:
         """
         check_process()
         with self._lock:
-            engines, patches = [*self._fast.values(), self._plain], [*self._fusions.values(), *self._stages]
+            engines = [*self._fast.values(), self._plain]
+            patches: list[Fusion | Stages] = [*self._fusions.values(), *self._stages]
             self._fast, self._fusions, self._stages = {}, {}, []
             self._plain = self._pipeline = self._switch = None
         for engine in engines:

@@ -176,6 +176,7 @@ class Parcel:
             links: Copies between devices.
         """
         self._links = links
+        self._unpacked: torch.cuda.Event | None = None
         self._kept = list(moves)
         sizes = [-(-source.nbytes // _ALIGNED_BYTES) * _ALIGNED_BYTES for source, _ in moves]
         self._boxes = [torch.zeros(sum(sizes), dtype=torch.uint8, device=place.device) for place in places]
@@ -193,10 +194,25 @@ class Parcel:
 
     def send(self) -> None:
         """Enqueue packing, the copy and unpacking."""
-        pack, unpack = self._graphs
+        (pack, unpack), (sent, received) = self._graphs, self._boxes
         pack.replay()
-        self._links.copy(*self._boxes)
+        if sent.device == received.device:
+            self._links.copy(sent, received)
+            unpack.replay()
+            return
+        # Beside the next stage's work, which may still be on the step before, and has unpacked that at its beginning.
+        with self._links.beside(received.device) as stream:
+            assert stream is not None
+            if self._unpacked is not None:
+                stream.wait_event(self._unpacked)
+            self._links.copy(sent, received)
+            arrived = torch.cuda.Event()
+            arrived.record(stream)
+        working = torch.cuda.current_stream(received.device)
+        working.wait_event(arrived)
         unpack.replay()
+        self._unpacked = torch.cuda.Event()
+        self._unpacked.record(working)
 
 
 def _ends(sizes: Sequence[int]) -> list[int]:

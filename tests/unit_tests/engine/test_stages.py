@@ -4,30 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
+from inspect import signature
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import _disable_current_modes
 
-from langchain_quantllm.engine import stage_graphs
+from langchain_quantllm.engine import scheduler, stage_graphs
 from langchain_quantllm.engine.attention import Batch, LayerPool
-from langchain_quantllm.engine.continuous import ContinuousEngine
-from langchain_quantllm.engine.fusion.fuse import EXPERTS, LINEAR, Fusion
 from langchain_quantllm.engine.block_manager import BlockManager
+from langchain_quantllm.engine.continuous import ContinuousEngine
+from langchain_quantllm.engine.forward_patch import ForwardPatch
+from langchain_quantllm.engine.fusion.fuse import EXPERTS, LINEAR, Fusion
 from langchain_quantllm.engine.kv_cache import allocate_pools
 from langchain_quantllm.engine.lora import NO_ADAPTER
 from langchain_quantllm.engine.model_check import inspect_model, run_greedily
 from langchain_quantllm.engine.model_runner import ModelRunner
+from langchain_quantllm.engine.request import plan_requests
 from langchain_quantllm.engine.scheduler import Scheduler
 from langchain_quantllm.engine.sequence import bare_sequence
-from langchain_quantllm.engine.stages import Stages
+from langchain_quantllm.engine.stages import Stages, find_stages
 from langchain_quantllm.errors import InvalidOptionError
 from langchain_quantllm.kernels import reference
 from langchain_quantllm.kernels.linear import reference as linear_reference
+from langchain_quantllm.options import GenerationOptions
+from tests.support.engine import AllowOnly
 from tests.support.families import FAST, family_model, generated_ids, random_ids
-from tests.support.fusion import forwards_in, write
+from tests.support.fusion import forwards_in, logits_of, write
 from tests.support.models import pipeline_of, tiny_model
 from tests.support.stages import address_of, hooked, recorded
 from tests.unit_tests.engine.test_prefill_graphs import BLOCKS, SLOTS, ReferenceAttention
@@ -109,8 +117,8 @@ def written(runner: Any, prompts: list[list[int]], tokens: int, adapters: tuple[
     """Continue prompts of several lengths beside each other, by greedy steps."""
     numbers = adapters or (NO_ADAPTER,) * len(prompts)
     sequences = [bare_sequence(ids, tokens, adapter=i) for ids, i in zip(prompts, numbers, strict=True)]
-    scheduler = Scheduler(BlockManager(BLOCKS), slots=SLOTS, step_tokens=16, step_tokens_while_decoding=16)
-    run_greedily(runner, sequences, scheduler)
+    plans = Scheduler(BlockManager(BLOCKS), slots=SLOTS, step_tokens=16, step_tokens_while_decoding=16)
+    run_greedily(runner, sequences, plans)
     return [sequence.ids[len(ids) :] for sequence, ids in zip(sequences, prompts, strict=True)]
 
 
@@ -127,6 +135,68 @@ def test_every_family_writes_the_same(name: str, fuses: bool, tokenizer: Any) ->
         assert {k for k, n in engine.info.fused.items() if not n} <= {LINEAR, EXPERTS}
     assert [generated_ids(model, prompt, 24) for prompt in PROMPTS] == expected
     engine.close()
+
+
+def _same(mask: AllowOnly) -> AllowOnly:
+    return mask
+
+
+class TestPartsInTurn:
+    """From some decoding sequences on, parts of them take turns, so that all stages work."""
+
+    @pytest.fixture
+    def engine(self, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+        """An engine that keeps steps in flight, as on two GPUs."""
+        monkeypatch.setattr(ModelRunner, "steps_at_once", 2)
+        monkeypatch.setattr(scheduler, "LEAST_DIVIDED", 4)
+        engine = engine_in_stages(tiny_model(49152), tokenizer)
+        engine._runner.is_asynchronous = True
+        yield engine
+        engine.close()
+
+    def test_the_same_tokens(self, engine: Any) -> None:
+        prompts = [random_ids(3 + 2 * i, seed=i) for i in range(7)]
+        steps: list[list[Any]] = []
+        run = engine._runner.run
+        engine._runner.run = lambda step, *given: (steps.append(step.decoding), run(step, *given))[1]
+        assert write(engine, prompts, 24) == [generated_ids(engine._parts.model, prompt, 24) for prompt in prompts]
+        parts = [set(step) for step in steps if step]
+        divided = [(a, b) for a, b in pairwise(parts) if len(a) + len(b) == len(prompts)]
+        assert len(divided) > 20
+        assert all(a.isdisjoint(b) for a, b in divided)
+
+    def test_masks_see_every_token_before_the_next(self, engine: Any) -> None:
+        allowed = [AllowOnly(AllowOnly.IDS) for _ in range(6)]
+        asked = GenerationOptions(max_new_tokens=20, eos_token_id=())
+        streams = []
+        for i, mask in enumerate(allowed):
+            given = {"shares_prefix": True, "mask": partial(_same, mask)}
+            streams.append(engine.submit(plan_requests(random_ids(4 + i), asked, engine.limits, **given)))
+        texts = [[i for chunk in stream for i in chunk.token_ids] for stream in streams]
+        assert [mask.accepted for mask in allowed] == texts
+        for prompt, text in zip(range(6), texts, strict=True):
+            assert set(text) <= set(AllowOnly.IDS)
+            logits = logits_of(engine._parts.model, random_ids(4 + prompt) + text)[0, 3 + prompt : -1]
+            best = logits[:, list(AllowOnly.IDS)].argmax(-1)
+            assert [AllowOnly.IDS[i] for i in best.tolist()] == text
+
+    def test_preempted_and_cancelled_ones_harm_nobody(self, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ModelRunner, "steps_at_once", 2)
+        monkeypatch.setattr(scheduler, "LEAST_DIVIDED", 3)
+        model = tiny_model(49152)
+        stages = Stages(model, first_layers=(1,))
+        engine: Any = ContinuousEngine(pipeline_of(model, tokenizer), kv_cache_memory=14 * 16 * 512, stages=stages)
+        engine._runner.is_asynchronous = True
+        prompts = [random_ids(20, seed=i) for i in range(5)]
+        expected = [generated_ids(model, prompt, 30) for prompt in prompts]
+        asked = GenerationOptions(max_new_tokens=30, eos_token_id=())
+        cancelled = engine.submit(plan_requests(random_ids(9), asked, engine.limits, shares_prefix=True))
+        next(iter(cancelled))
+        cancelled.close()
+        assert write(engine, prompts, 30) == expected
+        assert engine._scheduler.preempted
+        engine._scheduler.check_integrity()
+        engine.close()
 
 
 @pytest.mark.usefixtures("software_graphs")
@@ -172,3 +242,111 @@ class TestGraphs:
         for graph, layer in ((first, layers[1]), (second, layers[0])):
             assert not {address_of(weight) for weight in layer.parameters()} & graph.read.keys()
         assert {address_of(weight) for weight in layers[1].parameters()} <= second.read.keys()
+
+
+class TestModules:
+    """What happens to the model's modules."""
+
+    def test_hooks_are_passed_by_in_the_engine_alone(self, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = hooked(family_model(FAST["llama"]))
+        [expected] = [generated_ids(model, PROMPTS[0], 8)]
+        engine = engine_in_stages(model, tokenizer)
+        moved: list[str] = []
+        original = AlignDevicesHook.pre_forward
+
+        def pre_forward(self: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
+            moved.append(type(module).__name__)
+            return original(self, module, *args, **kwargs)
+
+        monkeypatch.setattr(AlignDevicesHook, "pre_forward", pre_forward)
+        assert write(engine, PROMPTS[:1], 8) == [expected]
+        assert not moved
+        assert generated_ids(model, PROMPTS[0], 8) == expected
+        assert {"LlamaDecoderLayer", "LlamaRMSNorm", "Linear", "Embedding"} <= set(moved)
+        engine.close()
+
+    def test_close_puts_everything_back(self) -> None:
+        model = hooked(tiny_model(300))
+        before = {id(module): module.__dict__.get("forward") for module in model.modules()}
+        stages = Stages(model, first_layers=(1,))
+        assert any(isinstance(forward, ForwardPatch) for forward in forwards_in(model))
+        assert signature(model.forward) == signature(type(model).forward.__get__(model))  # generate reads it
+        stages.close()
+        assert {id(module): module.__dict__.get("forward") for module in model.modules()} == before
+
+    def test_a_model_on_one_device_has_none(self) -> None:
+        assert find_stages(tiny_model(300)) is None
+        assert find_stages(hooked(tiny_model(300))) is None
+
+    @pytest.mark.parametrize("firsts", [(0,), (2,), (1, 1), (-1,)])
+    def test_a_division_at_no_layer(self, firsts: tuple[int, ...]) -> None:
+        model = tiny_model(300)
+        with pytest.raises(InvalidOptionError, match="increasing numbers from 1 to 1, for a model on one device"):
+            Stages(model, first_layers=firsts)
+        assert not forwards_in(model)
+
+    def test_each_stage_begins_where_its_layers_do(self) -> None:
+        model = tiny_model(300)
+        stages = Stages(model, first_layers=(1,))
+        first, second = stages.places
+        assert (stages.first, stages.last) == (first, second)
+        placed = [model.model.layers[0], model.model.layers[1], model.model.norm, model.lm_head]
+        assert [stages.place_of(id(module)) for module in placed] == [first, second, second, second]
+        assert stages.place_of(id(model.model.rotary_emb)) is None
+
+
+def spread(model: Any, **places: str) -> Any:
+    """Put modules of a Llama on another device by name; "meta" stands for the second GPU."""
+    for name, module in model.named_modules():
+        if places.get(name.replace(".", "_")):
+            module.to(places[name.replace(".", "_")])
+    return model
+
+
+class TestPlaces:
+    """Places by the devices of a model's weights."""
+
+    def test_layers_on_two_devices(self) -> None:
+        model = spread(tiny_model(300), model_layers_1="meta", model_norm="meta", lm_head="meta")
+        stages = Stages(model)
+        cpu, meta = (torch.device(name) for name in ("cpu", "meta"))
+        assert [place.device for place in stages.places] == [cpu, meta]
+        assert (stages.first.device, stages.last.device) == (cpu, meta)
+        assert [replica.inv_freq.device for replica in stages.replicas] == [meta]
+
+    def test_small_modules_without_weights_run_where_they_are_called(self) -> None:
+        """accelerate puts rotary frequencies where the last layer is, and cosines and sines go back to each layer."""
+        model = spread(tiny_model(300), model_embed_tokens="meta", model_layers_0="meta")
+        rotary = model.model.rotary_emb
+        stages = Stages(model)
+        [replica] = stages.replicas
+        run = stages.begin()
+        assert (run.place.device.type, replica.inv_freq.device.type) == ("meta", "meta")
+        assert stages.call(rotary, rotary.forward, run.place.device) is replica
+        assert rotary.inv_freq.device.type == "cpu"
+        run.enter(id(model.model.layers[1]), (), {})
+        assert stages.call(rotary, rotary.forward, run.place.device) is rotary.forward
+
+    def test_arguments_come_along_once(self) -> None:
+        model = spread(tiny_model(300), model_layers_1="meta", model_norm="meta", lm_head="meta")
+        run = Stages(model).begin()
+        hidden, cos = torch.ones(1, 3, 64, dtype=torch.float32), torch.ones(1, 3, 32, dtype=torch.float32)
+        first, second, norm = *model.model.layers, model.model.norm
+        kwargs = {"position_embeddings": (cos, cos), "use_cache": True}
+        assert run.enter(id(first), (hidden,), kwargs) == ((hidden,), kwargs)
+        args, moved = run.enter(id(second), (hidden,), kwargs)
+        assert args[0].device.type == "meta"
+        assert moved["use_cache"] is True
+        assert moved["position_embeddings"][0] is moved["position_embeddings"][1]
+        assert run.enter(id(second), args, moved) == (args, moved)
+        assert run.enter(id(norm), (hidden,), {}) == (args, {})
+
+    def test_a_head_that_shares_the_weights_of_the_embeddings_is_where_they_are(self) -> None:
+        model = spread(tiny_model(300), model_layers_1="meta", model_norm="meta")
+        model.lm_head.weight = model.model.embed_tokens.weight
+        stages = Stages(model)
+        assert stages.last == stages.first
+        run = stages.begin()
+        for name in ("model.layers.0", "model.layers.1", "model.norm", "lm_head"):
+            run.enter(id(model.get_submodule(name)), (), {})
+        assert run.place == stages.first
