@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+HOOKED_ATTRIBUTES = ("forward", "_old_forward", "_hf_hook", "to", "cuda")
+"""Attributes that a module has of its own because of a hook."""
+
 
 def size_in_bytes(size: int | str) -> int:
     """Parse a size as `max_memory` takes it, such as `"10GiB"`.

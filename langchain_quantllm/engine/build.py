@@ -360,11 +360,23 @@ class EngineParts:
             if self._fingerprint.versions == before.versions:
                 break
 
+    def _divide_anew(self, stages: Stages) -> bool:
+        """Find the stages of the changed model; sets `refusal` if its layers lie elsewhere, and their blocks do not."""
+        if self._fusion is not None:
+            self._fusion.close()
+        before = stages.places
+        try:
+            stages.build()
+        except UnsupportedError as error:
+            self.refusal = f"the model was changed: {error}"
+            return False
+        is_same = stages.places == before
+        self.refusal = None if is_same else "the model was changed: its layers lie on other devices; load it again"
+        return is_same
+
     def _rebuild_once(self) -> None:
-        if self._stages is not None:
-            if self._fusion is not None:
-                self._fusion.close()
-            self._stages.build()
+        if self._stages is not None and not self._divide_anew(self._stages):
+            return
         if self._fusion is not None:
             try:
                 self._fusion.build()

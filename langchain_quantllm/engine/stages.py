@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from langchain_quantllm.compat.accelerate import beneath_hook, offloads_weights
+from langchain_quantllm.compat.accelerate import HOOKED_ATTRIBUTES, beneath_hook, offloads_weights
 from langchain_quantllm.engine.cuda_graphs import WaitFinder
 from langchain_quantllm.engine.device_links import DeviceLinks
 from langchain_quantllm.engine.forward_context import ForwardContext
@@ -368,9 +368,7 @@ def _floats(module: Any) -> bool:
 def _replica_of(module: Any, device: torch.device) -> Any:
     """Copy a small module to another device, without hooks and patches."""
     made = copy.copy(module)
-    state = dict(module.__dict__)
-    for name in ("forward", "_old_forward", "_hf_hook", "to", "cuda"):
-        state.pop(name, None)
+    state = {name: value for name, value in module.__dict__.items() if name not in HOOKED_ATTRIBUTES}
     state["_buffers"] = {name: None if one is None else one.to(device) for name, one in module._buffers.items()}
     state["_modules"] = {name: _replica_of(child, device) for name, child in module._modules.items()}
     made.__dict__ = state

@@ -267,7 +267,8 @@ class _Candidates:
             call = calls.get(id(module))
             if call is None:
                 continue  # not called for text: a part for images, for example
-            devices = {tensor.device for tensor in tensors_of(*call.args, *call.kwargs.values(), call.output)}
+            tensors = tensors_of(*call.args, *call.kwargs.values(), call.output)
+            devices = {tensor.device for tensor in tensors} or {self._home}
             is_apart = len(devices) == 1 and self._spreads and all(d.type == self._home.type for d in devices)
             if devices != {self._home} and not is_apart:
                 self._left[kind][f"it is not on {self._home}"] += 1

@@ -7,22 +7,25 @@ from dataclasses import replace
 from functools import partial
 from inspect import signature
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from accelerate.hooks import AlignDevicesHook
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import _disable_current_modes
 
 from langchain_quantllm.engine import scheduler, stage_graphs
+from langchain_quantllm.engine import stages as stages_module
 from langchain_quantllm.engine.attention import Batch, LayerPool
 from langchain_quantllm.engine.block_manager import BlockManager
 from langchain_quantllm.engine.continuous import ContinuousEngine
 from langchain_quantllm.engine.forward_patch import ForwardPatch
 from langchain_quantllm.engine.fusion.fuse import EXPERTS, LINEAR, Fusion
 from langchain_quantllm.engine.kv_cache import allocate_pools
-from langchain_quantllm.engine.lora import NO_ADAPTER
+from langchain_quantllm.engine.lora import NO_ADAPTER, LoraStack
 from langchain_quantllm.engine.model_check import inspect_model, run_greedily
 from langchain_quantllm.engine.model_runner import ModelRunner
 from langchain_quantllm.engine.request import plan_requests
@@ -33,10 +36,11 @@ from langchain_quantllm.errors import InvalidOptionError
 from langchain_quantllm.kernels import reference
 from langchain_quantllm.kernels.linear import reference as linear_reference
 from langchain_quantllm.options import GenerationOptions
-from tests.support.engine import AllowOnly
+from tests.support.adapters import choose_adapter, enable_adapters, make_adapter
+from tests.support.engine import AllowOnly, on_pipeline
 from tests.support.families import FAST, family_model, generated_ids, random_ids
 from tests.support.fusion import forwards_in, logits_of, write
-from tests.support.models import pipeline_of, tiny_model
+from tests.support.models import llm_of, pipeline_of, tiny_model
 from tests.support.stages import address_of, hooked, recorded
 from tests.unit_tests.engine.test_prefill_graphs import BLOCKS, SLOTS, ReferenceAttention
 
@@ -223,6 +227,30 @@ class TestGraphs:
             assert [part.parcel is None for part in parts] == [True] + [False] * len(firsts)
         assert sum(graph._parts[0].graph.replays for graph in graphs) > 40
 
+    def test_rows_with_different_adapters(self, tmp_path: Path) -> None:
+        pytest.importorskip("peft")
+        tiny_model(300).save_pretrained(tmp_path / "base")
+        names, targets = ("one", "two"), ["q_proj", "v_proj", "down_proj"]
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
+        for seed, name in enumerate(names):
+            make_adapter(tmp_path / "base", tmp_path / name, seed=seed, target_modules=targets)
+            model.load_adapter(str(tmp_path / name), adapter_name=name)
+        model.generation_config.eos_token_id = None
+        prompt, expected = PROMPTS[0], []
+        prompt = [i % 300 for i in prompt]
+        for name in names:
+            choose_adapter(model, name)
+            expected.append(generated_ids(model, prompt, 12))
+        enable_adapters(model, False)
+        expected.append(generated_ids(model, prompt, 12))
+        assert len({tuple(ids) for ids in expected}) == 3
+        stages = Stages(model, first_layers=(1,))
+        runner = captured_runner(model, stages, adapters=LoraStack(model, names))
+        assert written(runner, [prompt] * 3, 12, adapters=(0, 1, NO_ADAPTER)) == expected
+        assert runner.no_graph_reason is None
+        second = runner._decode_graphs[4]._parts[1].graph
+        assert address_of(runner._table.adapters) not in second.read
+
     @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "qwen3"])
     @pytest.mark.parametrize("fuses", [False, True])
     def test_no_stage_uses_memory_of_another(self, name: str, fuses: bool) -> None:
@@ -301,6 +329,50 @@ def spread(model: Any, **places: str) -> Any:
         if places.get(name.replace(".", "_")):
             module.to(places[name.replace(".", "_")])
     return model
+
+
+def test_an_object_finds_and_closes_its_stages(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(49152)
+    monkeypatch.setattr(stages_module, "find_stages", partial(Stages, first_layers=(1,)))
+    llm, prompts = llm_of(model, tokenizer, max_new_tokens=12), ["The sea is", "1, 2, 3,"]
+    assert "its layers run in 2 stages on cpu" in llm.engine_info.reason
+    assert llm.batch(prompts) == on_pipeline(llm, max_new_tokens=12).batch(prompts)
+    assert forwards_in(model)
+    llm.unload()
+    assert not forwards_in(model)
+
+
+def test_a_model_that_stages_do_not_fit_runs_by_its_hooks(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def enter(*_: Any) -> Any:
+        msg = "its code mixes devices"
+        raise RuntimeError(msg)
+
+    model = tiny_model(49152)
+    monkeypatch.setattr(stages_module, "find_stages", partial(Stages, first_layers=(1,)))
+    monkeypatch.setattr(stages_module.StageRun, "enter", enter)
+    llm = llm_of(model, tokenizer, max_new_tokens=4, engine="fast")
+    assert llm.engine_info.reason == "one running batch over KV cache blocks"
+    assert not forwards_in(model)
+    assert "its code mixes devices" in caplog.text
+    llm.unload()
+
+
+def test_a_changed_model_is_divided_anew(tokenizer: Any) -> None:
+    model = hooked(tiny_model(49152))
+    engine = engine_in_stages(model, tokenizer, fuses=True)
+    before = write(engine, PROMPTS[:1], 12)
+    model.lm_head = torch.nn.Linear(64, 49152, bias=False)
+    with torch.no_grad():
+        model.lm_head.weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(5))
+        model.model.layers[1].mlp.up_proj.weight.mul_(-1)
+    expected = [generated_ids(model, PROMPTS[0], 12)]
+    assert write(engine, PROMPTS[:1], 12) == expected != before
+    stages = engine._parts._stages
+    assert stages.place_of(id(model.lm_head)) == stages.last
+    assert isinstance(model.lm_head.__dict__["forward"], ForwardPatch)
+    engine.close()
 
 
 class TestPlaces:
