@@ -38,7 +38,7 @@ from langchain_quantllm.engine.sampler import MASKS, BatchSampler, PendingTokens
 from langchain_quantllm.engine.sequence import SamplingInput, Sequence
 from langchain_quantllm.engine.stage_graphs import PlacedGraph, StagedGraph, StagePools
 from langchain_quantllm.engine.stage_inputs import StageInputs
-from langchain_quantllm.engine.stages import StageRun, Stages, StrayFinder, at_stage
+from langchain_quantllm.engine.stages import StageRun, Stages, StrayFinder, TriedRun, at_stage
 from langchain_quantllm.engine.staging import PendingForward, StagingBuffers, step_inputs
 from langchain_quantllm.engine.state_forward import StateForward
 from langchain_quantllm.engine.state_pool import StatePool
@@ -413,7 +413,7 @@ class ModelRunner:
         inputs.zero_()
         inputs[staging.SLOT] = self._padding_slot
         try:
-            run = None if self._stages is None else self._stages.stages.begin()
+            run = None if self._stages is None else TriedRun(self._stages.stages)
             body = functools.partial(self._decode_step, inputs)
             with WaitFinder() if run is None else StrayFinder(run) as finder:
                 self._decode_in(run, body)
@@ -421,11 +421,10 @@ class ModelRunner:
                 self.no_graph_reason = f"{finder.found} makes the host wait"
                 return None
             graph: StepGraph | StagedGraph
-            if self._stages is None:
+            if self._stages is None or run is None:
                 graph = StepGraph(body, self.device, self._memory)
             else:
-                in_stages = functools.partial(self._decode_in, body=body)
-                graph = StagedGraph(in_stages, self._stages.stages, self._stages.pools)
+                graph = StagedGraph(functools.partial(self._decode_in, body=body), run, self._stages.pools)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

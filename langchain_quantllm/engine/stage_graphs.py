@@ -17,7 +17,7 @@ import torch
 
 from langchain_quantllm.engine.cuda_graphs import captured, one_capture
 from langchain_quantllm.engine.device_links import DeviceLinks
-from langchain_quantllm.engine.stages import Place, StageRun, Stages, at_stage
+from langchain_quantllm.engine.stages import Place, StageRun, TriedRun, at_stage
 
 _ALIGNED_BYTES = 16
 """Tensors in a parcel begin at multiples of this."""
@@ -78,16 +78,15 @@ class PlacedGraph:
 class StagedGraph:
     """A captured step of a model with stages: a replay computes from the current values of the same tensors."""
 
-    def __init__(self, body: Callable[[StageRun], torch.Tensor], stages: Stages, pools: StagePools) -> None:
+    def __init__(self, body: Callable[[StageRun], torch.Tensor], tried: TriedRun, pools: StagePools) -> None:
         """Capture a step.
 
         Args:
-            body: Runs the step's forward in the given stages, and returns its output; was run before, so that every
-                kernel is compiled.
-            stages: The model's stages.
+            body: Runs the step's forward in the given stages, and returns its output.
+            tried: The same forward, run before, so that every kernel is compiled.
             pools: The memory pools.
         """
-        recorder = _Recorder(stages, pools)
+        recorder = _Recorder(tried, pools)
         with one_capture:
             try:
                 self.output = recorder.run(body)
@@ -95,7 +94,7 @@ class StagedGraph:
                 recorder.abort()
             self._parts = recorder.parts
             for before, part in zip(self._parts, self._parts[1:], strict=False):
-                part.parcel = Parcel(part.moves, (before.place, part.place), pools, stages.links)
+                part.parcel = Parcel(part.moves, (before.place, part.place), pools, tried.stages.links)
 
     def replay(self) -> torch.Tensor:
         """Run the step, and return the tensor of its output."""
@@ -119,8 +118,9 @@ class _Part:
 class _Recorder(StageRun):
     """A forward whose stages are captured."""
 
-    def __init__(self, stages: Stages, pools: StagePools) -> None:
-        super().__init__(stages)
+    def __init__(self, tried: TriedRun, pools: StagePools) -> None:
+        super().__init__(tried.stages)
+        self._targets = iter(tried.targets)
         self.parts: list[_Part] = []
         self._pools = pools
         self._open = contextlib.ExitStack()
@@ -151,9 +151,12 @@ class _Recorder(StageRun):
         if source.device.type != self.place.device.type:
             msg = f"a tensor on {source.device} is copied to {self.place.device} in every step"
             raise RuntimeError(msg)
-        # Allocated only: the copy is no part of the stage's graph, and lies between two replays.
-        target = torch.empty_like(source, device=self.place.device)
-        self.parts[-1].moves.append((source, target))
+        target = next(self._targets, None)
+        wanted = (source.shape, source.dtype, self.place.device)
+        if target is None or (target.shape, target.dtype, target.device) != wanted:
+            msg = "a forward reads other tensors of earlier stages than the one before it"
+            raise RuntimeError(msg)
+        self.parts[-1].moves.append((source, target))  # to be copied between two replays
         return target
 
 

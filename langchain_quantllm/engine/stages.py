@@ -292,6 +292,24 @@ class StageRun:
             torch.cuda.set_device(device)
 
 
+class TriedRun(StageRun):
+    """A forward before it is captured.
+
+    Attributes:
+        targets: The copies of tensors in other stages, in the order in which they were made. Graphs read them: memory
+            that is allocated in a capture may be where an earlier operation of the same graph has kept something.
+    """
+
+    def __init__(self, stages: Stages) -> None:
+        """Begin in the first stage."""
+        super().__init__(stages)
+        self.targets: list[torch.Tensor] = []
+
+    def _copy(self, source: torch.Tensor) -> torch.Tensor:
+        self.targets.append(super()._copy(source))
+        return self.targets[-1]
+
+
 class StrayFinder(WaitFinder):
     """Watches the operations of a forward for one that a graph cannot hold, in the stages of a model.
 

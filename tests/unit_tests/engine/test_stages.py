@@ -15,9 +15,8 @@ import torch
 import transformers
 from accelerate.hooks import AlignDevicesHook
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils._python_dispatch import _disable_current_modes
 
-from langchain_quantllm.engine import scheduler, stage_graphs
+from langchain_quantllm.engine import scheduler
 from langchain_quantllm.engine import stages as stages_module
 from langchain_quantllm.engine.attention import Batch, LayerPool
 from langchain_quantllm.engine.block_manager import BlockManager
@@ -83,19 +82,6 @@ class GraphAttention(ReferenceAttention):
         return attended[:, :, 0][None]
 
 
-@pytest.fixture
-def software_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let captures find values: unlike on a GPU, what is captured runs at once."""
-    allocate = stage_graphs._Recorder._copy
-
-    def copy(self: Any, source: torch.Tensor) -> torch.Tensor:
-        target = allocate(self, source)
-        with _disable_current_modes():
-            return target.copy_(source)
-
-    monkeypatch.setattr(stage_graphs._Recorder, "_copy", copy)
-
-
 def captured_runner(model: Any, stages: Stages, fusion: Fusion | None = None, **given: Any) -> Any:
     """Make a runner whose decode steps and sampling become graphs."""
     probe = inspect_model(model)
@@ -130,14 +116,14 @@ def written(runner: Any, prompts: list[list[int]], tokens: int, adapters: tuple[
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
 def test_every_family_writes_the_same(name: str, fuses: bool, tokenizer: Any) -> None:
     model = hooked(family_model(FAST[name]))
-    expected = [generated_ids(model, prompt, 24) for prompt in PROMPTS]
+    expected = [generated_ids(model, prompt, 12) for prompt in PROMPTS]
     engine = engine_in_stages(model, tokenizer, fuses=fuses)
     assert "2 stages" in engine.info.reason
-    assert write(engine, PROMPTS, 24) == expected
+    assert write(engine, PROMPTS, 12) == expected
     if fuses and name == "llama":
         assert all(not kind.left for kind in engine._parts._fusion.summary)
         assert {k for k, n in engine.info.fused.items() if not n} <= {LINEAR, EXPERTS}
-    assert [generated_ids(model, prompt, 24) for prompt in PROMPTS] == expected
+    assert [generated_ids(model, prompt, 12) for prompt in PROMPTS] == expected
     engine.close()
 
 
@@ -203,7 +189,6 @@ class TestPartsInTurn:
         engine.close()
 
 
-@pytest.mark.usefixtures("software_graphs")
 class TestGraphs:
     """A step is a graph for each stage. Graphs of recorded operations stand for CUDA graphs."""
 
@@ -211,12 +196,12 @@ class TestGraphs:
     @pytest.mark.parametrize("firsts", [(1,), (1, 2)])
     def test_replays_write_the_same(self, firsts: tuple[int, ...], fuses: bool) -> None:
         model = hooked(family_model(replace(FAST["llama"], options={**FAST["llama"].options, "num_hidden_layers": 3})))
-        expected = [generated_ids(model, prompt, 24) for prompt in PROMPTS]
+        expected = [generated_ids(model, prompt, 16) for prompt in PROMPTS]
         stages = Stages(model, first_layers=firsts)
         fusion = Fusion(model, kernels=reference, linear_kernels=linear_reference, stages=stages) if fuses else None
         runner = captured_runner(model, stages, fusion)
         for _ in range(2):
-            assert written(runner, PROMPTS, 24) == expected
+            assert written(runner, PROMPTS, 16) == expected
         assert runner.no_graph_reason is None
         graphs = list(runner._decode_graphs.values())
         assert len(graphs) > 1
@@ -225,7 +210,7 @@ class TestGraphs:
             assert [part.place for part in parts] == list(stages.places)
             assert len({part.graph.replays for part in parts}) == 1
             assert [part.parcel is None for part in parts] == [True] + [False] * len(firsts)
-        assert sum(graph._parts[0].graph.replays for graph in graphs) > 40
+        assert sum(graph._parts[0].graph.replays for graph in graphs) > 25
 
     def test_rows_with_different_adapters(self, tmp_path: Path) -> None:
         pytest.importorskip("peft")
@@ -266,6 +251,8 @@ class TestGraphs:
         of_first = [runner._inputs, runner._ones, table.blocks, table.adapters, sampler.last_ids, *first.made.values()]
         strays = {name for tensor in of_first if (name := second.read.get(address_of(tensor)))}
         assert not strays
+        # Memory that a graph allocates may be where it keeps something else before.
+        assert not {address_of(target) for _, target in graph._parts[1].moves} & second.made.keys()
         layers = max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
         for graph, layer in ((first, layers[1]), (second, layers[0])):
             assert not {address_of(weight) for weight in layer.parameters()} & graph.read.keys()
