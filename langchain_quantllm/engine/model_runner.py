@@ -425,6 +425,9 @@ class ModelRunner:
                 graph = StepGraph(body, self.device, self._memory)
             else:
                 graph = StagedGraph(functools.partial(self._decode_in, body=body), run, self._stages.pools)
+                if graph.output.device != self._sampling_device:
+                    self.no_graph_reason = f"its logits are on {graph.output.device}, and not where its head is"
+                    return None
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -557,10 +560,8 @@ class ModelRunner:
         logprobs = None
         if alternatives is not None:
             with self._operations():
-                logits, reported_ids = (
-                    forward.logits[:rows].to(self._sampling_device),
-                    reported_tokens(forward.sequences),
-                )
+                logits = forward.logits[:rows].to(self._sampling_device)
+                reported_ids = reported_tokens(forward.sequences)
                 logprobs = log_probabilities(logits, ids, alternatives, reported_ids, forward.named_logits)
         return PendingTokens(forward.sequences, ids, logprobs)
 

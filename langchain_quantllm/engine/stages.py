@@ -47,8 +47,8 @@ def find_stages(model: Any) -> Stages | None:
 
     Models with modules on the CPU or on a disk run by accelerate's hooks.
     """
-    tensors = [*model.parameters(), *model.buffers()]
-    devices = {tensor.device for tensor in tensors}
+    large = (buffer for buffer in model.buffers() if buffer.nbytes > _FLOATING_BYTES)
+    devices = {tensor.device for tensor in (*model.parameters(), *large)}
     if len(devices) < 2 or any(device.type != "cuda" for device in devices):
         return None
     if any(map(offloads_weights, model.modules())):
