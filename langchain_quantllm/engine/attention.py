@@ -53,6 +53,8 @@ class Batch:
         decodes: Whether every span is one token. A batch of prompts may have spans of one token as well, of sequences
             that decode beside them.
         tiles: The spans cut for `kernels.attention.prefill_attention`, if they are on the device already.
+        new_blocks: The block that each token is written to, of shape `(tokens,)`, int32, where only the table of the
+            first stage holds it; None otherwise.
         on_device: What the layers of one device share in this forward; see `cached`.
     """
 
@@ -62,6 +64,7 @@ class Batch:
     spans: Sequence[Span]
     decodes: bool
     tiles: torch.Tensor | None = None
+    new_blocks: torch.Tensor | None = None
     on_device: dict[Any, Any] = field(default_factory=dict)
 
     def cached(self, key: Any, make: Callable[[], _Value]) -> _Value:
@@ -218,6 +221,10 @@ class PagedForward:
     def pool(self, layer: int) -> LayerPool:
         """Return the KV pool of a layer."""
         return self._pools[layer]
+
+    def go_on(self, batch: Batch) -> None:
+        """Go on with the same tokens on the device of another stage."""
+        self._batch = batch
 
     @property
     def positions(self) -> int:

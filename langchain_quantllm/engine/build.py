@@ -12,6 +12,7 @@ import torch
 
 from langchain_quantllm.compat.transformers_attention import attention_name
 from langchain_quantllm.compat.transformers_rotary import moving_rope
+from langchain_quantllm.engine import stages as stages_module
 from langchain_quantllm.engine.adapter_switch import AdapterSwitch, changed_by_hand
 from langchain_quantllm.engine.alibi import BiasedAttention
 from langchain_quantllm.engine.attention import Attention, LayerPool
@@ -39,6 +40,7 @@ from langchain_quantllm.engine.own_attention import OwnAttention
 from langchain_quantllm.engine.relative_bias import RelativeBiases
 from langchain_quantllm.engine.request import EngineInfo, ModelLimits
 from langchain_quantllm.engine.rotary_lengths import RotaryLengths
+from langchain_quantllm.engine.stages import Stages
 from langchain_quantllm.engine.state_forward import StateModules
 from langchain_quantllm.engine.state_pool import LEAST_ROWS, StatePool, count_rows, slots_of, state_bytes
 from langchain_quantllm.engine.state_snapshots import StateSnapshots
@@ -85,6 +87,7 @@ class EngineParts:
         fusion: Fusion | None,
         no_fusion_reason: str | None,
         batch_invariant: bool = False,
+        stages: Stages | None = None,
     ) -> None:
         """Allocate the parts, and check that they give the model's own logits; see `ContinuousEngine`."""
         if (reason := unsupported_reason(model)) is not None:
@@ -94,6 +97,7 @@ class EngineParts:
         self._model = model
         self._switch = switch
         self._fusion = fusion
+        self._stages = stages
         self._batch_invariant = batch_invariant
         self._notes = [] if no_fusion_reason is None else [f"no fused steps: {no_fusion_reason}"]
         self.limits = limits
@@ -159,7 +163,7 @@ class EngineParts:
         if (latents := vars(self).pop("_latents", None)) is not None:
             latents.close()
         self.pools, self.states, self.adapters, self.images, self.rotary = [], None, None, None, None
-        self._model = self._switch = self._fusion = None
+        self._model = self._switch = self._fusion = self._stages = None
         vars(self).pop("runner", None)
 
     @property
@@ -172,6 +176,8 @@ class EngineParts:
         """The engine's name, and which of its features cannot be used."""
         token_bytes = sum(shape.token_bytes for shape in self.probe.shapes)
         notes = list(self._notes)
+        if self._stages is not None:
+            notes.append(self._stages.note)
         if self.runner.no_graph_reason:
             notes.append(f"decode steps are not CUDA graphs: {self.runner.no_graph_reason}")
         if copied := self._latents.copied_bytes:
@@ -311,6 +317,7 @@ class EngineParts:
                 needs_lengths=self.rotary is not None,
                 latents=self._latents,
                 operations=InvariantOps if self._batch_invariant else contextlib.nullcontext,
+                stages=self._stages,
             )
             try:
                 self._checked_tokens = verify_engine(
@@ -340,7 +347,12 @@ class EngineParts:
     def _no_graph_reason(self) -> str | None:
         if self._indexed is not None:
             return "an indexer chooses the tokens that attention sees, by lengths on the host"
-        return no_graph_reason(self._model, frozenset() if self._fusion is None else self._fusion.replaced_ids)
+        if self._stages is not None and self.probe.states:
+            return "layers on several GPUs keep a state"
+        if self._stages is not None and not stages_module.CAPTURES:
+            return "graphs of stages are switched off until they have been tried on several GPUs"
+        replaced = frozenset() if self._fusion is None else self._fusion.replaced_ids
+        return no_graph_reason(self._model, replaced, has_stages=self._stages is not None)
 
     def read_images(self, processor: Any) -> str | None:
         """Let prompts hold images from now on, if the model gives the same logits for one as by itself.
@@ -386,7 +398,23 @@ class EngineParts:
             if self._fingerprint.versions == before.versions:
                 break
 
+    def _divide_anew(self, stages: Stages) -> bool:
+        """Find the stages of the changed model; sets `refusal` if its layers lie elsewhere, and their blocks do not."""
+        if self._fusion is not None:
+            self._fusion.close()
+        before = stages.places
+        try:
+            stages.build()
+        except UnsupportedError as error:
+            self.refusal = f"the model was changed: {error}"
+            return False
+        is_same = stages.places == before
+        self.refusal = None if is_same else "the model was changed: its layers lie on other devices; load it again"
+        return is_same
+
     def _rebuild_once(self) -> None:
+        if self._stages is not None and not self._divide_anew(self._stages):
+            return
         if self._fusion is not None:
             try:
                 self._fusion.build()

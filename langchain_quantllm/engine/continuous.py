@@ -29,6 +29,7 @@ from langchain_quantllm.engine.request import EngineInfo, Request, check_queue, 
 from langchain_quantllm.engine.sampler import NOTHING_ALLOWED, PendingTokens
 from langchain_quantllm.engine.scheduler import Scheduler, age
 from langchain_quantllm.engine.sequence import Lane, SamplingInput, Sequence
+from langchain_quantllm.engine.stages import Stages
 from langchain_quantllm.engine.staging import PendingForward
 from langchain_quantllm.engine.step import Step, split_step
 from langchain_quantllm.engine.step_timing import time_step
@@ -62,6 +63,7 @@ class ContinuousEngine:
         fusion: Fusion | None = None,
         no_fusion_reason: str | None = None,
         batch_invariant: bool = False,
+        stages: Stages | None = None,
     ) -> None:
         """Take a loaded text-generation pipeline, and check that its model can run this way.
 
@@ -72,6 +74,7 @@ class ContinuousEngine:
             fusion: The model's fused steps, which the caller closes; None if its modules run as they are.
             no_fusion_reason: Why there are none although they were asked for.
             batch_invariant: Give a request the same logits, bit for bit, whatever runs beside it.
+            stages: The stages of a model on several devices, which the caller closes; None to run it by its own hooks.
 
         Raises:
             UnsupportedError: If the model cannot run this way; the message is the reason.
@@ -87,6 +90,7 @@ class ContinuousEngine:
             fusion=fusion,
             no_fusion_reason=no_fusion_reason,
             batch_invariant=batch_invariant,
+            stages=stages,
         )
         self._runner = self._parts.runner
         self._step_tokens = _STEP_TOKENS_GPU if self._parts.is_gpu else _STEP_TOKENS_CPU
@@ -196,7 +200,9 @@ class ContinuousEngine:
             self._take(waiting)
             has_read = self._read_next_images()
             # 2. Plan the next step: which sequences decode, and which tokens of prompts run.
-            plan = self._scheduler.plan(mixes=not self._runner.captures, decodes_first=self._decodes_first)
+            plan = self._scheduler.plan(
+                mixes=not self._runner.captures, decodes_first=self._decodes_first, parts=self._runner.steps_at_once
+            )
             self.peak_cache_tokens = max(self.peak_cache_tokens, self._blocks.held * BLOCK_TOKENS)
             if plan is None and not self._pending:
                 if not has_read and not self._rests():
@@ -206,9 +212,9 @@ class ContinuousEngine:
             forwards = [] if plan is None else self._launch(plan)
             if self._runner.is_asynchronous:
                 # 4. While the device runs it, turn the tokens of the step before into text.
-                self._deliver(self._pending)
+                in_flight = self._deliver_before(forwards)
                 # 5. Enqueue the sampling of the next tokens.
-                self._pending = self._sample(forwards)
+                self._pending = [*in_flight, *self._sample(forwards)]
             else:
                 self._deliver(self._sample(forwards))
         self._check_idle()
@@ -388,6 +394,21 @@ class ContinuousEngine:
         return bits
 
     # Tokens.
+
+    def _deliver_before(self, forwards: abc.Sequence[PendingForward]) -> list[PendingTokens]:
+        """Deliver pending tokens before those after some forwards are sampled.
+
+        Returns:
+            Tokens of other sequences that stay in flight, where several steps run at the same time.
+        """
+        runs = {sequence for forward in forwards for sequence in forward.sequences}
+        kept = len(self._pending)
+        others = self._runner.steps_at_once - 1 if forwards else 0
+        while others > 0 and kept > 0 and runs.isdisjoint(self._pending[kept - 1].sequences):
+            kept, others = kept - 1, others - 1
+        in_flight = self._pending[kept:]
+        self._deliver(self._pending[:kept])
+        return in_flight
 
     def _deliver(self, pending: abc.Sequence[PendingTokens]) -> None:
         """Wait for the tokens of a step and append them to their sequences."""

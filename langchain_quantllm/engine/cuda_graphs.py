@@ -53,12 +53,13 @@ def hooks_of(module: torch.nn.Module) -> tuple[int, ...]:
     return tuple(key for key, hook in hooks.items() if not is_idle_hook(hook))
 
 
-def no_graph_reason(model: torch.nn.Module, whole: Collection[int] = ()) -> str | None:
+def no_graph_reason(model: torch.nn.Module, whole: Collection[int] = (), *, has_stages: bool = False) -> str | None:
     """Find the reason why steps of a model cannot be CUDA graphs; None if none is known.
 
     Args:
         model: A loaded model.
         whole: Ids of its modules that fused kernels replace, so that they are not called in a step.
+        has_stages: Whether each device's part of a step is a graph of its own.
     """
     for name, module in model.named_modules():
         if hooks_of(module):
@@ -66,7 +67,7 @@ def no_graph_reason(model: torch.nn.Module, whole: Collection[int] = ()) -> str 
     devices = {p.device for p in model.parameters()}
     if any(device.type != "cuda" for device in devices):
         return f"weights on {', '.join(sorted(map(str, devices)))}"
-    if len(devices) > 1:
+    if len(devices) > 1 and not has_stages:
         return f"weights on {len(devices)} GPUs"
     for module in model.modules():
         if offloads_weights(module):
@@ -124,23 +125,9 @@ class StepGraph:
             device: The GPU, which is the current one.
             pool: Memory pool shared with other graphs; they must be replayed one after another.
         """
-        self._graph = torch.cuda.CUDAGraph()
-        with _capturing:
-            side, current = _side_stream(device), torch.cuda.current_stream(device)
-            side.wait_stream(current)
-            with torch.cuda.stream(side):
-                # Other threads may use the GPU meanwhile, its random numbers included.
-                with _spare_random_numbers(device):
-                    self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                try:
-                    try:
-                        self.output = body()
-                    finally:
-                        self._graph.capture_end()
-                except Exception:
-                    _end_pool(device, pool)
-                    raise
-            current.wait_stream(side)
+        with one_capture, captured(device, pool) as graph:
+            self.output = body()
+        self._graph = graph
 
     def replay(self) -> torch.Tensor:
         """Run the step, and return the tensor of its output."""
@@ -148,8 +135,34 @@ class StepGraph:
         return self.output
 
 
-_capturing = threading.Lock()
+one_capture = threading.Lock()
 """Held during a capture: all engines capture on one stream."""
+
+
+@contextlib.contextmanager
+def captured(device: torch.device, pool: Any) -> Iterator[torch.cuda.CUDAGraph]:
+    """Capture what is enqueued inside the block, under `one_capture`; yields the graph, to be replayed afterwards.
+
+    Args:
+        device: The GPU, which is the current one.
+        pool: Memory pool shared with other graphs; they must be replayed one after another.
+    """
+    graph = torch.cuda.CUDAGraph()
+    side, current = _side_stream(device), torch.cuda.current_stream(device)
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        # Other threads may use the GPU meanwhile, its random numbers included.
+        with _spare_random_numbers(device):
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            try:
+                yield graph
+            finally:
+                graph.capture_end()
+        except Exception:
+            _end_pool(device, pool)
+            raise
+    current.wait_stream(side)
 
 
 @functools.cache

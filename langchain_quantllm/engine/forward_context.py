@@ -61,6 +61,16 @@ class Absorption(Protocol):
         ...
 
 
+class StageRun(Protocol):
+    """The stages of one forward; see `stages`."""
+
+    def enter(
+        self, module_id: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Go on in the stage of a module; returns the module's arguments, brought to its device."""
+        ...
+
+
 class PrecomputedOutputs:
     """Outputs of modules for one input, computed before these modules are called."""
 
@@ -98,6 +108,7 @@ class ForwardContext:
             length does.
         absorptions: What the attentions with latents multiply by, by their ids; see `latent_attention`.
         biases_by_distance: Whether the biases that attentions pass are those of distances; see `relative_bias`.
+        stages: The stages of a model on several devices; None if it lies on one.
         record: Called with each patched module that has no step, its arguments, keyword arguments and output.
         normed: Outputs of norms whose kernel also computed their input.
         projected: Outputs of linear layers that were multiplied together with another one.
@@ -111,6 +122,7 @@ class ForwardContext:
     text_lengths: torch.Tensor | None = None
     absorptions: Mapping[int, Absorption] = field(default_factory=dict)
     biases_by_distance: bool = False
+    stages: StageRun | None = None
     record: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None] | None = None
     normed: PrecomputedOutputs = field(default_factory=PrecomputedOutputs)
     projected: PrecomputedOutputs = field(default_factory=PrecomputedOutputs)

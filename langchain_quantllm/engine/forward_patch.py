@@ -33,6 +33,11 @@ class ForwardPatch:
         module.forward = self
 
     @property
+    def __wrapped__(self) -> Any:
+        """The forward that the patch stands before: `inspect.signature` finds its parameters here."""
+        return self._before or forward_of(self._module())
+
+    @property
     def before(self) -> Any:
         """The `forward` that was set on the module itself before; None if there was none."""
         return self._before
@@ -44,6 +49,8 @@ class ForwardPatch:
         context = None if self._is_closed else current_context()
         if context is None:
             return forward(*args, **kwargs)
+        if context.stages is not None:  # before the module is replaced: its inputs may lie on another device
+            args, kwargs = context.stages.enter(self.module_id, args, kwargs)
         return self.replacement(context, module, forward, args, kwargs)
 
     def close(self) -> None:

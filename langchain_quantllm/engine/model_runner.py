@@ -36,6 +36,9 @@ from langchain_quantllm.engine.named_logits import HeadInput
 from langchain_quantllm.engine.prefill_graphs import Pack, PrefillGraphs, last_tokens
 from langchain_quantllm.engine.sampler import MASKS, BatchSampler, PendingTokens, log_probabilities
 from langchain_quantllm.engine.sequence import SamplingInput, Sequence
+from langchain_quantllm.engine.stage_graphs import PlacedGraph, StagedGraph, StagePools
+from langchain_quantllm.engine.stage_inputs import StageInputs
+from langchain_quantllm.engine.stages import StageRun, Stages, StrayFinder, TriedRun, at_stage
 from langchain_quantllm.engine.staging import PendingForward, StagingBuffers, step_inputs
 from langchain_quantllm.engine.state_forward import StateForward
 from langchain_quantllm.engine.state_pool import StatePool
@@ -54,11 +57,11 @@ _Method = TypeVar("_Method", bound=abc.Callable[..., Any])
 
 def _on_device(method: _Method) -> _Method:
     """Run a method of the runner without gradients, and with its GPU as the current one, which Triton launches on."""
+    is_sampling = method.__name__ == "sample"
 
     @functools.wraps(method)
     def run(self: ModelRunner, *args: Any, **kwargs: Any) -> Any:
-        on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
-        with torch.no_grad(), on_device:
+        with torch.no_grad(), at_stage(self._sampling_device if is_sampling else self.device):
             return method(self, *args, **kwargs)
 
     return cast("_Method", run)
@@ -91,6 +94,7 @@ class ModelRunner:
         needs_lengths: bool = False,
         latents: LatentLayers | None = None,
         operations: abc.Callable[[], Any] = contextlib.nullcontext,
+        stages: Stages | None = None,
     ) -> None:
         """Allocate the tables.
 
@@ -111,6 +115,7 @@ class ModelRunner:
             needs_lengths: Whether rotary frequencies follow from the lengths of texts.
             latents: The layers that cache latents; None if none do.
             operations: Makes the context in which the model and the sampler run.
+            stages: The stages of a model on several devices; None if it lies on one.
         """
         self._model = model
         self._pools = dict(zip(range(len(pools)) if layers is None else layers, pools, strict=True))
@@ -121,10 +126,12 @@ class ModelRunner:
         self._adapters, self._fusion, self._operations = adapters, fusion, operations
         self.device = model.get_input_embeddings().weight.device
         self.is_asynchronous = self.device.type == "cuda"
+        self._sampling_device = self.device if stages is None else stages.last.device
         self.can_capture = can_capture
         is_plain = fusion is None and operations is contextlib.nullcontext
-        kernels = None if is_plain else find_sampling_kernel(vocab_size, self.device)
-        self.sampler = BatchSampler(slots, vocab_size, self.device, kernels=kernels)
+        with at_stage(self._sampling_device):
+            kernels = None if is_plain else find_sampling_kernel(vocab_size, self._sampling_device)
+        self.sampler = BatchSampler(slots, vocab_size, self._sampling_device, kernels=kernels)
         self._padding_slot = slots
         self._is_inside = False  # of an eager step, between two layers
         self._head_input: HeadInput | None = None  # of the step that runs, if its requests name tokens
@@ -133,6 +140,8 @@ class ModelRunner:
         self._has_rope_index = has_rope_index(model)
         self._kept: list[int] = []  # tokens of the last eager step whose logits were asked for
         self._table = BlockTable(slots + 1, blocks_per_sequence, self.device)
+        self._stages = None if stages is None else StageInputs(stages, self._table, self.sampler, StagePools())
+        self._run_of_stages: StageRun | None = None  # while a step is tried out, or captured
         self._ones = torch.ones(_MOST_ROWS, dtype=torch.long, device=self.device)
         self._vocab_size = vocab_size
         self._mask_words = -(-vocab_size // 32)
@@ -145,12 +154,20 @@ class ModelRunner:
         if can_capture:
             self._inputs = torch.zeros(staging.LINES, _MOST_ROWS, dtype=torch.int32, device=self.device)
             self._staging = StagingBuffers(staging.LINES, _MOST_ROWS)
-            self._mask = torch.zeros(_MOST_ROWS, self._mask_words, dtype=torch.int32, device=self.device)
-            if states is None and attention.prefills_on_device and blocks_per_sequence * BLOCK_TOKENS >= PREFILL_TILE:
+            self._mask = torch.zeros(_MOST_ROWS, self._mask_words, dtype=torch.int32, device=self._sampling_device)
+            if self._sampling_device != self.device:
+                self._sampling_inputs = torch.zeros_like(self._inputs, device=self._sampling_device)
+                self._sampling_staging = StagingBuffers(staging.LINES, _MOST_ROWS)
+            if (
+                stages is None
+                and states is None
+                and attention.prefills_on_device
+                and blocks_per_sequence * BLOCK_TOKENS >= PREFILL_TILE
+            ):
                 self._prefill_graphs = PrefillGraphs(self._forward_pack, self.device)
         self._mask_staging: StagingBuffers | None = None
-        self._decode_graphs: dict[int, StepGraph] = {}
-        self._sampling_graphs: dict[tuple[int, int, int], StepGraph] = {}
+        self._decode_graphs: dict[int, StepGraph | StagedGraph] = {}
+        self._sampling_graphs: dict[tuple[int, int, int], StepGraph | PlacedGraph] = {}
         self.drop_graphs()
 
     def twin(
@@ -173,12 +190,18 @@ class ModelRunner:
             needs_lengths=self._needs_lengths,
             latents=self._latents,
             operations=self._operations,
+            stages=None if self._stages is None else self._stages.stages,
         )
 
     @property
     def captures(self) -> bool:
         """Whether steps become CUDA graphs."""
         return self.can_capture and self.no_graph_reason is None
+
+    @property
+    def steps_at_once(self) -> int:
+        """How many steps run at the same time, each in another stage; 1 for a model on one device."""
+        return self._stages.steps_at_once if self._stages is not None and self.captures else 1
 
     def model_changed(self, no_graph_reason: str | None) -> None:
         """Begin anew with a model whose modules or weights have changed.
@@ -191,18 +214,33 @@ class ModelRunner:
             self._prefill_graphs.no_graph_reason = None
         self.drop_graphs()
 
+    def synchronize(self) -> None:
+        """Wait for the work of all devices."""
+        if self._stages is not None:
+            self._stages.synchronize()
+        elif self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def drop_graphs(self) -> None:
         """Drop all graphs, as after a failure, and look for the model's configs anew."""
         if self._decode_graphs:
-            torch.cuda.synchronize(self.device)  # none of them may still run
+            self.synchronize()  # none of them may still run
         self._decode_graphs.clear()
         self._sampling_graphs.clear()
         if self._prefill_graphs is not None:
             self._prefill_graphs.clear()
-        if self.captures:
+        if self._stages is not None:
+            self._stages.pools.clear()
+        elif self.captures:
             self._memory = torch.cuda.graph_pool_handle()  # the pool before was freed with its last graph
         self._configs = [] if self._by_sdpa else configs_of(self._model)
         self._cache_kind = passing_for_own(WritingCache, self._model)
+
+    def enter(self, sequences: abc.Sequence[Sequence]) -> None:
+        """Enter sequences, at least one, with all their blocks, as before a step that only decodes."""
+        self._table.enter(sequences)
+        if self._stages is not None:
+            self._stages.enter(sequences)
 
     @_on_device
     def run(
@@ -219,6 +257,8 @@ class ModelRunner:
         if not step.chunks:
             return self._decode(step, sampling)
         self._table.enter_step(step)
+        if self._stages is not None:
+            self._stages.enter_step(step)
         logits = None
         sampled, named_logits = step.sampled, None
         named = reported_tokens(sampled)
@@ -241,7 +281,7 @@ class ModelRunner:
                 named_logits = self._head_input.logits(named, self._kept, logits)
         inputs = step_inputs(sampled, [0] * len(sampled), [0] * len(sampled), sampling)
         # The copy does not wait for the forward: sampling is enqueued while it runs.
-        inputs = inputs.to(self.device, non_blocking=True)
+        inputs = inputs.to(self._sampling_device, non_blocking=True)
         return PendingForward(sampled, sampling, logits, inputs, starting=step.starting, named_logits=named_logits)
 
     # Steps with chunks of prompts: all tokens packed behind each other, those of decoding sequences first.
@@ -253,6 +293,8 @@ class ModelRunner:
         overlay: ImageOverlay | None = None,
         position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        if self._stages is not None:
+            self._stages.await_tokens(sequence.slot for sequence in step.decoding)
         spans, parts = [], []
         for first, (sequence, position) in enumerate(zip(step.decoding, step.positions, strict=True)):
             spans.append(Span(slot=sequence.slot, first=first, position=position, count=1))
@@ -274,7 +316,7 @@ class ModelRunner:
         packed = torch.cat(parts, 1).to(self.device, non_blocking=True)
         batch = Batch(table=self._table.blocks, slots=packed[2], positions=packed[1], spans=spans, decodes=False)
         # The last tokens of decoding sequences may not be known to the host yet.
-        ids = torch.where(packed[0] == _ON_DEVICE, self.sampler.last_ids[packed[2].long()], packed[0])
+        ids = torch.where(packed[0] == _ON_DEVICE, self._last_ids[packed[2].long()], packed[0])
         keep = [*range(len(step.decoding)), *last_tokens(step.chunks, len(step.decoding))]
         self._kept = keep
         return self._forward(ids, batch, keep or [0], position_ids, on_layer, overlay, step.chunks)
@@ -303,20 +345,24 @@ class ModelRunner:
 
     def _decode(self, step: Step, sampling: abc.Sequence[SamplingInput]) -> PendingForward:
         sequences, positions = step.decoding, step.positions
+        if self._stages is not None:
+            self._stages.await_tokens(sequence.slot for sequence in sequences)
         blocks = [s.blocks[position // BLOCK_TOKENS] for s, position in zip(sequences, positions, strict=True)]
         inputs = step_inputs(sequences, positions, blocks, sampling)
         bucket = self._bucket(len(sequences))
         if bucket is None or not self.captures:
             inputs = inputs.to(self.device)
             spans = [Span(slot=s.slot, first=0, position=p, count=1) for s, p in zip(sequences, positions, strict=True)]
-            return PendingForward(sequences, sampling, self._decode_step(inputs, spans), inputs)
+            logits = self._decode_step(inputs, spans)
+            return PendingForward(sequences, sampling, logits, inputs.to(self._sampling_device, non_blocking=True))
         self._stage(inputs, bucket)
         graph = self._decode_graphs.get(bucket)
         if graph is None:
             graph = self._capture_decode(bucket)
             if graph is None:
                 return self._decode(step, sampling)
-        return PendingForward(sequences, sampling, graph.replay(), self._inputs[:, :bucket], is_graph=True)
+        inputs = self._inputs if self._sampling_device == self.device else self._sampling_inputs
+        return PendingForward(sequences, sampling, graph.replay(), inputs[:, :bucket], is_graph=True)
 
     def can_replay(self, rows: int) -> bool:
         """Whether a decode step of so many sequences is captured already."""
@@ -335,6 +381,17 @@ class ModelRunner:
         staged[:, : inputs.shape[1]] = inputs
         self._inputs.copy_(staged, non_blocking=True)
         self._staging.copied()
+        if self._sampling_device != self.device:
+            copied = self._sampling_staging.next()
+            copied.copy_(staged)
+            with at_stage(self._sampling_device):
+                self._sampling_inputs.copy_(copied, non_blocking=True)
+                self._sampling_staging.copied()
+
+    @property
+    def _last_ids(self) -> torch.Tensor:
+        """The last token of each slot, on the device of the input embeddings."""
+        return self.sampler.last_ids if self._stages is None else self._stages.last_ids
 
     def _decode_step(self, inputs: torch.Tensor, spans: abc.Sequence[Span] = ()) -> torch.Tensor:
         at, position_ids, block_index = inputs[: staging.BLOCK_INDEX + 1].long()
@@ -347,21 +404,31 @@ class ModelRunner:
             positions=inputs[staging.POSITION],
             spans=spans,
             decodes=True,
+            new_blocks=None if self._stages is None else inputs[staging.BLOCK],
         )
-        return self._forward(self.sampler.last_ids[at], batch, None, position_ids)
+        return self._forward(self._last_ids[at], batch, None, position_ids)
 
-    def _capture_decode(self, bucket: int) -> StepGraph | None:
+    def _capture_decode(self, bucket: int) -> StepGraph | StagedGraph | None:
         inputs = self._inputs[:, :bucket]
         kept = inputs.clone()
         inputs.zero_()
         inputs[staging.SLOT] = self._padding_slot
         try:
-            with WaitFinder() as finder:
-                self._decode_step(inputs)
+            run = None if self._stages is None else TriedRun(self._stages.stages)
+            body = functools.partial(self._decode_step, inputs)
+            with WaitFinder() if run is None else StrayFinder(run) as finder:
+                self._decode_in(run, body)
             if finder.found is not None:
                 self.no_graph_reason = f"{finder.found} makes the host wait"
                 return None
-            graph = StepGraph(lambda: self._decode_step(inputs), self.device, self._memory)
+            graph: StepGraph | StagedGraph
+            if self._stages is None or run is None:
+                graph = StepGraph(body, self.device, self._memory)
+            else:
+                graph = StagedGraph(functools.partial(self._decode_in, body=body), run, self._stages.pools)
+                if graph.output.device != self._sampling_device:
+                    self.no_graph_reason = f"its logits are on {graph.output.device}, and not where its head is"
+                    return None
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -371,6 +438,14 @@ class ModelRunner:
             inputs.copy_(kept)
         self._decode_graphs[bucket] = graph
         return graph
+
+    def _decode_in(self, run: StageRun | None, body: abc.Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Run a step in given stages; None if there are none."""
+        self._run_of_stages = run
+        try:
+            return body()
+        finally:
+            self._run_of_stages = None
 
     # The forward.
 
@@ -400,6 +475,10 @@ class ModelRunner:
             text_lengths=self._text_lengths(batch) if self._needs_lengths else None,
             absorptions={} if self._latents is None else self._latents.absorptions,
         )
+        run = None
+        if self._stages is not None:
+            run = self._stages.lead(self._run_of_stages or self._stages.stages.begin(), context, batch)
+            context.stages = run
         # A mask of four dimensions is taken as it is: none has to be made for an attention that ignores it, and layers
         # with a state do not look for padding in it, which would wait for the device.
         seen = self._ones[: len(ids)] if len(ids) <= len(self._ones) else torch.ones_like(ids)
@@ -421,7 +500,10 @@ class ModelRunner:
             states.commit()
         self.windows, self.counting, self.choosing = forward.windows, forward.counting, forward.choosing
         logits: torch.Tensor = output.logits[0]
-        return logits[keep] if keep is not None and not self._keeps_logits else logits
+        logits = logits[keep] if keep is not None and not self._keeps_logits else logits
+        if run is not None:
+            run.finish()
+        return logits
 
     def _adapter_choice(self, batch: Batch, keep: list[int] | torch.Tensor | None) -> AdapterChoice | None:
         """Choose the adapter of each token by its sequence; `keep` are the tokens that reach the output head."""
@@ -470,14 +552,17 @@ class ModelRunner:
                 self._mask[:rows].copy_(mask, non_blocking=True)
             ids = self._sampling_graph(forward, needs).replay()[:rows]
         else:
-            on_device = None if mask is None else mask.to(self.device, non_blocking=True)
-            ids = self._sampling_step(forward.logits.to(self.device), forward.inputs, needs, on_device)
+            on_device = None if mask is None else mask.to(self._sampling_device, non_blocking=True)
+            ids = self._sampling_step(forward.logits.to(self._sampling_device), forward.inputs, needs, on_device)
+        if self._stages is not None:
+            self._stages.return_tokens(forward.inputs[staging.SLOT], [s.slot for s in forward.sequences])
         if mask is not None and self._mask_staging is not None:
             self._mask_staging.copied()
         logprobs = None
         if alternatives is not None:
             with self._operations():
-                logits, reported_ids = forward.logits[:rows].to(self.device), reported_tokens(forward.sequences)
+                logits = forward.logits[:rows].to(self._sampling_device)
+                reported_ids = reported_tokens(forward.sequences)
                 logprobs = log_probabilities(logits, ids, alternatives, reported_ids, forward.named_logits)
         return PendingTokens(forward.sequences, ids, logprobs)
 
@@ -488,7 +573,7 @@ class ModelRunner:
         with self._operations():
             return self.sampler.sample(logits, inputs[staging.SLOT], uniforms, inputs[staging.MAY_NOT_END], needs, mask)
 
-    def _sampling_graph(self, forward: PendingForward, needs: int) -> StepGraph:
+    def _sampling_graph(self, forward: PendingForward, needs: int) -> StepGraph | PlacedGraph:
         bucket = forward.inputs.shape[1]
         key = (bucket, needs, self.sampler.version)
         if key not in self._sampling_graphs:
@@ -500,6 +585,9 @@ class ModelRunner:
                 return self._sampling_step(forward.logits, forward.inputs, needs, mask)
 
             body()
-            self._sampling_graphs[key] = StepGraph(body, self.device, self._memory)
+            if self._stages is None:
+                self._sampling_graphs[key] = StepGraph(body, self.device, self._memory)
+            else:
+                self._sampling_graphs[key] = PlacedGraph(body, self._stages.stages.last, self._stages.pools)
             forward.inputs.copy_(kept)
         return self._sampling_graphs[key]

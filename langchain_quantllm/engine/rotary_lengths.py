@@ -83,7 +83,9 @@ class _Rotation:
     def run(self, positions: torch.Tensor, lengths: torch.Tensor, dtype: torch.dtype) -> Any:
         """Compute what the module gives for positions of shape `(1, tokens)`, by lengths of shape `(tokens,)`."""
         is_long = (lengths > self.limit)[None, :, None]
-        frequencies = torch.where(is_long, self.long.inv_freq, self.short.inv_freq)
+        # accelerate may have put the module on another device than the layers that come first.
+        long, short = (one.inv_freq.to(positions.device) for one in (self.long, self.short))
+        frequencies = torch.where(is_long, long, short)
         parts = self.form(positions[..., None].float() * frequencies)
         if self.short.scale == self.long.scale:
             parts = tuple(part * self.short.scale for part in parts)

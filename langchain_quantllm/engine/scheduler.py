@@ -22,7 +22,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from bisect import insort
-from collections import Counter, abc
+from collections import Counter, abc, deque
 
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS, BlockManager
 from langchain_quantllm.engine.sequence import Lane, Sequence
@@ -34,6 +34,9 @@ PASSED_STEPS = 256
 _LOOKED_AT = 64  # waiting sequences that a step considers
 _REFUSED = 8  # of these, how many it finds no room for before it stops looking
 _ROUNDS = 4  # divisions of a step's tokens among prompts
+LEAST_DIVIDED = 24
+"""Decoding sequences from which on they are divided into several steps, where these run at the same time."""
+
 _PROMPT_SHARE = 4  # prompts get at least this part of a step's tokens, however many sequences decode
 
 
@@ -78,6 +81,8 @@ class Scheduler:
         # Of the step that is being planned:
         self._planned: set[Sequence] = set()
         self._unread: set[Sequence] = set()  # sequences that it leaves out, as their text is not read
+        self._left_out: set[Sequence] = set()  # decoding sequences that run in another part
+        self._recent: deque[list[Sequence]] = deque(maxlen=1)  # decoding sequences of the last steps
         self._resting: list[Sequence] = []  # of these, the running ones, from old to young
         self._refused: set[Sequence] = set()  # waiting sequences without room
 
@@ -118,7 +123,7 @@ class Scheduler:
         else:
             self._unqueue(sequence)
 
-    def plan(self, *, mixes: bool = True, decodes_first: bool = False) -> Step | None:
+    def plan(self, *, mixes: bool = True, decodes_first: bool = False, parts: int = 1) -> Step | None:
         """Choose the next step; None if nothing can run before pending tokens are known or unread text is read.
 
         The step counts as run: its tokens count as written and sampled from now on.
@@ -126,9 +131,34 @@ class Scheduler:
         Args:
             mixes: Let a step decode and read prompts; else it reads prompts, or decodes if there are none.
             decodes_first: Of these two, decode if any sequence can.
+            parts: How many steps run at the same time, in several stages: so many parts of the decoding sequences take
+                turns, if there are `LEAST_DIVIDED` or more of them.
         """
         self._begin_step()
         self._begin_anew()
+        self._choose_part(parts)
+        step = self._plan(mixes=mixes, decodes_first=decodes_first)
+        if step is None and self._left_out:  # none of this part can run
+            self._left_out = set()
+            step = self._plan(mixes=mixes, decodes_first=decodes_first)
+        if parts > 1 and step is not None and step.decoding:
+            self._recent.append(step.decoding)
+        return step
+
+    def _choose_part(self, parts: int) -> None:
+        """Choose the decoding sequences of a step's turn: those that have not run in the last steps."""
+        if parts == 1:
+            return
+        if self._recent.maxlen != parts - 1:
+            self._recent = deque(self._recent, maxlen=parts - 1)
+        decoding = [s for s in self.running if s.decodes and not s.is_complete and s not in self._resting]
+        if len(decoding) < LEAST_DIVIDED:
+            return
+        recent = set(itertools.chain.from_iterable(self._recent))
+        turn = [s for s in decoding if s not in recent] or decoding
+        self._left_out = set(decoding).difference(turn[: -(-len(decoding) // parts)])
+
+    def _plan(self, *, mixes: bool, decodes_first: bool) -> Step | None:
         step = Step([], [], [])
         if decodes_first and not mixes:
             self._plan_running({}, step)
@@ -169,6 +199,7 @@ class Scheduler:
     def _begin_step(self) -> None:
         self._steps += 1
         self._planned.clear()
+        self._left_out = set()
         self._resting = [sequence for sequence in self.running if sequence.is_unread]
         self._unread = set(self._resting)
 
@@ -294,7 +325,7 @@ class Scheduler:
                 if sequence in granted and (chunk := self._plan_chunk(sequence, granted[sequence])):
                     step.chunks.append(chunk)
                     self._planned.add(sequence)
-            elif sequence.is_complete or sequence.is_outgrown:
+            elif sequence.is_complete or sequence.is_outgrown or sequence in self._left_out:
                 continue
             elif decodes and self._reserve(sequence, sequence.written + 1):
                 step.decoding.append(sequence)

@@ -6,6 +6,7 @@ Owns the engines over one loaded pipeline, each made when it is first needed. Kn
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from langchain_quantllm.engine.continuous import ContinuousEngine
     from langchain_quantllm.engine.fusion.fuse import Fusion
     from langchain_quantllm.engine.generate import GenerateEngine
+    from langchain_quantllm.engine.stages import Stages
+
+_log = logging.getLogger(__name__)
 
 ENGINES = ("auto", "fast", "pipeline")
 """Values of `engine`."""
@@ -44,6 +48,7 @@ class Engines:
         self._fast: dict[bool, ContinuousEngine] = {}
         self._fusions: dict[bool, Fusion] = {}
         self._no_fast_reasons: dict[bool, str] = {}
+        self._stages: list[Stages] = []  # of these engines, if the model lies on several GPUs
         self._plain: GenerateEngine | None = None
 
     @property
@@ -138,10 +143,33 @@ class Engines:
         self, kv_cache_memory: Any, *, fuse: bool, batch_invariant: bool
     ) -> tuple[ContinuousEngine | None, Fusion | None, str | None]:
         """Make a fast engine; returns it with the fused steps that it uses, or the reason why there is none."""
+        from langchain_quantllm.engine.model_check import unsupported_reason
+        from langchain_quantllm.engine.stages import find_stages
+
+        model = self._pipeline.model
+        stages = None if unsupported_reason(model) is not None else find_stages(model)
+        options = {"fuse": fuse, "batch_invariant": batch_invariant}
+        if stages is not None:
+            with contextlib.ExitStack() as unused:
+                unused.callback(stages.close)
+                made = self._make_fast_in(stages, kv_cache_memory, **options)
+                if made[0] is not None:
+                    self._stages.append(stages)
+                    unused.pop_all()
+                    return made
+            _log.warning("the model runs on its devices by accelerate's hooks, which is slow: %s", made[2])
+        return self._make_fast_in(None, kv_cache_memory, **options)
+
+    def _make_fast_in(
+        self, stages: Stages | None, kv_cache_memory: Any, *, fuse: bool, batch_invariant: bool
+    ) -> tuple[ContinuousEngine | None, Fusion | None, str | None]:
+        """Make a fast engine that runs the model in some stages; None runs it by its own hooks."""
         from langchain_quantllm.engine.continuous import ContinuousEngine
 
-        fusion, reason = self._fuse(batch_invariant, fuse=fuse) if fuse or batch_invariant else (None, None)
-        given = {"kv_cache_memory": kv_cache_memory, "adapters": self._switch, "batch_invariant": batch_invariant}
+        found = self._fuse(batch_invariant, stages, fuse=fuse) if fuse or batch_invariant else (None, None)
+        fusion, reason = found
+        given: dict[str, Any] = {"kv_cache_memory": kv_cache_memory, "adapters": self._switch, "stages": stages}
+        given["batch_invariant"] = batch_invariant
         with contextlib.ExitStack() as unused:
             if fusion is not None:
                 unused.callback(fusion.close)
@@ -162,7 +190,7 @@ class Engines:
             unused.pop_all()
             return fast, fusion, None
 
-    def _fuse(self, batch_invariant: bool, *, fuse: bool) -> tuple[Fusion | None, str | None]:
+    def _fuse(self, batch_invariant: bool, stages: Stages | None, *, fuse: bool) -> tuple[Fusion | None, str | None]:
         """Find the model's fused steps; returns None if there are none, with the reason if users should know it."""
         from langchain_quantllm.compat.bitsandbytes import is_quantized
         from langchain_quantllm.engine.fusion.fuse import EXPERTS, LINEAR, Fusion
@@ -187,7 +215,7 @@ class Engines:
                 options["experts_kernels"] = invariant_experts
                 options |= {} if fuse else {"kinds": (LINEAR, EXPERTS)}
         try:
-            fusion = Fusion(model, **options)
+            fusion = Fusion(model, stages=stages, **options)
         except Exception as error:  # memory, say: the model runs without
             return None, f"looking for them failed: {error!r}"
         if fusion.steps:
@@ -210,14 +238,15 @@ class Engines:
         """
         check_process()
         with self._lock:
-            engines, fusions = [*self._fast.values(), self._plain], [*self._fusions.values()]
-            self._fast, self._fusions = {}, {}
+            engines = [*self._fast.values(), self._plain]
+            patches: list[Fusion | Stages] = [*self._fusions.values(), *self._stages]
+            self._fast, self._fusions, self._stages = {}, {}, []
             self._plain = self._pipeline = self._switch = None
         for engine in engines:
             if engine is not None:
                 engine.close()
-        for fusion in fusions:
-            fusion.close()
+        for patch in patches:
+            patch.close()
 
 
 class _ForReason:

@@ -59,8 +59,9 @@ class StagingBuffers:
     """
 
     def __init__(self, *shape: int) -> None:
-        """Allocate them."""
-        self._buffers = [torch.zeros(shape, dtype=torch.int32, pin_memory=True) for _ in range(_BUFFERS)]
+        """Allocate them; without a GPU there is nothing to pin them for, and copies are waited for."""
+        self._is_pinned = torch.cuda.is_available()
+        self._buffers = [torch.zeros(shape, dtype=torch.int32, pin_memory=self._is_pinned) for _ in range(_BUFFERS)]
         self._copies: list[torch.cuda.Event | None] = [None] * _BUFFERS
         self._used = 0
 
@@ -73,6 +74,8 @@ class StagingBuffers:
 
     def copied(self) -> None:
         """Note that a copy of the buffer was enqueued on the current stream."""
+        if not self._is_pinned:
+            return
         event = self._copies[self._used] or torch.cuda.Event()
         event.record()
         self._copies[self._used] = event

@@ -37,7 +37,7 @@ def time_step(runner: ModelRunner, rows: int, position: int, repeats: int) -> fl
 
     is_gpu = runner.device.type == "cuda"
     with torch.no_grad(), torch.cuda.device(runner.device) if is_gpu else contextlib.nullcontext():
-        runner._table.enter(sequences)
+        runner.enter(sequences)
         runner.sample(launch()).wait()
         forward = launch()
         tokens = runner.sample(forward)
@@ -48,7 +48,7 @@ def time_step(runner: ModelRunner, rows: int, position: int, repeats: int) -> fl
             for _ in range(repeats):
                 for graph in graphs:
                     graph.replay()
-            torch.cuda.synchronize(runner.device)
+            runner.synchronize()
         else:
             for _ in range(repeats):
                 tokens = runner.sample(launch())

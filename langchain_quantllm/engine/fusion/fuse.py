@@ -34,6 +34,7 @@ from langchain_quantllm.engine.fusion.verify import (
     residual_step,
     rotary_step,
 )
+from langchain_quantllm.engine.stages import Stages, at_stage, is_only_moved
 from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
 from langchain_quantllm.kernels.experts.gating import Gating
 
@@ -83,6 +84,7 @@ class Fusion:
         linear_kernels: Any = None,
         experts_kernels: Any = None,
         kinds: Sequence[str] = KINDS,
+        stages: Stages | None = None,
     ) -> None:
         """Find the modules that can be fused, and patch them.
 
@@ -93,6 +95,7 @@ class Fusion:
             experts_kernels: `kernels.experts.dispatch`, `.invariant` or `.reference`; None for the first on a CUDA GPU,
                 and experts that stay as they are elsewhere.
             kinds: The kinds to fuse, of `KINDS`.
+            stages: The stages of a model on several devices; None if it lies on one.
 
         Raises:
             InvalidOptionError: If a kind is unknown.
@@ -105,6 +108,7 @@ class Fusion:
         self._linear_kernels = linear_kernels
         self._experts_kernels = experts_kernels
         self._kinds = tuple(kinds)
+        self._stages = stages
         self._patches: list[ForwardPatch] = []
         self.steps: dict[int, Step] = {}
         """Steps by the ids of the modules that they replace: for `ForwardContext.steps`."""
@@ -119,7 +123,7 @@ class Fusion:
         self.unsupported_reason = None
         home = self._model.get_input_embeddings().weight.device
         try:
-            with _current_device(home):
+            with at_stage(home):
                 given = (self._kernels, self._linear_kernels, self._experts_kernels)
                 needed = given[:2] if home.type == "cpu" else given
                 ours = _kernels_for(home) if None in needed else given
@@ -142,7 +146,8 @@ class Fusion:
         """Run the model in this thread as it is, except linear layers whose step omits a rounding of the layer's."""
         steps = {key: step for key, step in self.steps.items() if isinstance(step, LinearStep) and step.skips_rounding}
         home = self._model.get_input_embeddings().weight.device
-        with _current_device(home), forward_context(ForwardContext(steps=steps)):
+        stages = None if self._stages is None else self._stages.begin()
+        with at_stage(home), forward_context(ForwardContext(steps=steps, stages=stages)):
             yield
 
     @property
@@ -154,8 +159,9 @@ class Fusion:
 
     @without_gradients
     def _fuse(self, kernels: _Kernels, home: torch.device) -> None:
-        candidates = _Candidates(home)
-        for module in self._model.modules():
+        candidates = _Candidates(home, spreads=self._stages is not None)
+        replicas = [] if self._stages is None else self._stages.replicas
+        for module in (*self._model.modules(), *replicas):
             for kind, may_be in _MAY_BE.items():
                 if may_be(module) and (kind != EXPERTS or kernels.experts is not None):
                     candidates.add(kind, module)
@@ -184,7 +190,8 @@ class Fusion:
                 calls[id(module)] = RecordedCall.of(module, *call)
 
         try:
-            with forward_context(ForwardContext(record=record)):
+            stages = None if self._stages is None else self._stages.begin()
+            with forward_context(ForwardContext(record=record, stages=stages)):
                 self._model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, use_cache=False)
         except torch.OutOfMemoryError:
             raise
@@ -238,8 +245,8 @@ class Fusion:
 class _Candidates:
     """Modules that may be fused, and how many of each kind are."""
 
-    def __init__(self, home: torch.device) -> None:
-        self._home = home
+    def __init__(self, home: torch.device, *, spreads: bool) -> None:
+        self._home, self._spreads = home, spreads
         self.modules: dict[str, list[Any]] = {kind: [] for kind in KINDS}
         self._fused: Counter[str] = Counter()
         self._left: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
@@ -248,7 +255,7 @@ class _Candidates:
         """Add a module, unless other code has replaced its `forward`."""
         forward = module.__dict__.get("forward")
         is_ours = isinstance(forward, ForwardPatch) and forward.replacement is _run_step
-        if forward is not None and not is_ours:
+        if forward is not None and not is_ours and not (self._spreads and is_only_moved(module, forward)):
             self._left[kind]["other code has replaced its forward"] += 1
         else:
             self.modules[kind].append(module)
@@ -261,11 +268,14 @@ class _Candidates:
             if call is None:
                 continue  # not called for text: a part for images, for example
             tensors = tensors_of(*call.args, *call.kwargs.values(), call.output)
-            if any(tensor.device != self._home for tensor in tensors):
+            devices = {tensor.device for tensor in tensors} or {self._home}
+            is_apart = len(devices) == 1 and self._spreads and all(d.type == self._home.type for d in devices)
+            if devices != {self._home} and not is_apart:
                 self._left[kind][f"it is not on {self._home}"] += 1
                 continue
             try:
-                steps[id(module)] = make(call)
+                with at_stage(devices.pop()):
+                    steps[id(module)] = make(call)
             except torch.OutOfMemoryError:
                 raise
             except UnsupportedError as error:
@@ -295,11 +305,6 @@ def _run_step(
     if context.record is not None:
         context.record(module, args, kwargs, output)
     return output
-
-
-def _current_device(home: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Make a GPU the current one, on which Triton launches."""
-    return torch.cuda.device(home) if home.type == "cuda" else contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
