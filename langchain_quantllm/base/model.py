@@ -295,13 +295,33 @@ class QuantizedModel(ModelFields):
             mask: Makes the mask of a sequence's allowed tokens.
             media: The images and sounds, in the placeholders' order.
         """
-        model = self._loaded()
-        tokenizer = require_pipeline(model).tokenizer
-        ids, inputs = prompt_inputs(model, prompt, media, add_special_tokens=options.add_special_tokens)
+        ids, inputs = prompt_inputs(self._loaded(), prompt, media, add_special_tokens=options.add_special_tokens)
+        engine = engine or self._engine(options, media=media)
+        return self._requests_of_ids(ids, options, engine=engine, mask=mask, inputs=inputs)
+
+    def _requests_of_ids(
+        self,
+        prompt_ids: Sequence[int],
+        options: GenerationOptions,
+        *,
+        engine: Engine,
+        mask: Callable[[], TokenMask] | None = None,
+        inputs: Mapping[str, Any] | None = None,
+    ) -> list[Request]:
+        """Make the requests of one prompt that is token ids already, one for each of the `n` samples.
+
+        Args:
+            prompt_ids: The prompt.
+            options: The resolved options of the call.
+            engine: The engine of the call.
+            mask: Makes the mask of a sequence's allowed tokens.
+            inputs: Further tensors for the model, by the names of its forward's arguments.
+        """
+        tokenizer = require_pipeline(self._loaded()).tokenizer
         return plan_requests(
-            ids,
+            prompt_ids,
             options,
-            (engine or self._engine(options, media=media)).limits,
+            engine.limits,
             truncation_side=tokenizer.truncation_side,
             stop_token_ids=stop_token_ids(tokenizer, options.stop),
             max_rows=self.batch_size,
