@@ -1,7 +1,7 @@
-"""A uvicorn server that says when it is asked to end, and which port it has.
+"""A uvicorn server that says when it is asked to end.
 
 Uses what uvicorn does not promise: that a server that ends, after a signal or `should_exit`, calls `shutdown` once,
-before it waits for its requests; and that it lists its asyncio servers in `servers`.
+before it waits for its requests.
 """
 
 from __future__ import annotations
@@ -25,11 +25,6 @@ class SignalledServer(uvicorn.Server):
         super().__init__(config)
         self._closing = closing
         self._closing_s = closing_s
-
-    @property
-    def port(self) -> int:
-        """The port that it listens on."""
-        return int(self.servers[0].sockets[0].getsockname()[1])
 
     def stop(self) -> None:
         """End, as after a signal."""

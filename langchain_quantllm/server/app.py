@@ -138,15 +138,15 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         name="completions",
         body=CompletionBody,
         plan=served.plan_completion,
-        whole=lambda body, plan, chunks: whole_completion(body, plan, chunks, served.name_of(body)),
-        events=lambda body, plan, chunks: completion_events(body, plan, chunks, served.name_of(body)),
+        whole=lambda body, plan, chunks: whole_completion(body, plan, chunks, served.called(body)),
+        events=lambda body, plan, chunks: completion_events(body, plan, chunks, served.called(body)),
     )
     chat = Endpoint(
         name="chat",
         body=ChatBody,
         plan=served.plan_chat,
-        whole=lambda body, plan, chunks: whole_chat(body, plan, chunks, served.name_of(body)),
-        events=lambda body, plan, chunks: chat_events(body, plan, chunks, served.name_of(body)),
+        whole=lambda body, plan, chunks: whole_chat(body, plan, chunks, served.called(body)),
+        events=lambda body, plan, chunks: chat_events(body, plan, chunks, served.called(body)),
     )
 
     def route(path: str, method: str, answer: Callable[..., Any]) -> None:

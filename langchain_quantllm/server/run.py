@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from typing import Any
 
 import uvicorn
 
 from langchain_quantllm.compat.uvicorn_server import SignalledServer
+from langchain_quantllm.errors import InvalidOptionError, first_line
 from langchain_quantllm.server.access import check_listening
 from langchain_quantllm.server.app import create_app
 
@@ -38,8 +40,7 @@ def run_server(
         **options: Further options of `create_app`.
 
     Raises:
-        InvalidOptionError: If others could reach the server without a key.
-        OSError: If the address is taken.
+        InvalidOptionError: If others could reach the server without a key, or the address is taken.
         QuantLLMError: If the model cannot be loaded.
     """
     check_listening(host, api_key)
@@ -57,9 +58,25 @@ def run_server(
         server_header=False,
         timeout_graceful_shutdown=max(1, round(closing_s) + 2),
     )
+    listener = listen(host, port)
     server = SignalledServer(config, closing=service.close_after, closing_s=closing_s)
     if on_ready is not None:
-        service.on_ready = lambda: on_ready(server.port)
-    server.run()
+        service.on_ready = lambda: on_ready(listener.getsockname()[1])
+    with listener:
+        server.run(sockets=[listener])
     if service.served.failure is not None:
         raise service.served.failure
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Open the socket that connections come to.
+
+    Raises:
+        InvalidOptionError: If the address is not this machine's, or taken.
+    """
+    try:
+        [*_, (family, _, _, _, address)] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[:1]
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except (OSError, OverflowError, ValueError) as error:
+        msg = f"host={host!r} and port={port} cannot be listened on: {first_line(error)}; give others."
+        raise InvalidOptionError(msg) from error

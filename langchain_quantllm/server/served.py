@@ -10,7 +10,6 @@ import logging
 import re
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from langchain_quantllm.base import PreparedCall, QuantizedModel
@@ -18,7 +17,6 @@ from langchain_quantllm.chat_models import ChatQuantizedHuggingFace
 from langchain_quantllm.engine.request import Engine, EngineLoad, Request
 from langchain_quantllm.errors import InvalidOptionError
 from langchain_quantllm.loading.inputs import token_ids
-from langchain_quantllm.options import BASE_ADAPTER
 from langchain_quantllm.server.constraints import constraint_of, mask_of
 from langchain_quantllm.server.errors import APIError, invalid, unavailable
 from langchain_quantllm.server.fields import (
@@ -31,6 +29,7 @@ from langchain_quantllm.server.fields import (
     is_ids,
 )
 from langchain_quantllm.server.messages import messages_of
+from langchain_quantllm.server.names import name_of
 
 _log = logging.getLogger(__name__)
 
@@ -91,7 +90,7 @@ class ServedModel:
         fetching = {"allowed_domains": list(media_domains), "allow_private_urls": False}
         self.chat = as_chat.model_copy(update={**changes, **fetching})
         self.chat._fetch_rules()
-        self.name = name or _name_of(model.model_id)
+        self.name = name or name_of(model.model_id)
         self.created_s = int(time.time())
         self.closing = False
         self.failure: BaseException | None = None
@@ -169,7 +168,7 @@ class ServedModel:
         msg = f"there is no model {str(name)[:200]!r} here; the models are {', '.join(self.names)}."
         raise APIError(404, msg, param="model", code="model_not_found")
 
-    def name_of(self, body: GenerationBody) -> str:
+    def called(self, body: GenerationBody) -> str:
         """The name of the model that a request calls."""
         return body.model or self.name
 
@@ -326,12 +325,6 @@ class ServedModel:
             raise invalid("tokens", msg)
         text = self.tokenizer.decode(body.tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return {"prompt": str(text)}
-
-
-def _name_of(model_id: str) -> str:
-    """Name a model without telling where its folder is."""
-    is_path = Path(model_id).is_absolute() or Path(model_id).exists()
-    return (Path(model_id).resolve().name if is_path else model_id) or BASE_ADAPTER
 
 
 def _check_count(prompts: int, n: int) -> None:
