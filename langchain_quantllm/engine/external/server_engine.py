@@ -274,15 +274,15 @@ class ServerEngine:
             if request.stop_token_ids:
                 body["stop"] = [self._tokenizer.decode([i]) for i in request.stop_token_ids]
             return body
-        # Tokens that the server would end at, and this request does not, are not to end it.
-        own_ends = set(self.limits.eos_token_ids) <= set(request.eos_token_ids)
+        # Tokens that the server would end at, and this request does not, are not to end it: it ends here then.
+        goes_on = options.ignore_eos or not set(self.limits.eos_token_ids) <= set(request.eos_token_ids)
         body |= {
             "top_k": options.top_k if options.do_sample else 0,
             "min_p": options.min_p if options.do_sample else 0.0,
             "repetition_penalty": options.repetition_penalty,
             "min_tokens": request.min_new_tokens,
-            "stop_token_ids": [] if options.ignore_eos else sorted(set(request.end_token_ids)),
-            "ignore_eos": options.ignore_eos or not own_ends,
+            "stop_token_ids": [] if goes_on else sorted(set(request.end_token_ids)),
+            "ignore_eos": goes_on,
             "skip_special_tokens": False,
             "return_token_ids": True,
         }
