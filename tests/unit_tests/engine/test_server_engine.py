@@ -21,7 +21,7 @@ from langchain_quantllm.errors import (
     ServerError,
     UnsupportedError,
 )
-from tests.support.checkpoints import make_checkpoint, make_tokenizer
+from tests.support.checkpoints import edit_json, make_checkpoint, make_tokenizer
 from tests.support.engine import Background
 from tests.support.models import wait_until
 from tests.support.serving import HOST, Asked, ScriptedServer
@@ -37,6 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = make_checkpoint(tmp_path_factory.mktemp("server") / "tiny")
     for file in path.glob("*.safetensors"):
         file.unlink()
+    edit_json(path / "config.json", max_position_embeddings=1 << 21)
     return path
 
 
@@ -100,7 +101,7 @@ class TestWhatIsSent:
         llm = make_llm(server, api_key="a-secret")
         assert llm.invoke(PROMPT) == " blue"
         llm.invoke(PROMPT, temperature=0.7, top_p=0.9, top_k=7, min_p=0.1, repetition_penalty=1.2, seed=5)
-        llm.invoke(PROMPT, max_new_tokens=3, min_new_tokens=2, ignore_eos=True, priority=4, cache_salt="salt", logprobs=2)
+        llm.invoke(PROMPT, max_new_tokens=3, min_new_tokens=2, ignore_eos=True, priority=4, cache_salt="salt")
         greedy, sampled, others = (asked.body for asked in server.asked)
         assert greedy["model"] == "tiny"
         assert greedy["prompt"] == ids_of(PROMPT)
@@ -115,7 +116,6 @@ class TestWhatIsSent:
         assert {"max_tokens": 3, "min_tokens": 2, "ignore_eos": True, "priority": 4, "cache_salt": "salt"}.items() <= (
             others.items()
         )
-        assert (others["logprobs"], others["return_tokens_as_token_ids"]) == (2, True)
         assert {asked.headers["authorization"] for asked in server.asked} == {"Bearer a-secret"}
 
     def test_samples_have_seeds_of_their_own_that_repeat(self, server: ScriptedServer, make_llm: Made) -> None:
@@ -166,6 +166,7 @@ class TestWhatIsSent:
         llm = make_llm(server, {"max_waiting": 1}, max_connections=1)
         with Background(lambda: llm.invoke(PROMPT)), Background(lambda: llm.invoke(PROMPT)):
             wait_until(lambda: llm._engine()._waiting == 1)
+            assert len(server.asked) <= 1
             with pytest.raises(QueueFullError, match="max_waiting=1"):
                 llm.invoke(PROMPT)
             release.set()
@@ -174,11 +175,32 @@ class TestWhatIsSent:
 class TestWhatComesBack:
     def test_cached_tokens_and_reasons(self, server: ScriptedServer, make_llm: Made) -> None:
         server.script = [write(" blue and wide", reason="length")]
-        [[made]] = make_llm(server).generate([PROMPT]).generations
+        [[made]] = make_llm(server, {"max_new_tokens": 50}).generate([PROMPT]).generations
         info = made.generation_info or {}
         assert info["usage_metadata"]["input_token_details"]["cache_read"] == 2
         assert info["usage_metadata"]["output_tokens"] == len(ids_of(" blue and wide"))
         assert info["finish_reason"] == "length"
+
+    def test_log_probabilities_by_ids(self, server: ScriptedServer, make_llm: Made) -> None:
+        one, two = ids_of("a")[0], ids_of("b")[0]
+
+        def script(asked: Asked) -> None:
+            asked.open_stream()
+            found = {
+                "tokens": [f"token_id:{one}"],
+                "token_logprobs": [-0.5],
+                "top_logprobs": [{f"token_id:{two}": -1.5, f"token_id:{one}": -0.5, "token_id:7": -9.0}],
+            }
+            choice = {"index": 0, "text": "", "token_ids": [one], "logprobs": found, "finish_reason": "stop"}
+            asked.event({"choices": [choice]})
+            asked.end_stream()
+
+        server.script = [script]
+        [[made]] = make_llm(server).generate([PROMPT], logprobs=2).generations
+        [entry] = (made.generation_info or {})["logprobs"]["content"]
+        assert (entry["token_id"], entry["logprob"]) == (one, -0.5)
+        assert [(top["token_id"], top["logprob"]) for top in entry["top_logprobs"]] == [(one, -0.5), (two, -1.5)]
+        assert (server.asked[0].body["logprobs"], server.asked[0].body["return_tokens_as_token_ids"]) == (2, True)
 
     def test_connections_are_used_again(self, server: ScriptedServer, make_llm: Made) -> None:
         server.script = [write(" blue")]
@@ -247,24 +269,21 @@ class TestWhatComesBack:
 
     def test_a_reader_that_waits_makes_the_server_wait(self, server: ScriptedServer, make_llm: Made) -> None:
         seen: list[Asked] = []
-        big = 4096 * "x"
+        big, events = 12288 * "x", 3000
 
         def script(asked: Asked) -> None:
             asked.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
             seen.append(asked)
             asked.open_stream()
             one = ids_of("a")
-            for _ in range(20_000):
+            for _ in range(events):
                 asked.tokens(one, text=big)
             asked.tokens(one, reason="stop")
             asked.end_stream()
 
         server.script = [script]
         llm = make_llm(server, {"max_new_tokens": 100})
-        request = llm._requests(PROMPT, llm._options(None, {}))[0]
-        from dataclasses import replace
-
-        stream = llm._engine().submit([replace(request, max_new_tokens=1 << 20)])
+        stream = llm._engine().submit(llm._requests(PROMPT, llm._options(None, {"max_new_tokens": 1 << 20})))
         wait_until(lambda: stream.is_full, 20)
 
         def is_still() -> bool:
@@ -273,9 +292,9 @@ class TestWhatComesBack:
             return seen[0].sent_bytes == before
 
         wait_until(is_still, 20)
-        assert seen[0].sent_bytes < 20_000 * len(big) / 2
+        assert seen[0].sent_bytes < events * len(big) / 2
         text = "".join(chunk.text for chunk in stream)  # and goes on when it is read
-        assert text == "a" * 20_001
+        assert text == "a" * (events + 1)
 
     def test_texts_of_a_server_without_token_ids(self, make_llm: Made) -> None:
         def script(asked: Asked) -> None:
