@@ -20,12 +20,13 @@ from tests.support.models import wait_until
 
 @dataclass
 class Running:
-    """A server that runs."""
+    """A server that runs, and an HTTP client for it."""
 
     url: str
     app: Any
     server: SignalledServer
     thread: threading.Thread
+    http: httpx.Client
 
     @property
     def service(self) -> Any:
@@ -42,10 +43,10 @@ class Running:
 
     def post(self, path: str, body: Any = None, **options: Any) -> httpx.Response:
         given = options if body is None else {"json": body, **options}
-        return httpx.post(f"{self.url}{path}", timeout=60, **given)
+        return self.http.post(path, **given)
 
     def get(self, path: str, **options: Any) -> httpx.Response:
-        return httpx.get(f"{self.url}{path}", timeout=60, **options)
+        return self.http.get(path, **options)
 
     def outcomes(self, endpoint: str) -> dict[str, float]:
         """The requests of an endpoint that have ended, by their outcome."""
@@ -68,10 +69,11 @@ def serving(model: Any, *, waits: bool = True, closing_s: float = 5.0, **options
     thread.start()
     try:
         wait_until(lambda: server.started or not thread.is_alive(), 60)
-        running = Running(f"http://127.0.0.1:{listener.getsockname()[1]}", app, server, thread)
-        if waits:
-            wait_until(lambda: running.service.served.state != "loading", 120)
-        yield running
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with httpx.Client(base_url=url, timeout=60, trust_env=False, verify=False) as http:  # no certificates are read
+            if waits:
+                wait_until(lambda: app.state.quantllm.served.state != "loading", 120)
+            yield Running(url, app, server, thread, http)
     finally:
         server.stop()
         thread.join(60)

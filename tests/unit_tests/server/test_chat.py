@@ -27,7 +27,11 @@ WEATHER: Any = {
     "function": {
         "name": "weather",
         "description": "Get the weather in a city.",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string", "maxLength": 6}}, "required": ["city"]},
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "maxLength": 6}},
+            "required": ["city"],
+        },
     },
 }
 CLOCK: Any = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}

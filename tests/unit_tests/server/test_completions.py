@@ -134,7 +134,9 @@ def test_structured_outputs_hold_the_text_to_a_form(client: openai.OpenAI, form:
 def test_a_schema_may_be_the_response_format_of_a_completion(client: openai.OpenAI) -> None:
     schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
     wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
-    assert isinstance(json.loads(complete(client, max_tokens=40, extra_body={"response_format": wanted}).choices[0].text)["a"], bool)
+    assert isinstance(
+        json.loads(complete(client, max_tokens=40, extra_body={"response_format": wanted}).choices[0].text)["a"], bool
+    )
 
 
 def test_the_models_are_listed_with_their_context(client: openai.OpenAI) -> None:
