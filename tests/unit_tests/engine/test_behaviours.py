@@ -22,7 +22,7 @@ from langchain_quantllm.structured import Choice, Regex
 from tests.support.adapters import make, make_adapter_folders
 from tests.support.checkpoints import edit_json
 from tests.support.engine import Background
-from tests.support.serving import served
+from tests.support.external_servers import served
 
 pytest.importorskip("fastapi")
 pytest.importorskip("peft")

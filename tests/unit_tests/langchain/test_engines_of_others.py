@@ -14,7 +14,7 @@ from langchain_core.load import dumpd, dumps, load
 from langchain_quantllm import NF4, ChatQuantizedHuggingFace, QuantizedHuggingFaceLLM, Server
 from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
 from tests.support.checkpoints import make_checkpoint, make_tokenizer
-from tests.support.serving import ScriptedServer
+from tests.support.external_servers import ScriptedServer
 
 URL = "http://localhost:8000/v1"
 KEY = "a-very-secret-key"
