@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from langchain_quantllm.chat_models import ChatQuantizedHuggingFace
     from langchain_quantllm.embeddings import QuantizedHuggingFaceEmbeddings
     from langchain_quantllm.encoders.estimate import estimate_memory
+    from langchain_quantllm.engine.external.server import Server
     from langchain_quantllm.llms import QuantizedHuggingFaceLLM
     from langchain_quantllm.memory import MemoryEstimate, MemoryReport, take_snapshot, track_memory
     from langchain_quantllm.quantization.api import QuantizedCheckpoint, quantize
@@ -35,6 +36,7 @@ _LAZY = {
     "QuantizedHuggingFaceLLM": "langchain_quantllm.llms",
     "QuantizedReranker": "langchain_quantllm.rerankers",
     "QuantizedWhisperParser": "langchain_quantllm.speech",
+    "Server": "langchain_quantllm.engine.external.server",
     "compare": "langchain_quantllm.bench.compare",
     "estimate_memory": "langchain_quantllm.encoders.estimate",
     "merge_adapter": "langchain_quantllm.quantization.merge",
@@ -72,6 +74,7 @@ __all__ = [
     "QuantizedReranker",
     "QuantizedWhisperParser",
     "Scheme",
+    "Server",
     "Unquantized",
     "__version__",
     "compare",

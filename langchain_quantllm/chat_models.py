@@ -12,7 +12,7 @@ import dataclasses
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import ModelProfile
@@ -33,12 +33,13 @@ from langchain_quantllm.chat.result import ResultReader, chat_result, combined_o
 from langchain_quantllm.chat.template import ChatTemplate, TemplateRefusalError
 from langchain_quantllm.compat.packages import is_installed
 from langchain_quantllm.data.counterparts import Kind
-from langchain_quantllm.engine.request import ModelLimits, TokenMask
+from langchain_quantllm.engine.external.spec import ExternalEngineRun, external_engine
+from langchain_quantllm.engine.request import Engine, ModelLimits, OutputForm, TokenMask
 from langchain_quantllm.engine.result import Answers
-from langchain_quantllm.errors import InvalidOptionError, UnsupportedError, nearest
-from langchain_quantllm.loading.inputs import prompt_inputs
+from langchain_quantllm.errors import InvalidOptionError, MissingPackageError, UnsupportedError, nearest
+from langchain_quantllm.loading.inputs import prompt_inputs, require_parts
 from langchain_quantllm.options import GenerationOptions, normalize
-from langchain_quantllm.structured import Compiler
+from langchain_quantllm.structured import Compiler, output_form
 from langchain_quantllm.structured.tool_formats import FORMATS
 
 _logger = logging.getLogger(__name__)
@@ -165,6 +166,12 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
             shared = [n for n in QuantizedModel.model_fields if n in llm.model_fields_set and n not in given]
             values = {**{name: getattr(llm, name) for name in shared}, **values}
         if (api_key := values.pop("api_key", None)) is not None:  # the token, in other providers' words
+            if external_engine(values.get("engine")) is not None:
+                msg = (
+                    "api_key= is the token of the Hugging Face Hub here (token=); the key of a server goes into "
+                    "engine=Server(..., api_key=...)."
+                )
+                raise InvalidOptionError(msg)
             values.setdefault("token", api_key)
         return values
 
@@ -269,7 +276,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
         options = self._options(stop, {k: v for k, v in call.items() if k not in CHAT_OPTIONS})
         chat.check_model(self.model_id)
         refuse_full_text(options.return_full_text)
-        tokenizer = self.pipeline.tokenizer
+        tokenizer = require_parts(self._loaded()).tokenizer
         prompt = self._write_prompt(messages, chat, options.timeout)
         answer = AnswerFormat(chat, self._template(), prompt, tokenizer, self.tool_format)
         options = dataclasses.replace(
@@ -278,15 +285,16 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
             skip_special_tokens=options.skip_special_tokens and not answer.shows_special_tokens,
         )
         engine = self._engine(options, media=prompt.media)
-        mask = self._mask(answer, options, engine.limits)
-        if mask is not None and not answer.is_optional:
+        form = self._form(answer, engine)
+        mask = self._mask(answer, options, engine.limits) if self._external() is None else None
+        if (mask is not None or form is not None) and not answer.is_optional:
             # A complete text may only end.
             options = dataclasses.replace(options, min_new_tokens=0, min_length=0)
 
         def new_reader() -> ResultReader:
             return ResultReader(answer.parser(), tokenizer, self.model_id, parallel=chat.parallel is not False)
 
-        requests = self._requests(prompt.pieces, options, engine=engine, mask=mask, media=prompt.media)
+        requests = self._requests(prompt.pieces, options, engine=engine, mask=mask, form=form, media=prompt.media)
         return _PreparedCall(
             options=options,
             engine=engine,
@@ -315,7 +323,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
             messages,
             chat,
             self._template(),
-            self.pipeline,
+            require_parts(self._loaded()),
             variables=self.chat_template_kwargs,
             allows_special_tokens=self.special_tokens == "allow",
             timeout_s=timeout_s,
@@ -324,12 +332,25 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
 
     def _template(self) -> ChatTemplate:
         """Return the chat template; all instances over the model share it, with the results of its trials."""
-        pipeline = self.pipeline
-        found: ChatTemplate = self._loaded().remember(
+        model = self._loaded()
+        parts = require_parts(model)
+        found: ChatTemplate = model.remember(
             ("template", self.chat_template),
-            lambda: ChatTemplate(pipeline.tokenizer, self.chat_template, getattr(pipeline, "processor", None)),
+            lambda: ChatTemplate(parts.tokenizer, self.chat_template, parts.processor),
         )
         return found
+
+    def _form(self, answer: AnswerFormat, engine: Engine) -> OutputForm | None:
+        """Write the constraint of an answer as the form that an engine of others knows; None where there is none."""
+        if answer.constraint is None or self._external() is None:
+            return None
+        try:
+            return output_form(answer.constraint, cast("ExternalEngineRun", engine).forms)
+        except (InvalidOptionError, MissingPackageError, UnsupportedError) as error:
+            if not answer.is_optional:
+                raise
+            _logger.info("tool calls are not held to their schemas: %s", error)
+            return None
 
     def _mask(
         self, answer: AnswerFormat, options: GenerationOptions, limits: ModelLimits
@@ -339,7 +360,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
             return None
         compiler: Compiler = self._loaded().remember(
             ("grammars",),
-            lambda: Compiler(self.pipeline.tokenizer, limits.vocab_size, limits.eos_token_ids),
+            lambda: Compiler(require_parts(self._loaded()).tokenizer, limits.vocab_size, limits.eos_token_ids),
         )
         most = options.max_new_tokens or limits.context_tokens or 2**31
         try:
@@ -362,13 +383,16 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
         """
         if not messages:
             return 0
-        chat = ChatOptions.of({"tools": tools or ()})
         try:
-            prompt = self._write_prompt(messages, chat)
+            return len(self._prompt_ids(messages, {"tools": tools or ()}))
         except TemplateRefusalError:
             return sum(self.get_num_tokens(text) for text in texts_with_roles(messages))
+
+    def _prompt_ids(self, messages: Sequence[BaseMessage], call: Mapping[str, Any]) -> list[int]:
+        """Return the token ids of a conversation's prompt, the template's included."""
+        prompt = self._write_prompt(messages, ChatOptions.of(call))
         ids, _ = prompt_inputs(self._loaded(), prompt.pieces, prompt.media, add_special_tokens=prompt.adds_begin)
-        return len(ids)
+        return ids
 
     # LangChain's conventions.
 

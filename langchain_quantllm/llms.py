@@ -25,6 +25,7 @@ from langchain_quantllm.compat.transformers_pipelines import flat_options, with_
 from langchain_quantllm.engine.result import Answers, completion_info
 from langchain_quantllm.engine.stream import Chunk
 from langchain_quantllm.errors import InvalidOptionError, MissingPackageError, pip_install
+from langchain_quantllm.loading.inputs import require_parts
 
 _call_options: ContextVar[Mapping[str, Any] | None] = ContextVar("quantllm_call_options", default=None)
 """The options of the call in progress; LangChain makes its cache key of the fields alone."""
@@ -328,7 +329,7 @@ class QuantizedHuggingFaceLLM(QuantizedModel, BaseLLM):
         return PreparedCall(
             options=options,
             engine=engine,
-            tokenizer=self.pipeline.tokenizer,
+            tokenizer=require_parts(self._loaded()).tokenizer,
             requests=requests,
             max_waiting=self.max_waiting,
             prompts=prompts,

@@ -12,10 +12,19 @@ from typing_extensions import Self
 
 from langchain_quantllm._version import __version__
 from langchain_quantllm.data.counterparts import Kind, written
+from langchain_quantllm.engine.external.spec import KINDS, ExternalEngine, external_engine
 from langchain_quantllm.engine.selection import ENGINES
 from langchain_quantllm.errors import InvalidOptionError, QuantLLMError
-from langchain_quantllm.loading.arguments import LOADING_FIELDS, SPEC_FIELDS, check_pipeline, device_name, translate
+from langchain_quantllm.loading.arguments import (
+    ENGINE_FIELDS,
+    LOADING_FIELDS,
+    SPEC_FIELDS,
+    check_pipeline,
+    device_name,
+    translate,
+)
 from langchain_quantllm.loading.inputs import stored_options
+from langchain_quantllm.loading.parts import ModelParts
 from langchain_quantllm.loading.registry import pipeline_name
 from langchain_quantllm.loading.spec import AdapterChoice, LoadSpec
 from langchain_quantllm.memory import check_cache_budget
@@ -81,9 +90,10 @@ class ModelFields(BaseLanguageModel[Any]):
     """Maximum number of this object's sequences that run at once; None leaves it to the engine."""
     max_waiting: int | None = Field(default=None, ge=1)
     """Refuse a call with a `QueueFullError` if so many requests, of any object, wait for the model; None never does."""
-    engine: str = "auto"
+    engine: Any = "auto"
     """The engine: `"fast"` runs the calls of all threads in one batch, `"pipeline"` uses transformers' `generate`, and
-    `"auto"` takes the first if it supports the model and the options of the call, else the second."""
+    `"auto"` takes the first if it supports the model and the options of the call, else the second. `Server(...)` is an
+    engine of others: no weights are loaded here."""
     kv_cache_memory: Any = None
     """Memory of the fast engine's KV cache: a fraction of the free memory, a number of bytes, or a text such as
     `"4GiB"`. None takes at most 0.3 of the free memory. The first call of a loaded model sets it."""
@@ -184,9 +194,7 @@ class ModelFields(BaseLanguageModel[Any]):
             names = [name for name, known in SCHEMES.items() if known == scheme]
             self.quantization = names[0] if names else scheme and scheme.to_dict()
         if (pipe := self.own_pipeline) is not None:
-            # A copy hands on every field of its original, the defaults too, so only other values count.
-            defaults = {n: type(self).model_fields[n].get_default(call_default_factory=True) for n in LOADING_FIELDS}
-            given = {n: getattr(self, n) for n in LOADING_FIELDS if getattr(self, n) != defaults[n]}
+            given = {name: value for name, value in self._given_fields().items() if name in LOADING_FIELDS}
             check_pipeline(pipe, given, has_adapters=bool(self.adapters or self.adapter is not None))
             self.model_id = self.model_id or pipe.model.name_or_path or pipeline_name(pipe)
         elif not self.model_id:
@@ -200,9 +208,12 @@ class ModelFields(BaseLanguageModel[Any]):
                 f"device={self.device!r} and device_map={self.device_map!r} say the same thing twice; give one of them."
             )
             raise InvalidOptionError(msg)
-        if self.engine not in ENGINES:
-            msg = f"engine={self.engine!r} is not allowed; it must be one of {', '.join(map(repr, ENGINES))}."
-            raise InvalidOptionError(msg)
+        external = self._external()
+        if external is not None:
+            if self.engine is not external:
+                self.engine = external
+            external.check(self._given_fields())
+            external.check_options(resolve([self._field_options()], {}))
         if self.batch_invariant and self.engine == "pipeline":
             msg = (
                 "engine='pipeline' cannot carry out batch_invariant=True, as generate's results depend on the batch; "
@@ -218,6 +229,31 @@ class ModelFields(BaseLanguageModel[Any]):
     def _set_langchain_quantllm_version(self) -> Self:
         self._add_version("langchain-quantllm", __version__)
         return self
+
+    def _external(self) -> ExternalEngine | None:
+        """Return the engine of others that the field names; None for one of this package.
+
+        Raises:
+            InvalidOptionError: If the field has a value that is not allowed.
+        """
+        external = external_engine(self.engine)
+        if external is None and self.engine not in ENGINES:
+            allowed = ", ".join(map(repr, (*ENGINES, *KINDS)))
+            msg = (
+                f"engine={self.engine!r} is not allowed; it must be one of {allowed}, or an engine such as Server(...)."
+            )
+            raise InvalidOptionError(msg)
+        return external
+
+    def _given_fields(self) -> dict[str, Any]:
+        """Return the fields about loading and the engine that differ from their defaults.
+
+        A copy hands on every field of its original, the defaults too, so only other values count.
+        """
+        names = (*LOADING_FIELDS, *ENGINE_FIELDS)
+        defaults = {n: type(self).model_fields[n].get_default(call_default_factory=True) for n in names}
+        given = {n: getattr(self, n) for n in names if getattr(self, n) != defaults[n]}
+        return given if self.own_pipeline is None else {**given, "pipeline": self.own_pipeline}
 
     def _field_options(self) -> dict[str, Any]:
         """Return the generation options among the fields, normalized."""
@@ -262,8 +298,13 @@ class ModelFields(BaseLanguageModel[Any]):
             "adapter": self.adapter,
             "batch_invariant": self.batch_invariant or None,
         }
+        if (external := self._external()) is not None:
+            params["engine"] = external.identity()
         if self.own_pipeline is not None:  # no field says which weights and options it has
-            params |= {"pipeline": pipeline_name(self.own_pipeline), "of_pipeline": stored_options(self.own_pipeline)}
+            params |= {
+                "pipeline": pipeline_name(self.own_pipeline),
+                "of_pipeline": stored_options(ModelParts.of(self.own_pipeline)),
+            }
         return {name: value for name, value in params.items() if value is not None}
 
     @property
@@ -286,6 +327,8 @@ class ModelFields(BaseLanguageModel[Any]):
             config = kwargs.get("quantization_config")
             if config is not None and not isinstance(config, dict):
                 kwargs["quantization_config"] = config.to_dict()
+            if isinstance(engine := kwargs.get("engine"), ExternalEngine):
+                kwargs["engine"] = engine.to_dict()
         return serialized
 
 

@@ -17,15 +17,25 @@ from pydantic import PrivateAttr, model_validator
 from typing_extensions import Self
 
 from langchain_quantllm.base.fields import ModelFields
+from langchain_quantllm.engine.external.spec import ExternalEngineRun
 from langchain_quantllm.engine.process import check_process
-from langchain_quantllm.engine.request import Engine, EngineInfo, Request, TokenMask, plan_requests
+from langchain_quantllm.engine.request import Engine, EngineInfo, OutputForm, Request, TokenMask, plan_requests
 from langchain_quantllm.engine.selection import Engines
 from langchain_quantllm.engine.stream import ChunkStream
-from langchain_quantllm.errors import GenerationTimeoutError, InvalidOptionError, PromptTooLongError
+from langchain_quantllm.engine.worker import UNLOADED
+from langchain_quantllm.errors import GenerationError, GenerationTimeoutError, InvalidOptionError, PromptTooLongError
 from langchain_quantllm.loading.arguments import LOADING_FIELDS
-from langchain_quantllm.loading.inputs import prompt_inputs, require_pipeline, stop_token_ids, stored_options, token_ids
+from langchain_quantllm.loading.external import ExternalModel, external_key, get_or_open
+from langchain_quantllm.loading.inputs import (
+    prompt_inputs,
+    require_parts,
+    require_pipeline,
+    stop_token_ids,
+    stored_options,
+    token_ids,
+)
 from langchain_quantllm.loading.processors import NO_MEDIA, Media
-from langchain_quantllm.loading.registry import LoadedModel, get_or_load, wrap_pipeline
+from langchain_quantllm.loading.registry import LoadedModel, SharedModel, get_or_load, wrap_pipeline
 from langchain_quantllm.loading.sources import stored_quantization
 from langchain_quantllm.memory import MemoryReport
 from langchain_quantllm.options import BASE_ADAPTER, GenerationOptions, normalize, resolve
@@ -86,10 +96,17 @@ class PreparedCall:
         return stream
 
 
+def _engine_of(model: ExternalModel) -> ExternalEngineRun:
+    engine = model.engine
+    if engine is None:
+        raise GenerationError(UNLOADED)
+    return engine
+
+
 class QuantizedModel(ModelFields):
     """A quantized local model, loaded on first use and run by one engine for all callers."""
 
-    _model: LoadedModel | None = PrivateAttr(default=None)
+    _model: SharedModel | None = PrivateAttr(default=None)
 
     # Loading.
 
@@ -129,7 +146,7 @@ class QuantizedModel(ModelFields):
         """Whether the weights are in memory."""
         return self._model is not None and not self._model.closed
 
-    def _loaded(self) -> LoadedModel:
+    def _loaded(self) -> SharedModel:
         """Return the model, loaded if it is not."""
         check_process()
         model = self._model
@@ -137,13 +154,13 @@ class QuantizedModel(ModelFields):
             if self.own_pipeline is not None:
                 model = wrap_pipeline(self.own_pipeline)
             else:
-                spec = self._spec()
-                model = get_or_load(spec)
-                self._share(spec.key(), model)
+                spec, external = self._spec(), self._external()
+                model = get_or_load(spec) if external is None else get_or_open(spec, external)
+                self._share(self._key(), model)
             self._model = model
         return model
 
-    def _share(self, key: str, model: LoadedModel) -> None:
+    def _share(self, key: str, model: SharedModel) -> None:
         """Let every instance with the same settings hold the model, whether it was called or not.
 
         `configurable_fields` makes an instance for each call. If only these held the model, each call would load it
@@ -151,8 +168,13 @@ class QuantizedModel(ModelFields):
         """
         for other in list(_instances.values()):
             waits = other.own_pipeline is None and (other._model is None or other._model.closed)
-            if waits and other is not self and other._spec().key() == key:
+            if waits and other is not self and other._key() == key:
                 other._model = model
+
+    def _key(self) -> str:
+        """Return a text that is equal for instances that share a model."""
+        external = self._external()
+        return self._spec().key() if external is None else external_key(self._spec(), external)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set a field; after a field that says what to load, the next call loads that."""
@@ -174,6 +196,10 @@ class QuantizedModel(ModelFields):
                     self._model = None
         if not {"model_id", "own_pipeline", *LOADING_FIELDS}.isdisjoint(changed):
             self._model = None
+        if "engine" in changed and self._model is not None:
+            with contextlib.suppress(InvalidOptionError):  # the next call raises it
+                if self._external() != self._model.external:
+                    self._model = None
 
     def __getstate__(self) -> dict[Any, Any]:
         """Return the fields for a pickle, without the weights and the token: what loads it reads that from `HF_TOKEN`.
@@ -211,7 +237,11 @@ class QuantizedModel(ModelFields):
 
     @property
     def pipeline(self) -> Any:
-        """The transformers pipeline that holds the weights; loads them if they are not loaded."""
+        """The transformers pipeline that holds the weights; loads them if they are not loaded.
+
+        Raises:
+            UnsupportedError: If an engine of others holds the weights.
+        """
         return require_pipeline(self._loaded())
 
     @property
@@ -225,6 +255,9 @@ class QuantizedModel(ModelFields):
         Returns:
             A report that prints as a table, shows with bars in Jupyter, draws them by `.plot()`, and makes a dict by
             `to_dict()`.
+
+        Raises:
+            UnsupportedError: If an engine of others holds the weights.
         """
         return self._loaded().memory_report(self.model_id)
 
@@ -248,22 +281,25 @@ class QuantizedModel(ModelFields):
         asked = given.pop("adapter", None)
         adapter = self._adapter_choice().choose(asked)  # before any weight is read
         model = self._loaded()
-        pipeline = require_pipeline(model)
+        parts = require_parts(model)
         if adapter is None and model.adapters:  # the fields were set anew since it was loaded
             adapter = BASE_ADAPTER
-        elif adapter is None and asked is not None and getattr(pipeline.model, "peft_config", None):
+        elif adapter is None and asked is not None and parts.has_own_adapters:
             msg = (
                 f"adapter={asked!r} only selects adapters that this object loaded; this model's were attached by hand, "
                 "so switch them with peft: llm.pipeline.model.disable_adapters()."
             )
             raise InvalidOptionError(msg)
-        options = resolve([given, self._field_options()], stored_options(pipeline))
+        options = resolve([given, self._field_options()], stored_options(parts))
         return dataclasses.replace(options, adapter=adapter)
 
     def _engine(self, options: GenerationOptions | None = None, *, media: Media = NO_MEDIA) -> Engine:
         """Return the engine for a call's options; None asks for the engine of ordinary calls."""
         model = self._loaded()
+        if isinstance(model, ExternalModel):
+            return _engine_of(model)
         with model.lock:
+            assert isinstance(model, LoadedModel)
             if model.engines is None:
                 model.engines = Engines(require_pipeline(model), list(model.adapters))
             engine: Engine = model.engines.choose(
@@ -283,6 +319,7 @@ class QuantizedModel(ModelFields):
         *,
         engine: Engine | None = None,
         mask: Callable[[], TokenMask] | None = None,
+        form: OutputForm | None = None,
         media: Media = NO_MEDIA,
     ) -> list[Request]:
         """Make the requests of one prompt, one for each of the `n` samples.
@@ -293,21 +330,45 @@ class QuantizedModel(ModelFields):
             options: The resolved options of the call.
             engine: The engine of the call; None resolves it.
             mask: Makes the mask of a sequence's allowed tokens.
+            form: The form of the texts, for an engine of others.
             media: The images and sounds, in the placeholders' order.
         """
-        model = self._loaded()
-        tokenizer = require_pipeline(model).tokenizer
-        ids, inputs = prompt_inputs(model, prompt, media, add_special_tokens=options.add_special_tokens)
+        ids, inputs = prompt_inputs(self._loaded(), prompt, media, add_special_tokens=options.add_special_tokens)
+        engine = engine or self._engine(options, media=media)
+        return self._requests_of_ids(ids, options, engine=engine, mask=mask, form=form, inputs=inputs)
+
+    def _requests_of_ids(
+        self,
+        prompt_ids: Sequence[int],
+        options: GenerationOptions,
+        *,
+        engine: Engine,
+        mask: Callable[[], TokenMask] | None = None,
+        form: OutputForm | None = None,
+        inputs: Mapping[str, Any] | None = None,
+    ) -> list[Request]:
+        """Make the requests of one prompt that is token ids already, one for each of the `n` samples.
+
+        Args:
+            prompt_ids: The prompt.
+            options: The resolved options of the call.
+            engine: The engine of the call.
+            mask: Makes the mask of a sequence's allowed tokens.
+            form: The form of the texts, for an engine of others.
+            inputs: Further tensors for the model, by the names of its forward's arguments.
+        """
+        tokenizer = require_parts(self._loaded()).tokenizer
         return plan_requests(
-            ids,
+            prompt_ids,
             options,
-            (engine or self._engine(options, media=media)).limits,
+            engine.limits,
             truncation_side=tokenizer.truncation_side,
             stop_token_ids=stop_token_ids(tokenizer, options.stop),
             max_rows=self.batch_size,
             owner=id(self),
             shares_prefix=self.prefix_caching,
             mask=mask,
+            form=form,
             media=inputs,
         )
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from langchain_quantllm.base.model import PreparedCall, QuantizedModel
 from langchain_quantllm.engine.request import ModelLimits, plan_requests
 from langchain_quantllm.engine.result import Answers, usage_metadata
-from langchain_quantllm.loading.inputs import require_pipeline
+from langchain_quantllm.loading.inputs import require_parts
 from langchain_quantllm.options import GenerationOptions
 
 
@@ -66,7 +66,7 @@ def plan_next_tokens(model: QuantizedModel, prompts: Sequence[Sequence[int]], to
     return PreparedCall(
         options=options,
         engine=engine,
-        tokenizer=require_pipeline(model._loaded()).tokenizer,
+        tokenizer=require_parts(model._loaded()).tokenizer,
         requests=requests,
         max_waiting=model.max_waiting,
     )

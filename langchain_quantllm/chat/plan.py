@@ -27,6 +27,7 @@ from langchain_quantllm.chat.special_tokens import MarkedTexts
 from langchain_quantllm.chat.template import ChatTemplate
 from langchain_quantllm.compat.transformers_processors import longest_sound_s
 from langchain_quantllm.loading.checkpoint import hears_sounds, reads_images
+from langchain_quantllm.loading.parts import ModelParts
 from langchain_quantllm.loading.pieces import valid_text
 from langchain_quantllm.loading.processors import Media, no_media_reason
 from langchain_quantllm.structured import Constraint, Either, JSONSchema, ToolCalls
@@ -66,7 +67,7 @@ def write_prompt(
     messages: Sequence[BaseMessage],
     chat: ChatOptions,
     template: ChatTemplate,
-    pipeline: Any,
+    parts: ModelParts,
     *,
     variables: Mapping[str, Any],
     allows_special_tokens: bool = False,
@@ -79,7 +80,7 @@ def write_prompt(
         messages: The conversation.
         chat: The call's own options; a JSON schema among them is told to the model in the system message.
         template: The model's chat template.
-        pipeline: The transformers pipeline that holds the model.
+        parts: The parts of the model.
         variables: Variables of the template.
         allows_special_tokens: Whether special tokens in the texts of messages and tools are tokens.
         timeout_s: Seconds after which fetching the media is given up; `FETCH_S` for each of them at the most.
@@ -89,12 +90,11 @@ def write_prompt(
         InvalidOptionError: If the template refuses the conversation, or an image or a sound cannot be read.
         UnsupportedError: If there is no template, or the model does not take the images or sounds.
     """
-    processor = getattr(pipeline, "processor", None)
-    config = pipeline.model.config
+    processor, config = parts.processor, parts.config
     plain = template_messages(messages, images=_takes_images(processor, config), sounds=hears_sounds(config))
     for source in media_in(plain):
         kind: Literal["image", "sound"] = "sound" if isinstance(source, SoundSource) else "image"
-        if (error := no_media_reason(pipeline, kind, source.message)) is not None:
+        if (error := no_media_reason(parts, kind, source.message)) is not None:
             raise error
     if isinstance(chat.constraint, JSONSchema):
         plain = _with_schema(plain, chat.constraint)
@@ -109,7 +109,7 @@ def write_prompt(
     media = _read_media(sources, processor, timeout_s, rules)
     # Most templates write the begin token, but not those made for processors.
     # Source: `ProcessorMixin.apply_chat_template` in transformers/processing_utils.py.
-    begin = pipeline.tokenizer.bos_token
+    begin = parts.tokenizer.bos_token
     adds_begin = processor is not None and not (begin is not None and pieces[0].startswith(begin))
     return Prompt(pieces, media, adds_begin, _begun_answer(plain, "".join(pieces)))
 

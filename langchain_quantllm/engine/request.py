@@ -62,6 +62,20 @@ class TokenMask(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class OutputForm:
+    """The form that an engine of others is to hold a text to, by an automaton of its own; see `Request.mask` for ours.
+
+    Args:
+        kind: `"json"`, `"regex"`, `"choice"`, `"grammar"` or `"structural_tag"`, by the names that servers have.
+        value: A JSON schema as JSON text, a regular expression, the texts to choose from, a grammar in EBNF, or
+            xgrammar's structural tag as JSON text.
+    """
+
+    kind: str
+    value: str | tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """One prompt as token ids, with the options of its completion.
 
@@ -78,6 +92,7 @@ class Request:
         owner: Stands for the object that `max_rows` is a setting of.
         shares_prefix: Whether it shares KV cache blocks of its prompt's beginning with other requests.
         mask: Makes the mask of the sequence's tokens; called once per sequence.
+        form: The form of its text, in place of `mask`, for engines of others.
         reported_ids: Tokens whose log probabilities are reported at each step, in place of the likeliest ones; with
             `options.logprobs` only.
         media: Further tensors for the model, such as the pixels of images, by the names of its forward's arguments.
@@ -96,6 +111,7 @@ class Request:
     owner: int | None = None
     shares_prefix: bool = True
     mask: Callable[[], TokenMask] | None = None
+    form: OutputForm | None = None
     reported_ids: tuple[int, ...] = ()
     media: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
     images: Any = field(default=None, repr=False, compare=False)
@@ -115,7 +131,7 @@ class EngineInfo:
     """The engine that runs a model, and why it was chosen.
 
     Args:
-        name: `"fast"` or `"pipeline"`.
+        name: `"fast"` or `"pipeline"`; `"server"` for one that others keep.
         reason: Why this engine, and which of its features cannot be used.
         graphs: Whether decode steps are CUDA graphs.
         kv_cache_tokens: Tokens that its KV cache holds; None where it grows as it needs to.
@@ -123,6 +139,8 @@ class EngineInfo:
         state_bytes: Bytes of the states that layers keep beside it, for all sequences; None if no layer keeps any.
         fused: How many modules run by this package's kernels, by kind; see docs/engine.md.
         batch_invariant: Whether a text is the same, bit for bit, whatever runs beside it.
+        version: Name and version of the software that runs the model, for an engine of others; None where it is not
+            known, and for engines of this package.
     """
 
     name: str
@@ -133,6 +151,22 @@ class EngineInfo:
     state_bytes: int | None = None
     fused: Mapping[str, int] = field(default_factory=dict)
     batch_invariant: bool = False
+    version: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineLoad:
+    """The sequences of an engine at one moment.
+
+    Args:
+        running: Sequences in its batch.
+        waiting: Sequences that wait for a place.
+        cache_tokens: Tokens' places in the KV cache that sequences hold, in whole blocks; None where nobody counts.
+    """
+
+    running: int
+    waiting: int
+    cache_tokens: int | None = None
 
 
 class Engine(Protocol):
@@ -197,6 +231,7 @@ def plan_requests(
     owner: int | None = None,
     shares_prefix: bool = True,
     mask: Callable[[], TokenMask] | None = None,
+    form: OutputForm | None = None,
     media: Mapping[str, Any] | None = None,
 ) -> list[Request]:
     """Fit a prompt into the model's context and make the `n` requests of a call.
@@ -211,6 +246,7 @@ def plan_requests(
         owner: Stands for the object that `max_rows` is a setting of.
         shares_prefix: Whether KV cache blocks of the prompt's beginning may be shared.
         mask: Makes the mask of a sequence's tokens.
+        form: The form of the texts, for engines of others.
         media: Further tensors for the model.
 
     Returns:
@@ -246,6 +282,7 @@ def plan_requests(
         owner=owner,
         shares_prefix=shares_prefix,
         mask=mask,
+        form=form,
         media=media,
     )
     return [first, *(replace(first, sample_index=i) for i in range(1, options.n))]

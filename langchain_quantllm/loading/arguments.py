@@ -30,6 +30,9 @@ SPEC_FIELDS = (
 LOADING_FIELDS = ("quantization", "quantization_config", *SPEC_FIELDS, "token", "device", "model_kwargs")
 """Fields that say how to load; none of them has an effect on a pipeline that is loaded already."""
 
+ENGINE_FIELDS = ("kv_cache_memory", "fuse", "prefix_caching", "batch_invariant")
+"""Fields that say how the engines of this package run a model."""
+
 _BITSANDBYTES = ("load_in_4bit", "load_in_8bit", "bnb_4bit_", "llm_int8_")
 _MODEL_KWARGS_ALIASES = {"torch_dtype": "dtype", "use_auth_token": "token"}
 _LIFTED = (*SPEC_FIELDS, "token", "quantization", "quantization_config")

@@ -222,7 +222,7 @@ def find_checkpoint(spec: LoadSpec, source: str | None = None) -> Checkpoint:
 
 def _checkpoint_of(spec: LoadSpec, source: str, config: Any, model_kwargs: Mapping[str, Any]) -> Checkpoint:
     folder = folder_of(source)
-    _check_task(spec, config)
+    check_task(spec, config)
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None and not isinstance(quantization, dict):
         quantization = quantization.to_dict()
@@ -344,7 +344,12 @@ def _has_code(config: Any, auto_class: str) -> bool:
     return auto_class in (getattr(config, "auto_map", None) or {})
 
 
-def _check_task(spec: LoadSpec, config: Any) -> None:
+def check_task(spec: LoadSpec, config: Any) -> None:
+    """Check that the model of a config does what it is to be loaded for.
+
+    Raises:
+        UnsupportedError: If it does not.
+    """
     if spec.task == "speech":
         if config.model_type != WHISPER:
             msg = (

@@ -11,17 +11,31 @@ from langchain_quantllm.compat.transformers_tokenizers import encodes_without_ch
 from langchain_quantllm.engine.clean_thread import in_clean_thread
 from langchain_quantllm.engine.worker import UNLOADED
 from langchain_quantllm.errors import GenerationError
+from langchain_quantllm.loading.parts import ModelParts
 from langchain_quantllm.loading.pieces import piece_ids
 from langchain_quantllm.loading.processors import NO_MEDIA, Media, process
-from langchain_quantllm.loading.registry import LoadedModel
+from langchain_quantllm.loading.registry import SharedModel
 from langchain_quantllm.options import normalize
 
 
-def require_pipeline(model: LoadedModel) -> Any:
+def require_parts(model: SharedModel) -> ModelParts:
+    """Return what a loaded model has beside its weights.
+
+    Raises:
+        GenerationError: If another thread has unloaded the model meanwhile.
+    """
+    parts = model.parts
+    if parts is None:
+        raise GenerationError(UNLOADED)
+    return parts
+
+
+def require_pipeline(model: SharedModel) -> Any:
     """Return the pipeline of a loaded model.
 
     Raises:
         GenerationError: If another thread has unloaded the model meanwhile.
+        UnsupportedError: If its weights are in an engine of others.
     """
     pipeline = model.pipeline
     if pipeline is None:
@@ -29,7 +43,7 @@ def require_pipeline(model: LoadedModel) -> Any:
     return pipeline
 
 
-def token_ids(model: LoadedModel, text: str | Sequence[str], *, add_special_tokens: bool = True) -> list[int]:
+def token_ids(model: SharedModel, text: str | Sequence[str], *, add_special_tokens: bool = True) -> list[int]:
     """Tokenize a text; a begin token that the text already has, from a chat template say, is not doubled.
 
     Threads do so at once where the tokenizer allows it: a long text takes seconds.
@@ -39,10 +53,10 @@ def token_ids(model: LoadedModel, text: str | Sequence[str], *, add_special_toke
         text: The text, or pieces of it of which none shares a token with the next.
         add_special_tokens: Let the tokenizer add its begin token.
     """
-    pipeline = require_pipeline(model)
-    tokenizer = pipeline.tokenizer
+    parts = require_parts(model)
+    tokenizer = parts.tokenizer
     # A processor uses the same tokenizer, with other settings.
-    is_shared = getattr(pipeline, "processor", None) is None and encodes_without_change(tokenizer)
+    is_shared = parts.processor is None and encodes_without_change(tokenizer)
     with contextlib.nullcontext() if is_shared else model.tokenizer_lock:
         pieces = (text,) if isinstance(text, str) else text
         ids = piece_ids(tokenizer, pieces, add_special_tokens=add_special_tokens)
@@ -51,7 +65,7 @@ def token_ids(model: LoadedModel, text: str | Sequence[str], *, add_special_toke
 
 
 def prompt_inputs(
-    model: LoadedModel, prompt: str | Sequence[str], media: Media = NO_MEDIA, *, add_special_tokens: bool = True
+    model: SharedModel, prompt: str | Sequence[str], media: Media = NO_MEDIA, *, add_special_tokens: bool = True
 ) -> tuple[list[int], dict[str, Any] | None]:
     """Turn a prompt into token ids, and its images and sounds into other inputs, by the names of the model's arguments.
 
@@ -67,7 +81,7 @@ def prompt_inputs(
     """
     if not media:
         return token_ids(model, prompt, add_special_tokens=add_special_tokens), None
-    processor = require_pipeline(model).processor
+    processor = require_parts(model).processor
     with model.tokenizer_lock:  # the processor uses the same tokenizer
         pieces = (prompt,) if isinstance(prompt, str) else prompt
         return in_clean_thread(process)(processor, pieces, media, add_special_tokens=add_special_tokens)
@@ -79,14 +93,15 @@ def stop_token_ids(tokenizer: Any, stop: Sequence[str]) -> tuple[int, ...]:
     return tuple(vocabulary[s] for s in stop if s in vocabulary)
 
 
-def stored_options(pipeline: Any) -> dict[str, Any]:
-    """Read the options that came with the checkpoint or were given to the pipeline when it was made.
+def stored_options(parts: ModelParts) -> dict[str, Any]:
+    """Read the options that came with the checkpoint or were given to its pipeline when it was made.
 
     The pipeline's own defaults (sampling at temperature 0.7) are not among them.
     """
-    stored = pipeline.model.generation_config.to_diff_dict()
+    stored = parts.generation_config.to_diff_dict()
     stored.pop("eos_token_id", None)  # the engine reads it itself
     stored.pop("use_cache", None)  # often False, left over from training
-    options = normalize({**stored, **options_of(pipeline)}, lenient=True)
+    given = {} if parts.pipeline is None else options_of(parts.pipeline)
+    options = normalize({**stored, **given}, lenient=True)
     options.pop("adapter", None)  # no option of transformers
     return options

@@ -112,15 +112,15 @@ def _load_parts(spec: LoadSpec, checkpoint: Checkpoint) -> tuple[str, Any, dict[
     )
 
     if spec.task == "speech":
-        parts = {"tokenizer": _load_tokenizer(spec, checkpoint), "feature_extractor": _load_features(spec, checkpoint)}
+        parts = {"tokenizer": load_tokenizer(spec, checkpoint), "feature_extractor": _load_features(spec, checkpoint)}
         return "automatic-speech-recognition", AutoModelForSpeechSeq2Seq, parts
     try:
         processor = load_processor(spec, checkpoint)
     except CheckpointError:
-        _load_tokenizer(spec, checkpoint)  # its error says more if the tokenizer is the reason
+        load_tokenizer(spec, checkpoint)  # its error says more if the tokenizer is the reason
         raise
     if processor is None:
-        return "text-generation", AutoModelForCausalLM, {"tokenizer": _load_tokenizer(spec, checkpoint)}
+        return "text-generation", AutoModelForCausalLM, {"tokenizer": load_tokenizer(spec, checkpoint)}
     if reads_images(checkpoint.config):
         return "image-text-to-text", AutoModelForImageTextToText, {"processor": processor}
     return "any-to-any", AutoModelForMultimodalLM, {"processor": processor}
@@ -134,7 +134,12 @@ def _load_features(spec: LoadSpec, checkpoint: Checkpoint) -> Any:
         return AutoFeatureExtractor.from_pretrained(checkpoint.source, **hub)
 
 
-def _load_tokenizer(spec: LoadSpec, checkpoint: Checkpoint) -> Any:
+def load_tokenizer(spec: LoadSpec, checkpoint: Checkpoint) -> Any:
+    """Load the tokenizer of a checkpoint.
+
+    Raises:
+        CheckpointError: If it has none that can be read.
+    """
     from transformers import AutoTokenizer
 
     hub = hub_options(spec, checkpoint.source if checkpoint.local else None)

@@ -38,6 +38,7 @@ from langchain_quantllm.loading.checkpoint import (
     reads_text,
 )
 from langchain_quantllm.loading.hub import Repository, hub_options
+from langchain_quantllm.loading.parts import ModelParts
 from langchain_quantllm.loading.pieces import piece_ids
 from langchain_quantllm.loading.spec import LoadSpec
 
@@ -187,22 +188,22 @@ def _torchvision() -> str:
     return f"torchvision==0.{int(minor) + 15}.*" if major == "2" else "torchvision"
 
 
-def no_media_reason(pipeline: Any, kind: Literal["image", "sound"], message: int) -> QuantLLMError | None:
-    """Return the error for a loaded pipeline that cannot take images or sounds although its model can; None if it can.
+def no_media_reason(parts: ModelParts, kind: Literal["image", "sound"], message: int) -> QuantLLMError | None:
+    """Return the error for a loaded model that could take images or sounds, but for its processor; None if it can.
 
     Args:
-        pipeline: A transformers pipeline over a model that `reads_images`, or `hears_sounds`.
+        parts: The parts of a model that `reads_images`, or `hears_sounds`.
         kind: What is to be taken.
         message: Number of the message that holds it.
     """
     if kind == "sound":
-        if getattr(getattr(pipeline, "processor", None), "feature_extractor", None) is not None:
+        if getattr(parts.processor, "feature_extractor", None) is not None:
             return None
         return UnsupportedError(
             f"message {message} holds a sound, and the model was loaded without the feature extractor that sounds "
             f"need; add {' or '.join(PROCESSOR_FILES)} to its folder."
         )
-    if getattr(getattr(pipeline, "processor", None), "image_processor", None) is not None:
+    if getattr(parts.processor, "image_processor", None) is not None:
         return None
     if not is_installed("PIL"):
         return MissingPackageError(

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from langchain_quantllm.compat.bitsandbytes import import_quietly
 from langchain_quantllm.compat.gptqmodel import uncompile_gptq_model
@@ -24,6 +24,7 @@ from langchain_quantllm.compat.gptqmodel_import import gptqmodel_imported
 from langchain_quantllm.compat.library_logging import without_torchao
 from langchain_quantllm.compat.packages import check_packages, label_of
 from langchain_quantllm.engine.clean_thread import in_clean_thread
+from langchain_quantllm.engine.external.spec import ExternalEngine
 from langchain_quantllm.engine.process import check_process, note_loading
 from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.loading.adapter_weights import load_adapters
@@ -42,6 +43,7 @@ from langchain_quantllm.loading.experts import has_packed_experts
 from langchain_quantllm.loading.foreign_errors import as_checkpoint_error, reason_of
 from langchain_quantllm.loading.gptq import check_gptq, read_layer_sizes
 from langchain_quantllm.loading.packed_experts import PackedExperts, find_packed_experts
+from langchain_quantllm.loading.parts import ModelParts
 from langchain_quantllm.loading.pipeline import load_pipeline
 from langchain_quantllm.loading.spec import LoadSpec
 from langchain_quantllm.memory import (
@@ -59,7 +61,74 @@ from langchain_quantllm.memory.experts import expert_counts, unquantized_reasons
 from langchain_quantllm.schemes import GPTQ, Prequantized, Scheme, Unquantized, scheme_of_config
 
 
-class LoadedModel:
+class SharedModel:
+    """A model that all instances with the same spec share, wherever its weights are."""
+
+    external: ExternalEngine | None = None
+    """The engine of others that holds the weights; None if they are in this process."""
+
+    def __init__(self, scheme: Scheme, adapters: Mapping[str, str] | None = None) -> None:
+        """Hold nothing yet.
+
+        Args:
+            scheme: Scheme of the weights.
+            adapters: Folder or repository of each adapter that requests choose from, by its name.
+        """
+        self.scheme = scheme
+        self.adapters = dict(adapters or {})
+        self.lock = threading.RLock()
+        self.tokenizer_lock = threading.Lock()
+        """Held while a tokenizer is used whose settings change during a call."""
+        self.handle: _Handle | None = None
+        """Its entry in the registry, kept alive by it."""
+        self._remembered: dict[Any, Any] = {}
+
+    def remember(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Return the object that belongs to the model under a key; make it at the first call.
+
+        Args:
+            key: The key.
+            make: Makes the object.
+        """
+        with self.lock:
+            if key not in self._remembered:
+                self._remembered[key] = make()
+            return self._remembered[key]
+
+    @property
+    def parts(self) -> ModelParts | None:
+        """What the model has beside its weights; None after it was closed."""
+        raise NotImplementedError
+
+    @property
+    def closed(self) -> bool:
+        """Whether the model was closed."""
+        return self.parts is None
+
+    @property
+    def pipeline(self) -> Any:
+        """The transformers pipeline with the weights; None after the model was closed."""
+        raise NotImplementedError
+
+    @property
+    def summary(self) -> str:
+        """The model's memory in one line."""
+        raise NotImplementedError
+
+    def memory_report(self, model_id: str) -> MemoryReport:
+        """Report the model's memory.
+
+        Args:
+            model_id: Name of the model in the report.
+        """
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Stop the engines and release the weights; instances that share the model load it again at their next call."""
+        raise NotImplementedError
+
+
+class LoadedModel(SharedModel):
     """A pipeline with its weights in memory, shared by all instances with the same spec."""
 
     def __init__(
@@ -80,38 +149,30 @@ class LoadedModel:
             tracked: The memory before, during and after loading; None if it was not measured.
             adapters: Folder or repository of each adapter that was loaded with it, by its name.
         """
-        self.pipeline: Any = pipeline
-        self.scheme = scheme
+        super().__init__(scheme, adapters)
+        self._pipeline: Any = pipeline
         self.estimate = estimate
         self.tracked = tracked
-        self.adapters = dict(adapters or {})
         self.weights = weights_by_kind(pipeline.model)
         self.devices = devices_of(pipeline.model)
-        self.lock = threading.RLock()
-        self.tokenizer_lock = threading.Lock()
-        """Held while a tokenizer is used whose settings change during a call."""
         self.engines: Any = None
         """The engines over it, once an engine was asked for; set under `lock`."""
-        self.handle: _Handle | None = None
-        """Its entry in the registry, kept alive by it."""
-        self._remembered: dict[Any, Any] = {}
 
-    def remember(self, key: Any, make: Callable[[], Any]) -> Any:
-        """Return the object that belongs to the model under a key; make it at the first call.
+    @property
+    def pipeline(self) -> Any:
+        """The transformers pipeline; None after the weights were released."""
+        return self._pipeline
 
-        Args:
-            key: The key.
-            make: Makes the object.
-        """
-        with self.lock:
-            if key not in self._remembered:
-                self._remembered[key] = make()
-            return self._remembered[key]
+    @property
+    def parts(self) -> ModelParts | None:
+        """What the pipeline has beside the weights; None after these were released."""
+        pipeline = self._pipeline
+        return None if pipeline is None else ModelParts.of(pipeline)
 
     @property
     def closed(self) -> bool:
         """Whether the weights were released."""
-        return self.pipeline is None
+        return self._pipeline is None
 
     def memory_report(self, model_id: str) -> MemoryReport:
         """Report the model's memory: before, during and after loading, and now.
@@ -180,12 +241,15 @@ class LoadedModel:
         check_process()
         with self.lock:
             engines, self.engines = self.engines, None
-            self.pipeline = None
+            self._pipeline = None
             self._remembered.clear()
         if engines is not None:
             engines.close()
             del engines
         release_memory()
+
+
+_Model = TypeVar("_Model", bound=SharedModel)
 
 
 class _Handle:
@@ -194,12 +258,12 @@ class _Handle:
     def __init__(self) -> None:
         self.name = f"pipeline-{uuid.uuid4().hex[:8]}"
         self._lock = threading.Lock()
-        self._model: weakref.ref[LoadedModel] | None = None
+        self._model: weakref.ref[Any] | None = None
 
-    def get(self, make: Callable[[], LoadedModel]) -> LoadedModel:
+    def get(self, make: Callable[[], _Model]) -> _Model:
         """Return the model; make it if there is none, or its weights were released."""
         with self._lock:
-            model = None if self._model is None else self._model()
+            model: _Model | None = None if self._model is None else self._model()
             if model is None or model.closed:
                 model = make()
                 model.handle = self
@@ -240,10 +304,19 @@ def get_or_load(spec: LoadSpec) -> LoadedModel:
     if "torch" not in sys.modules:  # nothing is loaded yet, and importing torch takes seconds
         source = find_source(spec)
     spec = dataclasses.replace(spec, device_map=default_device_map(spec))
-    key = spec.key()
+    return get_or_make(spec.key(), lambda: load(spec, source))
+
+
+def get_or_make(key: str, make: Callable[[], _Model]) -> _Model:
+    """Return the model of a key; make it if there is none.
+
+    Args:
+        key: Equal for models that are to be shared.
+        make: Makes the model.
+    """
     with _lock:
         handle = _handles.setdefault(key, _Handle())
-    return handle.get(lambda: load(spec, source))
+    return handle.get(make)
 
 
 def pipeline_name(pipeline: Any) -> str:

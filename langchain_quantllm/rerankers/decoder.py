@@ -22,7 +22,7 @@ from langchain_quantllm.base.next_token import (
 from langchain_quantllm.engine.result import Answers
 from langchain_quantllm.engine.stream import Chunk
 from langchain_quantllm.errors import GenerationError, PromptTooLongError
-from langchain_quantllm.loading.inputs import require_pipeline, token_ids
+from langchain_quantllm.loading.inputs import require_parts, token_ids
 from langchain_quantllm.rerankers.ranking import PairScores, ScoreSettings
 from langchain_quantllm.rerankers.yes_no import YesNoFormat
 
@@ -50,10 +50,10 @@ class DecoderScorer:
             UnsupportedError: If the model cannot be asked for yes or no.
         """
         model = self.model._loaded()
-        pipeline = require_pipeline(model)
+        parts = require_parts(model)
 
         def make() -> YesNoFormat:
-            return YesNoFormat(pipeline.tokenizer, getattr(pipeline, "processor", None), self.model.model_id)
+            return YesNoFormat(parts.tokenizer, parts.processor, self.model.model_id)
 
         found: YesNoFormat = model.remember(("yes or no",), make)
         return found

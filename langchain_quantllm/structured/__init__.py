@@ -18,6 +18,7 @@ from langchain_quantllm.structured.constraints import (
     Regex,
     ToolCalls,
 )
+from langchain_quantllm.structured.forms import output_form
 from langchain_quantllm.structured.json_schema import UNENFORCED, checked_schema
 from langchain_quantllm.structured.mask import GrammarMask
 
@@ -34,4 +35,5 @@ __all__ = [
     "Regex",
     "ToolCalls",
     "checked_schema",
+    "output_form",
 ]

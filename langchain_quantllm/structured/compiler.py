@@ -151,7 +151,7 @@ class Compiler:
     def _compile(self, constraint: Constraint) -> CompiledConstraint:
         is_auto = isinstance(constraint, ToolCalls) and constraint.mode == "auto"
         try:
-            layout, reserve, object_reserve = _layout(constraint, Budget())
+            layout, reserve, object_reserve = lay_out(constraint, Budget())
             marks = _marks(constraint)
             if constraint.reasoning is not None:
                 layout = after_reasoning(layout, constraint.reasoning, may_end_open=is_auto)
@@ -224,8 +224,17 @@ def _json(schema: Any, budget: Budget, style: str = "json") -> _Layout:
     return _Layout(layout, longest(result, result.get("$defs", {})) // 2 + 12, object_reserve)
 
 
-def _layout(constraint: Constraint, budget: Budget) -> _Layout:
-    """Lay out a constraint for xgrammar, without its reasoning."""
+def lay_out(constraint: Constraint, budget: Budget) -> _Layout:
+    """Lay out a constraint for xgrammar, without its reasoning.
+
+    Args:
+        constraint: The constraint.
+        budget: What its patterns and literals may cost together.
+
+    Raises:
+        ValueError: If it cannot be enforced; also TypeError, LookupError and the others that `Compiler` turns into an
+            `InvalidOptionError`.
+    """
     if isinstance(constraint, JSONSchema):
         return _json(read_json(str(constraint.schema)), budget)
     if isinstance(constraint, JSONObject):
@@ -243,7 +252,7 @@ def _layout(constraint: Constraint, budget: Budget) -> _Layout:
     if isinstance(constraint, Grammar):
         return _Layout({"type": "grammar", "grammar": checked_grammar(constraint.ebnf)}, 16, 1)
     if isinstance(constraint, Either):
-        layouts, reserves, growing = zip(*(_layout(option, budget) for option in constraint.options), strict=True)
+        layouts, reserves, growing = zip(*(lay_out(option, budget) for option in constraint.options), strict=True)
         return _Layout({"type": "or", "elements": list(layouts)}, max(reserves), max(growing))
     if isinstance(constraint, ToolCalls):
         return _Layout(*calls_layout(constraint, lambda schema, style: _json(schema, budget, style)))
