@@ -12,9 +12,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Seque
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from starlette.requests import ClientDisconnect
-from starlette.requests import Request as HTTPRequest
-from starlette.responses import JSONResponse, Response
+from fastapi import Request as HTTPRequest
+from fastapi.responses import JSONResponse, Response
 
 from langchain_quantllm.base import PreparedCall
 from langchain_quantllm.base.aside import run_aside, submit_aside
@@ -72,10 +71,15 @@ async def read(request: HTTPRequest, kind: type[Body], most_bytes: int) -> Body:
     content = bytearray()
 
     async def receive() -> None:
-        async for part in request.stream():
-            content.extend(part)
+        has_more = True
+        while has_more:
+            message = await request.receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGoneError
+            content.extend(message.get("body", b""))
             if len(content) > most_bytes:
                 raise too_large(most_bytes)
+            has_more = message.get("more_body", False)
 
     try:
         await asyncio.wait_for(receive(), BODY_S)
@@ -245,8 +249,8 @@ class Calls:
         try:
             self._check_ready()
             response = await answer(call, await read(request, kind, self._most_body_bytes))
-        except (ClientGoneError, ClientDisconnect):
-            call.end(ClientGoneError())
+        except ClientGoneError as error:
+            call.end(error)
             return Response(status_code=499)
         except Exception as error:
             told = self.explained(error)

@@ -12,10 +12,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from typing import Any
 
-from fastapi import FastAPI
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import Response
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
 
 from langchain_quantllm.base import QuantizedModel
 from langchain_quantllm.base.aside import run_aside
@@ -134,7 +132,8 @@ def create_app(
     app = FastAPI(title="langchain-quantllm", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.quantllm = service
     _add_routes(app, service)
-    app.add_exception_handler(HTTPException, _no_route)
+    for status in _NO_ROUTE:
+        app.add_exception_handler(status, _no_route)
     app.add_exception_handler(APIError, _failed)
     app.add_exception_handler(QuantLLMError, _failed)
     app.add_middleware(Access, api_key=api_key, most_body_bytes=max_body_bytes)
@@ -194,11 +193,16 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     route("/metrics", "GET", metrics)
 
 
+_NO_ROUTE = (404, 405)
+"""Statuses of requests that have no answer here, of the router's own."""
+
+
 async def _no_route(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    told = {404: f"there is no {request.url.path[:200]!r} here.", 405: f"{request.method} is not possible here."}
-    message = told.get(error.status_code, str(error.detail))
-    return error_answer(APIError(error.status_code, message, headers=dict(error.headers or {})))
+    if getattr(error, "status_code", 404) == 405:
+        told = APIError(405, f"{request.method} is not possible here.", headers=getattr(error, "headers", None))
+    else:
+        told = APIError(404, f"there is no {request.url.path[:200]!r} here.")
+    return error_answer(told)
 
 
 async def _failed(request: Request, error: Exception) -> Response:

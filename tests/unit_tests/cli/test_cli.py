@@ -283,7 +283,7 @@ def test_bits_that_gptq_lacks_are_told_with_those_it_has(bits: int, tiny: Path) 
         ("benc", "did you mean 'bench'?"),
         ("quantise", "did you mean 'quantize'?"),
         ("memo", "did you mean 'memory'?"),
-        ("observe", "the commands are bench, chat,"),
+        ("observe", "did you mean 'serve'?"),
         ("xyz", "the commands are bench, chat,"),
     ],
 )

@@ -82,15 +82,27 @@ def test_many_clients_get_their_own_answers_beside_wrong_and_broken_ones(
 
 def test_a_full_queue_is_told_and_the_others_go_on(tiny: QuantizedHuggingFaceLLM) -> None:
     limited = tiny.model_copy(update={"batch_size": 1})
-    with serving(limited, max_waiting=1) as server, forwards(tiny, slowly(0.05)), ThreadPoolExecutor(2) as threads:
-        body = {"prompt": "a", "max_tokens": 40}
+    goes_on = threading.Event()
+
+    def wait(number: int) -> None:
+        goes_on.wait(0.3)
+
+    with (
+        serving(limited, max_waiting=1) as server,
+        forwards(tiny, wait),
+        ThreadPoolExecutor(2) as threads,
+        contextlib.ExitStack() as stack,
+    ):
+        stack.callback(goes_on.set)
+        body = {"prompt": "a", "max_tokens": 100}
         first = threads.submit(server.post, "/v1/completions", body)
         wait_until(lambda: server.load[0] == 1, 30)
         second = threads.submit(server.post, "/v1/completions", body)
-        wait_until(lambda: server.load[1] == 1, 30)
+        wait_until(lambda: server.service.served.engine._scheduler.waiting_count == 1, 30)
         third = server.post("/v1/completions", body)
         assert (third.status_code, third.json()["error"]["type"]) == (429, "rate_limit_error")
         assert third.headers["retry-after"] == "1"
+        goes_on.set()
         assert [first.result().status_code, second.result().status_code] == [200, 200]
         assert server.outcomes("completions") == {"ok": 2, "refused": 1}
 
