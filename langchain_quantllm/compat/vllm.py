@@ -227,7 +227,7 @@ def shut_down(llm: Any) -> None:
     """End an engine, and wait until its processes have ended; kill those that do not."""
     own = processes(llm)
     with contextlib.suppress(Exception):
-        llm.shutdown()
+        llm.shutdown(timeout=_SHUTDOWN_S)
     _end(own)
 
 
