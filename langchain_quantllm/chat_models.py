@@ -383,13 +383,16 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
         """
         if not messages:
             return 0
-        chat = ChatOptions.of({"tools": tools or ()})
         try:
-            prompt = self._write_prompt(messages, chat)
+            return len(self._prompt_ids(messages, {"tools": tools or ()}))
         except TemplateRefusalError:
             return sum(self.get_num_tokens(text) for text in texts_with_roles(messages))
+
+    def _prompt_ids(self, messages: Sequence[BaseMessage], call: Mapping[str, Any]) -> list[int]:
+        """Return the token ids of a conversation's prompt, the template's included."""
+        prompt = self._write_prompt(messages, ChatOptions.of(call))
         ids, _ = prompt_inputs(self._loaded(), prompt.pieces, prompt.media, add_special_tokens=prompt.adds_begin)
-        return len(ids)
+        return ids
 
     # LangChain's conventions.
 

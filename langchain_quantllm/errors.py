@@ -63,6 +63,10 @@ class QueueFullError(GenerationError):
     """Too many requests wait for the model already; see `max_waiting`."""
 
 
+class ServerError(GenerationError):
+    """A server that runs the model cannot be reached, or has answered with an error of its own."""
+
+
 class GenerationTimeoutError(QuantLLMError, TimeoutError):
     """A call did not end within its `timeout`."""
 

@@ -333,13 +333,35 @@ class QuantizedModel(ModelFields):
             form: The form of the texts, for an engine of others.
             media: The images and sounds, in the placeholders' order.
         """
-        model = self._loaded()
-        tokenizer = require_parts(model).tokenizer
-        ids, inputs = prompt_inputs(model, prompt, media, add_special_tokens=options.add_special_tokens)
+        ids, inputs = prompt_inputs(self._loaded(), prompt, media, add_special_tokens=options.add_special_tokens)
+        engine = engine or self._engine(options, media=media)
+        return self._requests_of_ids(ids, options, engine=engine, mask=mask, form=form, inputs=inputs)
+
+    def _requests_of_ids(
+        self,
+        prompt_ids: Sequence[int],
+        options: GenerationOptions,
+        *,
+        engine: Engine,
+        mask: Callable[[], TokenMask] | None = None,
+        form: OutputForm | None = None,
+        inputs: Mapping[str, Any] | None = None,
+    ) -> list[Request]:
+        """Make the requests of one prompt that is token ids already, one for each of the `n` samples.
+
+        Args:
+            prompt_ids: The prompt.
+            options: The resolved options of the call.
+            engine: The engine of the call.
+            mask: Makes the mask of a sequence's allowed tokens.
+            form: The form of the texts, for an engine of others.
+            inputs: Further tensors for the model, by the names of its forward's arguments.
+        """
+        tokenizer = require_parts(self._loaded()).tokenizer
         return plan_requests(
-            ids,
+            prompt_ids,
             options,
-            (engine or self._engine(options, media=media)).limits,
+            engine.limits,
             truncation_side=tokenizer.truncation_side,
             stop_token_ids=stop_token_ids(tokenizer, options.stop),
             max_rows=self.batch_size,

@@ -5,7 +5,7 @@ computes nothing itself.
 """
 
 # In the order of the help.
-from langchain_quantllm.cli import run, memory, bench, compare, doctor, checkpoints  # noqa: F401, I001
+from langchain_quantllm.cli import run, serving, memory, bench, compare, doctor, checkpoints  # noqa: F401, I001
 from langchain_quantllm.cli.console import app
 
 __all__ = ["app"]

@@ -21,7 +21,6 @@ from langchain_quantllm.errors import InvalidOptionError, QuantLLMError
 from langchain_quantllm.schemes import SCHEMES
 
 _ELSEWHERE = {
-    "serve": "there is no server, as a model runs inside your Python program; `chat` talks with one",
     "pull": "`run`, `chat` and the other commands fetch a model from the Hub when they first need it",
     "list": "models from the Hub lie in its cache, which `hf cache ls` lists",
     "ps": "a model lives in the process that loaded it and ends with it; `doctor` shows the free memory",

@@ -25,7 +25,7 @@ from langchain_quantllm.engine.kv_cache import resident_bytes, spoiled_blocks
 from langchain_quantllm.engine.lora import NO_ADAPTER
 from langchain_quantllm.engine.prefix_ids import PrefixIds
 from langchain_quantllm.engine.prompt_images import PromptImages, read_prompt
-from langchain_quantllm.engine.request import EngineInfo, Request, check_queue, check_request
+from langchain_quantllm.engine.request import EngineInfo, EngineLoad, Request, check_queue, check_request
 from langchain_quantllm.engine.sampler import NOTHING_ALLOWED, PendingTokens
 from langchain_quantllm.engine.scheduler import Scheduler, age
 from langchain_quantllm.engine.sequence import Lane, SamplingInput, Sequence
@@ -114,6 +114,16 @@ class ContinuousEngine:
         """Bytes of the KV cache and states that lie in main memory; see `kv_cache.resident_bytes`."""
         states = self._parts.states
         return resident_bytes(self._parts.pools, () if states is None else states.tensors.values())
+
+    @property
+    def load(self) -> EngineLoad:
+        """Its sequences at this moment. Any thread may ask."""
+        scheduler = self._scheduler
+        return EngineLoad(
+            running=len(scheduler.running),
+            waiting=self._worker.queued + scheduler.waiting_count,
+            cache_tokens=self._blocks.held * BLOCK_TOKENS,
+        )
 
     def read_images(self, processor: Any) -> str | None:
         """Let requests hold images from now on; returns the reason why they cannot, None if they can.

@@ -206,6 +206,23 @@ class Completion:
             return self.finish("length")
         return self._chunk() if self._in_pieces and self._unsent_text else None
 
+    def push_text(self, text: str, token_ids: Sequence[int]) -> Chunk | None:
+        """Add text that an engine of others has decoded, and return the chunk that it completes, if any.
+
+        Only stop strings end the completion here: the engine says when its tokens have ended.
+
+        Args:
+            text: The text, in whole characters.
+            token_ids: Tokens that it may have been made of, for counts.
+        """
+        self._first_token = self._first_token or time.monotonic()
+        self.token_ids.extend(token_ids)
+        self._unsent_ids.extend(token_ids)
+        self._add_text(self._matcher.push(text))
+        if self._matcher.found:
+            return self.finish("stop")
+        return self._chunk() if self._in_pieces and self._unsent_text else None
+
     def _decode_block(self) -> None:
         self._add_text(self._matcher.push(self._decoder.push(*self._undecoded)))
         self._undecoded.clear()

@@ -25,7 +25,7 @@ from langchain_quantllm.engine.adapter_switch import AdapterSwitch
 from langchain_quantllm.engine.detokenizer import Completion, begin_completions
 from langchain_quantllm.engine.failures import request_failure, run_failure
 from langchain_quantllm.engine.generate_sampler import RowSampler
-from langchain_quantllm.engine.request import EngineInfo, ModelLimits, Request, check_queue
+from langchain_quantllm.engine.request import EngineInfo, EngineLoad, ModelLimits, Request, check_queue
 from langchain_quantllm.engine.stream import Chunk, ChunkStream, TokenLogprob
 from langchain_quantllm.engine.worker import UNLOADED, Worker
 from langchain_quantllm.errors import GenerationError, NotEnoughMemoryError
@@ -59,7 +59,13 @@ class GenerateEngine:
         self.info = EngineInfo(name="pipeline", reason=reason)
         self.limits = limits_of(self._model, self._tokenizer)
         self.peak_cache_tokens = 0
+        self._running: Sequence[Completion] = ()
         self._worker = Worker(self._run, self._recover)
+
+    @property
+    def load(self) -> EngineLoad:
+        """Its sequences at this moment. Any thread may ask."""
+        return EngineLoad(running=sum(map(_is_open, self._running)), waiting=self._worker.queued)
 
     def submit(
         self,
@@ -88,6 +94,7 @@ class GenerateEngine:
         batch = _Batch(_take_batch(waiting))
         if not batch.rows:
             return
+        self._running = batch.rows
         try:
             if self._adapters is None:
                 self._generate(batch)
@@ -97,6 +104,7 @@ class GenerateEngine:
         except torch.OutOfMemoryError as error:
             raise NotEnoughMemoryError(_out_of_memory(batch.rows)) from error
         finally:
+            self._running = ()
             batch.send_last()
 
     def _recover(self, error: BaseException) -> Exception:

@@ -154,6 +154,21 @@ class EngineInfo:
     version: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class EngineLoad:
+    """The sequences of an engine at one moment.
+
+    Args:
+        running: Sequences in its batch.
+        waiting: Sequences that wait for a place.
+        cache_tokens: Tokens' places in the KV cache that sequences hold, in whole blocks; None where nobody counts.
+    """
+
+    running: int
+    waiting: int
+    cache_tokens: int | None = None
+
+
 class Engine(Protocol):
     """An engine runs requests. Any number of threads and event loops may submit at once."""
 

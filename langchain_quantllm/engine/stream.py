@@ -117,6 +117,8 @@ class ChunkStream:
         self._resumes = False
         self.wake: Callable[[], None] | None = None
         """Wakes an engine that may rest: called when a full stream is read again, or closed."""
+        self.wakes_on_close = False
+        """Whether `wake` is called whenever the stream is closed: for engines that wait for others' answers."""
         self.is_served: Callable[[], bool] = lambda: True
         """Whether the thread that puts the chunks in is there; set by the engine when the requests are queued."""
 
@@ -240,7 +242,7 @@ class ChunkStream:
             waiter, self._waiter = self._waiter, None
             self._changed.notify_all()
         self._wake(waiter)
-        if self.is_full:
+        if self.is_full or self.wakes_on_close:
             self._wake_engine()
 
     def _wake_engine(self) -> None:
