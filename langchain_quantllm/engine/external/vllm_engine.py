@@ -21,7 +21,7 @@ import itertools
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from langchain_quantllm.compat import vllm
@@ -56,9 +56,6 @@ from langchain_quantllm.errors import (
 
 DIED = "vLLM's process has ended while it was generating; its own messages say why. The next call starts it again."
 
-_LOOK_S = 0.05
-"""Time between looks at streams that may have been closed, or are not read."""
-
 _running: weakref.WeakSet[VLLMEngine] = weakref.WeakSet()
 
 
@@ -68,6 +65,8 @@ class _Job:
     def __init__(self, completion: Completion) -> None:
         self.completion = completion
         self.task: asyncio.Task[None] | None = None
+        self.may_write = asyncio.Event()
+        """Set when a stream that was full has been read, or has ended."""
 
     @property
     def request(self) -> Request:
@@ -105,7 +104,6 @@ class VLLMEngine:
         self._start_lock = threading.Lock()
         self._jobs: list[_Job] = []
         self._closed = False
-        self._watch: asyncio.Task[None] | None = None
         self._thread = LoopThread("quantllm-vllm")
         try:
             self._llm = self._start()
@@ -197,8 +195,10 @@ class VLLMEngine:
             check_queue(self._waiting, max_waiting)
             stream, completions = begin_completions(requests, self._source.tokenizer, timeout_s, in_pieces=in_pieces)
             stream.is_served = self._is_served
+            stream.wakes_on_close = True
+            stream.wake = lambda: self._tell(self._look_at, stream)
             self._jobs += map(_Job, completions)
-            self._thread.post(self._admit)
+            self._thread.post(self._begin, stream, timeout_s)
         return stream
 
     @property
@@ -209,6 +209,11 @@ class VLLMEngine:
 
     def _is_served(self) -> bool:
         return self._thread.is_running
+
+    def _tell(self, call: Callable[..., object], *arguments: Any) -> None:
+        """Call a function in the loop; one that is closed has nothing left to be told."""
+        with contextlib.suppress(RuntimeError):
+            self._thread.post(call, *arguments)
 
     def _revive(self) -> None:
         """Start vLLM again if its process has ended."""
@@ -231,7 +236,8 @@ class VLLMEngine:
                 return
             with contextlib.suppress(Exception):  # a loop that was closed by the interpreter's end
                 self._thread.wait_for(self._end_tasks())
-            vllm.shut_down(self._llm)
+            llm, self._llm = self._llm, None
+            vllm.shut_down(llm)
             self._thread.close()
 
     def _fail_all(self, error: Exception, cause: BaseException | None = None) -> None:
@@ -247,6 +253,13 @@ class VLLMEngine:
             task.cancel()
         await asyncio.wait([*tasks, asyncio.create_task(asyncio.sleep(0))], timeout=10)
 
+    def _begin(self, stream: ChunkStream, timeout_s: float | None) -> None:
+        """Hand over what may begin, and look at the stream again when its time is over."""
+        if timeout_s is not None:
+            self._thread.loop.call_later(timeout_s, self._look_at, stream)
+        self._admit()
+        self._look_at(stream)
+
     def _admit(self) -> None:
         """Hand requests to vLLM that may begin, the most urgent first, then the oldest."""
         with self._lock:
@@ -259,23 +272,21 @@ class VLLMEngine:
                     continue
                 begun[request.owner] += 1
                 job.task = asyncio.create_task(self._run(job), name="quantllm-request")
-        if self._watch is None or self._watch.done():
-            self._watch = asyncio.create_task(self._look(), name="quantllm-look")
 
-    async def _look(self) -> None:
-        """While there are requests, cancel those whose streams are closed or over their time."""
-        while True:
-            with self._lock:
-                jobs = list(self._jobs)
-            if not jobs:
-                return
-            for job in jobs:
-                if job.stream.should_stop():
-                    if job.task is not None:
-                        job.task.cancel()
-                    else:
-                        self._leave(job)
-            await asyncio.sleep(_LOOK_S)
+    def _look_at(self, stream: ChunkStream) -> None:
+        """Cancel the requests of a stream that is closed or over its time; let those of one that was read go on."""
+        with self._lock:
+            jobs = [job for job in self._jobs if job.stream is stream]
+        if not jobs:
+            return
+        ends = stream.should_stop()
+        for job in jobs:
+            if not ends:
+                job.may_write.set()
+            elif job.task is not None:
+                job.task.cancel()
+            else:
+                self._leave(job)
 
     def _leave(self, job: _Job) -> None:
         with self._lock:
@@ -285,19 +296,19 @@ class VLLMEngine:
     async def _run(self, job: _Job) -> None:
         """Run a request to its end, whatever that is."""
         try:
-            await self._generate(job.completion)
+            await self._generate(job)
         except asyncio.CancelledError:
-            pass  # `_look` or `_end_tasks`: its stream has ended
+            pass  # `_look_at` or `_end_tasks`: its stream has ended
         except BaseException as error:
-            if vllm.is_death(error) or vllm.has_died(self._llm):
+            if vllm.is_death(error) or (self._llm is not None and vllm.has_died(self._llm)):
                 self._fail_all(GenerationError(DIED), error)
             job.stream.fail(_failure(error))
         finally:
             self._leave(job)
             self._admit()
 
-    async def _generate(self, completion: Completion) -> None:
-        request, stream = completion.request, completion.stream
+    async def _generate(self, job: _Job) -> None:
+        request, stream, completion = job.request, job.stream, job.completion
         name = adapter_of(request)
         outputs = vllm.generate(
             self._llm,
@@ -321,7 +332,9 @@ class VLLMEngine:
                 if completion.finish_reason is not None or stream.should_stop():
                     return
                 while stream.is_full and not stream.should_stop():
-                    await asyncio.sleep(_LOOK_S)
+                    job.may_write.clear()
+                    if stream.is_full:  # else it has been read meanwhile, and nothing would set the event
+                        await job.may_write.wait()
 
     def _push(self, completion: Completion, output: vllm.OutputTokens) -> None:
         request = completion.request
