@@ -36,7 +36,7 @@ from langchain_quantllm.data.counterparts import Kind
 from langchain_quantllm.engine.external.spec import ExternalEngineRun, external_engine
 from langchain_quantllm.engine.request import Engine, ModelLimits, OutputForm, TokenMask
 from langchain_quantllm.engine.result import Answers
-from langchain_quantllm.errors import InvalidOptionError, UnsupportedError, nearest
+from langchain_quantllm.errors import InvalidOptionError, MissingPackageError, UnsupportedError, nearest
 from langchain_quantllm.loading.inputs import prompt_inputs, require_parts
 from langchain_quantllm.options import GenerationOptions, normalize
 from langchain_quantllm.structured import Compiler, output_form
@@ -346,7 +346,7 @@ class ChatQuantizedHuggingFace(QuantizedModel, BindingChatModel):
             return None
         try:
             return output_form(answer.constraint, cast("ExternalEngineRun", engine).forms)
-        except (InvalidOptionError, UnsupportedError) as error:
+        except (InvalidOptionError, MissingPackageError, UnsupportedError) as error:
             if not answer.is_optional:
                 raise
             _logger.info("tool calls are not held to their schemas: %s", error)

@@ -77,15 +77,19 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 """Fields that are not supported, with the values that change nothing; None is one for each of them."""
 
 
-class _Body(BaseModel):
-    """A body: JSON types are not converted, as OpenAI does not either, and None means not given."""
+class _Fields(BaseModel):
+    """An object of JSON: types are not converted, as OpenAI does not either, and None means not given."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class _Body(_Fields):
+    """A body."""
 
     model: str | None = None
 
 
-class StreamOptions(_Body):
+class StreamOptions(_Fields):
     """What a stream reports beside the text."""
 
     include_usage: bool | None = None
@@ -94,7 +98,7 @@ class StreamOptions(_Body):
     continuous_usage_stats: Literal[False] | None = None
 
 
-class StructuredOutputs(_Body):
+class StructuredOutputs(_Fields):
     """The form of the text: exactly one of these."""
 
     json_: dict[str, Any] | str | None = Field(None, alias="json")
@@ -250,8 +254,13 @@ def _or_give(allowed: Sequence[str]) -> str:
 def _of_pydantic(error: ValidationError, given: Mapping[str, Any]) -> APIError:
     """Turn pydantic's first error into a sentence that names the field."""
     found = error.errors(include_url=False)[0]
-    path = [part for part in found["loc"] if not (isinstance(part, str) and part.startswith(("list[", "str", "dict[")))]
-    name = str(path[0]) if path else None
+    first, *rest = found["loc"] or ("",)
+    # Between the fields stand the names of the types that a value might have had.
+    path = [
+        first,
+        *(part for part in rest if isinstance(part, int) or (re.fullmatch(r"[a-z_]+", part) and part != "str")),
+    ]
+    name = str(first) or None
     if found["type"] == "missing":
         return invalid(name, f"{name} is missing; give it.", code="missing_required_parameter")
     if found["type"] == "extra_forbidden":

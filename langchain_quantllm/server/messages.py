@@ -71,7 +71,8 @@ def _calls(given: Any, where: str) -> tuple[list[dict[str, Any]], list[InvalidTo
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise _no_call(where)
-        name, written, call_id = function["name"], function.get("arguments") or "{}", str(call.get("id") or "")
+        name, written, call_id = function["name"], function.get("arguments"), str(call.get("id") or "")
+        written = "{}" if written in (None, "") else written
         if not isinstance(written, str):
             raise _no_call(where)
         try:

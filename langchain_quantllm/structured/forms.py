@@ -10,8 +10,9 @@ import json
 from collections.abc import Collection
 from typing import Any
 
+from langchain_quantllm.compat.packages import is_installed
 from langchain_quantllm.engine.request import OutputForm
-from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
+from langchain_quantllm.errors import InvalidOptionError, MissingPackageError, UnsupportedError, pip_install
 from langchain_quantllm.structured.call_layout import after_reasoning, has_trigger
 from langchain_quantllm.structured.compiler import lay_out
 from langchain_quantllm.structured.constraints import (
@@ -40,6 +41,7 @@ def output_form(constraint: Constraint, kinds: Collection[str]) -> OutputForm | 
 
     Raises:
         InvalidOptionError: If the schema, expression or grammar cannot be enforced.
+        MissingPackageError: If xgrammar is needed to write it as a grammar, and not installed.
         UnsupportedError: If the engine knows no kind that can say it.
     """
     is_auto = isinstance(constraint, ToolCalls) and constraint.mode == "auto"
@@ -53,17 +55,37 @@ def output_form(constraint: Constraint, kinds: Collection[str]) -> OutputForm | 
     plain = None if constraint.reasoning is not None else _plain_form(constraint, layout)
     if plain is not None and plain.kind in kinds:
         return plain
+    if constraint.reasoning is not None:
+        layout = after_reasoning(layout, constraint.reasoning, may_end_open=is_auto)
+    tag = json.dumps({"type": TAG, "format": layout}, ensure_ascii=False)
     if TAG in kinds:
-        if constraint.reasoning is not None:
-            layout = after_reasoning(layout, constraint.reasoning, may_end_open=is_auto)
-        return OutputForm(kind=TAG, value=json.dumps({"type": TAG, "format": layout}, ensure_ascii=False))
-    needed = TAG if plain is None else f"{plain.kind} or {TAG}"
+        return OutputForm(kind=TAG, value=tag)
+    if "grammar" in kinds:
+        return OutputForm(kind="grammar", value=_grammar_of(tag))
+    needed = f"grammar or {TAG}" if plain is None else f"{plain.kind} or {TAG}"
     known = f"it knows {', '.join(sorted(kinds))}" if kinds else "it knows none"
     msg = (
         f"the engine cannot hold a text to {type(constraint).__name__}, which takes a form of the kind {needed}, and "
         f"{known}; leave it out, or use engine='auto'."
     )
     raise UnsupportedError(msg)
+
+
+def _grammar_of(tag: str) -> str:
+    """Write a structural tag as a grammar in EBNF.
+
+    Raises:
+        MissingPackageError: If xgrammar, which writes it, is not installed.
+    """
+    if not is_installed("xgrammar"):
+        msg = (
+            "the engine knows no structural tags, and xgrammar would write a grammar for it: "
+            f"{pip_install('langchain-quantllm[structured]')}."
+        )
+        raise MissingPackageError(msg)
+    import xgrammar
+
+    return str(xgrammar.Grammar.from_structural_tag(tag))
 
 
 def _plain_form(constraint: Constraint, layout: dict[str, Any]) -> OutputForm | None:

@@ -14,6 +14,7 @@ import hashlib
 import logging
 import secrets
 import threading
+from collections import Counter
 from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -64,7 +65,8 @@ class ServerEngine:
         self._server = server
         self._tokenizer = source.tokenizer
         self._lock = threading.Lock()
-        self._waiting = 0  # requests without a place; under the lock
+        self._unended: Counter[tuple[int | None, int | None]] = Counter()
+        """Requests that have not ended, by their owner and its `max_rows`; under the lock."""
         self._closed = False
         self._streams: dict[ChunkStream, _Requests] = {}  # on the loop's thread only
         self._loop = asyncio.new_event_loop()
@@ -105,9 +107,16 @@ class ServerEngine:
             if self._closed:
                 raise GenerationError(UNLOADED)
             check_queue(self._waiting, max_waiting)
-            self._waiting += len(completions)
+            self._unended.update((request.owner, request.max_rows) for request in requests)
             self._loop.call_soon_threadsafe(self._begin, stream, completions, timeout_s)
         return stream
+
+    @property
+    def _waiting(self) -> int:
+        """Requests that wait for a place: more than there are, in all or for one owner."""
+        counts = self._unended.items()
+        beyond = sum(max(0, count - most) for (_, most), count in counts if most is not None)
+        return max(beyond, sum(count for _, count in counts) - self._server.max_connections, 0)
 
     def close(self) -> None:
         """Cancel all requests and end the connections."""
@@ -218,11 +227,9 @@ class ServerEngine:
     # A request.
 
     async def _run(self, completion: Completion, requests: _Requests) -> None:
-        is_waiting = True
+        request = completion.request
         try:
-            async with self._places.hold(completion.request):
-                is_waiting = False
-                self._leave_queue()
+            async with self._places.hold(request):
                 completion.start()
                 await self._send(completion, requests)
         except asyncio.CancelledError:
@@ -233,12 +240,9 @@ class ServerEngine:
             _log.debug("a request to a server failed", exc_info=True)
             completion.stream.fail(request_failure(error))
         finally:
-            if is_waiting:
-                self._leave_queue()
-
-    def _leave_queue(self) -> None:
-        with self._lock:
-            self._waiting -= 1
+            with self._lock:
+                self._unended.subtract([(request.owner, request.max_rows)])
+                self._unended += Counter()  # drops those that are none
 
     async def _send(self, completion: Completion, requests: _Requests) -> None:
         """Send a request until it has ended, again as long as nothing has come."""
@@ -274,15 +278,15 @@ class ServerEngine:
             if request.stop_token_ids:
                 body["stop"] = [self._tokenizer.decode([i]) for i in request.stop_token_ids]
             return body
-        # Tokens that the server would end at, and this request does not, are not to end it.
-        own_ends = set(self.limits.eos_token_ids) <= set(request.eos_token_ids)
+        # Tokens that the server would end at, and this request does not, are not to end it: it ends here then.
+        goes_on = options.ignore_eos or not set(self.limits.eos_token_ids) <= set(request.eos_token_ids)
         body |= {
             "top_k": options.top_k if options.do_sample else 0,
             "min_p": options.min_p if options.do_sample else 0.0,
             "repetition_penalty": options.repetition_penalty,
             "min_tokens": request.min_new_tokens,
-            "stop_token_ids": [] if options.ignore_eos else sorted(set(request.end_token_ids)),
-            "ignore_eos": options.ignore_eos or not own_ends,
+            "stop_token_ids": [] if goes_on else sorted(set(request.end_token_ids)),
+            "ignore_eos": goes_on,
             "skip_special_tokens": False,
             "return_token_ids": True,
         }
