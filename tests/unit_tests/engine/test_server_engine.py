@@ -23,8 +23,8 @@ from langchain_quantllm.errors import (
 )
 from tests.support.checkpoints import edit_json, make_checkpoint, make_tokenizer
 from tests.support.engine import Background
-from tests.support.models import wait_until
 from tests.support.external_servers import HOST, Asked, ScriptedServer
+from tests.support.models import wait_until
 
 pytestmark = pytest.mark.enable_socket
 

@@ -39,7 +39,6 @@ from langchain_quantllm.errors import (
     InvalidOptionError,
     QueueFullError,
 )
-from langchain_quantllm.options import GenerationOptions
 from langchain_quantllm.structured.constraints import Choice, Grammar, JSONObject, Regex
 from tests.support.adapters import PROMPT, Reference, make_adapter
 from tests.support.checkpoints import make_checkpoint
@@ -96,7 +95,8 @@ class Tiny:
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
+def unstarted(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """The model and its LLM, without an engine as yet."""
     folder = tmp_path_factory.mktemp("vllm")
     base = make_checkpoint(folder / "tiny", dtype="float32", max_position_embeddings=CONTEXT_TOKENS)
     adapters = {
@@ -104,10 +104,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
         "chat": str(make_adapter(base, folder / "chat", seed=2, r=8)),
     }
     made = Tiny(base, adapters, None, Reference(base))  # type: ignore[arg-type]
-    made.llm = QuantizedHuggingFaceLLM(**made.fields()).load()
-    yield made
+    made.llm = QuantizedHuggingFaceLLM(**made.fields())
+    return made
+
+
+@pytest.fixture(scope="module")
+def tiny(unstarted: Tiny) -> Iterator[Tiny]:
+    """The same with an engine that runs."""
+    unstarted.llm.load()
+    yield unstarted
     children = psutil.Process().children(recursive=True)
-    made.llm.unload()
+    unstarted.llm.unload()
     wait_until(lambda: not any(is_vllm(child) for child in children), 60)
 
 
@@ -253,19 +260,16 @@ def test_usage_counts_tokens_and_those_in_the_cache(tiny: Tiny) -> None:
 def test_a_salt_and_prefix_caching_off_share_nothing(tiny: Tiny) -> None:
     prompt_ids = [9 + i % 400 for i in range(3 * BLOCK_TOKENS + 5)]
 
-    def cached(**options: Any) -> int:
-        (request,) = plan(tiny.llm, prompt_ids, **options)
-        (answer,) = answers(tiny, [replace(request, shares_prefix=not options.get("off"))])
+    def cached(salt: str, *, shares_prefix: bool = True) -> int:
+        (request,) = plan(tiny.llm, prompt_ids, cache_salt=salt)
+        (answer,) = answers(tiny, [replace(request, shares_prefix=shares_prefix)])
         assert answer.usage is not None
         return answer.usage.cached_tokens
 
-    assert cached(cache_salt="a") == 0
-    assert cached(cache_salt="b") == 0
-    assert cached(cache_salt="b") == 3 * BLOCK_TOKENS
-    (request,) = plan(tiny.llm, prompt_ids, cache_salt="b")
-    (answer,) = answers(tiny, [replace(request, shares_prefix=False)])
-    assert answer.usage is not None
-    assert answer.usage.cached_tokens == 0
+    assert cached("a") == 0
+    assert cached("b") == 0
+    assert cached("b") == 3 * BLOCK_TOKENS
+    assert cached("b", shares_prefix=False) == 0
 
 
 def test_a_closed_stream_aborts_its_request_at_vllm(tiny: Tiny) -> None:
@@ -329,7 +333,7 @@ class Person(BaseModel):
 
 
 def chat_of(tiny: Tiny, **fields: Any) -> ChatQuantizedHuggingFace:
-    return ChatQuantizedHuggingFace(**tiny.fields(chat_template=TEMPLATE, max_new_tokens=200, **fields))
+    return ChatQuantizedHuggingFace(**tiny.fields(**{"chat_template": TEMPLATE, "max_new_tokens": 200, **fields}))
 
 
 def test_structured_output_matches_its_schema(tiny: Tiny) -> None:
@@ -472,29 +476,31 @@ def run_script(tiny: Tiny, folder: Path, guard: str) -> subprocess.CompletedProc
     return subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=900, check=False)
 
 
-def test_a_script_without_a_guard_gets_an_error_before_anything_starts(tiny: Tiny, tmp_path: Path) -> None:
-    done = run_script(tiny, tmp_path, "")
+def test_a_script_without_a_guard_gets_an_error_before_anything_starts(unstarted: Tiny, tmp_path: Path) -> None:
+    done = run_script(unstarted, tmp_path, "")
     assert done.returncode == 1
     assert "__main__" in done.stderr
     assert f"line 5 of {tmp_path / 'script.py'}" in done.stderr
     assert "VLLM::" not in done.stderr
 
 
-def test_the_end_of_a_script_ends_vllms_processes(tiny: Tiny, tmp_path: Path) -> None:
+def test_the_end_of_a_script_ends_vllms_processes(unstarted: Tiny, tmp_path: Path) -> None:
     own = {child.pid for child in psutil.Process().children(recursive=True)}
-    done = run_script(tiny, tmp_path, 'if __name__ == "__main__":\n    ')
-    assert f"TEXT {tiny.reference.text(None, PROMPT, 8)!r}" in done.stdout, done.stderr[-3000:]
+    done = run_script(unstarted, tmp_path, 'if __name__ == "__main__":\n    ')
+    assert f"TEXT {unstarted.reference.text(None, PROMPT, 8)!r}" in done.stdout, done.stderr[-3000:]
     assert done.returncode == 0
-    left = [p for p in psutil.process_iter() if is_vllm(p) and p.pid not in own and str(tiny.base) in str(p.cmdline())]
+    left = [
+        p for p in psutil.process_iter() if is_vllm(p) and p.pid not in own and str(unstarted.base) in str(p.cmdline())
+    ]
     assert not left
 
 
-def test_tensor_parallel_over_two_processes_writes_the_same_tokens(tiny: Tiny) -> None:
+def test_tensor_parallel_over_two_processes_writes_the_same_tokens(unstarted: Tiny) -> None:
     llm = QuantizedHuggingFaceLLM(
-        **tiny.fields(adapters={}, engine=VLLM(**TINY, tensor_parallel_size=2, distributed_executor_backend="mp"))
+        **unstarted.fields(adapters={}, engine=VLLM(**TINY, tensor_parallel_size=2, distributed_executor_backend="mp"))
     )
     try:
-        assert llm.batch([PROMPT, "a", "b"]) == [tiny.reference.text(None, text) for text in (PROMPT, "a", "b")]
+        assert llm.batch([PROMPT, "a", "b"]) == [unstarted.reference.text(None, text) for text in (PROMPT, "a", "b")]
     finally:
         llm.unload()
 
@@ -514,16 +520,16 @@ def test_gptq_folders_of_ours_go_straight_in(smollm2: Path, tmp_path: Path) -> N
         llm.unload()
 
 
-def test_what_vllm_cannot_start_says_so_and_leaves_no_process(tiny: Tiny) -> None:
+def test_what_vllm_cannot_start_says_so_and_leaves_no_process(unstarted: Tiny) -> None:
     before = set(psutil.Process().children(recursive=True))
-    llm = QuantizedHuggingFaceLLM(**tiny.fields(engine=VLLM(**{**TINY, "engine_args": {"block_size": 7}})))
+    llm = QuantizedHuggingFaceLLM(**unstarted.fields(engine=VLLM(**{**TINY, "engine_args": {"block_size": 7}})))
     with pytest.raises(CheckpointError, match="vLLM .* cannot run"):
         llm.invoke(PROMPT)
     wait_until(lambda: not any(is_vllm(p) for p in set(psutil.Process().children(recursive=True)) - before))
 
 
-def test_an_argument_that_vllm_does_not_know_is_named(tiny: Tiny) -> None:
-    llm = QuantizedHuggingFaceLLM(**tiny.fields(engine=VLLM(engine_args={"blok_size": 32})))
+def test_an_argument_that_vllm_does_not_know_is_named(unstarted: Tiny) -> None:
+    llm = QuantizedHuggingFaceLLM(**unstarted.fields(engine=VLLM(engine_args={"blok_size": 32})))
     with pytest.raises(InvalidOptionError, match="did you mean 'block_size'"):
         llm.invoke(PROMPT)
 
@@ -532,5 +538,4 @@ def test_options_of_a_call_are_checked_against_the_limits(tiny: Tiny) -> None:
     (request,) = plan(tiny.llm, ids(tiny))
     with pytest.raises(InvalidOptionError, match="token ids from 0"):
         tiny.engine.submit([replace(request, prompt_ids=(10**6,))])
-    assert GenerationOptions().temperature == 1.0
     assert isinstance(chat_of(tiny).invoke([HumanMessage("hi")], max_new_tokens=2).content, str)

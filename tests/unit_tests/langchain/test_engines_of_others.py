@@ -122,7 +122,9 @@ class TestLoaded:
 
     @pytest.fixture(scope="class")
     def folder(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        path = make_checkpoint(tmp_path_factory.mktemp("others") / "tiny", generation={"do_sample": True, "temperature": 0.5})
+        path = make_checkpoint(
+            tmp_path_factory.mktemp("others") / "tiny", generation={"do_sample": True, "temperature": 0.5}
+        )
         for file in path.glob("*.safetensors"):
             file.unlink()
         return path
