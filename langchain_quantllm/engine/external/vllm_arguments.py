@@ -59,7 +59,7 @@ def engine_arguments(options: VLLM, source: EngineSource) -> dict[str, Any]:
     given = {name: value for name in _GIVEN if (value := getattr(options, name)) is not None}
     if options.nnodes > 1:
         given |= {name: value for name in _NODES if (value := getattr(options, name)) is not None}
-        given["node_rank"] = 0
+        given |= {"node_rank": 0, "distributed_executor_backend": "mp"}
     if options.engine_args.get("max_logprobs") is None:
         given["max_logprobs"] = -1  # as many as a call asks for
     return {

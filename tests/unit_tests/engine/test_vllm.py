@@ -470,10 +470,22 @@ llm = QuantizedHuggingFaceLLM(model_id={model!r}, dtype="float32", max_new_token
 """
 
 
+SCRIPTS_OWN = "QUANTLLM_TEST_SCRIPT"
+"""Environment variable that a script's processes have, and no others."""
+
+
 def run_script(tiny: Tiny, folder: Path, guard: str) -> subprocess.CompletedProcess[str]:
     script = folder / "script.py"
     script.write_text(SCRIPT.format(model=str(tiny.base), options=TINY, guard=guard, prompt=PROMPT))
-    return subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=900, check=False)
+    command, env = [sys.executable, str(script)], {**os.environ, SCRIPTS_OWN: str(folder)}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=1000, check=False)
+
+
+def is_of_script(process: psutil.Process, folder: Path) -> bool:
+    try:
+        return process.environ().get(SCRIPTS_OWN) == str(folder)
+    except psutil.Error:  # it has ended, or is another user's
+        return False
 
 
 def test_a_script_without_a_guard_gets_an_error_before_anything_starts(unstarted: Tiny, tmp_path: Path) -> None:
@@ -485,7 +497,6 @@ def test_a_script_without_a_guard_gets_an_error_before_anything_starts(unstarted
 
 
 def test_the_end_of_a_script_ends_vllms_processes(unstarted: Tiny, tmp_path: Path) -> None:
-    own = {child.pid for child in psutil.Process().children(recursive=True)}
     done = run_script(unstarted, tmp_path, 'if __name__ == "__main__":\n    ')
     assert f"TEXT {unstarted.reference.text(None, PROMPT, 8)!r}" in done.stdout, done.stderr[-3000:]
     assert done.returncode == 0

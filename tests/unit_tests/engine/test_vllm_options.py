@@ -162,6 +162,7 @@ def test_arguments_follow_from_the_model_and_the_options(folder: Path) -> None:
     nodes = VLLM(nnodes=2, tensor_parallel_size=2, master_addr="10.0.0.1", master_port=29501)
     given = engine_arguments(nodes, source_of(folder))
     assert (given["nnodes"], given["node_rank"], given["master_addr"]) == (2, 0, "10.0.0.1")
+    assert given["distributed_executor_backend"] == "mp"
 
 
 def test_a_folder_without_weights_leaves_loading_to_vllm(folder: Path) -> None:
