@@ -160,7 +160,9 @@ def _adapters(source: EngineSource) -> dict[str, Any]:
             "engine='auto', or merge it: langchain-quantllm merge MODEL ADAPTER."
         )
         raise UnsupportedError(msg)
-    return {"enable_lora": True, "max_loras": len(ranks), "max_lora_rank": fitting[0]}
+    # One place more than adapters, which stays zero: on CPUs, a row without an adapter that runs beside rows with one
+    # reads the last place, by the index -1. Source: bgmv_expand in vllm/lora/ops/torch_ops/lora_ops.py of 0.32.
+    return {"enable_lora": True, "max_loras": len(ranks) + 1, "max_lora_rank": fitting[0]}
 
 
 def _rank(name: str, folder: str) -> int:

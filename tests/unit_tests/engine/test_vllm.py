@@ -327,6 +327,14 @@ def test_adapters_write_the_texts_of_peft(tiny: Tiny, name: str) -> None:
     assert tiny.llm.invoke(PROMPT, adapter=name) == tiny.reference.text(folder, PROMPT)
 
 
+def test_rows_of_several_adapters_and_of_none_run_side_by_side(tiny: Tiny) -> None:
+    names = ["base", "sql", "chat"] * 4
+    requests = [request for name in names for request in plan(tiny.llm, ids(tiny), adapter=name)]
+    expected = {name: tiny.reference.text(Path(tiny.adapters[name]), PROMPT) for name in tiny.adapters}
+    expected["base"] = tiny.reference.text(None, PROMPT)
+    assert [answer.text for answer in answers(tiny, requests)] == [expected[name] for name in names]
+
+
 class Person(BaseModel):
     name: str
     age: int
@@ -500,10 +508,7 @@ def test_the_end_of_a_script_ends_vllms_processes(unstarted: Tiny, tmp_path: Pat
     done = run_script(unstarted, tmp_path, 'if __name__ == "__main__":\n    ')
     assert f"TEXT {unstarted.reference.text(None, PROMPT, 8)!r}" in done.stdout, done.stderr[-3000:]
     assert done.returncode == 0
-    left = [
-        p for p in psutil.process_iter() if is_vllm(p) and p.pid not in own and str(unstarted.base) in str(p.cmdline())
-    ]
-    assert not left
+    wait_until(lambda: not any(is_of_script(process, tmp_path) for process in psutil.process_iter()), 60)
 
 
 def test_tensor_parallel_over_two_processes_writes_the_same_tokens(unstarted: Tiny) -> None:

@@ -213,7 +213,7 @@ def _adapter(folder: Path, **config: Any) -> str:
 def test_adapters_are_all_there_at_once_in_the_least_rank_that_fits(folder: Path, tmp_path: Path) -> None:
     adapters = {"a": _adapter(tmp_path / "a"), "b": _adapter(tmp_path / "b", rank_pattern={"q_proj": 20})}
     given = engine_arguments(VLLM(), source_of(folder, adapters=adapters))
-    assert (given["enable_lora"], given["max_loras"], given["max_lora_rank"]) == (True, 2, 32)
+    assert (given["enable_lora"], given["max_loras"], given["max_lora_rank"]) == (True, 3, 32)
     for number, (config, told) in enumerate(
         [({"r": 4000}, "rank 4000"), ({"use_dora": True}, "use_dora"), ({"peft_type": "IA3"}, "'IA3'")]
     ):
