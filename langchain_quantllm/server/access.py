@@ -55,7 +55,7 @@ class Access:
     def _check(self, scope: Scope, headers: Mapping[bytes, bytes]) -> None:
         if self._key is None:
             _check_host(headers.get(b"host", b"").decode("latin-1"))
-        elif scope["path"] not in _OPEN_PATHS:
+        elif scope["path"].removeprefix(scope.get("root_path", "")) not in _OPEN_PATHS:
             kind, _, key = headers.get(b"authorization", b"").partition(b" ")
             # The same time for every wrong key.
             is_right = hmac.compare_digest(key.strip(), self._key)

@@ -185,8 +185,18 @@ class Endpoint(Generic[B, Plan]):
 class Calls:
     """The calls that a server is answering."""
 
-    def __init__(self, served: ServedModel, metrics: Metrics, *, most_body_bytes: int) -> None:
-        """Begin without any."""
+    def __init__(
+        self, served: ServedModel, metrics: Metrics, check_ready: Callable[[], None], *, most_body_bytes: int
+    ) -> None:
+        """Begin without any.
+
+        Args:
+            served: The model.
+            metrics: Count calls.
+            check_ready: Raises an `APIError` while no requests are taken.
+            most_body_bytes: Largest body.
+        """
+        self._check_ready = check_ready
         self._served = served
         self._metrics = metrics
         self._most_body_bytes = most_body_bytes
@@ -233,7 +243,7 @@ class Calls:
     ) -> Response:
         call = Call(self._metrics, name, self._streams)
         try:
-            self._served.check_ready()
+            self._check_ready()
             response = await answer(call, await read(request, kind, self._most_body_bytes))
         except (ClientGoneError, ClientDisconnect):
             call.end(ClientGoneError())

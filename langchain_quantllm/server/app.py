@@ -42,7 +42,7 @@ class Service:
         """Begin without calls."""
         self.served = served
         self.metrics = Metrics(served)
-        self.calls = Calls(served, self.metrics, most_body_bytes=most_body_bytes)
+        self.calls = Calls(served, self.metrics, self.check_ready, most_body_bytes=most_body_bytes)
         self._on_failure = on_failure
         self.on_ready: Callable[[], None] | None = None
         self._loading: asyncio.Task[None] | None = None
@@ -51,6 +51,15 @@ class Service:
         """Load the model beside the event loop, once."""
         if self._loading is None:
             self._loading = asyncio.create_task(self._load())
+
+    def check_ready(self) -> None:
+        """Check that requests are taken; the first one loads the model, where nothing has started the application.
+
+        Raises:
+            APIError: If not.
+        """
+        self.start()
+        self.served.check_ready()
 
     async def _load(self) -> None:
         try:
@@ -153,12 +162,12 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         app.add_api_route(path, answer, methods=[method], response_model=None)
 
     async def models(request: Request) -> Response:
-        served.check_ready()
+        service.check_ready()
         cards = await run_aside(lambda: [served.card(name) for name in served.names])
         return JSONAnswer({"object": "list", "data": cards})
 
     async def model(request: Request) -> Response:
-        served.check_ready()
+        service.check_ready()
         return JSONAnswer(await run_aside(served.card, request.path_params["name"]))
 
     async def health(request: Request) -> Response:

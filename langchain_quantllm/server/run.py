@@ -17,6 +17,9 @@ PORT = 8000
 CLOSING_S = 5.0
 """Seconds that running requests have after Ctrl-C or SIGTERM, before they are cancelled."""
 
+KEPT_S = 75
+"""Seconds that an idle connection is kept: longer than clients keep theirs, or a request may meet its end."""
+
 
 def run_server(
     model: Any,
@@ -56,6 +59,7 @@ def run_server(
         access_log=False,
         lifespan="on",
         server_header=False,
+        timeout_keep_alive=KEPT_S,
         timeout_graceful_shutdown=max(1, round(closing_s) + 2),
     )
     listener = listen(host, port)

@@ -94,7 +94,7 @@ class ServedModel:
         self.created_s = int(time.time())
         self.closing = False
         self.failure: BaseException | None = None
-        self._is_ready = False
+        self._is_ready = model.is_loaded
         if self.name in model.adapters:
             msg = f"the model and one of its adapters are both named {self.name!r}; give name= another value."
             raise InvalidOptionError(msg)

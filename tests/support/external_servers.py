@@ -1,4 +1,4 @@
-"""Servers on this machine for the tests: our own with a model, and one that answers as a test says."""
+"""A server on this machine that answers as a test says, byte by byte where it wants to."""
 
 from __future__ import annotations
 
@@ -7,36 +7,11 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from langchain_quantllm import QuantizedHuggingFaceLLM
-from tests.support.models import wait_until
-
 HOST = "127.0.0.1"
-
-
-@contextlib.contextmanager
-def served(llm: QuantizedHuggingFaceLLM, **options: Any) -> Iterator[tuple[str, Any]]:
-    """Serve a model by uvicorn in a thread; gives the base of the addresses, and the service."""
-    import uvicorn
-
-    from langchain_quantllm.server.app import create_app
-
-    app = create_app(llm, **options)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
-    service = app.state.quantllm
-    with socket.create_server((HOST, 0), backlog=512) as listener:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        try:
-            wait_until(lambda: server.started and service.served.state == "ok", 120)
-            yield f"http://{HOST}:{listener.getsockname()[1]}/v1", service
-        finally:
-            server.should_exit = True
-            thread.join(60)
-            assert not thread.is_alive()
 
 
 @dataclass

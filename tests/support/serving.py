@@ -15,6 +15,7 @@ import uvicorn
 
 from langchain_quantllm.compat.uvicorn_server import SignalledServer
 from langchain_quantllm.server import create_app
+from langchain_quantllm.server.run import KEPT_S
 from tests.support.models import wait_until
 
 
@@ -63,7 +64,14 @@ def serving(model: Any, *, waits: bool = True, closing_s: float = 5.0, **options
     """Serve a model until the block ends; `waits` until it is loaded."""
     app = create_app(model, **options)
     listener = socket.create_server(("127.0.0.1", 0), backlog=512)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on", timeout_graceful_shutdown=8)
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        lifespan="on",
+        timeout_keep_alive=KEPT_S,
+        timeout_graceful_shutdown=8,
+    )
     server = SignalledServer(config, closing=app.state.quantllm.close_after, closing_s=closing_s)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="test-server")
     thread.start()

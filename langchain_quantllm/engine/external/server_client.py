@@ -49,6 +49,7 @@ class ServerClient:
         read_s = server.read_timeout_s
         self._client = httpx.AsyncClient(
             headers={"User-Agent": "langchain-quantllm", **({} if key is None else {"Authorization": f"Bearer {key}"})},
+            verify=server.url.startswith("https:"),  # certificates take time to read
             timeout=httpx.Timeout(connect=server.connect_timeout_s, read=read_s, write=read_s, pool=None),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=server.max_connections),
         )

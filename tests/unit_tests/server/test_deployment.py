@@ -1,7 +1,8 @@
-"""The commands and manifests of other engines' servers: they are parsed, and what those would refuse is refused first."""
+"""Commands and manifests of other engines' servers: they parse, and what those would refuse is refused first."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 from pathlib import Path
@@ -51,7 +52,7 @@ def refusal(*words: object) -> str:
 
 
 def options_in(words: list[str]) -> dict[str, str]:
-    return {word: value for word, value in zip(words, words[1:], strict=False) if word.startswith("--")}
+    return {word: value for word, value in itertools.pairwise(words) if word.startswith("--")}
 
 
 def test_the_command_serves_the_checkpoint_in_parts_and_copies(checkpoint: Path) -> None:

@@ -1,0 +1,210 @@
+"""A server under load: many clients at once, some leaving in the middle and some with wrong requests.
+
+    python -m benchmarks.serve_load --requests 10000 --clients 200
+
+The clients run in a process of their own, over HTTP on loopback. Each answer is compared with that of the engine in
+process, and at the end nothing may be left: no sequence, no block, no thread, no open file. The same prompts then run
+in process, as many at once, for the price of the way through HTTP. Prints one line of JSON; exits with 1 if anything is
+wrong. Without --model, a tiny random model, whose steps cost next to nothing: the times are the server's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import collections
+import contextlib
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+
+PROMPTS = 64
+NEW_TOKENS = 16
+ENDLESS_TOKENS = 200
+"""Tokens that a client asks for who leaves after the first."""
+
+
+class Result(NamedTuple):
+    """One request as its client saw it; times in seconds."""
+
+    kind: str
+    prompt: int
+    answer: str
+    first_s: float
+    total_s: float
+
+
+def prompt_of(i: int) -> str:
+    """Write one of the prompts."""
+    return f"The quick brown fox number {i % PROMPTS} jumps over"
+
+
+def kind_of(i: int) -> str:
+    """Choose the kind of a request: of ten, one leaves, one is wrong, four stream and four do not."""
+    return ("leaves", "wrong", "stream", "stream", "stream", "stream", "whole", "whole", "whole", "whole")[i % 10]
+
+
+async def ask(client: httpx.AsyncClient, i: int) -> Result:
+    """Send one request, and read its answer."""
+    kind = kind_of(i)
+    body: dict[str, Any] = {"prompt": prompt_of(i), "max_tokens": NEW_TOKENS, "temperature": 0}
+    began = time.perf_counter()
+    if kind == "wrong":
+        response = await client.post("/v1/completions", json={**body, "temperature": -1})
+        now = time.perf_counter() - began
+        return Result(kind, i, f"{response.status_code} {response.json()['error']['param']}", now, now)
+    if kind == "whole":
+        response = await client.post("/v1/completions", json=body)
+        now = time.perf_counter() - began
+        text = response.json()["choices"][0]["text"] if response.status_code == 200 else response.text
+        return Result(kind, i, text, now, now)
+    if kind == "leaves":
+        body |= {"max_tokens": ENDLESS_TOKENS, "ignore_eos": True}
+    first_s, text = 0.0, ""
+    async with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
+        async for line in response.aiter_lines():
+            first_s = first_s or time.perf_counter() - began
+            if kind == "leaves":
+                break
+            if line.startswith("data: {"):
+                event = json.loads(line[6:])
+                text += event["choices"][0]["text"] if "choices" in event else json.dumps(event)
+    return Result(kind, i, text, first_s, time.perf_counter() - began)
+
+
+async def _send_all(url: str, requests: int, clients: int) -> list[Result]:
+    """Send requests, so many at once."""
+    numbers, results = iter(range(requests)), []
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=clients)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits, trust_env=False) as client:
+
+        async def work() -> None:
+            for i in numbers:
+                result = await ask(client, i)
+                results.append(result)
+
+        await asyncio.gather(*(work() for _ in range(clients)))
+    return results
+
+
+def send_all(url: str, requests: int, clients: int) -> list[Result]:
+    """Send requests from this process, so many at once."""
+    return asyncio.run(_send_all(url, requests, clients))
+
+
+async def in_process(llm: Any, requests: int, clients: int) -> list[float]:
+    """Run the same prompts without a server; returns the seconds of each."""
+    numbers, seconds = iter(range(requests)), []
+
+    async def work() -> None:
+        for i in numbers:
+            began = time.perf_counter()
+            await llm.ainvoke(prompt_of(i), max_new_tokens=NEW_TOKENS, temperature=0)
+            seconds.append(time.perf_counter() - began)
+
+    await asyncio.gather(*(work() for _ in range(clients)))
+    return seconds
+
+
+def quantiles(seconds: Sequence[float]) -> dict[str, float]:
+    """Return the median and the 99th percentile, in milliseconds."""
+    cuts = statistics.quantiles(seconds, n=100)
+    return {"p50_ms": round(1000 * cuts[49], 1), "p99_ms": round(1000 * cuts[98], 1)}
+
+
+def held() -> dict[str, int]:
+    """Count what a process could leak; the pool of threads for calls grows up to its bound, and stays."""
+    folder = Path("/proc/self/fd")
+    files = len(os.listdir(folder)) if folder.is_dir() else 0
+    threads = [thread for thread in threading.enumerate() if not thread.name.startswith("quantllm-call")]
+    return {"threads": len(threads), "files": files}
+
+
+@contextlib.contextmanager
+def loaded(model: str | None, quantization: str | None) -> Iterator[Any]:
+    """Load the model; without a name, a tiny random one."""
+    from langchain_quantllm import QuantizedHuggingFaceLLM
+    from tests.support.checkpoints import make_checkpoint
+
+    with tempfile.TemporaryDirectory() as folder:
+        fields: dict[str, Any] = {"quantization": quantization}
+        if model is None:
+            model = str(make_checkpoint(Path(folder) / "tiny", dtype="float32", max_position_embeddings=512))
+            fields = {"dtype": "float32", "device": "cpu"}
+        llm = QuantizedHuggingFaceLLM(model_id=model, progress=False, **fields).load()
+        yield llm
+        llm.unload()
+
+
+def wrong_results(results: Sequence[Result], expected: Sequence[str]) -> list[Result]:
+    """List the results that are not what they should be."""
+    wanted = {"wrong": lambda i: "400 temperature", "leaves": lambda i: ""}
+    return [r for r in results if r.answer != wanted.get(r.kind, lambda i: expected[i % PROMPTS])(r.prompt)]
+
+
+def main() -> None:
+    """Measure, print and check."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--clients", type=int, default=200)
+    parser.add_argument("--model", help="folder or repository; without, a tiny random model")
+    parser.add_argument("--quantization")
+    given = parser.parse_args()
+
+    from tests.support.models import wait_until
+    from tests.support.serving import serving
+
+    with (
+        loaded(given.model, given.quantization) as llm,
+        ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as sender,
+    ):
+        expected = llm.batch([prompt_of(i) for i in range(PROMPTS)], max_new_tokens=NEW_TOKENS, temperature=0)
+        with serving(llm) as server:
+            sender.submit(send_all, server.url, 2 * given.clients, given.clients).result()  # warm up
+            wait_until(lambda: server.load == (0, 0, 0), 60)
+            before, outcomes_before = held(), collections.Counter(server.outcomes("completions"))
+            began = time.perf_counter()
+            results = sender.submit(send_all, server.url, given.requests, given.clients).result()
+            total_s = time.perf_counter() - began
+            wait_until(lambda: server.load == (0, 0, 0), 60)
+            # A client's connection is closed a moment after the client.
+            wait_until(lambda: held()["files"] <= before["files"], 60)
+            after = held()
+            outcomes = collections.Counter(server.outcomes("completions"))
+            outcomes.subtract(outcomes_before)
+        alone = asyncio.run(in_process(llm, given.requests // 2, given.clients))
+    wrong = wrong_results(results, expected)
+    kinds = collections.Counter(result.kind for result in results)
+    report = {
+        "requests": len(results),
+        "clients": given.clients,
+        "rate_req_s": round(len(results) / total_s, 1),
+        "kinds": dict(kinds),
+        "outcomes": dict(outcomes),
+        "wrong": len(wrong),
+        "whole": quantiles([r.total_s for r in results if r.kind == "whole"]),
+        "first_event": quantiles([r.first_s for r in results if r.kind == "stream"]),
+        "in_process": quantiles(alone),
+        "before": before,
+        "after": after,
+    }
+    print(json.dumps(report))
+    is_lost = len(results) != given.requests or sum(outcomes.values()) != given.requests
+    if wrong or is_lost or after["threads"] > before["threads"]:
+        print(f"wrong: {wrong[:3]}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
