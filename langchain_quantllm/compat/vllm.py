@@ -79,37 +79,50 @@ def variables_kept() -> Iterator[None]:
         os.environ.update({name: value for name, value in before.items() if os.environ.get(name) != value})
 
 
-def start(arguments: Mapping[str, Any]) -> Any:
+def start(arguments: Mapping[str, Any], cancelled: threading.Event) -> Any:
     """Start vLLM's engine and wait until it has read the weights; call it in the thread of its event loop.
 
     Args:
         arguments: Arguments of `AsyncEngineArgs`, by name.
+        cancelled: Set by another thread that no longer wants it, before it calls `interrupt_start`.
 
     Returns:
         The `AsyncLLM`.
 
     Raises:
-        Exception: Whatever vLLM raises; its processes have ended then.
+        Exception: Whatever vLLM raises; its processes have ended then. RuntimeError if it is no longer wanted.
     """
     global _known
     with _starting, variables_kept():
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        _check_wanted(cancelled)
         _known = frozenset(child.pid for child in _engine_processes())
         try:
-            return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+            llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         except BaseException:
             _end(child for child in _engine_processes() if child.pid not in _known)
             raise
         finally:
             _known = None
+    if cancelled.is_set():
+        shut_down(llm)
+        _check_wanted(cancelled)
+    return llm
+
+
+def _check_wanted(cancelled: threading.Event) -> None:
+    if cancelled.is_set():
+        msg = "the start of vLLM was interrupted"
+        raise RuntimeError(msg)
 
 
 def interrupt_start() -> None:
     """End the processes of an engine that is being started in another thread, so that `start` raises there."""
+    known = _known
     for child in _engine_processes():
-        if _known is not None and child.pid not in _known:
+        if known is not None and child.pid not in known:
             child.terminate()
 
 

@@ -113,8 +113,10 @@ class VLLMEngine:
         _running.add(self)
 
     def _start(self) -> Any:
+        cancelled = threading.Event()
+
         async def start() -> Any:
-            return vllm.start(self._arguments)
+            return vllm.start(self._arguments, cancelled)
 
         try:
             llm = self._thread.wait_for(start())
@@ -125,6 +127,7 @@ class VLLMEngine:
             )
             raise CheckpointError(msg) from error
         except BaseException:  # Ctrl-C
+            cancelled.set()
             vllm.interrupt_start()
             raise
         self._context_tokens, self._seats = vllm.context_tokens(llm), vllm.most_sequences(llm)
