@@ -511,7 +511,10 @@ def test_the_end_of_a_script_ends_vllms_processes(unstarted: Tiny, tmp_path: Pat
     wait_until(lambda: not any(is_of_script(process, tmp_path) for process in psutil.process_iter()), 60)
 
 
-def test_tensor_parallel_over_two_processes_writes_the_same_tokens(unstarted: Tiny) -> None:
+def test_tensor_parallel_over_two_processes_writes_the_same_tokens(
+    unstarted: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else each worker wants a NUMA node of its own
     llm = QuantizedHuggingFaceLLM(
         **unstarted.fields(adapters={}, engine=VLLM(**TINY, tensor_parallel_size=2, distributed_executor_backend="mp"))
     )
