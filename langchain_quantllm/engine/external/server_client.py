@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 
 from langchain_quantllm.engine.external.events import EventReader
-from langchain_quantllm.engine.external.server import API_KEY_VARIABLE, Server
+from langchain_quantllm.engine.external.server_options import API_KEY_VARIABLE, ServerOptions
 from langchain_quantllm.errors import InvalidOptionError, PromptTooLongError, QueueFullError, ServerError, first_line
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 20.0
@@ -37,7 +37,7 @@ class LostAnswerError(Exception):
 class ServerClient:
     """One server, and the connections to it."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: ServerOptions) -> None:
         """Connect to nothing yet; made on the event loop that uses it.
 
         Args:

@@ -23,9 +23,9 @@ from langchain_quantllm.engine.clean_thread import start_thread
 from langchain_quantllm.engine.detokenizer import Completion, begin_completions
 from langchain_quantllm.engine.external.places import Places
 from langchain_quantllm.engine.external.requests import check_requests
-from langchain_quantllm.engine.external.server import Server
 from langchain_quantllm.engine.external.server_client import Attempts, LostAnswerError, ServerClient
 from langchain_quantllm.engine.external.server_fit import ServerFit, find_fit
+from langchain_quantllm.engine.external.server_options import ServerOptions
 from langchain_quantllm.engine.external.spec import EngineSource
 from langchain_quantllm.engine.failures import request_failure
 from langchain_quantllm.engine.process import check_process, is_forked, note_loading
@@ -49,7 +49,7 @@ _Result = TypeVar("_Result")
 class ServerEngine:
     """Runs requests at a server."""
 
-    def __init__(self, server: Server, source: EngineSource) -> None:
+    def __init__(self, server: ServerOptions, source: EngineSource) -> None:
         """Connect, and find out what the server has and can do.
 
         Args:

@@ -11,8 +11,8 @@ from pathlib import PurePath
 from typing import Any
 
 from langchain_quantllm.engine.external.requests import NEUTRAL
-from langchain_quantllm.engine.external.server import Server
 from langchain_quantllm.engine.external.server_client import ServerClient
+from langchain_quantllm.engine.external.server_options import ServerOptions
 from langchain_quantllm.engine.external.spec import FORMS, EngineSource
 from langchain_quantllm.errors import InvalidOptionError, ServerError, UnsupportedError, nearest
 
@@ -56,7 +56,7 @@ class ServerFit:
         return "; ".join(parts)
 
 
-async def find_fit(client: ServerClient, server: Server, source: EngineSource) -> ServerFit:
+async def find_fit(client: ServerClient, server: ServerOptions, source: EngineSource) -> ServerFit:
     """Ask a server what it has and can do, and compare its model and tokenizer with ours.
 
     Args:
@@ -109,7 +109,7 @@ _FORMS: Mapping[str, frozenset[str]] = {
 }
 
 
-def _choose(server: Server, source: EngineSource, cards: Mapping[str, Mapping[str, Any]]) -> str:
+def _choose(server: ServerOptions, source: EngineSource, cards: Mapping[str, Mapping[str, Any]]) -> str:
     """Choose the server's model that is ours."""
     bases = [name for name, card in cards.items() if not card.get("parent")] or list(cards)
     if server.model is not None:
@@ -129,7 +129,7 @@ def _choose(server: Server, source: EngineSource, cards: Mapping[str, Mapping[st
     raise InvalidOptionError(msg)
 
 
-def _choose_adapter(server: Server, name: str, given: str, cards: Mapping[str, Any]) -> str:
+def _choose_adapter(server: ServerOptions, name: str, given: str, cards: Mapping[str, Any]) -> str:
     for known in (name, given, PurePath(given).name):
         if known in cards:
             return known
@@ -155,7 +155,7 @@ async def _probe(client: ServerClient, model: str, source: EngineSource) -> tupl
         raise UnsupportedError(msg) from error
 
 
-def _check_decoding(server: Server, source: EngineSource, choice: Mapping[str, Any]) -> None:
+def _check_decoding(server: ServerOptions, source: EngineSource, choice: Mapping[str, Any]) -> None:
     """Check that the ids of an answer are of our vocabulary."""
     ids = choice["token_ids"]
     if any(not 0 <= i < source.limits.vocab_size for i in ids):
@@ -164,7 +164,9 @@ def _check_decoding(server: Server, source: EngineSource, choice: Mapping[str, A
         )
 
 
-async def _compare(client: ServerClient, server: Server, source: EngineSource, model: str, *, is_strict: bool) -> str:
+async def _compare(
+    client: ServerClient, server: ServerOptions, source: EngineSource, model: str, *, is_strict: bool
+) -> str:
     """Compare the server's tokenizer with ours, by ids or by text.
 
     Returns:
@@ -196,7 +198,7 @@ async def _compare(client: ServerClient, server: Server, source: EngineSource, m
     return "its tokenizer could not be compared with ours"
 
 
-def _other_tokenizer(server: Server, source: EngineSource, how: str) -> UnsupportedError:
+def _other_tokenizer(server: ServerOptions, source: EngineSource, how: str) -> UnsupportedError:
     return UnsupportedError(
         f"{server.url} has another tokenizer than {source.model_id}: {how}. Give the model_id that the server runs."
     )
