@@ -7,7 +7,7 @@ JOBS ?= 2
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder --durations 20 --durations-min 5
 
-.PHONY: help demo test test-all test-slow test-newest test-oldest lint format docs lock notebooks clean
+.PHONY: help demo test test-all test-slow test-vllm test-newest test-oldest lint format docs lock notebooks clean
 .DELETE_ON_ERROR:
 
 help: ## list the commands
@@ -28,6 +28,12 @@ test-all: .venv/.test lint ## run all tests; those on a larger model need QUANTL
 test-slow: .venv/.test ## run the slow tests alone
 	$(BIN)/python -m langchain_quantllm.cli.demo_model
 	$(PYTEST) -m slow -v -rfE
+
+test-vllm: .venv-vllm/.test ## run the tests of vLLM as the engine, on its build for CPUs (Linux, Python 3.11 or newer)
+	.venv-vllm/bin/python -m langchain_quantllm.cli.demo_model
+	QUANTLLM_VLLM=1 .venv-vllm/bin/python -m pytest -v -k vllm tests/unit_tests/compat/test_vllm.py \
+		tests/unit_tests/engine/test_vllm_options.py tests/unit_tests/engine/test_vllm.py \
+		tests/unit_tests/engine/test_behaviours.py
 
 test-newest: ## run the compat tests with the newest version of every package (RECORD=1 writes docs/compatibility.md)
 	$(PYTHON) tools/try_versions.py newest --jobs $(JOBS) $(if $(RECORD),--record)
@@ -55,7 +61,7 @@ notebooks: .venv/.test ## run the notebooks and write what they show into them
 	$(BIN)/python cookbook/execute.py
 
 clean: ## remove the environments and the site
-	rm -rf .venv .venv-lock .venv-newest .venv-oldest site
+	rm -rf .venv .venv-lock .venv-newest .venv-oldest .venv-vllm site
 
 .venv/.demo: requirements/torch.txt requirements/demo.txt pyproject.toml tools/environment.py
 	$(PYTHON) tools/environment.py .venv requirements/demo.txt
@@ -63,4 +69,8 @@ clean: ## remove the environments and the site
 
 .venv/.test: requirements/torch.txt requirements/test.txt pyproject.toml tools/environment.py
 	$(PYTHON) tools/environment.py .venv requirements/test.txt
+	touch $@
+
+.venv-vllm/.test: requirements/torch.txt requirements/vllm.txt pyproject.toml tools/environment.py
+	$(PYTHON) tools/environment.py .venv-vllm requirements/vllm.txt
 	touch $@

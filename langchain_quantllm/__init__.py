@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from langchain_quantllm.embeddings import QuantizedHuggingFaceEmbeddings
     from langchain_quantllm.encoders.estimate import estimate_memory
     from langchain_quantllm.engine.external.server import Server
+    from langchain_quantllm.engine.external.vllm import VLLM
     from langchain_quantllm.llms import QuantizedHuggingFaceLLM
     from langchain_quantllm.memory import MemoryEstimate, MemoryReport, take_snapshot, track_memory
     from langchain_quantllm.quantization.api import QuantizedCheckpoint, quantize
@@ -37,6 +38,7 @@ _LAZY = {
     "QuantizedReranker": "langchain_quantllm.rerankers",
     "QuantizedWhisperParser": "langchain_quantllm.speech",
     "Server": "langchain_quantllm.engine.external.server",
+    "VLLM": "langchain_quantllm.engine.external.vllm",
     "compare": "langchain_quantllm.bench.compare",
     "estimate_memory": "langchain_quantllm.encoders.estimate",
     "merge_adapter": "langchain_quantllm.quantization.merge",
@@ -61,6 +63,7 @@ __all__ = [
     "MXFP4",
     "NF4",
     "SCHEMES",
+    "VLLM",
     "Calibration",
     "ChatQuantizedHuggingFace",
     "Int8",

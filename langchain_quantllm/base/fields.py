@@ -92,8 +92,8 @@ class ModelFields(BaseLanguageModel[Any]):
     """Refuse a call with a `QueueFullError` if so many requests, of any object, wait for the model; None never does."""
     engine: Any = "auto"
     """The engine: `"fast"` runs the calls of all threads in one batch, `"pipeline"` uses transformers' `generate`, and
-    `"auto"` takes the first if it supports the model and the options of the call, else the second. `Server(...)` is an
-    engine of others: no weights are loaded here."""
+    `"auto"` takes the first if it supports the model and the options of the call, else the second. `Server(...)` and
+    `VLLM(...)` are engines of others: no weights are loaded here."""
     kv_cache_memory: Any = None
     """Memory of the fast engine's KV cache: a fraction of the free memory, a number of bytes, or a text such as
     `"4GiB"`. None takes at most 0.3 of the free memory. The first call of a loaded model sets it."""

@@ -31,6 +31,7 @@ TRIED: Mapping[str, Tried] = {
     "sentence-transformers": Tried("6.2.0", "6.2.0"),
     "torch": Tried("2.8.0", "2.15.0"),
     "transformers": Tried("5.14.0", "5.24.0"),
+    "vllm": Tried("0.32.0", "0.32.0"),
     "xgrammar": Tried("0.2.8", "0.2.9"),
 }
 """Tried versions, by the name under which pip installs the package."""

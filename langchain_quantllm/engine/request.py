@@ -131,7 +131,7 @@ class EngineInfo:
     """The engine that runs a model, and why it was chosen.
 
     Args:
-        name: `"fast"` or `"pipeline"`; `"server"` for one that others keep.
+        name: `"fast"` or `"pipeline"`; `"server"` or `"vllm"` for one that others keep.
         reason: Why this engine, and which of its features cannot be used.
         graphs: Whether decode steps are CUDA graphs.
         kv_cache_tokens: Tokens that its KV cache holds; None where it grows as it needs to.

@@ -33,6 +33,7 @@ def check_requests(
     forms: Collection[str] = (),
     lacking: Collection[str] = (),
     most_logprobs: int | None = None,
+    most_reported: int = 0,
 ) -> None:
     """Check the requests of a submission.
 
@@ -44,6 +45,7 @@ def check_requests(
         forms: The kinds of `OutputForm` that it holds texts to.
         lacking: Options of `NEUTRAL` that it does not have.
         most_logprobs: Most alternatives that it reports for a token; None for any number.
+        most_reported: Most tokens of a request whose log probabilities it reports by name.
 
     Raises:
         InvalidOptionError: If ids lie outside of the vocabulary, or an option is not carried out.
@@ -67,8 +69,9 @@ def check_requests(
         if request.mask is not None:
             msg = f"{kind} takes no masks of this process: a text is held to a form by its own automaton."
             raise InvalidOptionError(msg)
-        if request.reported_ids:
-            msg = f"{kind} does not report the log probabilities of named tokens; use engine='auto'."
+        if len(request.reported_ids) > most_reported:
+            at_most = f" more than {most_reported}" if most_reported else ""
+            msg = f"{kind} does not report the log probabilities of{at_most} named tokens; use engine='auto'."
             raise InvalidOptionError(msg)
         for name in lacking:
             value = getattr(request if name == "min_new_tokens" else options, name)

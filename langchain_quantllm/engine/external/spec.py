@@ -32,6 +32,7 @@ from langchain_quantllm.schemes import Scheme
 
 KINDS: Mapping[str, tuple[str, str]] = {
     "server": ("langchain_quantllm.engine.external.server", "Server"),
+    "vllm": ("langchain_quantllm.engine.external.vllm", "VLLM"),
 }
 """Module and class of each kind of engine, by its name in the dict form."""
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from langchain_core.exceptions import ModelTimeoutError
 
-from langchain_quantllm import ChatQuantizedHuggingFace, QuantizedHuggingFaceLLM, Server
+from langchain_quantllm import VLLM, ChatQuantizedHuggingFace, QuantizedHuggingFaceLLM, Server
 from langchain_quantllm.errors import InvalidOptionError, PromptTooLongError
 from langchain_quantllm.structured import Choice, Regex
 from tests.support.adapters import make, make_adapter_folders
@@ -26,7 +26,7 @@ from tests.support.serving import serving
 pytest.importorskip("fastapi")
 pytest.importorskip("peft")
 
-pytestmark = pytest.mark.enable_socket
+pytestmark = [pytest.mark.enable_socket, pytest.mark.timeout(1200)]  # vLLM starts in a minute or more
 
 KINDS = ["pipeline", "fast", "server"]
 KINDS += ["other server"] if os.environ.get("QUANTLLM_SERVER_URL") else []
@@ -74,9 +74,7 @@ def llm(request: pytest.FixtureRequest, root: Path) -> Iterator[QuantizedHugging
             max_new_tokens=12,
         )
     elif kind == "vllm":
-        from langchain_quantllm import VLLM  # type: ignore[attr-defined]
-
-        llm = make(root, engine=VLLM())
+        llm = make(root, engine=VLLM(enforce_eager=True, kv_cache_memory_bytes=8 << 20))
     else:
         llm = make(root, engine=kind)
     yield llm

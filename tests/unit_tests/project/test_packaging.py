@@ -95,6 +95,7 @@ def test_what_was_tried_is_recorded() -> None:
         section = text.split(f"<!-- {which}:")[1].split(f"<!-- end of {which} -->")[0]
         recorded = dict(re.findall(r"^\| ([a-z-]+) \| (\d[\w.+]*) \|$", section, re.MULTILINE))
         left_out = {Requirement(text).name for text in EXTRAS["gptq"]} - {"torch"} if which == "oldest" else set()
+        left_out |= {Requirement(text).name for text in EXTRAS["vllm"]}  # make test-vllm tries it
         for package, tried in TRIED.items():
             if package in left_out:  # tools/lock.py says why
                 continue
@@ -171,7 +172,7 @@ def locked(name: str) -> dict[str, list[Requirement]]:
 def test_a_lock_holds_every_dependency_within_its_range(name: str) -> None:
     pins = locked(name)
     wanted = PROJECT["project"]["dependencies"] if name == "demo" else map(str, DECLARED)
-    extras = {"demo": (), "test": ("notebook",), "oldest": ("notebook", "gptq")}[name]
+    extras = {"demo": (), "test": ("notebook", "vllm"), "oldest": ("notebook", "gptq", "vllm")}[name]
     left_out = {Requirement(text).name for extra in extras for text in EXTRAS[extra]} | {"torch"}  # torch: torch.txt
     for requirement in map(Requirement, wanted):
         if requirement.name in left_out:
