@@ -288,7 +288,7 @@ def test_instances_share_weights_and_unload_ends_them_for_all(folder: Path) -> N
 def test_the_memory_report_compares_with_16_bits() -> None:
     report = make(minilm(), quantization="nf4").memory_report()
     assert report.scheme_name == "nf4"
-    assert 0.3 < (report.saving or 0) < 0.4
+    assert 0.25 < (report.saving or 0) < 0.32  # the sensitive layers of a narrow encoder stay in 16 bits
     assert report.before is not None
     assert "less" in report.headline
 
