@@ -400,15 +400,18 @@ class EngineParts:
 
     def _divide_anew(self, stages: Stages) -> bool:
         """Find the stages of the changed model; sets `refusal` if its layers lie elsewhere, and their blocks do not."""
-        if self._fusion is not None:
-            self._fusion.close()
-        before = stages.places
+        # What is patched over the stages comes off before them, or would lie between them and the modules.
+        for part in (self.images, self._latents, self.rotary, self.adapters, *reversed(self._patched), self._fusion):
+            if part is not None:
+                part.close()
+        before = stages.layout
         try:
             stages.build()
         except UnsupportedError as error:
             self.refusal = f"the model was changed: {error}"
             return False
-        is_same = stages.places == before
+        after = stages.layout
+        is_same = all(after.get(name, place) == place for name, place in before.items())
         self.refusal = None if is_same else "the model was changed: its layers lie on other devices; load it again"
         return is_same
 

@@ -411,9 +411,9 @@ class ContinuousEngine:
         Returns:
             Tokens of other sequences that stay in flight, where several steps run at the same time.
         """
-        runs = {sequence for forward in forwards for sequence in forward.sequences}
         kept = len(self._pending)
         others = self._runner.steps_at_once - 1 if forwards else 0
+        runs = {sequence for forward in forwards for sequence in forward.sequences} if others else set()
         while others > 0 and kept > 0 and runs.isdisjoint(self._pending[kept - 1].sequences):
             kept, others = kept - 1, others - 1
         in_flight = self._pending[kept:]

@@ -31,7 +31,7 @@ from langchain_quantllm.engine.request import plan_requests
 from langchain_quantllm.engine.scheduler import Scheduler
 from langchain_quantllm.engine.sequence import bare_sequence
 from langchain_quantllm.engine.stages import Stages, find_stages
-from langchain_quantllm.errors import InvalidOptionError
+from langchain_quantllm.errors import GenerationError, InvalidOptionError
 from langchain_quantllm.kernels import reference
 from langchain_quantllm.kernels.linear import reference as linear_reference
 from langchain_quantllm.options import GenerationOptions
@@ -359,6 +359,51 @@ def test_a_changed_model_is_divided_anew(tokenizer: Any) -> None:
     stages = engine._parts._stages
     assert stages.place_of(id(model.lm_head)) == stages.last
     assert isinstance(model.lm_head.__dict__["forward"], ForwardPatch)
+    engine.close()
+
+
+@pytest.mark.parametrize("name", ["gpt_neo", "diffllama"])
+def test_hooks_are_passed_by_after_changes_too(name: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in modules that others of the engine's parts have patched over their stage."""
+    model = hooked(family_model(FAST[name]))
+    engine = engine_in_stages(model, tokenizer)
+
+    def patches(module: Any) -> int:
+        forward, count = module.__dict__.get("forward"), 0
+        while isinstance(forward, ForwardPatch):
+            forward, count = forward.before, count + 1
+        return count
+
+    before = [patches(module) for module in model.modules()]
+    assert max(before) == 2
+    for _ in range(2):
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(1.5)
+        expected = generated_ids(model, PROMPTS[0], 4)
+        moved: list[str] = []
+        with monkeypatch.context() as patched:
+            patched.setattr(AlignDevicesHook, "pre_forward", lambda _, module, *a, **k: moved.append(module) or (a, k))
+            assert write(engine, PROMPTS[:1], 4) == [expected]
+        assert not moved
+    assert [patches(module) for module in model.modules()] == before
+    engine.close()
+
+
+def test_layers_that_lie_elsewhere_after_a_change_are_not_run(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their blocks would be on another device than they are."""
+    model = tiny_model(49152)
+    engine = engine_in_stages(model, tokenizer)
+    divide = Stages._divide
+
+    def moved(self: Any, model: Any) -> None:
+        divide(self, model)
+        self._places[id(model.model.norm)] = self._places[id(model.model.layers[0])]
+
+    monkeypatch.setattr(Stages, "_divide", moved)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(-1)
+    with pytest.raises(GenerationError, match="its layers lie on other devices; load it again"):
+        write(engine, PROMPTS[:1], 4)
     engine.close()
 
 
