@@ -34,6 +34,7 @@ from langchain_quantllm.engine.model_check import (
     inspect_model,
     unsupported_reason,
     verify_engine,
+    verify_stages,
 )
 from langchain_quantllm.engine.model_runner import ModelRunner
 from langchain_quantllm.engine.own_attention import OwnAttention
@@ -121,6 +122,8 @@ class EngineParts:
                 self.adapters = LoraStack(model, switch.names)
             if moving_rope(model.config.get_text_config()) is not None:
                 self.rotary = RotaryLengths(model, limits.context_tokens)
+            if stages is not None:
+                verify_stages(model, stages)
             self.probe: ModelProbe = self._own_probe(inspect_model(model, self._own.uncached))
             if self.probe.states:
                 if batch_invariant:

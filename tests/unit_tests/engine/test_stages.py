@@ -30,8 +30,8 @@ from langchain_quantllm.engine.model_runner import ModelRunner
 from langchain_quantllm.engine.request import plan_requests
 from langchain_quantllm.engine.scheduler import Scheduler
 from langchain_quantllm.engine.sequence import bare_sequence
-from langchain_quantllm.engine.stages import Stages, find_stages
-from langchain_quantllm.errors import GenerationError, InvalidOptionError
+from langchain_quantllm.engine.stages import StageRun, Stages, find_stages
+from langchain_quantllm.errors import GenerationError, InvalidOptionError, UnsupportedError
 from langchain_quantllm.kernels import reference
 from langchain_quantllm.kernels.linear import reference as linear_reference
 from langchain_quantllm.options import GenerationOptions
@@ -344,6 +344,17 @@ def test_a_model_that_stages_do_not_fit_runs_by_its_hooks(
     assert not forwards_in(model)
     assert "its code mixes devices" in caplog.text
     llm.unload()
+
+
+@pytest.mark.parametrize("fuses", [False, True])
+def test_a_model_whose_stages_compute_something_else_is_refused(
+    fuses: bool, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with fused steps, where its own logits are computed in stages as well."""
+    monkeypatch.setattr(StageRun, "_copy", lambda _, tensor: tensor * 1.5 if tensor.is_floating_point() else tensor)
+    model = hooked(tiny_model(49152))
+    with pytest.raises(UnsupportedError, match="its logits in stages are not its own"):
+        engine_in_stages(model, tokenizer, fuses=fuses)
 
 
 def test_a_changed_model_is_divided_anew(tokenizer: Any) -> None:
