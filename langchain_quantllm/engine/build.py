@@ -89,6 +89,7 @@ class EngineParts:
         no_fusion_reason: str | None,
         batch_invariant: bool = False,
         stages: Stages | None = None,
+        no_stages_reason: str | None = None,
     ) -> None:
         """Allocate the parts, and check that they give the model's own logits; see `ContinuousEngine`."""
         if (reason := unsupported_reason(model)) is not None:
@@ -101,6 +102,8 @@ class EngineParts:
         self._stages = stages
         self._batch_invariant = batch_invariant
         self._notes = [] if no_fusion_reason is None else [f"no fused steps: {no_fusion_reason}"]
+        if no_stages_reason is not None:
+            self._notes.append(f"accelerate's hooks move its tensors between devices, by the host: {no_stages_reason}")
         self.limits = limits
         self.pools: list[LayerPool] = []
         self.states: StatePool | None = None

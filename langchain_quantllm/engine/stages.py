@@ -50,6 +50,9 @@ def find_stages(model: Any) -> Stages | None:
     """Find the stages of a model that lies on several GPUs; None for all others.
 
     Models with modules on the CPU or on a disk run by accelerate's hooks.
+
+    Raises:
+        UnsupportedError: If it cannot be divided; the message is the reason.
     """
     large = (buffer for buffer in model.buffers() if buffer.nbytes > _FLOATING_BYTES)
     devices = {tensor.device for tensor in (*model.parameters(), *large)}
@@ -57,10 +60,7 @@ def find_stages(model: Any) -> Stages | None:
         return None
     if any(map(offloads_weights, model.modules())):
         return None
-    try:
-        return Stages(model)
-    except UnsupportedError:
-        return None
+    return Stages(model)
 
 
 class Stages:

@@ -340,9 +340,21 @@ def test_a_model_that_stages_do_not_fit_runs_by_its_hooks(
     monkeypatch.setattr(stages_module, "find_stages", partial(Stages, first_layers=(1,)))
     monkeypatch.setattr(stages_module.StageRun, "enter", enter)
     llm = llm_of(model, tokenizer, max_new_tokens=4, engine="fast")
-    assert llm.engine_info.reason == "one running batch over KV cache blocks"
+    assert "accelerate's hooks move its tensors between devices" in llm.engine_info.reason
+    assert "its code mixes devices" in llm.engine_info.reason
     assert not forwards_in(model)
     assert "its code mixes devices" in caplog.text
+    llm.unload()
+
+
+def test_why_a_model_cannot_be_divided_is_told(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def find(_: Any) -> Any:
+        msg = "it has weights of its own beside modules on other devices"
+        raise UnsupportedError(msg)
+
+    monkeypatch.setattr(stages_module, "find_stages", find)
+    llm = llm_of(tiny_model(49152), tokenizer, max_new_tokens=4, engine="fast")
+    assert "by the host: it has weights of its own" in llm.engine_info.reason
     llm.unload()
 
 
