@@ -147,7 +147,7 @@ class Engines:
         from langchain_quantllm.engine.stages import find_stages
 
         model = self._pipeline.model
-        options = {"fuse": fuse, "batch_invariant": batch_invariant}
+        options: dict[str, Any] = {"fuse": fuse, "batch_invariant": batch_invariant}
         reason = None
         with contextlib.ExitStack() as unused:
             try:

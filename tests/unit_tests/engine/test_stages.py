@@ -397,15 +397,20 @@ def test_hooks_are_passed_by_after_changes_too(name: str, tokenizer: Any, monkey
             forward, count = forward.before, count + 1
         return count
 
+    moved: list[Any] = []
+
+    def pre_forward(_: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
+        moved.append(module)
+        return args, kwargs
+
     before = [patches(module) for module in model.modules()]
     assert max(before) == 2
     for _ in range(2):
         with torch.no_grad():
             model.get_input_embeddings().weight.mul_(1.5)
         expected = generated_ids(model, PROMPTS[0], 4)
-        moved: list[str] = []
         with monkeypatch.context() as patched:
-            patched.setattr(AlignDevicesHook, "pre_forward", lambda _, module, *a, **k: moved.append(module) or (a, k))
+            patched.setattr(AlignDevicesHook, "pre_forward", pre_forward)
             assert write(engine, PROMPTS[:1], 4) == [expected]
         assert not moved
     assert [patches(module) for module in model.modules()] == before
