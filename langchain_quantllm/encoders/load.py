@@ -13,7 +13,6 @@ from langchain_quantllm.compat.bitsandbytes import (
     four_bit_state,
     import_quietly,
     keep_odd_layers_unpacked,
-    shape_of,
 )
 from langchain_quantllm.compat.bitsandbytes_scales import refine_scales
 from langchain_quantllm.compat.library_logging import progress_bars, quiet_logger, without_torchao
@@ -265,11 +264,13 @@ def _refine(model: Any, plain: Any) -> None:
         model: The quantized model.
         plain: The same before it was quantized.
     """
+    from transformers import Conv1D
+
     for name, module in model.named_modules():
         if four_bit_state(getattr(module, "weight", None)) is None:
             continue
-        weight = plain.get_submodule(name).weight
-        refine_scales(module.weight, weight if weight.shape == shape_of(module) else weight.T)  # Conv1D is transposed
+        before = plain.get_submodule(name)
+        refine_scales(module.weight, before.weight.T if isinstance(before, Conv1D) else before.weight)
 
 
 def _quantization_config(spec: EncoderSpec, source: EncoderSource, scheme: Scheme, dtype: Any) -> Any:

@@ -251,7 +251,8 @@ def _untrusted(spec: EncoderSpec, source: EncoderSource) -> QuantLLMError | None
     configs += [dict(source.config), json_or_empty(source.folder / SETTINGS), inner if isinstance(inner, dict) else {}]
     for config in configs:
         named = [config[key] for key in _ACTIVATIONS if isinstance(config.get(key), str)]
-        code += [name for name in named if not name.startswith("torch.nn.")]
+        # A name without a dot is transformers' own, as in GPT-2's config; nothing can be imported by it.
+        code += [name for name in named if "." in name and not name.startswith("torch.nn.")]
     if not code:
         return None
     return CheckpointError(

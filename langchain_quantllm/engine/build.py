@@ -34,6 +34,7 @@ from langchain_quantllm.engine.model_check import (
     inspect_model,
     unsupported_reason,
     verify_engine,
+    verify_stages,
 )
 from langchain_quantllm.engine.model_runner import ModelRunner
 from langchain_quantllm.engine.own_attention import OwnAttention
@@ -88,6 +89,7 @@ class EngineParts:
         no_fusion_reason: str | None,
         batch_invariant: bool = False,
         stages: Stages | None = None,
+        no_stages_reason: str | None = None,
     ) -> None:
         """Allocate the parts, and check that they give the model's own logits; see `ContinuousEngine`."""
         if (reason := unsupported_reason(model)) is not None:
@@ -100,6 +102,8 @@ class EngineParts:
         self._stages = stages
         self._batch_invariant = batch_invariant
         self._notes = [] if no_fusion_reason is None else [f"no fused steps: {no_fusion_reason}"]
+        if no_stages_reason is not None:
+            self._notes.append(f"accelerate's hooks move its tensors between devices, by the host: {no_stages_reason}")
         self.limits = limits
         self.pools: list[LayerPool] = []
         self.states: StatePool | None = None
@@ -121,6 +125,8 @@ class EngineParts:
                 self.adapters = LoraStack(model, switch.names)
             if moving_rope(model.config.get_text_config()) is not None:
                 self.rotary = RotaryLengths(model, limits.context_tokens)
+            if stages is not None:
+                verify_stages(model, stages)
             self.probe: ModelProbe = self._own_probe(inspect_model(model, self._own.uncached))
             if self.probe.states:
                 if batch_invariant:
@@ -400,15 +406,18 @@ class EngineParts:
 
     def _divide_anew(self, stages: Stages) -> bool:
         """Find the stages of the changed model; sets `refusal` if its layers lie elsewhere, and their blocks do not."""
-        if self._fusion is not None:
-            self._fusion.close()
-        before = stages.places
+        # What is patched over the stages comes off before them, or would lie between them and the modules.
+        for part in (self.images, self._latents, self.rotary, self.adapters, *reversed(self._patched), self._fusion):
+            if part is not None:
+                part.close()
+        before = stages.layout
         try:
             stages.build()
         except UnsupportedError as error:
             self.refusal = f"the model was changed: {error}"
             return False
-        is_same = stages.places == before
+        after = stages.layout
+        is_same = all(after.get(name, place) == place for name, place in before.items())
         self.refusal = None if is_same else "the model was changed: its layers lie on other devices; load it again"
         return is_same
 

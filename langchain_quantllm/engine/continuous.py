@@ -64,6 +64,7 @@ class ContinuousEngine:
         no_fusion_reason: str | None = None,
         batch_invariant: bool = False,
         stages: Stages | None = None,
+        no_stages_reason: str | None = None,
     ) -> None:
         """Take a loaded text-generation pipeline, and check that its model can run this way.
 
@@ -75,6 +76,7 @@ class ContinuousEngine:
             no_fusion_reason: Why there are none although they were asked for.
             batch_invariant: Give a request the same logits, bit for bit, whatever runs beside it.
             stages: The stages of a model on several devices, which the caller closes; None to run it by its own hooks.
+            no_stages_reason: Why there are none although it lies on several GPUs.
 
         Raises:
             UnsupportedError: If the model cannot run this way; the message is the reason.
@@ -91,6 +93,7 @@ class ContinuousEngine:
             no_fusion_reason=no_fusion_reason,
             batch_invariant=batch_invariant,
             stages=stages,
+            no_stages_reason=no_stages_reason,
         )
         self._runner = self._parts.runner
         self._step_tokens = _STEP_TOKENS_GPU if self._parts.is_gpu else _STEP_TOKENS_CPU
@@ -411,9 +414,9 @@ class ContinuousEngine:
         Returns:
             Tokens of other sequences that stay in flight, where several steps run at the same time.
         """
-        runs = {sequence for forward in forwards for sequence in forward.sequences}
         kept = len(self._pending)
         others = self._runner.steps_at_once - 1 if forwards else 0
+        runs = {sequence for forward in forwards for sequence in forward.sequences} if others else set()
         while others > 0 and kept > 0 and runs.isdisjoint(self._pending[kept - 1].sequences):
             kept, others = kept - 1, others - 1
         in_flight = self._pending[kept:]

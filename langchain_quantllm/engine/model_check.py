@@ -31,6 +31,7 @@ from langchain_quantllm.engine.kv_cache import LayerShape, layers_of, shapes_of
 from langchain_quantllm.engine.model_runner import ModelRunner
 from langchain_quantllm.engine.scheduler import Scheduler
 from langchain_quantllm.engine.sequence import SamplingInput, Sequence, bare_sequence
+from langchain_quantllm.engine.stages import Stages, at_stage
 from langchain_quantllm.engine.state_pool import StateShape, state_shapes
 from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.options import BASE_ADAPTER
@@ -243,6 +244,31 @@ def verify_engine(
     return checked
 
 
+@without_gradients
+def verify_stages(model: Any, stages: Stages) -> None:
+    """Compare a model's logits in its stages with those by its own hooks, all else being as the model does it.
+
+    `verify_engine` may run the model itself in stages, as fused steps need them.
+
+    Raises:
+        UnsupportedError: If they differ, or the model's code fails in stages.
+    """
+    text = sample_ids(model, _LONG)
+    expected = _plain(model, text).logits[0].float()
+    run = stages.begin()
+    try:
+        with at_stage(stages.first.device), forward_context(ForwardContext(stages=run)):
+            found = _plain(model, text).logits[0]
+            run.finish()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        msg = f"its own code fails in stages: {error!r}"
+        raise UnsupportedError(msg) from error
+    if expected.isfinite().all():
+        check_logits(model, found, expected, 0.0, where="in stages")
+
+
 def _check_layers(runner: ModelRunner, model: Any, probe: ModelProbe) -> None:
     """Check that each layer has attended as the model's config and cache say.
 
@@ -372,8 +398,12 @@ def own_spread(model: Any, last: int, *, continues: bool = True) -> float:
     return _noise(model, text, expected, cut=len(text) // 2, continues=continues)
 
 
-def check_logits(model: Any, logits: torch.Tensor, expected: torch.Tensor, noise: float) -> None:
+def check_logits(
+    model: Any, logits: torch.Tensor, expected: torch.Tensor, noise: float, *, where: str = "over KV cache blocks"
+) -> None:
     """Check the engine's logits against the model's own, whose spread is given, both of shape `(tokens, vocab)`.
+
+    `where` says in the error where they were computed.
 
     Raises:
         UnsupportedError: If they differ by more than rounding does.
@@ -381,10 +411,7 @@ def check_logits(model: Any, logits: torch.Tensor, expected: torch.Tensor, noise
     floor = _FLOORS.get(model.dtype, _FLOOR_16BIT)
     found = _difference(logits.float().to(expected.device), expected)
     if not found <= max(floor, _NOISE_FACTOR * noise):
-        msg = (
-            f"its logits over KV cache blocks are not its own (a difference of {found:.2g}, where its own spread is "
-            f"{noise:.2g})"
-        )
+        msg = f"its logits {where} are not its own (a difference of {found:.2g}, where its own spread is {noise:.2g})"
         raise UnsupportedError(msg)
 
 

@@ -147,21 +147,33 @@ class Engines:
         from langchain_quantllm.engine.stages import find_stages
 
         model = self._pipeline.model
-        stages = None if unsupported_reason(model) is not None else find_stages(model)
-        options = {"fuse": fuse, "batch_invariant": batch_invariant}
-        if stages is not None:
-            with contextlib.ExitStack() as unused:
+        options: dict[str, Any] = {"fuse": fuse, "batch_invariant": batch_invariant}
+        reason = None
+        with contextlib.ExitStack() as unused:
+            try:
+                stages = None if unsupported_reason(model) is not None else find_stages(model)
+            except UnsupportedError as error:
+                stages, reason = None, str(error)
+            if stages is not None:
                 unused.callback(stages.close)
                 made = self._make_fast_in(stages, kv_cache_memory, **options)
                 if made[0] is not None:
                     self._stages.append(stages)
                     unused.pop_all()
                     return made
-            _log.warning("the model runs on its devices by accelerate's hooks, which is slow: %s", made[2])
-        return self._make_fast_in(None, kv_cache_memory, **options)
+                reason = made[2]
+        if reason is not None:
+            _log.warning("the model runs on its devices by accelerate's hooks, which is slow: %s", reason)
+        return self._make_fast_in(None, kv_cache_memory, no_stages_reason=reason, **options)
 
     def _make_fast_in(
-        self, stages: Stages | None, kv_cache_memory: Any, *, fuse: bool, batch_invariant: bool
+        self,
+        stages: Stages | None,
+        kv_cache_memory: Any,
+        *,
+        fuse: bool,
+        batch_invariant: bool,
+        no_stages_reason: str | None = None,
     ) -> tuple[ContinuousEngine | None, Fusion | None, str | None]:
         """Make a fast engine that runs the model in some stages; None runs it by its own hooks."""
         from langchain_quantllm.engine.continuous import ContinuousEngine
@@ -169,7 +181,7 @@ class Engines:
         found = self._fuse(batch_invariant, stages, fuse=fuse) if fuse or batch_invariant else (None, None)
         fusion, reason = found
         given: dict[str, Any] = {"kv_cache_memory": kv_cache_memory, "adapters": self._switch, "stages": stages}
-        given["batch_invariant"] = batch_invariant
+        given |= {"batch_invariant": batch_invariant, "no_stages_reason": no_stages_reason}
         with contextlib.ExitStack() as unused:
             if fusion is not None:
                 unused.callback(fusion.close)

@@ -50,6 +50,9 @@ def find_stages(model: Any) -> Stages | None:
     """Find the stages of a model that lies on several GPUs; None for all others.
 
     Models with modules on the CPU or on a disk run by accelerate's hooks.
+
+    Raises:
+        UnsupportedError: If it cannot be divided; the message is the reason.
     """
     large = (buffer for buffer in model.buffers() if buffer.nbytes > _FLOATING_BYTES)
     devices = {tensor.device for tensor in (*model.parameters(), *large)}
@@ -57,10 +60,7 @@ def find_stages(model: Any) -> Stages | None:
         return None
     if any(map(offloads_weights, model.modules())):
         return None
-    try:
-        return Stages(model)
-    except UnsupportedError:
-        return None
+    return Stages(model)
 
 
 class Stages:
@@ -116,7 +116,6 @@ class Stages:
         order = [self._places[id(module)] for module in modules if id(module) in self._places]
         head = model.get_output_embeddings()
         self.last = order[-1] if head is None else self._place_of(head)
-        self._count = len(set(order))
         for device in dict.fromkeys(place.device for place in (self.first, *order)):
             for module in floating:
                 if self._floating[id(module)] != device:
@@ -140,6 +139,13 @@ class Stages:
     def places(self) -> tuple[Place, ...]:
         """The places, in the order of the model's modules."""
         return tuple(dict.fromkeys([self.first, *self._places.values()]))
+
+    @property
+    def layout(self) -> dict[str, Place]:
+        """The place of each module that a stage may begin with, by its name; the first and the last one as well."""
+        named = self._model.named_modules()
+        found = {name: self._places[id(module)] for name, module in named if id(module) in self._places}
+        return found | {"first stage": self.first, "last stage": self.last}
 
     @property
     def replicas(self) -> list[Any]:

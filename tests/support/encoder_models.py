@@ -195,6 +195,18 @@ def tiny_embedder(
     return folder
 
 
+def plain_gpt2(folder: Path) -> Path:
+    """Save a random GPT-2 of one layer, whose matrices lie the other way round than those of linear layers."""
+    import transformers
+
+    torch.manual_seed(0)
+    tokenizer = word_tokenizer(side="right", ends=False)
+    config = transformers.GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=64, n_layer=1, n_head=4)
+    transformers.GPT2Model(config).eval().to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def tiny_qwen3_embedder(folder: Path) -> Path:
     """Save a random Qwen3 of two layers as Qwen3-Embedding is: padding on the left, the last token's vector."""
     import transformers

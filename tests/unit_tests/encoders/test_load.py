@@ -14,9 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
+from bitsandbytes.functional import dequantize_4bit
 from sentence_transformers import SentenceTransformer
 
 from benchmarks.rag_corpus import passages
+from langchain_quantllm.compat.bitsandbytes import shape_of
 from langchain_quantllm.encoders.embedding import Embed
 from langchain_quantllm.encoders.registry import LoadedEncoder, get_or_load
 from langchain_quantllm.encoders.spec import EncoderSpec
@@ -28,7 +31,7 @@ from langchain_quantllm.errors import (
     UnsupportedError,
 )
 from langchain_quantllm.schemes import NF4, scheme_from
-from tests.support.encoder_models import minilm, mpnet, plain_bert, tiny_embedder, tiny_qwen3_embedder
+from tests.support.encoder_models import minilm, mpnet, plain_bert, plain_gpt2, tiny_embedder, tiny_qwen3_embedder
 
 TEXTS = [
     "The capital of France is Paris.",
@@ -108,6 +111,19 @@ def test_a_narrow_encoder_in_4_bits_keeps_values_and_outputs_of_attention_unless
     assert kept(512, "nf4") == set()
     assert kept(64, NF4(skip_modules=("pooler",))) == set()
     assert kept(64, NF4(skip_modules=("self.key",))) == {"attention.self.key"}
+
+
+def test_matrices_of_gpt2_keep_their_direction_in_4_bits(tmp_path: Path) -> None:
+    """Also a square one, whose shape does not tell how it lies."""
+    source = plain_gpt2(tmp_path / "gpt2")
+    exact = transformers.GPT2Model.from_pretrained(source, dtype=torch.float32)
+    encoder = load(source, "nf4", pooling="mean")
+    quantized = {name.partition("h.")[2]: m for name, m in encoder.model.named_modules() if shape_of(m) is not None}
+    assert {"0.attn.c_attn", "0.attn.c_proj", "0.mlp.c_fc"} <= quantized.keys()
+    for name, module in quantized.items():
+        expected = exact.h.get_submodule(name).weight.T
+        found = dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+        assert (found - expected).norm() < 0.1 * expected.norm(), name
 
 
 @pytest.mark.slow

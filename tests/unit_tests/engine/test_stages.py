@@ -30,8 +30,8 @@ from langchain_quantllm.engine.model_runner import ModelRunner
 from langchain_quantllm.engine.request import plan_requests
 from langchain_quantllm.engine.scheduler import Scheduler
 from langchain_quantllm.engine.sequence import bare_sequence
-from langchain_quantllm.engine.stages import Stages, find_stages
-from langchain_quantllm.errors import InvalidOptionError
+from langchain_quantllm.engine.stages import StageRun, Stages, find_stages
+from langchain_quantllm.errors import GenerationError, InvalidOptionError, UnsupportedError
 from langchain_quantllm.kernels import reference
 from langchain_quantllm.kernels.linear import reference as linear_reference
 from langchain_quantllm.options import GenerationOptions
@@ -340,10 +340,33 @@ def test_a_model_that_stages_do_not_fit_runs_by_its_hooks(
     monkeypatch.setattr(stages_module, "find_stages", partial(Stages, first_layers=(1,)))
     monkeypatch.setattr(stages_module.StageRun, "enter", enter)
     llm = llm_of(model, tokenizer, max_new_tokens=4, engine="fast")
-    assert llm.engine_info.reason == "one running batch over KV cache blocks"
+    assert "accelerate's hooks move its tensors between devices" in llm.engine_info.reason
+    assert "its code mixes devices" in llm.engine_info.reason
     assert not forwards_in(model)
     assert "its code mixes devices" in caplog.text
     llm.unload()
+
+
+def test_why_a_model_cannot_be_divided_is_told(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def find(_: Any) -> Any:
+        msg = "it has weights of its own beside modules on other devices"
+        raise UnsupportedError(msg)
+
+    monkeypatch.setattr(stages_module, "find_stages", find)
+    llm = llm_of(tiny_model(49152), tokenizer, max_new_tokens=4, engine="fast")
+    assert "by the host: it has weights of its own" in llm.engine_info.reason
+    llm.unload()
+
+
+@pytest.mark.parametrize("fuses", [False, True])
+def test_a_model_whose_stages_compute_something_else_is_refused(
+    fuses: bool, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with fused steps, where its own logits are computed in stages as well."""
+    monkeypatch.setattr(StageRun, "_copy", lambda _, tensor: tensor * 1.5 if tensor.is_floating_point() else tensor)
+    model = hooked(tiny_model(49152))
+    with pytest.raises(UnsupportedError, match="its logits in stages are not its own"):
+        engine_in_stages(model, tokenizer, fuses=fuses)
 
 
 def test_a_changed_model_is_divided_anew(tokenizer: Any) -> None:
@@ -359,6 +382,56 @@ def test_a_changed_model_is_divided_anew(tokenizer: Any) -> None:
     stages = engine._parts._stages
     assert stages.place_of(id(model.lm_head)) == stages.last
     assert isinstance(model.lm_head.__dict__["forward"], ForwardPatch)
+    engine.close()
+
+
+@pytest.mark.parametrize("name", ["gpt_neo", "diffllama"])
+def test_hooks_are_passed_by_after_changes_too(name: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in modules that others of the engine's parts have patched over their stage."""
+    model = hooked(family_model(FAST[name]))
+    engine = engine_in_stages(model, tokenizer)
+
+    def patches(module: Any) -> int:
+        forward, count = module.__dict__.get("forward"), 0
+        while isinstance(forward, ForwardPatch):
+            forward, count = forward.before, count + 1
+        return count
+
+    moved: list[Any] = []
+
+    def pre_forward(_: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
+        moved.append(module)
+        return args, kwargs
+
+    before = [patches(module) for module in model.modules()]
+    assert max(before) == 2
+    for _ in range(2):
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(1.5)
+        expected = generated_ids(model, PROMPTS[0], 4)
+        with monkeypatch.context() as patched:
+            patched.setattr(AlignDevicesHook, "pre_forward", pre_forward)
+            assert write(engine, PROMPTS[:1], 4) == [expected]
+        assert not moved
+    assert [patches(module) for module in model.modules()] == before
+    engine.close()
+
+
+def test_layers_that_lie_elsewhere_after_a_change_are_not_run(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their blocks would be on another device than they are."""
+    model = tiny_model(49152)
+    engine = engine_in_stages(model, tokenizer)
+    divide = Stages._divide
+
+    def moved(self: Any, model: Any) -> None:
+        divide(self, model)
+        self._places[id(model.model.norm)] = self._places[id(model.model.layers[0])]
+
+    monkeypatch.setattr(Stages, "_divide", moved)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(-1)
+    with pytest.raises(GenerationError, match="its layers lie on other devices; load it again"):
+        write(engine, PROMPTS[:1], 4)
     engine.close()
 
 
