@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import logging
 import secrets
@@ -142,6 +143,12 @@ class ServerEngine:
                     "calls or reasoning, and this server gives texts without them; use a server that gives token ids."
                 )
                 raise InvalidOptionError(msg)
+            if set(request.eos_token_ids) != set(self.limits.eos_token_ids):
+                msg = (
+                    f"eos_token_id={list(request.eos_token_ids)!r} takes token ids, which this server does not give; "
+                    "leave it out, or name strings in stop=."
+                )
+                raise InvalidOptionError(msg)
 
     # The thread.
 
@@ -180,7 +187,7 @@ class ServerEngine:
         for completion in completions:
             task = self._loop.create_task(self._run(completion, requests))
             requests.tasks.add(task)
-            task.add_done_callback(lambda done: self._ended(stream, requests, done))
+            task.add_done_callback(functools.partial(self._ended, stream, completion.request))
         if timeout_s is not None:
             requests.timer = self._loop.call_later(timeout_s, self._look_at, stream)
         self._look_at(stream)
@@ -196,10 +203,15 @@ class ServerEngine:
         elif not stream.is_full:
             requests.may_read.set()
 
-    def _ended(self, stream: ChunkStream, requests: StreamRequests, task: asyncio.Task[None]) -> None:
+    def _ended(self, stream: ChunkStream, request: Request, task: asyncio.Task[None]) -> None:
+        """Count a request off; a task that is cancelled before its first step has run nothing of `_run`."""
+        with self._lock:
+            self._unended.subtract([(request.owner, request.max_rows)])
+            self._unended += Counter()  # drops those that are none
+        requests = self._streams[stream]
         requests.tasks.discard(task)
         if not requests.tasks:
-            self._streams.pop(stream, None)
+            del self._streams[stream]
             if requests.timer is not None:
                 requests.timer.cancel()
 
@@ -225,9 +237,8 @@ class ServerEngine:
     # A request.
 
     async def _run(self, completion: Completion, requests: StreamRequests) -> None:
-        request = completion.request
         try:
-            async with self._places.hold(request):
+            async with self._places.hold(completion.request):
                 completion.start()
                 await self._send(completion, requests)
         except asyncio.CancelledError:
@@ -237,10 +248,6 @@ class ServerEngine:
         except Exception as error:
             _log.debug("a request to a server failed", exc_info=True)
             completion.stream.fail(request_failure(error))
-        finally:
-            with self._lock:
-                self._unended.subtract([(request.owner, request.max_rows)])
-                self._unended += Counter()  # drops those that are none
 
     async def _send(self, completion: Completion, requests: StreamRequests) -> None:
         """Send a request until it has ended, again as long as nothing has come."""
@@ -276,8 +283,10 @@ class ServerEngine:
             if request.stop_token_ids:
                 body["stop"] = [self._tokenizer.decode([i]) for i in request.stop_token_ids]
             return body
-        # Tokens that the server would end at, and this request does not, are not to end it: it ends here then.
-        goes_on = options.ignore_eos or not set(self.limits.eos_token_ids) <= set(request.eos_token_ids)
+        # Tokens that the server would end at, and this request does not, are not to end it: it ends here then. A text
+        # of a form ends at the model's own end tokens too, which an automaton chooses when the text is complete.
+        own_ends = set(self.limits.eos_token_ids)
+        goes_on = request.form is None and (options.ignore_eos or not own_ends <= set(request.eos_token_ids))
         body |= {
             "top_k": options.top_k if options.do_sample else 0,
             "min_p": options.min_p if options.do_sample else 0.0,
