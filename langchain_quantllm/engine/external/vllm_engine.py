@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import functools
 import itertools
 import threading
 import weakref
@@ -275,6 +276,7 @@ class VLLMEngine:
                     continue
                 begun[request.owner] += 1
                 job.task = asyncio.create_task(self._run(job), name="quantllm-request")
+                job.task.add_done_callback(functools.partial(self._ended, job))
 
     def _look_at(self, stream: ChunkStream) -> None:
         """Cancel the requests of a stream that is closed or over its time; let those of one that was read go on."""
@@ -291,6 +293,11 @@ class VLLMEngine:
             else:
                 self._leave(job)
 
+    def _ended(self, job: _Job, _: asyncio.Task[None]) -> None:
+        """Give a job's place to the next; a task that is cancelled before its first step has run nothing of `_run`."""
+        self._leave(job)
+        self._admit()
+
     def _leave(self, job: _Job) -> None:
         with self._lock:
             if job in self._jobs:
@@ -306,9 +313,6 @@ class VLLMEngine:
             if vllm.is_death(error) or (self._llm is not None and vllm.has_died(self._llm)):
                 self._fail_all(GenerationError(DIED), error)
             job.stream.fail(_failure(error))
-        finally:
-            self._leave(job)
-            self._admit()
 
     async def _generate(self, job: _Job) -> None:
         request, stream, completion = job.request, job.stream, job.completion
@@ -338,6 +342,7 @@ class VLLMEngine:
                     job.may_write.clear()
                     if stream.is_full:  # else it has been read meanwhile, and nothing would set the event
                         await job.may_write.wait()
+        _check_end("without a last token")
 
     def _push(self, completion: Completion, output: vllm.OutputTokens) -> None:
         request = completion.request
