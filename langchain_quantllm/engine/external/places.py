@@ -36,8 +36,8 @@ class _Owner:
 class Places:
     """A number of places, taken in the order of priorities, then of arrival.
 
-    `Request.max_rows` bounds the places of its owner, and holds up no other owner. A step takes as long as the logarithm
-    of the requests that wait.
+    `Request.max_rows` bounds the places of its owner, and holds up no other owner. A step takes as long as the
+    logarithm of the requests that wait.
     """
 
     def __init__(self, count: int) -> None:

@@ -267,11 +267,12 @@ class VLLMEngine:
     def _admit(self) -> None:
         """Hand requests to vLLM that may begin, the most urgent first, then the oldest."""
         with self._lock:
+            waiting = [job for job in self._jobs if job.task is None and not job.stream.cancelled]
+            if not waiting:
+                return
             begun = Counter(job.request.owner for job in self._jobs if job.task is not None)
-            for job in sorted(self._jobs, key=lambda job: job.request.options.priority):
+            for job in sorted(waiting, key=lambda job: job.request.options.priority):
                 request = job.request
-                if job.task is not None or job.stream.cancelled:
-                    continue
                 if request.max_rows is not None and begun[request.owner] >= request.max_rows:
                     continue
                 begun[request.owner] += 1

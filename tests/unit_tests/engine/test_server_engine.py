@@ -562,6 +562,24 @@ class TestForms:
         assert (with_form["ignore_eos"], with_form["stop_token_ids"]) == (False, [7])
         assert without["ignore_eos"]  # it ends here, at token 7 alone
 
+    @pytest.mark.parametrize("holds", [True, False])
+    def test_a_server_of_an_unknown_kind_is_tried(self, server: ScriptedServer, make_llm: Made, holds: bool) -> None:
+        server.models = [{"id": "tiny", "owned_by": "someone"}]
+        server.script, server.holds_forms = [write("yes")], holds
+        llm = make_llm(server)
+        chat = ChatQuantizedHuggingFace(llm=llm, chat_template="{{ messages[0].content }}")
+        assert llm.engine_info.version == "someone"
+        assert server.form is not None
+        if holds:
+            chat.invoke("Well?", constraint=Choice(("yes", "no")), temperature=1.0, top_k=3)
+            assert server.asked[0].body["structured_outputs"] == {"choice": ["yes", "no"]}
+            return
+        with pytest.raises(UnsupportedError, match="it knows none"):
+            chat.invoke("Well?", constraint=Choice(("yes", "no")))
+        with pytest.raises(InvalidOptionError, match="top_k=3 is not carried out by this server"):
+            llm.invoke(PROMPT, temperature=1.0, top_k=3)
+        assert llm.invoke(PROMPT) == "yes"
+
     def test_a_server_without_forms_refuses_those_that_must_hold(self, make_llm: Made) -> None:
         def script(asked: Asked) -> None:
             asked.open_stream()
