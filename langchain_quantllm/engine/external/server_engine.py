@@ -182,6 +182,8 @@ class ServerEngine:
         return ServerClient(self._server), Places(self._server.max_connections)
 
     def _begin(self, stream: ChunkStream, completions: Sequence[Completion], timeout_s: float | None) -> None:
+        if not completions:  # nothing would end them
+            return
         requests = StreamRequests()
         self._streams[stream] = requests
         for completion in completions:

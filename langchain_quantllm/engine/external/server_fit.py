@@ -168,7 +168,7 @@ async def _holds_forms(client: ServerClient, model: str, source: EngineSource) -
     except (InvalidOptionError, ServerError):
         return False
     found = choice.get("token_ids")
-    if not _is_ids(found) or any(not 0 <= i < source.limits.vocab_size for i in found):
+    if found is None or not _is_ids(found) or any(not 0 <= i < source.limits.vocab_size for i in found):
         return False
     begin = source.tokenizer.decode(found, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return bool(begin) and _PROBED_CHOICE.startswith(begin)

@@ -187,6 +187,14 @@ class TestWhatIsSent:
         wait_until(lambda: not engine._unended, 20)
         assert llm.invoke(PROMPT) == " blue"
 
+    def test_calls_that_have_ended_leave_nothing(self, server: ScriptedServer, make_llm: Made) -> None:
+        server.script = [write(" blue")]
+        llm = make_llm(server)
+        assert llm.generate([]).generations == []
+        assert llm.batch([PROMPT, PROMPT]) == [" blue", " blue"]
+        engine = llm._engine()
+        wait_until(lambda: not engine._streams and not engine._unended and not engine._places._owners, 20)
+
 
 class TestWhatComesBack:
     def test_cached_tokens_and_reasons(self, server: ScriptedServer, make_llm: Made) -> None:
