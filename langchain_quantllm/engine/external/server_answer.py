@@ -29,6 +29,14 @@ class StreamRequests:
         self.tasks: set[asyncio.Task[None]] = set()
         self.timer: asyncio.TimerHandle | None = None
         self.may_read = asyncio.Event()
+        self._is_cancelled = False
+
+    def cancel(self) -> None:
+        """Cancel the tasks, once: a second time would interrupt them while they close their connections."""
+        if not self._is_cancelled:
+            self._is_cancelled = True
+            for task in self.tasks:
+                task.cancel()
 
 
 class Answer:

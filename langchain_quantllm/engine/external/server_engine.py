@@ -200,8 +200,7 @@ class ServerEngine:
         if requests is None:
             return
         if stream.should_stop():
-            for task in requests.tasks:
-                task.cancel()
+            requests.cancel()
         elif not stream.is_full:
             requests.may_read.set()
 
@@ -222,8 +221,7 @@ class ServerEngine:
         for stream, requests in list(self._streams.items()):
             if not stream.cancelled:
                 stream.fail(GenerationError("the model was unloaded while it was generating."))
-            for task in requests.tasks:
-                task.cancel()
+            requests.cancel()
         self._loop.create_task(self._stop()).add_done_callback(lambda _: self._loop.stop())
 
     async def _stop(self) -> None:

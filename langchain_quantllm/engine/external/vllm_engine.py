@@ -68,6 +68,13 @@ class _Job:
         self.task: asyncio.Task[None] | None = None
         self.may_write = asyncio.Event()
         """Set when a stream that was full has been read, or has ended."""
+        self._is_cancelled = False
+
+    def cancel(self) -> None:
+        """Cancel the task, once: a second time would interrupt it while it aborts its request at vLLM."""
+        if self.task is not None and not self._is_cancelled:
+            self._is_cancelled = True
+            self.task.cancel()
 
     @property
     def request(self) -> Request:
@@ -290,7 +297,7 @@ class VLLMEngine:
             if not ends:
                 job.may_write.set()
             elif job.task is not None:
-                job.task.cancel()
+                job.cancel()
             else:
                 self._leave(job)
 

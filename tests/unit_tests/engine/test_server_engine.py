@@ -287,6 +287,31 @@ class TestWhatComesBack:
         stream.close()
         assert cut.wait(20)
 
+    def test_a_stream_that_is_closed_again_and_again_ends_the_request(
+        self, server: ScriptedServer, make_llm: Made
+    ) -> None:
+        cut = threading.Event()
+
+        def script(asked: Asked) -> None:
+            asked.open_stream()
+            asked.tokens(ids_of("one two"))
+            if asked.wait_for_cut():
+                cut.set()
+
+        server.script = [script]
+        llm = make_llm(server, {"max_new_tokens": 100})
+        engine = llm._engine()
+        stream = engine.submit(llm._requests(PROMPT, llm._options(None, {})))
+        assert next(iter(stream)).text
+
+        def close(times: int) -> None:  # while the connection is being closed
+            stream.close()
+            if times:
+                engine._loop.call_soon(close, times - 1)
+
+        engine._loop.call_soon_threadsafe(close, 20)
+        assert cut.wait(20)
+
     def test_a_time_limit_ends_the_request_at_the_server_without_a_reader(
         self, server: ScriptedServer, make_llm: Made
     ) -> None:
