@@ -23,7 +23,13 @@ from langchain_quantllm.engine.request import Engine, EngineInfo, OutputForm, Re
 from langchain_quantllm.engine.selection import Engines
 from langchain_quantllm.engine.stream import ChunkStream
 from langchain_quantllm.engine.worker import UNLOADED
-from langchain_quantllm.errors import GenerationError, GenerationTimeoutError, InvalidOptionError, PromptTooLongError
+from langchain_quantllm.errors import (
+    GenerationError,
+    GenerationTimeoutError,
+    InvalidOptionError,
+    PromptTooLongError,
+    QuantLLMError,
+)
 from langchain_quantllm.loading.arguments import LOADING_FIELDS
 from langchain_quantllm.loading.external import ExternalModel, external_key, get_or_open
 from langchain_quantllm.loading.inputs import (
@@ -168,8 +174,11 @@ class QuantizedModel(ModelFields):
         """
         for other in list(_instances.values()):
             waits = other.own_pipeline is None and (other._model is None or other._model.closed)
-            if waits and other is not self and other._key() == key:
-                other._model = model
+            if not waits or other is self:
+                continue
+            with contextlib.suppress(QuantLLMError):  # a field was set to what is not allowed: its own call raises it
+                if other._key() == key:
+                    other._model = model
 
     def _key(self) -> str:
         """Return a text that is equal for instances that share a model."""

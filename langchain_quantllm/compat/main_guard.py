@@ -64,8 +64,12 @@ def _is_unguarded(file: str, line: int) -> bool:
         tree = ast.parse(Path(file).read_bytes())
     except (OSError, SyntaxError, ValueError):
         return False
-    found = [node for node in tree.body if node.lineno <= line <= (node.end_lineno or node.lineno)]
-    return bool(found) and not any(isinstance(node, ast.If) and _asks_for_main(node.test) for node in found)
+    around = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.stmt) and node.lineno <= line <= (node.end_lineno or node.lineno)
+    ]
+    return bool(around) and not any(isinstance(node, ast.If) and _asks_for_main(node.test) for node in around)
 
 
 def _asks_for_main(test: ast.expr) -> bool:

@@ -174,6 +174,7 @@ def open_model(spec: LoadSpec, external: ExternalEngine) -> ExternalModel:
         checkpoint = _find(spec, source)
         parts = _load_parts(spec, checkpoint)
     stored = checkpoint.quantization
+    scheme = spec.scheme or (Unquantized() if stored is None else scheme_of_config(stored))
     engine = external.open(
         EngineSource(
             model_id=spec.model_id,
@@ -193,7 +194,6 @@ def open_model(spec: LoadSpec, external: ExternalEngine) -> ExternalModel:
             limits=limits_of(parts),
         )
     )
-    scheme = spec.scheme or (Unquantized() if stored is None else scheme_of_config(stored))
     return ExternalModel(parts, scheme, engine, external=external, adapters=given)
 
 

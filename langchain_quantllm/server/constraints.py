@@ -1,17 +1,30 @@
-"""The form of an answer that a request asks for, as a constraint and as the masks of its tokens."""
+"""The form of an answer that a request asks for, as a constraint and in the engine's terms."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from langchain_quantllm.base import QuantizedModel
 from langchain_quantllm.chat.options import ChatOptions
-from langchain_quantllm.engine.request import ModelLimits, TokenMask
+from langchain_quantllm.engine.request import Engine
+from langchain_quantllm.loading.inputs import require_parts
 from langchain_quantllm.options import GenerationOptions
 from langchain_quantllm.server.errors import invalid
 from langchain_quantllm.server.fields import GenerationBody, StructuredOutputs
-from langchain_quantllm.structured import Choice, Compiler, Constraint, Grammar, JSONObject, JSONSchema, Regex
+from langchain_quantllm.structured import (
+    Choice,
+    Compiler,
+    Constraint,
+    Grammar,
+    JSONObject,
+    JSONSchema,
+    Regex,
+    output_form,
+)
+
+if TYPE_CHECKING:
+    from langchain_quantllm.engine.external.spec import ExternalEngineRun
 
 _KINDS: dict[str, Callable[[Any], Constraint]] = {
     "json_": JSONSchema,
@@ -47,14 +60,28 @@ def _structured(form: StructuredOutputs) -> Constraint:
     return _KINDS[name](value)
 
 
-def mask_of(
-    model: QuantizedModel, constraint: Constraint | None, options: GenerationOptions, limits: ModelLimits
-) -> Callable[[], TokenMask] | None:
-    """Compile the constraint of a text; None without one."""
+def enforce(
+    constraint: Constraint | None, model: QuantizedModel, options: GenerationOptions, engine: Engine
+) -> dict[str, Any]:
+    """Write the constraint of a text in the engine's terms, as arguments of its requests.
+
+    Args:
+        constraint: The constraint; None without one.
+        model: The model.
+        options: The options of the call.
+        engine: Its engine; one of others has an automaton of its own.
+
+    Raises:
+        QuantLLMError: If the engine cannot hold a text to it.
+    """
     if constraint is None:
-        return None
-    compiler: Compiler = model._loaded().remember(
-        ("grammars",), lambda: Compiler(model.pipeline.tokenizer, limits.vocab_size, limits.eos_token_ids)
+        return {}
+    loaded = model._loaded()
+    if loaded.external is not None:
+        return {"form": output_form(constraint, cast("ExternalEngineRun", engine).forms)}
+    limits = engine.limits
+    compiler: Compiler = loaded.remember(
+        ("grammars",), lambda: Compiler(require_parts(loaded).tokenizer, limits.vocab_size, limits.eos_token_ids)
     )
     most = options.max_new_tokens or limits.context_tokens or 2**31
-    return compiler.mask_factory(constraint, most, options.eos_token_id)
+    return {"mask": compiler.mask_factory(constraint, most, options.eos_token_id)}

@@ -16,8 +16,8 @@ from langchain_quantllm.base import PreparedCall, QuantizedModel
 from langchain_quantllm.chat_models import ChatQuantizedHuggingFace
 from langchain_quantllm.engine.request import Engine, EngineLoad, Request
 from langchain_quantllm.errors import InvalidOptionError
-from langchain_quantllm.loading.inputs import token_ids
-from langchain_quantllm.server.constraints import constraint_of, mask_of
+from langchain_quantllm.loading.inputs import require_parts, token_ids
+from langchain_quantllm.server.constraints import constraint_of, enforce
 from langchain_quantllm.server.errors import APIError, invalid, unavailable
 from langchain_quantllm.server.fields import (
     MOST_SEQUENCES,
@@ -146,7 +146,7 @@ class ServedModel:
     @property
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
-        return self.model.pipeline.tokenizer
+        return require_parts(self.model._loaded()).tokenizer
 
     # Names.
 
@@ -213,14 +213,14 @@ class ServedModel:
         if constraint is not None:  # a complete text may only end
             options = dataclasses.replace(options, min_new_tokens=0, min_length=0)
         engine = self.model._engine(options)
-        mask = mask_of(self.model, constraint, options, engine.limits)
+        rule = enforce(constraint, self.model, options, engine)
         requests = [
             request
             for prompt in prompts
             for request in (
-                self.model._requests(prompt, options, engine=engine, mask=mask)
+                self.model._requests(prompt, options, engine=engine, **rule)
                 if isinstance(prompt, str)
-                else self.model._requests_of_ids(prompt, options, engine=engine, mask=mask)
+                else self.model._requests_of_ids(prompt, options, engine=engine, **rule)
             )
         ]
         return PreparedCall(

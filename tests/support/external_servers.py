@@ -96,6 +96,9 @@ class ScriptedServer:
         self.asked: list[Asked] = []
         self.models = models if models is not None else [{"id": "tiny", "owned_by": "vllm"}]
         self.answers_models: Callable[[Asked], None] = lambda asked: asked.answer({"data": self.models})
+        self.form: Any = None
+        """The form that a whole completion was asked to have; its first choice is begun if there is a tokenizer."""
+        self.holds_forms = True
         self._gives_ids = gives_ids
         self._tokenizer = tokenizer
         self._listener = socket.create_server((HOST, 0), backlog=256)
@@ -152,6 +155,10 @@ class ScriptedServer:
             asked.answer({"tokens": self._tokenizer.encode(body["prompt"], add_special_tokens=False)})
         elif asked.path == "/v1/completions" and not body.get("stream"):
             ids = {"token_ids": [1]} if self._gives_ids else {}
+            if (form := body.get("structured_outputs")) is not None:
+                self.form = form
+                if self.holds_forms and self._tokenizer is not None:
+                    ids = {"token_ids": self._tokenizer.encode(form["choice"][0], add_special_tokens=False)[:1]}
             asked.answer({"choices": [{"text": "", **ids}]})
         elif asked.path == "/v1/completions":
             self.asked.append(asked)

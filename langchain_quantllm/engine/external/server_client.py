@@ -48,7 +48,11 @@ class ServerClient:
         self._root = server.url.removesuffix("/v1")
         read_s = server.read_timeout_s
         self._client = httpx.AsyncClient(
-            headers={"User-Agent": "langchain-quantllm", **({} if key is None else {"Authorization": f"Bearer {key}"})},
+            headers={
+                "User-Agent": "langchain-quantllm",
+                "Accept-Encoding": "identity",  # a compressed stream comes late
+                **({} if key is None else {"Authorization": f"Bearer {key}"}),
+            },
             verify=server.url.startswith("https:"),  # certificates take time to read
             timeout=httpx.Timeout(connect=server.connect_timeout_s, read=read_s, write=read_s, pool=None),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=server.max_connections),
@@ -113,6 +117,8 @@ class ServerClient:
             except httpx.TransportError as error:
                 await attempts.pause(LostAnswerError(self._unreachable(error)))
                 continue
+            except httpx.DecodingError as error:
+                raise self._undecodable(error) from error
             try:
                 return json.loads(content)
             except ValueError as error:
@@ -139,7 +145,7 @@ class ServerClient:
                 if not kind.startswith("text/event-stream"):
                     msg = f"{self._completions} answers with {kind or 'no type'!r} instead of a stream of events."
                     raise ServerError(msg)
-                async for piece in response.aiter_raw():  # to its end, so that the connection can be used again
+                async for piece in response.aiter_bytes():  # to its end, so that the connection can be used again
                     for event in reader.push(piece):
                         if event.strip() != "[DONE]":
                             yield self._part(event)
@@ -153,6 +159,8 @@ class ServerClient:
             raise ServerError(msg) from error
         except httpx.TransportError as error:
             raise LostAnswerError(ServerError(f"{_LOST} ({_words(error)}): {self._server.url}.")) from error
+        except httpx.DecodingError as error:
+            raise self._undecodable(error) from error
         except ValueError as error:
             if isinstance(error, InvalidOptionError | PromptTooLongError):
                 raise
@@ -212,6 +220,9 @@ class ServerClient:
             return ServerError(f"no server answers at {url} ({_words(error)}); start it, or check the address.")
         return ServerError(f"the connection to {url} failed ({_words(error)}).")
 
+    def _undecodable(self, error: httpx.DecodingError) -> ServerError:
+        return ServerError(f"{self._server.url} sends an answer whose compression cannot be read ({_words(error)}).")
+
     async def _refusal(self, response: httpx.Response) -> Exception:
         """Return the error for an answer of another status than 200."""
         status, url = response.status_code, str(response.request.url)
@@ -223,6 +234,8 @@ class ServerClient:
                     break
         except httpx.TransportError as error:
             return LostAnswerError(ServerError(f"{_LOST} ({_words(error)}): {self._server.url}."))
+        except httpx.DecodingError:
+            content = b""  # the status says enough
         told = _told_in(content)
         said = f": {told}." if told else "."
         if status in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):

@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import logging
 import secrets
 import threading
 from collections import Counter
-from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from langchain_quantllm.engine.clean_thread import start_thread
 from langchain_quantllm.engine.detokenizer import Completion, begin_completions
 from langchain_quantllm.engine.external.places import Places
 from langchain_quantllm.engine.external.requests import check_requests
+from langchain_quantllm.engine.external.server_answer import Answer, StreamRequests
 from langchain_quantllm.engine.external.server_client import Attempts, LostAnswerError, ServerClient
 from langchain_quantllm.engine.external.server_fit import ServerFit, find_fit
 from langchain_quantllm.engine.external.server_options import ServerOptions
@@ -30,17 +32,14 @@ from langchain_quantllm.engine.external.spec import EngineSource
 from langchain_quantllm.engine.failures import request_failure
 from langchain_quantllm.engine.process import check_process, is_forked, note_loading
 from langchain_quantllm.engine.request import EngineInfo, Request, check_queue
-from langchain_quantllm.engine.stream import Chunk, ChunkStream, TokenLogprob
+from langchain_quantllm.engine.stream import ChunkStream
 from langchain_quantllm.engine.worker import UNLOADED
-from langchain_quantllm.errors import GenerationError, InvalidOptionError, QuantLLMError, ServerError
+from langchain_quantllm.errors import GenerationError, InvalidOptionError, QuantLLMError
 from langchain_quantllm.options import BASE_ADAPTER
 
 _log = logging.getLogger(__name__)
 
 _WAIT_S, _END_S = 0.5, 30.0
-_REST_S = 2.0
-"""Longest wait for the counts behind an answer."""
-
 _MOST_SEED = 2**63
 
 _Result = TypeVar("_Result")
@@ -68,7 +67,7 @@ class ServerEngine:
         self._unended: Counter[tuple[int | None, int | None]] = Counter()
         """Requests that have not ended, by their owner and its `max_rows`; under the lock."""
         self._closed = False
-        self._streams: dict[ChunkStream, _Requests] = {}  # on the loop's thread only
+        self._streams: dict[ChunkStream, StreamRequests] = {}  # on the loop's thread only
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._serve, name="quantllm-server", daemon=True)
         start_thread(self._thread, "the connection to a server")
@@ -144,6 +143,12 @@ class ServerEngine:
                     "calls or reasoning, and this server gives texts without them; use a server that gives token ids."
                 )
                 raise InvalidOptionError(msg)
+            if set(request.eos_token_ids) != set(self.limits.eos_token_ids):
+                msg = (
+                    f"eos_token_id={list(request.eos_token_ids)!r} takes token ids, which this server does not give; "
+                    "leave it out, or name strings in stop=."
+                )
+                raise InvalidOptionError(msg)
 
     # The thread.
 
@@ -177,12 +182,14 @@ class ServerEngine:
         return ServerClient(self._server), Places(self._server.max_connections)
 
     def _begin(self, stream: ChunkStream, completions: Sequence[Completion], timeout_s: float | None) -> None:
-        requests = _Requests()
+        if not completions:  # nothing would end them
+            return
+        requests = StreamRequests()
         self._streams[stream] = requests
         for completion in completions:
             task = self._loop.create_task(self._run(completion, requests))
             requests.tasks.add(task)
-            task.add_done_callback(lambda done: self._ended(stream, requests, done))
+            task.add_done_callback(functools.partial(self._ended, stream, completion.request))
         if timeout_s is not None:
             requests.timer = self._loop.call_later(timeout_s, self._look_at, stream)
         self._look_at(stream)
@@ -193,15 +200,19 @@ class ServerEngine:
         if requests is None:
             return
         if stream.should_stop():
-            for task in requests.tasks:
-                task.cancel()
+            requests.cancel()
         elif not stream.is_full:
             requests.may_read.set()
 
-    def _ended(self, stream: ChunkStream, requests: _Requests, task: asyncio.Task[None]) -> None:
+    def _ended(self, stream: ChunkStream, request: Request, task: asyncio.Task[None]) -> None:
+        """Count a request off; a task that is cancelled before its first step has run nothing of `_run`."""
+        with self._lock:
+            self._unended.subtract([(request.owner, request.max_rows)])
+            self._unended += Counter()  # drops those that are none
+        requests = self._streams[stream]
         requests.tasks.discard(task)
         if not requests.tasks:
-            self._streams.pop(stream, None)
+            del self._streams[stream]
             if requests.timer is not None:
                 requests.timer.cancel()
 
@@ -210,8 +221,7 @@ class ServerEngine:
         for stream, requests in list(self._streams.items()):
             if not stream.cancelled:
                 stream.fail(GenerationError("the model was unloaded while it was generating."))
-            for task in requests.tasks:
-                task.cancel()
+            requests.cancel()
         self._loop.create_task(self._stop()).add_done_callback(lambda _: self._loop.stop())
 
     async def _stop(self) -> None:
@@ -226,10 +236,9 @@ class ServerEngine:
 
     # A request.
 
-    async def _run(self, completion: Completion, requests: _Requests) -> None:
-        request = completion.request
+    async def _run(self, completion: Completion, requests: StreamRequests) -> None:
         try:
-            async with self._places.hold(request):
+            async with self._places.hold(completion.request):
                 completion.start()
                 await self._send(completion, requests)
         except asyncio.CancelledError:
@@ -239,17 +248,13 @@ class ServerEngine:
         except Exception as error:
             _log.debug("a request to a server failed", exc_info=True)
             completion.stream.fail(request_failure(error))
-        finally:
-            with self._lock:
-                self._unended.subtract([(request.owner, request.max_rows)])
-                self._unended += Counter()  # drops those that are none
 
-    async def _send(self, completion: Completion, requests: _Requests) -> None:
+    async def _send(self, completion: Completion, requests: StreamRequests) -> None:
         """Send a request until it has ended, again as long as nothing has come."""
         attempts = Attempts(self._server.max_retries)
         body = self._body(completion.request)
         while True:
-            answer = _Answer(completion, requests, self._fit, self._tokenizer)
+            answer = Answer(completion, requests, self._fit, self._tokenizer)
             try:
                 await answer.read(self._client, body)
             except LostAnswerError as lost:
@@ -278,8 +283,10 @@ class ServerEngine:
             if request.stop_token_ids:
                 body["stop"] = [self._tokenizer.decode([i]) for i in request.stop_token_ids]
             return body
-        # Tokens that the server would end at, and this request does not, are not to end it: it ends here then.
-        goes_on = options.ignore_eos or not set(self.limits.eos_token_ids) <= set(request.eos_token_ids)
+        # Tokens that the server would end at, and this request does not, are not to end it: it ends here then. A text
+        # of a form ends at the model's own end tokens too, which an automaton chooses when the text is complete.
+        own_ends = set(self.limits.eos_token_ids)
+        goes_on = request.form is None and (options.ignore_eos or not own_ends <= set(request.eos_token_ids))
         body |= {
             "top_k": options.top_k if options.do_sample else 0,
             "min_p": options.min_p if options.do_sample else 0.0,
@@ -300,156 +307,6 @@ class ServerEngine:
             value = request.form.value
             body["structured_outputs"] = {request.form.kind: list(value) if isinstance(value, tuple) else value}
         return body
-
-
-class _Requests:
-    """The requests of one stream: their tasks, their timer, and whether more may be read."""
-
-    def __init__(self) -> None:
-        self.tasks: set[asyncio.Task[None]] = set()
-        self.timer: asyncio.TimerHandle | None = None
-        self.may_read = asyncio.Event()
-
-
-class _Answer:
-    """One answer of the server, as it comes."""
-
-    def __init__(self, completion: Completion, requests: _Requests, fit: ServerFit, tokenizer: Any) -> None:
-        self._completion = completion
-        self._stream = completion.stream
-        self._requests = requests
-        self._fit = fit
-        self._tokenizer = tokenizer
-        self._last: Chunk | None = None
-        """The last chunk, held back until the server has told how many tokens it had cached."""
-        self._cached_tokens = 0
-        self.has_begun = False
-        """Whether tokens have come, so that the request is not to be sent again."""
-
-    async def read(self, client: ServerClient, body: Mapping[str, Any]) -> None:
-        """Send the request and read the answer to its end.
-
-        Raises:
-            LostAnswerError: If it failed in a way that may be different next time.
-            ServerError: If the server failed, or its answer has no end.
-        """
-        events = client.events(body)
-        try:
-            while (part := await self._next(events)) is not None:
-                if self._read_part(part):
-                    break
-                await self._wait_for_reader()
-        except (LostAnswerError, ServerError):
-            if self._completion.finish_reason is None:
-                raise
-        finally:
-            await events.aclose()  # ends the connection of an answer that is not read on
-        if self._completion.finish_reason is None:
-            raise LostAnswerError(ServerError("the server has ended an answer without its last part; look at its log."))
-        self._put_last()
-
-    async def _next(self, events: AsyncGenerator[Mapping[str, Any], None]) -> Mapping[str, Any] | None:
-        """Read the next part; None at the end. An answer that is complete waits but a moment for what is behind it."""
-        if self._completion.finish_reason is None:
-            return await anext(events, None)
-        with contextlib.suppress(asyncio.TimeoutError):
-            return await asyncio.wait_for(anext(events, None), _REST_S)
-        return None
-
-    async def _wait_for_reader(self) -> None:
-        """Read no more while the reader of the stream has enough: then the server waits as well."""
-        while self._stream.is_full:
-            self._requests.may_read.clear()
-            if self._stream.is_full:  # it may have been read meanwhile
-                await self._requests.may_read.wait()
-
-    def _read_part(self, part: Mapping[str, Any]) -> bool:
-        """Take a part of the answer; returns True if no more of it is wanted."""
-        usage = part.get("usage")
-        if isinstance(usage, Mapping):
-            details = usage.get("prompt_tokens_details")
-            cached = details.get("cached_tokens") if isinstance(details, Mapping) else None
-            self._cached_tokens = cached if isinstance(cached, int) else 0
-        choices = part.get("choices")
-        if not choices:
-            self._put_last()
-            return False
-        choice = choices[0] if isinstance(choices, list) else None
-        if not isinstance(choice, Mapping):
-            msg = f"the server sends a part of an answer that is none: {str(part)[:100]!r}."
-            raise ServerError(msg)
-        if self._completion.finish_reason is not None:
-            return False
-        reason = choice.get("finish_reason")
-        chunk = self._push_ids(choice) if self._fit.gives_ids else self._push_text(choice)
-        if self._completion.finish_reason is None and reason is not None:
-            if reason not in ("stop", "length"):
-                msg = f"the server has ended the answer with {str(reason)[:40]!r}; look at its log."
-                raise ServerError(msg)
-            chunk = self._completion.finish(reason)
-        if self._completion.finish_reason is None:
-            if chunk is not None:
-                self._put(chunk)
-            return False
-        self._last = chunk
-        return reason is None  # ended here, by a stop string: the server would go on
-
-    def _push_ids(self, choice: Mapping[str, Any]) -> Chunk | None:
-        ids = choice.get("token_ids") or []
-        logprobs = self._logprobs(choice, ids)
-        completion = self._completion
-        for token_id, logprob in zip(ids, logprobs, strict=True):
-            if not isinstance(token_id, int):
-                msg = f"the server sends {str(token_id)[:40]!r} in place of a token id."
-                raise ServerError(msg)
-            self.has_begun = True
-            chunk = completion.push(token_id, logprob)
-            if completion.finish_reason is not None:
-                return chunk
-            if chunk is not None:
-                self._put(chunk)
-        return None
-
-    def _push_text(self, choice: Mapping[str, Any]) -> Chunk | None:
-        text = choice.get("text")
-        if not isinstance(text, str):
-            msg = "the server sends a part of an answer without a text."
-            raise ServerError(msg)
-        if not text:
-            return None
-        self.has_begun = True
-        return self._completion.push_text(text, self._tokenizer.encode(text, add_special_tokens=False))
-
-    def _logprobs(self, choice: Mapping[str, Any], ids: Sequence[int]) -> Sequence[TokenLogprob | None]:
-        wanted = self._completion.request.options.logprobs
-        if wanted is None:
-            return [None] * len(ids)
-        try:
-            given = choice["logprobs"]
-            chosen, tops = given["token_logprobs"], given.get("top_logprobs") or [{}] * len(ids)
-            return [
-                TokenLogprob(token_id=token_id, logprob=float(logprob), top=_top(top or {}, wanted))
-                for token_id, logprob, top in zip(ids, chosen, tops, strict=True)
-            ]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            msg = f"the server sends log probabilities that are none: {str(choice.get('logprobs'))[:100]!r}."
-            raise ServerError(msg) from error
-
-    def _put_last(self) -> None:
-        last, self._last = self._last, None
-        if last is not None:
-            self._put(last)
-
-    def _put(self, chunk: Chunk) -> None:
-        if chunk.usage is not None:
-            chunk = replace(chunk, usage=replace(chunk.usage, cached_tokens=self._cached_tokens))
-        self._stream.put(chunk)
-
-
-def _top(given: Mapping[str, float], wanted: int) -> tuple[tuple[int, float], ...]:
-    """Read alternatives, written as `token_id:7`, best first."""
-    pairs = [(int(name.removeprefix("token_id:")), float(logprob)) for name, logprob in given.items()]
-    return tuple(sorted(pairs, key=lambda pair: -pair[1])[:wanted])
 
 
 def _seed(request: Request) -> int:

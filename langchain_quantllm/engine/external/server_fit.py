@@ -20,6 +20,8 @@ PROBE = "The sea, 3.14 km² wide — naïve café; été 東京 🌊\n\tdef f(x)
 """A text that tokenizers of different models write in different ids."""
 
 _PROBED_IDS = 64
+_PROBED_CHOICE = "quantllm"
+"""A text that no model begins with by itself behind `PROBE`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +77,13 @@ async def find_fit(client: ServerClient, server: ServerOptions, source: EngineSo
     owner = str(cards[model].get("owned_by") or "a server")
     choice, is_strict = await _probe(client, model, source)
     gives_ids = _is_ids(choice.get("token_ids"))
+    known = ""
     if gives_ids:
-        known = "langchain-quantllm" if owner == "langchain-quantllm" else "vllm"
         _check_decoding(server, source, choice)
-    else:
-        known = ""
+        if owner in _LACKING:
+            known = owner
+        elif await _holds_forms(client, model, source):  # servers over vLLM name themselves otherwise
+            known = "vllm"
     version = await client.beside("GET", "/version")
     number = version.get("version") if isinstance(version, Mapping) else None
     length = cards[model].get("max_model_len")
@@ -100,7 +104,7 @@ _LACKING: Mapping[str, frozenset[str]] = {
     "langchain-quantllm": frozenset({"priority"}),
     "": frozenset(NEUTRAL),
 }
-"""Options that kinds of servers lack; a server that gives no token ids may have more than are used."""
+"""Options that kinds of servers lack; one of another kind may have more than are used."""
 
 _FORMS: Mapping[str, frozenset[str]] = {
     "vllm": frozenset(FORMS),
@@ -153,6 +157,21 @@ async def _probe(client: ServerClient, model: str, source: EngineSource) -> tupl
     except InvalidOptionError as error:
         msg = f"the server takes no token ids as prompt, which all of this package's prompts are: {error}"
         raise UnsupportedError(msg) from error
+
+
+async def _holds_forms(client: ServerClient, model: str, source: EngineSource) -> bool:
+    """Whether a server holds a text to a form in vLLM's terms: others leave out in silence what they do not know."""
+    ids = source.tokenizer.encode(PROBE, add_special_tokens=False)[:_PROBED_IDS]
+    body = {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0, "return_token_ids": True}
+    try:
+        choice = await client.complete({**body, "structured_outputs": {"choice": [_PROBED_CHOICE]}})
+    except (InvalidOptionError, ServerError):
+        return False
+    found = choice.get("token_ids")
+    if found is None or not _is_ids(found) or any(not 0 <= i < source.limits.vocab_size for i in found):
+        return False
+    begin = source.tokenizer.decode(found, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return bool(begin) and _PROBED_CHOICE.startswith(begin)
 
 
 def _check_decoding(server: ServerOptions, source: EngineSource, choice: Mapping[str, Any]) -> None:

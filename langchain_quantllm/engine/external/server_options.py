@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from urllib.parse import urlsplit, urlunsplit
 
 from langchain_quantllm.engine.external.spec import ExternalEngine
-from langchain_quantllm.errors import InvalidOptionError
+from langchain_quantllm.errors import InvalidOptionError, first_line
 
 API_KEY_VARIABLE = "QUANTLLM_API_KEY"
 """Environment variable of a key that was not given."""
@@ -87,6 +87,8 @@ class ServerOptions(ExternalEngine):
 
 def _checked_url(url: Any) -> str:
     """Check the base of a server's addresses, and add `/v1` where it has no path."""
+    import httpx
+
     example = "Server('http://localhost:8000/v1')"
     if not isinstance(url, str) or not url:
         msg = f"Server(url={url!r}) is not allowed; give the base of the server's addresses, such as {example}."
@@ -94,8 +96,9 @@ def _checked_url(url: Any) -> str:
     try:
         parts = urlsplit(url.strip())
         _ = parts.port  # raises for one that is no number
-    except ValueError as error:
-        msg = f"Server(url=...) is no URL: {error}; write it as in {example}."
+        httpx.URL(url.strip())
+    except (ValueError, httpx.InvalidURL) as error:
+        msg = f"Server(url=...) is no URL: {first_line(error)}; write it as in {example}."
         raise InvalidOptionError(msg) from error
     if parts.username is not None or parts.password is not None:
         msg = "Server(url=...) has a name or a password in it; give a key as api_key= instead."

@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import functools
 import itertools
 import threading
 import weakref
@@ -67,6 +68,13 @@ class _Job:
         self.task: asyncio.Task[None] | None = None
         self.may_write = asyncio.Event()
         """Set when a stream that was full has been read, or has ended."""
+        self._is_cancelled = False
+
+    def cancel(self) -> None:
+        """Cancel the task, once: a second time would interrupt it while it aborts its request at vLLM."""
+        if self.task is not None and not self._is_cancelled:
+            self._is_cancelled = True
+            self.task.cancel()
 
     @property
     def request(self) -> Request:
@@ -266,15 +274,17 @@ class VLLMEngine:
     def _admit(self) -> None:
         """Hand requests to vLLM that may begin, the most urgent first, then the oldest."""
         with self._lock:
+            waiting = [job for job in self._jobs if job.task is None and not job.stream.cancelled]
+            if not waiting:
+                return
             begun = Counter(job.request.owner for job in self._jobs if job.task is not None)
-            for job in sorted(self._jobs, key=lambda job: job.request.options.priority):
+            for job in sorted(waiting, key=lambda job: job.request.options.priority):
                 request = job.request
-                if job.task is not None or job.stream.cancelled:
-                    continue
                 if request.max_rows is not None and begun[request.owner] >= request.max_rows:
                     continue
                 begun[request.owner] += 1
                 job.task = asyncio.create_task(self._run(job), name="quantllm-request")
+                job.task.add_done_callback(functools.partial(self._ended, job))
 
     def _look_at(self, stream: ChunkStream) -> None:
         """Cancel the requests of a stream that is closed or over its time; let those of one that was read go on."""
@@ -287,9 +297,14 @@ class VLLMEngine:
             if not ends:
                 job.may_write.set()
             elif job.task is not None:
-                job.task.cancel()
+                job.cancel()
             else:
                 self._leave(job)
+
+    def _ended(self, job: _Job, _: asyncio.Task[None]) -> None:
+        """Give a job's place to the next; a task that is cancelled before its first step has run nothing of `_run`."""
+        self._leave(job)
+        self._admit()
 
     def _leave(self, job: _Job) -> None:
         with self._lock:
@@ -306,9 +321,6 @@ class VLLMEngine:
             if vllm.is_death(error) or (self._llm is not None and vllm.has_died(self._llm)):
                 self._fail_all(GenerationError(DIED), error)
             job.stream.fail(_failure(error))
-        finally:
-            self._leave(job)
-            self._admit()
 
     async def _generate(self, job: _Job) -> None:
         request, stream, completion = job.request, job.stream, job.completion
@@ -338,6 +350,7 @@ class VLLMEngine:
                     job.may_write.clear()
                     if stream.is_full:  # else it has been read meanwhile, and nothing would set the event
                         await job.may_write.wait()
+        _check_end("without a last token")
 
     def _push(self, completion: Completion, output: vllm.OutputTokens) -> None:
         request = completion.request

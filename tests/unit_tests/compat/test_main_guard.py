@@ -77,3 +77,15 @@ def test_a_test_may_start_processes() -> None:
 def test_any_condition_on_the_name_is_a_guard(tmp_path: Path, condition: str) -> None:
     done = run(tmp_path, GUARDED.replace('__name__ == "__main__"', condition))
     assert "END" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("around", ["try", "with contextlib.nullcontext()"])
+def test_a_guard_may_stand_inside_other_statements(tmp_path: Path, around: str) -> None:
+    begin, end = GUARDED.split('if __name__ == "__main__":\n')
+    inside = "".join(f"    {line}\n" for line in end.splitlines())
+    after = "finally:\n    pass\n" if around == "try" else ""
+    code = f'import contextlib{begin}{around}:\n    if __name__ == "__main__":\n{inside}{after}'
+    done = run(tmp_path, code)
+    assert done.stdout.split() == ["CHILD", "END"], done.stderr
+    unguarded = run(tmp_path, code.replace('if __name__ == "__main__"', "if True"))
+    assert "UnsupportedError: it is started by line" in unguarded.stderr

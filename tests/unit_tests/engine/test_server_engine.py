@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
+import json
 import socket
 import threading
 import time
@@ -21,6 +23,7 @@ from langchain_quantllm.errors import (
     ServerError,
     UnsupportedError,
 )
+from langchain_quantllm.structured import Choice, Grammar, JSONSchema, Regex
 from tests.support.checkpoints import edit_json, make_checkpoint, make_tokenizer
 from tests.support.engine import Background
 from tests.support.external_servers import HOST, Asked, ScriptedServer
@@ -171,6 +174,27 @@ class TestWhatIsSent:
                 llm.invoke(PROMPT)
             release.set()
 
+    def test_a_stream_that_is_closed_before_it_begins_leaves_the_queue(
+        self, server: ScriptedServer, make_llm: Made
+    ) -> None:
+        server.script = [write(" blue")]
+        llm = make_llm(server, {"max_waiting": 1}, max_connections=1)
+        engine, begin = llm._engine(), threading.Event()
+        engine._loop.call_soon_threadsafe(begin.wait, 60)
+        for _ in range(2):
+            engine.submit(llm._requests(PROMPT, llm._options(None, {}))).close()
+        begin.set()
+        wait_until(lambda: not engine._unended, 20)
+        assert llm.invoke(PROMPT) == " blue"
+
+    def test_calls_that_have_ended_leave_nothing(self, server: ScriptedServer, make_llm: Made) -> None:
+        server.script = [write(" blue")]
+        llm = make_llm(server)
+        assert llm.generate([]).generations == []
+        assert llm.batch([PROMPT, PROMPT]) == [" blue", " blue"]
+        engine = llm._engine()
+        wait_until(lambda: not engine._streams and not engine._unended and not engine._places._owners, 20)
+
 
 class TestWhatComesBack:
     def test_cached_tokens_and_reasons(self, server: ScriptedServer, make_llm: Made) -> None:
@@ -221,6 +245,19 @@ class TestWhatComesBack:
         server.script = [script]
         assert make_llm(server).invoke(PROMPT) == "a"
 
+    def test_an_answer_that_was_compressed_on_its_way(self, server: ScriptedServer, make_llm: Made) -> None:
+        def script(asked: Asked) -> None:
+            kind = b"Content-Type: text/event-stream\r\nContent-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n"
+            asked.send(b"HTTP/1.1 200 X\r\n" + kind)
+            event = {"choices": [{"index": 0, "text": "", "token_ids": ids_of("a"), "finish_reason": "stop"}]}
+            asked.piece(gzip.compress(b"data: " + json.dumps(event).encode() + b"\n\n"))
+            asked.send(b"0\r\n\r\n")
+
+        server.script = [script]
+        llm = make_llm(server)
+        assert llm.invoke(PROMPT) == "a"
+        assert server.asked[0].headers["accept-encoding"] == "identity"
+
     def test_a_stop_string_ends_the_request_at_the_server(self, server: ScriptedServer, make_llm: Made) -> None:
         cut = threading.Event()
 
@@ -248,6 +285,31 @@ class TestWhatComesBack:
         stream = make_llm(server, {"max_new_tokens": 100}).stream(PROMPT)
         assert next(stream)
         stream.close()
+        assert cut.wait(20)
+
+    def test_a_stream_that_is_closed_again_and_again_ends_the_request(
+        self, server: ScriptedServer, make_llm: Made
+    ) -> None:
+        cut = threading.Event()
+
+        def script(asked: Asked) -> None:
+            asked.open_stream()
+            asked.tokens(ids_of("one two"))
+            if asked.wait_for_cut():
+                cut.set()
+
+        server.script = [script]
+        llm = make_llm(server, {"max_new_tokens": 100})
+        engine = llm._engine()
+        stream = engine.submit(llm._requests(PROMPT, llm._options(None, {})))
+        assert next(iter(stream)).text
+
+        def close(times: int) -> None:  # while the connection is being closed
+            stream.close()
+            if times:
+                engine._loop.call_soon(close, times - 1)
+
+        engine._loop.call_soon_threadsafe(close, 20)
         assert cut.wait(20)
 
     def test_a_time_limit_ends_the_request_at_the_server_without_a_reader(
@@ -323,6 +385,8 @@ class TestWhatComesBack:
                 llm.invoke(PROMPT, logprobs=1)
             with pytest.raises(InvalidOptionError, match="skip_special_tokens"):
                 llm.invoke(PROMPT, skip_special_tokens=False)
+            with pytest.raises(InvalidOptionError, match=r"eos_token_id=\[7\]"):
+                llm.invoke(PROMPT, eos_token_id=7)
 
 
 class TestFailures:
@@ -351,6 +415,19 @@ class TestFailures:
         server.answers_models = lambda asked: asked.answer(b"", status=307, Location="http://elsewhere.example/v1")
         with pytest.raises(ServerError, match=r"refers to http://elsewhere\.example/v1"):
             make_llm(server).load()
+
+    @pytest.mark.parametrize("status", [200, 404, 500])
+    def test_a_compression_that_cannot_be_read(self, server: ScriptedServer, make_llm: Made, status: int) -> None:
+        server.answers_models = lambda asked: asked.answer(b"none", status=status, Content_Encoding="gzip")
+        with pytest.raises(ServerError, match="compression cannot be read" if status == 200 else f"status {status}"):
+            make_llm(server, max_retries=0).load()
+
+    def test_a_config_that_cannot_be_read_leaves_no_connection(self, server: ScriptedServer, tmp_path: Path) -> None:
+        broken = make_checkpoint(tmp_path / "tiny")
+        edit_json(broken / "config.json", quantization_config={"quant_method": "gptq", "bits": "4"})
+        with pytest.raises(InvalidOptionError, match="bits='4'"):
+            QuantizedHuggingFaceLLM(model_id=str(broken), engine=Server(server.url)).load()
+        assert not threads()
 
     def test_models_and_adapters_that_it_does_not_have(self, server: ScriptedServer, make_llm: Made) -> None:
         server.models = [{"id": "a/one", "owned_by": "vllm"}, {"id": "two", "owned_by": "vllm"}]
@@ -493,8 +570,6 @@ class TestFailures:
 
 class TestForms:
     def test_forms_go_in_the_servers_terms(self, server: ScriptedServer, make_llm: Made) -> None:
-        from langchain_quantllm.structured import Choice, Grammar, JSONSchema, Regex
-
         server.script = [write("yes")]
         chat = ChatQuantizedHuggingFace(llm=make_llm(server), chat_template="{{ messages[0].content }}")
         tools = [{"name": "go", "description": "Go.", "parameters": {"type": "object", "properties": {}}}]
@@ -511,9 +586,34 @@ class TestForms:
         assert forms[0]["choice"] == ["yes", "no"]
         assert '"go"' in forms[4]["structural_tag"].replace('\\"', '"')
 
-    def test_a_server_without_forms_refuses_those_that_must_hold(self, make_llm: Made) -> None:
-        from langchain_quantllm.structured import Choice
+    def test_a_text_of_a_form_ends_at_the_models_end_tokens_too(self, server: ScriptedServer, make_llm: Made) -> None:
+        server.script = [write("yes")]
+        chat = ChatQuantizedHuggingFace(llm=make_llm(server), chat_template="{{ messages[0].content }}")
+        chat.invoke("Well?", constraint=Choice(("yes", "no")), eos_token_id=7)
+        chat.invoke("Well?", eos_token_id=7)
+        with_form, without = (asked.body for asked in server.asked)
+        assert (with_form["ignore_eos"], with_form["stop_token_ids"]) == (False, [7])
+        assert without["ignore_eos"]  # it ends here, at token 7 alone
 
+    @pytest.mark.parametrize("holds", [True, False])
+    def test_a_server_of_an_unknown_kind_is_tried(self, server: ScriptedServer, make_llm: Made, holds: bool) -> None:
+        server.models = [{"id": "tiny", "owned_by": "someone"}]
+        server.script, server.holds_forms = [write("yes")], holds
+        llm = make_llm(server)
+        chat = ChatQuantizedHuggingFace(llm=llm, chat_template="{{ messages[0].content }}")
+        assert llm.engine_info.version == "someone"
+        assert server.form is not None
+        if holds:
+            chat.invoke("Well?", constraint=Choice(("yes", "no")), temperature=1.0, top_k=3)
+            assert server.asked[0].body["structured_outputs"] == {"choice": ["yes", "no"]}
+            return
+        with pytest.raises(UnsupportedError, match="it knows none"):
+            chat.invoke("Well?", constraint=Choice(("yes", "no")))
+        with pytest.raises(InvalidOptionError, match="top_k=3 is not carried out by this server"):
+            llm.invoke(PROMPT, temperature=1.0, top_k=3)
+        assert llm.invoke(PROMPT) == "yes"
+
+    def test_a_server_without_forms_refuses_those_that_must_hold(self, make_llm: Made) -> None:
         def script(asked: Asked) -> None:
             asked.open_stream()
             asked.event({"choices": [{"index": 0, "text": "no call", "finish_reason": "stop"}]})

@@ -111,3 +111,68 @@ class TestPlaces:
             return log[-1] == "e"
 
         assert asyncio.run(run())
+
+    @pytest.mark.parametrize("seed", range(8))
+    def test_whatever_comes_and_goes_those_hold_places_that_should(self, seed: int) -> None:
+        async def run() -> None:
+            chooser, count, most = random.Random(seed), 4, {0: None, 1: 1, 2: 2}
+            places = Places(count)
+            tasks: dict[str, tuple[Request, asyncio.Task[None], asyncio.Event]] = {}
+            log: list[str] = []
+            holding: list[str] = []
+            waiting: list[str] = []  # in the order of arrival
+
+            def admit() -> None:
+                """Do what `Places` should, in the plainest way."""
+                for name in sorted(waiting, key=lambda name: tasks[name][0].options.priority):
+                    request = tasks[name][0]
+                    own = sum(tasks[other][0].owner == request.owner for other in holding)
+                    if len(holding) < count and (request.max_rows is None or own < request.max_rows):
+                        waiting.remove(name)
+                        holding.append(name)
+
+            for step in range(300):
+                choice = chooser.random()
+                if choice < 0.5:
+                    owner, name, end = chooser.randrange(3), str(step), asyncio.Event()
+                    request = request_of(owner, most[owner], chooser.randrange(3))
+                    task = asyncio.create_task(self._hold(places, request, name, log, end))
+                    tasks[name] = (request, task, end)
+                    waiting.append(name)
+                elif choice < 0.75 and holding:
+                    name = holding.pop(chooser.randrange(len(holding)))
+                    tasks[name][2].set() if chooser.random() < 0.5 else tasks[name][1].cancel()
+                elif waiting:
+                    tasks[waiting.pop(chooser.randrange(len(waiting)))][1].cancel()
+                admit()
+                await self._settle()
+                assert {name for name in log if not tasks[name][1].done()} == set(holding), step
+            for _, task, _ in tasks.values():
+                task.cancel()
+            await asyncio.gather(*(task for _, task, _ in tasks.values()), return_exceptions=True)
+            assert not places._owners
+            assert places._free == count
+
+        asyncio.run(run())
+
+    def test_thousands_of_an_owner_with_a_limit_are_not_looked_through_for_each(self) -> None:
+        class Limit(int):
+            looks = 0
+
+            def __gt__(self, other: int) -> bool:
+                Limit.looks += 1
+                return int(self) > other
+
+            def __le__(self, other: int) -> bool:
+                Limit.looks += 1
+                return int(self) <= other
+
+        async def run(count: int) -> None:
+            places, request, end = Places(128), request_of(1, Limit(8)), asyncio.Event()
+            tasks = [asyncio.create_task(self._hold(places, request, "", [], end)) for _ in range(count)]
+            await self._settle()
+            end.set()
+            await asyncio.gather(*tasks)
+
+        asyncio.run(run(1000))
+        assert 1000 < Limit.looks < 20_000

@@ -289,6 +289,15 @@ def test_a_request_over_its_time_is_aborted_though_nobody_reads(tiny: Tiny) -> N
         list(stream)
 
 
+def test_a_request_whose_time_is_over_at_once_leaves_its_place(tiny: Tiny) -> None:
+    one = [replace(request, max_rows=1, owner=7) for request in plan(tiny.llm, ids(tiny))]
+    stream = tiny.engine.submit(one, 1e-9)
+    wait_until(lambda: not tiny.engine._jobs, 20)
+    with pytest.raises(GenerationTimeoutError):
+        list(stream)
+    assert ask(tiny.llm, one)[0].finish_reason is not None
+
+
 def test_a_stream_that_is_not_read_is_not_written_to(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "MOST_UNREAD", 20)
     tokens = 300

@@ -38,6 +38,7 @@ class TestFields:
             ({"url": "localhost:8000"}, "must begin with http"),
             ({"url": "http://me:word@host/v1"}, "give a key as api_key="),
             ({"url": "http://host:port/v1"}, "is no URL"),
+            ({"url": "http://\u2026/v1"}, "is no URL"),
             ({"url": "http://host/v1?a=b"}, "leave out"),
             ({"url": URL, "max_retries": -1}, "max_retries=-1"),
             ({"url": URL, "max_connections": 0}, "max_connections=0"),
@@ -139,6 +140,18 @@ class TestLoaded:
         first.unload()
         assert not second.is_loaded
         other.unload()
+
+    def test_a_wrong_field_of_one_instance_stops_no_other(self, server: ScriptedServer, folder: Path) -> None:
+        engine = Server(server.url)
+        wrong, right = (make(model_id=str(folder), engine=engine) for _ in range(2))
+        for field, value in (("engine", {"name": "serve"}), ("quantization", "nf5")):
+            before = getattr(wrong, field)
+            setattr(wrong, field, value)
+            right.load()
+            with pytest.raises(InvalidOptionError, match=field):
+                wrong.load()
+            setattr(wrong, field, before)
+            right.unload()
 
     def test_another_engine_is_another_model(self, server: ScriptedServer, folder: Path) -> None:
         llm = make(model_id=str(folder), engine=Server(server.url)).load()
