@@ -10,6 +10,7 @@ import pytest
 
 from langchain_quantllm import QuantizedHuggingFaceLLM
 from langchain_quantllm.errors import InvalidOptionError
+from langchain_quantllm.server import create_app
 from langchain_quantllm.server.access import check_listening
 from langchain_quantllm.server.fields import IGNORED, NEUTRAL, ChatBody, CompletionBody
 from tests.support.models import fail_at, forwards
@@ -55,6 +56,7 @@ def refused(server: Running, body: Any, path: str = "/v1/completions") -> dict[s
         ("logprobs", 21),
         ("stream", "yes"),
         ("stream_options", {"include_usage": 1}),
+        ("stream_options", {"include_usage": True}),
         ("structured_outputs", {}),
         ("structured_outputs", {"regex": "a", "choice": ["a"]}),
         ("structured_outputs", {"nothing": 1}),
@@ -227,10 +229,12 @@ def test_this_machine_is_served_without_a_key(host: str) -> None:
     check_listening(host, None)
 
 
-@pytest.mark.parametrize("key", ["", "  ", "schlüssel", "a\nb"])
-def test_a_key_that_no_header_can_hold_is_refused(key: str) -> None:
+@pytest.mark.parametrize("key", ["", "  ", "schlüssel", "a\nb", " padded ", "a b"])
+def test_a_key_that_no_header_can_hold_is_refused(tiny: QuantizedHuggingFaceLLM, key: str) -> None:
     with pytest.raises(InvalidOptionError, match="API key"):
         check_listening("127.0.0.1", key)
+    with pytest.raises(InvalidOptionError, match="API key"):  # an empty one would let everybody in
+        create_app(tiny, api_key=key)
 
 
 def test_a_failure_inside_tells_a_stranger_nothing(server: Running, tiny: QuantizedHuggingFaceLLM) -> None:
