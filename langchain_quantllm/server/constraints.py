@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from langchain_quantllm.base import QuantizedModel
 from langchain_quantllm.chat.options import ChatOptions
-from langchain_quantllm.engine.request import ModelLimits, TokenMask
+from langchain_quantllm.engine.external.spec import ExternalEngineRun
+from langchain_quantllm.engine.request import Engine, ModelLimits, OutputForm, TokenMask
+from langchain_quantllm.loading.inputs import require_parts
 from langchain_quantllm.options import GenerationOptions
 from langchain_quantllm.server.errors import invalid
 from langchain_quantllm.server.fields import GenerationBody, StructuredOutputs
-from langchain_quantllm.structured import Choice, Compiler, Constraint, Grammar, JSONObject, JSONSchema, Regex
+from langchain_quantllm.structured import (
+    Choice,
+    Compiler,
+    Constraint,
+    Grammar,
+    JSONObject,
+    JSONSchema,
+    Regex,
+    output_form,
+)
 
 _KINDS: dict[str, Callable[[Any], Constraint]] = {
     "json_": JSONSchema,
@@ -47,14 +58,26 @@ def _structured(form: StructuredOutputs) -> Constraint:
     return _KINDS[name](value)
 
 
+def form_of(model: QuantizedModel, constraint: Constraint | None, engine: Engine) -> OutputForm | None:
+    """Write the constraint of a text as the form that an engine of others knows; None where there is none.
+
+    Raises:
+        QuantLLMError: If that engine cannot hold a text to it.
+    """
+    if constraint is None or model._external() is None:
+        return None
+    return output_form(constraint, cast("ExternalEngineRun", engine).forms)
+
+
 def mask_of(
     model: QuantizedModel, constraint: Constraint | None, options: GenerationOptions, limits: ModelLimits
 ) -> Callable[[], TokenMask] | None:
-    """Compile the constraint of a text; None without one."""
-    if constraint is None:
+    """Compile the constraint of a text; None without one, and for an engine of others, which takes a form."""
+    if constraint is None or model._external() is not None:
         return None
     compiler: Compiler = model._loaded().remember(
-        ("grammars",), lambda: Compiler(model.pipeline.tokenizer, limits.vocab_size, limits.eos_token_ids)
+        ("grammars",),
+        lambda: Compiler(require_parts(model._loaded()).tokenizer, limits.vocab_size, limits.eos_token_ids),
     )
     most = options.max_new_tokens or limits.context_tokens or 2**31
     return compiler.mask_factory(constraint, most, options.eos_token_id)

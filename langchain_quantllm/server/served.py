@@ -16,8 +16,8 @@ from langchain_quantllm.base import PreparedCall, QuantizedModel
 from langchain_quantllm.chat_models import ChatQuantizedHuggingFace
 from langchain_quantllm.engine.request import Engine, EngineLoad, Request
 from langchain_quantllm.errors import InvalidOptionError
-from langchain_quantllm.loading.inputs import token_ids
-from langchain_quantllm.server.constraints import constraint_of, mask_of
+from langchain_quantllm.loading.inputs import require_parts, token_ids
+from langchain_quantllm.server.constraints import constraint_of, form_of, mask_of
 from langchain_quantllm.server.errors import APIError, invalid, unavailable
 from langchain_quantllm.server.fields import (
     MOST_SEQUENCES,
@@ -146,7 +146,7 @@ class ServedModel:
     @property
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
-        return self.model.pipeline.tokenizer
+        return require_parts(self.model._loaded()).tokenizer
 
     # Names.
 
@@ -213,14 +213,17 @@ class ServedModel:
         if constraint is not None:  # a complete text may only end
             options = dataclasses.replace(options, min_new_tokens=0, min_length=0)
         engine = self.model._engine(options)
-        mask = mask_of(self.model, constraint, options, engine.limits)
+        held: dict[str, Any] = {
+            "mask": mask_of(self.model, constraint, options, engine.limits),
+            "form": form_of(self.model, constraint, engine),
+        }
         requests = [
             request
             for prompt in prompts
             for request in (
-                self.model._requests(prompt, options, engine=engine, mask=mask)
+                self.model._requests(prompt, options, engine=engine, **held)
                 if isinstance(prompt, str)
-                else self.model._requests_of_ids(prompt, options, engine=engine, mask=mask)
+                else self.model._requests_of_ids(prompt, options, engine=engine, **held)
             )
         ]
         return PreparedCall(
@@ -263,7 +266,14 @@ class ServedModel:
         return dataclasses.replace(plan, requests=_with_stops(plan.requests, body.stop_token_ids, plan.engine))
 
     def _call(self, body: GenerationBody, **more: Any) -> dict[str, Any]:
-        """Read the options that all calls share."""
+        """Read the options that all calls share.
+
+        Raises:
+            APIError: If there are options of a stream without one, or no model of the name.
+        """
+        if body.stream_options is not None and not body.stream:
+            msg = "stream_options needs stream=true."
+            raise invalid("stream_options", msg)
         call = {name: value for name in _SHARED if (value := getattr(body, name)) is not None}
         if body.min_tokens is not None:
             call["min_new_tokens"] = body.min_tokens
