@@ -63,7 +63,8 @@ class Service:
         try:
             await run_aside(self.served.load)
         except Exception as error:
-            _log.error("the model could not be loaded: %s", error, exc_info=error)
+            trace = None if isinstance(error, QuantLLMError) else error  # its sentence says all
+            _log.error("the model could not be loaded: %s", error, exc_info=trace)
             if self._on_failure is not None:
                 self._on_failure()
         else:
