@@ -167,6 +167,23 @@ def test_a_body_that_is_no_object_of_json_is_told(server: Running, content: byte
     assert response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("depth", [400, 480, 900])
+def test_values_that_are_nested_deeply_are_no_failure_of_the_server(server: Running, depth: int) -> None:
+    nested = json.loads('{"a": ' * depth + "1" + "}" * depth)
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": json.dumps(nested)}}
+    for given in (
+        {"chat_template_kwargs": {"documents": nested}},
+        {"chat_template_kwargs": {"date_string": nested}},
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": nested}}]},
+        {"response_format": nested},
+        {"messages": [*MESSAGES, {"role": "assistant", "content": None, "tool_calls": [call]}, *MESSAGES]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi", "more": nested}]}]},
+    ):
+        response = server.post("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 1, **given})
+        assert response.status_code in (200, 400), (list(given), response.text)
+        assert response.status_code == 200 or response.json()["error"]["message"]
+
+
 def test_halves_of_characters_do_no_harm(server: Running) -> None:
     for body in (
         b'{"prompt": "\\ud800 x", "max_tokens": 2}',
