@@ -124,7 +124,7 @@ def quantiles(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def held() -> dict[str, int]:
-    """Count what a process could leak; the pool of threads for calls, which grows up to its bound and stays, is apart."""
+    """Count what a process could leak; the pool of threads for calls, which grows to its bound and stays, is apart."""
     folder = Path("/proc/self/fd")
     files = len(os.listdir(folder)) if folder.is_dir() else 0
     threads = threading.enumerate()
