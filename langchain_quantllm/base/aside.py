@@ -21,7 +21,7 @@ from langchain_quantllm.errors import GenerationError
 T = TypeVar("T")
 P = TypeVar("P", bound=PreparedCall)
 
-_MOST_THREADS = 32
+MOST_THREADS = 32
 _FEW_LOGPROBS = 16
 
 
@@ -33,7 +33,7 @@ class _Threads:
 
     def renew(self) -> None:
         """Begin without threads: those of a process that was forked did not come along."""
-        self.executor = ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="quantllm-call")
+        self.executor = ThreadPoolExecutor(MOST_THREADS, thread_name_prefix="quantllm-call")
 
 
 _threads = _Threads()

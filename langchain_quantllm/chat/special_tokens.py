@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from langchain_quantllm.errors import InvalidOptionError
+
 _MEDIA = ("image_token", "boi_token", "eoi_token", "video_token", "audio_token", "boa_token", "eoa_token")
 """Attributes of processors and tokenizers that name the placeholders of images and the like."""
 
@@ -87,8 +89,16 @@ class MarkedTexts:
         self._marks = re.compile(f"{self._word}n([0-9]+)e")
 
     def in_texts(self, value: Any) -> Any:
-        """Put marks into every text of a value, those of keys included."""
-        return self._marked(value, self._tokens.in_texts)
+        """Put marks into every text of a value, those of keys included.
+
+        Raises:
+            InvalidOptionError: If it is nested too deeply.
+        """
+        try:
+            return self._marked(value, self._tokens.in_texts)
+        except RecursionError as error:
+            msg = "a message, a tool or chat_template_kwargs is nested too deeply; give values with fewer levels."
+            raise InvalidOptionError(msg) from error
 
     def in_message(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
         """Put marks into a message, by its role."""

@@ -86,6 +86,10 @@ def serve(
                 media_domains=media_domain or (),
                 on_ready=lambda bound: say(f"serving on http://{shown}:{bound}/v1; Ctrl-C ends"),
             )
+        except KeyboardInterrupt:
+            if not llm.is_loaded:
+                say("the model is still being loaded; this ends as soon as it is")
+            raise
         finally:
             llm.unload()
 

@@ -13,8 +13,13 @@ from typing import Literal
 Kind = Literal["llm", "chat"]
 """The kind of a class: the LLM, or the chat model."""
 
-_SERVER = "the model runs in this process and there is no server; leave it out"
-_ACCESS = "a model in this process needs no key; token= is for the Hub alone"
+_SERVER = (
+    "the model runs in this process; leave it out, or name a server of the model by "
+    "engine=Server('http://host:8000/v1')"
+)
+_ACCESS = (
+    "a model in this process needs no key; token= is for the Hub alone, and a server's key stands in engine=Server(...)"
+)
 _NO_TOOLS = "an LLM takes a text and has no tools; use ChatQuantizedHuggingFace and its bind_tools(tools)"
 
 _ROWS: Mapping[str, str | tuple[str, str]] = {

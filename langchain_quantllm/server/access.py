@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import json
+import re
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,6 +19,9 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 _OPEN_PATHS = ("/health",)
 """Paths that need no key: probes of a cluster have none."""
+
+_MOST_DIGITS = 18
+"""Digits of a body's length in bytes."""
 
 
 class Access:
@@ -62,8 +66,9 @@ class Access:
             if kind.lower() != b"bearer" or not is_right:
                 msg = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'."
                 raise APIError(401, msg, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-        length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self._most_body_bytes:
+        length = headers.get(b"content-length", b"0").lstrip(b"0")
+        # Python reads no number of thousands of digits.
+        if length.isdigit() and (len(length) > _MOST_DIGITS or int(length) > self._most_body_bytes):
             raise too_large(self._most_body_bytes)
 
 
@@ -92,15 +97,24 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def check_key(api_key: str | None) -> None:
+    """Check that requests can bear a key.
+
+    Raises:
+        InvalidOptionError: If it is empty, or no text that a header can hold.
+    """
+    if api_key is not None and not re.fullmatch(r"[!-~]+", api_key):
+        msg = "the API key is empty, or has spaces or characters that a header cannot hold; give letters and digits."
+        raise InvalidOptionError(msg)
+
+
 def check_listening(host: str, api_key: str | None) -> None:
     """Check that a server may listen on a host.
 
     Raises:
-        InvalidOptionError: If others could reach it without a key, or the key is no text that a header can hold.
+        InvalidOptionError: If others could reach it without a key, or the key is none that `check_key` lets pass.
     """
-    if api_key is not None and (not api_key.strip() or not api_key.isascii() or not api_key.isprintable()):
-        msg = "the API key is empty, or has characters that a header cannot hold; give letters and digits."
-        raise InvalidOptionError(msg)
+    check_key(api_key)
     if api_key is None and not is_loopback(host):
         msg = (
             f"host={host!r} lets other machines use this one without a key; give --api-key, set QUANTLLM_API_KEY, "

@@ -18,7 +18,7 @@ from fastapi.responses import Response
 from langchain_quantllm.base import QuantizedModel
 from langchain_quantllm.base.aside import run_aside
 from langchain_quantllm.errors import QuantLLMError
-from langchain_quantllm.server.access import Access
+from langchain_quantllm.server.access import Access, check_key
 from langchain_quantllm.server.answering import Calls, Endpoint, JSONAnswer, error_answer
 from langchain_quantllm.server.chat import chat_events, whole_chat
 from langchain_quantllm.server.completions import completion_events, whole_completion
@@ -63,7 +63,8 @@ class Service:
         try:
             await run_aside(self.served.load)
         except Exception as error:
-            _log.error("the model could not be loaded: %s", error, exc_info=error)
+            trace = None if isinstance(error, QuantLLMError) else error  # its sentence says all
+            _log.error("the model could not be loaded: %s", error, exc_info=trace)
             if self._on_failure is not None:
                 self._on_failure()
         else:
@@ -116,8 +117,10 @@ def create_app(
         The application.
 
     Raises:
-        InvalidOptionError: If an adapter has the model's name, or a domain is no name of a host.
+        InvalidOptionError: If an adapter has the model's name, a domain is no name of a host, or the key is empty or no
+            text that a header can hold.
     """
+    check_key(api_key)
     served = ServedModel(model, name=name, max_waiting=max_waiting, media_domains=media_domains)
     service = Service(served, most_body_bytes=max_body_bytes, on_failure=on_failure)
 

@@ -126,7 +126,7 @@ class Deployment:
         return shlex.join([*words[:at], *replicas, *words[at:]])
 
     def ray(self) -> str:
-        """Write the YAML that `serve deploy` of Ray takes.
+        """Write the YAML that `serve deploy` of Ray takes, for requests from the machine itself.
 
         Raises:
             InvalidOptionError: If there are adapters, which Ray fetches from a bucket of its own.
@@ -158,7 +158,8 @@ class Deployment:
             "import_path": "ray.serve.llm:build_openai_app",
             "args": {"llm_configs": [model]},
         }
-        return yaml_text({"applications": [application]})
+        # Ray listens on all addresses unless it is told otherwise, and asks for no key.
+        return yaml_text({"http_options": {"host": "127.0.0.1", "port": PORT}, "applications": [application]})
 
     def kubernetes(self) -> str:
         """Write a Deployment and a Service; local folders come from a claim of a volume, the key from a secret."""

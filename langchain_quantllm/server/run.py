@@ -76,11 +76,14 @@ def listen(host: str, port: int) -> socket.socket:
     """Open the socket that connections come to.
 
     Raises:
-        InvalidOptionError: If the address is not this machine's, or taken.
+        InvalidOptionError: If the port is none, or the address is not this machine's, or taken.
     """
+    if not 0 <= port <= 65535:  # the system would take its last 16 bits
+        msg = f"port={port} is not allowed; it must be 0 to 65535, 0 for one that the system chooses."
+        raise InvalidOptionError(msg)
     try:
         [*_, (family, _, _, _, address)] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[:1]
         return socket.create_server(address[:2], family=family, backlog=2048)
-    except (OSError, OverflowError, ValueError) as error:
+    except (OSError, ValueError) as error:
         msg = f"host={host!r} and port={port} cannot be listened on: {first_line(error)}; give others."
         raise InvalidOptionError(msg) from error

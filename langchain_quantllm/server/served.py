@@ -263,7 +263,14 @@ class ServedModel:
         return dataclasses.replace(plan, requests=_with_stops(plan.requests, body.stop_token_ids, plan.engine))
 
     def _call(self, body: GenerationBody, **more: Any) -> dict[str, Any]:
-        """Read the options that all calls share."""
+        """Read the options that all calls share.
+
+        Raises:
+            APIError: If there are options of a stream without one, or no model of the name.
+        """
+        if body.stream_options is not None and not body.stream:
+            msg = "stream_options needs stream=true."
+            raise invalid("stream_options", msg)
         call = {name: value for name in _SHARED if (value := getattr(body, name)) is not None}
         if body.min_tokens is not None:
             call["min_new_tokens"] = body.min_tokens

@@ -168,7 +168,8 @@ def test_quantized_models_answer_as_generate(folders: Any, quantization: str) ->
 
 
 def test_a_quantized_qwen_answers_as_generate(folders: Any) -> None:
-    chat = chat_of(folders["qwen2_5_vl"], quantization="nf4", dtype="bfloat16")
+    """Computed in float32: in 16 bits, random weights give scores so near to each other that rounding decides."""
+    chat = chat_of(folders["qwen2_5_vl"], quantization="nf4", dtype="float32")
     assert chat.invoke([ask(0, 1)]).content == transformers_answer(chat, [plain("user", 0, 1, "What is this?")])[0]
     chat.unload()
 

@@ -14,6 +14,23 @@ import pytest
 
 from tests.support.checkpoints import make_checkpoint
 
+HELD_LOADING = """
+import sys
+from langchain_quantllm import QuantizedHuggingFaceLLM
+from langchain_quantllm.cli import app
+
+load = QuantizedHuggingFaceLLM.load
+
+def held(llm):
+    print("loading", file=sys.stderr, flush=True)
+    sys.stdin.read()
+    return load(llm)
+
+QuantizedHuggingFaceLLM.load = held
+app()
+"""
+"""The command line, whose models are loaded as soon as the standard input ends."""
+
 
 @pytest.mark.slow
 @pytest.mark.enable_socket
@@ -41,3 +58,33 @@ def test_serve_answers_until_a_signal_ends_it(tmp_path: Path, number: signal.Sig
         finally:
             process.kill()
         assert "Traceback" not in process.stderr.read()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has other signals")
+def test_ctrl_c_while_the_model_is_loaded_says_what_it_waits_for(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "tiny")
+    words = [sys.executable, "-c", HELD_LOADING, "serve", str(folder), "-q", "none", "--port", "0", "--device", "cpu"]
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(words, text=True, **pipes) as process:  # type: ignore[call-overload]
+        try:
+            assert any(line == "loading\n" for line in process.stderr)
+            process.send_signal(signal.SIGINT)
+            assert any("the model is still being loaded" in line for line in process.stderr)
+            process.stdin.close()
+            assert process.wait(60) == 130
+        finally:
+            process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.enable_socket
+def test_weights_that_are_damaged_end_serve_with_a_sentence(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "tiny")
+    for file in folder.glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:1000])
+    words = [sys.executable, "-m", "langchain_quantllm.cli", "serve", str(folder), "-q", "none", "--port", "0"]
+    made = subprocess.run([*words, "--device", "cpu"], capture_output=True, text=True, timeout=120, check=False)
+    assert made.returncode == 1
+    assert "is damaged" in made.stderr
+    assert "Traceback" not in made.stderr

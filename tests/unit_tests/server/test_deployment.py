@@ -80,7 +80,9 @@ def test_adapters_are_models_of_their_names_with_room_for_their_rank(checkpoint:
 
 def test_the_yaml_is_an_application_of_ray_serve(checkpoint: Path) -> None:
     words = ("--name", "m", "--replicas", 3, "--tensor-parallel", 2, "--context", 128)
-    [application] = yaml.safe_load(printed(checkpoint, "--format", "ray", *words))["applications"]
+    config = yaml.safe_load(printed(checkpoint, "--format", "ray", *words))
+    assert config["http_options"] == {"host": "127.0.0.1", "port": 8000}  # Ray asks for no key
+    [application] = config["applications"]
     assert (application["import_path"], application["route_prefix"]) == ("ray.serve.llm:build_openai_app", "/")
     assert application["args"]["llm_configs"] == [
         {

@@ -13,8 +13,11 @@ from typing import Any
 import httpx
 import pytest
 
-from langchain_quantllm import QuantizedHuggingFaceLLM
+from langchain_quantllm import QuantizedHuggingFaceLLM, Server
+from langchain_quantllm.errors import InvalidOptionError
+from langchain_quantllm.server.run import listen
 from tests.support.adapters import make, make_adapter_folders
+from tests.support.checkpoints import make_checkpoint
 from tests.support.models import forwards, slowly, wait_until
 from tests.support.serving import Running, serving
 
@@ -186,6 +189,22 @@ def test_a_server_of_the_pipeline_engine_answers_too(tiny: QuantizedHuggingFaceL
         assert server.service.served.load_now.running == 0
 
 
+def test_a_server_of_an_engine_of_others_answers_too(tmp_path: Path) -> None:
+    below = QuantizedHuggingFaceLLM(model_id=str(make_checkpoint(tmp_path / "tiny")), dtype="float32", progress=False)
+    with serving(below) as inner:
+        llm = QuantizedHuggingFaceLLM(model_id=below.model_id, engine=Server(inner.url), progress=False)
+        with serving(llm) as outer:
+            body = {"prompt": "The sea", "max_tokens": 6, "temperature": 0, "logprobs": 1}
+            made, expected = (server.post("/v1/completions", body).json() for server in (outer, inner))
+            assert [choice["text"] for choice in made["choices"]] == [choice["text"] for choice in expected["choices"]]
+            held = outer.post("/v1/completions", {**body, "structured_outputs": {"choice": ["yes", "no"]}})
+            assert held.json()["choices"][0]["text"] in ("yes", "no")
+            assert outer.post("/tokenize", {"prompt": "The sea"}).json()["tokens"] == below.get_token_ids("The sea")
+            assert outer.get("/metrics").status_code == 200
+        llm.unload()
+    below.unload()
+
+
 @pytest.mark.slow
 def test_smollm2_answers_openais_client(llm: QuantizedHuggingFaceLLM) -> None:
     with serving(llm) as server, server.client() as client:
@@ -194,3 +213,14 @@ def test_smollm2_answers_openais_client(llm: QuantizedHuggingFaceLLM) -> None:
             model=server.service.served.name, messages=question, max_tokens=12, temperature=0
         )
     assert "Paris" in str(made.choices[0].message.content)
+
+
+@pytest.mark.parametrize("port", [-1, 65536, 70000, 2**40])
+def test_a_port_that_there_is_not_is_refused_and_no_other_opened(port: int) -> None:
+    with pytest.raises(InvalidOptionError, match="it must be 0 to 65535"):
+        listen("127.0.0.1", port)
+
+
+def test_an_address_that_is_taken_is_told() -> None:
+    with listen("127.0.0.1", 0) as taken, pytest.raises(InvalidOptionError, match="cannot be listened on"):
+        listen("127.0.0.1", taken.getsockname()[1])

@@ -10,6 +10,7 @@ import pytest
 
 from langchain_quantllm import QuantizedHuggingFaceLLM
 from langchain_quantllm.errors import InvalidOptionError
+from langchain_quantllm.server import create_app
 from langchain_quantllm.server.access import check_listening
 from langchain_quantllm.server.fields import IGNORED, NEUTRAL, ChatBody, CompletionBody
 from tests.support.models import fail_at, forwards
@@ -55,6 +56,7 @@ def refused(server: Running, body: Any, path: str = "/v1/completions") -> dict[s
         ("logprobs", 21),
         ("stream", "yes"),
         ("stream_options", {"include_usage": 1}),
+        ("stream_options", {"include_usage": True}),
         ("structured_outputs", {}),
         ("structured_outputs", {"regex": "a", "choice": ["a"]}),
         ("structured_outputs", {"nothing": 1}),
@@ -165,6 +167,23 @@ def test_a_body_that_is_no_object_of_json_is_told(server: Running, content: byte
     assert response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("depth", [400, 480, 900])
+def test_values_that_are_nested_deeply_are_no_failure_of_the_server(server: Running, depth: int) -> None:
+    nested = json.loads('{"a": ' * depth + "1" + "}" * depth)
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": json.dumps(nested)}}
+    for given in (
+        {"chat_template_kwargs": {"documents": nested}},
+        {"chat_template_kwargs": {"date_string": nested}},
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": nested}}]},
+        {"response_format": nested},
+        {"messages": [*MESSAGES, {"role": "assistant", "content": None, "tool_calls": [call]}, *MESSAGES]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi", "more": nested}]}]},
+    ):
+        response = server.post("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 1, **given})
+        assert response.status_code in (200, 400), (list(given), response.text)
+        assert response.status_code == 200 or response.json()["error"]["message"]
+
+
 def test_halves_of_characters_do_no_harm(server: Running) -> None:
     for body in (
         b'{"prompt": "\\ud800 x", "max_tokens": 2}',
@@ -227,10 +246,12 @@ def test_this_machine_is_served_without_a_key(host: str) -> None:
     check_listening(host, None)
 
 
-@pytest.mark.parametrize("key", ["", "  ", "schlüssel", "a\nb"])
-def test_a_key_that_no_header_can_hold_is_refused(key: str) -> None:
+@pytest.mark.parametrize("key", ["", "  ", "schlüssel", "a\nb", " padded ", "a b"])
+def test_a_key_that_no_header_can_hold_is_refused(tiny: QuantizedHuggingFaceLLM, key: str) -> None:
     with pytest.raises(InvalidOptionError, match="API key"):
         check_listening("127.0.0.1", key)
+    with pytest.raises(InvalidOptionError, match="API key"):  # an empty one would let everybody in
+        create_app(tiny, api_key=key)
 
 
 def test_a_failure_inside_tells_a_stranger_nothing(server: Running, tiny: QuantizedHuggingFaceLLM) -> None:
