@@ -95,16 +95,20 @@ def estimate_memory(
     """
     asked = scheme_from(scheme)  # a wrong one is reported before the Hub is asked
     place = {"revision": revision, "token": token, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
-    if isinstance(model_id, str) and model_id:
+    try:
+        return estimate_language_model(model_id, asked, dtype=dtype, local_files_only=local_files_only, **place)  # type: ignore[arg-type]
+    except UnsupportedError:
+        if not isinstance(model_id, str):
+            raise
         named = "auto" if dtype is None else str(dtype).removeprefix("torch.")
         spec = EncoderSpec(model_id=model_id, local_files_only=local_files_only or None, **place)  # type: ignore[arg-type]
         files = None
-        with contextlib.suppress(ModelNotFoundError, CheckpointError):  # the estimate of a language model raises them
+        with contextlib.suppress(ModelNotFoundError, CheckpointError, UnsupportedError):
             files = find_encoder(spec)
-        if files is not None:
-            spec = dataclasses.replace(spec, dtype=named, scheme=asked if _is_plain(files) else None)
-            return estimate_encoder(spec, files, asked)
-    return estimate_language_model(model_id, asked, dtype=dtype, local_files_only=local_files_only, **place)  # type: ignore[arg-type]
+        if files is None:
+            raise
+    spec = dataclasses.replace(spec, dtype=named, scheme=asked if _is_plain(files) else None)
+    return estimate_encoder(spec, files, asked)
 
 
 def _is_plain(files: EncoderFiles) -> bool:

@@ -46,8 +46,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import `estimate_memory` from `loading`, the layer above, at its first use: it finds the model's config first."""
+    """Import `estimate_memory` from `encoders`, a layer above, at its first use: it finds the model's config first."""
     if name == "estimate_memory":
-        return getattr(importlib.import_module("langchain_quantllm.loading.estimate"), name)
+        return getattr(importlib.import_module("langchain_quantllm.encoders.estimate"), name)
     msg = f"module {__name__!r} has no attribute {name!r}"
     raise AttributeError(msg)

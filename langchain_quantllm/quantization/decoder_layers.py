@@ -107,14 +107,16 @@ class DecoderLayers:
             self._model(input_ids=ids.to(self._home), use_cache=False)
         self._beside = (None,) * (len(outputs[0]) - 1) if isinstance(outputs[0], tuple) else None
         expected = _hidden(outputs[0]).float()
-        state, calls = self._record(ids)
-        for block, call in zip(self._blocks, calls, strict=True):
-            state = self._run(block, state, call)
+        what = f"the blocks of {type(self._model).__name__} cannot be run one by one"
+        try:
+            state, calls = self._record(ids)
+            for block, call in zip(self._blocks, calls, strict=True):
+                state = self._run(block, state, call)
+        except ValueError as error:  # a block that goes on from what another one gave beside its output, or runs twice
+            msg = f"{what}: {error}; use nf4 or int8."
+            raise UnsupportedError(msg) from error
         if not torch.allclose(state.float(), expected, rtol=1e-2, atol=1e-3 * expected.abs().max().item()):
-            msg = (
-                f"the blocks of {type(self._model).__name__} cannot be run one by one: their output differs from the "
-                "model's; use nf4 or int8."
-            )
+            msg = f"{what}: their output differs from the model's; use nf4 or int8."
             raise UnsupportedError(msg)
 
     def _record(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[LayerCall]]:

@@ -23,7 +23,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from langchain_quantllm.compat import vllm
 from langchain_quantllm.compat.main_guard import check_guarded
@@ -32,7 +32,6 @@ from langchain_quantllm.engine.detokenizer import Completion, begin_completions
 from langchain_quantllm.engine.external.loop_thread import LoopThread
 from langchain_quantllm.engine.external.requests import check_requests
 from langchain_quantllm.engine.external.spec import FORMS, EngineSource
-from langchain_quantllm.engine.external.vllm import VLLM
 from langchain_quantllm.engine.external.vllm_arguments import (
     adapter_of,
     check_names,
@@ -56,6 +55,9 @@ from langchain_quantllm.errors import (
 )
 
 DIED = "vLLM's process has ended while it was generating; its own messages say why. The next call starts it again."
+
+if TYPE_CHECKING:
+    from langchain_quantllm.engine.external.vllm import VLLM
 
 _running: weakref.WeakSet[VLLMEngine] = weakref.WeakSet()
 
