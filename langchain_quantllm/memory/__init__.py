@@ -46,8 +46,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import `estimate_memory` from `encoders`, a layer above, at its first use: it finds the model's config first."""
+    """Import `estimate_memory` from the package, whose layers above find the config, at its first use."""
     if name == "estimate_memory":
-        return getattr(importlib.import_module("langchain_quantllm.encoders.estimate"), name)
+        return getattr(importlib.import_module("langchain_quantllm"), name)
     msg = f"module {__name__!r} has no attribute {name!r}"
     raise AttributeError(msg)

@@ -16,7 +16,7 @@ from packaging.version import Version
 from langchain_quantllm.compat.versions import installed_version
 from langchain_quantllm.compat.vllm import LORA_RANKS, vllm_version
 from langchain_quantllm.engine.external.spec import EngineSource
-from langchain_quantllm.engine.external.vllm import VLLM
+from langchain_quantllm.engine.external.vllm_options import VLLMOptions
 from langchain_quantllm.engine.request import Request
 from langchain_quantllm.errors import CheckpointError, InvalidOptionError, MissingPackageError, UnsupportedError
 from langchain_quantllm.options import BASE_ADAPTER
@@ -44,7 +44,7 @@ FITTED_LENGTH = -1
 """`max_model_len` that is the model's, or what the KV cache holds if that is less."""
 
 
-def engine_arguments(options: VLLM, source: EngineSource) -> dict[str, Any]:
+def engine_arguments(options: VLLMOptions, source: EngineSource) -> dict[str, Any]:
     """Write the arguments of vLLM's engine.
 
     Args:
@@ -88,7 +88,7 @@ def _model(source: EngineSource) -> str:
     return source.checkpoint
 
 
-def _quantization(options: VLLM, source: EngineSource) -> dict[str, Any]:
+def _quantization(options: VLLMOptions, source: EngineSource) -> dict[str, Any]:
     """Check that vLLM reads the weights in the scheme that is asked for; it finds a stored one by itself."""
     scheme, stored = source.scheme, source.stored_quantization
     if stored is not None:
@@ -107,7 +107,7 @@ def _quantization(options: VLLM, source: EngineSource) -> dict[str, Any]:
     return {"quantization": "bitsandbytes"}
 
 
-def _check_stored(options: VLLM, source: EngineSource, stored: Scheme) -> None:
+def _check_stored(options: VLLMOptions, source: EngineSource, stored: Scheme) -> None:
     scheme = source.scheme
     if scheme is not None and scheme.name != stored.name:
         msg = (

@@ -57,7 +57,7 @@ from langchain_quantllm.errors import (
 DIED = "vLLM's process has ended while it was generating; its own messages say why. The next call starts it again."
 
 if TYPE_CHECKING:
-    from langchain_quantllm.engine.external.vllm import VLLM
+    from langchain_quantllm.engine.external.vllm_options import VLLMOptions
 
 _running: weakref.WeakSet[VLLMEngine] = weakref.WeakSet()
 
@@ -90,7 +90,7 @@ class _Job:
 class VLLMEngine:
     """Runs requests by vLLM's `AsyncLLM`."""
 
-    def __init__(self, options: VLLM, source: EngineSource) -> None:
+    def __init__(self, options: VLLMOptions, source: EngineSource) -> None:
         """Start vLLM and wait until it has read the weights.
 
         Args:
@@ -369,7 +369,7 @@ class VLLMEngine:
                 return
 
 
-def check_packages(options: VLLM) -> None:
+def check_packages(options: VLLMOptions) -> None:
     """Check that vLLM is installed, and Ray where that is to start its workers.
 
     Raises:

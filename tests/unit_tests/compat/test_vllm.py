@@ -11,7 +11,8 @@ from packaging.version import Version
 
 from langchain_quantllm.compat import vllm
 from langchain_quantllm.compat.packages import is_installed
-from langchain_quantllm.engine.external.vllm import OWN_ARGUMENTS, VLLM
+from langchain_quantllm.engine.external.vllm import VLLM
+from langchain_quantllm.engine.external.vllm_options import OWN_ARGUMENTS
 
 pytestmark = [
     pytest.mark.vllm,
