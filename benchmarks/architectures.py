@@ -241,6 +241,8 @@ def main() -> None:
     parser.add_argument("types", nargs="*", help="types of configs; without any, all")
     parser.add_argument("--record", action="store_true", help=f"write the table of {PAGE.name}")
     given = parser.parse_args()
+    if given.record and given.types:
+        parser.error("--record writes the table of all types; name none.")
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     findings = []

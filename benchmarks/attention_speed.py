@@ -1,6 +1,7 @@
 """Time of a decode step's attention in one layer, beside PyTorch's attention over contiguous keys.
 
     python -m benchmarks.attention_speed --rows 1 8 64 --lengths 60 512 4096
+    python -m benchmarks.attention_speed --rows 8 --lengths 3900 --kv auto fp8 int8
 
 Needs a CUDA GPU. Microseconds of one call in a CUDA graph of several layers, each with its own keys, and the time to
 read these at 4 TB/s. With `--tiles` (keys, warps, stages) and `--alone`, the kernel is timed with each of them. Prints
@@ -18,9 +19,10 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.timing import ATTENTION_SHAPES, graph_us
+from benchmarks.timing import ATTENTION_SHAPES
+from langchain_quantllm.bench.graph_timing import graph_us
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
-from langchain_quantllm.kernels import reference
+from langchain_quantllm.kernels import kv_quantization, reference
 
 LAYERS = 8
 BYTES_PER_US = 4e6
@@ -29,17 +31,25 @@ BYTES_PER_US = 4e6
 class Layers:
     """Queries, and keys and values of several layers in blocks of random order."""
 
-    def __init__(self, shape: str, rows: int, length: int) -> None:
+    def __init__(self, shape: str, rows: int, length: int, kv: str) -> None:
         heads, kv_heads, dim = ATTENTION_SHAPES[shape]
         made = {"dtype": torch.bfloat16, "device": "cuda"}
         width = -(-length // BLOCK_TOKENS)
         self.kv_heads, self.dim, self.length = kv_heads, dim, length
         self.query = torch.randn(1, rows, heads, dim, **made).transpose(1, 2)
-        self.pools = [torch.randn(rows * width, BLOCK_TOKENS, kv_heads, 2 * dim, **made) for _ in range(LAYERS)]
+        blocks = rows * width
+        self.pools: list[torch.Tensor] = []
+        self.scales: list[kv_quantization.KVScales | None] = []
+        for _ in range(LAYERS):
+            numbers = torch.randn(blocks, BLOCK_TOKENS, kv_heads, 2 * dim, **made)
+            pool, scales = (numbers, None) if kv == "auto" else _rounded(numbers, dim, kv)
+            self.pools.append(pool)
+            self.scales.append(scales)
         self.table = torch.randperm(rows * width, device="cuda").view(rows, width).int()
         self.rows = torch.arange(rows, dtype=torch.int32, device="cuda")
         self.positions = torch.full((rows,), length - 1, dtype=torch.int32, device="cuda")
-        self.bytes = rows * length * kv_heads * 2 * dim * 2
+        of_token = sum(t[0].nbytes for t in (self.pools[0], getattr(self.scales[0], "pairs", None)) if t is not None)
+        self.bytes = rows * length * of_token // BLOCK_TOKENS
 
     def ours(self) -> float:
         """Compare the kernel with the reference, and time it."""
@@ -51,13 +61,15 @@ class Layers:
         given: dict[str, Any] = {"value_dim": self.dim, "scale": self.dim**-0.5}
         at = (self.table, self.rows, self.positions)
 
-        def run(pool: torch.Tensor) -> torch.Tensor:
-            return attention_kernels.decode_attention(self.query, pool, *at, splits=splits, arrivals=arrivals, **given)
+        def run(pool: torch.Tensor, scales: kv_quantization.KVScales | None) -> torch.Tensor:
+            options = {"splits": splits, "arrivals": arrivals, "scales": scales, **given}
+            return attention_kernels.decode_attention(self.query, pool, *at, **options)
 
-        expected = reference.decode_attention(self.query, self.pools[0], *at, **given)
+        layers = list(zip(self.pools, self.scales, strict=True))
+        expected = reference.decode_attention(self.query, self.pools[0], *at, scales=self.scales[0], **given)
         for _ in range(2):
-            torch.testing.assert_close(run(self.pools[0]), expected, rtol=2e-2, atol=2e-2)
-        us = graph_us([functools.partial(run, pool) for pool in self.pools], repeats=12, replays=10)
+            torch.testing.assert_close(run(*layers[0]), expected, rtol=2e-2, atol=2e-2)
+        us = graph_us([functools.partial(run, *layer) for layer in layers], repeats=12, replays=10)
         assert not arrivals.any()
         return round(us, 2)
 
@@ -74,12 +86,23 @@ class Layers:
         return round(graph_us([functools.partial(run, *layer) for layer in layers], repeats=12, replays=10), 2)
 
 
+def _rounded(numbers: torch.Tensor, dim: int, kv: str) -> tuple[torch.Tensor, kv_quantization.KVScales]:
+    """Round the keys and values of blocks to 8 bits."""
+    dtype = kv_quantization.KV_DTYPES[kv]
+    keys, of_keys = kv_quantization.quantize(numbers[..., :dim], dtype)
+    values, of_values = kv_quantization.quantize(numbers[..., dim:], dtype)
+    pairs = torch.cat([of_keys, of_values], -1).transpose(1, 2).contiguous()
+    factors = torch.ones(numbers.shape[2], dim, device=numbers.device)
+    return torch.cat([keys, values], -1), kv_quantization.KVScales(pairs, factors)
+
+
 def main() -> None:
     """Time the shapes, rows and lengths of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=list(ATTENTION_SHAPES), choices=list(ATTENTION_SHAPES))
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--lengths", nargs="+", type=int, default=[60, 512, 4096])
+    parser.add_argument("--kv", nargs="+", default=["auto"], choices=["auto", *kv_quantization.KV_DTYPES])
     parser.add_argument("--tiles", nargs="+", help="keys,warps,stages; the module's own without")
     parser.add_argument("--alone", nargs="+", type=int, help="the module's own without")
     asked = parser.parse_args()
@@ -87,11 +110,12 @@ def main() -> None:
 
     tiles = [tuple(map(int, one.split(","))) for one in asked.tiles or ()] or [None]
     found = []
-    for shape, rows, length in pairs(asked.shapes, asked.rows, asked.lengths):
-        layers = Layers(shape, rows, length)
+    for shape, rows, length, kv in pairs(asked.shapes, asked.rows, asked.lengths, asked.kv):
+        layers = Layers(shape, rows, length, kv)
         limit = round(layers.bytes / BYTES_PER_US, 2)
-        line: dict[str, Any] = {"shape": shape, "rows": rows, "length": length, "limit_us": limit}
-        line["dense_us"] = layers.dense()
+        line: dict[str, Any] = {"shape": shape, "rows": rows, "length": length, "kv": kv, "limit_us": limit}
+        if kv == "auto":
+            line["dense_us"] = layers.dense()
         for tile, alone in pairs(tiles, asked.alone or [None]):
             if tile is not None:
                 decode._decode_tiles = lambda *_, tile=tile: tile

@@ -13,8 +13,11 @@ Without a GPU, tiny sizes in plain torch: only to see that it runs. Prints lines
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
+import math
+import multiprocessing
 import statistics
 import tempfile
 import time
@@ -25,7 +28,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.timing import graph_us
+from langchain_quantllm.bench.graph_timing import graph_us
 from langchain_quantllm.bench.random_models import SHAPES, random_checkpoint
 from langchain_quantllm.kernels.experts import reference
 from langchain_quantllm.kernels.experts.config import ExpertsConfig, config_for
@@ -38,6 +41,7 @@ from langchain_quantllm.kernels.experts.weights import (
     Mxfp4Stack,
     Stack,
 )
+from langchain_quantllm.kernels.linear.bit_packing import pack_bits
 from langchain_quantllm.kernels.linear.codebook import CODEBOOKS
 
 FORMATS = ("nf4", "nf4-nested", "int8", "gptq4", "gptq3", "gptq2", "gptq8", "mxfp4", "float")
@@ -89,10 +93,11 @@ def random_stack(kind: str, experts: int, outputs: int, inputs: int, device: str
     if kind.startswith("gptq"):
         bits, size = int(kind[4:]), 128 if inputs % 128 == 0 else 32
         groups = inputs // size
+        zeros = pack_bits(torch.full((groups, outputs), 1 << bits - 1, dtype=torch.uint8), bits).to(device)
         return GPTQStack(
             bits=bits,
             words=words(inputs * bits // 32, outputs),
-            zeros=words(groups, outputs * bits // 32),  # never read: one zero point for all
+            zeros=zeros.expand(experts, -1, -1).contiguous(),
             scales=((torch.rand(experts, groups, outputs, device=device) + 0.5) / (4 << bits)).half(),
             groups=(torch.arange(inputs, dtype=torch.int32, device=device) // size).expand(experts, -1).contiguous(),
             group_size=size,
@@ -156,10 +161,43 @@ def brief(config: ExpertsConfig) -> str:
     return f"{config.first.regime} {config.first.tile_rows} " + " | ".join(parts)
 
 
+def rule_of(layer: Layer, first: Stack, second: Stack, rows: int) -> ExpertsConfig:
+    """Return the config that the rule chooses."""
+    from langchain_quantllm.kernels.linear.config import chip
+
+    is_roomy = chip(torch.device("cuda"))[1]
+    return config_for(first, second, rows, layer.chosen, dtype=torch.bfloat16, is_gated=True, is_roomy=is_roomy)
+
+
+def compile_share(shape: str, kind: str, rows: int, share: int, shares: int) -> None:
+    """Run some of the grid's configs once, for Triton's cache on the disk."""
+    from langchain_quantllm.kernels.experts import dispatch
+
+    layer = Layer(shape)
+    first, second = layer.stacks(kind, "cuda")
+    x = torch.randn(rows, layer.hidden, dtype=torch.bfloat16, device="cuda")
+    (index, weights), *_ = choices(layer, rows, "cuda")
+    for config in list(dict.fromkeys(configs(rule_of(layer, first, second, rows))))[share::shares]:
+        with contextlib.suppress(Exception):  # the main process reports it
+            dispatch.experts(x, [first], second, index, weights, gating=layer.gating, config=config)
+
+
+def compile_ahead(cells: list[tuple[str, str, int]], processes: int, seconds: float) -> None:
+    """Compile the grids of all cells in other processes."""
+    began = time.perf_counter()
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        jobs = [(*cell, share, processes) for cell in cells for share in range(processes)]
+        results = [pool.apply_async(compile_share, job) for job in jobs]
+        for result in results:
+            result.wait(max(0.0, began + seconds - time.perf_counter()))
+        done = sum(result.ready() for result in results)
+        pool.terminate()
+    print(f"{done} of {len(jobs)} shares compiled ahead in {time.perf_counter() - began:.0f} s", flush=True)
+
+
 def measure_layer(shape: str, kind: str, rows: int, rate: float, *, grid: bool, deadline: float) -> dict[str, Any]:
     """Time the experts of one layer on a GPU."""
     from langchain_quantllm.kernels.experts import dispatch
-    from langchain_quantllm.kernels.linear.config import chip
 
     layer = Layer(shape)
     first, second = layer.stacks(kind, "cuda")
@@ -167,7 +205,7 @@ def measure_layer(shape: str, kind: str, rows: int, rate: float, *, grid: bool, 
     chosen = choices(layer, rows, "cuda")
     touched = statistics.mean(len(index.unique()) for index, _ in chosen)
     limit_us = touched * (expert_bytes(first) + expert_bytes(second)) / rate * 1e6
-    rule = config_for(first, second, rows, layer.chosen, dtype=x.dtype, is_gated=True, is_roomy=chip(x.device)[1])
+    rule = rule_of(layer, first, second, rows)
     expected = reference.experts(x[:2], [first], second, chosen[0][0][:2], chosen[0][1][:2], layer.gating)
     times: list[tuple[float, str]] = []
     failed = {}
@@ -246,13 +284,14 @@ def measure_step(shape: str, scheme: str, rows: list[int], layers: int | None, p
         result["load_s"] = round(time.perf_counter() - began, 1)
         for name, kinds in (("all", KINDS), ("without", tuple(kind for kind in KINDS if kind != EXPERTS))):
             fusion = Fusion(llm.pipeline.model, kinds=kinds)
-            engine = ContinuousEngine(llm.pipeline, kv_cache_memory="8GiB", fusion=fusion)
+            engine = ContinuousEngine(llm.pipeline, kv_cache_memory="24GiB", fusion=fusion)
             try:
-                counts = rows if engine.info.graphs else rows[:1]
-                times = {
-                    count: statistics.median(engine.time_step(count, position, STEPS) for _ in range(REPEATS))
-                    for count in counts
-                }
+                times: dict[int, float] = {}
+                for count in rows:
+                    taken = [engine.time_step(count, position, STEPS) for _ in range(REPEATS)]
+                    times[count] = statistics.median(seconds or math.nan for seconds in taken)
+                    if not engine.info.graphs:
+                        break
                 result[name] = {
                     "step_ms": {str(count): round(1e3 * taken, 3) for count, taken in times.items()},
                     "tokens_s": {str(count): round(count / taken) for count, taken in times.items()},
@@ -292,6 +331,7 @@ def main() -> None:
     parser.add_argument("--formats", default="nf4,gptq4,float")
     parser.add_argument("--rows", default="1,8,32,64")
     parser.add_argument("--grid", action="store_true", help="other configs as well")
+    parser.add_argument("--processes", type=int, default=12, help="that compile the grid ahead")
     parser.add_argument("--step", default="", help="schemes of whole models, such as nf4,gptq; in place of layers")
     parser.add_argument("--layers", type=int, help="layers of whole models; all by default")
     parser.add_argument("--position", type=int, default=158, help="where in their texts the rows are")
@@ -316,6 +356,9 @@ def main() -> None:
         rate = bandwidth_bytes_s()
         print(f"{result['device']}: a copy moves {rate / 1e12:.2f} TB/s", flush=True)
         result |= {"layers": [], "transformers": []}
+        if asked.grid:
+            cells = [(s, k, n) for s in asked.shapes.split(",") for n in rows for k in asked.formats.split(",")]
+            compile_ahead(cells, asked.processes, 0.6 * asked.seconds)
         for shape in asked.shapes.split(","):
             for count in rows:
                 for kind in asked.formats.split(","):

@@ -24,13 +24,15 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.timing import graph_us, synchronized_s
+from benchmarks.timing import synchronized_s
 from langchain_quantllm import GPTQ, QuantizedHuggingFaceLLM
+from langchain_quantllm.bench.graph_timing import graph_us
 from langchain_quantllm.bench.random_models import SHAPES, random_checkpoint
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.engine.continuous import ContinuousEngine
 from langchain_quantllm.engine.fusion.fuse import GATED_MLP, KINDS, LINEAR, NORM, RESIDUAL, ROTARY, Fusion
 from langchain_quantllm.kernels import reference
+from langchain_quantllm.memory import CACHE_DTYPES
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "none": (),
@@ -61,12 +63,14 @@ def kernels_of(graph: Any) -> tuple[int, list[dict[str, Any]]]:
     return sum(map(len, totals.values())), top
 
 
-def measure_steps(pipeline: Any, kinds: tuple[str, ...], rows: list[int], position: int, cache: str) -> dict[str, Any]:
+def measure_steps(
+    pipeline: Any, kinds: tuple[str, ...], rows: list[int], position: int, cache: str, cache_dtype: str
+) -> dict[str, Any]:
     """Time the captured step with some kinds fused."""
     began = synchronized_s()
     fusion = Fusion(pipeline.model, kinds=kinds) if kinds else None
     build_s = synchronized_s() - began
-    engine = ContinuousEngine(pipeline, kv_cache_memory=cache, fusion=fusion)
+    engine = ContinuousEngine(pipeline, kv_cache_memory=cache, kv_cache_dtype=cache_dtype, fusion=fusion)
     try:
         found: dict[str, Any] = {"build_s": round(build_s, 2), "graphs": engine.info.graphs, "step_ms": {}}
         if fusion is not None:
@@ -167,6 +171,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 64])
     parser.add_argument("--position", type=int, default=158, help="where in their texts the rows are")
     parser.add_argument("--kv-cache", default="8GiB")
+    parser.add_argument("--kv-cache-dtypes", nargs="+", default=["auto"], choices=CACHE_DTYPES)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--seconds", type=float, default=110.0, help="what does not begin within these is left out")
     asked = parser.parse_args()
@@ -199,11 +204,13 @@ def main() -> None:
             if time.perf_counter() - began > asked.seconds:
                 left_out.append(name)
                 continue
-            found = measure_steps(llm.pipeline, VARIANTS[name], asked.rows, asked.position, asked.kv_cache)
-            result["variants"][name] = found
-            print(
-                f"{name}: {found['step_ms']} ms, {found.get('kernels')} kernels, after {found['build_s']} s", flush=True
-            )
+            for dtype in asked.kv_cache_dtypes:
+                label = name if dtype == "auto" else f"{name}, KV cache in {dtype}"
+                cache = (asked.kv_cache, dtype)
+                found = measure_steps(llm.pipeline, VARIANTS[name], asked.rows, asked.position, *cache)
+                result["variants"][label] = found
+                shown = f"{found['step_ms']} ms, {found.get('kernels')} kernels, after {found['build_s']} s"
+                print(f"{label}: {shown}", flush=True)
     result |= {"left_out": left_out, "total_s": round(time.perf_counter() - began, 1)}
     print(json.dumps(result))
 

@@ -21,7 +21,8 @@ from typing import Any, TypeAlias
 
 import torch
 
-from benchmarks.timing import LINEAR_SHAPES, copies_beyond_l2, graph_us, random_weight
+from benchmarks.timing import LINEAR_SHAPES, random_weight
+from langchain_quantllm.bench.graph_timing import copies_beyond_l2, graph_us
 
 DTYPE = torch.bfloat16
 Linear: TypeAlias = Callable[[torch.Tensor], Any]

@@ -24,7 +24,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.timing import LINEAR_SHAPES, copies_beyond_l2, graph_us, random_weight, weight_bytes
+from benchmarks.timing import LINEAR_SHAPES, random_weight
+from langchain_quantllm.bench.graph_timing import copies_beyond_l2, graph_us
+from langchain_quantllm.bench.linear_grid import relative_error, weight_bytes
 from langchain_quantllm.kernels.linear import reference as linear_reference
 from langchain_quantllm.kernels.linear.config import MOST_VECTOR_ROWS, LinearConfig, chip, config_for
 from langchain_quantllm.kernels.linear.dispatch import grouped_linear
@@ -75,8 +77,7 @@ def configs(kind: str, rows: int) -> Iterator[LinearConfig]:
 
 def error_of(found: torch.Tensor, x: torch.Tensor, weight: Weight) -> float:
     """Return the error of a result, relative to the root mean square of the float64 result."""
-    expected = linear_reference.quantized_linear(x, weight)
-    return float((found.double() - expected).abs().max() / expected.square().mean().sqrt())
+    return relative_error(found, linear_reference.quantized_linear(x, weight))
 
 
 def attempt(kind: str, rows: int, config: LinearConfig) -> float | str:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.timing import graph_us
+from langchain_quantllm.bench.graph_timing import graph_us
 from langchain_quantllm.engine.request import Request
 from langchain_quantllm.engine.sampler import MASKS, BatchSampler, needs_of
 from langchain_quantllm.options import normalize, resolve

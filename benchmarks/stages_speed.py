@@ -9,16 +9,13 @@ themselves. Medians of rounds after one for warming up; prints a table in Markdo
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from langchain_quantllm import QuantizedHuggingFaceLLM
-from langchain_quantllm.bench.prompts import Prompts
+from benchmarks.own_speed import AS_WRITTEN, measure
 from langchain_quantllm.bench.random_models import SHAPES, random_checkpoint
 from langchain_quantllm.engine import stages
 
@@ -34,47 +31,37 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--same-gpu", action="store_true", help="both stages on one GPU")
     asked = parser.parse_args()
-    stages.CAPTURES = True
     print("| scheme | requests | tokens/s on one | tokens/s in two stages | times |\n|---|---|---|---|---|", flush=True)
-    for scheme in asked.schemes:
-        with tempfile.TemporaryDirectory() as folder:
-            made = random_checkpoint(asked.shape, Path(folder) / "model", gptq=scheme == "gptq")
-            one = rates(made, scheme, {"device_map": {"": 0}}, asked)
-            with divided_by_hand(SHAPES[asked.shape]["num_hidden_layers"] // 2, is_wanted=asked.same_gpu):
-                spread = {"device_map": {"": 0} if asked.same_gpu else "balanced"}
-                two = rates(made, scheme, spread, asked)
-        for requests, alone, apart in zip(asked.requests, one, two, strict=True):
-            print(f"| {scheme} | {requests} | {alone:.0f} | {apart:.0f} | {apart / alone:.2f} |", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        made: dict[bool, Path] = {}
+        for scheme in asked.schemes:
+            is_packed = scheme == "gptq"
+            if is_packed not in made:
+                made[is_packed] = random_checkpoint(asked.shape, Path(folder) / f"gptq-{is_packed}", gptq=is_packed)
+            compare(scheme, made[is_packed], asked)
 
 
-def rates(folder: Any, scheme: str, spread: dict[str, Any], asked: argparse.Namespace) -> list[float]:
-    """Measure the tokens per second of each number of requests at once."""
-    fields: dict[str, Any] = {"dtype": scheme} if "float" in scheme else {"quantization": scheme}
-    if scheme == "gptq":
-        fields = {}
-    llm = QuantizedHuggingFaceLLM(
-        model_id=str(folder),
-        max_new_tokens=asked.tokens,
-        ignore_eos=True,
-        prefix_caching=False,
-        progress=False,
-        engine="fast",
-        batch_size=max(asked.requests),
-        **spread,
-        **fields,
-    )
-    print(f"<!-- {scheme}, {spread}: {llm.engine_info} -->", flush=True)
-    prompts, found = Prompts(llm.pipeline.tokenizer), []
-    for requests in asked.requests:
-        times_s = []
-        for _ in range(asked.rounds + 1):
-            texts = prompts.draw(requests, asked.prompt)
-            began = time.perf_counter()
-            llm.batch(texts, config={"max_concurrency": requests})
-            times_s.append(time.perf_counter() - began)
-        found.append(requests * asked.tokens / statistics.median(times_s[1:]))
-    llm.unload()
-    return found
+def compare(scheme: str, folder: Path, asked: argparse.Namespace) -> None:
+    """Measure a scheme on one GPU and in two stages, and print its lines."""
+
+    def rates(device_map: Any) -> dict[str, Any]:
+        return measure(
+            folder,
+            AS_WRITTEN if scheme == "gptq" else scheme,
+            asked.requests,
+            prompt_tokens=asked.prompt,
+            new_tokens=asked.tokens,
+            repeats=asked.rounds,
+            fields={"device_map": device_map},
+        )
+
+    one = rates({"": 0})
+    with divided_by_hand(SHAPES[asked.shape]["num_hidden_layers"] // 2, is_wanted=asked.same_gpu):
+        two = rates({"": 0} if asked.same_gpu else "balanced")
+    print(f"<!-- {scheme}: graphs {two['graphs']}, loaded in {two['load_s']} s, {two['reason']} -->")
+    for requests, alone in one["rates"].items():
+        apart = two["rates"][requests]
+        print(f"| {scheme} | {requests} | {alone:.0f} | {apart:.0f} | {apart / alone:.2f} |", flush=True)
 
 
 @contextmanager

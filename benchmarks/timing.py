@@ -1,10 +1,8 @@
-"""Timing in CUDA graphs, shapes of models and random quantized weights, for the developers' benches."""
+"""Shapes of models and random quantized weights, for the developers' benches."""
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,49 +22,12 @@ ATTENTION_SHAPES = {"llama-2-7b": (32, 32, 128), "llama-3-8b": (32, 8, 128), "qw
 """Query heads, key heads, and the dimension of a head."""
 
 _BITS = {"nf4": 4, "fp4": 4, "int8": 8, "gptq2": 2, "gptq3": 3, "gptq4": 4, "gptq8": 8}
-_BEYOND_L2_BYTES = 160 * 2**20
-
-
-def graph_us(calls: Sequence[Callable[[], Any]], *, repeats: int = 8, replays: int = 1) -> float:
-    """Capture calls in one CUDA graph, and time its replays.
-
-    Args:
-        calls: The calls, of which the first two warm up.
-        repeats: Measurements, of which the median counts.
-        replays: Replays of one measurement.
-
-    Returns:
-        Microseconds of one call.
-    """
-    for call in (calls * 2)[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(replays):
-            graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / (replays * len(calls)))
-    return statistics.median(times)
 
 
 def synchronized_s() -> float:
     """Wait for the GPU, and return the time in seconds."""
     torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def copies_beyond_l2(size: int) -> int:
-    """Count how many distinct weights of a size in bytes the L2 cache cannot hold."""
-    return max(2, min(64, -(-_BEYOND_L2_BYTES // size)))
 
 
 def random_weight(kind: str, inputs: int, outputs: int) -> Weight:
@@ -114,11 +75,3 @@ def random_weight(kind: str, inputs: int, outputs: int) -> Weight:
     return FourBitWeight(
         kind=format_, words=words, code=code, scales=scales, block_size=64, nested=bool(variant), **nested, **common
     )
-
-
-def weight_bytes(weight: Weight) -> int:
-    """Count the bytes of a weight that a product reads."""
-    read = [weight.words, weight.scales]
-    if isinstance(weight, GPTQWeight) and weight.zero_point < 0:
-        read.append(weight.zeros)
-    return sum(tensor.numel() * tensor.element_size() for tensor in read)

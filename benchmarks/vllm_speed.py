@@ -1,4 +1,4 @@
-"""New tokens per second of vLLM, offline, on the random checkpoints that `langchain-quantllm bench --speed` measures.
+"""New tokens per second of vLLM, offline, on the random checkpoints that `own_speed` measures.
 
 Write the checkpoints where this package is:
 
@@ -23,12 +23,12 @@ import time
 from pathlib import Path
 
 
-def write(folder: Path, shape: str) -> None:
+def write(folder: Path, shape: str, layers: int | None) -> None:
     """Write the checkpoints, in bfloat16 and as GPTQ with 4 bits."""
     from langchain_quantllm.bench.random_models import random_checkpoint
 
-    random_checkpoint(shape, folder / "none")
-    random_checkpoint(shape, folder / "gptq", gptq=True)
+    random_checkpoint(shape, folder / "none", layers=layers)
+    random_checkpoint(shape, folder / "gptq", gptq=True, layers=layers)
 
 
 def measure(given: argparse.Namespace) -> dict[str, float]:
@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--write", action="store_true", help="write the checkpoints into the folder instead")
     parser.add_argument("--shape", default="llama-2-7b")
+    parser.add_argument("--layers", type=int, help="with --write: layers of the model; those of the shape by default")
     parser.add_argument("--quantization", help="bitsandbytes: quantize to nf4 while loading")
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 8, 32, 64])
     parser.add_argument("--prompt-tokens", type=int, default=30)
@@ -75,7 +76,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
     if given.write:
-        write(given.folder, given.shape)
+        write(given.folder, given.shape, given.layers)
         return
     print(json.dumps({"folder": given.folder.name, "quantization": given.quantization, **measure(given)}))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from langchain_quantllm._version import __version__
-from langchain_quantllm.schemes import FP4, GPTQ, MXFP4, NF4, SCHEMES, Int8, Scheme, Unquantized
+from langchain_quantllm.schemes import AWQ, FP4, GPTQ, MXFP4, NF4, SCHEMES, Int8, Scheme, Unquantized
 
 if TYPE_CHECKING:
     from langchain_quantllm.bench.compare import compare
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from langchain_quantllm.memory import MemoryEstimate, MemoryReport, take_snapshot, track_memory
     from langchain_quantllm.quantization.api import QuantizedCheckpoint, quantize
     from langchain_quantllm.quantization.calibration import Calibration
+    from langchain_quantllm.quantization.distill import Distillation
     from langchain_quantllm.quantization.merge import merge_adapter
     from langchain_quantllm.rerankers import LateInteractionReranker, QuantizedCrossEncoder, QuantizedReranker
     from langchain_quantllm.speech import QuantizedWhisperParser
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "Calibration": "langchain_quantllm.quantization.calibration",
     "ChatQuantizedHuggingFace": "langchain_quantllm.chat_models",
+    "Distillation": "langchain_quantllm.quantization.distill",
     "LateInteractionReranker": "langchain_quantllm.rerankers",
     "MemoryEstimate": "langchain_quantllm.memory",
     "MemoryReport": "langchain_quantllm.memory",
@@ -58,6 +60,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "AWQ",
     "FP4",
     "GPTQ",
     "MXFP4",
@@ -66,6 +69,7 @@ __all__ = [
     "VLLM",
     "Calibration",
     "ChatQuantizedHuggingFace",
+    "Distillation",
     "Int8",
     "LateInteractionReranker",
     "MemoryEstimate",

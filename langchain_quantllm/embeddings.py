@@ -24,7 +24,7 @@ from langchain_quantllm.encoders.arguments import translate_arguments
 from langchain_quantllm.encoders.embedding import SDPA_KERNELS, Embed
 from langchain_quantllm.encoders.registry import LoadedEncoder
 from langchain_quantllm.encoders.vectors import VectorForm
-from langchain_quantllm.encoders.worker import Work
+from langchain_quantllm.encoders.work import Work
 from langchain_quantllm.errors import (
     InvalidOptionError,
     UnsupportedError,

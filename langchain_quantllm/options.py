@@ -22,6 +22,13 @@ BASE_ADAPTER = "base"
 """The adapter name that stands for the model without any adapter."""
 
 
+SPECULATIONS = ("draft", "ngram", "forced", "off")
+"""Values of `speculation`."""
+
+NO_SPECULATION = SPECULATIONS[-1]
+"""The value of `speculation` without any proposals, not even of tokens that a constraint forces."""
+
+
 class Check(NamedTuple):
     """A test of a value, and the values that pass it, in words."""
 
@@ -68,6 +75,7 @@ _SIDE = Check(lambda v: isinstance(v, bool) or v in ("left", "right"), "True, Fa
 _IDS = Check(_is_ids, "a token id, or a list of them")
 _ADAPTER = Check(lambda v: isinstance(v, str) and bool(v), f"the name of an adapter, or {BASE_ADAPTER!r}")
 _SALT = Check(lambda v: isinstance(v, str) and 0 < len(v) <= 256, "a text of 1 to 256 characters")
+_SPECULATION = Check(lambda v: v in SPECULATIONS, ", ".join(map(repr, SPECULATIONS)))
 ANY = Check(lambda v: True, "a value that transformers' GenerationConfig takes")
 
 
@@ -113,7 +121,7 @@ def _rare_sampling(default: float, check: Check) -> Any:
 class GenerationOptions:
     """The options of one call, with every default in place. Lengths are in tokens.
 
-    Each field but the last two is an option, with its check, in `OPTIONS`.
+    Each field but the last three is an option, with its check, in `OPTIONS`.
     """
 
     max_new_tokens: int | None = _option(DEFAULT_MAX_NEW_TOKENS, _at_least(1), aliases=("max_tokens",))
@@ -149,6 +157,10 @@ class GenerationOptions:
     """Prefix caching shares blocks only between requests with the same one."""
     adapter: str | None = _option(None, _ADAPTER)
     """The adapter's name or `BASE_ADAPTER`; None runs the model as it is."""
+    speculation: str = _option("forced", _SPECULATION, aliases=("prompt_lookup_num_tokens",))
+    """Where the fast engine's proposals of several tokens a step come from; no text depends on it."""
+    draft: str | None = None
+    """The draft model of `speculation="draft"`, by the key of what is loaded for it."""
     asked_new_tokens: bool = False
     """Whether the user, and not a default, chose `max_new_tokens`."""
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -167,7 +179,6 @@ _CHANGES_SCORES, _INERT = _handed_on(changes_scores=True), _handed_on(inert=True
 
 HANDED_ON: Mapping[str, Option] = {
     "num_beams": _handed_on(_at_least(1), runs_alone=True),
-    "prompt_lookup_num_tokens": _handed_on(_at_least(1), runs_alone=True),
     "no_repeat_ngram_size": _handed_on(_at_least(0), neutral=(0,), changes_scores=True),
     "encoder_no_repeat_ngram_size": _handed_on(_at_least(0), neutral=(0,), changes_scores=True),
     "encoder_repetition_penalty": _handed_on(_POSITIVE, neutral=(1,), changes_scores=True),
@@ -271,6 +282,11 @@ def _normalize_one(name: str, value: Any, place: Place) -> tuple[str | None, Any
             msg = f"{name}={value!r} is not allowed; it must be 'hole', which is truncation='left' here."
             raise InvalidOptionError(msg)
         name, value = "truncation", "left"
+    elif name == "prompt_lookup_num_tokens":  # transformers' name; the engine finds the best number by itself
+        if not (least := _at_least(1)).passes(value):
+            msg = f"{name}={value!r} is not allowed; it must be {least.allowed}."
+            raise InvalidOptionError(msg)
+        name, value = "speculation", "ngram"
     name = ALIASES.get(name, name)
     if name == "stop" and isinstance(value, str):
         value = [value]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,14 @@ def pytest_configure() -> None:
     """Keep each of several test processes to one thread: more of them wait for each other."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def tuned_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of the tables of tuned products, empty."""
+    from langchain_quantllm.kernels.linear import tuned
+
+    monkeypatch.setenv("QUANTLLM_TUNED", str(tmp_path))
+    tuned.table_for.cache_clear()
+    yield tmp_path
+    tuned.table_for.cache_clear()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from langchain_quantllm.base.aside import run_aside
-from langchain_quantllm.encoders.worker import Work
+from langchain_quantllm.encoders.work import Work
 
 
 async def work_aside(submit: Callable[..., Work], *call: Any) -> list[Any]:

@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field, SecretStr, ValidationError, model_valida
 from typing_extensions import Self
 
 from langchain_quantllm._version import __version__
+from langchain_quantllm.base.draft import check_draft
 from langchain_quantllm.data.counterparts import Kind, written
 from langchain_quantllm.engine.external.spec import KINDS, ExternalEngine, external_engine
 from langchain_quantllm.engine.selection import ENGINES
@@ -27,7 +28,7 @@ from langchain_quantllm.loading.inputs import stored_options
 from langchain_quantllm.loading.parts import ModelParts
 from langchain_quantllm.loading.registry import pipeline_name
 from langchain_quantllm.loading.spec import AdapterChoice, LoadSpec
-from langchain_quantllm.memory import check_cache_budget
+from langchain_quantllm.memory import check_cache_budget, check_cache_dtype
 from langchain_quantllm.options import OPTION_NAMES, OPTIONS, Place, normalize, resolve
 from langchain_quantllm.schemes import SCHEMES, scheme_from
 
@@ -79,6 +80,9 @@ class ModelFields(BaseLanguageModel[Any]):
     """Show the progress of loading."""
     model_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Further keyword arguments of transformers' `from_pretrained`."""
+    lm_head_dtype: Any = "auto"
+    """Dtype of the output head, which the schemes leave alone: `"auto"` is that of the model, `"int8"` has 8 bits and a
+    scale for each row. In a small model with a large vocabulary, the head is much of what each token reads."""
     adapters: dict[str, str] = Field(default_factory=dict)
     """LoRA adapters of peft that calls can choose: names, each with a folder or a repository on the Hub."""
     adapter: str | None = None
@@ -97,12 +101,21 @@ class ModelFields(BaseLanguageModel[Any]):
     kv_cache_memory: Any = None
     """Memory of the fast engine's KV cache: a fraction of the free memory, a number of bytes, or a text such as
     `"4GiB"`. None takes at most 0.3 of the free memory. The first call of a loaded model sets it."""
+    kv_cache_dtype: Any = "auto"
+    """Dtype of the fast engine's KV cache: `"auto"` is that of the model; `"fp8"` and `"int8"` hold twice the tokens in
+    the same memory, in 8 bits with a scale for each token and head. Objects of another dtype over the same weights have
+    a KV cache of their own."""
     fuse: bool = True
     """Let the fast engine use kernels of this package: on a CUDA GPU for quantized linear layers, norms, gated
     activations and rotary embeddings, on a CPU for 4-bit linear layers of one input. They are used only if they give
     the results of the model's own modules. The first call of a loaded model sets it."""
     prefix_caching: bool = True
     """Reuse the KV cache of prompts that begin alike."""
+    draft_model: Any = None
+    """A small model of the same vocabulary that proposes tokens, which the fast engine verifies several at once, with
+    the same text as without: a folder or repository, or a `QuantizedHuggingFaceLLM`."""
+    draft_quantization: Any = None
+    """The scheme of a draft model that is given as a folder or repository; see `quantization`."""
     batch_invariant: bool = False
     """Give a call the same text, bit for bit, whatever runs beside it. It takes a fast engine of its own over the same
     weights, with a KV cache of its own, which is slower."""
@@ -129,6 +142,10 @@ class ModelFields(BaseLanguageModel[Any]):
     """Calls of a lower number go first, before those of other objects over the same weights too; 0 if not set."""
     cache_salt: str | None = None
     """Calls share the KV cache of a common beginning only with calls of the same salt, such as the id of a tenant."""
+    speculation: str | None = None
+    """Let the fast engine write several tokens a step where it can guess them, with the same text: `"draft"` guesses by
+    the draft model as well, which is what it does if one is given, `"ngram"` from the prompt and the text so far,
+    `"forced"`, if not set, only what a constraint leaves no choice in, and `"off"` nothing."""
     seed: int | None = None
     """Makes sampling repeatable, whatever else is in the batch; None takes a new seed for each call."""
     n: int | None = None
@@ -189,10 +206,11 @@ class ModelFields(BaseLanguageModel[Any]):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.quantization is not None:
-            scheme = scheme_from(self.quantization)
-            names = [name for name, known in SCHEMES.items() if known == scheme]
-            self.quantization = names[0] if names else scheme and scheme.to_dict()
+        for name in ("quantization", "draft_quantization"):
+            if (given := getattr(self, name)) is not None:
+                scheme = scheme_from(given)
+                names = [known_name for known_name, known in SCHEMES.items() if known == scheme]
+                setattr(self, name, names[0] if names else scheme and scheme.to_dict())
         if (pipe := self.own_pipeline) is not None:
             given = {name: value for name, value in self._given_fields().items() if name in LOADING_FIELDS}
             check_pipeline(pipe, given, has_adapters=bool(self.adapters or self.adapter is not None))
@@ -221,6 +239,13 @@ class ModelFields(BaseLanguageModel[Any]):
             )
             raise InvalidOptionError(msg)
         check_cache_budget(self.kv_cache_memory)
+        if check_cache_dtype(self.kv_cache_dtype) != "auto" and self.engine == "pipeline":
+            msg = (
+                f"engine='pipeline' cannot carry out kv_cache_dtype={self.kv_cache_dtype!r}, as generate's cache has "
+                "the dtype of the model; use engine='fast' or 'auto', or kv_cache_dtype='auto'."
+            )
+            raise InvalidOptionError(msg)
+        check_draft(self)
         self._spec()
         resolve([self._field_options()], {})
         return self
@@ -257,7 +282,8 @@ class ModelFields(BaseLanguageModel[Any]):
 
     def _field_options(self) -> dict[str, Any]:
         """Return the generation options among the fields, normalized."""
-        return normalize({**{name: getattr(self, name) for name in OPTION_FIELDS}, **self.generation_kwargs})
+        options = normalize({**{name: getattr(self, name) for name in OPTION_FIELDS}, **self.generation_kwargs})
+        return options if self.draft_model is None else {"speculation": "draft", **options}
 
     def _adapter_choice(self) -> AdapterChoice:
         return AdapterChoice.of(self.adapters, self.adapter)
@@ -277,6 +303,8 @@ class ModelFields(BaseLanguageModel[Any]):
             model_kwargs=self.model_kwargs,
             adapters=choice.sources,
             adapter=choice.default,
+            kv_cache_dtype=self.kv_cache_dtype,
+            lm_head_dtype=self.lm_head_dtype,
             **fields,
         )
 
@@ -292,11 +320,14 @@ class ModelFields(BaseLanguageModel[Any]):
             "quantization_config": config if config is None or isinstance(config, dict) else config.to_dict(),
             **{name: getattr(self, name) for name in SPEC_FIELDS if name not in ("local_files_only", "cache_dir")},
             "model_kwargs": self.model_kwargs or None,
-            **{name: getattr(self, name) for name in OPTION_FIELDS if name != "timeout"},
+            **{name: getattr(self, name) for name in OPTION_FIELDS if name not in ("timeout", "speculation")},
             **self.generation_kwargs,
             "adapters": self.adapters or None,
             "adapter": self.adapter,
             "batch_invariant": self.batch_invariant or None,
+            **{
+                n: None if getattr(self, n) == "auto" else getattr(self, n) for n in ("kv_cache_dtype", "lm_head_dtype")
+            },
         }
         if (external := self._external()) is not None:
             params["engine"] = external.identity()
@@ -319,7 +350,7 @@ class ModelFields(BaseLanguageModel[Any]):
 
     def to_json(self) -> SerializedConstructor | SerializedNotImplemented:
         """Serialize the fields; an instance over a pipeline of your own cannot be serialized."""
-        if self.own_pipeline is not None:
+        if self.own_pipeline is not None or getattr(self.draft_model, "own_pipeline", None) is not None:
             return self.to_json_not_implemented()
         serialized = super().to_json()
         kwargs = serialized.get("kwargs")

@@ -6,27 +6,22 @@ models, which LangChain gives a base of their own.
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import os
 import weakref
-from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from langchain_core.load.serializable import Serializable
-from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, ValidationError, model_validator
+from pydantic import ConfigDict, Field, SecretStr, ValidationError, model_validator
 from typing_extensions import Self
 
 from langchain_quantllm.base.fields import own_error
-from langchain_quantllm.engine.process import check_process
-from langchain_quantllm.errors import InvalidOptionError, QuantLLMError, nearest
+from langchain_quantllm.base.model_holder import ModelHolder
+from langchain_quantllm.errors import InvalidOptionError, nearest
 from langchain_quantllm.memory import MemoryReport
 from langchain_quantllm.schemes import SCHEMES, scheme_from
 
-_instances: weakref.WeakValueDictionary[int, LocalModel] = weakref.WeakValueDictionary()
 
-
-class LocalModel(Serializable):
+class LocalModel(ModelHolder, Serializable):
     """The fields of a model that is loaded at the first use and shared by instances that load the same."""
 
     model_config = ConfigDict(
@@ -64,10 +59,7 @@ class LocalModel(Serializable):
     model_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Further keyword arguments of transformers' `from_pretrained`."""
 
-    _loading_fields: ClassVar[frozenset[str]] = frozenset()
-    """Fields that say what is loaded."""
-
-    _model: Any = PrivateAttr(default=None)
+    _instances: ClassVar[weakref.WeakValueDictionary[int, Any]] = weakref.WeakValueDictionary()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Check every field; weights are loaded on first use.
@@ -115,7 +107,6 @@ class LocalModel(Serializable):
             self.__dict__["quantization"] = names[0] if names else scheme and scheme.to_dict()
         self._check_fields()
         self._spec()
-        _instances[id(self)] = self
         return self
 
     def _check_fields(self) -> None:
@@ -131,35 +122,11 @@ class LocalModel(Serializable):
 
     # Loading.
 
-    def load(self) -> Self:
-        """Load the weights now instead of at the first use.
+    def _open(self) -> Any:
+        return self._get_or_load(self._spec())
 
-        Returns:
-            The same instance.
-
-        Raises:
-            QuantLLMError: A subclass of it, which says what to do; see `langchain_quantllm.errors`.
-        """
-        self._loaded()
-        return self
-
-    def unload(self) -> None:
-        """End calls under way and free the memory; the next call loads again.
-
-        Instances that share the model lose it too, and load it again when they are called.
-
-        Raises:
-            UnsupportedError: If this process was forked off the one that loaded it.
-        """
-        check_process()
-        model, self._model = self._model, None
-        if model is not None:
-            model.close()
-
-    @property
-    def is_loaded(self) -> bool:
-        """Whether the weights are in memory."""
-        return self._model is not None and not self._model.closed
+    def _key(self) -> tuple[type, str]:
+        return type(self), self._spec().key()
 
     def memory_report(self) -> MemoryReport:
         """Report the memory before, during and after loading, and now; loads the model if it is not loaded.
@@ -171,59 +138,7 @@ class LocalModel(Serializable):
         report: MemoryReport = self._loaded().memory_report(self.model_id)
         return report
 
-    def _loaded(self) -> Any:
-        """Return the model, loaded if it is not."""
-        check_process()
-        model = self._model
-        if model is None or model.closed:
-            spec = self._spec()
-            model = self._model = self._get_or_load(spec)
-            for other in list(_instances.values()):  # copies that LangChain makes for a call may hold it alone
-                waits = other._model is None or other._model.closed
-                with contextlib.suppress(QuantLLMError):  # of a field that was set to a wrong value
-                    if waits and type(other) is type(self) and other._spec().key() == spec.key():
-                        other._model = model
-        return model
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set a field; after a field that says what to load, the next call loads that."""
-        super().__setattr__(name, value)
-        self._forget([name])
-
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """Copy the instance; after an update of a field that says what to load, the copy's next call loads that."""
-        copied = super().model_copy(update=update, deep=deep)
-        copied._forget(update or ())
-        return copied
-
-    def _forget(self, changed: Iterable[str]) -> None:
-        """Drop the loaded model if a changed field asks for another one."""
-        self.__dict__.pop("_serialized", None)  # the serialized form, which langchain-core keeps
-        if not self._loading_fields.isdisjoint(changed):
-            self._model = None
-
     # Serialization.
-
-    def __getstate__(self) -> dict[Any, Any]:
-        """Return the fields for a pickle, without weights and token: what loads it reads that from `HF_TOKEN`."""
-        state = self._state()
-        return {
-            **state,
-            "__dict__": {**state["__dict__"], "token": None},
-            "__pydantic_fields_set__": state["__pydantic_fields_set__"] - {"token"},
-        }
-
-    def _state(self) -> dict[Any, Any]:
-        """Return the fields, without the weights."""
-        state = super().__getstate__()
-        return {**state, "__pydantic_private__": {**(state["__pydantic_private__"] or {}), "_model": None}}
-
-    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
-        """Copy the fields; the copy finds the loaded weights through the registry."""
-        state = copy.deepcopy(self._state(), memo)
-        twin = type(self).__new__(type(self))
-        twin.__setstate__(state)
-        return twin
 
     @property
     def lc_secrets(self) -> dict[str, str]:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from langchain_core.exceptions import ContextOverflowError, ModelTimeoutError
 from langchain_core.language_models.base import LangSmithParams
-from pydantic import PrivateAttr, model_validator
+from pydantic import PrivateAttr
 from typing_extensions import Self
 
+from langchain_quantllm.base.draft import add_draft, check_draft_vocabulary, draft_key
 from langchain_quantllm.base.fields import ModelFields
+from langchain_quantllm.base.model_holder import ModelHolder
 from langchain_quantllm.engine.external.spec import ExternalEngineRun
-from langchain_quantllm.engine.process import check_process
 from langchain_quantllm.engine.request import Engine, EngineInfo, OutputForm, Request, TokenMask, plan_requests
 from langchain_quantllm.engine.selection import Engines
 from langchain_quantllm.engine.stream import ChunkStream
@@ -28,7 +28,6 @@ from langchain_quantllm.errors import (
     GenerationTimeoutError,
     InvalidOptionError,
     PromptTooLongError,
-    QuantLLMError,
 )
 from langchain_quantllm.loading.arguments import LOADING_FIELDS
 from langchain_quantllm.loading.external import ExternalModel, external_key, get_or_open
@@ -49,8 +48,6 @@ from langchain_quantllm.schemes import Scheme, Unquantized, scheme_from, scheme_
 
 STREAMS: ContextVar[list[ChunkStream] | None] = ContextVar("quantllm_streams", default=None)
 """The streams of the batch in progress."""
-
-_instances: weakref.WeakValueDictionary[int, QuantizedModel] = weakref.WeakValueDictionary()
 
 
 class PromptOverflowError(PromptTooLongError, ContextOverflowError):
@@ -109,20 +106,18 @@ def _engine_of(model: ExternalModel) -> ExternalEngineRun:
     return engine
 
 
-class QuantizedModel(ModelFields):
+class QuantizedModel(ModelHolder, ModelFields):
     """A quantized local model, loaded on first use and run by one engine for all callers."""
+
+    _loading_fields: ClassVar[frozenset[str]] = frozenset({"model_id", "own_pipeline", *LOADING_FIELDS})
+    _instances: ClassVar[weakref.WeakValueDictionary[int, Any]] = weakref.WeakValueDictionary()
 
     _model: SharedModel | None = PrivateAttr(default=None)
 
     # Loading.
 
-    @model_validator(mode="after")
-    def _register(self) -> Self:
-        _instances[id(self)] = self
-        return self
-
     def load(self) -> Self:
-        """Load the weights now instead of at the first use.
+        """Load the weights now instead of at the first use, and a draft model's.
 
         Returns:
             The same instance.
@@ -130,117 +125,50 @@ class QuantizedModel(ModelFields):
         Raises:
             QuantLLMError: A subclass of it, which says what to do; see `langchain_quantllm.errors`.
         """
-        self._loaded()
+        super().load()
+        if self.draft_model is not None:
+            self._engine(self._options(None, {}))  # which loads it as well
         return self
-
-    def unload(self) -> None:
-        """Stop running calls and free the memory; the next call loads again.
-
-        Instances that share the model lose it too, and load it again when they are called. The weights of a pipeline
-        of your own stay in memory: only the engine over it ends.
-
-        Raises:
-            UnsupportedError: If this process was forked off the one that loaded it.
-        """
-        check_process()
-        model, self._model = self._model, None
-        if model is not None:
-            model.close()
-
-    @property
-    def is_loaded(self) -> bool:
-        """Whether the weights are in memory."""
-        return self._model is not None and not self._model.closed
 
     def _loaded(self) -> SharedModel:
         """Return the model, loaded if it is not."""
-        check_process()
-        model = self._model
-        if model is None or model.closed:
-            if self.own_pipeline is not None:
-                model = wrap_pipeline(self.own_pipeline)
-            else:
-                spec, external = self._spec(), self._external()
-                model = get_or_load(spec) if external is None else get_or_open(spec, external)
-                self._share(self._key(), model)
-            self._model = model
+        model: SharedModel = super()._loaded()
         return model
 
-    def _share(self, key: str, model: SharedModel) -> None:
-        """Let every instance with the same settings hold the model, whether it was called or not.
+    def _open(self) -> SharedModel:
+        if self.own_pipeline is not None:
+            return wrap_pipeline(self.own_pipeline)
+        spec, external = self._spec(), self._external()
+        if self.draft_model is not None:
+            check_draft_vocabulary(self)
+        return get_or_load(spec) if external is None else get_or_open(spec, external)
 
-        `configurable_fields` makes an instance for each call. If only these held the model, each call would load it
-        again.
-        """
-        for other in list(_instances.values()):
-            waits = other.own_pipeline is None and (other._model is None or other._model.closed)
-            if not waits or other is self:
-                continue
-            with contextlib.suppress(QuantLLMError):  # a field was set to what is not allowed: its own call raises it
-                if other._key() == key:
-                    other._model = model
-
-    def _key(self) -> str:
-        """Return a text that is equal for instances that share a model."""
+    def _key(self) -> str | None:
+        """Return a text that is equal for instances that share a model; None over a pipeline of one's own."""
+        if self.own_pipeline is not None:
+            return None
         external = self._external()
         return self._spec().key() if external is None else external_key(self._spec(), external)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set a field; after a field that says what to load, the next call loads that."""
-        super().__setattr__(name, value)
-        self._forget([name])
-
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """Copy the instance; after an update of a field that says what to load, the copy's next call loads that."""
-        copied = super().model_copy(update=update, deep=deep)
-        copied._forget(update or ())
-        return copied
-
     def _forget(self, changed: Iterable[str]) -> None:
-        """Drop the loaded model if a changed field asks for another one."""
-        self.__dict__.pop("_serialized", None)  # the serialized form, which langchain-core keeps
+        super()._forget(changed)
         if not {"adapters", "adapter"}.isdisjoint(changed) and self._model is not None:
             with contextlib.suppress(InvalidOptionError):  # the next call raises it
                 if not self._adapter_choice().sources.items() <= self._model.adapters.items():
                     self._model = None
-        if not {"model_id", "own_pipeline", *LOADING_FIELDS}.isdisjoint(changed):
-            self._model = None
         if "engine" in changed and self._model is not None:
             with contextlib.suppress(InvalidOptionError):  # the next call raises it
                 if self._external() != self._model.external:
                     self._model = None
 
-    def __getstate__(self) -> dict[Any, Any]:
-        """Return the fields for a pickle, without the weights and the token: what loads it reads that from `HF_TOKEN`.
-
-        Raises:
-            TypeError: If the instance stands over a pipeline of your own.
-        """
-        state = self._state()
-        return {
-            **state,
-            "__dict__": {**state["__dict__"], "token": None},
-            "__pydantic_fields_set__": state["__pydantic_fields_set__"] - {"token"},
-        }
-
     def _state(self) -> dict[Any, Any]:
-        """Return the fields, without the weights."""
         if self.own_pipeline is not None:
             msg = (
                 "an LLM built from your own pipeline= cannot be pickled, because it does not own the weights; "
                 "use model_id=."
             )
             raise TypeError(msg)
-        state = super().__getstate__()
-        private = {**(state["__pydantic_private__"] or {}), "_model": None}
-        return {**state, "__pydantic_private__": private}
-
-    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
-        """Copy the fields; the copy finds the loaded weights through the registry."""
-        state = copy.deepcopy(self._state(), memo)
-        twin = type(self).__new__(type(self))
-        twin.__setstate__(state)
-        return twin
+        return super()._state()
 
     # The loaded model.
 
@@ -300,7 +228,13 @@ class QuantizedModel(ModelFields):
             )
             raise InvalidOptionError(msg)
         options = resolve([given, self._field_options()], stored_options(parts))
-        return dataclasses.replace(options, adapter=adapter)
+        draft = None
+        if options.speculation == "draft":
+            if self.draft_model is None:
+                msg = "speculation='draft' needs draft_model=, which is set when the model is made; or use 'ngram'."
+                raise InvalidOptionError(msg)
+            draft = draft_key(self)
+        return dataclasses.replace(options, adapter=adapter, draft=draft)
 
     def _engine(self, options: GenerationOptions | None = None, *, media: Media = NO_MEDIA) -> Engine:
         """Return the engine for a call's options; None asks for the engine of ordinary calls."""
@@ -318,7 +252,10 @@ class QuantizedModel(ModelFields):
                 media=frozenset(name for name, given in media._asdict().items() if given),
                 fuse=self.fuse,
                 batch_invariant=self.batch_invariant,
+                kv_cache_dtype=self.kv_cache_dtype,
             )
+        if options is not None and options.draft is not None:
+            add_draft(self, model, engine, options.draft)
         return engine
 
     def _requests(

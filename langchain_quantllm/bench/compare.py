@@ -1,25 +1,26 @@
-"""Comparison of two models: the same prompts, greedily, and where their texts diverge."""
+"""Comparison of two models: the same prompts, greedily, where their texts diverge, and which is nearer to 16 bits."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from langchain_core.outputs import Generation
 
-from langchain_quantllm.compat.library_logging import without_torchao
-from langchain_quantllm.compat.packages import check_packages
-from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
+from langchain_quantllm.bench.compared_model import (
+    ComparedModel,
+    ModelAnswers,
+    answer_all,
+    logprobs_of,
+    make_llm,
+    vocabulary_of,
+)
+from langchain_quantllm.bench.nearness import Nearness, ReferenceReader, mean_kl
+from langchain_quantllm.errors import InvalidOptionError
 from langchain_quantllm.llms import QuantizedHuggingFaceLLM
-from langchain_quantllm.loading.checkpoint import find_checkpoint
-from langchain_quantllm.loading.choices import reconcile
-from langchain_quantllm.loading.devices import release_memory
-from langchain_quantllm.loading.estimate import estimate_memory
-from langchain_quantllm.loading.spec import LoadSpec
-from langchain_quantllm.schemes import GPTQ, SCHEMES, scheme_from, scheme_hint
+from langchain_quantllm.schemes import Unquantized
 
 PROMPTS = (
     "Why is the sky blue? Answer in two sentences.",
@@ -30,7 +31,9 @@ PROMPTS = (
 )
 """Default prompts: knowledge, arithmetic, translation, code, Japanese."""
 
-_ALTERNATIVES = 20
+_SHOWN = 60
+"""Characters on either side of a divergence."""
+
 _TEMPLATE_TOKENS = 1024  # more than a chat template adds to a message
 
 
@@ -52,25 +55,6 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComparedModel:
-    """One of the two models.
-
-    Args:
-        label: The name that the caller used.
-        model_id: Folder or repository.
-        scheme: Name of the scheme that holds its weights.
-        weights_bytes: Bytes of its weights.
-        used_bytes: Memory in use on its device after the answers, KV cache included, above that before loading.
-    """
-
-    label: str
-    model_id: str
-    scheme: str
-    weights_bytes: int
-    used_bytes: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class Divergence:
     """The first place where two answers differ.
 
@@ -81,6 +65,12 @@ class Divergence:
         gap_a_nats: How much likelier, in log probability, the first model found its own token than the other's; None
             where it does not have the other's among its likeliest.
         gap_b_nats: How much likelier the second model found its own.
+        before: The end of the text that both share.
+        after_a: The text of the first model from there on, its beginning.
+        after_b: The text of the second model from there on, its beginning.
+        reference_gap_nats: How much likelier the reference finds the first model's token than the second's; None
+            without a reference, and where a text had ended.
+        reference_choice: The reference's likeliest token there; None likewise.
     """
 
     tokens: int
@@ -88,6 +78,11 @@ class Divergence:
     chosen_b: str | None
     gap_a_nats: float | None
     gap_b_nats: float | None
+    before: str
+    after_a: str
+    after_b: str
+    reference_gap_nats: float | None = None
+    reference_choice: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +96,9 @@ class Comparison:
         a: Answer of the first.
         b: Answer of the second.
         divergence: Where the answers diverge; None where they agree to the end.
+        reference: Name of the reference; None without one.
+        near_a: The first answer, as the reference sees it; None without one.
+        near_b: The second answer likewise.
     """
 
     prompt: str
@@ -109,6 +107,9 @@ class Comparison:
     a: Answer
     b: Answer
     divergence: Divergence | None
+    reference: str | None = None
+    near_a: Nearness | None = None
+    near_b: Nearness | None = None
 
     @property
     def agree(self) -> bool:
@@ -128,6 +129,7 @@ def compare(
     prompts: Sequence[str] = PROMPTS,
     *,
     model: str | None = None,
+    reference: str | None = None,
     max_new_tokens: int = 64,
     device: str | None = None,
     dtype: str = "auto",
@@ -138,20 +140,24 @@ def compare(
 ) -> list[Comparison]:
     """Let two models answer the same prompts greedily, and find where their answers diverge.
 
-    One of them is in memory at a time. Prompts run one by one, so that the shape of a batch changes nothing.
+    One of them is in memory at a time. Prompts run one by one, so that the shape of a batch changes nothing. If one of
+    the two is not quantized, it is answered last and then reads both answers, as the reference.
 
     Args:
         a: A scheme of `model`, a folder or repository, or either of these with a scheme, as `FOLDER:nf4`.
         b: The other model, named in the same way.
         prompts: Prompts for both.
         model: Folder or repository of a model that is named by a scheme alone.
+        reference: A third model that reads the answers, named in the same way, such as `"none"`; it needs the same
+            vocabulary. None takes the one of the two that is not quantized; without one, nothing is read.
         max_new_tokens: Most tokens of an answer.
         device: Such as `"cuda:0"`; None takes the first GPU, else the CPU.
         dtype: Dtype of the weights that are not quantized.
         kernel: Kernel for GPTQ.
         chat: Ask as a chat's first message where the model has a chat template, instead of continuing the prompt.
         report: Called with a line for each finished step.
-        answered: Called with each model and its answers, in the order of the prompts, as soon as it has them all.
+        answered: Called with each model and its answers, in the order of the prompts, as soon as it has them all; the
+            reference comes last.
 
     Returns:
         A comparison for each prompt.
@@ -163,23 +169,31 @@ def compare(
     prompts = _checked(prompts)
     common = {"device": device, "dtype": dtype, "max_new_tokens": max_new_tokens}
     tokens = max_new_tokens + max(len(prompt.encode()) for prompt in prompts) + _TEMPLATE_TOKENS
-    llms = [_make_llm(name, model, kernel, tokens, common) for name in (a, b)]  # raises before anything is loaded
-    found = []
-    for label, llm in zip((a, b), llms, strict=True):
-        found.append(_answer_all(label, llm, prompts, chat=chat, report=report))
-        answered(found[-1][0], [_answer(generation) for generation in found[-1][2]])
-    (model_a, vocabulary_a, answers_a), (model_b, vocabulary_b, answers_b) = found
-    by = "token_id" if vocabulary_a == vocabulary_b else "token"
+    # Raises before anything is loaded.
+    llms = [make_llm(name, model, kernel, tokens, common) for name in (a, b)]
+    labels = [a, b]
+    if reference is not None and reference not in labels:
+        llms.append(make_llm(reference, model, kernel, tokens, common))
+        labels.append(reference)
+    reads = labels.index(reference) if reference is not None else _unquantized(llms)
+    found: dict[int, ModelAnswers] = {}
+    views: list[_View] = []
+    for i in sorted(range(len(llms)), key=lambda i: i == reads):
+
+        def read(llm: QuantizedHuggingFaceLLM, own: ModelAnswers | None, i: int = i) -> None:
+            if i == reads:
+                both = [own if own is not None and j == i else found[j] for j in (0, 1)]
+                views.extend(_read_all(labels[i], llm, both, report))
+
+        answers = answer_all(labels[i], llms[i], prompts if i < 2 else [], chat=chat, report=report, then=read)
+        if answers is not None:
+            found[i] = answers
+            answered(answers.model, [_answer(generation) for generation in answers.generations])
+    x, y = found[0], found[1]
+    by = "token_id" if x.vocabulary == y.vocabulary else "token"
     return [
-        Comparison(
-            prompt=prompt,
-            model_a=model_a,
-            model_b=model_b,
-            a=_answer(x),
-            b=_answer(y),
-            divergence=_find_divergence(_logprobs(x), _logprobs(y), by=by),
-        )
-        for prompt, x, y in zip(prompts, answers_a, answers_b, strict=True)
+        _compared(prompt, (x, y), n, by, views[n] if views else None, labels[reads] if views and reads >= 0 else None)
+        for n, prompt in enumerate(prompts)
     ]
 
 
@@ -191,12 +205,16 @@ def as_document(comparisons: Sequence[Comparison]) -> dict[str, Any]:
     """
     rows = [asdict(found) for found in comparisons]
     for row in rows:
-        del row["model_a"], row["model_b"]
+        for name in ("model_a", "model_b", "reference"):
+            del row[name]
+    near = [[one for found in comparisons if (one := getattr(found, f"near_{x}")) is not None] for x in "ab"]
     return {
         "kind": "comparison",
         "a": asdict(comparisons[0].model_a),
         "b": asdict(comparisons[0].model_b),
         "agreeing": sum(found.agree for found in comparisons),
+        "reference": comparisons[0].reference,
+        "kl_nats": [asdict(mean_kl(found)) if found else None for found in near],
         "rows": rows,
     }
 
@@ -209,134 +227,95 @@ def _checked(prompts: str | Sequence[str]) -> list[str]:
     return given
 
 
-# The two models.
+_View = tuple[Nearness | None, Nearness | None, float | None, str | None]
+"""How the reference sees a pair of answers: each, and the gap and its own choice where they diverge."""
 
 
-def _make_llm(
-    name: str, model: str | None, kernel: str, tokens: int, common: dict[str, Any]
-) -> QuantizedHuggingFaceLLM:
-    """Make the LLM of a model's name, with a KV cache for so many tokens; its weights are loaded later."""
-    model_id, scheme_name = _read_name(name, model)
-    scheme = GPTQ(kernel=kernel) if scheme_name == "gptq" else scheme_from(scheme_name)
-    spec = LoadSpec(model_id=model_id, scheme=scheme)
-    check_packages(scheme)
-    with without_torchao():
-        reconcile(spec, find_checkpoint(spec))  # raises where the model is not there, or cannot have the scheme
-    return QuantizedHuggingFaceLLM(
-        model_id=model_id,
-        quantization=scheme,
-        prefix_caching=False,
-        progress=False,
-        temperature=0,
-        repetition_penalty=1.0,
-        logprobs=_ALTERNATIVES,
-        kv_cache_memory=_pool_bytes(model_id, tokens),
-        **{name: value for name, value in common.items() if value is not None},
-    )
+def _unquantized(llms: Sequence[QuantizedHuggingFaceLLM]) -> int:
+    """Number of the only model without quantization; -1 if there is none, or several."""
+    found = [i for i, llm in enumerate(llms) if isinstance(llm.scheme, Unquantized)]
+    return found[0] if len(found) == 1 else -1
 
 
-def _read_name(name: str, model: str | None) -> tuple[str, str | None]:
-    """Read a name as model and scheme; without a scheme the checkpoint is taken as it is."""
-    if name in SCHEMES:
-        if model is None:
-            msg = f"{name!r} is a scheme; say of which model: model=, or write FOLDER:{name}."
-            raise InvalidOptionError(msg)
-        return model, name
-    if Path(name).exists():
-        return name, None
-    folder, _, scheme = name.rpartition(":")
-    if folder and scheme in SCHEMES:
-        return folder, scheme
-    if "/" not in name or folder:
-        msg = f"{name!r} is neither a scheme nor a folder, nor one of each as FOLDER:nf4{scheme_hint(scheme)}"
-        raise InvalidOptionError(msg)
-    return name, None
-
-
-def _pool_bytes(model_id: str, tokens: int) -> int | None:
-    """Bytes of the KV cache for one text of so many tokens: by itself it would take a share of the device."""
-    try:
-        with without_torchao():
-            return estimate_memory(model_id).kv_cache_bytes(tokens)
-    except (UnsupportedError, OSError, ValueError):  # where it matters, loading fails with a reason
-        return None
-
-
-def _answer_all(
-    label: str, llm: QuantizedHuggingFaceLLM, prompts: Sequence[str], *, chat: bool, report: Callable[[str], None]
-) -> tuple[ComparedModel, int, list[Generation]]:
-    """Load one model, let it answer, and unload it; also returns a hash of its vocabulary."""
-    release_memory()
-    try:
-        llm.load()
-        report(f"{label}: loaded; {llm.memory_report().summary()}")
-        tokenizer = llm.pipeline.tokenizer
-        vocabulary = hash(frozenset(tokenizer.get_vocab().items()))
-        llm.invoke(prompts[0], max_new_tokens=2)  # starts threads and loads kernels, so that no rate holds that
-        answers = []
-        for prompt in prompts:
-            text = _as_message(tokenizer, prompt) if chat and tokenizer.chat_template else prompt
-            answers.append(llm.generate([text]).generations[0][0])
-        found = _describe(label, llm)
-        report(f"{label}: answered {len(answers)} prompts")
-    finally:
-        llm.unload()
-    return found, vocabulary, answers
-
-
-def _describe(label: str, llm: QuantizedHuggingFaceLLM) -> ComparedModel:
-    found = llm.memory_report()
-    before, after = found.before, found.after_generating or found.after_loading
-    used_bytes = found.weights.total_bytes
-    if before is not None and after is not None:
-        readings = [(before.reading(device), after.reading(device)) for device in found.devices]
-        used_bytes = sum(y.used_bytes - x.used_bytes for x, y in readings if x is not None and y is not None)
-    return ComparedModel(
-        label=label,
-        model_id=llm.model_id,
-        scheme=found.scheme_name,
-        weights_bytes=found.weights.total_bytes,
-        used_bytes=used_bytes,
-    )
-
-
-def _as_message(tokenizer: Any, prompt: str) -> str:
-    message = [{"role": "user", "content": prompt}]
-    return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
-
-
-# Their answers.
-
-
-def _logprobs(generation: Generation) -> list[dict[str, Any]]:
-    info = generation.generation_info or {}
-    entries: list[dict[str, Any]] = info.get("logprobs", {}).get("content", [])
-    return entries
+def _read_all(
+    label: str, llm: QuantizedHuggingFaceLLM, both: Sequence[ModelAnswers], report: Callable[[str], None]
+) -> list[_View]:
+    """Let the reference read the answers of both models; nothing if its vocabulary is another one."""
+    if {answers.vocabulary for answers in both} != {vocabulary_of(llm)}:
+        report(f"{label}: its vocabulary is not that of both models, so it cannot say which is nearer to it")
+        return []
+    reader = ReferenceReader(llm.pipeline.model, llm.pipeline.tokenizer)
+    views: list[_View] = []
+    for n in range(len(both[0].generations)):
+        entries = [logprobs_of(answers.generations[n]) for answers in both]
+        prompts = [answers.prompt_ids[n] for answers in both]
+        near = [reader.read(*pair) for pair in zip(prompts, entries, strict=True)]
+        place, gap = _place(*entries, by="token_id"), None
+        choices = [
+            view.choices for view in near if view is not None and place is not None and len(view.choices) > place
+        ]
+        choice = choices[0][place] if choices and place is not None else None
+        if place is not None and min(len(row) for row in entries) > place:
+            ids = [entry["token_id"] for entry in entries[0][:place]]
+            gap = reader.gap_nats(prompts[0], ids, *(row[place]["token_id"] for row in entries))
+        views.append((near[0], near[1], gap, choice))
+    report(f"{label}: read the answers of both")
+    return views
 
 
 def _answer(generation: Generation) -> Answer:
     info = generation.generation_info or {}
     return Answer(
         text=generation.text,
-        tokens=tuple(entry["token"] for entry in _logprobs(generation)),
+        tokens=tuple(entry["token"] for entry in logprobs_of(generation)),
         finish_reason=info["finish_reason"],
         rate_tok_s=info["timing"]["rate_tok_s"],
     )
 
 
-def _find_divergence(a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]], *, by: str) -> Divergence | None:
+def _compared(
+    prompt: str, both: tuple[ModelAnswers, ModelAnswers], n: int, by: str, view: _View | None, reference: str | None
+) -> Comparison:
+    near_a, near_b, gap, choice = view or (None, None, None, None)
+    x, y = (answers.generations[n] for answers in both)
+    divergence = _find_divergence(logprobs_of(x), logprobs_of(y), by=by)
+    if divergence is not None:
+        divergence = replace(divergence, reference_gap_nats=gap, reference_choice=choice)
+    return Comparison(
+        prompt=prompt,
+        model_a=both[0].model,
+        model_b=both[1].model,
+        a=_answer(x),
+        b=_answer(y),
+        divergence=divergence,
+        reference=reference,
+        near_a=near_a,
+        near_b=near_b,
+    )
+
+
+def _place(a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]], *, by: str) -> int | None:
     """Find the first place where two sequences of tokens differ; one that ends sooner differs where it ends."""
     pairs = itertools.zip_longest(a, b)
-    place = next((i for i, (x, y) in enumerate(pairs) if x is None or y is None or x[by] != y[by]), None)
+    return next((i for i, (x, y) in enumerate(pairs) if x is None or y is None or x[by] != y[by]), None)
+
+
+def _find_divergence(a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]], *, by: str) -> Divergence | None:
+    """Describe the first place where two sequences of tokens differ."""
+    place = _place(a, b, by=by)
     if place is None:
         return None
     x, y = (tokens[place] if place < len(tokens) else None for tokens in (a, b))
+    after_a, after_b = ("".join(entry["token"] for entry in tokens[place:])[:_SHOWN] for tokens in (a, b))
     return Divergence(
         tokens=place,
         chosen_a=None if x is None else x["token"],
         chosen_b=None if y is None else y["token"],
         gap_a_nats=_gap(x, y, by),
         gap_b_nats=_gap(y, x, by),
+        before="".join(entry["token"] for entry in a[:place])[-_SHOWN:],
+        after_a=after_a,
+        after_b=after_b,
     )
 
 

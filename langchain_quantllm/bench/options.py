@@ -18,7 +18,11 @@ SPEED = ("generation", "long_prompt", "shared_prefix")
 MEMORY = ("memory",)
 """Measurements of `bench --memory`: the estimate beside the measured sizes."""
 
-MEASUREMENTS = (*OVERVIEW, *SPEED, *MEMORY)
+QUALITY = ("predictions", "tool_calls", "json", "retrieval", "tasks")
+"""Measurements of `bench --quality`: perplexity and divergence; valid calls; valid JSON; facts in long texts; tasks of
+lm-evaluation-harness."""
+
+MEASUREMENTS = (*OVERVIEW, *SPEED, *MEMORY, *QUALITY)
 
 _LEAST = {
     "prompt_tokens": 3,
@@ -35,6 +39,7 @@ _LEAST = {
     "shared_tokens": 3,
     "long_prompt_tokens": 0,
     "memory_batch": 1,
+    "questions": 1,
 }
 
 
@@ -68,10 +73,14 @@ class BenchOptions:
         shared_tokens: Length of that text, in tokens.
         long_prompt_tokens: Length of the prompt whose first text is timed, in tokens; 0 leaves this out.
         memory_batch: Texts at once, for `"memory"`.
+        questions: Questions of each kind, for tool calls, JSON and retrieval; fewer where there are no more.
+        retrieval_tokens: Lengths of the prompts for retrieval, in tokens.
+        task_questions: Most questions of each task of lm-evaluation-harness; None for all.
+        task_chat: Whether these are put as messages of a chat.
 
     Raises:
         InvalidOptionError: If a measurement is not known, or a number is too small.
-        MissingPackageError: If langchain-huggingface is to be measured and is not installed.
+        MissingPackageError: If a package that a measurement needs is not installed.
     """
 
     measurements: tuple[str, ...] = OVERVIEW
@@ -96,6 +105,10 @@ class BenchOptions:
     shared_tokens: int = 1000
     long_prompt_tokens: int = 512
     memory_batch: int = 1
+    questions: int = 40
+    retrieval_tokens: tuple[int, ...] = (512, 1024, 2048)
+    task_questions: int | None = None
+    task_chat: bool = False
 
     def __post_init__(self) -> None:
         """Check names and numbers, and that the peer is installed."""
@@ -114,12 +127,21 @@ class BenchOptions:
         if self.quality_tokens is not None and self.quality_tokens < 2:
             msg = f"quality_tokens={self.quality_tokens} is not allowed; it must be at least 2, or None for all."
             raise InvalidOptionError(msg)
+        for name, bound, meant in (("retrieval_tokens", 320, "each number"), ("task_questions", 1, "it")):
+            value = getattr(self, name)
+            if min(value if isinstance(value, tuple) else (bound if value is None else value,), default=bound) < bound:
+                msg = f"{name}={value} is not allowed; {meant} must be at least {bound}."
+                raise InvalidOptionError(msg)
         if not self.limit_s > 0:
             msg = f"limit_s={self.limit_s} is not allowed; it must be above 0."
             raise InvalidOptionError(msg)
         if self.peer and "generation" in self.measurements and not is_installed("langchain_huggingface"):
             command = pip_install("langchain-quantllm[huggingface]")
             msg = f"the peer, langchain-huggingface, is not installed: {command}; or leave it out: --no-peer."
+            raise MissingPackageError(msg)
+        if {"tool_calls", "json"} & set(self.measurements) and not is_installed("jsonschema"):
+            command = pip_install("langchain-quantllm[quality]")
+            msg = f"jsonschema, which checks answers, is not installed: {command}; or --without tool_calls,json."
             raise MissingPackageError(msg)
 
     def to_dict(self) -> dict[str, Any]:

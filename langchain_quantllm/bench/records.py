@@ -143,7 +143,8 @@ def with_baseline(records: Sequence[Record]) -> list[Record]:
 
     Returns:
         The records, where the quality has two values more: `loss_increase_nats`, the loss above that of the
-        unquantized scheme, and `perplexity_increase_percent`; both None without an unquantized scheme.
+        unquantized scheme, and `perplexity_increase_percent`; both None without an unquantized scheme. Shares of the
+        checks have `difference` and `difference_interval`, of 95%, by pairs of the same question.
     """
     plain = {record.scheme for record in records if record.measurement == "loading" and _is_plain(record)}
     found = [record for record in records if record.measurement == "quality" and record.failure is None]
@@ -158,7 +159,22 @@ def with_baseline(records: Sequence[Record]) -> list[Record]:
             record, values={**record.values, "loss_increase_nats": nats, "perplexity_increase_percent": percent}
         )
 
-    return [compared(record) for record in records]
+    return [_with_difference(compared(record), records, plain) for record in records]
+
+
+def _with_difference(record: Record, records: Sequence[Record], plain: set[str]) -> Record:
+    """Add `difference` and `difference_interval` to shares of the same questions that the unquantized scheme has."""
+    if record.values.get("scores") is None or record.scheme in plain:
+        return record
+    kind = (record.measurement, dict(record.case))
+    base = next((r for r in records if r.scheme in plain and (r.measurement, dict(r.case)) == kind), None)
+    if base is None or len(base.values.get("scores") or ()) != len(record["scores"]):
+        return record
+    from langchain_quantllm.bench.intervals import difference
+
+    found = difference(record["scores"], base["scores"])
+    compared = {"difference": found.mean, "difference_interval": [found.low, found.high]}
+    return replace(record, values={**record.values, **compared})
 
 
 def _is_plain(record: Record) -> bool:

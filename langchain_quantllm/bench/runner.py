@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+from langchain_quantllm.bench.checks import QualityChecks
 from langchain_quantllm.bench.generation import (
     ENGINE,
     GENERATE,
@@ -25,11 +25,11 @@ from langchain_quantllm.bench.generation import (
     most_tokens,
     time_bare_step,
 )
+from langchain_quantllm.bench.harness_tasks import TaskFiles
 from langchain_quantllm.bench.memory import measure_generating, measure_sizes
-from langchain_quantllm.bench.options import BenchOptions
+from langchain_quantllm.bench.options import QUALITY, BenchOptions
 from langchain_quantllm.bench.peer import make_peer_pipeline, measure_peer, peer_cases
 from langchain_quantllm.bench.prompts import Prompts
-from langchain_quantllm.bench.quality import perplexity
 from langchain_quantllm.bench.records import Record
 from langchain_quantllm.bench.subjects import Subject
 from langchain_quantllm.bench.training import check_peft, kernels_of, measure_training
@@ -46,6 +46,7 @@ from langchain_quantllm.schemes import GPTQ
 _ROW_SLACK_TOKENS = 64  # blocks that are not full, and the step that is on its way
 _POOL_SLACK = 1.1
 _LEAST_CACHE_TOKENS = 256
+_CHECKS_CACHE_TOKENS = 16384
 
 
 def run_bench(
@@ -55,6 +56,7 @@ def run_bench(
     options: BenchOptions,
     copy: Mapping[str, float] | None = None,
     text: str | None = None,
+    tasks: TaskFiles | None = None,
     report: Callable[[str], None] = lambda _: None,
 ) -> Iterator[list[Record]]:
     """Load one subject after another and measure it.
@@ -65,6 +67,7 @@ def run_bench(
         options: The measurements.
         copy: The device's copying speed, as `measure_copy` gives it, for the limits; None leaves them out.
         text: Text for the perplexity; None leaves the quality out.
+        tasks: Tasks of lm-evaluation-harness, for `"tasks"`.
         report: Called with a line for each finished measurement.
 
     Yields:
@@ -77,17 +80,26 @@ def run_bench(
     if trains:
         check_peft()
     device = device_name(device)
+    checks = QualityChecks(options, text, tasks)
     warm_up(device, [subject.quantization for subject in subjects], trains=trains, report=report)
     for subject in subjects:
         release_memory()
-        yield _SubjectBench(subject, device, options, report).run(copy, text)
+        yield _SubjectBench(subject, device, options, report, checks).run(copy)
         release_memory()
 
 
 class _SubjectBench:
     """The measurements of one subject."""
 
-    def __init__(self, subject: Subject, device: str, options: BenchOptions, report: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        subject: Subject,
+        device: str,
+        options: BenchOptions,
+        report: Callable[[str], None],
+        checks: QualityChecks,
+    ) -> None:
+        self._checks = checks
         self._subject = subject
         self._device = device
         self._options = options
@@ -108,7 +120,7 @@ class _SubjectBench:
         }
         self._records: list[Record] = []
 
-    def run(self, copy: Mapping[str, float] | None, text: str | None) -> list[Record]:
+    def run(self, copy: Mapping[str, float] | None) -> list[Record]:
         """Load, measure and unload."""
         self._before = measure_sizes(self._device)
         if "memory" in self._asked:
@@ -118,7 +130,7 @@ class _SubjectBench:
         try:
             loading = self._record("loading", {}, partial(self._load, llm, copy))
             if loading is not None:
-                self._measure_loaded(llm, loading, text)
+                self._measure_loaded(llm, loading, pool_bytes)
         finally:
             llm.unload()
         if loading is not None:
@@ -168,6 +180,8 @@ class _SubjectBench:
         if "memory" in self._asked:
             tokens = options.memory_batch * max(_LEAST_CACHE_TOKENS, options.new_tokens + _ROW_SLACK_TOKENS)
             slack = 1.0
+        elif self._asked & set(QUALITY):
+            tokens, slack = max(_CHECKS_CACHE_TOKENS, 2 * max(options.retrieval_tokens, default=0)), 1.0
         else:
             rows = [(1, length + options.prompt_tokens) for length in options.lengths]
             rows += [(batch, options.new_tokens + options.prompt_tokens) for batch in options.batches]
@@ -217,7 +231,7 @@ class _SubjectBench:
     # Training comes before the first evaluation, which repacks 4-bit weights on some CPUs so that they cannot be
     # trained on; our engine comes last, as it sets memory aside that `generate` should not be blamed for.
 
-    def _measure_loaded(self, llm: QuantizedHuggingFaceLLM, loading: dict[str, Any], text: str | None) -> None:
+    def _measure_loaded(self, llm: QuantizedHuggingFaceLLM, loading: dict[str, Any], pool_bytes: int | None) -> None:
         options, asked = self._options, self._asked
         if "training" in asked and not self._trains_apart:
             self._record("training", {}, partial(self._train, llm, self._before.allocated_bytes))
@@ -225,6 +239,9 @@ class _SubjectBench:
             sizes = {"batch": options.memory_batch, "new_tokens": options.new_tokens}
             measure = partial(measure_generating, llm, device=self._device, before=self._before, **sizes)
             self._record("memory", sizes, measure)
+        if asked & set(QUALITY):
+            self._check(llm, pool_bytes)
+            return
         calls = asked - {"training", "memory", "quality"}
         loaded = self._attempt("prompts", {}, partial(self._with_prompts, llm)) if calls else None
         if loaded is not None and options.peer:
@@ -234,14 +251,22 @@ class _SubjectBench:
                 lengths = (options.prompt_tokens, options.cache_new_tokens)
                 measure = partial(measure_call, loaded, GENERATE, 1, *lengths, use_cache=use_cache)
                 self._record("cache", {"use_cache": use_cache}, measure)
-        if "quality" in asked and text is not None:
-            self._record("quality", {}, partial(self._measure_quality, llm, text))
+        if "quality" in asked and self._checks.has_text:
+            self._record("quality", {}, partial(self._checks.predictions, llm, "layers", self._report))
         if loaded is None or not calls - {"cache"}:
             return
         if self._record("engine", {}, partial(self._engine_info, llm)) is not None:
             self._measure_calls(loaded, ENGINE)
             if "generation" in asked:
                 self._measure_speed(loaded, loading["limit_tok_s"])
+
+    def _check(self, llm: QuantizedHuggingFaceLLM, pool_bytes: int | None) -> None:
+        """Make the checks of the quality, each of which may give several records."""
+        fields = {**self._loading_fields, "kv_cache_memory": pool_bytes}
+        for measurement, case, measure in self._checks.parts(llm, fields, self._report):
+            for found, values in self._attempt(measurement, case, measure) or ():
+                made = Record(scheme=self._subject.label, measurement=measurement, case=found, values=values)
+                self._records.append(made)
 
     def _with_prompts(self, llm: QuantizedHuggingFaceLLM) -> LoadedModel:
         return LoadedModel(
@@ -297,17 +322,6 @@ class _SubjectBench:
             for batch, size in peer_cases(options.batches):
                 measure = partial(measure_peer, loaded, pipeline, batch, size, rates_tok_s.get(batch))
                 self._record("peer", {"batch": batch, "batch_size": size}, measure)
-
-    def _measure_quality(self, llm: QuantizedHuggingFaceLLM, text: str) -> dict[str, Any]:
-        found = perplexity(
-            llm.pipeline.model,
-            llm.pipeline.tokenizer,
-            text,
-            window_tokens=self._options.window_tokens,
-            max_tokens=self._options.quality_tokens,
-        )
-        self._report(f"perplexity {found.perplexity:.3f} over {found.tokens} tokens")
-        return asdict(found)
 
     # Training.
 

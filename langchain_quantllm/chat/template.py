@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import string
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ from langchain_quantllm.chat.template_support import (
     remembered,
     some_tool,
 )
-from langchain_quantllm.compat.jinja_bounds import TemplateBoundError
+from langchain_quantllm.compat.jinja_bounds import ProcessorTime, TemplateBoundError
 from langchain_quantllm.errors import InvalidOptionError, QuantLLMError, UnsupportedError
 from langchain_quantllm.structured.tool_formats import reasoning_of
 
@@ -50,7 +49,7 @@ _RESERVED = frozenset(
 """Arguments of `apply_chat_template` that are no variables of the template."""
 
 _MOST_SHAPES = 1024
-_SEARCH_S = 1.0  # of processor time
+_SEARCH_S = 1.0  # of processor time, and more for many turns
 
 
 class TemplateRefusalError(InvalidOptionError):
@@ -172,20 +171,31 @@ class ChatTemplate:
         shape = shape_of(messages)
         key = hashlib.sha256(repr((has_tools, dict(variables), shape.key)).encode("utf-8", "replace")).digest()
         if (best := self._best.get(key)) is None:
-            best = self._find_bridge(shape, has_tools, variables)
+            best, is_final = self._find_bridge(shape, has_tools, variables)
             if len(self._best) >= _MOST_SHAPES:
                 self._best.clear()
-            self._best[key] = best
+            if is_final:
+                self._best[key] = best
         yield best
-        others = _soon(bridges(messages, continues=_continues(messages, variables)), len(messages))
-        yield from (other for other in others if other != best)
+        spent = ProcessorTime()
+        for other in bridges(messages, continues=_continues(messages, variables)):
+            if other != best:
+                yield other
+            if spent.read() > _search_s(len(messages)):
+                return
 
-    def _find_bridge(self, shape: Shape, has_tools: bool, variables: Mapping[str, Any]) -> Bridge:
-        """Find the first of the bridges over which nothing is lost; else that over which the least is."""
+    def _find_bridge(self, shape: Shape, has_tools: bool, variables: Mapping[str, Any]) -> tuple[Bridge, bool]:
+        """Find the first of the bridges over which nothing is lost; else that over which the least is.
+
+        Returns:
+            The bridge, and whether none is better: False where there was no time for all of them.
+        """
         shown = [some_tool()] if has_tools and self.support.tools else []
         best, least = Bridge(), None
-        found = bridges(shape.messages, continues=_continues(shape.messages, variables))
-        for bridge in _soon(found, len(shape.messages)):
+        spent, turns = ProcessorTime(), len(shape.messages)
+        for bridge in bridges(shape.messages, continues=_continues(shape.messages, variables)):
+            if spent.read() > _search_s(turns):
+                return best, False
             try:
                 prompt, _ = self._write_over(bridge, shape.messages, shown, variables)
             except (RefusalError, UnsupportedError):  # the latter for images in results
@@ -197,7 +207,7 @@ class ChatTemplate:
                 best, least = bridge, loss
             if loss == (0, 0):
                 break
-        return best
+        return best, True
 
     def _write(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], variables: Mapping[str, Any] | None = None
@@ -265,13 +275,9 @@ class ChatTemplate:
         return message | {"tool_calls": fitted}
 
 
-def _soon(found: Iterator[Bridge], turns: int) -> Iterator[Bridge]:
-    """Pass bridges on until trying them has taken too long: a template of strangers may take its time for each."""
-    end = time.thread_time() + _SEARCH_S + turns / 100
-    for bridge in found:
-        yield bridge
-        if time.thread_time() > end:
-            return
+def _search_s(turns: int) -> float:
+    """Return the seconds after which no more bridges are tried: a template of strangers may be slow over each."""
+    return _SEARCH_S + turns / 100
 
 
 def _continues(messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> bool:

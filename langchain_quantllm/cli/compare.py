@@ -38,6 +38,10 @@ def compare(
     model: Model = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be repeated.")] = None,
     file: Annotated[Path | None, typer.Option(help="File of prompts, a line for each.")] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="A third model that reads both, such as none. Default: the one of the two in 16 bits."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 64,
     device: Device = None,
     kernel: Annotated[str, typer.Option(help="Kernel for GPTQ, such as marlin or triton.")] = "auto",
@@ -46,32 +50,41 @@ def compare(
     ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the document into this file, too.")] = None,
 ) -> None:
-    """Let two models, or one in two schemes, answer the same prompts greedily, and show where they diverge."""
+    """Let two models, or one in two schemes, answer the same prompts greedily.
+
+    Shows where the answers diverge, and which of them is nearer to 16 bits.
+    """
     with errors():
         check_file("--json", json_file)
         prompts = [*(prompt or []), *(_lines(file) if file is not None else [])]
-        if model is None and {a, b} & set(SCHEMES):
+        if model is None and {a, b, reference} & set(SCHEMES):
             model = demo_folder()
         with err.status("importing PyTorch and transformers"):
             from langchain_quantllm.bench.compare import PROMPTS, as_document
             from langchain_quantllm.bench.compare import compare as compare_models
 
         prompts = prompts or list(PROMPTS)
-        answers: list[tuple[Any, list[Any]]] = []
+        answers: dict[str, tuple[Any, list[Any]]] = {}  # by the side, in the order in which they came
         found: list[Any] = []
 
         def keep(answering: Any, given: list[Any]) -> None:
-            answers.append((answering, given))
-            rows = [{"prompt": text, "a": asdict(answer)} for text, answer in zip(prompts, answers[0][1], strict=True)]
-            _write(json_file, {"kind": "comparison", "a": asdict(answers[0][0]), "rows": rows})
+            side = "a" if answering.label == a and "a" not in answers else "b"
+            answers[side] = answering, given
+            sides = {name: asdict(one) for name, (one, _) in answers.items()}
+            rows = [
+                {"prompt": text, **{name: asdict(own[n]) for name, (_, own) in answers.items()}}
+                for n, text in enumerate(prompts)
+            ]
+            _write(json_file, {"kind": "comparison", **sides, "rows": rows})
 
         options: dict[str, Any] = {"model": model, "device": device, "kernel": kernel, "chat": not raw}
+        options |= {"reference": reference}
         options |= {"max_new_tokens": max_new_tokens, "report": say, "answered": keep}
         try:
             found = compare_models(a, b, prompts, **options)
         finally:
-            if not found and answers:  # the other model failed: the answers of the first are shown
-                _show_one(*answers[0], prompts)
+            for answered in () if found else answers.values():  # another model failed: what there is, is shown
+                _show_one(*answered, prompts)
         wide = SafeConsole(width=max(out.width, 80))
         for one in found:
             wide.print(_answers_table(one))
@@ -82,11 +95,13 @@ def compare(
 
 def _write(file: Path | None, document: dict[str, Any]) -> None:
     if file is not None:
-        file.write_text(json.dumps(document, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(document, ensure_ascii=False, indent=1)
+        # Halves of characters, as prompts in another encoding have them, are written as JSON escapes them.
+        file.write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace")
 
 
 def _show_one(compared: Any, answers: list[Any], prompts: list[str]) -> None:
-    """Show the answers of one model, where the other one has none."""
+    """Show the answers of one model, where they cannot be compared."""
     table = Table()
     for head in ("prompt", compared.label):
         table.add_column(Text(head))
@@ -96,8 +111,8 @@ def _show_one(compared: Any, answers: list[Any], prompts: list[str]) -> None:
 
 
 def _lines(file: Path) -> list[str]:
-    lines = read_text("--file", file, "text file in UTF-8, a line for each prompt").splitlines()
-    if not (prompts := [line for line in lines if line.strip()]):
+    lines = read_text("--file", file, "text file in UTF-8, a line for each prompt").split("\n")
+    if not (prompts := [line.removesuffix("\r") for line in lines if line.strip()]):
         msg = f"--file {file} holds no prompts; write a line for each."
         raise InvalidOptionError(msg)
     return prompts
@@ -128,23 +143,37 @@ def _divergence_line(one: Any) -> str:
         "the end" if token is None else repr(token) + ("" if gap is None else f" (by {gap:.2f} nats)")
         for token, gap in ((divergence.chosen_a, divergence.gap_a_nats), (divergence.chosen_b, divergence.gap_b_nats))
     ]
-    return f"they diverge {place}: {chosen[0]} or {chosen[1]}"
+    line = f"they diverge {place}: {chosen[0]} or {chosen[1]}"
+    if divergence.reference_choice is None:
+        return line
+    gap = divergence.reference_gap_nats
+    by = "" if gap is None else f", and {'the first' if gap > 0 else 'the second'} likelier by {abs(gap):.2f} nats"
+    return f"{line}; {one.reference} finds {divergence.reference_choice!r} likeliest{by}"
 
 
 def _models_table(found: list[Any]) -> Table:
     import statistics
 
+    from langchain_quantllm.bench.nearness import mean_kl
     from langchain_quantllm.memory import format_bytes
 
     table = Table()
-    for head in ("", "scheme", "weights", "in use", "tokens/s"):
-        table.add_column(head, justify="left" if head in ("", "scheme") else "right")
+    reference = found[0].reference
+    read = () if reference is None else (f"divergence from {reference}", f"log-likelihood by {reference}")
+    for head in ("", "scheme", "weights", "in use", "tokens/s", *read):
+        table.add_column(Text(head), justify="left" if head in ("", "scheme") else "right")
     for name in ("a", "b"):
         compared = getattr(found[0], f"model_{name}")
         rates = [rate for one in found if (rate := getattr(one, name).rate_tok_s) is not None]
         rate = f"{statistics.median(rates):.1f}" if rates else "-"
         sizes = (format_bytes(compared.weights_bytes), format_bytes(compared.used_bytes))
-        table.add_row(Text(compared.label), compared.scheme, *sizes, rate)
+        near = [view for one in found if (view := getattr(one, f"near_{name}")) is not None]
+        cells = ["-"] * len(read)
+        if read and near:
+            kl, tokens = mean_kl(near), sum(len(view.nats) for view in near)
+            likelihood = sum(sum(view.nats) for view in near) / tokens
+            cells = [f"{kl.mean:.4f} ({kl.low:.4f} to {kl.high:.4f})", f"{likelihood:.3f}"]
+        table.add_row(Text(compared.label), compared.scheme, *sizes, rate, *cells)
     return table
 
 
@@ -152,7 +181,13 @@ def _summary(found: list[Any]) -> str:
     import statistics
 
     places = [one.divergence.tokens for one in found if one.divergence is not None]
-    agreeing = f"{len(found) - len(places)} of {len(found)} answers are the same"
-    if not places:
-        return f"{agreeing}."
-    return f"{agreeing}; the others diverge after {statistics.median(places):g} tokens in the median."
+    text = f"{len(found) - len(places)} of {len(found)} answers are the same"
+    if places:
+        text += f"; the others diverge after {statistics.median(places):g} tokens in the median"
+    pairs = [(one.near_a.mean_kl_nats, one.near_b.mean_kl_nats) for one in found if one.near_a and one.near_b]
+    if pairs and found[0].reference not in (found[0].model_a.label, found[0].model_b.label):
+        counts = {"model_a": sum(x < y for x, y in pairs), "model_b": sum(y < x for x, y in pairs)}
+        nearer = max(counts, key=lambda name: counts[name])
+        label = "neither" if len({*counts.values()}) == 1 else getattr(found[0], nearer).label
+        text += f"; {label} is nearer to {found[0].reference} in {counts[nearer]} of {len(pairs)}"
+    return f"{text}."

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import inspect
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -30,6 +31,8 @@ _ELSEWHERE = {
 }
 _ELSEWHERE |= {"download": _ELSEWHERE["pull"], "ls": _ELSEWHERE["list"]}
 """Commands of similar tools, and what to use in their place."""
+
+C = TypeVar("C")
 
 
 class _Commands(TyperGroup):
@@ -111,6 +114,17 @@ Temperature = Annotated[
     float | None, typer.Option(help="Randomness of the answer; 0 is greedy. Default: the checkpoint's, or 0.")
 ]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+KVCacheDtype = Annotated[
+    str, typer.Option(help="Dtype of the KV cache: auto is the model's; fp8 and int8 hold twice the tokens.")
+]
+LMHeadDtype = Annotated[str, typer.Option(help="Dtype of the output head: auto is the model's; int8 has 8 bits.")]
+DraftModel = Annotated[
+    str | None,
+    typer.Option(help="Folder or repository of a small model of the same vocabulary, whose guesses are verified."),
+]
+DraftQuantization = Annotated[
+    str | None, typer.Option(help="Scheme of the draft model. Default: the checkpoint as it is.")
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the checkpoint.")
@@ -131,6 +145,23 @@ def errors() -> Iterator[None]:
     except (QuantLLMError, ValueError, OSError) as error:
         print_error(str(error))
         raise typer.Exit(1) from None
+
+
+def command(cls: type[C]) -> type[C]:
+    """Make a dataclass a command of its name: the fields are arguments and options, `run` does the work.
+
+    For commands with more options than a function can show. The class's docstring is the command's help.
+    """
+
+    def call(**given: Any) -> None:
+        with errors():
+            made: Any = cls(**given)
+            made.run()
+
+    call.__doc__ = cls.__doc__
+    call.__signature__ = inspect.signature(cls, eval_str=True)  # type: ignore[attr-defined]
+    app.command(cls.__name__.lower())(call)
+    return cls
 
 
 def print_error(text: str) -> None:
@@ -187,7 +218,7 @@ def read_text(option: str, file: Path, kind: str = "text file in UTF-8") -> str:
         InvalidOptionError: If it cannot be read.
     """
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")  # with or without a mark at its beginning
     except (OSError, UnicodeDecodeError) as error:
         msg = f"{option} {file} cannot be read: {error}; name a {kind}."
         raise InvalidOptionError(msg) from error

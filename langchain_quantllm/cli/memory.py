@@ -8,7 +8,19 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from langchain_quantllm.cli.console import Revision, TrustRemoteCode, app, err, errors, find_model, out
+from langchain_quantllm.cli.console import (
+    DraftModel,
+    DraftQuantization,
+    KVCacheDtype,
+    LMHeadDtype,
+    Revision,
+    TrustRemoteCode,
+    app,
+    err,
+    errors,
+    find_model,
+    out,
+)
 from langchain_quantllm.compat.packages import label_of
 from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
 from langchain_quantllm.loading.sources import WHISPER
@@ -29,6 +41,10 @@ def memory(
     model: Annotated[str, typer.Argument(help="Folder, or repository on the Hub; only its config is read.")],
     tokens: Annotated[int, typer.Option(help="Length of a sequence in tokens, for the KV cache.")] = 4096,
     batch: Annotated[int, typer.Option(help="Sequences at once, for the KV cache.")] = 1,
+    kv_cache_dtype: KVCacheDtype = "auto",
+    lm_head_dtype: LMHeadDtype = "auto",
+    draft_model: DraftModel = None,
+    draft_quantization: DraftQuantization = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -40,11 +56,15 @@ def memory(
         if tokens < 0 or batch < 0:
             msg = f"--tokens {tokens} and --batch {batch} must not be negative."
             raise InvalidOptionError(msg)
+        from langchain_quantllm.memory import check_cache_dtype, check_head_dtype
+
+        check_cache_dtype(kv_cache_dtype)
+        check_head_dtype(lm_head_dtype)
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
         try:
             checkpoint = find_model(model, **options)
         except UnsupportedError as error:
-            if _show_encoder(model, options):
+            if draft_model is None and _show_encoder(model, options):
                 return
             checkpoint = _find_speech(model, options, error)
         with err.status("computing the estimates"):
@@ -53,14 +73,21 @@ def memory(
             config, stored = checkpoint.config, checkpoint.quantization
             if stored is not None:  # it may come from a file beside config.json
                 config.quantization_config = dict(stored)
-            estimate = estimate_memory(config, trust_remote_code=trust_remote_code)
-            sizes, notes = _sizes_by_scheme(estimate, config, stored, trust_remote_code=trust_remote_code)
+            parts = {"trust_remote_code": trust_remote_code, "lm_head_dtype": lm_head_dtype}
+            beside = {"draft_model": draft_model, "draft_quantization": draft_quantization}
+            estimate = estimate_memory(config, kv_cache_dtype=kv_cache_dtype, **beside, **parts)
+            sizes, notes = _sizes_by_scheme(estimate, config, stored, parts)
             if config.model_type == WHISPER:
-                sizes.pop("gptq", None)
+                sizes = {name: size for name, size in sizes.items() if name not in ("gptq", "awq")}
             free_bytes, device = _free_memory(model)
         out.print(_table(f"{model}: estimate", estimate, sizes, free_bytes, device, tokens, batch))
         context = f"; the model's context is {estimate.context_tokens} tokens" if estimate.context_tokens else ""
         lines = [f"{estimate.parameters:,} parameters{context}. 1 MB is 1,000,000 bytes."]
+        if estimate.draft is not None:
+            of_weights = estimate.draft.total_bytes
+            of_cache = _draft_bytes(estimate, tokens, batch) - of_weights
+            weights, cache = format_bytes(of_weights), format_bytes(of_cache)
+            lines.append(f"Beside it, the draft model {draft_model}: {weights} of weights, {cache} of KV cache.")
         if estimate.weights.experts_bytes:
             size = format_bytes(estimate.weights.experts_bytes)
             lines.append(f"In {_name_of(estimate.scheme)}, {size} of the weights are experts.")
@@ -131,7 +158,7 @@ def _free_memory(model: str) -> tuple[int, str]:
 
 
 def _sizes_by_scheme(
-    estimate: Any, config: Any, stored: Any, *, trust_remote_code: bool
+    estimate: Any, config: Any, stored: Any, parts: Mapping[str, Any]
 ) -> tuple[dict[str, int | None], list[str]]:
     """Bytes of the weights by scheme, None where a scheme does not suit the model, and the reasons for these."""
     from langchain_quantllm.memory import estimate_memory
@@ -142,7 +169,7 @@ def _sizes_by_scheme(
     for name, scheme in SCHEMES.items() if stored is None else ():
         if name not in sizes and config.model_type in (scheme.model_types or (config.model_type,)):
             try:
-                sizes[name] = estimate_memory(config, name, trust_remote_code=trust_remote_code).total_bytes
+                sizes[name] = estimate_memory(config, name, **parts).total_bytes
             except UnsupportedError as error:  # of this scheme alone
                 sizes[name] = None
                 notes.append(f"{name}: {error}")
@@ -162,8 +189,11 @@ def _table(
     from langchain_quantllm.memory import format_bytes
 
     cache_bytes = estimate.kv_cache_bytes(tokens, batch) if estimate.kv_cache_bytes_per_token else None
+    draft_bytes = _draft_bytes(estimate, tokens, batch)
     table = Table(title=f"{title}, {format_bytes(free_bytes)} free on {device}", title_justify="left")
-    cache_heads = (f"KV cache, {batch} x {tokens} tokens", "in all") if cache_bytes is not None else ()
+    cache_dtype = "" if estimate.kv_cache_dtype == "auto" else f" in {estimate.kv_cache_dtype}"
+    in_all = "in all, with the draft model" if draft_bytes else "in all"
+    cache_heads = (f"KV cache{cache_dtype}, {batch} x {tokens} tokens", in_all) if cache_bytes is not None else ()
     heads = ("scheme", "weights", "against 16 bits", *cache_heads, "fits")
     for head in heads:
         table.add_column(head, justify="left" if head == "scheme" else "right")
@@ -171,7 +201,7 @@ def _table(
         if size_bytes is None:
             table.add_row(name, *("-" for _ in heads[1:]))
             continue
-        all_bytes = size_bytes + (cache_bytes or 0)
+        all_bytes = size_bytes + (cache_bytes or 0) + draft_bytes
         cells = (format_bytes(cache_bytes), format_bytes(all_bytes)) if cache_bytes is not None else ()
         table.add_row(
             name,
@@ -183,8 +213,17 @@ def _table(
     return table
 
 
+def _draft_bytes(estimate: Any, tokens: int, batch: int) -> int:
+    """Return the bytes of a draft model and of its own KV cache; 0 without one."""
+    if estimate.draft is None:
+        return 0
+    cache_bytes: int = estimate.draft.kv_cache_bytes(tokens, batch) if estimate.draft.kv_cache_bytes_per_token else 0
+    return int(estimate.draft.total_bytes) + cache_bytes
+
+
 def _name_of(scheme: Any) -> str:
     """Name the scheme of a checkpoint as `SCHEMES` does; with its bits where the name does not say them."""
     if scheme.calibrated:
-        return f"{label_of(scheme)}, {scheme.weight_bits} bits"
+        bits = getattr(scheme, "layer_bits", ()) or (scheme.weight_bits,)
+        return f"{label_of(scheme)}, {' and '.join(map(str, bits))} bits"
     return f"{scheme.name}-double" if getattr(scheme, "double_quantization", False) else str(scheme.name)

@@ -8,6 +8,10 @@ import typer
 
 from langchain_quantllm.cli.console import (
     Device,
+    DraftModel,
+    DraftQuantization,
+    KVCacheDtype,
+    LMHeadDtype,
     Quantization,
     Revision,
     TrustRemoteCode,
@@ -48,6 +52,10 @@ def serve(
     kv_cache_memory: Annotated[
         str | None, typer.Option(help="Memory of the KV cache: 0.5 of what is free, 4GiB. Default: 0.3.")
     ] = None,
+    kv_cache_dtype: KVCacheDtype = "auto",
+    lm_head_dtype: LMHeadDtype = "auto",
+    draft_model: DraftModel = None,
+    draft_quantization: DraftQuantization = None,
     batch_size: Annotated[int | None, typer.Option(help="Most sequences that run at once.")] = None,
     max_waiting: Annotated[int, typer.Option(help="Refuse requests while so many sequences wait.")] = 1024,
     timeout: Annotated[float | None, typer.Option(help="Seconds that an answer may take. Default: any time.")] = None,
@@ -69,6 +77,10 @@ def serve(
             adapters=_adapters(adapter),
             device=device,
             kv_cache_memory=_memory(kv_cache_memory),
+            kv_cache_dtype=kv_cache_dtype,
+            lm_head_dtype=lm_head_dtype,
+            draft_model=draft_model,
+            draft_quantization=draft_quantization,
             batch_size=batch_size,
             timeout=timeout,
             revision=revision,

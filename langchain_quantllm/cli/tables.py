@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from langchain_quantllm.bench.options import MEMORY, SPEED
+from langchain_quantllm.bench.options import MEMORY, QUALITY, SPEED
 
 _RUNNERS = {"engine": "langchain-quantllm", "generate": "generate"}
-_TEXTS = {"scheme", "with", "layers", "on", "part", "why"}
+_TEXTS = {"scheme", "with", "layers", "on", "part", "why", "by", "check", "task", "metric"}
 """Heads of columns of text, which is aligned to the left."""
+
+_CHECKS = {
+    "tool_calls": "tool calls, {mode}: {share}",
+    "json": "JSON, {mode}: {share}",
+    "retrieval": "facts in {tokens} tokens",
+}
+"""Names of checks."""
 
 _KINDS = ("allocated", "reserved", "nvidia-smi")
 
@@ -30,7 +37,7 @@ def tables(report: Any) -> Iterator[Table]:
     long_prompts = f"prompts of {options['prefill_tokens']} tokens"
     lengths = f"{options['prompt_tokens']} tokens in, {options['new_tokens']} out"
     generated = f"{options['memory_batch']} x {options['new_tokens']} tokens"
-    if not set(options["measurements"]) & {*MEMORY, *SPEED}:
+    if not set(options["measurements"]) & {*MEMORY, *SPEED, *QUALITY}:
         yield _weights_table(report, f"{where}: weights and memory, above that before loading")
     laid_out = (
         _memory_table(report, f"{where}, generating {generated}"),
@@ -40,6 +47,9 @@ def tables(report: Any) -> Iterator[Table]:
         _cache_table(report, "generate with and without KV cache: tokens/s"),
         _training_table(report),
         _quality_table(report, "Quality: perplexity of a text"),
+        _predictions_table(report, f"{where}: predictions of a text, with intervals of 95%"),
+        _checks_table(report, f"{where}: share of questions, with intervals of 95%"),
+        _tasks_table(report, f"{where}: tasks of lm-evaluation-harness, with intervals of 95%"),
         _generation_table(report, f"{where}, {lengths}: tokens/s, and a step in ms"),
         _first_text_table(report, f"{where}: seconds"),
         _table("Not measured", ("scheme", "part", "why"), ((r.scheme, r.title, r.failure) for r in report.failures)),
@@ -138,7 +148,17 @@ def _training_table(report: Any) -> Table:
 
 
 def _quality_table(report: Any, title: str) -> Table:
-    heads = ("scheme", "perplexity", "loss, nats", "against 16 bits, nats", "perplexity", "tokens")
+    heads = (
+        "scheme",
+        "perplexity",
+        "loss, nats",
+        "against 16 bits, nats",
+        "perplexity",
+        "divergence, nats",
+        "95% of samples",
+        "same token",
+        "tokens",
+    )
     rows = (
         (
             quality.scheme,
@@ -146,9 +166,61 @@ def _quality_table(report: Any, title: str) -> Table:
             _number(quality["loss_nats"], 4),
             _number(quality["loss_increase_nats"], "+.4f"),
             _number(quality["perplexity_increase_percent"], "+.2f", "%"),
+            # Reports of earlier releases have no divergence.
+            _number(quality.values.get("kl_nats"), 4),
+            _interval(quality.values.get("kl_interval_nats")),
+            _number(quality.values.get("agreement"), ".1%"),
             str(quality["tokens"]),
         )
         for quality in report.of("quality")
+    )
+    return _table(title, heads, rows)
+
+
+def _predictions_table(report: Any, title: str) -> Table:
+    """Lay out perplexity and divergence by a model's own layers and by the engine's kernels."""
+    heads = ("scheme", "by", "weights", "perplexity", "divergence, nats", "loss against 16 bits, nats", "same token")
+
+    def cells(found: Any) -> Iterator[str]:
+        loading = report.first("loading", found.scheme)
+        yield from (found.scheme, f"the {found['by']}", _size(loading and loading["weights_bytes"]))
+        yield f"{found['perplexity']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
+        yield _with_interval(found, "kl_nats", "kl_interval_nats", ".5f")
+        yield _with_interval(found, "loss_increase_nats", "loss_increase_interval_nats", "+.4f")
+        yield _with_interval(found, "agreement", "agreement_interval", ".1%")
+
+    return _table(title, heads, map(cells, report.of("predictions")))
+
+
+def _checks_table(report: Any, title: str) -> Table:
+    """Lay out calls, JSON and retrieval: a row for each check and scheme, so that schemes stand below each other."""
+    heads = ("check", "scheme", "share", "against 16 bits", "questions")
+    rows: dict[str, list[Any]] = {}
+    for measurement in ("tool_calls", "json", "retrieval"):
+        for record in report.of(measurement):
+            rows.setdefault(_CHECKS[measurement].format(**record.case), []).append(record)
+
+    def cells(check: str, record: Any) -> Iterator[str]:
+        yield from (check, record.scheme, _with_interval(record, "value", "interval", ".1%"))
+        yield _with_interval(record, "difference", "difference_interval", "+.1%")
+        yield str(record["questions"])
+
+    return _table(title, heads, (cells(check, record) for check, records in rows.items() for record in records))
+
+
+def _tasks_table(report: Any, title: str) -> Table:
+    heads = ("task", "metric", "scheme", "value", "against 16 bits", "questions")
+    found = sorted(report.of("tasks"), key=lambda record: (record["task"], record["metric"], record["filter"]))
+    rows = (
+        (
+            record["task"],
+            record["metric"] + ("" if record["filter"] == "none" else f", {record['filter']}"),
+            record.scheme,
+            _with_interval(record, "value", "interval", ".4f"),
+            _with_interval(record, "difference", "difference_interval", "+.4f"),
+            str(record["questions"]),
+        )
+        for record in found
     )
     return _table(title, heads, rows)
 
@@ -202,6 +274,19 @@ def _size(size_bytes: int | None) -> str:
 
 def _rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
+
+
+def _interval(ends: Sequence[float] | None) -> str:
+    return "-" if ends is None else f"{ends[0]:.4f} to {ends[1]:.4f}"
+
+
+def _with_interval(record: Any, value: str, interval: str, digits: str) -> str:
+    """Write a value of a record with its interval; a dash where there is none."""
+    found, ends = record.values.get(value), record.values.get(interval)
+    if found is None:
+        return "-"
+    between = "" if ends is None else f" ({ends[0]:{digits}} to {ends[1]:{digits}})"
+    return f"{found:{digits}}{between}"
 
 
 def _number(value: float | None, digits: int | str, unit: str = "") -> str:

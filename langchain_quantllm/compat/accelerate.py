@@ -33,6 +33,15 @@ def _offloads(hook: Any) -> bool:
     return any(map(_offloads, getattr(hook, "hooks", ()))) or bool(getattr(hook, "offload", False))
 
 
+def move_hook(module: Any, successor: Any) -> None:
+    """Give a module's hook, if it has one, to the module that takes its place."""
+    if (hook := getattr(module, "_hf_hook", None)) is not None:
+        from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+        remove_hook_from_module(module)
+        add_hook_to_module(successor, hook)
+
+
 def beneath_hook(module: Any, forward: Any) -> Any:
     """Return the forward of a module beneath the hook that moves its inputs to the module's device.
 

@@ -5,12 +5,16 @@ Layers are recognized by their attributes and class names; only `import_quietly`
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import importlib.util
+import inspect
 import logging
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from langchain_quantllm.compat.library_logging import quiet_logger
 
@@ -79,6 +83,22 @@ def keep_odd_layers_unpacked(model: Any) -> None:
 def is_int8_layer(module: Any) -> bool:
     """Say whether a module is an 8-bit layer."""
     return type(module).__name__ == "Linear8bitLt"
+
+
+def int8_layer_of(linear: torch.nn.Linear) -> Any:
+    """Make an 8-bit layer of a linear layer, on its device, with a copy of its weight.
+
+    Source: `Linear8bitLt` and `Int8Params` in bitsandbytes/nn/modules.py.
+    """
+    from bitsandbytes.nn import Int8Params, Linear8bitLt
+
+    weight, has_bias = linear.weight.data, linear.bias is not None
+    layer = Linear8bitLt(
+        linear.in_features, linear.out_features, bias=has_bias, has_fp16_weights=False, threshold=6.0, device="meta"
+    )
+    layer.weight = Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(weight.device)
+    layer.bias = linear.bias
+    return layer.eval()
 
 
 def is_quantized(weight: Any) -> bool:
@@ -212,18 +232,67 @@ def is_state(value: Any) -> bool:
 # Operations.
 
 
+_ARGUMENTS = """ct.c_int64(M), ct.c_int64(N), ct.c_int64(K), get_ptr(A), get_ptr(B), get_ptr(absmax), get_ptr(out),
+ct.c_int64(blocksize), ct.c_int64(x_strideM), ct.c_int64(out_strideM),"""
+"""What bitsandbytes passes to its library's product of a repacked weight. Source: bitsandbytes/backends/cpu/ops.py."""
+
+
+@functools.cache
+def _library_product(kind: str) -> Callable[..., None] | None:
+    """Find the library's product of a repacked weight; None unless bitsandbytes itself calls it as we do."""
+    name = f"gemv_4bit_inference_cpu_{kind}_bf16"
+    try:
+        from bitsandbytes.backends.cpu import ops
+        from bitsandbytes.cextension import lib
+
+        call = f"lib.{name}({_ARGUMENTS})".replace(" ", "").replace("\n", "")
+        if call not in "".join(inspect.getsource(ops).split()):
+            return None
+        product: Any = lib._lib[name]  # by index it is a function object of our own
+    except (ImportError, OSError, AttributeError, RuntimeError, TypeError):
+        return None
+    number, pointer = ctypes.c_int64, ctypes.c_void_p
+    product.argtypes = (number, number, number, pointer, pointer, pointer, pointer, number, number, number)
+    product.restype = None
+    return cast("Callable[..., None]", product)
+
+
 def four_bit_product(
-    x: torch.Tensor,
-    words: torch.Tensor,
-    shape: tuple[int, int],
-    scales: torch.Tensor,
-    code: torch.Tensor,
-    block_size: int,
-) -> torch.Tensor:
-    """Multiply by a 4-bit weight that is repacked for this CPU."""
+    words: torch.Tensor, shape: tuple[int, int], scales: torch.Tensor, code: torch.Tensor, block_size: int, kind: str
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the product of activations of shape `(..., inputs)` with a 4-bit weight that is repacked for this CPU.
+
+    The operation of bitsandbytes takes as long to reach its library as that takes for a small layer, so the library is
+    called without it where that can be.
+
+    Args:
+        words: The repacked indices.
+        shape: Outputs and inputs.
+        scales: Magnitudes of the blocks, bfloat16.
+        code: The 16 values.
+        block_size: Inputs that share a scale.
+        kind: "nf4" or "fp4".
+    """
     import torch
 
-    return torch.ops.bitsandbytes.gemv_4bit.default(x, words, shape, scales, code, block_size)
+    def by_operation(x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.bitsandbytes.gemv_4bit.default(x, words, shape, scales, code, block_size)
+
+    product, (outputs, inputs), bfloat16 = _library_product(kind), shape, torch.bfloat16
+    if product is None or scales.dtype != bfloat16 or not (scales.is_contiguous() and words.is_contiguous()):
+        return by_operation
+    at, scales_at = words.data_ptr(), scales.data_ptr()  # of tensors that `by_operation` keeps
+
+    def by_library(x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != bfloat16:
+            return by_operation(x)
+        x = x.contiguous()
+        found = x.new_empty((*x.shape[:-1], outputs))
+        rows = x.numel() // inputs
+        product(rows, outputs, inputs, x.data_ptr(), at, scales_at, found.data_ptr(), block_size, inputs, outputs)
+        return found
+
+    return by_library
 
 
 def dequantized(

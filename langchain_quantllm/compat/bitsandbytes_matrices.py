@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from langchain_quantllm.compat.bitsandbytes import FourBitState, state_from
+from langchain_quantllm.compat.bitsandbytes_scales import refine_state
 
 if TYPE_CHECKING:
     import torch
@@ -43,13 +44,16 @@ _ROW_MAJOR = 0
 """Value of `weight_format`. Source: `LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING` in bitsandbytes/utils.py."""
 
 
-def quantize_four_bit(matrix: torch.Tensor, kind: str, *, nested: bool) -> tuple[torch.Tensor, FourBitState]:
+def quantize_four_bit(
+    matrix: torch.Tensor, kind: str, *, nested: bool, least_error: bool = False
+) -> tuple[torch.Tensor, FourBitState]:
     """Quantize a matrix to 4 bits.
 
     Args:
         matrix: The matrix of shape `(out_features, in_features)`, floating, contiguous.
         kind: "nf4" or "fp4".
         nested: Whether the scales are quantized too.
+        least_error: Whether each block gets the scale of the least squared error; see `bitsandbytes_scales`.
 
     Returns:
         Bytes of two indices each, of shape `(out_features * in_features / 2,)`, and the state.
@@ -57,6 +61,8 @@ def quantize_four_bit(matrix: torch.Tensor, kind: str, *, nested: bool) -> tuple
     from bitsandbytes.functional import quantize_4bit
 
     octets, state = quantize_4bit(matrix, compress_statistics=nested, quant_type=kind)
+    if least_error:
+        refine_state(octets, state, matrix)
     return octets.reshape(-1), state_from(state)
 
 

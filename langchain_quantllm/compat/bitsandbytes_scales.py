@@ -7,15 +7,17 @@ an error in the sum over the block, about a fifth less over the weights of train
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
-_FACTORS = (0.8, 0.9, 1.0, -0.8, -0.9, -1.0)
-"""Scales that are tried first, as parts of a block's largest magnitude."""
+_FACTORS = (0.9, 1.0, -0.9, -1.0)
+"""Scales by which codes are tried first, as parts of a block's largest magnitude."""
 
-_FIT_STEPS = 2
+_CHUNK_BLOCKS = 4096  # at once: what a core's cache holds
+_PLACES, _REACH = 1024, 1.28  # of the table of codes: how many, and the largest weight in it, in scales
 
 
 def refine_scales(weight: Any, plain: torch.Tensor) -> None:
@@ -27,74 +29,90 @@ def refine_scales(weight: Any, plain: torch.Tensor) -> None:
 
     Source: `quantize_4bit` and `QuantState` in bitsandbytes/functional.py.
     """
+    refine_state(weight.data, weight.quant_state, plain)
+
+
+def refine_state(packed: torch.Tensor, state: Any, plain: torch.Tensor) -> None:
+    """Do what `refine_scales` does to the results of bitsandbytes' `quantize_4bit`."""
     import torch
 
-    state = weight.quant_state
     if tuple(plain.shape) != tuple(state.shape):
         msg = f"the weight has the shape {tuple(state.shape)}, and the plain one {tuple(plain.shape)}"
         raise ValueError(msg)
     with torch.no_grad():
-        flat = plain.detach().to(weight.device, torch.float32).reshape(-1)
-        blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % state.blocksize)).reshape(-1, state.blocksize)
+        flat = plain.detach().reshape(-1)
         codes = _Codes(state.code)
-        scales = _hold(state, _fitted_scales(blocks, codes))
-        ids = codes.nearest(blocks, scales).reshape(-1)[: flat.numel() + flat.numel() % 2]
-        octets = weight.data.view(torch.uint8).reshape(-1)
-        octets[: ids.numel() // 2] = (ids[0::2] << 4 | ids[1::2]).to(torch.uint8)
+        fitted = [_fitted_scales(blocks, codes) for blocks in _chunks(flat, state.blocksize, packed.device)]
+        scales = _hold(state, torch.cat(fitted))
+        octets = packed.view(torch.uint8).reshape(-1)
+        at = 0
+        parts = scales.split(_CHUNK_BLOCKS)
+        for blocks, part in zip(_chunks(flat, state.blocksize, packed.device), parts, strict=True):
+            ids = codes.ids(blocks, part).reshape(-1)[: 2 * (len(octets) - at)]
+            octets[at : at + len(ids) // 2] = ids[0::2] << 4 | ids[1::2]
+            at += len(ids) // 2
+
+
+def _chunks(flat: torch.Tensor, size: int, device: Any) -> Iterator[torch.Tensor]:
+    """Yield some blocks of weights after the other, float32 of shape `(blocks, size)`; the last is filled up."""
+    import torch
+
+    for part in flat.split(_CHUNK_BLOCKS * size):
+        padded = torch.nn.functional.pad(part.to(device, torch.float32), (0, -len(part) % size))
+        yield padded.reshape(-1, size)
 
 
 class _Codes:
-    """The 16 values of a 4-bit type.
+    """The 16 values of a 4-bit type, and a table of the nearest one of weights divided by their scale.
+
+    The table has a place for each 400th of a scale, so that a weight between two codes may get the one that is
+    farther by as much.
 
     Args:
         values: Of shape `(16,)`, by their ids.
     """
 
     def __init__(self, values: torch.Tensor) -> None:
-        self._values = values.float()
-        ordered, self._ids = self._values.sort()
-        self._middles = (ordered[1:] + ordered[:-1]) / 2
-        self._ordered = ordered
+        import torch
 
-    def nearest(self, blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """Return the id of the nearest value for each number; both arguments are of shape `(blocks, ...)`."""
-        return self._ids[self._places(blocks, scales)]
+        ordered, ids = values.float().sort()
+        middles = (ordered[1:] + ordered[:-1]) / 2
+        places = torch.arange(_PLACES, device=values.device) - _PLACES // 2
+        nearest = torch.bucketize(places * (2 * _REACH / _PLACES), middles)
+        self._values = ordered[nearest]
+        self._ids = ids[nearest].to(torch.uint8)
+
+    def ids(self, blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """Return the id of the nearest value for each number of blocks `(blocks, size)`, uint8."""
+        return self._ids.index_select(0, self._places(blocks, scales)).view(blocks.shape)
 
     def rounded(self, blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Return the nearest values, without their scales."""
-        return self._ordered[self._places(blocks, scales)]
+        return self._values.index_select(0, self._places(blocks, scales)).view(blocks.shape)
 
     def _places(self, blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         import torch
 
-        safe = torch.where(scales == 0, 1.0, scales)
-        return torch.bucketize(blocks / safe[:, None], self._middles)
+        factors = _PLACES / (2 * _REACH) / torch.where(scales == 0, 1.0, scales)
+        places = (blocks * factors[:, None]).add_(_PLACES / 2 + 0.5).to(torch.int32)
+        return places.clamp_(0, _PLACES - 1).view(-1)
 
 
 def _fitted_scales(blocks: torch.Tensor, codes: _Codes) -> torch.Tensor:
-    """Find a scale for each block: the best of `_FACTORS`, then the least squares for the values that it rounds to."""
+    """Find a scale for each block: codes by several scales, and of these the ones with the best least-squares scale."""
     import torch
 
     largest = blocks.abs().amax(dim=1)
-    best, least = largest, torch.full_like(largest, float("inf"))
-    for factor in _FACTORS:
-        best, least = _better(blocks, codes, largest * factor, best, least)
-    for _ in range(_FIT_STEPS):
-        values = codes.rounded(blocks, best)
-        fitted = (values * blocks).sum(1) / (values * values).sum(1).clamp_min(1e-12)
-        best, least = _better(blocks, codes, fitted, best, least)
+    best, most = largest, torch.full_like(largest, -1.0)
+    for factor in (*_FACTORS, None):
+        values = codes.rounded(blocks, best if factor is None else largest * factor)
+        product, square = (values * blocks).sum(1), (values * values).sum(1).clamp_min(1e-12)
+        # The squared error that is left is the sum of the squared weights, less this.
+        explained = product * product / square
+        is_better = explained > most
+        best = torch.where(is_better, product / square, best)
+        most = torch.where(is_better, explained, most)
     return best
-
-
-def _better(
-    blocks: torch.Tensor, codes: _Codes, scales: torch.Tensor, best: torch.Tensor, least: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the scales of less error of two, and their squared errors."""
-    import torch
-
-    errors = (codes.rounded(blocks, scales) * scales[:, None] - blocks).square().sum(1)
-    is_better = errors < least
-    return torch.where(is_better, scales, best), torch.where(is_better, errors, least)
 
 
 def _hold(state: Any, scales: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,9 @@ BACKEND_PREFIX = "gptq_"
 _AS_STORED = ("torch", "tritonv2")
 """`QUANT_TYPE` of layers that keep the tensors of the checkpoint, with zero points of format v2."""
 
+_FOR_CPU = "torch_aten_kernel"
+"""`QUANT_TYPE` of layers that their first forward packs for PyTorch's product with 4 bits on a CPU."""
+
 
 def backend_names() -> list[str]:
     """List the backends for GPTQ, such as `"gptq_marlin"`, sorted."""
@@ -150,3 +153,40 @@ def stored_tensors(module: Any) -> StoredTensors | None:
         groups=groups,
         in_features=getattr(module, "in_features", None),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedTensors:
+    """The tensors of a layer that GPTQModel has packed for PyTorch's product with 4 bits on a CPU.
+
+    Args:
+        words: The codes, as `_convert_weight_to_int4pack_for_cpu` packs them, of shape `(out_features,
+            in_features / 2)`, uint8.
+        scales_and_zeros: Scales and offsets of shape `(groups, out_features, 2)`, bfloat16.
+        group_size: Inputs of a group.
+        order: The input that each packed one is, of shape `(in_features,)`.
+    """
+
+    words: torch.Tensor
+    scales_and_zeros: torch.Tensor
+    group_size: int
+    order: torch.Tensor
+
+
+def packed_tensors(module: Any) -> PackedTensors | None:
+    """Return a layer's packed tensors; None if it is another layer, or its first forward has not packed them yet.
+
+    Source: `TorchAtenLinear` in gptqmodel/nn_modules/qlinear/torch_aten_kernel.py.
+    """
+    import torch
+
+    if getattr(module, "QUANT_TYPE", None) != _FOR_CPU or getattr(module, "linear_mode", None) != "inference":
+        return None
+    tensors = [getattr(module, name, None) for name in ("qweight", "scales_and_zeros", "ret_idx")]
+    if not all(isinstance(tensor, torch.Tensor) for tensor in tensors) or getattr(module, "adapter", None) is not None:
+        return None
+    words, scales_and_zeros, order = cast("list[torch.Tensor]", tensors)
+    size = int(getattr(module, "group_size", 0))
+    if words.dtype != torch.uint8 or scales_and_zeros.dtype != torch.bfloat16 or size <= 0:
+        return None
+    return PackedTensors(words=words, scales_and_zeros=scales_and_zeros, group_size=size, order=order)

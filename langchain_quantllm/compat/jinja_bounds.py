@@ -44,6 +44,26 @@ class TemplateBoundError(InvalidOptionError):
     """A chat template needs more time or memory than any conversation does."""
 
 
+class ProcessorTime:
+    """The processor time of this thread, less its longest stretch between two readings.
+
+    A stretch may hold what is not the work that is measured: a collection of garbage in a large heap, or the time of
+    other machines on a shared processor.
+    """
+
+    def __init__(self) -> None:
+        """Begin to count."""
+        self._start = self._last = time.thread_time()
+        self._longest = 0.0
+
+    def read(self) -> float:
+        """Return the seconds so far."""
+        now = time.thread_time()
+        self._longest = max(self._longest, now - self._last)
+        self._last = now
+        return now - self._start - self._longest
+
+
 class Meter:
     """The work of one rendering so far.
 
@@ -58,7 +78,7 @@ class Meter:
             inputs: The variables of the template.
             turns: Number of messages.
         """
-        self._weights: dict[int, tuple[Any, int]] = {}
+        self._weights: dict[int, tuple[Any, int, int]] = {}
         self.most = self.most_seconds = float("inf")
         size = self.weight(inputs)
         self.most = _VALUE + 8 * size
@@ -69,7 +89,7 @@ class Meter:
 
     def start(self) -> None:
         """Begin to count the time."""
-        self._start = time.thread_time()
+        self._time = ProcessorTime()
 
     def step(self) -> None:
         """Count a step, such as a turn of a loop."""
@@ -79,7 +99,7 @@ class Meter:
 
     def check_time(self) -> None:
         """Raise the error of a template that has taken too long."""
-        if time.thread_time() - self._start > self.most_seconds:
+        if self._time.read() > self.most_seconds:
             msg = f"it takes longer than {self.most_seconds:.3g} seconds of processor time"
             raise TemplateBoundError(msg)
 
@@ -120,33 +140,38 @@ class Meter:
             msg = f"it makes an integer of {bits} bits; {_INTEGER_BITS} are allowed"
             raise TemplateBoundError(msg)
 
-    def weight(self, value: Any, depth: int = 0) -> int:
+    def weight(self, value: Any) -> int:
         """Count the characters and entries in a value, each as often as it is in it.
 
         A list does not change after it was made, so its weight is counted once.
         """
+        return self._weigh(value, 0)[0]
+
+    def _weigh(self, value: Any, depth: int) -> tuple[int, int]:
+        """Return the weight of a value that stands `depth` lists deep, and how many lists inside each other it is."""
         if isinstance(value, str):
-            return len(value)
+            return len(value), 0
         if isinstance(value, ItemsView):
-            return sum(self.weight(key) + self.weight(entry) for key, entry in value)
+            return sum(self.weight(key) + self.weight(entry) for key, entry in value), 0
         if isinstance(value, Mapping):
             entries: Iterable[Any] = itertools.chain(value, value.values())
         elif isinstance(value, list | tuple | AbstractSet | ValuesView):
             entries = value
         else:
-            return 1
+            return 1, 0
         known = self._weights.get(id(value))
-        if known is not None and known[0] is value:
-            return known[1]
-        if depth > DEPTH:
+        total, height = known[1:] if known is not None and known[0] is value else (1, 0)
+        if depth + height > DEPTH:
             msg = f"it makes lists inside each other, deeper than {DEPTH}"
             raise TemplateBoundError(msg)
-        total = 1
+        if height:
+            return total, height
         for entry in entries:
-            total += self.weight(entry, depth + 1)
+            added, below = self._weigh(entry, depth + 1)
+            total, height = total + added, max(height, below + 1)
             self.size(total)
-        self._weights[id(value)] = (value, total)
-        return total
+        self._weights[id(value)] = (value, total, height)
+        return total, height
 
     def width(self, *values: Any) -> None:
         """Check numbers of spaces or digits."""

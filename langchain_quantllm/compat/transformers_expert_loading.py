@@ -1,4 +1,4 @@
-"""transformers' loader: experts of mixtures that are quantized while they are read, or read quantized.
+"""transformers' loader: 4-bit scales of least error, and experts of mixtures that are quantized while they are read.
 
 Its quantizers of bitsandbytes replace linear layers alone, so two quantizers over them, under names of this package's,
 pass the weights of experts to an `ExpertReader`. The loader collects the files' tensors of one parameter as functions
@@ -17,11 +17,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from langchain_quantllm.compat.bitsandbytes_matrices import FOUR_BIT_NAMES, INT8_NAMES
+from langchain_quantllm.compat.bitsandbytes_scales import refine_scales
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ExpertReader", "StoredMatrix", "missing_loading_api", "reading_config", "stored_reading_config"]
+__all__ = [
+    "ExpertReader",
+    "NoExperts",
+    "StoredMatrix",
+    "missing_loading_api",
+    "reading_config",
+    "stored_reading_config",
+]
 
 METHODS = {4: "quantllm_bitsandbytes_4bit", 8: "quantllm_bitsandbytes_8bit"}
 """Names of our quantizers, by the bits of a weight."""
@@ -81,6 +89,36 @@ class ExpertReader(ABC):
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertReader:
         """Return the reader itself: the loader copies its operations for each parameter."""
         return self
+
+
+class NoExperts(ExpertReader):
+    """Takes nothing: the reader of a model that is no mixture, or whose experts stay as they are."""
+
+    def start(self, model: Any, is_kept: Callable[[str], bool]) -> None:
+        """Look at nothing."""
+
+    def takes(self, name: str) -> bool:
+        """Take no parameter."""
+        return False
+
+    def element_bytes(self, name: str) -> float:
+        """Know of no parameter."""
+        raise KeyError(name)
+
+    def read(self, model: Any, name: str, experts: Sequence[Sequence[StoredMatrix]]) -> None:
+        """Know of no parameter."""
+        raise KeyError(name)
+
+    def take(self, model: Any, name: str, values: torch.Tensor) -> None:
+        """Know of no parameter."""
+        raise KeyError(name)
+
+    def finish(self, model: Any) -> None:
+        """Look at nothing."""
+
+    def state_dict(self, model: Any, sources: Mapping[str, Sequence[str]]) -> dict[str, torch.Tensor] | None:
+        """Leave saving to transformers."""
+        return None
 
 
 def missing_loading_api() -> str | None:
@@ -229,9 +267,23 @@ def _quantizing(quantizer: Any, linear: Any) -> Any:
                     values = rest.pop(name)
                     quantizer.reader.take(kwargs["model"], name, values[0] if isinstance(value, list) else values)
                     kwargs["missing_keys"].discard(name)
-            return linear.convert(rest, **kwargs) if rest else {}
+            found = linear.convert(dict(rest), **kwargs) if rest else {}
+            config = quantizer.quantization_config
+            if getattr(config, "least_error", False):
+                for name, weight in found.items():
+                    refine_scales(weight, _as_quantized(rest[name], kwargs["model"], name))
+            return dict(found)
 
     return Quantizing()
+
+
+def _as_quantized(value: Any, model: Any, name: str) -> torch.Tensor:
+    """Return a weight as the operation of transformers quantizes it. Source: `Bnb4bitQuantize` in bitsandbytes.py."""
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.quantizers_utils import get_module_from_name
+
+    plain: torch.Tensor = value[0] if isinstance(value, list) else value
+    return plain.T if issubclass(get_module_from_name(model, name)[0].source_cls, Conv1D) else plain
 
 
 def _reading(quantizer: Any, conversion: Any) -> Any:

@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Projection", "is_experts", "projections", "unsupported_experts"]
+__all__ = ["Projection", "are_routed_tokens", "is_experts", "projections", "unsupported_experts"]
 
 _PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 _LAYOUT = ("num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gate")
@@ -55,6 +55,16 @@ def is_experts(module: Any) -> bool:
         return False
     first = "gate_up_proj" if module.has_gate else "up_proj"
     return hasattr(module, first) and hasattr(module, "down_proj")
+
+
+def are_routed_tokens(args: tuple[Any, ...]) -> bool:
+    """Whether the arguments of experts' `forward` are tokens, the experts of each, and the weights of these."""
+    import torch
+
+    if len(args) != 3 or not all(isinstance(one, torch.Tensor) and one.dim() == 2 for one in args):
+        return False
+    tokens, index, weights = args
+    return bool(index.shape == weights.shape and len(tokens) == len(index) and not index.is_floating_point())
 
 
 def projections(module: Any) -> dict[str, Projection]:

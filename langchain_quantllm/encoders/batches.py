@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -14,6 +15,13 @@ Result = TypeVar("Result")
 
 _CPU_FAILURES = ("not enough memory", "DefaultCPUAllocator", "can't allocate memory")
 """Words of torch's RuntimeError where main memory runs out."""
+
+
+_GROWS_AFTER = 8
+"""Batches of the largest size that fit, after which a size that was halved for lack of memory is doubled."""
+
+_MOST_WAIT = 512
+"""Such batches after which it is doubled at the latest, where doubling it has failed."""
 
 
 def pack(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
@@ -80,3 +88,42 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
     return any(words in str(error) for words in _CPU_FAILURES)
+
+
+class BatchSize:
+    """The most tokens of a batch after memory ran out: halved then, doubled again after batches that fit."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._most_tokens: int | None = None
+        self._wait = _GROWS_AFTER
+        self._fitted = 0
+        self._is_tried = False
+
+    def within(self, most_tokens: int) -> int:
+        """Return the most tokens of a batch that may have `most_tokens`."""
+        with self._lock:
+            if self._most_tokens is not None and self._fitted >= self._wait:
+                if self._is_tried:  # the size before this one was doubled, and fits
+                    self._wait = _GROWS_AFTER
+                self._fitted, self._most_tokens, self._is_tried = 0, 2 * self._most_tokens, True
+            if self._most_tokens is None or self._most_tokens >= most_tokens:
+                return most_tokens
+            return self._most_tokens
+
+    def shrink(self, tokens: int) -> None:
+        """Halve the size of a batch of so many tokens that did not fit; after a doubling, wait twice as long for one.
+
+        A batch is halved again and again until its parts fit: all of it is one failure of the doubled size.
+        """
+        with self._lock:
+            if self._is_tried:
+                self._wait = min(2 * self._wait, _MOST_WAIT)
+            self._is_tried, self._fitted = False, 0
+            self._most_tokens = max(1, tokens // 2)
+
+    def count(self, tokens: int) -> None:
+        """Count a batch of so many tokens that fitted; small ones say nothing about larger ones."""
+        with self._lock:
+            if self._most_tokens is not None and 2 * tokens > self._most_tokens:
+                self._fitted += 1

@@ -16,12 +16,13 @@ from langchain_quantllm.compat.transformers_auto import encoder_maker
 from langchain_quantllm.encoders.load import dtype_of, scheme_for
 from langchain_quantllm.encoders.source import MODEL_TYPES, MODULES, SETTINGS, json_list
 from langchain_quantllm.encoders.spec import EncoderSpec
-from langchain_quantllm.errors import CheckpointError, ModelNotFoundError, UnsupportedError
-from langchain_quantllm.loading.estimate import estimate_memory as estimate_language_model
+from langchain_quantllm.errors import CheckpointError, InvalidOptionError, ModelNotFoundError, UnsupportedError
+from langchain_quantllm.loading.estimate import estimate_language_model
 from langchain_quantllm.loading.hub import MissingFileError, Repository
 from langchain_quantllm.loading.json_files import json_or_empty
 from langchain_quantllm.loading.sources import folder_of
-from langchain_quantllm.memory import MemoryEstimate, estimate_config
+from langchain_quantllm.loading.spec import LoadSpec
+from langchain_quantllm.memory import MemoryEstimate, check_head_dtype, estimate_config
 from langchain_quantllm.schemes import SCHEMES, Scheme, Unquantized, scheme_from
 
 if TYPE_CHECKING:
@@ -63,6 +64,10 @@ def estimate_memory(
     cache_dir: str | None = None,
     trust_remote_code: bool = False,
     local_files_only: bool = False,
+    kv_cache_dtype: str = "auto",
+    lm_head_dtype: str = "auto",
+    draft_model: str | None = None,
+    draft_quantization: str | Mapping[str, Any] | Scheme | None = None,
 ) -> MemoryEstimate:
     """Compute the memory that a model will take from its config, without reading any weights.
 
@@ -81,31 +86,48 @@ def estimate_memory(
         cache_dir: Folder in which files of the Hub are kept.
         trust_remote_code: Run Python code that comes with the checkpoint.
         local_files_only: Do not ask the Hub.
+        kv_cache_dtype: Dtype of a language model's KV cache, as the model takes it: `"auto"`, `"fp8"` or `"int8"`.
+        lm_head_dtype: Dtype of a language model's output head, as the model takes it: `"auto"` or `"int8"`.
+        draft_model: Hub id or folder of a draft model that a language model is loaded with; see the result's `draft`.
+        draft_quantization: The scheme of that.
 
     Returns:
         The bytes by kind, and the bytes that each token adds to the KV cache: none in an encoder.
 
     Raises:
         ModelNotFoundError: If there is no config under the id.
-        InvalidOptionError: If the scheme or the dtype is unknown, or the scheme needs calibration and the model is an
-            encoder.
+        InvalidOptionError: If the scheme or a dtype is unknown, or the scheme needs calibration and the model is an
+            encoder; or if there is a scheme for a draft model and none of that.
         CheckpointError: If the config is damaged, or already quantized in another scheme than the one asked for.
         UnsupportedError: If the model is of no kind that is known here, cannot be built on the meta device, or its
-            format has no known formula.
+            format has no known formula; or if its KV cache or its output head cannot be in 8 bits.
     """
+    check_head_dtype(lm_head_dtype)
     asked = scheme_from(scheme)  # a wrong one is reported before the Hub is asked
-    place = {"revision": revision, "token": token, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
+    parts: dict[str, Any] = {"kv_cache_dtype": kv_cache_dtype, "lm_head_dtype": lm_head_dtype}
+    draft = None
+    if draft_model is not None:
+        at: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only or None}
+        draft_scheme = scheme_from(draft_quantization)
+        draft = estimate_language_model(LoadSpec(model_id=draft_model, **at), draft_scheme, dtype=dtype)
+    elif draft_quantization is not None:
+        msg = f"draft_quantization={draft_quantization!r} has no effect without draft_model=; leave it out."
+        raise InvalidOptionError(msg)
+    if not isinstance(model_id, str):
+        estimate = estimate_config(model_id, asked, dtype=dtype, trust_remote_code=trust_remote_code, **parts)
+        check_head_dtype(lm_head_dtype, estimate.no_int8_head_reason)
+        return dataclasses.replace(estimate, draft=draft)
+    place: dict[str, Any] = {"model_id": model_id, "revision": revision, "token": token, "cache_dir": cache_dir}
+    place |= {"trust_remote_code": trust_remote_code, "local_files_only": local_files_only or None}
     try:
-        return estimate_language_model(model_id, asked, dtype=dtype, local_files_only=local_files_only, **place)  # type: ignore[arg-type]
+        estimate = estimate_language_model(LoadSpec(**place), asked, dtype=dtype, **parts)
+        return dataclasses.replace(estimate, draft=draft)
     except UnsupportedError:
-        if not isinstance(model_id, str):
-            raise
         named = "auto" if dtype is None else str(dtype).removeprefix("torch.")
-        spec = EncoderSpec(model_id=model_id, local_files_only=local_files_only or None, **place)  # type: ignore[arg-type]
-        files = None
+        spec, files = EncoderSpec(**place), None
         with contextlib.suppress(ModelNotFoundError, CheckpointError, UnsupportedError):
             files = find_encoder(spec)
-        if files is None:
+        if files is None or draft is not None:
             raise
     spec = dataclasses.replace(spec, dtype=named, scheme=asked if _is_plain(files) else None)
     return estimate_encoder(spec, files, asked)

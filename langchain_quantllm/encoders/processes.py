@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from langchain_quantllm.encoders.spec import EncoderSpec
-from langchain_quantllm.encoders.worker import Operation
+from langchain_quantllm.encoders.work import Operation
 from langchain_quantllm.errors import EncodingError, QuantLLMError, first_line
 
 _END_S = 5.0

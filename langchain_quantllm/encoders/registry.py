@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,10 +11,12 @@ from langchain_quantllm.compat.packages import label_of
 from langchain_quantllm.encoders.load import ReadEncoder, device_of, load
 from langchain_quantllm.encoders.processes import EncoderProcess
 from langchain_quantllm.encoders.spec import EncoderSpec
-from langchain_quantllm.encoders.worker import UNLOADED, EncoderWorker, Operation, Runner, Work
+from langchain_quantllm.encoders.work import UNLOADED, Operation, Work
+from langchain_quantllm.encoders.worker import EncoderWorker, Runner
 from langchain_quantllm.engine.process import check_process, note_loading
 from langchain_quantllm.errors import EncodingError
 from langchain_quantllm.loading.devices import devices_of, release_memory
+from langchain_quantllm.loading.handles import Handle, get_or_make
 from langchain_quantllm.memory import MemoryReport, memory_notes, take_snapshot, weights_by_kind
 from langchain_quantllm.memory.weights import parameter_counts
 
@@ -46,7 +46,7 @@ class LoadedEncoder:
         self.lock = threading.RLock()
         self.tokenizer_lock = threading.Lock()
         """Held while the tokenizer is used: its settings change during a call."""
-        self.handle: _Handle | None = None
+        self.handle: Handle | None = None
         """Its entry in the registry, kept alive by it."""
         self._workers: dict[tuple[str, ...], EncoderWorker] = {}
         self._processes: list[EncoderProcess] = []
@@ -176,39 +176,6 @@ class _Here:
             return operation.run(model, items)
 
 
-class _Handle:
-    """An encoder's entry in the registry: the lock of its loading, and a weak reference to it."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._encoder: weakref.ref[LoadedEncoder] | None = None
-
-    def get(self, make: Callable[[], LoadedEncoder]) -> LoadedEncoder:
-        """Return the encoder; make it if there is none, or its weights were released."""
-        with self._lock:
-            encoder = None if self._encoder is None else self._encoder()
-            if encoder is None or encoder.closed:
-                encoder = make()
-                encoder.handle = self
-                self._encoder = weakref.ref(encoder)
-            return encoder
-
-
-_lock = threading.Lock()
-_handles: weakref.WeakValueDictionary[str, _Handle] = weakref.WeakValueDictionary()
-"""Handles by `EncoderSpec.key`. The loading thread and then the encoder hold a handle."""
-
-
-def _renew_lock() -> None:
-    """Make the lock anew in a forked process: another thread of the parent may have held it, for ever."""
-    global _lock
-    _lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
-
-
 def get_or_load(spec: EncoderSpec) -> LoadedEncoder:
     """Return the encoder of a spec; load it if it is not in memory.
 
@@ -219,6 +186,4 @@ def get_or_load(spec: EncoderSpec) -> LoadedEncoder:
     """
     note_loading()
     spec = dataclasses.replace(spec, device=device_of(spec))
-    with _lock:
-        handle = _handles.setdefault(spec.key(), _Handle())
-    return handle.get(lambda: LoadedEncoder(load(spec), spec))
+    return get_or_make(spec.key(), lambda: LoadedEncoder(load(spec), spec))

@@ -1,6 +1,6 @@
 """The threads of a loaded encoder, where concurrent calls meet in batches.
 
-A call becomes a `Work`: an operation over items. The thread measures the items' lengths, packs those of all calls with
+The thread measures the items' lengths, packs those of all calls with
 the same operation into batches, and gives each call its results in order. Short calls pass long ones at every second
 batch. A call whose items make a batch fail, fails alone. With several devices there is a thread for each.
 
@@ -14,49 +14,23 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, Future
-from concurrent.futures import TimeoutError as FutureTimeoutError  # another class before Python 3.11
+from collections.abc import Sequence
 from typing import Any, Protocol
 
-from langchain_quantllm.encoders.batches import run_halving
+from langchain_quantllm.encoders.batches import BatchSize, run_halving
+from langchain_quantllm.encoders.work import UNLOADED, Operation, Work
 from langchain_quantllm.engine.clean_thread import start_thread
 from langchain_quantllm.engine.process import check_process, is_forked, note_loading
 from langchain_quantllm.errors import EncodingError, QuantLLMError, first_line
-
-UNLOADED = "the model was unloaded while this call was on its way; call again."
 
 _QUIET_S, _GATHER_S = 0.001, 0.01
 # Concurrent calls come a little apart. An idle thread begins when no more has come for the first of these times, and at
 # the latest after the second.
 
-_WINDOW = 512
-"""Items of a call that are measured at once; others may run between two windows."""
-
 _SHORT_TOKENS = 32
 """Items up to this length join any batch."""
 
-_GROWS_AFTER = 8
-"""Batches of the largest size that fit, after which a size that was halved for lack of memory is doubled."""
-
-_MOST_WAIT = 512
-"""Such batches after which it is doubled at the latest, where doubling it has failed."""
-
 _workers: weakref.WeakSet[EncoderWorker] = weakref.WeakSet()
-
-
-class Operation(Protocol):
-    """The computation of a call; equal ones share batches. Frozen and picklable: other processes run it too."""
-
-    def measure(self, model: Any, items: Sequence[Any]) -> tuple[Sequence[Any], Sequence[int]]:
-        """Prepare items, and count their tokens; raises what is wrong with one of them.
-
-        Returns:
-            The prepared items, and the number of tokens of each.
-        """
-
-    def run(self, model: Any, items: Sequence[Any]) -> Sequence[Any]:
-        """Compute the results of prepared items, in their order."""
 
 
 class Runner(Protocol):
@@ -67,132 +41,6 @@ class Runner(Protocol):
 
     def run(self, encoder: Any, operation: Operation, items: Sequence[Any]) -> Sequence[Any]:
         """Run an operation over prepared items."""
-
-
-class Work:
-    """One call: an operation over items, and its results as they come.
-
-    Args:
-        encoder: The loaded encoder, which lives as long as the call.
-        operation: The operation.
-        items: Its items.
-        sizes: A rough size of each item, such as its characters: large ones are measured first.
-        most_tokens: Most tokens of a batch, padding included.
-        most_items: Most items of a batch; None bounds the tokens alone.
-        progress: Is told the number of further items that are done.
-    """
-
-    def __init__(
-        self,
-        encoder: Any,
-        operation: Operation,
-        items: Sequence[Any],
-        *,
-        sizes: Sequence[int],
-        most_tokens: int,
-        most_items: int | None = None,
-        progress: Callable[[int], None] | None = None,
-    ) -> None:
-        self.encoder: Any = encoder
-        self.operation = operation
-        self.most_tokens = most_tokens
-        self.most_items = most_items
-        self._ending = threading.Lock()
-        self.future: Future[list[Any]] = Future()
-        self._items = list(items)
-        self._results: list[Any] = [None] * len(self._items)
-        self._unmeasured = deque(sorted(range(len(self._items)), key=lambda i: -sizes[i]))
-        self._pending: deque[tuple[int, Any, int]] = deque()
-        """Index, prepared item and tokens of the measured items, the longest first."""
-        self._missing = len(self._items)
-        self._progress = progress
-        self.is_separate = False
-        """Whether it shares no batch any more, as one that it was in has failed."""
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether it has all results, an error, or was cancelled."""
-        return self.future.done()
-
-    @property
-    def is_measured(self) -> bool:
-        """Whether a measured item waits."""
-        return bool(self._pending)
-
-    @property
-    def waits(self) -> bool:
-        """Whether items wait for a batch."""
-        return bool(self._pending or self._unmeasured)
-
-    @property
-    def remaining(self) -> int:
-        """Number of items that wait for a batch."""
-        return len(self._pending) + len(self._unmeasured)
-
-    @property
-    def next_length(self) -> int:
-        """Tokens of the next measured item, the longest."""
-        return self._pending[0][2]
-
-    def measure(self, model: Any) -> None:
-        """Measure the next window of items."""
-        window = [self._unmeasured.popleft() for _ in range(min(_WINDOW, len(self._unmeasured)))]
-        prepared, lengths = self.operation.measure(model, [self._items[i] for i in window])
-        rows = zip(window, prepared, lengths, strict=True)
-        self._pending = deque(sorted(rows, key=lambda row: -row[2]))
-
-    def take(self) -> tuple[int, Any, int]:
-        """Take the next measured item."""
-        return self._pending.popleft()
-
-    def give_back(self, rows: Sequence[tuple[int, Any, int]]) -> None:
-        """Put items of a failed batch back."""
-        self._pending.extendleft(reversed(rows))
-
-    def finish(self, results: Sequence[tuple[int, Any]]) -> None:
-        """Keep results by their index; the last ones end the call."""
-        for index, result in results:
-            self._results[index] = result
-        if self._progress is not None and results:
-            self._progress(len(results))
-        with self._ending:
-            self._missing -= len(results)
-            is_last = not self._missing
-        if is_last:
-            self._end(lambda: self.future.set_result(self._results))
-
-    def fail(self, error: BaseException) -> None:
-        """End the call with an error."""
-        self._end(lambda: self.future.set_exception(error))
-
-    def cancel(self) -> None:
-        """End the call without results; items that wait are dropped."""
-        self.future.cancel()
-
-    def result(self) -> list[Any]:
-        """Wait for the results, in the order of the items.
-
-        Raises:
-            QuantLLMError: What the call ended with.
-        """
-        try:
-            while True:
-                try:
-                    return self.future.result(timeout=1.0)  # so that Ctrl-C gets through on every platform
-                except FutureTimeoutError:
-                    if self.future.done():
-                        raise
-        except CancelledError:
-            raise EncodingError(UNLOADED) from None
-        except BaseException:
-            self.cancel()
-            raise
-
-    def _end(self, how: Callable[[], None]) -> None:
-        with self._ending:
-            if not self.future.done() and self.future.set_running_or_notify_cancel():
-                how()
-        self.encoder = None
 
 
 class EncoderWorker:
@@ -214,7 +62,7 @@ class EncoderWorker:
         self._threads: list[threading.Thread] = []
         self._closed = False
         self._short_turn = True
-        self._size = _BatchSize()
+        self._size = BatchSize()
         self.batches = 0
         """Number of batches that were run."""
         _workers.add(self)
@@ -398,45 +246,6 @@ class EncoderWorker:
                 work.give_back([row for owner, row in rows if owner is work])
         with self._changed:
             self._changed.notify_all()
-
-
-class _BatchSize:
-    """The most tokens of a batch after memory ran out: halved then, doubled again after batches that fit."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._most_tokens: int | None = None
-        self._wait = _GROWS_AFTER
-        self._fitted = 0
-        self._is_tried = False
-
-    def within(self, most_tokens: int) -> int:
-        """Return the most tokens of a batch that may have `most_tokens`."""
-        with self._lock:
-            if self._most_tokens is not None and self._fitted >= self._wait:
-                if self._is_tried:  # the size before this one was doubled, and fits
-                    self._wait = _GROWS_AFTER
-                self._fitted, self._most_tokens, self._is_tried = 0, 2 * self._most_tokens, True
-            if self._most_tokens is None or self._most_tokens >= most_tokens:
-                return most_tokens
-            return self._most_tokens
-
-    def shrink(self, tokens: int) -> None:
-        """Halve the size of a batch of so many tokens that did not fit; after a doubling, wait twice as long for one.
-
-        A batch is halved again and again until its parts fit: all of it is one failure of the doubled size.
-        """
-        with self._lock:
-            if self._is_tried:
-                self._wait = min(2 * self._wait, _MOST_WAIT)
-            self._is_tried, self._fitted = False, 0
-            self._most_tokens = max(1, tokens // 2)
-
-    def count(self, tokens: int) -> None:
-        """Count a batch of so many tokens that fitted; small ones say nothing about larger ones."""
-        with self._lock:
-            if self._most_tokens is not None and 2 * tokens > self._most_tokens:
-                self._fitted += 1
 
 
 def _described(error: BaseException) -> BaseException:

@@ -5,36 +5,31 @@ Source: https://arxiv.org/abs/2108.12409, section 3.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 from langchain_quantllm.compat.transformers_alibi import attend_biased, biases_of, has_known_biases
 from langchain_quantllm.engine.forward_context import ForwardContext
-from langchain_quantllm.engine.forward_patch import ForwardPatch
+from langchain_quantllm.engine.forward_patch import PatchedModules, Replacement
 
 
-class BiasedAttention:
+class BiasedAttention(PatchedModules):
     """Replaces the attention modules of a model in the engine's forwards, and keeps their biases."""
 
     def __init__(self, model: Any) -> None:
         """Patch the modules; none if the model has no such biases."""
-        self._model = model
         self._biases: dict[Any, torch.Tensor] = {}
-        self._patches: list[ForwardPatch] = []
-        self.build()
+        super().__init__(model)
 
-    def build(self) -> None:
-        """Find the modules anew, as after a change of the model."""
-        self.close()
-        self._patches = [ForwardPatch(m, self._attend) for m in self._model.modules() if has_known_biases(m)]
+    def _find(self) -> Iterable[tuple[Any, Replacement]]:
+        return ((module, self._attend) for module in self._model.modules() if has_known_biases(module))
 
     def close(self) -> None:
         """Restore every module's `forward`, and free the biases."""
-        for patch in self._patches:
-            patch.close()
-        self._patches, self._biases = [], {}
+        super().close()
+        self._biases = {}
 
     def _attend(
         self,

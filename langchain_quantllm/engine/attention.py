@@ -12,6 +12,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from langchain_quantllm.kernels import kv_quantization
+
 _Value = TypeVar("_Value")
 
 
@@ -86,17 +88,33 @@ class LayerPool:
             `latent_attention`.
         index_keys: The keys of the layer's indexer, of shape `(blocks, BLOCK_TOKENS, dim)`; None if it has none. See
             `indexed_attention`.
+        scales: The scales of a pool in 8 bits, whose `kv` holds codes; None for others. See `kv_quantization`.
+        decoded_dtype: Dtype of the numbers that such codes are read as.
     """
 
     kv: torch.Tensor
     key_dim: int
     is_latent: bool = False
     index_keys: torch.Tensor | None = None
+    scales: kv_quantization.KVScales | None = None
+    decoded_dtype: torch.dtype | None = None
 
     @property
     def tensors(self) -> list[torch.Tensor]:
         """All that the layer stores."""
-        return [self.kv] if self.index_keys is None else [self.kv, self.index_keys]
+        pairs = None if self.scales is None else self.scales.pairs
+        return [tensor for tensor in (self.kv, self.index_keys, pairs) if tensor is not None]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the numbers that are read."""
+        return self.decoded_dtype or self.kv.dtype
+
+    def read(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Copy blocks, of shape `(n,)`, int64: `(n, BLOCK_TOKENS, kv_heads, key_dim + value_dim)` in `dtype`."""
+        if self.scales is None:
+            return self.kv.index_select(0, blocks)
+        return kv_quantization.read(self.kv, self.scales, blocks, key_dim=self.key_dim, dtype=self.dtype)
 
     @property
     def value_dim(self) -> int:
@@ -269,7 +287,7 @@ class PagedForward:
         """Rotate queries and keys, and store keys and values; returns the rotated queries.
 
         Args:
-            kernels: `kernels.norms` or `kernels.reference`.
+            kernels: `kernels.norms`, `.reference` or `.cpu`.
             states: Queries, keys and values, each of shape `(1, heads of its own, tokens, dim)`, on the device of the
                 batch.
             cos_sin: Cosines and sines of shape `(1, tokens, rotary_dim)`.
@@ -277,11 +295,55 @@ class PagedForward:
             layout: See `kernels.reference.rotate_and_write`.
             rounds: See `kernels.reference.rotate_and_write`.
         """
-        self._begin(layer)
         batch = self._batch
-        at = (self._pools[layer].kv, batch.table, batch.slots, batch.positions)
-        query: torch.Tensor = kernels.rotate_and_write(*states, *cos_sin, *at, layout=layout, rounds=rounds)
-        return query
+        if hasattr(kernels, "rotate"):
+            turn = self.rotation(kernels, cos_sin, layout)
+            query, key = (
+                kernels.rotate(part[0].transpose(0, 1), turn, layout=layout, rounds=rounds).transpose(0, 1)[None]
+                for part in states[:2]
+            )
+            self.write(key, states[2], layer)
+            return query
+        self._begin(layer)
+        pool = self._pools[layer]
+        at = (pool.kv, batch.table, batch.slots, batch.positions)
+        options = {"layout": layout, "rounds": rounds, "scales": pool.scales}
+        rotated: torch.Tensor = kernels.rotate_and_write(*states, *cos_sin, *at, **options)
+        return rotated
+
+    def rotation(self, kernels: Any, cos_sin: tuple[torch.Tensor, torch.Tensor], layout: int) -> Any:
+        """Return what `kernels.rotate` takes, made once for all layers with the same cosines and sines."""
+        key = ("rotation", id(cos_sin[0]), layout)
+        given, made = self._batch.cached(key, lambda: (cos_sin[0], kernels.rotation(*cos_sin, layout)))
+        return made if given is cos_sin[0] else kernels.rotation(*cos_sin, layout)
+
+    def write_and_attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        layer: int,
+        arguments: AttentionArguments,
+    ) -> torch.Tensor:
+        """Store a layer's new keys and values, and attend, with tensors of shape `(tokens, heads of its own, dim)`.
+
+        Returns:
+            Attended values of shape `(1, tokens, heads * value_dim)`.
+        """
+        scale, window, softcap, chunk, sinks = arguments
+        attend = getattr(self._attention, "decode", None)
+        if attend is not None and self._batch.decodes and not softcap and sinks is None and layer in self._pools:
+            self._begin(layer)
+            self.windows[layer] = window or chunk or 0
+            scale = query.shape[-1] ** -0.5 if scale is None else scale
+            states = (query, key, value)
+            attended: torch.Tensor = attend(
+                self._pools[layer], states, self._batch, scale=scale, window=window or 0, chunk=chunk or 0
+            )
+            return attended
+        query, key, value = (part.transpose(0, 1)[None] for part in (query, key, value))
+        self.write(key, value, layer)
+        return self.attend(query, *arguments).flatten(2)
 
     def _begin(self, layer: int) -> None:
         self._layer = layer

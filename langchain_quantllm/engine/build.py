@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,12 +13,13 @@ import torch
 
 from langchain_quantllm.compat.transformers_attention import attention_name
 from langchain_quantllm.compat.transformers_rotary import moving_rope
-from langchain_quantllm.engine import stages as stages_module
+from langchain_quantllm.engine import speculation
 from langchain_quantllm.engine.adapter_switch import AdapterSwitch, changed_by_hand
 from langchain_quantllm.engine.alibi import BiasedAttention
 from langchain_quantllm.engine.attention import Attention, LayerPool
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.engine.cuda_graphs import no_graph_reason
+from langchain_quantllm.engine.delta_steps import find_delta_steps
 from langchain_quantllm.engine.fingerprint import Fingerprint, fingerprint
 from langchain_quantllm.engine.fusion.fuse import Fusion
 from langchain_quantllm.engine.gather_attention import GatherAttention
@@ -26,16 +28,17 @@ from langchain_quantllm.engine.image_reader import ImageReader
 from langchain_quantllm.engine.indexed_attention import IndexedLayers
 from langchain_quantllm.engine.invariance import check_operations, verify_invariance
 from langchain_quantllm.engine.invariant_attention import InvariantGatherAttention, InvariantTritonAttention
-from langchain_quantllm.engine.kv_cache import allocate_pools, count_blocks
+from langchain_quantllm.engine.kv_cache import (
+    LEAST_BLOCKS,
+    allocate_pools,
+    chosen_factors,
+    count_blocks,
+    stored_shapes,
+)
 from langchain_quantllm.engine.latent_attention import LatentLayers
 from langchain_quantllm.engine.lora import NO_ADAPTER, LoraStack
-from langchain_quantllm.engine.model_check import (
-    ModelProbe,
-    inspect_model,
-    unsupported_reason,
-    verify_engine,
-    verify_stages,
-)
+from langchain_quantllm.engine.model_check import verify_engine, verify_stages
+from langchain_quantllm.engine.model_probe import ModelProbe, inspect_model, unsupported_reason
 from langchain_quantllm.engine.model_runner import ModelRunner
 from langchain_quantllm.engine.own_attention import OwnAttention
 from langchain_quantllm.engine.relative_bias import RelativeBiases
@@ -48,6 +51,7 @@ from langchain_quantllm.engine.state_snapshots import StateSnapshots
 from langchain_quantllm.engine.triton_attention import TritonAttention
 from langchain_quantllm.errors import NotEnoughMemoryError, UnsupportedError
 from langchain_quantllm.kernels.invariant.ops import InvariantOps
+from langchain_quantllm.kernels.linear import tuned
 from langchain_quantllm.memory import format_bytes, release_heap
 
 _log = logging.getLogger(__name__)
@@ -90,8 +94,13 @@ class EngineParts:
         batch_invariant: bool = False,
         stages: Stages | None = None,
         no_stages_reason: str | None = None,
+        cache_dtype: str = "auto",
+        most_tokens: int | None = None,
     ) -> None:
-        """Allocate the parts, and check that they give the model's own logits; see `ContinuousEngine`."""
+        """Allocate the parts, and check that they give the model's own logits; see `ContinuousEngine`.
+
+        `most_tokens` are the most that the KV cache is made for; None for what `cache_budget` allows.
+        """
         if (reason := unsupported_reason(model)) is not None:
             raise UnsupportedError(reason)
         if batch_invariant:
@@ -101,6 +110,8 @@ class EngineParts:
         self._fusion = fusion
         self._stages = stages
         self._batch_invariant = batch_invariant
+        self._cache_dtype = cache_dtype
+        self._most_tokens = most_tokens
         self._notes = [] if no_fusion_reason is None else [f"no fused steps: {no_fusion_reason}"]
         if no_stages_reason is not None:
             self._notes.append(f"accelerate's hooks move its tensors between devices, by the host: {no_stages_reason}")
@@ -141,6 +152,7 @@ class EngineParts:
                 self._patched.append(self._indexed)
             self._latents = LatentLayers(model)
             self.probe = replace(self.probe, shapes=self._latents.build(self.probe.layers, self.probe.shapes))
+            self._stored = stored_shapes(self.probe.shapes, cache_dtype)
             # Before the parts are made: a change meanwhile is noticed with the first request.
             self._fingerprint = self._current_fingerprint()
             self.runner = self._make_runner(self._choose_attention(), cache_budget)
@@ -172,6 +184,16 @@ class EngineParts:
         self._model = self._switch = self._fusion = self._stages = None
         vars(self).pop("runner", None)
 
+    @contextlib.contextmanager
+    def products(self) -> Iterator[None]:
+        """Let the model's own forward in this thread multiply as the runner's does; see `Fusion.products`."""
+        with contextlib.ExitStack() as entered:
+            if self._batch_invariant:
+                entered.enter_context(InvariantOps())
+            if self._fusion is not None:
+                entered.enter_context(self._fusion.products())
+            yield
+
     @property
     def model(self) -> Any:
         """The model."""
@@ -180,7 +202,6 @@ class EngineParts:
     @property
     def info(self) -> EngineInfo:
         """The engine's name, and which of its features cannot be used."""
-        token_bytes = sum(shape.token_bytes for shape in self.probe.shapes)
         notes = list(self._notes)
         if self._stages is not None:
             notes.append(self._stages.note)
@@ -198,19 +219,51 @@ class EngineParts:
         notes += [f"no {kind.kind} steps are fused: {max(kind.left, key=kind.left.__getitem__)}" for kind in left]
         if self.states is not None:
             notes.append(self.states.prefix_note(self.slots))
+            if (note := self.states.delta_steps.note) is not None:
+                notes.append(note)
+            if steps := len(self.states.delta_steps.kernels):
+                fused["recurrent"] = steps
         if self._no_images_reason is not None:
             notes.append(f"images are read by transformers' own generate: {self._no_images_reason}")
         cache_tokens = self.limits.cache_tokens or 0
+        follows_table = fused.get("linear") and not self._batch_invariant
         return EngineInfo(
             name="fast",
             reason="; ".join(["one running batch over KV cache blocks", *notes]),
             graphs=self.runner.captures,
             kv_cache_tokens=cache_tokens,
-            kv_cache_bytes=(cache_tokens + BLOCK_TOKENS) * token_bytes,
+            kv_cache_bytes=(cache_tokens + BLOCK_TOKENS) * self.token_bytes,
+            kv_cache_dtype=self._cache_dtype_name,
             state_bytes=None if self.states is None else sum(state_bytes(self.probe.states, self.states.rows).values()),
             fused=fused,
             batch_invariant=self._batch_invariant,
+            tuned=tuned.describe(self._model.get_input_embeddings().weight.device) if follows_table else None,
         )
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token in all pools."""
+        return sum(shape.token_bytes for shape in self._stored)
+
+    @property
+    def _cache_dtype_name(self) -> str | None:
+        """The dtype of keys and values; None without any."""
+        if self._cache_dtype != "auto":
+            return self._cache_dtype
+        return ", ".join(sorted({str(shape.dtype).removeprefix("torch.") for shape in self._stored})) or None
+
+    @property
+    def no_speculation_reason(self) -> str | None:
+        """Why a step gives one token to each sequence; None if it can verify several."""
+        if self.states is not None:
+            return "layers keep a state, which cannot be taken back behind a wrong token"
+        if self._stages is not None:
+            return "several steps run at once, in stages"
+        if self.is_gpu and not speculation.ON_GPUS:
+            return "it is switched off on GPUs until it has been tried there"
+        if self.runner.is_asynchronous and not self.runner.follows:
+            return "its steps are not CUDA graphs, so each would wait for the one before"
+        return None
 
     def new_snapshots(self) -> StateSnapshots | None:
         """Return the rows for states at block borders, all free; None if the model keeps no states."""
@@ -240,13 +293,16 @@ class EngineParts:
             return self._gathering("latents are larger than 512")
         if self._relative.count:
             return self._gathering("each query has its own biases")
+        if self._cache_dtype != "auto" and torch.version.hip is not None:
+            return self._gathering("the kernels read 8 bits by instructions of NVIDIA's GPUs")
         try:
             from langchain_quantllm.kernels import attention as attention_kernels
 
             kind = InvariantTritonAttention if self._batch_invariant else TritonAttention
             attention = kind(attention_kernels, sorted(devices, key=str))
-            for pool in allocate_pools(shapes[:1], _TRIED_BLOCKS):
-                attention.try_out(pool)
+            for tried in (shapes[:1], self._stored[:1]):
+                for pool in allocate_pools(tried, _TRIED_BLOCKS):
+                    attention.try_out(pool)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # not installed, or without a compiler
@@ -277,13 +333,25 @@ class EngineParts:
             self.slots = slots_of(rows, most=self.slots, continues=continues)
         context = self.limits.context_tokens
         taken = state_bytes(states, rows)
-        blocks = count_blocks(shapes, budget, sequences=self.slots, context=context, state_bytes=taken)
+        blocks = count_blocks(self._stored, budget, sequences=self.slots, context=context, state_bytes=taken)
+        if self._most_tokens is not None:
+            blocks = min(blocks, max(LEAST_BLOCKS + 1, -(-self._most_tokens // BLOCK_TOKENS) + 1))
         while True:
             self.limits = replace(self.limits, cache_tokens=(blocks - 1) * BLOCK_TOKENS)
             try:
                 self.states = StatePool(states, rows, continues=continues) if states else None
-                self.pools = allocate_pools(shapes, blocks)
-                return self._verified_runner(attention)
+                self._find_delta_steps()
+                if self._cache_dtype != "auto":
+                    # First as the model computes: only then is a difference that of rounding. In the same memory.
+                    self.pools = allocate_pools(shapes, max(LEAST_BLOCKS, blocks // 4))
+                    self._verified_runner(attention, can_capture=False)
+                    self.pools = []
+                    torch.cuda.empty_cache()
+                self.pools = allocate_pools(
+                    self._stored, blocks, chosen_factors(self.probe.key_factors, self._cache_dtype)
+                )
+                rounds_cache = self._cache_dtype != "auto"
+                return self._verified_runner(attention, rounds_cache=rounds_cache)
             except (NotEnoughMemoryError, torch.OutOfMemoryError):
                 # Memory that is measured as free may be in pieces, or not for this process.
                 if budget is not None or blocks < _FEWEST_BLOCKS:
@@ -295,13 +363,24 @@ class EngineParts:
                 rows = max(LEAST_ROWS, rows // 2)
                 self.slots = slots_of(rows, most=self.slots, continues=continues)
 
-    def _verified_runner(self, attention: Attention) -> ModelRunner:
+    def _find_delta_steps(self) -> None:
+        if self.states is None or not self.is_gpu:
+            return
+        with contextlib.suppress(ImportError):  # without Triton nothing is fused, as is said elsewhere
+            from langchain_quantllm.kernels import recurrent
+
+            self.states.delta_steps = find_delta_steps(self._model, self.states.tensors, recurrent)
+
+    def _verified_runner(
+        self, attention: Attention, *, can_capture: bool = True, rounds_cache: bool = False
+    ) -> ModelRunner:
         """Make the runner that gives the model's own logits: by registered attention, or by catching PyTorch's."""
-        can_capture = isinstance(attention, TritonAttention)
+        can_capture &= isinstance(attention, TritonAttention)
         context = self.limits.context_tokens
         cached = (self.limits.cache_tokens or 0) // BLOCK_TOKENS
+        cached = min([cached, *(len(pool.kv) - 1 for pool in self.pools)])
         blocks_per_sequence = cached if context is None else min(cached, -(-context // BLOCK_TOKENS))
-        most_tokens = min(self.limits.cache_tokens or 0, context or sys.maxsize)
+        most_tokens = min(cached * BLOCK_TOKENS, context or sys.maxsize)
         failure: UnsupportedError | None = None
         for by_sdpa in (False, True):
             if by_sdpa and attention_name(self._model.config) != "sdpa":
@@ -334,6 +413,7 @@ class EngineParts:
                     self._fusion,
                     most_tokens=most_tokens,
                     indexed=self._indexed,
+                    rounds_cache=rounds_cache,
                 )
                 if self._batch_invariant:
                     self._verify_invariance(runner, cached + 1)
@@ -355,8 +435,6 @@ class EngineParts:
             return "an indexer chooses the tokens that attention sees, by lengths on the host"
         if self._stages is not None and self.probe.states:
             return "layers on several GPUs keep a state"
-        if self._stages is not None and not stages_module.CAPTURES:
-            return "graphs of stages are switched off until they have been tried on several GPUs"
         replaced = frozenset() if self._fusion is None else self._fusion.replaced_ids
         return no_graph_reason(self._model, replaced, has_stages=self._stages is not None)
 
@@ -432,6 +510,7 @@ class EngineParts:
                 _log.warning("fused steps could not be found anew: %r", error)
         if self.images is not None:
             self.images.begin_anew()
+        self._find_delta_steps()
         self.runner.model_changed(self._no_graph_reason() if self.runner.can_capture else None)
         for patched in self._patched:
             patched.build()

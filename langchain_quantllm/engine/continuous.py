@@ -6,7 +6,9 @@ scheduler knows no tensors and the runner no text; the engine joins them.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import threading
 from collections import Counter, abc, deque
 from dataclasses import replace
 from typing import Any
@@ -17,26 +19,30 @@ from langchain_quantllm.engine.adapter_switch import AdapterSwitch
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS, BlockManager
 from langchain_quantllm.engine.build import EngineParts
 from langchain_quantllm.engine.clean_thread import in_clean_thread
+from langchain_quantllm.engine.delivery import Forward, TokenDelivery
 from langchain_quantllm.engine.detokenizer import Completion, begin_completions
 from langchain_quantllm.engine.failures import request_failure, run_failure
 from langchain_quantllm.engine.fusion.fuse import Fusion
-from langchain_quantllm.engine.generate import NAN_LOGITS, limits_of
-from langchain_quantllm.engine.kv_cache import resident_bytes, spoiled_blocks
+from langchain_quantllm.engine.generate import limits_of
+from langchain_quantllm.engine.kv_cache import resident_bytes
 from langchain_quantllm.engine.lora import NO_ADAPTER
 from langchain_quantllm.engine.prefix_ids import PrefixIds
 from langchain_quantllm.engine.prompt_images import PromptImages, read_prompt
-from langchain_quantllm.engine.request import EngineInfo, EngineLoad, Request, check_queue, check_request
-from langchain_quantllm.engine.sampler import NOTHING_ALLOWED, PendingTokens
+from langchain_quantllm.engine.request import EngineInfo, EngineLoad, Request
+from langchain_quantllm.engine.request_checks import check_queue, check_request
+from langchain_quantllm.engine.sampler import PendingTokens
 from langchain_quantllm.engine.scheduler import Scheduler, age
 from langchain_quantllm.engine.sequence import Lane, SamplingInput, Sequence
+from langchain_quantllm.engine.speculation.costs import StepClock
+from langchain_quantllm.engine.speculation.draft_model import DraftModel
+from langchain_quantllm.engine.speculation.speculator import Speculator
 from langchain_quantllm.engine.stages import Stages
-from langchain_quantllm.engine.staging import PendingForward
 from langchain_quantllm.engine.step import Step, split_step
 from langchain_quantllm.engine.step_timing import time_step
-from langchain_quantllm.engine.stream import ChunkStream, token_logprob
+from langchain_quantllm.engine.stream import ChunkStream
 from langchain_quantllm.engine.worker import UNLOADED, Worker
-from langchain_quantllm.errors import GenerationError, InvalidOptionError, NotEnoughMemoryError
-from langchain_quantllm.memory import check_cache_budget
+from langchain_quantllm.errors import GenerationError, InvalidOptionError, NotEnoughMemoryError, UnsupportedError
+from langchain_quantllm.memory import check_cache_budget, check_cache_dtype
 
 _log = logging.getLogger(__name__)
 
@@ -65,6 +71,7 @@ class ContinuousEngine:
         batch_invariant: bool = False,
         stages: Stages | None = None,
         no_stages_reason: str | None = None,
+        kv_cache_dtype: str = "auto",
     ) -> None:
         """Take a loaded text-generation pipeline, and check that its model can run this way.
 
@@ -77,6 +84,7 @@ class ContinuousEngine:
             batch_invariant: Give a request the same logits, bit for bit, whatever runs beside it.
             stages: The stages of a model on several devices, which the caller closes; None to run it by its own hooks.
             no_stages_reason: Why there are none although it lies on several GPUs.
+            kv_cache_dtype: Dtype of the KV cache: `"auto"` for that of the model, `"fp8"` or `"int8"`.
 
         Raises:
             UnsupportedError: If the model cannot run this way; the message is the reason.
@@ -94,6 +102,7 @@ class ContinuousEngine:
             batch_invariant=batch_invariant,
             stages=stages,
             no_stages_reason=no_stages_reason,
+            cache_dtype=check_cache_dtype(kv_cache_dtype),
         )
         self._runner = self._parts.runner
         self._step_tokens = _STEP_TOKENS_GPU if self._parts.is_gpu else _STEP_TOKENS_CPU
@@ -106,6 +115,10 @@ class ContinuousEngine:
         self._looks = 0
         self._decodes_first = False
         """Whether sequences have waited for a step of prompts, and decode before the next one."""
+        self._speculator = Speculator()
+        self._drafts: dict[str, DraftModel] = {}
+        self._no_draft_reasons: dict[str, str] = {}
+        self._draft_lock = threading.Lock()
         self._reset_cache()
         self._worker = Worker(self._run, self._recover, gathers=False)
 
@@ -114,7 +127,21 @@ class ContinuousEngine:
     @property
     def info(self) -> EngineInfo:
         """The engine's name, and why it was chosen."""
-        return self._parts.info
+        speculator = self._speculator
+        failed = [f"{draft.name}: {draft.failure}" for draft in self._drafts.values() if draft.failure is not None]
+        return replace(
+            self._parts.info,
+            no_speculation_reason=self._parts.no_speculation_reason,
+            draft_models=tuple(draft.name for draft in self._drafts.values() if draft.failure is None),
+            no_draft_reason="; ".join([*self._no_draft_reasons.values(), *failed]) or None,
+            proposed_tokens=speculator.proposed,
+            accepted_tokens=speculator.accepted,
+        )
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token in the KV cache."""
+        return self._parts.token_bytes
 
     @property
     def kv_resident_bytes(self) -> int | None:
@@ -140,6 +167,44 @@ class ContinuousEngine:
         if self._parts.images is not None:
             return None
         return in_clean_thread(self._parts.read_images)(processor)
+
+    @property
+    def drafts(self) -> list[DraftModel]:
+        """The draft models that propose to its sequences."""
+        return [draft for draft in self._drafts.values() if not draft.is_closed]
+
+    def add_draft(self, key: str, make: abc.Callable[[int, int], DraftModel]) -> None:
+        """Let a draft model propose to the sequences whose options name it, if it does not already.
+
+        Where no step can verify several tokens, or the draft model cannot run so, there is none; `info` says why.
+
+        Args:
+            key: The `draft` of options.
+            make: Makes it, from the tokens of the KV cache and the size of the vocabulary here.
+
+        Raises:
+            GenerationError: If the engine was closed, or is while the draft model is made.
+        """
+        with self._draft_lock:
+            if self._tokenizer is None:
+                raise GenerationError(UNLOADED)
+            draft = self._drafts.get(key)
+            if key in self._no_draft_reasons or (draft is not None and not draft.is_closed):
+                return
+            if self._parts.no_speculation_reason is not None:
+                return
+            try:
+                draft = make(self.limits.cache_tokens or 0, self._parts.probe.vocab_size)
+            except UnsupportedError as error:
+                _log.warning("the draft model is not used: %s", error)
+                self._no_draft_reasons[key] = str(error)
+                return
+            # A new table: the engine's thread may be looking through the one before.
+            self._drafts = {**self._drafts, key: draft}
+            self._speculator.drafters = {**self._speculator.drafters, key: draft}
+            if self._tokenizer is None:  # `close` may have come too early to see it
+                draft.close()
+                raise GenerationError(UNLOADED)
 
     def submit(
         self,
@@ -183,6 +248,13 @@ class ContinuousEngine:
                 found[id(request.media)] = read(self._parts.model, request.prompt_ids, request.media)
         return [r if r.media is None else replace(r, media=None, images=found[id(r.media)]) for r in requests]
 
+    def products(self) -> contextlib.AbstractContextManager[None]:
+        """Let calls of the model itself in this thread, padded or not, multiply by the kernels of this engine.
+
+        For log probabilities of whole texts, which requests do not report.
+        """
+        return self._parts.products()
+
     def time_step(self, rows: int, position: int, repeats: int) -> float | None:
         """Time the decode step by itself, without queue and text; only while nothing runs. See `step_timing`.
 
@@ -196,10 +268,13 @@ class ContinuousEngine:
 
     def close(self) -> None:
         """Cancel all requests and release the model and the KV cache."""
-        self._worker.close("the model was unloaded while it was generating.")
-        self._parts.close()
         self._tokenizer = None
-        for name in ("_runner", "_scheduler"):
+        self._worker.close("the model was unloaded while it was generating.")
+        for draft in self._drafts.values():
+            draft.close()
+        self._drafts, self._speculator.drafters = {}, {}
+        self._parts.close()
+        for name in ("_runner", "_scheduler", "_delivery"):
             vars(self).pop(name, None)
 
     # The loop.
@@ -208,11 +283,14 @@ class ContinuousEngine:
         """Run requests until there are none left; more may join all the while. For what is raised, see `Worker`."""
         self._pending = []
         self._decodes_first = False
+        clock = StepClock(self._speculator.costs, is_late=self._runner.is_asynchronous)
         while True:
             # 1. Take new requests, and drop cancelled ones.
             self._take(waiting)
             has_read = self._read_next_images()
             # 2. Plan the next step: which sequences decode, and which tokens of prompts run.
+            drafting_s, self._speculator.follows = self._speculator.drafting_s, self._runner.follows
+            self._speculator.no_reason = self._parts.no_speculation_reason
             plan = self._scheduler.plan(
                 mixes=not self._runner.captures, decodes_first=self._decodes_first, parts=self._runner.steps_at_once
             )
@@ -227,9 +305,10 @@ class ContinuousEngine:
                 # 4. While the device runs it, turn the tokens of the step before into text.
                 in_flight = self._deliver_before(forwards)
                 # 5. Enqueue the sampling of the next tokens.
-                self._pending = [*in_flight, *self._sample(forwards)]
+                self._pending = [*in_flight, *self._delivery.sample(forwards)]
             else:
-                self._deliver(self._sample(forwards))
+                self._delivery.deliver(self._delivery.sample(forwards))
+            clock.end_round(plan, self._speculator.drafting_s - drafting_s)
         self._check_idle()
 
     def _drop_stopped(self, beside: Step | None = None) -> None:
@@ -241,7 +320,7 @@ class ContinuousEngine:
         is_due = not running or len(sequences) - len(running) <= _OFTEN or self._looks % _OFTEN == 0
         for sequence in sequences if is_due else running:
             if sequence.completion.stream.should_stop() and sequence not in runs:
-                self._drop(sequence)
+                self._delivery.drop(sequence)
 
     def _take(self, waiting: deque[Completion]) -> None:
         self._drop_stopped()
@@ -294,9 +373,9 @@ class ContinuousEngine:
         except torch.OutOfMemoryError as error:
             failure = GenerationError("the device ran out of memory for the request's images; give fewer or smaller.")
             failure.__cause__ = error
-            self._fail(sequence, failure)
+            self._delivery.fail(sequence, failure)
         except BaseException as error:
-            self._fail(sequence, error)
+            self._delivery.fail(sequence, error)
 
     def _rests(self) -> bool:
         """Wait if all sequences rest because their text is not read; False if there is none left."""
@@ -322,14 +401,16 @@ class ContinuousEngine:
 
     # Forwards.
 
-    def _launch(self, step: Step) -> list[PendingForward]:
+    def _launch(self, step: Step) -> list[Forward]:
         for chunk in step.chunks:
             chunk.sequence.start()
+        if step.proposals:  # sampled by what is known then
+            return [self._runner.verify(step)]
         return self._run_step(step, {sequence: sequence.next_sampling_input() for sequence in step.sampled})
 
     def _run_step(
         self, step: Step, sampling: dict[Sequence, SamplingInput], whole: Step | None = None
-    ) -> list[PendingForward]:
+    ) -> list[Forward]:
         """Run a step, or a part of a `whole` one; in smaller ones if the device has no room for all of its prompts."""
         tokens = sum(chunk.count for chunk in step.chunks)
         whole = whole or step
@@ -373,42 +454,13 @@ class ContinuousEngine:
     def _decode_beside(self, running: Step) -> None:
         """Run a decode step in the middle of a step of prompts, whose sequences stay as they are."""
         self._drop_stopped(beside=running)
-        self._deliver(self._pending)
+        self._delivery.deliver(self._pending)
         self._pending = []
         if (step := self._scheduler.plan_beside(running)) is not None:
             sampling = [sequence.next_sampling_input() for sequence in step.sampled]
-            self._pending = self._sample([self._runner.run(step, sampling)])
+            self._pending = self._delivery.sample([self._runner.run(step, sampling)])
 
-    # Sampling.
-
-    def _sample(self, forwards: abc.Sequence[PendingForward]) -> list[PendingTokens]:
-        return [self._sample_after(forward) for forward in forwards if forward.sequences]
-
-    def _sample_after(self, forward: PendingForward) -> PendingTokens:
-        sequences = forward.sequences
-        mask = self._fill_masks(sequences) if any(s.mask is not None for s in sequences) else None
-        wanted = [n for s in sequences if (n := s.request.options.logprobs) is not None]
-        return self._runner.sample(forward, mask=mask, alternatives=max(wanted, default=None))
-
-    def _fill_masks(self, sequences: abc.Sequence[Sequence]) -> torch.Tensor:
-        bits = self._runner.blank_masks(len(sequences))
-        for i, sequence in enumerate(sequences):
-            if sequence.mask is None or sequence.has_ended:
-                continue
-            try:
-                if not sequence.mask.fill(bits[i : i + 1]):
-                    bits[i] = -1
-                if sequence.mask.ended:
-                    sequence.completion.stream.put(sequence.completion.finish("stop"))
-                    self._drop(sequence)
-            except BaseException as error:  # of the request's own mask
-                bits[i] = -1
-                self._fail(sequence, error)
-        return bits
-
-    # Tokens.
-
-    def _deliver_before(self, forwards: abc.Sequence[PendingForward]) -> list[PendingTokens]:
+    def _deliver_before(self, forwards: abc.Sequence[Forward]) -> list[PendingTokens]:
         """Deliver pending tokens before those after some forwards are sampled.
 
         Returns:
@@ -420,56 +472,16 @@ class ContinuousEngine:
         while others > 0 and kept > 0 and runs.isdisjoint(self._pending[kept - 1].sequences):
             kept, others = kept - 1, others - 1
         in_flight = self._pending[kept:]
-        self._deliver(self._pending[:kept])
+        self._delivery.deliver(self._pending[:kept])
         return in_flight
-
-    def _deliver(self, pending: abc.Sequence[PendingTokens]) -> None:
-        """Wait for the tokens of a step and append them to their sequences."""
-        for tokens in pending:
-            ids, logprobs = tokens.wait()
-            for i, sequence in enumerate(tokens.sequences):
-                if not sequence.has_ended:
-                    self._push(sequence, ids[i], None if logprobs is None else logprobs[i])
-
-    def _push(self, sequence: Sequence, token_id: int, logprob: tuple[float, list[int], list[float]] | None) -> None:
-        if token_id == NOTHING_ALLOWED:
-            self._fail(sequence, GenerationError("the request's mask allows no token."))
-            return
-        if token_id < 0:
-            blocks = [*sequence.given_back, *sequence.blocks[len(sequence.given_back) :]]
-            self._fail(sequence, GenerationError(NAN_LOGITS))
-            spoiled = blocks if self._parts.states else spoiled_blocks(self._parts.pools, blocks)
-            self._blocks.discard(spoiled)  # or its prompt could never run again
-            return
-        self._scheduler.push(sequence, token_id)
-        completion = sequence.completion
-        try:
-            if sequence.mask is not None:
-                sequence.mask.accept(token_id)
-            request = sequence.request
-            report = token_logprob(token_id, logprob, request.options.logprobs, request.reported_ids)
-            chunk = completion.push(token_id, report)
-        except BaseException as error:  # of the request's own mask, or of its tokenizer
-            self._fail(sequence, error)
-            return
-        if chunk is not None:
-            completion.stream.put(chunk)
-        if completion.finish_reason is not None:
-            self._drop(sequence)
-
-    def _drop(self, sequence: Sequence) -> None:
-        sequence.has_ended = True
-        self._scheduler.remove(sequence)
-
-    def _fail(self, sequence: Sequence, error: BaseException) -> None:
-        sequence.completion.stream.fail(request_failure(error))
-        self._drop(sequence)
 
     # Failures and changes.
 
     def _recover(self, error: BaseException) -> Exception:
         """Drop all sequences and begin anew after a failure; returns the error for the sequences' requests."""
         rows = len(self._scheduler.sequences)
+        for sequence in self._scheduler.sequences:
+            self._speculator.end(sequence)
         self._pending = []
         self._reset_cache()
         self._runner.drop_graphs()
@@ -495,7 +507,9 @@ class ContinuousEngine:
             step_tokens_while_decoding=beside,
             cuts_prompts=self._parts.probe.continues,
             window=0 if self._parts.states else self._parts.probe.reach,
+            speculator=self._speculator,
         )
+        self._delivery = TokenDelivery(self._parts, self._scheduler, self._speculator)
 
     def _rebuild(self) -> None:
         """Stop sharing keys and values of a model that has changed, and rebuild the parts.
@@ -508,4 +522,4 @@ class ContinuousEngine:
         self._parts.rebuild()
         if self._parts.refusal is not None:
             for sequence in self._scheduler.sequences:
-                self._fail(sequence, GenerationError(self._parts.refusal))
+                self._delivery.fail(sequence, GenerationError(self._parts.refusal))

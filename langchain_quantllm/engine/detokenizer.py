@@ -169,6 +169,8 @@ class Completion:
         self.finish_reason: str | None = None
         self.cached_tokens = 0
         """Tokens of the prompt whose keys and values were in the cache already."""
+        self.proposed_tokens = self.accepted_tokens = 0
+        """Tokens that were proposed, and those of them that the text has."""
         self._index = index
         self._in_pieces = in_pieces
         # A stop string has to be looked for at every token.
@@ -246,6 +248,8 @@ class Completion:
             prompt_tokens=len(self.request.prompt_ids),
             completion_tokens=len(self.token_ids),
             cached_tokens=self.cached_tokens,
+            proposed_tokens=self.proposed_tokens,
+            accepted_tokens=self.accepted_tokens,
             queued_s=(self._started or now) - self._submitted,
             first_token_s=(self._first_token or now) - self._submitted,
             total_s=now - self._submitted,

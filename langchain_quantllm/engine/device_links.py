@@ -19,18 +19,35 @@ class DeviceLinks:
         """Open no link yet."""
         self.uses_host = False
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._senders: dict[torch.device, torch.cuda.Stream] = {}
         self._by_host: dict[tuple[torch.device, torch.device], HostLink | None] = {}
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Enqueue a copy to a tensor of the same shape and dtype.
 
-        PyTorch lets the copy wait for the streams of both devices, and the target's stream for the copy.
+        The copy waits for the current streams of both devices, and both wait for the copy.
         """
         link = self._link(source.device, target.device)
-        if link is None:
+        if link is not None:
+            link.copy(source, target)
+        elif source.device == target.device or source.device.type != "cuda":
             target.copy_(source, non_blocking=True)
         else:
-            link.copy(source, target)
+            self._send(source, target)
+
+    def _send(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy from a GPU on a stream of its own.
+
+        On the default stream, CUDA lets a copy between GPUs wait for all work of both, and all later work for the copy.
+        """
+        working = torch.cuda.current_stream(source.device)
+        if source.device not in self._senders:
+            self._senders[source.device] = torch.cuda.Stream(source.device)
+        sender = self._senders[source.device]
+        sender.wait_stream(working)
+        with torch.cuda.stream(sender):
+            target.copy_(source, non_blocking=True)  # PyTorch orders it with the target's current stream
+        working.wait_stream(sender)
 
     @contextlib.contextmanager
     def beside(self, device: torch.device) -> Iterator[torch.cuda.Stream | None]:

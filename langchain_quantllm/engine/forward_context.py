@@ -109,6 +109,7 @@ class ForwardContext:
         absorptions: What the attentions with latents multiply by, by their ids; see `latent_attention`.
         biases_by_distance: Whether the biases that attentions pass are those of distances; see `relative_bias`.
         stages: The stages of a model on several devices; None if it lies on one.
+        first_position: Position of the first token, where a check runs the model's own forward.
         record: Called with each patched module that has no step, its arguments, keyword arguments and output.
         normed: Outputs of norms whose kernel also computed their input.
         projected: Outputs of linear layers that were multiplied together with another one.
@@ -123,6 +124,7 @@ class ForwardContext:
     absorptions: Mapping[int, Absorption] = field(default_factory=dict)
     biases_by_distance: bool = False
     stages: StageRun | None = None
+    first_position: int = 0
     record: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None] | None = None
     normed: PrecomputedOutputs = field(default_factory=PrecomputedOutputs)
     projected: PrecomputedOutputs = field(default_factory=PrecomputedOutputs)

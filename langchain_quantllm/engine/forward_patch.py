@@ -1,13 +1,13 @@
 """A module's `forward`, replaced for the engine's own forwards.
 
-Fused steps and stacked LoRA adapters are patches of this kind.
+Fused steps, stacked LoRA adapters, and modules that keep what others do not are patches of this kind.
 """
 
 from __future__ import annotations
 
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from langchain_quantllm.engine.forward_context import ForwardContext, current_context
@@ -77,6 +77,31 @@ class ForwardPatch:
         """Copy as the own forward of the module's copy."""
         copied = memo.get(self.module_id)
         return self if copied is None else forward_of(copied)
+
+
+class PatchedModules:
+    """Modules of one kind whose `forward` is replaced in the engine's forwards, until `close`."""
+
+    def __init__(self, model: Any) -> None:
+        """Patch the modules; none if the model has no such ones."""
+        self._model = model
+        self._patches: list[ForwardPatch] = []
+        self.build()
+
+    def _find(self) -> Iterable[tuple[Any, Replacement]]:
+        """List the modules, each with what replaces its forward."""
+        raise NotImplementedError
+
+    def build(self) -> None:
+        """Find the modules anew, as after a change of the model."""
+        self.close()
+        self._patches = [ForwardPatch(module, replacement) for module, replacement in list(self._find())]
+
+    def close(self) -> None:
+        """Restore every module's `forward`."""
+        for patch in self._patches:
+            patch.close()
+        self._patches = []
 
 
 def forward_of(module: Any) -> Any:

@@ -14,6 +14,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from langchain_quantllm.engine.attention import Batch, LayerPool, Span
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
+from langchain_quantllm.engine.dense_attention import (
+    Scoring,
+    by_distance,
+    dense_attention,
+    dense_attention_around_nan,
+)
+from langchain_quantllm.kernels import kv_quantization
 
 _GATHERED_BYTES = 64 * 2**20
 """Most bytes that sequences are gathered to at once, unless one alone takes more."""
@@ -23,47 +30,6 @@ _SCORES = 2**22
 
 _LEAST_QUERIES = 16
 _PADDING_BLOCKS = 8  # padding that costs about as much as one more group
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Scoring:
-    """How a layer scores keys.
-
-    Args:
-        scale: Factor of the scores.
-        window: How many of the last positions a token sees, its own included; 0 for all.
-        softcap: Scores become `softcap * tanh(scores / softcap)`; 0 for no cap.
-        chunk: A token sees its own chunk of so many positions, up to itself; 0 for all.
-        sinks: See `kernels.reference.decode_attention`.
-        biases: See `kernels.reference.decode_attention`.
-        relative: See `Attention.attend`; of the tokens that attend.
-    """
-
-    scale: float
-    window: int
-    softcap: float
-    chunk: int = 0
-    sinks: torch.Tensor | None = None
-    biases: torch.Tensor | None = None
-    relative: torch.Tensor | None = None
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether PyTorch's own attention scores keys this way."""
-        return not self.softcap and self.sinks is None and self.biases is None and self.relative is None
-
-    def of_tokens(self, tokens: slice | torch.Tensor | None) -> _Scoring:
-        """Return that of some of the tokens; None for all."""
-        if self.relative is None or tokens is None:
-            return self
-        has_own_sinks = self.sinks is not None and self.sinks.dim() > 1
-        sinks = self.sinks[:, tokens] if self.sinks is not None and has_own_sinks else self.sinks
-        return replace(self, relative=self.relative[:, tokens], sinks=sinks)
-
-    def first_seen(self, position: int) -> int:
-        """Return the first position that a token sees."""
-        first = max(0, position + 1 - self.window) if self.window else 0
-        return max(first, position // self.chunk * self.chunk) if self.chunk else first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,15 +69,57 @@ class GatherAttention:
 
     def write(self, pool: LayerPool, key: torch.Tensor, value: torch.Tensor, batch: Batch) -> None:
         """Store keys and values; see `Attention.write`."""
+        self._write(pool, key[0].transpose(0, 1), value[0].transpose(0, 1), batch)
+
+    @staticmethod
+    def _write(pool: LayerPool, key: torch.Tensor, value: torch.Tensor, batch: Batch) -> None:
+        """Store keys and values of shape `(tokens, kv_heads, dim)`."""
         indices = batch.cached((key.device, "indices"), lambda: _pool_indices(batch, key.device))
-        flat = pool.kv.view(-1, *pool.kv.shape[2:])
-        flat.index_copy_(0, indices, torch.cat([key, value], -1)[0].transpose(0, 1))
+        if pool.scales is not None:
+            at = (indices // BLOCK_TOKENS, indices % BLOCK_TOKENS)
+            kv_quantization.write(key, value, pool.kv, pool.scales, *at)
+            return
+        pool.kv.flatten(0, 1).index_copy_(0, indices, torch.cat([key, value], -1))
+
+    def decode(
+        self,
+        pool: LayerPool,
+        states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        batch: Batch,
+        *,
+        scale: float,
+        window: int,
+        chunk: int,
+    ) -> torch.Tensor:
+        """Write and attend as `write` and `attend` do, in fewer operations, in a batch that decodes.
+
+        Args:
+            pool: The layer's keys and values.
+            states: Queries, keys and values of shape `(tokens, heads of its own, dim)`.
+            batch: The tokens.
+            scale: See `attend`.
+            window: See `attend`.
+            chunk: See `attend`.
+
+        Returns:
+            Attended values of shape `(1, tokens, heads * value_dim)`.
+        """
+        query, key, value = states
+        self._write(pool, key, value, batch)
+        groups = _cached_groups(batch, pool, Scoring(scale=scale, window=window, softcap=0.0, chunk=chunk))
+        if len(groups) > 1 or groups[0].tokens is not None or pool.is_latent:
+            options = {"scale": scale, "window": window, "softcap": 0.0, "chunk": chunk}
+            return self.attend(pool, query.transpose(0, 1)[None], batch, **options).flatten(2)
+        [group] = groups
+        keys, values = _gathered(pool, group)
+        asked = query.view(len(query), keys.shape[1], -1, query.shape[-1])
+        attended = scaled_dot_product_attention(asked, keys, values, attn_mask=group.mask, scale=scale)
+        return attended.reshape(1, len(query), -1)
 
     def attend(self, pool: LayerPool, query: torch.Tensor, batch: Batch, **options: Any) -> torch.Tensor:
         """Attend; see `Attention.attend`."""
-        scoring = _Scoring(**options)
-        key = ("groups", pool.kv.device, scoring.window, scoring.chunk, pool.kv.stride(0))
-        groups = batch.cached(key, lambda: _groups(batch, pool, scoring))
+        scoring = Scoring(**options)
+        groups = _cached_groups(batch, pool, scoring)
         if len(groups) == 1 and groups[0].tokens is None:
             return _decode(pool, query, groups[0], scoring)[None]
         out = query.new_empty(1, query.shape[2], query.shape[1], pool.value_dim)
@@ -130,13 +138,9 @@ class GatherAttention:
 # Sequences of one new token.
 
 
-def _decode(pool: LayerPool, query: torch.Tensor, group: _Group, scoring: _Scoring) -> torch.Tensor:
+def _decode(pool: LayerPool, query: torch.Tensor, group: _Group, scoring: Scoring) -> torch.Tensor:
     """Attend with one token of each sequence of a group; returns values of shape `(rows, heads, value_dim)`."""
-    gathered = pool.kv.index_select(0, group.blocks).flatten(0, 1)
-    if group.mask is not None:
-        # PyTorch adds a mask to the scores and multiplies the values with 0, and NaN would stay NaN.
-        gathered.index_fill_(0, group.hidden, 0)
-    key, value = _split(pool, gathered.unflatten(0, (group.rows, -1))[:, group.seen])
+    key, value = _gathered(pool, group)
     # The queries of a group of heads see the same keys: they are passed as several positions of one head.
     asked = query[0] if group.tokens is None else query[0].index_select(1, group.tokens)
     asked = asked.transpose(0, 1).unflatten(1, (key.shape[1], -1))
@@ -147,25 +151,40 @@ def _decode(pool: LayerPool, query: torch.Tensor, group: _Group, scoring: _Scori
         biases = scoring.biases[:, group.positions] - scoring.biases[:, group.own]
         scoring = replace(scoring, biases=biases.transpose(0, 1).unflatten(1, asked.shape[1:3]))
     if scoring.relative is not None:
-        biases = _by_distance(scoring.relative, group.own - group.positions)
+        biases = by_distance(scoring.relative, group.own - group.positions)
         scoring = replace(scoring, biases=biases.transpose(0, 1).unflatten(1, asked.shape[1:3]))
-    return _attend(asked, key, value, group.mask, scoring).flatten(1, 2)
+    return dense_attention(asked, key, value, group.mask, scoring).flatten(1, 2)
 
 
-def _groups(batch: Batch, pool: LayerPool, scoring: _Scoring) -> list[_Group]:
+def _gathered(pool: LayerPool, group: _Group) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copy the keys and values that a group sees, of shape `(rows, kv_heads, seen, dim)`."""
+    gathered = pool.read(group.blocks).flatten(0, 1)
+    if group.mask is not None:
+        # PyTorch adds a mask to the scores and multiplies the values with 0, and NaN would stay NaN.
+        gathered.index_fill_(0, group.hidden, 0)
+    return _split(pool, gathered.unflatten(0, (group.rows, -1))[:, group.seen])
+
+
+def _cached_groups(batch: Batch, pool: LayerPool, scoring: Scoring) -> list[_Group]:
+    """Return the groups of a batch; layers with such a pool and window share them."""
+    key = ("groups", pool.kv.device, scoring.window, scoring.chunk, pool.kv.stride(0), pool.dtype)
+    return batch.cached(key, lambda: _groups(batch, pool, scoring))
+
+
+def _groups(batch: Batch, pool: LayerPool, scoring: Scoring) -> list[_Group]:
     """Divide the sequences of one new token into groups, for all layers with such a pool and window."""
     # In a batch that decodes, the order alone tells which token is a span's.
     rows = [(i if batch.decodes else span.first, span) for i, span in enumerate(batch.spans) if span.count == 1]
     by_width = sorted(rows, key=lambda row: _width(row[1], scoring), reverse=True)
     widths = [_width(span, scoring) for _, span in by_width]
-    device, block_bytes = pool.kv.device, pool.kv.stride(0) * pool.kv.itemsize
+    device, block_bytes = pool.kv.device, pool.kv.stride(0) * pool.dtype.itemsize
     cuts = list(cut_widths(widths, max(1, _GATHERED_BYTES // block_bytes)))
     if batch.decodes and len(cuts) == 1:
         return [replace(_group(batch, rows, widths[0], scoring, device), tokens=None)]
     return [_group(batch, by_width[start:stop], widths[start], scoring, device) for start, stop in cuts]
 
 
-def _width(span: Span, scoring: _Scoring) -> int:
+def _width(span: Span, scoring: Scoring) -> int:
     """Count the blocks that a span of one token sees."""
     return span.position // BLOCK_TOKENS - scoring.first_seen(span.position) // BLOCK_TOKENS + 1
 
@@ -188,7 +207,7 @@ def cut_widths(widths: Sequence[int], most_blocks: int) -> Iterator[tuple[int, i
 
 
 def _group(
-    batch: Batch, rows: Sequence[tuple[int, Span]], width: int, scoring: _Scoring, device: torch.device
+    batch: Batch, rows: Sequence[tuple[int, Span]], width: int, scoring: Scoring, device: torch.device
 ) -> _Group:
     """Compute the tensors of a group, on the host as far as possible: its sequences are known there."""
     spans = [span for _, span in rows]
@@ -221,7 +240,7 @@ def _prefill(
     out: torch.Tensor,
     table: torch.Tensor,
     position: int,
-    scoring: _Scoring,
+    scoring: Scoring,
     groups: tuple[tuple[int, int], ...] = (),
 ) -> None:
     """Attend with consecutive tokens of one sequence.
@@ -239,7 +258,7 @@ def _prefill(
     begin, length = scoring.first_seen(position), position + count
     first_block = begin // BLOCK_TOKENS
     blocks = table[first_block : -(-length // BLOCK_TOKENS)].to(pool.kv.device).long()
-    gathered = pool.kv.index_select(0, blocks).flatten(0, 1)
+    gathered = pool.read(blocks).flatten(0, 1)
     gathered = gathered[begin - first_block * BLOCK_TOKENS : length - first_block * BLOCK_TOKENS]
     key, value = (part[0, :, None] for part in _split(pool, gathered[None]))
     asked = query.unflatten(0, (len(key), -1))
@@ -260,14 +279,14 @@ def _prefill(
         seen = slice(scoring.first_seen(position + at) - begin, last - begin)
         bounds = (begin + seen.start, begin + seen.stop)
         mask = _visible(position + at, stop - at, *bounds, scoring, query.device, groups)
-        attend = _attend if is_sound else _attend_around_nan
+        attend = dense_attention if is_sound else dense_attention_around_nan
         queries = slice(position + at, position + stop)
         own = _of_tile(scoring.of_tokens(slice(at, stop)), asked.shape[:2], queries, slice(*bounds))
         attended = attend(asked[:, :, at:stop], key[:, :, seen], value[:, :, seen], mask, own)
         out[at:stop] = attended.flatten(0, 1).transpose(0, 1)
 
 
-def _of_tile(scoring: _Scoring, heads: tuple[int, int], queries: slice, seen: slice) -> _Scoring:
+def _of_tile(scoring: Scoring, heads: tuple[int, int], queries: slice, seen: slice) -> Scoring:
     """Shape sinks and biases for scores of shape `(kv_heads, group, queries, keys)`, by the positions of both."""
     sinks, biases = scoring.sinks, scoring.biases
     if sinks is not None:
@@ -276,7 +295,7 @@ def _of_tile(scoring: _Scoring, heads: tuple[int, int], queries: slice, seen: sl
         device = scoring.relative.device
         places = (torch.arange(part.start, part.stop, device=device) for part in (queries, seen))
         distances = torch.sub(*torch.meshgrid(*places, indexing="ij"))
-        biases = _by_distance(scoring.relative, distances).unflatten(0, heads)
+        biases = by_distance(scoring.relative, distances).unflatten(0, heads)
     elif biases is not None:
         biases = (biases[:, None, seen] - biases[:, queries, None]).unflatten(0, heads)
     return replace(scoring, sinks=sinks, biases=biases)
@@ -287,7 +306,7 @@ def _visible(
     count: int,
     first: int,
     stop: int,
-    scoring: _Scoring,
+    scoring: Scoring,
     device: torch.device,
     groups: tuple[tuple[int, int], ...] = (),
 ) -> torch.Tensor:
@@ -300,22 +319,6 @@ def _visible(
     if scoring.window:
         visible = visible & (at - seen < scoring.window)
     return visible & (seen >= at // scoring.chunk * scoring.chunk) if scoring.chunk else visible
-
-
-def _by_distance(relative: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
-    """Take each token's biases of keys at some distances.
-
-    Args:
-        relative: See `Attention.attend`.
-        distances: How far each key is behind the token, of shape `(tokens, keys)`, int64; negative for keys that a
-            mask hides.
-
-    Returns:
-        Of shape `(heads, tokens, keys)`.
-    """
-    most = relative.shape[-1] - 1
-    taken = relative.gather(-1, distances.clamp(0, most).expand(len(relative), -1, -1))
-    return taken.masked_fill(distances > most, 0)
 
 
 # All tokens.
@@ -332,46 +335,3 @@ def _split(pool: LayerPool, kv: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     """Split `(sequences, tokens, kv_heads, dims)` into keys and values of `(sequences, kv_heads, tokens, dim)`."""
     kv = kv.transpose(1, 2)
     return kv[..., : pool.query_dim], kv[..., pool.key_dim :]
-
-
-def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scoring: _Scoring
-) -> torch.Tensor:
-    """Attend with PyTorch; in separate operations if its own attention does not score this way."""
-    if scoring.is_plain:
-        return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scoring.scale)
-    return _product(_shares(_scores(query, key, mask, scoring), scoring.sinks).to(value.dtype), value)
-
-
-def _attend_around_nan(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scoring: _Scoring
-) -> torch.Tensor:
-    """Attend in float32; a key or a value that is NaN or infinite spoils the tokens that see it, and no other."""
-    spoils = ~value.isfinite().all(-1)
-    scores = _scores(query.float(), key.float().masked_fill(spoils[..., None], torch.nan), mask, scoring)
-    return _product(_shares(scores, scoring.sinks), value.float().masked_fill(spoils[..., None], 0)).to(value.dtype)
-
-
-def _scores(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scoring: _Scoring) -> torch.Tensor:
-    """Compute scores of shape `(..., queries, keys)`, -inf where the mask hides a key."""
-    scores = _product(query, key.transpose(-1, -2)) * (scoring.scale / (scoring.softcap or 1.0))
-    if scoring.softcap:
-        scores = scoring.softcap * torch.tanh(scores)
-    if scoring.biases is not None:
-        scores = scores + scoring.biases
-    return scores if mask is None else scores.masked_fill(~mask, -torch.inf)
-
-
-def _shares(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
-    """Compute the softmax in float32, beside sinks in a shape that fits the scores."""
-    if sinks is None:
-        return scores.softmax(-1, dtype=torch.float32)
-    beside = sinks.float().expand(*scores.shape[:-1], 1)
-    return torch.cat([scores.float(), beside], -1).softmax(-1)[..., :-1]
-
-
-def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Multiply `(a, heads, n, m)` by `(a, heads, m, k)`; without copies if the second has one head, expanded."""
-    if right.shape[1] == 1 or right.stride(1):
-        return left @ right
-    return (left.flatten(1, 2) @ right[:, 0]).unflatten(1, left.shape[1:3])

@@ -25,15 +25,13 @@ from langchain_quantllm.engine.adapter_switch import AdapterSwitch
 from langchain_quantllm.engine.detokenizer import Completion, begin_completions
 from langchain_quantllm.engine.failures import request_failure, run_failure
 from langchain_quantllm.engine.generate_sampler import RowSampler
-from langchain_quantllm.engine.request import EngineInfo, EngineLoad, ModelLimits, Request, check_queue
+from langchain_quantllm.engine.request import EngineInfo, EngineLoad, ModelLimits, Request
+from langchain_quantllm.engine.request_checks import check_queue
 from langchain_quantllm.engine.stream import Chunk, ChunkStream, TokenLogprob
 from langchain_quantllm.engine.worker import UNLOADED, Worker
 from langchain_quantllm.errors import GenerationError, NotEnoughMemoryError
 from langchain_quantllm.memory import release_heap
 from langchain_quantllm.options import INERT
-
-_WHOLE = ("num_beams", "prompt_lookup_num_tokens")
-"""Options under which `generate` does not go token by token, so that the text comes whole."""
 
 DEFAULT_ROWS = 16
 """Most rows of a batch by default."""
@@ -322,7 +320,8 @@ class _StopWhenCancelled(StoppingCriteria):  # type: ignore[misc]  # transformer
 
 
 def _is_whole(request: Request) -> bool:
-    return any(name in request.options.extra for name in _WHOLE)
+    """Whether `generate` does not go token by token, so that the text comes whole."""
+    return "num_beams" in request.options.extra
 
 
 def _is_alone(request: Request) -> bool:

@@ -6,7 +6,7 @@ Owns the rules that a config decides, and the comparison of logits after a small
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,12 +23,16 @@ from langchain_quantllm.compat.transformers_vision import (
 from langchain_quantllm.engine.adapter_switch import AdapterSwitch
 from langchain_quantllm.engine.attention import without_gradients
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS, BlockManager
+from langchain_quantllm.engine.forward_context import ForwardContext, forward_context
 from langchain_quantllm.engine.fusion.fuse import Fusion
 from langchain_quantllm.engine.image_reader import ImageReader
 from langchain_quantllm.engine.kv_cache import allocate_pools
-from langchain_quantllm.engine.model_check import ModelProbe, check_logits, own_spread, run_greedily, sample_ids
+from langchain_quantllm.engine.model_check import run_greedily
+from langchain_quantllm.engine.model_probe import ModelProbe
 from langchain_quantllm.engine.model_runner import ModelRunner
+from langchain_quantllm.engine.own_logits import check_logits, own_spread, sample_ids
 from langchain_quantllm.engine.prompt_images import read_prompt
+from langchain_quantllm.engine.routing_trial import RoutingTrial
 from langchain_quantllm.engine.scheduler import Scheduler
 from langchain_quantllm.engine.sequence import Sequence, bare_sequence
 from langchain_quantllm.engine.state_pool import StatePool
@@ -80,13 +84,16 @@ def verify_images(
         ids += text[:_TEXT]
         images = read_prompt(model, ids, with_text_tokens(media, len(ids)))
         reader.read(images)
-        ids, logits = _run(runner, reader, probe, bare_sequence(ids, _NEW_TOKENS, images=images), text)
         with contextlib.ExitStack() as chosen:
+            routing = RoutingTrial(model, texts=2, most_tokens=len(ids) + _NEW_TOKENS)
+            chosen.callback(routing.close)
+            sequence = bare_sequence(ids, _NEW_TOKENS, images=images)
+            ids, logits = _run(runner, reader, probe, sequence, text, routing.keep)
             if switch is not None:
                 chosen.enter_context(switch.chosen(BASE_ADAPTER))
-            if fusion is not None:
-                chosen.enter_context(fusion.exact())
-            expected = _own_logits(model, ids, media)[-len(logits) :]
+            chosen.enter_context(forward_context(ForwardContext()) if fusion is None else fusion.exact())
+            with routing.replaying(len(ids)):
+                expected = _own_logits(model, ids, media)[-len(logits) :]
             spread = own_spread(model, len(logits), continues=probe.continues)
     except (UnsupportedError, torch.OutOfMemoryError):
         raise
@@ -97,10 +104,16 @@ def verify_images(
         raise UnsupportedError(msg) from error
     if expected.isfinite().all():  # else the model itself is broken; its requests will fail with that
         check_logits(model, logits, expected, spread)
+        routing.check(model.dtype)
 
 
 def _run(
-    runner: ModelRunner, reader: ImageReader, probe: ModelProbe, sequence: Sequence, text: list[int]
+    runner: ModelRunner,
+    reader: ImageReader,
+    probe: ModelProbe,
+    sequence: Sequence,
+    text: list[int],
+    on_end: Callable[[Sequence], None],
 ) -> tuple[list[int], torch.Tensor]:
     """Run a sequence with an image beside a text, so that a chunk ends within the image.
 
@@ -117,7 +130,7 @@ def _run(
     scheduler = Scheduler(
         BlockManager(blocks + 3), slots=2, step_tokens=step_tokens, step_tokens_while_decoding=step_tokens
     )
-    logits = run_greedily(twin, [sequence, bare_sequence(text, _NEW_TOKENS)], scheduler)
+    logits = run_greedily(twin, [sequence, bare_sequence(text, _NEW_TOKENS)], scheduler, on_end)
     return sequence.ids[:-1], torch.stack(logits[sequence])
 
 

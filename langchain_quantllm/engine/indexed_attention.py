@@ -11,7 +11,7 @@ Source:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from langchain_quantllm.engine.adapter_choice import AdapterChoice
 from langchain_quantllm.engine.attention import Batch, LayerPool, PagedForward, Span
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.engine.forward_context import ForwardContext
-from langchain_quantllm.engine.forward_patch import ForwardPatch
+from langchain_quantllm.engine.forward_patch import PatchedModules, Replacement
 from langchain_quantllm.engine.gather_attention import cut_widths
 from langchain_quantllm.engine.index_trial import IndexTrial
 from langchain_quantllm.errors import UnsupportedError
@@ -76,7 +76,7 @@ class _Part:
         return torch.arange(self.length, device=self.positions.device) <= self.positions[..., None]
 
 
-class IndexedLayers:
+class IndexedLayers(PatchedModules):
     """The layers of a model whose attention sees chosen tokens.
 
     Attributes:
@@ -85,24 +85,14 @@ class IndexedLayers:
 
     def __init__(self, model: torch.nn.Module) -> None:
         """Patch the indexers until `close`."""
-        self._model = model
-        self._patches: list[ForwardPatch] = []
         self._trial: IndexTrial | None = None
         self.most_chosen: list[int] = []
-        self.build()
+        super().__init__(model)
 
-    def build(self) -> None:
-        """Find the indexers anew, as after a change of the model."""
-        self.close()
+    def _find(self) -> Iterable[tuple[Any, Replacement]]:
         found = list(indexers(self._model))
-        self._patches = [ForwardPatch(module, self._run) for module in found]
         self.most_chosen = sorted({module.index_topk for module in found})
-
-    def close(self) -> None:
-        """Restore the indexers' own forwards."""
-        for patch in self._patches:
-            patch.close()
-        self._patches = []
+        return ((module, self._run) for module in found)
 
     def note(self, checked_tokens: int) -> str:
         """Say how many tokens are chosen, and how far this was checked, for `EngineInfo.reason`."""

@@ -15,8 +15,9 @@ import torch
 from langchain_quantllm.compat.gptqmodel import hides_product
 from langchain_quantllm.compat.torch_dispatch import is_compiled
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS, BlockManager
-from langchain_quantllm.engine.model_check import run_greedily, sample_ids
+from langchain_quantllm.engine.model_check import run_greedily
 from langchain_quantllm.engine.model_runner import ModelRunner
+from langchain_quantllm.engine.own_logits import sample_ids
 from langchain_quantllm.engine.scheduler import Scheduler
 from langchain_quantllm.engine.sequence import bare_sequence
 from langchain_quantllm.errors import UnsupportedError

@@ -52,7 +52,7 @@ class InvariantGatherAttention(GatherAttention):
             table = torch.nn.functional.pad(table, (0, width - table.shape[1]))
             ids = torch.where(torch.arange(width) < lengths[:, None], table, 0).long().flatten().to(device)
             batch.on_device[device, key] = ids
-        gathered = pool.kv.index_select(0, ids).view(len(spans), -1, *pool.kv.shape[2:])
+        gathered = pool.read(ids).view(len(spans), -1, *pool.kv.shape[2:])
         for i, span in enumerate(spans):  # what another sequence has left there may be NaN
             gathered[i, span.position + span.count :] = 0
         gathered = gathered.transpose(1, 2)
@@ -100,6 +100,6 @@ class InvariantTritonAttention(TritonAttention):
             batch.on_device[device, "tiles"] = tiles
         with self._on(device):
             attended: torch.Tensor = self._kernels.prefill_attention(
-                query, pool.kv, table, tiles, value_dim=pool.value_dim, masks_all=True, **scoring
+                query, pool.kv, table, tiles, value_dim=pool.value_dim, scales=pool.scales, masks_all=True, **scoring
             )
         return attended

@@ -12,6 +12,7 @@ import sys
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -20,13 +21,16 @@ from langchain_quantllm.compat.transformers_indexers import index_keys_of
 from langchain_quantllm.compat.transformers_states import holds_nothing
 from langchain_quantllm.engine.attention import LayerPool
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
-from langchain_quantllm.errors import NotEnoughMemoryError
-from langchain_quantllm.memory import available_memory, format_bytes
+from langchain_quantllm.errors import NotEnoughMemoryError, UnsupportedError
+from langchain_quantllm.kernels.kv_quantization import KV_DTYPES, SCALE_DTYPE, KVScales
+from langchain_quantllm.memory import available_memory, format_bytes, no_8bit_reason
 
 DEFAULT_FRACTION = 0.3
 """Default share of the free memory: a second model still fits beside it."""
 
-_LEAST_BLOCKS = 6
+LEAST_BLOCKS = 6
+"""A pool has more blocks than these, block 0 included."""
+
 _USEFUL_TOKENS = 4096  # of a sequence, in a pool of default size: more is rarely filled
 
 
@@ -34,7 +38,8 @@ _USEFUL_TOKENS = 4096  # of a sequence, in a pool of default size: more is rarel
 class LayerShape:
     """What a layer stores for each token, and on which device: keys, values, and the key of its indexer.
 
-    See `LayerPool`. A layer without an indexer of its own has an `index_dim` of 0.
+    See `LayerPool`. A layer without an indexer of its own has an `index_dim` of 0. One whose pool is in 8 bits has the
+    dtype of its `codes`; `dtype` is what they are read as.
     """
 
     kv_heads: int
@@ -45,12 +50,16 @@ class LayerShape:
     is_latent: bool = False
     index_dim: int = 0
     index_dtype: torch.dtype = torch.float32
+    codes: torch.dtype | None = None
 
     @property
     def token_bytes(self) -> int:
         """Bytes of one token."""
         of_index = self.index_dim * int(self.index_dtype.itemsize)
-        return self.kv_heads * (self.key_dim + self.value_dim) * int(self.dtype.itemsize) + of_index
+        of_head = (self.key_dim + self.value_dim) * int((self.codes or self.dtype).itemsize)
+        if self.codes is not None:
+            of_head += 2 * SCALE_DTYPE.itemsize
+        return self.kv_heads * of_head + of_index
 
 
 def layers_of(cache: Any) -> dict[int, Any]:
@@ -81,6 +90,33 @@ def shapes_of(cache: Any) -> list[LayerShape]:
             shape = replace(shape, index_dim=index_keys.shape[-1], index_dtype=index_keys.dtype)
         shapes.append(shape)
     return shapes
+
+
+def stored_shapes(shapes: Sequence[LayerShape], cache_dtype: str) -> list[LayerShape]:
+    """Return the shapes of the pools in a `kv_cache_dtype`.
+
+    Raises:
+        UnsupportedError: If layers store something that is not kept in 8 bits.
+    """
+    if cache_dtype == "auto":
+        return list(shapes)
+    reason = no_8bit_reason(
+        [(shape.key_dim, shape.value_dim) for shape in shapes],
+        has_latents=any(shape.is_latent for shape in shapes),
+        has_indexers=any(shape.index_dim for shape in shapes),
+    )
+    if reason is not None:
+        raise UnsupportedError(reason)
+    return [replace(shape, codes=KV_DTYPES[cache_dtype]) for shape in shapes]
+
+
+def chosen_factors(factors: Sequence[torch.Tensor], cache_dtype: str) -> Sequence[torch.Tensor]:
+    """Return the factors of each layer's keys that pools in a `kv_cache_dtype` take: only equal steps need some.
+
+    In fp8 a number's error is in proportion to it, whatever its factor; without factors the largest numbers of a key,
+    which are the same for all tokens, lose nothing.
+    """
+    return factors if cache_dtype == "int8" else ()
 
 
 def count_blocks(
@@ -122,7 +158,7 @@ def count_blocks(
         if budget is None:
             tokens = min(tokens, useful)
     blocks = int(min(tokens, sequences * (context or tokens))) // BLOCK_TOKENS
-    if blocks <= _LEAST_BLOCKS:
+    if blocks <= LEAST_BLOCKS:
         msg = (
             f"kv_cache_memory leaves {format_bytes(tokens * token_bytes)} for the KV cache, which is room for {tokens} "
             f"tokens of {format_bytes(token_bytes)} each; raise it, free memory, or load the model in fewer bits."
@@ -139,26 +175,46 @@ def budget_on(device: torch.device, budget: float | None) -> int:
     return int(_free_memory(device) * (DEFAULT_FRACTION if budget is None else budget))
 
 
-def allocate_pools(shapes: Sequence[LayerShape], blocks: int) -> list[LayerPool]:
+def allocate_pools(
+    shapes: Sequence[LayerShape], blocks: int, factors: Sequence[torch.Tensor | None] = ()
+) -> list[LayerPool]:
     """Allocate the blocks of every layer, as zeros. On a CPU they take memory as they are first written to.
+
+    Args:
+        shapes: The layers' shapes.
+        blocks: Number of blocks.
+        factors: The factors of each layer's keys, for pools in 8 bits; None, and none given, are factors of 1.
 
     Raises:
         NotEnoughMemoryError: If the device has too little memory; nothing stays allocated then.
     """
     try:
-        return [
-            LayerPool(
-                kv=zeros((blocks, BLOCK_TOKENS, s.kv_heads, s.key_dim + s.value_dim), s.dtype, s.device),
-                key_dim=s.key_dim,
-                is_latent=s.is_latent,
-                index_keys=zeros((blocks, BLOCK_TOKENS, s.index_dim), s.index_dtype, s.device) if s.index_dim else None,
-            )
-            for s in shapes
-        ]
+        return [_pool(s, blocks, of_keys) for s, of_keys in zip_longest(shapes, factors)]
     except (torch.OutOfMemoryError, MemoryError, OSError, OverflowError) as error:
         size = format_bytes(blocks * BLOCK_TOKENS * sum(shape.token_bytes for shape in shapes))
         msg = f"the KV cache of {size} does not fit; lower kv_cache_memory."
         raise NotEnoughMemoryError(msg) from error
+
+
+def _pool(shape: LayerShape, blocks: int, factors: torch.Tensor | None) -> LayerPool:
+    at = (blocks, BLOCK_TOKENS)
+    index_keys, scales = None, None
+    if shape.index_dim:
+        index_keys = zeros((*at, shape.index_dim), shape.index_dtype, shape.device)
+    if shape.codes is not None:
+        pairs = zeros((blocks, shape.kv_heads, BLOCK_TOKENS, 2), SCALE_DTYPE, shape.device)
+        if factors is None:
+            factors = torch.ones(shape.kv_heads, shape.key_dim, dtype=torch.float32)
+        scales = KVScales(pairs, factors.to(shape.device, torch.float32).contiguous())
+    dims = (shape.kv_heads, shape.key_dim + shape.value_dim)
+    return LayerPool(
+        kv=zeros((*at, *dims), shape.codes or shape.dtype, shape.device),
+        key_dim=shape.key_dim,
+        is_latent=shape.is_latent,
+        index_keys=index_keys,
+        scales=scales,
+        decoded_dtype=None if shape.codes is None else shape.dtype,
+    )
 
 
 def spoiled_blocks(pools: Sequence[LayerPool], blocks: Sequence[int]) -> list[int]:

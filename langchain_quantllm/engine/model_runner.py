@@ -36,6 +36,8 @@ from langchain_quantllm.engine.named_logits import HeadInput
 from langchain_quantllm.engine.prefill_graphs import Pack, PrefillGraphs, last_tokens
 from langchain_quantllm.engine.sampler import MASKS, BatchSampler, PendingTokens, log_probabilities
 from langchain_quantllm.engine.sequence import SamplingInput, Sequence
+from langchain_quantllm.engine.speculation.verified_rows import VerifiedRow, sampling_inputs
+from langchain_quantllm.engine.speculation.verify_steps import PendingVerification, VerifySteps
 from langchain_quantllm.engine.stage_graphs import PlacedGraph, StagedGraph, StagePools
 from langchain_quantllm.engine.stage_inputs import StageInputs
 from langchain_quantllm.engine.stages import StageRun, Stages, StrayFinder, TriedRun, at_stage
@@ -57,7 +59,7 @@ _Method = TypeVar("_Method", bound=abc.Callable[..., Any])
 
 def _on_device(method: _Method) -> _Method:
     """Run a method of the runner without gradients, and with its GPU as the current one, which Triton launches on."""
-    is_sampling = method.__name__ == "sample"
+    is_sampling = method.__name__.startswith("sample")
 
     @functools.wraps(method)
     def run(self: ModelRunner, *args: Any, **kwargs: Any) -> Any:
@@ -166,6 +168,13 @@ class ModelRunner:
             ):
                 self._prefill_graphs = PrefillGraphs(self._forward_pack, self.device)
         self._mask_staging: StagingBuffers | None = None
+        self.verify_steps = VerifySteps(
+            self._forward_verified,
+            self._table.blocks,
+            self.sampler,
+            mask_words=self._mask_words,
+            operations=operations,
+        )
         self._decode_graphs: dict[int, StepGraph | StagedGraph] = {}
         self._sampling_graphs: dict[tuple[int, int, int], StepGraph | PlacedGraph] = {}
         self.drop_graphs()
@@ -199,6 +208,11 @@ class ModelRunner:
         return self.can_capture and self.no_graph_reason is None
 
     @property
+    def follows(self) -> bool:
+        """Whether a step may run while the result of the proposals before it is not known."""
+        return self.captures and self.verify_steps.no_graph_reason is None
+
+    @property
     def steps_at_once(self) -> int:
         """How many steps run at the same time, each in another stage; 1 for a model on one device."""
         return self._stages.steps_at_once if self._stages is not None and self.captures else 1
@@ -227,6 +241,7 @@ class ModelRunner:
             self.synchronize()  # none of them may still run
         self._decode_graphs.clear()
         self._sampling_graphs.clear()
+        self.verify_steps.clear()
         if self._prefill_graphs is not None:
             self._prefill_graphs.clear()
         if self._stages is not None:
@@ -246,7 +261,7 @@ class ModelRunner:
     def run(
         self, step: Step, sampling: abc.Sequence[SamplingInput], on_layer: abc.Callable[[int], None] | None = None
     ) -> PendingForward:
-        """Run a step.
+        """Run a step without proposals.
 
         Args:
             step: The step.
@@ -283,6 +298,11 @@ class ModelRunner:
         # The copy does not wait for the forward: sampling is enqueued while it runs.
         inputs = inputs.to(self._sampling_device, non_blocking=True)
         return PendingForward(sampled, sampling, logits, inputs, starting=step.starting, named_logits=named_logits)
+
+    @_on_device
+    def verify(self, step: Step) -> PendingVerification:
+        """Run a step with proposals."""
+        return self.verify_steps.run(step, self._memory if self.captures else None)
 
     # Steps with chunks of prompts: all tokens packed behind each other, those of decoding sequences first.
 
@@ -340,6 +360,12 @@ class ModelRunner:
             tiles=pack.tiles,
         )
         return self._forward(pack.ids.long(), batch, pack.kept.long())
+
+    def _forward_verified(self, ids: torch.Tensor, batch: Batch) -> torch.Tensor:
+        positions = batch.positions.long()
+        if self._has_rope_index:
+            positions = positions + self._table.position_deltas[batch.slots.long()]
+        return self._forward(ids, batch, None, positions)
 
     # Steps that only decode.
 
@@ -565,6 +591,34 @@ class ModelRunner:
                 reported_ids = reported_tokens(forward.sequences)
                 logprobs = log_probabilities(logits, ids, alternatives, reported_ids, forward.named_logits)
         return PendingTokens(forward.sequences, ids, logprobs)
+
+    @_on_device
+    def sample_verified(
+        self,
+        pending: PendingVerification,
+        rows: abc.Sequence[VerifiedRow],
+        *,
+        mask: torch.Tensor | None = None,
+        alternatives: int | None = None,
+    ) -> PendingTokens:
+        """Draw the next tokens after the forward of a verify step; see `sample`.
+
+        Args:
+            pending: The forward.
+            rows: Its rows.
+            mask: Allowed tokens at each draw.
+            alternatives: See `sample`.
+        """
+        inputs, needs = sampling_inputs(rows)
+        ids = self.verify_steps.sample(pending, inputs, needs, mask, self._memory if self.captures else None)
+        if mask is not None and self._mask_staging is not None:
+            self._mask_staging.copied()
+        logprobs = None
+        if alternatives is not None:
+            with self._operations():
+                reported_ids = reported_tokens(pending.sequences)
+                logprobs = log_probabilities(pending.logits[: len(ids)], ids, alternatives, reported_ids)
+        return PendingTokens(pending.sequences, ids, logprobs, rows)
 
     def _sampling_step(
         self, logits: torch.Tensor, inputs: torch.Tensor, needs: int, mask: torch.Tensor | None

@@ -6,7 +6,7 @@ the parts of each stand in `compat.transformers_own_attentions`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,40 +21,26 @@ from langchain_quantllm.compat.transformers_own_attentions import (
     window_of,
 )
 from langchain_quantllm.engine.forward_context import ForwardContext
-from langchain_quantllm.engine.forward_patch import ForwardPatch
+from langchain_quantllm.engine.forward_patch import PatchedModules, Replacement
 from langchain_quantllm.engine.kv_cache import LayerShape
 
 
-class OwnAttention:
+class OwnAttention(PatchedModules):
     """Replaces such modules of a model in the engine's forwards, until `close`."""
 
-    def __init__(self, model: Any) -> None:
-        """Patch the modules; none if the model has no such ones."""
-        self._model = model
-        self._patches: list[ForwardPatch] = []
-        self.build()
-
-    def build(self) -> None:
-        """Find the modules anew, as after a change of the model."""
-        self.close()
+    def _find(self) -> Iterable[tuple[Any, Replacement]]:
         modules = [module for module in self._model.modules() if computes_scores_itself(module)]
         layers = [place if (layer := layer_of(module)) is None else layer for place, module in enumerate(modules)]
         self._layers = {id(module): layer for module, layer in zip(modules, layers, strict=True)}
         self._windows = {layer: window_of(module) for module, layer in zip(modules, layers, strict=True)}
         self._value_repeats = {layer: value_repeats_of(module) for module, layer in zip(modules, layers, strict=True)}
-        self._patches = [ForwardPatch(module, self._attend) for module in modules]
+        return ((module, self._attend) for module in modules)
 
     @property
     def uncached(self) -> list[LayerShape]:
         """What each layer of a model without a cache would keep in one; empty for other models."""
         modules = [module for module in self._model.modules() if computes_scores_itself(module)]
         return [_uncached_shape(self._model, module) for module in modules if uncached_heads(module) is not None]
-
-    def close(self) -> None:
-        """Restore every module's `forward`."""
-        for patch in self._patches:
-            patch.close()
-        self._patches = []
 
     def windows(self, layers: Sequence[int], of_cache: Sequence[int]) -> list[int]:
         """Return the window of each layer, 0 for none, which the model's own cache may not know.

@@ -6,38 +6,28 @@ attention takes those of the keys that the query sees.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from langchain_quantllm.compat.transformers_attention import WritingCache
 from langchain_quantllm.compat.transformers_relative import counts_by_cache, is_relative_bias, profiles_of
 from langchain_quantllm.engine.forward_context import ForwardContext
-from langchain_quantllm.engine.forward_patch import ForwardPatch
+from langchain_quantllm.engine.forward_patch import PatchedModules, Replacement
 
 
-class RelativeBiases:
-    """Replaces the modules of a model that compute such biases in the engine's forwards, until `close`."""
+class RelativeBiases(PatchedModules):
+    """Replaces the modules of a model that compute such biases, and those that ask a cache where queries are.
 
-    def __init__(self, model: Any) -> None:
-        """Patch the modules; none if the model has no such biases."""
-        self._model = model
-        self._patches: list[ForwardPatch] = []
-        self.build()
+    Attributes:
+        count: How many modules compute such biases.
+    """
 
-    def build(self) -> None:
-        """Find the modules anew, as after a change of the model."""
-        self.close()
+    def _find(self) -> Iterable[tuple[Any, Replacement]]:
         modules = list(self._model.modules())
-        self._patches = [ForwardPatch(module, _compute) for module in modules if is_relative_bias(module)]
-        self.count = len(self._patches)
-        """How many modules compute such biases."""
-        self._patches += [ForwardPatch(module, _count) for module in modules if counts_by_cache(module)]
-
-    def close(self) -> None:
-        """Restore every module's `forward`."""
-        for patch in self._patches:
-            patch.close()
-        self._patches = []
+        biases = [module for module in modules if is_relative_bias(module)]
+        self.count = len(biases)
+        yield from ((module, _compute) for module in biases)
+        yield from ((module, _count) for module in modules if counts_by_cache(module))
 
 
 def _compute(

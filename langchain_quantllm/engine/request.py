@@ -9,11 +9,13 @@ import random
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
+
+from typing_extensions import Self
 
 from langchain_quantllm.engine.stream import ChunkStream
-from langchain_quantllm.errors import InvalidOptionError, PromptTooLongError, QueueFullError
-from langchain_quantllm.options import BASE_ADAPTER, DEFAULT_MAX_NEW_TOKENS, GenerationOptions, needs_generate
+from langchain_quantllm.errors import InvalidOptionError, PromptTooLongError
+from langchain_quantllm.options import DEFAULT_MAX_NEW_TOKENS, GenerationOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +63,31 @@ class TokenMask(Protocol):
         ...
 
 
+@runtime_checkable
+class ForeseeingMask(TokenMask, Protocol):
+    """A mask that can be filled some tokens ahead, so that several tokens may be written in one step."""
+
+    def fork(self) -> Self:
+        """Return a mask in the same state, which goes on by itself."""
+        ...
+
+    def forced(self, most: int) -> list[int]:
+        """Return up to `most` tokens that come next, where the mask leaves one way, or nearly so.
+
+        Called at any time; it changes no mask. The tokens are verified, so some may be wrong.
+        """
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class OutputForm:
     """The form that an engine of others is to hold a text to, by an automaton of its own; see `Request.mask` for ours.
 
     Args:
-        kind: `"json"`, `"regex"`, `"choice"`, `"grammar"` or `"structural_tag"`, by the names that servers have.
-        value: A JSON schema as JSON text, a regular expression, the texts to choose from, a grammar in EBNF, or
-            xgrammar's structural tag as JSON text.
+        kind: `"json"`, `"regex"`, `"choice"`, `"grammar"`, `"structural_tag"` or `"gbnf"`, by the names that servers
+            have.
+        value: A JSON schema as JSON text, a regular expression, the texts to choose from, a grammar in EBNF,
+            xgrammar's structural tag as JSON text, or a grammar in llama.cpp's notation.
     """
 
     kind: str
@@ -136,11 +155,18 @@ class EngineInfo:
         graphs: Whether decode steps are CUDA graphs.
         kv_cache_tokens: Tokens that its KV cache holds; None where it grows as it needs to.
         kv_cache_bytes: Bytes of that KV cache.
+        kv_cache_dtype: Its dtype: that of the model, `"fp8"` or `"int8"`; None where it is not known.
         state_bytes: Bytes of the states that layers keep beside it, for all sequences; None if no layer keeps any.
         fused: How many modules run by this package's kernels, by kind; see docs/engine.md.
         batch_invariant: Whether a text is the same, bit for bit, whatever runs beside it.
+        tuned: The measurements of `bench --tune` that its linear layers follow, in words; None without any.
         version: Name and version of the software that runs the model, for an engine of others; None where it is not
             known, and for engines of this package.
+        no_speculation_reason: Why a step gives one token to each sequence; None if it can verify proposals of several.
+        proposed_tokens: Tokens proposed so far, several a step.
+        accepted_tokens: Those of them that were right.
+        draft_models: The draft models that propose.
+        no_draft_reason: Why one that was asked for does not, or no more.
     """
 
     name: str
@@ -148,10 +174,17 @@ class EngineInfo:
     graphs: bool = False
     kv_cache_tokens: int | None = None
     kv_cache_bytes: int | None = None
+    kv_cache_dtype: str | None = None
     state_bytes: int | None = None
     fused: Mapping[str, int] = field(default_factory=dict)
     batch_invariant: bool = False
+    tuned: str | None = None
     version: str | None = None
+    no_speculation_reason: str | None = None
+    proposed_tokens: int = 0
+    accepted_tokens: int = 0
+    draft_models: tuple[str, ...] = ()
+    no_draft_reason: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +208,11 @@ class Engine(Protocol):
     @property
     def info(self) -> EngineInfo:
         """The engine's name, and why it was chosen."""
+        ...
+
+    @property
+    def load(self) -> EngineLoad:
+        """Its sequences at this moment. Any thread may ask."""
         ...
 
     @property
@@ -339,55 +377,3 @@ def _limit_name(options: GenerationOptions, limits: ModelLimits) -> str:
         f"max_length={options.max_length}": options.max_length,
     }
     return min((n for n in names if names[n] is not None), key=lambda n: names[n] or 0)
-
-
-def check_queue(waiting: int, most: int | None) -> None:
-    """Check that an engine's queue takes one more submission.
-
-    Args:
-        waiting: Requests that wait for a place.
-        most: Most of them; None for any number.
-
-    Raises:
-        QueueFullError: If so many wait already.
-    """
-    if most is not None and waiting >= most:
-        msg = f"{waiting} requests wait for the model already, and max_waiting={most}; call again later, or raise it."
-        raise QueueFullError(msg)
-
-
-def check_request(request: Request, limits: ModelLimits, *, logits_size: int, adapters: Sequence[str] | None) -> None:
-    """Check a request for the continuous engine: an id outside of its tables would fail the whole batch.
-
-    Args:
-        request: The request.
-        limits: The limits of the engine's model.
-        logits_size: Width of the model's logits.
-        adapters: Names of the model's adapters; None if requests cannot choose one.
-
-    Raises:
-        InvalidOptionError: If it holds ids outside of the vocabulary, an unknown adapter, or options of `generate`.
-        PromptTooLongError: If it is longer than the context or the KV cache.
-    """
-    ids = request.prompt_ids
-    if not ids or min(ids) < 0 or max(ids) >= limits.vocab_size:
-        msg = f"prompt_ids must be token ids from 0 to {limits.vocab_size - 1}, and at least one."
-        raise InvalidOptionError(msg)
-    if any(not 0 <= i < logits_size for i in request.end_token_ids):
-        msg = f"the tokens that end a text must lie below {logits_size}."
-        raise InvalidOptionError(msg)
-    if any(not 0 <= i < logits_size for i in request.reported_ids):
-        msg = f"the tokens whose log probabilities are reported must lie below {logits_size}."
-        raise InvalidOptionError(msg)
-    adapter = request.options.adapter
-    if adapters is not None and adapter not in (None, BASE_ADAPTER, *adapters):
-        msg = f"adapter={adapter!r} is none of the model's: {', '.join((*adapters, BASE_ADAPTER))}."
-        raise InvalidOptionError(msg)
-    if (option := needs_generate(request.options)) is not None:
-        msg = f"{option} is carried out by the pipeline engine only; use engine='auto' or 'pipeline'."
-        raise InvalidOptionError(msg)
-    tokens = len(ids) + request.max_new_tokens
-    most = min(n for n in (limits.context_tokens, limits.cache_tokens) if n is not None)
-    if tokens > most:
-        msg = f"prompt and completion may have {most} tokens together, not {tokens}; see kv_cache_memory."
-        raise PromptTooLongError(msg)

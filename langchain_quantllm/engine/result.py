@@ -40,13 +40,16 @@ class Answers:
 
 
 def usage_metadata(usage: Usage) -> dict[str, Any]:
-    """Convert the token counts to LangChain's `UsageMetadata`."""
-    return {
+    """Convert the token counts to LangChain's `UsageMetadata`; those of proposed tokens only if there were any."""
+    metadata: dict[str, Any] = {
         "input_tokens": usage.prompt_tokens,
         "output_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "input_token_details": {"cache_read": usage.cached_tokens},
     }
+    if usage.proposed_tokens:
+        metadata["output_token_details"] = {"proposed": usage.proposed_tokens, "accepted": usage.accepted_tokens}
+    return metadata
 
 
 def completion_info(of: Answer | Chunk, request: Request, tokenizer: Any, model_name: str) -> dict[str, Any]:

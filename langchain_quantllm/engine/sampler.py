@@ -9,7 +9,7 @@ a CUDA graph.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,9 +38,23 @@ def needs_of(request: Request) -> int:
 class PendingTokens:
     """Sampled tokens on their way to the host."""
 
-    def __init__(self, sequences: Sequence[Any], ids: torch.Tensor, logprobs: tuple[torch.Tensor, ...] | None) -> None:
-        """Begin to copy them; the sequences are those that they belong to."""
+    def __init__(
+        self,
+        sequences: Sequence[Any],
+        ids: torch.Tensor,
+        logprobs: tuple[torch.Tensor, ...] | None,
+        verified: Sequence[Any] = (),
+    ) -> None:
+        """Begin to copy them.
+
+        Args:
+            sequences: The sequences that they belong to.
+            ids: The tokens, one for each sequence, or as the rows of a verify step say.
+            logprobs: See `log_probabilities`.
+            verified: The rows of a verify step.
+        """
         self.sequences = sequences
+        self.verified = verified
         self._ids = ids.to("cpu", non_blocking=True)
         self._logprobs = None if logprobs is None else [t.to("cpu", non_blocking=True) for t in logprobs]
         self._event: Any = None
@@ -63,6 +77,15 @@ class PendingTokens:
             return self._ids.tolist(), None
         chosen, best_ids, best = (t.tolist() for t in self._logprobs)
         return self._ids.tolist(), list(zip(chosen, best_ids, best, strict=True))
+
+
+class SlotTables(NamedTuple):
+    """The sampling of each slot; see `kernels.sampling.sample`."""
+
+    parameters: torch.Tensor
+    end_ids: torch.Tensor
+    seen: torch.Tensor | None
+    last_ids: torch.Tensor
 
 
 class BatchSampler:
@@ -160,6 +183,76 @@ class BatchSampler:
         Returns:
             Token ids of shape `(rows,)`, int32; `NO_NUMBER` or `NOTHING_ALLOWED` in place of a missing one.
         """
+        tables = SlotTables(self._parameters, self._end_ids, self._seen, self.last_ids)
+        return self._sample(logits, slots, uniforms, may_not_end, need, mask, tables)
+
+    def sample_ahead(
+        self,
+        logits: torch.Tensor,
+        slots: torch.Tensor,
+        uniforms: torch.Tensor,
+        may_not_end: torch.Tensor,
+        need: int,
+        mask: torch.Tensor | None,
+        proposed: torch.Tensor,
+        firsts: torch.Tensor,
+    ) -> torch.Tensor:
+        """Sample a token at each of several positions of sequences, as if the tokens proposed before it were theirs.
+
+        Nothing is kept; see `keep`. For the other arguments and the result see `sample`.
+
+        Args:
+            logits: Those after each position.
+            slots: Slot of each position's sequence.
+            uniforms: The number of each position.
+            may_not_end: Whether end tokens are blocked at each position.
+            need: The combined flags of the sequences.
+            mask: Allowed tokens at each position.
+            proposed: The proposed token that each position begins with, of shape `(rows,)`, int32; below 0 for none.
+            firsts: Row of the first position of each one's sequence, of shape `(rows,)`, int64.
+        """
+        slots = slots.long()
+        rows = torch.arange(len(slots), dtype=torch.int32, device=slots.device)
+        seen = self._seen_ahead(slots, proposed, firsts) if need & PENALIZES else None
+        tables = SlotTables(self._parameters[slots], self._end_ids[slots], seen, torch.zeros_like(slots))
+        return self._sample(logits, rows, uniforms, may_not_end, need, mask, tables)
+
+    def _seen_ahead(self, slots: torch.Tensor, proposed: torch.Tensor, firsts: torch.Tensor) -> torch.Tensor | None:
+        """Compute the tokens of each position's text: those of its sequence, and the proposed ones up to it."""
+        if self._seen is None:
+            return None
+        rows = torch.arange(len(slots), device=slots.device)
+        is_before = (rows[None] > firsts[:, None]) & (rows[None] <= rows[:, None])
+        # A position without so many before it repeats its sequence's last token, which is seen already.
+        tokens = torch.where(is_before & (proposed >= 0), proposed.long(), self.last_ids[slots][:, None])
+        seen: torch.Tensor = self._seen[slots]
+        return seen.index_put_((rows[:, None].expand_as(tokens), tokens), self._yes)
+
+    def keep(self, slots: torch.Tensor, ids: torch.Tensor, is_right: torch.Tensor, is_last: torch.Tensor) -> None:
+        """Keep tokens of `sample_ahead`.
+
+        Args:
+            slots: Slot of each token's sequence, of shape `(rows,)`.
+            ids: The tokens, of shape `(rows,)`; below 0 for none.
+            is_right: Whether a token is one of its text, of shape `(rows,)`, bool.
+            is_last: Whether it is the last one of them, of shape `(rows,)`, bool.
+        """
+        padding = len(self.last_ids) - 1
+        slots, ids = slots.long(), ids.long().clamp(min=0)
+        self.last_ids[torch.where(is_last, slots, padding)] = ids
+        if self._seen is not None:
+            self._seen.index_put_((torch.where(is_right, slots, padding), ids), self._yes)
+
+    def _sample(
+        self,
+        logits: torch.Tensor,
+        slots: torch.Tensor,
+        uniforms: torch.Tensor,
+        may_not_end: torch.Tensor,
+        need: int,
+        mask: torch.Tensor | None,
+        tables: SlotTables,
+    ) -> torch.Tensor:
         if self._kernels is not None:
             sampled: torch.Tensor = self._kernels.sample(
                 logits,
@@ -167,10 +260,10 @@ class BatchSampler:
                 uniforms,
                 may_not_end,
                 mask if need & MASKS else None,
-                parameters=self._parameters,
-                end_ids=self._end_ids,
-                seen=self._seen if need & PENALIZES else None,
-                last_ids=self.last_ids,
+                parameters=tables.parameters,
+                end_ids=tables.end_ids,
+                seen=tables.seen if need & PENALIZES else None,
+                last_ids=tables.last_ids,
                 blocks=bool(need & BLOCKS),
                 samples=bool(need & SAMPLES),
                 sorts=bool(need & SORTS),
@@ -178,14 +271,16 @@ class BatchSampler:
             return sampled
         slots = slots.long()
         scores = logits.float()
-        parameters = self._parameters[slots][..., None]
+        parameters = tables.parameters[slots][..., None]
         temperature, top_k, top_p, min_p, penalty, samples, has_end_ids = parameters.unbind(1)
         # Looked for before scores are masked, which may remove the NaN.
         broken = scores.amax(-1).isnan() if need & (BLOCKS | MASKS) else None
-        if need & PENALIZES and self._seen is not None:
-            scores = torch.where(self._seen[slots], torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+        if need & PENALIZES and tables.seen is not None:
+            scores = torch.where(
+                tables.seen[slots], torch.where(scores < 0, scores * penalty, scores / penalty), scores
+            )
         is_blocked = (may_not_end[:, None] != 0) & (has_end_ids != 0) if need & BLOCKS else None
-        scores = self._masked(scores, slots, is_blocked, mask if need & MASKS else None)
+        scores = self._masked(scores, tables.end_ids[slots], is_blocked, mask if need & MASKS else None)
         best = scores.max(-1)
         ids = best.indices
         if need & SAMPLES:
@@ -193,18 +288,17 @@ class BatchSampler:
             ids = torch.where(
                 samples[:, 0] != 0, self._sample_scores(scores / temperature, uniforms, min_p, limits), ids
             )
-        self.last_ids[slots] = ids
-        if need & PENALIZES and self._seen is not None:
-            self._seen.index_put_((slots, ids), self._yes)
+        tables.last_ids[slots] = ids
+        if need & PENALIZES and tables.seen is not None:
+            tables.seen.index_put_((slots, ids), self._yes)
         ids = torch.where(best.values == -torch.inf, NOTHING_ALLOWED, ids)
         return torch.where(best.values.isnan() if broken is None else broken, NO_NUMBER, ids).int()
 
     def _masked(
-        self, scores: torch.Tensor, slots: torch.Tensor, is_blocked: torch.Tensor | None, mask: torch.Tensor | None
+        self, scores: torch.Tensor, end_ids: torch.Tensor, is_blocked: torch.Tensor | None, mask: torch.Tensor | None
     ) -> torch.Tensor:
         """Set the scores of blocked end tokens and of masked tokens to minus infinity."""
         if is_blocked is not None:
-            end_ids = self._end_ids[slots]
             scores = scores.scatter(1, end_ids, torch.where(is_blocked, -torch.inf, scores.gather(1, end_ids)))
         if mask is not None:
             allowed = ((mask[..., None] >> self._mask_bits) & 1).flatten(1)[:, : scores.shape[1]]

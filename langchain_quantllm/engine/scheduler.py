@@ -23,9 +23,13 @@ import heapq
 import itertools
 from bisect import insort
 from collections import Counter, abc, deque
+from dataclasses import replace
+from types import MappingProxyType
 
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS, BlockManager
 from langchain_quantllm.engine.sequence import Lane, Sequence
+from langchain_quantllm.engine.speculation.proposal import Proposal
+from langchain_quantllm.engine.speculation.speculator import Speculator
 from langchain_quantllm.engine.step import PrefillChunk, Step
 
 PASSED_STEPS = 256
@@ -52,6 +56,7 @@ class Scheduler:
         step_tokens_while_decoding: int,
         cuts_prompts: bool = True,
         window: int = 0,
+        speculator: Speculator | None = None,
     ) -> None:
         """Begin with no sequences.
 
@@ -64,6 +69,7 @@ class Scheduler:
             cuts_prompts: Whether a prompt may run in several steps; else a step takes the whole of one that it would
                 have begun, and has more tokens than these.
             window: The last positions that a token sees in any layer, its own included; 0 if it sees all.
+            speculator: Chooses the proposals of steps that only decode; None for no proposals.
         """
         self.blocks = blocks
         self.running: list[Sequence] = []  # from old to young
@@ -74,6 +80,7 @@ class Scheduler:
         self._cuts_prompts = cuts_prompts
         self._queues: dict[Lane, list[Sequence]] = {}  # of waiting sequences, from old to young
         self._window = window
+        self._speculator = speculator
         self._total_slots = slots
         self._slots = list(range(slots - 1, -1, -1))
         self._arrivals = itertools.count()
@@ -82,6 +89,7 @@ class Scheduler:
         self._planned: set[Sequence] = set()
         self._unread: set[Sequence] = set()  # sequences that it leaves out, as their text is not read
         self._left_out: set[Sequence] = set()  # decoding sequences that run in another part
+        self._awaited: set[Sequence] = set()  # of these, those that wait until their tokens are known
         self._recent: deque[list[Sequence]] = deque(maxlen=1)  # decoding sequences of the last steps
         self._resting: list[Sequence] = []  # of these, the running ones, from old to young
         self._refused: set[Sequence] = set()  # waiting sequences without room
@@ -113,11 +121,15 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
+        if self._speculator is not None:
+            self._speculator.begin(sequence)
         sequence.arrival = next(self._arrivals)
         self._queue(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Remove a sequence that has ended, running or waiting, and free its blocks."""
+        if self._speculator is not None:
+            self._speculator.end(sequence)
         if sequence.slot >= 0:
             self._leave(sequence)
         else:
@@ -161,12 +173,12 @@ class Scheduler:
     def _plan(self, *, mixes: bool, decodes_first: bool) -> Step | None:
         step = Step([], [], [])
         if decodes_first and not mixes:
-            self._plan_running({}, step)
+            self._plan_decoding(step)
             if step.decoding:
                 return step
         if not self._queues and all(sequence.decodes for sequence in self.running):
             if not step.decoding:
-                self._plan_running({}, step)
+                self._plan_decoding(step)
             return step if step.decoding else None
         budget = self.step_tokens
         decoding = sum(s.decodes and not s.is_complete and s not in self._resting for s in self.running)
@@ -181,8 +193,24 @@ class Scheduler:
             if budget <= 0 or len(step.chunks) == chunks:
                 break
         if not step.chunks and not mixes:
-            self._plan_running({}, step)
+            self._plan_decoding(step)
         return step if step.decoding or step.chunks else None
+
+    def _plan_decoding(self, step: Step) -> None:
+        """Plan a step that only decodes, with proposals."""
+        proposals: dict[Sequence, Proposal] = {}
+        if self._speculator is not None and any(s.speculation is not None for s in self.running):
+            rows = [s for s in self.running if s.decodes and not s.is_complete and not s.is_outgrown]
+            self._awaited = {s for s in rows if self._speculator.awaits(s)}
+            rows = [s for s in rows if s not in self._awaited]
+            proposals = self._speculator.choose([s for s in rows if s not in self._resting and self._may_go_on(s)])
+        self._plan_running({}, step, proposals=proposals)
+
+    def _may_go_on(self, sequence: Sequence) -> bool:
+        """Whether a sequence may decode before the result of its proposals in flight is known."""
+        if not sequence.in_flight:
+            return True
+        return self._speculator is not None and self._speculator.follows and sequence.most_proposed >= 0
 
     def plan_beside(self, running: Step) -> Step | None:
         """Plan a step that only decodes, to be run in the middle of a step of prompts, whose sequences it leaves alone.
@@ -200,6 +228,7 @@ class Scheduler:
         self._steps += 1
         self._planned.clear()
         self._left_out = set()
+        self._awaited = set()
         self._resting = [sequence for sequence in self.running if sequence.is_unread]
         self._unread = set(self._resting)
 
@@ -211,6 +240,13 @@ class Scheduler:
                 self._resting.remove(sequence)
             self._leave(sequence)
             self._queue(sequence)
+
+    def resolve(self, sequence: Sequence, proposed: int, accepted: int) -> None:
+        """Note how many of a sequence's tokens in flight are right, before they are pushed."""
+        sequence.sampled += accepted
+        if sequence.slot >= 0:  # else it was preempted meanwhile
+            sequence.written += accepted
+            sequence.in_flight -= proposed
 
     def push(self, sequence: Sequence, token_id: int) -> None:
         """Append a sampled token that the device has returned."""
@@ -316,7 +352,14 @@ class Scheduler:
 
     # The step.
 
-    def _plan_running(self, granted: abc.Mapping[Sequence, int], step: Step, *, decodes: bool = True) -> None:
+    def _plan_running(
+        self,
+        granted: abc.Mapping[Sequence, int],
+        step: Step,
+        *,
+        decodes: bool = True,
+        proposals: abc.Mapping[Sequence, Proposal] = MappingProxyType({}),
+    ) -> None:
         """Plan decoding sequences and granted chunks, from old to young: the young give way."""
         for sequence in list(self.running):
             if sequence.slot < 0 or sequence in self._planned or sequence in self._resting:
@@ -325,15 +368,36 @@ class Scheduler:
                 if sequence in granted and (chunk := self._plan_chunk(sequence, granted[sequence])):
                     step.chunks.append(chunk)
                     self._planned.add(sequence)
-            elif sequence.is_complete or sequence.is_outgrown or sequence in self._left_out:
+            elif (
+                sequence.is_complete
+                or sequence.is_outgrown
+                or sequence in self._left_out
+                or sequence in self._awaited
+                or (sequence.in_flight and sequence not in proposals)
+            ):
                 continue
-            elif decodes and self._reserve(sequence, sequence.written + 1):
+            elif decodes and self._reserve(sequence, sequence.written + sequence.in_flight + 1):
+                if sequence in proposals:
+                    self._plan_proposal(sequence, proposals[sequence], step)
                 step.decoding.append(sequence)
                 step.positions.append(sequence.written)
                 sequence.written += 1
                 sequence.sampled += 1
                 sequence.register(self.blocks)
                 self._planned.add(sequence)
+
+    def _plan_proposal(self, sequence: Sequence, proposal: Proposal, step: Step) -> None:
+        """Verify as many proposed tokens as there are blocks for, without any that others could need."""
+        least = sequence.written + sequence.in_flight + 1
+        free = len(sequence.blocks) * BLOCK_TOKENS - least
+        if free < proposal.count and self.blocks.available > len(self.running):
+            more = min(-(-(proposal.count - free) // BLOCK_TOKENS), self.blocks.available - len(self.running))
+            sequence.blocks += [block for _ in range(more) if (block := self.blocks.take()) is not None]
+            free += more * BLOCK_TOKENS
+        proposal = replace(proposal, count=min(proposal.count, free))
+        if proposal.count or sequence.in_flight:
+            step.proposals[sequence] = proposal
+            sequence.in_flight += proposal.count
 
     def _plan_chunk(self, sequence: Sequence, tokens: int) -> PrefillChunk | None:
         before = sequence.written

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -16,13 +17,15 @@ from langchain_quantllm.engine.adapter_switch import AdapterSwitch
 from langchain_quantllm.engine.clean_thread import in_clean_thread
 from langchain_quantllm.engine.process import check_process
 from langchain_quantllm.engine.request import Engine
-from langchain_quantllm.errors import InvalidOptionError, NotEnoughMemoryError, UnsupportedError
+from langchain_quantllm.engine.worker import UNLOADED
+from langchain_quantllm.errors import GenerationError, InvalidOptionError, NotEnoughMemoryError, UnsupportedError
 from langchain_quantllm.options import GenerationOptions, needs_generate
 
 if TYPE_CHECKING:
     from langchain_quantllm.engine.continuous import ContinuousEngine
     from langchain_quantllm.engine.fusion.fuse import Fusion
     from langchain_quantllm.engine.generate import GenerateEngine
+    from langchain_quantllm.engine.speculation.draft_model import DraftModel
     from langchain_quantllm.engine.stages import Stages
 
 _log = logging.getLogger(__name__)
@@ -44,18 +47,29 @@ class Engines:
         self._pipeline = pipeline
         self._switch = AdapterSwitch(pipeline.model, adapters) if adapters else None
         self._lock = threading.RLock()
-        # Of each kind of fast engine: ordinary ones and batch-invariant ones.
-        self._fast: dict[bool, ContinuousEngine] = {}
-        self._fusions: dict[bool, Fusion] = {}
-        self._no_fast_reasons: dict[bool, str] = {}
+        # Of each kind of fast engine: ordinary ones and batch-invariant ones, with a KV cache of each dtype.
+        self._fast: dict[tuple[bool, str], ContinuousEngine] = {}
+        self._fusions: dict[tuple[bool, str], Fusion] = {}
+        self._no_fast_reasons: dict[tuple[bool, str], str] = {}
         self._stages: list[Stages] = []  # of these engines, if the model lies on several GPUs
         self._plain: GenerateEngine | None = None
+        self._drafts: weakref.WeakSet[DraftModel] = weakref.WeakSet()  # over this pipeline, for engines of others
 
     @property
     def peak_cache_tokens(self) -> int:
         """Most tokens that the KV caches have held at once."""
         engines: list[Engine | None] = [*self._fast.values(), self._plain]
         return sum(engine.peak_cache_tokens for engine in engines if engine is not None)
+
+    def peak_cache_bytes(self, token_bytes: int) -> int:
+        """Compute the bytes of these tokens.
+
+        Args:
+            token_bytes: Bytes of one in the model's dtype.
+        """
+        in_8bit = {kind: fast for kind, fast in self._fast.items() if kind[1] != "auto"}
+        others = self.peak_cache_tokens - sum(fast.peak_cache_tokens for fast in in_8bit.values())
+        return others * token_bytes + sum(fast.peak_cache_tokens * fast.token_bytes for fast in in_8bit.values())
 
     @property
     def kv_cache_bytes(self) -> int | None:
@@ -68,6 +82,50 @@ class Engines:
         """Bytes of these in main memory; None without such an engine, and on systems that do not tell."""
         return _sum([fast.kv_resident_bytes for fast in self._fast.values()])
 
+    @property
+    def drafts(self) -> list[DraftModel]:
+        """The draft models that propose to the fast engines."""
+        return [draft for fast in self._fast.values() for draft in fast.drafts]
+
+    @in_clean_thread
+    def make_draft(self, name: str, most_tokens: int, vocab_size: int, *, fuse: bool, source: Any) -> DraftModel:
+        """Make a draft model over this pipeline, for a fast engine over another one; see `DraftModel`.
+
+        Raises:
+            UnsupportedError: If its model cannot run so.
+            NotEnoughMemoryError: If there is no room for its KV cache.
+            GenerationError: If the model was unloaded, or is meanwhile.
+        """
+        from langchain_quantllm.engine.speculation.draft_model import DraftModel
+
+        check_process()
+        pipeline = self._pipeline
+        if pipeline is None:
+            raise GenerationError(UNLOADED)
+        fusion, reason = self._fuse(False, None, fuse=True) if fuse else (None, None)
+        given: dict[str, Any] = {"most_tokens": most_tokens, "vocab_size": vocab_size, "source": source}
+        with contextlib.ExitStack() as unused:
+            if fusion is not None:
+                unused.callback(fusion.close)
+            try:
+                draft = DraftModel(pipeline, name, fusion=fusion, no_fusion_reason=reason, **given)
+            except UnsupportedError as error:
+                if fusion is None:
+                    raise
+                fusion.close()
+                return self._kept(DraftModel(pipeline, name, no_fusion_reason=str(error), **given))
+            unused.pop_all()
+        return self._kept(draft)
+
+    def _kept(self, draft: DraftModel) -> DraftModel:
+        with self._lock:
+            self._drafts.add(draft)
+            is_unloaded = self._pipeline is None
+        if is_unloaded:
+            draft.close()
+            raise GenerationError(UNLOADED)
+        return draft
+
     def choose(
         self,
         engine: str,
@@ -77,6 +135,7 @@ class Engines:
         media: frozenset[str] = frozenset(),
         fuse: bool = True,
         batch_invariant: bool = False,
+        kv_cache_dtype: str = "auto",
     ) -> Engine:
         """Choose the engine of a call, and make it if this is the first one.
 
@@ -88,9 +147,12 @@ class Engines:
             fuse: Whether the fast engine may use fused steps; ignored once that engine is made.
             batch_invariant: Whether the call's texts must not depend on the calls beside it: takes a fast engine of its
                 own, with a KV cache of its own, over the same weights.
+            kv_cache_dtype: Dtype of the KV cache, one of `memory.CACHE_DTYPES`; another than `"auto"` takes such an
+                engine as well.
 
         Raises:
-            UnsupportedError: If the fast engine is asked for, or a batch-invariant one, and cannot run the model.
+            UnsupportedError: If the fast engine is asked for, or one that `generate` does not replace, and it cannot
+                run the model.
             InvalidOptionError: If it is asked for with images or sounds that it does not read, or with options of
                 `generate` only.
         """
@@ -99,15 +161,17 @@ class Engines:
         with self._lock:
             if engine == "pipeline":
                 return self._pipeline_engine("asked for")
+            kind = (batch_invariant, kv_cache_dtype)
+            needs, remedy = _needs_of(*kind)
             if option is not None or (media and batch_invariant):
-                if engine == "auto" and not batch_invariant:
+                if engine == "auto" and not needs:
                     return self._pipeline_engine(f"{option} is transformers' own")
                 what = "images and sounds are read" if option is None else f"{option} is carried out"
                 msg = f"{what} by the pipeline engine only; use engine='auto' or 'pipeline'"
-                raise InvalidOptionError(f"{msg}, and batch_invariant=False." if batch_invariant else f"{msg}.")
-            kind = batch_invariant
+                raise InvalidOptionError(f"{msg}, and {remedy}." if needs else f"{msg}.")
             if kind not in self._fast and kind not in self._no_fast_reasons:
-                fast, fusion, reason = self._make_fast(kv_cache_memory, fuse=fuse, batch_invariant=batch_invariant)
+                options_of_kind: dict[str, Any] = {"batch_invariant": batch_invariant, "kv_cache_dtype": kv_cache_dtype}
+                fast, fusion, reason = self._make_fast(kv_cache_memory, fuse=fuse, **options_of_kind)
                 if fusion is not None:
                     self._fusions[kind] = fusion
                 if fast is None:
@@ -118,13 +182,13 @@ class Engines:
                 no_media_reason = self._no_media_reason(self._fast[kind], media)
                 if no_media_reason is None:
                     return self._fast[kind]
-                if engine == "fast":
-                    msg = f"{no_media_reason}; use engine='auto' or 'pipeline'."
-                    raise InvalidOptionError(msg)
+                if engine == "fast" or needs:
+                    msg = f"{no_media_reason}; use engine='auto' or 'pipeline'"
+                    raise InvalidOptionError(f"{msg}, and {remedy}." if needs else f"{msg}.")
                 return self._pipeline_engine(no_media_reason)
             reason = f"the fast engine cannot drive this model: {self._no_fast_reasons[kind]}"
-            if batch_invariant:
-                msg = f"with batch_invariant=True {reason}; use batch_invariant=False."
+            if needs:
+                msg = f"with {needs} {reason}; use {remedy}."
                 raise UnsupportedError(msg)
             if engine == "fast":
                 msg = f"{reason}; use engine='auto' or 'pipeline'."
@@ -140,14 +204,14 @@ class Engines:
 
     @in_clean_thread
     def _make_fast(
-        self, kv_cache_memory: Any, *, fuse: bool, batch_invariant: bool
+        self, kv_cache_memory: Any, *, fuse: bool, batch_invariant: bool, kv_cache_dtype: str
     ) -> tuple[ContinuousEngine | None, Fusion | None, str | None]:
         """Make a fast engine; returns it with the fused steps that it uses, or the reason why there is none."""
-        from langchain_quantllm.engine.model_check import unsupported_reason
+        from langchain_quantllm.engine.model_probe import unsupported_reason
         from langchain_quantllm.engine.stages import find_stages
 
         model = self._pipeline.model
-        options: dict[str, Any] = {"fuse": fuse, "batch_invariant": batch_invariant}
+        options: dict[str, Any] = {"fuse": fuse, "batch_invariant": batch_invariant, "kv_cache_dtype": kv_cache_dtype}
         reason = None
         with contextlib.ExitStack() as unused:
             try:
@@ -173,6 +237,7 @@ class Engines:
         *,
         fuse: bool,
         batch_invariant: bool,
+        kv_cache_dtype: str,
         no_stages_reason: str | None = None,
     ) -> tuple[ContinuousEngine | None, Fusion | None, str | None]:
         """Make a fast engine that runs the model in some stages; None runs it by its own hooks."""
@@ -182,6 +247,7 @@ class Engines:
         fusion, reason = found
         given: dict[str, Any] = {"kv_cache_memory": kv_cache_memory, "adapters": self._switch, "stages": stages}
         given |= {"batch_invariant": batch_invariant, "no_stages_reason": no_stages_reason}
+        given["kv_cache_dtype"] = kv_cache_dtype
         with contextlib.ExitStack() as unused:
             if fusion is not None:
                 unused.callback(fusion.close)
@@ -205,9 +271,9 @@ class Engines:
     def _fuse(self, batch_invariant: bool, stages: Stages | None, *, fuse: bool) -> tuple[Fusion | None, str | None]:
         """Find the model's fused steps; returns None if there are none, with the reason if users should know it."""
         from langchain_quantllm.compat.bitsandbytes import is_quantized
-        from langchain_quantllm.engine.fusion.fuse import EXPERTS, LINEAR, Fusion
-        from langchain_quantllm.engine.model_check import unsupported_reason
-        from langchain_quantllm.kernels import reference
+        from langchain_quantllm.engine.fusion.fuse import CPU_KINDS, EXPERTS, LINEAR, Fusion
+        from langchain_quantllm.engine.model_probe import unsupported_reason
+        from langchain_quantllm.kernels import cpu as cpu_kernels
         from langchain_quantllm.kernels.experts import invariant as invariant_experts
         from langchain_quantllm.kernels.linear import cpu as cpu_linear
         from langchain_quantllm.kernels.linear import invariant as invariant_linear
@@ -217,10 +283,11 @@ class Engines:
         if unsupported_reason(model) is not None:
             return None, None  # the engine raises it
         if model.get_input_embeddings().weight.device.type == "cpu":
-            # On a CPU, only linear layers with bitsandbytes' weights are faster.
-            if not any(map(is_quantized, model.parameters())):
-                return None, None
-            options = {"kernels": reference, "linear_kernels": cpu_linear, "kinds": (LINEAR,)}
+            options = {"kernels": cpu_kernels, "linear_kernels": cpu_linear, "kinds": CPU_KINDS}
+            if batch_invariant:
+                if not any(map(is_quantized, model.parameters())):
+                    return None, None
+                options["kinds"] = (LINEAR,)
         if batch_invariant:
             options["linear_kernels"] = invariant_linear
             if "kinds" not in options:
@@ -251,10 +318,11 @@ class Engines:
         check_process()
         with self._lock:
             engines = [*self._fast.values(), self._plain]
+            drafts, self._drafts = list(self._drafts), weakref.WeakSet()
             patches: list[Fusion | Stages] = [*self._fusions.values(), *self._stages]
             self._fast, self._fusions, self._stages = {}, {}, []
             self._plain = self._pipeline = self._switch = None
-        for engine in engines:
+        for engine in (*engines, *drafts):
             if engine is not None:
                 engine.close()
         for patch in patches:
@@ -270,6 +338,14 @@ class _ForReason:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
+
+
+def _needs_of(batch_invariant: bool, kv_cache_dtype: str) -> tuple[str, str]:
+    """Say what `generate` cannot carry out, and what to use in its place; two empty texts if it can all."""
+    asked = {"batch_invariant=True": batch_invariant, f"kv_cache_dtype={kv_cache_dtype!r}": kv_cache_dtype != "auto"}
+    remedies = ("batch_invariant=False", "kv_cache_dtype='auto'")
+    pairs = [pair for pair, is_asked in zip(zip(asked, remedies, strict=True), asked.values(), strict=True) if is_asked]
+    return " and ".join(name for name, _ in pairs), " and ".join(remedy for _, remedy in pairs)
 
 
 def _sum(counts: Sequence[int | None]) -> int | None:

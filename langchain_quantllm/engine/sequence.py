@@ -14,9 +14,11 @@ import torch
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS, BlockManager
 from langchain_quantllm.engine.detokenizer import Completion
 from langchain_quantllm.engine.prompt_images import PromptImages
-from langchain_quantllm.engine.request import Request
+from langchain_quantllm.engine.request import ForeseeingMask, Request
 from langchain_quantllm.engine.sampler import needs_of
-from langchain_quantllm.options import GenerationOptions
+from langchain_quantllm.engine.speculation.proposal import FORCED
+from langchain_quantllm.engine.speculation.sequence_speculation import SequenceSpeculation
+from langchain_quantllm.options import NO_SPECULATION, GenerationOptions
 
 _LEAST_SAVED = 2 * BLOCK_TOKENS
 """Tokens of the shortest prefix whose states are kept."""
@@ -58,7 +60,8 @@ class Lane(NamedTuple):
 class Sequence:
     """A request's tokens, and where they stand. Counts are in tokens.
 
-    A sampled token is pending until the device has returned it: `sampled` counts it, `ids` does not hold it yet.
+    A sampled token is pending until the device has returned it: `sampled` counts it, `ids` does not hold it yet. While
+    proposals are in flight, `sampled` and `written` are the least that they can be, and `in_flight` more the most.
     """
 
     def __init__(
@@ -95,6 +98,8 @@ class Sequence:
         self.sampled = 0
         self.written = 0
         """Tokens whose keys and values are in the blocks, or in a step that is planned."""
+        self.in_flight = 0
+        """Proposals in steps whose result is not known yet."""
         self.blocks: list[int] = []
         """Blocks of its tokens; 0 for those that it has given back."""
         self.given_back: list[int] = []
@@ -116,8 +121,20 @@ class Sequence:
         self.sampling_needs = needs_of(request)
         """What its sampling needs at every step: flags of `sampler`."""
         self.mask = None if request.mask is None else request.mask()
+        self.speculation = self._begin_speculation()
+        """Its proposals; None if it gets none."""
         self._random = request.random_numbers()
+        self._uniforms: list[float] = []  # of its next tokens, drawn ahead
+        self._uniforms_from = 0
         self._has_end_ids = bool(request.end_token_ids)
+
+    def _begin_speculation(self) -> SequenceSpeculation | None:
+        source = self.request.options.speculation
+        if source == NO_SPECULATION or (self.mask is None and source == FORCED):
+            return None
+        if self.mask is not None and not isinstance(self.mask, ForeseeingMask):
+            return None
+        return SequenceSpeculation(self.ids, source)
 
     # For the scheduler.
 
@@ -145,6 +162,18 @@ class Sequence:
     def is_complete(self) -> bool:
         """Whether no more tokens are to be sampled."""
         return self.sampled >= self.max_new_tokens
+
+    @property
+    def most_proposed(self) -> int:
+        """How many tokens may be proposed to it now; below 0 if none may be sampled before those in flight are known.
+
+        Counted from the most tokens that it may have: within `max_new_tokens`, and within the length at which its keys
+        and values become others.
+        """
+        most = self.max_new_tokens - self.sampled - self.in_flight - 1
+        if self._recomputation is not None:
+            most = min(most, self._recomputation.tokens - self.written - self.in_flight - 1)
+        return most if self.in_flight else max(0, most)
 
     def rope_positions(self, start: int, count: int) -> torch.Tensor:
         """Return the positions of tokens in three dimensions, of shape `(3, count)`, int32."""
@@ -269,7 +298,7 @@ class Sequence:
         self._let_go(manager)
         self._saves, self._saved_borders = [], set()
         self.blocks, self.given_back = [], []
-        self.written = 0
+        self.written = self.in_flight = 0
         self.slot = -1
         self.decodes = False
         self._last_prefix = self.prefix_id
@@ -284,11 +313,25 @@ class Sequence:
 
     def next_sampling_input(self) -> SamplingInput:
         """Return the inputs for sampling its next token, which the scheduler has counted already."""
-        options = self.request.options
-        return SamplingInput(
-            uniform=self._random.random() if options.do_sample else 0.0,
-            may_end=not self._has_end_ids or (not options.ignore_eos and self.sampled > self.request.min_new_tokens),
-        )
+        return self.sampling_inputs(self.sampled - 1, 1)[0]
+
+    def sampling_inputs(self, first: int, count: int) -> list[SamplingInput]:
+        """Return the inputs for sampling some tokens, counted from the first one of the text as 0.
+
+        Each token has its own random number, however often it is asked for: none before `first` is asked for again.
+        """
+        options, least = self.request.options, self.request.min_new_tokens
+        del self._uniforms[: first - self._uniforms_from]
+        self._uniforms_from = first
+        while options.do_sample and len(self._uniforms) < count:
+            self._uniforms.append(self._random.random())
+        return [
+            SamplingInput(
+                uniform=self._uniforms[i] if options.do_sample else 0.0,
+                may_end=not self._has_end_ids or (not options.ignore_eos and first + i >= least),
+            )
+            for i in range(count)
+        ]
 
 
 def bare_sequence(

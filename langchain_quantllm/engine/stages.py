@@ -25,10 +25,6 @@ from langchain_quantllm.engine.forward_context import ForwardContext
 from langchain_quantllm.engine.forward_patch import ForwardPatch
 from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
 
-CAPTURES = False
-"""Let decode steps of several stages be CUDA graphs: off until they have run on several GPUs. Tests and the bench of
-stages switch it on."""
-
 _FLOATING_BYTES = 2**20
 """Largest module without weights that is copied to every device, such as the frequencies of rotary positions."""
 

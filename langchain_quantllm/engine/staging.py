@@ -15,7 +15,7 @@ LINES = 6
 SLOT, POSITION, BLOCK_INDEX, BLOCK, UNIFORM, MAY_NOT_END = range(LINES)
 """Lines of a step's inputs; `BLOCK_INDEX` is the index of `BLOCK` among the sequence's blocks."""
 
-_LARGEST_UNIFORM = 1 - 2**-24  # below 1 in float32, too
+LARGEST_UNIFORM = 1 - 2**-24  # below 1 in float32, too
 _BUFFERS = 4
 
 
@@ -47,7 +47,7 @@ def step_inputs(
         ],
         dtype=torch.int32,
     )
-    uniforms = torch.tensor([min(one.uniform, _LARGEST_UNIFORM) for one in sampling], dtype=torch.float32)
+    uniforms = torch.tensor([min(one.uniform, LARGEST_UNIFORM) for one in sampling], dtype=torch.float32)
     lines[UNIFORM] = uniforms.view(torch.int32)
     return lines
 

@@ -7,17 +7,18 @@ one batch of shape `(rows, 1)` over their gathered states, which a CUDA graph ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from langchain_quantllm.compat.transformers_delta_rules import PooledState
 from langchain_quantllm.compat.transformers_states import StateCache, StateKey, is_cache, state_modules
 from langchain_quantllm.engine.adapter_choice import AdapterChoice
 from langchain_quantllm.engine.attention import Batch
 from langchain_quantllm.engine.forward_context import ForwardContext
-from langchain_quantllm.engine.forward_patch import ForwardPatch
+from langchain_quantllm.engine.forward_patch import PatchedModules, Replacement
 from langchain_quantllm.engine.state_pool import StatePool
 from langchain_quantllm.engine.step import PrefillChunk
 
@@ -151,11 +152,13 @@ class StateForward:
 
     # States.
 
-    def _reading(self, part: _Part) -> Callable[[StateKey], torch.Tensor]:
-        def read(key: StateKey) -> torch.Tensor:
+    def _reading(self, part: _Part) -> Callable[[StateKey], Any]:
+        def read(key: StateKey) -> Any:
             states = self._pool.tensors[key]
             if part.slots is not None:
-                return states.index_select(0, self._slots_on(states.device, part))
+                slots = self._slots_on(states.device, part)
+                kernels = None if self._waits else self._pool.delta_steps.kernels.get(key)
+                return states.index_select(0, slots) if kernels is None else PooledState(states, slots, kernels)
             assert part.source is not None
             latest = self._latest.get((key, part.source))
             return (states[part.source : part.source + 1] if latest is None else latest).clone()
@@ -164,6 +167,8 @@ class StateForward:
 
     def _store(self, part: _Part, cache: StateCache) -> None:
         for key, state in cache.states.items():
+            if isinstance(state, PooledState):
+                continue  # changed where it is
             if not self._waits:
                 self._write(key, part, state)
                 continue
@@ -214,25 +219,11 @@ def _adapters_of(part: _Part, adapters: AdapterChoice | None) -> AdapterChoice |
     return replace(adapters, of_tokens=adapters.of_tokens[part.first : part.first + part.count], masks={})
 
 
-class StateModules:
+class StateModules(PatchedModules):
     """The modules of a model that keep states, patched for the engine's forwards."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        """Patch them until `close`."""
-        self._model = model
-        self._patches: list[ForwardPatch] = []
-        self.build()
-
-    def build(self) -> None:
-        """Find the modules anew, as after a change of the model."""
-        self.close()
-        self._patches = [ForwardPatch(module, _run) for module in state_modules(self._model)]
-
-    def close(self) -> None:
-        """Restore the modules' own forwards."""
-        for patch in self._patches:
-            patch.close()
-        self._patches = []
+    def _find(self) -> Iterable[tuple[Any, Replacement]]:
+        return ((module, _run) for module in state_modules(self._model))
 
 
 def _run(

@@ -1,10 +1,11 @@
-"""One step of the running batch: which sequences decode, and which chunks of prompts run beside them."""
+"""One step of the running batch: which sequences decode, with which proposals, and which chunks of prompts run."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from langchain_quantllm.engine.sequence import Sequence
+from langchain_quantllm.engine.speculation.proposal import Proposal
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,22 @@ class Step:
 
     Args:
         decoding: Sequences whose last token is run; it lies on the device.
-        positions: Positions of these tokens.
+        positions: Positions of these tokens; the least ones, where proposals of an earlier step are in flight.
         chunks: Chunks of prompts, one for each of other sequences.
+        proposals: Of decoding sequences, the proposals that are verified. If there are any, there are no chunks, and
+            each sequence with proposals in flight has an entry, too.
     """
 
     decoding: list[Sequence]
     positions: list[int]
     chunks: list[PrefillChunk]
+    proposals: dict[Sequence, Proposal] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the model runs."""
+        proposed = sum(proposal.count for proposal in self.proposals.values())
+        return len(self.decoding) + proposed + sum(chunk.count for chunk in self.chunks)
 
     @property
     def sampled(self) -> list[Sequence]:

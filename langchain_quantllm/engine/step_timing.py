@@ -38,6 +38,7 @@ def time_step(runner: ModelRunner, rows: int, position: int, repeats: int) -> fl
     is_gpu = runner.device.type == "cuda"
     with torch.no_grad(), torch.cuda.device(runner.device) if is_gpu else contextlib.nullcontext():
         runner.enter(sequences)
+        runner.sampler.last_ids[:rows] = torch.arange(rows, device=runner.sampler.last_ids.device)  # texts that differ
         runner.sample(launch()).wait()
         forward = launch()
         tokens = runner.sample(forward)

@@ -75,6 +75,10 @@ class Usage:
     queued_s: float
     first_token_s: float
     total_s: float
+    proposed_tokens: int = 0
+    """Tokens that were proposed and verified, several a step."""
+    accepted_tokens: int = 0
+    """Those of them that the completion has."""
 
 
 @dataclass(frozen=True, kw_only=True)

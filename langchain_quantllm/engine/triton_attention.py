@@ -16,6 +16,9 @@ from langchain_quantllm.errors import UnsupportedError
 _TRIED_TOLERANCE = 0.02
 """Largest relative error in `try_out`: some roundings to 16 bits. A missing one of 16 splits gives 0.25."""
 
+_ROUNDING = 0.05
+"""Largest relative error of numbers in 8 bits: fp8's is at most 1/16, and less than half of that over many numbers."""
+
 _BY_GROUPS = GatherAttention()
 
 
@@ -37,7 +40,7 @@ class TritonAttention:
         """Store keys and values; see `Attention.write`."""
         table, slots, positions = self._metadata(batch, key.device)
         with self._on(key.device):
-            self._kernels.write_kv(key, value, pool.kv, table, slots, positions)
+            self._kernels.write_kv(key, value, pool.kv, table, slots, positions, pool.scales)
 
     def attend(self, pool: LayerPool, query: torch.Tensor, batch: Batch, **scoring: Any) -> torch.Tensor:
         """Attend; see `Attention.attend`."""
@@ -47,7 +50,7 @@ class TritonAttention:
             return self._prefills_by.attend(pool, query, batch, **scoring)
         device = query.device
         table, slots, positions = self._metadata(batch, device)
-        options = {"value_dim": pool.value_dim, **scoring}
+        options = {"value_dim": pool.value_dim, "scales": pool.scales, **scoring}
         with self._on(device):
             if batch.decodes:
                 splits = self._kernels.default_splits(len(slots), pool.kv.shape[2], self._multiprocessors)
@@ -71,7 +74,7 @@ class TritonAttention:
         made = torch.Generator(device).manual_seed(0)
         shapes = [(blocks * block_tokens, pool.key_dim), (blocks * block_tokens, pool.value_dim), (1, pool.query_dim)]
         key, value, query = (
-            torch.randn(1, heads, *shape, generator=made, dtype=torch.float32, device=device).to(pool.kv.dtype)
+            torch.randn(1, heads, *shape, generator=made, dtype=torch.float32, device=device).to(pool.dtype)
             for shape in shapes
         )
         table = torch.arange(blocks, dtype=torch.int32, device=device)[None]
@@ -81,6 +84,8 @@ class TritonAttention:
         scale = pool.query_dim**-0.5
         with torch.cuda.device(device):
             self.write(pool, key, value, written)
+            if pool.scales is not None:
+                key, value = self._rounded(pool, key, value)
             if pool.is_latent:
                 key = torch.cat([key, value], -1)
             expected = scaled_dot_product_attention(query.float(), key.float(), value.float(), scale=scale)[:, :, 0]
@@ -89,6 +94,17 @@ class TritonAttention:
                 if not (attended - expected).norm() <= _TRIED_TOLERANCE * expected.norm():
                     msg = "its attention gives something else on this device"
                     raise UnsupportedError(msg)
+
+    @staticmethod
+    def _rounded(pool: LayerPool, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the keys and values that a pool in 8 bits holds, if they are close to what was written to it."""
+        read = pool.read(torch.arange(len(pool.kv), device=pool.kv.device)).flatten(0, 1).transpose(0, 1)[None]
+        found = read[..., : pool.key_dim], read[..., pool.key_dim :]
+        for numbers, written in zip(found, (key, value), strict=True):
+            if not (numbers.float() - written.float()).norm() <= _ROUNDING * written.float().norm():
+                msg = "keys and values in 8 bits are not what was written on this device"
+                raise UnsupportedError(msg)
+        return found
 
     def _on(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """Make a device the current one, on which Triton launches, if the layers are on several."""

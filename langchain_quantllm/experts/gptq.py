@@ -13,13 +13,10 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from langchain_quantllm.kernels.experts.weights import GPTQStack
-from langchain_quantllm.kernels.linear.bit_packing import pack_bits, unpack_bits
+from langchain_quantllm.kernels.linear.bit_packing import pack_awq, pack_bits, pack_inputs, unpack_awq, unpack_bits
 from langchain_quantllm.kernels.linear.weights import codes_per_word, group_size_of
 
 __all__ = ["from_awq", "gptq_layers", "gptq_stack", "join_outputs", "split_outputs", "to_awq"]
-
-_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
-"""The place of each of 8 outputs in a word of AWQ. Source: awq/utils/packing_utils.py of AutoAWQ."""
 
 
 def gptq_stack(
@@ -85,20 +82,20 @@ def gptq_layers(
     ]
 
 
-def from_awq(layer: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def from_awq(layer: Mapping[str, torch.Tensor], group_size: int | None = None) -> dict[str, torch.Tensor]:
     """Repack layers of AWQ, of 4 bits, into GPTQ's layout with zero points as they are (v2); no number changes.
 
     Args:
         layer: `qweight` of shape `(experts, in_features, out_features / 8)`, `qzeros` of `(experts, groups,
             out_features / 8)` and `scales` of `(experts, groups, out_features)`.
+        group_size: Inputs of a group; None if all groups have the same size.
     """
     experts, in_features = layer["qweight"].shape[:2]
-    codes = _awq_codes(layer["qweight"])
-    groups = layer["scales"].shape[1]
-    index = torch.arange(in_features, dtype=torch.int32, device=codes.device) // -(-in_features // groups)
+    size = group_size or -(-in_features // layer["scales"].shape[1])
+    index = torch.arange(in_features, dtype=torch.int32, device=layer["qweight"].device) // size
     return {
-        "qweight": _pack(codes.transpose(1, 2), 4).transpose(1, 2).contiguous(),
-        "qzeros": _pack(_awq_codes(layer["qzeros"]), 4),
+        "qweight": pack_inputs(unpack_awq(layer["qweight"])),
+        "qzeros": _pack(unpack_awq(layer["qzeros"]), 4),
         "scales": layer["scales"],
         "g_idx": index.expand(experts, -1).contiguous(),
     }
@@ -107,19 +104,8 @@ def from_awq(layer: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def to_awq(layer: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Repack layers into AWQ's layout; the reverse of `from_awq`."""
     codes = _unpack(layer["qweight"].transpose(1, 2).contiguous(), 4).transpose(1, 2)
-    qzeros = _awq_words(_unpack(layer["qzeros"], 4))
-    return {"qweight": _awq_words(codes), "qzeros": qzeros, "scales": layer["scales"]}
-
-
-def _awq_words(codes: torch.Tensor) -> torch.Tensor:
-    order = sorted(range(8), key=_AWQ_ORDER.__getitem__)
-    return _pack(codes.unflatten(2, (-1, 8))[..., order].flatten(2), 4)
-
-
-def _awq_codes(words: torch.Tensor) -> torch.Tensor:
-    """Read codes of shape `(experts, rows, columns)`, in the order of the outputs, from AWQ's words."""
-    codes = _unpack(words, 4).unflatten(2, (-1, 8))
-    return codes[..., list(_AWQ_ORDER)].flatten(2)
+    qzeros = pack_awq(_unpack(layer["qzeros"], 4))
+    return {"qweight": pack_awq(codes), "qzeros": qzeros, "scales": layer["scales"]}
 
 
 def _common_groups(indices: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor | None]]:

@@ -40,6 +40,7 @@ class BitsAndBytesExperts(ExpertReader):
         nested: Whether scales in 4 bits are quantized too.
         stored: Whether a checkpoint's own experts are quantized; None for a checkpoint that is not quantized.
         storage: Dtype in which bytes of 4-bit weights are written.
+        least_error: Whether blocks of 4-bit weights get the scale of the least squared error; see `schemes.NF4`.
     """
 
     def __init__(
@@ -50,9 +51,11 @@ class BitsAndBytesExperts(ExpertReader):
         nested: bool = False,
         stored: bool | None = None,
         storage: torch.dtype = torch.uint8,
+        least_error: bool = False,
     ) -> None:
         """Take the format."""
         self._bits, self._kind, self._nested, self._stored, self._storage = bits, kind, nested, stored, storage
+        self._least_error = least_error
         self._projections: dict[str, Projection] = {}
 
     def start(self, model: Any, is_kept: Callable[[str], bool]) -> None:
@@ -161,7 +164,9 @@ class BitsAndBytesExperts(ExpertReader):
         """Quantize matrices of shape `(out_features, in_features)`, each of which is freed before the next is read."""
         if self._bits == 8:
             return bitsandbytes.int8_stack([quantize_int8(matrix) for matrix in matrices])
-        return bitsandbytes.four_bit_stack([quantize_four_bit(m, self._kind, nested=self._nested) for m in matrices])
+        return bitsandbytes.four_bit_stack(
+            [quantize_four_bit(m, self._kind, nested=self._nested, least_error=self._least_error) for m in matrices]
+        )
 
     def _put(self, model: Any, name: str, stack: Stack) -> None:
         """Put a stack in the place of a parameter; the experts change once all of theirs are there."""

@@ -10,6 +10,7 @@ Source: CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchroni
 
 from dataclasses import fields
 from functools import cache
+from inspect import signature, unwrap
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ try:
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait  # type: ignore[import-not-found,import-untyped,unused-ignore]  # fmt: skip
 except ImportError:  # an older Triton, where `early` is never set
     gdc_launch_dependents = gdc_wait = None
+if gdc_wait is not None and "_semantic" not in signature(unwrap(gdc_wait)).parameters:
+    gdc_launch_dependents = gdc_wait = None  # Triton 3.4, whose compiler passes what its own function does not take
 
 COMPILER_OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 """Options of every launch: products and sums are fused, which newer versions of Triton do only where it is said.
@@ -58,6 +61,29 @@ def let_next_begin(early: tl.constexpr) -> None:
     """Let the next kernel begin once all programs of this one have reached this call; it waits for their end."""
     if early:
         gdc_launch_dependents()
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def prefetch(at: tl.tensor, count: tl.tensor, lines: tl.constexpr, early: tl.constexpr) -> None:
+    """Ask for words of memory that depend on no kernel to be brought into the L2 cache, before `wait_for_inputs`.
+
+    Args:
+        at: Pointers to where runs of words of 4 bytes begin, of shape `(runs, 1)`.
+        count: Words of a run: a scalar, or of the shape of `at`.
+        lines: Lines of 128 bytes to ask for from each run, at most: a power of two.
+        early: Whether the kernel begins before the one ahead of it ends; otherwise there is nothing to gain.
+    """
+    if early:
+        word = 32 * tl.arange(0, lines)[None, :]
+        address = (at + word).to(tl.int64)
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
+            "=r,l,r",
+            [address, (word + 0 * address.to(tl.int32) < count).to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @cache

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import gelu, layer_norm, silu
 
+from langchain_quantllm.kernels import kv_quantization
+
 PREFILL_TILE = 64
 """Most query tokens of one tile of a prefill."""
 
@@ -145,6 +147,7 @@ def rotate_and_write(
     *,
     layout: int = HALVES,
     rounds: bool = True,
+    scales: kv_quantization.KVScales | None = None,
 ) -> torch.Tensor:
     """Rotate queries and keys by their positions, and write keys and values into their blocks.
 
@@ -162,6 +165,7 @@ def rotate_and_write(
         layout: `HALVES`, `PAIRS` or `PAIRS_OF_HALVES`.
         rounds: Whether both products of a rotation are rounded to the dtype of `query` before they are added, as in
             Llama; otherwise there is one rounding at the end.
+        scales: See `write_kv`.
 
     Returns:
         The rotated queries, of shape `(1, heads, tokens, key_dim)`, dense in the last dimension.
@@ -170,7 +174,7 @@ def rotate_and_write(
         https://arxiv.org/abs/2104.09864, equation 34.
     """
     rotated = _rotated(key, cos, sin, layout, rounds)
-    write_kv(rotated, value, kv, table, slots, positions)
+    write_kv(rotated, value, kv, table, slots, positions, scales)
     return _rotated(query, cos, sin, layout, rounds)
 
 
@@ -197,6 +201,7 @@ def write_kv(
     table: torch.Tensor,
     slots: torch.Tensor,
     positions: torch.Tensor,
+    scales: kv_quantization.KVScales | None = None,
 ) -> None:
     """Write the keys and values of new tokens into their blocks.
 
@@ -207,14 +212,20 @@ def write_kv(
         key: Keys of shape `(1, kv_heads, tokens, key_dim)`, floating, with any strides.
         value: Values of shape `(1, kv_heads, tokens, value_dim)`, floating, with any strides.
         kv: The pool of one layer of shape `(blocks, block_tokens, kv_heads, key_dim + value_dim)`, contiguous, in
-            float16, bfloat16 or float32: each key followed by its value. Written to. `block_tokens` is a power of two.
+            float16, bfloat16 or float32, or in 8 bits: each key followed by its value. Written to. `block_tokens` is a
+            power of two.
         table: Block table: the blocks of each sequence, of shape `(slots, max_blocks)`, int32, contiguous.
         slots: Row of the table of each token, of shape `(tokens,)`, int32, contiguous.
         positions: Position of each token in its sequence, of shape `(tokens,)`, int32, contiguous. If tokens of a
             sequence share a position, any one of them may be written.
+        scales: The scales of a pool in 8 bits; written to. None for other pools.
     """
     block_tokens = kv.shape[1]
     blocks = table[slots.long(), (positions // block_tokens).long()].long()
+    if scales is not None:
+        new = (key[0].transpose(0, 1), value[0].transpose(0, 1))
+        kv_quantization.write(*new, kv, scales, blocks, (positions % block_tokens).long())
+        return
     key, value = key.to(kv.dtype), value.to(kv.dtype)
     spoils = ~value.isfinite().all(-1, keepdim=True)
     both = torch.cat([key.masked_fill(spoils, torch.nan), value.masked_fill(spoils, 0)], dim=-1)
@@ -235,6 +246,7 @@ def decode_attention(
     chunk: int = 0,
     sinks: torch.Tensor | None = None,
     biases: torch.Tensor | None = None,
+    scales: kv_quantization.KVScales | None = None,
     splits: int = 1,
     arrivals: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -256,6 +268,7 @@ def decode_attention(
             contiguous; None for none.
         biases: Added to the scores, by head and position of the key, less that of the token's own position. Of shape
             `(heads, positions)`, float32, contiguous, finite, with at least as many positions as keys; None for none.
+        scales: See `write_kv`.
         splits: Most programs that share the keys of one sequence: a power of two. No effect here.
         arrivals: Counts of finished programs, for sequences that are shared. No effect here.
 
@@ -270,7 +283,7 @@ def decode_attention(
     scoring = _Scoring(scale, window, softcap, chunk, sinks, biases)
     out = query.new_empty((1, query.shape[2], query.shape[1], value_dim))
     for token, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
-        keys, values = _history(kv, table[slot], position + 1, query.shape[3], value_dim)
+        keys, values = _history(kv, scales, table[slot], position + 1, query.shape[3], value_dim)
         out[0, token] = _attend(query[0, :, token : token + 1], keys, values, position, scoring)[0]
     return out
 
@@ -288,6 +301,7 @@ def prefill_attention(
     chunk: int = 0,
     sinks: torch.Tensor | None = None,
     biases: torch.Tensor | None = None,
+    scales: kv_quantization.KVScales | None = None,
 ) -> torch.Tensor:
     """Attend with packed chunks of several prompts to the blocks of their sequences.
 
@@ -305,6 +319,7 @@ def prefill_attention(
         chunk: See `decode_attention`.
         sinks: See `decode_attention`.
         biases: See `decode_attention`.
+        scales: See `write_kv`.
 
     Returns:
         The attended values of shape `(1, tokens, heads, value_dim)`, contiguous, in the dtype of `query`; undefined
@@ -313,7 +328,7 @@ def prefill_attention(
     scoring = _Scoring(scale, window, softcap, chunk, sinks, biases)
     out = query.new_empty((1, query.shape[2], query.shape[1], value_dim))
     for slot, first, position, count in tiles.tolist():
-        keys, values = _history(kv, table[slot], position + count, query.shape[3], value_dim)
+        keys, values = _history(kv, scales, table[slot], position + count, query.shape[3], value_dim)
         tile = query[0, :, first : first + count]
         out[0, first : first + count] = _attend(tile, keys, values, position, scoring)
     return out
@@ -332,7 +347,12 @@ def default_splits(tokens: int, kv_heads: int, multiprocessors: int) -> int:
 
 
 def _history(
-    kv: torch.Tensor, blocks: torch.Tensor, tokens: int, key_dim: int, value_dim: int
+    kv: torch.Tensor,
+    scales: kv_quantization.KVScales | None,
+    blocks: torch.Tensor,
+    tokens: int,
+    key_dim: int,
+    value_dim: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gather the first tokens of a sequence.
 
@@ -340,7 +360,11 @@ def _history(
         Keys of shape `(kv_heads, tokens, key_dim)` and values of shape `(kv_heads, tokens, value_dim)`, float32.
     """
     used = blocks[: -(-tokens // kv.shape[1])].long()
-    both = kv[used].flatten(0, 1)[:tokens].transpose(0, 1).float()
+    if scales is None:
+        both = kv[used].float()
+    else:
+        both = kv_quantization.read(kv, scales, used, key_dim=key_dim, dtype=torch.float32)
+    both = both.flatten(0, 1)[:tokens].transpose(0, 1)
     return both[..., :key_dim], both[..., -value_dim:]
 
 

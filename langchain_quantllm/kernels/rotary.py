@@ -9,7 +9,9 @@ import torch
 import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]  # not on every machine, and untyped
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
-from langchain_quantllm.kernels.attention.blocks import store_value
+from langchain_quantllm.kernels.attention.blocks import load_blocks, store_kv
+from langchain_quantllm.kernels.attention.eight_bits import pointers
+from langchain_quantllm.kernels.kv_quantization import KVScales
 from langchain_quantllm.kernels.launch import dense_vectors, launch_options, power_of_2, wait_for_inputs
 from langchain_quantllm.kernels.reference import HALVES, PAIRS_OF_HALVES
 
@@ -49,6 +51,7 @@ def rotate_and_write(
     *,
     layout: int = HALVES,
     rounds: bool = True,
+    scales: KVScales | None = None,
 ) -> torch.Tensor:
     """Rotate queries and keys, and write keys and values into their blocks; see `reference.rotate_and_write`.
 
@@ -72,6 +75,7 @@ def rotate_and_write(
         table,
         slots,
         positions,
+        *pointers(scales),
         query.stride(1),
         query.stride(2),
         key.stride(1),
@@ -135,6 +139,8 @@ def _rotate_kernel(
     table: tl.tensor,
     slots: tl.tensor,
     positions: tl.tensor,
+    scales: tl.tensor,
+    factors: tl.tensor,
     query_head_stride: tl.tensor,
     query_token_stride: tl.tensor,
     key_head_stride: tl.tensor,
@@ -164,25 +170,38 @@ def _rotate_kernel(
     sines = sin + token * sin_stride
     if head < heads:
         source = query + head * query_head_stride + token * query_token_stride
-        target = out + (token * heads + head) * key_dim
-        _rotate(source, target, cosines, sines, key_dim, rotary_dim, layout, rounds, key_tile)
+        rotated = _rotated(source, cosines, sines, key_dim, rotary_dim, layout, rounds, key_tile)
+        columns = tl.arange(0, key_tile)
+        tl.store(out + (token * heads + head) * key_dim + columns, rotated, mask=columns < key_dim)
     else:
         head -= heads
         position = tl.load(positions + token)
-        slot = tl.load(slots + token).to(tl.int64)
-        block = tl.load(table + slot * table_stride + position // block_tokens).to(tl.int64)
-        index = (block * block_tokens + position % block_tokens) * kv_heads + head
-        target = kv + index * (key_dim + value_dim)
+        blocks = table + tl.load(slots + token).to(tl.int64) * table_stride
+        block = load_blocks(blocks, position, None, block_tokens)
         source = key + head * key_head_stride + token * key_token_stride
-        _rotate(source, target, cosines, sines, key_dim, rotary_dim, layout, rounds, key_tile)
+        numbers = _rotated(source, cosines, sines, key_dim, rotary_dim, layout, rounds, key_tile)
         source = value + head * value_head_stride + token * value_token_stride
-        store_value(target, source, key_dim, value_dim, key_tile, value_tile)
+        store_kv(
+            kv,
+            scales,
+            factors,
+            block,
+            position,
+            numbers,
+            source,
+            block_tokens,
+            kv_heads,
+            head,
+            key_dim,
+            value_dim,
+            key_tile,
+            value_tile,
+        )
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
-def _rotate(
+def _rotated(
     source: tl.tensor,
-    target: tl.tensor,
     cos: tl.tensor,
     sin: tl.tensor,
     key_dim: tl.constexpr,
@@ -190,12 +209,11 @@ def _rotate(
     layout: tl.constexpr,
     rounds: tl.constexpr,
     key_tile: tl.constexpr,
-) -> None:
-    """Rotate one head.
+) -> tl.tensor:
+    """Rotate one head; returns its numbers of shape `(key_tile,)`, zeros behind its end.
 
     Args:
         source: Pointer to its numbers.
-        target: Pointer to the result.
         cos: Pointer to the cosines of its token.
         sin: Pointer to the sines of its token.
         key_dim: Numbers of a head.
@@ -217,7 +235,7 @@ def _rotate(
         angles = columns
         if layout == _PAIRS_OF_HALVES:
             angles = columns // 2
-    numbers = tl.load(source + columns, mask=columns < key_dim)
+    numbers = tl.load(source + columns, mask=columns < key_dim, other=0.0)
     x = numbers.to(tl.float32)
     partner = tl.load(source + partners, mask=rotates, other=0.0).to(tl.float32)
     first = x * tl.load(cos + angles, mask=rotates, other=0.0).to(tl.float32)
@@ -225,5 +243,4 @@ def _rotate(
     if rounds:
         first = first.to(numbers.dtype).to(tl.float32)
         second = second.to(numbers.dtype).to(tl.float32)
-    rotated = tl.where(rotates, (first + second).to(numbers.dtype), numbers)
-    tl.store(target + columns, rotated, mask=columns < key_dim)
+    return tl.where(rotates, (first + second).to(numbers.dtype), numbers)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from langchain_quantllm.compat.name_patterns import may_take_long, texts_in
 from langchain_quantllm.compat.peft import check_peft, peft_imported, settings_from, why_not_injected
 from langchain_quantllm.errors import (
     CheckpointError,
@@ -22,7 +23,6 @@ from langchain_quantllm.errors import (
 from langchain_quantllm.loading.checkpoint import Checkpoint
 from langchain_quantllm.loading.hub import MissingFileError, Repository
 from langchain_quantllm.loading.json_files import read_json
-from langchain_quantllm.loading.name_patterns import may_take_long, texts_in
 from langchain_quantllm.loading.sources import ADAPTER_CONFIG
 from langchain_quantllm.loading.spec import LoadSpec
 from langchain_quantllm.loading.stored_tensors import StoredTensor, read_header

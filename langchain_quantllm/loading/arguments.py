@@ -27,10 +27,18 @@ SPEC_FIELDS = (
 )
 """Fields that `LoadSpec` has by the same name."""
 
-LOADING_FIELDS = ("quantization", "quantization_config", *SPEC_FIELDS, "token", "device", "model_kwargs")
+LOADING_FIELDS = (
+    "quantization",
+    "quantization_config",
+    *SPEC_FIELDS,
+    "lm_head_dtype",
+    "token",
+    "device",
+    "model_kwargs",
+)
 """Fields that say how to load; none of them has an effect on a pipeline that is loaded already."""
 
-ENGINE_FIELDS = ("kv_cache_memory", "fuse", "prefix_caching", "batch_invariant")
+ENGINE_FIELDS = ("kv_cache_memory", "kv_cache_dtype", "fuse", "prefix_caching", "batch_invariant", "draft_model")
 """Fields that say how the engines of this package run a model."""
 
 _BITSANDBYTES = ("load_in_4bit", "load_in_8bit", "bnb_4bit_", "llm_int8_")
@@ -134,7 +142,7 @@ def unify_types(values: dict[str, Any]) -> None:
     for name in ("dtype", "cache_dir"):
         if (value := values.pop(name, None)) is not None:
             values[name] = os.fspath(value) if isinstance(value, os.PathLike) else str(value).removeprefix("torch.")
-    for name in ("model_id", "adapter"):
+    for name in ("model_id", "adapter", "draft_model"):
         if isinstance(values.get(name), os.PathLike):
             values[name] = os.fspath(values[name])
     if isinstance(adapters := values.get("adapters"), Mapping):

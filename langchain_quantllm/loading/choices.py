@@ -16,7 +16,7 @@ from langchain_quantllm.loading.experts import EXPERT_STATE
 from langchain_quantllm.loading.spec import LoadSpec
 from langchain_quantllm.memory.estimate import build_on_meta
 from langchain_quantllm.memory.experts import unfit_reason
-from langchain_quantllm.schemes import GPTQ, MXFP4, Prequantized, Scheme, Unquantized, scheme_of_config
+from langchain_quantllm.schemes import AWQ, GPTQ, MXFP4, Prequantized, Scheme, Unquantized, scheme_of_config
 
 _FLASH_PACKAGES = {
     "flash_attention_2": ("flash_attn", "flash-attn"),
@@ -45,10 +45,10 @@ def reconcile(spec: LoadSpec, checkpoint: Checkpoint) -> tuple[Scheme, Any]:
                 "give a GPTQ checkpoint, or use quantization='nf4' or 'int8', which need none."
             )
             raise CheckpointError(msg)
-        if isinstance(asked, MXFP4):
+        if isinstance(asked, AWQ | MXFP4):
             msg = (
-                f"{spec.model_id} is not quantized, and mxfp4 is not made while loading; write a checkpoint in it once "
-                "with quantize(model_id, 'mxfp4'), or use quantization='nf4'."
+                f"{spec.model_id} is not quantized, and {asked.name} is not made while loading; write a checkpoint in "
+                f"it once with quantize(model_id, {asked.name!r}), or use quantization='nf4'."
             )
             raise CheckpointError(msg)
         asked = asked or Unquantized()

@@ -6,9 +6,10 @@ Knows the names and layouts of mxfp4 (gpt-oss), GPTQ and AWQ. Reads headers only
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from langchain_quantllm.compat.gptqmodel_rules import settings_of
 from langchain_quantllm.compat.transformers_conversions import ExpertLayer, ExpertNames
 from langchain_quantllm.compat.transformers_experts import Projection, projections, unsupported_experts
 from langchain_quantllm.errors import CheckpointError, UnsupportedError
@@ -33,12 +34,19 @@ class ExpertFormat:
         bits: Bits of a weight.
         group_size: Inputs that share a scale; -1 for all.
         zeros_minus_one: Whether zero points are stored one too small.
+        config: The checkpoint's `quantization_config`, if it has rules for single layers.
     """
 
     kind: Literal["mxfp4", "gptq", "awq"]
     bits: int
     group_size: int
     zeros_minus_one: bool = False
+    config: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
+
+    def of(self, layer: str) -> ExpertFormat:
+        """Return the format of a packed layer, which may have a rule."""
+        own = None if self.config is None else settings_of(self.config, layer)
+        return self if own is None else replace(self, bits=own["bits"], group_size=own["group_size"])
 
     def groups(self, in_features: int) -> int:
         """Count the groups of a number of inputs."""
@@ -112,7 +120,8 @@ def format_of(quantization: Mapping[str, Any] | None) -> ExpertFormat | None:
     if method == "gptq":
         is_v1 = str(quantization.get("checkpoint_format", "gptq")) != "gptq_v2"
         bits, size = quantization["bits"], quantization["group_size"]
-        return ExpertFormat(kind="gptq", bits=bits, group_size=size, zeros_minus_one=is_v1)
+        ruled = quantization if quantization.get("dynamic") else None
+        return ExpertFormat(kind="gptq", bits=bits, group_size=size, zeros_minus_one=is_v1, config=ruled)
     bits, size = quantization.get("bits", 4), quantization.get("group_size", 128)
     if bits != 4 or type(size) is not int or (size != -1 and size < 1):
         msg = f"the config says bits={bits!r} and group_size={size!r}, and AWQ has 4 bits and groups of inputs."
@@ -211,6 +220,12 @@ def _checked(
     else:
         layers = ((own[0, 0][0],),)
     biases = _biases(parameter, projection, layers, stored)
+    forms = {form.of(layer) for part in layers for layer in part}
+    if len(forms) > 1:
+        bits = ", ".join(sorted({f"{own.bits} bits in groups of {own.group_size}" for own in forms}))
+        msg = f"experts of {parameter!r} are packed in {bits}, and here all experts of a layer have the same."
+        raise UnsupportedError(msg)
+    [form] = forms
     made = StoredProjection(
         module=path,
         name=name,

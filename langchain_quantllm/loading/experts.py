@@ -1,4 +1,4 @@
-"""Mixtures of experts in bitsandbytes' schemes: the config with which transformers reads their experts."""
+"""bitsandbytes' schemes: the config with which transformers reads weights into nf4, and the experts of mixtures."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from langchain_quantllm.compat.transformers_expert_loading import (
+    NoExperts,
     missing_loading_api,
     reading_config,
     stored_reading_config,
@@ -32,7 +33,7 @@ _PACKED_EXPERT = re.compile(r"\.experts\.(.+\.qweight|\w+_blocks)$")
 
 
 def read_experts(checkpoint: Checkpoint, quantization_config: Any) -> Any:
-    """Let a reader of experts take part in loading, if the model is a mixture in a scheme of bitsandbytes.
+    """Let our reader take part in loading: of experts in a scheme of bitsandbytes, and of weights put into nf4.
 
     Args:
         checkpoint: The checkpoint; if it is quantized, its config is changed.
@@ -42,21 +43,22 @@ def read_experts(checkpoint: Checkpoint, quantization_config: Any) -> Any:
         The `quantization_config` for `from_pretrained`.
     """
     given = quantization_config if checkpoint.quantization is None else checkpoint.quantization
-    if given is None or not is_mixture(checkpoint.config):
-        return quantization_config
-    settings = dict(given if isinstance(given, Mapping) else given.to_dict())
-    scheme = scheme_of_config(settings)
-    if not isinstance(scheme, Int8 | NF4 | FP4):
+    settings = {} if given is None else dict(given if isinstance(given, Mapping) else given.to_dict())
+    scheme = scheme_of_config(settings) if settings else None
+    mixture, while_loading = is_mixture(checkpoint.config), checkpoint.quantization is None
+    refined = while_loading and isinstance(scheme, NF4) and scheme.least_error
+    if not isinstance(scheme, Int8 | NF4 | FP4) or not (mixture or refined):
         return quantization_config
     if (lacking := missing_loading_api()) is not None:
-        logger.warning("The experts are not quantized, because of transformers' version: %s.", lacking)
+        left = "The scales of nf4 are bitsandbytes' own" if refined else "The experts are not quantized"
+        logger.warning("%s, because of transformers' version: %s.", left, lacking)
         return quantization_config
-    if checkpoint.quantization is not None:
+    if not while_loading:
         reader = _reader(scheme, stored=has_packed_experts(checkpoint.quantization, checkpoint.stored))
         checkpoint.config.quantization_config = stored_reading_config(settings, reader)
         return None
     config = quantization_config_from(settings) if isinstance(given, Mapping) else given
-    return reading_config(config, _reader(scheme, stored=None))
+    return reading_config(config, _reader(scheme, stored=None) if mixture else NoExperts())
 
 
 def _reader(scheme: Int8 | NF4 | FP4, *, stored: bool | None) -> BitsAndBytesExperts:
@@ -68,7 +70,9 @@ def _reader(scheme: Int8 | NF4 | FP4, *, stored: bool | None) -> BitsAndBytesExp
         return BitsAndBytesExperts(bits=8, stored=stored)
     storage = getattr(torch, scheme.storage_dtype)
     nested = scheme.double_quantization
-    return BitsAndBytesExperts(bits=4, kind=scheme.name, nested=nested, stored=stored, storage=storage)
+    refined = isinstance(scheme, NF4) and scheme.least_error
+    options: dict[str, Any] = {"nested": nested, "stored": stored, "storage": storage, "least_error": refined}
+    return BitsAndBytesExperts(bits=4, kind=scheme.name, **options)
 
 
 def has_packed_experts(quantization: Mapping[str, Any] | None, stored: StoredTensors | None) -> bool:

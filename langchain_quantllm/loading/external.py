@@ -20,11 +20,12 @@ from langchain_quantllm.errors import CheckpointError, UnsupportedError
 from langchain_quantllm.loading.adapters import find_adapters
 from langchain_quantllm.loading.checkpoint import Checkpoint, check_task, explain, find_source, read_config
 from langchain_quantllm.loading.foreign_errors import as_checkpoint_error, reason_of
+from langchain_quantllm.loading.handles import get_or_make
 from langchain_quantllm.loading.hub import hub_options
 from langchain_quantllm.loading.parts import ModelParts
 from langchain_quantllm.loading.pipeline import load_tokenizer
 from langchain_quantllm.loading.processors import load_processor
-from langchain_quantllm.loading.registry import SharedModel, get_or_make
+from langchain_quantllm.loading.registry import SharedModel
 from langchain_quantllm.loading.sources import folder_of
 from langchain_quantllm.loading.spec import LoadSpec
 from langchain_quantllm.memory import MemoryReport

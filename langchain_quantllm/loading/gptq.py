@@ -28,6 +28,7 @@ from typing import Any
 
 from langchain_quantllm.compat.gptqmodel import BACKEND_PREFIX, backend_names, unsupported_reason
 from langchain_quantllm.compat.gptqmodel_import import gptqmodel_imported
+from langchain_quantllm.compat.gptqmodel_rules import checked_rules, rule_of, settings_of
 from langchain_quantllm.errors import (
     CheckpointError,
     InvalidOptionError,
@@ -43,6 +44,9 @@ FORMATS = ("gptq", "gptq_v2")
 
 _INT4_BACKENDS, _INT4_GROUP_SIZES = ("gptq_torch_aten", "gptq_torch_fused"), (32, 64, 128)
 """Kernels with torch's int4 product, and its group sizes on the CPU."""
+
+_INT4_OUTPUTS = 16
+"""What its number of outputs is a multiple of on the CPU. Source: `_convert_weight_to_int4pack_for_cpu` of torch."""
 
 _STANDARD_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _WEIGHT_SUFFIXES = (".safetensors.index.json", ".safetensors")
@@ -135,10 +139,9 @@ def _normalized(content: Mapping[str, Any], source: str) -> dict[str, Any]:
             f"use a checkpoint in the format {' or '.join(map(repr, FORMATS))}."
         )
         raise CheckpointError(msg)
-    for option, meaning in (("dynamic", "settings of single layers"), ("lm_head", "a quantized output head")):
-        if content.get(option):
-            msg = f"{option!r} in {source} asks for {meaning}, which transformers ignores while loading GPTQ."
-            raise CheckpointError(msg)
+    if content.get("lm_head"):
+        msg = f"'lm_head' in {source} asks for a quantized output head, which transformers ignores while loading GPTQ."
+        raise CheckpointError(msg)
     desc_act = bool(content.get("desc_act", False))
     config = {
         "quant_method": "gptq",
@@ -153,6 +156,8 @@ def _normalized(content: Mapping[str, Any], source: str) -> dict[str, Any]:
     for option in ("modules_in_block_to_quantize", "block_name_to_quantize", "backend"):
         if content.get(option):
             config[option] = content[option]
+    if content.get("dynamic"):
+        config["dynamic"] = checked_rules(content["dynamic"], source)
     return config
 
 
@@ -186,37 +191,43 @@ def _weights_name(file_names: Collection[str], content: Mapping[str, Any], confi
 # Layers.
 
 
-def read_layer_sizes(weight_files: Iterable[Path], config: Mapping[str, Any]) -> dict[str, int]:
-    """Read the number of inputs of each quantized layer, and check that its packing agrees with the config.
+def read_layer_sizes(weight_files: Iterable[Path], config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Read the sizes of each quantized layer, and check that its packing agrees with the config.
 
     Args:
         weight_files: All safetensors files of the checkpoint; only their headers are read.
         config: `GPTQCheckpoint.quantization_config`.
 
     Returns:
-        Name of each quantized layer → its in_features; empty if no layer is quantized.
+        Name of each quantized layer → its in_features and out_features; empty if no layer is quantized.
 
     Raises:
         CheckpointError: If a file is not a safetensors file, or a layer has other bits or groups.
     """
     shapes = {name: tensor.shape for path in weight_files for name, tensor in read_header(path).items()}
     sizes = {}
-    for key, (words, _) in ((k, v) for k, v in shapes.items() if k.endswith(".qweight") and len(v) == 2):
+    for key, (words, out_features) in ((k, v) for k, v in shapes.items() if k.endswith(".qweight") and len(v) == 2):
         layer = key.removesuffix(".qweight")
-        bits = config["bits"]
+        own = settings_of(config, layer)
+        if own is None:
+            msg = (
+                f"Layer {layer!r} is packed, but the rule {rule_of(config, layer)!r} of dynamic leaves it unquantized."
+            )
+            raise CheckpointError(msg)
+        bits = own["bits"]
         in_features = shapes[f"{layer}.g_idx"][0] if f"{layer}.g_idx" in shapes else words * 32 // bits
         if words * 32 != in_features * bits:
             msg = f"Layer {layer!r} is packed in {words * 32 / in_features:g} bits, but the config says bits={bits}."
             raise CheckpointError(msg)
-        size = in_features if config["group_size"] == -1 else config["group_size"]
+        size = in_features if own["group_size"] == -1 else own["group_size"]
         groups = shapes.get(f"{layer}.scales", [0])[0]
         if groups != -(-in_features // size):
             msg = (
                 f"Layer {layer!r} has {groups} groups of scales for in_features={in_features}, "
-                f"but the config says group_size={config['group_size']}."
+                f"but the config says group_size={own['group_size']}."
             )
             raise CheckpointError(msg)
-        sizes[layer] = in_features
+        sizes[layer] = (in_features, out_features)
     return sizes
 
 
@@ -227,7 +238,7 @@ def check_gptq(
     config: Mapping[str, Any],
     scheme: GPTQ,
     device_kind: str,
-    layer_sizes: Mapping[str, int] | None = None,
+    layer_sizes: Mapping[str, tuple[int, int]] | None = None,
 ) -> dict[str, Any]:
     """Check that a checkpoint can be loaded as a scheme, and choose its kernel, before any weight is read.
 
@@ -238,7 +249,7 @@ def check_gptq(
         layer_sizes: Result of `read_layer_sizes`; None if the weights are not on this machine.
 
     Returns:
-        The config with the kernel filled in as `backend`.
+        The config with the kernel filled in as `backend`, in its rules for single layers as well.
 
     Raises:
         CheckpointError: If the checkpoint has other bits than the scheme asks for.
@@ -252,18 +263,43 @@ def check_gptq(
             f"use bits={config['bits']}, bits=None, or another checkpoint."
         )
         raise CheckpointError(msg)
-    uneven, sizes = None, layer_sizes or {}
+    sizes: dict[str | None, dict[str, tuple[int, int]]] = {}
+    for name, size in (layer_sizes or {}).items():
+        sizes.setdefault(rule_of(config, name), {})[name] = size
+    rules = {
+        rule: own
+        if rule.startswith("-:")
+        else {**own, "backend": choose_kernel({**config, **own}, scheme, device_kind, sizes.get(rule, {}))}
+        for rule, own in (config.get("dynamic") or {}).items()
+    }
+    found = {**config, "backend": choose_kernel(config, scheme, device_kind, sizes.get(None, {}))}
+    return {**found, "dynamic": rules} if rules else found
+
+
+def choose_kernel(
+    config: Mapping[str, Any], scheme: GPTQ, device_kind: str, sizes: Mapping[str, tuple[int, int]]
+) -> str:
+    """Choose the kernel of the layers with the same settings; arguments and errors as of `check_gptq`."""
+    uneven = None
     if config["group_size"] != -1:  # the first layer whose last group is smaller than the others
-        uneven = next(((name, size) for name, size in sizes.items() if size % config["group_size"]), None)
+        uneven = next(((name, n) for name, (n, _) in sizes.items() if n % config["group_size"]), None)
+    odd = next(((name, n) for name, (_, n) in sizes.items() if n % _INT4_OUTPUTS), None)
     with gptqmodel_imported():
         backend = _backend(scheme.kernel)
         if backend == "auto":
-            fits = not any(size % 32 for size in sizes.values())
-            backend = _choose_backend(config, device_kind, uneven=uneven is not None, fits=fits)
+            fits = not any(inputs % 32 for inputs, _ in sizes.values())
+            shape = {"uneven": uneven is not None, "fits": fits, "odd": odd is not None}
+            backend = _choose_backend(config, device_kind, **shape)
         elif backend in _INT4_BACKENDS and device_kind == "cpu" and config["group_size"] not in _INT4_GROUP_SIZES:
             msg = (
                 f"Kernel {_short(backend)!r} takes group_size 32, 64 or 128 on the CPU, not {config['group_size']}; "
                 "use kernel 'torch' or 'auto'."
+            )
+            raise UnsupportedError(msg)
+        elif backend in _INT4_BACKENDS and device_kind == "cpu" and odd is not None:
+            msg = (
+                f"Kernel {_short(backend)!r} takes out_features that are multiples of {_INT4_OUTPUTS} on the CPU, not "
+                f"{odd[1]} of layer {odd[0]!r}; use kernel 'torch' or 'auto'."
             )
             raise UnsupportedError(msg)
         if uneven is not None and backend not in ("gptq_torch", "gptq_torch_int8"):
@@ -279,7 +315,7 @@ def check_gptq(
             f"group_size={config['group_size']}, sym={config['sym']}) on {device_kind}: {reason}; use kernel='auto'."
         )
         raise UnsupportedError(msg)
-    return {**config, "backend": backend}
+    return backend
 
 
 def _short(backend: str) -> str:
@@ -296,13 +332,13 @@ def _backend(kernel: str) -> str:
     return name if name == "auto" else BACKEND_PREFIX + name
 
 
-def _choose_backend(config: Mapping[str, Any], device_kind: str, *, uneven: bool, fits: bool) -> str:
+def _choose_backend(config: Mapping[str, Any], device_kind: str, *, uneven: bool, fits: bool, odd: bool) -> str:
     """Choose as gptqmodel does, except where its choice fails or is slow."""
     if uneven:
         return "gptq_torch"  # the others fail in the first forward pass
     if device_kind == "cpu":
-        if config["bits"] == 4 and config["group_size"] not in _INT4_GROUP_SIZES:
-            return "gptq_torch"  # gptqmodel would choose torch's int4 product, which fails for other group sizes
+        if config["bits"] == 4 and (odd or config["group_size"] not in _INT4_GROUP_SIZES):
+            return "gptq_torch"  # gptqmodel would choose torch's int4 product, which fails for other sizes
         if config["bits"] == 8 and config["group_size"] in (-1, 16, 32, 64, 128):
             # Ten times faster than 'torch', which gptqmodel prefers; both err like bfloat16 does.
             return "gptq_torch_int8"

@@ -34,6 +34,7 @@ from langchain_quantllm.loading.spec import LoadSpec
 from langchain_quantllm.loading.stored_tensors import INDEX, read_index
 from langchain_quantllm.loading.tokenizer_files import check_tokenizer_files
 from langchain_quantllm.memory import model_build_lock
+from langchain_quantllm.schemes import AWQ, GPTQ, scheme_of_config
 
 
 def load_pipeline(
@@ -152,13 +153,14 @@ def load_tokenizer(spec: LoadSpec, checkpoint: Checkpoint) -> Any:
 def _dtype(spec: LoadSpec, checkpoint: Checkpoint, device_map: Any) -> Any:
     """Return the dtype to load in.
 
-    On the CPU, GPTQ checkpoints are loaded in bfloat16: their own float16 is ten times slower in its kernels.
+    On the CPU, GPTQ and AWQ checkpoints are loaded in bfloat16: their own float16 is ten times slower in its kernels.
     """
     import torch
 
     if spec.dtype != "auto":
         return getattr(torch, spec.dtype)
-    if checkpoint.gptq is not None and devices_named(device_map, spec.max_memory)[:1] == ["cpu"]:
+    stored = checkpoint.quantization and scheme_of_config(checkpoint.quantization)
+    if isinstance(stored, GPTQ | AWQ) and devices_named(device_map, spec.max_memory)[:1] == ["cpu"]:
         return torch.bfloat16
     return "auto"
 

@@ -1,27 +1,25 @@
-"""Loading a model once for everybody who asks for it, and the registry of loaded models.
+"""Loading a model once for everybody who asks for it.
 
 `load` runs the checks, the measurements and the loading, in this order. `get_or_load` and `wrap_pipeline` share the
-result: one handle for each model in memory, which dies with the last object that holds the model.
+result by the handles of `loading.handles`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import sys
 import threading
-import uuid
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from langchain_quantllm.compat.bitsandbytes import import_quietly
 from langchain_quantllm.compat.gptqmodel import uncompile_gptq_model
 from langchain_quantllm.compat.gptqmodel_import import gptqmodel_imported
 from langchain_quantllm.compat.library_logging import without_torchao
+from langchain_quantllm.compat.optimum_layers import layers_by_rules
 from langchain_quantllm.compat.packages import check_packages, label_of
 from langchain_quantllm.engine.clean_thread import in_clean_thread
 from langchain_quantllm.engine.external.spec import ExternalEngine
@@ -29,6 +27,7 @@ from langchain_quantllm.engine.process import check_process, note_loading
 from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.loading.adapter_weights import load_adapters
 from langchain_quantllm.loading.adapters import check_adapters_fit, check_adapters_share, find_adapters
+from langchain_quantllm.loading.awq import read_awq_as_gptq
 from langchain_quantllm.loading.checkpoint import Checkpoint, find_checkpoint, find_source, warn_of_adapter
 from langchain_quantllm.loading.choices import check_attention, check_expert_layout, choose_dtype, reconcile
 from langchain_quantllm.loading.config_checks import check_parameters
@@ -42,6 +41,8 @@ from langchain_quantllm.loading.devices import (
 from langchain_quantllm.loading.experts import has_packed_experts
 from langchain_quantllm.loading.foreign_errors import as_checkpoint_error, reason_of
 from langchain_quantllm.loading.gptq import check_gptq, read_layer_sizes
+from langchain_quantllm.loading.handles import Handle, get_or_make, pipeline_handle
+from langchain_quantllm.loading.output_head import quantize_head
 from langchain_quantllm.loading.packed_experts import PackedExperts, find_packed_experts
 from langchain_quantllm.loading.parts import ModelParts
 from langchain_quantllm.loading.pipeline import load_pipeline
@@ -50,7 +51,9 @@ from langchain_quantllm.memory import (
     MemoryEstimate,
     MemoryReport,
     TrackedMemory,
+    check_8bit,
     check_fits,
+    check_head_dtype,
     estimate_config,
     memory_notes,
     take_snapshot,
@@ -58,7 +61,7 @@ from langchain_quantllm.memory import (
     weights_by_kind,
 )
 from langchain_quantllm.memory.experts import expert_counts, unquantized_reasons
-from langchain_quantllm.schemes import GPTQ, Prequantized, Scheme, Unquantized, scheme_of_config
+from langchain_quantllm.schemes import AWQ, GPTQ, Int8, Prequantized, Scheme, Unquantized, scheme_of_config
 
 
 class SharedModel:
@@ -79,7 +82,7 @@ class SharedModel:
         self.lock = threading.RLock()
         self.tokenizer_lock = threading.Lock()
         """Held while a tokenizer is used whose settings change during a call."""
-        self.handle: _Handle | None = None
+        self.handle: Handle | None = None
         """Its entry in the registry, kept alive by it."""
         self._remembered: dict[Any, Any] = {}
 
@@ -189,6 +192,7 @@ class LoadedModel(SharedModel):
         cached_tokens = engines.peak_cache_tokens if engines is not None else 0
         token_bytes = estimate.kv_cache_bytes_per_token if estimate is not None else None
         pipeline, grown_bytes = self.pipeline, 0
+        drafts = engines.drafts if engines is not None else ()
         if cached_tokens and pipeline is not None:
             grown_bytes = weights_by_kind(pipeline.model).total_bytes - self.weights.total_bytes
         now = take_snapshot(self.devices)
@@ -204,10 +208,12 @@ class LoadedModel(SharedModel):
             after_generating=now if cached_tokens else None,
             peak_generating=(peaks or None) if cached_tokens else None,
             bytes_16bit=estimate.bytes_16bit if estimate is not None else None,
-            kv_cache_bytes=cached_tokens * token_bytes if cached_tokens and token_bytes else None,
+            kv_cache_bytes=engines.peak_cache_bytes(token_bytes) if cached_tokens and token_bytes else None,
             kv_pool_bytes=engines.kv_cache_bytes if engines is not None else None,
             kv_resident_bytes=engines.kv_resident_bytes if engines is not None and cached_tokens else None,
             weights_grown_bytes=grown_bytes,
+            draft_weights_bytes=sum(draft.weights_bytes for draft in drafts) if drafts else None,
+            draft_kv_pool_bytes=sum(draft.kv_cache_bytes for draft in drafts) if drafts else None,
             notes=(*self._expert_notes(), *memory_notes(now, self.weights)),
         )
 
@@ -249,48 +255,6 @@ class LoadedModel(SharedModel):
         release_memory()
 
 
-_Model = TypeVar("_Model", bound=SharedModel)
-
-
-class _Handle:
-    """A model's entry in the registry: the lock of its loading, a name, and a weak reference to the model."""
-
-    def __init__(self) -> None:
-        self.name = f"pipeline-{uuid.uuid4().hex[:8]}"
-        self._lock = threading.Lock()
-        self._model: weakref.ref[Any] | None = None
-
-    def get(self, make: Callable[[], _Model]) -> _Model:
-        """Return the model; make it if there is none, or its weights were released."""
-        with self._lock:
-            model: _Model | None = None if self._model is None else self._model()
-            if model is None or model.closed:
-                model = make()
-                model.handle = self
-                self._model = weakref.ref(model)
-            return model
-
-
-_lock = threading.Lock()
-"""Lock of the tables of handles."""
-
-
-def _renew_lock() -> None:
-    """Make the lock anew in a forked process: another thread of the parent may have held it, for ever."""
-    global _lock
-    _lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
-
-_handles: weakref.WeakValueDictionary[str, _Handle] = weakref.WeakValueDictionary()
-"""Handles of models that this package loads, by `LoadSpec.key`. The loading thread and then the model hold a handle."""
-
-_pipeline_handles: weakref.WeakKeyDictionary[Any, _Handle] = weakref.WeakKeyDictionary()
-"""Handles of users' pipelines. A pipeline keeps its handle, and so its name, even while no model wraps it."""
-
-
 def get_or_load(spec: LoadSpec) -> LoadedModel:
     """Return the model of a spec; load it if it is not in memory.
 
@@ -307,21 +271,9 @@ def get_or_load(spec: LoadSpec) -> LoadedModel:
     return get_or_make(spec.key(), lambda: load(spec, source))
 
 
-def get_or_make(key: str, make: Callable[[], _Model]) -> _Model:
-    """Return the model of a key; make it if there is none.
-
-    Args:
-        key: Equal for models that are to be shared.
-        make: Makes the model.
-    """
-    with _lock:
-        handle = _handles.setdefault(key, _Handle())
-    return handle.get(make)
-
-
 def pipeline_name(pipeline: Any) -> str:
     """Return a name for a user's pipeline, the same at every call and unique in this process."""
-    return _pipeline_handle(pipeline).name
+    return pipeline_handle(pipeline).name
 
 
 def wrap_pipeline(pipeline: Any) -> LoadedModel:
@@ -341,12 +293,7 @@ def wrap_pipeline(pipeline: Any) -> LoadedModel:
             config = config.to_dict()
         return LoadedModel(pipeline, Unquantized() if config is None else scheme_of_config(config))
 
-    return _pipeline_handle(pipeline).get(wrap)
-
-
-def _pipeline_handle(pipeline: Any) -> _Handle:
-    with _lock:
-        return _pipeline_handles.setdefault(pipeline, _Handle())
+    return pipeline_handle(pipeline).get(wrap)
 
 
 @in_clean_thread
@@ -374,7 +321,7 @@ def load(spec: LoadSpec, source: str | None = None) -> LoadedModel:
 
 def _load(spec: LoadSpec, source: str | None) -> LoadedModel:
     source = find_source(spec) if source is None else source
-    check_packages(spec.scheme)
+    check_packages(spec.scheme if spec.lm_head_dtype == "auto" else Int8())
     import_quietly()
     adapters = find_adapters(spec)
     check_adapters_share(adapters)
@@ -390,7 +337,7 @@ def _load(spec: LoadSpec, source: str | None) -> LoadedModel:
     device_map = default_device_map(spec)
     devices = devices_named(device_map, spec.max_memory)
     quiet = contextlib.nullcontext() if isinstance(scheme, Prequantized) else without_torchao()
-    needs_gptqmodel = isinstance(scheme, GPTQ) or (isinstance(scheme, Prequantized) and scheme.method == "awq")
+    needs_gptqmodel = isinstance(scheme, GPTQ | AWQ) or (isinstance(scheme, Prequantized) and scheme.method == "awq")
     # gptqmodel is imported before the first measurement, and works only inside its block.
     with gptqmodel_imported() if needs_gptqmodel else contextlib.nullcontext(), quiet:
         if isinstance(scheme, GPTQ):
@@ -404,15 +351,23 @@ def _load(spec: LoadSpec, source: str | None) -> LoadedModel:
                 dtype=spec.dtype,
                 trust_remote_code=spec.trust_remote_code,
                 packed_experts=has_packed_experts(checkpoint.quantization, checkpoint.stored),
+                lm_head_dtype=spec.lm_head_dtype,
             )
         if estimate is not None:
             if checkpoint.stored is not None:
                 check_parameters(estimate, checkpoint.stored, quantized=checkpoint.quantization is not None)
+            check_8bit(spec.kv_cache_dtype, estimate.no_8bit_cache_reason)
+            check_head_dtype(spec.lm_head_dtype, estimate.no_int8_head_reason)
             check_fits(estimate, devices, max_memory=spec.max_memory)
         with track_memory([d for d in devices if d != "cpu"]) as tracked:
-            pipeline = load_pipeline(spec, checkpoint, quantization_config, device_map, experts)
-            if isinstance(scheme, GPTQ):
+            if isinstance(scheme, AWQ):
+                read_awq_as_gptq(checkpoint, scheme, devices[0].partition(":")[0] if devices else "cpu")
+            with layers_by_rules(getattr(checkpoint.config, "quantization_config", None)):
+                pipeline = load_pipeline(spec, checkpoint, quantization_config, device_map, experts)
+            if isinstance(scheme, GPTQ | AWQ):
                 uncompile_gptq_model(pipeline.model)
+            if spec.lm_head_dtype == "int8":
+                quantize_head(pipeline.model, is_checked=estimate is not None)
             load_adapters(pipeline.model, adapters, spec)
             # Quantizing leaves freed memory several times the size of the weights cached.
             release_memory(collect=False)

@@ -17,6 +17,7 @@ from typing import Any
 from langchain_quantllm.compat.transformers_quantizers import quantization_config_from
 from langchain_quantllm.errors import InvalidOptionError, nearest
 from langchain_quantllm.loading.sources import folder_of, stored_quantization
+from langchain_quantllm.memory.output_head import check_head_dtype
 from langchain_quantllm.options import BASE_ADAPTER
 from langchain_quantllm.schemes import (
     BITSANDBYTES_OPTIONS,
@@ -55,8 +56,10 @@ class LoadSpec:
         local_files_only: True never asks the Hub, False always does; None does where files are missing here.
         progress: Show the progress of loading.
         model_kwargs: Further keyword arguments of `from_pretrained`.
+        lm_head_dtype: `"auto"`, or `"int8"` for an output head in 8 bits.
         adapters: Folder or repository of each peft adapter, by its name.
         adapter: Name of the default adapter, or `"base"`; it does not tell models apart.
+        kv_cache_dtype: Dtype of the KV cache of the object that loads; it does not tell models apart.
         task: `"text"` for a model that continues text, `"speech"` for one that writes down speech.
 
     Raises:
@@ -78,8 +81,10 @@ class LoadSpec:
     local_files_only: bool | None = None
     progress: bool = True
     model_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    lm_head_dtype: str = "auto"
     adapters: Mapping[str, str] = field(default_factory=dict, hash=False)
     adapter: str = field(default=BASE_ADAPTER, compare=False)
+    kv_cache_dtype: str = field(default="auto", compare=False)
     task: str = "text"
 
     def __post_init__(self) -> None:
@@ -100,6 +105,7 @@ class LoadSpec:
             if value not in allowed:
                 msg = f"{name}={value!r} is not known{nearest(str(value), [known for known in allowed if known])}"
                 raise InvalidOptionError(msg)
+        check_head_dtype(self.lm_head_dtype)
         _check_quantization_config(self.quantization_config)
         if self.max_memory is not None and not isinstance(self.max_memory, Mapping):
             msg = f"max_memory={self.max_memory!r} is not a dict; name the devices, {{0: '10GiB', 'cpu': '30GiB'}}."
@@ -131,6 +137,7 @@ class LoadSpec:
                 "trust_remote_code": self.trust_remote_code,
                 "use_safetensors": self.use_safetensors,
                 "model_kwargs": dict(self.model_kwargs),
+                "lm_head_dtype": self.lm_head_dtype,
                 "adapters": {name: folder_of(source) or source for name, source in self.adapters.items()},
                 "task": self.task,
             },

@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from langchain_quantllm.memory.budget import check_cache_budget, check_fits
+from langchain_quantllm.memory.cache_dtype import CACHE_DTYPES, check_8bit, check_cache_dtype, no_8bit_reason
 from langchain_quantllm.memory.display import format_bytes
 from langchain_quantllm.memory.estimate import MemoryEstimate, estimate_config, model_build_lock
 from langchain_quantllm.memory.measure import (
@@ -14,6 +15,7 @@ from langchain_quantllm.memory.measure import (
     release_heap,
     take_snapshot,
 )
+from langchain_quantllm.memory.output_head import check_head_dtype
 from langchain_quantllm.memory.report import MemoryReport, TrackedMemory, memory_notes, track_memory
 from langchain_quantllm.memory.weights import WeightBytes, weights_by_kind
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     estimate_memory: Callable[..., MemoryEstimate]
 
 __all__ = [
+    "CACHE_DTYPES",
     "AcceleratorReading",
     "CpuReading",
     "MemoryEstimate",
@@ -31,13 +34,17 @@ __all__ = [
     "TrackedMemory",
     "WeightBytes",
     "available_memory",
+    "check_8bit",
     "check_cache_budget",
+    "check_cache_dtype",
     "check_fits",
+    "check_head_dtype",
     "estimate_config",
     "estimate_memory",
     "format_bytes",
     "memory_notes",
     "model_build_lock",
+    "no_8bit_reason",
     "release_heap",
     "take_snapshot",
     "track_memory",

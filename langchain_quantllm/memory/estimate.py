@@ -26,6 +26,8 @@ from langchain_quantllm.errors import (
     first_line,
     nearest,
 )
+from langchain_quantllm.memory.cache_dtype import SCALE_BYTES, check_8bit, check_cache_dtype, no_8bit_reason
+from langchain_quantllm.memory.output_head import no_int8_head_reason
 from langchain_quantllm.memory.weights import WeightBytes, weight_bytes
 from langchain_quantllm.schemes import (
     FLOAT_DTYPES,
@@ -69,17 +71,22 @@ class MemoryEstimate:
     Args:
         model_id: Hub id or folder; the model type where a config was given.
         scheme: How the weights are held.
-        dtype: Name of the dtype of the rest of the model and of the KV cache.
+        dtype: Name of the dtype of the rest of the model, and of the KV cache if `kv_cache_dtype` is `"auto"`.
         parameters: Number of parameters, tied ones once, as in the unquantized model.
         weights: Bytes by kind.
         bytes_16bit: Bytes of the same model unquantized in 16 bits.
+        kv_cache_dtype: `"auto"`, `"fp8"` or `"int8"`; the bytes of the KV cache are those of this one.
         kv_cache_bytes_per_token: Bytes that one token of one sequence adds to the KV cache; None where the
             model's forward does not run on the meta device. Layers with a state of fixed size add nothing.
         sliding_bytes_per_token: The part of it in layers with a sliding window.
         sliding_window_tokens: Tokens that these layers keep; None without such layers.
         context_tokens: Longest sequence that the config allows; None if it says nothing.
+        no_8bit_cache_reason: Why its KV cache cannot be in 8 bits; None if it can, or if nothing is known.
+        lm_head_dtype: `"auto"`, or `"int8"` if the output head is counted in 8 bits.
+        no_int8_head_reason: Why its output head cannot be in int8, where that is asked for; None if it can.
         bytes_by_scheme: Total bytes under each scheme of `SCHEMES` that needs no calibration; empty for a
             checkpoint that is already quantized.
+        draft: The estimate of a draft model beside it; None without one.
     """
 
     model_id: str
@@ -92,7 +99,12 @@ class MemoryEstimate:
     sliding_bytes_per_token: int = 0
     sliding_window_tokens: int | None = None
     context_tokens: int | None = None
+    kv_cache_dtype: str = "auto"
+    no_8bit_cache_reason: str | None = field(default=None, repr=False)
+    lm_head_dtype: str = "auto"
+    no_int8_head_reason: str | None = field(default=None, repr=False)
     bytes_by_scheme: Mapping[str, int] = field(default_factory=dict, repr=False, hash=False)
+    draft: MemoryEstimate | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -122,8 +134,12 @@ class MemoryEstimate:
         return batch * (full_bytes_per_token * tokens + self.sliding_bytes_per_token * kept)
 
     def total_with_cache_bytes(self, tokens: int, batch: int = 1) -> int:
-        """Compute the bytes of the weights and of a KV cache of `batch` sequences of `tokens` tokens each."""
-        return self.total_bytes + self.kv_cache_bytes(tokens, batch)
+        """Compute the bytes of the weights and of a KV cache of `batch` sequences of `tokens` tokens each.
+
+        With a draft model, its weights and its own KV cache of the same tokens are among them.
+        """
+        beside = 0 if self.draft is None else self.draft.total_with_cache_bytes(tokens, batch)
+        return self.total_bytes + self.kv_cache_bytes(tokens, batch) + beside
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as a dict of JSON values."""
@@ -133,6 +149,7 @@ class MemoryEstimate:
             "weights": self.weights.to_dict(),
             "saving": self.saving,
             "bytes_by_scheme": dict(self.bytes_by_scheme),
+            "draft": None if self.draft is None else self.draft.to_dict(),
         }
 
 
@@ -145,6 +162,8 @@ def estimate_config(
     trust_remote_code: bool = False,
     make: Callable[..., PreTrainedModel] | None = None,
     packed_experts: bool = True,
+    kv_cache_dtype: str = "auto",
+    lm_head_dtype: str = "auto",
 ) -> MemoryEstimate:
     """Compute the memory of the model that a config describes.
 
@@ -156,6 +175,8 @@ def estimate_config(
         trust_remote_code: Run Python code that comes with the checkpoint.
         make: Makes the model of the config if it is an encoder, which has no KV cache; None makes a language model.
         packed_experts: Whether a checkpoint that is quantized has the experts of a mixture quantized too.
+        kv_cache_dtype: As `estimate_memory` takes it.
+        lm_head_dtype: As `estimate_memory` takes it; not carried out for a model that cannot have it.
 
     Raises:
         InvalidOptionError: If the scheme or the dtype is unknown.
@@ -164,6 +185,7 @@ def estimate_config(
             format has no known formula; or the scheme is for models of other types.
     """
     asked = scheme_from(scheme)
+    check_cache_dtype(kv_cache_dtype)
     name = name or config.name_or_path or config.model_type
     config = copy.deepcopy(config)
     options = _pop_quantization(config)
@@ -178,17 +200,25 @@ def estimate_config(
     model = build_on_meta(config, torch_dtype, trust_remote_code, name, make)
     others = {} if options else {label: s for label, s in SCHEMES.items() if not s.calibrated}
     unquantized = weight_bytes(model, Unquantized(), torch_dtype)
+    head: dict[str, Any] = {"int8_head": lm_head_dtype == "int8"}
     parameters = sum(p.numel() for p in model.parameters())
+    cache: dict[str, Any] = {"kv_cache_bytes_per_token": 0}
+    if make is None:
+        cache = _cache_bytes(model, kv_cache_dtype)
+        check_8bit(kv_cache_dtype, cache.get("no_8bit_cache_reason"))
     return MemoryEstimate(
         model_id=name,
         scheme=used,
         dtype=str(torch_dtype).removeprefix("torch."),
         parameters=parameters,
-        weights=weight_bytes(model, used, torch_dtype, options, packed_experts=packed_experts),
+        weights=weight_bytes(model, used, torch_dtype, options, packed_experts=packed_experts, **head),
         bytes_16bit=2 * parameters + unquantized.buffers_bytes,
         context_tokens=context_tokens,
-        bytes_by_scheme={label: weight_bytes(model, s, torch_dtype).total_bytes for label, s in others.items()},
-        **(_cache_bytes(model) if make is None else {"kv_cache_bytes_per_token": 0}),
+        bytes_by_scheme={label: weight_bytes(model, s, torch_dtype, **head).total_bytes for label, s in others.items()},
+        kv_cache_dtype=kv_cache_dtype,
+        lm_head_dtype=lm_head_dtype,
+        no_int8_head_reason=no_int8_head_reason(model) if lm_head_dtype == "int8" else None,
+        **cache,
     )
 
 
@@ -279,7 +309,7 @@ def build_on_meta(
         raise UnsupportedError(msg) from error
 
 
-def _cache_bytes(model: PreTrainedModel) -> dict[str, Any]:
+def _cache_bytes(model: PreTrainedModel, cache_dtype: str) -> dict[str, Any]:
     """Run one token through the model on the meta device, and measure its KV cache.
 
     Unlike a formula over the config, this is right for grouped heads, compressed latents, sliding windows and shared
@@ -302,9 +332,17 @@ def _cache_bytes(model: PreTrainedModel) -> dict[str, Any]:
     if layers is None:
         return {"kv_cache_bytes_per_token": None}
     total_bytes, sliding_bytes, window_tokens = 0, 0, None
+    heads, has_latents, has_indexers = [], False, False
+    rank = getattr(model.config.get_text_config(decoder=True), "kv_lora_rank", None)
     for layer in layers:
-        tensors = (getattr(layer, "keys", None), getattr(layer, "values", None), index_keys_of(layer))
-        size_bytes = sum(t.nbytes for t in tensors if t is not None)
+        keys, values, of_index = getattr(layer, "keys", None), getattr(layer, "values", None), index_keys_of(layer)
+        size_bytes = sum(t.nbytes for t in (keys, values, of_index) if t is not None)
+        if keys is not None and values is not None and keys.numel():
+            heads.append((keys.shape[-1], values.shape[-1]))
+            has_latents |= keys.shape[1] == 1 and keys.shape[-1] == rank
+            has_indexers |= of_index is not None
+            if cache_dtype != "auto":
+                size_bytes = keys.numel() + values.numel() + SCALE_BYTES * keys.shape[1]
         total_bytes += size_bytes
         if size_bytes and getattr(layer, "is_sliding", False):
             sliding_bytes += size_bytes
@@ -313,4 +351,5 @@ def _cache_bytes(model: PreTrainedModel) -> dict[str, Any]:
         "kv_cache_bytes_per_token": total_bytes,
         "sliding_bytes_per_token": sliding_bytes,
         "sliding_window_tokens": window_tokens,
+        "no_8bit_cache_reason": no_8bit_reason(heads, has_latents=has_latents, has_indexers=has_indexers),
     }

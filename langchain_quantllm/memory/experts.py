@@ -10,9 +10,10 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from langchain_quantllm.compat.gptqmodel_rules import settings_of
 from langchain_quantllm.compat.transformers_experts import Projection, is_experts, projections, unsupported_experts
 from langchain_quantllm.compat.transformers_quantizers import replaced_by_bitsandbytes
-from langchain_quantllm.schemes import FP4, GPTQ, MXFP4, NF4, Int8, Scheme
+from langchain_quantllm.schemes import AWQ, FP4, GPTQ, MXFP4, NF4, Int8, Scheme
 
 if TYPE_CHECKING:
     import torch
@@ -99,12 +100,13 @@ def quantized_projections(
 ) -> dict[str, tuple[int, ...]]:
     """Find the parameters of experts that a scheme quantizes: the bytes of the tensors in the place of each."""
     experts = {path: found for path, module in model.named_modules() if (found := projections(module))}
-    if isinstance(scheme, GPTQ):
-        bits, group_size = scheme.bits or options.get("bits") or 4, options.get("group_size", 128)
+    if isinstance(scheme, GPTQ | AWQ):
+        usual = {"bits": scheme.mean_bits or 4, "group_size": scheme.group_size or 128, **options}
+        packed = {(path, name): settings_of(usual, f"{path}.0.{name}") for path in experts for name in experts[path]}
         return {
-            f"{path}.{name}": _gptq_bytes(projection, bits, group_size)
-            for path, found in experts.items()
-            for name, projection in found.items()
+            f"{path}.{name}": _gptq_bytes(experts[path][name], own["bits"], own.get("group_size", 128))
+            for (path, name), own in packed.items()
+            if own is not None
         }
     if isinstance(scheme, MXFP4):
         return {f"{path}.{name}": _mxfp4_bytes(p) for path, found in experts.items() for name, p in found.items()}
@@ -146,12 +148,12 @@ def _mxfp4_bytes(projection: Projection) -> tuple[int, ...]:
     return projection.elements // 2, projection.elements // 32
 
 
-def _gptq_bytes(projection: Projection, bits: int, group_size: int) -> tuple[int, ...]:
+def _gptq_bytes(projection: Projection, bits: float, group_size: int) -> tuple[int, ...]:
     """Compute the bytes of the weights of one projection of all experts, quantized by GPTQ.
 
     Args:
         projection: The projection.
-        bits: Bits of a weight.
+        bits: Bits of a weight; a mean where they differ by layer.
         group_size: Inputs that share a scale; -1 for all.
     """
     experts, outputs, inputs = projection.experts, projection.out_features, projection.in_features

@@ -217,6 +217,8 @@ class MemoryReport(_Report):
         kv_pool_bytes: Bytes reserved for the KV cache; None where it grows on demand.
         kv_resident_bytes: The part of these in main memory, which grows as the cache is written; None where unknown.
         weights_grown_bytes: Growth of the weights since loading, as where a CPU's kernels repack them.
+        draft_weights_bytes: Bytes of the weights of draft models that propose tokens to it; None without any.
+        draft_kv_pool_bytes: Bytes reserved for their KV caches.
         notes: Limits of the numbers, from `memory_notes`.
     """
 
@@ -234,6 +236,8 @@ class MemoryReport(_Report):
     kv_pool_bytes: int | None = None
     kv_resident_bytes: int | None = None
     weights_grown_bytes: int = 0
+    draft_weights_bytes: int | None = None
+    draft_kv_pool_bytes: int | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -329,6 +333,10 @@ class MemoryReport(_Report):
         if self.kv_cache_bytes is not None:
             pool = f" of {format_bytes(self.kv_pool_bytes)} set aside for it" if self.kv_pool_bytes else ""
             lines.append(f"KV cache at its largest: {format_bytes(self.kv_cache_bytes)}{pool}.")
+        if self.draft_weights_bytes is not None:
+            sizes_of_draft = (self.draft_weights_bytes, self.draft_kv_pool_bytes or 0)
+            weights, pool = map(format_bytes, sizes_of_draft)
+            lines.append(f"Draft model, beside these: {weights} of weights, {pool} set aside for its KV cache.")
         if (growth := self.anonymous_growth) is not None:
             names = {"kv_cache": "KV cache", "weights": "repacked weights", "workspace": "workspace"}
             signed = [(growth[key], name) for key, name in names.items() if growth[key]]

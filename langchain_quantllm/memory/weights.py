@@ -6,6 +6,7 @@ reads no weights.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,10 +14,16 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from langchain_quantllm.compat.bitsandbytes import is_quantized, is_state, shape_of, states_of
-from langchain_quantllm.compat.transformers_quantizers import float32_patterns, replaced_by_bitsandbytes
+from langchain_quantllm.compat.gptqmodel_rules import settings_of
+from langchain_quantllm.compat.transformers_quantizers import (
+    float32_patterns,
+    replaced_by_awq,
+    replaced_by_bitsandbytes,
+)
 from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.memory.experts import expert_counts, expert_modules, quantized_projections
-from langchain_quantllm.schemes import FP4, GPTQ, MXFP4, NF4, Int8, Scheme, Unquantized
+from langchain_quantllm.memory.output_head import head_bytes, head_of
+from langchain_quantllm.schemes import AWQ, FP4, GPTQ, MXFP4, NF4, Int8, Scheme, Unquantized
 
 if TYPE_CHECKING:
     import torch
@@ -182,6 +189,7 @@ def weight_bytes(
     options: Mapping[str, Any] | None = None,
     *,
     packed_experts: bool = True,
+    int8_head: bool = False,
 ) -> WeightBytes:
     """Compute the weights of a model as it will be loaded under a scheme.
 
@@ -191,6 +199,7 @@ def weight_bytes(
         dtype: The dtype that the rest of the model is loaded in.
         options: The checkpoint's `quantization_config`, for what the scheme does not say (`group_size`).
         packed_experts: Whether the scheme quantizes the experts of a mixture too.
+        int8_head: Whether the output head is in int8, whatever the scheme.
 
     Returns:
         Bytes by kind, tied weights counted once.
@@ -198,7 +207,9 @@ def weight_bytes(
     Raises:
         UnsupportedError: If no formula is known for the scheme, or GPTQ finds no block of layers.
     """
-    return _sum_by_kind(_computed_sizes(model, scheme, dtype, options or {}, packed_experts))
+    head = head_of(model) if int8_head else None
+    sizes = _computed_sizes(model, scheme, dtype, options or {}, packed_experts, head)
+    return _sum_by_kind(itertools.chain(sizes, (("quantized", size) for size in (head_bytes(head) if head else ()))))
 
 
 def parameter_counts(model: PreTrainedModel) -> tuple[int, int]:
@@ -215,9 +226,14 @@ def expert_parameters(model: PreTrainedModel) -> int:
 
 
 def _computed_sizes(
-    model: PreTrainedModel, scheme: Scheme, dtype: torch.dtype, options: Mapping[str, Any], packed_experts: bool
+    model: PreTrainedModel,
+    scheme: Scheme,
+    dtype: torch.dtype,
+    options: Mapping[str, Any],
+    packed_experts: bool,
+    left_out: torch.nn.Linear | None,
 ) -> Iterator[tuple[Kind, int]]:
-    """Yield (kind, bytes) of every tensor of the loaded model."""
+    """Yield (kind, bytes) of every tensor of the loaded model but one layer's own weight."""
     quantized = _quantized_linears(model, scheme, options)
     packed = quantized_projections(model, scheme, options) if packed_experts else {}
     kept_in_float32 = _float32_pattern(model, dtype)
@@ -228,15 +244,17 @@ def _computed_sizes(
         owned: tuple[tuple[Kind, Any], ...] = (("unquantized", module._parameters), ("buffers", module._buffers))
         for kind, tensors in owned:
             for name, tensor in tensors.items():
-                if tensor is None or id(tensor) in seen:
+                if tensor is None or id(tensor) in seen or (module is left_out and name == "weight"):
                     continue
                 seen.add(id(tensor))
                 own: Kind = "experts" if module in experts else kind
                 if features is not None and name == "weight":
-                    yield from (("quantized", size_bytes) for size_bytes in _linear_bytes(scheme, *features, options))
+                    own_options = settings_of(options, path) or options
+                    sizes = _linear_bytes(scheme, *features, own_options)
+                    yield from (("quantized", size_bytes) for size_bytes in sizes)
                     continue
-                if (sizes := packed.get(f"{path}.{name}")) is not None:
-                    yield from ((own, size_bytes) for size_bytes in sizes)
+                if (stacked := packed.get(f"{path}.{name}")) is not None:
+                    yield from ((own, size_bytes) for size_bytes in stacked)
                     continue
                 float32 = tensor.is_floating_point() and kept_in_float32 and kept_in_float32.search(f"{path}.{name}")
                 yield own, 4 * tensor.numel() if float32 else tensor.nbytes
@@ -274,10 +292,14 @@ def _quantized_linears(
             )
             raise UnsupportedError(msg)
         kept = tuple(name for group in options.get("modules_in_block_to_quantize") or () for name in group)
-        return {p: f for p, f in linears.items() if p.startswith(block) and (not kept or p.endswith(kept))}
+        found = {p: f for p, f in linears.items() if p.startswith(block) and (not kept or p.endswith(kept))}
+        return {p: f for p, f in found.items() if settings_of(options, p) is not None}
     if isinstance(scheme, Int8 | NF4 | FP4):
         skipped = scheme.transformers_config("bfloat16").llm_int8_skip_modules
         replaced = replaced_by_bitsandbytes(model, linears, skipped)
+        return {path: features for path, features in linears.items() if path in replaced}
+    if isinstance(scheme, AWQ):
+        replaced = replaced_by_awq(model, linears, options.get("modules_to_not_convert"))
         return {path: features for path, features in linears.items() if path in replaced}
     method = getattr(scheme, "method", "") or scheme.name
     msg = f"The memory of a checkpoint in format {method!r} cannot be estimated; load it and read its memory report."
@@ -300,7 +322,7 @@ def _linears(model: PreTrainedModel) -> Iterator[tuple[str, tuple[int, int]]]:
 def _linear_bytes(scheme: Scheme, in_features: int, out_features: int, options: Mapping[str, Any]) -> tuple[int, ...]:
     """Compute the bytes of the tensors of one quantized weight: packed weight, then scales, codes and zero points.
 
-    For GPTQ, `options` is the checkpoint's `quantization_config`; 4 bits and groups of 128 by default.
+    For GPTQ and AWQ, `options` is the checkpoint's `quantization_config`; 4 bits and groups of 128 by default.
 
     Source: `Int8Params._quantize` (bitsandbytes/nn/modules.py), `quantize_4bit` and `quantize_blockwise`
     (bitsandbytes/functional.py), `GPTQQuantLinear` (gptqmodel/nn_modules/qlinear/__init__.py).
@@ -308,12 +330,17 @@ def _linear_bytes(scheme: Scheme, in_features: int, out_features: int, options: 
     if isinstance(scheme, Int8):
         return in_features * out_features, 4 * out_features  # int8 rows, float32 scale per row (SCB)
     if isinstance(scheme, GPTQ):
-        bits = scheme.bits or options.get("bits") or 4
+        bits = options.get("bits") or scheme.mean_bits or 4
         group_size = options.get("group_size", 128)
         groups = 1 if group_size == -1 else math.ceil(in_features / group_size)
         packed_rows, packed_columns = math.ceil(in_features * bits / 32), math.ceil(out_features * bits / 32)
         # qweight, qzeros (int32), scales (float16), g_idx (int32)
         return 4 * packed_rows * out_features, 4 * groups * packed_columns, 2 * groups * out_features, 4 * in_features
+    if isinstance(scheme, AWQ):
+        group_size = scheme.group_size or 128
+        groups = 1 if group_size == -1 else math.ceil(in_features / group_size)
+        # qweight, qzeros (int32), scales (float16), and the g_idx (int32) of a layer of GPTQ, which loading makes of it
+        return in_features * out_features // 2, groups * out_features // 2, 2 * groups * out_features, 4 * in_features
     assert isinstance(scheme, NF4 | FP4)  # _quantized_linears refuses all others
     weights = in_features * out_features
     blocks = math.ceil(weights / 64)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,29 +14,19 @@ from langchain_quantllm.compat.bitsandbytes import import_quietly
 from langchain_quantllm.compat.library_logging import without_torchao
 from langchain_quantllm.compat.packages import check_packages, label_of
 from langchain_quantllm.engine.clean_thread import in_clean_thread
-from langchain_quantllm.errors import CheckpointError, InvalidOptionError, UnsupportedError, first_line
-from langchain_quantllm.loading.checkpoint import Checkpoint, find_checkpoint, find_source, reads_text
-from langchain_quantllm.loading.devices import default_device_map, release_memory
-from langchain_quantllm.loading.registry import load
+from langchain_quantllm.errors import CheckpointError, InvalidOptionError
+from langchain_quantllm.loading.checkpoint import Checkpoint, find_checkpoint, find_source
+from langchain_quantllm.loading.devices import release_memory
 from langchain_quantllm.loading.sources import check_sources
 from langchain_quantllm.loading.spec import LoadSpec
-from langchain_quantllm.memory import estimate_config
-from langchain_quantllm.memory.weights import expert_parameters, parameter_counts
-from langchain_quantllm.quantization.calibration import Calibration, calibration_from, read_texts, sequences
-from langchain_quantllm.quantization.gptq import SHARD, GPTQRun, Progress, check_layers
-from langchain_quantllm.quantization.journal import ENDING, Journal
-from langchain_quantllm.quantization.mxfp4 import check_mxfp4, pack_mxfp4
-from langchain_quantllm.quantization.output_dir import OutputDir, claim_output
-from langchain_quantllm.quantization.saving import check_reopened, expected_logits, save_checkpoint, stored_weights
-from langchain_quantllm.schemes import GPTQ, MXFP4, SCHEMES, Prequantized, Scheme, Unquantized, scheme_from
-
-logger = logging.getLogger(__name__)
-
-DAMPING = 0.01
-"""Number added to the diagonal of GPTQ's statistics, as a share of its mean. Source: section 3.3 of the paper."""
-
-_NAMED = 8
-"""Experts that a warning names."""
+from langchain_quantllm.quantization.calibration import Calibration
+from langchain_quantllm.quantization.distill import Distillation
+from langchain_quantllm.quantization.gptq import Progress
+from langchain_quantllm.quantization.gptq_options import DAMPING, gptq_options
+from langchain_quantllm.quantization.journal import ENDING
+from langchain_quantllm.quantization.output_dir import claim_output
+from langchain_quantllm.quantization.writers import write_by_block, write_loaded
+from langchain_quantllm.schemes import AWQ, GPTQ, MXFP4, SCHEMES, Prequantized, Scheme, Unquantized, scheme_from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +43,13 @@ class QuantizedCheckpoint:
         resumed_blocks: Number of blocks that came from an earlier run.
         quantized_share: Share of the model's parameters that are quantized, from 0 to 1. Embeddings, the output head
             and norms stay as they are, and so do routers and shared gates of a mixture of experts.
+        mean_bits: Bits of a weight of GPTQ on average, without scales and zero points.
+        calibration_distance: How far `for_texts` is from the calibration: about 1 if it is alike, far from 1.5 on; None
+            if there was no such sample.
         rare_experts: Experts of a mixture that fewer tokens of GPTQ's calibration reached than an expert has inputs,
             with how many; other tokens of their layer stood in for the rest.
+        left_out_layers: Names inside a block of layers that GPTQ's and AWQ's formats cannot hold, such as a gate with
+            one output; they stay unquantized, without having been named in `skip_modules`.
     """
 
     folder: Path
@@ -67,16 +60,22 @@ class QuantizedCheckpoint:
     calibration_tokens: int = 0
     resumed_blocks: int = 0
     quantized_share: float = 0.0
+    mean_bits: float = 0.0
+    calibration_distance: float | None = None
     rare_experts: Mapping[str, int] = field(default_factory=dict)
+    left_out_layers: tuple[str, ...] = ()
 
 
 @in_clean_thread
 def quantize(
     model_id: str | os.PathLike[str],
     scheme: str | Mapping[str, Any] | Scheme,
-    calibration: Calibration | str | os.PathLike[str] | Sequence[str] | None = None,
+    calibration: Calibration | str | os.PathLike[str] | Sequence[Any] | None = None,
     output: str | os.PathLike[str] | None = None,
     *,
+    method: str = "gptq",
+    distill: Distillation | bool | None = None,
+    for_texts: Calibration | str | os.PathLike[str] | Sequence[Any] | None = None,
     skip_modules: Sequence[str] = (),
     damping: float = DAMPING,
     device: str | None = None,
@@ -102,11 +101,22 @@ def quantize(
 
     Args:
         model_id: A folder, or the name of a repository on the Hub, with an unquantized decoder-only model.
-        scheme: `"gptq"` or `GPTQ(bits=..., group_size=..., sym=..., desc_act=...)`; `"int8"`, `"nf4"`, `"nf4-double"`,
-            `"fp4"`, `"fp4-double"`, or such a scheme with its options; `"mxfp4"` for gpt-oss.
-        calibration: For GPTQ: a `Calibration`, or its source: texts, a file, a data set's name, `"none"` for rounding
-            to nearest; None is the text that comes with the package. It is not written into the checkpoint.
+        scheme: `"gptq"` or `GPTQ(bits=..., group_size=..., sym=..., desc_act=...)`, where `bits="auto:4.25"` chooses
+            the bits of each layer by the calibration; `"awq"` or `AWQ(group_size=...)`, for which all else holds that
+            is said of GPTQ, as its format holds the same codes; `"int8"`, `"nf4"`, `"nf4-double"`, `"fp4"`,
+            `"fp4-double"`, or such a scheme with its options; `"mxfp4"` for gpt-oss.
+        calibration: For GPTQ: a `Calibration`, or its source: texts, conversations, documents, traced runs, a file, a
+            data set's name, a mix, `"none"` for rounding to nearest; None is the text that comes with the package. It
+            is not written into the checkpoint.
         output: Folder to write; None is one in the current folder, named after model and scheme.
+        method: For GPTQ's format: `"gptq"` rounds by the calibration; `"autoround"` also trains scales and codes of
+            each block afterwards, until it computes as the unquantized one; `"rtn"` rounds each weight to nearest, with
+            scales of least squared error, and takes no calibration.
+        distill: For GPTQ: train the scales after rounding, so that the whole model predicts the calibration as it did
+            before; True, or a `Distillation` with options. The model must fit on the device as a whole, with what
+            training needs. Bits, format and speed stay the same.
+        for_texts: For GPTQ: a sample of what the model will be asked, from the same sources as a calibration. A warning
+            says if the calibration is far from it, before the long work starts.
         skip_modules: For GPTQ: endings of the names of layers that stay unquantized, such as `"mlp.down_proj"`.
         damping: For GPTQ: added to the diagonal of the statistics, as a share of its mean.
         device: Device that computes: `"cpu"`, `"cuda"`, `"cuda:1"`; None is the first accelerator, else the CPU.
@@ -135,8 +145,16 @@ def quantize(
     """
     began = time.perf_counter()
     wanted = _wanted(scheme)
-    is_gptq, in_place = isinstance(wanted, GPTQ), isinstance(wanted, GPTQ | MXFP4)
-    _check_gptq_options(wanted, calibration, skip_modules, damping)
+    options = gptq_options(
+        wanted,
+        calibration=calibration,
+        method=method,
+        distill=distill,
+        for_texts=for_texts,
+        skip_modules=skip_modules,
+        damping=damping,
+    )
+    in_place = isinstance(wanted, GPTQ | AWQ | MXFP4)
     spec = LoadSpec(
         model_id=os.fspath(model_id),
         scheme=Unquantized() if in_place else wanted,
@@ -151,198 +169,20 @@ def quantize(
     )
     check_packages(spec.scheme)
     check_sources(spec.model_id)
-    output = output or _named_after(spec.model_id, wanted)
-    files = [calibration_from(calibration).file] if is_gptq else []
-    place: dict[str, Any] = {"cache_dir": cache_dir, "beside": [ENDING] if is_gptq else []}
-    with claim_output(output, [spec.model_id], filter(None, files), overwrite=overwrite, **place) as claimed:
-        source = find_source(spec)
-        import_quietly()
-        with without_torchao():
-            checkpoint = find_checkpoint(spec, source)
-        if checkpoint.quantization is not None:
-            msg = (
-                f"{spec.model_id} is quantized already, and the precision that this lost cannot be restored; give the "
-                "unquantized checkpoint."
-            )
-            raise CheckpointError(msg)
-        about: dict[str, Any] = {"scheme": wanted}
-        if isinstance(wanted, GPTQ):
-            options: dict[str, Any] = {"skip_modules": skip_modules, "damping": damping, "report": report}
-            options |= {"device": device, "overwrite": overwrite}
-            about = _write_gptq(spec, checkpoint, wanted, calibration, claimed, **options)
+    folder = output or _named_after(spec.model_id, wanted)
+    files, beside = ([], []) if options is None else (options.calibration.files, [ENDING])
+    place: dict[str, Any] = {"overwrite": overwrite, "cache_dir": cache_dir, "beside": beside}
+    with claim_output(folder, [spec.model_id], files, **place) as claimed:
+        checkpoint = _find_unquantized(spec)
+        if options is None:
+            about = write_loaded(spec, checkpoint, wanted, claimed)
         else:
-            if isinstance(wanted, MXFP4):
-                check_mxfp4(checkpoint.config, spec.model_id)
-            claimed.check_space(stored_weights(checkpoint.config, wanted, spec).total_bytes)
-            write = _write_mxfp4 if isinstance(wanted, MXFP4) else _write_bitsandbytes
-            about |= write(spec, checkpoint, claimed)
+            run: dict[str, Any] = {"device": device, "report": report, "overwrite": overwrite}
+            about = write_by_block(spec, checkpoint, options, claimed, **run)
     release_memory()
     weights_bytes = sum(file.stat().st_size for file in claimed.folder.glob("*.safetensors"))
     total_s = time.perf_counter() - began
     return QuantizedCheckpoint(folder=claimed.folder, weights_bytes=weights_bytes, total_s=total_s, **about)
-
-
-def _write_bitsandbytes(spec: LoadSpec, checkpoint: Checkpoint, output: OutputDir) -> dict[str, Any]:
-    """Quantize while loading, and write; returns the shares of the `QuantizedCheckpoint`."""
-    with contextlib.suppress(UnsupportedError):  # of a model without a formula, the loaded one is looked at below
-        estimate = estimate_config(checkpoint.config, spec.scheme, trust_remote_code=spec.trust_remote_code)
-        _check_share(spec, estimate.weights.quantized_bytes + estimate.weights.experts_bytes)
-    loaded = load(spec, checkpoint.source)
-    try:
-        pipeline = loaded.pipeline
-        quantized, total = parameter_counts(pipeline.model)
-        _check_share(spec, quantized)
-        preprocessor = getattr(pipeline, "processor", None) or pipeline.tokenizer
-        options: dict[str, Any] = {"progress": spec.progress, "trust_remote_code": spec.trust_remote_code}
-        # Before the first forward, which repacks the weights on some CPUs.
-        save_checkpoint(output, pipeline.model, preprocessor, max_shard_size=SHARD, **options)
-        shares = _shares(pipeline.model, quantized, total)
-        expected = expected_logits(pipeline.model, pipeline.tokenizer)
-        del pipeline, preprocessor
-    finally:
-        loaded.close()
-    check_reopened(output.part, spec, expected)
-    output.publish()
-    return shares
-
-
-def _write_mxfp4(spec: LoadSpec, checkpoint: Checkpoint, output: OutputDir) -> dict[str, Any]:
-    """Round the experts of a loaded model, and write; returns the shares of the `QuantizedCheckpoint`."""
-    loaded = load(spec, checkpoint.source)
-    try:
-        model, tokenizer = loaded.pipeline.model, loaded.pipeline.tokenizer
-        total = parameter_counts(model)[1]
-        shares = {"quantized_share": pack_mxfp4(model) / total}
-        options: dict[str, Any] = {"progress": spec.progress, "trust_remote_code": spec.trust_remote_code}
-        save_checkpoint(output, model, tokenizer, max_shard_size=SHARD, **options)
-        expected = expected_logits(model, tokenizer)
-        del model, tokenizer
-    finally:
-        loaded.close()
-    check_reopened(output.part, spec, expected)
-    output.publish()
-    return shares
-
-
-def _check_share(spec: LoadSpec, quantized: int) -> None:
-    if not quantized and spec.scheme is not None:
-        msg = (
-            f"{spec.model_id} has no linear layer that {label_of(spec.scheme)} quantizes: 0% of its weights would be "
-            "smaller, so nothing was written."
-        )
-        raise UnsupportedError(msg)
-
-
-def _shares(model: Any, quantized: int, total: int, *, quantized_experts: int = 0) -> dict[str, Any]:
-    """Return the share of quantized parameters; logs if experts of a mixture are among the others."""
-    share, experts = quantized / total, (expert_parameters(model) - quantized_experts) / total
-    if experts:
-        logger.warning(
-            "Only %.0f%% of the weights are quantized: experts of this mixture, %.0f%%, stay as they are.",
-            100 * share,
-            100 * experts,
-        )
-    return {"quantized_share": share}
-
-
-def _write_gptq(
-    spec: LoadSpec,
-    checkpoint: Checkpoint,
-    scheme: GPTQ,
-    calibration: Any,
-    output: OutputDir,
-    *,
-    skip_modules: Sequence[str],
-    damping: float,
-    device: str | None,
-    report: Callable[[Progress], None] | None,
-    overwrite: bool,
-) -> dict[str, Any]:
-    """Calibrate, quantize and write; returns the fields of the `QuantizedCheckpoint`."""
-    config = checkpoint.config
-    if not reads_text(config):
-        msg = f"{spec.model_id} also reads images, and GPTQ is supported for models of text alone; use nf4 or int8."
-        raise UnsupportedError(msg)
-    journal = Journal(output.folder)
-    device = _usable_device(device)
-    spec = dataclasses.replace(spec, dtype=_stored_dtype(spec, config))
-    calibration = calibration_from(calibration)
-    texts = read_texts(calibration)
-    with without_torchao():
-        layout, scheme = check_layers(config, scheme, skip_modules, trust_remote_code=spec.trust_remote_code)
-    # The blocks are written one by one, and all of them once more into the checkpoint.
-    stored = stored_weights(config, scheme, spec)
-    output.check_space(stored.total_bytes + stored.quantized_bytes - journal.finished_bytes)
-    loaded = load(spec, checkpoint.source)
-    try:
-        tokenizer = loaded.pipeline.tokenizer
-        context = getattr(config.get_text_config(), "max_position_embeddings", None)
-        ids = sequences(calibration, texts, tokenizer, context) if texts else []
-        tokens = sum(map(len, ids))
-        model = loaded.pipeline.model
-        blocks = model.get_submodule(layout.prefix)
-        linears = (blocks[i].get_submodule(name) for i, names in enumerate(layout.layers) for name in names)
-        experts = sum(own.elements for found in layout.experts for own in found)
-        quantized = experts + sum(linear.weight.numel() for linear in linears)
-        shares = _shares(model, quantized, parameter_counts(model)[1], quantized_experts=experts)
-        run = GPTQRun(model, layout, scheme, damping=damping, device=device, journal=journal, report=report)
-        resumed_blocks = run.run(ids, checkpoint.source, overwrite=overwrite)
-        about: dict[str, Any] = {"calibration": calibration.source_label, "tokens": tokens, "progress": spec.progress}
-        run.write(output, tokenizer, trust_remote_code=spec.trust_remote_code, **about)
-        _warn_of_rare(run.rare_experts)
-    finally:
-        journal.remove_empty()
-        loaded.close()
-    return {
-        "scheme": scheme,
-        "calibration": calibration.label,
-        "calibration_tokens": tokens,
-        "resumed_blocks": resumed_blocks,
-        "rare_experts": run.rare_experts,
-        **shares,
-    }
-
-
-def _warn_of_rare(experts: Mapping[str, int]) -> None:
-    """Log which experts the calibration hardly reached."""
-    if not experts:
-        return
-    named = sorted(experts, key=lambda name: experts[name])[:_NAMED]
-    logger.warning(
-        "Fewer tokens of the calibration reached %d experts than they have inputs, so that other tokens of their "
-        "layers stood in for the rest: %s%s. More calibration tokens, Calibration(samples=...), reach more of them.",
-        len(experts),
-        ", ".join(f"{name} ({experts[name]})" for name in named),
-        " and others" if len(experts) > _NAMED else "",
-    )
-
-
-def _usable_device(device: str | None) -> str:
-    """Check the device that computes; None chooses the first accelerator, else the CPU."""
-    import torch
-
-    if device is None:
-        first = str(next(iter(default_device_map(LoadSpec(model_id="any")).values())))
-        device = f"cuda:{first}" if first.isdigit() else first
-    try:
-        torch.empty(1, dtype=torch.uint8, device=device)
-    except (RuntimeError, AssertionError) as error:
-        msg = f"device={device!r} cannot be used here ({first_line(error)}); use 'cpu'."
-        raise UnsupportedError(msg) from error
-    return device
-
-
-def _check_gptq_options(scheme: Scheme, calibration: Any, skip_modules: Sequence[str], damping: float) -> None:
-    """Check the options that are for GPTQ alone, as far as they need no checkpoint."""
-    if not 0 < damping < 1:
-        msg = f"damping={damping!r} is not allowed; it must lie between 0 and 1, and 0.01 is usual."
-        raise InvalidOptionError(msg)
-    given = {"calibration": calibration is not None, "skip_modules": bool(skip_modules), "damping": damping != DAMPING}
-    wrong = next((name for name, is_given in given.items() if is_given), None)
-    if wrong is not None and not isinstance(scheme, GPTQ):
-        hint = f" {label_of(scheme)}(skip_modules=...) takes names." if skip_modules else ""
-        msg = f"{wrong} is for GPTQ, and quantization {label_of(scheme)!r} needs none; leave it out.{hint}"
-        raise InvalidOptionError(msg)
 
 
 def _wanted(scheme: Any) -> Scheme:
@@ -362,14 +202,25 @@ def _wanted(scheme: Any) -> Scheme:
     return dataclasses.replace(wanted, **missing)
 
 
-def _stored_dtype(spec: LoadSpec, config: Any) -> str:
-    """Choose the dtype of the unquantized part: GPTQ's kernels take 16 bits only."""
-    if spec.dtype == "float32":
-        msg = "dtype='float32' is not supported by GPTQ's kernels; use 'float16' or 'bfloat16'."
-        raise InvalidOptionError(msg)
-    stored = str(getattr(config, "dtype", None) or config.get_text_config().dtype).removeprefix("torch.")
-    return spec.dtype if spec.dtype != "auto" else stored if stored in ("float16", "bfloat16") else "float16"
+def _find_unquantized(spec: LoadSpec) -> Checkpoint:
+    """Find the checkpoint to quantize.
+
+    Raises:
+        CheckpointError: If it is quantized already.
+    """
+    source = find_source(spec)
+    import_quietly()
+    with without_torchao():
+        checkpoint = find_checkpoint(spec, source)
+    if checkpoint.quantization is not None:
+        msg = (
+            f"{spec.model_id} is quantized already, and the precision that this lost cannot be restored; give the "
+            "unquantized checkpoint."
+        )
+        raise CheckpointError(msg)
+    return checkpoint
 
 
 def _named_after(model_id: str, scheme: Scheme) -> str:
-    return Path(model_id).name + f"-{label_of(scheme)}" + (f"-{scheme.bits}bit" if isinstance(scheme, GPTQ) else "")
+    bits = f"-{scheme.mean_bits:g}bit" if isinstance(scheme, GPTQ) else ""
+    return f"{Path(model_id).name}-{label_of(scheme)}{bits}"

@@ -31,11 +31,13 @@ class Layout:
         prefix: Name of the list of blocks, such as `"model.layers"`.
         layers: Names of the linear layers inside a block, for each block, in the order of the model.
         experts: The experts of mixtures inside a block, for each block.
+        left_out: Names inside a block of further linear layers, which cannot be packed and stay unquantized.
     """
 
     prefix: str
     layers: tuple[tuple[str, ...], ...]
     experts: tuple[tuple[ExpertLayers, ...], ...]
+    left_out: tuple[str, ...] = ()
 
     @property
     def count(self) -> int:
@@ -75,11 +77,21 @@ def find_layout(model: Any) -> Layout:
 class DecoderLayers:
     """The blocks of one model, with the inputs of the next one."""
 
-    def __init__(self, model: Any, layout: Layout, sequences: Sequence[Sequence[int]], device: str) -> None:
+    def __init__(
+        self,
+        model: Any,
+        layout: Layout,
+        sequences: Sequence[Sequence[int]],
+        device: str,
+        *,
+        batch_tokens: int = _BATCH_TOKENS,
+        holds_gradients: bool = False,
+    ) -> None:
         """Run the part of the model before the first block.
 
         All sequences of token ids have the same length; the list may be empty. Blocks go to `device` one at a time to
-        compute.
+        compute, over sequences of `batch_tokens` in all at a time, or one. `holds_gradients` says that gradients run
+        through blocks, most of which are 0 in float16.
 
         Raises:
             UnsupportedError: If the blocks run one by one compute something else than the model.
@@ -88,11 +100,13 @@ class DecoderLayers:
         self._blocks: Any = model.get_submodule(layout.prefix)
         self._device = device
         self._home = next(model.parameters()).device
-        self._dtype = torch.float32 if device == "cpu" else model.dtype  # CPUs are slow or imprecise in 16 bits
+        needs_range = holds_gradients and model.dtype == torch.float16
+        is_single = device == "cpu" or needs_range  # CPUs are slow or imprecise in 16 bits
+        self.dtype = torch.float32 if is_single else model.dtype
         self._own_dtype = model.dtype
         self._beside: tuple[None, ...] | None = None  # what a block returns beside its output; None for a lone tensor
         self._check_blocks()
-        rows = max(1, _BATCH_TOKENS // len(sequences[0])) if sequences else 1
+        rows = max(1, batch_tokens // len(sequences[0])) if sequences else 1
         recorded = [self._record(torch.tensor(sequences[at : at + rows])) for at in range(0, len(sequences), rows)]
         self._calls = [calls for _, calls in recorded]
         self.states = [state for state, _ in recorded]
@@ -134,20 +148,47 @@ class DecoderLayers:
         return states[0].to(self._home), calls
 
     def _run(self, block: Any, state: torch.Tensor, call: LayerCall) -> torch.Tensor:
-        parameter = next(block.parameters())
-        args, kwargs = _moved(call, parameter)
         with torch.no_grad():
-            return _hidden(block(state.to(parameter), *args, **kwargs)).to(self._home)
+            return self._output(block, state.to(next(block.parameters())), call).to(self._home)
+
+    def _output(self, block: Any, state: torch.Tensor, call: LayerCall) -> torch.Tensor:
+        args, kwargs = _moved(call, state)
+        return _hidden(block(state, *args, **kwargs))
+
+    def differentiable(self, index: int, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a batch's inputs of a block, and its outputs, which can be differentiated by them."""
+        block = self._blocks[index]
+        state = self.states[batch].to(next(block.parameters())).detach().requires_grad_()
+        return state, self._output(block, state, self._calls[batch][index])
+
+    def logits(self, ids: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+        """Run what follows the last block.
+
+        Args:
+            ids: Token ids of shape `(1, tokens)`, on the device of the model's head.
+            outputs: Outputs of the last block for them, of shape `(1, tokens, hidden)`.
+        """
+
+        def skip(*_: Any, **__: Any) -> Any:
+            return outputs if self._beside is None else (outputs, *self._beside)
+
+        with _forwards_replaced(self._blocks, skip):
+            logits: torch.Tensor = self._model(input_ids=ids, use_cache=False).logits
+        return logits
 
     @contextlib.contextmanager
     def on_device(self, index: int) -> Iterator[Any]:
         """Move a block to the device that computes, and back."""
         block = self._blocks[index]
-        block.to(self._device, self._dtype)
+        block.to(self._device, self.dtype)
         try:
             yield block
         finally:
             block.to(self._home, self._own_dtype)
+
+    def block(self, index: int) -> Any:
+        """Return a block."""
+        return self._blocks[index]
 
     def groups(self, index: int, names: Sequence[str]) -> list[list[str]]:
         """Group the linear layers of a block that share an input, in the order of use.
@@ -204,10 +245,18 @@ class DecoderLayers:
 
     def advance(self, index: int) -> None:
         """Run a block with its present weights, so that `states` are the inputs of the one after it."""
+        self.states = self.outputs(index, self.states)
+
+    def outputs(self, index: int, states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Run a block with its present weights over inputs of the shapes of `states`."""
         block = self._blocks[index]
-        self.states = [
-            self._run(block, state, calls[index]) for state, calls in zip(self.states, self._calls, strict=True)
-        ]
+        return [self._run(block, state, calls[index]) for state, calls in zip(states, self._calls, strict=True)]
+
+    def predict(self, index: int, batch: int) -> torch.Tensor:
+        """Run a block over one of `states`, for gradients; the output stays on the device."""
+        like = torch.empty(0, dtype=self.dtype, device=self._device)
+        args, kwargs = _moved(self._calls[batch][index], like)
+        return _hidden(self._blocks[index](self.states[batch].to(like), *args, **kwargs))
 
 
 class _SeenError(Exception):

@@ -6,7 +6,7 @@ all, which its statistics need to have full rank. With fewer, errors would go wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,14 +146,22 @@ class ExpertLayers:
                 found.append(experts._apply_gate(y) if experts.has_gate else experts.act_fn(y))
         return found
 
-    def pack(self, experts: Any, packed: Mapping[str, torch.Tensor]) -> nn.Module:
-        """Make the module that takes the experts' place in a finished block: the packed layers by their names."""
+    def pack(
+        self, experts: Any, packed: Mapping[str, torch.Tensor], written: Callable[..., dict[str, torch.Tensor]]
+    ) -> nn.Module:
+        """Make the module that takes the experts' place in a finished block: the packed layers by their names.
+
+        Args:
+            experts: The module.
+            packed: The packed layers.
+            written: Puts the tensors of a layer into the checkpoint's format.
+        """
         root = nn.Module()
         for expert in range(self.count):
             for name, projection, part in self.layers(expert):
                 bias = self.bias(experts, projection, expert)
                 own = {key: packed[f"{name}.{key}"] for key in TENSORS}
-                layer = PackedLinear(own, None if bias is None else bias[self.rows(projection, part)].clone())
+                layer = PackedLinear(written(own), None if bias is None else bias[self.rows(projection, part)].clone())
                 _add(root, name.removeprefix(f"{self.path}."), layer)
         return root
 

@@ -19,7 +19,7 @@ from langchain_quantllm.quantization.output_dir import output_errors
 ENDING = ".partial"
 """Of the folder's name, after that of the output."""
 
-_FILES = re.compile(r"about\.json|block-\d{4,}\.(safetensors|unfinished)")
+_FILES = re.compile(r"about\.json|((block|bits)-\d{4,}|scales)\.(safetensors|unfinished)")
 
 
 class Journal:
@@ -76,16 +76,20 @@ class Journal:
             unfinished.write_text(text, encoding="utf-8")
             unfinished.replace(known)
 
-    def read(self, index: int) -> dict[str, torch.Tensor] | None:
-        """Read the tensors of a finished block; None if it is not finished, or its file is damaged."""
+    def read(self, index: int | str | None) -> dict[str, torch.Tensor] | None:
+        """Read the tensors of a finished block; None if it is not finished, or its file is damaged.
+
+        Args:
+            index: The block; None stands for the training of scales, a text is the name of anything else.
+        """
         try:
             with safe_open(self._path(index), framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is not a mapping)
         except (OSError, SafetensorError):
             return None
 
-    def write(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Keep a finished block.
+    def write(self, index: int | str | None, tensors: dict[str, torch.Tensor]) -> None:
+        """Keep a finished block; with None, the training of scales; with a name, anything else.
 
         Raises:
             OutputError: If it cannot be written; the blocks before it stay.
@@ -118,5 +122,6 @@ class Journal:
     def _files(self) -> list[Path]:
         return list(self._folder.iterdir()) if self._folder.is_dir() else []
 
-    def _path(self, index: int) -> Path:
-        return self._folder / f"block-{index:04}.safetensors"
+    def _path(self, index: int | str | None) -> Path:
+        name = index if isinstance(index, str) else "scales" if index is None else f"block-{index:04}"
+        return self._folder / f"{name}.safetensors"

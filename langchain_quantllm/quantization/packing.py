@@ -8,7 +8,7 @@ Source: AutoGPTQ 0.7.1, auto_gptq/nn_modules/qlinear/qlinear_cuda_old.py, `pack`
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -38,7 +38,7 @@ class RoundedLinear:
 
     def dequantize(self) -> torch.Tensor:
         """Compute the float32 weight of shape `(out_features, in_features)`."""
-        index = self.g_idx.long()
+        index = self.group_of
         return ((self.codes.float() - self.zeros.float()[index]) * self.scales.float()[index]).t().contiguous()
 
     def pack(self) -> dict[str, torch.Tensor]:
@@ -61,6 +61,15 @@ class RoundedLinear:
             g_idx=tensors["g_idx"],
             bits=bits,
         )
+
+    @property
+    def group_of(self) -> torch.Tensor:
+        """The group of each input, int64 of shape `(in_features,)`."""
+        return self.g_idx.long()
+
+    def with_scales(self, scales: torch.Tensor) -> RoundedLinear:
+        """Return the layer with other scales, rounded to numbers that float16 and bfloat16 both hold."""
+        return replace(self, scales=scales.bfloat16().half())
 
     def outputs(self, which: slice) -> RoundedLinear:
         """Return a part of the outputs."""

@@ -17,7 +17,7 @@ from langchain_quantllm.compat.sentence_transformers_scores import is_probabilit
 from langchain_quantllm.encoders.registry import LoadedEncoder
 from langchain_quantllm.encoders.scoring import ScorePairs
 from langchain_quantllm.encoders.source import find_source
-from langchain_quantllm.encoders.worker import Work
+from langchain_quantllm.encoders.work import Work
 from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
 from langchain_quantllm.rerankers.ranking import PairScores, ScoreSettings, check_query
 

@@ -9,7 +9,7 @@ from langchain_core.documents import Document
 
 from langchain_quantllm.base.encoder_work import work_aside
 from langchain_quantllm.encoders.scoring import EmbedQueries, ScoreDocuments
-from langchain_quantllm.encoders.worker import Work
+from langchain_quantllm.encoders.work import Work
 from langchain_quantllm.rerankers.compressor import ScoringCompressor
 from langchain_quantllm.rerankers.ranking import PairScores
 

@@ -22,8 +22,6 @@ from langchain_quantllm.rerankers.decoder import DecoderScorer
 from langchain_quantllm.rerankers.kind import is_decoder
 from langchain_quantllm.rerankers.ranking import PairScores, ScoreSettings
 
-_SHARED_FIELDS = (*LOADING_FIELDS, "progress")
-
 
 class QuantizedReranker(ScoringCompressor):
     """A quantized reranker as a LangChain document compressor.
@@ -87,7 +85,7 @@ class QuantizedReranker(ScoringCompressor):
                 "ChatQuantizedHuggingFace, or the name of a model."
             )
             raise InvalidOptionError(msg)
-        taken = [n for n in _SHARED_FIELDS if values.get(n) is not None and values[n] != cls._default(n)]
+        taken = [n for n in LOADING_FIELDS if values.get(n) is not None and values[n] != cls._default(n)]
         if any(name != "model_id" or values[name] != own.model_id for name in taken):
             msg = f"{min(taken)}= has no effect on a model that is given by model=; leave it out."
             raise InvalidOptionError(msg)
@@ -169,7 +167,9 @@ class QuantizedReranker(ScoringCompressor):
 
     def _new_model(self) -> QuantizedHuggingFaceLLM | QuantizedCrossEncoder:
         """Return a model with the fields of loading; it loads at its first use."""
-        fields = {name: getattr(self, name) for name in _SHARED_FIELDS if name in type(self).model_fields}
+        fields = {
+            name: getattr(self, name) for name in (*LOADING_FIELDS, "progress") if name in type(self).model_fields
+        }
         if is_decoder(self._spec()):
             return QuantizedHuggingFaceLLM(**fields)
         return QuantizedCrossEncoder(**fields)

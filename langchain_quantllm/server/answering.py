@@ -20,7 +20,7 @@ from langchain_quantllm.base.aside import run_aside, submit_aside
 from langchain_quantllm.engine.stream import Chunk, ChunkStream
 from langchain_quantllm.errors import GenerationError
 from langchain_quantllm.server.access import too_large
-from langchain_quantllm.server.errors import APIError, api_error, unavailable
+from langchain_quantllm.server.errors import APIError, api_error, busy, unavailable
 from langchain_quantllm.server.fields import Body, GenerationBody, read_body
 from langchain_quantllm.server.metrics import Metrics
 from langchain_quantllm.server.served import ServedModel
@@ -31,6 +31,9 @@ Plan = TypeVar("Plan", bound=PreparedCall)
 
 BODY_S = 60.0
 """Seconds in which a body must have come."""
+
+BODIES = 8
+"""Bodies of the largest size that the calls on a server may have together."""
 
 _SMALL_BYTES = 1 << 16
 
@@ -57,8 +60,13 @@ def error_answer(error: APIError) -> JSONAnswer:
     return JSONAnswer(error.body, status_code=error.status, headers=error.headers)
 
 
-async def read(request: HTTPRequest, kind: type[Body], most_bytes: int) -> Body:
+async def read(request: HTTPRequest, kind: type[Body], hold: Callable[[int], None]) -> Body:
     """Read the body of a request.
+
+    Args:
+        request: The request.
+        kind: The type of its body.
+        hold: Called with the bytes of each part as it comes; raises an `APIError` if that is too much.
 
     Raises:
         APIError: If it is too large, does not come, or is not what it must be.
@@ -76,9 +84,8 @@ async def read(request: HTTPRequest, kind: type[Body], most_bytes: int) -> Body:
             message = await request.receive()
             if message["type"] == "http.disconnect":
                 raise ClientGoneError
-            content.extend(message.get("body", b""))
-            if len(content) > most_bytes:
-                raise too_large(most_bytes)
+            hold(len(part := message.get("body", b"")))
+            content.extend(part)
             has_more = message.get("more_body", False)
 
     try:
@@ -118,25 +125,39 @@ async def _gone(receive: Callable[[], Awaitable[Any]]) -> None:
 class Call:
     """One request, from its beginning to its end, which is counted once."""
 
-    def __init__(self, metrics: Metrics, endpoint: str, streams: set[ChunkStream]) -> None:
+    def __init__(self, calls: Calls, endpoint: str) -> None:
         """Begin.
 
         Args:
-            metrics: Count it.
-            endpoint: Its name there.
-            streams: The open streams of all calls.
+            calls: All calls.
+            endpoint: Its name in the metrics.
         """
-        self._metrics = metrics
+        self._calls = calls
+        self._metrics = metrics = calls.metrics
         self._endpoint = endpoint
-        self._streams = streams
+        self._body_bytes = 0
         self._stream: ChunkStream | None = None
         self._has_ended = False
         metrics.in_flight.inc()
 
+    def hold(self, count: int) -> None:
+        """Take some more bytes of the body.
+
+        Raises:
+            APIError: If it is too large, or all bodies are together.
+        """
+        self._body_bytes += count
+        self._calls.body_bytes += count
+        most = self._calls.most_body_bytes
+        if self._body_bytes > most:
+            raise too_large(most)
+        if self._calls.body_bytes > BODIES * most:
+            raise busy("the bodies of other requests take all the memory for them; send it again later.", "bodies_full")
+
     async def submit(self, plan: Callable[[Any], Plan], body: Any, *, in_pieces: bool) -> Plan:
         """Plan the call and queue its requests in the engine."""
         prepared, self._stream = await submit_aside(plan, body, in_pieces=in_pieces)
-        self._streams.add(self._stream)
+        self._calls.streams.add(self._stream)
         return prepared
 
     async def chunks(self) -> AsyncIterator[Chunk]:
@@ -154,7 +175,8 @@ class Call:
         self._has_ended = True
         if self._stream is not None:
             self._stream.close()
-            self._streams.discard(self._stream)
+            self._calls.streams.discard(self._stream)
+        self._calls.body_bytes -= self._body_bytes
         self._metrics.in_flight.dec()
         self._metrics.requests.labels(self._endpoint, _outcome(error)).inc()
 
@@ -202,13 +224,15 @@ class Calls:
         """
         self._check_ready = check_ready
         self._served = served
-        self._metrics = metrics
-        self._most_body_bytes = most_body_bytes
-        self._streams: set[ChunkStream] = set()
+        self.metrics = metrics
+        self.most_body_bytes = most_body_bytes
+        self.body_bytes = 0
+        """Bytes of the bodies of all calls."""
+        self.streams: set[ChunkStream] = set()
 
     def cancel_all(self) -> None:
         """Cancel all calls in the engine; their clients get an error."""
-        for stream in list(self._streams):
+        for stream in list(self.streams):
             stream.close()
 
     async def generate(self, endpoint: Endpoint[Any, Any], request: HTTPRequest) -> Response:
@@ -245,10 +269,10 @@ class Calls:
         kind: type[Body],
         answer: Callable[[Call, Any], Awaitable[Response]],
     ) -> Response:
-        call = Call(self._metrics, name, self._streams)
+        call = Call(self, name)
         try:
             self._check_ready()
-            response = await answer(call, await read(request, kind, self._most_body_bytes))
+            response = await answer(call, await read(request, kind, call.hold))
         except ClientGoneError as error:
             call.end(error)
             return Response(status_code=499)

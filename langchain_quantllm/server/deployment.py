@@ -242,8 +242,11 @@ def _check_method(source: str, quantization: Mapping[str, Any] | None) -> None:
     if method not in _READ:
         msg = f"vLLM does not read the quantization {method!r} of {source}; {remedy}, from the unquantized model."
         raise UnsupportedError(msg)
-    if method == "gptq" and (quantization.get("bits") not in (4, 8) or quantization.get("sym") is False):
-        what = f"{quantization.get('bits')} bits, {'symmetric' if quantization.get('sym', True) else 'asymmetric'}"
+    rules = [own or {} for own in (quantization.get("dynamic") or {}).values()]
+    settings = [quantization, *({**quantization, **own} for own in rules)]
+    wrong = (own for own in settings if own.get("bits") not in (4, 8) or own.get("sym") is False)
+    if method == "gptq" and (own := next(wrong, None)) is not None:
+        what = f"{own.get('bits')} bits, {'symmetric' if own.get('sym', True) else 'asymmetric'}"
         msg = f"vLLM reads GPTQ of 4 and 8 bits, symmetric, and {source} has {what}; quantize it so."
         raise UnsupportedError(msg)
 

@@ -73,6 +73,11 @@ def unavailable(message: str) -> APIError:
     return APIError(503, message, code="unavailable", headers=_RETRY_AFTER)
 
 
+def busy(message: str, code: str) -> APIError:
+    """Make the error of a server that has too much to do now."""
+    return APIError(429, message, code=code, headers=_RETRY_AFTER)
+
+
 def api_error(error: BaseException) -> APIError:
     """Turn an error of a call into what the client is told; one of the server's own goes to the log as well."""
     if isinstance(error, APIError):
@@ -84,8 +89,7 @@ def api_error(error: BaseException) -> APIError:
     if isinstance(error, UnsupportedError):
         return invalid(None, str(error), code="unsupported")
     if isinstance(error, QueueFullError):
-        message = "too many requests wait for the model already; send it again later."
-        return APIError(429, message, code="queue_full", headers=_RETRY_AFTER)
+        return busy("too many requests wait for the model already; send it again later.", "queue_full")
     if isinstance(error, GenerationTimeoutError):
         return APIError(504, str(error), code="timeout")
     if isinstance(error, MissingPackageError):

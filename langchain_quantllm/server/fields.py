@@ -131,6 +131,8 @@ class GenerationBody(_Body):
     response_format: dict[str, Any] | None = None
     structured_outputs: StructuredOutputs | None = None
     cache_salt: str | None = Field(None, min_length=1, max_length=256)
+    speculation: Literal["draft", "ngram", "forced", "off"] | None = None
+    """As a call takes it; no text depends on it."""
 
     @property
     def includes_usage(self) -> bool:

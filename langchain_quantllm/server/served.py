@@ -45,6 +45,7 @@ _SHARED = (
     "ignore_eos",
     "skip_special_tokens",
     "cache_salt",
+    "speculation",
 )
 """Fields of requests that are generation options of the same name."""
 
@@ -140,8 +141,8 @@ class ServedModel:
 
     @property
     def load_now(self) -> EngineLoad | None:
-        """The sequences of the engine at this moment; None before there is one, or where it does not tell."""
-        return getattr(self.engine, "load", None) if self.state in ("ok", "closing") and self._is_ready else None
+        """The sequences of the engine at this moment; None before there is one."""
+        return self.engine.load if self.state in ("ok", "closing") and self._is_ready else None
 
     @property
     def tokenizer(self) -> Any:

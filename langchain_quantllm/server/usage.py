@@ -25,9 +25,13 @@ class UsageCount:
         firsts = [usage for row, usage in self._usages.items() if row % self._n == 0]
         prompt_tokens = sum(usage.prompt_tokens for usage in firsts)
         completion_tokens = sum(usage.completion_tokens for usage in self._usages.values())
+        proposed = sum(usage.proposed_tokens for usage in self._usages.values())
+        accepted = sum(usage.accepted_tokens for usage in self._usages.values())
+        predicted = {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": proposed - accepted}
         return {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
             "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in firsts)},
+            **({"completion_tokens_details": predicted} if proposed else {}),
         }

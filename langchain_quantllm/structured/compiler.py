@@ -145,8 +145,12 @@ class Compiler:
             read = xgrammar.TokenizerInfo(tokens, vocab_size=self._vocab_size, stop_token_ids=[])
         added = getattr(tokenizer, "added_tokens_decoder", {})
         special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
-        self._vocabulary = Vocabulary(tokens, (i for i in special if i < self._vocab_size), self._eos)
+        special = {i for i in special if i < self._vocab_size}
+        self._vocabulary = Vocabulary(tokens, special, self._eos, self._encode)
         self._compiler = xgrammar.GrammarCompiler(read, max_threads=4, cache_limit_bytes=_CACHE_BYTES)
+
+    def _encode(self, text: str) -> list[int]:
+        return [int(i) for i in self._tokenizer.encode(text, add_special_tokens=False)]
 
     def _compile(self, constraint: Constraint) -> CompiledConstraint:
         is_auto = isinstance(constraint, ToolCalls) and constraint.mode == "auto"

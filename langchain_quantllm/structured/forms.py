@@ -11,6 +11,7 @@ from collections.abc import Collection
 from typing import Any
 
 from langchain_quantllm.compat.packages import is_installed
+from langchain_quantllm.compat.xgrammar_gbnf import to_gbnf
 from langchain_quantllm.engine.request import OutputForm
 from langchain_quantllm.errors import InvalidOptionError, MissingPackageError, UnsupportedError, pip_install
 from langchain_quantllm.structured.call_layout import after_reasoning, has_trigger
@@ -62,6 +63,12 @@ def output_form(constraint: Constraint, kinds: Collection[str]) -> OutputForm | 
         return OutputForm(kind=TAG, value=tag)
     if "grammar" in kinds:
         return OutputForm(kind="grammar", value=_grammar_of(tag))
+    if "gbnf" in kinds:
+        try:
+            return OutputForm(kind="gbnf", value=to_gbnf(_grammar_of(tag)))
+        except ValueError as error:
+            msg = f"the engine cannot hold a text to {type(constraint).__name__}: {error}; use engine='auto'."
+            raise UnsupportedError(msg) from error
     needed = f"grammar or {TAG}" if plain is None else f"{plain.kind} or {TAG}"
     known = f"it knows {', '.join(sorted(kinds))}" if kinds else "it knows none"
     msg = (

@@ -5,14 +5,16 @@ Owns the tokens' bytes, and the closing of a text before its tokens run out. Mak
 
 from __future__ import annotations
 
+import copy
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from langchain_quantllm.engine.request import TokenMask
+from langchain_quantllm.engine.request import ForeseeingMask
 from langchain_quantllm.errors import GenerationError
+from langchain_quantllm.structured.foresight import Foresight, certain_text
 
 END_STATES = 24  # each takes about a hundred masks
 SLOW_S = 2.0
@@ -43,7 +45,13 @@ class CompiledConstraint:
 class Vocabulary:
     """The tokens' bytes, and the sets of them that closing a text needs."""
 
-    def __init__(self, tokens: Sequence[bytes], special: Iterable[int], stops: Sequence[int]) -> None:
+    def __init__(
+        self,
+        tokens: Sequence[bytes],
+        special: Iterable[int],
+        stops: Sequence[int],
+        encode: Callable[[str], Sequence[int]] = lambda text: (),
+    ) -> None:
         self.tokens = tokens
         self.ids: dict[bytes, int] = {}
         self.special = frozenset(special) - frozenset(stops)
@@ -51,6 +59,8 @@ class Vocabulary:
             if token and (token not in self.ids or i in self.special):
                 self.ids[token] = i
         self.longest = max(map(len, self.ids))
+        plain = {token: i for token, i in self.ids.items() if i not in self.special}
+        self.foresight = Foresight(tokens, plain, encode)
         escapes: tuple[list[int], list[int]] = ([], [])
         for i, token in enumerate(tokens):
             for odd in (0, 1):
@@ -92,8 +102,9 @@ class Vocabulary:
 
     def _by_length(self, pattern: bytes, *, together: bool = False) -> list[Any]:
         lengths: dict[int, list[int]] = {}
+        matches = re.compile(pattern, re.DOTALL).fullmatch  # `re.fullmatch` would look the pattern up for each token
         for token, i in self.ids.items():
-            if i not in self.special and re.fullmatch(pattern, token, re.DOTALL):
+            if matches(token) and i not in self.special:
                 lengths.setdefault(0 if together else len(token), []).append(i)
         return [self.bits(lengths[n]) for n in sorted(lengths, reverse=True)]
 
@@ -141,7 +152,7 @@ class OpenObjects:
                 self.count += 1 if byte == ord("{") else -1
 
 
-class GrammarMask(TokenMask):
+class GrammarMask(ForeseeingMask):
     """Keeps one row to a constraint.
 
     Attributes:
@@ -160,6 +171,7 @@ class GrammarMask(TokenMask):
         self._budget = max_new_tokens
         self._used = 0
         self._pending = b""
+        self._written: list[int] = []  # tokens since `forced` was asked, and the one before
         self._odd = 0  # whether an escape has begun
         self._last = 0  # byte of the text
         self._tail = b""  # of the text, as long as a number may be
@@ -240,6 +252,7 @@ class GrammarMask(TokenMask):
         if not self._matcher.accept_token(token_id):
             msg = f"the token {token_id} ({token!r}) was sampled although the constraint does not allow it."
             raise GenerationError(msg)
+        self._written.append(token_id)
         self._pending = self._pending[len(token) :] if token and self._pending.startswith(token) else b""
         backslashes = len(token) - len(token.rstrip(b"\\"))
         self._last = token[-1] if token else 0
@@ -253,6 +266,23 @@ class GrammarMask(TokenMask):
             opens = self._is_open or self._begin.startswith(self._reasoned[: len(self._begin)])
             if self._end in tail or not opens:
                 self._reasoned = None
+
+    def fork(self) -> GrammarMask:
+        """Return a mask in the same state, which goes on by itself."""
+        fork = copy.copy(self)
+        fork._matcher, fork._written = self._matcher.fork(), [*self._written]
+        fork._objects = copy.copy(self._objects)
+        fork._reasoned = copy.copy(self._reasoned)
+        return fork
+
+    def forced(self, most: int) -> list[int]:
+        """Return up to `most` tokens that come next, where the grammar leaves one way, or nearly so."""
+        foresight = self._vocabulary.foresight
+        foresight.learn(self._written)
+        del self._written[:-1]
+        if self.ended or self._is_thinking() or self._matcher.is_terminated():
+            return []
+        return foresight.ahead(self._matcher, self._written[-1] if self._written else None, most)
 
     def _is_thinking(self) -> bool:
         return self._reasoned is not None and (self._is_open or len(self._reasoned) >= len(self._begin))
@@ -286,7 +316,7 @@ class GrammarMask(TokenMask):
                 self._pending = end
                 self._force(bits, end)
                 return
-        if certain := self._certain():
+        if certain := certain_text(self._matcher):
             self._pending = b""
             if self._force(bits, certain):
                 return
@@ -315,13 +345,6 @@ class GrammarMask(TokenMask):
     def _would_end(self, text: bytes) -> bool:
         ahead = self._matcher.fork()
         return bool(ahead.accept_string(text) and ahead.is_completed())
-
-    def _certain(self) -> bytes:
-        """Return the text that must come next."""
-        try:
-            return str(self._matcher.find_jump_forward_string()).encode()
-        except UnicodeDecodeError:  # it begins or ends within a character
-            return b""
 
     def _ends_value(self, end: bytes) -> bool:
         """Whether an end of a parameter's value, or the rest of it, would end the value and not be a part of it."""

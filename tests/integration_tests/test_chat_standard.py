@@ -5,6 +5,7 @@ What a model is skipped for are the suite's own skips, for inputs that it does n
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,20 @@ class _Standard(ChatModelIntegrationTests):
         return folded(chat.stream(messages))
 
 
+def loaded(suite: type[_Standard], folder: Path) -> Iterator[None]:
+    """Name a suite's model and keep it loaded: each test makes an object of its own, which shares the weights."""
+    suite.folder = str(folder)
+    kept = ChatQuantizedHuggingFace(**suite().chat_model_params).load()
+    yield
+    kept.unload()
+
+
 @pytest.mark.slow
 class TestOnQwenCoder(_Standard):
-    @pytest.fixture(autouse=True)
-    def _folder(self, qwen_coder: Path) -> None:
-        type(self).folder = str(qwen_coder)
+    @pytest.fixture(scope="class", autouse=True)
+    @classmethod
+    def kept(cls, qwen_coder: Path) -> Iterator[None]:
+        yield from loaded(cls, qwen_coder)
 
 
 NEED_SENSE = ("test_tool_calling", "test_tool_calling_async", "test_bind_runnables_as_tools", "test_json_mode")
@@ -77,11 +87,15 @@ NEED_SENSE += ("test_agent_loop", "test_unicode_tool_call_integration")
 class TestOnTwoLayers(_Standard):
     """Of SmolLM2, in a fraction of its time."""
 
+    @pytest.fixture(scope="class", autouse=True)
+    @classmethod
+    def kept(cls, short_smollm2: Path) -> Iterator[None]:
+        yield from loaded(cls, short_smollm2)
+
     @pytest.fixture(autouse=True)
-    def _folder(self, request: pytest.FixtureRequest, short_smollm2: Path) -> None:
+    def _skips(self, request: pytest.FixtureRequest) -> None:
         if request.function.__name__ in NEED_SENSE:
             pytest.skip("two layers write no sense; the tests on whole models have it")
-        type(self).folder = str(short_smollm2)
 
     @property
     def standard_chat_model_params(self) -> dict[str, Any]:
@@ -90,9 +104,10 @@ class TestOnTwoLayers(_Standard):
 
 @pytest.mark.slow
 class TestOnSmolLM2(_Standard):
-    @pytest.fixture(autouse=True)
-    def _folder(self, smollm2: Path) -> None:
-        type(self).folder = str(smollm2)
+    @pytest.fixture(scope="class", autouse=True)
+    @classmethod
+    def kept(cls, smollm2: Path) -> Iterator[None]:
+        yield from loaded(cls, smollm2)
 
     @pytest.mark.xfail(
         reason="Was not trained on tools and opens no call by itself: asked for the weather with a tool bound, it "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 pytest.importorskip("langchain_tests")
@@ -31,13 +33,23 @@ class TestUnit(_Model, EmbeddingsUnitTests):
         return {}, self.embedding_model_params, {"quantization": "nf4"}
 
 
-class TestNF4(_Model, EmbeddingsIntegrationTests):
+class _Loaded(_Model, EmbeddingsIntegrationTests):
+    @pytest.fixture(scope="class", autouse=True)
+    @classmethod
+    def kept(cls) -> Iterator[None]:
+        """Keep the model loaded: each test makes an object of its own, which shares the weights."""
+        kept = QuantizedHuggingFaceEmbeddings(**cls().embedding_model_params).load()
+        yield
+        kept.unload()
+
+
+class TestNF4(_Loaded):
     pass
 
 
-class TestInt8(_Model, EmbeddingsIntegrationTests):
+class TestInt8(_Loaded):
     quantization = "int8"
 
 
-class Test16Bits(_Model, EmbeddingsIntegrationTests):
+class Test16Bits(_Loaded):
     quantization = "none"

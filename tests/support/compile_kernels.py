@@ -6,7 +6,7 @@ A process of its own, as the driver of the process is replaced:
 
 Runs all cases of the module with tensors on the CPU, compiles what they launch to the Triton compiler's first
 representation for a Hopper GPU, and launches nothing. Prints the number of compiled kernels and what did not compile as
-JSON.
+JSON. With `--for 80 CASE ...` it compiles what these cases launch to machine code of that compute capability.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import importlib
 import json
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,8 +24,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import compiler
 from triton.runtime import driver, jit
+from triton.runtime.errors import PTXASError
 
-HOPPER = GPUTarget("cuda", 90, 32)
+HOPPER = 90
 TABLES = ("CASES", "OTHERS", "MODELS", "CHECKS")
 """Where the modules have their cases, by name."""
 
@@ -32,9 +34,12 @@ TABLES = ("CASES", "OTHERS", "MODELS", "CHECKS")
 class NoGPU:
     """A driver of a GPU that is not there, enough to compile for it."""
 
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
     def get_current_target(self) -> GPUTarget:
         """Return the GPU to compile for."""
-        return HOPPER
+        return self.target
 
     def get_current_device(self) -> int:
         """Return its index."""
@@ -45,10 +50,12 @@ class NoGPU:
         return 0
 
 
-def main(module_name: str) -> None:
-    """Compile what the cases of a module launch."""
-    driver.set_active(NoGPU())
-    stop_after_first_stage()
+def main(module_name: str, capability: int = HOPPER, names: Sequence[str] = ()) -> None:
+    """Compile what the cases of a module launch; to machine code if the cases are named."""
+    gpu = NoGPU(capability)
+    driver.set_active(gpu)
+    if not names:
+        stop_after_first_stage(gpu.target)
     torch.set_num_threads(1)
     failures: list[str] = []
     compiled: Counter[str] = Counter()
@@ -59,15 +66,16 @@ def main(module_name: str) -> None:
             failures.append(f"{self.__name__}: launched without COMPILER_OPTIONS")
         try:
             launch(self, *args, grid=grid, warmup=True, **options)
+            compiled[self.__name__] += 1
         except CompiledError:
             compiled[self.__name__] += 1
-        except triton.CompilationError as error:
+        except (triton.CompilationError, PTXASError, RuntimeError) as error:
             failures.append(f"{self.__name__}: {error}")
 
     jit.JITFunction.run = compile_only
     module = importlib.import_module(module_name)
-    use_early_launches()
-    for name in [name for table in TABLES for name in getattr(module, table, ())]:
+    launch_as_on(capability)
+    for name in names or [name for table in TABLES for name in getattr(module, table, ())]:
         with contextlib.suppress(AssertionError):  # nothing was computed: checks of results fail
             module.run(name, "cpu")
     print(json.dumps({"compiled": compiled, "failures": failures}))
@@ -77,9 +85,9 @@ class CompiledError(Exception):
     """The source of a kernel was compiled; what follows is left out."""
 
 
-def stop_after_first_stage() -> None:
+def stop_after_first_stage(target: GPUTarget) -> None:
     """Compile to the first representation only, where the errors of a kernel's source are found."""
-    backend = type(compiler.make_backend(HOPPER))
+    backend = type(compiler.make_backend(target))
     add_stages = backend.add_stages
 
     def stop(source: Any, metadata: Any) -> None:
@@ -93,14 +101,28 @@ def stop_after_first_stage() -> None:
     backend.add_stages = add_first
 
 
+def launch_as_on(capability: int) -> None:
+    """Launch as on such a GPU: on Hopper kernels begin early, and since Ada there are instructions for fp8."""
+    from langchain_quantllm.kernels.attention import eight_bits
+
+    if capability >= HOPPER:
+        use_early_launches()
+    converts_fp8 = eight_bits.converts_fp8
+    for module in list(sys.modules.values()):
+        if getattr(module, "converts_fp8", None) is converts_fp8:
+            module.converts_fp8 = lambda device: capability >= 89  # type: ignore[attr-defined]
+
+
 def use_early_launches() -> None:
-    """Launch as on a Hopper GPU, where kernels begin early."""
+    """Launch as on a Hopper GPU, where kernels begin early: in every module, also in those that are imported later."""
     from langchain_quantllm.kernels import launch
 
-    for module in list(sys.modules.values()):
-        if getattr(module, "launch_options", None) is launch.launch_options:
-            module.launch_options = lambda device: launch._EARLY  # type: ignore[attr-defined]
+    if launch.gdc_wait is not None:  # Triton is new enough
+        launch._LATE.update(launch._EARLY)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    if sys.argv[2:3] == ["--for"]:
+        main(sys.argv[1], int(sys.argv[3]), sys.argv[4:])
+    else:
+        main(sys.argv[1])

@@ -26,6 +26,15 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3MoeConfig",
         {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     ),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        {
+            "num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 64, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+            "linear_num_key_heads": 2, "linear_num_value_heads": 8,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+    ),
     "mixtral": ("MixtralConfig", {"num_local_experts": EXPERTS, "num_experts_per_tok": 2}),
     "gpt_oss": (
         "GptOssConfig",

@@ -19,6 +19,7 @@ from tokenizers.models import BPE
 
 from langchain_quantllm import QuantizedHuggingFaceLLM
 from langchain_quantllm.engine import worker
+from langchain_quantllm.engine.forward_context import current_context
 from langchain_quantllm.errors import UnsupportedError
 
 TINY = {
@@ -176,6 +177,9 @@ def forwards(llm: QuantizedHuggingFaceLLM, before: Callable[[int], None] | None 
     seen = Forwards()
 
     def note(module: Any, args: Any, kwargs: Any) -> None:
+        context = current_context()
+        if context is not None and context.record is not None:
+            return  # the hook changes the model, so that fused steps are found anew
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
         seen.shapes.append(tuple(ids.shape))
         if before is not None:

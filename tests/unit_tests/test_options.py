@@ -35,6 +35,7 @@ WRONG: dict[str, list[Any]] = {
     "adapter": ["", 5, ["sql"]],
     "priority": [1.5, "high", True],
     "cache_salt": ["", 5, b"one", "x" * 257],
+    "speculation": ["eagle", "", True, 3],
     "max_new_tokens": [0, -1, 1.5, "8", True],
     "max_length": [0, "long"],
     "min_new_tokens": [-1, 2.0],
@@ -68,7 +69,6 @@ WRONG: dict[str, list[Any]] = {
     "remove_invalid_values": [1],
     "renormalize_logits": ["yes"],
     "guidance_scale": ["much"],
-    "prompt_lookup_num_tokens": [0],
     "max_matching_ngram_size": [0],
     "max_time": [0],
     "use_cache": ["yes"],
@@ -187,6 +187,12 @@ class TestValues:
         (name,) = given
         assert name in normalize(given)
 
+    def test_prompt_lookup_of_transformers_is_speculation(self) -> None:
+        assert normalize({"prompt_lookup_num_tokens": 10}) == {"speculation": "ngram"}
+        with pytest.raises(InvalidOptionError, match="prompt_lookup_num_tokens=0 is not allowed"):
+            normalize({"prompt_lookup_num_tokens": 0})
+        assert resolve([{}], {}).speculation == "forced"
+
     def test_nothing_given_is_changed(self) -> None:
         given = {"stop": ["x"], "pipeline_kwargs": {"max_tokens": 5}}
         normalize(given)
@@ -200,7 +206,6 @@ class TestValues:
         ("given", "words"),
         [
             ({"num_beams": 2, "do_sample": True}, "add do_sample=False"),
-            ({"prompt_lookup_num_tokens": 3, "temperature": 0.5}, "add do_sample=False"),
             ({"num_beams": 2, "logprobs": True}, "leave one of them out"),
             ({"min_new_tokens": 9, "max_new_tokens": 8}, "raise the one or lower the other"),
         ],

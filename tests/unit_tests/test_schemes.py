@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPTQConfig, TorchAoConfig
 
-from langchain_quantllm import FP4, GPTQ, NF4, SCHEMES, Int8, QuantizedHuggingFaceLLM, Scheme, Unquantized
+from langchain_quantllm import AWQ, FP4, GPTQ, NF4, SCHEMES, Int8, QuantizedHuggingFaceLLM, Scheme, Unquantized
 from langchain_quantllm.errors import InvalidOptionError
 from langchain_quantllm.schemes import Prequantized, scheme_from, scheme_of_config
 from tests.support.checkpoints import LINEAR_NAMES, make_checkpoint, quicken
@@ -223,6 +223,9 @@ def test_output_differs_between_schemes(tiny: Path) -> None:
         (lambda: NF4(double_quantization="no"), ["double_quantization='no'"]),
         (lambda: NF4(skip_modules="q_proj"), ["skip_modules='q_proj'"]),
         (lambda: GPTQ(bits=5), ["bits=5", "2, 3, 4, 8"]),
+        (lambda: GPTQ(bits=4.0), ["bits=4.0", "2, 3, 4, 8"]),  # type: ignore[arg-type]
+        (lambda: GPTQ(bits=4, other_bits=(5,)), ["other_bits=(5,)", "2, 3, 4, 8"]),
+        (lambda: GPTQ(bits=4, other_bits=None), ["other_bits=None", "2, 3, 4, 8"]),  # type: ignore[arg-type]
         (lambda: GPTQ(group_size=0), ["group_size=0", "-1 or a positive"]),
         (lambda: GPTQ(sym="yes"), ["sym=", "True or False"]),  # type: ignore[arg-type]
     ],
@@ -255,8 +258,9 @@ def test_wrong_options_are_refused_with_what_is_allowed(make: Any, words: list[s
         *((v, ["'int8'", "'nf4'", "'fp4'"]) for v in ("bnb", "bitsandbytes")),
         *(
             (v, ["its own config", "leave quantization out"])
-            for v in ("awq", "AWQ", "fp8", "nvfp4", "w4a16", "torchao")
+            for v in ("aqlm", "hqq", "fp8", "nvfp4", "w4a16", "torchao")
         ),
+        *((v, ["'awq'"]) for v in ("AWQ", "AutoAWQ", "awq-4bit")),
         *((v, ["'gptq'", "GPTQ(bits=4)"]) for v in ("gptq-4bit", "gptq-int4", "AutoGPTQ")),
         *(
             (v, ["is a dtype", "'float16'", "'none'"])
@@ -322,7 +326,16 @@ def test_names_stand_for_the_schemes(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "bits"),
-    [("none", None), ("int8", 8), ("nf4", 4), ("nf4-double", 4), ("fp4", 4), ("fp4-double", 4), ("gptq", None)],
+    [
+        ("none", None),
+        ("int8", 8),
+        ("nf4", 4),
+        ("nf4-double", 4),
+        ("fp4", 4),
+        ("fp4-double", 4),
+        ("gptq", None),
+        ("awq", 4),
+    ],
 )
 def test_schemes_tell_the_bits_of_a_weight(name: str, bits: int | None) -> None:
     assert SCHEMES[name].weight_bits == bits
@@ -336,6 +349,7 @@ ROUND_TRIP = [
     FP4(compute_dtype="float32", fp32_cpu_offload=True),
     GPTQ(bits=3, kernel="triton"),
     GPTQ(bits=3, group_size=-1, sym=False, desc_act=True),
+    AWQ(group_size=64),
     Prequantized(method="awq", bits=4),
 ]
 
@@ -364,7 +378,12 @@ def test_schemes_of_other_configs() -> None:
     )
     assert scheme_of_config({"quant_method": "gptq", "bits": 8}) == GPTQ(bits=8)
     assert scheme_of_config({"load_in_8bit": True}) == Int8()
-    assert scheme_of_config({"quant_method": "awq", "bits": 4}) == Prequantized(method="awq", bits=4)
+    assert scheme_of_config({"quant_method": "hqq", "bits": 4}) == Prequantized(method="hqq", bits=4)
+    awq = {"quant_method": "awq", "w_bit": 4, "group_size": 64, "zero_point": True, "version": "GEMM"}
+    assert scheme_of_config(awq) == AWQ(group_size=64)
+    assert scheme_of_config({"quant_method": "awq"}) == AWQ(group_size=128)
+    for other in ({"version": "gemv"}, {"zero_point": False}, {"w_bit": 8}):
+        assert isinstance(scheme_of_config({**awq, **other}), Prequantized)
     assert scheme_of_config({"quant_method": "compressed-tensors"}) == Prequantized(method="compressed-tensors")
     from torchao.quantization import Int8WeightOnlyConfig
 

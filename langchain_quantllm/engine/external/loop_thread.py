@@ -17,7 +17,7 @@ _WAIT_S = 0.5
 
 
 class LoopThread:
-    """A daemon thread that runs an event loop until it is closed."""
+    """A daemon thread that runs an event loop until it is stopped."""
 
     def __init__(self, name: str) -> None:
         """Start the thread.
@@ -41,7 +41,6 @@ class LoopThread:
                 self.loop.run_until_complete(self.loop.shutdown_asyncgens())
             self.loop.close()
 
-    @property
     def is_running(self) -> bool:
         """Whether the thread has not ended."""
         return self._thread.is_alive()
@@ -54,18 +53,36 @@ class LoopThread:
         """
         self.loop.call_soon_threadsafe(call, *arguments)
 
-    def wait_for(self, coroutine: Coroutine[Any, Any, _Result]) -> _Result:
-        """Run a coroutine in the loop, from another thread, and return its result or raise its exception."""
-        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
-        while True:
-            with contextlib.suppress(concurrent.futures.TimeoutError):
-                return future.result(_WAIT_S)
-            if future.done():  # it raised a timeout of its own
-                return future.result()
-
-    def close(self, timeout_s: float = 30.0) -> None:
-        """Stop the loop and wait until the thread has ended."""
+    def tell(self, call: Callable[..., object], *arguments: Any) -> None:
+        """Call a function in the loop, some time; a loop that is closed has nothing left to be told."""
         with contextlib.suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(self.loop.stop)
+            self.post(call, *arguments)
+
+    def wait_for(self, coroutine: Coroutine[Any, Any, _Result]) -> _Result:
+        """Run a coroutine in the loop, from another thread, and return its result or raise its exception.
+
+        Ctrl-C cancels the coroutine.
+        """
+        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        try:
+            while True:
+                with contextlib.suppress(concurrent.futures.TimeoutError):
+                    return future.result(_WAIT_S)
+                if future.done():  # it raised a timeout of its own
+                    return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def stop_after(self, last: Callable[[], Coroutine[Any, Any, object]]) -> None:
+        """Run a last coroutine in the loop, and stop the loop when it has ended; never waits."""
+
+        def begin() -> None:
+            self.loop.create_task(last()).add_done_callback(lambda _: self.loop.stop())
+
+        self.tell(begin)
+
+    def join(self, timeout_s: float) -> None:
+        """Wait until the thread has ended; the thread itself does not wait."""
         if self._thread is not threading.current_thread():
             self._thread.join(timeout_s)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from langchain_quantllm.engine.detokenizer import Completion
+from langchain_quantllm.engine.external.loop_engine import StreamTasks
 from langchain_quantllm.engine.external.server_client import LostAnswerError, ServerClient
 from langchain_quantllm.engine.external.server_fit import ServerFit
 from langchain_quantllm.engine.stream import Chunk, TokenLogprob
@@ -21,44 +22,28 @@ _REST_S = 2.0
 """Longest wait for the counts behind an answer."""
 
 
-class StreamRequests:
-    """The requests of one stream: their tasks, their timer, and whether more may be read."""
-
-    def __init__(self) -> None:
-        """Begin with none."""
-        self.tasks: set[asyncio.Task[None]] = set()
-        self.timer: asyncio.TimerHandle | None = None
-        self.may_read = asyncio.Event()
-        self._is_cancelled = False
-
-    def cancel(self) -> None:
-        """Cancel the tasks, once: a second time would interrupt them while they close their connections."""
-        if not self._is_cancelled:
-            self._is_cancelled = True
-            for task in self.tasks:
-                task.cancel()
-
-
 class Answer:
     """One answer of the server, as it comes."""
 
-    def __init__(self, completion: Completion, requests: StreamRequests, fit: ServerFit, tokenizer: Any) -> None:
+    def __init__(self, completion: Completion, tasks: StreamTasks, fit: ServerFit, tokenizer: Any) -> None:
         """Begin with nothing of it.
 
         Args:
             completion: What becomes of its tokens.
-            requests: Those of the completion's stream.
+            tasks: Those of the completion's stream.
             fit: What the server gives.
             tokenizer: Ours, for a server that gives no token ids.
         """
         self._completion = completion
         self._stream = completion.stream
-        self._requests = requests
+        self._tasks = tasks
         self._fit = fit
         self._tokenizer = tokenizer
         self._last: Chunk | None = None
         """The last chunk, held back until the server has told how many tokens it had cached."""
         self._cached_tokens = 0
+        self._own_count: int | None = None
+        """Tokens of the whole text by the server's count, where it gives no ids."""
         self.has_begun = False
         """Whether tokens have come, so that the request is not to be sent again."""
 
@@ -74,7 +59,7 @@ class Answer:
             while (part := await self._next(events)) is not None:
                 if self._read_part(part):
                     break
-                await self._wait_for_reader()
+                await self._tasks.wait_for_reader()  # then the server waits as well
         except (LostAnswerError, ServerError):
             if self._completion.finish_reason is None:
                 raise
@@ -92,13 +77,6 @@ class Answer:
             return await asyncio.wait_for(anext(events, None), _REST_S)
         return None
 
-    async def _wait_for_reader(self) -> None:
-        """Read no more while the reader of the stream has enough: then the server waits as well."""
-        while self._stream.is_full:
-            self._requests.may_read.clear()
-            if self._stream.is_full:  # it may have been read meanwhile
-                await self._requests.may_read.wait()
-
     def _read_part(self, part: Mapping[str, Any]) -> bool:
         """Take a part of the answer; returns True if no more of it is wanted."""
         usage = part.get("usage")
@@ -106,6 +84,8 @@ class Answer:
             details = usage.get("prompt_tokens_details")
             cached = details.get("cached_tokens") if isinstance(details, Mapping) else None
             self._cached_tokens = cached if isinstance(cached, int) else 0
+            count = usage.get("completion_tokens")
+            self._own_count = count if isinstance(count, int) and not self._fit.gives_ids else None
         choices = part.get("choices")
         if not choices:
             self._put_last()
@@ -178,7 +158,10 @@ class Answer:
 
     def _put(self, chunk: Chunk) -> None:
         if chunk.usage is not None:
-            chunk = replace(chunk, usage=replace(chunk.usage, cached_tokens=self._cached_tokens))
+            usage = replace(chunk.usage, cached_tokens=self._cached_tokens)
+            if self._own_count is not None:
+                usage = replace(usage, completion_tokens=self._own_count)
+            chunk = replace(chunk, usage=usage)
         self._stream.put(chunk)
 
 

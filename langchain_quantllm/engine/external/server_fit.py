@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
+from langchain_quantllm.engine.external import llamacpp
 from langchain_quantllm.engine.external.requests import NEUTRAL
 from langchain_quantllm.engine.external.server_client import ServerClient
 from langchain_quantllm.engine.external.server_options import ServerOptions
@@ -34,6 +35,7 @@ class ServerFit:
         adapters: The names of the models there that stand for adapters, by the adapters' names here.
         context_tokens: Most tokens of prompt and completion; None if it does not tell.
         gives_ids: Whether answers have the ids of their tokens. Else texts are tokenized again here.
+        is_llamacpp: Whether its options have llama.cpp's names.
         lacking: Options of `requests.NEUTRAL` that it does not have.
         forms: The kinds of `OutputForm` that it holds texts to.
         compared: What of the tokenizer was compared with ours, in words.
@@ -44,6 +46,7 @@ class ServerFit:
     adapters: Mapping[str, str]
     context_tokens: int | None
     gives_ids: bool
+    is_llamacpp: bool
     lacking: frozenset[str]
     forms: frozenset[str]
     compared: str
@@ -77,40 +80,49 @@ async def find_fit(client: ServerClient, server: ServerOptions, source: EngineSo
     owner = str(cards[model].get("owned_by") or "a server")
     choice, is_strict = await _probe(client, model, source)
     gives_ids = _is_ids(choice.get("token_ids"))
-    known = ""
+    known = owner if owner == llamacpp.OWNER else ""
     if gives_ids:
         _check_decoding(server, source, choice)
         if owner in _LACKING:
             known = owner
         elif await _holds_forms(client, model, source):  # servers over vLLM name themselves otherwise
             known = "vllm"
-    version = await client.beside("GET", "/version")
-    number = version.get("version") if isinstance(version, Mapping) else None
-    length = cards[model].get("max_model_len")
+    number, length = None, cards[model].get("max_model_len")
+    if known == llamacpp.OWNER:
+        number, length = await llamacpp.look_at(client)
+    elif isinstance(version := await client.beside("GET", "/version"), Mapping):
+        number = version.get("version")
     return ServerFit(
         software=owner if number is None else f"{owner} {number}",
         model=model,
         adapters=adapters,
         context_tokens=length if isinstance(length, int) and length > 0 else None,
         gives_ids=gives_ids,
+        is_llamacpp=known == llamacpp.OWNER,
         lacking=_LACKING[known],
         forms=_FORMS[known],
-        compared=await _compare(client, server, source, model, is_strict=is_strict),
+        compared=await _compare(
+            client, server, source, model, is_strict=is_strict, is_llamacpp=known == llamacpp.OWNER
+        ),
     )
 
 
 _LACKING: Mapping[str, frozenset[str]] = {
     "vllm": frozenset(),
     "langchain-quantllm": frozenset({"priority"}),
+    llamacpp.OWNER: llamacpp.LACKING,
     "": frozenset(NEUTRAL),
 }
 """Options that kinds of servers lack; one of another kind may have more than are used."""
 
 _FORMS: Mapping[str, frozenset[str]] = {
-    "vllm": frozenset(FORMS),
+    "vllm": frozenset(FORMS) - {"json", "gbnf"},
     "langchain-quantllm": frozenset({"json", "regex", "choice", "grammar"}),
+    llamacpp.OWNER: llamacpp.FORMS,
     "": frozenset(),
 }
+"""Forms that kinds of servers hold texts to. JSON is a structural tag for vLLM, with our layout: of its own form, any
+white space is part, and a model may write nothing else until its tokens run out."""
 
 
 def _choose(server: ServerOptions, source: EngineSource, cards: Mapping[str, Mapping[str, Any]]) -> str:
@@ -184,7 +196,13 @@ def _check_decoding(server: ServerOptions, source: EngineSource, choice: Mapping
 
 
 async def _compare(
-    client: ServerClient, server: ServerOptions, source: EngineSource, model: str, *, is_strict: bool
+    client: ServerClient,
+    server: ServerOptions,
+    source: EngineSource,
+    model: str,
+    *,
+    is_strict: bool,
+    is_llamacpp: bool,
 ) -> str:
     """Compare the server's tokenizer with ours, by ids or by text.
 
@@ -195,7 +213,8 @@ async def _compare(
         UnsupportedError: If it is another one.
     """
     ours = source.tokenizer.encode(PROBE, add_special_tokens=False)
-    answer = await client.beside("POST", "/tokenize", {"model": model, "prompt": PROBE, "add_special_tokens": False})
+    body = {"model": model, "prompt": PROBE, "add_special_tokens": False}
+    answer = await client.beside("POST", "/tokenize", llamacpp.tokenize_body(PROBE) if is_llamacpp else body)
     theirs = answer.get("tokens") if isinstance(answer, Mapping) else None
     if theirs is not None and _is_ids(theirs):
         if list(theirs) != ours:

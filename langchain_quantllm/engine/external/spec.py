@@ -36,8 +36,8 @@ KINDS: Mapping[str, tuple[str, str]] = {
 }
 """Module and class of each kind of engine, by its name in the dict form."""
 
-FORMS = ("json", "regex", "choice", "grammar", "structural_tag")
-"""Kinds of `OutputForm`, by the names that servers have for them."""
+FORMS = ("json", "regex", "choice", "grammar", "structural_tag", "gbnf")
+"""Kinds of `OutputForm`, by the names that servers have for them; llama.cpp calls its notation of grammars GBNF."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,10 @@ class ExternalEngine(NamedOptions):
         "device_map": "as it spreads the weights itself",
         "max_memory": "as it spreads the weights itself",
         "attn_implementation": "as its attention is its own",
+        "lm_head_dtype": "as it loads the weights itself",
+        "draft_model": "as it speculates by options of its own",
         "kv_cache_memory": "as its KV cache is its own",
+        "kv_cache_dtype": "as its KV cache is its own",
         "fuse": "as its kernels are its own",
         "batch_invariant": "as its texts may depend on the batch; use engine='fast'",
     }

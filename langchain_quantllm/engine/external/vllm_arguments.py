@@ -20,7 +20,7 @@ from langchain_quantllm.engine.external.vllm_options import VLLMOptions
 from langchain_quantllm.engine.request import Request
 from langchain_quantllm.errors import CheckpointError, InvalidOptionError, MissingPackageError, UnsupportedError
 from langchain_quantllm.options import BASE_ADAPTER
-from langchain_quantllm.schemes import Int8, Scheme, Unquantized, scheme_of_config
+from langchain_quantllm.schemes import GPTQ, Int8, Scheme, Unquantized, scheme_of_config
 
 BITSANDBYTES_PLUGIN = "vllm-bnb-plugin"
 """The package that reads bitsandbytes' weights; vLLM itself does so before `_WITHOUT_BITSANDBYTES`."""
@@ -115,9 +115,10 @@ def _check_stored(options: VLLMOptions, source: EngineSource, stored: Scheme) ->
             "possible; leave it out."
         )
         raise CheckpointError(msg)
-    if stored.name == "gptq" and (stored.weight_bits not in _GPTQ_BITS or not getattr(stored, "sym", True)):
+    if isinstance(stored, GPTQ) and (not {*stored.layer_bits} <= {*_GPTQ_BITS} or not stored.sym):
+        bits = " and ".join(map(str, stored.layer_bits))
         msg = (
-            f"{source.model_id} has GPTQ weights of {stored.weight_bits} bits, {stored.to_dict()!r}; vLLM reads "
+            f"{source.model_id} has GPTQ weights of {bits} bits, {stored.to_dict()!r}; vLLM reads "
             "symmetric ones of 4 or 8 bits. Quantize the original again so, or use engine='auto'."
         )
         raise CheckpointError(msg)

@@ -60,6 +60,7 @@ class VLLMOptions(ExternalEngine):
         "device": "as it takes the devices that it sees; name them in CUDA_VISIBLE_DEVICES",
         "device_map": "as it spreads the weights itself; say how in VLLM(tensor_parallel_size=...)",
         "kv_cache_memory": "as its KV cache is its own; write VLLM(kv_cache_memory_bytes=...)",
+        "kv_cache_dtype": "as its KV cache is its own; write VLLM(engine_args={'kv_cache_dtype': ...})",
         "model_kwargs": "which are of transformers' from_pretrained; vLLM's own go into VLLM(engine_args={...})",
     }
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from langchain_quantllm.compat.transformers_experts import is_experts, projections
+from langchain_quantllm.compat.transformers_experts import are_routed_tokens, is_experts, projections
 from langchain_quantllm.compat.transformers_gating import gated_outputs
 from langchain_quantllm.engine.cuda_graphs import hooks_of
 from langchain_quantllm.engine.forward_context import ForwardContext
@@ -70,18 +70,10 @@ class ExpertsStep:
     ) -> Any:
         """Compute the experts of each token; see `Step.run`."""
         del context
-        if kwargs or not _are_tokens(args) or torch.nn.utils.parametrize.is_parametrized(module):
+        if kwargs or not are_routed_tokens(args) or torch.nn.utils.parametrize.is_parametrized(module):
             return forward(*args, **kwargs)
         x, index, weights = args
         return self.kernels.experts(x, self.first, self.second, index, weights, self.gating).to(x.dtype)
-
-
-def _are_tokens(args: tuple[Any, ...]) -> bool:
-    """Whether arguments are tokens, the experts of each, and their weights."""
-    if len(args) != 3 or not all(isinstance(one, torch.Tensor) and one.dim() == 2 for one in args):
-        return False
-    x, index, weights = args
-    return bool(index.shape == weights.shape and len(x) == len(index) and not index.is_floating_point())
 
 
 def experts_step(call: RecordedCall, kernels: Any, likely: Gating | None = None) -> ExpertsStep:
@@ -96,7 +88,7 @@ def experts_step(call: RecordedCall, kernels: Any, likely: Gating | None = None)
         UnsupportedError: If the weights are stored in another way, or the step gives something else.
     """
     expected, module = output_of(call), call.module
-    if not _are_tokens(call.args) or call.kwargs:
+    if not are_routed_tokens(call.args) or call.kwargs:
         msg = "it is called with unexpected arguments"
         raise UnsupportedError(msg)
     first, second = _stacks(module, "gate_up_proj" if module.has_gate else "up_proj"), _stacks(module, "down_proj")

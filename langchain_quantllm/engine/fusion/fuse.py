@@ -19,7 +19,14 @@ from langchain_quantllm.engine.attention_interface import configs_of
 from langchain_quantllm.engine.forward_context import ForwardContext, Step, forward_context
 from langchain_quantllm.engine.forward_patch import ForwardPatch
 from langchain_quantllm.engine.fusion.experts import ExpertsStep, experts_step, is_experts
-from langchain_quantllm.engine.fusion.linear import LinearStep, group_shared_input, is_quantized_linear, linear_step
+from langchain_quantllm.engine.fusion.layers import layer_step
+from langchain_quantllm.engine.fusion.linear import (
+    LinearStep,
+    group_shared_input,
+    is_float_linear,
+    is_quantized_linear,
+    linear_step,
+)
 from langchain_quantllm.engine.fusion.patterns import NormStep, RotaryStep
 from langchain_quantllm.engine.fusion.recorded_call import RecordedCall, tensors_of
 from langchain_quantllm.engine.fusion.verify import (
@@ -39,12 +46,15 @@ from langchain_quantllm.errors import InvalidOptionError, UnsupportedError
 from langchain_quantllm.kernels.experts.gating import Gating
 
 LINEAR, NORM, GATED_MLP, COS_SIN, ROTARY, RESIDUAL = "linear", "norm", "gated_mlp", "cos_sin", "rotary", "residual"
-EXPERTS = "experts"
+EXPERTS, LAYER = "experts", "layer"
 
 KINDS = (LINEAR, NORM, GATED_MLP, COS_SIN, ROTARY, RESIDUAL, EXPERTS)
-"""Kinds of steps, as `EngineInfo.fused` calls them: linear layers with quantized weights, grouped if they share an
-input; RMSNorms; activation times up in MLPs; the cosines and sines of positions; rotation with the writing of keys and
-values; addition with the norm after it; experts of mixtures, without the router before them."""
+"""Kinds of steps, as `EngineInfo.fused` calls them: linear layers, with quantized weights or for few rows, grouped if
+they share an input; RMSNorms; activation times up in MLPs; the cosines and sines of positions; rotation with the
+writing of keys and values; addition with the norm after it; experts of mixtures, without the router before them."""
+
+CPU_KINDS = (LINEAR, NORM, GATED_MLP, COS_SIN, ROTARY, RESIDUAL, LAYER)
+"""The kinds on a CPU: there whole layers are put together from the others."""
 
 _MAY_BE = {
     LINEAR: is_quantized_linear,
@@ -54,6 +64,7 @@ _MAY_BE = {
     ROTARY: is_rotary,
     RESIDUAL: is_layer,
     EXPERTS: is_experts,
+    LAYER: is_layer,
 }
 _CHECKED_TOKENS = 7
 
@@ -90,18 +101,18 @@ class Fusion:
 
         Args:
             model: A causal language model of transformers.
-            kernels: `kernels.norms` or `kernels.reference`; None for the first on a CUDA GPU, and no fusion elsewhere.
+            kernels: `kernels.norms`, `.reference` or `.cpu`; None for the first on a CUDA GPU, and no fusion elsewhere.
             linear_kernels: `kernels.linear.dispatch`, `.cpu` or `.reference`; None likewise.
             experts_kernels: `kernels.experts.dispatch`, `.invariant` or `.reference`; None for the first on a CUDA GPU,
                 and experts that stay as they are elsewhere.
-            kinds: The kinds to fuse, of `KINDS`.
+            kinds: The kinds to fuse, of `KINDS` or `CPU_KINDS`.
             stages: The stages of a model on several devices; None if it lies on one.
 
         Raises:
             InvalidOptionError: If a kind is unknown.
         """
-        if unknown := sorted(set(kinds) - set(KINDS)):
-            msg = f"kinds={unknown[0]!r} is none of {', '.join(KINDS)}."
+        if unknown := sorted(set(kinds) - {*KINDS, *CPU_KINDS}):
+            msg = f"kinds={unknown[0]!r} is none of {', '.join(dict.fromkeys((*KINDS, *CPU_KINDS)))}."
             raise InvalidOptionError(msg)
         self._model = model
         self._kernels = kernels
@@ -145,6 +156,20 @@ class Fusion:
     def exact(self) -> Iterator[None]:
         """Run the model in this thread as it is, except linear layers whose step omits a rounding of the layer's."""
         steps = {key: step for key, step in self.steps.items() if isinstance(step, LinearStep) and step.skips_rounding}
+        with self._running(steps):
+            yield
+
+    @contextlib.contextmanager
+    def products(self) -> Iterator[None]:
+        """Run the model in this thread as it is, except its linear layers and experts: these multiply by the kernels.
+
+        Calls may hold several texts, padded, and need no KV blocks.
+        """
+        with self._running({key: s for key, s in self.steps.items() if isinstance(s, LinearStep | ExpertsStep)}):
+            yield
+
+    @contextlib.contextmanager
+    def _running(self, steps: Mapping[int, Step]) -> Iterator[None]:
         home = self._model.get_input_embeddings().weight.device
         stages = None if self._stages is None else self._stages.begin()
         with at_stage(home), forward_context(ForwardContext(steps=steps, stages=stages)):
@@ -165,6 +190,8 @@ class Fusion:
             for kind, may_be in _MAY_BE.items():
                 if may_be(module) and (kind != EXPERTS or kernels.experts is not None):
                     candidates.add(kind, module)
+            if is_float_linear(module, kernels.linear):
+                candidates.add(LINEAR, module)
         wanted = {id(module): module for modules in candidates.modules.values() for module in modules}
         self._patches = [ForwardPatch(module, _run_step) for module in wanted.values()]
         calls = self._record(home)
@@ -234,12 +261,16 @@ class Fusion:
 
         experts = find(EXPERTS, find_experts)
         norm_of_input = {id(call.originals[0]): call for key, call in calls.items() if key in norms}
-        layers = find(RESIDUAL, lambda call: residual_step(call, norms, norm_of_input.get(id(call.originals[1]))))
+        layers = find(
+            RESIDUAL, lambda call: residual_step(call, norms, norm_of_input.get(id(call.originals[1])), calls)
+        )
         # A norm is patched if it is fused by itself, or if a layer computes its output.
         following = {id(step.following[1]()) for step in layers.values() if step.following is not None}
         used = {key: step for key, step in norms.items() if key in following or (step.runs_alone and not step.centers)}
         candidates.count(NORM, len(used))
-        return {**linears, **used, **mlps, **cos_sins, **attentions, **experts, **layers}
+        steps = {**linears, **used, **mlps, **cos_sins, **attentions, **experts, **layers}
+        whole = find(LAYER, lambda call: layer_step(call, steps, norms, configs, all_kernels.linear))
+        return {**steps, **whole}
 
 
 class _Candidates:
@@ -247,9 +278,9 @@ class _Candidates:
 
     def __init__(self, home: torch.device, *, spreads: bool) -> None:
         self._home, self._spreads = home, spreads
-        self.modules: dict[str, list[Any]] = {kind: [] for kind in KINDS}
+        self.modules: dict[str, list[Any]] = {kind: [] for kind in _MAY_BE}
         self._fused: Counter[str] = Counter()
-        self._left: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
+        self._left: dict[str, Counter[str]] = {kind: Counter() for kind in _MAY_BE}
 
     def add(self, kind: str, module: Any) -> None:
         """Add a module, unless other code has replaced its `forward`."""

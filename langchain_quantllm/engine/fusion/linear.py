@@ -1,4 +1,4 @@
-"""Linear layers with quantized weights, multiplied by the kernels of this package.
+"""Linear layers, multiplied by the kernels of this package: with quantized weights, and others for few rows.
 
 A step is compared with its layer on a recorded call. Layers with the same input (query, key and value; gate and up) are
 multiplied together.
@@ -19,11 +19,13 @@ from langchain_quantllm.engine.fusion.recorded_call import TOLERANCES, RecordedC
 from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.kernels.linear import reference
 from langchain_quantllm.kernels.linear.weights import (
+    FloatWeight,
     FourBitWeight,
     GPTQWeight,
     Int8Weight,
     RepackedWeight,
     Weight,
+    float_weight_of,
     weight_of,
 )
 
@@ -36,7 +38,7 @@ _CHECKED_OUTPUTS = 512
 
 @dataclass(frozen=True, kw_only=True)
 class LinearStep:
-    """A linear layer over a quantized weight.
+    """A linear layer.
 
     Args:
         kernels: `kernels.linear.dispatch`, `.reference` or `.cpu`.
@@ -57,11 +59,17 @@ class LinearStep:
     @property
     def replaces_layer(self) -> bool:
         """Whether the layer itself is never called."""
-        return not isinstance(self.weight, FourBitWeight) or math.isinf(self.kernels.MOST_FOUR_BIT_ROWS)
+        return math.isinf(self._most_rows)
 
     def takes(self, x: torch.Tensor) -> bool:
         """Whether the step multiplies activations of shape `(..., in_features)`; the layer multiplies others."""
-        return self.replaces_layer or x.numel() <= self.kernels.MOST_FOUR_BIT_ROWS * x.shape[-1]
+        return bool(x.numel() <= self._most_rows * x.shape[-1])
+
+    @property
+    def _most_rows(self) -> float:
+        if isinstance(self.weight, FloatWeight):
+            return float(self.kernels.MOST_FLOAT_ROWS)
+        return float(self.kernels.MOST_FOUR_BIT_ROWS) if isinstance(self.weight, FourBitWeight) else math.inf
 
     def run(
         self,
@@ -92,18 +100,29 @@ def is_quantized_linear(module: Any) -> bool:
     return is_quantized(own.get("weight")) or isinstance(own.get("qweight"), torch.Tensor)
 
 
+def is_float_linear(module: Any, kernels: Any) -> bool:
+    """Whether a module is a linear layer that is not quantized, and `kernels` multiply by its weight."""
+    return hasattr(kernels, "MOST_FLOAT_ROWS") and float_weight_of(module) is not None
+
+
 def linear_step(call: RecordedCall, kernels: Any) -> LinearStep:
     """Make the step of a linear layer, and compare it on all tokens of a call and on a single one.
 
     Raises:
         UnsupportedError: If the weight is stored in another way, or the step gives something else.
     """
-    expected, weight = output_of(call), weight_of(call.module)
+    expected, weight = output_of(call), weight_of(call.module) or float_weight_of(call.module)
     if weight is None:
         msg = "its weight is stored in a way that has no kernel"
         raise UnsupportedError(msg)
     step = LinearStep(kernels=kernels, weight=weight)
     [x] = call.args
+    if isinstance(weight, FloatWeight):  # the layer itself multiplies more rows
+        most = kernels.MOST_FLOAT_ROWS
+        x, expected = x[..., :most, :], expected[..., :most, :]
+        check_same(kernels.quantized_linear(x, weight, weight.bias).to(x.dtype), expected)
+        check_same(kernels.quantized_linear(x[..., :1, :], weight, weight.bias).to(x.dtype), expected[..., :1, :])
+        return step
     output, single = call.run(step), kernels.quantized_linear(x[..., :1, :], weight, weight.bias).to(x.dtype)
     if isinstance(weight, Int8Weight):
         check_same(output, expected, tolerance=_INT8_TOLERANCE)

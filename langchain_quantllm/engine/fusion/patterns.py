@@ -26,7 +26,7 @@ class NormStep:
     """An RMSNorm, or a LayerNorm after an addition.
 
     Args:
-        kernels: `kernels.norms` or `kernels.reference`.
+        kernels: `kernels.norms`, `.reference` or `.cpu`.
         eps: Of the norm.
         offset: See `kernels.reference.rms_norm`.
         rounds_first: See `kernels.reference.rms_norm`.
@@ -79,7 +79,7 @@ class GatedMlpStep:
     """A gated MLP: down(activation(gate(x)) * up(x)).
 
     Args:
-        kernels: `kernels.norms` or `kernels.reference`.
+        kernels: `kernels.norms`, `.reference` or `.cpu`.
         activation: See `kernels.reference.activation_mul`.
         packed: Name of the layer whose output is gate and up, concatenated; None if they are two layers.
     """
@@ -148,7 +148,7 @@ class RotaryStep:
     """An attention whose rotation and writing of keys and values are one kernel.
 
     Args:
-        kernels: `kernels.norms` or `kernels.reference`.
+        kernels: `kernels.norms`, `.reference` or `.cpu`.
         projections: How it computes queries, keys and values.
         output: Name of the output projection.
         layout: See `kernels.reference.rotate_and_write`.
@@ -185,7 +185,7 @@ class CosSinStep:
     """A module that computes the cosines and sines of positions, from constant frequencies.
 
     Args:
-        kernels: `kernels.norms` or `kernels.reference`.
+        kernels: `kernels.norms`, `.reference` or `.cpu`.
         scale: See `kernels.reference.cos_sin`.
     """
 
@@ -249,6 +249,10 @@ class ResidualStep:
         out = _first(module.mlp(normed))
         if names.after_mlp is not None:
             out = getattr(module, names.after_mlp)(out)
+        return self.end(context, out, total)
+
+    def end(self, context: ForwardContext, out: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        """Add the MLP's output, and normalize the sum for the module after the layer."""
         following = None if self.following is None else self.following[1]()
         if self.following is None or following is None:
             return total + out

@@ -8,17 +8,18 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from langchain_quantllm.compat.transformers_experts import are_routed_tokens, is_experts
 from langchain_quantllm.compat.transformers_models import given_cache_name
 from langchain_quantllm.engine.attention import AttentionArguments, Batch, LayerPool, PagedForward, Span
 from langchain_quantllm.engine.attention_interface import paged_attention
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.engine.cuda_graphs import hooks_of
-from langchain_quantllm.engine.forward_context import ForwardContext
+from langchain_quantllm.engine.forward_context import ForwardContext, forward_context
 from langchain_quantllm.engine.fusion.patterns import (
     CosSinStep,
     GatedMlpStep,
@@ -190,7 +191,7 @@ def rotary_step(
     if not is_cos_sin(cos_sin):
         msg = "it is given no cosines and sines"
         raise UnsupportedError(msg)
-    own = _OwnBlocks(hidden)
+    own = OwnBlocks(hidden)
     paged_kwargs = {**kwargs, "attention_mask": None}
     with paged_attention(ForwardContext(attention=own), configs) as cache:
         output = type(module).forward(module, **{**paged_kwargs, cache_name: cache})
@@ -199,7 +200,7 @@ def rotary_step(
         raise UnsupportedError(msg)
     reason = "its projections have other names"
     for step in _rotary_steps(module, kernels, own.arguments, cos_sin[0].shape[-1], likely):
-        ours = _OwnBlocks(hidden, own.pools)
+        ours = OwnBlocks(hidden, own.pools)
         context = ForwardContext(attention=ours)
         try:
             with paged_attention(context, configs) as cache:
@@ -241,7 +242,7 @@ def _rotary_steps(
         )
 
 
-class _OwnBlocks(PagedForward):
+class OwnBlocks(PagedForward):
     """A forward of one attention over blocks made for it; records the arguments that the attention passes."""
 
     def __init__(self, hidden: torch.Tensor, like: Mapping[int, LayerPool] | None = None) -> None:
@@ -292,13 +293,41 @@ def is_layer(module: Any) -> bool:
     return {"self_attn", "mlp"} <= set(module._modules)
 
 
-def residual_step(call: RecordedCall, norms: Mapping[int, NormStep], following: RecordedCall | None) -> ResidualStep:
+@dataclass(frozen=True, kw_only=True)
+class _RoutedAsRecorded:
+    """Experts in the check of their layer: tokens go where they went in a recorded call of the experts.
+
+    Their router may choose others for another rounding of its input. The input of the experts is the layer's.
+    """
+
+    call: RecordedCall
+
+    def run(
+        self,
+        module: Any,
+        forward: Callable[..., Any],
+        context: ForwardContext,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run the experts; see `Step.run`."""
+        del module, context
+        is_same = not kwargs and are_routed_tokens(args) and are_routed_tokens(self.call.args)
+        if is_same and args[1].shape == self.call.args[1].shape:
+            args = (args[0], *self.call.args[1:])
+        return forward(*args, **kwargs)
+
+
+def residual_step(
+    call: RecordedCall, norms: Mapping[int, NormStep], following: RecordedCall | None, calls: Mapping[int, RecordedCall]
+) -> ResidualStep:
     """Find the structure of a layer.
 
     Args:
         call: A call of the layer.
         norms: Steps of the model's norms, by the norms' ids.
         following: The call of the norm whose input is the layer's output; None if there is none.
+        calls: The calls of all modules, by the modules' ids.
 
     Raises:
         UnsupportedError: If the layer has no known structure.
@@ -321,8 +350,10 @@ def residual_step(call: RecordedCall, norms: Mapping[int, NormStep], following: 
     if step.norm is None and step.following is None:
         msg = "none of its norms is fused"
         raise UnsupportedError(msg)
-    context = ForwardContext()
-    output = call.run(step, context)
+    experts = [id(part) for part in module.modules() if is_experts(part) and id(part) in calls]
+    context = ForwardContext(steps={key: _RoutedAsRecorded(call=calls[key]) for key in experts})
+    with forward_context(context):
+        output = call.run(step, context)
     check_same(output, expected)
     if step.following is not None and following is not None:
         normed = context.normed.take(output, id(following.module))

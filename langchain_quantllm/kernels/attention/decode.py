@@ -8,7 +8,8 @@ import torch
 import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]  # not on every machine, and untyped
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
-from langchain_quantllm.kernels.attention.blocks import key_indices
+from langchain_quantllm.kernels.attention.blocks import key_indices, load_blocks, scale_indices
+from langchain_quantllm.kernels.attention.eight_bits import converts_fp8, decoded, load_scales, normalized, pointers
 from langchain_quantllm.kernels.attention.softmax import (
     biased,
     fold,
@@ -18,6 +19,8 @@ from langchain_quantllm.kernels.attention.softmax import (
     scores_of,
     with_sink,
 )
+from langchain_quantllm.kernels.attention.words import attend_to_words
+from langchain_quantllm.kernels.kv_quantization import KVScales
 from langchain_quantllm.kernels.launch import dense_vectors, launch_options, power_of_2, wait_for_inputs
 
 _MOST_GROUP_ROWS = 64
@@ -45,6 +48,7 @@ def decode_attention(
     chunk: int = 0,
     sinks: torch.Tensor | None = None,
     biases: torch.Tensor | None = None,
+    scales: KVScales | None = None,
     splits: int = 1,
     arrivals: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -72,9 +76,11 @@ def decode_attention(
     # If no sequence is shared, the kernel accesses neither of these, nor the arrivals.
     parts = out if splits == 1 else kv.new_empty((tokens, heads, splits, value_dim), dtype=torch.float32)
     levels = out if splits == 1 else kv.new_empty((tokens, heads, splits), dtype=torch.float32)
+    # A product has at least 16 inputs and 8 outputs.
+    in_words = scales is not None and key_dim > 32 and value_dim > 16 and key_dim % 4 == value_dim % 4 == 0
     _decode_kernel[(tokens, kv_heads * -(-group // group_rows), splits)](
         query,
-        kv,
+        kv.view(torch.int32) if in_words else kv,
         table,
         slots,
         positions,
@@ -84,6 +90,7 @@ def decode_attention(
         arrivals,
         sinks,
         biases,
+        *pointers(scales),
         scale,
         query.stride(1),
         query.stride(2),
@@ -99,6 +106,9 @@ def decode_attention(
         chunk=chunk,
         splits=splits,
         is_latent=is_latent,
+        in_words=in_words,
+        is_int8=kv.dtype == torch.int8,
+        converts_fp8=converts_fp8(kv.device),
         key_tile=power_of_2(key_dim, 16),
         value_tile=power_of_2(value_dim, 16),
         group_rows=group_rows,
@@ -171,6 +181,8 @@ def _decode_kernel(
     arrivals: tl.tensor,
     sinks: tl.tensor,
     biases: tl.tensor,
+    scales: tl.tensor,
+    factors: tl.tensor,
     scale: tl.tensor,
     query_head_stride: tl.tensor,
     query_token_stride: tl.tensor,
@@ -186,6 +198,9 @@ def _decode_kernel(
     chunk: tl.constexpr,
     splits: tl.constexpr,
     is_latent: tl.constexpr,
+    in_words: tl.constexpr,
+    is_int8: tl.constexpr,
+    converts_fp8: tl.constexpr,
     key_tile: tl.constexpr,
     value_tile: tl.constexpr,
     group_rows: tl.constexpr,
@@ -206,7 +221,6 @@ def _decode_kernel(
     split = tl.program_id(2)
     members = tl.program_id(1) % programs * group_rows + tl.arange(0, group_rows)
     heads = head * group + members
-    key_columns = tl.arange(0, key_tile)
     value_columns = tl.arange(0, value_tile)
     blocks = table + tl.load(slots + token).to(tl.int64) * table_stride
     end = tl.load(positions + token) + 1
@@ -224,54 +238,27 @@ def _decode_kernel(
             return
     start = (first_tile + split * share) * keys
     stop = tl.minimum(start + share * keys, end)
-    asked = tl.load(
-        query + token * query_token_stride + heads[:, None] * query_head_stride + key_columns[None, :],
-        mask=(members[:, None] < group) & (key_columns[None, :] < key_dim),
-        other=0.0,
-    ).to(kv.dtype.element_ty)
-    asked_latent = asked
-    if is_latent:
-        asked_latent = load_latent_query(
-            query + token * query_token_stride + heads[:, None] * query_head_stride,
-            members[:, None] < group,
-            key_dim,
-            value_dim,
-            value_tile,
-        ).to(kv.dtype.element_ty)
-
-    highest = tl.full([group_rows], float("-inf"), tl.float32)
-    weight = tl.zeros([group_rows], tl.float32)
-    total = tl.zeros([group_rows, value_tile], tl.float32)
-    if biases is not None:
-        own = tl.load(biases + heads * biases_stride + end - 1, mask=members < group, other=0.0)
-    for tile in range(start, stop, keys):
-        seen = tile + tl.arange(0, keys)
-        visible = (seen >= begin) & (seen < end)
-        sources = kv + key_indices(blocks, seen, visible, block_tokens, kv_heads, head) * (key_dim + value_dim)
-        key = tl.load(
-            sources[:, None] + key_columns[None, :],
-            mask=visible[:, None] & (key_columns[None, :] < key_dim),
-            other=0.0,
-        )
-        value = tl.load(
-            sources[:, None] + key_dim + value_columns[None, :],
-            mask=visible[:, None] & (value_columns[None, :] < value_dim),
-            other=0.0,
-        )
-        shown = visible[None, :]
-        if is_latent:
-            scores = latent_scores_of(asked, key, asked_latent, value, scale, softcap)
-        else:
-            scores = scores_of(asked, key, scale, softcap)
+    if in_words:
+        of_heads = None
+        own = None
         if biases is not None:
-            added = tl.load(
-                biases + heads[:, None] * biases_stride + seen[None, :],
-                mask=(members[:, None] < group) & shown,
-                other=0.0,
-            )
-            scores = biased(scores, added, own)
-        scores = tl.where(shown, scores, float("-inf"))
-        total, highest, weight = fold(total, highest, weight, scores, value)
+            of_heads = biases + heads[:, None] * biases_stride
+            own = tl.load(biases + heads * biases_stride + end - 1, mask=members < group, other=0.0)
+        total, highest, weight = attend_to_words(
+            query + token * query_token_stride + heads[:, None] * query_head_stride,
+            kv, blocks, scales, factors, of_heads, own, members[:, None] < group,
+            scale, head, start, stop, begin, end,
+            block_tokens, kv_heads, key_dim, value_dim, key_tile, value_tile, group_rows, keys, softcap,
+            is_int8, converts_fp8,
+        )  # fmt: skip
+    else:
+        total, highest, weight = _attend(
+            query + token * query_token_stride + heads[:, None] * query_head_stride,
+            kv, blocks, scales, factors, biases, biases_stride, members, group, heads,
+            scale, head, start, stop, begin, end,
+            block_tokens, kv_heads, key_dim, value_dim, key_tile, value_tile, group_rows, keys, softcap,
+            is_latent, converts_fp8,
+        )  # fmt: skip
 
     found = total / tl.where(weight > 0, weight, 1.0)[:, None]
     row = token * (kv_heads * group) + heads
@@ -297,6 +284,105 @@ def _decode_kernel(
             _combine(
                 out, parts, levels, sinks, first_head, first, count, shares, value_dim, splits, value_tile, heads_tile
             )
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def _attend(
+    rows: tl.tensor,
+    kv: tl.tensor,
+    blocks: tl.tensor,
+    scales: tl.tensor,
+    factors: tl.tensor,
+    biases: tl.tensor,
+    biases_stride: tl.tensor,
+    members: tl.tensor,
+    group: tl.constexpr,
+    heads: tl.tensor,
+    scale: tl.tensor,
+    head: tl.tensor,
+    start: tl.tensor,
+    stop: tl.tensor,
+    begin: tl.tensor,
+    end: tl.tensor,
+    block_tokens: tl.constexpr,
+    kv_heads: tl.constexpr,
+    key_dim: tl.constexpr,
+    value_dim: tl.constexpr,
+    key_tile: tl.constexpr,
+    value_tile: tl.constexpr,
+    group_rows: tl.constexpr,
+    keys: tl.constexpr,
+    softcap: tl.constexpr,
+    is_latent: tl.constexpr,
+    converts_fp8: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Attend with the queries of a key head to some keys of a sequence; see `words.attend_to_words`."""
+    key_columns = tl.arange(0, key_tile)
+    value_columns = tl.arange(0, value_tile)
+    asked = tl.load(
+        rows + key_columns[None, :],
+        mask=(members[:, None] < group) & (key_columns[None, :] < key_dim),
+        other=0.0,
+    )
+    if scales is not None:
+        factor = tl.load(factors + head * key_dim + key_columns, mask=key_columns < key_dim, other=1.0)
+        asked, sizes = normalized(asked.to(tl.float32) * factor[None, :])
+        scale = (sizes * scale)[:, None]
+    else:
+        asked = asked.to(kv.dtype.element_ty)
+    asked_latent = asked
+    if is_latent:
+        asked_latent = load_latent_query(
+            rows,
+            members[:, None] < group,
+            key_dim,
+            value_dim,
+            value_tile,
+        ).to(kv.dtype.element_ty)
+
+    highest = tl.full([group_rows], float("-inf"), tl.float32)
+    weight = tl.zeros([group_rows], tl.float32)
+    total = tl.zeros([group_rows, value_tile], tl.float32)
+    if biases is not None:
+        own = tl.load(biases + heads * biases_stride + end - 1, mask=members < group, other=0.0)
+    for tile in range(start, stop, keys):
+        seen = tile + tl.arange(0, keys)
+        visible = (seen >= begin) & (seen < end)
+        block = load_blocks(blocks, seen, visible, block_tokens)
+        sources = kv + key_indices(block, seen, block_tokens, kv_heads, head) * (key_dim + value_dim)
+        key = tl.load(
+            sources[:, None] + key_columns[None, :],
+            mask=visible[:, None] & (key_columns[None, :] < key_dim),
+            other=0.0,
+        )
+        value = tl.load(
+            sources[:, None] + key_dim + value_columns[None, :],
+            mask=visible[:, None] & (value_columns[None, :] < value_dim),
+            other=0.0,
+        )
+        pairs = scale_indices(block, seen, block_tokens, kv_heads, head)
+        key, value = decoded(key, converts_fp8), decoded(value, converts_fp8)
+        shown = visible[None, :]
+        if is_latent:
+            scores = latent_scores_of(asked, key, asked_latent, value, scale, softcap)
+        elif scales is None:
+            scores = scores_of(asked, key, None, scale, softcap)
+        else:
+            key_scales, value_scales = load_scales(scales, pairs, visible)
+            scores = scores_of(asked, key, key_scales, scale, softcap)
+        if biases is not None:
+            added = tl.load(
+                biases + heads[:, None] * biases_stride + seen[None, :],
+                mask=(members[:, None] < group) & shown,
+                other=0.0,
+            )
+            scores = biased(scores, added, own)
+        scores = tl.where(shown, scores, float("-inf"))
+        if scales is None:
+            total, highest, weight = fold(total, highest, weight, scores, value, None)
+        else:
+            total, highest, weight = fold(total, highest, weight, scores, value, value_scales)
+    return total, highest, weight
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
@@ -342,7 +428,7 @@ def _combine(
         weight = with_sink(weight, highest, tl.load(sinks + first_head + members, mask=held, other=0.0))
     total = tl.zeros([heads_tile, value_tile], tl.float32)
     room: tl.constexpr = _COMBINED_AT_ONCE // (heads_tile * value_tile)
-    at_once: tl.constexpr = min(splits, max(1, room))
+    at_once: tl.constexpr = (splits if splits < room else room) if room > 1 else 1
     for begin in range(0, shares, at_once):
         numbers = begin + tl.arange(0, at_once)
         indices = rows[:, None] * splits + numbers

@@ -8,7 +8,8 @@ import torch
 import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]  # not on every machine, and untyped
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
-from langchain_quantllm.kernels.attention.blocks import key_indices
+from langchain_quantllm.kernels.attention.blocks import key_indices, load_blocks, scale_indices
+from langchain_quantllm.kernels.attention.eight_bits import converts_fp8, decoded, load_scales, normalized, pointers
 from langchain_quantllm.kernels.attention.softmax import (
     biased,
     fold,
@@ -18,6 +19,7 @@ from langchain_quantllm.kernels.attention.softmax import (
     scores_of,
     with_sink,
 )
+from langchain_quantllm.kernels.kv_quantization import KVScales
 from langchain_quantllm.kernels.launch import COMPILER_OPTIONS, dense_vectors, power_of_2
 from langchain_quantllm.kernels.reference import PREFILL_TILE
 
@@ -35,6 +37,7 @@ def prefill_attention(
     chunk: int = 0,
     sinks: torch.Tensor | None = None,
     biases: torch.Tensor | None = None,
+    scales: KVScales | None = None,
     masks_all: bool = False,
 ) -> torch.Tensor:
     """Attend with packed chunks of several prompts; see `reference.prefill_attention`.
@@ -50,7 +53,8 @@ def prefill_attention(
     _, heads, tokens, query_dim = query.shape
     _, block_tokens, kv_heads, row = kv.shape
     key_dim, is_latent = row - value_dim, query_dim == row
-    queries, keys, warps, stages = _prefill_tiles(key_dim, value_dim, kv.element_size(), kv.device, is_latent)
+    element_bytes = max(2, kv.element_size())  # 8 bits are decoded to 16
+    queries, keys, warps, stages = _prefill_tiles(key_dim, value_dim, element_bytes, kv.device, is_latent)
     out = query.new_empty((1, tokens, heads, value_dim))
     _prefill_kernel[(heads, tiles.shape[0], PREFILL_TILE // queries)](
         query,
@@ -60,6 +64,7 @@ def prefill_attention(
         out,
         sinks,
         biases,
+        *pointers(scales),
         scale,
         query.stride(1),
         query.stride(2),
@@ -74,6 +79,7 @@ def prefill_attention(
         softcap=softcap,
         chunk=chunk,
         is_latent=is_latent,
+        converts_fp8=converts_fp8(kv.device),
         key_tile=power_of_2(key_dim, 16),
         value_tile=power_of_2(value_dim, 16),
         queries=queries,
@@ -113,6 +119,8 @@ def _prefill_kernel(
     out: tl.tensor,
     sinks: tl.tensor,
     biases: tl.tensor,
+    scales: tl.tensor,
+    factors: tl.tensor,
     scale: tl.tensor,
     query_head_stride: tl.tensor,
     query_token_stride: tl.tensor,
@@ -127,6 +135,7 @@ def _prefill_kernel(
     softcap: tl.constexpr,
     chunk: tl.constexpr,
     is_latent: tl.constexpr,
+    converts_fp8: tl.constexpr,
     key_tile: tl.constexpr,
     value_tile: tl.constexpr,
     queries: tl.constexpr,
@@ -158,7 +167,13 @@ def _prefill_kernel(
         + key_columns[None, :],
         mask=(members[:, None] < count) & (key_columns[None, :] < key_dim),
         other=0.0,
-    ).to(kv.dtype.element_ty)
+    )
+    if scales is not None:
+        factor = tl.load(factors + head // group * key_dim + key_columns, mask=key_columns < key_dim, other=1.0)
+        asked, sizes = normalized(asked.to(tl.float32) * factor[None, :])
+        scale = (sizes * scale)[:, None]
+    else:
+        asked = asked.to(kv.dtype.element_ty)
     asked_latent = asked
     if is_latent:
         asked_latent = load_latent_query(
@@ -190,24 +205,36 @@ def _prefill_kernel(
         start = (position + 1) // keys * keys
         for tile in range(0, start, keys):
             seen = tile + tl.arange(0, keys)
-            indices = key_indices(blocks, seen, None, block_tokens, kv_heads, head // group) * (key_dim + value_dim)
+            block = load_blocks(blocks, seen, None, block_tokens)
+            indices = key_indices(block, seen, block_tokens, kv_heads, head // group) * (key_dim + value_dim)
             key = tl.load(key_base + indices[:, None], mask=key_columns[None, :] < key_dim, other=0.0)
             value = tl.load(value_base + indices[:, None], mask=value_columns[None, :] < value_dim, other=0.0)
+            pairs = scale_indices(block, seen, block_tokens, kv_heads, head // group)
+            key, value = decoded(key, converts_fp8), decoded(value, converts_fp8)
             if is_latent:
                 scores = latent_scores_of(asked, key, asked_latent, value, scale, softcap)
+            elif scales is None:
+                scores = scores_of(asked, key, None, scale, softcap)
             else:
-                scores = scores_of(asked, key, scale, softcap)
+                key_scales, value_scales = load_scales(scales, pairs, None)
+                scores = scores_of(asked, key, key_scales, scale, softcap)
             if biases is not None:
                 scores = biased(scores, tl.load(added + seen)[None, :], own)
-            total, highest, weight = fold(total, highest, weight, scores, value)
+            if scales is None:
+                total, highest, weight = fold(total, highest, weight, scores, value, None)
+            else:
+                total, highest, weight = fold(total, highest, weight, scores, value, value_scales)
     for tile in range(start, end, keys):
         seen = tile + tl.arange(0, keys)
         written = (seen >= begin) & (seen < end)
-        indices = key_indices(blocks, seen, written, block_tokens, kv_heads, head // group) * (key_dim + value_dim)
+        block = load_blocks(blocks, seen, written, block_tokens)
+        indices = key_indices(block, seen, block_tokens, kv_heads, head // group) * (key_dim + value_dim)
         key = tl.load(key_base + indices[:, None], mask=written[:, None] & (key_columns[None, :] < key_dim), other=0.0)
         value = tl.load(
             value_base + indices[:, None], mask=written[:, None] & (value_columns[None, :] < value_dim), other=0.0
         )
+        pairs = scale_indices(block, seen, block_tokens, kv_heads, head // group)
+        key, value = decoded(key, converts_fp8), decoded(value, converts_fp8)
         ages = (position + members)[:, None] - seen[None, :]
         visible = ages >= 0
         if window > 0:
@@ -216,12 +243,18 @@ def _prefill_kernel(
             visible = visible & (seen[None, :] >= ((position + members) // chunk * chunk)[:, None])
         if is_latent:
             scores = latent_scores_of(asked, key, asked_latent, value, scale, softcap)
+        elif scales is None:
+            scores = scores_of(asked, key, None, scale, softcap)
         else:
-            scores = scores_of(asked, key, scale, softcap)
+            key_scales, value_scales = load_scales(scales, pairs, written)
+            scores = scores_of(asked, key, key_scales, scale, softcap)
         if biases is not None:
             scores = biased(scores, tl.load(added + seen, mask=written, other=0.0)[None, :], own)
         scores = tl.where(visible, scores, float("-inf"))
-        total, highest, weight = fold(total, highest, weight, scores, value)
+        if scales is None:
+            total, highest, weight = fold(total, highest, weight, scores, value, None)
+        else:
+            total, highest, weight = fold(total, highest, weight, scores, value, value_scales)
 
     # Only rows after the last token can have seen no key; they are not stored.
     if sinks is not None:

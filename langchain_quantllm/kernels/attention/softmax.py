@@ -5,29 +5,35 @@
 import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]  # not on every machine, and untyped
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
-from langchain_quantllm.kernels.launch import dot
+from langchain_quantllm.kernels.launch import INTERPRETED, dot
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
-def scores_of(query: tl.tensor, key: tl.tensor, scale: tl.tensor, softcap: tl.constexpr) -> tl.tensor:
+def scores_of(
+    query: tl.tensor, key: tl.tensor, key_scales: tl.tensor, scale: tl.tensor, softcap: tl.constexpr
+) -> tl.tensor:
     """Compute scores in base 2, as the device has `exp2` but no `exp`.
 
     Args:
         query: Queries of shape `(queries, key_tile)`.
         key: Keys of shape `(keys, key_tile)`.
-        scale: Factor of the scores.
+        key_scales: Factors of the keys, of shape `(keys,)`; None for none.
+        scale: Factor of the scores, one for all or of shape `(queries, 1)`.
         softcap: The cap of the scores; 0 for none.
 
     Returns:
         Scores of shape `(queries, keys)`, float32.
     """
-    return _capped(dot(query, tl.trans(key), None), scale, softcap)
+    products = dot(query, tl.trans(key), None)
+    if key_scales is not None:
+        products = products * key_scales[None, :]
+    return scaled_scores(products, scale, softcap)
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
-def _capped(scores: tl.tensor, scale: tl.tensor, softcap: tl.constexpr) -> tl.tensor:
+def scaled_scores(scores: tl.tensor, scale: tl.tensor, softcap: tl.constexpr) -> tl.tensor:
     """Scale products to scores in base 2, and cap them; see `scores_of`."""
     if softcap > 0:
         # tanh(x) = 1 - 2 / (exp(2x) + 1), which has no overflow: its exponential may be 0 or inf.
@@ -60,7 +66,7 @@ def latent_scores_of(
     Returns:
         Scores of shape `(queries, keys)`, float32.
     """
-    return _capped(dot(latent_query, tl.trans(latent), dot(query, tl.trans(key), None)), scale, softcap)
+    return scaled_scores(dot(latent_query, tl.trans(latent), dot(query, tl.trans(key), None)), scale, softcap)
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
@@ -85,9 +91,16 @@ def load_latent_query(
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
 def fold(
-    total: tl.tensor, highest: tl.tensor, weight: tl.tensor, scores: tl.tensor, value: tl.tensor
+    total: tl.tensor,
+    highest: tl.tensor,
+    weight: tl.tensor,
+    scores: tl.tensor,
+    value: tl.tensor,
+    value_scales: tl.tensor,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Add a tile of keys to the softmax so far.
+
+    Factors of the values go into the exponentials, which stay below 1 whatever they are, and out of the sum's ones.
 
     Args:
         total: Weighted values so far, relative to `highest`, of shape `(queries, value_tile)`, float32.
@@ -95,6 +108,7 @@ def fold(
         weight: Sum of the exponentials so far, relative to `highest`, of shape `(queries,)`, float32.
         scores: Scores in base 2 of shape `(queries, keys)`, float32; -inf where not visible.
         value: Values of shape `(keys, value_tile)`; finite also where they are not visible.
+        value_scales: Factors of the values above 0, of shape `(keys,)`, float32; None for none.
 
     Returns:
         `total`, `highest` and `weight`, updated.
@@ -102,14 +116,55 @@ def fold(
     Source:
         FlashAttention-2, https://arxiv.org/abs/2307.08691, algorithm 1, lines 8 to 10.
     """
+    shares, decay, highest, weight = next_shares(highest, weight, scores, value_scales)
+    total = dot(shares.to(value.dtype), value, total * decay[:, None])
+    return total, highest, weight
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def next_shares(
+    highest: tl.tensor, weight: tl.tensor, scores: tl.tensor, value_scales: tl.tensor
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Compute the factors of a tile of values, and those of the values so far; see `fold`.
+
+    Returns:
+        The exponentials of the scores of shape `(queries, keys)`, float32; the factor of what was added before, of
+        shape `(queries,)`; `highest` and `weight`, updated.
+    """
+    if value_scales is not None:
+        scores = scores + _log2(value_scales)[None, :]
     peak = tl.maximum(highest, tl.max(scores, 1))
     # A query that has seen no key yet, because of a window: -inf - -inf would be NaN.
     level = tl.where(peak == float("-inf"), 0.0, peak)
     shares = tl.exp2(scores - level[:, None])
     decay = tl.exp2(highest - level)
-    weight = weight * decay + tl.sum(shares, 1)
-    total = dot(shares.to(value.dtype), value, total * decay[:, None])
-    return total, peak, weight
+    if value_scales is not None:
+        weight = weight * decay + tl.sum(shares * _inverse(value_scales)[None, :], 1)
+    else:
+        weight = weight * decay + tl.sum(shares, 1)
+    return shares, decay, peak, weight
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def _log2(x: tl.tensor) -> tl.tensor:
+    """Compute the binary logarithm by one instruction, with an error of some 2**-22; `tl.log2` takes a dozen."""
+    if INTERPRETED:
+        return tl.log2(x)
+    else:  # noqa: RET505  # both branches are not compiled only as an else
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def _inverse(x: tl.tensor) -> tl.tensor:
+    """Divide 1 by a number by one instruction, with an error of one unit in the last place."""
+    if INTERPRETED:
+        return 1 / x
+    else:  # noqa: RET505  # both branches are not compiled only as an else
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]

@@ -11,7 +11,6 @@ import triton.language as tl  # type: ignore[import-not-found,import-untyped,unu
 
 from langchain_quantllm.kernels.launch import dot
 from langchain_quantllm.kernels.linear.bitsandbytes import (
-    SIGNS,
     add_four_bit_products,
     add_int8_products,
     block_scales,
@@ -32,6 +31,7 @@ from langchain_quantllm.kernels.linear.gptq import (
     group_values_of_each,
     packed_sums,
 )
+from langchain_quantllm.kernels.linear.pairs import SIGNS
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]

@@ -8,7 +8,7 @@ A launch multiplies the same activations by up to three weights, whose programs 
 import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]  # not on every machine, and untyped
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
-from langchain_quantllm.kernels.launch import INTERPRETED, dot, let_next_begin, wait_for_inputs
+from langchain_quantllm.kernels.launch import INTERPRETED, dot, let_next_begin, prefetch, wait_for_inputs
 from langchain_quantllm.kernels.linear.decoding import (
     all_scaled_codes,
     centered,
@@ -23,9 +23,7 @@ from langchain_quantllm.kernels.linear.decoding import (
     strided,
 )
 from langchain_quantllm.kernels.linear.grouping import pick, program_place, sum_of
-
-SIGNS = tl.constexpr(-2139062144)
-"""0x80808080: turns four int8 into codes from 0 to 255, with 128 for zero."""
+from langchain_quantllm.kernels.linear.pairs import SIGNS
 
 
 @triton.jit(do_not_specialize=["splits"])  # type: ignore[misc,untyped-decorator,unused-ignore]
@@ -55,6 +53,7 @@ def row_vector_kernel(
     outputs: tl.constexpr,
     words: tl.constexpr,
     stages: tl.constexpr,
+    ahead: tl.constexpr,
     decode: tl.constexpr,
     ptx: tl.constexpr,
     early: tl.constexpr,
@@ -87,6 +86,8 @@ def row_vector_kernel(
     share = tl.cdiv(tl.cdiv(row_words, words), splits)
     start = tl.program_id(1) * share * words
     stop = tl.minimum(start + share * words, row_words)
+    if ahead > 0:
+        prefetch(stored + held + start, stop - start, ahead, early)
     wait_for_inputs(early)
     for first in tl.range(start, stop, words, num_stages=stages):
         place = first + tl.arange(0, words)
@@ -151,6 +152,7 @@ def row_tile_kernel(
     outputs: tl.constexpr,
     words: tl.constexpr,
     padded_rows: tl.constexpr,
+    ahead: tl.constexpr,
     ptx: tl.constexpr,
     dtype: tl.constexpr,
     early: tl.constexpr,
@@ -177,6 +179,8 @@ def row_tile_kernel(
     share = tl.cdiv(tl.cdiv(row_words, words), splits)
     start = tl.program_id(1) * share * words
     stop = tl.minimum(start + share * words, row_words)
+    if ahead > 0:
+        prefetch(stored + held + start, stop - start, ahead, early)
     wait_for_inputs(early)
     for first in range(start, stop, words):
         place = first + tl.arange(0, words)

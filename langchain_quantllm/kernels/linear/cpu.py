@@ -1,30 +1,34 @@
 """Linear layers with quantized weights on a CPU, by kernels of bitsandbytes and torch.
 
+`product_of` prepares a product, for steps in which every call counts; the other functions are those of `reference`.
+
 - 4-bit weights that bitsandbytes has repacked for the CPU: its own kernel. Weights with the same input are stored
   together and multiplied in one call, because the overhead of a call equals the product of a small layer.
 - Other 4-bit weights, on CPUs that multiply 16-bit numbers slowly: dequantized to float32 piece by piece, as much as
   the cache holds.
+- 4-bit weights of GPTQ that GPTQModel has packed for torch's kernel: that kernel, which takes bfloat16.
 - 8-bit weights: multiplied as stored by 16-bit activations, in one call of torch, where LLM.int8() takes some fifteen.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn.functional import linear
 
+from langchain_quantllm.compat import torch_products
 from langchain_quantllm.compat.bitsandbytes import dequantized, four_bit_product
 from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.kernels.linear.reference import block_scales
-from langchain_quantllm.kernels.linear.weights import FourBitWeight, Int8Weight, RepackedWeight, Weight
+from langchain_quantllm.kernels.linear.weights import FourBitWeight, Int4PackWeight, Int8Weight, RepackedWeight, Weight
 
-__all__ = ["MOST_FOUR_BIT_ROWS", "grouped_linear", "quantized_linear", "share_memory"]
+__all__ = ["MOST_FOUR_BIT_ROWS", "grouped_linear", "product_of", "quantized_linear", "share_memory"]
 
 MOST_FOUR_BIT_ROWS = math.inf
 """Rows above which bitsandbytes' own layer is faster: none."""
@@ -35,14 +39,11 @@ _PIECE = 1 << 20
 _MOST_ROWS_AS_STORED = 8
 """Rows above which codes are converted to 16 bits first, as that product is faster."""
 
-INT8_ALIGNMENT = 32
-"""torch's kernel reads 32 inputs at a time without checking bounds, and needs activations aligned to 32 bytes.
+stored_product, int4_product = torch_products.int8_product(), torch_products.int4_product()
+"""torch's products with codes of 8 and of 4 bits; None where they are missing or slow."""
 
-Source: aten/src/ATen/native/cpu/int8mm_kernel.cpp in torch.
-"""
-
-stored_product = None if sys.platform == "win32" else getattr(torch, "_weight_int8pack_mm", None)
-"""torch's product with codes as stored, if it is fast; on Windows it multiplies number by number."""
+Product = Callable[[torch.Tensor], torch.Tensor]
+"""Multiplies activations of shape `(..., in_features)` by weights; returns them in the same dtype."""
 
 
 def quantized_linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -54,34 +55,87 @@ def quantized_linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None 
     Raises:
         UnsupportedError: If no kernel multiplies by the stored weight, or the layer itself is as fast.
     """
-    if isinstance(weight, Int8Weight):
-        found = _int8_linear(x, weight)
-    elif isinstance(weight, FourBitWeight):
-        found = _four_bit_linear(x, weight)
-    elif isinstance(weight, RepackedWeight):
-        shape = (weight.out_features, weight.in_features)
-        found = four_bit_product(x, weight.words, shape, weight.scales, weight.code, weight.block_size)
-    else:
-        msg = "no CPU kernel multiplies by the format of its weight"
-        raise UnsupportedError(msg)
+    found = _product(weight)(x)
     return (found if bias is None else found + bias).to(x.dtype)
 
 
-def _int8_linear(x: torch.Tensor, weight: Int8Weight) -> torch.Tensor:
+def product_of(weights: Sequence[Weight]) -> list[Product]:
+    """Prepare the products of weights that have the same inputs, with their biases.
+
+    Returns:
+        One product for all, with their outputs behind each other, if they share memory; otherwise one for each.
+
+    Raises:
+        UnsupportedError: If no kernel multiplies by a stored weight.
+    """
+    first = weights[0]
+    joined = first.joined if isinstance(first, RepackedWeight) and len(weights) > 1 else None
+    biases = [weight.bias for weight in weights]
+    if joined is None or (None in biases and any(bias is not None for bias in biases)):
+        return [_with_bias(weight, weight.bias) for weight in weights]
+    return [_with_bias(joined, None if biases[0] is None else torch.cat(cast("list[torch.Tensor]", biases)))]
+
+
+def _with_bias(weight: Weight, bias: torch.Tensor | None) -> Product:
+    product = _product(weight)
+    if bias is not None:
+        return lambda x: (product(x) + bias).to(x.dtype)
+    if isinstance(weight, RepackedWeight | Int4PackWeight):  # its sums are rounded already
+        return product
+    return lambda x: product(x).to(x.dtype)
+
+
+def _product(weight: Weight) -> Product:
+    """Prepare the product of a weight, without its bias, and in float32 if that is what sums are in."""
+    if isinstance(weight, Int8Weight):
+        return _int8_product(weight)
+    if isinstance(weight, FourBitWeight):
+        return functools.partial(_four_bit_linear, weight=weight)
+    if isinstance(weight, RepackedWeight):
+        shape = (weight.out_features, weight.in_features)
+        return four_bit_product(weight.words, shape, weight.scales, weight.code, weight.block_size, weight.kind)
+    if isinstance(weight, Int4PackWeight) and int4_product is not None:
+        return _int4_product(weight, int4_product)
+    msg = "no CPU kernel multiplies by the format of its weight"
+    raise UnsupportedError(msg)
+
+
+def _int4_product(weight: Int4PackWeight, product: Callable[..., torch.Tensor]) -> Product:
+    inputs, outputs, words, order = weight.in_features, weight.out_features, weight.words, weight.order
+    size, scales = weight.group_size, weight.scales_and_zeros
+
+    def multiply(x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, inputs)
+        if order is not None:
+            rows = rows[:, order]
+        found = product(rows.to(torch.bfloat16).contiguous(), words, size, scales)
+        return found.view(*x.shape[:-1], outputs).to(x.dtype)
+
+    return multiply
+
+
+def _int8_product(weight: Int8Weight) -> Product:
     """Multiply by the codes, which are exact in 16 bits, and scale in float32."""
-    if x.dtype != torch.bfloat16:
-        msg = f"CPUs have no fast product of 8-bit weights and {str(x.dtype).removeprefix('torch.')}"
-        raise UnsupportedError(msg)
-    codes = weight.words.view(torch.int8).view(weight.out_features, weight.in_features)
-    rows = x.reshape(-1, weight.in_features).contiguous()
-    if len(rows) <= _MOST_ROWS_AS_STORED and not weight.in_features % INT8_ALIGNMENT and stored_product is not None:
-        if rows.data_ptr() % INT8_ALIGNMENT:
-            rows = rows.clone()
-        found = stored_product(rows, codes, rows.new_ones(weight.out_features))
-    else:
-        wide = x.dtype if has_16_bit_products() else torch.float32
-        found = linear(rows.to(wide), codes.to(wide))
-    return (found * (weight.scales / 127)).view(*x.shape[:-1], weight.out_features)
+    inputs, outputs = weight.in_features, weight.out_features
+    codes = weight.words.view(torch.int8).view(outputs, inputs)
+    factors, ones = weight.scales / 127, torch.ones(outputs, dtype=torch.bfloat16)
+    product = None if inputs % torch_products.INT8_ALIGNMENT else stored_product
+
+    def multiply(x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != torch.bfloat16:
+            msg = f"CPUs have no fast product of 8-bit weights and {str(x.dtype).removeprefix('torch.')}"
+            raise UnsupportedError(msg)
+        rows = x.reshape(-1, inputs).contiguous()
+        if len(rows) <= _MOST_ROWS_AS_STORED and product is not None:
+            if rows.data_ptr() % torch_products.INT8_ALIGNMENT:
+                rows = rows.clone()
+            found = product(rows, codes, ones)
+        else:
+            wide = x.dtype if has_16_bit_products() else torch.float32
+            found = linear(rows.to(wide), codes.to(wide))
+        return (found * factors).view(*x.shape[:-1], outputs)
+
+    return multiply
 
 
 def _four_bit_linear(x: torch.Tensor, weight: FourBitWeight) -> torch.Tensor:

@@ -8,7 +8,7 @@ so that no code moves between threads. In 3 bits, a word is the 3 bytes that hol
 import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]  # not on every machine, and untyped
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
-from langchain_quantllm.kernels.launch import INTERPRETED
+from langchain_quantllm.kernels.launch import INTERPRETED, prefetch
 from langchain_quantllm.kernels.linear.codebook import CONSTRAINTS
 
 _CONSTRAINTS = tl.constexpr(CONSTRAINTS)
@@ -267,6 +267,26 @@ def packed_words(
         at = stored + (place * 3 // 4)[:, None] * width + column[None, :]
         shift = (place * 3 % 4 * 8)[:, None]
         return _across(at, width, shift, inside, inside & (shift > 8))
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def prefetch_columns(
+    stored: tl.tensor,
+    start: tl.tensor,
+    stop: tl.tensor,
+    left: tl.tensor,
+    width: tl.tensor,
+    bits: tl.constexpr,
+    outputs: tl.constexpr,
+    ahead: tl.constexpr,
+    early: tl.constexpr,
+) -> None:
+    """Ask for the first `ahead` rows of packed words, from `start` on, of the program's outputs from `left` on."""
+    scale: tl.constexpr = 3 if bits == 3 else 4  # bytes of a word in memory
+    place = start * scale // 4 + tl.arange(0, ahead)
+    rows_inside = tl.where(place * 4 < stop * scale, outputs, 0)
+    at = stored + place[:, None] * width + left
+    prefetch(at, tl.minimum(rows_inside, width - left)[:, None], outputs * 4 // 128 if outputs > 32 else 1, early)
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]

@@ -7,6 +7,7 @@ current one.
 """
 # No `from __future__ import annotations` here: Triton's interpreter needs `tl.constexpr` as an object.
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from math import gcd
@@ -17,33 +18,43 @@ import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]  # 
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
 from langchain_quantllm.errors import UnsupportedError
-from langchain_quantllm.kernels.launch import launch_options, wait_for_inputs
+from langchain_quantllm.kernels.launch import launch_options, power_of_2, wait_for_inputs
 from langchain_quantllm.kernels.linear.bitsandbytes import row_tile_kernel, row_vector_kernel
-from langchain_quantllm.kernels.linear.codebook import lookup_ptx
-from langchain_quantllm.kernels.linear.config import LinearConfig, chip, config_for
+from langchain_quantllm.kernels.linear.codebook import codes_ptx, lookup_ptx, pair_ptx
+from langchain_quantllm.kernels.linear.config import LinearConfig, chip, config_for, most_rows
 from langchain_quantllm.kernels.linear.decoding import MAGIC
 from langchain_quantllm.kernels.linear.dense import dense_linear
+from langchain_quantllm.kernels.linear.floating import float_vector_kernel
 from langchain_quantllm.kernels.linear.gptq import packed_tile_kernel, packed_vector_kernel
 from langchain_quantllm.kernels.linear.grouping import sum_of
+from langchain_quantllm.kernels.linear.matrix import packed_matrix_kernel, row_matrix_kernel
+from langchain_quantllm.kernels.linear.pairs import interleave
+from langchain_quantllm.kernels.linear.tuned import tuned_config
 from langchain_quantllm.kernels.linear.weights import (
+    FloatWeight,
     FourBitWeight,
     GPTQWeight,
+    Int4PackWeight,
     Int8Weight,
     RepackedWeight,
     Weight,
 )
 
-__all__ = ["MOST_FOUR_BIT_ROWS", "grouped_linear", "quantized_linear", "tiled_linear"]
+__all__ = ["MOST_FLOAT_ROWS", "MOST_FOUR_BIT_ROWS", "grouped_linear", "one_launch", "quantized_linear", "tiled_linear"]
 
-MOST_FOUR_BIT_ROWS = 64
-"""Rows above which bitsandbytes' own layer, which dequantizes the matrix once, is faster."""
+MOST_FOUR_BIT_ROWS = math.inf
+"""Rows above which bitsandbytes' own layer is faster: none."""
+
+MOST_FLOAT_ROWS = 4
+"""Most rows for which a weight that is not quantized has a kernel; cuBLAS multiplies more."""
 
 _MOST_GROUPED = 3
 """Most weights of one launch: query, key and value."""
 
 _MOST_TILE_ROWS = 64
-_TWO_PROGRAMS = {"maxnreg": 128}
-"""Registers of a thread with which two programs of 8 warps run on a multiprocessor; a few more would leave one."""
+_MOST_MATRIX_ROWS = 256
+"""Most rows of one program."""
+
 _FOLDED = 1024
 """Sums that one program adds up over the splits."""
 
@@ -56,13 +67,14 @@ def quantized_linear(
 ) -> torch.Tensor:
     """Multiply activations by a quantized weight; see `reference.quantized_linear`.
 
-    `config` is how to compute; None takes `config_for`, and dequantizes a weight of GPTQ or int8 for more than 64 rows,
-    see `dense_linear`. Sums are in float32, and the result is contiguous, in the dtype of `x`.
+    `config` is how to compute; None takes the one that was measured on this GPU, see `tuned`, or else `config_for`, and
+    dequantizes the weight for more than `most_rows`, see `dense_linear`. Sums are in float32, and the result is
+    contiguous, in the dtype of `x`.
 
     Raises:
         InvalidOptionError: If the config does not fit.
     """
-    if config is None and _is_long(x) and isinstance(weight, Int8Weight | GPTQWeight):
+    if config is None and not isinstance(weight, RepackedWeight | Int4PackWeight) and _is_long(x, weight):
         return dense_linear(x, weight, bias)
     return _launch(x, [weight], None if bias is None else [bias], config)[0]
 
@@ -78,11 +90,17 @@ def grouped_linear(
     Raises:
         InvalidOptionError: If the config does not fit.
     """
+    if not one_launch(weights) or (config is None and _is_long(x, weights[0])):
+        return [quantized_linear(x, weight, weight.bias, config=config) for weight in weights]
+    biases = [weight.bias for weight in weights if weight.bias is not None]
+    return _launch(x, weights, biases or None, config)
+
+
+def one_launch(weights: Sequence[Weight]) -> bool:
+    """Whether `grouped_linear` multiplies by these weights in one launch, if the rows are not too many for that."""
     biases = [weight.bias for weight in weights if weight.bias is not None]
     alike = len({weight.layout for weight in weights}) == 1 and len(biases) in (0, len(weights))
-    if not alike or len(weights) > _MOST_GROUPED or (config is None and _is_long(x)):
-        return [quantized_linear(x, weight, weight.bias, config=config) for weight in weights]
-    return _launch(x, weights, biases or None, config)
+    return alike and len(weights) <= _MOST_GROUPED
 
 
 def tiled_linear(
@@ -90,7 +108,8 @@ def tiled_linear(
 ) -> list[torch.Tensor]:
     """Multiply activations by up to three weights of one layout, in tiles of rows however many rows there are.
 
-    How each tile is computed follows from the weights alone, so that a row's result does not depend on the others.
+    How each tile is computed follows from the weights and the rule alone, so that a row's result does not depend on the
+    others, nor on what was measured on this machine.
 
     Args:
         x: Activations of shape `(..., in_features)`.
@@ -106,8 +125,8 @@ def tiled_linear(
     return _launch(x, weights, biases, replace(config, tile_rows=tile_rows))
 
 
-def _is_long(x: torch.Tensor) -> bool:
-    return bool(x.numel() > _MOST_TILE_ROWS * x.shape[-1])
+def _is_long(x: torch.Tensor, weight: Weight) -> bool:
+    return bool(x.numel() > most_rows(weight, x.dtype) * x.shape[-1])
 
 
 def _launch(
@@ -120,12 +139,13 @@ def _launch(
     flat = x.reshape(-1, x.shape[-1])
     flat = flat if flat.stride(1) == 1 else flat.contiguous()
     rows, widths = flat.shape[0], tuple(weight.out_features for weight in weights)
+    config = config or tuned_config(weights[0], rows, sum(widths), x.dtype, x.device)
     if config is None:
         multiprocessors, is_roomy = chip(x.device)
         config = config_for(
             weights[0], rows, multiprocessors, dtype=x.dtype, out_features=sum(widths), is_roomy=is_roomy
         )
-    config.check(rows)
+    config.check(rows, x.dtype)
     out = x.new_empty(rows * sum(widths))
     if rows:
         target = out if config.splits == 1 else x.new_empty((config.splits, out.numel()), dtype=torch.float32)
@@ -150,50 +170,92 @@ def _multiply(
 ) -> None:
     """Launch the kernel of the format and the regime."""
     rows, first = x.shape[0], weights[0]
-    if isinstance(first, RepackedWeight):
+    if isinstance(first, RepackedWeight | Int4PackWeight):
         raise UnsupportedError("a weight that was repacked for a CPU has no kernel in Triton.")
     widths = tuple(weight.out_features for weight in weights)
-    constants: dict[str, Any] = {
+    pointers, constants = _format(weights, x.dtype, config)
+    constants |= {
         "weights": len(weights),
         "biased": biases is not None,
         "outputs": config.outputs,
         "words": config.words,
+        "ahead": config.ahead,
         "num_warps": config.warps,
     } | launch_options(x.device)
+    if config.registers and x.device.type == "cuda" and torch.version.hip is None:
+        constants["maxnreg"] = config.registers
+    per_word = _per_word(first)
+    row_words = first.in_features // per_word
     grid: tuple[int, ...] = (sum(-(-width // config.outputs) for width in widths), config.splits)
-    is_vector = config.regime == "vector"
-    if is_vector:
+    pointers += [tuple(biases or [target]), widths, row_words]  # without biases: never read
+    if isinstance(first, FloatWeight):
         constants |= {"rows": rows, "stages": config.stages}
-    else:
-        padded = config.tile_rows or min(_MOST_TILE_ROWS, max(16, 1 << (rows - 1).bit_length()))
-        constants |= {"padded_rows": padded, "dtype": DTYPES[x.dtype], "num_stages": config.stages}
-        grid = (*grid, -(-rows // padded))
+        float_vector_kernel[grid](x, target, *pointers, x.stride(0), config.splits, **constants)
+        return
+    kernel = _KERNELS[isinstance(first, GPTQWeight), config.regime]
+    if config.regime == "vector":
+        constants |= {"rows": rows, "stages": config.stages}
+        kernel[grid](x, target, *pointers, x.stride(0), config.splits, MAGIC, **constants)
+        return
+    most = _MOST_TILE_ROWS if config.regime == "tile" else _MOST_MATRIX_ROWS
+    padded = config.tile_rows or min(most, power_of_2(rows, 16))
+    constants |= {"padded_rows": padded, "dtype": DTYPES[x.dtype], "num_stages": config.stages}
+    tiles = -(-rows // padded)
+    grid = (*grid, tiles)
+    strides = [x.stride(0)]
+    if config.regime == "matrix":
+        padded_words = -(-row_words // config.words) * config.words
+        x = interleave(
+            x, per_word=per_word, neighbours=isinstance(first, FourBitWeight),
+            padded_rows=tiles * padded, padded_words=padded_words,
+        )  # fmt: skip
+        strides = [padded_words, x.stride(0)]
+    kernel[grid](x, target, *pointers, *strides, config.splits, rows, **constants)
+
+
+_KERNELS = {
+    (False, "vector"): row_vector_kernel,
+    (False, "tile"): row_tile_kernel,
+    (False, "matrix"): row_matrix_kernel,
+    (True, "vector"): packed_vector_kernel,
+    (True, "tile"): packed_tile_kernel,
+    (True, "matrix"): packed_matrix_kernel,
+}
+"""By whether words are packed along the inputs, and the regime."""
+
+
+def _format(weights: Sequence[Any], dtype: torch.dtype, config: LinearConfig) -> tuple[list[Any], dict[str, Any]]:
+    """Return the tensors of weights of one layout, and the constants of their format."""
+    first = weights[0]
+    if isinstance(first, FloatWeight):
+        return [_all(weights, "words")], {}
     pointers: list[Any] = [_all(weights, "words"), _all(weights, "scales")]
     if isinstance(first, GPTQWeight):
         pointers += [_all(weights, "zeros"), _all(weights, "groups")]
-        per_word = first.per_word
-        constants |= {
+        constants: dict[str, Any] = {
             "bits": first.bits,
-            "per_word": per_word,
+            "per_word": first.per_word,
             "group_size": first.group_size,
             "zero_point": first.zero_point,
-            "chunk": shared_chunk(first.in_features, first.group_size, per_word, config.words),
+            "chunk": shared_chunk(first.in_features, first.group_size, first.per_word, config.words),
         }
-        kernel = packed_vector_kernel if is_vector else packed_tile_kernel
-        if not is_vector and config.warps == 8 and first.bits == 4:
-            constants |= _TWO_PROGRAMS if x.device.type == "cuda" and torch.version.hip is None else {}
-    else:
-        per_word = 8 if isinstance(first, FourBitWeight) else 4
-        if isinstance(first, FourBitWeight):
-            pointers += [_all(weights, name) for name in ("nested_code", "nested_scales", "offset")]
-            pointers.append(first.code)
-        else:  # without nested scales and code: never read
-            pointers += [pointers[1]] * 3 + [first.scales]
-        constants |= _row_format(first, x.dtype, config)
-        kernel = row_vector_kernel if is_vector else row_tile_kernel
-    pointers.append(tuple(biases or [target]))  # without biases: never read
-    scalars = [first.in_features // per_word, x.stride(0), config.splits, MAGIC if is_vector else rows]
-    kernel[grid](x, target, *pointers, widths, *scalars, **constants)
+        if config.regime == "matrix":
+            pointers.pop()
+            constants["ptx"] = codes_ptx(first.bits, str(dtype)[6:])
+        return pointers, constants
+    if isinstance(first, FourBitWeight):
+        pointers += [_all(weights, name) for name in ("nested_code", "nested_scales", "offset")]
+        pointers.append(first.code)
+    else:  # without nested scales and code: never read
+        pointers += [pointers[1]] * 3 + [first.scales]
+    return pointers, _row_format(first, dtype, config)
+
+
+def _per_word(weight: Weight) -> int:
+    """Count the values of a word."""
+    if isinstance(weight, GPTQWeight):
+        return weight.per_word
+    return 8 if isinstance(weight, FourBitWeight) else 2 if isinstance(weight, FloatWeight) else 4
 
 
 def _all(weights: Sequence[Any], name: str) -> tuple[torch.Tensor, ...]:
@@ -210,7 +272,8 @@ def shared_chunk(in_features: int, size: int, per_word: int, words: int) -> int:
 def _row_format(weight: FourBitWeight | Int8Weight, dtype: torch.dtype, config: LinearConfig) -> dict[str, Any]:
     """Return the constants of a format that is stored row by row."""
     if isinstance(weight, Int8Weight):
-        constants = {"bits": 8, "block_size": 64, "chunk": 1, "nested": False, "nested_block_size": 1, "ptx": ""}
+        ptx = codes_ptx(8, str(dtype)[6:]) if config.regime == "matrix" else ""
+        constants = {"bits": 8, "block_size": 64, "chunk": 1, "nested": False, "nested_block_size": 1, "ptx": ptx}
         return constants | ({"decode": ""} if config.regime == "vector" else {})
     # Blocks continue from one row to the next.
     chunk = min(config.words, gcd(weight.in_features, weight.block_size) // 8)
@@ -227,6 +290,8 @@ def _row_format(weight: FourBitWeight | Int8Weight, dtype: torch.dtype, config: 
         ptx = lookup_ptx(config.decode, weight.kind, "float16") if in_registers else ""
         return constants | {"decode": config.decode, "ptx": ptx}
     in_registers = config.decode != "table" and dtype != torch.float32
+    if config.regime == "matrix":
+        return constants | {"ptx": pair_ptx(weight.kind, str(dtype)[6:]) if in_registers else ""}
     return constants | {"ptx": lookup_ptx(config.decode, weight.kind, str(dtype)[6:]) if in_registers else ""}
 
 

@@ -16,6 +16,7 @@ from langchain_quantllm.kernels.linear.decoding import (
     inverse_units,
     joined,
     packed_words,
+    prefetch_columns,
     scaled,
     strided,
     zero_points,
@@ -48,6 +49,7 @@ def packed_vector_kernel(
     outputs: tl.constexpr,
     words: tl.constexpr,
     stages: tl.constexpr,
+    ahead: tl.constexpr,
     early: tl.constexpr,
 ) -> None:
     """Multiply up to 4 rows by `outputs` columns of a weight, in float32; grid `(programs of the weights, splits)`.
@@ -71,6 +73,8 @@ def packed_vector_kernel(
     share = tl.cdiv(tl.cdiv(row_words, words), splits)
     start = tl.program_id(1) * share * words
     stop = tl.minimum(start + share * words, row_words)
+    if ahead > 0:
+        prefetch_columns(stored, start, stop, local * outputs, width, bits, outputs, ahead, early)
     wait_for_inputs(early)
     for first in tl.range(start, stop, words, num_stages=stages):
         place = first + tl.arange(0, words)
@@ -195,6 +199,7 @@ def packed_tile_kernel(
     outputs: tl.constexpr,
     words: tl.constexpr,
     padded_rows: tl.constexpr,
+    ahead: tl.constexpr,
     dtype: tl.constexpr,
     early: tl.constexpr,
 ) -> None:
@@ -218,6 +223,8 @@ def packed_tile_kernel(
     share = tl.cdiv(tl.cdiv(row_words, words), splits)
     start = tl.program_id(1) * share * words
     stop = tl.minimum(start + share * words, row_words)
+    if ahead > 0:
+        prefetch_columns(stored, start, stop, local * outputs, width, bits, outputs, ahead, early)
     wait_for_inputs(early)
     for first in range(start, stop, words):
         place = first + tl.arange(0, words)

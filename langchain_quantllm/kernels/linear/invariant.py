@@ -12,16 +12,12 @@ from collections.abc import Sequence
 import torch
 
 from langchain_quantllm.compat.bitsandbytes import four_bit_product
+from langchain_quantllm.compat.torch_products import INT8_ALIGNMENT
 from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.kernels.invariant.ops import paused
 from langchain_quantllm.kernels.invariant.products import MOST_IN_A_TWIN, product
 from langchain_quantllm.kernels.invariant.tiles import Function, run_in_tiles
-from langchain_quantllm.kernels.linear.cpu import (
-    INT8_ALIGNMENT,
-    dequantized_product,
-    has_16_bit_products,
-    stored_product,
-)
+from langchain_quantllm.kernels.linear.cpu import dequantized_product, has_16_bit_products, stored_product
 from langchain_quantllm.kernels.linear.weights import FourBitWeight, Int8Weight, RepackedWeight, Weight
 
 __all__ = ["MOST_FOUR_BIT_ROWS", "grouped_linear", "quantized_linear"]
@@ -75,10 +71,10 @@ def _on_gpu(x: torch.Tensor, weights: Sequence[Weight], biases: Sequence[torch.T
 
 
 def _repacked(rows: torch.Tensor, weight: RepackedWeight) -> torch.Tensor:
-    shape = (weight.out_features, weight.in_features)
+    shape, kind = (weight.out_features, weight.in_features), weight.kind
 
     def multiply(words: torch.Tensor) -> Function:
-        return lambda x: four_bit_product(x, words, shape, weight.scales, weight.code, weight.block_size)
+        return four_bit_product(words, shape, weight.scales, weight.code, weight.block_size, kind)
 
     def twin() -> Function:
         return multiply(_random_codes(weight.words.view(-1, shape[1] // 2, 32), 1).view(weight.words.shape))

@@ -9,12 +9,21 @@ from collections.abc import Sequence
 
 import torch
 
-from langchain_quantllm.kernels.linear.weights import FourBitWeight, GPTQWeight, Int8Weight, RepackedWeight, Weight
+from langchain_quantllm.errors import UnsupportedError
+from langchain_quantllm.kernels.linear.weights import (
+    FloatWeight,
+    FourBitWeight,
+    GPTQWeight,
+    Int4PackWeight,
+    Int8Weight,
+    RepackedWeight,
+    Weight,
+)
 
 __all__ = ["MOST_FOUR_BIT_ROWS", "block_scales", "dequantize", "grouped_linear", "quantized_linear"]
 
 MOST_FOUR_BIT_ROWS = 64
-"""As in `dispatch`."""
+"""Rows above which bitsandbytes' own layer is called, for the tests of such a limit."""
 
 
 def quantized_linear(
@@ -53,11 +62,16 @@ def grouped_linear(
 
 def dequantize(weight: Weight, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """Return the weight of shape `(out_features, in_features)`, computed in `dtype`."""
+    if isinstance(weight, FloatWeight):
+        return weight.words.to(dtype)
     if isinstance(weight, FourBitWeight):
         return _four_bit(weight, dtype)
     if isinstance(weight, Int8Weight):
         codes = weight.words.view(torch.int8).reshape(weight.out_features, weight.in_features)
         return codes.to(dtype) * (weight.scales.to(dtype) / 127)[:, None]
+    if isinstance(weight, Int4PackWeight):
+        msg = "its weight is packed for a kernel of PyTorch's, which alone reads it"
+        raise UnsupportedError(msg)
     return _repacked(weight, dtype) if isinstance(weight, RepackedWeight) else _gptq(weight, dtype)
 
 

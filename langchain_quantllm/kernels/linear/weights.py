@@ -1,4 +1,4 @@
-"""Quantized weights of linear layers, as the kernels read them.
+"""Weights of linear layers, quantized or not, as the kernels read them.
 
 Every large tensor is the layer's own, or a view of it. `compat` finds the tensors in a layer of bitsandbytes or
 GPTQModel.
@@ -14,8 +14,22 @@ import torch
 
 from langchain_quantllm.compat.bitsandbytes import FourBitState, four_bit_state, int8_scales
 from langchain_quantllm.compat.gptqmodel import StoredTensors, stored_tensors
+from langchain_quantllm.kernels.linear.int4pack import Int4PackWeight, int4_pack_weight
 
-__all__ = ["FourBitWeight", "GPTQWeight", "Int8Weight", "RepackedWeight", "Weight", "weight_of"]
+__all__ = [
+    "FloatWeight",
+    "FourBitWeight",
+    "GPTQWeight",
+    "Int4PackWeight",
+    "Int8Weight",
+    "RepackedWeight",
+    "Weight",
+    "float_weight_of",
+    "weight_of",
+]
+
+_FEWEST_FLOAT_FEATURES = 128
+"""Inputs and outputs from which on a weight that is not quantized has a kernel."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +195,29 @@ class RepackedWeight:
         return (RepackedWeight, self.kind, self.in_features, self.block_size, self.words.device)
 
 
-Weight: TypeAlias = "FourBitWeight | Int8Weight | GPTQWeight | RepackedWeight"
+@dataclass(frozen=True, kw_only=True)
+class FloatWeight:
+    """A weight in 16 bits that is not quantized.
+
+    Args:
+        in_features: Inputs, a multiple of 8, so that each output's begin at 16 bytes.
+        out_features: Outputs.
+        words: The layer's weight of shape `(out_features, in_features)`, float16 or bfloat16.
+        bias: The layer's bias of shape `(out_features,)`, or None.
+    """
+
+    in_features: int
+    out_features: int
+    words: torch.Tensor
+    bias: torch.Tensor | None
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """What weights of one launch must have in common."""
+        return (FloatWeight, self.in_features, self.words.dtype, _dtype(self.bias), self.words.device)
+
+
+Weight: TypeAlias = "FloatWeight | FourBitWeight | Int8Weight | GPTQWeight | RepackedWeight | Int4PackWeight"
 
 
 def codes_per_word(bits: int) -> int:
@@ -196,7 +232,8 @@ def weight_of(module: torch.nn.Module) -> Weight | None:
 
     Args:
         module: Any module. bitsandbytes' `Linear4bit` and `Linear8bitLt` must be quantized already; of
-            GPTQModel, its torch and Triton layers, which hold zero points as they are (v2).
+            GPTQModel, its torch and Triton layers, which hold zero points as they are (v2), and its layer for CPUs
+            once a forward has packed it.
 
     Returns:
         The weight; None if the module is something else, or its storage has no kernel: inputs that do not fill whole
@@ -209,7 +246,27 @@ def weight_of(module: torch.nn.Module) -> Weight | None:
         return _int8(module, parameter, scales)
     if (stored := stored_tensors(module)) is not None:
         return _gptq(module, stored)
-    return None
+    return int4_pack_weight(module)
+
+
+def float_weight_of(module: torch.nn.Module) -> FloatWeight | None:
+    """Return the weight of a linear layer that is not quantized, without copying it.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        The weight; None if the module is no `torch.nn.Linear`, or its weight has no kernel: other dtypes, inputs that
+        do not fill 16 bytes, layers smaller than a launch is worth, as those of an adapter.
+    """
+    if type(module) is not torch.nn.Linear:
+        return None
+    values = module.weight.detach()
+    out_features, in_features = values.shape
+    is_usual = values.dtype in (torch.float16, torch.bfloat16) and values.is_contiguous() and not in_features % 8
+    if not is_usual or values.data_ptr() % 16 or min(in_features, out_features) < _FEWEST_FLOAT_FEATURES:
+        return None
+    return FloatWeight(in_features=in_features, out_features=out_features, words=values, bias=_bias(module))
 
 
 def _dtype(bias: torch.Tensor | None) -> torch.dtype | None:

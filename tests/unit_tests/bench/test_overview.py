@@ -121,6 +121,10 @@ def test_quality_is_that_of_a_fresh_model(measured: tuple[BenchReport, list[str]
     assert (none["loss_increase_nats"], none["perplexity_increase_percent"]) == (0.0, 0.0)
     assert nf4["loss_increase_nats"] == nf4["loss_nats"] - none["loss_nats"] != 0
     assert nf4["perplexity_increase_percent"] == pytest.approx(100 * (nf4["perplexity"] / none["perplexity"] - 1))
+    assert none["kl_nats"] is none["agreement"] is None
+    low_nats, high_nats = nf4["kl_interval_nats"]
+    assert 0 < low_nats <= nf4["kl_nats"] <= high_nats
+    assert 0 <= nf4["agreement"] <= 1
 
 
 def test_measurements_can_be_left_out(tiny: str) -> None:

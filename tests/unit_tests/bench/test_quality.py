@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from langchain_quantllm import QuantizedHuggingFaceLLM
-from langchain_quantllm.bench.quality import evaluation_text, perplexity
+from langchain_quantllm.bench.quality import Reference, evaluation_text, perplexity
 from langchain_quantllm.errors import GenerationError, InvalidOptionError
 from tests.support.bench import with_begin_token
 from tests.support.models import tiny_model
@@ -115,3 +115,51 @@ def test_logits_that_are_no_numbers_are_an_error(tokenizer: Any) -> None:
 
 def test_there_is_a_text(tokenizer: Any) -> None:
     assert len(tokenizer(evaluation_text())["input_ids"]) > 2048
+
+
+def test_a_model_has_no_distance_from_itself(tiny_causal_lm: Any, tokenizer: Any) -> None:
+    found = Reference(tiny_causal_lm, tokenizer, TEXT, window_tokens=16).distance(tiny_causal_lm)
+    assert abs(found.kl_nats.mean) < 1e-4  # kept in float16
+    assert found.loss_increase_nats.mean == 0
+    assert found.agreement.mean == 1
+    assert found.perplexity == perplexity(tiny_causal_lm, tokenizer, TEXT, window_tokens=16)
+
+
+def test_the_divergence_is_what_a_sum_over_the_vocabulary_gives(tiny_causal_lm: Any, tokenizer: Any) -> None:
+    other = tiny_model(len(tokenizer), seed=1, context_tokens=64)
+    found = Reference(tiny_causal_lm, tokenizer, TEXT, window_tokens=16).distance(other)
+    ids = tokenizer(TEXT)["input_ids"]
+    divergences, same, increases = [], [], []
+    for window in (ids[i : i + 16] for i in range(0, len(ids), 16)):
+        with torch.no_grad():
+            p, q = (
+                torch.softmax(model(input_ids=torch.tensor([window])).logits[0, :-1].double(), -1)
+                for model in (tiny_causal_lm, other)
+            )
+        divergences += (p * (p / q).log()).sum(-1).tolist()
+        same += (p.argmax(-1) == q.argmax(-1)).double().tolist()
+        increases += [math.log(p[i, token] / q[i, token]) for i, token in enumerate(window[1:])]
+    for interval, values in (
+        (found.kl_nats, divergences),
+        (found.agreement, same),
+        (found.loss_increase_nats, increases),
+    ):
+        assert interval.mean == pytest.approx(sum(values) / len(values), rel=1e-2, abs=1e-4)
+        assert interval.low <= interval.mean <= interval.high
+    assert found.kl_nats.low < found.kl_nats.high
+
+
+def test_an_interval_of_more_text_is_narrower(tiny_causal_lm: Any, tokenizer: Any) -> None:
+    other = tiny_model(len(tokenizer), seed=1, context_tokens=64)
+    text = evaluation_text()
+    few, many = (
+        Reference(tiny_causal_lm, tokenizer, text, window_tokens=64, max_tokens=count).distance(other).kl_nats
+        for count in (512, 8192)
+    )
+    assert many.high - many.low < 0.5 * (few.high - few.low)  # sixteen times the text: a quarter in theory
+
+
+def test_a_vocabulary_of_another_size_is_refused(tiny_causal_lm: Any, tokenizer: Any) -> None:
+    reference = Reference(tiny_causal_lm, tokenizer, TEXT, window_tokens=16)
+    with pytest.raises(InvalidOptionError, match="and the reference"):
+        reference.distance(tiny_model(len(tokenizer) + 8, context_tokens=64))

@@ -68,6 +68,7 @@ class Scripted:
         end_ids = tokenizer.convert_tokens_to_ids(ends)
         self.model.config.eos_token_id = self.model.generation_config.eos_token_id = end_ids
         self.pipeline = pipeline_of(self.model, tokenizer)
+        self.shared = ChatQuantizedHuggingFace(pipeline=self.pipeline).load()  # keeps engine and grammars between chats
 
     def chat(self, template: str) -> Any:
         return ChatQuantizedHuggingFace(

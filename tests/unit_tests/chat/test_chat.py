@@ -50,13 +50,21 @@ class Person(BaseModel):
     town: Optional[str] = None  # noqa: UP045
 
 
-@pytest.fixture(scope="module")
-def chat(any_smollm2: Path) -> Iterator[ChatQuantizedHuggingFace]:
-    chat = ChatQuantizedHuggingFace(
-        model=str(any_smollm2), dtype="float32", device="cpu", max_tokens=16, progress=False
-    )
+def chat_on(folder: Path) -> Iterator[ChatQuantizedHuggingFace]:
+    chat = ChatQuantizedHuggingFace(model=str(folder), dtype="float32", device="cpu", max_tokens=16, progress=False)
     yield chat
     chat.unload()
+
+
+@pytest.fixture(scope="module")
+def chat(short_smollm2: Path) -> Iterator[ChatQuantizedHuggingFace]:
+    yield from chat_on(short_smollm2)
+
+
+@pytest.fixture(scope="module")
+def any_chat(any_smollm2: Path) -> Iterator[ChatQuantizedHuggingFace]:
+    """The whole model, too; LangChain's own tests have it for all that is tested here on two layers of it."""
+    yield from chat_on(any_smollm2)
 
 
 @pytest.fixture(scope="module")
@@ -72,28 +80,28 @@ def coder(qwen_coder: Path) -> Iterator[ChatQuantizedHuggingFace]:
 
 
 @pytest.mark.compat
-def test_the_prompt_is_the_templates_and_all_ways_of_calling_agree(chat: Any, any_smollm2: Path) -> None:
+def test_the_prompt_is_the_templates_and_all_ways_of_calling_agree(any_chat: Any, any_smollm2: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(any_smollm2)
     messages = [("system", "You are terse."), ("human", "Name a colour.")]
-    answer = chat.invoke(messages)
+    answer = any_chat.invoke(messages)
     plain = [{"role": "system", "content": "You are terse."}, {"role": "user", "content": "Name a colour."}]
     ids = tokenizer.apply_chat_template(plain, add_generation_prompt=True, return_tensors="pt")["input_ids"]
-    output = chat.pipeline.model.generate(ids, max_new_tokens=16, do_sample=False)
+    output = any_chat.pipeline.model.generate(ids, max_new_tokens=16, do_sample=False)
     assert answer.content == tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
     assert answer.usage_metadata["input_tokens"] == ids.shape[1]
-    assert chat.get_num_tokens_from_messages(chat._convert_input(messages).to_messages()) == ids.shape[1]
-    full = folded(chat.stream(messages))
+    assert any_chat.get_num_tokens_from_messages(any_chat._convert_input(messages).to_messages()) == ids.shape[1]
+    full = folded(any_chat.stream(messages))
     assert full.content == answer.content
     assert full.usage_metadata["output_tokens"] == answer.usage_metadata["output_tokens"]
     assert full.response_metadata["finish_reason"] == answer.response_metadata["finish_reason"]
-    assert chat.batch([messages] * 3)[2].content == answer.content
+    assert any_chat.batch([messages] * 3)[2].content == answer.content
 
     async def run() -> None:
-        assert (await chat.ainvoke(messages)).content == answer.content
-        chunks = [chunk async for chunk in chat.astream(messages)]
+        assert (await any_chat.ainvoke(messages)).content == answer.content
+        chunks = [chunk async for chunk in any_chat.astream(messages)]
         assert folded(chunks).content == answer.content
         assert len(chunks) > 3
-        assert [a.content for a in await chat.abatch([messages] * 2)] == [answer.content] * 2
+        assert [a.content for a in await any_chat.abatch([messages] * 2)] == [answer.content] * 2
 
     asyncio.run(run())
 
@@ -140,9 +148,9 @@ def test_the_beginning_of_a_conversation_is_found_again(chat: Any) -> None:
     assert found >= first.usage_metadata["input_tokens"] // 16 * 16 - 16
 
 
-def test_a_loaded_llm_is_taken_over(any_smollm2: Path, chat: Any) -> None:
+def test_a_loaded_llm_is_taken_over(short_smollm2: Path, chat: Any) -> None:
     llm = QuantizedHuggingFaceLLM(
-        model_id=str(any_smollm2), dtype="float32", device="cpu", max_new_tokens=7, progress=False
+        model_id=str(short_smollm2), dtype="float32", device="cpu", max_new_tokens=7, progress=False
     )
     over = ChatQuantizedHuggingFace(llm=llm)
     assert over.max_new_tokens == 7
@@ -165,7 +173,7 @@ def test_names_of_other_providers_are_taken_and_wrong_ones_refused() -> None:
         ChatQuantizedHuggingFace(model="x/y", return_full_text=True)
 
 
-def test_loading_profile_configurable_fields_and_cache_of_langchain(chat: Any, any_smollm2: Path) -> None:
+def test_loading_profile_configurable_fields_and_cache_of_langchain(chat: Any, short_smollm2: Path) -> None:
     path = ("langchain_quantllm", "chat_models", "ChatQuantizedHuggingFace")
     options = {"valid_namespaces": ["langchain_quantllm"], "additional_import_mappings": {path: path}}
     twin = load(dumpd(chat), allowed_objects=[ChatQuantizedHuggingFace], **options)
@@ -178,7 +186,7 @@ def test_loading_profile_configurable_fields_and_cache_of_langchain(chat: Any, a
     short = configurable.with_config(configurable={"length": 2}).invoke("Hi.")
     assert short.usage_metadata["output_tokens"] == 2
     cached = ChatQuantizedHuggingFace(
-        model=str(any_smollm2), dtype="float32", device="cpu", max_tokens=8, progress=False, cache=InMemoryCache()
+        model=str(short_smollm2), dtype="float32", device="cpu", max_tokens=8, progress=False, cache=InMemoryCache()
     )
     first = cached.invoke("Hi.", temperature=1.0)
     assert cached.invoke("Hi.", temperature=1.0).content == first.content
@@ -187,7 +195,7 @@ def test_loading_profile_configurable_fields_and_cache_of_langchain(chat: Any, a
     assert len(cached.cache._cache) == 2
 
 
-def test_a_model_without_a_template_takes_one(any_smollm2: Path, chat: Any) -> None:
+def test_a_model_without_a_template_takes_one(short_smollm2: Path, chat: Any) -> None:
     import copy
 
     pipe = copy.copy(chat.load().pipeline)
@@ -268,8 +276,8 @@ def test_a_model_calls_by_itself_and_reads_the_result(coder: Any) -> None:
     assert "snow" in said.content.lower()
 
 
-def test_calls_in_threads_share_one_batch_and_answer_as_alone(chat: Any) -> None:
-    bound = chat.bind_tools([weather], tool_choice="weather")
+def test_calls_in_threads_share_one_batch_and_answer_as_alone(any_chat: Any) -> None:
+    bound = any_chat.bind_tools([weather], tool_choice="weather")
     prompts = [f"What about {city}?" for city in ("Oslo", "Paris", "Rome", "Kyoto", "Lima", "Cairo", "Quito", "Turin")]
     alone = [bound.invoke(p, max_tokens=60, temperature=1.0, seed=5).tool_calls[0]["args"] for p in prompts]
     barrier = threading.Barrier(len(prompts))
@@ -368,8 +376,8 @@ def test_a_copy_that_names_another_model_loads_it(chat: Any) -> None:
     assert chat.model_copy(update={"max_new_tokens": 1}).pipeline.model is chat.pipeline.model
 
 
-def test_what_is_given_beside_an_llm_counts_under_any_name(any_smollm2: Path, chat: Any) -> None:
-    fields: dict[str, Any] = {"model_id": str(any_smollm2), "dtype": "float32", "device": "cpu", "progress": False}
+def test_what_is_given_beside_an_llm_counts_under_any_name(short_smollm2: Path, chat: Any) -> None:
+    fields: dict[str, Any] = {"model_id": str(short_smollm2), "dtype": "float32", "device": "cpu", "progress": False}
     llm = QuantizedHuggingFaceLLM(**fields, max_tokens=16, n=2, return_full_text=True)
     given: Any = {"llm": llm, "max_tokens": 3, "num_return_sequences": 1}
     found = ChatQuantizedHuggingFace(**given)
@@ -457,8 +465,8 @@ def test_several_answers_where_langchain_streams_inwardly(chat: Any) -> None:
         list(chat.stream("hi", n=2))
 
 
-def test_the_event_loop_goes_on_while_the_engine_is_made(any_smollm2: Path) -> None:
-    fresh = ChatQuantizedHuggingFace(model=str(any_smollm2), dtype="float32", device="cpu", seed=77, progress=False)
+def test_the_event_loop_goes_on_while_the_engine_is_made(short_smollm2: Path) -> None:
+    fresh = ChatQuantizedHuggingFace(model=str(short_smollm2), dtype="float32", device="cpu", seed=77, progress=False)
     fresh.load().unload()
     fresh.load()
     threads: list[str] = []

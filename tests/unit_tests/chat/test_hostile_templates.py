@@ -14,7 +14,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from langchain_quantllm.chat.template import ChatTemplate
-from langchain_quantllm.compat.jinja_bounds import TemplateBoundError
+from langchain_quantllm.compat.jinja_bounds import TIME_S, Meter, TemplateBoundError
 from langchain_quantllm.errors import QuantLLMError
 from tests.support.chat_templates import LLAMA_3, MISTRAL, QWEN, TEMPLATES
 
@@ -181,6 +181,55 @@ def test_the_error_names_the_bound(tokenizer: Any) -> None:
         assert isinstance(error, TemplateBoundError)
         with pytest.raises(TemplateBoundError, match=says):
             raise error
+
+
+def _keep_the_processor(seconds: float) -> None:
+    start = time.thread_time()
+    while time.thread_time() - start < seconds:
+        pass
+
+
+@pytest.mark.slow
+def test_a_stall_while_shapes_are_tried_loses_nothing(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = {"type": "function", "id": "call_1", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    messages = [
+        {"role": "assistant", "content": "I look.", "tool_calls": [call]},
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "And now?"},
+    ]
+    get = tokenizer.get_chat_template
+    for stalled in range(1, 16):
+        calls = iter(range(1, 10_000))
+        monkeypatch.setattr(
+            tokenizer,
+            "get_chat_template",
+            lambda *args, n=stalled, count=calls, **kwargs: (
+                _keep_the_processor(1.5 if next(count) == n else 0) or get(*args, **kwargs)
+            ),
+        )
+        prompt, _ = ChatTemplate(tokenizer, MISTRAL).render(messages)
+        assert all(text in prompt for text in ("I look.", "Oslo", "Be brief.", "And now?")), stalled
+
+
+def test_a_stall_is_no_work_of_the_template() -> None:
+    meter = Meter()
+
+    def work(seconds: float, steps: int) -> None:
+        for _ in range(steps):
+            _keep_the_processor(seconds)
+            meter.check_time()
+
+    work(1.5 * TIME_S, 1)
+    with pytest.raises(TemplateBoundError, match="longer than 1 seconds"):
+        work(TIME_S / 20, 30)
+
+
+def test_lists_inside_lists_are_counted_however_they_were_made(tokenizer: Any) -> None:
+    nested = "{% set n = namespace(l=[]) %}{% for i in range(99) %}{% set n.l = [n.l] %}{% endfor %}"
+    assert ChatTemplate(tokenizer, nested + "{{ 'x' }}").render(MESSAGES)[0] == "x"
+    for one_more in ("{% set x = [[n.l]] %}", "{% set x = {'a': [n.l]} %}", "{% set y = [n.l] %}{% set x = [y, y] %}"):
+        error = stopped(tokenizer, nested + one_more)
+        assert "lists inside each other, deeper than 100" in str(error)
 
 
 def test_trials_of_a_hostile_template_take_no_longer(tokenizer: Any) -> None:

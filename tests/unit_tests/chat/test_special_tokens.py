@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -34,8 +35,11 @@ EVIL_TOOL = {
 
 
 @pytest.fixture(scope="module")
-def pipeline(tokenizer: Any) -> Any:
-    return pipeline_of(tiny_model(len(tokenizer)), tokenizer)
+def pipeline(tokenizer: Any) -> Iterator[Any]:
+    pipeline = pipeline_of(tiny_model(len(tokenizer)), tokenizer)
+    kept = chat_over(pipeline).load()  # its engine stays for the chats that tests make over the pipeline
+    yield pipeline
+    kept.unload()
 
 
 def chat_over(pipeline: Any, template: str | None = None, **fields: Any) -> ChatQuantizedHuggingFace:

@@ -63,7 +63,12 @@ def test_options_of_gptq_are_refused_with_other_schemes(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     result = call("quantize", tmp_path, "-s", "nf4", "--calibration", "text.txt")
     assert result.exit_code == 1
-    assert "--calibration and --skip are for gptq, and nf4 needs none" in result.stderr
+    assert (
+        "--calibration, --for, --skip, --method and --distill are for gptq and awq, and nf4 needs none" in result.stderr
+    )
+    result = call("quantize", tmp_path, "-s", "awq", "--bits", 8)
+    assert result.exit_code == 1
+    assert "awq has 4 bits and zero points" in result.stderr
 
 
 def test_outputs_that_are_refused_are_one_line(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from langchain_quantllm.bench.records import BenchReport
 from langchain_quantllm.cli import app
 from langchain_quantllm.cli.demo_model import demo_model
 from langchain_quantllm.errors import ModelNotFoundError
+from langchain_quantllm.memory import estimate_memory, format_bytes
 from langchain_quantllm.schemes import SCHEMES
-from tests.support.checkpoints import make_checkpoint, run_python
+from tests.support.checkpoints import make_checkpoint, run_python, spoil_weights
 
 DENSE_SCHEMES = [name for name, scheme in SCHEMES.items() if scheme.model_types is None]
 """Schemes of any model, in the order in which they are shown."""
@@ -95,6 +97,59 @@ def test_memory_lists_every_scheme(smollm2: Path) -> None:
     assert "134,515,008 parameters" in result.stdout
     assert "gptq is for 4 bits in groups of 128, and needs calibration: langchain-quantllm quantize" in result.stdout
     assert result.stderr == ""
+
+
+def test_memory_has_a_draft_model_beside(tmp_path: Path) -> None:
+    AutoConfig.for_model("llama", vocab_size=500, hidden_size=64, num_hidden_layers=2).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    result = call("memory", tmp_path, "--draft-model", tmp_path, "--draft-quantization", "int8", "--tokens", 100)
+    assert result.exit_code == 0, result.output
+    found = re.search(r"Beside it, the draft model \S+: (.*) of weights, (.*) of KV cache", result.stdout)
+    assert found is not None
+    estimate = estimate_memory(str(tmp_path), "int8")
+    assert found.groups() == (format_bytes(estimate.total_bytes), format_bytes(estimate.kv_cache_bytes(100)))
+
+
+def test_answers_of_a_comparison_stay_if_the_reference_cannot_be_loaded(tiny: Path, tmp_path: Path) -> None:
+    spoiled = spoil_weights(Path(shutil.copytree(tiny, tmp_path / "spoiled")))
+    prompts, document = tmp_path / "prompts.txt", tmp_path / "a.json"
+    prompts.write_text("One\u2028line.\r\n\nAnother one.", encoding="utf-8-sig")
+    options = ("--reference", spoiled, "--file", prompts, "--json", document, "--max-new-tokens", 4)
+    result = call("compare", tiny, tiny, *options)
+    assert result.exit_code == 1
+    assert "spoiled" in result.stderr
+    assert result.stdout.count("prompt") == 2  # the table of each model
+    found = json.loads(document.read_text())
+    assert [sorted(row) for row in found["rows"]] == [["a", "b", "prompt"]] * 2
+    assert [row["prompt"] for row in found["rows"]] == ["One\u2028line.", "Another one."]
+    assert found["a"]["label"] == found["b"]["label"] == str(tiny)
+
+
+def test_memory_counts_a_draft_model_in_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    AutoConfig.for_model("llama", vocab_size=500, hidden_size=64, num_hidden_layers=2).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    alone = estimate_memory(str(tmp_path)).total_with_cache_bytes(100)
+    both = estimate_memory(str(tmp_path), draft_model=str(tmp_path), draft_quantization="int8")
+    assert both.draft == estimate_memory(str(tmp_path), "int8")
+    assert both.total_with_cache_bytes(100) == alone + both.draft.total_with_cache_bytes(100)
+    assert json.loads(json.dumps(both.to_dict()))["draft"]["scheme"]["name"] == "int8"
+
+    def fits(*more: Any) -> str:
+        result = call("memory", tmp_path, "--tokens", 100, *more)
+        assert result.exit_code == 0, result.output
+        return next(line.split("│")[-2].strip() for line in result.stdout.splitlines() if line.startswith("│ none"))
+
+    monkeypatch.setattr("langchain_quantllm.cli.memory._free_memory", lambda model: (alone + 10, "cpu"))
+    assert fits() == "yes"
+    assert fits("--draft-model", tmp_path) == "no"
+
+
+def test_memory_refuses_a_scheme_without_its_draft_model(tmp_path: Path) -> None:
+    AutoConfig.for_model("llama", vocab_size=500, hidden_size=64, num_hidden_layers=2).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    result = call("memory", tmp_path, "--draft-quantization", "int8")
+    assert result.exit_code == 1
+    assert "no effect without draft_model=" in " ".join(result.stderr.split())
 
 
 def test_memory_lists_mxfp4_for_the_family_that_has_it(tmp_path: Path) -> None:
@@ -266,7 +321,7 @@ def test_help_names_every_scheme(command: str, option: str, schemes: list[str]) 
 def test_bits_that_gptq_lacks_are_told_with_those_it_has(bits: int, tiny: Path) -> None:
     result = call("quantize", tiny, "--bits", bits)
     assert result.exit_code == 1
-    assert f"--bits {bits} is not allowed; GPTQ takes one of 2, 3, 4, 8." in result.stderr
+    assert f"bits='{bits}' is not known to quantization 'gptq'; use one of 2, 3, 4, 8, or auto:4.25" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_plain_layers() -> None:
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_the_product_of_a_repacked_weight(nested: bool) -> None:
+def test_the_product_of_a_repacked_weight(nested: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = layer_of("nf4", nested=nested)
     x = torch.randn(1, INPUTS, dtype=torch.bfloat16)
     layer.compute_dtype = torch.bfloat16
@@ -147,8 +147,17 @@ def test_the_product_of_a_repacked_weight(nested: bool) -> None:
     assert state.nested is None
     assert state.shape == (OUTPUTS, INPUTS)
     shape = (OUTPUTS, INPUTS)
-    found = compat.four_bit_product(x, layer.weight.data, shape, state.scales, state.code, state.block_size)
+    given = (layer.weight.data, shape, state.scales, state.code, state.block_size, "nf4")
+    found = compat.four_bit_product(*given)(x)
     torch.testing.assert_close(found.float(), layer(x).float(), rtol=0.02, atol=0.02)
+    # bitsandbytes calls its library with these arguments: the same call without its operation gives the same bits.
+    assert compat._library_product("nf4") is not None
+    assert compat._library_product("fp4") is not None
+    by_library = compat.four_bit_product(*given)
+    monkeypatch.setattr(compat, "_library_product", lambda kind: None)
+    by_operation = compat.four_bit_product(*given)
+    for rows in (x, x.expand(3, -1), torch.randn(INPUTS, 4).bfloat16().t()[None]):
+        assert torch.equal(by_library(rows), by_operation(rows.contiguous()))
 
 
 @pytest.fixture

@@ -15,19 +15,23 @@ from langchain_quantllm.compat.bitsandbytes_matrices import (
     stored_four_bit,
     stored_int8,
 )
+from langchain_quantllm.compat.bitsandbytes_scales import refine_scales
 
 WEIGHT = torch.randn(128, 256, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize(("kind", "least_error"), [("nf4", False), ("nf4", True), ("fp4", False)])
 @pytest.mark.parametrize("nested", [False, True])
-def test_four_bits_are_stored_as_a_layer_stores_itself(kind: str, nested: bool) -> None:
+def test_four_bits_are_stored_as_a_layer_stores_itself(kind: str, nested: bool, least_error: bool) -> None:
     layer = bitsandbytes.nn.Linear4bit(256, 128, bias=False, quant_type=kind, compress_statistics=nested)
     layer.weight = bitsandbytes.nn.Params4bit(
         WEIGHT.clone(), requires_grad=False, quant_type=kind, compress_statistics=nested
     )
-    expected = dict(layer.to("cpu").state_dict())
-    octets, state = quantize_four_bit(WEIGHT, kind, nested=nested)
+    layer = layer.to("cpu")
+    if least_error:
+        refine_scales(layer.weight, WEIGHT)
+    expected = dict(layer.state_dict())
+    octets, state = quantize_four_bit(WEIGHT, kind, nested=nested, least_error=least_error)
     found = stored_four_bit(octets, state, dtype=torch.float32, storage=torch.uint8)
     assert found.keys() == expected.keys() <= set(FOUR_BIT_NAMES)
     for name, tensor in expected.items():

@@ -16,6 +16,7 @@ from langchain_quantllm.compat.gptqmodel import (
     BACKEND_PREFIX,
     backend_names,
     can_train,
+    packed_tensors,
     stored_tensors,
     uncompile_gptq_model,
     unsupported_reason,
@@ -100,3 +101,21 @@ def test_layers_that_can_be_trained(layers: dict[str, list[Any]]) -> None:
     assert can_train(layers["torch"][0])
     assert not can_train(MarlinLinear)
     assert can_train(nn.Linear(4, 4))
+
+
+def test_the_layer_for_cpus_is_packed_by_its_first_forward(layers: dict[str, list[Any]]) -> None:
+    """The product with the packed tensors is the layer's own, bit for bit."""
+    from langchain_quantllm.compat.torch_products import int4_product
+
+    product = int4_product()
+    assert product is not None
+    for layer in layers["torch_aten"]:
+        x = torch.randn(3, layer.in_features).bfloat16()
+        with torch.no_grad():
+            expected = layer.eval()(x)
+        packed = packed_tensors(layer)
+        assert packed is not None
+        assert packed.words.data_ptr() == layer.qweight.data_ptr()
+        found = product(x[:, packed.order.long()], packed.words, packed.group_size, packed.scales_and_zeros)
+        assert torch.equal(found if layer.bias is None else found + layer.bias, expected)
+    assert all(packed_tensors(layer) is None for layer in layers["torch"])

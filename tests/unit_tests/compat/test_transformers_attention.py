@@ -24,7 +24,7 @@ from langchain_quantllm.compat.transformers_attention import (
     values_of,
 )
 from langchain_quantllm.compat.transformers_models import cache_name
-from langchain_quantllm.engine.model_check import unsupported_reason
+from langchain_quantllm.engine.model_probe import unsupported_reason
 from tests.support.families import FAST, family_model
 from tests.support.models import tiny_model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 from typing import get_args
@@ -52,7 +53,7 @@ def test_the_variables_are_vllms() -> None:
 
 
 def test_its_engine_has_the_arguments_that_are_given_to_it() -> None:
-    own = {name for name in VLLM.__dataclass_fields__ if name != "engine_args"}
+    own = {field.name for field in dataclasses.fields(VLLM) if field.name != "engine_args"}
     used = {"max_logprobs", "max_loras", "max_lora_rank", "disable_log_stats", "block_size"}
     assert own | used | set(OWN_ARGUMENTS) <= vllm.engine_arguments()
 

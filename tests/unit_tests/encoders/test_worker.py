@@ -18,7 +18,8 @@ import torch
 from langchain_quantllm.encoders.load import load
 from langchain_quantllm.encoders.registry import LoadedEncoder
 from langchain_quantllm.encoders.spec import EncoderSpec
-from langchain_quantllm.encoders.worker import EncoderWorker, Work
+from langchain_quantllm.encoders.work import Work
+from langchain_quantllm.encoders.worker import EncoderWorker
 from langchain_quantllm.errors import EncodingError, InvalidOptionError, NotEnoughMemoryError
 from tests.support.encoder_models import tiny_embedder
 

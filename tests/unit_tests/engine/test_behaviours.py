@@ -1,12 +1,15 @@
 """What every engine does alike, written once: each test holds on each engine, and compares it with itself alone.
 
 `generate`, the fast engine, and a server of ours on this machine run always. With QUANTLLM_SERVER_URL, a server of
-others is tested as well, for the model in QUANTLLM_SERVER_MODEL; with QUANTLLM_VLLM=1, vLLM in this process.
+others is tested as well, for the model in QUANTLLM_SERVER_MODEL; with QUANTLLM_VLLM=1, vLLM in this process. A server
+with the adapters `sql` and `chat` is named with QUANTLLM_SERVER_ADAPTERS=1. llama.cpp's server is tested where the
+package xllamacpp, which brings it along, is installed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +24,7 @@ from langchain_quantllm.structured import Choice, Regex
 from tests.support.adapters import make, make_adapter_folders
 from tests.support.checkpoints import edit_json
 from tests.support.engine import Background
+from tests.support.gguf_files import llamacpp_serving, write_gguf
 from tests.support.serving import serving
 
 pytest.importorskip("fastapi")
@@ -30,6 +34,7 @@ pytestmark = [pytest.mark.enable_socket, pytest.mark.timeout(1200)]  # vLLM star
 
 KINDS = ["pipeline", "fast", "server"]
 KINDS += ["other server"] if os.environ.get("QUANTLLM_SERVER_URL") else []
+KINDS += ["llama.cpp"] if importlib.util.find_spec("xllamacpp") and importlib.util.find_spec("gguf") else []
 KINDS += ["vllm"] if os.environ.get("QUANTLLM_VLLM") else []
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
@@ -67,10 +72,18 @@ def llm(request: pytest.FixtureRequest, root: Path) -> Iterator[QuantizedHugging
             llm.unload()
         below.unload()
         return
+    if kind == "llama.cpp":
+        write_gguf(root / "tiny", root / "tiny.gguf")
+        with llamacpp_serving(root / "tiny.gguf", context=2048) as url:
+            llm = make(root, dtype="auto", adapters={}, engine=Server(url))
+            yield llm
+            llm.unload()
+        return
     if kind == "other server":
         llm = QuantizedHuggingFaceLLM(
             model_id=os.environ["QUANTLLM_SERVER_MODEL"],
             engine=Server(os.environ["QUANTLLM_SERVER_URL"]),
+            adapters={n: n for n in ("sql", "chat") if os.environ.get("QUANTLLM_SERVER_ADAPTERS")},
             max_new_tokens=12,
         )
     elif kind == "vllm":
@@ -84,6 +97,11 @@ def llm(request: pytest.FixtureRequest, root: Path) -> Iterator[QuantizedHugging
 @pytest.fixture(scope="module")
 def chat(llm: QuantizedHuggingFaceLLM) -> ChatQuantizedHuggingFace:
     return ChatQuantizedHuggingFace(llm=llm, max_new_tokens=120, chat_template=TEMPLATE)  # type: ignore[call-arg]
+
+
+def skip_without_ids(llm: QuantizedHuggingFaceLLM) -> None:
+    if "no token ids" in (llm.engine_info.reason or ""):
+        pytest.skip("this server gives no token ids")
 
 
 def test_the_engine_says_its_name(llm: QuantizedHuggingFaceLLM) -> None:
@@ -139,6 +157,7 @@ def test_n_samples_differ_and_repeat_with_the_seed(llm: QuantizedHuggingFaceLLM)
 
 
 def test_log_probabilities_of_each_token_and_its_alternatives(llm: QuantizedHuggingFaceLLM) -> None:
+    skip_without_ids(llm)
     [[made]] = llm.generate([PROMPT], logprobs=2).generations
     info = made.generation_info or {}
     entries = info["logprobs"]["content"]
@@ -160,6 +179,10 @@ def test_usage_counts_tokens_and_the_reason_says_why_it_ended(llm: QuantizedHugg
     usage = info["usage_metadata"]
     assert (usage["input_tokens"], usage["output_tokens"]) == (llm.get_num_tokens(PROMPT), 5)
     assert info["finish_reason"] == "length"
+
+
+def test_a_token_of_the_call_s_own_ends_its_text(llm: QuantizedHuggingFaceLLM) -> None:
+    skip_without_ids(llm)
     [ended] = llm._engine().submit(llm._requests(PROMPT, llm._options(None, {"max_new_tokens": 5})), in_pieces=False)
     end = ended.token_ids[2]  # where the text is to end
     [[made]] = llm.generate([PROMPT], max_new_tokens=5, eos_token_id=end).generations

@@ -126,6 +126,23 @@ def run_visits(llm: QuantizedHuggingFaceLLM, visits: Sequence[Visit]) -> tuple[l
         return answers, seen.count
 
 
+def check_visits(case: Case, *, prefix_caching: bool) -> None:
+    """Run the visits over a model; each gets the tokens that it gets alone, and what is shared is counted."""
+    llm = QuantizedHuggingFaceLLM(pipeline=case.llm.pipeline, prefix_caching=prefix_caching)
+    assert llm.engine_info.name == "fast", llm.engine_info.reason
+    answers, count = run_visits(llm, VISITS)
+    for visit, answer in zip(VISITS, answers, strict=True):
+        assert answer.error is None
+        assert len(answer.token_ids) == visit.new_tokens
+        assert answer.token_ids == likeliest_ids(case.model, visit.prompt_ids, answer.token_ids)
+    assert count < 0.75 * sum(visit.new_tokens for visit in VISITS)  # else they ran one after another
+    cached = [answer.usage.cached_tokens if answer.usage else None for answer in answers]
+    # The full blocks of the shared 20 and 33 tokens; states are kept at the end of the longer ones only, if at all.
+    of_short = 0 if case.name in WITH_STATES else 16
+    shares = prefix_caching and case.name not in SINGLE_TOKENS
+    assert cached == ([0, 0, 0, 0, 0, 0, 32, of_short, 32] if shares else [0] * len(VISITS))
+
+
 class TestFast:
     def test_is_fast_and_writes_what_generate_writes(self, case: Case) -> None:
         info = case.llm.engine_info
@@ -136,21 +153,14 @@ class TestFast:
         assert len(set(expected)) > 4  # a text that stands still would hide much
         assert complete(case.llm, prompt_ids, 64).token_ids == expected
 
-    @pytest.mark.parametrize("prefix_caching", [True, False])
-    def test_sequences_that_join_and_leave_get_their_tokens(self, case: Case, prefix_caching: bool) -> None:
-        llm = QuantizedHuggingFaceLLM(pipeline=case.llm.pipeline, prefix_caching=prefix_caching)
-        assert llm.engine_info.name == "fast", llm.engine_info.reason
-        answers, count = run_visits(llm, VISITS)
-        for visit, answer in zip(VISITS, answers, strict=True):
-            assert answer.error is None
-            assert len(answer.token_ids) == visit.new_tokens
-            assert answer.token_ids == likeliest_ids(case.model, visit.prompt_ids, answer.token_ids)
-        assert count < 0.75 * sum(visit.new_tokens for visit in VISITS)  # else they ran one after another
-        cached = [answer.usage.cached_tokens if answer.usage else None for answer in answers]
-        # The full blocks of the shared 20 and 33 tokens; states are kept at the end of the longer ones only, if at all.
-        of_short = 0 if case.name in WITH_STATES else 16
-        shares = prefix_caching and case.name not in SINGLE_TOKENS
-        assert cached == ([0, 0, 0, 0, 0, 0, 32, of_short, 32] if shares else [0] * len(VISITS))
+    def test_sequences_that_join_and_leave_get_their_tokens(self, case: Case) -> None:
+        check_visits(case, prefix_caching=True)
+
+    @pytest.mark.compat
+    @pytest.mark.parametrize("case", [name for name in QUICK_FAMILIES if name in FAST], indirect=True)
+    def test_they_get_them_without_prefix_caching_too(self, case: Case) -> None:
+        """No block is found again then, whatever the family: a few stand for all."""
+        check_visits(case, prefix_caching=False)
 
 
 @pytest.mark.parametrize("name", NAMED)

@@ -17,7 +17,7 @@ import pytest
 
 from langchain_quantllm import ChatQuantizedHuggingFace, QuantizedHuggingFaceLLM, estimate_memory
 from langchain_quantllm.engine import worker
-from langchain_quantllm.loading import registry
+from langchain_quantllm.loading import handles
 from langchain_quantllm.memory import estimate
 from tests.support.checkpoints import make_checkpoint, run_python
 from tests.support.engine import plan
@@ -89,7 +89,7 @@ def busy(loaded: QuantizedHuggingFaceLLM) -> Iterator[tuple[QuantizedHuggingFace
         locks = [
             model.lock,
             model.handle._lock,
-            registry._lock,
+            handles._lock,
             model.engines._lock,
             engine._worker._changed,  # type: ignore[attr-defined]
             stream._changed,

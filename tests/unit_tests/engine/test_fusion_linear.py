@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from langchain_quantllm import GPTQ, QuantizedHuggingFaceLLM
 from langchain_quantllm.bench.random_models import SHAPES, random_checkpoint
@@ -76,6 +77,36 @@ def test_layers_of_one_input_are_one_product(loaded: Any) -> None:
     assert products.calls == [(count, rows) for rows in (9, 1) for _ in range(2) for count in layer]
     engine.close()
     fusion.close()
+
+
+class CountedFloat(CountedLinear):
+    """With a kernel for weights that are not quantized, too."""
+
+    MOST_FLOAT_ROWS = 4
+
+
+def test_layers_that_are_not_quantized_are_multiplied_for_few_rows() -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    products = CountedFloat()
+    fusion = Fusion(model, kernels=reference, linear_kernels=products, kinds=(LINEAR,))
+    [found] = fusion.summary
+    assert (found.fused, found.left) == (15, {})
+    for rows, expected in ((1, [3, 1, 2, 1] * 2 + [1]), (4, [3, 1, 2, 1] * 2 + [1]), (5, [])):
+        products.calls.clear()
+        ids = random_ids(rows)
+        plain = logits_of(model, ids)
+        with in_engine(fusion):
+            fused = logits_of(model, ids)
+        assert products.calls == [(count, rows) for count in expected]
+        torch.testing.assert_close(fused, plain, rtol=0.05, atol=0.05)
+    fusion.close()
+    # Kernels without such a product have no such steps.
+    without = Fusion(model, kernels=reference, linear_kernels=CountedLinear(), kinds=(LINEAR,))
+    assert without.steps == {}
+    without.close()
 
 
 def test_the_model_itself_is_as_it_was(loaded: Any) -> None:

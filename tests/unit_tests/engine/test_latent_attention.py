@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from langchain_quantllm.engine.forward_context import ForwardContext, forward_context
 from langchain_quantllm.engine.kv_cache import LayerShape
 from langchain_quantllm.engine.latent_attention import Absorption, LatentLayers
-from langchain_quantllm.engine.model_check import inspect_model
+from langchain_quantllm.engine.model_probe import inspect_model
 from langchain_quantllm.errors import GenerationError, UnsupportedError
 from tests.support.adapters import quietly
 from tests.support.families import LATENT, family_model, generated_ids, likeliest_ids, random_ids

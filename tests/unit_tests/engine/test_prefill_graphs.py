@@ -12,7 +12,7 @@ from langchain_quantllm.engine.attention import Attention
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.engine.gather_attention import GatherAttention
 from langchain_quantllm.engine.kv_cache import allocate_pools
-from langchain_quantllm.engine.model_check import inspect_model
+from langchain_quantllm.engine.model_probe import inspect_model
 from langchain_quantllm.engine.model_runner import ModelRunner
 from langchain_quantllm.engine.prefill_graphs import LENGTHS, MOST_SEQUENCES, PACK_SIZE, Pack, length_for
 from langchain_quantllm.engine.sequence import SamplingInput, bare_sequence

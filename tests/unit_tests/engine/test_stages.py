@@ -25,7 +25,8 @@ from langchain_quantllm.engine.forward_patch import ForwardPatch
 from langchain_quantllm.engine.fusion.fuse import EXPERTS, LINEAR, Fusion
 from langchain_quantllm.engine.kv_cache import allocate_pools
 from langchain_quantllm.engine.lora import NO_ADAPTER, LoraStack
-from langchain_quantllm.engine.model_check import inspect_model, run_greedily
+from langchain_quantllm.engine.model_check import run_greedily
+from langchain_quantllm.engine.model_probe import inspect_model
 from langchain_quantllm.engine.model_runner import ModelRunner
 from langchain_quantllm.engine.request import plan_requests
 from langchain_quantllm.engine.scheduler import Scheduler
@@ -339,7 +340,7 @@ def test_a_model_that_stages_do_not_fit_runs_by_its_hooks(
     model = tiny_model(49152)
     monkeypatch.setattr(stages_module, "find_stages", partial(Stages, first_layers=(1,)))
     monkeypatch.setattr(stages_module.StageRun, "enter", enter)
-    llm = llm_of(model, tokenizer, max_new_tokens=4, engine="fast")
+    llm = llm_of(model, tokenizer, max_new_tokens=4, engine="fast", fuse=False)
     assert "accelerate's hooks move its tensors between devices" in llm.engine_info.reason
     assert "its code mixes devices" in llm.engine_info.reason
     assert not forwards_in(model)

@@ -25,8 +25,19 @@ import pytest
 import torch
 from langchain_core.messages import HumanMessage
 from pydantic import BaseModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from langchain_quantllm import VLLM, ChatQuantizedHuggingFace, QuantizedHuggingFaceLLM
+from langchain_quantllm import (
+    AWQ,
+    GPTQ,
+    VLLM,
+    Calibration,
+    ChatQuantizedHuggingFace,
+    Distillation,
+    QuantizedHuggingFaceLLM,
+    quantize,
+)
 from langchain_quantllm.compat.packages import is_installed
 from langchain_quantllm.compat.vllm import has_died, processes
 from langchain_quantllm.engine import stream as streams
@@ -38,12 +49,14 @@ from langchain_quantllm.errors import (
     GenerationTimeoutError,
     InvalidOptionError,
     QueueFullError,
+    UnsupportedError,
 )
+from langchain_quantllm.quantization.formats import format_of_scheme
 from langchain_quantllm.structured.constraints import Choice, Grammar, JSONObject, Regex
 from tests.support.adapters import PROMPT, Reference, make_adapter
 from tests.support.checkpoints import make_checkpoint
 from tests.support.engine import Answer, ask, plan
-from tests.support.gptq_checkpoints import make_gptq_checkpoint
+from tests.support.gptq_checkpoints import load_float_twin, make_gptq_checkpoint
 from tests.support.models import wait_until
 
 pytestmark = [
@@ -277,14 +290,14 @@ def test_a_closed_stream_aborts_its_request_at_vllm(tiny: Tiny) -> None:
     next(iter(stream))
     assert tiny.unfinished() == 1
     stream.close()
-    wait_until(lambda: tiny.unfinished() == 0 and not tiny.engine._jobs)
+    wait_until(lambda: tiny.unfinished() == 0 and not tiny.engine._unended)
     assert len(tiny.llm.invoke(PROMPT)) > 0
 
 
 def test_a_request_over_its_time_is_aborted_though_nobody_reads(tiny: Tiny) -> None:
     requests = plan(tiny.llm, ids(tiny), max_new_tokens=CONTEXT_TOKENS - 100)
     stream = tiny.engine.submit(requests, 0.3)
-    wait_until(lambda: stream.cancelled and not tiny.engine._jobs and tiny.unfinished() == 0)
+    wait_until(lambda: stream.cancelled and not tiny.engine._unended and tiny.unfinished() == 0)
     with pytest.raises(GenerationTimeoutError, match="timeout=0.3"):
         list(stream)
 
@@ -292,7 +305,7 @@ def test_a_request_over_its_time_is_aborted_though_nobody_reads(tiny: Tiny) -> N
 def test_a_request_whose_time_is_over_at_once_leaves_its_place(tiny: Tiny) -> None:
     one = [replace(request, max_rows=1, owner=7) for request in plan(tiny.llm, ids(tiny))]
     stream = tiny.engine.submit(one, 1e-9)
-    wait_until(lambda: not tiny.engine._jobs, 20)
+    wait_until(lambda: not tiny.engine._unended, 20)
     with pytest.raises(GenerationTimeoutError):
         list(stream)
     assert ask(tiny.llm, one)[0].finish_reason is not None
@@ -323,11 +336,10 @@ def test_a_full_queue_says_so(tiny: Tiny) -> None:
     (request,) = (replace(r, owner=id(llm)) for r in plan(llm, ids(tiny), max_new_tokens=400))
     with ExitStack() as open_streams:
         open_streams.enter_context(tiny.engine.submit([request]))
-        wait_until(lambda: tiny.engine._jobs[0].task is not None)
         open_streams.enter_context(tiny.engine.submit([request]))
         with pytest.raises(QueueFullError, match="max_waiting=1"):
             llm.invoke(PROMPT)
-    wait_until(lambda: not tiny.engine._jobs)
+    wait_until(lambda: not tiny.engine._unended)
 
 
 @pytest.mark.parametrize("name", ["sql", "chat", "base"])
@@ -459,7 +471,7 @@ def test_many_threads_cancel_and_ask_and_nothing_is_left(tiny: Tiny) -> None:
     for thread in threads:
         thread.join(300)
     assert not wrong
-    wait_until(lambda: tiny.unfinished() == 0 and not tiny.engine._jobs)
+    wait_until(lambda: tiny.unfinished() == 0 and not tiny.engine._unended)
 
 
 def test_the_end_of_vllms_process_fails_requests_with_words_and_the_next_call_starts_another(tiny: Tiny) -> None:
@@ -533,19 +545,78 @@ def test_tensor_parallel_over_two_processes_writes_the_same_tokens(
         llm.unload()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM uses Ray where there are GPUs")
+def test_ray_is_refused_without_gpus(unstarted: Tiny) -> None:
+    llm = QuantizedHuggingFaceLLM(**unstarted.fields(engine=VLLM(**TINY, distributed_executor_backend="ray")))
+    with pytest.raises(UnsupportedError, match="does not run its workers for CPUs in Ray"):
+        llm.invoke(PROMPT)
+
+
 def test_gptq_folders_of_ours_go_straight_in(smollm2: Path, tmp_path: Path) -> None:
-    folder = make_gptq_checkpoint(smollm2, tmp_path / "gptq", group_size=64)
+    """Each greedy token is the likeliest of the same weights in float32, but for what 16 bits round off."""
+    folder = make_gptq_checkpoint(smollm2, tmp_path / "gptq", bits=4, group_size=64)
     llm = QuantizedHuggingFaceLLM(
-        model_id=str(folder),
-        dtype="bfloat16",
-        max_new_tokens=8,
-        engine=VLLM(**{**TINY, "kv_cache_memory_bytes": 64 << 20}),
+        model_id=str(folder), dtype="bfloat16", engine=VLLM(**{**TINY, "kv_cache_memory_bytes": 64 << 20})
     )
     try:
-        assert "Paris" in llm.invoke(PROMPT)
+        prompt_ids = llm.get_token_ids("The capital of France is")
+        (answer,) = ask(llm, plan(llm, prompt_ids, max_new_tokens=16))
+        assert "Paris" in answer.text
         assert llm.scheme.name == "gptq"
     finally:
         llm.unload()
+    assert largest_loss(load_float_twin(smollm2, bits=4), prompt_ids, answer.token_ids) < 0.5
+
+
+def largest_loss(model: Any, prompt_ids: list[int], answer_ids: list[int]) -> float:
+    """Return how much less likely a token is than the likeliest in its place; 16 bits are off by 0.25 in an engine."""
+    with torch.no_grad():
+        rows = model(torch.tensor([prompt_ids + answer_ids])).logits[0]
+    rows = rows[len(prompt_ids) - 1 : -1].log_softmax(-1)
+    return float((rows.amax(-1) - rows.gather(-1, torch.tensor(answer_ids)[:, None])[:, 0]).max())
+
+
+@pytest.mark.parametrize(
+    ("scheme", "distill"),
+    [(AWQ(group_size=64), None), (GPTQ(bits=4, group_size=64), Distillation(epochs=1))],
+    ids=["awq", "gptq-distilled"],
+)
+def test_what_quantize_writes_is_read_with_its_own_weights(
+    short_smollm2: Path, tmp_path: Path, scheme: Any, distill: Distillation | None
+) -> None:
+    texts = Calibration(samples=4, tokens=64)
+    quantize(short_smollm2, scheme, texts, tmp_path / "out", distill=distill, device="cpu", progress=False)
+    llm = QuantizedHuggingFaceLLM(
+        model_id=str(tmp_path / "out"), engine=VLLM(**{**TINY, "kv_cache_memory_bytes": 64 << 20})
+    )
+    try:
+        prompt_ids = llm.get_token_ids("The capital of France is")
+        (answer,) = ask(llm, plan(llm, prompt_ids, max_new_tokens=16))
+        assert llm.scheme.name == scheme.name
+    finally:
+        llm.unload()
+    form = format_of_scheme(scheme)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    twin = AutoModelForCausalLM.from_pretrained(short_smollm2, dtype=torch.float32)
+    for name in [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]:
+        layer = form.read({key: tensors[f"{name}.{key}"] for key in form.tensors})
+        twin.get_submodule(name).weight.data.copy_(layer.dequantize())
+    assert largest_loss(twin, prompt_ids, answer.token_ids) < 0.5
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM reads it on GPUs")
+def test_gptq_of_eight_bits_is_refused_on_a_cpu(smollm2: Path, tmp_path: Path) -> None:
+    folder = make_gptq_checkpoint(smollm2, tmp_path / "gptq", bits=8, small=True)
+    llm = QuantizedHuggingFaceLLM(model_id=str(folder), dtype="bfloat16", engine=VLLM(**TINY))
+    with pytest.raises(CheckpointError, match=r"GPTQ weights of 8 bits, which vLLM .* reads on GPUs alone"):
+        llm.invoke(PROMPT)
+
+
+def test_gptq_in_float32_is_refused_with_vllms_reason(smollm2: Path, tmp_path: Path) -> None:
+    folder = make_gptq_checkpoint(smollm2, tmp_path / "gptq", small=True)
+    llm = QuantizedHuggingFaceLLM(model_id=str(folder), dtype="float32", engine=VLLM(**TINY))
+    with pytest.raises(CheckpointError, match=r"cannot run .*: torch\.float32 is not supported"):
+        llm.invoke(PROMPT)
 
 
 def test_what_vllm_cannot_start_says_so_and_leaves_no_process(unstarted: Tiny) -> None:

@@ -180,6 +180,7 @@ def test_a_folder_without_weights_leaves_loading_to_vllm(folder: Path) -> None:
         (NF4(), {"quant_method": "gptq", "bits": 4, "sym": True}, "quantized already, by gptq"),
         (None, {"quant_method": "gptq", "bits": 3, "sym": True}, "4 or 8 bits"),
         (None, {"quant_method": "gptq", "bits": 4, "sym": False}, "symmetric"),
+        (None, {"quant_method": "gptq", "bits": 4, "sym": True, "dynamic": {".*": {"bits": 2}}}, "of 2 and 4 bits"),
     ],
 )
 def test_weights_that_vllm_does_not_read_are_refused(

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from langchain_quantllm.kernels import reference
+from langchain_quantllm.kernels import kv_quantization, reference
 from tests.support.interpreter import report_cases
 from tests.support.selection import covering, slow_but
 
@@ -47,6 +47,8 @@ class Case:
     page_tokens: int = 16
     is_latent: bool = False
     """Whether values belong to keys, too."""
+    kv: str = "auto"
+    """The format of the pool: that of `dtype`, or one in 8 bits."""
 
     @property
     def query_dim(self) -> int:
@@ -106,12 +108,31 @@ def _cases() -> Iterator[Case]:
     yield Case(name="decode-splits-64", splits=64, lengths=(2, 1100), dtype=torch.float16, key_dim=256, value_dim=256)
     for block in (1, 7, 16):
         yield Case(name=f"prefill-blocks-of-{block}", block=block, lengths=(30, 17), chunks=(10, 17))
+    for kv in kv_quantization.KV_DTYPES:
+        for name, given in _eight_bit_variants().items():
+            yield Case(name=f"decode-{kv}-{name}", kv=kv, **given)
+            yield Case(name=f"prefill-{kv}-{name}", kv=kv, **{**given, **chunks, "splits": 1})
     # Padded to 32 rows, and shared by two programs.
     yield Case(name="decode-group-of-20", heads=20)
     yield Case(name="decode-group-of-71", heads=71)
     yield Case(name="decode-group-of-71-splits", heads=71, splits=2, lengths=(3, 90))
     # The first tile holds no key that the last queries of a block see.
     yield Case(name="prefill-window-hides-a-tile", window=3, lengths=(64, 200), chunks=(64, 66))
+
+
+def _eight_bit_variants() -> dict[str, dict[str, Any]]:
+    half: dict[str, Any] = {"dtype": torch.bfloat16, "heads": 4, "kv_heads": 2}
+    return {
+        "bfloat16": {**half, "key_dim": 64, "value_dim": 64},
+        "float16": {**half, "dtype": torch.float16, "key_dim": 128, "value_dim": 128},
+        "float32": {"key_dim": 32, "value_dim": 32},
+        "dims": {**half, "key_dim": 80, "value_dim": 48},
+        "window": {**half, "window": 20},
+        "sinks-chunk": {**half, "sinks": 1.0, "chunk": 40},
+        "biases-softcap": {**half, "slope": 0.05, "softcap": 5.0},
+        "splits": {**half, "splits": 8, "lengths": (1, 64, 65, 700), "sinks": 0.0},
+        "pages-of-32": {**half, "page_tokens": 32},
+    }
 
 
 CASES = {case.name: case for case in _cases()}
@@ -127,6 +148,7 @@ def _features(case: Case) -> list[Any]:
         ("shared", case.splits > 1, case.sinks is not None, case.slope > 0),
         ("values", way, case.key_dim == case.value_dim),
         ("latent", way, case.is_latent),
+        ("format", way, case.kv, case.dtype),
         ("dim", case.key_dim),
         ("splits", case.splits),
         ("block", case.block),
@@ -162,8 +184,16 @@ class Rows:
         self.table = table.to(device)
         shape = (len(order), case.page_tokens, case.kv_heads, case.key_dim + case.value_dim)
         self.empty = torch.full(shape, torch.nan, dtype=case.dtype, device=device)
-        self.kv = self.empty.clone()
-        reference.write_kv(self.key, self.value, self.kv, self.table, self.rows, self.positions)
+        self.empty_scales = None
+        if case.kv != "auto":
+            self.empty = torch.full(shape, 99, dtype=kv_quantization.KV_DTYPES[case.kv], device=device)
+            of_scales = (len(order), case.kv_heads, case.page_tokens, 2)
+            self.empty_scales = torch.full(of_scales, torch.nan, dtype=kv_quantization.SCALE_DTYPE, device=device)
+            exponents = torch.randint(-4, 5, (case.kv_heads, case.key_dim), generator=made)
+            self.factors = torch.exp2(exponents.float()).to(device)
+            self.value *= 10.0 ** torch.randint(-3, 3, (tokens, 1), generator=made).to(device)  # scales of their own
+        self.kv, self.scales = self.new_pool()
+        reference.write_kv(self.key, self.value, self.kv, self.table, self.rows, self.positions, self.scales)
         asked = len(case.lengths) if case.chunks is None else sum(case.chunks)
         made_query = torch.randn(1, asked, case.heads, case.query_dim, generator=made)
         if case.is_latent:  # long queries, whose scores are no further apart
@@ -177,6 +207,12 @@ class Rows:
             slopes = case.slope * 2.0 ** torch.arange(case.heads)[:, None]
             positions = torch.arange(max(case.lengths))
             self.biases = (slopes * positions + torch.randn(slopes.shape[0], len(positions), generator=made)).to(device)
+
+    def new_pool(self) -> tuple[torch.Tensor, kv_quantization.KVScales | None]:
+        """Return a pool in which nothing is written, and its scales."""
+        if self.empty_scales is None:
+            return self.empty.clone(), None
+        return self.empty.clone(), kv_quantization.KVScales(self.empty_scales.clone(), self.factors)
 
 
 def blocks_of(case: Case, slots: list[int]) -> torch.Tensor:
@@ -195,7 +231,7 @@ def blocks_of(case: Case, slots: list[int]) -> torch.Tensor:
 def attend(module: Any, case: Case, rows: Rows) -> torch.Tensor:
     """Call `decode_attention` or `prefill_attention` of a module."""
     given = {"value_dim": case.value_dim, "scale": 0.3, "window": case.window, "softcap": case.softcap}
-    given |= {"chunk": case.chunk, "sinks": rows.sinks, "biases": rows.biases}
+    given |= {"chunk": case.chunk, "sinks": rows.sinks, "biases": rows.biases, "scales": rows.scales}
     device = rows.kv.device
     if case.chunks is not None:
         blocks = blocks_of(case, rows.slots).to(device)
@@ -217,10 +253,12 @@ def run_case(case: Case, device: str) -> dict[str, Any]:
     # Some tokens are enough: the interpreter takes a millisecond for each.
     few = slice(-len(rows.positions) // 4, None)
     given = (rows.table, rows.rows[few], rows.positions[few])
-    written, expected = rows.empty.clone(), rows.empty.clone()
-    attention_kernels.write_kv(rows.key[:, :, few], rows.value[:, :, few], written, *given)
-    reference.write_kv(rows.key[:, :, few], rows.value[:, :, few], expected, *given)
-    same = torch.equal(written.nan_to_num(nan=99.0), expected.nan_to_num(nan=99.0))
+    written, expected = rows.new_pool(), rows.new_pool()
+    for module, (kv, scales) in ((attention_kernels, written), (reference, expected)):
+        module.write_kv(rows.key[:, :, few], rows.value[:, :, few], kv, *given, scales)
+    same = torch.equal(written[0].nan_to_num(nan=99.0), expected[0].nan_to_num(nan=99.0))
+    if written[1] is not None and expected[1] is not None:
+        same &= torch.equal(written[1].pairs.nan_to_num(nan=99.0), expected[1].pairs.nan_to_num(nan=99.0))
     found, expected = attend(attention_kernels, case, rows), attend(reference, case, rows)
     return {
         "written": same,
@@ -329,11 +367,14 @@ def run(name: str, device: str) -> dict[str, Any]:
 def tolerance(case: Case, largest: float) -> float:
     """Bound the error, for outputs that are averages of values of at most `largest`.
 
-    Shares are rounded to the pool's dtype before they meet the values, the result is rounded by both sides: three
-    times the rounding error. In float32, sums of up to 256 products in another order weigh more: scores of up to some
-    20 that are off by several times their own rounding change shares by as much.
+    Shares are rounded to the pool's dtype before they meet the values, to float16 in 8 bits, the result is rounded by
+    both sides: three times the rounding error. In float32, sums of up to 256 products in another order weigh more:
+    scores of up to some 20 that are off by several times their own rounding change shares by as much.
     """
-    return largest * (3 * ROUNDING[case.dtype] + 128 * ROUNDING[torch.float32])
+    rounding = ROUNDING[case.dtype]
+    if case.kv != "auto":
+        rounding = max(rounding, ROUNDING[torch.float16])
+    return largest * (3 * rounding + 128 * ROUNDING[torch.float32])
 
 
 @pytest.mark.parametrize("name", slow_but(QUICK, CASES))
@@ -368,10 +409,19 @@ def test_splits_fill_the_device(found: Any) -> None:
     assert found("splits") == {"splits": [64, 16, 8, 2, 1, 64, 8]}
 
 
+def rounded(numbers: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """Round keys, which have factors, or values to the format of a pool."""
+    factors = rows.factors[:, None] if numbers is rows.key else torch.ones(())
+    codes, scales = kv_quantization.quantize(numbers / factors, rows.kv.dtype)
+    return kv_quantization.dequantize(codes, scales, torch.float32) * factors
+
+
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.softcap])
 def test_reference_is_the_attention_of_torch(name: str) -> None:
     case = replace(CASES[name], dtype=torch.float32)
     rows, start, first = Rows(case), 0, 0
+    if rows.scales is not None:
+        rows.key, rows.value = rounded(rows.key, rows), rounded(rows.value, rows)
     sinks = None if rows.sinks is None else rows.sinks.double()
     out = attend(reference, case, rows)[0]
     for length, chunk in zip(case.lengths, case.chunks or [1] * len(case.lengths), strict=True):
@@ -394,8 +444,9 @@ def test_reference_is_the_attention_of_torch(name: str) -> None:
             query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True
         )
         out_of_row = out[first : first + chunk].transpose(0, 1).double()
-        # In float32 and in float64.
-        torch.testing.assert_close(out_of_row, expected[0], rtol=1e-4, atol=1e-5)
+        # In float32 and in float64. Values in 8 bits are of many sizes, up to hundreds.
+        largest = 1.0 if rows.scales is None else float(rows.value.abs().max())
+        torch.testing.assert_close(out_of_row, expected[0], rtol=1e-4, atol=1e-5 * largest)
         start, first = start + length, first + chunk
 
 

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import re
+import struct
 
 import pytest
 import torch
 
-from langchain_quantllm.kernels.linear.codebook import CODEBOOKS, GROUPS_SHUFFLED, MXFP4, lookup_ptx
+from langchain_quantllm.kernels.linear.codebook import (
+    CODEBOOKS,
+    GROUPS_SHUFFLED,
+    MXFP4,
+    codes_ptx,
+    lookup_ptx,
+    pair_ptx,
+)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
@@ -23,9 +31,16 @@ def test_the_codebook_of_mxfp4_is_that_of_transformers() -> None:
     assert list(CODEBOOKS[MXFP4]) == FP4_VALUES
 
 
-def emulate(ptx: str, words: tuple[int, int]) -> list[int]:
-    """Run the instructions in one lane of a warp, in which `shfl` asks the others what they hold."""
-    lanes: list[dict[str, int]] = [{"%laneid": lane, "$8": words[0], "$9": words[1]} for lane in range(32)]
+def emulate(ptx: str, given: tuple[int, ...], results: int = 8) -> list[int]:
+    """Run the instructions in one lane of a warp, in which `shfl` asks the others what they hold.
+
+    Args:
+        ptx: The instructions, whose results are in the first registers.
+        given: The numbers in the registers behind them.
+        results: Number of results.
+    """
+    inputs = {f"${results + index}": value for index, value in enumerate(given)}
+    lanes: list[dict[str, int]] = [{"%laneid": lane, **inputs} for lane in range(32)]
     for line in re.findall(r"[a-z][\w.]* [^;{}]+;", ptx.replace("{ .reg", "{;.reg")):
         name, *operands = re.split(r"[ ,;]+", line.strip(" ;"))
         if name.startswith("reg"):
@@ -43,7 +58,7 @@ def emulate(ptx: str, words: tuple[int, int]) -> list[int]:
             else:
                 result = OPERATIONS[name](*values)
             registers[operands[0]] = result & 0xFFFFFFFF
-    return [lanes[5][f"${j}"] for j in range(8)]
+    return [lanes[5][f"${j}"] for j in range(results)]
 
 
 def _prmt(a: int, b: int, selector: int) -> int:
@@ -61,7 +76,31 @@ def _lop3(a: int, b: int, c: int, table: int) -> int:
     return sum(bit << i for i, bit in enumerate(bits))
 
 
+def _pair(dtype: torch.dtype, value: int) -> torch.Tensor:
+    return torch.tensor([value & 0xFFFF, value >> 16], dtype=torch.uint16).view(dtype).float()
+
+
+def _bits(dtype: torch.dtype, pair: torch.Tensor) -> int:
+    low, high = (int(bits) & 0xFFFF for bits in pair.to(dtype).view(torch.int16))
+    return low | high << 16
+
+
+def _rounded_twice(dtype: torch.dtype, upper: int, lower: int) -> int:
+    assert upper == lower
+    value = struct.unpack("<f", struct.pack("<I", upper))[0]
+    return _bits(dtype, torch.tensor([value, value]))
+
+
+def _fma(dtype: torch.dtype, a: int, b: int, c: int) -> int:
+    # A product of two is exact in float32, and so is the sum with -0 or of small integers.
+    return _bits(dtype, _pair(dtype, a) * _pair(dtype, b) + _pair(dtype, c))
+
+
 OPERATIONS = {
+    "cvt.rn.f16x2.f32": lambda a, b: _rounded_twice(torch.float16, a, b),
+    "cvt.rn.bf16x2.f32": lambda a, b: _rounded_twice(torch.bfloat16, a, b),
+    "fma.rn.f16x2": lambda a, b, c: _fma(torch.float16, a, b, c),
+    "fma.rn.bf16x2": lambda a, b, c: _fma(torch.bfloat16, a, b, c),
     "mov.b32": lambda a: a,
     "mov.u32": lambda a: a,
     "and.b32": lambda a, b: a & b,
@@ -85,3 +124,31 @@ def test_instructions_look_up_every_index_in_every_place(way: str, kind: str, dt
         words = [sum(index << 4 * (place ^ 1) for place, index in enumerate(row)) for row in indices]
         expected = [bits[indices[0][j]] | bits[indices[1][j]] << 16 for j in range(8)]
         assert emulate(ptx, (words[0], words[1])) == expected
+
+
+@pytest.mark.parametrize("kind", CODEBOOKS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_instructions_look_up_and_scale_the_pairs_of_a_word(kind: str, dtype: torch.dtype) -> None:
+    ptx = pair_ptx(kind, str(dtype)[6:])
+    values = torch.tensor(CODEBOOKS[kind]).to(dtype)
+    scale = 0.37
+    for turn in range(16):
+        indices = [(turn + 3 * place) % 16 for place in range(8)]
+        word = sum(index << 4 * (place ^ 1) for place, index in enumerate(indices))
+        found = emulate(ptx, (word, struct.unpack("<I", struct.pack("<f", scale))[0]), 4)
+        expected = (values[indices] * torch.tensor(scale).to(dtype)).view(-1, 2)
+        assert torch.equal(torch.stack([_pair(dtype, pair) for pair in found]), expected.float())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_instructions_read_the_codes_of_a_word_in_pairs(bits: int, dtype: torch.dtype) -> None:
+    ptx, count = codes_ptx(bits, str(dtype)[6:]), 4 if bits == 3 else 16 // bits
+    is_signed = bits == 8 and dtype == torch.bfloat16
+    above = 0 if is_signed else 1024 if dtype == torch.float16 else 128
+    for turn in range(1 << bits):
+        codes = [(turn + 5 * place) % (1 << bits) for place in range(2 * count)]
+        word = sum(code << bits * place for place, code in enumerate(codes)) | (0xAB << 24 if bits == 3 else 0)
+        numbers = [code - (code >> 7 << 8) if is_signed else code + above for code in codes]
+        found = [_pair(dtype, pair).tolist() for pair in emulate(ptx, (word,), count)]
+        assert found == [[numbers[p], numbers[p + count]] for p in range(count)]

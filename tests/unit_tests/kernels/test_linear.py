@@ -20,7 +20,14 @@ from langchain_quantllm.compat.gptqmodel_import import gptqmodel_imported
 from langchain_quantllm.kernels.linear import reference as linear_reference
 from langchain_quantllm.kernels.linear.bit_packing import pack_bits
 from langchain_quantllm.kernels.linear.config import LinearConfig, config_for
-from langchain_quantllm.kernels.linear.weights import FourBitWeight, GPTQWeight, Int8Weight, Weight, weight_of
+from langchain_quantllm.kernels.linear.weights import (
+    FourBitWeight,
+    GPTQWeight,
+    Int8Weight,
+    Weight,
+    float_weight_of,
+    weight_of,
+)
 from langchain_quantllm.quantization.packing import RoundedLinear
 from tests.support.interpreter import report_cases
 from tests.support.selection import covering, slow_but
@@ -69,6 +76,7 @@ class Case:
 
 VECTOR = {"regime": "vector", "outputs": 8, "words": 8, "warps": 1}
 TILE = {"regime": "tile", "outputs": 16, "words": 16, "stages": 2, "decode": "table"}
+MATRIX = {"regime": "matrix", "outputs": 64, "words": 8, "stages": 2, "decode": "permute", "tile_rows": 16}
 
 
 def _cases() -> Iterator[Case]:
@@ -110,8 +118,24 @@ def _cases() -> Iterator[Case]:
         yield replace(gptq, name=f"{gptq.name}-one-group", block=128)
         yield replace(gptq, name=f"{gptq.name}-one-group-odd", block=96, inputs=96)
         yield replace(gptq, name=f"{gptq.name}-large-groups", block=256, inputs=512, symmetric=True)
+    # Rows, inputs and outputs do not fill the tiles; with 3 splits, the last has less to do.
+    for kind in ("nf4", "fp4", "int8", "gptq4", "gptq8", "gptq2", "gptq3"):
+        matrix = Case(name=f"{kind}-matrix", kind=kind, rows=37, inputs=160, outputs=(80,), block=32, config=MATRIX)
+        matrix = replace(matrix, dtype=torch.float16)
+        yield matrix
+        yield replace(matrix, name=f"{matrix.name}-symmetric", symmetric=True, dtype=torch.bfloat16)
+        several = replace(matrix, name=f"{matrix.name}-several", outputs=(80, 16, 48), bias=True, dtype=torch.bfloat16)
+        yield replace(several, config={**MATRIX, "splits": 3, "ahead": 4})
+        large = {**MATRIX, "words": 16, "tile_rows": 64}
+        yield replace(several, name=f"{matrix.name}-groups", outputs=(64, 64), block=128, inputs=512, config=large)
+    yield replace(matrix, name="nf4-matrix-nested", kind="nf4", nested=True, inputs=96, outputs=(200,), rows=18)
     many = Case(name="int8-many-rows", kind="int8", rows=70, outputs=(48, 16), bias=True, dtype=torch.bfloat16)
     yield many
+    for kind in ("nf4", "int8", "gptq4"):
+        yield replace(many, name=f"{kind}-more-rows", kind=kind, rows=530, outputs=(32,))
+    for kind in ("nf4", "fp4"):
+        yield replace(many, name=f"{kind}-many-rows", kind=kind, nested=True)
+        yield replace(many, name=f"{kind}-many-rows-float32", kind=kind, nested=True, dtype=torch.float32)
     for bits in (2, 3, 4, 8):
         gptq = replace(many, name=f"gptq{bits}-many-rows", kind=f"gptq{bits}", inputs=160, block=32)
         yield gptq
@@ -147,7 +171,7 @@ LARGE = {
     for kind, decode, rows in itertools.product(
         ("nf4", "fp4", "int8", "gptq4", "gptq8", "gptq2", "gptq3"),
         ("table", "permute", "mixed", "shuffle"),
-        (1, 4, 8, 64, 100),
+        (1, 4, 8, 64, 100, 300),
     )
     for case in [
         Case(
@@ -164,6 +188,8 @@ LARGE = {
             if decode == "table"
             else {"regime": "vector", "outputs": 8, "words": 128, "decode": decode, "splits": 2}
             if rows <= 4
+            else {**MATRIX, "outputs": 128, "words": 16, "warps": 8, "tile_rows": 128, "splits": 3, "ahead": 4}
+            if rows >= 100 and decode == "permute"
             else {"regime": "tile", "outputs": 64, "words": 32, "stages": 3, "decode": decode, "splits": 2},
         )
     ]
@@ -285,7 +311,13 @@ def run_refusals(device: str) -> dict[str, Any]:
 
     weight = on(weight_of(layer(CASES["nf4-float32"], 8, 0)), device)
     refused = []
-    for rows, options in ((5, VECTOR), (1, {**VECTOR, "decode": "guess"}), (1, {**VECTOR, "regime": "scalar"})):
+    for rows, options in (
+        (5, VECTOR),
+        (1, {**VECTOR, "decode": "guess"}),
+        (1, {**VECTOR, "regime": "scalar"}),
+        (70, {**MATRIX, "decode": "shuffle"}),
+        (70, MATRIX),  # for float32
+    ):
         try:
             x = torch.zeros(rows, 128, device=device)
             dispatch.quantized_linear(x, weight, config=LinearConfig(**options))
@@ -304,10 +336,52 @@ def run_rule(device: str) -> dict[str, Any]:
             config = config_for(large, rows, 132, dtype=dtype)
             powers = (config.outputs, config.words, config.splits, config.warps)
             sound &= all(value & value - 1 == 0 for value in powers)
-            sound &= config.regime == ("vector" if rows <= 2 else "tile")
-            sound &= config.words >= (16 if config.regime == "tile" else 4)
+            sound &= config.regime in (("vector",) if rows <= 2 else ("tile", "matrix"))
+            if config.regime == "matrix":
+                sound &= config.tile_rows >= rows and config.splits <= -(-size // 128)
+            sound &= config.words >= (4 if config.regime == "vector" else 16)
             sound &= size < 4096 or config.splits * -(-size // config.outputs) >= 0.9 * 132  # nearly all of it
+    for weight, size, rows in itertools.product(weights, (128, 4096, 11008), (65, 128, 300, 512)):
+        large = replace(weight, in_features=size, out_features=size)
+        for dtype, is_roomy in itertools.product((torch.float16, torch.bfloat16), (False, True)):
+            config = config_for(large, rows, 132, dtype=dtype, is_roomy=is_roomy)
+            powers = (config.outputs, config.words, config.tile_rows, config.warps)
+            sound &= config.regime == "matrix" and all(value & value - 1 == 0 for value in powers)
+            # A step reads 128 inputs, and no split is without a step.
+            steps = -(-size * _bits(weight) // (32 * config.words))
+            sound &= config.words * 32 == 128 * _bits(weight) and 1 <= config.splits <= steps
+            programs = config.splits * -(-size // config.outputs) * -(-rows // config.tile_rows)
+            sound &= size < 4096 or programs >= 0.6 * 132
+        # Without tensor cores, or with a scale for each input, it has no such regime.
+        sound &= config_for(large, rows, 132, dtype=torch.float32).regime == "tile"
     return {"sound": bool(sound)}
+
+
+def _bits(weight: Weight) -> int:
+    return 8 if isinstance(weight, Int8Weight) else weight.bits if isinstance(weight, GPTQWeight) else 4
+
+
+def run_float(device: str) -> dict[str, Any]:
+    """Multiply by weights that are not quantized: few rows by the kernel, more by torch."""
+    from langchain_quantllm.kernels.linear import dispatch
+
+    report = {}
+    for dtype, rows, splits in itertools.product((torch.float16, torch.bfloat16), (1, 2, 3, 4, 6), (1, 3)):
+        made = torch.Generator().manual_seed(rows)
+        weights = []
+        for width in (130, 128, 257):
+            linear = torch.nn.Linear(328, width).to(device, dtype)
+            linear.weight.data.copy_(torch.randn(width, 328, generator=made) / 328**0.5)
+            weights.append(float_weight_of(linear))
+        x = torch.randn(rows, 2 * 328, generator=made).to(device, dtype)[:, 328:]
+        config = (
+            None if rows > 4 else LinearConfig(regime="vector", outputs=64, words=64, splits=splits, decode="table")
+        )
+        found = dispatch.grouped_linear(x, weights, config=config)
+        expected = linear_reference.grouped_linear(x, weights)
+        error = max(float((f - e).abs().max()) for f, e in zip(found, expected, strict=True))
+        report[f"{dtype} {rows} {splits}"] = error / (4 * ROUNDING[dtype])  # results of up to 4, cut off or rounded
+    return report
 
 
 def run_tiled(device: str) -> dict[str, Any]:
@@ -340,6 +414,7 @@ OTHERS = {
     "refusals": run_refusals,
     "rule": run_rule,
     "tiled": run_tiled,
+    "float": run_float,
 }
 
 
@@ -356,7 +431,7 @@ def tolerance(case: Case) -> float:
     result. Sums in float32 add up to one rounding of each term.
     """
     term = ROUNDING[torch.float32]
-    if case.dtype != torch.float32 and (case.rows > 2 if case.config is None else case.config["regime"] == "tile"):
+    if case.dtype != torch.float32 and (case.rows > 2 if case.config is None else case.config["regime"] != "vector"):
         term = 3 * ROUNDING[case.dtype]
     if case.config is not None and case.config.get("decode") in ("permute", "mixed"):
         term = max(term, ROUNDING[torch.float16])
@@ -415,7 +490,31 @@ def test_weights_of_several_formats_are_multiplied(found: Any) -> None:
 
 
 def test_what_there_is_not_is_refused(found: Any) -> None:
-    assert found("refusals") == {"refused": 3}
+    assert found("refusals") == {"refused": 5}
+
+
+def test_weights_that_are_not_quantized_are_multiplied(found: Any) -> None:
+    report = found("float")
+    assert len(report) == 20
+    assert max(report.values()) <= 2, report
+
+
+def test_float_weights_are_views_of_usual_layers() -> None:
+    linear = torch.nn.Linear(256, 128, dtype=torch.bfloat16)
+    weight = float_weight_of(linear)
+    assert weight is not None
+    assert (weight.in_features, weight.out_features) == (256, 128)
+    assert weight.words.data_ptr() == linear.weight.data_ptr()
+    assert weight.bias is not None
+    assert weight.bias.data_ptr() == linear.bias.data_ptr()
+    for other in (
+        torch.nn.Linear(256, 128),  # float32
+        torch.nn.Linear(256, 16, dtype=torch.bfloat16),  # an adapter's
+        torch.nn.Linear(260, 128, dtype=torch.bfloat16),  # not whole vectors
+        torch.nn.Conv1d(256, 256, 1, dtype=torch.bfloat16),
+        layer(CASES["nf4-float32"], 128, 0),
+    ):
+        assert float_weight_of(other) is None
 
 
 def test_the_rule_fits_and_fills_the_device(found: Any) -> None:

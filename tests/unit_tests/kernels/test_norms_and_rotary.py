@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as rot
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from langchain_quantllm.engine.fusion.fuse import EXPERTS, LINEAR, Fusion
-from langchain_quantllm.kernels import reference
+from langchain_quantllm.kernels import kv_quantization, reference
 from tests.support.families import FAST, family_model
 from tests.support.interpreter import report_cases
 from tests.support.selection import covering, slow_but
@@ -53,6 +53,8 @@ class Case:
     shape: tuple[int, ...] = (3, 64)
     options: dict[str, Any] = field(default_factory=dict)
     is_strided: bool = False
+    kv: str = "auto"
+    """The format of the pool: that of `dtype`, or one in 8 bits."""
 
 
 def _cases() -> Iterator[Case]:
@@ -99,6 +101,10 @@ def _cases() -> Iterator[Case]:
         options = {"activation": reference.SILU} if call == "activation_mul" else {}
         yield Case(name=f"{call}-strided", call=call, shape=(1, 6, 48), options=options, is_strided=True)
     yield Case(name="rotate-strided", call="rotate_and_write", shape=(5, 4, 2, 32, 32), is_strided=True)
+    for kv in kv_quantization.KV_DTYPES:
+        for kind in (torch.float16, torch.float32):
+            name = f"rotate-{kv}-{str(kind).removeprefix('torch.')}"
+            yield Case(name=name, call="rotate_and_write", dtype=kind, shape=(5, 6, 2, 32, 32), kv=kv)
     yield Case(
         name="activation_mul-two-tiles", call="activation_mul", shape=(2, 1500), options={"activation": reference.SILU}
     )
@@ -171,7 +177,14 @@ def _rotary_arguments(case: Case, made: torch.Generator, device: str) -> dict[st
     positions = torch.tensor([(13 + i) % 32 for i in range(tokens)], dtype=torch.int32, device=device)
     slots = torch.tensor([2 - 2 * (i % 2) for i in range(tokens)], dtype=torch.int32, device=device)
     kv = torch.full((6, BLOCK_TOKENS, kv_heads, 2 * dim + 4), torch.nan, dtype=case.dtype, device=device)
+    scales = None
+    if case.kv != "auto":
+        kv = torch.full(kv.shape, 99, dtype=kv_quantization.KV_DTYPES[case.kv], device=device)
+        pairs = torch.zeros(6, kv_heads, BLOCK_TOKENS, 2, dtype=kv_quantization.SCALE_DTYPE, device=device)
+        factors = torch.exp2(torch.randint(-3, 4, (kv_heads, dim), generator=made).float()).to(device)
+        scales = kv_quantization.KVScales(pairs, factors)
     return {
+        "scales": scales,
         "query": query,
         "key": key,
         "value": value,
@@ -189,7 +202,9 @@ def call(module: Any, case: Case, device: str) -> list[torch.Tensor]:
     given = arguments(case, device)
     found = getattr(module, case.call)(**given)
     outputs = list(found) if isinstance(found, tuple) else [found]
-    return [*outputs, given["kv"]] if "kv" in given else outputs
+    if "kv" in given:
+        outputs += [given["kv"]] if given["scales"] is None else [given["kv"], given["scales"].pairs]
+    return outputs
 
 
 def run_case(case: Case, device: str) -> dict[str, Any]:

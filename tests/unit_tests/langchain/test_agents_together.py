@@ -127,7 +127,9 @@ def test_eight_agents_share_one_batch_and_do_what_they_do_alone(
         return run_step(step, *args)
 
     monkeypatch.setattr(runner, "run", count)
-    by_itself = ChatQuantizedHuggingFace(llm=chat, prefix_caching=False)  # no keys and values of an earlier run
+    # One token a step, and no keys and values of an earlier run.
+    by_itself = ChatQuantizedHuggingFace(llm=chat, prefix_caching=False, speculation="off")
+    beside = ChatQuantizedHuggingFace(llm=chat, speculation="off")
     alone = [run(by_itself, i) for i in range(len(TASKS))]
     tokens_alone = list(rows)
     assert set(tokens_alone) == {1}
@@ -136,7 +138,7 @@ def test_eight_agents_share_one_batch_and_do_what_they_do_alone(
 
     def start(i: int) -> list[Any]:
         barrier.wait()
-        return run(chat, i)
+        return run(beside, i)
 
     with ThreadPoolExecutor(len(TASKS)) as executor:
         together = list(executor.map(start, range(len(TASKS))))

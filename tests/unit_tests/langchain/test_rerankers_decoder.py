@@ -388,6 +388,9 @@ class TestModel:
         with pytest.raises(InvalidOptionError, match=words):
             QuantizedReranker(model=tiny_llm, **fields)
 
+    def test_a_given_models_reranker_has_progress_bars_of_its_own(self, tiny_llm: QuantizedHuggingFaceLLM) -> None:
+        assert not QuantizedReranker(model=tiny_llm, progress=False).progress
+
     def test_something_else_than_a_model_is_refused(self) -> None:
         with pytest.raises(InvalidOptionError, match="model=dict cannot rerank"):
             QuantizedReranker(model={})

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from langchain_quantllm import quantize
 from langchain_quantllm.compat import gptqmodel_import
 from langchain_quantllm.compat.gptqmodel import uncompile_gptq_model
 from langchain_quantllm.errors import CheckpointError, InvalidOptionError, UnsupportedError
@@ -23,6 +24,7 @@ if importlib.util.find_spec("gptqmodel") is None:
     pytest.skip("gptqmodel is not installed", allow_module_level=True)
 torch = pytest.importorskip("torch")
 
+from tests.support.checkpoints import make_checkpoint  # noqa: E402
 from tests.support.gptq_checkpoints import load_float_twin, make_gptq_checkpoint, packed_as, round_linear  # noqa: E402
 
 PROMPT = "The capital of France is"
@@ -218,7 +220,10 @@ def test_weight_file_names(tmp_path: Path, weights: list[str], expected: str | N
         ({"bits": 4, "group_size": 0}, ["model.safetensors"], "group_size=0"),
         ({"bits": 4, "checkpoint_format": "marlin"}, ["model.safetensors"], "checkpoint_format='marlin'"),
         ({"bits": 4, "is_marlin_format": True}, ["model.safetensors"], "checkpoint_format='marlin'"),
-        ({"bits": 4, "dynamic": {"-:.*": {}}}, ["model.safetensors"], "settings of single layers"),
+        ({"bits": 4, "dynamic": ["-:.*"]}, ["model.safetensors"], "must be an object of rules"),
+        ({"bits": 4, "dynamic": {"-:(": {}}}, ["model.safetensors"], "'-:(' of the checkpoint's dynamic is no"),
+        ({"bits": 4, "dynamic": {".*": {"bits": 5}}}, ["model.safetensors"], "sets bits=5; bits are one of 2, 3, 4, 8"),
+        ({"bits": 4, "dynamic": {".*": {"format": "gptq_v2"}}}, ["model.safetensors"], "sets format='gptq_v2'"),
         ({"bits": 4, "lm_head": True}, ["model.safetensors"], "a quantized output head"),
         ({"bits": 4}, ["gptq_model-4bit-128g.pt"], "pickled, in gptq_model-4bit-128g.pt"),
         ({"bits": 4}, ["gptq_model-4bit-128g.bin"], "only safetensors are read"),
@@ -252,7 +257,7 @@ def test_layer_sizes(four_bit: Path) -> None:
     config = {"bits": 4, "group_size": 64}
     sizes = gptq.read_layer_sizes(weights, config)
     assert len(sizes) == 7
-    assert sizes["model.layers.0.mlp.down_proj"] == 1536
+    assert sizes["model.layers.0.mlp.down_proj"] == (1536, 576)
     with pytest.raises(CheckpointError, match="is packed in 4 bits, but the config says bits=8"):
         gptq.read_layer_sizes(weights, {**config, "bits": 8})
     with pytest.raises(CheckpointError, match=r"has \d+ groups of scales for in_features=\d+, .*group_size=32"):
@@ -301,11 +306,23 @@ def test_checks_say_what_is_wrong(scheme: GPTQ, changes: dict[str, Any], error: 
 
 
 def test_an_uneven_group_size_is_refused_for_kernels_that_cannot() -> None:
-    sizes = {"model.layers.0.mlp.down_proj": 1536, "model.layers.0.self_attn.q_proj": 576}
+    sizes = {"model.layers.0.mlp.down_proj": (1536, 576), "model.layers.0.self_attn.q_proj": (576, 576)}
     config = {**CONFIG, "group_size": 128}
     with pytest.raises(UnsupportedError, match=r"128 does not divide in_features=576 of layer '.*q_proj'"):
         gptq.check_gptq(config, GPTQ(kernel="torch_aten"), "cpu", sizes)
     assert gptq.check_gptq(config, GPTQ(), "cpu", sizes)["backend"] == "gptq_torch"
+
+
+def test_outputs_that_torch_s_int4_product_does_not_take_run_by_another_kernel(tmp_path: Path) -> None:
+    sizes = {"model.layers.0.mlp.up_proj": (64, 128), "model.layers.0.self_attn.k_proj": (64, 24)}
+    assert gptq.check_gptq(CONFIG, GPTQ(), "cpu", sizes)["backend"] == "gptq_torch"
+    with pytest.raises(UnsupportedError, match=r"multiples of 16 on the CPU, not 24 of layer '.*k_proj'; use kernel"):
+        gptq.check_gptq(CONFIG, GPTQ(kernel="torch_aten"), "cpu", sizes)
+    source = make_checkpoint(tmp_path / "own", num_attention_heads=4, num_key_value_heads=1, head_dim=24)
+    written = quantize(source, GPTQ(group_size=32), method="rtn", output=tmp_path / "packed", progress=False)
+    model, _ = load(written.folder)
+    with torch.no_grad():
+        assert model(torch.tensor([[5, 7]])).logits.isfinite().all()
 
 
 def test_the_config_is_not_changed() -> None:

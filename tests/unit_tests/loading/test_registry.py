@@ -19,7 +19,7 @@ from transformers import BitsAndBytesConfig
 
 from langchain_quantllm import NF4, Int8, QuantizedHuggingFaceLLM
 from langchain_quantllm.errors import UnsupportedError
-from langchain_quantllm.loading import registry
+from langchain_quantllm.loading import handles
 from tests.support.checkpoints import make_cached, make_checkpoint, run_python
 from tests.support.loading import PROMPT, is_gone, make_llm, model_of
 
@@ -305,7 +305,7 @@ def test_nothing_is_left_behind_by_a_life(fresh: Path) -> None:
     llm.invoke(PROMPT)
     llm.unload()
     assert set(threading.enumerate()) <= threads
-    assert not [key for key in registry._handles if str(fresh) in str(key)]
+    assert not [key for key in handles._handles if str(fresh) in str(key)]
 
 
 def test_an_instance_that_never_runs_keeps_what_its_configured_ones_load(fresh: Path, loads: list[str]) -> None:

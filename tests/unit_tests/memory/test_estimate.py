@@ -186,8 +186,8 @@ print(json.dumps(weights_by_kind(model).to_dict()))
         (tmp_path / "config.json").write_text('{"model_type": "not-yet-invented"}')
         with pytest.raises(UnsupportedError, match="not-yet-invented"):
             estimate_memory(str(tmp_path))
-        with pytest.raises(UnsupportedError, match="'awq'"):
-            estimate_memory(LlamaConfig(**TINY, quantization_config={"quant_method": "awq", "bits": 4}))
+        with pytest.raises(UnsupportedError, match="'hqq'"):
+            estimate_memory(LlamaConfig(**TINY, quantization_config={"quant_method": "hqq", "bits": 4}))
         with pytest.raises(CheckpointError, match="4 bits"):
             estimate_memory(LlamaConfig(**TINY, quantization_config={"quant_method": "gptq", "bits": 4}), GPTQ(bits=8))
 

@@ -59,6 +59,7 @@ STAND_INS = {
     "meta-llama/Llama-2-13b-hf": "text",
     "HuggingFaceTB/SmolLM2-1.7B": "text",
     "Qwen/Qwen2.5-7B-Instruct": "text",
+    "Qwen/Qwen2.5-0.5B-Instruct": "text",
     "Qwen/Qwen2.5-VL-7B-Instruct": "vision",
     "acme/qwen-support-lora": "sql-lora",
     "Qwen/Qwen3-Embedding-0.6B": "embedder",

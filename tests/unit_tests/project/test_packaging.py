@@ -33,7 +33,7 @@ NEEDS_NEWER = [Requirement(text) for text in EXTRAS["gptq"] if text.startswith("
 OPTIONAL_IMPORTS = {"datasets", "flash_attn", "fsspec", "kernels", "torchao", "triton"}
 """Imported only where installed; each use says what is missing, or goes without."""
 
-IMPORT_NAMES = {"nvidia-ml-py": "pynvml", "pillow": "PIL", "huggingface-hub": "huggingface_hub"}
+IMPORT_NAMES = {"nvidia-ml-py": "pynvml", "pillow": "PIL", "huggingface-hub": "huggingface_hub", "pyyaml": "yaml"}
 
 
 def documented() -> dict[str, Tried]:
@@ -172,7 +172,9 @@ def locked(name: str) -> dict[str, list[Requirement]]:
 def test_a_lock_holds_every_dependency_within_its_range(name: str) -> None:
     pins = locked(name)
     wanted = PROJECT["project"]["dependencies"] if name == "demo" else map(str, DECLARED)
-    extras = {"demo": (), "test": ("notebook", "vllm"), "oldest": ("notebook", "gptq", "vllm")}[name]
+    extras = {"demo": (), "test": ("notebook", "quality", "vllm"), "oldest": ("notebook", "gptq", "quality", "vllm")}[
+        name
+    ]
     left_out = {Requirement(text).name for extra in extras for text in EXTRAS[extra]} | {"torch"}  # torch: torch.txt
     for requirement in map(Requirement, wanted):
         if requirement.name in left_out:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import shlex
@@ -14,7 +13,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -29,46 +27,17 @@ from langchain_quantllm.errors import (
 )
 from langchain_quantllm.quantization.gguf import convert_gguf
 from tests.support.checkpoints import SIZES, make_checkpoint
+from tests.support.gguf_files import write_gguf
 
 
 @pytest.fixture(scope="module")
 def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A GGUF file with a space in its name, and the checkpoint that it was made from."""
-    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("gguf")
     folder = tmp_path_factory.mktemp("gguf")
     source = make_checkpoint(folder / "source", dtype="float32")
     file = folder / "my tiny.gguf"
-    writer = gguf.GGUFWriter(str(file), "llama")
-    writer.add_block_count(SIZES["num_hidden_layers"])
-    writer.add_context_length(SIZES["max_position_embeddings"])
-    writer.add_embedding_length(SIZES["hidden_size"])
-    writer.add_feed_forward_length(SIZES["intermediate_size"])
-    writer.add_head_count(SIZES["num_attention_heads"])
-    writer.add_head_count_kv(SIZES["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(SIZES["vocab_size"])
-    tokenizer = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-    vocab = sorted(tokenizer["vocab"], key=tokenizer["vocab"].__getitem__)
-    vocab += [f"<unused{i}>" for i in range(SIZES["vocab_size"] - len(vocab))]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(vocab)
-    writer.add_token_types([3, 3, *[1] * (len(vocab) - 2)])
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in tokenizer["merges"]])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, SIZES["num_hidden_layers"])
-    for name, tensor in load_file(source / "model.safetensors").items():
-        if name.endswith(("q_proj.weight", "k_proj.weight")):  # as llama.cpp orders the rows of rotary heads
-            heads = SIZES["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
-            rows = tensor.shape[0] // heads
-            tensor = tensor.reshape(heads, 2, rows // 2, -1).swapaxes(1, 2).reshape(tensor.shape)
-        found = names.get_name(name, try_suffixes=(".weight",))
-        writer.add_tensor(found, tensor.numpy().astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_gguf(source, file)
     return file, source
 
 

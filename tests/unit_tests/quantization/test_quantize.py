@@ -20,6 +20,7 @@ from langchain_quantllm.quantization.gptq import Progress
 from langchain_quantllm.quantization.packing import TENSORS, RoundedLinear
 from langchain_quantllm.quantization.solver import solve
 from tests.support import families
+from tests.support.checkpoints import spoil_weights
 from tests.support.quantization import TEXTS, rounding
 from tests.support.selection import skip_without_gptqmodel, slow_but
 from tests.support.torch_settings import FEW, STATES
@@ -171,7 +172,9 @@ def test_an_output_takes_its_place_only_when_it_is_complete(plain: Path, tmp_pat
         (GPTQ(bits=4, group_size=48), {}, InvalidOptionError, ["group_size=48", "in_features=64", "16, 32, 64, -1"]),
         (GPTQ(bits=4, kernel="torch"), {}, InvalidOptionError, ["kernel='torch'", "while loading"]),
         ("gptq", {"skip_modules": ["mlp.gate"]}, InvalidOptionError, ["'mlp.gate'", "mlp.gate_proj"]),
+        ("gptq", {"skip_modules": "mlp.gate"}, InvalidOptionError, ["'mlp.gate'", "mlp.gate_proj"]),
         ("gptq", {"damping": 0}, InvalidOptionError, ["damping=0", "between 0 and 1"]),
+        ("gptq", {"damping": "low"}, InvalidOptionError, ["damping='low'", "between 0 and 1"]),
         ("gptq", {"device": "cuda:99"}, UnsupportedError, ["device='cuda:99'", "use 'cpu'"]),
         ("gptq", {"dtype": "float32"}, InvalidOptionError, ["float32", "float16"]),
         ("gptq", {"calibration": Calibration(source=TEXTS, tokens=9999)}, InvalidOptionError, ["9999", "512"]),
@@ -201,6 +204,13 @@ def test_sizes_that_cannot_be_packed_are_refused_before_weights_are_read(plain: 
         run(odd, tmp_path / "out", GPTQ(group_size=64))
     with pytest.raises(InvalidOptionError, match="out_features=100 of layer 'model.layers.0.mlp.gate_proj' cannot be"):
         run(odd, tmp_path / "out", GPTQ(bits=4, group_size=-1))
+
+
+def test_a_calibration_is_refused_before_weights_are_read(plain: Path, tmp_path: Path) -> None:
+    folder = spoil_weights(shutil.copytree(plain, tmp_path / "model"))
+    with pytest.raises(InvalidOptionError, match="the calibration has .* tokens; give at least a few sentences"):
+        run(folder, tmp_path / "out", calibration=["One."])
+    assert not (tmp_path / "out").exists()
 
 
 def test_quantized_and_missing_checkpoints_are_refused(plain: Path, tmp_path: Path) -> None:
@@ -256,8 +266,8 @@ def test_every_scheme_is_saved_and_loaded_in_a_new_process(plain: Path, tmp_path
     for name in names:
         folder = tmp_path / name
         options: dict[str, Any] = {"progress": False, "device": "cpu"}
-        if name == "gptq":
-            run(plain, folder)
+        if name in ("gptq", "awq"):
+            run(plain, folder, name)
             expected[str(folder)] = ""
             continue
         assert isinstance(SCHEMES[name], Int8 | NF4 | FP4)

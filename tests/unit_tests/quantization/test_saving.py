@@ -102,7 +102,7 @@ def test_a_disk_that_takes_no_more(made: Path, tmp_path: Path, scheme: str, most
 
 
 def _forbid_loading(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("api", "merge"):
+    for module in ("writers", "merge"):
         monkeypatch.setattr(
             f"langchain_quantllm.quantization.{module}.load", lambda *_: pytest.fail("weights are read")
         )
@@ -288,7 +288,7 @@ def test_packed_weights_that_stand_for_others(made: Path, tmp_path: Path, monkey
 
 
 def test_shards_and_their_index(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("langchain_quantllm.quantization.api.SHARD", "50KB")
+    monkeypatch.setattr("langchain_quantllm.quantization.writers.SHARD", "50KB")
     run(made, "nf4", tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
     assert len(json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]) > 20

@@ -69,7 +69,10 @@ def test_experts_that_stay_as_they_are(mixture: Path, tmp_path: Path, caplog: py
     assert f"Only {100 * done.quantized_share:.0f}% of the weights are quantized" in said
 
 
-def test_nothing_to_quantize(dense: Path, tmp_path: Path) -> None:
+def test_nothing_to_quantize_is_told_before_weights_are_read(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("langchain_quantllm.quantization.writers.load", lambda *_: pytest.fail("weights are read"))
     layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
     with pytest.raises(UnsupportedError, match="no linear layer that nf4 quantizes: 0%"):
         quantize(dense, NF4(skip_modules=layers), output=tmp_path / "output", progress=False)

@@ -47,6 +47,16 @@ def test_token_ids_are_a_prompt_like_their_text(client: openai.OpenAI, tiny: Qua
     assert len(made.token_ids) == 8
 
 
+def test_no_text_depends_on_speculation(client: openai.OpenAI) -> None:
+    text = "one two three four, one two three four, one two"
+    made = {
+        value: complete(client, text, max_tokens=24, extra_body={"speculation": value})
+        for value in ("off", "forced", "ngram")
+    }
+    assert len({answer.choices[0].text for answer in made.values()}) == 1
+    assert made["off"].usage.completion_tokens_details is None
+
+
 def test_a_stream_joins_to_the_whole(client: openai.OpenAI) -> None:
     wanted: dict[str, Any] = {"logprobs": 2, "extra_body": {"return_token_ids": True}}
     whole = complete(client, **wanted).choices[0]

@@ -123,6 +123,7 @@ def test_the_manifest_is_a_deployment_and_its_service(checkpoint: Path, adapter:
         ({"load_in_8bit": True, "quant_method": "bitsandbytes"}, "with its plugin vllm-bnb-plugin only"),
         ({**GPTQ, "bits": 3}, "has 3 bits, symmetric"),
         ({**GPTQ, "sym": False}, "has 4 bits, asymmetric"),
+        ({**GPTQ, "dynamic": {"-:.*gate": {}, ".*up": {"bits": 2}}}, "has 2 bits, symmetric"),
     ],
 )
 def test_what_vllm_does_not_read_is_refused(tmp_path: Path, config: Any, said: str) -> None:

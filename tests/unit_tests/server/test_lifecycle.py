@@ -200,7 +200,17 @@ def test_a_server_of_an_engine_of_others_answers_too(tmp_path: Path) -> None:
             held = outer.post("/v1/completions", {**body, "structured_outputs": {"choice": ["yes", "no"]}})
             assert held.json()["choices"][0]["text"] in ("yes", "no")
             assert outer.post("/tokenize", {"prompt": "The sea"}).json()["tokens"] == below.get_token_ids("The sea")
-            assert outer.get("/metrics").status_code == 200
+            gate = threading.Event()
+
+            def wait(number: int) -> None:
+                gate.wait(60)
+
+            with forwards(below, wait), ThreadPoolExecutor(1) as threads:
+                answer = threads.submit(outer.post, "/v1/completions", body)
+                wait_until(lambda: "quantllm_requests_running 1.0" in outer.get("/metrics").text, 30)
+                gate.set()
+                assert answer.result().status_code == 200
+            wait_until(lambda: "quantllm_requests_running 0.0" in outer.get("/metrics").text, 30)
         llm.unload()
     below.unload()
 

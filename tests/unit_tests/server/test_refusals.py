@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 from typing import Any
 
 import openai
@@ -13,7 +15,7 @@ from langchain_quantllm.errors import InvalidOptionError
 from langchain_quantllm.server import create_app
 from langchain_quantllm.server.access import check_listening
 from langchain_quantllm.server.fields import IGNORED, NEUTRAL, ChatBody, CompletionBody
-from tests.support.models import fail_at, forwards
+from tests.support.models import fail_at, forwards, wait_until
 from tests.support.serving import Running, serving
 
 pytestmark = pytest.mark.enable_socket
@@ -62,6 +64,8 @@ def refused(server: Running, body: Any, path: str = "/v1/completions") -> dict[s
         ("structured_outputs", {"nothing": 1}),
         ("response_format", {"type": "xml"}),
         ("cache_salt", ""),
+        ("speculation", "eagle"),
+        ("speculation", "draft"),  # without a draft model
         ("prompt", []),
         ("prompt", ["a", 1]),
         ("prompt", [[1], []]),
@@ -214,6 +218,24 @@ def test_a_body_that_is_too_large_is_not_read(tiny: QuantizedHuggingFaceLLM) -> 
             response = server.post("/v1/completions", **options)  # type: ignore[arg-type]
             assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_large")
         assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 1}).status_code == 200
+
+
+def test_bodies_are_bounded_together(tiny: QuantizedHuggingFaceLLM) -> None:
+    body = {"prompt": "a", "max_tokens": 1, "user": "u" * 500}
+    with serving(tiny, max_body_bytes=1000) as server, contextlib.ExitStack() as slow:
+        address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        for _ in range(8):  # bodies whose last byte does not come
+            client = slow.enter_context(socket.create_connection(address))
+            client.sendall(head + b"content-length: 1000\r\n\r\n" + b" " * 999)
+        wait_until(lambda: server.service.calls.body_bytes == 8 * 999)
+        response = server.post("/v1/completions", body)
+        assert (response.status_code, response.json()["error"]["code"]) == (429, "bodies_full")
+        assert response.headers["retry-after"]
+        slow.close()
+        wait_until(lambda: server.service.calls.body_bytes == 0)
+        assert server.post("/v1/completions", body).status_code == 200
+        assert server.service.calls.body_bytes == 0
 
 
 def test_a_key_is_asked_for_everywhere_but_at_the_probe(tiny: QuantizedHuggingFaceLLM) -> None:

@@ -1,7 +1,8 @@
-"""Regular expressions for names of modules, as an adapter's config has them: whether matching one may take forever.
+"""Regular expressions for names of modules, as configs of others have them: whether matching one may take forever.
 
-Python's `re` tries all ways to share a name among repetitions. peft runs these expressions on every module's name, so
-those of strangers are looked at first; what is refused is more than what really takes long.
+Python's `re` tries all ways to share a name among repetitions. peft runs these expressions on every module's name, and
+rules of GPTQ checkpoints are matched likewise, so those of strangers are looked at first; what is refused is more than
+what really takes long.
 """
 
 from __future__ import annotations

@@ -1,0 +1,13 @@
+"""More than one token a step: tokens are proposed, and one step of the model verifies them.
+
+A sequence's next tokens are guessed from its own text and from ended ones (`ngrams`), follow from its grammar
+(`TokenMask.forced`), or are proposed by a small model of the same vocabulary (`draft_model`). A verify step
+(`verify_steps`) runs the last token and the proposed ones together, draws a token at each position as a step of its own
+would (by the sequence's own random number, from the masked probabilities there), and keeps the draws up to the first
+one that differs from its proposal. So the text is that of single steps. `Speculator` decides how many tokens are
+proposed, by the acceptance so far and the measured time of steps and of draft models.
+"""
+
+ON_GPUS = False
+"""Let sequences on a GPU get proposals: off until verify steps have run on one. The bench and the tests for GPUs switch
+it on."""
