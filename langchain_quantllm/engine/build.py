@@ -19,7 +19,6 @@ from langchain_quantllm.engine.alibi import BiasedAttention
 from langchain_quantllm.engine.attention import Attention, LayerPool
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS
 from langchain_quantllm.engine.cuda_graphs import no_graph_reason
-from langchain_quantllm.engine.delta_steps import find_delta_steps
 from langchain_quantllm.engine.fingerprint import Fingerprint, fingerprint
 from langchain_quantllm.engine.fusion.fuse import Fusion
 from langchain_quantllm.engine.gather_attention import GatherAttention
@@ -48,6 +47,7 @@ from langchain_quantllm.engine.stages import Stages
 from langchain_quantllm.engine.state_forward import StateModules
 from langchain_quantllm.engine.state_pool import LEAST_ROWS, StatePool, count_rows, slots_of, state_bytes
 from langchain_quantllm.engine.state_snapshots import StateSnapshots
+from langchain_quantllm.engine.state_steps import find_state_steps
 from langchain_quantllm.engine.triton_attention import TritonAttention
 from langchain_quantllm.errors import NotEnoughMemoryError, UnsupportedError
 from langchain_quantllm.kernels.invariant.ops import InvariantOps
@@ -219,10 +219,8 @@ class EngineParts:
         notes += [f"no {kind.kind} steps are fused: {max(kind.left, key=kind.left.__getitem__)}" for kind in left]
         if self.states is not None:
             notes.append(self.states.prefix_note(self.slots))
-            if (note := self.states.delta_steps.note) is not None:
-                notes.append(note)
-            if steps := len(self.states.delta_steps.kernels):
-                fused["recurrent"] = steps
+            notes += self.states.steps.notes
+            fused |= self.states.steps.counts
         if self._no_images_reason is not None:
             notes.append(f"images are read by transformers' own generate: {self._no_images_reason}")
         cache_tokens = self.limits.cache_tokens or 0
@@ -340,7 +338,7 @@ class EngineParts:
             self.limits = replace(self.limits, cache_tokens=(blocks - 1) * BLOCK_TOKENS)
             try:
                 self.states = StatePool(states, rows, continues=continues) if states else None
-                self._find_delta_steps()
+                self._find_state_steps()
                 if self._cache_dtype != "auto":
                     # First as the model computes: only then is a difference that of rounding. In the same memory.
                     self.pools = allocate_pools(shapes, max(LEAST_BLOCKS, blocks // 4))
@@ -363,13 +361,13 @@ class EngineParts:
                 rows = max(LEAST_ROWS, rows // 2)
                 self.slots = slots_of(rows, most=self.slots, continues=continues)
 
-    def _find_delta_steps(self) -> None:
+    def _find_state_steps(self) -> None:
         if self.states is None or not self.is_gpu:
             return
         with contextlib.suppress(ImportError):  # without Triton nothing is fused, as is said elsewhere
             from langchain_quantllm.kernels import recurrent
 
-            self.states.delta_steps = find_delta_steps(self._model, self.states.tensors, recurrent)
+            self.states.steps = find_state_steps(self._model, self.states.tensors, recurrent)
 
     def _verified_runner(
         self, attention: Attention, *, can_capture: bool = True, rounds_cache: bool = False
@@ -510,7 +508,7 @@ class EngineParts:
                 _log.warning("fused steps could not be found anew: %r", error)
         if self.images is not None:
             self.images.begin_anew()
-        self._find_delta_steps()
+        self._find_state_steps()
         self.runner.model_changed(self._no_graph_reason() if self.runner.can_capture else None)
         for patched in self._patched:
             patched.build()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from langchain_quantllm.compat.transformers_delta_rules import PooledState
+from langchain_quantllm.compat.transformers_state_functions import POOLED, PooledInputs, PooledState
 from langchain_quantllm.compat.transformers_states import StateCache, StateKey, is_cache, state_modules
 from langchain_quantllm.engine.adapter_choice import AdapterChoice
 from langchain_quantllm.engine.attention import Batch
@@ -157,8 +157,8 @@ class StateForward:
             states = self._pool.tensors[key]
             if part.slots is not None:
                 slots = self._slots_on(states.device, part)
-                kernels = None if self._waits else self._pool.delta_steps.kernels.get(key)
-                return states.index_select(0, slots) if kernels is None else PooledState(states, slots, kernels)
+                kernels = None if self._waits else self._pool.steps.kernels.get(key)
+                return states.index_select(0, slots) if kernels is None else POOLED[key.kind](states, slots, kernels)
             assert part.source is not None
             latest = self._latest.get((key, part.source))
             return (states[part.source : part.source + 1] if latest is None else latest).clone()
@@ -167,7 +167,7 @@ class StateForward:
 
     def _store(self, part: _Part, cache: StateCache) -> None:
         for key, state in cache.states.items():
-            if isinstance(state, PooledState):
+            if isinstance(state, PooledState | PooledInputs):
                 continue  # changed where it is
             if not self._waits:
                 self._write(key, part, state)

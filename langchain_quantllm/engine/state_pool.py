@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from langchain_quantllm.compat.transformers_states import StateKey
-from langchain_quantllm.engine.delta_steps import DeltaSteps
 from langchain_quantllm.engine.kv_cache import budget_on, zeros
+from langchain_quantllm.engine.state_steps import StateSteps
 from langchain_quantllm.errors import NotEnoughMemoryError
 from langchain_quantllm.memory import format_bytes
 
@@ -98,7 +98,7 @@ class StatePool:
         continues: Whether several tokens at once go on from a state; else single tokens do.
         tensors: Each state of all rows, of shape `(rows, ...)`. On a CPU they take memory as they are first written to.
         widths: Size of each state's last dimension.
-        delta_steps: The states that a decode step changes where they are.
+        steps: The states that a decode step changes where they are.
     """
 
     def __init__(self, shapes: Sequence[StateShape], rows: int, *, continues: bool = True) -> None:
@@ -115,7 +115,7 @@ class StatePool:
             msg = f"the states of {rows} sequences, {size}, do not fit; lower kv_cache_memory."
             raise NotEnoughMemoryError(msg) from error
         self.widths = {shape.key: shape.size[-1] for shape in shapes}
-        self.delta_steps = DeltaSteps()
+        self.steps = StateSteps()
 
     def prefix_note(self, slots: int) -> str:
         """Say whether prompts that begin alike share what is computed, if so many of the rows are slots."""

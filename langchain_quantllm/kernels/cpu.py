@@ -15,9 +15,19 @@ from langchain_quantllm.kernels.reference import (
     SILU,
     add_layer_norm,
     cos_sin,
+    gated_rms_norm,
 )
 
-__all__ = ["activation_mul", "add_layer_norm", "add_rms_norm", "cos_sin", "rms_norm", "rotate", "rotation"]
+__all__ = [
+    "activation_mul",
+    "add_layer_norm",
+    "add_rms_norm",
+    "cos_sin",
+    "gated_rms_norm",
+    "rms_norm",
+    "rotate",
+    "rotation",
+]
 
 
 def rms_norm(

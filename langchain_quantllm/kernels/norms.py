@@ -20,6 +20,7 @@ from langchain_quantllm.kernels.reference import (
     HALVES,
     PAIRS,
     PAIRS_OF_HALVES,
+    SIGMOID,
     SILU,
 )
 from langchain_quantllm.kernels.rotary import cos_sin, rotate_and_write
@@ -30,11 +31,13 @@ __all__ = [
     "HALVES",
     "PAIRS",
     "PAIRS_OF_HALVES",
+    "SIGMOID",
     "SILU",
     "activation_mul",
     "add_layer_norm",
     "add_rms_norm",
     "cos_sin",
+    "gated_rms_norm",
     "rms_norm",
     "rotate_and_write",
 ]
@@ -76,6 +79,41 @@ def add_layer_norm(
     out = torch.empty_like(total)
     _launch_norm(x, residual, weight, bias, total, out, eps=eps, centers=True)
     return total, out
+
+
+def gated_rms_norm(
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    gating: str,
+    gates_first: bool,
+    rounds: bool,
+    groups: int,
+) -> torch.Tensor:
+    """Normalize, and multiply by a gate; see `reference.gated_rms_norm`. All but the tensors is compiled in."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    x, gate = _rows(x), _rows(gate)
+    width = x.shape[1] // groups
+    tile = power_of_2(width, 16)
+    _gated_norm_kernel[(x.shape[0], groups)](
+        x,
+        gate,
+        weight,
+        out,
+        x.stride(0),
+        gate.stride(0),
+        width=width,
+        eps=eps,
+        is_silu=gating == SILU,
+        gates_first=gates_first,
+        rounds=rounds,
+        tile=tile,
+        num_warps=min(16, max(1, tile // 256)),
+        **launch_options(x.device),
+    )
+    return out
 
 
 def activation_mul(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
@@ -186,6 +224,46 @@ def _norm_kernel(
     if has_bias:
         numbers += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * width + columns, numbers.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def _gated_norm_kernel(
+    x: tl.tensor,
+    gate: tl.tensor,
+    weight: tl.tensor,
+    out: tl.tensor,
+    x_stride: tl.tensor,
+    gate_stride: tl.tensor,
+    width: tl.constexpr,
+    eps: tl.constexpr,
+    is_silu: tl.constexpr,
+    gates_first: tl.constexpr,
+    rounds: tl.constexpr,
+    tile: tl.constexpr,
+    early: tl.constexpr,
+) -> None:
+    """Normalize a group of one row and gate it; grid `(rows, groups)`."""
+    row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    within = tl.arange(0, tile)
+    inside = within < width
+    columns = group * width + within
+    factors = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    wait_for_inputs(early)
+    numbers = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    gates = tl.load(gate + row * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    gates = activated(gates, 0) if is_silu else tl.sigmoid(gates)
+    if gates_first:
+        numbers *= gates
+    numbers = tl.where(inside, numbers, 0.0)
+    numbers *= tl.rsqrt(tl.sum(numbers * numbers, 0) / width + eps)
+    if rounds:
+        numbers = (numbers.to(out.dtype.element_ty).to(tl.float32) * factors).to(out.dtype.element_ty).to(tl.float32)
+    else:
+        numbers *= factors
+    if not gates_first:
+        numbers *= gates
+    at = out + (row * tl.num_programs(1) + group) * width + within
+    tl.store(at, numbers.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]

@@ -1,10 +1,14 @@
-"""One token of gated delta rules as a Triton kernel, which reads and writes each state once, where it lies."""
+"""One token of gated delta rules and of short convolutions as Triton kernels, over states where they lie.
+
+Each state is read and written once.
+"""
 # No `from __future__ import annotations` here: Triton's interpreter needs `tl.constexpr` as an object.
 
 import torch
 import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]  # not on every machine, and untyped
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
+from langchain_quantllm.kernels.activation import activated
 from langchain_quantllm.kernels.launch import (
     dense_vectors,
     launch_options,
@@ -13,10 +17,13 @@ from langchain_quantllm.kernels.launch import (
     wait_for_inputs,
 )
 
-__all__ = ["delta_step"]
+__all__ = ["conv_step", "delta_step"]
 
 _TILE = 4096
-"""Numbers of a state in one program."""
+"""Numbers of a state of a delta rule in one program."""
+
+_CHANNELS = 256
+"""Channels of a convolution in one program."""
 
 
 def delta_step(
@@ -73,6 +80,89 @@ def delta_step(
         **launch_options(out.device),
     )
     return out
+
+
+def conv_step(
+    x: torch.Tensor,
+    states: torch.Tensor,
+    slots: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    activates: bool,
+) -> torch.Tensor:
+    """Convolve the last inputs of each row; see `recurrent_reference.conv_step`. Sizes but channels are compiled in.
+
+    Rows that share a slot, as padding does, leave any of their inputs there. The states must be contiguous but for
+    their slots.
+    """
+    rows, channels = x.shape
+    out = torch.empty((rows, channels), dtype=x.dtype, device=x.device)
+    x = dense_vectors(x)
+    tile = min(_CHANNELS, power_of_2(channels, 16))
+    _conv_step_kernel[(-(-channels // tile), rows)](
+        x,
+        states,
+        slots,
+        weight,
+        weight if bias is None else bias,
+        out,
+        x.stride(0),
+        states.stride(0),
+        channels,
+        inputs=states.shape[-1],
+        taps=weight.shape[-1],
+        has_bias=bias is not None,
+        activates=activates,
+        tile=tile,
+        num_warps=2,
+        **launch_options(out.device),
+    )
+    return out
+
+
+@triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
+def _conv_step_kernel(
+    x: tl.tensor,
+    states: tl.tensor,
+    slots: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    out: tl.tensor,
+    x_row: tl.tensor,
+    states_row: tl.tensor,
+    channels: tl.tensor,
+    inputs: tl.constexpr,
+    taps: tl.constexpr,
+    has_bias: tl.constexpr,
+    activates: tl.constexpr,
+    tile: tl.constexpr,
+    early: tl.constexpr,
+) -> None:
+    """Convolve some channels of one row; grid `(parts of the channels, rows)`."""
+    row = tl.program_id(1).to(tl.int64)
+    channel = tl.program_id(0) * tile + tl.arange(0, tile)
+    inside = channel < channels
+    factors = weight + channel * taps + (taps - 1 - inputs)  # of the oldest input; those without a tap lie before it
+    total = tl.zeros([tile], tl.float32)
+    if has_bias:
+        total += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+    wait_for_inputs(early)
+    at = states + tl.load(slots + row).to(tl.int64) * states_row + channel * inputs
+    new = tl.load(x + row * x_row + channel, mask=inside, other=0.0)
+    for i in tl.static_range(inputs):
+        past = tl.load(at + i, mask=inside, other=0.0)
+        if i >= inputs + 1 - taps:
+            total += past.to(tl.float32) * tl.load(factors + i, mask=inside, other=0.0).to(tl.float32)
+        if i > 0:
+            tl.store(at + i - 1, past, mask=inside)
+    tl.store(at + inputs - 1, new.to(states.dtype.element_ty), mask=inside)
+    let_next_begin(early)
+    total += new.to(tl.float32) * tl.load(factors + inputs, mask=inside, other=0.0).to(tl.float32)
+    rounded = total.to(out.dtype.element_ty)
+    if activates:
+        rounded = activated(rounded.to(tl.float32), 0).to(out.dtype.element_ty)
+    tl.store(out + row * channels + channel, rounded, mask=inside)
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]

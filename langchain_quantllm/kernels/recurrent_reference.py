@@ -1,13 +1,14 @@
-"""One token of gated delta rules in plain torch, over states that stay where they are.
+"""One token of gated delta rules and of short convolutions in plain torch, over states that stay where they are.
 
-The kernel of `recurrent` is tested against this function, which is tested against those of transformers.
+The kernels of `recurrent` are tested against these functions, which are tested against those of transformers.
 """
 
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import silu
 
-__all__ = ["delta_step"]
+__all__ = ["conv_step", "delta_step"]
 
 
 def delta_step(
@@ -53,6 +54,39 @@ def delta_step(
     state = state + k[..., None] * written[..., None, :]
     states[at] = state
     return torch.einsum("rhkv,rhk->rhv", state, q).to(query.dtype)
+
+
+def conv_step(
+    x: torch.Tensor,
+    states: torch.Tensor,
+    slots: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    activates: bool,
+) -> torch.Tensor:
+    """Convolve each channel's last inputs, and keep the new one in place of the oldest.
+
+    Args:
+        x: New inputs of shape `(rows, channels)`.
+        states: The last inputs, of shape `(slots, channels, inputs)`, oldest first; those of the rows are changed.
+        slots: The state of each row, of shape `(rows,)`, integers.
+        weight: Of shape `(channels, taps)` with at most one tap more than a state has inputs, contiguous, in the dtype
+            of `x`; the last one is the new input's.
+        bias: Of shape `(channels,)`; None for none.
+        activates: Whether SiLU follows, of the rounded sum.
+
+    Returns:
+        The outputs of shape `(rows, channels)`, in the dtype of `x`, summed in float32.
+    """
+    at = slots.long()
+    window = torch.cat([states[at].to(x.dtype), x[..., None]], -1)
+    states[at] = window[..., 1:].to(states.dtype)
+    out = (window[..., -weight.shape[-1] :].float() * weight.float()).sum(-1)
+    if bias is not None:
+        out = out + bias.float()
+    out = out.to(x.dtype)
+    return silu(out) if activates else out
 
 
 def _heads(x: torch.Tensor, group: int, *, normalizes: bool) -> torch.Tensor:

@@ -19,6 +19,9 @@ PREFILL_TILE = 64
 SILU, GELU, GELU_TANH = "silu", "gelu", "gelu_tanh"
 """Names of activations; the last one is GELU by its approximation with tanh."""
 
+SIGMOID = "sigmoid"
+"""Name of what some norms multiply by in place of SiLU."""
+
 HALVES, PAIRS, PAIRS_OF_HALVES = 0, 1, 2
 """The numbers of a head that are rotated with each other, and the index of their cosine and sine.
 
@@ -51,6 +54,41 @@ def rms_norm(
     if rounds_first:
         wide = wide.to(x.dtype).float()
     return (wide * (weight.float() + offset)).to(x.dtype).contiguous()
+
+
+def gated_rms_norm(
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    gating: str,
+    gates_first: bool,
+    rounds: bool,
+    groups: int,
+) -> torch.Tensor:
+    """Normalize as `rms_norm` does, by groups, and multiply by an activation of a gate before or after that.
+
+    Args:
+        x: Numbers of shape `(..., width)`, floating, with any strides.
+        gate: In the shape of `x`, with any strides.
+        weight: Of shape `(width,)`, contiguous, in the dtype of `x`.
+        eps: Added to the mean square.
+        gating: `SILU`, or `SIGMOID`; computed in float32.
+        gates_first: Whether the product with the gate is normalized; otherwise the normalized numbers are multiplied.
+        rounds: Whether normalized numbers are rounded to their dtype before and after the product with the weight;
+            otherwise there is one rounding at the end.
+        groups: Consecutive parts of the width that have a mean square each.
+
+    Returns:
+        Numbers in the shape and dtype of `x`, contiguous.
+    """
+    factor = torch.sigmoid(gate.float()) if gating == SIGMOID else silu(gate.float())
+    wide = x.float() * factor if gates_first else x.float()
+    parts = wide.unflatten(-1, (groups, -1))
+    wide = (parts * torch.rsqrt(parts.pow(2).mean(-1, keepdim=True) + eps)).flatten(-2)
+    out = weight * wide.to(x.dtype) if rounds else weight.float() * wide
+    return (out if gates_first else out * factor).to(x.dtype).contiguous()
 
 
 def add_rms_norm(

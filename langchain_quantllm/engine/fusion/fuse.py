@@ -27,7 +27,7 @@ from langchain_quantllm.engine.fusion.linear import (
     is_quantized_linear,
     linear_step,
 )
-from langchain_quantllm.engine.fusion.patterns import NormStep, RotaryStep
+from langchain_quantllm.engine.fusion.patterns import GatedNormStep, NormStep, RotaryStep
 from langchain_quantllm.engine.fusion.recorded_call import RecordedCall, tensors_of
 from langchain_quantllm.engine.fusion.verify import (
     cos_sin_step,
@@ -238,9 +238,9 @@ class Fusion:
 
         linears = group_shared_input(find(LINEAR, lambda call: linear_step(call, all_kernels.linear)), calls)
         runs_alone = NORM in self._kinds
-        norms: dict[int, NormStep] = find(
-            NORM, lambda call: norm_step(call, kernels, runs_alone=runs_alone), needed=RESIDUAL in self._kinds
-        )
+        found = find(NORM, lambda call: norm_step(call, kernels, runs_alone=runs_alone), needed=RESIDUAL in self._kinds)
+        norms: dict[int, NormStep] = {key: step for key, step in found.items() if isinstance(step, NormStep)}
+        gated = {key: step for key, step in found.items() if isinstance(step, GatedNormStep)}
         mlps = find(GATED_MLP, lambda call: gated_mlp_step(call, kernels))
         cos_sins = find(COS_SIN, lambda call: cos_sin_step(call, kernels))
         configs, likely = configs_of(self._model), None
@@ -267,8 +267,8 @@ class Fusion:
         # A norm is patched if it is fused by itself, or if a layer computes its output.
         following = {id(step.following[1]()) for step in layers.values() if step.following is not None}
         used = {key: step for key, step in norms.items() if key in following or (step.runs_alone and not step.centers)}
-        candidates.count(NORM, len(used))
-        steps = {**linears, **used, **mlps, **cos_sins, **attentions, **experts, **layers}
+        candidates.count(NORM, len(used) + len(gated))
+        steps = {**linears, **used, **gated, **mlps, **cos_sins, **attentions, **experts, **layers}
         whole = find(LAYER, lambda call: layer_step(call, steps, norms, configs, all_kernels.linear))
         return {**steps, **whole}
 

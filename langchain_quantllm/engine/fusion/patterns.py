@@ -7,7 +7,7 @@ and adapters stay in place. `verify` finds which step a module has.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -69,9 +69,50 @@ class NormStep:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class GatedNormStep:
+    """An RMSNorm with a gate.
+
+    Args:
+        kernels: `kernels.norms`, `.reference` or `.cpu`.
+        eps: Of the norm.
+        gating: See `kernels.reference.gated_rms_norm`.
+        gates_first: See `kernels.reference.gated_rms_norm`.
+        rounds: See `kernels.reference.gated_rms_norm`.
+        groups: See `kernels.reference.gated_rms_norm`.
+    """
+
+    kernels: Any
+    eps: float
+    gating: str
+    gates_first: bool
+    rounds: bool
+    groups: int
+
+    def run(
+        self, module: Any, forward: _Forward, context: ForwardContext, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Normalize; see `Step.run`."""
+        del context
+        given = (*args, *kwargs.values())
+        if not is_gated(module, given) or not set(kwargs) <= {"gate"}:
+            return forward(*args, **kwargs)
+        x, gate = given
+        options = {"gates_first": self.gates_first, "rounds": self.rounds, "groups": self.groups}
+        return self.kernels.gated_rms_norm(x, gate, module.weight, self.eps, gating=self.gating, **options)
+
+
 def fits(norm: Any, x: torch.Tensor) -> bool:
     """Whether a norm's weight has the dtype and the width of its input, as the kernels need it."""
     return bool(norm.weight.dtype == x.dtype and norm.weight.shape == x.shape[-1:])
+
+
+def is_gated(norm: Any, given: Sequence[Any]) -> bool:
+    """Whether a norm is given numbers and a gate, as the kernel needs them."""
+    if len(given) != 2 or not all(isinstance(one, torch.Tensor) for one in given):
+        return False
+    x, gate = given
+    return fits(norm, x) and gate.shape == x.shape and gate.dtype == x.dtype
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,11 +23,13 @@ from langchain_quantllm.engine.forward_context import ForwardContext, forward_co
 from langchain_quantllm.engine.fusion.patterns import (
     CosSinStep,
     GatedMlpStep,
+    GatedNormStep,
     NormStep,
     Projections,
     ResidualStep,
     RotaryStep,
     is_cos_sin,
+    is_gated,
     structure_of,
 )
 from langchain_quantllm.engine.fusion.recorded_call import RecordedCall, check_same, difference, output_of
@@ -45,18 +47,20 @@ _OUTPUTS = ("o_proj", "dense", "out_proj")
 
 def is_norm(module: Any) -> bool:
     """Whether a module may be a norm with a weight over the last dimension."""
-    is_known = type(module).__name__.endswith("RMSNorm") or type(module) is torch.nn.LayerNorm
+    is_known = type(module).__name__.endswith(("RMSNorm", "RMSNormGated")) or type(module) is torch.nn.LayerNorm
     weight = getattr(module, "weight", None)
     return is_known and isinstance(weight, torch.Tensor) and weight.dim() == 1
 
 
-def norm_step(call: RecordedCall, kernels: Any, *, runs_alone: bool) -> NormStep:
-    """Find the formula of a norm.
+def norm_step(call: RecordedCall, kernels: Any, *, runs_alone: bool) -> NormStep | GatedNormStep:
+    """Find the formula of a norm; one with a gate is fused by itself only.
 
     Raises:
         UnsupportedError: If it follows none.
     """
     expected, module = output_of(call), call.module
+    if type(module).__name__.endswith("Gated") and runs_alone:
+        return _gated_norm_step(call, kernels)
     x = call.args[0] if len(call.args) == 1 and not call.kwargs else None
     if not isinstance(x, torch.Tensor) or x.dtype != module.weight.dtype:
         msg = "it is called with unexpected arguments"
@@ -65,10 +69,7 @@ def norm_step(call: RecordedCall, kernels: Any, *, runs_alone: bool) -> NormStep
         step = NormStep(kernels=kernels, eps=module.eps, centers=True)
         check_same(step.add(module, x, torch.zeros_like(x))[1], expected)
         return step
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not isinstance(eps, float):
-        msg = "it has no eps"
-        raise UnsupportedError(msg)
+    eps = _eps_of(module)
     formulas = [
         NormStep(kernels=reference, eps=eps, offset=offset, rounds_first=rounds_first, runs_alone=runs_alone)
         for offset, rounds_first in itertools.product((0.0, 1.0), (True, False))
@@ -79,6 +80,34 @@ def norm_step(call: RecordedCall, kernels: Any, *, runs_alone: bool) -> NormStep
     check_same(step.add(module, x, torch.zeros_like(x))[1], expected)
     if runs_alone:
         check_same(call.run(step), expected)
+    return step
+
+
+def _eps_of(norm: Any) -> float:
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    if not isinstance(eps, float):
+        msg = "it has no eps"
+        raise UnsupportedError(msg)
+    return eps
+
+
+def _gated_norm_step(call: RecordedCall, kernels: Any) -> GatedNormStep:
+    expected, module = output_of(call), call.module
+    if not is_gated(module, (*call.args, *call.kwargs.values())) or not set(call.kwargs) <= {"gate"}:
+        msg = "it is called with unexpected arguments"
+        raise UnsupportedError(msg)
+    eps = _eps_of(module)
+    width, size = module.weight.shape[0], getattr(module, "group_size", None)
+    groups = width // size if isinstance(size, int) and size else getattr(module, "n_groups", 1)
+    formulas = [
+        GatedNormStep(kernels=reference, eps=eps, gating=gating, gates_first=first, rounds=rounds, groups=groups)
+        for gating, first, rounds in itertools.product(
+            (reference.SILU, reference.SIGMOID), (True, False), (True, False)
+        )
+    ]
+    nearest = min(formulas, key=lambda step: difference(call.run(step), expected))
+    step = replace(nearest, kernels=kernels)
+    check_same(call.run(step), expected)
     return step
 
 

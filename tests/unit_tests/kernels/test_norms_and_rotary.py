@@ -7,19 +7,23 @@ the same cases themselves, compiled.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
+from transformers.models.bamba.modeling_bamba import BambaRMSNormGated
 from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb as rotate_pairs
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as rotate_pairs_of_halves
+from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearRMSNormGated
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as rotate_halves
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNormGated
 
 from langchain_quantllm.engine.fusion.fuse import EXPERTS, LINEAR, Fusion
 from langchain_quantllm.kernels import kv_quantization, reference
@@ -66,6 +70,15 @@ def _cases() -> Iterator[Case]:
                 yield Case(name=f"{call}-{name}-{kind}", call=call, dtype=dtype, shape=shape)
                 options = {"offset": 1.0, "rounds_first": False}
                 yield Case(name=f"{call}-offset-{name}-{kind}", call=call, dtype=dtype, shape=shape, options=options)
+            for gating, first in itertools.product((reference.SILU, reference.SIGMOID), (True, False)):
+                groups = 2 if shape[-1] % 2 == 0 and first else 1
+                yield Case(
+                    name=f"gated_rms_norm-{gating}-{first}-{name}-{kind}",
+                    call="gated_rms_norm",
+                    dtype=dtype,
+                    shape=shape,
+                    options={"gating": gating, "gates_first": first, "rounds": shape[0] == 1, "groups": groups},
+                )
             for bias in (True, False):
                 yield Case(
                     name=f"add_layer_norm-{bias}-{name}-{kind}",
@@ -154,7 +167,9 @@ def arguments(case: Case, device: str) -> dict[str, Any]:
         return {**_rotary_arguments(case, made, device), **options}
     width = case.shape[-1]
     given = {"x": _random(case.shape, case, made, device), "eps": 1e-5}
-    if case.call != "rms_norm":
+    if case.call == "gated_rms_norm":
+        given["gate"] = 3 * _random(case.shape, case, made, device)
+    elif case.call != "rms_norm":
         given["residual"] = 2 * _random(case.shape, case, made, device)
     given["weight"] = torch.randn(width, generator=made).to(device, case.dtype)
     if case.call == "add_layer_norm":
@@ -292,6 +307,19 @@ class TestReference:
                 total, normed = reference.add_rms_norm(x, 2 * x, norm.weight, 1e-5, **options)
                 assert torch.equal(total, 2 * x + x)
                 assert torch.equal(normed, norm(total))
+
+    def test_gated_rms_norm(self, dtype: torch.dtype) -> None:
+        made = torch.Generator().manual_seed(0)
+        x, gate = (torch.randn(3, 40, generator=made).to(dtype) for _ in range(2))
+        after, before = {"gates_first": False, "groups": 1}, {"gates_first": True, "groups": 4}
+        for norm, options in (
+            (Qwen3_5RMSNormGated(40, eps=1e-5), {"gating": reference.SILU, "rounds": True, **after}),
+            (KimiLinearRMSNormGated(40, eps=1e-5), {"gating": reference.SIGMOID, "rounds": False, **after}),
+            (BambaRMSNormGated(40, group_size=10, eps=1e-5), {"gating": reference.SILU, "rounds": True, **before}),
+        ):
+            _weighted(norm, 40, dtype)
+            with torch.no_grad():
+                assert torch.equal(reference.gated_rms_norm(x, gate, norm.weight, 1e-5, **options), norm(x, gate))
 
     def test_add_layer_norm(self, dtype: torch.dtype) -> None:
         x = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)).to(dtype)

@@ -1,6 +1,6 @@
-"""The kernel of gated delta rules against plain torch, and that against the functions of transformers.
+"""The kernels of gated delta rules and convolutions against plain torch, and that against transformers' functions.
 
-Without a GPU the kernel runs in Triton's interpreter; see `test_norms_and_rotary`.
+Without a GPU the kernels run in Triton's interpreter; see `test_norms_and_rotary`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from transformers.models.kimi_linear.modeling_kimi_linear import recurrent_kimi_delta_attention
-from transformers.models.qwen3_5.modeling_qwen3_5 import torch_recurrent_gated_delta_rule
+from transformers.models.qwen3_5.modeling_qwen3_5 import causal_conv1d_update, torch_recurrent_gated_delta_rule
 
 from langchain_quantllm.kernels import recurrent_reference
 from tests.support.interpreter import report_cases
@@ -49,7 +49,30 @@ def _cases() -> Iterator[Case]:
     yield Case(name="not-normalized", shape=(2, 2, 4, 16, 16), normalizes=False)
 
 
-CASES = {case.name: case for case in _cases()}
+RULES = {case.name: case for case in _cases()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convolution:
+    """One call: rows, channels, inputs that are kept, and taps."""
+
+    name: str
+    shape: tuple[int, int, int, int]
+    dtype: torch.dtype = torch.float32
+    has_bias: bool = True
+    activates: bool = True
+
+
+def _convolutions() -> Iterator[Convolution]:
+    for name, shape in {"small": (3, 24, 3, 4), "all kept": (2, 300, 3, 3), "more kept": (2, 40, 5, 3)}.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            kind = str(dtype).removeprefix("torch.")
+            yield Convolution(name=f"conv-{name}-{kind}", shape=shape, dtype=dtype)
+            yield Convolution(name=f"conv-{name}-sum-{kind}", shape=shape, dtype=dtype, has_bias=False, activates=False)
+
+
+CONVOLUTIONS = {case.name: case for case in _convolutions()}
+CASES = {**RULES, **CONVOLUTIONS}
 
 
 def arguments(case: Case, device: str) -> dict[str, Any]:
@@ -72,14 +95,30 @@ def arguments(case: Case, device: str) -> dict[str, Any]:
     }
 
 
+def inputs(case: Convolution, device: str) -> dict[str, Any]:
+    """Make random arguments of a convolution; its inputs are a part of a product, as models have them."""
+    rows, channels, kept, taps = case.shape
+    made = torch.Generator().manual_seed(len(case.name))
+    bias = torch.randn(channels, generator=made).to(device, case.dtype)
+    return {
+        "x": torch.randn(rows, 2 * channels, generator=made).to(device, case.dtype)[:, channels:],
+        "states": torch.randn(rows + 2, channels, kept, generator=made).to(device, case.dtype),
+        "slots": torch.randperm(rows + 2, generator=made)[:rows].to(device, torch.int32),
+        "weight": torch.randn(channels, taps, generator=made).to(device, case.dtype),
+        "bias": bias if case.has_bias else None,
+        "activates": case.activates,
+    }
+
+
 def run(name: str, device: str) -> dict[str, Any]:
     """Compare the kernel with its reference."""
     from langchain_quantllm.kernels import recurrent
 
     case = CASES[name]
-    ours, plain = arguments(case, device), arguments(case, device)
+    function, made = ("delta_step", arguments) if isinstance(case, Case) else ("conv_step", inputs)
+    ours, plain = made(case, device), made(case, device)
     before = plain["states"].clone()
-    found, expected = recurrent.delta_step(**ours), recurrent_reference.delta_step(**plain)
+    found, expected = getattr(recurrent, function)(**ours), getattr(recurrent_reference, function)(**plain)
     untouched = torch.ones(len(before), dtype=torch.bool, device=before.device)
     untouched[plain["slots"].long()] = False
     return {
@@ -102,13 +141,28 @@ def test_the_kernel_is_the_reference(found: Any, name: str) -> None:
     assert report["changed"]
     assert report["others_untouched"]
     assert report["state_error"] < 1e-5
-    # Where bfloat16 is cut off instead of rounded, as the interpreter does it, the error is twice as large.
-    assert report["error"] < (1e-5 if CASES[name].dtype == torch.float32 else 2.0**-7)
+    # Where bfloat16 is cut off instead of rounded, as the interpreter does it, the error is twice as large; a sum that
+    # SiLU follows is rounded before it, too.
+    roundings = 2 if getattr(CASES[name], "activates", False) else 1
+    assert report["error"] < (1e-5 if CASES[name].dtype == torch.float32 else roundings * 2.0**-7)
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.dtype == torch.float32])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_the_reference_convolves_as_transformers_does(name: str) -> None:
+    case = CONVOLUTIONS[name]
+    given = inputs(case, "cpu")
+    slots = given["slots"].long()
+    after = given["states"][slots]
+    activation = "silu" if case.activates else None
+    expected = causal_conv1d_update(given["x"][..., None], after, given["weight"], given["bias"], activation)
+    found = recurrent_reference.conv_step(**given)
+    assert _error(found, expected[..., 0]) < (1e-6 if case.dtype == torch.float32 else 2.0**-8)
+    assert torch.equal(given["states"][slots], after)
+
+
+@pytest.mark.parametrize("name", [name for name, case in RULES.items() if case.dtype == torch.float32])
 def test_the_reference_is_what_transformers_computes(name: str) -> None:
-    case = CASES[name]
+    case = RULES[name]
     given, own = (
         arguments(case, "cpu"),
         recurrent_kimi_delta_attention if case.by_channel else torch_recurrent_gated_delta_rule,

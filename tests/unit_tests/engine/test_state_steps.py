@@ -1,4 +1,4 @@
-"""Decode steps of gated delta rules over the states in their pool, by plain torch in the kernel's place."""
+"""Decode steps over the states in their pool, by plain torch in the place of the kernels."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from langchain_quantllm.compat.transformers_delta_rules import PooledState, delta_rule_of
+from langchain_quantllm.compat.transformers_state_functions import PooledState, convolution_of, delta_rule_of
 from langchain_quantllm.compat.transformers_states import state_modules
 from langchain_quantllm.engine import build
-from langchain_quantllm.engine.delta_steps import find_delta_steps
+from langchain_quantllm.engine.state_steps import find_state_steps
 from langchain_quantllm.kernels import recurrent_reference
 from tests.support.engine import ask, plan
 from tests.support.families import FAST, family_model, generated_ids, random_ids
@@ -18,37 +18,55 @@ from tests.support.models import llm_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FAMILIES = ("qwen3_next", "qwen3_5", "kimi_linear", "olmo_hybrid")
+DELTA_RULES = ("qwen3_next", "qwen3_5", "kimi_linear", "olmo_hybrid")
+CONVOLUTIONS = (
+    *DELTA_RULES,
+    "lfm2",
+    "mamba2",
+    "bamba",
+    "falcon_h1",
+    "nemotron_h",
+    "jamba",
+    "zamba2",
+)
 
 
 class Counting:
-    """The plain function, which counts its calls."""
+    """The plain functions, which count their calls."""
 
     def __init__(self) -> None:
-        self.calls = 0
+        self.delta_steps = self.conv_steps = 0
 
     def delta_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.calls += 1
+        self.delta_steps += 1
         return recurrent_reference.delta_step(*args, **kwargs)
+
+    def conv_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.conv_steps += 1
+        return recurrent_reference.conv_step(*args, **kwargs)
 
 
 class Wrong:
-    """A kernel that computes something else."""
+    """Kernels that compute something else."""
 
     @staticmethod
     def delta_step(*args: Any, **kwargs: Any) -> torch.Tensor:
         return 1.01 * recurrent_reference.delta_step(*args, **kwargs)
 
+    @staticmethod
+    def conv_step(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return 1.01 * recurrent_reference.conv_step(*args, **kwargs)
+
 
 def use(monkeypatch: pytest.MonkeyPatch, kernels: Any) -> None:
     def find(parts: build.EngineParts) -> None:
         assert parts.states is not None
-        parts.states.delta_steps = find_delta_steps(parts.model, parts.states.tensors, kernels)
+        parts.states.steps = find_state_steps(parts.model, parts.states.tensors, kernels)
 
-    monkeypatch.setattr(build.EngineParts, "_find_delta_steps", find)
+    monkeypatch.setattr(build.EngineParts, "_find_state_steps", find)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONVOLUTIONS)
 def test_texts_are_those_of_generate(family: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     counting = Counting()
     use(monkeypatch, counting)
@@ -56,25 +74,32 @@ def test_texts_are_those_of_generate(family: str, tokenizer: Any, monkeypatch: p
     prompts = [random_ids(count) for count in (5, 33, 18)]
     expected = [generated_ids(model, ids, 24) for ids in prompts]
     llm = llm_of(model, tokenizer, max_new_tokens=24)
-    layers = sum(delta_rule_of(module) is not None for module in state_modules(model))
-    assert llm.engine_info.fused["recurrent"] == layers > 0
-    before = counting.calls
+    rules, convolutions = (
+        sum(found(module) is not None for module in state_modules(model)) for found in (delta_rule_of, convolution_of)
+    )
+    fused = llm.engine_info.fused
+    assert fused.get("recurrent", 0) == rules
+    assert (rules > 0) == (family in DELTA_RULES)
+    assert fused["conv"] == convolutions > 0
+    before = counting.delta_steps, counting.conv_steps
     for _ in range(2):
         requests = [request for ids in prompts for request in plan(llm, ids, max_new_tokens=24)]
         assert [answer.token_ids for answer in ask(llm, requests)] == expected
-    assert counting.calls >= before + layers * 23
+    assert counting.delta_steps >= before[0] + rules * 23
+    assert counting.conv_steps >= before[1] + convolutions * 23
     assert [generated_ids(model, ids, 24) for ids in prompts] == expected  # the model by itself is as it was
     llm.unload()
 
 
-def test_a_kernel_that_computes_something_else_is_left_out_and_said(
+def test_kernels_that_compute_something_else_are_left_out_and_said(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(monkeypatch, Wrong)
     llm = llm_of(family_model(FAST["qwen3_5"]), tokenizer, max_new_tokens=8)
     info = llm.engine_info
-    assert "recurrent" not in info.fused
-    assert "the model's own: the kernel gives something else than the model's own function" in info.reason
+    assert not {"recurrent", "conv"} & set(info.fused)
+    for steps in ("recurrent steps", "convolutions"):
+        assert f"{steps} of 1 layers are the model's own: the kernel gives something else" in info.reason
     llm.unload()
 
 
