@@ -133,11 +133,11 @@ class PooledInputs:
     ) -> torch.Tensor:
         """Compute one token of each row, of shape `(rows, channels, 1)`; other calls go to transformers' function."""
         if hidden_states.shape[-1] == 1 and activation in (None, *_SILU) and hidden_states.dtype == weight.dtype:
-            one = hidden_states[..., 0]
             activates = activation is not None
-            return self._kernels.conv_step(  # type: ignore[no-any-return]
-                one, self.states, self.slots, weight, bias, activates=activates
-            )[..., None]
+            found: torch.Tensor = self._kernels.conv_step(
+                hidden_states[..., 0], self.states, self.slots, weight, bias, activates=activates
+            )
+            return found[..., None]
         rows = self.slots.long()
         state = self.states.index_select(0, rows)
         out: torch.Tensor = own(hidden_states, state, weight, bias, activation)

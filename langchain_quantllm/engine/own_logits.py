@@ -16,11 +16,14 @@ from langchain_quantllm.compat.transformers_vision import remembers_positions
 from langchain_quantllm.engine.attention import without_gradients
 from langchain_quantllm.engine.forward_context import current_context
 from langchain_quantllm.engine.kv_cache import layers_of
+from langchain_quantllm.engine.rounding_spread import RoundedLayers
 from langchain_quantllm.errors import UnsupportedError
 
 _FLOORS = {torch.float32: 1e-3, torch.float64: 1e-3}
 _FLOOR_16BIT = 0.05
 _NOISE_FACTOR = 4.0
+_ROUNDINGS = 2.0
+"""How many times as far as one more rounding in each layer moves its logits a model's may lie apart: 1.3 were seen."""
 
 SAMPLE_TOKENS = 21  # of a text that fills more than a block
 
@@ -38,7 +41,8 @@ def compare_logits(
     """Compare the engine's logits with the model's own.
 
     How far apart two ways of computing the same may lie differs between dtypes and quantization schemes, so the
-    model's own spread is measured too: the whole text at once against piece by piece, the last tokens one by one.
+    model's own spread is measured too: the whole text at once against piece by piece, the last tokens one by one; in 16
+    bits, where that is not enough, with layers that round otherwise as well.
 
     Args:
         model: The model.
@@ -58,8 +62,11 @@ def compare_logits(
     expected = plain(model, text, keep=last).logits[0, -last:].float()
     if not expected.isfinite().all():
         return False
-    noise = _noise(model, text, expected, cut=cut, continues=continues)
-    check_logits(model, logits, expected, max(noise, least / _NOISE_FACTOR))
+    noise = max(_noise(model, text, expected, cut=cut, continues=continues), least / _NOISE_FACTOR)
+    found = difference(logits.float().to(expected.device), expected)
+    if not is_rounding(model, found, noise) and model.dtype not in _FLOORS:
+        noise = max(noise, _ROUNDINGS / _NOISE_FACTOR * _rounding_noise(model, text, expected))
+    check_logits(model, logits, expected, noise)
     return True
 
 
@@ -72,6 +79,16 @@ def _noise(model: Any, text: abc.Sequence[int], expected: torch.Tensor, *, cut: 
     singles = range(len(text) - last + 1, len(text) + 1)
     pieces, _ = in_pieces(model, text, [0, *[cut] * continues, *singles], keep=last)
     return difference(pieces[-last:], expected)
+
+
+def _rounding_noise(model: Any, text: abc.Sequence[int], expected: torch.Tensor) -> float:
+    """Measure how far the model's last logits lie from those with layers that round otherwise."""
+    rounded = RoundedLayers(model)
+    try:
+        logits = plain(model, text, keep=len(expected)).logits[0, -len(expected) :].float()
+    finally:
+        rounded.close()
+    return difference(logits, expected)
 
 
 @without_gradients

@@ -11,6 +11,7 @@ from torch.nn.functional import gelu, silu
 from langchain_quantllm.kernels.reference import (
     GELU_TANH,
     HALVES,
+    HALVES_ONCE,
     PAIRS,
     SILU,
     add_layer_norm,
@@ -69,7 +70,7 @@ def rotation(cos: torch.Tensor, sin: torch.Tensor, layout: int) -> tuple[torch.T
     """Prepare the cosines and sines of a forward for `rotate`, once for all layers.
 
     Args:
-        cos: Cosines of shape `(1, tokens, rotary_dim)`.
+        cos: Cosines; see `reference.rotate_and_write`.
         sin: Sines, likewise.
         layout: See `reference.rotate_and_write`.
 
@@ -77,6 +78,8 @@ def rotation(cos: torch.Tensor, sin: torch.Tensor, layout: int) -> tuple[torch.T
         Cosines and sines of shape `(tokens, 1, rotary_dim)`; the sines with the sign of the number that they multiply.
     """
     cos, sin = cos[0, :, None], sin[0, :, None]
+    if layout == HALVES_ONCE:
+        return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
     half = cos.shape[-1] // 2
     if layout == HALVES:
         return cos, torch.cat([-sin[..., :half], sin[..., half:]], -1)
@@ -102,7 +105,8 @@ def rotate(x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], *, layou
     if width < x.shape[-1]:
         rest = x[..., width:]
         return torch.cat([rotate(x[..., :width], cos_sin, layout=layout, rounds=rounds), rest], -1)
-    others = x.roll(width // 2, -1) if layout == HALVES else x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    are_halves = layout in (HALVES, HALVES_ONCE)
+    others = x.roll(width // 2, -1) if are_halves else x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     if rounds:
         return (x * cos).add_(others.mul_(sin))
     return (x.float() * cos.float() + others.float() * sin.float()).to(x.dtype)

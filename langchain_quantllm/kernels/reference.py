@@ -22,11 +22,11 @@ SILU, GELU, GELU_TANH = "silu", "gelu", "gelu_tanh"
 SIGMOID = "sigmoid"
 """Name of what some norms multiply by in place of SiLU."""
 
-HALVES, PAIRS, PAIRS_OF_HALVES = 0, 1, 2
+HALVES, PAIRS, PAIRS_OF_HALVES, HALVES_ONCE = 0, 1, 2, 3
 """The numbers of a head that are rotated with each other, and the index of their cosine and sine.
 
 `HALVES`: i with i + half, each by its own index. `PAIRS`: 2i with 2i + 1, each by its own index. `PAIRS_OF_HALVES`: 2i
-with 2i + 1, both by index i.
+with 2i + 1, both by index i. `HALVES_ONCE`: i with i + half, both by index i, of cosines that are there once.
 """
 
 
@@ -155,7 +155,7 @@ def activation_mul(gate: torch.Tensor, up: torch.Tensor, activation: str) -> tor
 
 
 def cos_sin(
-    positions: torch.Tensor, frequencies: torch.Tensor, scale: float, dtype: torch.dtype
+    positions: torch.Tensor, frequencies: torch.Tensor, scale: float, dtype: torch.dtype, *, twice: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the cosines and sines that rotate positions.
 
@@ -164,11 +164,12 @@ def cos_sin(
         frequencies: The angle of one position for each pair of numbers, of shape `(rotary_dim / 2,)`, float32.
         scale: Factor of the cosines and sines.
         dtype: Dtype of the result.
+        twice: Whether each is there for both numbers of a pair.
 
     Returns:
-        Cosines and sines of shape `(1, tokens, rotary_dim)`: of all frequencies, twice.
+        Cosines and sines of shape `(1, tokens, rotary_dim)`: of all frequencies, twice; half as many if not `twice`.
     """
-    angles = (positions[..., None].float() * frequencies).repeat(1, 1, 2)
+    angles = (positions[..., None].float() * frequencies).repeat(1, 1, 1 + twice)
     return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
 
@@ -193,14 +194,14 @@ def rotate_and_write(
         query: Queries of shape `(1, heads, tokens, key_dim)`, floating, with any strides.
         key: Keys of shape `(1, kv_heads, tokens, key_dim)` in the dtype of `query`, with any strides.
         value: Values of shape `(1, kv_heads, tokens, value_dim)` in the dtype of `query`, with any strides.
-        cos: Cosines of shape `(1, tokens, rotary_dim)`, floating; the first `rotary_dim` numbers of a head are
-            rotated, which are an even count.
+        cos: Cosines of shape `(1, tokens, rotary_dim)`, floating, half as many for `HALVES_ONCE`; the first
+            `rotary_dim` numbers of a head are rotated, which are an even count.
         sin: Sines in the shape and dtype of `cos`.
         kv: The pool of one layer; see `write_kv`. Written to.
         table: Block table; see `write_kv`.
         slots: Row of the table of each token; see `write_kv`.
         positions: Position of each token; see `write_kv`.
-        layout: `HALVES`, `PAIRS` or `PAIRS_OF_HALVES`.
+        layout: `HALVES`, `PAIRS`, `PAIRS_OF_HALVES` or `HALVES_ONCE`.
         rounds: Whether both products of a rotation are rounded to the dtype of `query` before they are added, as in
             Llama; otherwise there is one rounding at the end.
         scales: See `write_kv`.
@@ -217,10 +218,12 @@ def rotate_and_write(
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layout: int, rounds: bool) -> torch.Tensor:
+    if layout == HALVES_ONCE:
+        cos, sin = (torch.cat([part, part], -1) for part in (cos, sin))
     width = cos.shape[-1]
     rotary, rest = x[..., :width], x[..., width:]
     cos, sin = cos[:, None], sin[:, None]
-    if layout == HALVES:
+    if layout in (HALVES, HALVES_ONCE):
         others = torch.cat([-rotary[..., width // 2 :], rotary[..., : width // 2]], -1)
     else:
         others = torch.stack([-rotary[..., 1::2], rotary[..., ::2]], -1).flatten(-2)

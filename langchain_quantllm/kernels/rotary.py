@@ -13,17 +13,18 @@ from langchain_quantllm.kernels.attention.blocks import load_blocks, store_kv
 from langchain_quantllm.kernels.attention.eight_bits import pointers
 from langchain_quantllm.kernels.kv_quantization import KVScales
 from langchain_quantllm.kernels.launch import dense_vectors, launch_options, power_of_2, wait_for_inputs
-from langchain_quantllm.kernels.reference import HALVES, PAIRS_OF_HALVES
+from langchain_quantllm.kernels.reference import HALVES, HALVES_ONCE, PAIRS_OF_HALVES
 
 _HALVES, _PAIRS_OF_HALVES = tl.constexpr(HALVES), tl.constexpr(PAIRS_OF_HALVES)
+_HALVES_ONCE = tl.constexpr(HALVES_ONCE)
 
 
 def cos_sin(
-    positions: torch.Tensor, frequencies: torch.Tensor, scale: float, dtype: torch.dtype
+    positions: torch.Tensor, frequencies: torch.Tensor, scale: float, dtype: torch.dtype, *, twice: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the cosines and sines that rotate positions; see `reference.cos_sin`. `scale` is compiled in."""
+    """Compute the cosines and sines that rotate positions; see `reference.cos_sin`, with its `scale` compiled in."""
     tokens, half = positions.shape[1], len(frequencies)
-    cos, sin = torch.empty(2, 1, tokens, 2 * half, dtype=dtype, device=positions.device)
+    cos, sin = torch.empty(2, 1, tokens, (1 + twice) * half, dtype=dtype, device=positions.device)
     _cos_sin_kernel[(tokens,)](
         positions,
         frequencies,
@@ -31,6 +32,7 @@ def cos_sin(
         sin,
         scale=scale,
         half=half,
+        twice=twice,
         tile=power_of_2(half),
         num_warps=1,
         **launch_options(positions.device),
@@ -90,7 +92,7 @@ def rotate_and_write(
         kv_heads=kv_heads,
         key_dim=key_dim,
         value_dim=value_dim,
-        rotary_dim=cos.shape[-1],
+        rotary_dim=cos.shape[-1] * (2 if layout == HALVES_ONCE else 1),
         layout=layout,
         rounds=rounds,
         key_tile=power_of_2(key_dim),
@@ -110,6 +112,7 @@ def _cos_sin_kernel(
     sin: tl.tensor,
     scale: tl.constexpr,
     half: tl.constexpr,
+    twice: tl.constexpr,
     tile: tl.constexpr,
     early: tl.constexpr,
 ) -> None:
@@ -120,11 +123,12 @@ def _cos_sin_kernel(
     angles = tl.load(positions + token).to(tl.float32) * tl.load(frequencies + columns, mask=columns < half, other=0.0)
     cosines = (tl.cos(angles) * scale).to(cos.dtype.element_ty)
     sines = (tl.sin(angles) * scale).to(sin.dtype.element_ty)
-    places = token * (2 * half) + columns
+    places = token * (half + half * twice) + columns
     tl.store(cos + places, cosines, mask=columns < half)
-    tl.store(cos + places + half, cosines, mask=columns < half)
     tl.store(sin + places, sines, mask=columns < half)
-    tl.store(sin + places + half, sines, mask=columns < half)
+    if twice:
+        tl.store(cos + places + half, cosines, mask=columns < half)
+        tl.store(sin + places + half, sines, mask=columns < half)
 
 
 @triton.jit  # type: ignore[misc,untyped-decorator,unused-ignore]
@@ -224,11 +228,13 @@ def _rotated(
     """
     columns = tl.arange(0, key_tile)
     rotates = columns < rotary_dim
-    if layout == _HALVES:
+    if layout == _HALVES or layout == _HALVES_ONCE:  # noqa: SIM109  (Triton knows no tuples of constants)
         half: tl.constexpr = rotary_dim // 2
         is_first = columns < half
         partners = tl.where(is_first, columns + half, columns - half)
         angles = columns
+        if layout == _HALVES_ONCE:
+            angles = columns % half
     else:
         is_first = columns % 2 == 0
         partners = tl.where(is_first, columns + 1, columns - 1)

@@ -228,10 +228,12 @@ class CosSinStep:
     Args:
         kernels: `kernels.norms`, `.reference` or `.cpu`.
         scale: See `kernels.reference.cos_sin`.
+        twice: See `kernels.reference.cos_sin`.
     """
 
     kernels: Any
     scale: float
+    twice: bool = True
 
     def run(
         self, module: Any, forward: _Forward, context: ForwardContext, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -243,7 +245,8 @@ class CosSinStep:
         if len(args) != 2 or kwargs or args[1].dim() != 2 or args[1].shape[0] != 1:
             return forward(*args, **kwargs)
         x, positions = args
-        return self.kernels.cos_sin(positions.contiguous(), module.inv_freq.float(), self.scale, x.dtype)
+        frequencies = module.inv_freq.float()
+        return self.kernels.cos_sin(positions.contiguous(), frequencies, self.scale, x.dtype, twice=self.twice)
 
 
 def is_cos_sin(value: Any) -> TypeGuard[tuple[torch.Tensor, torch.Tensor]]:

@@ -37,7 +37,7 @@ from langchain_quantllm.engine.gather_attention import GatherAttention
 from langchain_quantllm.errors import UnsupportedError
 from langchain_quantllm.kernels import reference
 
-_LAYOUTS = tuple(itertools.product((reference.HALVES, reference.PAIRS, reference.PAIRS_OF_HALVES), (True, False)))
+_LAYOUTS = (reference.HALVES, reference.PAIRS, reference.PAIRS_OF_HALVES, reference.HALVES_ONCE)
 _NORM_PAIRS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"))
 _OUTPUTS = ("o_proj", "dense", "out_proj")
 
@@ -176,7 +176,8 @@ def cos_sin_step(call: RecordedCall, kernels: Any) -> CosSinStep:
     if not is_cos_sin(call.output) or not isinstance(scale, int | float):
         msg = "it gives no cosines and sines"
         raise UnsupportedError(msg)
-    step = CosSinStep(kernels=kernels, scale=float(scale))
+    twice = call.output[0].shape[-1] != module.inv_freq.shape[0]
+    step = CosSinStep(kernels=kernels, scale=float(scale), twice=twice)
     device = call.output[0].device
     x, far = torch.zeros(1, dtype=call.output[0].dtype, device=device), torch.tensor([_FAR], device=device)
     expected = type(module).forward(module, x, far)
@@ -265,7 +266,7 @@ def _rotary_steps(
         ways.append(Projections(packed=packed, heads=heads))
     if likely is not None:
         yield replace(likely, arguments=arguments)
-    for projections, (layout, rounds) in itertools.product(ways, _LAYOUTS):
+    for projections, layout, rounds in itertools.product(ways, _LAYOUTS, (True, False)):
         yield RotaryStep(
             kernels=kernels, projections=projections, output=output, layout=layout, rounds=rounds, arguments=arguments
         )

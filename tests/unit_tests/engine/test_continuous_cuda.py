@@ -22,6 +22,8 @@ from tests.support.models import llm_of, tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
+LINEARS = 3 * 7  # quantized layers of the model
+
 PROMPTS = [
     "w1",
     "some words of a prompt that is longer than a page or two " * 3,
@@ -201,7 +203,7 @@ def test_int8_runs_in_graphs_by_fused_products_only(folder: Any, quantization: A
     given = {"quantization": quantization, "dtype": "float16", "engine": "fast"}
     llm = make(folder, **given)
     assert llm.engine_info.graphs, llm.engine_info.reason
-    assert llm.engine_info.fused["linear"] == 3 * 7
+    assert llm.engine_info.fused["linear"] == LINEARS + 1  # and the output head in 16 bits
     assert all(llm.batch(PROMPTS, max_new_tokens=8))
     llm.unload()
     llm = make(folder, **given, fuse=False)
@@ -216,7 +218,7 @@ def test_int8_runs_in_graphs_by_fused_products_only(folder: Any, quantization: A
 def test_fused_products_write_what_generate_writes(folder: Any, quantization: Any) -> None:
     llm = make(folder, dtype="float32", quantization=quantization, engine="fast")
     assert llm.engine_info.graphs
-    assert llm.engine_info.fused["linear"] == 3 * 7
+    assert llm.engine_info.fused["linear"] == LINEARS
     expected = [generated(llm, prompt, 32) for prompt in PROMPTS]
     for _ in range(2):
         assert llm.batch(PROMPTS, max_new_tokens=32) == expected
@@ -232,7 +234,7 @@ def test_gptq_runs_in_graphs_and_compiles_no_cuda(folder: Any, tmp_path: Any, bi
     assert llm.engine_info.graphs, llm.engine_info.reason
     assert isinstance(llm.scheme, GPTQ)
     assert llm.scheme.kernel == kernel
-    assert llm.engine_info.fused["linear"] == 3 * 7
+    assert llm.engine_info.fused["linear"] == LINEARS + 1
     assert all(llm.batch(PROMPTS))
     llm.unload()
 

@@ -18,6 +18,7 @@ from transformers.models.bamba.modeling_bamba import BambaRMSNormGated
 from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb as rotate_pairs
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as rotate_pairs_of_halves
+from transformers.models.gpt_oss.modeling_gpt_oss import apply_rotary_pos_emb as rotate_halves_once
 from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearRMSNormGated
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
@@ -25,7 +26,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as rot
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNormGated
 
-from langchain_quantllm.engine.fusion.fuse import EXPERTS, LINEAR, Fusion
+from langchain_quantllm.engine.fusion.fuse import EXPERTS, GATED_MLP, LINEAR, Fusion
 from langchain_quantllm.kernels import kv_quantization, reference
 from tests.support.families import FAST, family_model
 from tests.support.interpreter import report_cases
@@ -103,13 +104,15 @@ def _cases() -> Iterator[Case]:
             "part": (4, 4, 4, 80, 32),
         }
         for name, shape in heads.items():
-            for layout in (reference.HALVES, reference.PAIRS, reference.PAIRS_OF_HALVES):
+            for layout in (reference.HALVES, reference.PAIRS, reference.PAIRS_OF_HALVES, reference.HALVES_ONCE):
                 for rounds in (True, False):
                     options = {"layout": layout, "rounds": rounds}
                     label = f"rotate-{name}-{layout}-{rounds}-{kind}"
                     yield Case(name=label, call="rotate_and_write", dtype=dtype, shape=shape, options=options)
         for name, shape in {"plain": (5, 16), "odd": (1, 20), "wide": (70, 128)}.items():
-            yield Case(name=f"cos_sin-{name}-{kind}", call="cos_sin", dtype=dtype, shape=shape)
+            for twice in (True, False):
+                label = f"cos_sin-{name}-{twice}-{kind}"
+                yield Case(name=label, call="cos_sin", dtype=dtype, shape=shape, options={"twice": twice})
     for call in ("rms_norm", "add_rms_norm", "activation_mul", "add_layer_norm"):
         options = {"activation": reference.SILU} if call == "activation_mul" else {}
         yield Case(name=f"{call}-strided", call=call, shape=(1, 6, 48), options=options, is_strided=True)
@@ -134,7 +137,7 @@ def _features(case: Case) -> list[Any]:
 
 QUICK = covering(CASES, _features)
 
-MODELS = ("llama-grouped", "llama-head-80", "qwen3", "gemma2", "phi3", "stablelm", "glm4")
+MODELS = ("llama-grouped", "llama-head-80", "qwen3", "gemma2", "phi3", "stablelm", "glm4", "gpt_oss")
 """Families of which every step is fused, with what it takes: all kinds of norms, gates and rotations."""
 
 
@@ -162,6 +165,7 @@ def arguments(case: Case, device: str) -> dict[str, Any]:
             "frequencies": (10_000 ** (-torch.arange(0, width, 2) / width)).to(device),
             "scale": 1.25,
             "dtype": case.dtype,
+            **options,
         }
     if case.call == "rotate_and_write":
         return {**_rotary_arguments(case, made, device), **options}
@@ -186,7 +190,8 @@ def _rotary_arguments(case: Case, made: torch.Generator, device: str) -> dict[st
         for count, size in ((heads, dim), (kv_heads, dim), (kv_heads, dim + 4))
     )
     value[0, 0, 1, 2], value[0, 0, -1, dim - 1] = torch.nan, -torch.inf  # their keys become NaN
-    angles = torch.randn(1, tokens, rotary_dim, generator=made) * 3
+    is_once = case.options.get("layout") == reference.HALVES_ONCE
+    angles = torch.randn(1, tokens, rotary_dim // (2 if is_once else 1), generator=made) * 3
     # Rows 2 and 0, with pages in any order; the last page is nobody's.
     table = torch.tensor([[4, 1], [2**30, 2**30], [3, 0]], dtype=torch.int32, device=device)
     positions = torch.tensor([(13 + i) % 32 for i in range(tokens)], dtype=torch.int32, device=device)
@@ -280,7 +285,8 @@ def test_kernels_are_what_models_do(found: Any, name: str) -> None:
     report = found(name)
     assert report["unsupported_reason"] is None
     for kind, (fused, left) in report["kinds"].items():
-        assert fused > 0 or kind in (LINEAR, EXPERTS)  # nothing is quantized, and there are no experts
+        # Nothing is quantized, there are no experts, or nothing but experts.
+        assert fused > 0 or kind in (LINEAR, EXPERTS) or (name, kind) == ("gpt_oss", GATED_MLP)
         assert left == {}
 
 
@@ -344,7 +350,7 @@ class TestReference:
         if case.dtype != dtype:
             pytest.skip("another dtype's")
         given = arguments(case, "cpu")
-        theirs = (rotate_halves, rotate_pairs, rotate_pairs_of_halves)[case.options["layout"]]
+        theirs = (rotate_halves, rotate_pairs, rotate_pairs_of_halves, rotate_halves_once)[case.options["layout"]]
         if (theirs is rotate_pairs) == case.options["rounds"]:
             pytest.skip("transformers does not round so")
         query, key = theirs(given["query"], given["key"], given["cos"], given["sin"])
