@@ -31,6 +31,12 @@ class AdapterSwitch:
         self._lock = threading.RLock()
 
     @contextlib.contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Let no other thread's block of `chosen` begin or end inside the block."""
+        with self._lock:
+            yield
+
+    @contextlib.contextmanager
     def chosen(self, name: str | None) -> Iterator[None]:
         """Run the model with an adapter inside the block; afterwards its choice is as before.
 

@@ -136,9 +136,10 @@ class EngineParts:
                 self.adapters = LoraStack(model, switch.names)
             if moving_rope(model.config.get_text_config()) is not None:
                 self.rotary = RotaryLengths(model, limits.context_tokens)
-            if stages is not None:
-                verify_stages(model, stages)
-            self.probe: ModelProbe = self._own_probe(inspect_model(model, self._own.uncached))
+            with contextlib.nullcontext() if switch is None else switch.unchanged():
+                if stages is not None:
+                    verify_stages(model, stages)
+                self.probe: ModelProbe = self._own_probe(inspect_model(model, self._own.uncached))
             if self.probe.states:
                 if batch_invariant:
                     msg = "its layers keep a state, which is computed in another way alone than in a batch"

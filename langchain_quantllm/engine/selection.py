@@ -243,7 +243,9 @@ class Engines:
         """Make a fast engine that runs the model in some stages; None runs it by its own hooks."""
         from langchain_quantllm.engine.continuous import ContinuousEngine
 
-        found = self._fuse(batch_invariant, stages, fuse=fuse) if fuse or batch_invariant else (None, None)
+        found: tuple[Fusion | None, str | None] = (None, None)
+        if fuse or batch_invariant:
+            found = self._fuse(batch_invariant, stages, fuse=fuse, names_adapters=self._switch is not None)
         fusion, reason = found
         given: dict[str, Any] = {"kv_cache_memory": kv_cache_memory, "adapters": self._switch, "stages": stages}
         given |= {"batch_invariant": batch_invariant, "no_stages_reason": no_stages_reason}
@@ -268,7 +270,9 @@ class Engines:
             unused.pop_all()
             return fast, fusion, None
 
-    def _fuse(self, batch_invariant: bool, stages: Stages | None, *, fuse: bool) -> tuple[Fusion | None, str | None]:
+    def _fuse(
+        self, batch_invariant: bool, stages: Stages | None, *, fuse: bool, names_adapters: bool = False
+    ) -> tuple[Fusion | None, str | None]:
         """Find the model's fused steps; returns None if there are none, with the reason if users should know it."""
         from langchain_quantllm.compat.bitsandbytes import is_quantized
         from langchain_quantllm.engine.fusion.fuse import CPU_KINDS, EXPERTS, LINEAR, Fusion
@@ -294,7 +298,7 @@ class Engines:
                 options["experts_kernels"] = invariant_experts
                 options |= {} if fuse else {"kinds": (LINEAR, EXPERTS)}
         try:
-            fusion = Fusion(model, stages=stages, **options)
+            fusion = Fusion(model, stages=stages, names_adapters=names_adapters, **options)
         except Exception as error:  # memory, say: the model runs without
             return None, f"looking for them failed: {error!r}"
         if fusion.steps:

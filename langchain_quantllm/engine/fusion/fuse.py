@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from langchain_quantllm.compat.peft import adapter_modules, base_layer_of, unsupported_lora_reason
 from langchain_quantllm.engine.attention import without_gradients
 from langchain_quantllm.engine.attention_interface import configs_of
 from langchain_quantllm.engine.forward_context import ForwardContext, Step, forward_context
@@ -96,6 +97,7 @@ class Fusion:
         experts_kernels: Any = None,
         kinds: Sequence[str] = KINDS,
         stages: Stages | None = None,
+        names_adapters: bool = False,
     ) -> None:
         """Find the modules that can be fused, and patch them.
 
@@ -107,6 +109,8 @@ class Fusion:
                 and experts that stay as they are elsewhere.
             kinds: The kinds to fuse, of `KINDS` or `CPU_KINDS`.
             stages: The stages of a model on several devices; None if it lies on one.
+            names_adapters: Whether every request names its adapter: the steps are then found without the active one,
+                which another thread may change meanwhile.
 
         Raises:
             InvalidOptionError: If a kind is unknown.
@@ -120,6 +124,7 @@ class Fusion:
         self._experts_kernels = experts_kernels
         self._kinds = tuple(kinds)
         self._stages = stages
+        self._names_adapters = names_adapters
         self._patches: list[ForwardPatch] = []
         self.steps: dict[int, Step] = {}
         """Steps by the ids of the modules that they replace: for `ForwardContext.steps`."""
@@ -194,9 +199,9 @@ class Fusion:
                 candidates.add(LINEAR, module)
         wanted = {id(module): module for modules in candidates.modules.values() for module in modules}
         self._patches = [ForwardPatch(module, _run_step) for module in wanted.values()]
-        calls = self._record(home)
         try:
-            self.steps = self._verify(candidates, calls, kernels)
+            with self._without_adapters():
+                self.steps = self._verify(candidates, self._record(home), kernels)
         finally:
             kept = [patch for patch in self._patches if patch.module_id in self.steps]
             for patch in self._patches:
@@ -204,6 +209,21 @@ class Fusion:
                     patch.close()
             self._patches = kept
         self.summary = tuple(candidates.result(kind) for kind in self._kinds)
+
+    @contextlib.contextmanager
+    def _without_adapters(self) -> Iterator[None]:
+        """Run the base layers alone in this thread, whichever adapter is active, if requests name theirs."""
+        if not self._names_adapters:
+            yield
+            return
+        modules = [m for m in adapter_modules(self._model) if unsupported_lora_reason(m, ()) is None]
+        patches = [ForwardPatch(module, _run_base_layer) for module in modules]
+        try:
+            with forward_context(ForwardContext()):
+                yield
+        finally:
+            for patch in patches:
+                patch.close()
 
     def _record(self, home: torch.device) -> dict[int, RecordedCall]:
         """Run the model as it is, and record the first call of each candidate."""
@@ -336,6 +356,14 @@ def _run_step(
     if context.record is not None:
         context.record(module, args, kwargs, output)
     return output
+
+
+def _run_base_layer(
+    context: ForwardContext, module: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Run a layer of peft without any adapter; see `ForwardPatch`."""
+    del context, forward
+    return base_layer_of(module)(*args, **kwargs)
 
 
 @dataclass(frozen=True)

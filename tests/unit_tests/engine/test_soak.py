@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.census import left_behind, settled_census
 from benchmarks.oracle import Oracle
 from benchmarks.soak import soak, wrong_answers
 from benchmarks.stress import stress
@@ -64,6 +66,38 @@ class TestSoak:
         assert found["books"] == []
         if engine != "pipeline":
             assert found["preemptions"] > 0
+
+
+class TestCensus:
+    """It must see what is left behind, or the soak would show nothing."""
+
+    def test_tensors_left_behind_are_named_by_their_holders(self) -> None:
+        held = {"old": torch.zeros(3, 5)}
+        half = settled_census()
+        held["old"] = torch.zeros(3, 5)  # in place of the one before
+        held["new"] = torch.zeros(7, 11)
+        left = left_behind(half, settled_census())
+        assert any(line.startswith("tensors: ") for line in left)
+        assert any(line.startswith("bytes of tensors: ") for line in left)
+        kinds = [line for line in left if "[3, 5]" in line or "[7, 11]" in line]
+        assert kinds == ["1 of [7, 11] torch.float32 in dict['new']"]
+
+    def test_threads_and_files_are(self, tmp_path: Path) -> None:
+        half = settled_census()
+        ended = threading.Event()
+        thread = threading.Thread(target=ended.wait)
+        thread.start()
+        with (tmp_path / "file").open("w"):
+            left = left_behind(half, settled_census())
+        ended.set()
+        thread.join()
+        assert [line.partition(":")[0] for line in left] == ["threads", "files"]
+
+    def test_what_comes_and_goes_is_not(self) -> None:
+        half = settled_census()
+        held = [torch.zeros(3, 5)]
+        del held
+        assert left_behind(half, settled_census()) == []
 
 
 class TestStress:
