@@ -43,13 +43,13 @@ class KnownTexts:
 class Free(StepCosts):
     """Steps that cost the same, whatever they verify."""
 
-    def ratio(self, rows: int, tokens: int) -> float:
+    def ratio(self, rows: int, tokens: int, *, is_masked: bool = False) -> float:
         return 1.0
 
-    def draft_ratio(self, rows: int, count: int, seconds: float | None) -> float:
+    def draft_ratio(self, rows: int, count: int, seconds: float | None, *, is_masked: bool = False) -> float:
         return 0.0
 
-    def needs_single(self, rows: int) -> bool:
+    def needs_single(self, rows: int, *, is_masked: bool = False) -> bool:
         return False
 
 

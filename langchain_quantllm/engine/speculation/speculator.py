@@ -121,9 +121,10 @@ class Speculator:
         if self.no_reason is not None or len(rows) >= MOST_STEP_TOKENS:
             return chosen
         candidates = [candidate for row in rows if (candidate := self._candidate(row)) is not None]
-        if any(c.drafter is not None for c in candidates) and self.costs.needs_single(len(rows)):
+        is_masked = any(row.mask is not None for row in rows)
+        if any(c.drafter is not None for c in candidates) and self.costs.needs_single(len(rows), is_masked=is_masked):
             return chosen
-        paying = self._paying(candidates, len(rows))
+        paying = self._paying(candidates, len(rows), is_masked=is_masked)
         drafted = self._draft([candidate for candidate in paying if candidate.drafter is not None])
         for candidate in paying:
             row, guess, count = candidate.sequence, candidate.guess, candidate.count
@@ -220,13 +221,13 @@ class Speculator:
                 candidate.acceptance.rest()
         return found
 
-    def _paying(self, candidates: abc.Sequence[_Candidate], rows: int) -> list[_Candidate]:
+    def _paying(self, candidates: abc.Sequence[_Candidate], rows: int, *, is_masked: bool) -> list[_Candidate]:
         """Choose the candidates that pay together beside `rows` tokens, and those that are to be tried.
 
         The others begin a pause.
         """
         ordered = sorted(candidates, key=lambda candidate: candidate.rate, reverse=True)
-        best, cap = _fastest(ordered, rows, self.costs)
+        best, cap = _fastest(ordered, rows, self.costs, is_masked=is_masked)
         chosen = [replace(candidate, count=min(candidate.count, cap)) for candidate in ordered[:best]]
         for candidate in chosen:
             candidate.acceptance.go_on()
@@ -251,7 +252,7 @@ class Speculator:
         return True
 
 
-def _fastest(ordered: abc.Sequence[_Candidate], rows: int, costs: StepCosts) -> tuple[int, int]:
+def _fastest(ordered: abc.Sequence[_Candidate], rows: int, costs: StepCosts, *, is_masked: bool) -> tuple[int, int]:
     """Find how many of the candidates, and how many tokens of each at most, give the most tokens for the time."""
     best, most = (0, 0), _LEAST_GAIN
     for cap in _CAPS if ordered else ():
@@ -264,7 +265,7 @@ def _fastest(ordered: abc.Sequence[_Candidate], rows: int, costs: StepCosts) -> 
                 break
             if candidate.drafter is not None:
                 drafts.add(candidate.drafter, count, candidate.unread_share(of_candidate))
-            cost = costs.ratio(rows, tokens) + drafts.ratio(costs)
+            cost = costs.ratio(rows, tokens, is_masked=is_masked) + drafts.ratio(costs, is_masked=is_masked)
             if (speed := (rows + gain) / rows / cost) >= most:
                 best, most = (i, cap), speed
     return best
@@ -281,9 +282,9 @@ class _Drafts:
         _, rows, most, read = self._parts.get(id(drafter), (drafter, 0, 0, 0.0))
         self._parts[id(drafter)] = (drafter, rows + 1, max(most, count), read + unread)
 
-    def ratio(self, costs: StepCosts) -> float:
+    def ratio(self, costs: StepCosts, *, is_masked: bool) -> float:
         """Estimate how many times as long as a step of single tokens they take."""
         return sum(
-            costs.draft_ratio(self._rows, most, drafter.seconds(rows, most, unread))
+            costs.draft_ratio(self._rows, most, drafter.seconds(rows, most, unread), is_masked=is_masked)
             for drafter, rows, most, unread in self._parts.values()
         )

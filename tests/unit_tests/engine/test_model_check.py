@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,11 @@ from benchmarks.tiny_models import tiny_model as tiny_architecture
 from langchain_quantllm import QuantizedHuggingFaceLLM
 from langchain_quantllm.engine.attention import PagedForward
 from langchain_quantllm.engine.checked_length import checked_length, turning_points
+from langchain_quantllm.engine.forward_context import ForwardContext, forward_context
 from langchain_quantllm.engine.gather_attention import GatherAttention
-from tests.support.families import FAST, Family, family_model
+from langchain_quantllm.engine.own_logits import difference, plain, sample_ids
+from langchain_quantllm.engine.rounding_spread import RoundedLayers
+from tests.support.families import FAST, family_model
 from tests.support.models import llm_of, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,7 +49,7 @@ FAULTS: dict[str, tuple[str, Change]] = {
 """Attention that a family does not have."""
 
 
-def llm_with(family: Family, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, change: Change) -> Any:
+def llm_with(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, change: Change) -> Any:
     """Make an LLM while attention over blocks has a fault."""
     attend = GatherAttention.attend
 
@@ -54,7 +58,7 @@ def llm_with(family: Family, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, ch
 
     with monkeypatch.context() as patched:
         patched.setattr(GatherAttention, "attend", wrong)
-        llm = llm_of(family_model(family), tokenizer)
+        llm = llm_of(model, tokenizer)
         assert llm.engine_info is not None  # makes the engine
     return llm
 
@@ -64,7 +68,7 @@ def test_attention_of_another_kind_than_the_model_s_is_refused(
     fault: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, change = FAULTS[fault]
-    llm: QuantizedHuggingFaceLLM = llm_with(FAST[name], tokenizer, monkeypatch, change)
+    llm: QuantizedHuggingFaceLLM = llm_with(family_model(FAST[name]), tokenizer, monkeypatch, change)
     assert llm.engine_info.name == "pipeline"
     assert "its logits over KV cache blocks are not its own" in llm.engine_info.reason
     llm.unload()
@@ -135,3 +139,36 @@ class TestLength:
         config.rope_parameters = {"rope_type": "yarn", "llama_4_scaling_beta": 0.1}
         config.rope_parameters["original_max_position_embeddings"] = 64
         assert turning_points(config, []) == {64}
+
+
+class TestRounding:
+    """In 16 bits a model's own logits say how far one more rounding in each layer moves them."""
+
+    @pytest.mark.parametrize("name", ["llama", "gpt_oss", "gemma3", "qwen3_moe"])
+    def test_layers_that_round_otherwise_move_logits_a_little_in_one_thread(self, name: str) -> None:
+        model = family_model(FAST[name]).to(torch.bfloat16)
+        ids = sample_ids(model, 21)
+        expected = plain(model, ids).logits[0].float()
+        rounded = RoundedLayers(model)
+        try:
+            with forward_context(ForwardContext()):
+                found = plain(model, ids).logits[0].float()
+                others: list[torch.Tensor] = []
+                thread = threading.Thread(target=lambda: others.append(plain(model, ids).logits[0].float()))
+                thread.start()
+                thread.join()
+        finally:
+            rounded.close()
+        assert 1e-3 < difference(found, expected) < 0.1
+        assert torch.equal(others[0], expected)
+        with forward_context(ForwardContext()):
+            assert torch.equal(plain(model, ids).logits[0].float(), expected)
+
+    @pytest.mark.parametrize("fault", ["no sinks", "a larger window", "no biases"])
+    def test_another_attention_is_refused_in_16_bits_too(
+        self, fault: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        name, change = FAULTS[fault]
+        llm = llm_with(family_model(FAST[name]).to(torch.bfloat16), tokenizer, monkeypatch, change)
+        assert "its logits over KV cache blocks are not its own" in llm.engine_info.reason
+        llm.unload()

@@ -15,6 +15,7 @@ from langchain_quantllm.engine.speculation.ngrams import NGramIndex, PastTexts
 from langchain_quantllm.engine.speculation.proposal import Proposal
 from langchain_quantllm.engine.speculation.speculator import MOST_STEP_TOKENS, Speculator
 from langchain_quantllm.options import GenerationOptions
+from tests.support.speculation import AllowAhead
 
 
 class TestNGrams:
@@ -92,11 +93,11 @@ def repeating(count: int = 1) -> list[Sequence]:
     return rows
 
 
-def measured(costs: StepCosts, of_single: float, of_several: float) -> None:
+def measured(costs: StepCosts, of_single: float, of_several: float, *, is_masked: bool = False) -> None:
     for tokens in (1, 2, 4, 8, 16, 32, 64, 128):
         for _ in range(4):
-            costs.note(tokens, of_single, verifies=False)
-            costs.note(tokens, of_several, verifies=True)
+            costs.note(tokens, of_single, verifies=False, is_masked=is_masked)
+            costs.note(tokens, of_several, verifies=True, is_masked=is_masked)
 
 
 class TestWhenItPays:
@@ -123,6 +124,20 @@ class TestWhenItPays:
         gaps = [b - a for a, b in itertools.pairwise(steps)]
         assert gaps[-1] >= 200
         assert gaps[-1] > 8 * min(gaps)
+
+    @pytest.mark.parametrize("is_masked", [True, False])
+    def test_masks_that_take_long_hold_up_only_those_with_masks(self, is_masked: bool) -> None:
+        speculator, [row] = Speculator(), repeating()
+        measured(speculator.costs, 1.0, 1.3)
+        measured(speculator.costs, 1.2, 40.0, is_masked=True)
+        if is_masked:
+            row.mask = AllowAhead(range(100))
+        steps = 0
+        for _ in range(40):
+            for proposal in speculator.choose([row]).values():
+                steps += 1
+                speculator.note(row, proposal, proposal.count, proposal.count)
+        assert steps <= 4 if is_masked else steps == 40
 
     def test_a_new_request_begins_with_what_others_have_shown(self) -> None:
         speculator, rows = Speculator(), repeating(30)
