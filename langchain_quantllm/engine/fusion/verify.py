@@ -266,7 +266,8 @@ def _rotary_steps(
         ways.append(Projections(packed=packed, heads=heads))
     if likely is not None:
         yield replace(likely, arguments=arguments)
-    for projections, layout, rounds in itertools.product(ways, _LAYOUTS, (True, False)):
+    layouts = [way for way in _LAYOUTS if way != reference.HALVES_ONCE or 2 * rotary_dim <= head_dim]
+    for projections, layout, rounds in itertools.product(ways, layouts, (True, False)):
         yield RotaryStep(
             kernels=kernels, projections=projections, output=output, layout=layout, rounds=rounds, arguments=arguments
         )
