@@ -9,6 +9,7 @@ from langchain_quantllm.engine.step import Step
 
 _BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)  # tokens of the steps that are told apart
 _FIRST = 2  # steps of a kind that compile and capture
+_UNSURE = 5  # steps of a kind of which the fastest counts: others may have waited for a compiler, too
 _WEIGHT = 0.1  # of a new time
 _OUTLIER = 3.0  # times the mean: another program on the machine, say
 _UNKNOWN = 0.2  # the power of a step's tokens that its time is taken to grow by until it is measured
@@ -47,8 +48,8 @@ class StepCosts:
         before = self._times.get(key)
         if seen <= _FIRST:
             return
-        if before is None:
-            self._times[key] = seconds
+        if before is None or seen <= _UNSURE:
+            self._times[key] = seconds if before is None else min(before, seconds)
         else:
             self._times[key] = before + _WEIGHT * (min(seconds, _OUTLIER * before) - before)
 

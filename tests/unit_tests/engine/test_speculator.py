@@ -139,6 +139,14 @@ class TestWhenItPays:
                 speculator.note(row, proposal, proposal.count, proposal.count)
         assert steps <= 4 if is_masked else steps == 40
 
+    @pytest.mark.parametrize("slow", [2, 3, 4])
+    def test_one_of_the_first_steps_that_waits_for_a_compiler_does_not_count(self, slow: int) -> None:
+        costs = StepCosts()
+        for step in range(8):
+            costs.note(8, 3.0 if step == slow else 0.01, verifies=True)
+            costs.note(8, 0.01, verifies=False)
+        assert costs.ratio(8, 8) == pytest.approx(1.0)
+
     def test_a_new_request_begins_with_what_others_have_shown(self) -> None:
         speculator, rows = Speculator(), repeating(30)
         measured(speculator.costs, 1.0, 1.5)
