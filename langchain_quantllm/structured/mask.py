@@ -10,6 +10,8 @@ import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import and_
 from typing import Any
 
 from langchain_quantllm.engine.request import ForeseeingMask
@@ -21,6 +23,7 @@ SLOW_S = 2.0
 SLOW_TOKEN_S = 0.1
 """Seconds of the CPU that the masks of a row may take: the first, and the second for each token."""
 
+_MOST_TOGETHER = 256  # intersections of sets that are kept
 _PATIENCE = 12  # tokens of a string that is to end, before its end is searched
 
 _DIGITS = 15  # in a row in a number, but for the last token's
@@ -53,6 +56,7 @@ class Vocabulary:
         encode: Callable[[str], Sequence[int]] = lambda text: (),
     ) -> None:
         self.tokens = tokens
+        self._together: dict[tuple[int, ...], tuple[Any, Sequence[Any]]] = {}
         self.ids: dict[bytes, int] = {}
         self.special = frozenset(special) - frozenset(stops)
         for i, token in enumerate(tokens):
@@ -99,6 +103,21 @@ class Vocabulary:
             *self._by_length(rb"[{\[]"),  # alone: other tokens open its content, too
         ]
         self.inside = [*self._by_length(rb'"[}\]]*'), *self._by_length(rb"[^\\]+", together=True)]
+
+    def narrow(self, bits: Any, sets: Sequence[Any]) -> None:
+        """Narrow the allowed tokens to sets, one after the other, but for those that would leave none.
+
+        Where all together leave some, that is one step; it is the common case, and a step takes a text's time.
+        """
+        key = tuple(map(id, sets))
+        found = self._together.get(key)
+        if found is None:
+            if len(self._together) >= _MOST_TOGETHER:
+                self._together.clear()
+            found = self._together[key] = (reduce(and_, sets), sets)  # they live on, and keep their ids
+        if not _narrow(bits, found[0]):
+            for one in sets:
+                _narrow(bits, one)
 
     def _by_length(self, pattern: bytes, *, together: bool = False) -> list[Any]:
         lengths: dict[int, list[int]] = {}
@@ -221,27 +240,32 @@ class GrammarMask(ForeseeingMask):
                 bits.copy_(words.space)
                 return True
         inside = bool((bits & words.string_probe).any())
-        # A decoder drops special tokens, and with them a part of a string.
-        _narrow(bits, words.plain if inside else self._compiled.allowed_outside)
-        # xgrammar accepts bytes that are not UTF-8; a decoder writes a sign for each, which makes a string too long.
-        _narrow(bits, words.utf8_after.get(self._last, words.utf8))
-        if self._compiled.style:
-            _narrow(bits, words.escapes[self._odd])
-        if self._compiled.style == "json" and inside:
-            _narrow(bits, words.printed)  # xgrammar allows control characters in strings with lengths
-        if self._compiled.style and not inside:
-            self._limit_number(bits)
+        words.narrow(bits, self._sets(inside=inside))
         if late:
             self._close(bits, inside)
         return True
 
-    def _limit_number(self, bits: Any) -> None:
-        """Keep a number finite, and its digits few enough to be read."""
+    def _sets(self, *, inside: bool) -> list[Any]:
+        """List the sets of tokens that a text in some style keeps to, inside a string or outside."""
+        words, style = self._vocabulary, self._compiled.style
+        # A decoder drops special tokens, and with them a part of a string.
+        sets = [words.plain if inside else self._compiled.allowed_outside]
+        # xgrammar accepts bytes that are not UTF-8; a decoder writes a sign for each, which makes a string too long.
+        sets.append(words.utf8_after.get(self._last, words.utf8))
+        if style:
+            sets.append(words.escapes[self._odd])
+        if style == "json" and inside:
+            sets.append(words.printed)  # xgrammar allows control characters in strings with lengths
+        return sets if inside or not style else [*sets, *self._of_numbers()]
+
+    def _of_numbers(self) -> list[Any]:
+        """List the sets that keep a number finite, and its digits few enough to be read."""
         number = _NUMBER_END.search(self._tail)
         digits = 0 if number is None or number[1] is None else len(number[1])
-        _narrow(bits, self._vocabulary.near[min(digits + 1, 3) if number and number[1] is not None else 0])
+        sets = [self._vocabulary.near[min(digits + 1, 3) if number and number[1] is not None else 0]]
         if number is not None and number[2] is not None and len(number[2]) >= _DIGITS:
-            _narrow(bits, self._vocabulary.no_digits)
+            sets.append(self._vocabulary.no_digits)
+        return sets
 
     def accept(self, token_id: int) -> None:
         """Advance by the sampled token."""
