@@ -289,7 +289,8 @@ class ContinuousEngine:
             self._take(waiting)
             has_read = self._read_next_images()
             # 2. Plan the next step: which sequences decode, and which tokens of prompts run.
-            drafting_s, self._speculator.follows = self._speculator.drafting_s, self._runner.follows
+            drafting_s, filling_s = self._speculator.drafting_s, self._delivery.filling_s
+            self._speculator.follows = self._runner.follows
             self._speculator.no_reason = self._parts.no_speculation_reason
             plan = self._scheduler.plan(
                 mixes=not self._runner.captures, decodes_first=self._decodes_first, parts=self._runner.steps_at_once
@@ -308,7 +309,7 @@ class ContinuousEngine:
                 self._pending = [*in_flight, *self._delivery.sample(forwards)]
             else:
                 self._delivery.deliver(self._delivery.sample(forwards))
-            clock.end_round(plan, self._speculator.drafting_s - drafting_s)
+            clock.end_round(plan, self._speculator.drafting_s - drafting_s, self._delivery.filling_s - filling_s)
         self._check_idle()
 
     def _drop_stopped(self, beside: Step | None = None) -> None:

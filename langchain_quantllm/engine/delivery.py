@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import abc
 
 import torch
@@ -27,7 +28,11 @@ _Logprob = tuple[float, list[int], list[float]]
 
 
 class TokenDelivery:
-    """Samples tokens, and appends them to their sequences and texts; ends those that are complete or have failed."""
+    """Samples tokens, and appends them to their sequences and texts; ends those that are complete or have failed.
+
+    Attributes:
+        filling_s: Time that masks have taken so far.
+    """
 
     def __init__(self, parts: EngineParts, scheduler: Scheduler, speculator: Speculator) -> None:
         """Deliver the tokens of the sequences of a scheduler."""
@@ -35,6 +40,7 @@ class TokenDelivery:
         self._runner = parts.runner
         self.scheduler = scheduler
         self._speculator = speculator
+        self.filling_s = 0.0
 
     # Sampling.
 
@@ -47,11 +53,14 @@ class TokenDelivery:
         wanted = [n for s in sequences if (n := s.request.options.logprobs) is not None]
         alternatives = max(wanted, default=None)
         has_masks = any(s.mask is not None for s in sequences)
+        rows = verified_rows(forward) if isinstance(forward, PendingVerification) else None
+        mask, began_s = None, time.perf_counter()
+        if has_masks:
+            mask = self._fill_masks(sequences) if rows is None else self._fill_verified(rows)
+            self.filling_s += time.perf_counter() - began_s
         if isinstance(forward, PendingVerification):
-            rows = verified_rows(forward)
-            mask = self._fill_verified(rows) if has_masks else None
+            assert rows is not None
             return self._runner.sample_verified(forward, rows, mask=mask, alternatives=alternatives)
-        mask = self._fill_masks(sequences) if has_masks else None
         return self._runner.sample(forward, mask=mask, alternatives=alternatives)
 
     def _fill_masks(self, sequences: abc.Sequence[Sequence]) -> torch.Tensor:

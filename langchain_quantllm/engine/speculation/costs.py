@@ -104,14 +104,15 @@ class StepClock:
         self._is_late = is_late
         self._before: Step | None = None
         self._rounds = 0  # in a row, of steps that only decode
-        self._ended_s = 0.0
+        self._ended_s = self._filled_s = 0.0
 
-    def end_round(self, step: Step | None, aside_s: float = 0.0) -> None:
+    def end_round(self, step: Step | None, aside_s: float = 0.0, filled_s: float = 0.0) -> None:
         """Note the end of a round, and the step that it has begun; None for none.
 
         Args:
             step: The step.
             aside_s: The part of the round's time that its proposals took.
+            filled_s: The part that the step's masks took: they are filled in the round that begins it.
         """
         now_s = time.perf_counter()
         if self._ended_s:
@@ -119,7 +120,10 @@ class StepClock:
         measured = self._before if self._is_late else step
         self._rounds = self._rounds + 1 if step is not None and not step.chunks else 0
         if measured is not None and self._rounds > 1 + self._is_late:
-            seconds = max(0.0, now_s - self._ended_s - aside_s)
+            seconds = now_s - self._ended_s - aside_s
+            if self._is_late:
+                seconds += self._filled_s - filled_s
+            seconds = max(0.0, seconds)
             is_masked = any(sequence.mask is not None for sequence in measured.decoding)
             self._costs.note(measured.tokens, seconds, verifies=bool(measured.proposals), is_masked=is_masked)
-        self._before, self._ended_s = step, now_s
+        self._before, self._ended_s, self._filled_s = step, now_s, filled_s

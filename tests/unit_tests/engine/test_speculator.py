@@ -10,10 +10,12 @@ import pytest
 from langchain_quantllm.engine.detokenizer import Completion
 from langchain_quantllm.engine.request import Request
 from langchain_quantllm.engine.sequence import Sequence
-from langchain_quantllm.engine.speculation.costs import StepCosts
+from langchain_quantllm.engine.speculation import costs as costs_module
+from langchain_quantllm.engine.speculation.costs import StepClock, StepCosts
 from langchain_quantllm.engine.speculation.ngrams import NGramIndex, PastTexts
 from langchain_quantllm.engine.speculation.proposal import Proposal
 from langchain_quantllm.engine.speculation.speculator import MOST_STEP_TOKENS, Speculator
+from langchain_quantllm.engine.step import Step
 from langchain_quantllm.options import GenerationOptions
 from tests.support.speculation import AllowAhead
 
@@ -146,6 +148,23 @@ class TestWhenItPays:
             costs.note(8, 3.0 if step == slow else 0.01, verifies=True)
             costs.note(8, 0.01, verifies=False)
         assert costs.ratio(8, 8) == pytest.approx(1.0)
+
+    def test_a_step_s_masks_count_for_it_where_a_round_ends_with_the_step_before(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        costs, [row], now = StepCosts(), repeating(), [1.0]
+        monkeypatch.setattr(costs_module.time, "perf_counter", lambda: now[0])
+        row.mask = AllowAhead(range(100))
+        single = Step([row], [30], [])
+        several = Step([row], [30], [], {row: Proposal(31, (2, 3, 4), 3)})
+        clock, before_s = StepClock(costs, is_late=True), 0.0
+        for _ in range(10):
+            for step, forward_s, filled_s in ((single, 1.0, 0.25), (several, 1.5, 2.0)):
+                now[0] += max(0.0, before_s) + filled_s  # what is left of the step before, and the masks of this one
+                clock.end_round(step, 0.0, filled_s)
+                before_s = forward_s - filled_s
+        found = costs.seconds
+        assert found == {"decode 1, masked": pytest.approx(1.0), "verify 4, masked": pytest.approx(2.0)}
 
     def test_a_new_request_begins_with_what_others_have_shown(self) -> None:
         speculator, rows = Speculator(), repeating(30)
