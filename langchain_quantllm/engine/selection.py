@@ -275,7 +275,7 @@ class Engines:
     ) -> tuple[Fusion | None, str | None]:
         """Find the model's fused steps; returns None if there are none, with the reason if users should know it."""
         from langchain_quantllm.compat.bitsandbytes import is_quantized
-        from langchain_quantllm.engine.fusion.fuse import CPU_KINDS, EXPERTS, LINEAR, Fusion
+        from langchain_quantllm.engine.fusion.fuse import CPU_KINDS, EXPERTS, LAYER, LINEAR, Fusion
         from langchain_quantllm.engine.model_probe import unsupported_reason
         from langchain_quantllm.kernels import cpu as cpu_kernels
         from langchain_quantllm.kernels.experts import invariant as invariant_experts
@@ -287,7 +287,9 @@ class Engines:
         if unsupported_reason(model) is not None:
             return None, None  # the engine raises it
         if model.get_input_embeddings().weight.device.type == "cpu":
-            options = {"kernels": cpu_kernels, "linear_kernels": cpu_linear, "kinds": CPU_KINDS}
+            runs_whole = stages is None and not names_adapters  # else a layer never runs as one function
+            kinds = tuple(kind for kind in CPU_KINDS if runs_whole or kind != LAYER)
+            options = {"kernels": cpu_kernels, "linear_kernels": cpu_linear, "kinds": kinds}
             if batch_invariant:
                 if not any(map(is_quantized, model.parameters())):
                     return None, None
