@@ -188,8 +188,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--check", action="store_true", help=f"fail below {_FLOOR} of single steps")
+    parser.add_argument("--most-masked", type=int, help="on a GPU: rows with masks of which any gets proposals")
     given = parser.parse_args(arguments)
-    speculation.ON_GPUS = True
+    speculation.DRAFTS_ON_GPUS = True
+    if given.most_masked is not None:
+        speculation.MOST_MASKED_ON_GPUS = given.most_masked
     llm = QuantizedHuggingFaceLLM(
         model_id=given.model,
         quantization=given.quantization,

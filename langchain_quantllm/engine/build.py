@@ -13,7 +13,6 @@ import torch
 
 from langchain_quantllm.compat.transformers_attention import attention_name
 from langchain_quantllm.compat.transformers_rotary import moving_rope
-from langchain_quantllm.engine import speculation
 from langchain_quantllm.engine.adapter_switch import AdapterSwitch, changed_by_hand
 from langchain_quantllm.engine.alibi import BiasedAttention
 from langchain_quantllm.engine.attention import Attention, LayerPool
@@ -258,8 +257,6 @@ class EngineParts:
             return "layers keep a state, which cannot be taken back behind a wrong token"
         if self._stages is not None:
             return "several steps run at once, in stages"
-        if self.is_gpu and not speculation.ON_GPUS:
-            return "it is switched off on GPUs until it has been tried there"
         if self.runner.is_asynchronous and not self.runner.follows:
             return "its steps are not CUDA graphs, so each would wait for the one before"
         return None

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from langchain_quantllm.engine import speculation
 from langchain_quantllm.engine.adapter_switch import AdapterSwitch
 from langchain_quantllm.engine.block_manager import BLOCK_TOKENS, BlockManager
 from langchain_quantllm.engine.build import EngineParts
@@ -116,6 +117,7 @@ class ContinuousEngine:
         self._decodes_first = False
         """Whether sequences have waited for a step of prompts, and decode before the next one."""
         self._speculator = Speculator()
+        self._speculator.most_masked = speculation.MOST_MASKED_ON_GPUS if self._parts.is_gpu else None
         self._drafts: dict[str, DraftModel] = {}
         self._no_draft_reasons: dict[str, str] = {}
         self._draft_lock = threading.Lock()
@@ -194,6 +196,8 @@ class ContinuousEngine:
             if self._parts.no_speculation_reason is not None:
                 return
             try:
+                if self._parts.is_gpu and not speculation.DRAFTS_ON_GPUS:
+                    raise UnsupportedError("draft models are switched off on GPUs until their speed is measured there")
                 draft = make(self.limits.cache_tokens or 0, self._parts.probe.vocab_size)
             except UnsupportedError as error:
                 _log.warning("the draft model is not used: %s", error)

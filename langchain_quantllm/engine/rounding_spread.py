@@ -48,5 +48,7 @@ class RoundedLayers(PatchedModules):
     def _rounded(self, hidden: Any) -> Any:
         if not isinstance(hidden, torch.Tensor) or not hidden.is_floating_point():
             return hidden
-        share = torch.randn(hidden.shape, generator=self._made).to(hidden.device) * (torch.finfo(hidden.dtype).eps / 2)
+        share = torch.randn(hidden.shape, generator=self._made, dtype=torch.float32).to(hidden.device) * (
+            torch.finfo(hidden.dtype).eps / 2
+        )
         return (hidden.float() * (1 + share)).to(hidden.dtype)

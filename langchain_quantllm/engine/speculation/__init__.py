@@ -8,6 +8,10 @@ one that differs from its proposal. So the text is that of single steps. `Specul
 proposed, by the acceptance so far and the measured time of steps and of draft models.
 """
 
-ON_GPUS = False
-"""Let sequences on a GPU get proposals: off until verify steps have run on one. The bench and the tests for GPUs switch
-it on."""
+DRAFTS_ON_GPUS = False
+"""Let draft models propose on GPUs: off until their speed has been measured there. The bench and the tests for GPUs
+switch it on."""
+
+MOST_MASKED_ON_GPUS = 1
+"""Most sequences with a mask in a step on a GPU of which any gets proposals: the host fills a mask for each token, and
+for eight sequences that took longer on an H200 than the steps that were saved."""

@@ -91,6 +91,7 @@ class Speculator:
         no_reason: Why nothing can be proposed; None if it can.
         follows: Whether a step may run while the result of the proposals before it is not known: the device then
             finds a sequence's position by itself.
+        most_masked: Most sequences with a mask in a step of which any gets proposals; None for any number.
         proposed: Tokens proposed so far, by all sequences.
         accepted: Those of them that were right.
         drafters: The draft models, by the `draft` of requests' options.
@@ -101,6 +102,7 @@ class Speculator:
         """Begin without knowledge."""
         self.no_reason: str | None = None
         self.follows = False
+        self.most_masked: int | None = None
         self.proposed = self.accepted = 0
         self.costs = StepCosts()
         self.drafters: dict[str, Drafter] = {}
@@ -120,8 +122,10 @@ class Speculator:
         chosen = {row: Proposal(len(row.ids)) for row in rows if row.in_flight}
         if self.no_reason is not None or len(rows) >= MOST_STEP_TOKENS:
             return chosen
-        candidates = [candidate for row in rows if (candidate := self._candidate(row)) is not None]
-        is_masked = any(row.mask is not None for row in rows)
+        masked = sum(row.mask is not None for row in rows)
+        is_masked, bars = masked > 0, self.most_masked is not None and masked > self.most_masked
+        free = [row for row in rows if not (bars and row.mask is not None)]
+        candidates = [candidate for row in free if (candidate := self._candidate(row)) is not None]
         if any(c.drafter is not None for c in candidates) and self.costs.needs_single(len(rows), is_masked=is_masked):
             return chosen
         paying = self._paying(candidates, len(rows), is_masked=is_masked)

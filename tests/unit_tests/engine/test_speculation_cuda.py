@@ -34,10 +34,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _on_gpus() -> Iterator[None]:
-    before, speculation.ON_GPUS = speculation.ON_GPUS, True
-    yield
-    speculation.ON_GPUS = before
+def _without_limits() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speculation, "DRAFTS_ON_GPUS", True)
+        patch.setattr(speculation, "MOST_MASKED_ON_GPUS", 1000)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -149,6 +149,18 @@ class TestWhenItPays:
             costs.note(8, 0.01, verifies=False)
         assert costs.ratio(8, 8) == pytest.approx(1.0)
 
+    def test_where_many_have_masks_only_the_others_get_proposals(self) -> None:
+        speculator, rows = Speculator(), repeating(3)
+        measured(speculator.costs, 1.0, 1.3)
+        measured(speculator.costs, 1.0, 1.3, is_masked=True)
+        speculator.most_masked = 1
+        rows[0].mask = AllowAhead(range(100))
+        assert set(speculator.choose(rows)) == set(rows)
+        rows[1].mask = AllowAhead(range(100))
+        assert set(speculator.choose(rows)) == {rows[2]}
+        speculator.most_masked = None
+        assert set(speculator.choose(rows)) == set(rows)
+
     def test_a_step_s_masks_count_for_it_where_a_round_ends_with_the_step_before(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
