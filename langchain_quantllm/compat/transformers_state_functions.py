@@ -9,6 +9,7 @@ as they are.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import sys
@@ -51,11 +52,13 @@ class Convolution:
 
     Args:
         own: The function of transformers for one token.
+        number: Of its state among those of the layer's convolutions.
         channels: Its channels.
         taps: How many inputs of a channel an output depends on.
     """
 
     own: Callable[..., Any]
+    number: int
     channels: int
     taps: int
 
@@ -105,7 +108,8 @@ class PooledState:
         if query.shape[1] != 1 or any(kwargs.get(name) is not None for name in _PACKED):
             raise ValueError(f"states of many rows take one token of each, not queries of shape {tuple(query.shape)}.")
         one = [tensor[:, 0] for tensor in (query, key, value, g, beta)]
-        out = self._kernels.delta_step(*one, self.states, self.slots, normalizes=use_qk_l2norm_in_kernel)
+        with _launching_on(self.states.device):
+            out = self._kernels.delta_step(*one, self.states, self.slots, normalizes=use_qk_l2norm_in_kernel)
         return out[:, None], self
 
 
@@ -132,17 +136,22 @@ class PooledInputs:
         activation: str | None = None,
     ) -> torch.Tensor:
         """Compute one token of each row, of shape `(rows, channels, 1)`; other calls go to transformers' function."""
-        if hidden_states.shape[-1] == 1 and activation in (None, *_SILU) and hidden_states.dtype == weight.dtype:
+        is_same = self.states.dtype == hidden_states.dtype == weight.dtype
+        if hidden_states.shape[-1] == 1 and activation in (None, *_SILU) and is_same:
             activates = activation is not None
-            found: torch.Tensor = self._kernels.conv_step(
-                hidden_states[..., 0], self.states, self.slots, weight, bias, activates=activates
-            )
+            with _launching_on(self.states.device):
+                found: torch.Tensor = self._kernels.conv_step(
+                    hidden_states[..., 0], self.states, self.slots, weight, bias, activates=activates
+                )
             return found[..., None]
-        rows = self.slots.long()
-        state = self.states.index_select(0, rows)
+        state = self.gathered()
         out: torch.Tensor = own(hidden_states, state, weight, bias, activation)
-        self.states.index_copy_(0, rows, state)
+        self.states.index_copy_(0, self.slots.long(), state)
         return out
+
+    def gathered(self) -> torch.Tensor:
+        """Return the rows' inputs as a tensor of their own."""
+        return self.states.index_select(0, self.slots.long())
 
 
 POOLED = {"recurrent": PooledState, "conv": PooledInputs}
@@ -166,7 +175,7 @@ def convolution_of(module: Any) -> Convolution | None:
     if len(layers) != 1 or layers[0].groups != layers[0].in_channels:
         return None
     channels, _, taps = layers[0].weight.shape
-    return Convolution(own, channels, taps)
+    return Convolution(own, getattr(module, "conv_idx", 0), channels, taps)
 
 
 def prepare(module: Any) -> None:
@@ -176,6 +185,11 @@ def prepare(module: Any) -> None:
         for name in (*_RULES, _CONVOLUTION):
             if callable(own := names.get(name)) and not hasattr(own, _OWN):
                 names[name] = _taking_both(own, _CONVOLUTION_STATE if name == _CONVOLUTION else "initial_state")
+
+
+def _launching_on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Make a GPU the current one, on which Triton launches."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _own_function(module: Any, name: str) -> Callable[..., Any] | None:

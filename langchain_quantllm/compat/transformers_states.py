@@ -16,6 +16,8 @@ import torch
 from torch.nn.functional import pad
 from transformers import Cache
 
+from langchain_quantllm.compat.transformers_state_functions import PooledInputs
+
 STATE_LAYER_TYPES = frozenset({"linear_attention", "conv", "mamba", "hybrid", "hybrid_sliding"})
 """Kinds of layers, by a config's `layer_types`, that keep a state, alone or beside keys and values."""
 
@@ -130,7 +132,8 @@ class StateCache(Cache):  # type: ignore[misc]  # transformers is not typed
         if self._begins:
             seen = pad(conv_states, (max(0, width - conv_states.shape[-1]), 0))
         else:
-            seen = torch.cat([self._get(key), conv_states], -1)
+            past: Any = self._get(key)
+            seen = torch.cat([past.gathered() if isinstance(past, PooledInputs) else past, conv_states], -1)
         self.states[key] = seen[..., -width:]
         return seen
 

@@ -290,7 +290,7 @@ class PagedForward:
             kernels: `kernels.norms`, `.reference` or `.cpu`.
             states: Queries, keys and values, each of shape `(1, heads of its own, tokens, dim)`, on the device of the
                 batch.
-            cos_sin: Cosines and sines of shape `(1, tokens, rotary_dim)`.
+            cos_sin: Cosines and sines; see `kernels.reference.rotate_and_write`.
             layer: The layer, which is the one that attends next.
             layout: See `kernels.reference.rotate_and_write`.
             rounds: See `kernels.reference.rotate_and_write`.

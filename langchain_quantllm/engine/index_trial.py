@@ -35,6 +35,7 @@ class IndexTrial:
         # By layer and slot: the texts that have run there one after another, by position.
         self._chosen: dict[tuple[int, int], list[dict[int, torch.Tensor]]] = {}
         self._tokens: int | None = None  # of the text that is replayed
+        self._counted: set[tuple[int, int]] = set()  # texts by their tokens, and layers
         self._others, self._all = [0, 0], [0, 0]  # choices that differ, and all: of all tokens, and of the last ones
 
     def forward(self, module: Any) -> Callable[..., torch.Tensor]:
@@ -72,13 +73,17 @@ class IndexTrial:
             return None
         ranked = limited_forward(module, 2**31)(*args, **kwargs)  # all, in the order of their scores
         tokens, length = ranked.shape[1:]
+        # Once for a whole text: a model in pieces, or that rounds more, may differ from itself.
+        counts = tokens == len(of_text) and (tokens, module.layer_idx) not in self._counted
+        if counts:
+            self._counted.add((tokens, module.layer_idx))
         limit = self._limit(module)
         chosen = ranked[..., : min(limit, length)].clone()
         for i, position in enumerate(range(length - tokens, length)):
             own = min(limit, position + 1)
             theirs = of_text[position].to(ranked.device)
             others = own - int(torch.isin(theirs, ranked[0, i, :own]).sum())
-            for kind in range(1 + (position >= len(of_text) - _LAST)):
+            for kind in range(1 + (position >= len(of_text) - _LAST)) if counts else ():
                 self._others[kind] += others
                 self._all[kind] += own
             chosen[0, i] = theirs[0]  # once more instead of none

@@ -27,7 +27,9 @@ class RoundedLayers(PatchedModules):
 
     def _find(self) -> Iterable[tuple[Any, Replacement]]:
         lists = [module for module in self._model.modules() if isinstance(module, torch.nn.ModuleList)]
-        return ((layer, self._run) for layer in max(lists, key=len, default=()))
+        lists = [layers for layers in lists if all(map(_is_layer, layers))]
+        count = getattr(self._model.config.get_text_config(), "num_hidden_layers", None)
+        return ((layer, self._run) for layer in max(lists, key=lambda one: (len(one) == count, len(one)), default=()))
 
     def _run(
         self,
@@ -52,3 +54,8 @@ class RoundedLayers(PatchedModules):
             torch.finfo(hidden.dtype).eps / 2
         )
         return (hidden.float() * (1 + share)).to(hidden.dtype)
+
+
+def _is_layer(module: torch.nn.Module) -> bool:
+    """Whether a module is a layer of the text model: something in it has a place in the cache."""
+    return any(isinstance(getattr(part, "layer_idx", None), int) for part in module.modules())

@@ -55,6 +55,7 @@ class RoutingTrial(PatchedModules):
         self._repeated: set[int] = set()  # layers that run several times in a forward: they are left as they are
         self._texts: dict[int, dict[int, _Routed]] = {}  # by the number of their tokens
         self._tokens: int | None = None  # of the text that is replayed
+        self._counted: set[tuple[int | None, int]] = set()  # texts by their tokens, and layers
         # Choices that differ, and all: of all tokens, and of the last ones.
         self._others: list[torch.Tensor | int] = [0, 0]
         self._all = [0, 0]
@@ -136,7 +137,9 @@ class RoutingTrial(PatchedModules):
         if routed is None:
             return index, weights
         theirs, their_weights = (kept[first : first + len(index)].to(index.device) for kept in routed)
-        if len(index) == len(routed[0]):  # a model in pieces may differ from itself
+        if len(index) == len(routed[0]) and (self._tokens, layer) not in self._counted:
+            # Once for a whole text: a model in pieces, or that rounds more, may differ from itself.
+            self._counted.add((self._tokens, layer))
             self._count(routed, (index, weights))
         moves = (theirs.sort(-1).values != index.sort(-1).values).any(-1, keepdim=True)
         moves &= their_weights.isfinite().all(-1, keepdim=True)  # NaN of the engine must not look like the model's

@@ -75,7 +75,7 @@ def find_state_steps(model: torch.nn.Module, states: Mapping[StateKey, torch.Ten
         layer = getattr(module, "layer_idx", -1)
         rule, convolution = delta_rule_of(module), convolution_of(module)
         for kind, function, try_out in (("recurrent", rule, _try_rule), ("conv", convolution, _try_convolution)):
-            state = states.get(key := StateKey(layer, kind, 0))
+            state = states.get(key := StateKey(layer, kind, getattr(function, "number", 0)))
             if function is None or state is None:
                 continue
             what = (function, state.shape[1:], state.dtype, state.device)

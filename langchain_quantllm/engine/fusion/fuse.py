@@ -7,6 +7,7 @@ a module's place if it gives the same output for that call; other modules stay a
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -217,7 +218,8 @@ class Fusion:
             yield
             return
         modules = [m for m in adapter_modules(self._model) if unsupported_lora_reason(m, ()) is None]
-        patches = [ForwardPatch(module, _run_base_layer) for module in modules]
+        run = _BaseLayersHere()
+        patches = [ForwardPatch(module, run) for module in modules]
         try:
             with forward_context(ForwardContext()):
                 yield
@@ -358,12 +360,23 @@ def _run_step(
     return output
 
 
-def _run_base_layer(
-    context: ForwardContext, module: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Run a layer of peft without any adapter; see `ForwardPatch`."""
-    del context, forward
-    return base_layer_of(module)(*args, **kwargs)
+class _BaseLayersHere:
+    """Runs layers of peft without any adapter, in the thread that made it; see `ForwardPatch`."""
+
+    def __init__(self) -> None:
+        self._thread = threading.get_ident()
+
+    def __call__(
+        self,
+        context: ForwardContext,
+        module: Any,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        del context
+        run = base_layer_of(module) if threading.get_ident() == self._thread else forward
+        return run(*args, **kwargs)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,9 @@ import torch
 from langchain_quantllm.engine.adapter_switch import AdapterSwitch, activate
 from langchain_quantllm.engine.continuous import ContinuousEngine
 from langchain_quantllm.engine.forward_context import current_context
+from langchain_quantllm.engine.fusion.fuse import CPU_KINDS, Fusion
+from langchain_quantllm.kernels import cpu as cpu_kernels
+from langchain_quantllm.kernels.linear import cpu as cpu_linear
 from tests.support.adapters import PROMPT, Reference, make, make_adapter_folders
 
 pytest.importorskip("peft")
@@ -82,4 +85,42 @@ def test_no_adapter_is_switched_while_the_model_is_inspected(root: Path) -> None
     others[0].join(10)
     assert not others[0].is_alive()
     engine.close()
+    llm.unload()
+
+
+def test_a_request_that_runs_keeps_its_adapter_while_fused_steps_are_found(root: Path) -> None:
+    """As for another engine of the same model, with another `kv_cache_dtype` say."""
+    llm = make(root)
+    model = llm.load().pipeline.model
+    forwards, recording, ended, third = [0], threading.Event(), threading.Event(), threading.Event()
+    answers: list[str] = []
+
+    def wait(module: Any, args: Any) -> None:
+        context = current_context()
+        if not answers or context is None:
+            return
+        if context.record is not None:
+            recording.set()
+            ended.wait(30)
+        elif context.attention is not None:
+            forwards[0] += 1
+            if forwards[0] == 3:
+                third.set()
+                recording.wait(30)
+
+    model.register_forward_pre_hook(wait)
+    answers = [llm.invoke(PROMPT, adapter="chat")]
+
+    def run() -> None:
+        answers.append(llm.invoke(PROMPT, adapter="chat"))
+        ended.set()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    assert third.wait(30)
+    Fusion(model, kernels=cpu_kernels, linear_kernels=cpu_linear, kinds=CPU_KINDS, names_adapters=True).close()
+    thread.join(30)
+    assert recording.is_set()
+    assert len(answers) == 2
+    assert answers[0] == answers[1]
     llm.unload()

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import pad
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from benchmarks.tiny_models import tiny_model as tiny_architecture
 from langchain_quantllm import QuantizedHuggingFaceLLM
 from langchain_quantllm.engine.attention import PagedForward
 from langchain_quantllm.engine.checked_length import checked_length, turning_points
 from langchain_quantllm.engine.forward_context import ForwardContext, forward_context
+from langchain_quantllm.engine.forward_patch import ForwardPatch
 from langchain_quantllm.engine.gather_attention import GatherAttention
 from langchain_quantllm.engine.own_logits import difference, plain, sample_ids
 from langchain_quantllm.engine.rounding_spread import RoundedLayers
@@ -153,10 +155,15 @@ class TestRounding:
         try:
             with forward_context(ForwardContext()):
                 found = plain(model, ids).logits[0].float()
-                others: list[torch.Tensor] = []
-                thread = threading.Thread(target=lambda: others.append(plain(model, ids).logits[0].float()))
-                thread.start()
-                thread.join()
+            others: list[torch.Tensor] = []
+
+            def run() -> None:
+                with torch.no_grad(), forward_context(ForwardContext()):
+                    others.append(plain(model, ids).logits[0].float())
+
+            thread = threading.Thread(target=run)
+            thread.start()
+            thread.join()
         finally:
             rounded.close()
         assert 1e-3 < difference(found, expected) < 0.1
@@ -172,3 +179,15 @@ class TestRounding:
         llm = llm_with(family_model(FAST[name]).to(torch.bfloat16), tokenizer, monkeypatch, change)
         assert "its logits over KV cache blocks are not its own" in llm.engine_info.reason
         llm.unload()
+
+    def test_only_layers_of_the_text_round_otherwise(self) -> None:
+        text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+        text |= {"num_key_value_heads": 2, "vocab_size": 64, "pad_token_id": 0}
+        vision = {"depth": 3, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
+        config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+        for model in (Qwen2_5_VLForConditionalGeneration(config), family_model(FAST["stablelm-2"])):
+            layers = RoundedLayers(model)
+            patched = [module for module in model.modules() if isinstance(module.__dict__.get("forward"), ForwardPatch)]
+            layers.close()
+            assert len(patched) == 2
+            assert all(type(module).__name__.endswith("DecoderLayer") for module in patched)

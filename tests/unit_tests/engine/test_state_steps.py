@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ CONVOLUTIONS = (
     "nemotron_h",
     "jamba",
     "zamba2",
+    "inkling",
 )
 
 
@@ -88,6 +90,28 @@ def test_texts_are_those_of_generate(family: str, tokenizer: Any, monkeypatch: p
     assert counting.delta_steps >= before[0] + rules * 23
     assert counting.conv_steps >= before[1] + convolutions * 23
     assert [generated_ids(model, ids, 24) for ids in prompts] == expected  # the model by itself is as it was
+    llm.unload()
+
+
+@pytest.mark.parametrize("key_heads", [None, 4], ids=["inkling2", "as wide as the others"])
+def test_convolutions_of_one_layer_have_a_state_each(
+    key_heads: int | None, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = FAST["inkling2"]
+    if key_heads is not None:
+        width = family.options["hidden_size"]
+        heads = {"num_attention_heads": key_heads, "num_key_value_heads": key_heads, "head_dim": width // key_heads}
+        family = replace(family, options={**family.options, **heads})
+    use(monkeypatch, recurrent_reference)
+    model = family_model(family)
+    found = [one for module in state_modules(model) if (one := convolution_of(module)) is not None]
+    assert len({one.number for one in found}) > 1
+    llm = llm_of(model, tokenizer, max_new_tokens=24)
+    info = llm.engine_info
+    assert info.fused["conv"] == len(found), info.reason
+    ids = random_ids(18)
+    [answer] = ask(llm, plan(llm, ids, max_new_tokens=24))
+    assert answer.token_ids == generated_ids(model, ids, 24)
     llm.unload()
 
 
