@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from langchain_quantllm.kernels.linear.cpu import has_16_bit_products
 from langchain_quantllm.quantization.decoder_layers import DecoderLayers
 from langchain_quantllm.quantization.packing import RoundedLinear
 from langchain_quantllm.quantization.trained_linear import TrainedLinear
@@ -54,8 +55,10 @@ class BlockTraining:
         """
         block = self._blocks.block(index)
         plain = {name: block.get_submodule(name) for name in rounded}
+        device = next(block.parameters()).device
+        options = {"product_dtype": torch.bfloat16 if device.type == "cpu" and has_16_bit_products() else None}
         layers = {
-            name: TrainedLinear(layer, bias=plain[name].bias, weight=weights[name]).to(plain[name].weight.device)
+            name: TrainedLinear(layer, bias=plain[name].bias, weight=weights[name], **options).to(device)
             for name, layer in rounded.items()
         }
         for name, layer in layers.items():
