@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from langchain_quantllm.kernels.linear.cpu import has_16_bit_products
 from langchain_quantllm.quantization.decoder_layers import DecoderLayers
 from langchain_quantllm.quantization.packing import RoundedLinear
 from langchain_quantllm.quantization.trained_linear import TrainedLinear
@@ -21,8 +22,14 @@ from langchain_quantllm.quantization.trained_linear import TrainedLinear
 BATCH_TOKENS = 1024
 """Tokens of a step."""
 
-_EPOCHS, _LEAST_STEPS = 2, 12
+_EPOCHS, _LEAST_STEPS = 8, 12
+_MANY_STEPS, _FEWEST_EPOCHS = 96, 2  # long calibrations are seen less often, down to twice
 _CODE_RATE, _SCALE_RATE = 5e-3, 2e-3
+
+
+def steps_of(batches: int) -> int:
+    """Return the steps of a block's training, of a calibration of so many batches."""
+    return min(max(_EPOCHS * batches, _LEAST_STEPS), max(_FEWEST_EPOCHS * batches, _MANY_STEPS))
 
 
 class BlockTraining:
@@ -54,8 +61,10 @@ class BlockTraining:
         """
         block = self._blocks.block(index)
         plain = {name: block.get_submodule(name) for name in rounded}
+        device = next(block.parameters()).device
+        options = {"product_dtype": torch.bfloat16 if device.type == "cpu" and has_16_bit_products() else None}
         layers = {
-            name: TrainedLinear(layer, bias=plain[name].bias, weight=weights[name]).to(plain[name].weight.device)
+            name: TrainedLinear(layer, bias=plain[name].bias, weight=weights[name], **options).to(device)
             for name, layer in rounded.items()
         }
         for name, layer in layers.items():
@@ -70,7 +79,7 @@ class BlockTraining:
     def _train(self, index: int, layers: Mapping[str, TrainedLinear]) -> None:
         optimizer = torch.optim.Adam([layer.change for layer in layers.values()], betas=(0.9, 0.95))
         count = len(self._wanted)
-        steps = max(_EPOCHS * count, _LEAST_STEPS)
+        steps = steps_of(count)
         for step in range(steps):
             if not step % count:
                 order = torch.randperm(count, generator=torch.Generator().manual_seed(step)).tolist()

@@ -28,16 +28,25 @@ class TrainedLinear(nn.Module):  # type: ignore[misc]  # torch is not followed
     Inside it, inputs are sorted by their groups: codes and places have the shape `(groups, group_size, out_features)`.
     """
 
-    def __init__(self, rounded: RoundedLinear, *, bias: torch.Tensor | None, weight: torch.Tensor | None) -> None:
+    def __init__(
+        self,
+        rounded: RoundedLinear,
+        *,
+        bias: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        product_dtype: torch.dtype | None = None,
+    ) -> None:
         """Start with a rounded layer.
 
         Args:
             rounded: The layer, on any device.
             bias: Its bias.
             weight: The unquantized weight of shape `(out_features, in_features)`; None leaves the codes as they are.
+            product_dtype: In which products and those of gradients are computed; None takes that of the inputs.
         """
         super().__init__()
         self._rounded = rounded
+        self.product_dtype = product_dtype
         self.step = 0.0
         """How far places move at the next backward pass, in codes; 0 leaves them."""
         self.change = nn.Parameter(torch.zeros(rounded.scales.shape, dtype=torch.float32))
@@ -102,17 +111,19 @@ class _Product(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, scales: torch.Tensor, layer: TrainedLinear) -> torch.Tensor:
+        ctx.layer, ctx.dtype = layer, x.dtype
+        x = x.to(layer.product_dtype or x.dtype)
         ctx.save_for_backward(x, scales)
-        ctx.layer = layer
-        return nn.functional.linear(x, _dequantized(layer.codes(), scales, x.dtype).t(), layer.bias)
+        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        return nn.functional.linear(x, _dequantized(layer.codes(), scales, x.dtype).t(), bias).to(ctx.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        (grad,) = grads
         x, scales = ctx.saved_tensors
+        grad = grads[0].to(x.dtype)
         layer = ctx.layer
         codes = layer.codes()
-        of_x = grad @ _dequantized(codes, scales, x.dtype).t() if ctx.needs_input_grad[0] else None
+        of_x = (grad @ _dequantized(codes, scales, x.dtype).t()).to(ctx.dtype) if ctx.needs_input_grad[0] else None
         of_weight = (x.flatten(0, -2).t() @ grad.flatten(0, -2)).float().view(codes.shape)
         of_scales = (of_weight * codes).sum(1)
         layer.follow(of_weight)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from langchain_quantllm import GPTQ, Calibration, quantize
 from langchain_quantllm.loading.registry import load
 from langchain_quantllm.loading.spec import LoadSpec
+from langchain_quantllm.quantization.block_rounding import steps_of
 from langchain_quantllm.quantization.calibration import sequences
 from langchain_quantllm.quantization.gptq import Progress
 from tests.support.checkpoints import make_tokenizer
@@ -49,6 +50,11 @@ def test_predictions_come_nearer_than_those_of_the_solver(plain: Path, tmp_path:
     assert configs[1].pop("meta")["method"] == "autoround"
     configs[0].pop("meta")
     assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize(("batches", "steps"), [(1, 12), (12, 96), (20, 96), (128, 256)])
+def test_short_calibrations_are_seen_eight_times_and_long_ones_twice(batches: int, steps: int) -> None:
+    assert steps_of(batches) == steps
 
 
 def test_the_written_folder_computes_with_the_trained_weights(plain: Path, tmp_path: Path) -> None:

@@ -57,6 +57,22 @@ def test_gradients_are_those_of_the_dequantized_weight(options: dict[str, object
 
 
 @each_kind()
+def test_products_of_16_bits_give_outputs_and_gradients_of_the_dtype_of_the_inputs(options: dict[str, object]) -> None:
+    _, rounded = weight_and(**options)
+    bias, grad, x = torch.randn(OUTPUTS), torch.randn(5, OUTPUTS), torch.randn(5, INPUTS)
+
+    def results(dtype: torch.dtype | None) -> list[torch.Tensor]:
+        layer = TrainedLinear(rounded, bias=bias, weight=None, product_dtype=dtype)
+        inputs = x.clone().requires_grad_()
+        outputs = layer(inputs)
+        return [outputs.detach(), *torch.autograd.grad(outputs, (inputs, layer.change), grad)]
+
+    for exact, found in zip(results(None), results(torch.bfloat16), strict=True):
+        assert found.dtype == torch.float32
+        assert 0 < (found - exact).norm() < 0.01 * exact.norm()
+
+
+@each_kind()
 def test_codes_follow_the_gradient_within_their_range(options: dict[str, object]) -> None:
     weight, rounded = weight_and(**options)
     layer = TrainedLinear(rounded, bias=None, weight=weight)
