@@ -60,7 +60,7 @@ class EncoderFields(LocalModel):
         return EncoderSpec(
             kind=self._kind,
             scheme=scheme_from(self.quantization),
-            device=self._devices()[0] if self.device is not None else None,
+            device=next(iter(self._devices()), None),
             token=self.token.get_secret_value() if self.token else None,
             pooling=getattr(self, "pooling", None),
             **{name: getattr(self, name) for name in _SPEC_FIELDS},

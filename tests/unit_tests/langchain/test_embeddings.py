@@ -452,6 +452,15 @@ def test_the_token_is_in_no_error(folder: Path) -> None:
     assert SECRET not in str(caught.value)
 
 
+def test_an_object_that_was_refused_harms_no_other(folder: Path) -> None:
+    with pytest.raises(InvalidOptionError, match="device") as refused:  # whose traceback holds it
+        make(folder, device=[])
+    made = make(folder, max_length=61)
+    assert len(made.embed_query("abc")) > 0
+    made.unload()
+    del refused
+
+
 @pytest.mark.parametrize("kernel", ["math", "flash"])
 def test_a_kernel_of_pytorchs_attention_can_be_chosen(folder: Path, theirs: Any, kernel: str) -> None:
     assert_close(make(folder, sdpa_kernel=kernel).embed_query("abc"), theirs.encode_query("abc"))
