@@ -12,6 +12,6 @@ DRAFTS_ON_GPUS = False
 """Let draft models propose on GPUs: off until their speed has been measured there. The bench and the tests for GPUs
 switch it on."""
 
-MOST_MASKED_ON_GPUS = 1
+MOST_MASKED_ON_GPUS = 0
 """Most sequences with a mask in a step on a GPU of which any gets proposals: the host fills a mask for each token, and
 for eight sequences that took longer on an H200 than the steps that were saved."""
