@@ -63,18 +63,22 @@ class Convolution:
     taps: int
 
 
-class PooledState:
-    """The recurrent states of some rows, as a module gets them in place of a tensor."""
+class _Pooled:
+    """States of some rows, as a module gets them in place of a tensor."""
 
     def __init__(self, states: torch.Tensor, slots: torch.Tensor, kernels: Any) -> None:
         """Name them.
 
         Args:
-            states: The states of all slots, float32; see `recurrent_reference.delta_step`.
+            states: The states of all slots; see `recurrent_reference`.
             slots: The slot of each row.
             kernels: `kernels.recurrent` or `kernels.recurrent_reference`.
         """
         self.states, self.slots, self._kernels = states, slots, kernels
+
+
+class PooledState(_Pooled):
+    """The recurrent states of some rows, in float32."""
 
     def to(self, dtype: torch.dtype) -> PooledState:
         """Return itself: the states stay as they are in float32.
@@ -113,18 +117,8 @@ class PooledState:
         return out[:, None], self
 
 
-class PooledInputs:
-    """The last inputs of a convolution for some rows, as a module gets them in place of a tensor."""
-
-    def __init__(self, states: torch.Tensor, slots: torch.Tensor, kernels: Any) -> None:
-        """Name them.
-
-        Args:
-            states: The last inputs of all slots; see `recurrent_reference.conv_step`.
-            slots: The slot of each row.
-            kernels: `kernels.recurrent` or `kernels.recurrent_reference`.
-        """
-        self.states, self.slots, self._kernels = states, slots, kernels
+class PooledInputs(_Pooled):
+    """The last inputs of a convolution for some rows."""
 
     def step(
         self,
@@ -169,7 +163,7 @@ def delta_rule_of(module: Any) -> DeltaRule | None:
 def convolution_of(module: Any) -> Convolution | None:
     """Return the short convolution whose function a module's class calls; None if there is none."""
     own = _own_function(module, _CONVOLUTION)
-    if own is None or not _calls(type(module), _CONVOLUTION):
+    if own is None or not calls_any(type(module), frozenset({_CONVOLUTION})):
         return None
     layers = [child for child in module.children() if isinstance(child, torch.nn.Conv1d)]
     if len(layers) != 1 or layers[0].groups != layers[0].in_channels:
@@ -187,6 +181,12 @@ def prepare(module: Any) -> None:
                 names[name] = _taking_both(own, _CONVOLUTION_STATE if name == _CONVOLUTION else "initial_state")
 
 
+def calls_any(kind: type, names: frozenset[str]) -> bool:
+    """Say whether a function of a class names one of these."""
+    functions = (value for base in kind.__mro__ for value in vars(base).values() if inspect.isfunction(value))
+    return any(not names.isdisjoint(inspect.unwrap(function).__code__.co_names) for function in functions)
+
+
 def _launching_on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Make a GPU the current one, on which Triton launches."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
@@ -195,11 +195,6 @@ def _launching_on(device: torch.device) -> contextlib.AbstractContextManager[Any
 def _own_function(module: Any, name: str) -> Callable[..., Any] | None:
     found = vars(sys.modules[type(module).__module__]).get(name)
     return getattr(found, _OWN, found) if callable(found) else None
-
-
-def _calls(kind: type, name: str) -> bool:
-    functions = (value for base in kind.__mro__ for value in vars(base).values() if inspect.isfunction(value))
-    return any(name in inspect.unwrap(function).__code__.co_names for function in functions)
 
 
 def _taking_both(own: Callable[..., Any], argument: str) -> Callable[..., Any]:

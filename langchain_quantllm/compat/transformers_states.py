@@ -7,7 +7,6 @@ is refused by its cache or by the comparison of its logits.
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ import torch
 from torch.nn.functional import pad
 from transformers import Cache
 
-from langchain_quantllm.compat.transformers_state_functions import PooledInputs
+from langchain_quantllm.compat.transformers_state_functions import PooledInputs, calls_any
 
 STATE_LAYER_TYPES = frozenset({"linear_attention", "conv", "mamba", "hybrid", "hybrid_sliding"})
 """Kinds of layers, by a config's `layer_types`, that keep a state, alone or beside keys and values."""
@@ -62,13 +61,8 @@ def holds_nothing(layer: Any) -> bool:
 
 def state_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """Iterate over the modules of a model that take their states from a cache."""
-    kinds = {kind for kind in {type(module) for module in model.modules()} if _keeps_states(kind)}
+    kinds = {kind for kind in {type(module) for module in model.modules()} if calls_any(kind, _METHODS)}
     return (module for module in model.modules() if type(module) in kinds)
-
-
-def _keeps_states(kind: type) -> bool:
-    functions = (value for base in kind.__mro__ for value in vars(base).values() if inspect.isfunction(value))
-    return any(_METHODS.intersection(inspect.unwrap(function).__code__.co_names) for function in functions)
 
 
 def passing_for_own(ours: type, model: torch.nn.Module) -> type:
